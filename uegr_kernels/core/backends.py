@@ -1,0 +1,60 @@
+"""The backends: their names, their order on a device, and the one function that decides and explains."""
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+from . import native
+
+BACKENDS = ("reference", "cpp", "cuda", "triton")
+ORDER = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}  # best first; ROCm calls itself cuda
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def why_not(backend: str, operator: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+    """None where `backend` can serve `operator` ("folder.name") on `device`, else why not and what to do, in a sentence."""
+    return _why_not(backend, operator, torch.device(device).type, dtype)
+
+
+@functools.cache
+def _why_not(backend: str, operator: str, device: str, dtype: torch.dtype | None) -> str | None:
+    folder, name = operator.split(".")
+    if backend == "reference":
+        return None
+    if dtype is not None and dtype not in DTYPES:
+        return f"its kernels take float32, bfloat16, float16 and float64, not {str(dtype).removeprefix('torch.')}; use backend='reference'"
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed; run `pip install triton`"
+        if importlib.util.find_spec(f"uegr_kernels.{folder}.triton") is None:
+            return f"{operator} has no Triton kernel in this version; use backend='auto'"
+        if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            return f"Triton kernels run on CUDA and ROCm tensors, these are on {device}; move them, or use backend='auto'"
+        return None
+    needed = "cpu" if backend == "cpp" else "cuda"
+    if device != needed:
+        return f"its kernels run on {needed} tensors, these are on {device}; move them, or use backend='auto'"
+    if backend == "cuda" and torch.version.cuda is None:
+        return "this torch is built without CUDA; install a CUDA build of torch"
+    reason = native.why_not()
+    if reason is None and not native.has_kernel(name, needed.upper()):
+        return f"{operator} has no {'C++' if backend == 'cpp' else 'CUDA'} kernel in this version; use backend='auto'"
+    return reason
+
+
+def choose(backend: str, operator: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
+    """The backend that serves the call: the best usable one for "auto", the named one or an error that says why not.
+
+    Raises ValueError for a name that is no backend, RuntimeError for a backend that cannot serve the call.
+    """
+    if backend == "auto":
+        order = ORDER.get(device.type, ("reference",))
+        return next(name for name in order if _why_not(name, operator, device.type, dtype) is None)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is not a backend; use one of 'auto', {', '.join(map(repr, BACKENDS))}")
+    reason = _why_not(backend, operator, device.type, dtype)
+    if reason is not None:
+        raise RuntimeError(f"backend={backend!r} cannot serve {operator} on {device.type}: {reason}")
+    return backend

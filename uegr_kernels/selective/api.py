@@ -1,0 +1,587 @@
+"""What users call: the selective optimizers, and the selection by itself."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from . import op
+
+FORMAT = 1  # of the state's layout; a key of every group
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class SelectiveOptimizer(Optimizer):
+    """What SelectiveAdamW and SelectiveSGD share: groups, seed, streams, states, checkpoints. Not built by itself."""
+
+    operator: str
+
+    def __init__(self, params: ParamsT, defaults: dict, *, seed: int | None, backend: str):
+        if backend != "auto" and backend not in op.backends.BACKENDS:
+            raise ValueError(f"backend={backend!r} is not a backend; use one of 'auto', {', '.join(map(repr, op.backends.BACKENDS))}")
+        if seed is not None:
+            seed = _whole("seed", seed) % 2**64
+        self.backend = backend
+        self._drawn_seed: int | None = None  # drawn here and not agreed on with the other ranks yet
+        self._check(defaults)
+        super().__init__(params, defaults | {"seed": seed, "format": FORMAT})
+        if defaults["fused"]:
+            self._step_supports_amp_scaling = True
+
+    def _check(self, group: dict) -> None:
+        """Raises what is wrong with a group's options, in torch's own words where torch has the option."""
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            if group["foreach"] and not group["capturable"]:
+                raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
+            if lr.numel() != 1:
+                raise ValueError("Tensor lr must be 1-element")
+        if not 0.0 <= lr:
+            raise ValueError(f"Invalid learning rate: {lr}")
+        if not 0.0 <= group["weight_decay"]:
+            raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
+        if group["fused"] and group["differentiable"]:
+            raise RuntimeError("`fused` does not support `differentiable`")
+        if group["fused"] and group["foreach"]:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        if group["differentiable"] and self.backend not in ("auto", "reference"):
+            raise RuntimeError(f"differentiable=True runs on the reference only, not on backend={self.backend!r}; use backend='auto'")
+        if group["state_dtype"] not in (None, torch.bfloat16):
+            raise ValueError(f"state_dtype={group['state_dtype']!r} is not supported; use None or torch.bfloat16")
+        _selection(group)
+
+    def _moments(self, group: dict) -> tuple[str, ...]:
+        """The group's moment keys, in the operator's order."""
+        raise NotImplementedError
+
+    def _line(self, group: dict) -> dict:
+        """The group's options that belong to this optimizer's operator alone."""
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: dict) -> None:
+        if isinstance(param_group, dict):
+            self._check(self.defaults | param_group)
+        super().add_param_group(param_group)
+        self._settle_seed()
+
+    def _settle_seed(self) -> None:
+        """Gives a seed to the groups that have none: one drawn from torch's default CPU generator where something is random, else 0."""
+        if self.defaults["seed"] is None and any(_selection(group).random or group["state_dtype"] for group in self.param_groups):
+            self.defaults["seed"] = self._drawn_seed = int(torch.randint(-(2**63), 2**63 - 1, ())) % 2**64
+        for group in self.param_groups:
+            group["seed"] = group["seed"] or self.defaults["seed"] or 0
+
+    def _agree_on_seed(self) -> None:
+        """Rank 0's drawn seed becomes everyone's, once; a given or loaded one is not sent."""
+        drawn, self._drawn_seed = self._drawn_seed, None
+        if drawn is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+            agreed = [drawn]
+            torch.distributed.broadcast_object_list(agreed, src=0)
+            self.defaults["seed"] = agreed[0]
+            for group in self.param_groups:
+                group["seed"] = agreed[0] if group["seed"] == drawn else group["seed"]
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Performs one step (Algorithm 1, lines 10-13) and returns the closure's loss, if one is given.
+
+        Raises before anything has changed: RuntimeError for a sparse gradient, TypeError for one that is not floating point or complex,
+        ValueError for a gradient or state of another shape than its parameter and for a bad option.
+        """
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            self._agree_on_seed()
+            batches = [batch for group, first in self._groups() for batch in self._batches(group, first)]
+            for batch in batches:
+                self._complete_states(batch)
+            self._settle_scopes(batches)
+            for batch in batches:
+                self._update(batch)
+            return loss
+
+    def _groups(self):
+        """Every group with the stream of its first parameter: streams number the parameters across groups, gradient or not."""
+        first = 0
+        for group in self.param_groups:
+            yield group, first
+            first += len(group["params"])
+
+    def _batches(self, group: dict, first: int) -> list[dict]:
+        """The group's parameters that have a gradient, by device and dtype; raises what cannot be stepped, and changes nothing."""
+        selection, moments, batches = _selection(group), self._moments(group), {}
+        for stream, p in enumerate(group["params"], first):
+            grad = p.grad
+            if grad is None:
+                continue
+            if grad.layout is not torch.strided:
+                raise RuntimeError(f"parameter {stream} has a sparse gradient ({grad.layout}), which is not supported; call .to_dense() on it first")
+            if p.dtype not in FLOATS or grad.dtype not in FLOATS:
+                raise TypeError(f"parameter {stream} is {p.dtype} with a gradient of {grad.dtype}: complex and integer tensors are not supported")
+            state = self.state.get(p, {})
+            for name, tensor in (("gradient", grad), *((key, state.get(key)) for key in moments)):
+                if tensor is not None and tensor.shape != p.shape:
+                    raise ValueError(f"parameter {stream} has shape {tuple(p.shape)} but its {name} {tuple(tensor.shape)}; they must be equal")
+            key = p.device, p.dtype
+            if key not in batches:
+                backend = "reference" if group["differentiable"] else op.choose(self.operator, self.backend, *key)
+                batches[key] = {"group": group, "selection": selection, "backend": backend, "statistics": None, "params": [], "grads": [], "layout": []}
+            batch = batches[key]
+            batch["params"].append(p)
+            batch["grads"].append(grad)
+            batch["layout"] += (stream, 0, p.numel(), p.numel())
+        return list(batches.values())
+
+    def _complete_states(self, batch: dict) -> None:
+        """Creates what a parameter's state lacks, and lists the states."""
+        group, previous = batch["group"], batch["selection"].statistics == "previous"
+        moments = self._moments(group)
+        needed = {"step", *moments, *(("saliency_min", "saliency_max") if previous else ())}
+        states = []
+        for p in batch["params"]:
+            state = self.state[p]
+            states.append(state)
+            if not needed <= state.keys() or any(state[key] is None for key in moments):
+                # A state that is there (a checkpoint's, a hook's) is left alone.
+                dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+                if state.get("step") is None:
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if p.is_cuda else "cpu")
+                for key in moments:
+                    if state.get(key) is None:
+                        # -0.0 marks a momentum buffer that has seen nothing; to a moment of AdamW it is 0.
+                        start = -0.0 if key == "momentum_buffer" else 0.0
+                        state[key] = torch.full_like(p, start, dtype=group["state_dtype"] or dtype, memory_format=torch.preserve_format, requires_grad=False)
+                if previous:
+                    for key in ("saliency_min", "saliency_max"):
+                        if state.get(key) is None:
+                            state[key] = torch.full((), torch.nan, dtype=dtype, device=p.device)  # NaN: nothing kept yet
+        for key in ("step", *moments):
+            batch[key] = [state[key] for state in states]
+        batch["kept"] = tuple([state[key] for state in states] for key in ("saliency_min", "saliency_max")) if previous else ([], [])
+
+    def _settle_scopes(self, batches: list[dict]) -> None:
+        """Hands the batches whose scope is "global" the statistics over all of them with the same normalisation."""
+        scopes: dict[str, list[dict]] = {}
+        for batch in batches:
+            if batch["selection"].scope == "global" and batch["selection"].normalization != "constant":
+                scopes.setdefault(batch["selection"].normalization, []).append(batch)
+        scale = getattr(self, "grad_scale", None)
+        for normalization, members in scopes.items():
+            parts = [batch | {"saliencies": [], "grad_scale": scale, "kept": batch["kept"] if batch["kept"][0] else None} for batch in members]
+            with torch.no_grad():
+                statistics = op.scope_statistics(parts, normalization)
+            for batch in members:
+                batch["statistics"] = statistics.to(batch["params"][0].device)
+
+    def _update(self, batch: dict) -> None:
+        group, device = batch["group"], batch["params"][0].device
+        lr = group["lr"]
+        scale, found = (None if t is None else t.to(device) for t in (getattr(self, "grad_scale", None), getattr(self, "found_inf", None)))
+        op.call(
+            self.operator,
+            batch["backend"],
+            batch["params"],
+            batch["grads"],
+            *self._lists(batch),
+            batch["step"],
+            *batch["kept"],
+            scope_statistics=batch["statistics"],
+            layout=batch["layout"],
+            grad_scale=scale,
+            found_inf=found,
+            lr=0.0 if isinstance(lr, Tensor) else float(lr),
+            lr_tensor=lr if isinstance(lr, Tensor) else None,
+            weight_decay=float(group["weight_decay"]),
+            maximize=group["maximize"],
+            seed=_signed(group["seed"]),
+            selection=batch["selection"],
+            **self._line(group),
+        )
+
+    def _lists(self, batch: dict) -> list[list[Tensor]]:
+        """The operator's lists of moments; one the group does not use is empty."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Loads a checkpoint of this optimizer or of torch's; keys its groups lack keep the value of the group they replace.
+
+        Raises ValueError for a format newer than this version's, before anything has changed.
+        """
+        loaded: dict = {}
+
+        def complete(optimizer: Optimizer, state_dict: dict) -> dict:
+            loaded.update(state_dict)
+            for saved in state_dict["param_groups"]:
+                if saved.get("format", FORMAT) > FORMAT:
+                    raise ValueError(f"the checkpoint has format {saved['format']}, this version reads up to {FORMAT}; upgrade uegr-kernels")
+            keep = [{k: v for k, v in group.items() if k not in ("params", "param_names")} for group in self.param_groups]
+            groups = state_dict["param_groups"]
+            if len(groups) == len(keep):  # else the base class says so
+                groups = [kept | saved for kept, saved in zip(keep, groups, strict=True)]
+            return state_dict | {"param_groups": groups}
+
+        def restore(optimizer: Optimizer) -> None:
+            # The base class casts every state to the parameter's dtype; take the checkpoint's own values again.
+            saved_ids = [i for group in loaded["param_groups"] for i in group["params"]]
+            params = [(p, group) for group in self.param_groups for p in group["params"]]
+            for i, (p, group) in zip(saved_ids, params, strict=True):
+                for key, value in loaded["state"].get(i, {}).items():
+                    if isinstance(value, Tensor) and value.is_floating_point() and key != "step":
+                        wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+                        dtype = wide if key.startswith("saliency") else group["state_dtype"] or wide
+                        self.state[p][key] = value.to(dtype=dtype, device=p.device)
+            if any("seed" in group for group in loaded["param_groups"]):
+                self._drawn_seed = None
+
+        handles = self.register_load_state_dict_pre_hook(complete), self.register_load_state_dict_post_hook(restore, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {"backend": self.backend, "_drawn_seed": self._drawn_seed}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for p in group["params"]:
+                p_state = self.state.get(p) or {}
+                if "step" in p_state:
+                    step = torch.as_tensor(p_state["step"], dtype=torch.float32)
+                    p_state["step"] = step.to(p.device if p.is_cuda else "cpu")
+        if any(group["fused"] for group in self.param_groups):
+            self._step_supports_amp_scaling = True
+
+
+class SelectiveAdamW(SelectiveOptimizer):
+    """AdamW that updates a random selection of the elements, chosen by their squared gradient (UEGR, Eq. 7-9 and Algorithm 1).
+
+    For every parameter tensor with gradient g, in float32 (float64 for float64 parameters), with a float32 or float64 state:
+    s = g*g, s~ = normalise(s), p = 1/(1 + exp(2*sharpness*(s~ - threshold))), b ~ Bernoulli(p), theta = AdamW(theta, b*g/p).
+
+    params  iterable of parameters, of (name, parameter) or of groups; float32, bfloat16, float16 or float64, any strides
+    lr, betas, eps, weight_decay, amsgrad, maximize, capturable, differentiable  as in torch.optim.AdamW; lr may be a 1-element tensor
+    threshold, sharpness  alpha and beta of Eq. 9: where p is 1/2, in units of s~, and how steep p is there (>= 0)
+    normalization  "minmax" | "range" (Eq. 8 to the letter) | "rank" | "constant" (p is keep_probability, no saliency)
+    direction  "printed": p falls with saliency (Eq. 9) | "salient": p rises
+    scope  "tensor" | "global": statistics over one tensor, or over all tensors of the groups that say so
+    statistics  "current" | "previous": of this step's gradient, or of the parameter's previous one (one visit to memory)
+    rescale  divide by p;  min_probability  floor of p in [0, 1], at least 2^-24;  keep_probability  in (0, 1]
+    target  "gradient": b*g/p feeds the moments | "update": g does, and the step is b/p times AdamW's
+    state_dtype  None, or torch.bfloat16: moments rounded stochastically
+    seed  any integer, modulo 2^64; None: drawn from torch's default CPU generator (pass one if only some ranks step)
+    fused  True: GradScaler's scale and found_inf are handled inside the step;  foreach  accepted, no effect;  backend  see README
+
+    u has steps of 2^-24, so E[b*g/p] = g up to a relative 2^-24/p: for p below 2^-14 set a larger min_probability.
+    Algorithm 1's line 11 is threshold = alpha/(2*beta). Raises ValueError, TypeError, RuntimeError for bad options, at construction.
+    Equivalent to `selective.reference.selective_adamw_` and, with normalization="constant", to torch.optim.AdamW.
+    """
+
+    operator = "selective_adamw_"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        threshold: float = 0.8,
+        sharpness: float = 5.0,
+        normalization: str = "minmax",
+        direction: str = "printed",
+        scope: str = "tensor",
+        statistics: str = "current",
+        rescale: bool = True,
+        min_probability: float = 0.0,
+        keep_probability: float = 1.0,
+        target: str = "gradient",
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        state_dtype: torch.dtype | None = None,
+        seed: int | None = None,
+        backend: str = "auto",
+    ):
+        defaults = {k: v for k, v in locals().items() if k not in ("self", "params", "seed", "backend", "__class__")}
+        # As torch.optim.Adam names it, so that each loads the other's checkpoints.
+        super().__init__(params, defaults | {"decoupled_weight_decay": True}, seed=seed, backend=backend)
+
+    def _check(self, group: dict) -> None:
+        super()._check(group)
+        betas = group["betas"]
+        if not 0.0 <= group["eps"]:
+            raise ValueError(f"Invalid epsilon value: {group['eps']}")
+        for i in (0, 1):
+            if not 0.0 <= betas[i] < 1.0:
+                raise ValueError(f"Invalid beta parameter at index {i}: {betas[i]}")
+        if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
+            raise ValueError("betas must be either both floats or both Tensors")
+        for i in (0, 1):
+            if isinstance(betas[i], Tensor):
+                if group["foreach"] and not group["capturable"]:
+                    raise ValueError(f"betas[{i}] as a Tensor is not supported for capturable=False and foreach=True")
+                if betas[i].numel() != 1:
+                    raise ValueError(f"Tensor betas[{i}] must be 1-element")
+
+    def _moments(self, group: dict) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
+
+    def _lists(self, batch: dict) -> list[list[Tensor]]:
+        return [batch["exp_avg"], batch["exp_avg_sq"], batch.get("max_exp_avg_sq", [])]
+
+    def _line(self, group: dict) -> dict:
+        numbers, tensors = zip(*((0.0, beta) if isinstance(beta, Tensor) else (float(beta), None) for beta in group["betas"]), strict=True)
+        named = {"beta1": numbers[0], "beta2": numbers[1], "beta1_tensor": tensors[0], "beta2_tensor": tensors[1]}
+        return named | {"eps": float(group["eps"])}
+
+
+class SelectiveSGD(SelectiveOptimizer):
+    """SGD that updates a random selection of the elements, chosen by their squared gradient (UEGR, Eq. 7-9 and Algorithm 1 to the letter).
+
+    lr, momentum, dampening, weight_decay, nesterov  as in torch.optim.SGD; the keyword part as in SelectiveAdamW.
+    s and b act on the raw gradient; weight_decay*theta is added to b*g/p (target "gradient") or to g ("update"), then momentum.
+    The state keeps `step` beside `momentum_buffer`: the masks are numbered by it.
+    Raises ValueError, TypeError, RuntimeError for bad options, at construction.
+    Equivalent to `selective.reference.selective_sgd_` and, with normalization="constant", to torch.optim.SGD.
+    """
+
+    operator = "selective_sgd_"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        *,
+        threshold: float = 0.8,
+        sharpness: float = 5.0,
+        normalization: str = "minmax",
+        direction: str = "printed",
+        scope: str = "tensor",
+        statistics: str = "current",
+        rescale: bool = True,
+        min_probability: float = 0.0,
+        keep_probability: float = 1.0,
+        target: str = "gradient",
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        state_dtype: torch.dtype | None = None,
+        seed: int | None = None,
+        backend: str = "auto",
+    ):
+        defaults = {k: v for k, v in locals().items() if k not in ("self", "params", "seed", "backend", "__class__")}
+        super().__init__(params, defaults, seed=seed, backend=backend)
+
+    def _check(self, group: dict) -> None:
+        super()._check(group)
+        if group["momentum"] < 0.0:
+            raise ValueError(f"Invalid momentum value: {group['momentum']}")
+        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+
+    def _moments(self, group: dict) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] != 0 else ()
+
+    def _lists(self, batch: dict) -> list[list[Tensor]]:
+        return [batch.get("momentum_buffer", [])]
+
+    def _line(self, group: dict) -> dict:
+        return {"momentum": float(group["momentum"]), "dampening": float(group["dampening"]), "nesterov": group["nesterov"]}
+
+
+def select_gradients_(
+    params: Tensor | Sequence[Tensor],
+    *,
+    seed: int,
+    step: int,
+    saliency: Sequence[Tensor] | None = None,
+    threshold: float = 0.8,
+    sharpness: float = 5.0,
+    normalization: str = "minmax",
+    direction: str = "printed",
+    scope: str = "tensor",
+    statistics: str = "current",
+    rescale: bool = True,
+    min_probability: float = 0.0,
+    keep_probability: float = 1.0,
+    target: str = "gradient",
+    backend: str = "auto",
+) -> None:
+    """Selects the gradients in place, g <- b*g/p (Eq. 7-9), for any other optimizer to step with.
+
+    params  tensors whose .grad is selected; one without a gradient is passed over. A parameter's stream is its position
+    seed, step  integers: the mask depends on them, the stream and the element alone; step from 1, below 2^24
+    saliency  a tensor s >= 0 for every parameter, of its shape, in the place of g*g (an accumulated Fisher estimate); None: g*g
+    The selection options are SelectiveAdamW's; statistics="previous" and target="update" need an optimizer.
+    Raises ValueError for a bad option, shape or overlapping gradient, TypeError for a dtype, RuntimeError for a sparse gradient, before anything has changed.
+    Equivalent to `selective.reference.select_gradients_`.
+    """
+    options = {k: v for k, v in locals().items() if k in op.FIELDS}
+    selection = _stateless(options)
+    params = [params] if isinstance(params, Tensor) else list(params)
+    seed, step = _signed(_whole("seed", seed) % 2**64), _step(step)
+    if saliency is not None and len(saliency) != len(params):
+        raise ValueError(f"saliency has {len(saliency)} tensors for {len(params)} parameters; give one for every parameter")
+    parts: dict = {}
+    for stream, p in enumerate(params):
+        if p.grad is None:
+            continue
+        s = None if saliency is None else saliency[stream]
+        _check_gradient(f"params[{stream}].grad", p.grad, s)
+        if 0 in [stride for stride, size in zip(p.grad.stride(), p.grad.shape, strict=True) if size > 1]:
+            raise ValueError(f"params[{stream}].grad is expanded: its elements share memory and cannot be written; call .clone() on it first")
+        key = p.grad.device, p.grad.dtype
+        new = {"backend": None, "grads": [], "saliencies": [], "layout": [], "grad_scale": None, "kept": None}
+        part = parts.setdefault(key, new)
+        part["backend"] = part["backend"] or op.choose("select_gradients_", backend, *key)
+        part["grads"].append(p.grad)
+        part["saliencies"] += [] if s is None else [s]
+        part["layout"] += (stream, 0, p.numel(), p.numel())
+    if not parts:
+        return
+    shared = None
+    with torch.no_grad():
+        if scope == "global" and normalization != "constant":
+            shared = op.scope_statistics(list(parts.values()), normalization)
+        for (device, _), part in parts.items():
+            over = None if shared is None else shared.to(device)
+            lists = part["grads"], part["saliencies"]
+            op.call("select_gradients_", part["backend"], *lists, scope_statistics=over, layout=part["layout"], step=step, seed=seed, selection=selection)
+
+
+def selection_probability(
+    grad: Tensor,
+    *,
+    saliency: Tensor | None = None,
+    threshold: float = 0.8,
+    sharpness: float = 5.0,
+    normalization: str = "minmax",
+    direction: str = "printed",
+    scope: str = "tensor",
+    statistics: str = "current",
+    rescale: bool = True,
+    min_probability: float = 0.0,
+    keep_probability: float = 1.0,
+    target: str = "gradient",
+    backend: str = "auto",
+) -> Tensor:
+    """The probability p with which each element of a gradient is selected (Eq. 7-9); for looking at, not for speed.
+
+    grad  any shape; float32, bfloat16, float16, float64;  saliency  s >= 0 of the same shape in the place of g*g
+    The selection options are SelectiveAdamW's; on one tensor scope="global" equals "tensor".
+    Returns p in [2^-24, 1], of grad's shape, float32 (float64 for float64); 1 where grad is not finite.
+    Raises ValueError, TypeError, RuntimeError as select_gradients_.
+    Equivalent to `selective.reference.selection_probability_`.
+    """
+    selection = _stateless({k: v for k, v in locals().items() if k in op.FIELDS})
+    _check_gradient("grad", grad, saliency)
+    chosen = op.choose("selection_probability_", backend, grad.device, grad.dtype)
+    with torch.no_grad():
+        out = torch.empty(grad.shape, dtype=torch.float64 if grad.dtype == torch.float64 else torch.float32, device=grad.device)
+        op.call("selection_probability_", chosen, grad.detach(), saliency, out=out, selection=selection)
+    return out
+
+
+def selection_mask(
+    grad: Tensor,
+    *,
+    seed: int,
+    step: int,
+    stream: int = 0,
+    saliency: Tensor | None = None,
+    threshold: float = 0.8,
+    sharpness: float = 5.0,
+    normalization: str = "minmax",
+    direction: str = "printed",
+    scope: str = "tensor",
+    statistics: str = "current",
+    rescale: bool = True,
+    min_probability: float = 0.0,
+    keep_probability: float = 1.0,
+    target: str = "gradient",
+    backend: str = "auto",
+) -> Tensor:
+    """Which elements of a gradient are selected, b ~ Bernoulli(p) (Eq. 9), by the package's counter-based generator.
+
+    grad  any shape; float32, bfloat16, float16, float64;  saliency  s >= 0 of the same shape in the place of g*g
+    seed  any integer, modulo 2^64;  step  from 1, below 2^24;  stream  the parameter's number, in [0, 2^32)
+    The selection options are SelectiveAdamW's; on one tensor scope="global" equals "tensor".
+    Returns a bool tensor of grad's shape. Raises ValueError, TypeError, RuntimeError as select_gradients_.
+    Equivalent to `selective.reference.selection_mask_`.
+    """
+    selection = _stateless({k: v for k, v in locals().items() if k in op.FIELDS})
+    _check_gradient("grad", grad, saliency)
+    seed, step = _signed(_whole("seed", seed) % 2**64), _step(step)
+    if not 0 <= _whole("stream", stream) < 2**32:
+        raise ValueError(f"stream={stream} is out of range; give an integer in [0, 2^32)")
+    chosen = op.choose("selection_mask_", backend, grad.device, grad.dtype)
+    with torch.no_grad():
+        out = torch.empty(grad.shape, dtype=torch.bool, device=grad.device)
+        layout = [stream, 0, grad.numel(), grad.numel()]
+        op.call("selection_mask_", chosen, grad.detach(), saliency, out=out, layout=layout, step=step, seed=seed, selection=selection)
+    return out
+
+
+def _selection(group: dict) -> op.Selection:
+    options = [group[name] for name in op.FIELDS]
+    try:
+        return op.make_selection(*options)
+    except TypeError:  # an option that cannot be hashed: the class itself names it
+        return op.Selection(*options)
+
+
+def _stateless(options: dict) -> op.Selection:
+    selection = op.Selection(**options)
+    for name, only in (("statistics", "current"), ("target", "gradient")):
+        if options[name] != only:
+            raise ValueError(f"{name}={options[name]!r} needs an optimizer's state; use {name}={only!r}, or SelectiveAdamW or SelectiveSGD")
+    return selection
+
+
+def _check_gradient(name: str, grad: Tensor, saliency: Tensor | None) -> None:
+    if not isinstance(grad, Tensor):
+        raise TypeError(f"{name} is a {type(grad).__name__}; give a tensor")
+    if grad.layout is not torch.strided:
+        raise RuntimeError(f"{name} is sparse ({grad.layout}), which is not supported; call .to_dense() on it first")
+    if grad.dtype not in FLOATS:
+        raise TypeError(f"{name} is {grad.dtype}; give float32, bfloat16, float16 or float64")
+    if saliency is not None:
+        if not isinstance(saliency, Tensor) or saliency.dtype not in FLOATS or saliency.layout is not torch.strided:
+            raise TypeError(f"the saliency of {name} is no dense floating-point tensor; give float32, bfloat16, float16 or float64")
+        if saliency.shape != grad.shape or saliency.device != grad.device:
+            raise ValueError(
+                f"the saliency of {name} has shape {tuple(saliency.shape)} on {saliency.device}; it must be {tuple(grad.shape)} on {grad.device}"
+            )
+
+
+def _whole(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give an integer")
+    return value
+
+
+def _step(step: int) -> int:
+    if not 0 <= _whole("step", step) < 2**24:
+        raise ValueError(f"step={step} is out of range; give an integer in [0, 2^24)")
+    return step
+
+
+def _signed(seed: int) -> int:
+    """A seed modulo 2^64 as the two's complement int64 of the operators."""
+    return seed - 2**64 if seed >= 2**63 else seed

@@ -1,0 +1,196 @@
+"""The selecting operators: their options, schemas, fakes, and the choice of a backend."""
+
+import dataclasses
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from ..core import backends
+from . import reference
+
+# To the compiled kernels a normalisation is its position here (csrc/selective/selective.h has the same order; a test compares).
+NORMALIZATIONS = ("minmax", "range", "rank", "constant")
+DIRECTIONS = ("printed", "salient")
+SCOPES = ("tensor", "global")
+STATISTICS = ("current", "previous")
+TARGETS = ("gradient", "update")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Selection:
+    """The ten selection options (SPEC 1), checked here and nowhere else."""
+
+    threshold: float
+    sharpness: float
+    normalization: str
+    direction: str
+    scope: str
+    statistics: str
+    rescale: bool
+    min_probability: float
+    keep_probability: float
+    target: str
+
+    def __post_init__(self):
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in choices:
+                raise ValueError(f"{name}={value!r} is not one of its values; use {' or '.join(map(repr, choices))}")
+        for name, within, rule in RANGES:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a number {rule}")
+            if not (math.isfinite(value) and within(value)):
+                raise ValueError(f"{name}={value!r} is out of range; give a number {rule}")
+        if not isinstance(self.rescale, bool):
+            raise TypeError(f"rescale={self.rescale!r} is a {type(self.rescale).__name__}; give True or False")
+        if self.statistics == "previous" and self.normalization in ("rank", "constant"):
+            raise ValueError(
+                f"statistics='previous' keeps a minimum and a maximum, for which normalization={self.normalization!r} has no use; "
+                "give statistics='current', or normalization='minmax' or 'range'"
+            )
+
+    @property
+    def random(self) -> bool:
+        """Whether an element can go unselected."""
+        return self.normalization != "constant" or self.keep_probability != 1
+
+    def arguments(self) -> dict:
+        """As the operators take it; the scope is settled above them, by the statistics they are handed."""
+        return {
+            "threshold": float(self.threshold),
+            "sharpness": float(self.sharpness),
+            "normalization": NORMALIZATIONS.index(self.normalization),
+            "salient": self.direction == "salient",
+            "previous": self.statistics == "previous",
+            "rescale": self.rescale,
+            "min_probability": float(self.min_probability),
+            "keep_probability": float(self.keep_probability),
+            "target_update": self.target == "update",
+        }
+
+    @classmethod
+    def of(cls, arguments: dict) -> "Selection":
+        """The inverse of `arguments`."""
+        named = {name: arguments[name] for name in ("threshold", "sharpness", "rescale", "min_probability", "keep_probability")}
+        return cls(
+            normalization=NORMALIZATIONS[arguments["normalization"]],
+            direction=DIRECTIONS[arguments["salient"]],
+            scope="tensor",
+            statistics=STATISTICS[arguments["previous"]],
+            target=TARGETS[arguments["target_update"]],
+            **named,
+        )
+
+
+CHOICES = {"normalization": NORMALIZATIONS, "direction": DIRECTIONS, "scope": SCOPES, "statistics": STATISTICS, "target": TARGETS}
+RANGES = (
+    ("threshold", lambda x: True, "that is finite"),
+    ("sharpness", lambda x: x >= 0, "that is finite and not negative"),
+    ("min_probability", lambda x: 0 <= x <= 1, "in [0, 1]"),
+    ("keep_probability", lambda x: 0 < x <= 1, "in (0, 1]"),
+)
+FIELDS = tuple(field.name for field in dataclasses.fields(Selection))
+make_selection = functools.lru_cache(maxsize=64, typed=True)(Selection)  # groups are read every step; their options rarely change
+
+OPTIONS = (
+    "float threshold, float sharpness, int normalization, bool salient, bool previous, bool rescale, "
+    "float min_probability, float keep_probability, bool target_update"
+)
+# layout: per tensor stream, offset, run, stride. scope_statistics: [1 or T, 2] float64 minimum and maximum of s, or
+# [1 or T, RANK_BINS] int64 counts, over a wider scope than the tensor; None: over each tensor.
+STEP = (
+    "Tensor({}!)[] steps, Tensor({}!)[] saliency_mins, Tensor({}!)[] saliency_maxs, *, Tensor? scope_statistics, int[] layout, "
+    "Tensor? grad_scale, Tensor? found_inf, float lr, Tensor? lr_tensor, float weight_decay, bool maximize, int seed, "
+)
+SCHEMAS = {
+    "selective_adamw_": "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, "
+    + STEP.format(*"efg")
+    + f"float beta1, float beta2, Tensor? beta1_tensor, Tensor? beta2_tensor, float eps, {OPTIONS}",
+    "selective_sgd_": "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
+    + STEP.format(*"cde")
+    + f"float momentum, float dampening, bool nesterov, {OPTIONS}",
+    "select_gradients_": f"Tensor(a!)[] grads, Tensor[] saliencies, *, Tensor? scope_statistics, int[] layout, int step, int seed, {OPTIONS}",
+    # Joins into `out`: one row for all tensors together, or a row each. sizes: elements of the unsharded tensors; empty: as they are.
+    "selective_statistics_": "Tensor[] grads, Tensor[] saliencies, *, int[] layout, int[] sizes, int normalization, Tensor? grad_scale, Tensor(a!) out",
+    "selection_probability_": f"Tensor grad, Tensor? saliency, *, Tensor(a!) out, {OPTIONS}",
+    "selection_mask_": f"Tensor grad, Tensor? saliency, *, Tensor(a!) out, int[] layout, int step, int seed, {OPTIONS}",
+}
+
+# Which of the positional arguments an operator writes into.
+WRITTEN = {name: [i for i, text in enumerate(schema.split("*,")[0].split(", ")) if "!" in text] for name, schema in SCHEMAS.items()}
+
+
+def _register(name: str, schema: str) -> None:
+    """Defines the operator; the reference is its default kernel, so that it exists on every device."""
+    torch.library.define(f"uegr_kernels::{name}", f"({schema}) -> ()")
+
+    def default(*args, **kwargs):
+        if "salient" in kwargs:
+            selection = Selection.of(kwargs)
+            kwargs = {key: value for key, value in kwargs.items() if key not in selection.arguments()} | {"selection": selection}
+        else:
+            kwargs["normalization"] = NORMALIZATIONS[kwargs["normalization"]]
+        getattr(reference, name)(*args, **kwargs)
+
+    torch.library.impl(f"uegr_kernels::{name}", "CompositeExplicitAutograd", default)
+    torch.library.register_fake(f"uegr_kernels::{name}", lambda *args, **kwargs: None)
+
+
+for _name, _schema in SCHEMAS.items():
+    _register(_name, _schema)
+
+
+def call(name: str, backend: str, *tensors, **options) -> None:
+    """Runs the operator on a chosen backend ("reference", "cpp", "cuda" or "triton").
+
+    Arguments as in SCHEMAS, with the options as one `selection`, a normalisation by its name.
+    """
+    if backend == "reference" and not torch.compiler.is_compiling():
+        getattr(reference, name)(*tensors, **options)
+        return
+    if "selection" in options:
+        options |= options.pop("selection").arguments()
+    else:
+        options["normalization"] = NORMALIZATIONS.index(options["normalization"])
+    getattr(torch.ops.uegr_kernels, name).default(*tensors, **options)
+    # Kernels registered outside PyTorch leave the versions alone, and autograd would miss a stale graph.
+    written = [tensors[i] for i in WRITTEN[name]] + ([options["out"]] if "out" in options else [])
+    torch.autograd.graph.increment_version([t for group in written for t in (group if isinstance(group, list) else [group])])
+
+
+def choose(name: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that serves operator `name` (core.backends.choose)."""
+    return backends.choose(backend, f"selective.{name}", device, dtype)
+
+
+def scope_statistics(parts: list[dict], normalization: str) -> Tensor:
+    """The statistics of s over the tensors of all parts together, as the operators take them.
+
+    A part has `grads`, `saliencies`, `layout`, `grad_scale`, a chosen `backend`, and `kept`: None, or lists of the minima and maxima that
+    stand for the tensors (NaN: nothing kept yet). The reference alone ranks exactly; where a compiled kernel takes part, all share its histogram.
+    """
+    if normalization == "rank" and all(part["backend"] == "reference" for part in parts):
+        return reference.ordered_saliency(parts)
+    home = parts[0]["grads"][0].device
+    if normalization == "rank":
+        out = torch.zeros(1, reference.RANK_BINS, dtype=torch.int64, device=home)
+    else:
+        out = torch.tensor([[torch.inf, -torch.inf]], dtype=torch.float64, device=home)
+    for part in parts:
+        grads, saliencies, layout = part["grads"], part["saliencies"], part["layout"]
+        if part["kept"] is not None:
+            low, high = (torch.stack(values).to(home, torch.float64) for values in part["kept"])
+            missing = low.isnan()
+            joined = torch.stack((low.masked_fill(missing, torch.inf).amin(), high.masked_fill(missing, -torch.inf).amax()))
+            out = torch.stack((torch.minimum(out[0, 0], joined[0]), torch.maximum(out[0, 1], joined[1])))[None]
+            first = missing.nonzero().flatten().tolist()
+            grads, layout = [grads[i] for i in first], [x for i in first for x in layout[4 * i : 4 * i + 4]]
+        if grads:
+            into = out.to(grads[0].device)
+            options = {"layout": layout, "sizes": [], "normalization": normalization, "grad_scale": part["grad_scale"]}
+            call("selective_statistics_", part["backend"], grads, saliencies, **options, out=into)
+            out = into.to(home)
+    return out
