@@ -1,0 +1,181 @@
+// Elements over threads on the CPU: blocks of words from the generator, blocks of elements from any strides and dtype.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
+#include "math.h"
+#include "philox.h"
+
+namespace uegr {
+
+constexpr int block_size = 256; // elements that pass through L1 together
+
+#if defined(__AVX512F__)
+typedef uint64_t Lanes __attribute__((vector_size(64)));
+constexpr int philox_chains = 4;
+template <> inline Lanes multiply_low(Lanes a, Lanes b) { return (Lanes)_mm512_maskz_mul_epu32(255, (__m512i)a, (__m512i)b); } // unmasked: GCC 12 warns
+inline Lanes low_pairs(Lanes a, Lanes b) { return __builtin_shuffle(a, b, Lanes{0, 8, 1, 9, 2, 10, 3, 11}); }
+inline Lanes high_pairs(Lanes a, Lanes b) { return __builtin_shuffle(a, b, Lanes{4, 12, 5, 13, 6, 14, 7, 15}); }
+#elif defined(__AVX2__)
+typedef uint64_t Lanes __attribute__((vector_size(32)));
+constexpr int philox_chains = 2;
+template <> inline Lanes multiply_low(Lanes a, Lanes b) { return (Lanes)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
+inline Lanes low_pairs(Lanes a, Lanes b) { return __builtin_shuffle(a, b, Lanes{0, 4, 1, 5}); }
+inline Lanes high_pairs(Lanes a, Lanes b) { return __builtin_shuffle(a, b, Lanes{2, 6, 3, 7}); }
+#else
+typedef uint64_t Lanes __attribute__((vector_size(16)));
+constexpr int philox_chains = 2;
+#ifdef __SSE2__
+template <> inline Lanes multiply_low(Lanes a, Lanes b) { return (Lanes)_mm_mul_epu32((__m128i)a, (__m128i)b); }
+#endif
+inline Lanes low_pairs(Lanes a, Lanes b) { return __builtin_shuffle(a, b, Lanes{0, 2}); }
+inline Lanes high_pairs(Lanes a, Lanes b) { return __builtin_shuffle(a, b, Lanes{1, 3}); }
+#endif
+constexpr int lane_count = sizeof(Lanes) / sizeof(uint64_t);
+
+// The words of block_size elements from the counter q on: element 4q + j has the j-th output of counter q.
+inline void fill_words(uint32_t* words, uint64_t q, uint32_t step, uint32_t stream, const RoundKeys<Lanes>& keys) {
+    constexpr int chains = philox_chains;
+    Lanes first;
+    for (int i = 0; i < lane_count; ++i) first[i] = q + i;
+    for (int done = 0; done < block_size / 4; done += chains * lane_count) {
+        Lanes c[4][chains];
+#pragma GCC unroll 4
+        for (int i = 0; i < chains; ++i) {
+            c[0][i] = first + static_cast<uint64_t>(done + i * lane_count);
+            c[1][i] = c[0][i] >> 32;
+            c[2][i] = Lanes{} + static_cast<uint64_t>(step);
+            c[3][i] = Lanes{} + static_cast<uint64_t>(stream);
+        }
+        philox4x32<chains>(c, keys);
+#pragma GCC unroll 4
+        for (int i = 0; i < chains; ++i) {
+            Lanes low = (c[0][i] & 0xffffffffu) | (c[1][i] << 32), high = (c[2][i] & 0xffffffffu) | (c[3][i] << 32);
+            Lanes pairs[2] = {low_pairs(low, high), high_pairs(low, high)};
+            memcpy(words + 4 * (done + i * lane_count), pairs, sizeof(pairs));
+        }
+    }
+}
+
+// Where local element l of a shard lies in the unsharded tensor: offset + (l / run) * stride + l % run.
+struct Layout {
+    int64_t stream, offset, run, stride;
+};
+
+// The words of elements [begin, begin + n), n <= block_size, at the start of what is returned; `words` holds 2 blocks and 4 more.
+inline const uint32_t* element_words(uint32_t* words, int64_t begin, int n, const Layout& at, uint32_t step, const RoundKeys<Lanes>& keys) {
+    const uint32_t stream = static_cast<uint32_t>(at.stream);
+    const int64_t index = at.offset + begin / at.run * at.stride + begin % at.run, within = at.run - begin % at.run;
+    if (index % 4 == 0 && within >= n) {
+        fill_words(words, index / 4, step, stream, keys);
+        return words;
+    }
+    for (int done = 0; done < n;) { // run by run, each from the counter its first element belongs to
+        const int64_t l = begin + done, left = at.run - l % at.run;
+        const int64_t from = at.offset + l / at.run * at.stride + l % at.run;
+        const int skip = static_cast<int>(from % 4);
+        const int64_t most = minimum<int64_t>(left, block_size - skip);
+        const int count = static_cast<int>(minimum<int64_t>(most, n - done));
+        uint32_t* fresh = words + block_size + 4;
+        fill_words(fresh, from / 4, step, stream, keys);
+        memcpy(words + done, fresh + skip, count * sizeof(uint32_t));
+        done += count;
+    }
+    return words;
+}
+
+enum class Storage : uint8_t { float32, bfloat16, float16, float64, boolean };
+
+// A tensor's memory: walked in row-major order of its elements, whatever its strides.
+struct View {
+    char* data = nullptr;
+    Storage storage = Storage::float32;
+    bool contiguous = true;
+    int dim = 0;
+    const int64_t* sizes = nullptr;
+    const int64_t* strides = nullptr;
+};
+
+// Calls piece(done, offset, count, stride) for the runs along the last axis that make up elements [begin, begin + n).
+template <class Piece> void walk(const View& view, int64_t begin, int n, Piece piece) {
+    if (view.contiguous || view.dim == 0) return piece(0, begin, n, int64_t(1));
+    const int last = view.dim - 1;
+    for (int done = 0; done < n;) {
+        int64_t rest = begin + done, offset = 0;
+        const int64_t column = rest % view.sizes[last];
+        for (int d = last; d >= 0; --d) {
+            offset += rest % view.sizes[d] * view.strides[d];
+            rest /= view.sizes[d];
+        }
+        const int count = static_cast<int>(minimum<int64_t>(n - done, view.sizes[last] - column));
+        piece(done, offset, count, view.strides[last]);
+        done += count;
+    }
+}
+
+template <class T, class Source, class Widen> void load_as(const View& view, int64_t begin, int n, T* out, Widen widen) {
+    const Source* data = reinterpret_cast<const Source*>(view.data);
+    walk(view, begin, n, [&](int done, int64_t offset, int count, int64_t stride) {
+        if (stride == 1)
+            for (int i = 0; i < count; ++i) out[done + i] = static_cast<T>(widen(data[offset + i]));
+        else
+            for (int i = 0; i < count; ++i) out[done + i] = static_cast<T>(widen(data[offset + i * stride]));
+    });
+}
+
+// Elements [begin, begin + n) in the arithmetic's type.
+template <class T> void load(const View& view, int64_t begin, int n, T* out) {
+    switch (view.storage) {
+    case Storage::float32: load_as<T, float>(view, begin, n, out, [](float x) { return x; }); break;
+    case Storage::bfloat16: load_as<T, uint16_t>(view, begin, n, out, widen_bfloat16); break;
+    case Storage::float16: load_as<T, uint16_t>(view, begin, n, out, widen_float16); break;
+    case Storage::float64: load_as<T, double>(view, begin, n, out, [](double x) { return x; }); break;
+    case Storage::boolean: load_as<T, uint8_t>(view, begin, n, out, [](uint8_t x) { return x; }); break;
+    }
+}
+
+// The same with zeros up to a whole block: no loop has a tail of its own.
+template <class T> void load_block(const View& view, int64_t begin, int n, T* out) {
+    load(view, begin, n, out);
+    for (int i = n; i < block_size; ++i) out[i] = 0;
+}
+
+template <class Target, class Narrow> void store_as(const View& view, int64_t begin, int n, Narrow narrow) {
+    Target* data = reinterpret_cast<Target*>(view.data);
+    walk(view, begin, n, [&](int done, int64_t offset, int count, int64_t stride) {
+        if (stride == 1)
+            for (int i = 0; i < count; ++i) data[offset + i] = narrow(done + i);
+        else
+            for (int i = 0; i < count; ++i) data[offset + i * stride] = narrow(done + i);
+    });
+}
+
+// Writes them back, 16-bit floats to nearest; a bfloat16 by its words, shifted right by `shift`, where there are some.
+template <class T> void store_block(const View& view, int64_t begin, int n, const T* x, const uint32_t* words = nullptr, int shift = 0) {
+    auto single = [&](int i) { return static_cast<float>(x[i]); };
+    switch (view.storage) {
+    case Storage::float32: store_as<float>(view, begin, n, single); break;
+    case Storage::bfloat16:
+        if (words) store_as<uint16_t>(view, begin, n, [&](int i) { return cut_bfloat16(single(i), words[i] >> shift & 0xffffu); });
+        else store_as<uint16_t>(view, begin, n, [&](int i) { return round_bfloat16(single(i)); });
+        break;
+    case Storage::float16: store_as<uint16_t>(view, begin, n, [&](int i) { return round_float16(single(i)); }); break;
+    case Storage::float64: store_as<double>(view, begin, n, [&](int i) { return static_cast<double>(x[i]); }); break;
+    case Storage::boolean: store_as<uint8_t>(view, begin, n, [&](int i) { return static_cast<uint8_t>(x[i] != 0); }); break;
+    }
+}
+
+template <class T> constexpr Storage storage_of = sizeof(T) == 8 ? Storage::float64 : Storage::float32;
+
+// The block itself where it lies in memory as the arithmetic wants it, else a copy of it in `scratch`.
+template <class T> T* block_at(const View& view, int64_t begin, int n, T* scratch) {
+    if (view.contiguous && view.storage == storage_of<T> && n == block_size) return reinterpret_cast<T*>(view.data) + begin;
+    load_block(view, begin, n, scratch);
+    return scratch;
+}
+
+} // namespace uegr

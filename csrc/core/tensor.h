@@ -1,0 +1,74 @@
+// The only header that includes torch (its stable ABI): tensors as views, with checks that name what is wrong.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "loops_cpu.h"
+
+namespace uegr {
+
+// Makes an operator's function callable from library.cpp's table.
+#define EXPORT_BOXED(name)                                                                                             \
+    void boxed_##name(StableIValue* stack, uint64_t arguments, uint64_t results) {                                     \
+        TORCH_BOX(&name)(stack, arguments, results);                                                                   \
+    }
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using OptionalTensor = std::optional<Tensor>;
+
+inline std::optional<Storage> storage(const Tensor& t) {
+    switch (t.scalar_type()) {
+    case ScalarType::Float: return Storage::float32;
+    case ScalarType::BFloat16: return Storage::bfloat16;
+    case ScalarType::Half: return Storage::float16;
+    case ScalarType::Double: return Storage::float64;
+    case ScalarType::Bool: return Storage::boolean;
+    default: return std::nullopt;
+    }
+}
+
+// The memory of a CPU tensor; what is written must not overlap itself.
+inline View view(const Tensor& t, const char* name, bool written) {
+    STD_TORCH_CHECK(t.is_cpu(), name, " is not on the CPU; move it, or use backend='auto'");
+    const auto type = storage(t);
+    STD_TORCH_CHECK(type.has_value(), name, " has an unsupported dtype; use float32, bfloat16, float16 or float64");
+    View v;
+    v.data = static_cast<char*>(t.data_ptr());
+    v.storage = *type;
+    v.dim = static_cast<int>(t.dim());
+    v.sizes = t.sizes().data();
+    v.strides = t.strides().data();
+    int64_t dense = 1;
+    for (int d = v.dim - 1; d >= 0; --d) {
+        if (v.sizes[d] != 1 && v.strides[d] != dense) v.contiguous = false;
+        STD_TORCH_CHECK(!(written && v.sizes[d] > 1 && v.strides[d] == 0), name,
+                        " is expanded: its elements share memory and cannot be written; call .clone() on it first");
+        dense *= v.sizes[d];
+    }
+    return v;
+}
+
+inline void check_same_shape(const View& a, const View& b, const char* name, size_t i) {
+    bool same = a.dim == b.dim;
+    for (int d = 0; same && d < a.dim; ++d) same = a.sizes[d] == b.sizes[d];
+    STD_TORCH_CHECK(same, name, "[", i, "] has another shape than its parameter; they must be equal");
+}
+
+// The value of a CPU tensor with one element.
+inline double scalar(const Tensor& t, const char* name) {
+    STD_TORCH_CHECK(t.is_cpu() && t.numel() == 1, name, " must be a CPU tensor with one element");
+    double value;
+    load(view(t, name, false), 0, 1, &value);
+    return value;
+}
+
+} // namespace uegr

@@ -1,0 +1,139 @@
+// The selective step, element by element: Eq. 7-9 and the AdamW and SGD lines of Algorithm 1.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "../core/math.h"
+#include "../core/philox.h"
+
+namespace uegr {
+
+// The numbers Python's names travel as (uegr_kernels/selective/op.py).
+enum class Normalization : int64_t { minmax, range, rank, constant };
+
+constexpr int rank_bins = 0x7F80;         // the upper 16 bits of a finite |g|
+constexpr int64_t rank_sampled = 1 << 20; // a rank over more elements than this takes every k-th
+
+// The selection options as the operators take them; scope and statistics are settled outside.
+struct SelectionOptions {
+    double threshold, sharpness;
+    Normalization normalization;
+    bool salient, previous, rescale;
+    double min_probability, keep_probability;
+    bool target_update;
+};
+
+// Every how many elements a rank over `size` of them takes.
+HOST_DEVICE int64_t rank_stride(int64_t size) { return size > rank_sampled ? (size >> 20) | 1 : 1; }
+
+// |g| converted to float32 toward zero, by its upper 16 bits: those of a positive float order as it does.
+HOST_DEVICE int rank_bin(float magnitude) { return static_cast<int>(bit_cast<uint32_t>(magnitude) >> 16); }
+HOST_DEVICE int rank_bin(double magnitude) {
+    float rounded = static_cast<float>(magnitude);
+    uint32_t bits = bit_cast<uint32_t>(rounded) - (rounded > magnitude ? 1 : 0);
+    return static_cast<int>(bits >> 16);
+}
+
+// s = g*g (Eq. 7); one that overflows is the largest float, and so is that of a NaN, which then counts nowhere.
+template <class T> HOST_DEVICE T saliency(T g) { return minimum(g * g, Float<T>::largest); }
+template <class T> HOST_DEVICE bool finite(T g) { return absolute(g) <= Float<T>::largest; }
+
+// Eq. 8 and 9 with everything that is the same for all elements of a scope worked out:
+// z = d * 2*sharpness*(s~ - threshold) = (s - low) * up * scale + offset, held in [z_low, z_high].
+template <class T> struct Probability {
+    T low, up, scale, offset, z_low, z_high, largest_inverse;
+
+    Probability() = default;
+    // `s_min` > `s_max` says that nothing is finite.
+    Probability(const SelectionOptions& o, double s_min, double s_max) {
+        // A span below this has no reciprocal: s is scaled up by a power of two first.
+        constexpr bool wide = sizeof(T) == 8;
+        const double tiny = wide ? 0x1p-900 : 0x1p-100, raise = wide ? 0x1p+900 : 0x1p+100;
+        const double d = o.salient ? -1.0 : 1.0, steepness = d * 2 * o.sharpness;
+        s_min = minimum(s_min, static_cast<double>(Float<T>::largest)), s_max = minimum(s_max, static_cast<double>(Float<T>::largest));
+        const T span = static_cast<T>(s_max) - static_cast<T>(s_min);
+        low = o.normalization == Normalization::minmax ? static_cast<T>(s_min) : T(0);
+        up = span < tiny ? static_cast<T>(raise) : T(1);
+        scale = span > 0 ? held(steepness / (static_cast<double>(span) * up)) : T(0);
+        offset = held(-steepness * o.threshold);
+        // exp holds its argument between these; above 17 the cap on 1/p decides anyhow.
+        z_low = -80, z_high = 40;
+        if (o.previous) { // s~ is held in [0, 1]: so is z, between its values there
+            const double at_zero = -steepness * o.threshold, at_one = steepness * (1 - o.threshold);
+            z_low = static_cast<T>(maximum(-80.0, minimum(40.0, minimum(at_zero, at_one))));
+            z_high = static_cast<T>(maximum(-80.0, minimum(40.0, maximum(at_zero, at_one))));
+        }
+        largest_inverse = static_cast<T>(1 / maximum(o.min_probability, 0x1p-24));
+    }
+
+    // Finite, since 0 * inf is NaN.
+    static T held(double x) {
+        return static_cast<T>(minimum(maximum(x, -static_cast<double>(Float<T>::largest)), static_cast<double>(Float<T>::largest)));
+    }
+
+    // 1/p = min(1 + exp(z), largest): no division.
+    HOST_DEVICE T inverse(T s) const {
+        T z = (s - low) * up * scale + offset;
+        return minimum(T(1) + exponential(maximum(minimum(z, z_high), z_low)), largest_inverse);
+    }
+};
+
+// 1/p of a rank in [0, 1], and of normalization "constant".
+template <class T> HOST_DEVICE T inverse_of_rank(T rank, T steepness, T threshold, T largest_inverse) {
+    T z = steepness * (rank - threshold);
+    return minimum(T(1) + exponential(maximum(minimum(z, T(40)), T(-80))), largest_inverse);
+}
+HOST_DEVICE double inverse_of_constant(const SelectionOptions& o) {
+    return minimum(1 / o.keep_probability, 1 / maximum(o.min_probability, 0x1p-24));
+}
+
+// What a drawn element is multiplied by: 1/p (or 1, without rescale) where u < p, that is u * 1/p < 1; else 0.
+template <bool rescale, class T> HOST_DEVICE T drawn_factor(T inverse, uint32_t word) {
+    return uniform<T>(word) * inverse < 1 ? (rescale ? inverse : T(1)) : T(0);
+}
+
+// The scalars of one tensor's AdamW line.
+template <class T> struct AdamW {
+    T beta1, beta2, complement1, complement2, decay, step_size, root_correction2, eps;
+
+    AdamW() = default;
+    AdamW(double lr, double beta1_, double beta2_, double weight_decay, double eps_, double step)
+        : beta1(beta1_), beta2(beta2_), complement1(1 - beta1_), complement2(1 - beta2_), decay(lr * weight_decay),
+          step_size(lr / (1 - std::pow(beta1_, step))), root_correction2(std::sqrt(1 - std::pow(beta2_, step))), eps(eps_) {}
+
+    // factor: b/p. target "gradient": g~ = b*g/p feeds the moments; "update": g does, and b/p multiplies the step.
+    template <bool update, bool amsgrad> HOST_DEVICE void step(T& theta, T g, T factor, T& m, T& v, T& v_max) const {
+        const T fed = update ? g : g * factor;
+        m = m + complement1 * (fed - m);
+        v = v * beta2 + complement2 * fed * fed;
+        if (amsgrad) v_max = maximum(v, v_max);
+        const T denominator = std::sqrt(amsgrad ? v_max : v) / root_correction2 + eps;
+        const T change = decay * theta + step_size * m / denominator;
+        theta = theta - (update ? factor * change : change);
+    }
+};
+
+// The scalars of one SGD line.
+template <class T> struct SGD {
+    T lr, momentum, complement, weight_decay;
+    bool nesterov;
+
+    SGD() = default;
+    SGD(double lr_, double momentum_, double dampening, double weight_decay_, bool nesterov_)
+        : lr(lr_), momentum(momentum_), complement(1 - dampening), weight_decay(weight_decay_), nesterov(nesterov_) {}
+
+    // A buffer starts as -0.0, which no update leaves behind (+ 0): its first value is the gradient itself, without dampening.
+    template <bool update, bool has_momentum> HOST_DEVICE void step(T& theta, T g, T factor, T& buffer) const {
+        T fed = (update ? g : g * factor) + weight_decay * theta;
+        if (has_momentum) {
+            using Bits = typename Float<T>::Bits;
+            const bool fresh = bit_cast<Bits>(buffer) == Bits(1) << (8 * sizeof(T) - 1);
+            buffer = (fresh ? fed : buffer * momentum + complement * fed) + T(0);
+            fed = nesterov ? fed + momentum * buffer : buffer;
+        }
+        theta = theta - (update ? factor * lr : lr) * fed;
+    }
+};
+
+} // namespace uegr

@@ -1,0 +1,592 @@
+// The selecting operators on the CPU: checks, statistics, loop. The formulas are selective.h's.
+//
+// A tensor passes through L1 in blocks of 256: words of the generator, then b/p of every element, then the optimizer's line.
+// One parallel region serves a whole call. Its threads take items from a counter: a pack of small tensors, whose statistics and update
+// follow each other while g is in cache, or a piece of a large one, whose updates wait for statistics that were taken before them.
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <thread>
+#include <utility>
+
+#include "../core/tensor.h"
+#include "selective.h"
+
+namespace uegr {
+namespace {
+
+constexpr int64_t item_size = 1 << 18; // elements; their gradient fits a second-level cache
+constexpr int64_t rank_slots = 8;      // tables of large tensors that are alive at a time
+constexpr int rank_table = rank_bins + 1; // 1/p by bin; the last one serves what is not finite
+
+// Least and largest |x| over finite elements, as bits: those of non-negative floats order as the floats do.
+template <class T> struct Extremes {
+    using Bits = typename Float<T>::Bits;
+    Bits low = ~Bits(0), high = 0;
+
+    void add(const T* x, int64_t n) {
+        Bits least = low, most = high;
+        for (int64_t i = 0; i < n; ++i) {
+            const Bits bits = bit_cast<Bits>(absolute(x[i]));
+            const Bits counted = bits < Float<T>::infinity ? bits : 0;
+            least = bits < least ? bits : least;
+            most = counted > most ? counted : most;
+        }
+        low = least, high = most;
+    }
+    bool empty() const { return low >= Float<T>::infinity; }
+};
+
+// One tensor of a call.
+template <class T, class Line> struct Entry {
+    using Bits = typename Float<T>::Bits;
+    View g, s, theta, states[3]; // s: a saliency in the place of g*g; states: in the operator's order
+    int states_count = 0;
+    int64_t size = 0;
+    Layout layout{};
+    uint32_t step = 0;
+    Line line{};
+    Probability<T> probability{};
+    const float* by_bin = nullptr; // "rank"
+    View kept[2];                  // "previous": minimum and maximum of s
+    bool own_statistics = false;   // gathered in this call, before the update
+    std::atomic<bool> ready{false};
+    std::atomic<int> statistics_left{0}, updates_left{0};
+    std::atomic<Bits> low{~Bits(0)}, high{0};
+
+    void join(const Extremes<T>& found) {
+        for (Bits now = low; found.low < now && !low.compare_exchange_weak(now, found.low);) {}
+        for (Bits now = high; found.high > now && !high.compare_exchange_weak(now, found.high);) {}
+    }
+    // Minimum and maximum of s; infinity and its negative where nothing is finite.
+    std::pair<double, double> range() const {
+        if (low >= Float<T>::infinity) return {INFINITY, -INFINITY};
+        const T least = bit_cast<T>(low.load()), most = bit_cast<T>(high.load());
+        return s.data ? std::pair<double, double>(least, most) : std::pair<double, double>(saliency(least), saliency(most));
+    }
+};
+
+template <class T, class Line> struct Call {
+    // What an operator does with a block of parameters, gradients, factors b/p and states.
+    using LineBlock = void (*)(const Line&, T* theta, const T* g, const T* factor, T* const* states);
+    SelectionOptions options{};
+    uint64_t seed = 0;
+    T unscale = 1;         // 1/grad_scale, negative to maximize
+    bool draws = true;     // false: every u is 0
+    bool rounding = false; // some state is bfloat16
+    LineBlock line_block = nullptr; // null: statistics alone
+    std::vector<std::unique_ptr<Entry<T, Line>>> entries;
+
+    bool random() const { return draws && (options.normalization != Normalization::constant || inverse_of_constant(options) != 1); }
+};
+
+// 1/p by bin from counts by bin, in place; bins outside [first, last] are taken to be empty and left alone.
+void table_from_counts(float* table, int first, int last, const SelectionOptions& o) {
+    double total = 0;
+    for (int bin = first; bin <= last; ++bin) total += table[bin];
+    double below = 0;
+    for (int bin = first; bin <= last; ++bin) {
+        const double count = table[bin];
+        table[bin] = static_cast<float>(below / std::max(total, 1.0));
+        below += count;
+    }
+    const float steepness = static_cast<float>((o.salient ? -2.0 : 2.0) * o.sharpness), threshold = static_cast<float>(o.threshold);
+    const float largest = static_cast<float>(1 / std::max(o.min_probability, 0x1p-24));
+    for (int bin = first; bin <= last; ++bin) table[bin] = inverse_of_rank(table[bin], steepness, threshold, largest);
+    table[rank_bins] = 1;
+}
+
+// b/p of a block; `inverse(i)` is element i's 1/p.
+template <bool rescale, class T, class Inverse> void factor_block(const T* g, const uint32_t* words, T* factor, Inverse inverse) {
+    for (int i = 0; i < block_size; ++i) {
+        const T drawn = drawn_factor<rescale>(inverse(i), words[i]);
+        factor[i] = finite(g[i]) ? drawn : T(1);
+    }
+}
+
+// A thread at work on a call.
+template <class T, class Line> struct Worker {
+    const Call<T, Line>& call;
+    RoundKeys<Lanes> keys, rounding_keys;
+    std::vector<float> table; // "rank": of a small tensor
+    alignas(64) T g[block_size], s[block_size], factor[block_size], theta[block_size], states[3][block_size];
+    alignas(64) uint32_t words[2 * block_size + 4] = {}, rounding[2 * block_size + 4];
+
+    explicit Worker(const Call<T, Line>& call) : call(call), keys(call.seed), rounding_keys(call.seed ^ rounding_key) {
+        if (call.options.normalization == Normalization::rank) table.resize(rank_table);
+    }
+
+    const T* gradient(const Entry<T, Line>& e, int64_t begin, int n) {
+        const T* block = block_at(e.g, begin, n, g);
+        if (call.unscale == 1) return block;
+        for (int i = 0; i < block_size; ++i) g[i] = block[i] * call.unscale;
+        return g;
+    }
+
+    // Calls block(begin, n) for the blocks of [begin, end).
+    template <class Block> static void blocks(int64_t begin, int64_t end, Block block) {
+        for (; begin < end; begin += block_size) block(begin, static_cast<int>(std::min<int64_t>(block_size, end - begin)));
+    }
+
+    void gather(Entry<T, Line>& e, int64_t begin, int64_t end) {
+        Extremes<T> found;
+        const View& from = e.s.data ? e.s : e.g;
+        if (from.contiguous && from.storage == storage_of<T> && (e.s.data || call.unscale == 1))
+            found.add(reinterpret_cast<const T*>(from.data) + begin, end - begin);
+        else blocks(begin, end, [&](int64_t at, int n) { found.add(e.s.data ? block_at(e.s, at, n, s) : gradient(e, at, n), n); });
+        e.join(found);
+    }
+
+    // Counts by bin: elements [0, size) whose unsharded index is a multiple of `every`, each counting `weight`.
+    template <class Count> void count(const Entry<T, Line>& e, int64_t every, Count* counts, Count weight) {
+        auto add = [&](T x) {
+            x = e.s.data ? std::sqrt(x) : absolute(x * call.unscale);
+            if (finite(x)) counts[rank_bin(x)] += weight;
+        };
+        const View& from = e.s.data ? e.s : e.g;
+        if (every == 1) {
+            blocks(0, e.size, [&](int64_t at, int n) {
+                const T* x = block_at(from, at, n, s);
+                for (int i = 0; i < n; ++i) add(x[i]);
+            });
+            return;
+        }
+        const Layout& at = e.layout;
+        for (int64_t run = 0; run < e.size; run += at.run) {
+            const int64_t first = at.offset + run / at.run * at.stride, end = std::min(at.run, e.size - run);
+            for (int64_t l = (every - first % every) % every; l < end; l += every) {
+                T x;
+                load(from, run + l, 1, &x);
+                add(x);
+            }
+        }
+    }
+
+    void rank(Entry<T, Line>& e, float* into) {
+        int first = 0, last = rank_bins - 1;
+        const int64_t every = rank_stride(e.size);
+        if (every == 1) { // every element is counted: no other bin will be looked up
+            gather(e, 0, e.size);
+            const T least = bit_cast<T>(e.low.load()), most = bit_cast<T>(e.high.load());
+            first = e.low >= Float<T>::infinity ? 0 : rank_bin(e.s.data ? std::sqrt(least) : least);
+            last = e.low >= Float<T>::infinity ? 0 : rank_bin(e.s.data ? std::sqrt(most) : most);
+        }
+        std::fill(into + first, into + last + 1, 0.0f);
+        count(e, every, into, 1.0f);
+        table_from_counts(into, first, last, call.options);
+        e.by_bin = into;
+    }
+
+    void settle(Entry<T, Line>& e) const {
+        const auto range = e.range();
+        e.probability = Probability<T>(call.options, range.first, range.second);
+    }
+
+    template <bool rescale> void factors(const Entry<T, Line>& e, const T* g, int64_t begin, int n) {
+        const uint32_t* drawn = call.random() ? element_words(words, begin, n, e.layout, e.step, keys) : words;
+        const T* given = e.s.data ? block_at(e.s, begin, n, s) : nullptr;
+        if (call.options.normalization == Normalization::constant) {
+            const T inverse = static_cast<T>(inverse_of_constant(call.options));
+            factor_block<rescale>(g, drawn, factor, [&](int) { return inverse; });
+        } else if (call.options.normalization == Normalization::rank) {
+            const float* by_bin = e.by_bin;
+            auto look_up = [&](T magnitude) { return static_cast<T>(by_bin[std::min(rank_bin(magnitude), rank_bins)]); };
+            if (given) factor_block<rescale>(g, drawn, factor, [&](int i) { return look_up(std::sqrt(given[i])); });
+            else factor_block<rescale>(g, drawn, factor, [&](int i) { return look_up(absolute(g[i])); });
+        } else {
+            const Probability<T> probability = e.probability;
+            if (given) factor_block<rescale>(g, drawn, factor, [&](int i) { return finite(given[i]) ? probability.inverse(given[i]) : T(1); });
+            else factor_block<rescale>(g, drawn, factor, [&](int i) { return probability.inverse(saliency(g[i])); });
+        }
+    }
+
+    void update(Entry<T, Line>& e, int64_t begin, int64_t end) {
+        Extremes<T> found;
+        const bool gathers = e.kept[0].data && !e.own_statistics;
+        blocks(begin, end, [&](int64_t at, int n) {
+            const T* g = gradient(e, at, n);
+            if (gathers) found.add(g, n);
+            if (call.options.rescale) factors<true>(e, g, at, n);
+            else factors<false>(e, g, at, n);
+            T* parameters = block_at(e.theta, at, n, theta);
+            T* moments[3] = {};
+            for (int k = 0; k < e.states_count; ++k) moments[k] = block_at(e.states[k], at, n, states[k]);
+            call.line_block(e.line, parameters, g, factor, moments);
+            if (parameters == theta) store_block(e.theta, at, n, parameters);
+            const uint32_t* drawn = call.rounding ? element_words(rounding, at, n, e.layout, e.step, rounding_keys) : nullptr;
+            for (int k = 0; k < e.states_count; ++k)
+                if (moments[k] == states[k]) store_block(e.states[k], at, n, moments[k], drawn, k == 0 ? 0 : 16);
+        });
+        if (gathers) e.join(found);
+    }
+};
+
+struct Item {
+    enum Kind { pack, statistics, update } kind;
+    int64_t first, count, begin, end; // entries [first, first + count); elements [begin, end) of a large one
+};
+
+// The call's items, in an order in which each waits for earlier ones only. A large tensor's statistics stand one tensor ahead of its update.
+template <class T, class Line> std::vector<Item> plan(Call<T, Line>& call) {
+    std::vector<Item> items, updates;
+    auto flush = [&] { items.insert(items.end(), updates.begin(), updates.end()), updates.clear(); };
+    const int64_t count = static_cast<int64_t>(call.entries.size());
+    for (int64_t i = 0; i < count; ++i) {
+        auto& e = *call.entries[i];
+        if (e.size == 0) continue;
+        if (e.size <= item_size) {
+            const bool fits = !items.empty() && items.back().kind == Item::pack && items.back().first + items.back().count == i &&
+                              items.back().end + e.size <= item_size;
+            if (!fits) items.push_back({Item::pack, i, 0, 0, 0});
+            items.back().count += 1, items.back().end += e.size;
+            continue;
+        }
+        const int pieces = static_cast<int>((e.size + item_size - 1) / item_size);
+        const bool whole = call.options.normalization == Normalization::rank;
+        if (e.own_statistics) {
+            e.statistics_left = whole ? 1 : pieces;
+            for (int k = 0; k < e.statistics_left; ++k)
+                items.push_back({Item::statistics, i, 1, k * item_size, whole ? e.size : std::min(e.size, (k + 1) * item_size)});
+            flush();
+        }
+        e.updates_left = pieces;
+        for (int k = 0; k < pieces; ++k) updates.push_back({Item::update, i, 1, k * item_size, std::min(e.size, (k + 1) * item_size)});
+        if (!e.own_statistics) flush();
+    }
+    flush();
+    return items;
+}
+
+template <class T, class Line> void run(Call<T, Line>& call) {
+    const std::vector<Item> items = plan(call);
+    if (items.empty()) return;
+    const bool rank = call.options.normalization == Normalization::rank;
+    std::vector<std::vector<float>> slots(rank ? rank_slots : 0);
+    std::vector<Entry<T, Line>*> owners(slots.size(), nullptr);
+    std::vector<int64_t> slot_of(rank ? call.entries.size() : 0);
+    std::vector<Entry<T, Line>*> before(slot_of.size(), nullptr);
+    int64_t large = 0;
+    for (size_t i = 0; i < slot_of.size(); ++i)
+        if (call.entries[i]->size > item_size && call.entries[i]->own_statistics) {
+            slot_of[i] = large++ % rank_slots;
+            before[i] = std::exchange(owners[slot_of[i]], call.entries[i].get());
+            slots[slot_of[i]].resize(rank_table);
+        }
+    std::atomic<size_t> next{0};
+    auto work = [&] {
+        auto worker = std::make_unique<Worker<T, Line>>(call);
+        for (size_t at; (at = next++) < items.size();) {
+            const Item& item = items[at];
+            auto& e = *call.entries[item.first];
+            if (item.kind == Item::pack) {
+                for (int64_t i = item.first; i < item.first + item.count; ++i) {
+                    auto& small = *call.entries[i];
+                    if (small.own_statistics && rank) worker->rank(small, worker->table.data());
+                    else if (small.own_statistics) worker->gather(small, 0, small.size), worker->settle(small);
+                    if (call.line_block) worker->update(small, 0, small.size);
+                }
+            } else if (item.kind == Item::statistics) {
+                if (rank) {
+                    const auto* owner = before[item.first];
+                    while (owner && owner->updates_left > 0) std::this_thread::yield();
+                    worker->rank(e, slots[slot_of[item.first]].data());
+                } else {
+                    worker->gather(e, item.begin, item.end);
+                }
+                if (e.statistics_left.fetch_sub(1) == 1) {
+                    if (!rank) worker->settle(e);
+                    e.ready = true;
+                }
+            } else if (call.line_block) {
+                while (e.own_statistics && !e.ready) std::this_thread::yield();
+                worker->update(e, item.begin, item.end);
+                --e.updates_left;
+            }
+        }
+    };
+    const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), items.size());
+    if (threads <= 1) work();
+    else torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { work(); });
+}
+
+// --- The operators ---
+
+// A call with one entry by tensor, checked: gradients, saliencies (or none) and layouts.
+template <class T, class Line>
+Call<T, Line> make_call(const SelectionOptions& options, int64_t seed, const Tensors& grads, const Tensors& saliencies, const std::vector<int64_t>& layout) {
+    STD_TORCH_CHECK(layout.size() == 4 * grads.size(), "layout has ", layout.size(), " numbers; give stream, offset, run, stride by tensor");
+    STD_TORCH_CHECK(saliencies.empty() || saliencies.size() == grads.size(), "saliencies: ", saliencies.size(), " for ", grads.size(), " tensors");
+    Call<T, Line> call;
+    call.options = options;
+    call.seed = static_cast<uint64_t>(seed);
+    call.entries.reserve(grads.size());
+    for (size_t i = 0; i < grads.size(); ++i) {
+        auto e = std::make_unique<Entry<T, Line>>();
+        e->g = view(grads[i], "grads", false);
+        STD_TORCH_CHECK((e->g.storage == Storage::float64) == (sizeof(T) == 8), "float64 tensors need a call of their own");
+        if (!saliencies.empty()) {
+            e->s = view(saliencies[i], "saliencies", false);
+            check_same_shape(e->s, e->g, "saliencies", i);
+        }
+        e->size = grads[i].numel();
+        e->layout = {layout[4 * i], layout[4 * i + 1], std::max<int64_t>(layout[4 * i + 2], 1), layout[4 * i + 3]};
+        call.entries.push_back(std::move(e));
+    }
+    return call;
+}
+
+void table_from_row(const int64_t* counts, float* table, const SelectionOptions& o) {
+    int64_t total = 0;
+    for (int bin = 0; bin < rank_bins; ++bin) total += counts[bin];
+    // As shares of 2^24: only the ratios matter.
+    const double unit = 16777216.0 / static_cast<double>(std::max<int64_t>(total, 1));
+    for (int bin = 0; bin < rank_bins; ++bin) table[bin] = static_cast<float>(static_cast<double>(counts[bin]) * unit);
+    table_from_counts(table, 0, rank_bins - 1, o);
+}
+
+// Says where each entry's statistics come from: handed in, kept from the previous step, or this call. Returns the tables of handed-in counts.
+template <class T, class Line> std::vector<float> settle_statistics(Call<T, Line>& call, const OptionalTensor& given) {
+    std::vector<float> tables;
+    const bool rank = call.options.normalization == Normalization::rank;
+    if (given && call.options.normalization != Normalization::constant) {
+        STD_TORCH_CHECK(given->is_cpu() && given->is_contiguous() && given->dim() == 2 && given->size(1) == (rank ? rank_bins : 2) &&
+                            given->scalar_type() == (rank ? ScalarType::Long : ScalarType::Double),
+                        "scope_statistics must be contiguous on the CPU: [rows, 2] float64, or for rank [rows, ", rank_bins, "] int64");
+        const int64_t rows = given->size(0), tensors = static_cast<int64_t>(call.entries.size());
+        STD_TORCH_CHECK(rows == 1 || rows == tensors, "scope_statistics has ", rows, " rows; give one, or one for each of ", tensors, " tensors");
+        tables.resize(rank ? rows * rank_table : 0);
+        for (int64_t row = 0; rank && row < rows; ++row)
+            table_from_row(static_cast<const int64_t*>(given->const_data_ptr()) + row * rank_bins, &tables[row * rank_table], call.options);
+        for (int64_t i = 0; i < tensors; ++i) {
+            const int64_t row = rows == 1 ? 0 : i;
+            auto& e = *call.entries[i];
+            if (rank) {
+                e.by_bin = &tables[row * rank_table];
+            } else {
+                const double* range = static_cast<const double*>(given->const_data_ptr()) + 2 * row;
+                e.probability = Probability<T>(call.options, range[0], range[1]);
+            }
+        }
+        return tables;
+    }
+    for (auto& e : call.entries) {
+        double range[2] = {NAN, NAN};
+        if (e->kept[0].data) load(e->kept[0], 0, 1, &range[0]), load(e->kept[1], 0, 1, &range[1]);
+        if (std::isnan(range[0])) e->own_statistics = call.options.normalization != Normalization::constant; // nothing kept yet
+        else e->probability = Probability<T>(call.options, range[0], range[1]);
+    }
+    return tables;
+}
+
+// What AdamW and SGD share: checks of every list, then the steps advance, then the run. `states`: the operator's lists, empty ones unused.
+template <class T, class Line, class MakeLine>
+void step(Call<T, Line> call, const Tensors& params, const std::vector<const Tensors*>& states, const Tensors& steps, const Tensors& mins,
+          const Tensors& maxs, const OptionalTensor& scope_statistics, const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+          bool maximize, MakeLine make_line) {
+    const size_t n = params.size();
+    STD_TORCH_CHECK(call.entries.size() == n && steps.size() == n, "params, grads and steps must be lists of one length");
+    STD_TORCH_CHECK(mins.size() == maxs.size() && mins.size() == (call.options.previous ? n : 0),
+                    "saliency_mins and saliency_maxs belong to statistics='previous', one by parameter");
+    if (grad_scale) call.unscale = static_cast<T>(1 / scalar(*grad_scale, "grad_scale"));
+    if (maximize) call.unscale = -call.unscale;
+    const bool skip = found_inf && scalar(*found_inf, "found_inf") != 0;
+    std::vector<View> step_views;
+    for (size_t i = 0; i < n; ++i) {
+        auto& e = *call.entries[i];
+        e.theta = view(params[i], "params", true);
+        check_same_shape(e.g, e.theta, "grads", i);
+        for (const Tensors* list : states) {
+            if (list->empty()) continue;
+            STD_TORCH_CHECK(list->size() == n, "a list of states has another length than params");
+            View& state = e.states[e.states_count++] = view((*list)[i], "states", true);
+            check_same_shape(state, e.theta, "states", i);
+            call.rounding |= state.storage == Storage::bfloat16;
+        }
+        step_views.push_back(view(steps[i], "steps", true));
+        STD_TORCH_CHECK(steps[i].numel() == 1, "steps must have one element");
+        if (call.options.previous) e.kept[0] = view(mins[i], "saliency_mins", true), e.kept[1] = view(maxs[i], "saliency_maxs", true);
+    }
+    if (skip) return;
+    const auto tables = settle_statistics(call, scope_statistics);
+    double last = -1;
+    Line line;
+    for (size_t i = 0; i < n; ++i) {
+        double count;
+        load(step_views[i], 0, 1, &count);
+        count += 1;
+        store_block(step_views[i], 0, 1, &count);
+        if (count != last) line = make_line(last = count);
+        call.entries[i]->line = line;
+        call.entries[i]->step = static_cast<uint32_t>(count);
+    }
+    run(call);
+    for (auto& e : call.entries)
+        if (e->kept[0].data) {
+            const auto range = e->range();
+            store_block(e->kept[0], 0, 1, &range.first), store_block(e->kept[1], 0, 1, &range.second);
+        }
+}
+
+template <class T, bool update, bool amsgrad>
+void adamw_block(const AdamW<T>& line, T* __restrict theta, const T* __restrict g, const T* __restrict factor, T* const* states) {
+    T *__restrict m = states[0], *__restrict v = states[1], *__restrict v_max = amsgrad ? states[2] : nullptr;
+    for (int i = 0; i < block_size; ++i) {
+        T unused = 0;
+        line.template step<update, amsgrad>(theta[i], g[i], factor[i], m[i], v[i], amsgrad ? v_max[i] : unused);
+    }
+}
+
+template <class T, bool update, bool has_momentum>
+void sgd_block(const SGD<T>& line, T* __restrict theta, const T* __restrict g, const T* __restrict factor, T* const* states) {
+    T* __restrict buffer = has_momentum ? states[0] : nullptr;
+    for (int i = 0; i < block_size; ++i) {
+        T unused = 0;
+        line.template step<update, has_momentum>(theta[i], g[i], factor[i], has_momentum ? buffer[i] : unused);
+    }
+}
+
+struct NoLine {};
+template <class T> void multiply_block(const NoLine&, T* theta, const T* g, const T* factor, T* const*) { // theta may be g
+    for (int i = 0; i < block_size; ++i) theta[i] = g[i] * factor[i];
+}
+template <class T> void factor_out(const NoLine&, T* out, const T*, const T* factor, T* const*) {
+    for (int i = 0; i < block_size; ++i) out[i] = factor[i];
+}
+template <class T> void probability_out(const NoLine&, T* out, const T*, const T* factor, T* const*) {
+    for (int i = 0; i < block_size; ++i) out[i] = 1 / factor[i];
+}
+
+bool is_double(const Tensors& tensors) { return !tensors.empty() && tensors[0].scalar_type() == ScalarType::Double; }
+
+// Calls f<float>() or f<double>() by the gradients' dtype.
+#define BY_ARITHMETIC(tensors, ...)                                                                                                        \
+    if (is_double(tensors)) {                                                                                                              \
+        using T = double;                                                                                                                  \
+        __VA_ARGS__                                                                                                                        \
+    } else {                                                                                                                               \
+        using T = float;                                                                                                                   \
+        __VA_ARGS__                                                                                                                        \
+    }
+
+#define SELECTION_ARGUMENTS                                                                                                                \
+    double threshold, double sharpness, int64_t normalization, bool salient, bool previous, bool rescale, double min_probability,          \
+        double keep_probability, bool target_update
+#define SELECTION_OPTIONS                                                                                                                  \
+    SelectionOptions {                                                                                                                     \
+        threshold, sharpness, static_cast<Normalization>(normalization), salient, previous, rescale, min_probability, keep_probability,    \
+            target_update                                                                                                                  \
+    }
+
+double value_of(double value, const OptionalTensor& tensor, const char* name) { return tensor ? scalar(*tensor, name) : value; }
+
+} // namespace
+
+static void selective_adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs, Tensors steps,
+                      Tensors saliency_mins, Tensors saliency_maxs, OptionalTensor scope_statistics, std::vector<int64_t> layout,
+                      OptionalTensor grad_scale, OptionalTensor found_inf, double lr, OptionalTensor lr_tensor, double weight_decay,
+                      bool maximize, int64_t seed, double beta1, double beta2, OptionalTensor beta1_tensor, OptionalTensor beta2_tensor,
+                      double eps, SELECTION_ARGUMENTS) {
+    lr = value_of(lr, lr_tensor, "lr"), beta1 = value_of(beta1, beta1_tensor, "betas[0]"), beta2 = value_of(beta2, beta2_tensor, "betas[1]");
+    BY_ARITHMETIC(grads, {
+        auto call = make_call<T, AdamW<T>>(SELECTION_OPTIONS, seed, grads, {}, layout);
+        const bool amsgrad = !max_exp_avg_sqs.empty();
+        call.line_block = target_update ? (amsgrad ? adamw_block<T, true, true> : adamw_block<T, true, false>)
+                                        : (amsgrad ? adamw_block<T, false, true> : adamw_block<T, false, false>);
+        step(std::move(call), params, {&exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs}, steps, saliency_mins, saliency_maxs, scope_statistics,
+             grad_scale, found_inf, maximize, [&](double count) { return AdamW<T>(lr, beta1, beta2, weight_decay, eps, count); });
+    })
+}
+
+static void selective_sgd_(Tensors params, Tensors grads, Tensors momentum_buffers, Tensors steps, Tensors saliency_mins, Tensors saliency_maxs,
+                    OptionalTensor scope_statistics, std::vector<int64_t> layout, OptionalTensor grad_scale, OptionalTensor found_inf, double lr,
+                    OptionalTensor lr_tensor, double weight_decay, bool maximize, int64_t seed, double momentum, double dampening, bool nesterov,
+                    SELECTION_ARGUMENTS) {
+    lr = value_of(lr, lr_tensor, "lr");
+    BY_ARITHMETIC(grads, {
+        auto call = make_call<T, SGD<T>>(SELECTION_OPTIONS, seed, grads, {}, layout);
+        const bool has_momentum = !momentum_buffers.empty();
+        call.line_block = target_update ? (has_momentum ? sgd_block<T, true, true> : sgd_block<T, true, false>)
+                                        : (has_momentum ? sgd_block<T, false, true> : sgd_block<T, false, false>);
+        step(std::move(call), params, {&momentum_buffers}, steps, saliency_mins, saliency_maxs, scope_statistics, grad_scale, found_inf,
+             maximize, [&](double) { return SGD<T>(lr, momentum, dampening, weight_decay, nesterov); });
+    })
+}
+
+static void select_gradients_(Tensors grads, Tensors saliencies, OptionalTensor scope_statistics, std::vector<int64_t> layout, int64_t step,
+                       int64_t seed, SELECTION_ARGUMENTS) {
+    BY_ARITHMETIC(grads, {
+        auto call = make_call<T, NoLine>(SELECTION_OPTIONS, seed, grads, saliencies, layout);
+        call.line_block = multiply_block<T>;
+        for (size_t i = 0; i < grads.size(); ++i) {
+            call.entries[i]->theta = view(grads[i], "grads", true);
+            call.entries[i]->step = static_cast<uint32_t>(step);
+        }
+        const auto tables = settle_statistics(call, scope_statistics);
+        run(call);
+    })
+}
+
+static void selective_statistics_(Tensors grads, Tensors saliencies, std::vector<int64_t> layout, std::vector<int64_t> sizes, int64_t normalization,
+                           OptionalTensor grad_scale, Tensor out) {
+    SelectionOptions options{};
+    options.normalization = static_cast<Normalization>(normalization);
+    const bool rank = options.normalization == Normalization::rank;
+    const int64_t n = static_cast<int64_t>(grads.size());
+    STD_TORCH_CHECK(out.is_cpu() && out.is_contiguous() && out.dim() == 2 && (out.size(0) == 1 || out.size(0) == n) &&
+                        out.size(1) == (rank ? rank_bins : 2) && out.scalar_type() == (rank ? ScalarType::Long : ScalarType::Double),
+                    "out must be contiguous on the CPU: [rows, 2] float64, or for rank [rows, ", rank_bins, "] int64");
+    STD_TORCH_CHECK(sizes.empty() || static_cast<int64_t>(sizes.size()) == n, "sizes: ", sizes.size(), " for ", n, " tensors");
+    BY_ARITHMETIC(grads, {
+        auto call = make_call<T, NoLine>(options, 0, grads, saliencies, layout);
+        if (grad_scale) call.unscale = static_cast<T>(1 / scalar(*grad_scale, "grad_scale"));
+        auto worker = std::make_unique<Worker<T, NoLine>>(call);
+        for (auto& e : call.entries) e->own_statistics = !rank;
+        if (!rank) run(call);
+        for (int64_t i = 0; i < n; ++i) {
+            const int64_t row = out.size(0) == 1 ? 0 : i;
+            if (rank) {
+                const int64_t every = rank_stride(sizes.empty() ? call.entries[i]->size : sizes[i]);
+                worker->count(*call.entries[i], every, static_cast<int64_t*>(out.mutable_data_ptr()) + row * rank_bins, every);
+            } else {
+                double* into = static_cast<double*>(out.mutable_data_ptr()) + 2 * row;
+                const auto range = call.entries[i]->range();
+                into[0] = std::min(into[0], range.first), into[1] = std::max(into[1], range.second);
+            }
+        }
+    })
+}
+
+// A call over one tensor that writes `out` and leaves the gradient alone.
+template <class T>
+void inspect(const SelectionOptions& options, const Tensor& grad, const OptionalTensor& saliency, const Tensor& out, const std::vector<int64_t>& layout,
+             int64_t step, int64_t seed, typename Call<T, NoLine>::LineBlock block) {
+    auto call = make_call<T, NoLine>(options, seed, {grad}, saliency ? Tensors{*saliency} : Tensors{}, layout);
+    call.line_block = block;
+    call.entries[0]->theta = view(out, "out", true);
+    check_same_shape(call.entries[0]->theta, call.entries[0]->g, "out", 0);
+    call.entries[0]->step = static_cast<uint32_t>(step);
+    call.draws = step > 0;
+    settle_statistics(call, std::nullopt);
+    run(call);
+}
+
+static void selection_mask_(Tensor grad, OptionalTensor saliency, Tensor out, std::vector<int64_t> layout, int64_t step, int64_t seed,
+                     SELECTION_ARGUMENTS) {
+    BY_ARITHMETIC(Tensors{grad}, { inspect<T>(SELECTION_OPTIONS, grad, saliency, out, layout, step, seed, factor_out<T>); })
+}
+
+// Every u is 0 where nothing is drawn, so each element is selected and its factor is 1/p.
+static void selection_probability_(Tensor grad, OptionalTensor saliency, Tensor out, SELECTION_ARGUMENTS) {
+    rescale = true;
+    const int64_t n = grad.numel();
+    BY_ARITHMETIC(Tensors{grad}, { inspect<T>(SELECTION_OPTIONS, grad, saliency, out, {0, 0, n, n}, 0, 0, probability_out<T>); })
+}
+
+EXPORT_BOXED(selective_adamw_)
+EXPORT_BOXED(selective_sgd_)
+EXPORT_BOXED(select_gradients_)
+EXPORT_BOXED(selective_statistics_)
+EXPORT_BOXED(selection_mask_)
+EXPORT_BOXED(selection_probability_)
+
+} // namespace uegr
