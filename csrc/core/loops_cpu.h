@@ -43,18 +43,18 @@ inline void fill_words(uint32_t* words, uint64_t q, uint32_t step, uint32_t stre
     Lanes first;
     for (int i = 0; i < lane_count; ++i) first[i] = q + i;
     for (int done = 0; done < block_size / 4; done += chains * lane_count) {
-        Lanes c[4][chains];
+        Lanes c[chains][4];
 #pragma GCC unroll 4
         for (int i = 0; i < chains; ++i) {
-            c[0][i] = first + static_cast<uint64_t>(done + i * lane_count);
-            c[1][i] = c[0][i] >> 32;
-            c[2][i] = Lanes{} + static_cast<uint64_t>(step);
-            c[3][i] = Lanes{} + static_cast<uint64_t>(stream);
+            c[i][0] = first + static_cast<uint64_t>(done + i * lane_count);
+            c[i][1] = c[i][0] >> 32;
+            c[i][2] = Lanes{} + static_cast<uint64_t>(step);
+            c[i][3] = Lanes{} + static_cast<uint64_t>(stream);
         }
         philox4x32<chains>(c, keys);
 #pragma GCC unroll 4
         for (int i = 0; i < chains; ++i) {
-            Lanes low = (c[0][i] & 0xffffffffu) | (c[1][i] << 32), high = (c[2][i] & 0xffffffffu) | (c[3][i] << 32);
+            Lanes low = (c[i][0] & 0xffffffffu) | (c[i][1] << 32), high = (c[i][2] & 0xffffffffu) | (c[i][3] << 32);
             Lanes pairs[2] = {low_pairs(low, high), high_pairs(low, high)};
             memcpy(words + 4 * (done + i * lane_count), pairs, sizeof(pairs));
         }

@@ -36,42 +36,36 @@ HOST_DEVICE double absolute(double x) { return bit_cast<double>(bit_cast<uint64_
 template <class T> HOST_DEVICE T minimum(T a, T b) { return a < b ? a : b; }
 template <class T> HOST_DEVICE T maximum(T a, T b) { return a > b ? a : b; }
 
-// exp for |x| < 87: x = k ln 2 + r, |r| <= ln 2 / 2, Taylor of degree 7, under 2 ulp. Adding 1.5 * 2^23 rounds to an integer.
-HOST_DEVICE float exponential(float x) {
-    float shifted = x * 1.44269504f + 12582912.0f;
-    float k = shifted - 12582912.0f;
-    float r = x - k * 0.693145752f;
-    r = r - k * 1.42860677e-6f;
-    float p = 1.98412698e-4f;
-    p = p * r + 1.38888889e-3f;
-    p = p * r + 8.33333333e-3f;
-    p = p * r + 4.16666667e-2f;
-    p = p * r + 1.66666667e-1f;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
+// 2^x for |x| < 126: x = k + r, |r| <= 1/2, minimax of degree 5 in r, under 2.5 ulp. Adding 1.5 * 2^23 rounds to an integer.
+HOST_DEVICE float power_of_two(float x) {
+    float shifted = x + 12582912.0f;
+    float r = x - (shifted - 12582912.0f);
+    float p = 0.0013264724f;
+    p = p * r + 0.009671513f;
+    p = p * r + 0.055507336f;
+    p = p * r + 0.24022242f;
+    p = p * r + 0.693147f;
     p = p * r + 1.0f;
     return bit_cast<float>(bit_cast<uint32_t>(p) + (bit_cast<uint32_t>(shifted) << 23));
 }
 
-// exp for |x| < 708, degree 13, under 2 ulp. Adding 1.5 * 2^52 rounds to an integer.
-HOST_DEVICE double exponential(double x) {
-    double shifted = x * 1.4426950408889634 + 6755399441055744.0;
-    double k = shifted - 6755399441055744.0;
-    double r = x - k * 0.693147180369123816490;
-    r = r - k * 1.90821492927058770002e-10;
-    double p = 1.6059043836821613e-10;
-    p = p * r + 2.08767569878681e-09;
-    p = p * r + 2.505210838544172e-08;
-    p = p * r + 2.755731922398589e-07;
-    p = p * r + 2.7557319223985893e-06;
-    p = p * r + 2.48015873015873e-05;
-    p = p * r + 1.984126984126984e-04;
-    p = p * r + 1.388888888888889e-03;
-    p = p * r + 8.333333333333333e-03;
-    p = p * r + 4.1666666666666664e-02;
-    p = p * r + 1.6666666666666666e-01;
-    p = p * r + 0.5;
-    p = p * r + 1.0;
+// 2^x for |x| < 1022, Taylor of degree 13, under 2 ulp. Adding 1.5 * 2^52 rounds to an integer.
+HOST_DEVICE double power_of_two(double x) {
+    double shifted = x + 6755399441055744.0;
+    double r = x - (shifted - 6755399441055744.0);
+    double p = 1.3691488853904124e-12;
+    p = p * r + 2.5678435993488196e-11;
+    p = p * r + 4.44553827187081e-10;
+    p = p * r + 7.054911620801121e-09;
+    p = p * r + 1.0178086009239696e-07;
+    p = p * r + 1.3215486790144305e-06;
+    p = p * r + 1.5252733804059838e-05;
+    p = p * r + 0.00015403530393381606;
+    p = p * r + 0.0013333558146428441;
+    p = p * r + 0.009618129107628477;
+    p = p * r + 0.055504108664821576;
+    p = p * r + 0.2402265069591007;
+    p = p * r + 0.6931471805599453;
     p = p * r + 1.0;
     return bit_cast<double>(bit_cast<uint64_t>(p) + (bit_cast<uint64_t>(shifted) << 52));
 }

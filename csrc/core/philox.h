@@ -29,25 +29,26 @@ template <class Lane> struct RoundKeys {
     }
 };
 
+// One round; a lane's low half holds the word, its upper half is noise.
+template <class Lane> HOST_DEVICE void philox_round(Lane (&c)[4], Lane k0, Lane k1) {
+    Lane p0 = multiply_low(c[0], Lane{} + 0xD2511F53u), p1 = multiply_low(c[2], Lane{} + 0xCD9E8D57u);
+    c[0] = (p1 >> 32) ^ c[1] ^ k0;
+    c[1] = p1;
+    c[2] = (p0 >> 32) ^ c[3] ^ k1;
+    c[3] = p0;
+}
+
 // Ten rounds on `chains` independent counters, interleaved so that one chain's multiplications hide another's.
-// A lane's low half holds the word; its upper half is noise.
-template <int chains, class Lane> HOST_DEVICE void philox4x32(Lane (&c)[4][chains], const RoundKeys<Lane>& keys) {
+template <int chains, class Lane> HOST_DEVICE void philox4x32(Lane (&c)[chains][4], const RoundKeys<Lane>& keys) {
 #pragma GCC unroll 10
     for (int round = 0; round < 10; ++round) {
 #pragma GCC unroll 4
-        for (int i = 0; i < chains; ++i) {
-            Lane p0 = multiply_low(c[0][i], Lane{} + 0xD2511F53u), p1 = multiply_low(c[2][i], Lane{} + 0xCD9E8D57u);
-            c[0][i] = (p1 >> 32) ^ c[1][i] ^ keys.k0[round];
-            c[1][i] = p1;
-            c[2][i] = (p0 >> 32) ^ c[3][i] ^ keys.k1[round];
-            c[3][i] = p0;
-        }
+        for (int i = 0; i < chains; ++i) philox_round(c[i], keys.k0[round], keys.k1[round]);
     }
 }
 
-// u = (word >> 8) * 2^-24, in [0, 1); 24 bits are exact in a float, and signed integers convert in one instruction.
-template <class T> HOST_DEVICE T uniform(uint32_t word) {
-    return static_cast<T>(static_cast<int32_t>(word >> 8)) * static_cast<T>(5.9604644775390625e-8);
-}
+// u * 2^24 with u = (word >> 8) * 2^-24 in [0, 1): exact in a float, and signed integers convert in one instruction.
+constexpr float uniform_unit = 16777216.0f;
+template <class T> HOST_DEVICE T uniform_times_unit(uint32_t word) { return static_cast<T>(static_cast<int32_t>(word >> 8)); }
 
 } // namespace uegr

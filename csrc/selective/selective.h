@@ -35,35 +35,38 @@ HOST_DEVICE int rank_bin(double magnitude) {
     return static_cast<int>(bits >> 16);
 }
 
-// s = g*g (Eq. 7); one that overflows is the largest float, and so is that of a NaN, which then counts nowhere.
-template <class T> HOST_DEVICE T saliency(T g) { return minimum(g * g, Float<T>::largest); }
+// s = g*g (Eq. 7); one that overflows counts as the largest float.
+template <class T> HOST_DEVICE T saliency(T g) { return g * g; }
 template <class T> HOST_DEVICE bool finite(T g) { return absolute(g) <= Float<T>::largest; }
 
-// Eq. 8 and 9 with everything that is the same for all elements of a scope worked out:
-// z = d * 2*sharpness*(s~ - threshold) = (s - low) * up * scale + offset, held in [z_low, z_high].
+constexpr double log2_e = 1.4426950408889634;
+
+// Eq. 8 and 9 with everything that is the same for all elements of a scope worked out, in powers of two:
+// z = d * 2*sharpness*log2(e) * (s~ - threshold) = (s - low) * up * scale + offset, held in [z_low, z_high].
+// z is monotone in s, so its values at the scope's ends bound it: an s that overflowed, or a NaN's, ends there too.
 template <class T> struct Probability {
     T low, up, scale, offset, z_low, z_high, largest_inverse;
 
     Probability() = default;
+
     // `s_min` > `s_max` says that nothing is finite.
     Probability(const SelectionOptions& o, double s_min, double s_max) {
+        constexpr double largest = static_cast<double>(Float<T>::largest);
         // A span below this has no reciprocal: s is scaled up by a power of two first.
-        constexpr bool wide = sizeof(T) == 8;
-        const double tiny = wide ? 0x1p-900 : 0x1p-100, raise = wide ? 0x1p+900 : 0x1p+100;
-        const double d = o.salient ? -1.0 : 1.0, steepness = d * 2 * o.sharpness;
-        s_min = minimum(s_min, static_cast<double>(Float<T>::largest)), s_max = minimum(s_max, static_cast<double>(Float<T>::largest));
-        const T span = static_cast<T>(s_max) - static_cast<T>(s_min);
-        low = o.normalization == Normalization::minmax ? static_cast<T>(s_min) : T(0);
-        up = span < tiny ? static_cast<T>(raise) : T(1);
+        constexpr double tiny = sizeof(T) == 8 ? 0x1p-900 : 0x1p-100;
+        const double steepness = (o.salient ? -2.0 : 2.0) * o.sharpness * log2_e;
+        const T least = static_cast<T>(minimum(s_min, largest)), most = static_cast<T>(minimum(s_max, largest));
+        const T span = most - least;
+        low = o.normalization == Normalization::minmax ? least : T(0);
+        up = span < tiny ? static_cast<T>(1 / tiny) : T(1);
         scale = span > 0 ? held(steepness / (static_cast<double>(span) * up)) : T(0);
         offset = held(-steepness * o.threshold);
-        // exp holds its argument between these; above 17 the cap on 1/p decides anyhow.
-        z_low = -80, z_high = 40;
-        if (o.previous) { // s~ is held in [0, 1]: so is z, between its values there
-            const double at_zero = -steepness * o.threshold, at_one = steepness * (1 - o.threshold);
-            z_low = static_cast<T>(maximum(-80.0, minimum(40.0, minimum(at_zero, at_one))));
-            z_high = static_cast<T>(maximum(-80.0, minimum(40.0, maximum(at_zero, at_one))));
-        }
+        // s~ at the ends: [0, 1] but for "range", which starts at s_min/span and is held in [0, 1] with last step's statistics alone.
+        const bool reaches = o.normalization == Normalization::range && !o.previous && span > 0;
+        const double first = steepness * ((reaches ? static_cast<double>(least) / span : 0) - o.threshold);
+        const double last = steepness * ((reaches ? static_cast<double>(most) / span : 1) - o.threshold);
+        z_low = static_cast<T>(maximum(-100.0, minimum(100.0, minimum(first, last))));
+        z_high = static_cast<T>(maximum(-100.0, minimum(100.0, maximum(first, last))));
         largest_inverse = static_cast<T>(1 / maximum(o.min_probability, 0x1p-24));
     }
 
@@ -75,32 +78,32 @@ template <class T> struct Probability {
     // 1/p = min(1 + exp(z), largest): no division.
     HOST_DEVICE T inverse(T s) const {
         T z = (s - low) * up * scale + offset;
-        return minimum(T(1) + exponential(maximum(minimum(z, z_high), z_low)), largest_inverse);
+        return minimum(T(1) + power_of_two(maximum(minimum(z, z_high), z_low)), largest_inverse);
     }
 };
 
 // 1/p of a rank in [0, 1], and of normalization "constant".
 template <class T> HOST_DEVICE T inverse_of_rank(T rank, T steepness, T threshold, T largest_inverse) {
     T z = steepness * (rank - threshold);
-    return minimum(T(1) + exponential(maximum(minimum(z, T(40)), T(-80))), largest_inverse);
+    return minimum(T(1) + power_of_two(maximum(minimum(z, T(100)), T(-100))), largest_inverse);
 }
 HOST_DEVICE double inverse_of_constant(const SelectionOptions& o) {
     return minimum(1 / o.keep_probability, 1 / maximum(o.min_probability, 0x1p-24));
 }
 
-// What a drawn element is multiplied by: 1/p (or 1, without rescale) where u < p, that is u * 1/p < 1; else 0.
+// What a drawn element is multiplied by: 1/p (or 1, without rescale) where u < p, that is u * 1/p < 1, without a division; else 0.
 template <bool rescale, class T> HOST_DEVICE T drawn_factor(T inverse, uint32_t word) {
-    return uniform<T>(word) * inverse < 1 ? (rescale ? inverse : T(1)) : T(0);
+    return uniform_times_unit<T>(word) * inverse < uniform_unit ? (rescale ? inverse : T(1)) : T(0);
 }
 
 // The scalars of one tensor's AdamW line.
 template <class T> struct AdamW {
-    T beta1, beta2, complement1, complement2, decay, step_size, root_correction2, eps;
+    T beta1, beta2, complement1, complement2, decay, step_size, inverse_root, eps;
 
     AdamW() = default;
     AdamW(double lr, double beta1_, double beta2_, double weight_decay, double eps_, double step)
         : beta1(beta1_), beta2(beta2_), complement1(1 - beta1_), complement2(1 - beta2_), decay(lr * weight_decay),
-          step_size(lr / (1 - std::pow(beta1_, step))), root_correction2(std::sqrt(1 - std::pow(beta2_, step))), eps(eps_) {}
+          step_size(lr / (1 - std::pow(beta1_, step))), inverse_root(1 / std::sqrt(1 - std::pow(beta2_, step))), eps(eps_) {}
 
     // factor: b/p. target "gradient": g~ = b*g/p feeds the moments; "update": g does, and b/p multiplies the step.
     template <bool update, bool amsgrad> HOST_DEVICE void step(T& theta, T g, T factor, T& m, T& v, T& v_max) const {
@@ -108,7 +111,7 @@ template <class T> struct AdamW {
         m = m + complement1 * (fed - m);
         v = v * beta2 + complement2 * fed * fed;
         if (amsgrad) v_max = maximum(v, v_max);
-        const T denominator = std::sqrt(amsgrad ? v_max : v) / root_correction2 + eps;
+        const T denominator = std::sqrt(amsgrad ? v_max : v) * inverse_root + eps;
         const T change = decay * theta + step_size * m / denominator;
         theta = theta - (update ? factor * change : change);
     }

@@ -7,8 +7,8 @@ import pathlib
 import torch
 
 LIBRARIES = pathlib.Path(__file__).parent.parent / "_lib"
-# Weakest first; torch reports AVX512 only with F, BW, DQ, VL and FMA, and AVX2 only with FMA.
-ISAS = ("baseline", "avx2", "avx512")
+ISAS = ("baseline", "avx2", "avx512")  # weakest first
+# torch says AVX2 only of a processor that has FMA too, AVX512 only of one with F, BW, DQ and VL; its own kernels use what setup.py does.
 SUPPORTED = {"AVX2": 1, "AVX512": 2}
 
 
@@ -17,28 +17,37 @@ def supported_isas() -> tuple[str, ...]:
     return ISAS[: SUPPORTED.get(torch.backends.cpu.get_cpu_capability(), 0) + 1]
 
 
+def built_isas() -> tuple[str, ...]:
+    """The instruction sets the installed package has a library for, weakest first."""
+    return tuple(isa for isa in ISAS if _library(isa).exists())
+
+
 def _library(isa: str) -> pathlib.Path:
     return LIBRARIES / f"uegr_kernels_{isa}.so"
 
 
 @functools.cache
 def load() -> tuple[str | None, str | None]:
-    """Loads exactly one library; returns (instruction set, None) or (None, the reason in a sentence)."""
+    """Loads exactly one library; returns (instruction set, None) or (None, the reason and the remedy in a sentence).
+
+    Raises ValueError where UEGR_KERNELS_ISA is no instruction set, RuntimeError where this processor lacks it.
+    """
     wanted = os.environ.get("UEGR_KERNELS_ISA")
     if wanted is not None and wanted not in ISAS:
         raise ValueError(f"UEGR_KERNELS_ISA={wanted!r} is not an instruction set; set it to one of {', '.join(ISAS)}, or unset it")
     if wanted is not None and wanted not in supported_isas():
-        raise RuntimeError(f"UEGR_KERNELS_ISA={wanted} is more than this processor has ({supported_isas()[-1]}); choose a weaker one or unset it")
-    built = [isa for isa in supported_isas() if _library(isa).exists()]
-    isa = wanted or (built[-1] if built else None)
-    if isa is None or not _library(isa).exists():
-        note = LIBRARIES / "not_built.txt"
-        reason = note.read_text().strip() if note.exists() else f"{_library(isa or 'baseline')} does not exist"
-        return None, f"the compiled library was not built: {reason}; install a C++17 compiler and run `pip install --force-reinstall --no-deps .` again"
+        raise RuntimeError(f"UEGR_KERNELS_ISA={wanted} is more than this processor has ({supported_isas()[-1]}); choose that or unset it")
+    usable = [isa for isa in supported_isas() if isa in built_isas()]
+    isa = wanted or (usable[-1] if usable else "baseline")
+    library, note = _library(isa), LIBRARIES / "not_built.txt"
+    remedy = "then run `pip install --force-reinstall --no-deps .` in the source folder"
+    if not library.exists():
+        reason = note.read_text().strip() if note.exists() else f"{library} does not exist (install a C++17 compiler)"
+        return None, f"the compiled library was not built: {reason}; put that right, {remedy}"
     try:
-        torch.ops.load_library(str(_library(isa)))
+        torch.ops.load_library(str(library))
     except OSError as error:
-        return None, f"{_library(isa).name} does not load into torch {torch.__version__}: {error}; rebuild it with `pip install --force-reinstall --no-deps .`"
+        return None, f"{library.name} does not load into torch {torch.__version__}: {error}; install torch 2.11 or newer, {remedy}"
     return isa, None
 
 

@@ -1,0 +1,156 @@
+"""Shared by all tests: the `backend` fixture, NaN-filled memory, seeds, and the one tolerance table."""
+
+import typing
+
+import hypothesis
+import pytest
+import torch
+
+from uegr_kernels.core import backends
+
+hypothesis.settings.register_profile(
+    "house", deadline=None, derandomize=True, database=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+hypothesis.settings.load_profile("house")
+
+
+def serve_or_skip(request: pytest.FixtureRequest) -> str:
+    """The backend of a fixture's parameter; skips with the reason where one of the test module's OPERATORS cannot be served."""
+    for operator in request.module.OPERATORS:
+        reason = backends.why_not(request.param, operator, torch.device("cpu"))
+        if reason is not None:
+            pytest.skip(f"{request.param}, {operator}: {reason}")
+    return request.param
+
+
+@pytest.fixture(params=("reference", "cpp"))
+def backend(request) -> str:
+    """Every backend that serves the test module's OPERATORS ("folder.name") on the CPU."""
+    return serve_or_skip(request)
+
+
+@pytest.fixture(params=("cpp",))
+def native(request) -> str:
+    """The same without the reference: what agreement with the reference is tested on."""
+    return serve_or_skip(request)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty gives NaN (the largest integer for integers), so that a result nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # what torch fills fresh memory under
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(20261121)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors on many threads wait for each other on a busy machine. A test of threads sets their number itself."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Tolerance(typing.NamedTuple):
+    """Elements agree within `relative` of themselves plus `largest` of the tensor's largest magnitude.
+
+    A share of `strays` may be further away, by one unit in the last place (`ulp`, relative): two roundings of nearly equal numbers.
+    """
+
+    relative: float
+    largest: float
+    strays: float = 0.0
+    ulp: float = 0.0
+
+
+TOLERANCES = {
+    # p and g/p: z = 2*sharpness*(s~ - threshold) is rounded once at a size of up to 10, so exp(z) is off by 10 * 2^-24, and each of some
+    # five operations by 2^-24. A result in 16 bits is rounded once more, where nearly equal numbers may fall on two sides.
+    "selection": {
+        torch.float32: Tolerance(2e-6, 0.0),
+        torch.float64: Tolerance(1e-14, 0.0),
+        torch.bfloat16: Tolerance(2e-6, 0.0, strays=0.01, ulp=2**-7),
+        torch.float16: Tolerance(2e-6, 0.0, strays=0.02, ulp=2**-9),
+    },
+    # A rank by the shared histogram: 1/p of every bin may be kept in float32, whatever the gradient's dtype.
+    "rank": {
+        torch.float32: Tolerance(2e-6, 0.0),
+        torch.float64: Tolerance(2e-6, 0.0),
+        torch.bfloat16: Tolerance(2e-6, 0.0, strays=0.01, ulp=2**-7),
+        torch.float16: Tolerance(2e-6, 0.0, strays=0.02, ulp=2**-9),
+    },
+    # Parameters and float32 states after a few steps: a moment that cancels keeps the error of what was added, so the largest counts;
+    # 1e-6 is the bound on a hundred steps of AdamW that the package promises. In float64 the same with 2^-53.
+    "step": {
+        torch.float32: Tolerance(2e-6, 1e-6),
+        torch.float64: Tolerance(1e-14, 1e-14),
+        torch.bfloat16: Tolerance(2e-6, 1e-6, strays=0.02, ulp=2**-7),
+        torch.float16: Tolerance(2e-6, 1e-6, strays=0.05, ulp=2**-9),
+    },
+    "rank step": {
+        torch.float32: Tolerance(2e-6, 1e-6),
+        torch.float64: Tolerance(2e-6, 1e-6),
+        torch.bfloat16: Tolerance(2e-6, 1e-6, strays=0.02, ulp=2**-7),
+        torch.float16: Tolerance(2e-6, 1e-6, strays=0.05, ulp=2**-9),
+    },
+    # A hundred steps: the roundings of each step add up.
+    "trajectory": {
+        torch.float32: Tolerance(0.0, 1e-6),
+        torch.float64: Tolerance(0.0, 1e-13),
+        torch.bfloat16: Tolerance(0.0, 1e-6, strays=0.05, ulp=2**-6),
+        torch.float16: Tolerance(0.0, 1e-6, strays=0.1, ulp=2**-8),
+    },
+    "equal": dict.fromkeys((torch.float32, torch.float64, torch.bfloat16, torch.float16), Tolerance(0.0, 0.0)),
+}
+
+
+def compare(
+    actual: torch.Tensor,
+    expected: torch.Tensor,
+    operation: str,
+    *,
+    name: str = "result",
+    ignore: torch.Tensor | None = None,
+    scale: float = 1.0,
+    row: torch.dtype | None = None,
+) -> None:
+    """Fails with the first differing element and its coordinates where `actual` is not `expected` by the table's row for its dtype.
+
+    Non-finite elements must be the same ones. `ignore`: a bool tensor of elements that are not looked at. `scale` multiplies the bounds;
+    `row`: the dtype of another row.
+    """
+    assert actual.dtype == expected.dtype, f"{name}: dtype {actual.dtype}, expected {expected.dtype}"
+    assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    looked_at = torch.ones_like(expected, dtype=torch.bool) if ignore is None else ~ignore
+    allowed = 0
+    if expected.is_floating_point():
+        tolerance = TOLERANCES[operation][row or expected.dtype]
+        a, e = actual.detach().double(), expected.detach().double()
+        finite, gaps = e.isfinite(), (a - e).abs()
+        largest = e[finite].abs().max() if finite.any() else 0.0
+        bound = scale * (tolerance.relative * e.abs() + tolerance.largest * largest)
+        wrong = ~((a == e) | (a.isnan() & e.isnan()) | finite & (gaps <= bound)) & looked_at
+        # What is added up keeps the last place of where it was rounded.
+        strays = (
+            wrong
+            & finite
+            & (gaps <= tolerance.ulp * (largest if tolerance.largest else e.abs()) + torch.finfo(expected.dtype).smallest_normal)
+        )
+        allowed = int(tolerance.strays * wrong.numel() + 1) if tolerance.strays else 0
+        if strays.sum() <= allowed:
+            wrong &= ~strays
+    else:
+        wrong = (actual != expected) & looked_at
+    if wrong.any():
+        at = tuple(wrong.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{name}: {int(wrong.sum())} of {wrong.numel()} elements differ; the first at {at}: {actual[at].item()!r}, "
+            f"expected {expected[at].item()!r}" + (f" (strays allowed: {allowed}, found: {int(strays.sum())})" if allowed else "")
+        )

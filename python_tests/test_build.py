@@ -1,0 +1,267 @@
+"""The build and what is done without it: which library is loaded, what it asks of torch, and what setup.py leaves where it cannot build."""
+
+import importlib.util
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+import uegr_kernels
+from uegr_kernels import __main__ as program
+from uegr_kernels.core import backends, native
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = pathlib.Path(uegr_kernels.__file__).parent
+REINSTALL = "pip install --force-reinstall --no-deps ."
+
+
+def run(*command, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=120, **options)
+
+
+# ---- The library that is loaded
+
+
+@pytest.fixture
+def library() -> pathlib.Path:
+    isa, reason = native.load()
+    if reason:
+        pytest.skip(reason)
+    return native.LIBRARIES / f"uegr_kernels_{isa}.so"
+
+
+def test_exactly_one_library_is_loaded(library):
+    maps = pathlib.Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("the system does not list what is loaded")
+    assert set(re.findall(r"\S*uegr_kernels_(?:baseline|avx2|avx512)\.so", maps.read_text())) == {str(library)}
+
+
+@pytest.mark.parametrize("isa", native.ISAS[:-1])
+def test_environment_chooses_the_instruction_set(isa):
+    if isa not in native.supported_isas() or isa not in native.built_isas():
+        pytest.skip(f"no {isa} library that this processor runs")
+    done = run("-c", "from uegr_kernels.core import native; print(native.load())", env={**os.environ, "UEGR_KERNELS_ISA": isa})
+    assert done.stdout.strip() == f"('{isa}', None)", done.stderr
+
+
+def test_libraries_ask_torch_for_c_functions_only(library):
+    if not shutil.which("nm"):
+        pytest.skip("nm is not installed")
+    for isa in native.built_isas():
+        file = library.with_name(f"uegr_kernels_{isa}.so")
+        symbols = subprocess.run(["nm", "-D", file], capture_output=True, text=True, check=True).stdout
+        undefined = re.findall(r" U (\S+)", symbols)
+        assert any(name.startswith("aoti_torch_") for name in undefined), f"{file.name} does not use the stable ABI"
+        mangled = [name for name in undefined if re.match(r"_Z\w*?(2at|3c10|5torch)", name)]
+        assert not mangled, f"{file.name} needs C++ symbols of torch, which change between versions: {mangled}"
+        assert not re.findall(r"\bPy\w+", symbols), f"{file.name} must not know which Python loads it"
+
+
+def test_libraries_name_torch_and_no_path(library):
+    if not shutil.which("readelf"):
+        pytest.skip("readelf is not installed")
+    text = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
+    assert "[libtorch_cpu.so]" in text
+    assert "RPATH" not in text and "RUNPATH" not in text, "the path of the machine that built it"
+
+
+# ---- No library, a wrong one, a wrong wish
+
+
+@pytest.fixture
+def no_libraries(tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "LIBRARIES", tmp_path)
+    monkeypatch.delenv("UEGR_KERNELS_ISA", raising=False)
+    return tmp_path
+
+
+def test_unknown_instruction_set_is_an_error_that_names_the_known(monkeypatch):
+    monkeypatch.setenv("UEGR_KERNELS_ISA", "avx1024")
+    with pytest.raises(ValueError, match=r"UEGR_KERNELS_ISA='avx1024' .*baseline, avx2, avx512"):
+        native.load.__wrapped__()
+
+
+def test_instruction_set_beyond_the_processor_is_an_error(monkeypatch):
+    monkeypatch.setattr(native, "supported_isas", lambda: ("baseline",))
+    monkeypatch.setenv("UEGR_KERNELS_ISA", "avx512")
+    with pytest.raises(RuntimeError, match=r"more than this processor has \(baseline\)"):
+        native.load.__wrapped__()
+
+
+def test_missing_library_gives_reason_and_remedy(no_libraries):
+    isa, reason = native.load.__wrapped__()
+    assert isa is None
+    assert "does not exist" in reason and REINSTALL in reason
+    (no_libraries / "not_built.txt").write_text("the cat sat on the compiler (lift the cat)\n")
+    isa, reason = native.load.__wrapped__()
+    assert "was not built: the cat sat on the compiler (lift the cat);" in reason and REINSTALL in reason
+
+
+def test_library_that_does_not_load_gives_reason_and_remedy(no_libraries):
+    for isa in native.ISAS:
+        (no_libraries / f"uegr_kernels_{isa}.so").write_text("no library")
+    isa, reason = native.load.__wrapped__()
+    assert isa is None
+    assert "does not load into torch" in reason and REINSTALL in reason
+
+
+WITHOUT_LIBRARY = """
+import torch, uegr_kernels as uk
+from uegr_kernels.__main__ import main
+p = torch.nn.Parameter(torch.ones(3))
+p.grad = torch.ones(3)
+uk.SelectiveAdamW([p], seed=1).step()
+assert (p < 1).all()
+try:
+    uk.SelectiveAdamW([p], seed=1, backend="cpp").step()
+except RuntimeError as error:
+    print(error)
+main(["info"])
+"""
+
+
+def test_package_without_libraries_runs_on_the_reference_and_says_why(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "uegr_kernels", ignore=shutil.ignore_patterns("_lib", "__pycache__", "*.so"))
+    done = run("-c", WITHOUT_LIBRARY, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    refusal, *report = done.stdout.splitlines()
+    assert "backend='cpp' cannot serve selective.selective_adamw_ on cpu" in refusal and REINSTALL in refusal
+    assert str(tmp_path) in done.stdout and any("cpp" in line and "not usable" in line for line in report)
+
+
+# ---- python -m uegr_kernels
+
+
+def test_info_names_versions_and_every_backend():
+    text = program.info()
+    for word in (uegr_kernels.__version__, sys.version.split()[0], "threads", *backends.BACKENDS):
+        assert word in text
+    assert re.search(r"^ *reference +usable on cpu", text, re.MULTILINE)
+
+
+def test_no_command_prints_the_usage(capsys):
+    assert program.main([]) == 0
+    assert "info" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["inform"], ["info", "more"]], ids=["command", "argument"])
+def test_wrong_arguments_exit_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        program.main(arguments)
+    assert stopped.value.code == 2
+    assert arguments[-1] in capsys.readouterr().err
+
+
+# ---- setup.py, on a tree with a library of one function
+
+needs_setuptools = pytest.mark.skipif(
+    not importlib.util.find_spec("setuptools") or not importlib.util.find_spec("ninja"), reason="setuptools or ninja is not installed"
+)
+
+
+class Tree:
+    """A copy of what the build reads, around sources that compile in a moment."""
+
+    def __init__(self, root: pathlib.Path):
+        self.root, self.libraries = root, root / "uegr_kernels/_lib"
+        for folder in ("uegr_kernels", "csrc/core", "csrc/selective"):
+            (root / folder).mkdir(parents=True)
+        for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "uegr_kernels/__init__.py"):
+            shutil.copy(ROOT / name, root / name)
+        (root / "README.md").write_text("a tree for tests\n")
+        (root / "csrc/core/number.h").write_text("constexpr int number = 1;\n")
+        (root / "csrc/library.cpp").write_text(
+            'int one();\nextern "C" __attribute__((visibility("default"))) int entry() { return one(); }\n'
+        )
+        (root / "csrc/selective/selective_cpu.cpp").write_text('#include "core/number.h"\nint one() { return number; }\n')
+        (root / "csrc/bindings.cpp").write_text("int bindings = 1;\n")
+
+    def setup(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        inherited = {
+            key: value for key, value in os.environ.items() if not key.startswith("UEGR_KERNELS_") and key not in ("CXX", "CXXFLAGS")
+        }
+        return run("setup.py", *arguments, cwd=self.root, env=inherited | environment)
+
+    def built(self) -> set[str]:
+        return {file.name for file in self.libraries.glob("*")}
+
+
+@pytest.fixture
+def tree(tmp_path) -> Tree:
+    return Tree(tmp_path)
+
+
+@needs_setuptools
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"CXX": "no-such-compiler"}, "no-such-compiler was not found (install g++, or name another in CXX)"),
+        ({"UEGR_KERNELS_TORCH": "/no/such/torch"}, "no torch 2.11 or newer in /no/such/torch"),
+        ({"UEGR_KERNELS_BUILD": "0"}, "UEGR_KERNELS_BUILD=0 forbade it"),
+    ],
+    ids=["compiler", "torch", "forbidden"],
+)
+def test_setup_succeeds_without_what_it_needs_and_leaves_the_reason(tree, environment, reason):
+    tree.libraries.mkdir()
+    (tree.libraries / "uegr_kernels_baseline.so").write_text("of an earlier build")
+    done = tree.setup("build_ext", "--inplace", **environment)
+    assert done.returncode == 0, done.stderr
+    assert len([line for line in done.stdout.splitlines() if line.startswith("uegr-kernels: ")]) == 1
+    assert reason in done.stdout
+    assert tree.built() == {"not_built.txt"}
+    assert reason in (tree.libraries / "not_built.txt").read_text()
+
+
+@needs_setuptools
+def test_setup_fails_where_native_code_is_insisted_on(tree):
+    done = tree.setup("build_ext", "--inplace", UEGR_KERNELS_BUILD="1", CXX="no-such-compiler")
+    assert done.returncode != 0
+    assert "no-such-compiler was not found" in done.stderr
+
+
+@needs_setuptools
+def test_setup_builds_again_what_a_header_changed_and_says_which_line_is_wrong(tree):
+    done = tree.setup("build_ext", "--inplace")
+    assert done.returncode == 0, done.stderr
+    if "not_built.txt" in tree.built():
+        pytest.skip((tree.libraries / "not_built.txt").read_text())
+    first = {name: (tree.libraries / name).stat().st_mtime_ns for name in tree.built()}
+    assert "uegr_kernels_baseline.so" in first
+    assert list(tree.libraries.parent.glob("_bindings*.so"))
+    assert tree.setup("build_ext", "--inplace").returncode == 0
+    assert {name: (tree.libraries / name).stat().st_mtime_ns for name in tree.built()} == first
+    (tree.root / "csrc/core/number.h").write_text("constexpr int number = 2;\n")
+    assert tree.setup("build_ext", "--inplace").returncode == 0
+    assert all((tree.libraries / name).stat().st_mtime_ns > then for name, then in first.items())
+    (tree.root / "csrc/core/number.h").write_text("constexpr int number = seven;\n")
+    done = tree.setup("build_ext", "--inplace")
+    assert done.returncode == 0, done.stderr
+    assert tree.built() == {"not_built.txt"}
+    assert re.search(r"number\.h:1:\d+: error: .*seven", (tree.libraries / "not_built.txt").read_text())
+
+
+@needs_setuptools
+def test_wheel_has_the_libraries_and_no_bindings(tree):
+    (tree.root / "uegr_kernels/_bindings.so").write_text("of a development install\n")
+    done = tree.setup("bdist_wheel")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tree.root / "dist").iterdir()
+    assert f"-{uegr_kernels.__version__}-py3-none-" in wheel.name
+    names = zipfile.ZipFile(wheel).namelist()
+    assert not [name for name in names if "_bindings" in name]
+    assert [name for name in names if re.fullmatch(r"uegr_kernels/_lib/(uegr_kernels_baseline\.so|not_built\.txt)", name)]
+
+
+@needs_setuptools
+def test_source_distribution_has_the_headers(tree):
+    done = tree.setup("sdist", "--formats=zip")
+    assert done.returncode == 0, done.stderr
+    (archive,) = (tree.root / "dist").iterdir()
+    names = {name.split("/", 1)[1] for name in zipfile.ZipFile(archive).namelist()}
+    assert {"setup.py", "csrc/core/number.h", "csrc/library.cpp", "csrc/bindings.cpp"} <= names

@@ -1,0 +1,176 @@
+"""The generator, the choice of a backend and its error sentences; the compiled core through `uegr_kernels._bindings`."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from uegr_kernels.core import backends, native, philox
+from uegr_kernels.selective import op  # defines the operators that are asked about
+
+CPU = torch.device("cpu")
+
+# Random123, kat_vectors: philox4x32, ten rounds: counter, key, output.
+KNOWN_ANSWERS = [
+    pytest.param((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8), id="zeros"),
+    pytest.param((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD), id="ones"),
+    pytest.param(
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        id="pi",
+    ),
+]
+PI_SEED = 0x299F31D0_A4093822
+
+
+def word(index: int, **key) -> int:
+    return philox.words(torch.tensor([index]), **key).item()
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
+def test_philox_known_answers(counter, key, expected):
+    assert philox.philox4x32(counter, key) == expected
+    as_tensors = philox.philox4x32(tuple(torch.tensor([c]) for c in counter), key)
+    assert tuple(int(x) for x in as_tensors) == expected
+
+
+def test_words_place_index_step_stream_and_seed_in_the_known_answers_counter():
+    # Counter (q low, q high, step, stream); here the step is a full 32-bit word, as the vector has it.
+    q = 0x85A308D3_243F6A88 % 2**61  # an element index is below 2^63
+    place = {"seed": PI_SEED, "step": 0x13198A2E, "stream": 0x03707344}
+    expected = philox.philox4x32((q & 0xFFFFFFFF, q >> 32, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0))
+    assert [word(4 * q + lane, **place) for lane in range(4)] == list(expected)
+    zeros = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
+    assert [word(lane, seed=0, step=0, stream=0) for lane in range(4)] == list(zeros)
+
+
+def test_words_past_two_to_the_33():
+    # Index 2^34 + 5 is lane 1 of q = 2^32 + 1, counter words (1, 1): neither q nor the index fits 32 bits.
+    lanes = philox.philox4x32((1, 1, 7, 3), (11, 0))
+    assert word(2**34 + 5, seed=11, step=7, stream=3) == lanes[1]
+    assert word(2**34 + 5, seed=11, step=7, stream=3) != word(5, seed=11, step=7, stream=3)
+
+
+def test_every_part_of_the_counter_and_key_changes_the_words():
+    indices = torch.arange(64)
+    base = {"seed": 5, "step": 1, "stream": 0}
+    variants = [{}, {"seed": 6}, {"seed": 5 + 2**32}, {"step": 2}, {"stream": 1}, {"rounding": True}]
+    drawn = {tuple(philox.words(indices, **(base | variant)).tolist()) for variant in variants}
+    assert len(drawn) == len(variants)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63, 2**64 - 1])
+def test_a_seed_is_its_two_complement(seed):
+    signed = seed - 2**64 if seed >= 2**63 else seed
+    indices = torch.arange(9)
+    assert torch.equal(philox.words(indices, seed=seed, step=1, stream=0), philox.words(indices, seed=signed, step=1, stream=0))
+    in_tensor = philox.words(indices, seed=torch.tensor(signed), step=1, stream=0)
+    assert torch.equal(philox.words(indices, seed=seed, step=1, stream=0), in_tensor)
+
+
+def test_rounding_words_are_the_known_answer_under_the_key_that_undoes_the_xor():
+    seed = 0x9E3779B9
+    assert [word(lane, seed=seed, step=0, stream=0, rounding=True) for lane in range(4)] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+def test_uniform_has_steps_of_two_to_the_minus_24_and_stays_below_one():
+    words = torch.tensor([0, 255, 256, 0xFFFFFFFF])
+    assert philox.uniform(words).tolist() == [0.0, 0.0, 2.0**-24, 1 - 2.0**-24]
+    drawn = philox.uniform(philox.words(torch.arange(100_000), seed=3, step=1, stream=0), torch.float64)
+    assert stats.kstest(drawn.numpy(), "uniform").pvalue > 1e-9
+
+
+# Layouts: offset, run, stride; the expected indices are those of NumPy's slices of the whole tensor.
+LAYOUTS = [
+    pytest.param((0, 12, 12), np.s_[:, :], id="whole"),
+    pytest.param((4, 8, 8), np.s_[1:, :], id="rows"),
+    pytest.param((1, 2, 4), np.s_[:, 1:3], id="columns"),
+    pytest.param((3, 1, 4), np.s_[:, 3:], id="one column"),
+]
+
+
+@pytest.mark.parametrize(("layout", "part"), LAYOUTS)
+def test_element_indices(layout, part):
+    whole = np.arange(12).reshape(3, 4)
+    assert philox.element_indices(whole[part].size, layout).tolist() == whole[part].ravel().tolist()
+
+
+def test_element_indices_of_nothing_and_past_32_bits():
+    assert philox.element_indices(0, (0, 0, 0)).tolist() == []
+    assert philox.element_indices(3, (2**40 + 1, 2, 2**35)).tolist() == [2**40 + 1, 2**40 + 2, 2**40 + 1 + 2**35]
+
+
+# why_not and choose
+
+OPERATOR = "selective.selective_adamw_"
+
+
+def test_the_reference_serves_everything():
+    for device in ("cpu", "cuda", "meta"):
+        for dtype in (*backends.DTYPES, torch.complex64, None):
+            assert backends.why_not("reference", OPERATOR, torch.device(device), dtype) is None
+
+
+@pytest.mark.parametrize("backend", [b for b in backends.BACKENDS if b != "reference"])
+def test_why_not_names_the_reason_and_the_remedy(backend):
+    away = torch.device("meta")  # no backend but the reference runs there
+    reason = backends.why_not(backend, OPERATOR, away)
+    assert reason is not None and ("use backend=" in reason or "install" in reason)
+    dtype_reason = backends.why_not(backend, OPERATOR, CPU, torch.complex64)
+    assert dtype_reason is not None and "complex64" in dtype_reason and "backend='reference'" in dtype_reason
+
+
+def test_cpp_on_another_device_names_both():
+    reason = backends.why_not("cpp", OPERATOR, torch.device("cuda"))
+    assert "cpu" in reason and "cuda" in reason
+
+
+def test_choose_gives_the_best_usable_backend_and_never_fails_for_auto():
+    best = backends.choose("auto", OPERATOR, CPU, torch.float32)
+    assert best == ("cpp" if backends.why_not("cpp", OPERATOR, CPU, torch.float32) is None else "reference")
+    assert backends.choose("auto", OPERATOR, torch.device("meta"), torch.float32) == "reference"
+    assert backends.choose("reference", OPERATOR, CPU) == "reference"
+
+
+def test_choose_refuses_a_name_that_is_no_backend():
+    with pytest.raises(ValueError, match=r"backend='fast' is not a backend; use one of 'auto', 'reference', 'cpp', 'cuda', 'triton'"):
+        backends.choose("fast", OPERATOR, CPU)
+
+
+@pytest.mark.parametrize("backend", [b for b in backends.BACKENDS if b != "reference"])
+def test_the_error_for_an_explicit_backend_is_its_why_not(backend):
+    away = torch.device("meta")
+    with pytest.raises(RuntimeError) as caught:
+        backends.choose(backend, OPERATOR, away)
+    assert str(caught.value) == f"backend={backend!r} cannot serve {OPERATOR} on meta: {backends.why_not(backend, OPERATOR, away)}"
+
+
+def test_an_instruction_set_that_is_none_is_refused(monkeypatch):
+    load = native.load.__wrapped__
+    monkeypatch.setenv("UEGR_KERNELS_ISA", "sse9")
+    with pytest.raises(ValueError, match=r"UEGR_KERNELS_ISA='sse9'.*baseline, avx2, avx512"):
+        load()
+
+
+def test_a_library_that_was_not_built_is_a_sentence(monkeypatch, tmp_path):
+    load = native.load.__wrapped__
+    monkeypatch.delenv("UEGR_KERNELS_ISA", raising=False)
+    monkeypatch.setattr(native, "LIBRARIES", tmp_path)
+    isa, reason = load()
+    assert isa is None and "not built" in reason and "install" in reason
+    (tmp_path / "not_built.txt").write_text("no compiler was found\n")
+    assert "no compiler was found" in load()[1]
+
+
+def test_a_library_that_does_not_load_is_a_sentence(monkeypatch, tmp_path):
+    monkeypatch.delenv("UEGR_KERNELS_ISA", raising=False)
+    monkeypatch.setattr(native, "LIBRARIES", tmp_path)
+    (tmp_path / "uegr_kernels_baseline.so").write_text("this is no library")
+    isa, reason = native.load.__wrapped__()
+    assert isa is None and "uegr_kernels_baseline.so does not load" in reason and "pip install" in reason
+
+
+def test_every_operator_of_the_folder_exists():
+    for name in op.SCHEMAS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"uegr_kernels::{name}", "CompositeExplicitAutograd")

@@ -1,0 +1,544 @@
+"""The house's rules on who imports and includes whom and on what stands where. Each rule is shown to fail on a bad example first."""
+
+import ast
+import dataclasses
+import functools
+import pathlib
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = "uegr_kernels"
+FOLDERS = {folder.name for folder in (ROOT / PACKAGE).iterdir() if folder.is_dir() and folder.name[0] != "_"}
+OPERATORS = sorted(FOLDERS - {"core", "recipes", "analysis", "integrations"})
+OPERATOR = f"({'|'.join(OPERATORS)})"
+LAYERS = ("api", "op", "reference", "triton")
+MODULES = ("bistage", "recipes", "analysis", "integrations", "demo", "models", "core", "_bindings", "__main__")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    sentence: str
+    files: str  # a regular expression over whole paths
+    check: Callable[[pathlib.PurePosixPath, str], Iterator[str]]
+    bad: tuple[str, ...]  # "path | text"
+    good: tuple[str, ...]
+
+
+RULES: list[Rule] = []
+
+
+def rule(sentence: str, files: str, *, bad: list[str], good: list[str]):
+    """Registers a function that yields what breaks the rule in one file; `bad` and `good` are examples, "path | text"."""
+
+    def register(check):
+        RULES.append(Rule(sentence, files, check, tuple(bad), tuple(good)))
+        return check
+
+    return register
+
+
+@functools.cache
+def tree_files() -> tuple[pathlib.PurePosixPath, ...]:
+    folders = {PACKAGE: (".py",), "python_tests": (".py",), "bench": (".py",), "csrc": (".h", ".cuh", ".cpp", ".cu")}
+    found = [file for folder, endings in folders.items() for file in sorted((ROOT / folder).rglob("*")) if file.suffix in endings]
+    return tuple(pathlib.PurePosixPath(file.relative_to(ROOT).as_posix()) for file in [ROOT / "setup.py", *found])
+
+
+# ---- Python: what a file imports, and which layer a module belongs to
+
+
+@dataclasses.dataclass(frozen=True)
+class Import:
+    module: str  # absolute; for `from a import b`, a.b
+    lazy: bool  # inside a function
+
+    @property
+    def ours(self) -> bool:
+        return self.module.split(".")[0] == PACKAGE
+
+    @property
+    def operator(self) -> str | None:
+        words = self.module.split(".")
+        return words[1] if self.ours and len(words) > 1 and words[1] in OPERATORS else None
+
+    @property
+    def layer(self) -> str:
+        """The package for a foreign module; for ours the operator's layer, the module's name, or "public"."""
+        words = self.module.split(".")
+        if not self.ours:
+            return words[0]
+        if self.operator:
+            return words[2] if len(words) > 2 and words[2] in LAYERS else "public"
+        return words[1] if len(words) > 1 and words[1] in MODULES else "public"
+
+
+def imports(path: pathlib.PurePosixPath, text: str) -> list[Import]:
+    found = []
+
+    def visit(node: ast.AST, lazy: bool) -> None:
+        if isinstance(node, ast.Import):
+            found.extend(Import(alias.name, lazy) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = path.parts[: len(path.parts) - node.level] if node.level else ()
+            start = ".".join([*above, *([node.module] if node.module else [])])
+            found.extend(Import(f"{start}.{alias.name}", lazy) for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child, lazy or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
+
+    visit(ast.parse(text), False)
+    return found
+
+
+def unless(allowed: Callable[[Import], bool], path: pathlib.PurePosixPath, text: str) -> Iterator[str]:
+    return (f"imports {entry.module}" for entry in imports(path, text) if not allowed(entry))
+
+
+def own(path: pathlib.PurePosixPath, entry: Import) -> bool:
+    return entry.operator == path.parent.name
+
+
+def standard(entry: Import) -> bool:
+    return entry.layer in sys.stdlib_module_names
+
+
+@rule(
+    "`__init__` imports `api`, `bistage` and `recipes` only (anything else of ours inside a function, on demand)",
+    f"{PACKAGE}/__init__.py",
+    bad=["uegr_kernels/__init__.py | from .core import native", "uegr_kernels/__init__.py | from .selective.op import choose"],
+    good=["uegr_kernels/__init__.py | from .selective import SelectiveAdamW\nfrom .bistage import BiStage\nfrom . import recipes"],
+)
+def init_imports(path, text):
+    return unless(lambda entry: entry.lazy or not entry.ours or entry.layer in ("public", "api", "bistage", "recipes"), path, text)
+
+
+@rule(
+    "An operator's `__init__` re-exports its `api` and nothing else",
+    f"{PACKAGE}/{OPERATOR}/__init__.py",
+    bad=["uegr_kernels/selective/__init__.py | from .op import choose", "uegr_kernels/selective/__init__.py | import torch"],
+    good=["uegr_kernels/selective/__init__.py | from .api import SelectiveAdamW"],
+)
+def operator_init_imports(path, text):
+    return unless(lambda entry: own(path, entry) and entry.layer == "api", path, text)
+
+
+@rule(
+    "An operator never imports another operator: `bistage` is the only place where they meet",
+    f"{PACKAGE}/{OPERATOR}/.*",
+    bad=[
+        "uegr_kernels/selective/api.py | from ..divergence import pairwise_js",
+        "uegr_kernels/selective/op.py | def f():\n  from ..divergence import op",
+    ],
+    good=["uegr_kernels/selective/api.py | from . import op"],
+)
+def operators_apart(path, text):
+    return unless(lambda entry: entry.operator is None or own(path, entry), path, text)
+
+
+@rule(
+    "`api` imports its own `op` and `core`: it never goes past `op` to `reference` or `triton`",
+    f"{PACKAGE}/{OPERATOR}/api.py",
+    bad=["uegr_kernels/selective/api.py | from . import reference", "uegr_kernels/selective/api.py | from .. import bistage"],
+    good=["uegr_kernels/selective/api.py | import torch\nfrom ..core import backends\nfrom . import op"],
+)
+def api_imports(path, text):
+    return unless(lambda entry: not entry.ours or entry.layer in ("op", "core"), path, text)
+
+
+@rule(
+    "`op` imports `core` and its own `reference`, and its own `triton` at first use, inside a function",
+    f"{PACKAGE}/{OPERATOR}/op.py",
+    bad=["uegr_kernels/selective/op.py | from . import triton", "uegr_kernels/selective/op.py | from . import api"],
+    good=["uegr_kernels/selective/op.py | from ..core import backends\nfrom . import reference\ndef f():\n  from . import triton"],
+)
+def op_imports(path, text):
+    return unless(
+        lambda entry: not entry.ours or entry.layer in ("core", "reference") or (entry.layer == "triton" and entry.lazy), path, text
+    )
+
+
+@rule(
+    "`reference` imports torch and `core.philox`, and no more than Python itself besides",
+    f"{PACKAGE}/{OPERATOR}/reference.py",
+    bad=[f"uegr_kernels/selective/reference.py | {text}" for text in ("import numpy", "from ..core import backends", "from . import op")],
+    good=["uegr_kernels/selective/reference.py | import math\nimport torch\nfrom ..core import philox\nfrom ..core.philox import words"],
+)
+def reference_imports(path, text):
+    return unless(lambda entry: standard(entry) or entry.layer == "torch" or entry.module.startswith(f"{PACKAGE}.core.philox"), path, text)
+
+
+@rule(
+    "`triton.py` imports torch, triton and `core.triton_ops`, and no more than Python itself besides",
+    f"{PACKAGE}/{OPERATOR}/triton.py",
+    bad=[f"uegr_kernels/selective/triton.py | {text}" for text in ("from . import reference", "from ..core import philox", "import numpy")],
+    good=["uegr_kernels/selective/triton.py | import torch\nimport triton.language as tl\nfrom ..core import triton_ops"],
+)
+def triton_imports(path, text):
+    allowed = ("torch", "triton")
+    return unless(
+        lambda entry: (
+            standard(entry) or (not entry.ours and entry.layer in allowed) or entry.module.startswith(f"{PACKAGE}.core.triton_ops")
+        ),
+        path,
+        text,
+    )
+
+
+@rule(
+    "`core` imports nothing of ours but `core`",
+    f"{PACKAGE}/core/.*",
+    bad=["uegr_kernels/core/backends.py | from ..selective import op", "uegr_kernels/core/native.py | import uegr_kernels.bistage"],
+    good=["uegr_kernels/core/backends.py | import torch\nfrom . import native"],
+)
+def core_imports(path, text):
+    return unless(lambda entry: not entry.ours or entry.layer == "core", path, text)
+
+
+@rule(
+    "`bistage` composes the operators' public names; it knows none of their layers",
+    f"{PACKAGE}/bistage.py",
+    bad=[
+        "uegr_kernels/bistage.py | from .divergence import op",
+        "uegr_kernels/bistage.py | from .selective.reference import selection_mask",
+    ],
+    good=["uegr_kernels/bistage.py | from .core.backends import BACKENDS\nfrom .divergence import uegr_loss"],
+)
+def bistage_imports(path, text):
+    return unless(lambda entry: not entry.ours or entry.layer in ("public", "api", "core"), path, text)
+
+
+@rule(
+    "`recipes`, `analysis` and `integrations` use public names, as a user would",
+    f"{PACKAGE}/(recipes|analysis|integrations)/.*",
+    bad=["uegr_kernels/recipes/sam.py | from ..core import philox", "uegr_kernels/analysis/cka.py | from ..selective.op import SCHEMAS"],
+    good=["uegr_kernels/recipes/sam.py | from .. import perturbed_weights\nfrom ..bistage import BiStage\nfrom .plain import Plain"],
+)
+def recipes_import(path, text):
+    return unless(lambda entry: not entry.ours or entry.layer in ("public", "bistage", "recipes", "analysis", "integrations"), path, text)
+
+
+@rule(
+    "The package needs torch alone: anything else is imported inside a function (Triton by triton.py and core/triton_ops.py)",
+    f"{PACKAGE}/(?!integrations/|demo.py|.*triton(_ops)?.py).*",
+    bad=[
+        "uegr_kernels/analysis/cka.py | import matplotlib.pyplot as plt",
+        "uegr_kernels/core/backends.py | try:\n  import triton\nexcept ImportError: ...",
+    ],
+    good=["uegr_kernels/analysis/cka.py | import math\nimport torch\nfrom .. import BiStage\ndef plot_cka():\n  import matplotlib"],
+)
+def torch_alone(path, text):
+    return unless(lambda entry: entry.lazy or standard(entry) or entry.ours or entry.layer == "torch", path, text)
+
+
+@rule(
+    "Tests import public names, `reference` by name, and the tables that `core` and `op` hold",
+    "python_tests/.*",
+    bad=[
+        "python_tests/test_selective.py | from uegr_kernels.selective.api import x",
+        "python_tests/test_divergence.py | from uegr_kernels.divergence import triton",
+    ],
+    good=["python_tests/test_selective.py | import uegr_kernels as uk\nfrom uegr_kernels.selective import op, reference\nimport scipy"],
+)
+def imports_of_tests(path, text):
+    return unless(lambda entry: not entry.ours or entry.layer not in ("api", "triton"), path, text)
+
+
+@rule(
+    "Benches import public names, and `reference` by name",
+    "bench/.*",
+    bad=[
+        "bench/bench_selective.py | from uegr_kernels.selective import op",
+        "bench/bench_selective.py | from uegr_kernels.selective import triton",
+    ],
+    good=["bench/bench_selective.py | import torch\nimport uegr_kernels as uk\nfrom uegr_kernels.selective import reference"],
+)
+def imports_of_benches(path, text):
+    return unless(lambda entry: not entry.ours or entry.layer not in ("api", "op", "triton"), path, text)
+
+
+@rule(
+    "setup.py imports Python and setuptools: no torch, no network",
+    "setup.py",
+    bad=["setup.py | import torch", "setup.py | def f():\n  import urllib.request", "setup.py | import requests"],
+    good=["setup.py | import os\nfrom setuptools import setup"],
+)
+def setup_imports(path, text):
+    network = ("urllib", "http", "socket", "ftplib", "ssl")
+    return unless(lambda entry: entry.layer == "setuptools" or (standard(entry) and entry.layer not in network), path, text)
+
+
+# ---- Python: what stands where
+
+FORMULA = ("exp", "exp2", "expm1", "log", "log2", "log1p", "sqrt", "rsqrt", "sigmoid", "tanh", "softmax", "log_softmax")
+
+
+def calls(text: str) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id if isinstance(node.func, ast.Name) else ""
+            yield node.lineno, name.removesuffix("_")
+
+
+@rule(
+    "No formula in `api` or `op`: mathematics stands in `reference`, `triton.py` and the headers, once in each language",
+    f"{PACKAGE}/{OPERATOR}/(api|op).py",
+    bad=["uegr_kernels/selective/api.py | p = torch.sigmoid(s)", "uegr_kernels/divergence/op.py | def f(x):\n  return x.sqrt_()"],
+    good=["uegr_kernels/selective/api.py | op.call('selective_adamw_', exp_avg)"],
+)
+def no_formula(path, text):
+    return (f"line {line} calls {name}" for line, name in calls(text) if name in FORMULA)
+
+
+@rule(
+    "Below `api` every argument is required: a default is written once, in the public signature",
+    f"{PACKAGE}/{OPERATOR}/(op|reference|triton).py",
+    bad=["uegr_kernels/selective/op.py | def f(x, eps=1e-8): ...", "uegr_kernels/selective/reference.py | def f(x, *, eps=1e-8): ..."],
+    good=["uegr_kernels/selective/op.py | def f(x, *, eps): ..."],
+)
+def no_defaults(path, text):
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.Lambda)) and (node.args.defaults or any(node.args.kw_defaults)):
+            yield f"line {node.lineno} gives {getattr(node, 'name', 'a lambda')} a default"
+
+
+@rule(
+    "No environment variable chooses anything outside `core`, and there none chooses a backend",
+    f"{PACKAGE}/.*",
+    bad=[
+        "uegr_kernels/selective/op.py | import os\nos.environ.get('UEGR_X')",
+        "uegr_kernels/core/backends.py | os.getenv('UEGR_KERNELS_BACKEND')",
+    ],
+    good=[
+        "uegr_kernels/core/native.py | os.environ.get('UEGR_KERNELS_ISA')",
+        "uegr_kernels/core/backends.py | os.environ.get('TRITON_INTERPRET')",
+    ],
+)
+def environment(path, text):
+    allowed = ("UEGR_KERNELS_ISA", "TRITON_INTERPRET") if path.parent.name == "core" else ()
+    for found in re.finditer(r"(environ|getenv)\b(\W+get)?\W*(\w*)", text):
+        if found[3] not in allowed:
+            yield f"reads {found[0]!r}"
+
+
+@rule(
+    "A wrong argument raises an error that names it: the package has no `assert`, and leaves the process to its caller",
+    f"{PACKAGE}/.*",
+    bad=["uegr_kernels/selective/api.py | assert lr >= 0", "uegr_kernels/core/native.py | import sys\nsys.exit('no library')"],
+    good=["uegr_kernels/selective/api.py | if lr < 0:\n  raise ValueError(lr)", "uegr_kernels/__main__.py | sys.exit(main())"],
+)
+def errors(path, text):
+    yield from (f"line {node.lineno} asserts" for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Assert))
+    if path.name not in ("__main__.py", "demo.py"):
+        yield from (f"line {line} calls exit" for line, name in calls(text) if name in ("exit", "quit"))
+
+
+@rule(
+    "The choice of a backend never catches an exception to mean no",
+    f"{PACKAGE}/core/backends.py",
+    bad=["uegr_kernels/core/backends.py | try:\n  import triton\nexcept ImportError:\n  triton = None"],
+    good=["uegr_kernels/core/backends.py | usable = find_spec('triton') is not None"],
+)
+def no_catching(path, text):
+    return (f"line {node.lineno} catches" for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Try))
+
+
+# ---- C++ and CUDA
+
+STANDARD_HEADER = re.compile(r"<[a-z_0-9]+>|<immintrin\.h>|<arm_neon\.h>")
+CUDA_HEADER = re.compile(r'[<"](cuda|cub|cooperative_groups|thrust|nv|curand)')
+TORCH_HEADER = re.compile(r'[<"](torch|ATen|c10|caffe2)/')
+
+
+def includes(text: str) -> list[str]:
+    return re.findall(r'^\s*#\s*include\s*([<"][^>"]+[>"])', text, re.MULTILINE)
+
+
+def resolve(path: pathlib.PurePosixPath, header: str) -> str:
+    """Where a quoted header lies: beside the file, or from csrc/; as a path from csrc/."""
+    words = []
+    name = header.strip('"')
+    for word in [*(path.parent.parts[1:] if name.startswith("..") or "/" not in name else []), *name.split("/")]:
+        words = words[:-1] if word == ".." else [*words, word]
+    return "/".join(words)
+
+
+def unless_header(allowed: Callable[[str], bool], path: pathlib.PurePosixPath, text: str) -> Iterator[str]:
+    """`allowed` sees <header> as it stands and "header" as a path from csrc/."""
+    seen = {header: header if header.startswith("<") else resolve(path, header) for header in includes(text)}
+    return (f"includes {header}" for header, place in seen.items() if not allowed(place))
+
+
+@rule(
+    "An operator's header includes `core` except `tensor.h`, and the standard library: no torch, no CUDA, no other operator",
+    "csrc/(?!core/)[^/]+/[^/]+[.](h|cuh)",
+    bad=[
+        f"csrc/selective/selective.h | #include {header}"
+        for header in ("<cuda_runtime.h>", '"../core/tensor.h"', '"core/tensor.h"', "<torch/a.h>", '"../dropout/dropout.h"')
+    ],
+    good=['csrc/selective/selective.h | #include <cmath>\n#include "../core/math.h"\n#include "core/philox.h"'],
+)
+def operator_header(path, text):
+    return unless_header(
+        lambda place: bool(STANDARD_HEADER.fullmatch(place)) or (place.startswith("core/") and place != "core/tensor.h"), path, text
+    )
+
+
+@rule(
+    "`X_cpu.cpp` and `X_cuda.cu` include their own `X.h` and `core`: torch only through `tensor.h`, no other operator",
+    "csrc/(?!core/)[^/]+/[^/]+[.](cpp|cu)",
+    bad=[
+        f"csrc/selective/selective_cpu.cpp | #include {header}"
+        for header in ("<torch/csrc/stable/ops.h>", '"../dropout/dropout.h"', "<ATen/ATen.h>")
+    ],
+    good=['csrc/selective/selective_cpu.cpp | #include <vector>\n#include "../core/tensor.h"\n#include "selective.h"'],
+)
+def operator_source(path, text):
+    def allowed(place: str) -> bool:
+        cuda = path.suffix == ".cu" and CUDA_HEADER.match(place)
+        return bool(STANDARD_HEADER.fullmatch(place) or cuda) or place.startswith(("core/", f"{path.parent.name}/"))
+
+    return unless_header(allowed, path, text)
+
+
+@rule(
+    "`core/tensor.h` is the only file that includes torch",
+    "csrc/(?!core/tensor.h).*",
+    bad=["csrc/core/loops_cpu.h | #include <torch/csrc/stable/ops.h>", "csrc/library.cpp | #include <c10/util/Half.h>"],
+    good=['csrc/library.cpp | #include "core/tensor.h"'],
+)
+def one_torch(path, text):
+    return (f"includes {header}" for header in includes(text) if TORCH_HEADER.match(header))
+
+
+@rule(
+    "`bindings.cpp` includes no torch, not even through a header of ours",
+    "csrc/bindings.cpp",
+    bad=['csrc/bindings.cpp | #include "core/tensor.h"', "csrc/bindings.cpp | #include <torch/extension.h>"],
+    good=['csrc/bindings.cpp | #include <pybind11/numpy.h>\n#include "core/philox.h"'],
+)
+def bindings_without_torch(path, text):
+    seen, todo = set(), [(path, text)]
+    while todo:
+        place, content = todo.pop()
+        for header in includes(content):
+            if TORCH_HEADER.match(header):
+                yield f"includes {header}" if place == path else f"includes {place}, which includes {header}"
+            elif header.startswith('"') and (name := resolve(place, header)) not in seen:
+                seen.add(name)
+                file = ROOT / "csrc" / name
+                todo.append((pathlib.PurePosixPath("csrc", name), file.read_text() if file.exists() else ""))
+
+
+@rule(
+    "The CUDA runtime is included by .cu and .cuh files and `library_cuda.cpp` only",
+    "csrc/.*[.](h|cpp)",
+    bad=["csrc/core/platform.h | #include <cuda_runtime.h>", "csrc/selective/selective_cpu.cpp | #include <cub/cub.cuh>"],
+    good=["csrc/library_cuda.cpp | #include <cuda_runtime.h>", "csrc/core/math.h | #include <cmath>"],
+)
+def cuda_runtime(path, text):
+    return (f"includes {header}" for header in includes(text) if CUDA_HEADER.match(header) and path.name != "library_cuda.cpp")
+
+
+@rule(
+    "`core/platform.h` is the only file that asks whether nvcc is compiling",
+    "csrc/(?!core/platform.h).*",
+    bad=["csrc/core/math.h | #ifdef __CUDACC__", "csrc/selective/selective.h | #if defined(__CUDA_ARCH__)"],
+    good=["csrc/core/math.h | #ifdef __AVX512F__"],
+)
+def one_platform(path, text):
+    return (f"asks for {found}" for found in re.findall(r"__CUDACC__|__CUDA_ARCH__|__NVCC__|__HIPCC__", text))
+
+
+@rule(
+    "No formula in `*_cpu.cpp` or `*_cuda.cu`: they differ in how elements arrive, the mathematics is the header's",
+    "csrc/.*_(cpu.cpp|cuda.cu)",
+    bad=["csrc/selective/selective_cpu.cpp | p = std::exp(x);", "csrc/dropout/dropout_cuda.cu | r = sqrtf(n);"],
+    good=["csrc/selective/selective_cpu.cpp | probability.inverse(s); // exp(z) is the header's\nexp_avg(x);"],
+)
+def no_formula_in_loops(path, text):
+    code = re.sub(r"//.*|/\*.*?\*/", "", text)
+    return (f"calls {name}" for name in re.findall(r"\b(?:std::|_*)?((?:exp|exp2|expm1|log|log2|log1p|sqrt|rsqrt|pow|tanh)f?)\s*\(", code))
+
+
+# ---- Any file
+
+
+@rule(
+    "Philox's multipliers stand once in each language: core/philox.py and core/philox.h",
+    f"({PACKAGE}|csrc)/(?!core/philox[.](py|h)).*",
+    bad=["uegr_kernels/selective/reference.py | x * 0xD2511F53", "csrc/core/loops_cpu.h | 0xcd9e8d57u"],
+    good=["uegr_kernels/selective/reference.py | philox.words(x)"],
+)
+def one_generator(path, text):
+    return re.findall(r"(?i)0x(?:D2511F53|CD9E8D57)|3528531795|3449720151", text)
+
+
+@rule(
+    "A name says what a file does: no fused, fast, v2, utils, common, helpers",
+    ".*",
+    bad=["csrc/core/utils.h | ", "uegr_kernels/selective/fused_adamw.py | ", "bench/helpers.py | "],
+    good=["csrc/core/loops_cpu.h | ", "uegr_kernels/selective/op.py | "],
+)
+def names(path, text):
+    return (
+        f"is called {path.name}"
+        for word in path.stem.split("_")
+        if word in ("fused", "fast", "v2", "utils", "util", "common", "helpers", "misc")
+    )
+
+
+@rule(
+    "No `--use_fast_math` and no `-ffast-math`: the masks must agree between backends",
+    "setup.py",
+    bad=["setup.py | FLAGS = '-O3 -ffast-math'", "setup.py | NVCC = ['--use_fast_math']"],
+    good=["setup.py | FLAGS = '-O3 -fno-math-errno'"],
+)
+def exact_math(path, text):
+    return re.findall(r"-ffast-math|-Ofast|-?-use_fast_math", text)
+
+
+LENGTHS = {"setup.py": 100, "csrc/library.cpp": 60, "csrc/library_cuda.cpp": 60}
+
+
+@rule(
+    "setup.py has fewer than 100 lines, a library's table of contents fewer than 60",
+    "setup.py|csrc/library(_cuda)?.cpp",
+    bad=["setup.py | " + "\n" * 100, "csrc/library.cpp | " + "\n" * 60],
+    good=["setup.py | " + "\n" * 99, "csrc/library.cpp | " + "\n" * 59],
+)
+def short(path, text):
+    if len(text.splitlines()) >= LENGTHS[str(path)]:
+        yield f"has {len(text.splitlines())} lines"
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.check.__name__)
+def test_rule_can_fail(rule):
+    for example, breaks in [*((example, True) for example in rule.bad), *((example, False) for example in rule.good)]:
+        path, text = example.split(" | ", 1)
+        assert re.fullmatch(rule.files, path), f"{path} is no file that the rule looks at"
+        assert bool(list(rule.check(pathlib.PurePosixPath(path), text))) == breaks, f"{example!r}: {rule.sentence}"
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.check.__name__)
+def test_rule(rule):
+    files = [path for path in tree_files() if re.fullmatch(rule.files, str(path)) and path.name != "test_house.py"]
+    broken = [f"  {path} {what}" for path in files for what in rule.check(path, (ROOT / path).read_text())]
+    if broken:
+        pytest.fail("\n".join([f"{rule.sentence}:", *broken]), pytrace=False)
+
+
+def test_folders_of_csrc_carry_the_packages_words():
+    strangers = {folder.name for folder in (ROOT / "csrc").iterdir() if folder.is_dir()} - FOLDERS
+    assert not strangers, f"a folder is an operator (or core), with one name in csrc/ and {PACKAGE}/: {sorted(strangers)}"
+
+
+def test_no_built_binary_is_in_git():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    built = [name for name in tracked if re.search(r"\.(so|o|a|pyd|dll|dylib|whl|pyc|cubin|fatbin)$", name)]
+    assert not built, f"built binaries do not belong in git: {built}"

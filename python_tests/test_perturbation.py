@@ -1,0 +1,325 @@
+"""The perturbations: literals, PyTorch's norms, Philox masks, exact restoring; compilers, bad input."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from uegr_kernels.core import philox
+from uegr_kernels.perturbation import fgm_perturbation, perturbed_weights, pgd_step
+
+OPERATORS = ("perturbation.fgm_perturbation_", "perturbation.pgd_step_", "perturbation.perturb_weights_")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# A result is rounded once from (nearly) exact arithmetic; compiled kernels may scale in float32 first.
+RELATIVE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+
+
+def gradient(*shape, dtype=torch.float32, seed=0, scale=1.0):
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale).to(dtype)
+
+
+def mask_of(shape, keep_probability, seed, step=0, stream=0):
+    """The mask that SPEC 2 promises, from the generator whose known answers test_core.py holds."""
+    indices = torch.arange(math.prod(shape))
+    return (philox.uniform(philox.words(indices, seed=seed, step=step, stream=stream), torch.float64) < keep_probability).view(shape)
+
+
+def test_literals(backend):
+    g = torch.tensor([[3.0, 4.0], [0.0, -2.0], [0.0, 0.0]])
+    assert fgm_perturbation(g, 10.0, backend=backend).tolist() == [[6.0, 8.0], [0.0, -10.0], [0.0, 0.0]]
+    assert fgm_perturbation(g, 0.5, norm="linf", backend=backend).tolist() == [[0.5, 0.5], [0.0, -0.5], [0.0, 0.0]]
+    # 6/5 of (3, 4)/5 has length 1.2, the ball 1: (0.6, 0.8).
+    stepped = pgd_step(torch.zeros(1, 2, dtype=torch.float64), g[:1].double(), step_size=1.2, radius=1.0, backend=backend)
+    torch.testing.assert_close(stepped, torch.tensor([[0.6, 0.8]], dtype=torch.float64))
+    stepped = pgd_step(torch.tensor([[0.25, 0.75]]), g[:1], step_size=0.5, radius=1.0, norm="linf", backend=backend)
+    assert stepped.tolist() == [[0.75, 1.0]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("per", "axes"), [("sample", (1, 2)), ("token", (2,)), ("all", (0, 1, 2))])
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_fgm_has_its_norm_and_direction(backend, dtype, per, axes, norm):
+    g = gradient(3, 5, 7, dtype=dtype)
+    delta = fgm_perturbation(g, 0.3, norm=norm, per=per, backend=backend)
+    assert delta.dtype == dtype and delta.is_contiguous() and not delta.requires_grad
+    if norm == "linf":
+        assert torch.equal(delta, torch.full_like(g, 0.3).copysign(g))
+        return
+    wide = g.double()
+    expected = torch.nn.functional.normalize(wide.reshape(-1, math.prod(g.shape[a] for a in axes))).view(g.shape) * 0.3
+    torch.testing.assert_close(delta.double(), expected, rtol=RELATIVE[dtype], atol=1e-12 if dtype == torch.float64 else 1e-7)
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e-20, 1e20, 1e37])
+def test_no_gradient_is_too_small_or_too_large(backend, scale):
+    g = torch.full((2, 4), scale)
+    torch.testing.assert_close(fgm_perturbation(g, 1.0, backend=backend), torch.full((2, 4), 0.5), rtol=1e-5, atol=0)
+    half = torch.full((1, 40000), 60000.0, dtype=torch.float16)  # its norm overflows float16
+    torch.testing.assert_close(fgm_perturbation(half, 2.0, backend=backend), torch.full_like(half, 0.01))
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_a_norm_that_is_not_finite_gives_zero_for_its_group(backend, bad, norm):
+    g = gradient(3, 4, 5)
+    good = {per: fgm_perturbation(g, 0.3, norm=norm, per=per, backend=backend) for per in ("sample", "token")}
+    g[1, 2, 3] = bad
+    by_sample = fgm_perturbation(g, 0.3, norm=norm, backend=backend)
+    assert by_sample[1].count_nonzero() == 0 and torch.equal(by_sample[::2], good["sample"][::2])
+    by_token = fgm_perturbation(g, 0.3, norm=norm, per="token", backend=backend)
+    assert by_token[1, 2].count_nonzero() == 0 and torch.equal(by_token[1, :2], good["token"][1, :2])
+    assert fgm_perturbation(g, 0.3, norm=norm, per="all", backend=backend).count_nonzero() == 0
+    delta = gradient(3, 4, 5, seed=1)
+    assert torch.equal(pgd_step(delta, g, step_size=1.0, radius=1e3, norm=norm, backend=backend)[1], delta[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32], ids=str)
+def test_mask_comes_before_the_norm(backend, dtype):
+    g, mask = gradient(2, 4, 3), torch.tensor([[1, 1, 0, 0], [1, 0, 1, 1]])
+    g[0, 3] = torch.nan  # padding may hold anything
+    shown = (mask * 2).to(dtype)
+    expected = fgm_perturbation(g.nan_to_num() * mask[..., None], 0.5, backend=backend)
+    assert torch.equal(fgm_perturbation(g, 0.5, mask=shown, backend=backend), expected)
+    delta = gradient(2, 4, 3, seed=1)
+    stepped = pgd_step(delta, g, step_size=0.5, radius=100.0, mask=shown, backend=backend)
+    assert torch.equal(stepped[mask == 0], delta[mask == 0])
+    torch.testing.assert_close(stepped - delta, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("keep_probability", [0.0, 0.3, 0.7])
+@pytest.mark.parametrize(("seed", "step"), [(1, 0), (-5, 3), (2**64 - 5, 3), (12345678901234567890, 2**31)])
+def test_random_mask_is_the_packages_philox(backend, keep_probability, seed, step):
+    g = gradient(3, 5, 7)
+    whole = fgm_perturbation(g, 0.5, backend=backend)
+    part = fgm_perturbation(g, 0.5, keep_probability=keep_probability, seed=seed, step=step, backend=backend)
+    assert torch.equal(part, whole * mask_of(g.shape, keep_probability, seed, step))  # after the norm, not rescaled
+
+
+def test_random_mask_literal(backend):
+    # Philox4x32-10 of key (0, 0), counter (0, 0, 0, 0): Random123's known answer 6627e8d5 e169c58d bc57ac4c 9b00dbd8.
+    u = [0x6627E8 * 2.0**-24, 0xE169C5 * 2.0**-24, 0xBC57AC * 2.0**-24, 0x9B00DB * 2.0**-24]  # 0.399, 0.881, 0.736, 0.605
+    for p in (0.39, 0.4, 0.7, u[2], math.nextafter(u[2], 1), 0.9):
+        kept = fgm_perturbation(torch.ones(1, 4), 2.0, keep_probability=p, seed=0, backend=backend)
+        assert kept.tolist() == [[float(x < p) for x in u]]
+
+
+def test_a_seed_is_drawn_only_for_a_mask(backend):
+    g = gradient(3, 5, 7)
+    state = torch.get_rng_state()
+    for options in ({}, {"keep_probability": 1}, {"keep_probability": 1.0}, {"keep_probability": 0.5, "seed": 3}):
+        fgm_perturbation(g, 0.5, backend=backend, **options)
+    assert torch.equal(torch.get_rng_state(), state)
+    first, second = (fgm_perturbation(g, 0.5, keep_probability=0.5, backend=backend) for _ in range(2))
+    assert not torch.equal(first, second)
+    torch.set_rng_state(state)
+    assert torch.equal(fgm_perturbation(g, 0.5, keep_probability=0.5, backend=backend), first)
+
+
+@given(shape=st.lists(st.integers(0, 5), min_size=1, max_size=4), per=st.sampled_from(["sample", "token", "all"]),
+       norm=st.sampled_from(["l2", "linf"]), layout=st.sampled_from(["dense", "permuted", "sliced", "expanded"]))  # fmt: skip
+def test_any_shape_and_strides(shape, per, norm, layout):
+    dense = gradient(*shape)
+    g = {
+        "dense": lambda: dense,
+        "permuted": lambda: dense.permute(*range(dense.dim())[::-1]).contiguous().permute(*range(dense.dim())[::-1]),
+        "sliced": lambda: torch.stack((dense, dense), -1)[..., 1],
+        "expanded": lambda: dense[:1].expand(shape),
+    }[layout]()
+    delta = fgm_perturbation(g, 0.5, norm=norm, per=per, keep_probability=0.5, seed=7)
+    assert delta.shape == g.shape and delta.is_contiguous()
+    assert torch.equal(delta, fgm_perturbation(g.contiguous(), 0.5, norm=norm, per=per, keep_probability=0.5, seed=7))
+    stepped = pgd_step(g, g, step_size=2.0, radius=0.5, norm=norm, per=per)
+    assert stepped.shape == g.shape
+    if norm == "l2":
+        assert per != "all" or stepped.norm() <= 0.5 * (1 + 1e-6)
+    else:
+        assert (stepped.abs() <= 0.5).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("per", "axes"), [("sample", (1, 2)), ("token", (2,)), ("all", (0, 1, 2))])
+def test_pgd_stays_in_the_ball_and_moves_inside_it(backend, dtype, per, axes):
+    delta, g = gradient(3, 5, 7, dtype=dtype, seed=1), gradient(3, 5, 7, dtype=dtype)
+    free = pgd_step(delta, g, step_size=0.5, radius=1e4, per=per, backend=backend)
+    expected = delta.double() + fgm_perturbation(g.double(), 0.5, per=per, backend=backend)
+    torch.testing.assert_close(free.double(), expected, rtol=RELATIVE[dtype], atol=RELATIVE[dtype])
+    bound = pgd_step(delta, g, step_size=0.5, radius=0.25, per=per, backend=backend)
+    lengths = torch.linalg.vector_norm(bound.double(), dim=axes)
+    torch.testing.assert_close(lengths, torch.full_like(lengths, 0.25), rtol=max(RELATIVE[dtype], 1e-6), atol=0)
+    torch.testing.assert_close(torch.linalg.vector_norm(expected, dim=axes, keepdim=True) * bound, expected * 0.25,
+                               rtol=2 * RELATIVE[dtype], atol=1e-2 * RELATIVE[dtype] + 1e-7, check_dtype=False)  # fmt: skip
+
+
+def parameters(dtype=torch.float32):
+    torch.manual_seed(3)
+    params = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in ((4, 5), (5,), (), (3, 2), (0, 3))]
+    for i, param in enumerate(params):
+        if i != 1:  # params[1] has no gradient
+            param.grad = gradient(*param.shape, dtype=dtype, seed=i)
+    return params
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("per", ["tensor", "all"])
+def test_weights_move_along_their_gradient_and_come_back(backend, dtype, per):
+    params = parameters(dtype)
+    with torch.no_grad():
+        params[0][0, 0], params[0][0, 1] = torch.nan, -0.0
+    before, versions = [p.detach().clone() for p in params], [p._version for p in params]
+    grads = [(torch.zeros_like(p) if p.grad is None else p.grad).double().flatten() for p in params]
+    if per == "all":
+        units = torch.nn.functional.normalize(torch.cat(grads), dim=0).split([len(g) for g in grads])
+    else:
+        units = [torch.nn.functional.normalize(g, dim=0) for g in grads]
+    with perturbed_weights(params, 0.3, per=per, backend=backend) as nothing:
+        assert nothing is None
+        for p, unit, old in zip(params, units, before, strict=True):
+            expected = torch.add(old.double(), unit.view(p.shape), alpha=0.3)
+            torch.testing.assert_close(p.detach().double(), expected, rtol=RELATIVE[dtype], atol=RELATIVE[dtype], equal_nan=True)
+        inside = [p._version for p in params]
+    for i, (p, old) in enumerate(zip(params, before, strict=True)):
+        bits = (p.detach().contiguous().view(torch.uint8), old.view(torch.uint8)) if p.dim() else (p.detach(), old)
+        assert torch.equal(*bits)
+        assert (p._version > inside[i] > versions[i]) if i != 1 else (p._version == versions[i])
+
+
+def test_weights_come_back_after_an_exception(backend):
+    params = parameters()
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(KeyboardInterrupt), perturbed_weights(params, 0.3, backend=backend):
+        assert not torch.equal(params[0], before[0])
+        with torch.no_grad():
+            params[0].zero_()  # a step inside is undone too
+        raise KeyboardInterrupt
+    assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))
+
+
+def test_weights_gradients_given(backend):
+    params, before = parameters(), [p.detach().clone() for p in parameters()]
+    with perturbed_weights(params, 1.0, gradients=[None, torch.ones(5), None, None, None], backend=backend):
+        torch.testing.assert_close(params[1].detach(), before[1] + 5**-0.5)
+        assert torch.equal(params[0], before[0])
+    with perturbed_weights([], 1.0, backend=backend), perturbed_weights([torch.zeros(3)], 1.0, backend=backend):
+        pass  # nothing to move
+
+
+def test_weights_mask_has_the_parameters_position_as_stream(backend):
+    params, before = parameters(), [p.detach().clone() for p in parameters()]
+    state = torch.get_rng_state()
+    with perturbed_weights(params, 0.5, backend=backend):
+        whole = [p.detach().clone() for p in params]
+    with perturbed_weights(params, 0.5, keep_probability=0.5, seed=11, step=2, backend=backend):
+        for i, p in enumerate(params):
+            if i != 1:
+                assert torch.equal(p, torch.where(mask_of(p.shape, 0.5, 11, 2, stream=i), whole[i], before[i]))
+    assert torch.equal(torch.get_rng_state(), state)
+    with perturbed_weights(params, 0.5, keep_probability=0.5, backend=backend):
+        assert not torch.equal(torch.get_rng_state(), state)
+
+
+def test_weights_backward_inside(backend):
+    layer, x = torch.nn.Linear(4, 3), torch.randn(2, 4)
+    layer(x).square().sum().backward()
+    reference = torch.func.functional_call
+    moved = {n: (p + 0.1 * p.grad / p.grad.norm()).detach() for n, p in layer.named_parameters()}
+    inputs = x.clone().requires_grad_()
+    with perturbed_weights(layer.parameters(), 0.1, backend=backend):
+        got = torch.autograd.grad(layer(inputs).square().sum(), inputs)[0]
+        stale = layer(inputs).square().sum()
+    torch.testing.assert_close(got, torch.autograd.grad(reference(layer, moved, inputs).square().sum(), inputs)[0])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        stale.backward()
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiled(backend, compiler):
+    def run(g, mask):
+        delta = fgm_perturbation(g * 2, 0.5, mask=mask, keep_probability=0.5, seed=5, backend=backend)
+        return pgd_step(delta, g, step_size=0.1, radius=0.4, norm="linf", per="token", backend=backend) + 1
+
+    compiled = torch.compile(run, fullgraph=True, backend=compiler, dynamic=True)
+    for n in (3, 4):
+        g, mask = gradient(n, 5, 7), torch.ones(n, 5)
+        torch.testing.assert_close(compiled(g, mask), run(g, mask))
+
+
+def test_compiled_draws_a_key(backend):
+    compiled = torch.compile(lambda g: fgm_perturbation(g, 0.5, keep_probability=0.5, backend=backend), fullgraph=True, backend="aot_eager")
+    g = gradient(3, 5, 7)
+    assert not torch.equal(compiled(g), compiled(g))
+    torch.manual_seed(1)
+    first = compiled(g)
+    torch.manual_seed(1)
+    assert torch.equal(compiled(g), first) and 0 < (first == 0).sum() < first.numel()
+
+
+@pytest.mark.parametrize("norm", [0, 1])
+@pytest.mark.parametrize("per", [0, 1, 2])
+def test_opcheck(norm, per):
+    operators, g, mask, seed = torch.ops.uegr_kernels, gradient(5, 4, 3).permute(2, 1, 0), torch.ones(3, 4), torch.tensor(5)
+    options = {"norm": norm, "per": per}
+    fgm = options | {"epsilon": 0.5, "keep_probability": 0.5, "step": 1}
+    torch.library.opcheck(operators.fgm_perturbation_.default, (g, mask, seed, torch.zeros_like(g)), fgm)
+    pgd = options | {"step_size": 0.5, "radius": 1.0}
+    torch.library.opcheck(operators.pgd_step_.default, (g, g, None, torch.zeros_like(g)), pgd)
+    weights = {"streams": [0, 3], "epsilon": 0.5, "together": per == 2, "keep_probability": 0.5, "step": 1}
+    torch.library.opcheck(operators.perturb_weights_.default, ([g.clone(), torch.zeros(3)], [g, torch.ones(3)], seed), weights)
+
+
+def test_vmap_is_refused(backend):
+    g = gradient(2, 3, 4)
+    with pytest.raises(RuntimeError, match="fgm_perturbation of uegr_kernels does not run under torch.func.vmap"):
+        torch.func.vmap(lambda x: fgm_perturbation(x, 0.5, backend=backend))(g)
+    with pytest.raises(RuntimeError, match="pgd_step of uegr_kernels does not run under torch.func.vmap"):
+        torch.func.vmap(lambda x: pgd_step(x, x, step_size=1.0, radius=1.0, backend=backend))(g)
+
+
+G = torch.zeros(2, 4, 3)
+P = torch.zeros(3, requires_grad=True)
+
+
+def enter(*arguments, **options):
+    with perturbed_weights(*arguments, **options):
+        raise AssertionError("entered")
+
+
+BAD_INPUT = {
+    "no tensor": (lambda: fgm_perturbation([1.0], 0.1), TypeError, "grad is a list"),
+    "integers": (lambda: fgm_perturbation(G.long(), 0.1), TypeError, "grad is torch.int64"),
+    "complex": (lambda: fgm_perturbation(G.to(torch.complex64), 0.1), TypeError, "grad is torch.complex64"),
+    "sparse": (lambda: fgm_perturbation(G.to_sparse(), 0.1), TypeError, "grad is sparse"),
+    "negative": (lambda: fgm_perturbation(G, -0.1), ValueError, "epsilon=-0.1 is out of range"),
+    "nan": (lambda: fgm_perturbation(G, math.nan), ValueError, "epsilon=nan is out of range"),
+    "text": (lambda: fgm_perturbation(G, "0.1"), TypeError, "epsilon='0.1' is a str"),
+    "norm": (lambda: fgm_perturbation(G, 0.1, norm="l1"), ValueError, "norm='l1' is not one of its values; use 'l2', 'linf'"),
+    "per": (lambda: fgm_perturbation(G, 0.1, per="batch"), ValueError, "per='batch' is not one of its values"),
+    "mask shape": (lambda: fgm_perturbation(G, 0.1, mask=torch.ones(2, 3)), ValueError, r"mask has shape \(2, 3\) and grad \(2, 4, 3\)"),
+    "mask axes": (lambda: fgm_perturbation(G, 0.1, mask=torch.ones(2)), ValueError, r"mask has shape \(2,\)"),
+    "mask type": (lambda: fgm_perturbation(G, 0.1, mask=[1]), TypeError, "mask is a list"),
+    "mask elsewhere": (lambda: fgm_perturbation(G, 0.1, mask=torch.ones(2, 4, device="meta")), ValueError, "mask is on meta"),
+    "probability": (lambda: fgm_perturbation(G, 0.1, keep_probability=1.5), ValueError, "keep_probability=1.5 is out of range"),
+    "seed": (lambda: fgm_perturbation(G, 0.1, keep_probability=0.5, seed=0.5), TypeError, "seed=0.5 is a float"),
+    "step": (lambda: fgm_perturbation(G, 0.1, step=-1), ValueError, "step=-1 is out of range"),
+    "backend": (lambda: fgm_perturbation(G, 0.1, backend="rocm"), ValueError, "backend='rocm' is not a backend"),
+    "absent backend": (lambda: fgm_perturbation(G, 0.1, backend="cuda"), RuntimeError, "backend='cuda' cannot serve perturbation.fgm"),
+    "shapes": (lambda: pgd_step(G, G[:1], step_size=1, radius=1), ValueError, r"grad has shape \(1, 4, 3\) and delta \(2, 4, 3\)"),
+    "dtypes": (lambda: pgd_step(G, G.double(), step_size=1, radius=1), TypeError, "grad is torch.float64 and delta torch.float32"),
+    "radius": (lambda: pgd_step(G, G, step_size=1, radius=-1), ValueError, "radius=-1 is out of range"),
+    "one tensor": (lambda: perturbed_weights(P, 0.1), TypeError, "params is a tensor"),
+    "weights per": (lambda: perturbed_weights([P], 0.1, per="sample"), ValueError, "per='sample' is not one of its values; use 'tensor' or 'all'"),
+    "too few": (lambda: perturbed_weights([P], 0.1, gradients=[]), ValueError, "gradients hold 0 entries for 1 params"),
+    "weights shape": (lambda: enter([P], 0.1, gradients=[G]), ValueError, r"gradients\[0\] has shape \(2, 4, 3\) and params\[0\] \(3,\)"),
+    "weights sparse": (lambda: enter([P], 0.1, gradients=[P.detach().to_sparse()]), TypeError, r"gradients\[0\] is sparse"),
+    "weights epsilon": (lambda: perturbed_weights([P], -1), ValueError, "epsilon=-1 is out of range"),
+    "weights probability": (lambda: perturbed_weights([P], 1, keep_probability=None), TypeError, "keep_probability=None is a NoneType"),
+    "weights backend": (lambda: enter([P], 1, gradients=[P.detach()], backend="cuda"), RuntimeError, "backend='cuda' cannot serve"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input(case):
+    call, error, message = BAD_INPUT[case]
+    with pytest.raises(error, match=message):
+        call()

@@ -1,0 +1,79 @@
+"""`python -m uegr_kernels info | demo`: what runs on this machine, and the package's main job on real text."""
+
+import argparse
+import importlib.metadata
+import os
+import pathlib
+import platform
+import sys
+
+import torch
+
+from . import __version__
+from .core import backends, native
+
+OPERATOR = "selective.selective_adamw_"  # a backend has this operator before any other
+
+
+def info() -> str:
+    """Versions, processor, GPUs, and for each backend where it is usable or why it is not."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, **{name: _version(name) for name in ("triton", "numpy")}}
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    lines = {
+        "uegr-kernels": f"{__version__}, in {pathlib.Path(__file__).parent}",
+        "versions": _list(f"{name} {version}" for name, version in versions.items()),
+        "instructions": f"{native.load()[0] or 'none'} in use; the processor has {_list(native.supported_isas())}",
+        "libraries": f"built for {_list(native.built_isas())}; UEGR_KERNELS_ISA chooses another than the best",
+        "threads": f"{torch.get_num_threads()} on {os.cpu_count()} processors; torch.set_num_threads changes it",
+        "GPU": _list(gpus),
+    }
+    lines |= {f"  {backend}": _state(backend) for backend in backends.BACKENDS}
+    return "\n".join(f"{name:<14}{text}" for name, text in lines.items())
+
+
+def _list(words) -> str:
+    return ", ".join(words) or "none"
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _state(backend: str) -> str:
+    reasons = {device: backends.why_not(backend, OPERATOR, device) for device in ("cpu", "cuda")}
+    if not torch.cuda.is_available():
+        reasons["cuda"] = reasons["cuda"] or "torch finds no GPU here"
+    usable = [device for device, reason in reasons.items() if reason is None]
+    if usable:
+        return f"usable on {' and '.join(usable)}"
+    return f"not usable: {reasons['cpu' if backend == 'cpp' else 'cuda']}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns its exit status (2 for wrong arguments)."""
+    parser = argparse.ArgumentParser(prog="python -m uegr_kernels", description="UEGR: robust fine-tuning, as PyTorch operators.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands.add_parser("info", help="versions, processor, GPUs, and which backends are usable or why not")
+    commands.add_parser("demo", help="fine-tune a text classifier; `demo --help` lists the options", add_help=False)
+    if arguments is None:
+        arguments = sys.argv[1:]
+    if arguments[:1] == ["demo"]:  # its options are its own
+        from . import demo
+
+        return demo.main(arguments[1:]) or 0
+    command = parser.parse_args(arguments).command
+    if command is None:
+        parser.print_help()
+        return 0
+    try:
+        print(info())
+    except (ValueError, RuntimeError) as error:  # a UEGR_KERNELS_ISA that cannot be served
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

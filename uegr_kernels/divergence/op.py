@@ -1,0 +1,245 @@
+"""The loss operators: schemas, fakes, autograd, and the choice of a backend."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..core import backends
+from . import reference
+
+# To the compiled kernels a reduction is its position here (csrc/divergence/divergence.h has the same order; a test compares).
+REDUCTIONS = ("mean", "sum", "none")
+# Bytes of a chunk's logits, counted in the arithmetic's dtype. The reference keeps many tensors of that size, the kernels work in place.
+CHUNK_BYTES = {"reference": 9 << 20}
+NATIVE_CHUNK_BYTES = 64 << 20
+
+OPTIONS = "float js_weight, float label_smoothing, int ignore_index, int reduction, bool regression, bool[] needs"
+# Returned: the loss, its three parts, and the gradients by the logits (or by hidden, weight, bias) where `needs` asks, in order.
+# row_weights: the gradient by the losses of the rows; without it, reduction "none" gives no gradients, as they are not known yet.
+SCHEMAS = {
+    "uegr_loss": f"(Tensor[] logits, Tensor? labels, *, {OPTIONS}) -> (Tensor, Tensor, Tensor[])",
+    "uegr_loss_": f"(Tensor(a!)[] logits, Tensor? labels, *, {OPTIONS}) -> (Tensor, Tensor)",
+    "linear_uegr_loss": "(Tensor[] hidden, Tensor weight, Tensor? bias, Tensor? labels, Tensor? row_weights, *, "
+    f"{OPTIONS}, ScalarType dtype, int? chunk_rows, str backend) -> (Tensor, Tensor, Tensor[])",
+    "scale_gradients": "(Tensor[] gradients, Tensor grad_loss, Tensor parts) -> Tensor[]",
+    "scale_gradients_": "(Tensor(a!)[] gradients, Tensor grad_loss) -> ()",
+}
+
+
+def kernel(name: str, backend: str) -> Callable:
+    """`uegr_loss` or `uegr_loss_` of a chosen backend; it takes the reduction by its name."""
+    if backend == "reference":
+        return getattr(reference, name)
+    operator = getattr(torch.ops.uegr_kernels, name).default
+    return lambda *tensors, reduction, **options: operator(*tensors, reduction=REDUCTIONS.index(reduction), **options)
+
+
+def _linear_uegr_loss(hidden, weight, bias, labels, row_weights, *, reduction, needs, chunk_rows, backend, dtype, **options):
+    """The reference's chunks with the backend's rows, in the dtype that autocast decided above."""
+    passes = sum(x.shape[0] if x.dim() == 3 else 1 for x in hidden)
+    limit = CHUNK_BYTES.get(backend, NATIVE_CHUNK_BYTES)
+    chunk_rows = chunk_rows or max(1, limit // (passes * weight.shape[0] * reference.compute_dtype(dtype).itemsize))
+    with torch.autocast(weight.device.type, enabled=False):
+        return reference.linear_uegr_loss(
+            kernel("uegr_loss_", backend), hidden, weight, bias, labels, row_weights, reduction=REDUCTIONS[reduction],
+            needs=_in_forward(needs, reduction, row_weights), dtype=dtype, chunk_rows=chunk_rows, **options
+        )  # fmt: skip
+
+
+def _in_forward(needs: list[bool], reduction: int, row_weights: Tensor | None) -> list[bool]:
+    return [need and (REDUCTIONS[reduction] != "none" or row_weights is not None) for need in needs]
+
+
+def _fake(tensors: list[Tensor | None], reduction: int, needs: list[bool], dtype: torch.dtype):
+    first = tensors[0]
+    shape = first.shape[-2:-1] if REDUCTIONS[reduction] == "none" else ()
+    loss, parts = (first.new_empty(size, dtype=reference.compute_dtype(dtype)) for size in (shape, (3, *shape)))
+    return loss, parts, [x.new_empty(x.shape) for x, need in zip(tensors, needs, strict=True) if need]
+
+
+def _fake_loss(logits, labels, *, reduction, needs, **_):
+    return _fake(logits, reduction, needs, logits[0].dtype)
+
+
+def _fake_linear(hidden, weight, bias, labels, row_weights, *, reduction, needs, dtype, **_):
+    return _fake([*hidden, weight, bias], reduction, _in_forward(needs, reduction, row_weights), dtype)
+
+
+def _hand_out(grad_loss: Tensor | None, gradients: list[Tensor], needs: list[bool], parts: Tensor) -> list[Tensor | None]:
+    """The kept gradients times that of the loss, where needed; as they are where it is 1, at which one can look on a CPU."""
+    if grad_loss is None:
+        return [None for _ in needs]
+    real = type(grad_loss) is Tensor and not torch.compiler.is_compiling()
+    if not real or torch.is_grad_enabled() or grad_loss.device.type != "cpu" or grad_loss.dim() != 0 or grad_loss.item() != 1:
+        gradients = torch.ops.uegr_kernels.scale_gradients.default(gradients, grad_loss, parts)
+    wanted = iter(gradients)
+    return [next(wanted) if need else None for need in needs]
+
+
+def _keep(ctx, parts: Tensor, gradients: list[Tensor]) -> None:
+    """Keeps the gradients, which have none themselves; a double backward finds its error through `parts`."""
+    ctx.mark_non_differentiable(*gradients)
+    ctx.save_for_backward(parts, *gradients)
+
+
+def _setup_loss(ctx, inputs, keyword_only_inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.needs = keyword_only_inputs["needs"]
+    _keep(ctx, output[1], output[2])
+
+
+def _backward_loss(ctx, grad_loss, *_):
+    parts, *gradients = ctx.saved_tensors
+    return _hand_out(grad_loss, gradients, ctx.needs, parts), None
+
+
+def _setup_linear(ctx, inputs, keyword_only_inputs, output):
+    hidden, weight, bias, labels, row_weights = inputs
+    ctx.set_materialize_grads(False)
+    ctx.options, ctx.is_backward = keyword_only_inputs, row_weights is not None
+    ctx.by_row = REDUCTIONS[ctx.options["reduction"]] == "none"
+    if ctx.by_row:
+        ctx.save_for_backward(weight, bias, labels, *hidden)
+    else:
+        _keep(ctx, output[1], output[2])
+
+
+def _backward_linear(ctx, grad_loss, *_):
+    if ctx.is_backward:
+        _refuse_double_backward()
+    if ctx.by_row and grad_loss is not None:  # what a row counts is known only now, so the chunks are walked again
+        weight, bias, labels, *hidden = ctx.saved_tensors
+        gradients = torch.ops.uegr_kernels.linear_uegr_loss.default(hidden, weight, bias, labels, grad_loss, **ctx.options)[2]
+        wanted = iter(gradients)
+        *of_hidden, of_weight, of_bias = (next(wanted) if need else None for need in ctx.options["needs"])
+    else:
+        parts, *gradients = (None,) if ctx.by_row else ctx.saved_tensors
+        *of_hidden, of_weight, of_bias = _hand_out(grad_loss, gradients, ctx.options["needs"], parts)
+    return of_hidden, of_weight, of_bias, None, None
+
+
+def _refuse_double_backward(*_):
+    raise RuntimeError("the losses of uegr_kernels have no second derivative; differentiate a loss of plain PyTorch twice")
+
+
+def _refuse_vmap(*_, **__):
+    raise RuntimeError("the losses of uegr_kernels do not run under torch.func.vmap; give the whole batch as N rows and reduction='none'")
+
+
+for _name, _schema in SCHEMAS.items():
+    torch.library.define(f"uegr_kernels::{_name}", _schema)
+    torch.library.register_vmap(f"uegr_kernels::{_name}", _refuse_vmap)
+
+
+@torch.library.impl("uegr_kernels::uegr_loss", "CompositeExplicitAutograd")
+def _(logits, labels, *, reduction, **options):
+    return reference.uegr_loss(logits, labels, reduction=REDUCTIONS[reduction], **options)
+
+
+@torch.library.impl("uegr_kernels::uegr_loss_", "CompositeExplicitAutograd")
+def _(logits, labels, *, reduction, **options):
+    return reference.uegr_loss_(logits, labels, reduction=REDUCTIONS[reduction], **options)
+
+
+torch.library.impl("uegr_kernels::linear_uegr_loss", "CompositeExplicitAutograd", _linear_uegr_loss)
+torch.library.impl("uegr_kernels::scale_gradients", "CompositeExplicitAutograd", reference.scale_gradients)
+torch.library.impl("uegr_kernels::scale_gradients_", "CompositeExplicitAutograd", reference.scale_gradients_)
+torch.library.register_fake("uegr_kernels::uegr_loss", _fake_loss)
+torch.library.register_fake("uegr_kernels::uegr_loss_", lambda *tensors, **options: _fake_loss(*tensors, **options)[:2])
+torch.library.register_fake("uegr_kernels::linear_uegr_loss", _fake_linear)
+torch.library.register_fake("uegr_kernels::scale_gradients", lambda gradients, *_: [torch.empty_like(g) for g in gradients])
+torch.library.register_fake("uegr_kernels::scale_gradients_", lambda *_: None)
+torch.library.register_autograd("uegr_kernels::uegr_loss", _backward_loss, setup_context=_setup_loss)
+torch.library.register_autograd("uegr_kernels::linear_uegr_loss", _backward_linear, setup_context=_setup_linear)
+torch.library.register_autograd("uegr_kernels::scale_gradients", _refuse_double_backward)
+
+
+class _Loss(torch.autograd.Function):
+    """What the registered autograd does, for kernels that are called directly: the reference, and gradients over the logits."""
+
+    @staticmethod
+    def forward(ctx, labels: Tensor | None, backend: str, in_place: bool, needs: list[bool], options: dict, *logits: Tensor):
+        ctx.set_materialize_grads(False)
+        ctx.needs, ctx.in_place = needs, in_place
+        ctx.leaves = in_place and [x.is_leaf for x in logits]
+        detached = [x.detach() for x in logits]
+        loss, parts, *gradients = kernel("uegr_loss_" if in_place else "uegr_loss", backend)(detached, labels, needs=needs, **options)
+        if in_place:
+            gradients = [[x for x, need in zip(detached, needs, strict=True) if need]]
+            torch.autograd.graph.increment_version(gradients[0])
+        ctx.save_for_backward(parts, *gradients[0])
+        return loss, parts
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        if ctx.in_place is None:
+            raise RuntimeError("inplace_backward=True hands its gradients out once; compute the loss again, or leave inplace_backward out")
+        parts, *gradients = ctx.saved_tensors
+        if ctx.in_place and not torch.is_grad_enabled() and grad_loss is not None:
+            ctx.in_place = None
+            torch.ops.uegr_kernels.scale_gradients_.default(gradients, grad_loss)
+            grad_loss = torch.ones(())
+        gradients = _hand_out(grad_loss, gradients, ctx.needs, parts)
+        if ctx.in_place is None:  # a leaf and its .grad must not share memory
+            gradients = [g.clone() if leaf and g is not None else g for g, leaf in zip(gradients, ctx.leaves, strict=True)]
+        return None, None, None, None, None, *gradients
+
+
+@torch.compiler.assume_constant_result
+def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that serves the losses (core.backends.choose)."""
+    return backends.choose(backend, "divergence.uegr_loss", device, dtype)
+
+
+def traced() -> bool:
+    """Whether a compiler or torch.func is looking, which see registered operators only and no values."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def uegr_loss(
+    logits: list[Tensor], labels: Tensor | None, *, in_place: bool, reduction: str, backend: str, **options
+) -> tuple[Tensor, Tensor]:
+    """The loss, differentiable, and its parts; arguments as in SCHEMAS."""
+    backend = choose(backend, logits[0].device, logits[0].dtype)
+    needs = [torch.is_grad_enabled() and x.requires_grad for x in logits]
+
+    def run(reduction: str) -> tuple[Tensor, Tensor]:
+        if torch._C._are_functorch_transforms_active() or (torch.compiler.is_compiling() and backend != "reference"):
+            number = REDUCTIONS.index(reduction)
+            return torch.ops.uegr_kernels.uegr_loss.default(logits, labels, reduction=number, needs=needs, **options)[:2]
+        if not any(needs):
+            return kernel("uegr_loss", backend)(logits, labels, reduction=reduction, needs=needs, **options)[:2]
+        return _Loss.apply(labels, backend, in_place and not traced(), needs, options | {"reduction": reduction}, *logits)
+
+    return _divided_last(run, reduction, logits[0], labels, logits[0].dtype, options["ignore_index"])
+
+
+def linear_uegr_loss(
+    hidden: list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    *,
+    reduction: str,
+    dtype: torch.dtype,
+    backend: str,
+    **options,
+) -> tuple[Tensor, Tensor]:
+    """The loss of the logits hidden @ weight.T + bias in `dtype`, never whole, and its parts."""
+    needs = [x is not None and torch.is_grad_enabled() and x.requires_grad for x in (*hidden, weight, bias)]
+    options |= {"needs": needs, "dtype": dtype, "backend": choose(backend, weight.device, dtype)}
+
+    def run(reduction: str) -> tuple[Tensor, Tensor]:
+        number = REDUCTIONS.index(reduction)
+        return torch.ops.uegr_kernels.linear_uegr_loss.default(hidden, weight, bias, labels, None, reduction=number, **options)[:2]
+
+    return _divided_last(run, reduction, hidden[0], labels, dtype, options["ignore_index"])
+
+
+def _divided_last(run: Callable, reduction: str, rows: Tensor, labels: Tensor | None, dtype: torch.dtype, ignore_index: int):
+    """A float16 gradient divided by N would vanish before the loss scale lifts it, so that mean is taken of the sum, outside."""
+    if reduction != "mean" or dtype != torch.float16:
+        return run(reduction)
+    count = reference.kept_rows(labels, rows, ignore_index).sum()
+    return tuple(torch.where(count > 0, total / count.clamp(min=1), torch.nan) for total in run("sum"))

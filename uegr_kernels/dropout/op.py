@@ -1,0 +1,78 @@
+"""The dropout operators: schemas, fakes, autograd, and the choice of a backend."""
+
+import torch
+from torch import Tensor
+
+from ..core import backends
+from . import reference
+
+# key: a 0-d int64 tensor on the input's device, which only kernels read. fold: the call is outside of a backward (SPEC 3).
+SCHEMAS = {
+    "adaptive_dropout": "(Tensor h, Tensor rates, Tensor key, Tensor pending) -> Tensor",
+    "adaptive_dropout_backward": "(Tensor grad, Tensor rates, Tensor key) -> (Tensor, Tensor)",
+    "dropout_rates_": "(Tensor(a!) gradient_norm, Tensor(b!) pending, *, float p, float max_p, float momentum, bool fold) -> Tensor",
+}
+
+
+def _setup(ctx, inputs, output):
+    _, rates, key, pending = inputs
+    ctx.save_for_backward(rates, key)
+    ctx.pending = pending  # not saved: other calls and backwards write into it in between
+
+
+def _backward(ctx, grad, backward=None):
+    backward = backward or torch.ops.uegr_kernels.adaptive_dropout_backward.default
+    gradient, squares = backward(grad, *ctx.saved_tensors)
+    with torch.no_grad():
+        reference.add_squares_(ctx.pending, squares.detach())
+    return gradient, None, None, None
+
+
+def _refuse_double_backward(*_):
+    raise RuntimeError("AdaptiveDropout of uegr_kernels has no second derivative; use torch.nn.Dropout where a gradient is differentiated")
+
+
+def _refuse_vmap(*_, **__):
+    raise RuntimeError("AdaptiveDropout of uegr_kernels does not run under torch.func.vmap; give the whole batch")
+
+
+for _name, _schema in SCHEMAS.items():
+    torch.library.define(f"uegr_kernels::{_name}", _schema)
+    torch.library.register_vmap(f"uegr_kernels::{_name}", _refuse_vmap)
+    torch.library.impl(f"uegr_kernels::{_name}", "CompositeExplicitAutograd", getattr(reference, _name))
+
+torch.library.register_fake("uegr_kernels::adaptive_dropout", lambda h, *_: h.new_empty(h.shape))
+torch.library.register_fake("uegr_kernels::adaptive_dropout_backward", lambda g, rates, _: (g.new_empty(g.shape), torch.empty_like(rates)))
+torch.library.register_fake("uegr_kernels::dropout_rates_", lambda n, *_, **__: torch.empty_like(n))
+torch.library.register_autograd("uegr_kernels::adaptive_dropout", _backward, setup_context=_setup)
+torch.library.register_autograd("uegr_kernels::adaptive_dropout_backward", _refuse_double_backward)
+
+
+class _Dropout(torch.autograd.Function):
+    """What the registered autograd does, for the reference called directly."""
+
+    @staticmethod
+    def forward(ctx, h, rates, key, pending):
+        _setup(ctx, (h, rates, key, pending), None)
+        return reference.adaptive_dropout(h, rates, key, pending)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _backward(ctx, grad, None if torch.is_grad_enabled() else reference.adaptive_dropout_backward)
+
+
+@torch.compiler.assume_constant_result
+def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that serves adaptive dropout (core.backends.choose)."""
+    return backends.choose(backend, "dropout.adaptive_dropout", device, dtype)
+
+
+def adaptive_dropout(h: Tensor, gradient_norm: Tensor, pending: Tensor, key: Tensor, *, backend: str, **options) -> Tensor:
+    """h dropped at the rates that n gives, differentiable; n and `pending` are updated. Arguments as in SCHEMAS, a chosen backend."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if backend == "reference" and not traced:
+        return _Dropout.apply(h, reference.dropout_rates_(gradient_norm, pending, **options), key, pending)
+    rates = torch.ops.uegr_kernels.dropout_rates_.default(gradient_norm, pending, **options)
+    if not traced:  # kernels registered outside PyTorch leave the versions alone
+        torch.autograd.graph.increment_version([gradient_norm, pending])
+    return torch.ops.uegr_kernels.adaptive_dropout.default(h, rates, key, pending)

@@ -1,0 +1,208 @@
+"""What users call: perturbations of embeddings, and weights perturbed for the length of a `with`."""
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from . import op
+
+
+def fgm_perturbation(grad: Tensor, epsilon: float, *, norm: str = "l2", per: str = "sample", mask: Tensor | None = None,
+                     keep_probability: float | None = None, seed: int | None = None, step: int = 0,
+                     backend: str = "auto") -> Tensor:  # fmt: skip
+    """delta = epsilon * g/||g||_2 (Eq. 2), the step that raises the loss most within a ball.
+
+    grad              [B, ..., d]  gradient of the loss by the embeddings; float32, bfloat16, float16 or float64
+    epsilon           >= 0, in the embeddings' unit
+    norm              "l2", or "linf": epsilon * sign(g)
+    per               one norm a "sample" (first axis), a "token" (all elements of the last axis), or for "all" elements
+    mask              [B, T], nonzero where a token is real, of any dtype: multiplies g before the norm is taken
+    keep_probability  None, or in [0, 1]: the elements with u < keep_probability stay, the rest is 0; nothing is rescaled (DropAttack)
+    seed, step        of that mask (stream 0); seed None: drawn from torch's default generator of grad's device, but for None and 1 above
+
+    Returns delta, contiguous, of grad's shape and dtype, detached. A zero gradient gives 0, and so does a norm that is not finite, for its
+    sample (token, all). Raises TypeError or ValueError for wrong arguments, RuntimeError for a backend that cannot serve the call.
+
+    Equivalent to `reference.fgm_perturbation_(grad, mask, seed, delta, ...)`.
+    """
+    _check_tensor("grad", grad)
+    _check_choices(norm, per)
+    epsilon, step = _number("epsilon", epsilon), _step(step)
+    mask = _check_mask(mask, "grad", grad)
+    keep_probability, seed = _probability(1.0 if keep_probability is None else keep_probability), _seed(seed)
+    backend = op.choose("fgm_perturbation_", backend, grad.device, grad.dtype)
+    key = _key(seed, keep_probability, grad.device)
+    delta = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+    options = {"epsilon": epsilon, "norm": norm, "per": per, "keep_probability": keep_probability, "step": step}
+    op.call("fgm_perturbation_", backend, grad.detach(), mask, key, delta, written=[delta], **options)
+    return delta
+
+
+def pgd_step(delta: Tensor, grad: Tensor, *, step_size: float, radius: float, norm: str = "l2", per: str = "sample",
+             mask: Tensor | None = None, backend: str = "auto") -> Tensor:  # fmt: skip
+    """One step of projected gradient ascent: delta + step_size * g/||g||_2, then onto the ball of `radius`.
+
+    delta      [B, ..., d]  the perturbation so far; float32, bfloat16, float16 or float64
+    grad       gradient of the loss by it, of the same shape and dtype
+    step_size, radius   >= 0, in the embeddings' unit
+    norm       "l2": the ball is ||delta||_2 <= radius; "linf": the step is step_size * sign(g), the ball |delta| <= radius
+    per, mask  as for `fgm_perturbation`; the ball has the same `per`
+
+    Returns the new delta, contiguous and detached. A gradient that is 0, or whose norm is not finite, makes no step. Raises as
+    `fgm_perturbation`.
+
+    Equivalent to `reference.pgd_step_(delta, grad, mask, out, ...)`.
+    """
+    _check_tensor("delta", delta)
+    _check_tensor("grad", grad)
+    _check_alike("delta", delta, "grad", grad)
+    _check_choices(norm, per)
+    options = {"step_size": _number("step_size", step_size), "radius": _number("radius", radius), "norm": norm, "per": per}
+    mask = _check_mask(mask, "grad", grad)
+    backend = op.choose("pgd_step_", backend, delta.device, delta.dtype)
+    out = torch.empty(delta.shape, dtype=delta.dtype, device=delta.device)
+    op.call("pgd_step_", backend, delta.detach(), grad.detach(), mask, out, written=[out], **options)
+    return out
+
+
+def perturbed_weights(params: Iterable[Tensor], epsilon: float, *, gradients: Sequence[Tensor | None] | None = None, per: str = "tensor",
+                      keep_probability: float = 1.0, seed: int | None = None, step: int = 0,
+                      backend: str = "auto") -> contextlib.AbstractContextManager[None]:  # fmt: skip
+    """Context manager: inside the weights are theta + epsilon * g/||g||_2, afterwards what they were, bit for bit.
+
+    params            tensors, on one device; those without a gradient are left alone
+    epsilon           >= 0, in the weights' unit
+    gradients         g by parameter, None for none; None: their `.grad`, as it is on entering
+    per               one norm a "tensor", or over "all" of them
+    keep_probability  in [0, 1]: the elements with u < keep_probability move, the others stay; nothing is rescaled (DropAttack)
+    seed, step        of that mask, whose stream is the parameter's position; seed None: drawn from torch's default generator of the
+                      device, if keep_probability is below 1
+
+    Run the backward of the perturbed pass inside: leaving restores saved copies, also after an exception. Entering and leaving increase
+    the versions. A gradient that is 0, or whose norm is not finite, moves nothing. Raises as `fgm_perturbation`, before a weight changes.
+
+    Equivalent to `reference.perturb_weights_(params, gradients, seed, ...)` and copying back.
+    """
+    if isinstance(params, Tensor):
+        raise TypeError("params is a tensor; give a list of tensors, [params]")
+    params = list(params)
+    for i, param in enumerate(params):
+        _check_tensor(f"params[{i}]", param)
+        if param.device != params[0].device:
+            raise ValueError(
+                f"params[{i}] is on {param.device}, params[0] on {params[0].device}; perturb the devices' parameters one by one"
+            )
+    if per not in ("tensor", "all"):
+        raise ValueError(f"per={per!r} is not one of its values; use 'tensor' or 'all'")
+    if gradients is not None and len(gradients) != len(params):
+        raise ValueError(f"gradients hold {len(gradients)} entries for {len(params)} params; give one each, None for none")
+    options = {"epsilon": _number("epsilon", epsilon), "keep_probability": _probability(keep_probability), "step": _step(step)}
+    return _perturbed(params, gradients, _seed(seed), backend, options | {"together": per == "all"})
+
+
+@contextlib.contextmanager
+def _perturbed(
+    params: list[Tensor], gradients: Sequence[Tensor | None] | None, seed: int | None, backend: str, options: dict
+) -> Iterator[None]:
+    gradients = [param.grad for param in params] if gradients is None else gradients
+    streams = [i for i, grad in enumerate(gradients) if grad is not None]
+    for i in streams:
+        _check_tensor(f"gradients[{i}]", gradients[i])
+        _check_alike(f"params[{i}]", params[i], f"gradients[{i}]", gradients[i])
+    if not streams:
+        yield
+        return
+    weights, grads = [params[i].detach() for i in streams], [gradients[i].detach() for i in streams]  # they share memory and versions
+    backend = op.choose("perturb_weights_", backend, weights[0].device, weights[0].dtype)
+    key = _key(seed, options["keep_probability"], weights[0].device)
+    saved = [weight.clone() for weight in weights]
+    try:
+        op.call("perturb_weights_", backend, weights, grads, key, written=weights, streams=streams, **options)
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, before in zip(weights, saved, strict=True):
+                weight.copy_(before)
+
+
+def _check_tensor(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}; give a tensor")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} is sparse ({x.layout}); give {name}.to_dense(), or build the embedding with sparse=False")
+    if x.dtype not in op.backends.DTYPES:
+        raise TypeError(f"{name} is {x.dtype}; give float32, bfloat16, float16 or float64")
+
+
+def _check_alike(first: str, x: Tensor, name: str, y: Tensor) -> None:
+    if y.shape != x.shape:
+        raise ValueError(f"{name} has shape {tuple(y.shape)} and {first} {tuple(x.shape)}; give the same")
+    if y.dtype != x.dtype:
+        raise TypeError(f"{name} is {y.dtype} and {first} {x.dtype}; cast one with .to()")
+    if y.device != x.device:
+        raise ValueError(f"{name} is on {y.device} and {first} on {x.device}; move one with .to()")
+
+
+def _check_choices(norm: str, per: str) -> None:
+    for name, value, choices in (("norm", norm, op.NORMS), ("per", per, op.PERS)):
+        if value not in choices:
+            raise ValueError(f"{name}={value!r} is not one of its values; use {', '.join(map(repr, choices))}")
+
+
+def _check_mask(mask: Tensor | None, name: str, x: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask is a {type(mask).__name__}; give a tensor [B, T]")
+    if mask.layout != torch.strided or mask.is_complex():
+        raise TypeError(f"mask is {mask.dtype}, {mask.layout}; give a dense tensor of bool, integers or floats")
+    if mask.dim() != 2 or mask.shape != x.shape[:2]:
+        raise ValueError(f"mask has shape {tuple(mask.shape)} and {name} {tuple(x.shape)}; give [B, T], its first two axes")
+    if mask.device != x.device:
+        raise ValueError(f"mask is on {mask.device} and {name} on {x.device}; move it with .to()")
+    return mask.detach()
+
+
+def _number(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a number")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name}={value!r} is out of range; give a finite number >= 0")
+    return float(value)
+
+
+def _step(step: int) -> int:
+    if isinstance(step, bool) or not isinstance(step, int):
+        raise TypeError(f"step={step!r} is a {type(step).__name__}; give an integer")
+    if not 0 <= step < 2**32:
+        raise ValueError(f"step={step} is out of range; give 0 <= step < 2^32")
+    return step
+
+
+def _seed(seed: int | None) -> int | None:
+    """As two's complement of 64 bits."""
+    if seed is None:
+        return None
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed={seed!r} is a {type(seed).__name__}; give an integer, or None to draw one")
+    return (seed + 2**63) % 2**64 - 2**63
+
+
+def _probability(keep_probability: float) -> float:
+    if isinstance(keep_probability, bool) or not isinstance(keep_probability, (int, float)):
+        raise TypeError(f"keep_probability={keep_probability!r} is a {type(keep_probability).__name__}; give a number in [0, 1]")
+    if not 0 <= keep_probability <= 1:
+        raise ValueError(f"keep_probability={keep_probability!r} is out of range; give a number in [0, 1]")
+    return float(keep_probability)
+
+
+def _key(seed: int | None, keep_probability: float, device: torch.device) -> Tensor | None:
+    """The key of the random mask, None where there is no mask; the only place that draws."""
+    if keep_probability == 1:
+        return None
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+    return torch.tensor(seed, dtype=torch.int64)

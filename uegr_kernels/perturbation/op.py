@@ -1,0 +1,58 @@
+"""The perturbing operators: schemas, fakes, and the choice of a backend. All write into tensors they are given."""
+
+import torch
+from torch import Tensor
+
+from ..core import backends
+from . import reference
+
+# To the compiled kernels a norm and what it is taken over are positions here (csrc/perturbation/perturbation.h has the same order).
+NORMS = ("l2", "linf")
+PERS = ("sample", "token", "all")
+WORDS = {"norm": NORMS, "per": PERS}
+
+# seed: a 0-d int64 tensor, on the CPU or beside the others, which only kernels read; None: no random mask.
+SCHEMAS = {
+    "fgm_perturbation_": "Tensor grad, Tensor? mask, Tensor? seed, Tensor(a!) out, *, "
+    "float epsilon, int norm, int per, float keep_probability, int step",
+    "pgd_step_": "Tensor delta, Tensor grad, Tensor? mask, Tensor(a!) out, *, float step_size, float radius, int norm, int per",
+    "perturb_weights_": "Tensor(a!)[] params, Tensor[] grads, Tensor? seed, *, "
+    "int[] streams, float epsilon, bool together, float keep_probability, int step",
+}
+
+
+def _register(name: str, schema: str) -> None:
+    """Defines the operator; the reference is its default kernel, so that it exists on every device."""
+
+    def default(*tensors, **options):
+        getattr(reference, name)(*tensors, **{key: WORDS[key][value] if key in WORDS else value for key, value in options.items()})
+
+    def refuse_vmap(*_, **__):
+        raise RuntimeError(f"{name.rstrip('_')} of uegr_kernels does not run under torch.func.vmap; give the whole batch")
+
+    torch.library.define(f"uegr_kernels::{name}", f"({schema}) -> ()")
+    torch.library.impl(f"uegr_kernels::{name}", "CompositeExplicitAutograd", default)
+    torch.library.register_fake(f"uegr_kernels::{name}", lambda *_, **__: None)
+    torch.library.register_vmap(f"uegr_kernels::{name}", refuse_vmap)
+
+
+for _name, _schema in SCHEMAS.items():
+    _register(_name, _schema)
+
+
+@torch.compiler.assume_constant_result
+def choose(name: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that serves operator `name` (core.backends.choose)."""
+    return backends.choose(backend, f"perturbation.{name}", device, dtype)
+
+
+def call(name: str, backend: str, *tensors, written: list[Tensor], **options) -> None:
+    """Runs the operator on a chosen backend; arguments as in SCHEMAS, norm and per by their names."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if backend == "reference" and not traced:
+        getattr(reference, name)(*tensors, **options)
+        return
+    numbers = {key: words.index(options[key]) for key, words in WORDS.items() if key in options}
+    getattr(torch.ops.uegr_kernels, name).default(*tensors, **options | numbers)
+    if not traced:  # kernels registered outside PyTorch leave the versions alone, and autograd would miss a stale graph
+        torch.autograd.graph.increment_version(written)
