@@ -308,7 +308,7 @@ BAD_INPUT = {
     "dtypes": (lambda: pgd_step(G, G.double(), step_size=1, radius=1), TypeError, "grad is torch.float64 and delta torch.float32"),
     "radius": (lambda: pgd_step(G, G, step_size=1, radius=-1), ValueError, "radius=-1 is out of range"),
     "one tensor": (lambda: perturbed_weights(P, 0.1), TypeError, "params is a tensor"),
-    "weights per": (lambda: perturbed_weights([P], 0.1, per="sample"), ValueError, "per='sample' is not one of its values; use 'tensor' or 'all'"),
+    "weights per": (lambda: perturbed_weights([P], 0.1, per="sample"), ValueError, "per='sample' is not one of its values; use 'tensor'"),
     "too few": (lambda: perturbed_weights([P], 0.1, gradients=[]), ValueError, "gradients hold 0 entries for 1 params"),
     "weights shape": (lambda: enter([P], 0.1, gradients=[G]), ValueError, r"gradients\[0\] has shape \(2, 4, 3\) and params\[0\] \(3,\)"),
     "weights sparse": (lambda: enter([P], 0.1, gradients=[P.detach().to_sparse()]), TypeError, r"gradients\[0\] is sparse"),

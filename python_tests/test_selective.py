@@ -394,6 +394,7 @@ ADAMW_CASES = [
 SGD_CASES = [
     *STEP_CASES,
     pytest.param({"momentum": 0.9}, id="momentum"),
+    pytest.param({"momentum": 0.9, "dampening": 0.4}, id="dampening"),
     pytest.param({"momentum": 0.9, "dampening": 0.4, "weight_decay": 0.2, "target": "update"}, id="dampening update"),
     pytest.param({"momentum": 0.8, "nesterov": True, "weight_decay": 0.2}, id="nesterov"),
     pytest.param({"momentum": 0.8, "nesterov": True, "target": "update", "statistics": "previous"}, id="nesterov update previous"),
@@ -759,6 +760,8 @@ SELECTIONS = [
     [
         pytest.param(uk.SelectiveAdamW, torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.2, "amsgrad": True}, id="adamw"),
         pytest.param(uk.SelectiveSGD, torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.2, "momentum": 0.9, "nesterov": True}, id="sgd"),
+        # An element that the first step did not select has a buffer of 0, which is not a fresh one: dampening applies.
+        pytest.param(uk.SelectiveSGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.4}, id="sgd dampening"),
     ],
 )
 @pytest.mark.parametrize("maximize", [False, True], ids=["", "maximize"])

@@ -37,6 +37,7 @@ HOST_DEVICE int rank_bin(double magnitude) {
 
 // s = g*g (Eq. 7); one that overflows counts as the largest float.
 template <class T> HOST_DEVICE T saliency(T g) { return g * g; }
+template <class T> HOST_DEVICE T root(T s) { return std::sqrt(s); } // |g| of a given saliency
 template <class T> HOST_DEVICE bool finite(T g) { return absolute(g) <= Float<T>::largest; }
 
 constexpr double log2_e = 1.4426950408889634;
@@ -102,7 +103,7 @@ template <class T> struct AdamW {
 
     AdamW() = default;
     AdamW(double lr, double beta1_, double beta2_, double weight_decay, double eps_, double step)
-        : beta1(beta1_), beta2(beta2_), complement1(1 - beta1_), complement2(1 - beta2_), decay(lr * weight_decay),
+        : beta1(beta1_), beta2(beta2_), complement1(1 - beta1_), complement2(1 - beta2_), decay(1 - lr * weight_decay),
           step_size(lr / (1 - std::pow(beta1_, step))), inverse_root(1 / std::sqrt(1 - std::pow(beta2_, step))), eps(eps_) {}
 
     // factor: b/p. target "gradient": g~ = b*g/p feeds the moments; "update": g does, and b/p multiplies the step.
@@ -112,8 +113,9 @@ template <class T> struct AdamW {
         v = v * beta2 + complement2 * fed * fed;
         if (amsgrad) v_max = maximum(v, v_max);
         const T denominator = std::sqrt(amsgrad ? v_max : v) * inverse_root + eps;
-        const T change = decay * theta + step_size * m / denominator;
-        theta = theta - (update ? factor * change : change);
+        const T change = step_size * m / denominator;
+        // The rounded decay is torch's: over many steps its rounding shows.
+        theta = update ? theta - factor * ((1 - decay) * theta + change) : theta * decay - change;
     }
 };
 

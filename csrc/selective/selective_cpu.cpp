@@ -143,7 +143,7 @@ template <class T, class Line> struct Worker {
     // Counts by bin: elements [0, size) whose unsharded index is a multiple of `every`, each counting `weight`.
     template <class Count> void count(const Entry<T, Line>& e, int64_t every, Count* counts, Count weight) {
         auto add = [&](T x) {
-            x = e.s.data ? std::sqrt(x) : absolute(x * call.unscale);
+            x = e.s.data ? root(x) : absolute(x * call.unscale);
             if (finite(x)) counts[rank_bin(x)] += weight;
         };
         const View& from = e.s.data ? e.s : e.g;
@@ -171,8 +171,8 @@ template <class T, class Line> struct Worker {
         if (every == 1) { // every element is counted: no other bin will be looked up
             gather(e, 0, e.size);
             const T least = bit_cast<T>(e.low.load()), most = bit_cast<T>(e.high.load());
-            first = e.low >= Float<T>::infinity ? 0 : rank_bin(e.s.data ? std::sqrt(least) : least);
-            last = e.low >= Float<T>::infinity ? 0 : rank_bin(e.s.data ? std::sqrt(most) : most);
+            first = e.low >= Float<T>::infinity ? 0 : rank_bin(e.s.data ? root(least) : least);
+            last = e.low >= Float<T>::infinity ? 0 : rank_bin(e.s.data ? root(most) : most);
         }
         std::fill(into + first, into + last + 1, 0.0f);
         count(e, every, into, 1.0f);
@@ -194,7 +194,7 @@ template <class T, class Line> struct Worker {
         } else if (call.options.normalization == Normalization::rank) {
             const float* by_bin = e.by_bin;
             auto look_up = [&](T magnitude) { return static_cast<T>(by_bin[std::min(rank_bin(magnitude), rank_bins)]); };
-            if (given) factor_block<rescale>(g, drawn, factor, [&](int i) { return look_up(std::sqrt(given[i])); });
+            if (given) factor_block<rescale>(g, drawn, factor, [&](int i) { return look_up(root(given[i])); });
             else factor_block<rescale>(g, drawn, factor, [&](int i) { return look_up(absolute(g[i])); });
         } else {
             const Probability<T> probability = e.probability;

@@ -66,12 +66,17 @@ def _fake_linear(hidden, weight, bias, labels, row_weights, *, reduction, needs,
     return _fake([*hidden, weight, bias], reduction, _in_forward(needs, reduction, row_weights), dtype)
 
 
+def _is_one(grad_loss: Tensor) -> bool:
+    """Whether it is known to be 1, as in `loss.backward()`; one can look on the CPU only, and not while tracing."""
+    visible = type(grad_loss) is Tensor and not torch.compiler.is_compiling() and grad_loss.device.type == "cpu" and grad_loss.dim() == 0
+    return visible and grad_loss.item() == 1
+
+
 def _hand_out(grad_loss: Tensor | None, gradients: list[Tensor], needs: list[bool], parts: Tensor) -> list[Tensor | None]:
-    """The kept gradients times that of the loss, where needed; as they are where it is 1, at which one can look on a CPU."""
+    """The kept gradients times that of the loss, where needed; as they are where it is 1."""
     if grad_loss is None:
         return [None for _ in needs]
-    real = type(grad_loss) is Tensor and not torch.compiler.is_compiling()
-    if not real or torch.is_grad_enabled() or grad_loss.device.type != "cpu" or grad_loss.dim() != 0 or grad_loss.item() != 1:
+    if torch.is_grad_enabled() or not _is_one(grad_loss):
         gradients = torch.ops.uegr_kernels.scale_gradients.default(gradients, grad_loss, parts)
     wanted = iter(gradients)
     return [next(wanted) if need else None for need in needs]
@@ -161,7 +166,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, labels: Tensor | None, backend: str, in_place: bool, needs: list[bool], options: dict, *logits: Tensor):
         ctx.set_materialize_grads(False)
-        ctx.needs, ctx.in_place = needs, in_place
+        ctx.needs, ctx.in_place, ctx.spent = needs, in_place, False
         ctx.leaves = in_place and [x.is_leaf for x in logits]
         detached = [x.detach() for x in logits]
         loss, parts, *gradients = kernel("uegr_loss_" if in_place else "uegr_loss", backend)(detached, labels, needs=needs, **options)
@@ -173,15 +178,15 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        if ctx.in_place is None:
+        if ctx.spent:
             raise RuntimeError("inplace_backward=True hands its gradients out once; compute the loss again, or leave inplace_backward out")
         parts, *gradients = ctx.saved_tensors
-        if ctx.in_place and not torch.is_grad_enabled() and grad_loss is not None:
-            ctx.in_place = None
+        ctx.spent = ctx.in_place and grad_loss is not None and not torch.is_grad_enabled()
+        if ctx.spent and not _is_one(grad_loss):
             torch.ops.uegr_kernels.scale_gradients_.default(gradients, grad_loss)
-            grad_loss = torch.ones(())
-        gradients = _hand_out(grad_loss, gradients, ctx.needs, parts)
-        if ctx.in_place is None:  # a leaf and its .grad must not share memory
+            torch.autograd.graph.increment_version(gradients)
+        gradients = _hand_out(torch.ones(()) if ctx.spent else grad_loss, gradients, ctx.needs, parts)
+        if ctx.spent:  # a leaf and its .grad must not share memory
             gradients = [g.clone() if leaf and g is not None else g for g, leaf in zip(gradients, ctx.leaves, strict=True)]
         return None, None, None, None, None, *gradients
 

@@ -22,9 +22,9 @@ class AdaptiveDropout(nn.Module):
 
     Buffers: gradient_norm [F], n; pending [F], squares of the norms since the last call outside a backward, which folds their root into n.
     Norms that are not finite are dropped. Each call draws its key from torch's default generator of the input's device, as nn.Dropout does;
-    the mask is generated again in the backward. Under DDP n follows rank 0's data (buffers are broadcast), under FSDP each rank has its own.
-    float32, bfloat16, float16 and float64 inputs of one axis or more. Raises TypeError or ValueError for wrong arguments and inputs, RuntimeError
-    for a backend that cannot serve the call; it has no second derivative and does not run under torch.func.vmap.
+    the mask is generated again in the backward. Under DDP n follows rank 0's data (buffers are broadcast), under FSDP each rank's own.
+    Inputs are float32, bfloat16, float16 or float64. Raises TypeError or ValueError for wrong arguments and inputs, RuntimeError for a
+    backend that cannot serve the call. It has no second derivative and does not run under torch.func.vmap.
 
     Equivalent to `reference.adaptive_dropout(h, reference.dropout_rates_(gradient_norm, pending, ...), key, pending)`.
     """

@@ -1,5 +1,7 @@
 """The dropout operators: schemas, fakes, autograd, and the choice of a backend."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -20,12 +22,15 @@ def _setup(ctx, inputs, output):
     ctx.pending = pending  # not saved: other calls and backwards write into it in between
 
 
-def _backward(ctx, grad, backward=None):
-    backward = backward or torch.ops.uegr_kernels.adaptive_dropout_backward.default
-    gradient, squares = backward(grad, *ctx.saved_tensors)
+def _backward_by(kernel: Callable, ctx, grad: Tensor) -> tuple:
+    gradient, squares = kernel(grad, *ctx.saved_tensors)
     with torch.no_grad():
         reference.add_squares_(ctx.pending, squares.detach())
     return gradient, None, None, None
+
+
+def _backward(ctx, grad):
+    return _backward_by(torch.ops.uegr_kernels.adaptive_dropout_backward.default, ctx, grad)
 
 
 def _refuse_double_backward(*_):
@@ -58,7 +63,7 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _backward(ctx, grad, None if torch.is_grad_enabled() else reference.adaptive_dropout_backward)
+        return _backward(ctx, grad) if torch.is_grad_enabled() else _backward_by(reference.adaptive_dropout_backward, ctx, grad)
 
 
 @torch.compiler.assume_constant_result

@@ -1,6 +1,6 @@
 """Adaptive dropout in plain PyTorch: rates from gradient norms, masks from Philox; the specification in code.
 
-A unit j is an index of the last axis, n_j the moving average of ||dL/dh_j||_2, h being the output, r_j = clamp(p * n_j / mean(n), 0, max_p).
+A unit j is an index of the last axis, n_j the moving average of ||dL/dh_j||_2 (h: the output), r_j = clamp(p * n_j / mean(n), 0, max_p).
 The functions have the operators' arguments (op.py).
 """
 

@@ -17,6 +17,7 @@ class SelectiveOptimizer(Optimizer):
     """What SelectiveAdamW and SelectiveSGD share: groups, seed, streams, states, checkpoints. Not built by itself."""
 
     operator: str
+    numbers: tuple[str, ...]  # options of this optimizer's own that are numbers
 
     def __init__(self, params: ParamsT, defaults: dict, *, seed: int | None, backend: str):
         if backend != "auto" and backend not in op.backends.BACKENDS:
@@ -33,6 +34,9 @@ class SelectiveOptimizer(Optimizer):
     def _check(self, group: dict) -> None:
         """Raises what is wrong with a group's options, in torch's own words where torch has the option."""
         lr = group["lr"]
+        for name in ("lr", "weight_decay", *self.numbers):
+            if not isinstance(group[name], (int, float, Tensor)):
+                raise TypeError(f"{name}={group[name]!r} is a {type(group[name]).__name__}; give a number")
         if isinstance(lr, Tensor):
             if group["foreach"] and not group["capturable"]:
                 raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
@@ -63,6 +67,8 @@ class SelectiveOptimizer(Optimizer):
     def add_param_group(self, param_group: dict) -> None:
         if isinstance(param_group, dict):
             self._check(self.defaults | param_group)
+            if param_group.get("seed") is not None:
+                param_group = param_group | {"seed": _whole("seed", param_group["seed"]) % 2**64}
         super().add_param_group(param_group)
         self._settle_seed()
 
@@ -71,7 +77,7 @@ class SelectiveOptimizer(Optimizer):
         if self.defaults["seed"] is None and any(_selection(group).random or group["state_dtype"] for group in self.param_groups):
             self.defaults["seed"] = self._drawn_seed = int(torch.randint(-(2**63), 2**63 - 1, ())) % 2**64
         for group in self.param_groups:
-            group["seed"] = group["seed"] or self.defaults["seed"] or 0
+            group["seed"] = (self.defaults["seed"] or 0) if group["seed"] is None else group["seed"]
 
     def _agree_on_seed(self) -> None:
         """Rank 0's drawn seed becomes everyone's, once; a given or loaded one is not sent."""
@@ -94,7 +100,7 @@ class SelectiveOptimizer(Optimizer):
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
-            self._agree_on_seed()
+            self._agree_on_seed()  # before anything can raise: every rank takes part
             batches = [batch for group, first in self._groups() for batch in self._batches(group, first)]
             for batch in batches:
                 self._complete_states(batch)
@@ -112,6 +118,7 @@ class SelectiveOptimizer(Optimizer):
 
     def _batches(self, group: dict, first: int) -> list[dict]:
         """The group's parameters that have a gradient, by device and dtype; raises what cannot be stepped, and changes nothing."""
+        self._check(group)
         selection, moments, batches = _selection(group), self._moments(group), {}
         for stream, p in enumerate(group["params"], first):
             grad = p.grad
@@ -122,6 +129,8 @@ class SelectiveOptimizer(Optimizer):
             if p.dtype not in FLOATS or grad.dtype not in FLOATS:
                 raise TypeError(f"parameter {stream} is {p.dtype} with a gradient of {grad.dtype}: complex and integer tensors are not supported")
             state = self.state.get(p, {})
+            if not state and _expanded(p):
+                raise ValueError(f"parameter {stream} is expanded: its elements share memory and cannot be written; call .clone() on it first")
             for name, tensor in (("gradient", grad), *((key, state.get(key)) for key in moments)):
                 if tensor is not None and tensor.shape != p.shape:
                     raise ValueError(f"parameter {stream} has shape {tuple(p.shape)} but its {name} {tuple(tensor.shape)}; they must be equal")
@@ -283,6 +292,7 @@ class SelectiveAdamW(SelectiveOptimizer):
     """
 
     operator = "selective_adamw_"
+    numbers = ("eps",)
 
     def __init__(
         self,
@@ -356,6 +366,7 @@ class SelectiveSGD(SelectiveOptimizer):
     """
 
     operator = "selective_sgd_"
+    numbers = ("momentum", "dampening")
 
     def __init__(
         self,
@@ -444,7 +455,7 @@ def select_gradients_(
             continue
         s = None if saliency is None else saliency[stream]
         _check_gradient(f"params[{stream}].grad", p.grad, s)
-        if 0 in [stride for stride, size in zip(p.grad.stride(), p.grad.shape, strict=True) if size > 1]:
+        if _expanded(p.grad):
             raise ValueError(f"params[{stream}].grad is expanded: its elements share memory and cannot be written; call .clone() on it first")
         key = p.grad.device, p.grad.dtype
         new = {"backend": None, "grads": [], "saliencies": [], "layout": [], "grad_scale": None, "kept": None}
@@ -568,6 +579,10 @@ def _check_gradient(name: str, grad: Tensor, saliency: Tensor | None) -> None:
             raise ValueError(
                 f"the saliency of {name} has shape {tuple(saliency.shape)} on {saliency.device}; it must be {tuple(grad.shape)} on {grad.device}"
             )
+
+
+def _expanded(tensor: Tensor) -> bool:
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def _whole(name: str, value: int) -> int:

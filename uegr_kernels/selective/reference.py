@@ -57,9 +57,9 @@ def normalise(g: Tensor, saliency: Tensor | None, statistics: Tensor | None, sel
         magnitudes, finite = magnitude(g, saliency)
         if statistics is None:
             ordered = s[finite].sort().values
-            return (torch.searchsorted(ordered, s) / max(ordered.numel(), 1)).to(s.dtype)
+            return (torch.searchsorted(ordered, s.contiguous()) / max(ordered.numel(), 1)).to(s.dtype)
         if statistics.is_floating_point():  # every finite s of the scope, in order
-            return (torch.searchsorted(statistics, s.double()) / max(statistics.numel(), 1)).to(s.dtype)
+            return (torch.searchsorted(statistics, s.double().contiguous()) / max(statistics.numel(), 1)).to(s.dtype)
         below = statistics.cumsum(0) - statistics
         return (below / statistics.sum().clamp(min=1))[bins(magnitudes)].to(s.dtype)
     low, high = (extremes(g, saliency) if statistics is None else statistics).to(s.device, s.dtype).clamp(max=torch.finfo(s.dtype).max)
@@ -118,7 +118,7 @@ def adamw_line(theta, g, exp_avg, exp_avg_sq, max_exp_avg_sq, *, step, lr, weigh
     exp_avg.lerp_(g, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
     if max_exp_avg_sq is not None:
-        max_exp_avg_sq.copy_(torch.maximum(max_exp_avg_sq.clone(), exp_avg_sq))
+        max_exp_avg_sq.copy_(torch.maximum(max_exp_avg_sq.clone(), exp_avg_sq.clone()))  # clones: autograd keeps both
     second = exp_avg_sq if max_exp_avg_sq is None else max_exp_avg_sq
     denominator = (second.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
     step_size = lr / (1 - beta1**step)

@@ -1,0 +1,314 @@
+"""Adaptive dropout: masks, rates, what a backward leaves; state, checkpointing, compilers, bad input."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from uegr_kernels.core import philox
+from uegr_kernels.dropout import AdaptiveDropout, reference, replace_dropout
+
+OPERATORS = ("dropout.adaptive_dropout",)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# A result is rounded once, after 1 - r and a division in the rates' dtype, which is float32 but for .double() modules.
+RELATIVE = {torch.float64: 1e-6, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+
+
+def next_key():
+    """The key that the next call will draw; leaves the generator as it is."""
+    state = torch.get_rng_state()
+    key = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)
+    torch.set_rng_state(state)
+    return key
+
+
+def uniform(shape, key):
+    return philox.uniform(philox.words(torch.arange(math.prod(shape)), seed=key, step=0, stream=0)).view(shape)
+
+
+def teach(module, norms):
+    """A call and a backward that leave the given norms of dL/dh_j, and the call that folds them."""
+    norms = torch.as_tensor(norms, dtype=module.gradient_norm.dtype)
+    x = torch.zeros(1, len(norms), dtype=norms.dtype, requires_grad=True)
+    module(x).backward(norms[None])
+    module(x.detach())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(8,), (3, 7), (2, 5, 9), (0, 4)], ids=str)
+def test_mask_and_scale(backend, dtype, shape):
+    module, x = AdaptiveDropout(p=0.4, backend=backend), torch.rand(shape, dtype=dtype) + 0.5
+    dropped = uniform(shape, next_key()) < torch.tensor(0.4)
+    h = module(x)
+    assert h.dtype == dtype and torch.equal(h == 0, dropped)
+    torch.testing.assert_close(h.double(), x.double().where(~dropped, 0) / 0.6, rtol=RELATIVE[dtype], atol=0)
+
+
+def test_gradient_has_the_forwards_mask(backend):
+    module, x = AdaptiveDropout(p=0.4, backend=backend), torch.rand(3, 7, 5, requires_grad=True)
+    h = module(x)
+    weights = torch.randn(3, 7, 5)
+    h.backward(weights)
+    torch.testing.assert_close(x.grad, weights * (h / x).detach())
+    torch.testing.assert_close(module.pending, weights.square().sum((0, 1)))
+
+
+def test_gradcheck(backend):
+    module = AdaptiveDropout(p=0.4, backend=backend).double()
+
+    def run(x):
+        torch.manual_seed(7)
+        return module(x)
+
+    teach(module, [1.0, 2.0, 3.0, 4.0])
+    rates = module.gradient_norm.clone()
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: (module.pending.zero_(), run(x))[1], x)
+    assert torch.equal(module.gradient_norm, rates)
+
+
+def test_rates_follow_the_norms(backend):
+    module = AdaptiveDropout(4, p=0.2, max_p=0.5, backend=backend)
+    teach(module, [0.0, 1.0, 2.0, 13.0])  # the mean is 4: rates 0, 0.05, 0.1 and, cut, 0.5
+    x = torch.ones(20000, 4)
+    expected = uniform(x.shape, next_key()) < torch.tensor([0.0, 0.05, 0.1, 0.5])
+    h = module(x)
+    assert torch.equal(h == 0, expected)
+    torch.testing.assert_close(h.amax(0), torch.tensor([1.0, 1 / 0.95, 1 / 0.9, 2.0]))
+    share = (h == 0).float().mean(0)
+    assert ((share - torch.tensor([0.0, 0.05, 0.1, 0.5])).abs() < 5 * (0.25 / 20000) ** 0.5).all()
+    assert ((h.mean(0) - 1).abs() < 5 / 20000**0.5).all()
+    module.p = 0.1
+    assert ((module(x) == 0).float().mean(0) - torch.tensor([0.0, 0.025, 0.05, 0.325])).abs().max() < 0.02
+
+
+def test_moving_average(backend):
+    module = AdaptiveDropout(3, momentum=0.75, backend=backend)
+    teach(module, [1.0, 2.0, 0.0])
+    assert module.gradient_norm.tolist() == [1.0, 2.0, 0.0] and module.pending.count_nonzero() == 0  # the first one sets n
+    teach(module, [5.0, 2.0, 4.0])
+    assert module.gradient_norm.tolist() == [2.0, 2.0, 1.0]
+    module(torch.ones(2, 3))  # nothing seen since
+    assert module.gradient_norm.tolist() == [2.0, 2.0, 1.0]
+
+
+def test_backwards_between_folds_add_their_squares(backend):
+    module, x = AdaptiveDropout(2, backend=backend), torch.zeros(1, 2, requires_grad=True)
+    first, second = module(x), module(x)
+    first.backward(torch.tensor([[3.0, 0.0]]))
+    second.backward(torch.tensor([[4.0, 1.0]]))
+    assert module.pending.tolist() == [25.0, 1.0] and module.gradient_norm.count_nonzero() == 0
+    with torch.no_grad():
+        module(x)
+    assert module.gradient_norm.tolist() == [5.0, 1.0]
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan, 1e30])
+def test_norms_that_are_not_finite_are_dropped(backend, bad):
+    module = AdaptiveDropout(2, backend=backend)
+    x = torch.zeros(1, 2, requires_grad=True)
+    module(x).backward(torch.tensor([[bad, 2.0]]))
+    assert module.pending.tolist() == [0.0, 4.0]
+    module(x).backward(torch.tensor([[3.0, bad]]))
+    assert module.pending.tolist() == [9.0, 0.0] and module.gradient_norm.tolist() == [0.0, 2.0]
+
+
+def test_eval_is_the_identity(backend):
+    module, x = AdaptiveDropout(p=0.9, backend=backend).eval(), torch.randn(3, 4)
+    state = torch.get_rng_state()
+    assert module(x) is x and module.gradient_norm.numel() == 0 and torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("p", "kept"), [(0.0, 1.0), (1.0, 0.0)])
+def test_extreme_rates(backend, p, kept):
+    module, x = AdaptiveDropout(p=p, max_p=1.0, backend=backend), torch.ones(50, 4, requires_grad=True)
+    h = module(x)
+    h.sum().backward()
+    assert (h == kept).all() and (x.grad == kept).all()
+
+
+def test_seed_fixes_the_masks(backend):
+    module, x = AdaptiveDropout(p=0.5, backend=backend), torch.ones(8, 8)
+    torch.manual_seed(1)
+    first, second = module(x), module(x)
+    torch.manual_seed(1)
+    assert torch.equal(module(x), first) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("layout", ["permuted", "sliced", "expanded"])
+def test_any_strides(backend, layout):
+    dense = torch.rand(3, 4, 5)
+    x = {
+        "permuted": dense.permute(2, 1, 0).contiguous().permute(2, 1, 0),
+        "sliced": torch.stack((dense, dense), -1)[..., 1],
+        "expanded": dense[:1].expand(3, 4, 5),
+    }[layout].detach().requires_grad_()  # fmt: skip
+    module, results = AdaptiveDropout(p=0.5, backend=backend), []
+    for input in (x, x.detach().contiguous().requires_grad_()):
+        module.pending.zero_()
+        torch.manual_seed(1)
+        h = module(input)
+        results.append((h.detach(), *torch.autograd.grad(h.sum(), input), module.pending.clone()))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(backend, reentrant):
+    results = []
+    for checkpointed in (False, True):
+        torch.manual_seed(2)
+        module, linear = AdaptiveDropout(6, p=0.5, backend=backend), nn.Linear(6, 6)
+        teach(module, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+        x = torch.ones(4, 6, requires_grad=True)
+        module(x).sum().backward()  # leaves something to fold: by the forward, not by the recompute
+        x.grad = None
+
+        def block(x, linear=linear, module=module):
+            return module(linear(x)).square()
+
+        y = checkpoint(block, x, use_reentrant=reentrant) if checkpointed else block(x)
+        y.sum().backward()
+        results.append((y.detach(), x.grad, linear.weight.grad, module.gradient_norm, module.pending))
+    for plain, again in zip(*results, strict=True):
+        torch.testing.assert_close(again, plain)
+
+
+def test_state_dict(backend):
+    module = AdaptiveDropout(backend=backend)
+    module(torch.ones(2, 3))
+    teach(module, [1.0, 2.0, 3.0])
+    assert set(module.state_dict()) == {"gradient_norm", "pending"}
+    for other in (AdaptiveDropout(), AdaptiveDropout(3)):  # sized by the state, or already
+        other.load_state_dict(module.state_dict())
+        assert torch.equal(other.gradient_norm, module.gradient_norm)
+    fresh = AdaptiveDropout()
+    fresh.load_state_dict(AdaptiveDropout().state_dict())
+    assert fresh(torch.ones(2, 5)).shape == (2, 5)
+    with pytest.raises(RuntimeError, match="size mismatch for gradient_norm"):
+        AdaptiveDropout(4).load_state_dict(module.state_dict())
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(twin.gradient_norm, module.gradient_norm) and repr(twin) == repr(module)
+
+
+def test_buffers_stay_wide(backend):
+    module = AdaptiveDropout(3, backend=backend).half()
+    assert module.gradient_norm.dtype == torch.float32
+    x = torch.ones(2, 3, dtype=torch.float16, requires_grad=True)
+    module(x).backward(torch.full_like(x, 1000.0))  # its square overflows float16
+    assert module.pending.tolist() == [2e6] * 3 and x.grad.dtype == torch.float16
+    assert module.double().pending.dtype == torch.float64
+
+
+@pytest.mark.parametrize(("compiler", "num_features"), [("aot_eager", None), ("inductor", 6)])
+def test_compiled(backend, compiler, num_features):
+    torch.manual_seed(4)
+    module, linear = AdaptiveDropout(num_features, p=0.5, backend=backend), nn.Linear(6, 6)
+    if num_features is None:
+        module(torch.ones(1, 6))
+    plain = copy.deepcopy(module)
+    compiled = torch.compile(lambda x: module(linear(x)) * 2, fullgraph=True, backend=compiler, dynamic=True)
+    for n in (4, 5, 4):
+        x = torch.randn(n, 6, requires_grad=True)
+        h = compiled(x)
+        h.square().sum().backward()
+        plain(torch.ones(1, 6))  # folds; the same gradients reach it by hand
+        torch.testing.assert_close(module.gradient_norm, plain.gradient_norm)
+        reference.add_squares_(plain.pending, (4 * h).square().sum(0).detach())
+        torch.testing.assert_close(module.pending, plain.pending)
+        zeros = h == 0
+        assert 0 < zeros.sum() < h.numel() and x.grad.isfinite().all()
+        assert ((h / (2 * linear(x)))[~zeros] >= 1).all()
+
+
+def test_compiled_sizes_itself(backend):
+    module = AdaptiveDropout(p=0.5, backend=backend)
+    compiled = torch.compile(module, backend="aot_eager")
+    assert compiled(torch.ones(4, 6)).shape == (4, 6) and module.gradient_norm.shape == (6,)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(requires_grad):
+    operators, key = torch.ops.uegr_kernels, torch.tensor(-5)
+    h = torch.randn(4, 3, 2).permute(2, 1, 0).requires_grad_(requires_grad)
+    rates, pending = torch.full((4,), 0.5), torch.zeros(4)
+    torch.library.opcheck(operators.adaptive_dropout.default, (h, rates, key, pending))
+    torch.library.opcheck(operators.adaptive_dropout_backward.default, (h.detach(), rates, key))
+    options = {"p": 0.3, "max_p": 0.9, "momentum": 0.9, "fold": requires_grad}
+    torch.library.opcheck(operators.dropout_rates_.default, (torch.zeros(4), torch.ones(4)), options)
+
+
+def test_double_backward_is_refused(backend):
+    module, x = AdaptiveDropout(backend=backend), torch.ones(2, 3, requires_grad=True)
+    gradient = torch.autograd.grad(module(x * 2).square().sum(), x, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="AdaptiveDropout of uegr_kernels has no second derivative"):
+        gradient.sum().backward()
+
+
+def test_vmap_is_refused(backend):
+    module = AdaptiveDropout(3, backend=backend)
+    with pytest.raises(RuntimeError, match="AdaptiveDropout of uegr_kernels does not run under torch.func.vmap"):
+        torch.func.vmap(module, randomness="different")(torch.ones(2, 4, 3))
+
+
+def test_autocast(backend):
+    module, linear = AdaptiveDropout(p=0.5, backend=backend), nn.Linear(4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        h = module(linear(torch.ones(8, 4)))
+    h.float().square().sum().backward()
+    assert h.dtype == torch.bfloat16 and module.pending.dtype == torch.float32 and linear.weight.grad.isfinite().all()
+
+
+def test_replace_dropout(backend):
+    shared = nn.Dropout(0.25, inplace=True)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1), nn.Sequential(shared, nn.Dropout2d(0.5)), shared)
+    model[3].eval()
+    assert replace_dropout(model, max_p=0.8, backend=backend) == 2
+    assert isinstance(model[1], AdaptiveDropout) and (model[1].p, model[1].max_p, model[1].training) == (0.1, 0.8, True)
+    assert model[2][0] is model[3] and (model[3].p, model[3].training) == (0.25, False)
+    assert isinstance(model[2][1], nn.Dropout2d) and replace_dropout(model) == 0
+    other = nn.ModuleDict({"a": nn.Dropout(0.1), "b": nn.Dropout(0.2)})
+    assert replace_dropout(other, p=0.3, num_features=5) == 2 and other["b"].p == 0.3 and other["b"].gradient_norm.shape == (5,)
+
+
+def test_replaced_transformer_trains(backend):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.2, batch_first=True)
+    assert replace_dropout(layer, backend=backend) == 3
+    for _ in range(2):
+        layer(torch.randn(2, 5, 8)).square().sum().backward()
+    assert layer.dropout.gradient_norm.shape == (16,) and (layer.dropout.gradient_norm > 0).any()
+
+
+X = torch.zeros(2, 3)
+BAD_INPUT = {
+    "p": (lambda: AdaptiveDropout(p=1.5), ValueError, r"p=1.5 is out of range; give a number in \[0, 1\]"),
+    "max_p": (lambda: AdaptiveDropout(max_p=-0.1), ValueError, "max_p=-0.1 is out of range"),
+    "momentum": (lambda: AdaptiveDropout(momentum=1.0), ValueError, r"momentum=1.0 is out of range; give a number in \[0, 1\)"),
+    "text": (lambda: AdaptiveDropout(p="0.5"), TypeError, "p='0.5' is a str"),
+    "features": (lambda: AdaptiveDropout(0), ValueError, "num_features=0 is out of range"),
+    "features type": (lambda: AdaptiveDropout(0.3), TypeError, "num_features=0.3 is a float"),
+    "backend": (lambda: AdaptiveDropout(backend="rocm"), ValueError, "backend='rocm' is not a backend"),
+    "absent backend": (lambda: AdaptiveDropout(backend="cuda")(X), RuntimeError, "backend='cuda' cannot serve dropout.adaptive_dropout"),
+    "width": (lambda: AdaptiveDropout(4)(X), ValueError, r"input of shape \(2, 3\) has 3 units, the module 4"),
+    "no tensor": (lambda: AdaptiveDropout()([1.0]), TypeError, "input is a list"),
+    "integers": (lambda: AdaptiveDropout()(X.long()), TypeError, "input is torch.int64"),
+    "complex": (lambda: AdaptiveDropout()(X.to(torch.complex64)), TypeError, "input is torch.complex64"),
+    "sparse": (lambda: AdaptiveDropout()(X.to_sparse()), TypeError, "input is sparse"),
+    "no axis": (lambda: AdaptiveDropout()(X[0, 0]), ValueError, r"input has shape \(\)"),
+    "elsewhere": (lambda: AdaptiveDropout(3)(X.to("meta")), ValueError, "input is on meta, the module's buffers on cpu"),
+    "no model": (lambda: replace_dropout([nn.Dropout()]), TypeError, "model is a list"),
+    "a dropout": (lambda: replace_dropout(nn.Dropout()), ValueError, "model is itself an nn.Dropout"),
+    "option": (lambda: replace_dropout(nn.Sequential(nn.Dropout()), rate=0.5), TypeError, "rate"),
+    "option value": (lambda: replace_dropout(nn.Sequential(nn.Dropout()), p=2), ValueError, "p=2 is out of range"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input(case):
+    call, error, message = BAD_INPUT[case]
+    with pytest.raises(error, match=message):
+        call()
