@@ -174,3 +174,163 @@ def test_a_library_that_does_not_load_is_a_sentence(monkeypatch, tmp_path):
 def test_every_operator_of_the_folder_exists():
     for name in op.SCHEMAS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"uegr_kernels::{name}", "CompositeExplicitAutograd")
+
+
+# The compiled core over NumPy arrays; the module is built in development installs.
+
+FLOATS = [pytest.param("float", np.float32, id="float32"), pytest.param("double", np.float64, id="float64")]
+SPECIALS = [
+    0.0,
+    -0.0,
+    np.inf,
+    -np.inf,
+    np.nan,
+    1.0,
+    -1.0,
+    65504.0,
+    65519.9,
+    65520.0,
+    1e38,
+    3.4e38,
+    6e-8,
+    2.9e-8,
+    3.1e-8,
+    6.1e-5,
+    1e-40,
+    1e-45,
+]
+
+
+@pytest.fixture
+def bindings():
+    return pytest.importorskip(
+        "uegr_kernels._bindings", reason="uegr_kernels._bindings is not built; run `python setup.py build_ext --inplace`"
+    )
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
+def test_compiled_philox_known_answers(bindings, counter, key, expected):
+    assert bindings.philox4x32(counter, key) == expected
+
+
+def test_compiled_words_of_the_known_answers(bindings):
+    begin, n, layout, step, seed = 0, 4, (0, 0, 4, 4), 0, 0
+    assert bindings.element_words(begin, n, layout, step, seed).tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+# Layout: stream, offset, run, stride; begin; how many. What the vector lanes do with whole blocks, odd starts and runs of any length.
+WORD_CASES = [
+    pytest.param((0, 0, 1000, 1000), 0, 256, id="a block"),
+    pytest.param((3, 0, 1000, 1000), 256, 256, id="the next"),
+    pytest.param((3, 0, 1000, 1000), 512, 77, id="a part of one"),
+    pytest.param((3, 5, 1000, 1000), 0, 256, id="odd offset"),
+    pytest.param((2**32 - 1, 7, 1, 35), 0, 256, id="one column"),
+    pytest.param((1, 10, 11, 35), 256, 200, id="columns"),
+    pytest.param((1, 3, 300, 301), 256, 256, id="a run ends inside"),
+    pytest.param((1, 2**34 - 130, 2**40, 2**40), 0, 256, id="q passes 2^32"),
+    pytest.param((1, 2**40 + 1, 7, 2**33 + 3), 0, 256, id="far columns"),
+    pytest.param((1, 0, 4, 4), 0, 0, id="nothing"),
+]
+
+
+@pytest.mark.parametrize("seed", [0, 5, 2**63 + 11, 2**64 - 1])
+@pytest.mark.parametrize(("layout", "begin", "n"), WORD_CASES)
+def test_compiled_words_are_the_references(bindings, layout, begin, n, seed):
+    expected = philox.words(philox.element_indices(begin + n, layout[1:])[begin:], seed=seed, step=2**24 - 1, stream=layout[0])
+    found = bindings.element_words(begin, n, layout, 2**24 - 1, seed)
+    assert found.tolist() == expected.tolist()
+
+
+def test_numbers_that_two_languages_spell_are_the_same(bindings):
+    assert {name: i for i, name in enumerate(op.NORMALIZATIONS)} == bindings.NORMALIZATIONS
+    assert bindings.RANK_BINS == op.reference.RANK_BINS and bindings.RANK_SAMPLED == op.reference.SAMPLED
+    strides = {1: 1, 2**20: 1, 2**20 + 1: 1, 2**21: 3, 3 * 2**20 - 1: 3, 3 * 2**20: 3, 2**22: 5, 2**33 + 7: 8193}
+    assert {size: bindings.rank_stride(size) for size in strides} == strides
+
+
+@pytest.mark.parametrize(("suffix", "dtype"), FLOATS)
+def test_power_of_two_is_numpys(bindings, suffix, dtype):
+    reach = 125 if dtype == np.float32 else 1021
+    x = np.concatenate((np.linspace(-reach, reach, 200_001), np.arange(-reach, reach + 1), np.linspace(-1, 1, 10_001))).astype(dtype)
+    found, expected = getattr(bindings, f"power_of_two_{suffix}")(x), np.exp2(x.astype(np.longdouble))
+    assert np.max(np.abs(found - expected) / expected) <= 2.5 * np.finfo(dtype).eps
+    whole = x == np.round(x)
+    np.testing.assert_array_equal(found[whole], expected[whole].astype(dtype))
+
+
+@pytest.mark.parametrize(("suffix", "dtype"), FLOATS)
+def test_rank_bins_are_the_references(bindings, suffix, dtype):
+    x = np.abs(np.random.default_rng(0).standard_normal(20_000) * 10.0 ** np.random.default_rng(1).integers(-44, 38, 20_000)).astype(dtype)
+    edges = (np.arange(0, 0x7F80, 17, dtype=np.uint32) << 16).view(np.float32).astype(dtype)
+    x = np.concatenate((x, edges, np.nextafter(edges, dtype(0)), np.nextafter(edges, dtype(np.inf))))
+    if dtype == np.float64:
+        x = np.concatenate((x, [1e300, 1e-300, np.finfo(np.float64).max]))
+    x = x[np.isfinite(x)]
+    np.testing.assert_array_equal(getattr(bindings, f"rank_bin_{suffix}")(x), op.reference.bins(torch.from_numpy(x)).numpy())
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)])
+def test_16_bit_conversions_are_torchs(bindings, name, dtype):
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.uint16)
+    found, expected = getattr(bindings, f"widen_{name}")(every.numpy()), every.view(dtype).float().numpy()
+    finite = np.isfinite(expected) | np.isinf(expected)
+    np.testing.assert_array_equal(found[finite].view(np.uint32), expected[finite].view(np.uint32))
+    assert np.isnan(found[~finite]).all()
+
+    values = expected[np.isfinite(expected)]
+    between = (np.sort(values)[:-1] / 2 + np.sort(values)[1:] / 2).astype(np.float32)  # ties
+    noise = np.random.default_rng(0).integers(0, 2**32, 100_000, dtype=np.uint32).view(np.float32)
+    x = np.concatenate(
+        (
+            values,
+            between,
+            np.nextafter(between, np.float32(np.inf)),
+            np.nextafter(between, -np.float32(np.inf)),
+            noise[np.isfinite(noise)],
+            SPECIALS,
+        )
+    )
+    x = x.astype(np.float32)
+    rounded = torch.from_numpy(getattr(bindings, f"round_{name}")(x)).view(dtype).float().numpy()
+    np.testing.assert_array_equal(rounded, torch.from_numpy(x).to(dtype).float().numpy())
+    np.testing.assert_array_equal(np.signbit(rounded)[~np.isnan(x)], np.signbit(x)[~np.isnan(x)])
+
+
+def test_stochastic_cut_is_the_references(bindings):
+    with np.errstate(over="ignore"):
+        x = np.concatenate((np.random.default_rng(0).standard_normal(5000), SPECIALS)).astype(np.float32)
+    for word in (0, 1, 0x7FFF, 0x8000, 0xFFFF, 0x12345678):
+        found = torch.from_numpy(bindings.cut_bfloat16(x, word)).view(torch.bfloat16).float().numpy()
+        expected = op.reference.round_stochastically(torch.from_numpy(x), torch.tensor(word & 0xFFFF)).float().numpy()
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(("suffix", "dtype"), FLOATS)
+@pytest.mark.parametrize("normalization", ["minmax", "range"])
+@pytest.mark.parametrize("salient", [False, True], ids=["printed", "salient"])
+@pytest.mark.parametrize("previous", [False, True], ids=["current", "previous"])
+def test_inverse_probability_is_the_references(bindings, suffix, dtype, normalization, salient, previous):
+    # Kept statistics, a span of 0, one whose reciprocal overflows, nothing finite, the largest float.
+    largest, least = np.finfo(dtype).max, np.finfo(dtype).tiny
+    for low, high in (
+        (0.5, 2.0),
+        (0.0, 1.0),
+        (3.0, 3.0),
+        (0.0, least / 4),
+        (np.inf, -np.inf),
+        (1.0, largest),
+        (0.0, np.finfo(np.float64).max),
+    ):
+        for threshold, sharpness, floor in ((0.8, 5.0, 0.0), (-1.0, 0.0, 0.0), (0.5, 60.0, 0.0), (0.3, 5.0, 0.25), (1e30, 1e30, 0.0)):
+            ends = np.clip([low, high], 0, largest) if low <= high else np.array([0.0, 1.0])
+            s = np.linspace(*ends, 101).astype(dtype) if ends[1] < largest else np.array([1.0, 1e10, largest / 2, largest], dtype)
+            if previous:
+                s = np.concatenate((s, np.array([0.0, 1e-30, 100.0, 1e30], dtype)))
+            chosen = {"threshold": threshold, "sharpness": sharpness, "normalization": normalization, "min_probability": floor}
+            statistics = {"direction": op.DIRECTIONS[salient], "statistics": op.STATISTICS[previous]}
+            selection = op.Selection(**chosen, **statistics, scope="tensor", rescale=True, keep_probability=1.0, target="gradient")
+            g, saliency = torch.ones(s.shape, dtype=getattr(torch, np.dtype(dtype).name)), torch.from_numpy(s)
+            expected = op.reference.inverse_probability(g, saliency, torch.tensor([low, high], dtype=torch.float64), selection).numpy()
+            number = op.NORMALIZATIONS.index(normalization)
+            found = getattr(bindings, f"inverse_probability_{suffix}")(s, low, high, threshold, sharpness, number, salient, previous, floor)
+            np.testing.assert_allclose(found, expected, rtol=max(1.0, sharpness / 5) * (2e-6 if dtype == np.float32 else 1e-14))

@@ -16,13 +16,12 @@ SELECTION = (
     "threshold=0.8, sharpness=5.0, normalization='minmax', direction='printed', scope='tensor', statistics='current', "
     "rescale=True, min_probability=0.0, keep_probability=1.0, target='gradient'"
 )
-OPTIMIZER = ", ".join(
-    (
-        SELECTION,
-        "maximize=False, foreach=None, capturable=False, differentiable=False, fused=None, state_dtype=None, seed=None, backend='auto'",
-    )
+TORCHS = "maximize=False, foreach=None, capturable=False, differentiable=False, fused=None"
+OPTIMIZER = f"{SELECTION}, {TORCHS}, state_dtype=None, seed=None, backend='auto'"
+LOSS = (
+    "js_weight=0.01, label_smoothing=0.0, ignore_index=-100, reduction='mean', task='classification', return_parts=False, "
+    "inplace_backward=False"
 )
-LOSS = "js_weight=0.01, label_smoothing=0.0, ignore_index=-100, reduction='mean', task='classification', return_parts=False, inplace_backward=False"
 
 # Positional arguments in order; after the star the keywords, in any order. Everything takes `backend`.
 SIGNATURES = {

@@ -860,6 +860,22 @@ def test_previous_statistics_by_hand(backend, normalization, first, second):
     assert seen[1] == {0, 1, 2}
 
 
+@pytest.mark.parametrize("normalization", ["minmax", "range"])
+@pytest.mark.parametrize("first", [0.0, 2.0, float("nan")], ids=["zeros", "equal", "nothing finite"])
+def test_kept_statistics_without_a_span_give_saliency_zero(backend, normalization, first):
+    """Whatever this step's gradient is: p is 0.99966 for every element."""
+    g = torch.tensor([1.0, 3e4, -1e12, 1e30])
+    for seed in range(3):
+        p = torch.nn.Parameter(torch.zeros(4))
+        optimizer = uk.SelectiveSGD([p], lr=1.0, statistics="previous", normalization=normalization, seed=seed, backend=backend)
+        p.grad = torch.full((4,), first)
+        optimizer.step()
+        p.data.zero_()
+        p.grad = g
+        optimizer.step()
+        assert_inverse(torch.where(p == 0, torch.nan, -p.detach() / g), [0.99966465] * 4)
+
+
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 def test_previous_equals_current_on_the_first_step_and_when_gradients_repeat(backend, cls):
     start, gradients = problem([(50,), (7, 3)], steps=1)
@@ -1173,6 +1189,8 @@ def test_squares_that_overflow_are_the_largest_float(backend, dtype):
     for normalization in ("minmax", "range"):
         p = uk.selection_probability(g, normalization=normalization, backend=backend)
         np.testing.assert_allclose(p.double().numpy(), [0.99966465, 0.11920292, 0.11920292, 0.99966465], rtol=1e-5)
+        equal = uk.selection_probability(torch.full((5,), large / 2, dtype=dtype), normalization=normalization, backend=backend)
+        np.testing.assert_allclose(equal.double().numpy(), 0.99966465, rtol=1e-6)  # all the largest: s~ is 0
     found, _ = trained(uk.SelectiveSGD, backend, [torch.zeros_like(g)], [[g]], lr=1e-3, seed=1, rescale=False, statistics="previous")
     assert found[0].isfinite().all()
 

@@ -477,7 +477,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--test", metavar="FILE", help="the same, to test on; None: a fifth of the data is held out")
     parser.add_argument("--model", choices=MODELS, default="textcnn", help="the classifier")
-    parser.add_argument("--epochs", type=number(int, 1), default=4, help="times through the data, for each training")
+    parser.add_argument("--epochs", type=number(int, 1), default=6, help="times through the data, for each training")
     parser.add_argument("--steps", type=number(int, 1), help="steps of each training at most; None: all of the epochs")
     parser.add_argument("--limit", type=number(int, 1), help="texts at most, of each file; None: all")
     parser.add_argument("--length", type=number(int, 1, 513), default=64, help="words of a text that are read")

@@ -207,6 +207,8 @@ template <class T, class Line> struct Worker {
         Extremes<T> found;
         const bool gathers = e.kept[0].data && !e.own_statistics;
         blocks(begin, end, [&](int64_t at, int n) {
+            prefetch_block<T>(e.g, at + block_size), prefetch_block<T>(e.theta, at + block_size);
+            for (int k = 0; k < e.states_count; ++k) prefetch_block<T>(e.states[k], at + block_size);
             const T* g = gradient(e, at, n);
             if (gathers) found.add(g, n);
             if (call.options.rescale) factors<true>(e, g, at, n);
