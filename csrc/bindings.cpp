@@ -21,12 +21,11 @@ template <class To, class From, class F> Array<To> map(const Array<From>& in, F 
 
 // Four words from four counter words and two key words, through the scalar lanes a device uses.
 py::tuple philox(py::sequence counter, py::sequence key) {
-    uint64_t c[1][4];
-    for (int i = 0; i < 4; ++i) c[0][i] = counter[i].cast<uint64_t>();
-    const RoundKeys<uint64_t> keys(key[0].cast<uint64_t>() | key[1].cast<uint64_t>() << 32);
-    philox4x32<1>(c, keys);
-    auto word = [&](int i) { return static_cast<uint32_t>(c[0][i]); };
-    return py::make_tuple(word(0), word(1), word(2), word(3));
+    auto at = [&](int i) { return counter[i].cast<uint64_t>(); };
+    Counter<uint64_t, uint64_t, uint64_t, uint64_t> c{at(0), at(1), at(2), at(3)};
+    const RoundKeys keys(key[0].cast<uint64_t>() | key[1].cast<uint64_t>() << 32);
+    for (int round = 0; round < 10; ++round) c = philox_round(c, keys.k0[round], keys.k1[round]);
+    return py::make_tuple(static_cast<uint32_t>(c.c0), static_cast<uint32_t>(c.c1), static_cast<uint32_t>(c.c2), static_cast<uint32_t>(c.c3));
 }
 
 // The words of elements [begin, begin + n) of a shard, through the vector lanes the CPU loops use.
@@ -34,7 +33,7 @@ Array<uint32_t> words(int64_t begin, int n, py::sequence layout, uint32_t step, 
     if (n < 0 || n > block_size) throw py::value_error("n must be in [0, 256]");
     const Layout at{layout[0].cast<int64_t>(), layout[1].cast<int64_t>(), layout[2].cast<int64_t>(), layout[3].cast<int64_t>()};
     uint32_t buffer[2 * block_size + 4];
-    const uint32_t* found = element_words(buffer, begin, n, at, step, RoundKeys<Lanes>(seed));
+    const uint32_t* found = element_words(buffer, begin, n, at, step, RoundKeys(seed));
     Array<uint32_t> out(n);
     std::copy(found, found + n, out.mutable_data());
     return out;

@@ -165,9 +165,12 @@ def neutral_against_torch(cls, torch_class, backend, dtype, options, target):
     walk(other, expected, gradients)
     operation = "equal" if backend == "reference" and target == "gradient" else "trajectory"
     for i, (p, q) in enumerate(zip(params, expected, strict=True)):
-        compare(p, q, operation, name=f"parameter {i}")
+        scale = (
+            1.0 if q.numel() > 1 else 10.0
+        )  # a hundred steps may add up to next to nothing, and no larger element is there to compare with
+        compare(p, q, operation, name=f"parameter {i}", scale=scale)
         for key, value in states_of(other, q).items():
-            compare(optimizer.state[p][key], value, "equal" if key == "step" else operation, name=f"{key} of parameter {i}")
+            compare(optimizer.state[p][key], value, "equal" if key == "step" else operation, name=f"{key} of parameter {i}", scale=scale)
 
 
 @pytest.mark.parametrize("options", ADAMW_OPTIONS)
@@ -212,13 +215,7 @@ def test_neutral_16_bit_equals_a_float32_optimizer_rounded_after_each_step(backe
         compare(p, q.to(dtype), operation, name=f"parameter {i}")
         for key, value in states_of(other, q).items():
             # A parameter that rounds to the other side changes what weight decay feeds SGD's buffer, by one bit of 16.
-            compare(
-                optimizer.state[p][key],
-                value,
-                "equal" if operation == "equal" or key == "step" else "step",
-                name=key,
-                ignore=p != q.to(dtype),
-            )
+            compare(optimizer.state[p][key], value, "equal" if key == "step" else operation, name=key, row=dtype)
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
@@ -1273,6 +1270,15 @@ def test_a_group_added_later_shares_the_seed_and_draws_one_if_it_is_the_first_to
     assert drawn != 0 and optimizer.param_groups[2]["seed"] == drawn
 
 
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_a_group_added_after_a_load_is_the_uninterrupted_runs(cls):
+    optimizer, resumed = (cls([torch.nn.Parameter(torch.zeros(2))]) for _ in range(2))
+    resumed.load_state_dict(optimizer.state_dict())
+    for o in (optimizer, resumed):
+        o.add_param_group({"params": [torch.nn.Parameter(torch.zeros(2))]})
+    assert [group["seed"] for group in resumed.param_groups] == [group["seed"] for group in optimizer.param_groups]
+
+
 @pytest.mark.parametrize("seed", [0, 3, -1, 2**63, 2**64 - 1, 2**64 + 3])
 def test_seeds_are_modulo_two_to_the_64(backend, seed):
     g = torch.ones(500)
@@ -1330,6 +1336,25 @@ def test_masks_of_dtypes_and_saliency_share_the_words(backend):
     expected = uk.selection_mask(torch.ones(100), **options)
     for dtype in DTYPES:
         assert torch.equal(uk.selection_mask(torch.ones(100, dtype=dtype), saliency=torch.ones(100), **options), expected)
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.Parameter, "grad_dtype"), reason="this torch has no Parameter.grad_dtype")
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("of_parameter", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("of_gradient", DTYPES, ids=dtype_id)
+def test_a_gradient_of_another_dtype_is_taken_in_the_parameters_arithmetic(backend, cls, of_parameter, of_gradient):
+    """Beside one of the usual kind, in one call."""
+    start, gradients = problem([(40,), (3, 5)], torch.bfloat16, steps=2)
+    start = [t.to(of_parameter) for t in start]
+    given = [[g.to(of_gradient), h.to(of_parameter)] for g, h in gradients]
+    for scope in ("tensor", "global"):
+        options = SPREAD | {"backend": backend, "scope": scope}
+        expected, _ = trained(cls, start=start, gradients=[[g.to(of_parameter), h] for g, h in given], **options)
+        params = as_parameters(start)
+        params[0].grad_dtype = of_gradient
+        walk(cls(params, **options), params, given)
+        for p, q in zip(params, expected, strict=True):
+            compare(p, q, "step")
 
 
 # Determinism, checkpoints, state.
@@ -2054,6 +2079,8 @@ def random_cases(draw):
         "statistics": draw(st.sampled_from(op.STATISTICS)) if normalization in ("minmax", "range") else "current",
         "seed": draw(st.integers(-(2**63), 2**64)),
     }
+    if selection["target"] == "update":
+        selection["min_probability"] = 0.2  # 1/p multiplies the rounding of a step that is a difference of parameters
     return dtype, grads, selection
 
 
@@ -2061,7 +2088,7 @@ def random_cases(draw):
 @hypothesis.given(case=random_cases())
 def test_random_cases_agree_with_the_reference(native, case):
     dtype, grads, selection = case
-    start = [torch.ones_like(grads[0]), torch.ones(5, dtype=dtype)]
+    start = [torch.zeros_like(grads[0]), torch.zeros(5, dtype=dtype)]
     gradients = [[g, torch.linspace(-2, 2, 5).to(dtype)] for g in grads]
     with pytest.MonkeyPatch.context() as monkeypatch:
-        agree(monkeypatch, uk.SelectiveSGD, native, start, gradients, **selection, lr=1e-3)
+        agree(monkeypatch, uk.SelectiveSGD, native, start, gradients, **selection, lr=1.0)

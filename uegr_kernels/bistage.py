@@ -133,7 +133,8 @@ class BiStage:
 
         With `passes_at_once` below m every pass runs first without a graph for its logits, then again with the same random state:
         (1 + 2m) N rows forward, one graph alive, the same gradient. Under DDP and FSDP only the last backward synchronises, and none
-        inside the caller's no_sync. Raises RuntimeError where the embedding was not called, or twice, in a pass.
+        inside the caller's no_sync; different rates then cost what passes_at_once=1 does. Raises RuntimeError where the embedding was not
+        called, or twice, in a pass.
         Equivalent to: `(scale * stage.loss(inputs, labels)).backward()`.
         """
         self._check_call(scale)
@@ -191,9 +192,7 @@ class BiStage:
         def logits_of(group: range) -> Tensor:
             if self.passes_at_once == self.passes:
                 return self._adversarial(inputs, delta, group)[0]
-            # The second forward, inside the caller's backward, must not tell DDP that another backward follows.
-            contexts = lambda: (contextlib.nullcontext(), self._without_sync())  # noqa: E731
-            return checkpoint(self._adversarial, inputs, delta, group, use_reentrant=False, context_fn=contexts)[0]
+            return checkpoint(self._adversarial, inputs, delta, group, use_reentrant=False)[0]
 
         logits = torch.cat([logits_of(group) for group in self._groups()]).unflatten(0, (self.passes, -1))
         return uegr_loss(clean, logits, labels, **self._loss)

@@ -12,7 +12,8 @@
 
 namespace uegr {
 
-constexpr int block_size = 256; // elements that pass through L1 together
+constexpr int block_size = 256;         // elements that pass through L1 together
+constexpr int prefetch_distance = 768; // elements
 
 #if defined(__AVX512F__)
 typedef uint64_t Lanes __attribute__((vector_size(64)));
@@ -37,27 +38,49 @@ inline Lanes high_pairs(Lanes a, Lanes b) { return __builtin_shuffle(a, b, Lanes
 #endif
 constexpr int lane_count = sizeof(Lanes) / sizeof(uint64_t);
 
-// The words of block_size elements from the counter q on: element 4q + j has the j-th output of counter q.
-inline void fill_words(uint32_t* words, uint64_t q, uint32_t step, uint32_t stream, const RoundKeys<Lanes>& keys) {
-    constexpr int chains = philox_chains;
+using Words = Counter<Lanes, Lanes, Lanes, Lanes>;
+
+// The first three rounds of lane_count counters from q on; their low halves do not wrap.
+inline Words mixed(uint64_t q, uint32_t step, uint32_t stream, const RoundKeys& keys) {
     Lanes first;
     for (int i = 0; i < lane_count; ++i) first[i] = q + i;
+    const Counter<Lanes, uint64_t, uint64_t, uint64_t> start{first, q >> 32, step, stream};
+    const auto c = philox_round(philox_round(philox_round(start, keys.k0[0], keys.k1[0]), keys.k0[1], keys.k1[1]), keys.k0[2], keys.k1[2]);
+    return {c.c0, c.c1, c.c2, c.c3};
+}
+
+// Element 4q + j has the j-th output of counter q.
+inline void store_words(uint32_t* words, const Words& c) {
+    const Lanes low = (c.c0 & 0xffffffffu) | (c.c1 << 32), high = (c.c2 & 0xffffffffu) | (c.c3 << 32);
+    const Lanes pairs[2] = {low_pairs(low, high), high_pairs(low, high)};
+    memcpy(words, pairs, sizeof(pairs));
+}
+
+// The words of a block from the counter q on, several chains at a time: one chain's multiplications hide another's.
+inline void fill_words(uint32_t* words, uint64_t q, uint32_t step, uint32_t stream, const RoundKeys& keys) {
+    constexpr int chains = philox_chains;
     for (int done = 0; done < block_size / 4; done += chains * lane_count) {
-        Lanes c[chains][4];
+        Words c[chains];
 #pragma GCC unroll 4
-        for (int i = 0; i < chains; ++i) {
-            c[i][0] = first + static_cast<uint64_t>(done + i * lane_count);
-            c[i][1] = c[i][0] >> 32;
-            c[i][2] = Lanes{} + static_cast<uint64_t>(step);
-            c[i][3] = Lanes{} + static_cast<uint64_t>(stream);
-        }
-        philox4x32<chains>(c, keys);
+        for (int i = 0; i < chains; ++i) c[i] = mixed(q + done + i * lane_count, step, stream, keys);
+#pragma GCC unroll 10
+        for (int round = 3; round < 10; ++round) {
 #pragma GCC unroll 4
-        for (int i = 0; i < chains; ++i) {
-            Lanes low = (c[i][0] & 0xffffffffu) | (c[i][1] << 32), high = (c[i][2] & 0xffffffffu) | (c[i][3] << 32);
-            Lanes pairs[2] = {low_pairs(low, high), high_pairs(low, high)};
-            memcpy(words + 4 * (done + i * lane_count), pairs, sizeof(pairs));
+            for (int i = 0; i < chains; ++i) c[i] = philox_round(c[i], keys.k0[round], keys.k1[round]);
         }
+#pragma GCC unroll 4
+        for (int i = 0; i < chains; ++i) store_words(words + 4 * (done + i * lane_count), c[i]);
+    }
+}
+
+// Calls element(i) for a block, and asks on the way for the memory that lies a few blocks on: the hardware does not reach across pages,
+// and arithmetic between the accesses keeps it from running far enough ahead.
+template <class T, class Element> inline void block_loop(const T* const (&arrays)[4], Element element) {
+    constexpr int slice = 16;
+    for (int begin = 0; begin < block_size; begin += slice) {
+        for (const T* array : arrays)
+            for (unsigned i = 0; i < slice; i += 64 / sizeof(T)) __builtin_prefetch(array + begin + prefetch_distance + i);
+        for (int i = begin; i < begin + slice; ++i) element(i);
     }
 }
 
@@ -67,10 +90,10 @@ struct Layout {
 };
 
 // The words of elements [begin, begin + n), n <= block_size, at the start of what is returned; `words` holds 2 blocks and 4 more.
-inline const uint32_t* element_words(uint32_t* words, int64_t begin, int n, const Layout& at, uint32_t step, const RoundKeys<Lanes>& keys) {
+inline const uint32_t* element_words(uint32_t* words, int64_t begin, int n, const Layout& at, uint32_t step, const RoundKeys& keys) {
     const uint32_t stream = static_cast<uint32_t>(at.stream);
     const int64_t index = at.offset + begin / at.run * at.stride + begin % at.run, within = at.run - begin % at.run;
-    if (index % 4 == 0 && within >= n) {
+    if (index % block_size == 0 && within >= n) {
         fill_words(words, index / 4, step, stream, keys);
         return words;
     }
@@ -78,7 +101,8 @@ inline const uint32_t* element_words(uint32_t* words, int64_t begin, int n, cons
         const int64_t l = begin + done, left = at.run - l % at.run;
         const int64_t from = at.offset + l / at.run * at.stride + l % at.run;
         const int skip = static_cast<int>(from % 4);
-        const int64_t most = minimum<int64_t>(left, block_size - skip);
+        const int64_t wraps = 4 * ((int64_t(1) << 32) - (from / 4 & 0xffffffff)) - skip; // elements before the counter's low half does
+        const int64_t most = minimum(minimum<int64_t>(left, block_size - skip), wraps);
         const int count = static_cast<int>(minimum<int64_t>(most, n - done));
         uint32_t* fresh = words + block_size + 4;
         fill_words(fresh, from / 4, step, stream, keys);
@@ -176,12 +200,6 @@ template <class T> T* block_at(const View& view, int64_t begin, int n, T* scratc
     if (view.contiguous && view.storage == storage_of<T> && n == block_size) return reinterpret_cast<T*>(view.data) + begin;
     load_block(view, begin, n, scratch);
     return scratch;
-}
-
-// Asks for a block's memory ahead of its turn: the arithmetic of the block before hides the wait.
-template <class T> void prefetch_block(const View& view, int64_t begin) {
-    const char* from = view.data + begin * static_cast<int64_t>(sizeof(T));
-    for (int i = 0; i < block_size * static_cast<int>(sizeof(T)); i += 64) __builtin_prefetch(from + i);
 }
 
 } // namespace uegr

@@ -11,40 +11,36 @@ namespace uegr {
 constexpr uint32_t rounding_key = 0x9E3779B9u; // xor-ed into the key's low word for the words that round 16-bit moments
 
 // The product of the low halves of 64-bit lanes. For vectors of lanes loops_cpu.h has the instruction that ignores the upper halves by
-// itself, so nothing below ever masks them.
+// itself, so nothing below ever masks them: a lane's low half holds the word, its upper half is noise.
 template <class Lane> HOST_DEVICE Lane multiply_low(Lane a, Lane b) { return (a & 0xffffffffu) * b; }
 
-// The ten round keys, as lanes.
-template <class Lane> struct RoundKeys {
-    Lane k0[10], k1[10];
+struct RoundKeys {
+    uint64_t k0[10], k1[10];
 
     HOST_DEVICE explicit RoundKeys(uint64_t key) {
         uint32_t low = static_cast<uint32_t>(key), high = static_cast<uint32_t>(key >> 32);
         for (int round = 0; round < 10; ++round) {
-            k0[round] = Lane{} + static_cast<uint64_t>(low);
-            k1[round] = Lane{} + static_cast<uint64_t>(high);
+            k0[round] = low, k1[round] = high;
             low += 0x9E3779B9u;
             high += 0xBB67AE85u;
         }
     }
 };
 
-// One round; a lane's low half holds the word, its upper half is noise.
-template <class Lane> HOST_DEVICE void philox_round(Lane (&c)[4], Lane k0, Lane k1) {
-    Lane p0 = multiply_low(c[0], Lane{} + 0xD2511F53u), p1 = multiply_low(c[2], Lane{} + 0xCD9E8D57u);
-    c[0] = (p1 >> 32) ^ c[1] ^ k0;
-    c[1] = p1;
-    c[2] = (p0 >> 32) ^ c[3] ^ k1;
-    c[3] = p0;
-}
+// Four words, each a lane or a vector of lanes. Words that are the same for a whole vector stay single lanes for as long as they are.
+template <class A, class B, class C, class D> struct Counter {
+    A c0;
+    B c1;
+    C c2;
+    D c3;
+};
 
-// Ten rounds on `chains` independent counters, interleaved so that one chain's multiplications hide another's.
-template <int chains, class Lane> HOST_DEVICE void philox4x32(Lane (&c)[chains][4], const RoundKeys<Lane>& keys) {
-#pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round) {
-#pragma GCC unroll 4
-        for (int i = 0; i < chains; ++i) philox_round(c[i], keys.k0[round], keys.k1[round]);
-    }
+template <class A, class B, class C, class D> HOST_DEVICE auto philox_round(const Counter<A, B, C, D>& c, uint64_t k0, uint64_t k1) {
+    A p0 = multiply_low(c.c0, A{} + 0xD2511F53u);
+    C p1 = multiply_low(c.c2, C{} + 0xCD9E8D57u);
+    auto c0 = (p1 >> 32) ^ (c.c1 ^ k0);
+    auto c2 = (p0 >> 32) ^ (c.c3 ^ k1);
+    return Counter<decltype(c0), C, decltype(c2), A>{c0, p1, c2, p0};
 }
 
 // u * 2^24 with u = (word >> 8) * 2^-24 in [0, 1): exact in a float, and signed integers convert in one instruction.

@@ -65,7 +65,7 @@ template <class T> struct Probability {
         // s~ at the ends: [0, 1] but for "range", which starts at s_min/span and is held in [0, 1] with last step's statistics alone.
         const bool reaches = o.normalization == Normalization::range && !o.previous && span > 0;
         const double first = steepness * ((reaches ? static_cast<double>(least) / span : 0) - o.threshold);
-        const double last = steepness * ((reaches ? static_cast<double>(most) / span : 1) - o.threshold);
+        const double last = steepness * ((reaches ? static_cast<double>(most) / span : span > 0 ? 1 : 0) - o.threshold);
         z_low = static_cast<T>(maximum(-100.0, minimum(100.0, minimum(first, last))));
         z_high = static_cast<T>(maximum(-100.0, minimum(100.0, maximum(first, last))));
         largest_inverse = static_cast<T>(1 / maximum(o.min_probability, 0x1p-24));
@@ -92,9 +92,11 @@ HOST_DEVICE double inverse_of_constant(const SelectionOptions& o) {
     return minimum(1 / o.keep_probability, 1 / maximum(o.min_probability, 0x1p-24));
 }
 
-// What a drawn element is multiplied by: 1/p (or 1, without rescale) where u < p, that is u * 1/p < 1, without a division; else 0.
-template <bool rescale, class T> HOST_DEVICE T drawn_factor(T inverse, uint32_t word) {
-    return uniform_times_unit<T>(word) * inverse < uniform_unit ? (rescale ? inverse : T(1)) : T(0);
+// What an element is multiplied by: 1/p (or 1, without rescale) where u < p, that is u * 1/p < 1, without a division; else 0.
+// A g that is not finite has p = 1.
+template <bool rescale, class T> HOST_DEVICE T drawn_factor(T g, T inverse, uint32_t word) {
+    const T drawn = uniform_times_unit<T>(word) * inverse < uniform_unit ? (rescale ? inverse : T(1)) : T(0);
+    return finite(g) ? drawn : T(1);
 }
 
 // The scalars of one tensor's AdamW line.

@@ -25,16 +25,25 @@ template <class T> struct Extremes {
     Bits low = ~Bits(0), high = 0;
 
     void add(const T* x, int64_t n) {
-        Bits least = low, most = high;
-        for (int64_t i = 0; i < n; ++i) {
-            Bits bits; // read as an integer at once, and masked: GCC 12 vectorises neither a cast from the float nor a conditional maximum
-            memcpy(&bits, x + i, sizeof(bits));
-            bits &= ~Bits(0) >> 1;
-            const Bits counted = bits & (Bits(0) - Bits(bits < Float<T>::infinity));
-            least = bits < least ? bits : least;
-            most = counted > most ? counted : most;
+        constexpr int width = 256 / sizeof(T); // four vectors of each, in registers
+        Bits least[width], most[width];
+        for (int k = 0; k < width; ++k) least[k] = low, most[k] = high;
+        int64_t i = 0;
+        for (; i + width <= n; i += width) {
+            for (int k = 0; k < width; k += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(x + i + k + prefetch_distance);
+            for (int k = 0; k < width; ++k) add(x + i + k, least[k], most[k]);
         }
-        low = least, high = most;
+        for (; i < n; ++i) add(x + i, least[0], most[0]);
+        for (int k = 0; k < width; ++k) low = std::min(low, least[k]), high = std::max(high, most[k]);
+    }
+    // Read as an integer at once, and masked: GCC 12 vectorises neither a cast from the float nor a conditional maximum.
+    static void add(const T* x, Bits& least, Bits& most) {
+        Bits bits;
+        memcpy(&bits, x, sizeof(bits));
+        bits &= ~Bits(0) >> 1;
+        const Bits counted = bits & (Bits(0) - Bits(bits < Float<T>::infinity));
+        least = bits < least ? bits : least;
+        most = counted > most ? counted : most;
     }
     bool empty() const { return low >= Float<T>::infinity; }
 };
@@ -69,15 +78,29 @@ template <class T, class Line> struct Entry {
     }
 };
 
+// Where a line finds element i's b/p: worked out before, or drawn in the same loop, which is what the common case does.
+template <class T> struct Stored {
+    const T* factor;
+    T operator()(int i, T) const { return factor[i]; }
+};
+template <class T, bool rescale> struct Drawn {
+    Probability<T> probability;
+    const uint32_t* words;
+    T operator()(int i, T g) const { return drawn_factor<rescale>(g, probability.inverse(saliency(g)), words[i]); }
+};
+
 template <class T, class Line> struct Call {
-    // What an operator does with a block of parameters, gradients, factors b/p and states.
-    using LineBlock = void (*)(const Line&, T* theta, const T* g, const T* factor, T* const* states);
+    // What an operator does with a block of parameters, gradients and states: with the factors b/p, or drawing them on the way.
+    using LineBlock = void (*)(const Line&, T* theta, const T* g, Stored<T> factors, T* a, T* b, T* c);
+    template <bool rescale> using DrawingBlock = void (*)(const Line&, T* theta, const T* g, Drawn<T, rescale> factors, T* a, T* b, T* c);
     SelectionOptions options{};
     uint64_t seed = 0;
     T unscale = 1;         // 1/grad_scale, negative to maximize
     bool draws = true;     // false: every u is 0
     bool rounding = false; // some state is bfloat16
     LineBlock line_block = nullptr; // null: statistics alone
+    DrawingBlock<true> rescaling_block = nullptr;
+    DrawingBlock<false> drawing_block = nullptr;
     std::vector<std::unique_ptr<Entry<T, Line>>> entries;
 
     bool random() const { return draws && (options.normalization != Normalization::constant || inverse_of_constant(options) != 1); }
@@ -101,16 +124,13 @@ void table_from_counts(float* table, int first, int last, const SelectionOptions
 
 // b/p of a block; `inverse(i)` is element i's 1/p.
 template <bool rescale, class T, class Inverse> void factor_block(const T* g, const uint32_t* words, T* factor, Inverse inverse) {
-    for (int i = 0; i < block_size; ++i) {
-        const T drawn = drawn_factor<rescale>(inverse(i), words[i]);
-        factor[i] = finite(g[i]) ? drawn : T(1);
-    }
+    for (int i = 0; i < block_size; ++i) factor[i] = drawn_factor<rescale>(g[i], inverse(i), words[i]);
 }
 
 // A thread at work on a call.
 template <class T, class Line> struct Worker {
     const Call<T, Line>& call;
-    RoundKeys<Lanes> keys, rounding_keys;
+    RoundKeys keys, rounding_keys;
     std::vector<float> table; // "rank": of a small tensor
     alignas(64) T g[block_size], s[block_size], factor[block_size], theta[block_size], states[3][block_size];
     alignas(64) uint32_t words[2 * block_size + 4] = {}, rounding[2 * block_size + 4];
@@ -185,8 +205,7 @@ template <class T, class Line> struct Worker {
         e.probability = Probability<T>(call.options, range.first, range.second);
     }
 
-    template <bool rescale> void factors(const Entry<T, Line>& e, const T* g, int64_t begin, int n) {
-        const uint32_t* drawn = call.random() ? element_words(words, begin, n, e.layout, e.step, keys) : words;
+    template <bool rescale> void factors(const Entry<T, Line>& e, const T* g, const uint32_t* drawn, int64_t begin, int n) {
         const T* given = e.s.data ? block_at(e.s, begin, n, s) : nullptr;
         if (call.options.normalization == Normalization::constant) {
             const T inverse = static_cast<T>(inverse_of_constant(call.options));
@@ -206,21 +225,28 @@ template <class T, class Line> struct Worker {
     void update(Entry<T, Line>& e, int64_t begin, int64_t end) {
         Extremes<T> found;
         const bool gathers = e.kept[0].data && !e.own_statistics;
+        const bool linear = call.options.normalization == Normalization::minmax || call.options.normalization == Normalization::range;
+        const bool fuses = linear && call.rescaling_block && !e.s.data;
         blocks(begin, end, [&](int64_t at, int n) {
-            prefetch_block<T>(e.g, at + block_size), prefetch_block<T>(e.theta, at + block_size);
-            for (int k = 0; k < e.states_count; ++k) prefetch_block<T>(e.states[k], at + block_size);
             const T* g = gradient(e, at, n);
             if (gathers) found.add(g, n);
-            if (call.options.rescale) factors<true>(e, g, at, n);
-            else factors<false>(e, g, at, n);
+            const uint32_t* drawn = call.random() ? element_words(words, at, n, e.layout, e.step, keys) : words;
             T* parameters = block_at(e.theta, at, n, theta);
             T* moments[3] = {};
             for (int k = 0; k < e.states_count; ++k) moments[k] = block_at(e.states[k], at, n, states[k]);
-            call.line_block(e.line, parameters, g, factor, moments);
+            if (fuses && call.options.rescale) {
+                call.rescaling_block(e.line, parameters, g, {e.probability, drawn}, moments[0], moments[1], moments[2]);
+            } else if (fuses) {
+                call.drawing_block(e.line, parameters, g, {e.probability, drawn}, moments[0], moments[1], moments[2]);
+            } else {
+                if (call.options.rescale) factors<true>(e, g, drawn, at, n);
+                else factors<false>(e, g, drawn, at, n);
+                call.line_block(e.line, parameters, g, {factor}, moments[0], moments[1], moments[2]);
+            }
             if (parameters == theta) store_block(e.theta, at, n, parameters);
-            const uint32_t* drawn = call.rounding ? element_words(rounding, at, n, e.layout, e.step, rounding_keys) : nullptr;
+            const uint32_t* lower = call.rounding ? element_words(rounding, at, n, e.layout, e.step, rounding_keys) : nullptr;
             for (int k = 0; k < e.states_count; ++k)
-                if (moments[k] == states[k]) store_block(e.states[k], at, n, moments[k], drawn, k == 0 ? 0 : 16);
+                if (moments[k] == states[k]) store_block(e.states[k], at, n, moments[k], lower, k == 0 ? 0 : 16);
         });
         if (gathers) e.join(found);
     }
@@ -328,7 +354,6 @@ Call<T, Line> make_call(const SelectionOptions& options, int64_t seed, const Ten
     for (size_t i = 0; i < grads.size(); ++i) {
         auto e = std::make_unique<Entry<T, Line>>();
         e->g = view(grads[i], "grads", false);
-        STD_TORCH_CHECK((e->g.storage == Storage::float64) == (sizeof(T) == 8), "float64 tensors need a call of their own");
         if (!saliencies.empty()) {
             e->s = view(saliencies[i], "saliencies", false);
             check_same_shape(e->s, e->g, "saliencies", i);
@@ -432,33 +457,50 @@ void step(Call<T, Line> call, const Tensors& params, const std::vector<const Ten
         }
 }
 
-template <class T, bool update, bool amsgrad>
-void adamw_block(const AdamW<T>& line, T* __restrict theta, const T* __restrict g, const T* __restrict factor, T* const* states) {
-    T *__restrict m = states[0], *__restrict v = states[1], *__restrict v_max = amsgrad ? states[2] : nullptr;
-    for (int i = 0; i < block_size; ++i) {
+template <class T, bool update, bool amsgrad, class Factors>
+void adamw_block(const AdamW<T>& given, T* __restrict theta, const T* __restrict g, Factors factors, T* __restrict m, T* __restrict v,
+                 T* __restrict v_max) {
+    const AdamW<T> line = given; // a copy no store can touch
+    block_loop<T>({theta, g, m, v}, [=](int i) {
         T unused = 0;
-        line.template step<update, amsgrad>(theta[i], g[i], factor[i], m[i], v[i], amsgrad ? v_max[i] : unused);
-    }
+        line.template step<update, amsgrad>(theta[i], g[i], factors(i, g[i]), m[i], v[i], amsgrad ? v_max[i] : unused);
+    });
 }
 
-template <class T, bool update, bool has_momentum>
-void sgd_block(const SGD<T>& line, T* __restrict theta, const T* __restrict g, const T* __restrict factor, T* const* states) {
-    T* __restrict buffer = has_momentum ? states[0] : nullptr;
-    for (int i = 0; i < block_size; ++i) {
+template <class T, bool update, bool has_momentum, class Factors>
+void sgd_block(const SGD<T>& given, T* __restrict theta, const T* __restrict g, Factors factors, T* __restrict buffer, T*, T*) {
+    const SGD<T> line = given;
+    block_loop<T>({theta, g, has_momentum ? buffer : theta, theta}, [=](int i) {
         T unused = 0;
-        line.template step<update, has_momentum>(theta[i], g[i], factor[i], has_momentum ? buffer[i] : unused);
-    }
+        line.template step<update, has_momentum>(theta[i], g[i], factors(i, g[i]), has_momentum ? buffer[i] : unused);
+    });
+}
+
+template <class T, bool update, bool amsgrad> void set_blocks(Call<T, AdamW<T>>& call) {
+    call.line_block = adamw_block<T, update, amsgrad>;
+    call.rescaling_block = adamw_block<T, update, amsgrad>;
+    call.drawing_block = adamw_block<T, update, amsgrad>;
+}
+template <class T, bool update, bool has_momentum> void set_blocks(Call<T, SGD<T>>& call) {
+    call.line_block = sgd_block<T, update, has_momentum>;
+    call.rescaling_block = sgd_block<T, update, has_momentum>;
+    call.drawing_block = sgd_block<T, update, has_momentum>;
+}
+// The blocks for a target and for whether the third moment, or the momentum buffer, is there.
+template <class T, class Line> void choose_blocks(Call<T, Line>& call, bool more) {
+    if (call.options.target_update) more ? set_blocks<T, true, true>(call) : set_blocks<T, true, false>(call);
+    else more ? set_blocks<T, false, true>(call) : set_blocks<T, false, false>(call);
 }
 
 struct NoLine {};
-template <class T> void multiply_block(const NoLine&, T* theta, const T* g, const T* factor, T* const*) { // theta may be g
-    for (int i = 0; i < block_size; ++i) theta[i] = g[i] * factor[i];
+template <class T> void multiply_block(const NoLine&, T* theta, const T* g, Stored<T> factors, T*, T*, T*) { // theta may be g
+    for (int i = 0; i < block_size; ++i) theta[i] = g[i] * factors.factor[i];
 }
-template <class T> void factor_out(const NoLine&, T* out, const T*, const T* factor, T* const*) {
-    for (int i = 0; i < block_size; ++i) out[i] = factor[i];
+template <class T> void factor_out(const NoLine&, T* out, const T*, Stored<T> factors, T*, T*, T*) {
+    for (int i = 0; i < block_size; ++i) out[i] = factors.factor[i];
 }
-template <class T> void probability_out(const NoLine&, T* out, const T*, const T* factor, T* const*) {
-    for (int i = 0; i < block_size; ++i) out[i] = 1 / factor[i];
+template <class T> void probability_out(const NoLine&, T* out, const T*, Stored<T> factors, T*, T*, T*) {
+    for (int i = 0; i < block_size; ++i) out[i] = 1 / factors.factor[i];
 }
 
 bool is_double(const Tensors& tensors) { return !tensors.empty() && tensors[0].scalar_type() == ScalarType::Double; }
@@ -492,11 +534,9 @@ static void selective_adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Te
                       bool maximize, int64_t seed, double beta1, double beta2, OptionalTensor beta1_tensor, OptionalTensor beta2_tensor,
                       double eps, SELECTION_ARGUMENTS) {
     lr = value_of(lr, lr_tensor, "lr"), beta1 = value_of(beta1, beta1_tensor, "betas[0]"), beta2 = value_of(beta2, beta2_tensor, "betas[1]");
-    BY_ARITHMETIC(grads, {
+    BY_ARITHMETIC(params, {
         auto call = make_call<T, AdamW<T>>(SELECTION_OPTIONS, seed, grads, {}, layout);
-        const bool amsgrad = !max_exp_avg_sqs.empty();
-        call.line_block = target_update ? (amsgrad ? adamw_block<T, true, true> : adamw_block<T, true, false>)
-                                        : (amsgrad ? adamw_block<T, false, true> : adamw_block<T, false, false>);
+        choose_blocks(call, !max_exp_avg_sqs.empty());
         step(std::move(call), params, {&exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs}, steps, saliency_mins, saliency_maxs, scope_statistics,
              grad_scale, found_inf, maximize, [&](double count) { return AdamW<T>(lr, beta1, beta2, weight_decay, eps, count); });
     })
@@ -507,11 +547,9 @@ static void selective_sgd_(Tensors params, Tensors grads, Tensors momentum_buffe
                     OptionalTensor lr_tensor, double weight_decay, bool maximize, int64_t seed, double momentum, double dampening, bool nesterov,
                     SELECTION_ARGUMENTS) {
     lr = value_of(lr, lr_tensor, "lr");
-    BY_ARITHMETIC(grads, {
+    BY_ARITHMETIC(params, {
         auto call = make_call<T, SGD<T>>(SELECTION_OPTIONS, seed, grads, {}, layout);
-        const bool has_momentum = !momentum_buffers.empty();
-        call.line_block = target_update ? (has_momentum ? sgd_block<T, true, true> : sgd_block<T, true, false>)
-                                        : (has_momentum ? sgd_block<T, false, true> : sgd_block<T, false, false>);
+        choose_blocks(call, !momentum_buffers.empty());
         step(std::move(call), params, {&momentum_buffers}, steps, saliency_mins, saliency_maxs, scope_statistics, grad_scale, found_inf,
              maximize, [&](double) { return SGD<T>(lr, momentum, dampening, weight_decay, nesterov); });
     })

@@ -243,7 +243,7 @@ class SelectiveOptimizer(Optimizer):
                         dtype = wide if key.startswith("saliency") else group["state_dtype"] or wide
                         self.state[p][key] = value.to(dtype=dtype, device=p.device)
             if any("seed" in group for group in loaded["param_groups"]):
-                self._drawn_seed = None
+                self._drawn_seed, self.defaults["seed"] = None, self.param_groups[0]["seed"]
 
         handles = self.register_load_state_dict_pre_hook(complete), self.register_load_state_dict_post_hook(restore, prepend=True)
         try:

@@ -168,7 +168,7 @@ def step_(line, params, grads, moments, steps, saliency_mins, saliency_maxs, *, 
     options["lr"] = lr if lr_tensor is None else lr_tensor.reshape(())
     for i, (param, grad, states, place) in enumerate(zip(params, grads, moments, layouts(layout), strict=True)):
         dtype = compute_dtype(param.dtype)
-        g = unscaled(grad, grad_scale)
+        g = unscaled(grad.to(dtype), grad_scale)
         steps[i] += 1
         step = int(steps[i].item())
         with torch.no_grad():  # p and b are constants
