@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 from . import op
 
 FORMAT = 1  # of the state's layout; a key of every group
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATS = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 
 
 class SelectiveOptimizer(Optimizer):
@@ -119,54 +119,48 @@ class SelectiveOptimizer(Optimizer):
     def _batches(self, group: dict, first: int) -> list[dict]:
         """The group's parameters that have a gradient, by device and dtype; raises what cannot be stepped, and changes nothing."""
         self._check(group)
-        selection, moments, batches = _selection(group), self._moments(group), {}
-        for stream, p in enumerate(group["params"], first):
+        moments, batches, key, batch = self._moments(group), {}, None, {}
+        for stream, p in enumerate(group["params"], first):  # every line here runs once a parameter and step
             grad = p.grad
             if grad is None:
                 continue
-            if grad.layout is not torch.strided:
-                raise RuntimeError(f"parameter {stream} has a sparse gradient ({grad.layout}), which is not supported; call .to_dense() on it first")
-            if p.dtype not in FLOATS or grad.dtype not in FLOATS:
-                raise TypeError(f"parameter {stream} is {p.dtype} with a gradient of {grad.dtype}: complex and integer tensors are not supported")
-            state = self.state.get(p, {})
-            if not state and _expanded(p):
-                raise ValueError(f"parameter {stream} is expanded: its elements share memory and cannot be written; call .clone() on it first")
-            for name, tensor in (("gradient", grad), *((key, state.get(key)) for key in moments)):
-                if tensor is not None and tensor.shape != p.shape:
-                    raise ValueError(f"parameter {stream} has shape {tuple(p.shape)} but its {name} {tuple(tensor.shape)}; they must be equal")
-            key = p.device, p.dtype
-            if key not in batches:
-                backend = "reference" if group["differentiable"] else op.choose(self.operator, self.backend, *key)
-                batches[key] = {"group": group, "selection": selection, "backend": backend, "statistics": None, "params": [], "grads": [], "layout": []}
-            batch = batches[key]
+            state, shape, dtype = self.state.get(p), p.shape, p.dtype
+            if grad.layout is not torch.strided or grad.dtype not in FLOATS or dtype not in FLOATS or grad.shape != shape or not state:
+                _check_parameter(stream, p, grad)
+            for name in moments if state else ():
+                if name in state and state[name].shape != shape:
+                    raise ValueError(f"parameter {stream} has shape {tuple(shape)} but its {name} {tuple(state[name].shape)}; they must be equal")
+            if key != (p.device, dtype):
+                key = p.device, dtype
+                batch = batches[key] = batches.get(key) or self._new_batch(group, *key)
+            n = p.numel()
             batch["params"].append(p)
             batch["grads"].append(grad)
-            batch["layout"] += (stream, 0, p.numel(), p.numel())
+            batch["layout"] += (stream, 0, n, n)
         return list(batches.values())
+
+    def _new_batch(self, group: dict, device: torch.device, dtype: torch.dtype) -> dict:
+        backend = "reference" if group["differentiable"] else op.choose(self.operator, self.backend, device, dtype)
+        return {"group": group, "selection": _selection(group), "backend": backend, "statistics": None, "params": [], "grads": [], "layout": []}
 
     def _complete_states(self, batch: dict) -> None:
         """Creates what a parameter's state lacks, and lists the states."""
         group, previous = batch["group"], batch["selection"].statistics == "previous"
         moments = self._moments(group)
         needed = {"step", *moments, *(("saliency_min", "saliency_max") if previous else ())}
-        states = []
-        for p in batch["params"]:
-            state = self.state[p]
-            states.append(state)
-            if not needed <= state.keys() or any(state[key] is None for key in moments):
-                # A state that is there (a checkpoint's, a hook's) is left alone.
-                dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-                if state.get("step") is None:
-                    state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if p.is_cuda else "cpu")
-                for key in moments:
-                    if state.get(key) is None:
+        states = [self.state[p] for p in batch["params"]]
+        for p, state in zip(batch["params"], states, strict=True):
+            if not needed <= state.keys():  # what is there (a checkpoint's, a hook's) is left alone
+                wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+                fresh = {"step": torch.zeros((), device=p.device if p.is_cuda else "cpu")}
+                for key in needed - fresh.keys() - state.keys():
+                    if key in moments:
                         # -0.0 marks a momentum buffer that has seen nothing; to a moment of AdamW it is 0.
-                        start = -0.0 if key == "momentum_buffer" else 0.0
-                        state[key] = torch.full_like(p, start, dtype=group["state_dtype"] or dtype, memory_format=torch.preserve_format, requires_grad=False)
-                if previous:
-                    for key in ("saliency_min", "saliency_max"):
-                        if state.get(key) is None:
-                            state[key] = torch.full((), torch.nan, dtype=dtype, device=p.device)  # NaN: nothing kept yet
+                        start, dtype = -0.0 if key == "momentum_buffer" else 0.0, group["state_dtype"] or wide
+                        fresh[key] = torch.full_like(p, start, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+                    else:
+                        fresh[key] = torch.full((), torch.nan, dtype=wide, device=p.device)  # nothing kept yet
+                state |= {key: value for key, value in sorted(fresh.items(), reverse=True) if key not in state}
         for key in ("step", *moments):
             batch[key] = [state[key] for state in states]
         batch["kept"] = tuple([state[key] for state in states] for key in ("saliency_min", "saliency_max")) if previous else ([], [])
@@ -233,6 +227,9 @@ class SelectiveOptimizer(Optimizer):
             return state_dict | {"param_groups": groups}
 
         def restore(optimizer: Optimizer) -> None:
+            for state in self.state.values():  # torch.optim.SGD keeps a buffer of None where it has no momentum
+                for key in [key for key, value in state.items() if value is None]:
+                    del state[key]
             # The base class casts every state to the parameter's dtype; take the checkpoint's own values again.
             saved_ids = [i for group in loaded["param_groups"] for i in group["params"]]
             params = [(p, group) for group in self.param_groups for p in group["params"]]
@@ -579,6 +576,17 @@ def _check_gradient(name: str, grad: Tensor, saliency: Tensor | None) -> None:
             raise ValueError(
                 f"the saliency of {name} has shape {tuple(saliency.shape)} on {saliency.device}; it must be {tuple(grad.shape)} on {grad.device}"
             )
+
+
+def _check_parameter(stream: int, p: Tensor, grad: Tensor) -> None:
+    if grad.layout is not torch.strided:
+        raise RuntimeError(f"parameter {stream} has a sparse gradient ({grad.layout}), which is not supported; call .to_dense() on it first")
+    if p.dtype not in FLOATS or grad.dtype not in FLOATS:
+        raise TypeError(f"parameter {stream} is {p.dtype} with a gradient of {grad.dtype}: complex and integer tensors are not supported")
+    if grad.shape != p.shape:
+        raise ValueError(f"parameter {stream} has shape {tuple(p.shape)} but its gradient {tuple(grad.shape)}; they must be equal")
+    if _expanded(p):
+        raise ValueError(f"parameter {stream} is expanded: its elements share memory and cannot be written; call .clone() on it first")
 
 
 def _expanded(tensor: Tensor) -> bool:
