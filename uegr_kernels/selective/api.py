@@ -102,6 +102,9 @@ class SelectiveOptimizer(Optimizer):
                     loss = closure()
             self._agree_on_seed()  # before anything can raise: every rank takes part
             batches = [batch for group, first in self._groups() for batch in self._batches(group, first)]
+            if len(batches) > 1 or any(batch["backend"] == "reference" for batch in batches):
+                for batch in batches:  # a compiled operator checks a whole call before it changes anything: one call needs no other check
+                    self._check_shapes(batch)
             for batch in batches:
                 self._complete_states(batch)
             self._settle_scopes(batches)
@@ -119,51 +122,66 @@ class SelectiveOptimizer(Optimizer):
     def _batches(self, group: dict, first: int) -> list[dict]:
         """The group's parameters that have a gradient, by device and dtype; raises what cannot be stepped, and changes nothing."""
         self._check(group)
-        moments, batches, key, batch = self._moments(group), {}, None, {}
+        batches: dict = {}
+        device = dtype = batch = None
         for stream, p in enumerate(group["params"], first):  # every line here runs once a parameter and step
             grad = p.grad
             if grad is None:
                 continue
-            state, shape, dtype = self.state.get(p), p.shape, p.dtype
-            if grad.layout is not torch.strided or grad.dtype not in FLOATS or dtype not in FLOATS or grad.shape != shape or not state:
+            if p.dtype is not dtype or p.device != device:
+                device, dtype = p.device, p.dtype
+                batch = batches.get((device, dtype))
+            state = self.state.get(p)
+            if not state or batch is None or grad.layout is not torch.strided or grad.dtype is not dtype:
                 _check_parameter(stream, p, grad)
-            for name in moments if state else ():
-                if name in state and state[name].shape != shape:
-                    raise ValueError(f"parameter {stream} has shape {tuple(shape)} but its {name} {tuple(state[name].shape)}; they must be equal")
-            if key != (p.device, dtype):
-                key = p.device, dtype
-                batch = batches[key] = batches.get(key) or self._new_batch(group, *key)
+                if batch is None:
+                    batch = batches[device, dtype] = self._new_batch(group, device, dtype)
             n = p.numel()
             batch["params"].append(p)
             batch["grads"].append(grad)
+            batch["states"].append(state)
             batch["layout"] += (stream, 0, n, n)
         return list(batches.values())
 
     def _new_batch(self, group: dict, device: torch.device, dtype: torch.dtype) -> dict:
         backend = "reference" if group["differentiable"] else op.choose(self.operator, self.backend, device, dtype)
-        return {"group": group, "selection": _selection(group), "backend": backend, "statistics": None, "params": [], "grads": [], "layout": []}
+        return {"group": group, "selection": _selection(group), "backend": backend, "statistics": None, "params": [], "grads": [], "states": [], "layout": []}
+
+    def _check_shapes(self, batch: dict) -> None:
+        """Raises a gradient or a moment of another shape than its parameter."""
+        moments = self._moments(batch["group"])
+        for i, (p, grad, state) in enumerate(zip(batch["params"], batch["grads"], batch["states"], strict=True)):
+            for name, tensor in (("gradient", grad), *((key, (state or {}).get(key)) for key in moments)):
+                if tensor is not None and tensor.shape != p.shape:
+                    raise ValueError(
+                        f"parameter {batch['layout'][4 * i]} has shape {tuple(p.shape)} but its {name} {tuple(tensor.shape)}; they must be equal"
+                    )
 
     def _complete_states(self, batch: dict) -> None:
         """Creates what a parameter's state lacks, and lists the states."""
         group, previous = batch["group"], batch["selection"].statistics == "previous"
         moments = self._moments(group)
-        needed = {"step", *moments, *(("saliency_min", "saliency_max") if previous else ())}
-        states = [self.state[p] for p in batch["params"]]
-        for p, state in zip(batch["params"], states, strict=True):
-            if not needed <= state.keys():  # what is there (a checkpoint's, a hook's) is left alone
-                wide = torch.float64 if p.dtype == torch.float64 else torch.float32
-                fresh = {"step": torch.zeros((), device=p.device if p.is_cuda else "cpu")}
-                for key in needed - fresh.keys() - state.keys():
-                    if key in moments:
-                        # -0.0 marks a momentum buffer that has seen nothing; to a moment of AdamW it is 0.
-                        start, dtype = -0.0 if key == "momentum_buffer" else 0.0, group["state_dtype"] or wide
-                        fresh[key] = torch.full_like(p, start, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
-                    else:
-                        fresh[key] = torch.full((), torch.nan, dtype=wide, device=p.device)  # nothing kept yet
-                state |= {key: value for key, value in sorted(fresh.items(), reverse=True) if key not in state}
+        needed = ("step", *moments, *(("saliency_min", "saliency_max") if previous else ()))
+        wanted = set(needed)
+        for i, (p, state) in enumerate(zip(batch["params"], batch["states"], strict=True)):
+            if not state or not wanted <= state.keys():
+                state = batch["states"][i] = self.state[p]
+                for key in needed:
+                    if key not in state:  # what is there (a checkpoint's, a hook's) is left alone
+                        state[key] = self._fresh_state(key, p, group)
         for key in ("step", *moments):
-            batch[key] = [state[key] for state in states]
-        batch["kept"] = tuple([state[key] for state in states] for key in ("saliency_min", "saliency_max")) if previous else ([], [])
+            batch[key] = [state[key] for state in batch["states"]]
+        batch["kept"] = tuple([state[key] for state in batch["states"]] for key in ("saliency_min", "saliency_max")) if previous else ([], [])
+
+    def _fresh_state(self, key: str, p: Tensor, group: dict) -> Tensor:
+        wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+        if key == "step":
+            return torch.zeros((), dtype=torch.float32, device=p.device if p.is_cuda else "cpu")
+        if key.startswith("saliency"):
+            return torch.full((), torch.nan, dtype=wide, device=p.device)  # nothing kept yet
+        # -0.0 marks a momentum buffer that has seen nothing; to a moment of AdamW it is 0.
+        start, dtype = -0.0 if key == "momentum_buffer" else 0.0, group["state_dtype"] or wide
+        return torch.full_like(p, start, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
 
     def _settle_scopes(self, batches: list[dict]) -> None:
         """Hands the batches whose scope is "global" the statistics over all of them with the same normalisation."""
