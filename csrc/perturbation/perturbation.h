@@ -31,11 +31,14 @@ HOST_DEVICE double ball_factor(double squares, double radius) {
 
 HOST_DEVICE double sign(double x) { return static_cast<double>(x > 0) - static_cast<double>(x < 0); }
 
-// x + b * eps * g/||g||, or x + b * eps * sign(g), with b = u < keep_probability by its limit. A factor of 0 stops whatever g is.
-template <Norm norm> HOST_DEVICE double moved(double x, double g, double factor, uint32_t word, int32_t limit) {
+// eps * g/||g||, or eps * sign(g). A factor of 0 stops whatever g is.
+template <Norm norm> HOST_DEVICE double step_along(double g, double factor) {
     const double step = (norm == Norm::l2 ? g : sign(g)) * factor;
-    return x + (factor > 0 && uniform_below(word, limit) ? step : 0);
+    return factor > 0 ? step : 0;
 }
+
+// b * step, with b = u < keep_probability by its limit.
+HOST_DEVICE double kept(double step, uint32_t word, int32_t limit) { return uniform_below(word, limit) ? step : 0; }
 
 // The nearest point of the ball: by the group's factor, or every element by the radius; NaN stays.
 template <Norm norm> HOST_DEVICE double projected(double x, double factor, double radius) {

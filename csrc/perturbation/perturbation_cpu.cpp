@@ -84,7 +84,7 @@ template <class F> double sum_block(F f) {
 template <class T> struct Worker {
     const Call& call;
     RoundKeys<Lanes> keys;
-    alignas(64) T g[block_size], x[block_size] = {}, out[block_size];
+    alignas(64) T g[block_size], x[block_size], out[block_size];
     alignas(64) uint32_t words[2 * block_size + 4] = {};
 
     explicit Worker(const Call& call) : call(call), keys(call.seed) {}
@@ -116,16 +116,20 @@ template <class T> struct Worker {
         return total;
     }
 
-    // Calls use(begin, n, f): f(i) is x of element begin + i, moved.
+    // Calls use(begin, n, f): f(i) is element begin + i of x + b * step.
     template <Norm norm, class Use> void move(const Piece& piece, Use use) {
+        const Entry& e = piece.e;
         const double factor = call.direction_factors[piece.group];
-        const int64_t size = piece.e.size;
         const int32_t limit = call.limit;
         blocks(piece, [&](int64_t begin, int n) {
-            const T* along = gradient(piece.e, begin, n);
-            const T* from = piece.e.x.data ? block_at(piece.e.x, begin, n, x) : x;
-            const uint32_t* drawn = call.random ? element_words(words, begin, n, {piece.e.stream, 0, size, size}, call.step, keys) : words;
-            use(begin, n, [=](int i) { return moved<norm>(from[i], along[i], factor, drawn[i], limit); });
+            const T* along = gradient(e, begin, n);
+            auto step = [=](int i) { return step_along<norm>(along[i], factor); };
+            if (!e.x.data && !call.random) return use(begin, n, step);
+            const uint32_t* drawn = call.random ? element_words(words, begin, n, {e.stream, 0, e.size, e.size}, call.step, keys) : words;
+            auto drawn_step = [=](int i) { return kept(step(i), drawn[i], limit); };
+            if (!e.x.data) return use(begin, n, drawn_step);
+            const T* from = block_at(e.x, begin, n, x);
+            use(begin, n, [=](int i) { return from[i] + drawn_step(i); });
         });
     }
 
@@ -136,11 +140,19 @@ template <class T> struct Worker {
     }
 
     template <Norm norm> void write(const Piece& piece) {
+        const View& to = piece.e.out;
         const double factor = call.ball_factors[piece.group], radius = call.radius;
-        T* __restrict into = out;
         move<norm>(piece, [&](int64_t begin, int n, auto element) {
-            for (int i = 0; i < block_size; ++i) into[i] = static_cast<T>(projected<norm>(element(i), factor, radius));
-            store_block(piece.e.out, begin, n, out);
+            const bool direct = to.contiguous && to.storage == storage_of<T> && n == block_size;
+            T* result = direct ? reinterpret_cast<T*>(to.data) + begin : out;
+            if (call.projects) {
+#pragma GCC ivdep
+                for (int i = 0; i < block_size; ++i) result[i] = static_cast<T>(projected<norm>(element(i), factor, radius));
+            } else {
+#pragma GCC ivdep // the result may lie where x lies, element by element
+                for (int i = 0; i < block_size; ++i) result[i] = static_cast<T>(element(i));
+            }
+            if (!direct) store_block(to, begin, n, out);
         });
     }
 };
