@@ -1,5 +1,5 @@
-// Perturbations, element by element: Eq. 2, PGD's step and ball, DropAttack's mask. In double, so that no norm of float32 elements
-// overflows or vanishes and a result is rounded once.
+// Perturbations, element by element: Eq. 2, PGD's step and ball, DropAttack's mask. Norms and sums are double, so that none of float32
+// elements overflows or vanishes.
 #pragma once
 
 #include <cmath>
@@ -29,16 +29,19 @@ HOST_DEVICE double ball_factor(double squares, double radius) {
     return length > radius ? radius / length : 1;
 }
 
-HOST_DEVICE double sign(double x) { return static_cast<double>(x > 0) - static_cast<double>(x < 0); }
+template <class T> HOST_DEVICE T sign(T x) { return static_cast<T>(x > 0) - static_cast<T>(x < 0); }
+
+// Whether a step may be taken in float: its factor is far from a float's limits.
+HOST_DEVICE bool fits_float(double factor) { return factor == 0 || (factor > 0x1p-100 && factor < 0x1p100); }
 
 // eps * g/||g||, or eps * sign(g). A factor of 0 stops whatever g is.
-template <Norm norm> HOST_DEVICE double step_along(double g, double factor) {
-    const double step = (norm == Norm::l2 ? g : sign(g)) * factor;
-    return factor > 0 ? step : 0;
+template <Norm norm, class T> HOST_DEVICE T step_along(T g, T factor) {
+    const T step = (norm == Norm::l2 ? g : sign(g)) * factor;
+    return factor > 0 ? step : T(0);
 }
 
 // b * step, with b = u < keep_probability by its limit.
-HOST_DEVICE double kept(double step, uint32_t word, int32_t limit) { return uniform_below(word, limit) ? step : 0; }
+template <class T> HOST_DEVICE T kept(T step, uint32_t word, int32_t limit) { return uniform_below(word, limit) ? step : T(0); }
 
 // The nearest point of the ball: by the group's factor, or every element by the radius; NaN stays.
 template <Norm norm> HOST_DEVICE double projected(double x, double factor, double radius) {

@@ -3,6 +3,7 @@
 // A tensor is a row of groups that have one norm each (a sample, a token, all of it), a group a row of pieces of a fixed size. Sums of
 // squares are taken by piece and added in the pieces' order, so that threads do not show.
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "../core/tensor.h"
@@ -69,16 +70,17 @@ struct Call {
     }
 };
 
-// The sum of f(i) over a block, in a fixed order that vectorises.
-template <class F> double sum_block(F f) {
-    constexpr int lanes = 32;
+// A sum over blocks, in a fixed order that vectorises.
+struct Sum {
+    static constexpr int lanes = 32;
     double sums[lanes] = {};
-    for (int i = 0; i < block_size; i += lanes)
-        for (int j = 0; j < lanes; ++j) sums[j] += f(i + j);
-    for (int half = lanes / 2; half > 0; half /= 2)
-        for (int j = 0; j < half; ++j) sums[j] += sums[j + half];
-    return sums[0];
-}
+
+    template <class F> void add_block(F f) {
+        for (int i = 0; i < block_size; i += lanes)
+            for (int j = 0; j < lanes; ++j) sums[j] += f(i + j);
+    }
+    double total() const { return std::accumulate(sums, sums + lanes, 0.0); }
+};
 
 // A thread at work on pieces of a dtype's arithmetic.
 template <class T> struct Worker {
@@ -108,22 +110,27 @@ template <class T> struct Worker {
     }
 
     double gradient_squares(const Piece& piece) {
-        double total = 0;
+        Sum sum;
         blocks(piece, [&](int64_t begin, int n) {
             const T* from = gradient(piece.e, begin, n);
-            total += sum_block([&](int i) { return square(from[i]); });
+            sum.add_block([=](int i) { return square(from[i]); });
         });
-        return total;
+        return sum.total();
     }
 
-    // Calls use(begin, n, f): f(i) is element begin + i of x + b * step.
+    // Calls use(begin, n, f): f(i) is element begin + i of x + b * step, in double; without x in T where that will do.
     template <Norm norm, class Use> void move(const Piece& piece, Use use) {
-        const Entry& e = piece.e;
         const double factor = call.direction_factors[piece.group];
+        if (!piece.e.x.data && fits_float(factor)) move_by<norm>(piece, static_cast<T>(factor), use);
+        else move_by<norm>(piece, factor, use);
+    }
+
+    template <Norm norm, class Factor, class Use> void move_by(const Piece& piece, Factor factor, Use use) {
+        const Entry& e = piece.e;
         const int32_t limit = call.limit;
         blocks(piece, [&](int64_t begin, int n) {
             const T* along = gradient(e, begin, n);
-            auto step = [=](int i) { return step_along<norm>(along[i], factor); };
+            auto step = [=](int i) { return step_along<norm, Factor>(along[i], factor); };
             if (!e.x.data && !call.random) return use(begin, n, step);
             const uint32_t* drawn = call.random ? element_words(words, begin, n, {e.stream, 0, e.size, e.size}, call.step, keys) : words;
             auto drawn_step = [=](int i) { return kept(step(i), drawn[i], limit); };
@@ -134,9 +141,9 @@ template <class T> struct Worker {
     }
 
     template <Norm norm> double moved_squares(const Piece& piece) {
-        double total = 0;
-        move<norm>(piece, [&](int64_t, int, auto element) { total += sum_block([&](int i) { return square(element(i)); }); });
-        return total;
+        Sum sum;
+        move<norm>(piece, [&](int64_t, int, auto element) { sum.add_block([=](int i) { return square(element(i)); }); });
+        return sum.total();
     }
 
     template <Norm norm> void write(const Piece& piece) {
