@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 
 #include "core/loops_cpu.h"
+#include "dropout/dropout.h"
+#include "perturbation/perturbation.h"
 #include "selective/selective.h"
 
 namespace py = pybind11;
@@ -46,30 +48,46 @@ SelectionOptions options(double threshold, double sharpness, int64_t normalizati
 template <class T> void add_arithmetic(py::module_& m, const char* suffix) {
     auto name = [&](const char* text) { return std::string(text) + suffix; };
     m.def(name("power_of_two_").c_str(), [](const Array<T>& x) { return map<T>(x, [](T v) { return power_of_two(v); }); });
+    m.def(name("dropout_rate_").c_str(), [](const Array<T>& n, T mean, double p, double max_p) {
+        return map<T>(n, [&](T v) { return dropout_rate(v, mean, p, max_p); });
+    });
     m.def(name("rank_bin_").c_str(), [](const Array<T>& x) { return map<int>(x, [](T v) { return rank_bin(v); }); });
-    m.def(name("inverse_probability_").c_str(),
-          [](const Array<T>& s, double s_min, double s_max, double threshold, double sharpness, int64_t normalization, bool salient, bool previous,
-             double min_probability) {
-              const Probability<T> p(options(threshold, sharpness, normalization, salient, previous, min_probability), s_min, s_max);
-              return map<T>(s, [&](T v) { return p.inverse(v); });
-          });
+    m.def(name("inverse_probability_").c_str(), [](const Array<T>& s, double s_min, double s_max, double threshold, double sharpness,
+                                                   int64_t normalization, bool salient, bool previous, double min_probability) {
+        const Probability<T> p(options(threshold, sharpness, normalization, salient, previous, min_probability), s_min, s_max);
+        return map<T>(s, [&](T v) { return p.inverse(v); });
+    });
 }
 
 } // namespace
 
 PYBIND11_MODULE(_bindings, m) {
-    m.attr("NORMALIZATIONS") = py::dict(py::arg("minmax") = static_cast<int>(Normalization::minmax), py::arg("range") = static_cast<int>(Normalization::range),
-                                        py::arg("rank") = static_cast<int>(Normalization::rank), py::arg("constant") = static_cast<int>(Normalization::constant));
+    m.attr("NORMALIZATIONS") =
+        py::dict(py::arg("minmax") = static_cast<int>(Normalization::minmax), py::arg("range") = static_cast<int>(Normalization::range),
+                 py::arg("rank") = static_cast<int>(Normalization::rank), py::arg("constant") = static_cast<int>(Normalization::constant));
+    m.attr("NORMS") = py::dict(py::arg("l2") = static_cast<int>(Norm::l2), py::arg("linf") = static_cast<int>(Norm::linf));
+    m.attr("PERS") = py::dict(py::arg("sample") = static_cast<int>(Per::sample), py::arg("token") = static_cast<int>(Per::token),
+                              py::arg("all") = static_cast<int>(Per::all));
     m.attr("RANK_BINS") = rank_bins;
     m.attr("RANK_SAMPLED") = rank_sampled;
     m.def("philox4x32", philox);
     m.def("element_words", words);
+    m.def("uniform_below", [](const Array<uint32_t>& words, double p) {
+        return map<bool>(words, [limit = uniform_limit(p)](uint32_t word) { return uniform_below(word, limit); });
+    });
+    m.def("direction_factor", [](const Array<double>& squares, double epsilon, int64_t norm) {
+        return map<double>(squares, [&](double x) { return direction_factor(x, epsilon, static_cast<Norm>(norm)); });
+    });
+    m.def("ball_factor", [](const Array<double>& squares, double radius) {
+        return map<double>(squares, [&](double x) { return ball_factor(x, radius); });
+    });
     m.def("rank_stride", [](int64_t size) { return rank_stride(size); });
     m.def("widen_bfloat16", [](const Array<uint16_t>& x) { return map<float>(x, [](uint16_t v) { return widen_bfloat16(v); }); });
     m.def("widen_float16", [](const Array<uint16_t>& x) { return map<float>(x, [](uint16_t v) { return widen_float16(v); }); });
     m.def("round_bfloat16", [](const Array<float>& x) { return map<uint16_t>(x, [](float v) { return round_bfloat16(v); }); });
     m.def("round_float16", [](const Array<float>& x) { return map<uint16_t>(x, [](float v) { return round_float16(v); }); });
-    m.def("cut_bfloat16", [](const Array<float>& x, uint32_t word) { return map<uint16_t>(x, [&](float v) { return cut_bfloat16(v, word & 0xffffu); }); });
+    m.def("cut_bfloat16",
+          [](const Array<float>& x, uint32_t word) { return map<uint16_t>(x, [&](float v) { return cut_bfloat16(v, word & 0xffffu); }); });
     add_arithmetic<float>(m, "float");
     add_arithmetic<double>(m, "double");
 }

@@ -3,7 +3,9 @@
 
 #define OPERATORS(apply)                                                                                               \
     apply(selective_adamw_) apply(selective_sgd_) apply(select_gradients_) apply(selective_statistics_)                \
-        apply(selection_probability_) apply(selection_mask_)
+        apply(selection_probability_) apply(selection_mask_)                                                                 \
+        apply(fgm_perturbation_) apply(pgd_step_) apply(perturb_weights_)                                              \
+        apply(adaptive_dropout) apply(adaptive_dropout_backward) apply(dropout_rates_)
 
 #define DECLARE(name) void boxed_##name(StableIValue* stack, uint64_t arguments, uint64_t results);
 #define IMPLEMENT(name) m.impl(#name, uegr::boxed_##name);

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from uegr_kernels.core import philox
-from uegr_kernels.perturbation import fgm_perturbation, perturbed_weights, pgd_step
+from uegr_kernels.perturbation import fgm_perturbation, op, perturbed_weights, pgd_step
 
 OPERATORS = ("perturbation.fgm_perturbation_", "perturbation.pgd_step_", "perturbation.perturb_weights_")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -233,6 +233,93 @@ def test_weights_backward_inside(backend):
         stale.backward()
 
 
+# Shapes: whole blocks, ends of blocks, groups of several pieces (16,384 elements each); the last one has too few groups for threads.
+SHAPES = [(), (0,), (1,), (1023,), (2, 0, 3), (3, 1025), (3, 4, 256), (4, 130, 129), (1, 40_001)]
+
+
+def laid_out(x, layout):
+    if layout == "sliced":
+        return torch.stack((x, x), -1)[..., 1]
+    return x.transpose(0, -1).contiguous().transpose(0, -1) if layout == "transposed" and x.dim() else x.contiguous()
+
+
+def alone_and_apart(run):
+    """run() with one thread and with three: equal, bit for bit."""
+    results = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        results.append(run())
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    return results[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["dense", "sliced", "transposed"])
+def test_native_agrees_with_the_reference_from_any_number_of_threads(native, dtype, layout):
+    tolerance = {"rtol": 2 * RELATIVE[dtype], "atol": 1e-15 if dtype == torch.float64 else 1e-7}
+    for shape in SHAPES:
+        g, delta = (laid_out(gradient(*shape, dtype=dtype, seed=seed), layout) for seed in (0, 1))
+        mask = (torch.rand(shape[:2]) < 0.7).to(torch.int32) if len(shape) > 1 else None
+        for norm in ("l2", "linf"):
+            for per in ("sample", "token", "all"):
+                options = {"norm": norm, "per": per, "mask": mask}
+                drawn = options | {"keep_probability": 0.6, "seed": 5, "step": 2**32 - 1}
+
+                def run(backend, g=g, delta=delta, options=options, drawn=drawn):
+                    stepped = pgd_step(delta, g, step_size=0.3, radius=2.0, backend=backend, **options)
+                    return fgm_perturbation(g, 0.3, backend=backend, **drawn), stepped
+
+                found, expected = alone_and_apart(lambda run=run: run(native)), run("reference")
+                assert torch.equal(found[0] == 0, expected[0] == 0)
+                for a, b in zip(found, expected, strict=True):
+                    torch.testing.assert_close(a, b, **tolerance)
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["tensor", "all"])
+def test_native_weights_agree_with_the_reference_from_any_number_of_threads(native, together):
+    shapes = [(300, 70), (0,), (), (1025,), (40_000,)]
+
+    def run(backend):
+        params = [laid_out(gradient(*s, dtype=d, seed=1), "transposed") for s, d in zip(shapes, (*DTYPES, DTYPES[1]), strict=True)]
+        params.append(params[3])  # the same memory twice
+        grads = [gradient(*p.shape, dtype=p.dtype, seed=i) for i, p in enumerate(params)]
+        with perturbed_weights(
+            params, 0.3, gradients=grads, per="all" if together else "tensor", keep_probability=0.5, seed=9, backend=backend
+        ):
+            return [p.clone() for p in params]
+
+    for a, b in zip(alone_and_apart(lambda: run(native)), run("reference"), strict=True):
+        torch.testing.assert_close(a, b, rtol=2 * RELATIVE[b.dtype], atol=1e-7)
+
+
+@pytest.fixture
+def bindings():
+    return pytest.importorskip(
+        "uegr_kernels._bindings", reason="uegr_kernels._bindings is not built; run `python setup.py build_ext --inplace`"
+    )
+
+
+def test_numbers_that_two_languages_spell_are_the_same(bindings):
+    assert {name: i for i, name in enumerate(op.NORMS)} == bindings.NORMS
+    assert {name: i for i, name in enumerate(op.PERS)} == bindings.PERS
+
+
+def test_compiled_factors(bindings):
+    squares, norms = [0.0, 25.0, math.inf, math.nan, 1e-300], bindings.NORMS
+    assert bindings.direction_factor(squares, 10.0, norms["l2"]).tolist() == [0.0, 2.0, 0.0, 0.0, pytest.approx(1e151)]
+    assert bindings.direction_factor(squares, 10.0, norms["linf"]).tolist() == [0.0, 10.0, 0.0, 0.0, 10.0]
+    assert bindings.ball_factor(squares, 2.5).tolist() == [1.0, 0.5, 0.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("p", [-1.0, 0.0, 2.0**-25, 2.0**-24, 0.3, 0.5, 1 - 2.0**-25, 1.0, 2.0, math.nan])
+def test_compiled_comparison_of_u_is_exact(bindings, p):
+    words = torch.tensor(
+        [0, 255, 256, 511, 512, *((int(0.3 * 2**24) + i) * 256 for i in range(-2, 3)), 2**31 - 1, 2**31, 2**32 - 257, 2**32 - 1]
+    )
+    expected = ~(philox.uniform(words, torch.float64) >= p)
+    assert bindings.uniform_below(words.numpy().astype("uint32"), p).tolist() == expected.tolist()
+
+
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compiled(backend, compiler):
     def run(g, mask):
@@ -283,6 +370,29 @@ P = torch.zeros(3, requires_grad=True)
 def enter(*arguments, **options):
     with perturbed_weights(*arguments, **options):
         raise AssertionError("entered")
+
+
+WRONG_CALLS = {
+    "out shape": (lambda o: o.fgm_perturbation_(G, None, None, G[1:].clone(), **FGM), "grad and out must have the same shape"),
+    "out expanded": (lambda o: o.fgm_perturbation_(G, None, None, G[:1].expand(2, 4, 3), **FGM), "out is expanded"),
+    "mask": (lambda o: o.fgm_perturbation_(G, torch.ones(4), None, G.clone(), **FGM), "mask must have the gradient's first axes"),
+    "seed": (lambda o: o.fgm_perturbation_(G, None, torch.ones(()), G.clone(), **FGM), "seed must be an int64"),
+    "norm": (lambda o: o.fgm_perturbation_(G, None, None, G.clone(), **FGM | {"norm": 2}), "norm is 2"),
+    "per": (lambda o: o.fgm_perturbation_(G, None, None, G.clone(), **FGM | {"per": -1}), "per is -1"),
+    "bool": (lambda o: o.fgm_perturbation_(G.bool(), None, None, G.clone(), **FGM), "grad is bool"),
+    "delta": (lambda o: o.pgd_step_(G[0], G, None, G.clone(), step_size=1.0, radius=1.0, norm=0, per=0), "grad and delta must have"),
+    "streams": (lambda o: o.perturb_weights_([G.clone()], [G], None, streams=[], **WEIGHTS), "must be of one length"),
+    "weights": (lambda o: o.perturb_weights_([G + 1, G[0] + 1], [G, G], None, streams=[0, 1], **WEIGHTS), "grads and params must have"),
+}  # fmt: skip
+FGM = {"epsilon": 1.0, "norm": 0, "per": 0, "keep_probability": 1.0, "step": 0}
+WEIGHTS = {"epsilon": 1.0, "together": False, "keep_probability": 1.0, "step": 0}
+
+
+@pytest.mark.parametrize("case", WRONG_CALLS)
+def test_native_operators_check_their_arguments(native, case):
+    call, message = WRONG_CALLS[case]
+    with pytest.raises(RuntimeError, match=message):
+        call(torch.ops.uegr_kernels)
 
 
 BAD_INPUT = {

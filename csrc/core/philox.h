@@ -47,4 +47,13 @@ template <class A, class B, class C, class D> HOST_DEVICE auto philox_round(cons
 constexpr float uniform_unit = 16777216.0f;
 template <class T> HOST_DEVICE T uniform_times_unit(uint32_t word) { return static_cast<T>(static_cast<int32_t>(word >> 8)); }
 
+// u < p  <=>  word >> 8 < ceil(p * 2^24), as integers; p below 0 counts as 0, above 1 or NaN as 1.
+HOST_DEVICE int32_t uniform_limit(double p) {
+    if (!(p < 1)) return 1 << 24;
+    const double units = p > 0 ? p * 16777216.0 : 0.0;
+    const int32_t whole = static_cast<int32_t>(units);
+    return whole + (whole < units ? 1 : 0);
+}
+HOST_DEVICE bool uniform_below(uint32_t word, int32_t limit) { return static_cast<int32_t>(word >> 8) < limit; }
+
 } // namespace uegr

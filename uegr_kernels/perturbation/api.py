@@ -163,7 +163,7 @@ def _check_mask(mask: Tensor | None, name: str, x: Tensor) -> Tensor | None:
         raise ValueError(f"mask has shape {tuple(mask.shape)} and {name} {tuple(x.shape)}; give [B, T], its first two axes")
     if mask.device != x.device:
         raise ValueError(f"mask is on {mask.device} and {name} on {x.device}; move it with .to()")
-    return mask.detach()
+    return mask.detach() != 0
 
 
 def _number(name: str, value: float) -> float:
