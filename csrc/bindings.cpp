@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "core/loops_cpu.h"
+#include "divergence/divergence.h"
 #include "selective/selective.h"
 
 namespace py = pybind11;
@@ -16,6 +17,18 @@ template <class T> using Array = py::array_t<T, py::array::c_style | py::array::
 template <class To, class From, class F> Array<To> map(const Array<From>& in, F f) {
     Array<To> out(std::vector<py::ssize_t>(in.shape(), in.shape() + in.ndim()));
     for (py::ssize_t i = 0; i < in.size(); ++i) out.mutable_data()[i] = f(in.data()[i]);
+    return out;
+}
+
+// The same through the vectors that loops over rows are made of; a NaN for one that scalars give another value than vectors do.
+template <class T, class F> Array<T> map_vectors(const Array<T>& in, F f) {
+    Array<T> out = map<T>(in, f);
+    vectors<T>(0, in.size(), [&](int64_t i, int count) {
+        const auto v = f(load_last(in.data() + i, count, T(0)));
+        for (int j = 0; j < count; ++j)
+            if (T& scalar = out.mutable_data()[i + j]; absolute(scalar - v[j]) > absolute(v[j]) * std::numeric_limits<T>::epsilon())
+                scalar = NAN;
+    });
     return out;
 }
 
@@ -47,20 +60,26 @@ SelectionOptions options(double threshold, double sharpness, int64_t normalizati
 template <class T> void add_arithmetic(py::module_& m, const char* suffix) {
     auto name = [&](const char* text) { return std::string(text) + suffix; };
     m.def(name("power_of_two_").c_str(), [](const Array<T>& x) { return map<T>(x, [](T v) { return power_of_two(v); }); });
+    m.def(name("exponential_").c_str(), [](const Array<T>& x) { return map_vectors<T>(x, [](auto v) { return exponential(v); }); });
+    m.def(name("half_complement_").c_str(), [](const Array<T>& t) { return map_vectors<T>(t, [](auto v) { return half_complement(v); }); });
+    m.def(name("minus_log_of_complement_").c_str(),
+          [](const Array<T>& u) { return map_vectors<T>(u, [](auto v) { return minus_log_of_complement(v); }); });
     m.def(name("rank_bin_").c_str(), [](const Array<T>& x) { return map<int>(x, [](T v) { return rank_bin(v); }); });
-    m.def(name("inverse_probability_").c_str(),
-          [](const Array<T>& s, double s_min, double s_max, double threshold, double sharpness, int64_t normalization, bool salient, bool previous,
-             double min_probability) {
-              const Probability<T> p(options(threshold, sharpness, normalization, salient, previous, min_probability), s_min, s_max);
-              return map<T>(s, [&](T v) { return p.inverse(v); });
-          });
+    m.def(name("inverse_probability_").c_str(), [](const Array<T>& s, double s_min, double s_max, double threshold, double sharpness,
+                                                   int64_t normalization, bool salient, bool previous, double min_probability) {
+        const Probability<T> p(options(threshold, sharpness, normalization, salient, previous, min_probability), s_min, s_max);
+        return map<T>(s, [&](T v) { return p.inverse(v); });
+    });
 }
 
 } // namespace
 
 PYBIND11_MODULE(_bindings, m) {
-    m.attr("NORMALIZATIONS") = py::dict(py::arg("minmax") = static_cast<int>(Normalization::minmax), py::arg("range") = static_cast<int>(Normalization::range),
-                                        py::arg("rank") = static_cast<int>(Normalization::rank), py::arg("constant") = static_cast<int>(Normalization::constant));
+    m.attr("NORMALIZATIONS") =
+        py::dict(py::arg("minmax") = static_cast<int>(Normalization::minmax), py::arg("range") = static_cast<int>(Normalization::range),
+                 py::arg("rank") = static_cast<int>(Normalization::rank), py::arg("constant") = static_cast<int>(Normalization::constant));
+    m.attr("REDUCTIONS") = py::dict(py::arg("mean") = static_cast<int>(Reduction::mean), py::arg("sum") = static_cast<int>(Reduction::sum),
+                                    py::arg("none") = static_cast<int>(Reduction::none));
     m.attr("RANK_BINS") = rank_bins;
     m.attr("RANK_SAMPLED") = rank_sampled;
     m.def("philox4x32", philox);
@@ -70,7 +89,8 @@ PYBIND11_MODULE(_bindings, m) {
     m.def("widen_float16", [](const Array<uint16_t>& x) { return map<float>(x, [](uint16_t v) { return widen_float16(v); }); });
     m.def("round_bfloat16", [](const Array<float>& x) { return map<uint16_t>(x, [](float v) { return round_bfloat16(v); }); });
     m.def("round_float16", [](const Array<float>& x) { return map<uint16_t>(x, [](float v) { return round_float16(v); }); });
-    m.def("cut_bfloat16", [](const Array<float>& x, uint32_t word) { return map<uint16_t>(x, [&](float v) { return cut_bfloat16(v, word & 0xffffu); }); });
+    m.def("cut_bfloat16",
+          [](const Array<float>& x, uint32_t word) { return map<uint16_t>(x, [&](float v) { return cut_bfloat16(v, word & 0xffffu); }); });
     add_arithmetic<float>(m, "float");
     add_arithmetic<double>(m, "double");
 }
