@@ -207,6 +207,17 @@ template <> struct Float<Vector<double>::Type> {
     using Element = double;
     using Bits = Vector<double>::Bits;
 };
+// What the compiler would take two instructions for.
+#if defined(__AVX512F__)
+template <> inline Vector<float>::Type maximum(Vector<float>::Type a, Vector<float>::Type b) { return _mm512_maskz_max_ps(65535, a, b); }
+template <> inline Vector<float>::Type minimum(Vector<float>::Type a, Vector<float>::Type b) { return _mm512_maskz_min_ps(65535, a, b); }
+#elif defined(__AVX2__)
+template <> inline Vector<float>::Type maximum(Vector<float>::Type a, Vector<float>::Type b) { return _mm256_max_ps(a, b); }
+template <> inline Vector<float>::Type minimum(Vector<float>::Type a, Vector<float>::Type b) { return _mm256_min_ps(a, b); }
+#elif defined(__SSE2__)
+template <> inline Vector<float>::Type maximum(Vector<float>::Type a, Vector<float>::Type b) { return _mm_max_ps(a, b); }
+template <> inline Vector<float>::Type minimum(Vector<float>::Type a, Vector<float>::Type b) { return _mm_min_ps(a, b); }
+#endif
 template <class T> constexpr int width = sizeof(Lanes) / sizeof(T);
 
 template <class T> typename Vector<T>::Type load_vector(const T* from) {

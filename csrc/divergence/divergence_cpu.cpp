@@ -80,7 +80,7 @@ template <class T, int fixed> class Worker {
         void operator()(T* p) const { ::operator delete(p, std::align_val_t{64}); }
     };
     const Batch& batch;
-    const int64_t classes, padded, passes, m;
+    const int64_t classes, padded, passes, pairing;
     std::unique_ptr<T, Free> memory;
     T *staged, *exponentials, *products, *targets, *gaps;
     V* registers;
@@ -90,16 +90,16 @@ template <class T, int fixed> class Worker {
 
 public:
     explicit Worker(const Batch& b)
-        : batch(b), classes(b.classes), padded((classes + 15) / 16 * 16), passes(b.passes()), m(fixed ? fixed : b.pairing()), x(passes),
+        : batch(b), classes(b.classes), padded((classes + 15) / 16 * 16), passes(b.passes()), pairing(b.pairing()), x(passes),
           sums(passes) {
-        const int64_t needed = (3 * passes + 1) * padded + 3 * m * width<T> + m * m;
+        const int64_t needed = (3 * passes + 1) * padded + 3 * pairing * width<T> + pairing * pairing;
         memory.reset(static_cast<T*>(::operator new(needed * sizeof(T), std::align_val_t{64})));
         exponentials = memory.get();
         products = exponentials + passes * padded;
         staged = products + passes * padded;
         targets = staged + passes * padded;
         registers = reinterpret_cast<V*>(targets + padded);
-        gaps = reinterpret_cast<T*>(registers + 3 * m);
+        gaps = reinterpret_cast<T*>(registers + 3 * pairing);
     }
 
     // Samples [begin, end).
@@ -149,8 +149,16 @@ private:
         return total.total();
     }
 
+    int64_t paired() const { return fixed ? fixed : pairing; }
+
+    // Where the row to be read after a pass's begins, to be asked for meanwhile; some memory at hand where there is none or it is strided.
+    const char* ahead(int64_t pass, int64_t n, int64_t next) const {
+        const Rows& from = batch.logits[pass == passes ? 0 : pass];
+        return from.column == 1 ? from.at(pass == passes ? next : n) : reinterpret_cast<const char*>(staged);
+    }
+
     // Reads a pass's row: its maximum, its exponentials and their sum.
-    void read(int64_t pass, int64_t n) {
+    void read(int64_t pass, int64_t n, int64_t next) {
         const Rows& from = batch.logits[pass];
         T* own = staged + pass * padded;
         x[pass] = reinterpret_cast<const T*>(from.at(n));
@@ -164,7 +172,10 @@ private:
         RowSums& row = sums[pass];
         row = RowSums();
         row.max = max;
-        row.sum = sum([&, from = x[pass]](int64_t i, int count) {
+        const char* after = ahead(pass + 1, n, next);
+        const int64_t item = bytes_of(from.storage);
+        row.sum = sum([=, from = x[pass]](int64_t i, int count) {
+            __builtin_prefetch(after + i * item, 0, 2);
             const V v = exponential(load(from, i, count, lowest) - max);
             store_vector(e + i, v);
             return v;
@@ -187,58 +198,58 @@ private:
         }
     }
 
-    // The pairs: w = e * (sum of the log ratios) by pass, and its sum; the next sample's rows are asked for meanwhile.
-    void pair(int64_t next) {
-        const T* const* rows = x.data() + batch.first;
-        const T* e = exponentials + batch.first * padded;
+    // The pairs: w = e * (sum of the log ratios) by pass, and its sum.
+    void pair() {
+        const int64_t m = paired();
+        const T *e = exponentials + batch.first * padded, *const *rows = x.data() + batch.first;
         T* w = products + batch.first * padded;
+        RowSums* of = sums.data() + batch.first;
         V local[fixed ? 3 * fixed : 1];
         V *held = fixed ? local : registers, *ratios = held + m, *totals = ratios + m;
         T local_gaps[fixed ? fixed * fixed : 1];
-        T* gap = fixed ? local_gaps : gaps;
+        T* gap = fixed ? local_gaps : gaps; // between the logarithms of the sums; on the diagonal what is far below
         for (int64_t k = 0; k < m; ++k) {
-            gap[k * m + k] = static_cast<T>(sums[batch.first + k].max - far_below);
-            for (int64_t l = k + 1; l < m; ++l)
-                gap[k * m + l] = static_cast<T>(sums[batch.first + k].log_normalizer() - sums[batch.first + l].log_normalizer());
+            gap[k * m + k] = static_cast<T>(of[k].max - far_below);
+            for (int64_t l = k + 1; l < m; ++l) gap[k * m + l] = static_cast<T>(of[k].log_normalizer() - of[l].log_normalizer());
+            of[k].kl = 0;
         }
-        std::vector<Sum<T>> sum(m);
         for (int64_t at = 0; at < classes; at += span) {
-            const int64_t end = std::min(at + span, classes);
+#pragma GCC unroll 4
             for (int64_t k = 0; k < m; ++k) totals[k] = V{};
-            for (const Rows& from : batch.logits)
-                if (from.direct<T>())
-                    for (int64_t i = at * sizeof(T); i < end * static_cast<int64_t>(sizeof(T)); i += 64)
-                        __builtin_prefetch(from.at(next) + i, 0, 2);
-            vectors<T>(at, end, [&](int64_t i, int count) {
+            vectors<T>(at, std::min(at + span, classes), [&, m](int64_t i, int count) {
 #pragma GCC unroll 4
-                for (int k = 0; k < m; ++k) held[k] = maximum(V{} + gap[k * m + k], load(rows[k], i, count, lowest)), ratios[k] = V{};
+                for (int64_t k = 0; k < m; ++k) held[k] = maximum(V{} + gap[k * m + k], load(rows[k], i, count, lowest)), ratios[k] = V{};
 #pragma GCC unroll 4
-                for (int k = 0; k < m; ++k)
+                for (int64_t k = 0; k < m; ++k)
 #pragma GCC unroll 4
-                    for (int l = k + 1; l < m; ++l) add_log_ratios(held[k] - held[l] - gap[k * m + l], ratios[k], ratios[l]);
+                    for (int64_t l = k + 1; l < m; ++l) add_log_ratios(held[k] - held[l] - gap[k * m + l], ratios[k], ratios[l]);
 #pragma GCC unroll 4
-                for (int k = 0; k < m; ++k) {
+                for (int64_t k = 0; k < m; ++k) {
                     const V product = load_vector(e + k * padded + i) * ratios[k];
                     store_vector(w + k * padded + i, product);
                     totals[k] += product;
                 }
             });
-            for (int64_t k = 0; k < m; ++k) sum[k].add(totals[k]);
+#pragma GCC unroll 4
+            for (int64_t k = 0; k < m; ++k) {
+                Sum<T> block;
+                block.add(totals[k]);
+                of[k].kl += block.total();
+            }
         }
-        for (int64_t k = 0; k < m; ++k) sums[batch.first + k].kl = sum[k].total();
     }
 
     void write(int64_t pass, int64_t n, double mass) {
         const Rows& into = batch.gradients[pass];
         const LossOptions& o = batch.options;
-        const bool paired = pass >= batch.first && m > 1;
+        const bool in_pairs = pass >= batch.first && paired() > 1;
         const double smoothed = batch.indices ? o.label_smoothing / static_cast<double>(classes) : 0;
         const GradientFactors<T> factors(sums[pass], batch.unit * batch.label_weight(pass), mass, smoothed,
-                                         paired ? batch.unit * o.js_weight : 0);
+                                         in_pairs ? batch.unit * o.js_weight : 0);
         const T *e = exponentials + pass * padded, *w = products + pass * padded;
         for (int64_t at = 0; at < classes; at += span) {
             const int64_t count = std::min(span, classes - at);
-            if (paired)
+            if (in_pairs)
                 vectors<T>(0, count, [&](int64_t i, int) {
                     store_vector(gradient + i, factors.gradient(load_vector(e + at + i), load_vector(w + at + i)));
                 });
@@ -264,15 +275,15 @@ private:
         }
         Values found;
         for (int64_t pass = 0; pass < passes; ++pass) {
-            read(pass, n);
+            read(pass, n, next);
             if (!batch.labelled()) continue;
             compare(pass, n);
             (pass ? found.adversarial : found.clean) += sums[pass].cross_entropy(mass) * batch.label_weight(pass);
         }
-        if (m > 1) {
-            pair(next);
+        if (paired() > 1) {
+            pair();
             for (int64_t k = batch.first; k < passes; ++k) found.divergence += sums[k].divergence();
-            found.divergence = pairs_divergence(found.divergence, m);
+            found.divergence = pairs_divergence(found.divergence, paired());
         }
         for (int64_t pass = 0; pass < passes; ++pass)
             if (batch.gradients[pass].data) write(pass, n, mass);
