@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "core/loops_cpu.h"
+#include "divergence/divergence.h"
 #include "dropout/dropout.h"
 #include "perturbation/perturbation.h"
 #include "selective/selective.h"
@@ -21,13 +22,26 @@ template <class To, class From, class F> Array<To> map(const Array<From>& in, F 
     return out;
 }
 
+// The same through the vectors that loops over rows are made of; a NaN for one that scalars give another value than vectors do.
+template <class T, class F> Array<T> map_vectors(const Array<T>& in, F f) {
+    Array<T> out = map<T>(in, f);
+    vectors<T>(0, in.size(), [&](int64_t i, int count) {
+        const auto v = f(load_last(in.data() + i, count, T(0)));
+        for (int j = 0; j < count; ++j)
+            if (T& scalar = out.mutable_data()[i + j]; absolute(scalar - v[j]) > absolute(v[j]) * std::numeric_limits<T>::epsilon())
+                scalar = NAN;
+    });
+    return out;
+}
+
 // Four words from four counter words and two key words, through the scalar lanes a device uses.
 py::tuple philox(py::sequence counter, py::sequence key) {
     auto at = [&](int i) { return counter[i].cast<uint64_t>(); };
     Counter<uint64_t, uint64_t, uint64_t, uint64_t> c{at(0), at(1), at(2), at(3)};
     const RoundKeys keys(key[0].cast<uint64_t>() | key[1].cast<uint64_t>() << 32);
     for (int round = 0; round < 10; ++round) c = philox_round(c, keys.k0[round], keys.k1[round]);
-    return py::make_tuple(static_cast<uint32_t>(c.c0), static_cast<uint32_t>(c.c1), static_cast<uint32_t>(c.c2), static_cast<uint32_t>(c.c3));
+    return py::make_tuple(static_cast<uint32_t>(c.c0), static_cast<uint32_t>(c.c1), static_cast<uint32_t>(c.c2),
+                          static_cast<uint32_t>(c.c3));
 }
 
 // The words of elements [begin, begin + n) of a shard, through the vector lanes the CPU loops use.
@@ -51,6 +65,10 @@ template <class T> void add_arithmetic(py::module_& m, const char* suffix) {
     m.def(name("dropout_rate_").c_str(), [](const Array<T>& n, T mean, double p, double max_p) {
         return map<T>(n, [&](T v) { return dropout_rate(v, mean, p, max_p); });
     });
+    m.def(name("exponential_").c_str(), [](const Array<T>& x) { return map_vectors<T>(x, [](auto v) { return exponential(v); }); });
+    m.def(name("half_complement_").c_str(), [](const Array<T>& t) { return map_vectors<T>(t, [](auto v) { return half_complement(v); }); });
+    m.def(name("minus_log_of_complement_").c_str(),
+          [](const Array<T>& u) { return map_vectors<T>(u, [](auto v) { return minus_log_of_complement(v); }); });
     m.def(name("rank_bin_").c_str(), [](const Array<T>& x) { return map<int>(x, [](T v) { return rank_bin(v); }); });
     m.def(name("inverse_probability_").c_str(), [](const Array<T>& s, double s_min, double s_max, double threshold, double sharpness,
                                                    int64_t normalization, bool salient, bool previous, double min_probability) {
@@ -68,6 +86,8 @@ PYBIND11_MODULE(_bindings, m) {
     m.attr("NORMS") = py::dict(py::arg("l2") = static_cast<int>(Norm::l2), py::arg("linf") = static_cast<int>(Norm::linf));
     m.attr("PERS") = py::dict(py::arg("sample") = static_cast<int>(Per::sample), py::arg("token") = static_cast<int>(Per::token),
                               py::arg("all") = static_cast<int>(Per::all));
+    m.attr("REDUCTIONS") = py::dict(py::arg("mean") = static_cast<int>(Reduction::mean), py::arg("sum") = static_cast<int>(Reduction::sum),
+                                    py::arg("none") = static_cast<int>(Reduction::none));
     m.attr("RANK_BINS") = rank_bins;
     m.attr("RANK_SAMPLED") = rank_sampled;
     m.def("philox4x32", philox);

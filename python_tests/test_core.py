@@ -6,6 +6,7 @@ import torch
 from scipy import stats
 
 from uegr_kernels.core import backends, native, philox
+from uegr_kernels.divergence.op import REDUCTIONS
 from uegr_kernels.selective import op  # defines the operators that are asked about
 
 CPU = torch.device("cpu")
@@ -243,6 +244,7 @@ def test_compiled_words_are_the_references(bindings, layout, begin, n, seed):
 
 def test_numbers_that_two_languages_spell_are_the_same(bindings):
     assert {name: i for i, name in enumerate(op.NORMALIZATIONS)} == bindings.NORMALIZATIONS
+    assert {name: i for i, name in enumerate(REDUCTIONS)} == bindings.REDUCTIONS
     assert bindings.RANK_BINS == op.reference.RANK_BINS and bindings.RANK_SAMPLED == op.reference.SAMPLED
     strides = {1: 1, 2**20: 1, 2**20 + 1: 1, 2**21: 3, 3 * 2**20 - 1: 3, 3 * 2**20: 3, 2**22: 5, 2**33 + 7: 8193}
     assert {size: bindings.rank_stride(size) for size in strides} == strides
@@ -256,6 +258,35 @@ def test_power_of_two_is_numpys(bindings, suffix, dtype):
     assert np.max(np.abs(found - expected) / expected) <= 2.5 * np.finfo(dtype).eps
     whole = x == np.round(x)
     np.testing.assert_array_equal(found[whole], expected[whole].astype(dtype))
+
+
+def ulps(found, expected, dtype):
+    """The largest error in units of the last place, relative to NumPy's longdouble; zeros must be zeros."""
+    assert np.array_equal(found == 0, expected.astype(dtype) == 0)
+    gaps = np.abs(found - expected)[expected != 0] / np.abs(expected)[expected != 0]
+    return np.max(gaps) / np.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(("suffix", "dtype"), FLOATS)
+def test_exponential_is_numpys(bindings, suffix, dtype):
+    low, high = (-87.3, 88) if dtype == np.float32 else (-708, 708)
+    x = np.concatenate((np.linspace(low, high, 400_001), np.linspace(-1, 1, 100_001), np.arange(low, high))).astype(dtype)
+    exponential = getattr(bindings, f"exponential_{suffix}")
+    assert ulps(exponential(x), np.exp(x.astype(np.longdouble)), dtype) < 2
+    special = exponential(np.array([0, -0.0, -np.inf, -1e30, -800, np.nan], dtype))
+    np.testing.assert_array_equal(special, [1, 1, 0, 0, 0, np.nan])
+
+
+@pytest.mark.parametrize(("suffix", "dtype"), FLOATS)
+def test_half_complement_and_its_logarithm_are_numpys(bindings, suffix, dtype):
+    t = np.concatenate((np.linspace(0, 40, 400_001), np.logspace(-30, 3, 100_001), [0])).astype(dtype)
+    complement = getattr(bindings, f"half_complement_{suffix}")
+    assert ulps(complement(t), -np.expm1(-t.astype(np.longdouble)) / 2, dtype) < 2
+    np.testing.assert_array_equal(complement(np.array([0, 1e4, np.inf, np.nan], dtype)), [0, 0.5, 0.5, np.nan])
+    u = np.concatenate((np.linspace(0, 0.5, 400_001), np.logspace(-30, -1, 100_001))).astype(dtype)
+    logarithm = getattr(bindings, f"minus_log_of_complement_{suffix}")
+    assert ulps(logarithm(u), -np.log1p(-u.astype(np.longdouble)), dtype) < 2
+    assert np.isnan(logarithm(np.array([np.nan], dtype)))
 
 
 @pytest.mark.parametrize(("suffix", "dtype"), FLOATS)

@@ -1,10 +1,13 @@
-// Elements over threads on the CPU: blocks of words from the generator, blocks of elements from any strides and dtype.
+// Elements over threads on the CPU: blocks of words from the generator, blocks of elements from any strides and dtype, rows in vectors.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #ifdef __SSE2__
 #include <immintrin.h>
+#endif
+#ifdef __linux__
+#include <sys/mman.h>
 #endif
 
 #include "math.h"
@@ -18,7 +21,9 @@ constexpr int prefetch_distance = 768; // elements
 #if defined(__AVX512F__)
 typedef uint64_t Lanes __attribute__((vector_size(64)));
 constexpr int philox_chains = 4;
-template <> inline Lanes multiply_low(Lanes a, Lanes b) { return (Lanes)_mm512_maskz_mul_epu32(255, (__m512i)a, (__m512i)b); } // unmasked: GCC 12 warns
+template <> inline Lanes multiply_low(Lanes a, Lanes b) {
+    return (Lanes)_mm512_maskz_mul_epu32(255, (__m512i)a, (__m512i)b);
+} // unmasked: GCC 12 warns
 inline Lanes low_pairs(Lanes a, Lanes b) { return __builtin_shuffle(a, b, Lanes{0, 8, 1, 9, 2, 10, 3, 11}); }
 inline Lanes high_pairs(Lanes a, Lanes b) { return __builtin_shuffle(a, b, Lanes{4, 12, 5, 13, 6, 14, 7, 15}); }
 #elif defined(__AVX2__)
@@ -200,6 +205,115 @@ template <class T> T* block_at(const View& view, int64_t begin, int n, T* scratc
     if (view.contiguous && view.storage == storage_of<T> && n == block_size) return reinterpret_cast<T*>(view.data) + begin;
     load_block(view, begin, n, scratch);
     return scratch;
+}
+
+// Asks for a block's memory ahead of its turn: the arithmetic of the block before hides the wait.
+template <class T> void prefetch_block(const View& view, int64_t begin) {
+    const char* from = view.data + begin * static_cast<int64_t>(sizeof(T));
+    for (int i = 0; i < block_size * static_cast<int>(sizeof(T)); i += 64) __builtin_prefetch(from + i);
+}
+
+// A row in vectors of the instruction set's width: sums stay in registers and their order is the same for every row.
+template <class T> struct Vector;
+template <> struct Vector<float> {
+    typedef float Type __attribute__((vector_size(sizeof(Lanes))));
+    typedef uint32_t Bits __attribute__((vector_size(sizeof(Lanes))));
+};
+template <> struct Vector<double> {
+    typedef double Type __attribute__((vector_size(sizeof(Lanes))));
+    typedef Lanes Bits;
+};
+template <> struct Float<Vector<float>::Type> {
+    using Element = float;
+    using Bits = Vector<float>::Bits;
+};
+template <> struct Float<Vector<double>::Type> {
+    using Element = double;
+    using Bits = Vector<double>::Bits;
+};
+// What the compiler would take two instructions for.
+#if defined(__AVX512F__)
+template <> inline Vector<float>::Type maximum(Vector<float>::Type a, Vector<float>::Type b) { return _mm512_maskz_max_ps(65535, a, b); }
+template <> inline Vector<float>::Type minimum(Vector<float>::Type a, Vector<float>::Type b) { return _mm512_maskz_min_ps(65535, a, b); }
+#elif defined(__AVX2__)
+template <> inline Vector<float>::Type maximum(Vector<float>::Type a, Vector<float>::Type b) { return _mm256_max_ps(a, b); }
+template <> inline Vector<float>::Type minimum(Vector<float>::Type a, Vector<float>::Type b) { return _mm256_min_ps(a, b); }
+#elif defined(__SSE2__)
+template <> inline Vector<float>::Type maximum(Vector<float>::Type a, Vector<float>::Type b) { return _mm_max_ps(a, b); }
+template <> inline Vector<float>::Type minimum(Vector<float>::Type a, Vector<float>::Type b) { return _mm_min_ps(a, b); }
+#endif
+template <class T> constexpr int width = sizeof(Lanes) / sizeof(T);
+
+template <class T> typename Vector<T>::Type load_vector(const T* from) {
+    typename Vector<T>::Type v;
+    memcpy(&v, from, sizeof(v));
+    return v;
+}
+template <class T> void store_vector(T* to, typename Vector<T>::Type v) { memcpy(to, &v, sizeof(v)); }
+
+// The last vector of a row that lies in the caller's memory: `pad` stands where the row has ended.
+template <class T> typename Vector<T>::Type load_last(const T* from, int64_t count, T pad) {
+    typename Vector<T>::Type v = typename Vector<T>::Type{} + pad;
+    memcpy(&v, from, count * sizeof(T));
+    return v;
+}
+
+// Calls body(i, count) for the vectors of elements [begin, end), count being a constant but for the last one.
+template <class T, class Body> HOST_DEVICE void vectors(int64_t begin, int64_t end, Body body) {
+    for (; begin + width<T> <= end; begin += width<T>) body(begin, width<T>);
+    if (begin < end) body(begin, static_cast<int>(end - begin));
+}
+
+// A long sum: a block's in its lanes, the blocks' in double.
+template <class T> struct Sum {
+    double lanes[width<T>] = {};
+
+    void add(typename Vector<T>::Type block) {
+        for (int i = 0; i < width<T>; ++i) lanes[i] += block[i];
+    }
+    double total() const {
+        double sum = 0;
+        for (double lane : lanes) sum += lane;
+        return sum;
+    }
+};
+
+// Asks for large pages on the inside of large memory that nothing was written to yet: 4 KiB at a time its page faults outlast the
+// arithmetic.
+inline void expect_large_pages([[maybe_unused]] char* data, [[maybe_unused]] int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+    constexpr uintptr_t page = 1 << 21;
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + page - 1) & ~(page - 1);
+    const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(page - 1);
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+// Copies past the caches what nobody reads soon; `finish_streams` makes it visible to other threads.
+inline void stream(char* to, const char* from, int64_t bytes) {
+#ifdef __SSE2__
+    constexpr int64_t line = 64;
+    int64_t head = -reinterpret_cast<uintptr_t>(to) & (line - 1);
+    if (head > bytes) head = bytes;
+    memcpy(to, from, head);
+    int64_t done = head;
+    for (; done + line <= bytes; done += line) {
+#if defined(__AVX512F__)
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(to + done), _mm512_loadu_si512(from + done));
+#else
+        for (int64_t i = done; i < done + line; i += 16)
+            _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+#endif
+    }
+    memcpy(to + done, from + done, bytes - done);
+#else
+    memcpy(to, from, bytes);
+#endif
+}
+inline void finish_streams() {
+#ifdef __SSE2__
+    _mm_sfence();
+#endif
 }
 
 } // namespace uegr

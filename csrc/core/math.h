@@ -16,21 +16,26 @@ template <class To, class From> HOST_DEVICE To bit_cast(From from) {
     return to;
 }
 
-// The unsigned integer of a float's width, its largest finite value, the bits of infinity.
+// The type of one element (loops_cpu.h has vectors of them), the unsigned integer of its width, its largest finite value, the bits of
+// infinity.
 template <class T> struct Float;
 template <> struct Float<float> {
+    using Element = float;
     using Bits = uint32_t;
     static constexpr float largest = 3.402823466e38f;
     static constexpr Bits infinity = 0x7f800000u;
 };
 template <> struct Float<double> {
+    using Element = double;
     using Bits = uint64_t;
     static constexpr double largest = 1.7976931348623157e308;
     static constexpr Bits infinity = 0x7ff0000000000000u;
 };
 
-HOST_DEVICE float absolute(float x) { return bit_cast<float>(bit_cast<uint32_t>(x) & 0x7fffffffu); }
-HOST_DEVICE double absolute(double x) { return bit_cast<double>(bit_cast<uint64_t>(x) & 0x7fffffffffffffffu); }
+template <class T> HOST_DEVICE T absolute(T x) {
+    using Bits = typename Float<T>::Bits;
+    return bit_cast<T>(bit_cast<Bits>(x) & (~Bits{} >> 1));
+}
 
 // The second where the first is NaN: minps and maxps in one instruction.
 template <class T> HOST_DEVICE T minimum(T a, T b) { return a < b ? a : b; }
@@ -68,6 +73,79 @@ HOST_DEVICE double power_of_two(double x) {
     p = p * r + 0.6931471805599453;
     p = p * r + 1.0;
     return bit_cast<double>(bit_cast<uint64_t>(p) + (bit_cast<uint64_t>(shifted) << 52));
+}
+
+// e^x = scale * (1 + small) for x <= 88 (double: 708): x = k ln 2 + r, |r| <= ln(2)/2, scale = 2^k, small = e^r - 1, Cody and Waite's
+// two-part ln 2. Far below 0 scale is exactly 0; a NaN stays one; small is as exact as x where k = 0. The polynomials are minimax and
+// Taylor.
+template <class T> HOST_DEVICE void split_exponential(T x, T& scale, T& small) {
+    using Bits = typename Float<T>::Bits;
+    if constexpr (sizeof(typename Float<T>::Element) == 4) {
+        T held = maximum(T{} - 88.2f, x);
+        T shifted = held * 1.44269504f + 12582912.0f;
+        T k = shifted - 12582912.0f;
+        T r = (held - k * 0.693359375f) + k * 2.12194440e-4f;
+        T q = r * 0.0013882522f + 0.00836652f;
+        q = q * r + 0.0416672f;
+        q = q * r + 0.16666543f;
+        q = q * r + 0.49999997f;
+        small = r + r * r * q;
+        scale = bit_cast<T>((bit_cast<Bits>(shifted) << 23) + 0x3f800000u);
+    } else {
+        T held = maximum(T{} - 709.0, x);
+        T shifted = held * 1.4426950408889634 + 6755399441055744.0;
+        T k = shifted - 6755399441055744.0;
+        T r = (held - k * 0.693145751953125) - k * 1.42860682030941723212e-6;
+        T q = r * (1 / 87178291200.0) + 1 / 6227020800.0;
+        q = q * r + 1 / 479001600.0;
+        q = q * r + 1 / 39916800.0;
+        q = q * r + 1 / 3628800.0;
+        q = q * r + 1 / 362880.0;
+        q = q * r + 1 / 40320.0;
+        q = q * r + 1 / 5040.0;
+        q = q * r + 1 / 720.0;
+        q = q * r + 1 / 120.0;
+        q = q * r + 1 / 24.0;
+        q = q * r + 1 / 6.0;
+        q = q * r + 0.5;
+        small = r + r * r * q;
+        scale = bit_cast<T>((bit_cast<Bits>(shifted) << 52) + 0x3ff0000000000000u);
+    }
+}
+
+// e^x for x <= 88 (double: 708), under 2 ulp where the result is normal, else 0.
+template <class T> HOST_DEVICE T exponential(T x) {
+    T scale, small;
+    split_exponential(x, scale, small);
+    return scale * small + scale;
+}
+
+// (1 - e^-t)/2 for t >= 0, under 2 ulp, and exactly 0 for 0.
+template <class T> HOST_DEVICE T half_complement(T t) {
+    using E = typename Float<T>::Element;
+    T scale, small;
+    split_exponential(-t, scale, small);
+    T half = scale * E(0.5);
+    return (E(0.5) - half) - half * small;
+}
+
+// -log(1 - u) for 0 <= u <= 1/2, under 2 ulp, and exactly 0 for 0: no other argument occurs, so no exponent is taken apart.
+template <class T> HOST_DEVICE T minus_log_of_complement(T u) {
+    if constexpr (sizeof(typename Float<T>::Element) == 4) { // minimax
+        T q = u * 1.414553f - 1.6395996f;
+        q = q * u + 1.2087215f;
+        q = q * u - 0.18095523f;
+        q = q * u + 0.26369157f;
+        q = q * u + 0.24368253f;
+        q = q * u + 0.3336321f;
+        q = q * u + 0.49999523f;
+        return u + u * u * q;
+    } else { // 2 artanh(s), s = u/(2 - u) <= 1/3
+        T s = u / (2.0 - u), square = s * s, q = T{} + 1 / 35.0;
+#pragma GCC unroll 16
+        for (int n = 33; n > 1; n -= 2) q = q * square + 1.0 / n;
+        return 2.0 * (s + s * square * q);
+    }
 }
 
 HOST_DEVICE float widen_bfloat16(uint16_t h) { return bit_cast<float>(static_cast<uint32_t>(h) << 16); }

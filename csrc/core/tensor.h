@@ -15,10 +15,8 @@
 namespace uegr {
 
 // Makes an operator's function callable from library.cpp's table.
-#define EXPORT_BOXED(name)                                                                                             \
-    void boxed_##name(StableIValue* stack, uint64_t arguments, uint64_t results) {                                     \
-        TORCH_BOX(&name)(stack, arguments, results);                                                                   \
-    }
+#define EXPORT_BOXED(name)                                                                                                                 \
+    void boxed_##name(StableIValue* stack, uint64_t arguments, uint64_t results) { TORCH_BOX (&name)(stack, arguments, results); }
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;

@@ -51,7 +51,7 @@ template <class T> struct Call {
 
     // Elements [first, last), from a whole block on.
     void drop(int64_t first, int64_t last, double* sums) const {
-        const RoundKeys<Lanes> keys(key);
+        const RoundKeys keys(key);
         alignas(64) T from[block_size], to[block_size];
         alignas(64) uint32_t words[block_size];
         for (int64_t begin = first; begin < last; begin += block_size) {

@@ -85,7 +85,7 @@ struct Sum {
 // A thread at work on pieces of a dtype's arithmetic.
 template <class T> struct Worker {
     const Call& call;
-    RoundKeys<Lanes> keys;
+    RoundKeys keys;
     alignas(64) T g[block_size], x[block_size], out[block_size];
     alignas(64) uint32_t words[2 * block_size + 4] = {};
 

@@ -74,7 +74,8 @@ template <class T, class Line> struct Entry {
         if (low >= Float<T>::infinity) return {INFINITY, -INFINITY};
         const T least = bit_cast<T>(low.load()), most = bit_cast<T>(high.load());
         const T largest = Float<T>::largest;
-        return s.data ? std::pair<double, double>(least, most) : std::pair<double, double>(minimum(saliency(least), largest), minimum(saliency(most), largest));
+        return s.data ? std::pair<double, double>(least, most)
+                      : std::pair<double, double>(minimum(saliency(least), largest), minimum(saliency(most), largest));
     }
 };
 
@@ -116,7 +117,8 @@ void table_from_counts(float* table, int first, int last, const SelectionOptions
         table[bin] = static_cast<float>(below / std::max(total, 1.0));
         below += count;
     }
-    const float steepness = static_cast<float>((o.salient ? -2.0 : 2.0) * o.sharpness * log2_e), threshold = static_cast<float>(o.threshold);
+    const float steepness = static_cast<float>((o.salient ? -2.0 : 2.0) * o.sharpness * log2_e),
+                threshold = static_cast<float>(o.threshold);
     const float largest = static_cast<float>(1 / std::max(o.min_probability, 0x1p-24));
     for (int bin = first; bin <= last; ++bin) table[bin] = inverse_of_rank(table[bin], steepness, threshold, largest);
     table[rank_bins] = 1;
@@ -217,7 +219,8 @@ template <class T, class Line> struct Worker {
             else factor_block<rescale>(g, drawn, factor, [&](int i) { return look_up(absolute(g[i])); });
         } else {
             const Probability<T> probability = e.probability;
-            if (given) factor_block<rescale>(g, drawn, factor, [&](int i) { return finite(given[i]) ? probability.inverse(given[i]) : T(1); });
+            if (given)
+                factor_block<rescale>(g, drawn, factor, [&](int i) { return finite(given[i]) ? probability.inverse(given[i]) : T(1); });
             else factor_block<rescale>(g, drawn, factor, [&](int i) { return probability.inverse(saliency(g[i])); });
         }
     }
@@ -257,7 +260,8 @@ struct Item {
     int64_t first, count, begin, end; // entries [first, first + count); elements [begin, end) of a large one
 };
 
-// The call's items, in an order in which each waits for earlier ones only. A large tensor's statistics stand one tensor ahead of its update.
+// The call's items, in an order in which each waits for earlier ones only. A large tensor's statistics stand one tensor ahead of its
+// update.
 template <class T, class Line> std::vector<Item> plan(Call<T, Line>& call) {
     std::vector<Item> items, updates;
     auto flush = [&] { items.insert(items.end(), updates.begin(), updates.end()), updates.clear(); };
@@ -344,9 +348,12 @@ template <class T, class Line> void run(Call<T, Line>& call) {
 
 // A call with one entry by tensor, checked: gradients, saliencies (or none) and layouts.
 template <class T, class Line>
-Call<T, Line> make_call(const SelectionOptions& options, int64_t seed, const Tensors& grads, const Tensors& saliencies, const std::vector<int64_t>& layout) {
-    STD_TORCH_CHECK(layout.size() == 4 * grads.size(), "layout has ", layout.size(), " numbers; give stream, offset, run, stride by tensor");
-    STD_TORCH_CHECK(saliencies.empty() || saliencies.size() == grads.size(), "saliencies: ", saliencies.size(), " for ", grads.size(), " tensors");
+Call<T, Line> make_call(const SelectionOptions& options, int64_t seed, const Tensors& grads, const Tensors& saliencies,
+                        const std::vector<int64_t>& layout) {
+    STD_TORCH_CHECK(layout.size() == 4 * grads.size(), "layout has ", layout.size(),
+                    " numbers; give stream, offset, run, stride by tensor");
+    STD_TORCH_CHECK(saliencies.empty() || saliencies.size() == grads.size(), "saliencies: ", saliencies.size(), " for ", grads.size(),
+                    " tensors");
     Call<T, Line> call;
     call.options = options;
     call.seed = static_cast<uint64_t>(seed);
@@ -374,7 +381,8 @@ void table_from_row(const int64_t* counts, float* table, const SelectionOptions&
     table_from_counts(table, 0, rank_bins - 1, o);
 }
 
-// Says where each entry's statistics come from: handed in, kept from the previous step, or this call. Returns the tables of handed-in counts.
+// Says where each entry's statistics come from: handed in, kept from the previous step, or this call. Returns the tables of handed-in
+// counts.
 template <class T, class Line> std::vector<float> settle_statistics(Call<T, Line>& call, const OptionalTensor& given) {
     std::vector<float> tables;
     const bool rank = call.options.normalization == Normalization::rank;
@@ -383,7 +391,8 @@ template <class T, class Line> std::vector<float> settle_statistics(Call<T, Line
                             given->scalar_type() == (rank ? ScalarType::Long : ScalarType::Double),
                         "scope_statistics must be contiguous on the CPU: [rows, 2] float64, or for rank [rows, ", rank_bins, "] int64");
         const int64_t rows = given->size(0), tensors = static_cast<int64_t>(call.entries.size());
-        STD_TORCH_CHECK(rows == 1 || rows == tensors, "scope_statistics has ", rows, " rows; give one, or one for each of ", tensors, " tensors");
+        STD_TORCH_CHECK(rows == 1 || rows == tensors, "scope_statistics has ", rows, " rows; give one, or one for each of ", tensors,
+                        " tensors");
         tables.resize(rank ? rows * rank_table : 0);
         for (int64_t row = 0; rank && row < rows; ++row)
             table_from_row(static_cast<const int64_t*>(given->const_data_ptr()) + row * rank_bins, &tables[row * rank_table], call.options);
@@ -529,11 +538,12 @@ double value_of(double value, const OptionalTensor& tensor, const char* name) { 
 } // namespace
 
 static void selective_adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs, Tensors steps,
-                      Tensors saliency_mins, Tensors saliency_maxs, OptionalTensor scope_statistics, std::vector<int64_t> layout,
-                      OptionalTensor grad_scale, OptionalTensor found_inf, double lr, OptionalTensor lr_tensor, double weight_decay,
-                      bool maximize, int64_t seed, double beta1, double beta2, OptionalTensor beta1_tensor, OptionalTensor beta2_tensor,
-                      double eps, SELECTION_ARGUMENTS) {
-    lr = value_of(lr, lr_tensor, "lr"), beta1 = value_of(beta1, beta1_tensor, "betas[0]"), beta2 = value_of(beta2, beta2_tensor, "betas[1]");
+                             Tensors saliency_mins, Tensors saliency_maxs, OptionalTensor scope_statistics, std::vector<int64_t> layout,
+                             OptionalTensor grad_scale, OptionalTensor found_inf, double lr, OptionalTensor lr_tensor, double weight_decay,
+                             bool maximize, int64_t seed, double beta1, double beta2, OptionalTensor beta1_tensor,
+                             OptionalTensor beta2_tensor, double eps, SELECTION_ARGUMENTS) {
+    lr = value_of(lr, lr_tensor, "lr"), beta1 = value_of(beta1, beta1_tensor, "betas[0]"),
+    beta2 = value_of(beta2, beta2_tensor, "betas[1]");
     BY_ARITHMETIC(params, {
         auto call = make_call<T, AdamW<T>>(SELECTION_OPTIONS, seed, grads, {}, layout);
         choose_blocks(call, !max_exp_avg_sqs.empty());
@@ -542,10 +552,10 @@ static void selective_adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Te
     })
 }
 
-static void selective_sgd_(Tensors params, Tensors grads, Tensors momentum_buffers, Tensors steps, Tensors saliency_mins, Tensors saliency_maxs,
-                    OptionalTensor scope_statistics, std::vector<int64_t> layout, OptionalTensor grad_scale, OptionalTensor found_inf, double lr,
-                    OptionalTensor lr_tensor, double weight_decay, bool maximize, int64_t seed, double momentum, double dampening, bool nesterov,
-                    SELECTION_ARGUMENTS) {
+static void selective_sgd_(Tensors params, Tensors grads, Tensors momentum_buffers, Tensors steps, Tensors saliency_mins,
+                           Tensors saliency_maxs, OptionalTensor scope_statistics, std::vector<int64_t> layout, OptionalTensor grad_scale,
+                           OptionalTensor found_inf, double lr, OptionalTensor lr_tensor, double weight_decay, bool maximize, int64_t seed,
+                           double momentum, double dampening, bool nesterov, SELECTION_ARGUMENTS) {
     lr = value_of(lr, lr_tensor, "lr");
     BY_ARITHMETIC(params, {
         auto call = make_call<T, SGD<T>>(SELECTION_OPTIONS, seed, grads, {}, layout);
@@ -556,7 +566,7 @@ static void selective_sgd_(Tensors params, Tensors grads, Tensors momentum_buffe
 }
 
 static void select_gradients_(Tensors grads, Tensors saliencies, OptionalTensor scope_statistics, std::vector<int64_t> layout, int64_t step,
-                       int64_t seed, SELECTION_ARGUMENTS) {
+                              int64_t seed, SELECTION_ARGUMENTS) {
     BY_ARITHMETIC(grads, {
         auto call = make_call<T, NoLine>(SELECTION_OPTIONS, seed, grads, saliencies, layout);
         call.line_block = multiply_block<T>;
@@ -569,8 +579,8 @@ static void select_gradients_(Tensors grads, Tensors saliencies, OptionalTensor 
     })
 }
 
-static void selective_statistics_(Tensors grads, Tensors saliencies, std::vector<int64_t> layout, std::vector<int64_t> sizes, int64_t normalization,
-                           OptionalTensor grad_scale, Tensor out) {
+static void selective_statistics_(Tensors grads, Tensors saliencies, std::vector<int64_t> layout, std::vector<int64_t> sizes,
+                                  int64_t normalization, OptionalTensor grad_scale, Tensor out) {
     SelectionOptions options{};
     options.normalization = static_cast<Normalization>(normalization);
     const bool rank = options.normalization == Normalization::rank;
@@ -601,8 +611,8 @@ static void selective_statistics_(Tensors grads, Tensors saliencies, std::vector
 
 // A call over one tensor that writes `out` and leaves the gradient alone.
 template <class T>
-void inspect(const SelectionOptions& options, const Tensor& grad, const OptionalTensor& saliency, const Tensor& out, const std::vector<int64_t>& layout,
-             int64_t step, int64_t seed, typename Call<T, NoLine>::LineBlock block) {
+void inspect(const SelectionOptions& options, const Tensor& grad, const OptionalTensor& saliency, const Tensor& out,
+             const std::vector<int64_t>& layout, int64_t step, int64_t seed, typename Call<T, NoLine>::LineBlock block) {
     auto call = make_call<T, NoLine>(options, seed, {grad}, saliency ? Tensors{*saliency} : Tensors{}, layout);
     call.line_block = block;
     call.entries[0]->theta = view(out, "out", true);
@@ -614,7 +624,7 @@ void inspect(const SelectionOptions& options, const Tensor& grad, const Optional
 }
 
 static void selection_mask_(Tensor grad, OptionalTensor saliency, Tensor out, std::vector<int64_t> layout, int64_t step, int64_t seed,
-                     SELECTION_ARGUMENTS) {
+                            SELECTION_ARGUMENTS) {
     BY_ARITHMETIC(Tensors{grad}, { inspect<T>(SELECTION_OPTIONS, grad, saliency, out, layout, step, seed, factor_out<T>); })
 }
 

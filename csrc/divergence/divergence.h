@@ -1,0 +1,84 @@
+// The losses of the forward stage, row by row: cross entropy and Jensen-Shannon divergence (Eq. 3-6) with their gradients.
+//
+// A row of logits x is held as e = exp(x - max) and the sum of e: p = e/sum, log p = (x - max) - log(sum). T is float, double, or a vector
+// of them.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "../core/math.h"
+
+namespace uegr {
+
+// The number Python's name travels as (uegr_kernels/divergence/op.py).
+enum class Reduction : int64_t { mean, sum, none };
+
+struct LossOptions {
+    double js_weight, label_smoothing;
+    int64_t ignore_index;
+    Reduction reduction;
+    bool regression;
+};
+
+// What is far enough below a row's maximum that p is 0 while differences stay finite; and from where on a row is moved by its maximum
+// first, as this distance would be lost in it.
+constexpr double far_below = 1e3, far_out = 1e6;
+
+constexpr double ln2 = 0.6931471805599453;
+
+// Adds log(p_k/M) and log(p_l/M), M = (p_k + p_l)/2, for d = log p_k - log p_l.
+// The more probable side has a = ln 2 - log(1 + r), r = exp(-|d|), the other a - |d|. a = -log(1 - (1 - r)/2): no cancellation, and exactly
+// 0 for d = 0.
+template <class T> HOST_DEVICE void add_log_ratios(T d, T& of_k, T& of_l) {
+    const T a = minus_log_of_complement(half_complement(absolute(d)));
+    of_k = of_k + (a + minimum(d, T{}));
+    of_l = of_l + (a - maximum(d, T{}));
+}
+
+// A row's sums, in double.
+struct RowSums {
+    double max = 0, sum = 0; // of x, of e
+    double kl = 0;           // of e * the log ratios with every other pass
+    double label = 0;        // of t * (x - max) over the labels' t > 0
+    double log_sum = 0, inverse = 0;
+
+    void settle() { log_sum = std::log(sum), inverse = 1 / sum; }
+    double log_normalizer() const { return max + log_sum; }
+
+    // -sum t log p, the t adding up to `mass`.
+    double cross_entropy(double mass) const { return mass * log_sum - label; }
+    // Sum over l of KL(P || M_l).
+    double divergence() const { return kl * inverse; }
+};
+
+// JS summed over pairs from the sums of the divergences to the pairs' means; a pair's is in [0, ln 2], NaN stays.
+HOST_DEVICE double pairs_divergence(double divergences, int64_t m) {
+    const double most = static_cast<double>(m) * static_cast<double>(m - 1) / 2 * ln2;
+    return minimum(most, maximum(0.0, divergences / 2));
+}
+
+// The gradient by a logit, e * of_e + w * of_w - t * of_t - floor, w = e * (sum of its log ratios): label_weight times that of the cross
+// entropy, p * mass - t, plus js_weight times that of the divergence, p (log ratios - KL)/2. With a class index t is 0 but for one element,
+// and smoothing adds `floor` to all.
+template <class T> struct GradientFactors {
+    T of_e, of_w, of_t, floor;
+
+    GradientFactors(const RowSums& row, double label_weight, double mass, double smoothed, double js_weight)
+        : of_e(static_cast<T>(row.inverse * (label_weight * mass - js_weight / 2 * row.divergence()))),
+          of_w(static_cast<T>(row.inverse * js_weight / 2)), of_t(static_cast<T>(label_weight)),
+          floor(static_cast<T>(label_weight * smoothed)) {}
+
+    template <class V> HOST_DEVICE V gradient(V e) const { return e * of_e - floor; }
+    template <class V> HOST_DEVICE V gradient(V e, V w) const { return e * of_e + (w * of_w - floor); }
+    template <class V> HOST_DEVICE V labelled(V gradient, V t) const { return gradient - t * of_t; }
+};
+
+// t * (x - max) of a class; one with t = 0 adds nothing, not even where x = -inf.
+template <class V> HOST_DEVICE V label_term(V t, V y) { return t == typename Float<V>::Element(0) ? V{} : t * y; }
+
+// Regression: (x - y)^2 in the place of both, and its derivative by x.
+template <class V> HOST_DEVICE V squared(V x, V y) { return (x - y) * (x - y); }
+template <class V> HOST_DEVICE V squared_slope(V x, V y) { return (x - y) + (x - y); }
+
+} // namespace uegr

@@ -1,0 +1,501 @@
+// The losses on the CPU: checks and loops. The formulas are divergence.h's.
+//
+// The m+1 rows of one sample are read from memory once and stay in a thread's cache until their gradients are written: a visit for the
+// maxima and exponentials, one for the pairs, one for the gradients, during which the next sample's rows are asked for. Values are kept by
+// row and added up in the rows' order, so that they do not depend on the threads.
+#include <algorithm>
+#include <memory>
+#include <new>
+
+#include "../core/tensor.h"
+#include "divergence.h"
+
+namespace uegr {
+namespace {
+
+constexpr int64_t span = 1024;           // elements whose sum is taken in T; whose gradient passes through L1 together
+constexpr int64_t worth_a_thread = 1 << 15; // logits
+constexpr int64_t worth_streaming = 1 << 23; // bytes of a fresh gradient: more than it pays to put into a cache
+
+int64_t bytes_of(Storage storage) {
+    return storage == Storage::float64 ? 8 : storage == Storage::float32 ? 4 : storage == Storage::boolean ? 1 : 2;
+}
+
+// The N rows of one pass, in the caller's memory.
+struct Rows {
+    char* data = nullptr; // null: nothing is wanted here
+    Storage storage = Storage::float32;
+    int64_t row = 0, column = 1, classes = 0; // strides, in elements
+    bool streamed = false;
+
+    Rows() = default;
+    Rows(const View& v, int64_t pass)
+        : storage(v.storage), row(v.strides[v.dim - 2]), column(v.strides[v.dim - 1]), classes(v.sizes[v.dim - 1]) {
+        data = v.data + (v.dim == 3 ? pass * v.strides[0] * bytes_of(storage) : 0);
+    }
+    char* at(int64_t n) const { return data + n * row * bytes_of(storage); }
+    template <class T> bool direct() const { return storage == storage_of<T> && (column == 1 || classes == 1); }
+    View view(int64_t n) const {
+        View v;
+        v.data = at(n), v.storage = storage, v.contiguous = column == 1, v.dim = 1, v.sizes = &classes, v.strides = &column;
+        return v;
+    }
+    // Writes a gradient.
+    template <class T> void put(int64_t n, int64_t begin, int64_t count, const T* x) const {
+        char* to = at(n) + begin * static_cast<int64_t>(sizeof(T));
+        if (!direct<T>()) store_block(view(n), begin, static_cast<int>(count), x);
+        else if (streamed) stream(to, reinterpret_cast<const char*>(x), count * sizeof(T));
+        else memcpy(to, x, count * sizeof(T));
+    }
+};
+
+struct Values {
+    double clean = 0, adversarial = 0, divergence = 0;
+};
+
+struct Batch {
+    LossOptions options{};
+    int64_t samples = 0, classes = 0, first = 0; // first: pass of the pairs
+    std::vector<Rows> logits, gradients;
+    const int64_t* indices = nullptr;
+    int64_t index_stride = 0;
+    Rows soft;
+    double unit = 1; // of the gradients: 1/count
+    std::vector<Values> values;
+
+    int64_t passes() const { return static_cast<int64_t>(logits.size()); }
+    int64_t pairing() const { return passes() - first; }
+    bool labelled() const { return indices || soft.data; }
+    int64_t index(int64_t n) const { return indices[n * index_stride]; }
+    bool ignored(int64_t n) const { return indices && index(n) == options.ignore_index; }
+    double label_weight(int64_t pass) const { return !labelled() ? 0 : pass == 0 ? 1 : 1 / static_cast<double>(passes() - 1); }
+};
+
+// A thread at work on a batch; `fixed` is the number of passes in pairs where the compiler should know it, else 0.
+template <class T, int fixed> class Worker {
+    using V = typename Vector<T>::Type;
+    static constexpr T lowest = -std::numeric_limits<T>::infinity();
+
+    struct Free {
+        void operator()(T* p) const { ::operator delete(p, std::align_val_t{64}); }
+    };
+    const Batch& batch;
+    const int64_t classes, padded, passes, pairing;
+    std::unique_ptr<T, Free> memory;
+    T *staged, *exponentials, *products, *targets, *gaps;
+    V* registers;
+    std::vector<const T*> x;
+    std::vector<RowSums> sums;
+    alignas(64) T gradient[span];
+
+public:
+    explicit Worker(const Batch& b)
+        : batch(b), classes(b.classes), padded((classes + 15) / 16 * 16), passes(b.passes()), pairing(b.pairing()), x(passes),
+          sums(passes) {
+        const int64_t needed = (3 * passes + 1) * padded + 3 * pairing * width<T> + pairing * pairing;
+        memory.reset(static_cast<T*>(::operator new(needed * sizeof(T), std::align_val_t{64})));
+        exponentials = memory.get();
+        products = exponentials + passes * padded;
+        staged = products + passes * padded;
+        targets = staged + passes * padded;
+        registers = reinterpret_cast<V*>(targets + padded);
+        gaps = reinterpret_cast<T*>(registers + 3 * pairing);
+    }
+
+    // Samples [begin, end).
+    void run(int64_t begin, int64_t end, Values* values) {
+        for (int64_t n = begin; n < end; ++n) {
+            if (batch.ignored(n)) clear(n);
+            else if (batch.options.regression) values[n] = regression(n);
+            else values[n] = classification(n, std::min(n + 1, end - 1));
+        }
+        finish_streams();
+    }
+
+private:
+    // A vector of a row that may end inside of it.
+    static V load(const T* row, int64_t i, int count, T pad) {
+        return count == width<T> ? load_vector(row + i) : load_last(row + i, count, pad);
+    }
+
+    void clear(int64_t n) {
+        std::fill(gradient, gradient + span, T(0));
+        for (const Rows& into : batch.gradients)
+            for (int64_t at = 0; into.data && at < classes; at += span) into.put(n, at, std::min(span, classes - at), gradient);
+    }
+
+    static void stage(const Rows& from, int64_t n, T* to) { uegr::load(from.view(n), 0, static_cast<int>(from.classes), to); }
+
+    T maximum_of(const T* row) const {
+        V most[4] = {V{} + lowest, V{} + lowest, V{} + lowest, V{} + lowest};
+        int64_t i = 0;
+        for (; i + 4 * width<T> <= classes; i += 4 * width<T>)
+            for (int j = 0; j < 4; ++j) most[j] = maximum(load_vector(row + i + j * width<T>), most[j]);
+        vectors<T>(i, classes, [&](int64_t i, int count) { most[0] = maximum(load(row, i, count, lowest), most[0]); });
+        most[0] = maximum(maximum(most[0], most[1]), maximum(most[2], most[3]));
+        T found = lowest;
+        for (int j = 0; j < width<T>; ++j) found = maximum(most[0][j], found);
+        return found;
+    }
+
+    // Sum of term(i, count) over the row's vectors.
+    template <class Term> double sum(Term term) const {
+        Sum<T> total;
+        for (int64_t at = 0; at < classes; at += span) {
+            V block{};
+            vectors<T>(at, std::min(at + span, classes), [&](int64_t i, int count) { block += term(i, count); });
+            total.add(block);
+        }
+        return total.total();
+    }
+
+    int64_t paired() const { return fixed ? fixed : pairing; }
+
+    // Where the row to be read after a pass's begins, to be asked for meanwhile; some memory at hand where there is none or it is strided.
+    const char* ahead(int64_t pass, int64_t n, int64_t next) const {
+        const Rows& from = batch.logits[pass == passes ? 0 : pass];
+        return from.column == 1 ? from.at(pass == passes ? next : n) : reinterpret_cast<const char*>(staged);
+    }
+
+    // Reads a pass's row: its maximum, its exponentials and their sum.
+    void read(int64_t pass, int64_t n, int64_t next) {
+        const Rows& from = batch.logits[pass];
+        T* own = staged + pass * padded;
+        x[pass] = reinterpret_cast<const T*>(from.at(n));
+        if (!from.direct<T>()) stage(from, n, own), x[pass] = own;
+        T max = maximum_of(x[pass]);
+        if (!(absolute(max) <= T(far_out))) {
+            for (int64_t i = 0; i < classes; ++i) own[i] = x[pass][i] - max;
+            x[pass] = own, max = 0;
+        }
+        T* e = exponentials + pass * padded;
+        RowSums& row = sums[pass];
+        row = RowSums();
+        row.max = max;
+        const char* after = ahead(pass + 1, n, next);
+        const int64_t item = bytes_of(from.storage);
+        row.sum = sum([=, from = x[pass]](int64_t i, int count) {
+            __builtin_prefetch(after + i * item, 0, 2);
+            const V v = exponential(load(from, i, count, lowest) - max);
+            store_vector(e + i, v);
+            return v;
+        });
+        row.settle();
+    }
+
+    // The labels' part of a pass's sums.
+    void compare(int64_t pass, int64_t n) {
+        RowSums& row = sums[pass];
+        const T max = static_cast<T>(row.max), *from = x[pass];
+        const double smoothing = batch.options.label_smoothing;
+        if (batch.indices) {
+            if (smoothing < 1) row.label = (1 - smoothing) * (static_cast<double>(from[batch.index(n)]) - row.max);
+            if (smoothing > 0)
+                row.label += smoothing / classes * sum([&](int64_t i, int count) { return load(from, i, count, max) - max; });
+        } else {
+            row.label =
+                sum([&](int64_t i, int count) { return label_term(load(targets, i, count, T(0)), load(from, i, count, max) - max); });
+        }
+    }
+
+    // The pairs: w = e * (sum of the log ratios) by pass, and its sum.
+    void pair() {
+        const int64_t m = paired();
+        const T *e = exponentials + batch.first * padded, *const *rows = x.data() + batch.first;
+        T* w = products + batch.first * padded;
+        RowSums* of = sums.data() + batch.first;
+        V local[fixed ? 3 * fixed : 1];
+        V *held = fixed ? local : registers, *ratios = held + m, *totals = ratios + m;
+        T local_gaps[fixed ? fixed * fixed : 1];
+        T* gap = fixed ? local_gaps : gaps; // between the logarithms of the sums; on the diagonal what is far below
+        for (int64_t k = 0; k < m; ++k) {
+            gap[k * m + k] = static_cast<T>(of[k].max - far_below);
+            for (int64_t l = k + 1; l < m; ++l) gap[k * m + l] = static_cast<T>(of[k].log_normalizer() - of[l].log_normalizer());
+            of[k].kl = 0;
+        }
+        for (int64_t at = 0; at < classes; at += span) {
+#pragma GCC unroll 4
+            for (int64_t k = 0; k < m; ++k) totals[k] = V{};
+            vectors<T>(at, std::min(at + span, classes), [&, m](int64_t i, int count) {
+#pragma GCC unroll 4
+                for (int64_t k = 0; k < m; ++k) held[k] = maximum(V{} + gap[k * m + k], load(rows[k], i, count, lowest)), ratios[k] = V{};
+#pragma GCC unroll 4
+                for (int64_t k = 0; k < m; ++k)
+#pragma GCC unroll 4
+                    for (int64_t l = k + 1; l < m; ++l) add_log_ratios(held[k] - held[l] - gap[k * m + l], ratios[k], ratios[l]);
+#pragma GCC unroll 4
+                for (int64_t k = 0; k < m; ++k) {
+                    const V product = load_vector(e + k * padded + i) * ratios[k];
+                    store_vector(w + k * padded + i, product);
+                    totals[k] += product;
+                }
+            });
+#pragma GCC unroll 4
+            for (int64_t k = 0; k < m; ++k) {
+                Sum<T> block;
+                block.add(totals[k]);
+                of[k].kl += block.total();
+            }
+        }
+    }
+
+    void write(int64_t pass, int64_t n, double mass) {
+        const Rows& into = batch.gradients[pass];
+        const LossOptions& o = batch.options;
+        const bool in_pairs = pass >= batch.first && paired() > 1;
+        const double smoothed = batch.indices ? o.label_smoothing / static_cast<double>(classes) : 0;
+        const GradientFactors<T> factors(sums[pass], batch.unit * batch.label_weight(pass), mass, smoothed,
+                                         in_pairs ? batch.unit * o.js_weight : 0);
+        const T *e = exponentials + pass * padded, *w = products + pass * padded;
+        for (int64_t at = 0; at < classes; at += span) {
+            const int64_t count = std::min(span, classes - at);
+            if (in_pairs)
+                vectors<T>(0, count, [&](int64_t i, int) {
+                    store_vector(gradient + i, factors.gradient(load_vector(e + at + i), load_vector(w + at + i)));
+                });
+            else vectors<T>(0, count, [&](int64_t i, int) { store_vector(gradient + i, factors.gradient(load_vector(e + at + i))); });
+            if (batch.soft.data)
+                for (int64_t i = 0; i < count; ++i) gradient[i] = factors.labelled(gradient[i], targets[at + i]);
+            if (batch.indices && batch.index(n) >= at && batch.index(n) < at + count) {
+                T& own = gradient[batch.index(n) - at];
+                own = factors.labelled(own, static_cast<T>(1 - o.label_smoothing));
+            }
+            into.put(n, at, count, gradient);
+        }
+    }
+
+    Values classification(int64_t n, int64_t next) {
+        double mass = batch.indices ? 1 : 0;
+        if (batch.soft.data) {
+            stage(batch.soft, n, targets);
+            const T share = static_cast<T>(1 - batch.options.label_smoothing),
+                    floor = static_cast<T>(batch.options.label_smoothing / classes);
+            for (int64_t i = 0; i < classes; ++i) targets[i] = targets[i] * share + floor;
+            mass = sum([&](int64_t i, int count) { return load(targets, i, count, T(0)); });
+        }
+        Values found;
+        for (int64_t pass = 0; pass < passes; ++pass) {
+            read(pass, n, next);
+            if (!batch.labelled()) continue;
+            compare(pass, n);
+            (pass ? found.adversarial : found.clean) += sums[pass].cross_entropy(mass) * batch.label_weight(pass);
+        }
+        if (paired() > 1) {
+            pair();
+            for (int64_t k = batch.first; k < passes; ++k) found.divergence += sums[k].divergence();
+            found.divergence = pairs_divergence(found.divergence, paired());
+        }
+        for (int64_t pass = 0; pass < passes; ++pass)
+            if (batch.gradients[pass].data) write(pass, n, mass);
+        return found;
+    }
+
+    Values regression(int64_t n) {
+        for (int64_t pass = 0; pass < passes; ++pass) stage(batch.logits[pass], n, staged + pass * padded);
+        if (batch.labelled()) stage(batch.soft, n, targets);
+        auto distance = [&](const T* a, const T* b) {
+            return sum([&](int64_t i, int count) { return squared(load(a, i, count, T(0)), load(b, i, count, T(0))); }) / classes;
+        };
+        Values found;
+        for (int64_t k = 0; k < passes; ++k) {
+            const T* own = staged + k * padded;
+            if (batch.labelled()) (k ? found.adversarial : found.clean) += distance(own, targets) * batch.label_weight(k);
+            for (int64_t l = k + 1; k >= batch.first && l < passes; ++l) found.divergence += distance(own, staged + l * padded);
+        }
+        for (int64_t k = 0; k < passes; ++k) {
+            if (!batch.gradients[k].data) continue;
+            const T *own = staged + k * padded, unit = static_cast<T>(batch.unit / classes);
+            const T label = static_cast<T>(batch.label_weight(k)), weight = static_cast<T>(k < batch.first ? 0 : batch.options.js_weight);
+            for (int64_t at = 0; at < classes; at += span) {
+                const int64_t count = std::min(span, classes - at);
+                for (int64_t i = 0; i < count; ++i)
+                    gradient[i] = batch.labelled() ? label * squared_slope(own[at + i], targets[at + i]) : T(0);
+                for (int64_t l = batch.first; l < passes; ++l)
+                    for (int64_t i = 0; i < count; ++i) gradient[i] += weight * squared_slope(own[at + i], staged[l * padded + at + i]);
+                for (int64_t i = 0; i < count; ++i) gradient[i] *= unit;
+                batch.gradients[k].put(n, at, count, gradient);
+            }
+        }
+        return found;
+    }
+};
+
+template <class T, int fixed> void work(Batch& batch) {
+    const int64_t grain = std::max<int64_t>(1, worth_a_thread / (batch.passes() * batch.classes));
+    auto part = [&](int64_t begin, int64_t end) { std::make_unique<Worker<T, fixed>>(batch)->run(begin, end, batch.values.data()); };
+    if (batch.samples <= grain || torch::stable::get_num_threads() == 1) part(0, batch.samples);
+    else torch::stable::parallel_for(0, batch.samples, grain, part);
+}
+
+template <class T> void work(Batch& batch) {
+    if (batch.samples == 0) return;
+    switch (batch.pairing()) {
+    case 2: return work<T, 2>(batch);
+    case 3: return work<T, 3>(batch);
+    case 4: return work<T, 4>(batch);
+    default: return work<T, 0>(batch);
+    }
+}
+
+// Checks everything before anything is written. The rows that count are counted.
+Batch make_batch(const Tensors& logits, const OptionalTensor& labels, const LossOptions& options, const std::vector<bool>& needs,
+                 int64_t& count) {
+    STD_TORCH_CHECK(!logits.empty() && logits.size() == needs.size(), "logits and needs must be lists of one length, not empty");
+    Batch batch;
+    batch.options = options;
+    batch.first = labels ? 1 : 0;
+    for (const Tensor& x : logits) {
+        STD_TORCH_CHECK(x.dim() == 2 || x.dim() == 3, "logits must be tensors [N, C] or [k, N, C]");
+        const View v = view(x, "logits", false);
+        STD_TORCH_CHECK(v.storage != Storage::boolean && x.scalar_type() == logits[0].scalar_type(),
+                        "logits must be of one floating dtype");
+        for (int64_t pass = 0; pass < (v.dim == 3 ? v.sizes[0] : 1); ++pass) batch.logits.emplace_back(v, pass);
+        if (&x == &logits[0]) batch.samples = v.sizes[v.dim - 2], batch.classes = v.sizes[v.dim - 1];
+        STD_TORCH_CHECK(v.sizes[v.dim - 2] == batch.samples && v.sizes[v.dim - 1] == batch.classes, "logits must have the same N and C");
+    }
+    STD_TORCH_CHECK(batch.classes >= 1 && batch.classes < int64_t(1) << 31, "logits have ", batch.classes, " classes; give 1 to 2^31 - 1");
+    STD_TORCH_CHECK(!batch.logits.empty(), "logits hold no pass");
+    count = batch.samples;
+    if (!labels) return batch;
+    STD_TORCH_CHECK(labels->is_cpu(), "labels are not on the CPU; move them");
+    if (labels->scalar_type() == ScalarType::Long) {
+        STD_TORCH_CHECK(!options.regression && labels->dim() == 1 && labels->size(0) == batch.samples, "class indices must be [N]");
+        batch.indices = static_cast<const int64_t*>(labels->const_data_ptr());
+        batch.index_stride = labels->stride(0);
+        for (int64_t n = 0; n < batch.samples; ++n) {
+            const int64_t label = batch.index(n);
+            count -= label == options.ignore_index;
+            STD_TORCH_CHECK(label == options.ignore_index || (label >= 0 && label < batch.classes), "labels hold ", label,
+                            "; give classes from 0 to ", batch.classes - 1, ", or ", options.ignore_index,
+                            " (ignore_index) for rows to leave out");
+        }
+    } else {
+        const View v = view(*labels, "labels", false);
+        STD_TORCH_CHECK(v.dim == 2 && v.sizes[0] == batch.samples && v.sizes[1] == batch.classes && v.storage != Storage::boolean,
+                        "labels that are no class indices must be floats [N, C]");
+        batch.soft = Rows(v, 0);
+    }
+    return batch;
+}
+
+// Runs a batch and returns the loss and its parts.
+std::pair<Tensor, Tensor> evaluate(Batch& batch, const Tensor& like, int64_t count) {
+    const bool by_row = batch.options.reduction == Reduction::none, mean = batch.options.reduction == Reduction::mean;
+    const bool wide = like.scalar_type() == ScalarType::Double;
+    batch.unit = mean ? 1 / static_cast<double>(count) : 1;
+    batch.values.resize(batch.samples);
+    if (wide) work<double>(batch);
+    else work<float>(batch);
+    const int64_t rows = by_row ? batch.samples : 1;
+    if (!by_row) {
+        Values total;
+        for (const Values& v : batch.values) total.clean += v.clean, total.adversarial += v.adversarial, total.divergence += v.divergence;
+        const double by = mean ? static_cast<double>(count) : 1;
+        batch.values = {{total.clean / by, total.adversarial / by, total.divergence / by}};
+    }
+    const ScalarType type = wide ? ScalarType::Double : ScalarType::Float;
+    Tensor loss = by_row ? torch::stable::new_empty(like, {rows}, type) : torch::stable::new_empty(like, {}, type);
+    Tensor parts = by_row ? torch::stable::new_empty(like, {3, rows}, type) : torch::stable::new_empty(like, {3}, type);
+    auto fill = [&](auto* loss, auto* parts) {
+        using T = std::remove_pointer_t<decltype(loss)>;
+        for (int64_t n = 0; n < rows; ++n) {
+            const Values& v = batch.values[n];
+            loss[n] = static_cast<T>(v.clean + v.adversarial + batch.options.js_weight * v.divergence);
+            parts[n] = static_cast<T>(v.clean), parts[rows + n] = static_cast<T>(v.adversarial),
+            parts[2 * rows + n] = static_cast<T>(v.divergence);
+        }
+    };
+    if (wide) fill(static_cast<double*>(loss.mutable_data_ptr()), static_cast<double*>(parts.mutable_data_ptr()));
+    else fill(static_cast<float*>(loss.mutable_data_ptr()), static_cast<float*>(parts.mutable_data_ptr()));
+    return {loss, parts};
+}
+
+// Where the gradients of a tensor of logits go.
+void direct_gradients(Batch& batch, const Tensor& logits, const Tensor* into, bool fresh) {
+    const int64_t passes = logits.dim() == 3 ? logits.size(0) : 1;
+    for (int64_t pass = 0; pass < passes; ++pass) {
+        batch.gradients.push_back(into ? Rows(view(*into, "logits", true), pass) : Rows());
+        batch.gradients.back().streamed = fresh && logits.numel() * logits.element_size() >= worth_streaming;
+    }
+}
+
+// What a kernel writes whole.
+Tensor fresh_memory(Tensor fresh) {
+    expect_large_pages(static_cast<char*>(fresh.mutable_data_ptr()), fresh.numel() * fresh.element_size());
+    return fresh;
+}
+
+#define LOSS_ARGUMENTS                                                                                                                     \
+    double js_weight, double label_smoothing, int64_t ignore_index, int64_t reduction, bool regression, std::vector<bool> needs
+#define LOSS_OPTIONS                                                                                                                       \
+    LossOptions { js_weight, label_smoothing, ignore_index, static_cast<Reduction>(reduction), regression }
+
+// Multiplies a tensor by the gradient of the loss, or its rows [.., N, C] by theirs.
+template <class T> void scale(const Tensor& from, const Tensor& into, const Tensor& grad_loss) {
+    const View source = view(from, "gradients", false), target = view(into, "gradients", true),
+               factor = view(grad_loss, "grad_loss", false);
+    const int64_t classes = source.dim ? source.sizes[source.dim - 1] : 1, samples = source.dim > 1 ? source.sizes[source.dim - 2] : 1;
+    const int64_t size = from.numel();
+    STD_TORCH_CHECK(grad_loss.numel() == 1 || (factor.dim == 1 && factor.sizes[0] == samples), "grad_loss must be () or [N]");
+    if (size == 0) return;
+    std::vector<T> factors(grad_loss.numel());
+    for (int64_t n = 0; n < grad_loss.numel(); ++n) load(factor, n, 1, &factors[n]);
+    auto rows = [&](int64_t begin, int64_t end) {
+        T block[block_size];
+        for (int64_t row = begin; row < end; ++row) {
+            const T by = factors[factors.size() == 1 ? 0 : row % samples];
+            for (int64_t at = row * classes; at < (row + 1) * classes; at += block_size) {
+                const int count = static_cast<int>(std::min<int64_t>(block_size, (row + 1) * classes - at));
+                load_block(source, at, count, block);
+                for (int i = 0; i < block_size; ++i) block[i] *= by;
+                store_block(target, at, count, block);
+            }
+        }
+    };
+    const int64_t grain = std::max<int64_t>(1, worth_a_thread / classes);
+    if (size <= worth_a_thread) rows(0, size / classes);
+    else torch::stable::parallel_for(0, size / classes, grain, rows);
+}
+
+void scale(const Tensor& from, const Tensor& into, const Tensor& grad_loss) {
+    if (from.scalar_type() == ScalarType::Double) scale<double>(from, into, grad_loss);
+    else scale<float>(from, into, grad_loss);
+}
+
+} // namespace
+
+static std::tuple<Tensor, Tensor, Tensors> uegr_loss(Tensors logits, OptionalTensor labels, LOSS_ARGUMENTS) {
+    int64_t count;
+    Batch batch = make_batch(logits, labels, LOSS_OPTIONS, needs, count);
+    Tensors gradients;
+    for (size_t i = 0; i < logits.size(); ++i) {
+        if (needs[i]) gradients.push_back(fresh_memory(torch::stable::new_empty(logits[i], logits[i].sizes())));
+        direct_gradients(batch, logits[i], needs[i] ? &gradients.back() : nullptr, true);
+    }
+    const auto [loss, parts] = evaluate(batch, logits[0], count);
+    return {loss, parts, gradients};
+}
+
+static std::tuple<Tensor, Tensor> uegr_loss_(Tensors logits, OptionalTensor labels, LOSS_ARGUMENTS) {
+    int64_t count;
+    Batch batch = make_batch(logits, labels, LOSS_OPTIONS, needs, count);
+    for (size_t i = 0; i < logits.size(); ++i) direct_gradients(batch, logits[i], needs[i] ? &logits[i] : nullptr, false);
+    return evaluate(batch, logits[0], count);
+}
+
+static Tensors scale_gradients(Tensors gradients, Tensor grad_loss, Tensor) {
+    Tensors scaled;
+    for (const Tensor& g : gradients) scaled.push_back(fresh_memory(torch::stable::empty_like(g))), scale(g, scaled.back(), grad_loss);
+    return scaled;
+}
+
+static void scale_gradients_(Tensors gradients, Tensor grad_loss) {
+    for (const Tensor& g : gradients) scale(g, g, grad_loss);
+}
+
+EXPORT_BOXED(uegr_loss)
+EXPORT_BOXED(uegr_loss_)
+EXPORT_BOXED(scale_gradients)
+EXPORT_BOXED(scale_gradients_)
+
+} // namespace uegr
