@@ -1,15 +1,7 @@
 """Fused selective optimizers and divergence losses for fine-tuning language models that generalise and withstand attack (UEGR)."""
 
 from .bistage import BiStage, BiStageResult
-from .divergence import (
-    LossParts,
-    PairwiseJSLoss,
-    UEGRLoss,
-    linear_pairwise_js,
-    linear_uegr_loss,
-    pairwise_js,
-    uegr_loss,
-)
+from .divergence import LossParts, PairwiseJSLoss, UEGRLoss, linear_pairwise_js, linear_uegr_loss, pairwise_js, uegr_loss
 from .dropout import AdaptiveDropout, replace_dropout
 from .perturbation import fgm_perturbation, perturbed_weights, pgd_step
 from .selective import SelectiveAdamW, SelectiveSGD, select_gradients_, selection_mask, selection_probability

@@ -102,8 +102,9 @@ class SelectiveOptimizer(Optimizer):
                     loss = closure()
             self._agree_on_seed()  # before anything can raise: every rank takes part
             batches = [batch for group, first in self._groups() for batch in self._batches(group, first)]
+            # A compiled operator checks a whole call before it changes anything: one call needs no other check.
             if len(batches) > 1 or any(batch["backend"] == "reference" for batch in batches):
-                for batch in batches:  # a compiled operator checks a whole call before it changes anything: one call needs no other check
+                for batch in batches:
                     self._check_shapes(batch)
             for batch in batches:
                 self._complete_states(batch)
@@ -145,7 +146,16 @@ class SelectiveOptimizer(Optimizer):
 
     def _new_batch(self, group: dict, device: torch.device, dtype: torch.dtype) -> dict:
         backend = "reference" if group["differentiable"] else op.choose(self.operator, self.backend, device, dtype)
-        return {"group": group, "selection": _selection(group), "backend": backend, "statistics": None, "params": [], "grads": [], "states": [], "layout": []}
+        return {
+            "group": group,
+            "selection": _selection(group),
+            "backend": backend,
+            "statistics": None,
+            "params": [],
+            "grads": [],
+            "states": [],
+            "layout": [],
+        }
 
     def _check_shapes(self, batch: dict) -> None:
         """Raises a gradient or a moment of another shape than its parameter."""
@@ -153,9 +163,8 @@ class SelectiveOptimizer(Optimizer):
         for i, (p, grad, state) in enumerate(zip(batch["params"], batch["grads"], batch["states"], strict=True)):
             for name, tensor in (("gradient", grad), *((key, (state or {}).get(key)) for key in moments)):
                 if tensor is not None and tensor.shape != p.shape:
-                    raise ValueError(
-                        f"parameter {batch['layout'][4 * i]} has shape {tuple(p.shape)} but its {name} {tuple(tensor.shape)}; they must be equal"
-                    )
+                    stream = batch["layout"][4 * i]
+                    raise ValueError(f"parameter {stream} has shape {tuple(p.shape)} but its {name} {tuple(tensor.shape)}; they must be equal")
 
     def _complete_states(self, batch: dict) -> None:
         """Creates what a parameter's state lacks, and lists the states."""
@@ -171,7 +180,9 @@ class SelectiveOptimizer(Optimizer):
                         state[key] = self._fresh_state(key, p, group)
         for key in ("step", *moments):
             batch[key] = [state[key] for state in batch["states"]]
-        batch["kept"] = tuple([state[key] for state in batch["states"]] for key in ("saliency_min", "saliency_max")) if previous else ([], [])
+        batch["kept"] = (
+            tuple([state[key] for state in batch["states"]] for key in ("saliency_min", "saliency_max")) if previous else ([], [])
+        )
 
     def _fresh_state(self, key: str, p: Tensor, group: dict) -> Tensor:
         wide = torch.float64 if p.dtype == torch.float64 else torch.float32
@@ -191,7 +202,9 @@ class SelectiveOptimizer(Optimizer):
                 scopes.setdefault(batch["selection"].normalization, []).append(batch)
         scale = getattr(self, "grad_scale", None)
         for normalization, members in scopes.items():
-            parts = [batch | {"saliencies": [], "grad_scale": scale, "kept": batch["kept"] if batch["kept"][0] else None} for batch in members]
+            parts = [
+                batch | {"saliencies": [], "grad_scale": scale, "kept": batch["kept"] if batch["kept"][0] else None} for batch in members
+            ]
             with torch.no_grad():
                 statistics = op.scope_statistics(parts, normalization)
             for batch in members:
@@ -237,7 +250,9 @@ class SelectiveOptimizer(Optimizer):
             loaded.update(state_dict)
             for saved in state_dict["param_groups"]:
                 if saved.get("format", FORMAT) > FORMAT:
-                    raise ValueError(f"the checkpoint has format {saved['format']}, this version reads up to {FORMAT}; upgrade uegr-kernels")
+                    raise ValueError(
+                        f"the checkpoint has format {saved['format']}, this version reads up to {FORMAT}; upgrade uegr-kernels"
+                    )
             keep = [{k: v for k, v in group.items() if k not in ("params", "param_names")} for group in self.param_groups]
             groups = state_dict["param_groups"]
             if len(groups) == len(keep):  # else the base class says so
@@ -455,7 +470,8 @@ def select_gradients_(
     seed, step  integers: the mask depends on them, the stream and the element alone; step from 1, below 2^24
     saliency  a tensor s >= 0 for every parameter, of its shape, in the place of g*g (an accumulated Fisher estimate); None: g*g
     The selection options are SelectiveAdamW's; statistics="previous" and target="update" need an optimizer.
-    Raises ValueError for a bad option, shape or overlapping gradient, TypeError for a dtype, RuntimeError for a sparse gradient, before anything has changed.
+    Raises, before anything has changed: ValueError for a bad option, shape or overlapping gradient, TypeError for a dtype,
+    RuntimeError for a sparse gradient.
     Equivalent to `selective.reference.select_gradients_`.
     """
     options = {k: v for k, v in locals().items() if k in op.FIELDS}
@@ -471,7 +487,9 @@ def select_gradients_(
         s = None if saliency is None else saliency[stream]
         _check_gradient(f"params[{stream}].grad", p.grad, s)
         if _expanded(p.grad):
-            raise ValueError(f"params[{stream}].grad is expanded: its elements share memory and cannot be written; call .clone() on it first")
+            raise ValueError(
+                f"params[{stream}].grad is expanded: its elements share memory and cannot be written; call .clone() on it first"
+            )
         key = p.grad.device, p.grad.dtype
         new = {"backend": None, "grads": [], "saliencies": [], "layout": [], "grad_scale": None, "kept": None}
         part = parts.setdefault(key, new)
@@ -488,7 +506,16 @@ def select_gradients_(
         for (device, _), part in parts.items():
             over = None if shared is None else shared.to(device)
             lists = part["grads"], part["saliencies"]
-            op.call("select_gradients_", part["backend"], *lists, scope_statistics=over, layout=part["layout"], step=step, seed=seed, selection=selection)
+            op.call(
+                "select_gradients_",
+                part["backend"],
+                *lists,
+                scope_statistics=over,
+                layout=part["layout"],
+                step=step,
+                seed=seed,
+                selection=selection,
+            )
 
 
 def selection_probability(
@@ -591,14 +618,15 @@ def _check_gradient(name: str, grad: Tensor, saliency: Tensor | None) -> None:
         if not isinstance(saliency, Tensor) or saliency.dtype not in FLOATS or saliency.layout is not torch.strided:
             raise TypeError(f"the saliency of {name} is no dense floating-point tensor; give float32, bfloat16, float16 or float64")
         if saliency.shape != grad.shape or saliency.device != grad.device:
-            raise ValueError(
-                f"the saliency of {name} has shape {tuple(saliency.shape)} on {saliency.device}; it must be {tuple(grad.shape)} on {grad.device}"
-            )
+            found = f"{tuple(saliency.shape)} on {saliency.device}"
+            raise ValueError(f"the saliency of {name} has shape {found}; it must be {tuple(grad.shape)} on {grad.device}")
 
 
 def _check_parameter(stream: int, p: Tensor, grad: Tensor) -> None:
     if grad.layout is not torch.strided:
-        raise RuntimeError(f"parameter {stream} has a sparse gradient ({grad.layout}), which is not supported; call .to_dense() on it first")
+        raise RuntimeError(
+            f"parameter {stream} has a sparse gradient ({grad.layout}), which is not supported; call .to_dense() on it first"
+        )
     if p.dtype not in FLOATS or grad.dtype not in FLOATS:
         raise TypeError(f"parameter {stream} is {p.dtype} with a gradient of {grad.dtype}: complex and integer tensors are not supported")
     if grad.shape != p.shape:

@@ -106,15 +106,18 @@ STEP = (
     "Tensor? grad_scale, Tensor? found_inf, float lr, Tensor? lr_tensor, float weight_decay, bool maximize, int seed, "
 )
 SCHEMAS = {
-    "selective_adamw_": "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, "
+    "selective_adamw_": "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    + "Tensor(d!)[] max_exp_avg_sqs, "
     + STEP.format(*"efg")
     + f"float beta1, float beta2, Tensor? beta1_tensor, Tensor? beta2_tensor, float eps, {OPTIONS}",
     "selective_sgd_": "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
     + STEP.format(*"cde")
     + f"float momentum, float dampening, bool nesterov, {OPTIONS}",
-    "select_gradients_": f"Tensor(a!)[] grads, Tensor[] saliencies, *, Tensor? scope_statistics, int[] layout, int step, int seed, {OPTIONS}",
+    "select_gradients_": "Tensor(a!)[] grads, Tensor[] saliencies, *, Tensor? scope_statistics, int[] layout, int step, int seed, "
+    + OPTIONS,
     # Joins into `out`: one row for all tensors together, or a row each. sizes: elements of the unsharded tensors; empty: as they are.
-    "selective_statistics_": "Tensor[] grads, Tensor[] saliencies, *, int[] layout, int[] sizes, int normalization, Tensor? grad_scale, Tensor(a!) out",
+    "selective_statistics_": "Tensor[] grads, Tensor[] saliencies, *, int[] layout, int[] sizes, int normalization, "
+    + "Tensor? grad_scale, Tensor(a!) out",
     "selection_probability_": f"Tensor grad, Tensor? saliency, *, Tensor(a!) out, {OPTIONS}",
     "selection_mask_": f"Tensor grad, Tensor? saliency, *, Tensor(a!) out, int[] layout, int step, int seed, {OPTIONS}",
 }
@@ -169,8 +172,9 @@ def choose(name: str, backend: str, device: torch.device, dtype: torch.dtype) ->
 def scope_statistics(parts: list[dict], normalization: str) -> Tensor:
     """The statistics of s over the tensors of all parts together, as the operators take them.
 
-    A part has `grads`, `saliencies`, `layout`, `grad_scale`, a chosen `backend`, and `kept`: None, or lists of the minima and maxima that
-    stand for the tensors (NaN: nothing kept yet). The reference alone ranks exactly; where a compiled kernel takes part, all share its histogram.
+    A part has `grads`, `saliencies`, `layout`, `grad_scale`, a chosen `backend`, and `kept`: None, or lists of the minima and maxima
+    that stand for the tensors (NaN: nothing kept yet). The reference alone ranks exactly; where a compiled kernel takes part, all share
+    its histogram.
     """
     if normalization == "rank" and all(part["backend"] == "reference" for part in parts):
         return reference.ordered_saliency(parts)

@@ -160,9 +160,27 @@ def row(statistics: Tensor | None, i: int) -> Tensor | None:
     return statistics if statistics is None or statistics.dim() == 1 else statistics[min(i, len(statistics) - 1)]
 
 
-def step_(line, params, grads, moments, steps, saliency_mins, saliency_maxs, *, scope_statistics, layout, grad_scale, found_inf, lr, lr_tensor,
-          maximize, seed, selection, **options) -> None:  # fmt: skip
-    """Algorithm 1, lines 10-13, on every tensor; `moments`: a tuple of states for `line` by tensor. Nothing happens where `found_inf` is set."""
+def step_(
+    line,
+    params,
+    grads,
+    moments,
+    steps,
+    saliency_mins,
+    saliency_maxs,
+    *,
+    scope_statistics,
+    layout,
+    grad_scale,
+    found_inf,
+    lr,
+    lr_tensor,
+    maximize,
+    seed,
+    selection,
+    **options,
+) -> None:
+    """Algorithm 1, lines 10-13, on every tensor; `moments`: a tuple of states for `line` by tensor. Nothing where `found_inf` is set."""
     if found_inf is not None and found_inf.item():
         return
     options["lr"] = lr if lr_tensor is None else lr_tensor.reshape(())
@@ -199,7 +217,9 @@ def step_(line, params, grads, moments, steps, saliency_mins, saliency_maxs, *, 
                 m.copy_(value if word is None else round_stochastically(value, word & 0xFFFF if k == 0 else word >> 16))
 
 
-def selective_adamw_(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, *kept, beta1, beta2, beta1_tensor, beta2_tensor, **options) -> None:
+def selective_adamw_(
+    params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, *kept, beta1, beta2, beta1_tensor, beta2_tensor, **options
+) -> None:
     """AdamW on g~ (target "gradient"), or AdamW's step where b ("update")."""
     betas = [beta if tensor is None else tensor.reshape(()) for beta, tensor in ((beta1, beta1_tensor), (beta2, beta2_tensor))]
     moments = [*zip(exp_avgs, exp_avg_sqs, max_exp_avg_sqs or [None] * len(params), strict=True)]
