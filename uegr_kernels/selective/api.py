@@ -164,7 +164,9 @@ class SelectiveOptimizer(Optimizer):
             for name, tensor in (("gradient", grad), *((key, (state or {}).get(key)) for key in moments)):
                 if tensor is not None and tensor.shape != p.shape:
                     stream = batch["layout"][4 * i]
-                    raise ValueError(f"parameter {stream} has shape {tuple(p.shape)} but its {name} {tuple(tensor.shape)}; they must be equal")
+                    raise ValueError(
+                        f"parameter {stream} has shape {tuple(p.shape)} but its {name} {tuple(tensor.shape)}; they must be equal"
+                    )
 
     def _complete_states(self, batch: dict) -> None:
         """Creates what a parameter's state lacks, and lists the states."""
