@@ -271,9 +271,10 @@ template <class T> struct Sum {
     void add(typename Vector<T>::Type block) {
         for (int i = 0; i < width<T>; ++i) lanes[i] += block[i];
     }
-    double total() const {
+    // Of the first `count` lanes: short rows leave the others empty.
+    double total(int count) const {
         double sum = 0;
-        for (double lane : lanes) sum += lane;
+        for (int i = 0; i < count; ++i) sum += lanes[i];
         return sum;
     }
 };

@@ -81,6 +81,7 @@ template <class T, int fixed> class Worker {
     };
     const Batch& batch;
     const int64_t classes, padded, passes, pairing;
+    const int lanes; // that a row reaches
     std::unique_ptr<T, Free> memory;
     T *staged, *exponentials, *products, *targets, *gaps;
     V* registers;
@@ -90,8 +91,8 @@ template <class T, int fixed> class Worker {
 
 public:
     explicit Worker(const Batch& b)
-        : batch(b), classes(b.classes), padded((classes + 15) / 16 * 16), passes(b.passes()), pairing(b.pairing()), x(passes),
-          sums(passes) {
+        : batch(b), classes(b.classes), padded((classes + 15) / 16 * 16), passes(b.passes()), pairing(b.pairing()),
+          lanes(static_cast<int>(std::min<int64_t>(width<T>, classes))), x(passes), sums(passes) {
         const int64_t needed = (3 * passes + 1) * padded + 3 * pairing * width<T> + pairing * pairing;
         memory.reset(static_cast<T*>(::operator new(needed * sizeof(T), std::align_val_t{64})));
         exponentials = memory.get();
@@ -133,8 +134,9 @@ private:
             for (int j = 0; j < 4; ++j) most[j] = maximum(load_vector(row + i + j * width<T>), most[j]);
         vectors<T>(i, classes, [&](int64_t i, int count) { most[0] = maximum(load(row, i, count, lowest), most[0]); });
         most[0] = maximum(maximum(most[0], most[1]), maximum(most[2], most[3]));
-        T found = lowest;
-        for (int j = 0; j < width<T>; ++j) found = maximum(most[0][j], found);
+        T each[width<T>], found = lowest;
+        store_vector(each, most[0]);
+        for (int j = 0; j < lanes; ++j) found = maximum(each[j], found);
         return found;
     }
 
@@ -146,7 +148,7 @@ private:
             vectors<T>(at, std::min(at + span, classes), [&](int64_t i, int count) { block += term(i, count); });
             total.add(block);
         }
-        return total.total();
+        return total.total(lanes);
     }
 
     int64_t paired() const { return fixed ? fixed : pairing; }
@@ -234,7 +236,7 @@ private:
             for (int64_t k = 0; k < m; ++k) {
                 Sum<T> block;
                 block.add(totals[k]);
-                of[k].kl += block.total();
+                of[k].kl += block.total(lanes);
             }
         }
     }

@@ -309,15 +309,7 @@ def _check_labels(labels: Tensor, rows: Tensor, classes: int, ignore_index: int,
         raise TypeError(f"labels are {labels.dtype}; task='regression' takes floats, give labels.float()")
     if labels.shape != (n,):
         raise ValueError(f"labels have shape {tuple(labels.shape)}; give class indices [N] = ({n},), or probabilities [N, C] as floats")
-    labels = labels.long()
-    if labels.device.type == "cpu" and type(labels) is Tensor and not op.traced():
-        wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
-        if len(wrong):
-            value = wrong[0].item()
-            raise ValueError(
-                f"labels hold {value}; give classes from 0 to {classes - 1}, or {ignore_index} (ignore_index) for rows to leave out"
-            )
-    return labels
+    return labels.long()
 
 
 def _check_linear(hidden: dict[str, Tensor], weight: Tensor, bias: Tensor | None) -> torch.dtype:

@@ -32,7 +32,33 @@ def kernel(name: str, backend: str) -> Callable:
     if backend == "reference":
         return getattr(reference, name)
     operator = getattr(torch.ops.uegr_kernels, name).default
-    return lambda *tensors, reduction, **options: operator(*tensors, reduction=REDUCTIONS.index(reduction), **options)
+
+    def run(*tensors, reduction, **options):
+        with torch._C._AutoDispatchBelowAutograd():  # what register_autograd puts before a kernel is Python and takes longer than a small loss
+            try:
+                return operator(*tensors, reduction=REDUCTIONS.index(reduction), **options)
+            except RuntimeError as error:
+                raise _as_value_error(error) from None
+
+    return run
+
+
+def _as_value_error(error: RuntimeError) -> Exception:
+    """The kernels' word on wrong labels as what the reference raises."""
+    found = str(error).partition("labels hold ")[1:]
+    return ValueError("".join(found).splitlines()[0]) if found[0] else error
+
+
+def _check_range(labels: Tensor | None, classes: int, ignore_index: int) -> None:
+    """Raises for class indices outside [0, classes), where they can be looked at; the kernels look themselves."""
+    if labels is None or labels.is_floating_point() or labels.device.type != "cpu" or type(labels) is not Tensor or traced():
+        return
+    wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
+    if len(wrong):
+        value = wrong[0].item()
+        raise ValueError(
+            f"labels hold {value}; give classes from 0 to {classes - 1}, or {ignore_index} (ignore_index) for rows to leave out"
+        )
 
 
 def _linear_uegr_loss(hidden, weight, bias, labels, row_weights, *, reduction, needs, chunk_rows, backend, dtype, **options):
@@ -207,6 +233,8 @@ def uegr_loss(
 ) -> tuple[Tensor, Tensor]:
     """The loss, differentiable, and its parts; arguments as in SCHEMAS."""
     backend = choose(backend, logits[0].device, logits[0].dtype)
+    if backend == "reference":
+        _check_range(labels, logits[0].shape[-1], options["ignore_index"])
     needs = [torch.is_grad_enabled() and x.requires_grad for x in logits]
 
     def run(reduction: str) -> tuple[Tensor, Tensor]:
@@ -234,6 +262,8 @@ def linear_uegr_loss(
     """The loss of the logits hidden @ weight.T + bias in `dtype`, never whole, and its parts."""
     needs = [x is not None and torch.is_grad_enabled() and x.requires_grad for x in (*hidden, weight, bias)]
     options |= {"needs": needs, "dtype": dtype, "backend": choose(backend, weight.device, dtype)}
+    if options["backend"] == "reference":
+        _check_range(labels, len(weight), options["ignore_index"])
 
     def run(reduction: str) -> tuple[Tensor, Tensor]:
         number = REDUCTIONS.index(reduction)
