@@ -184,6 +184,14 @@ def test_what_is_no_logit_gives_nan(backend, wrong):
     assert js[:2].isfinite().all() and js[2].isnan()
 
 
+def test_a_clean_pass_alone(native):
+    clean, labels = random_logits(5, 40, dtype=torch.float32), torch.arange(5)
+    options = {"js_weight": 0.01, "label_smoothing": 0.0, "ignore_index": -100, "reduction": 0, "regression": False, "needs": [True]}
+    loss, _, (gradient,) = torch.ops.uegr_kernels.uegr_loss.default([clean], labels, **options)
+    torch.testing.assert_close(loss, F.cross_entropy(clean.requires_grad_(), labels))
+    torch.testing.assert_close(gradient, torch.autograd.grad(F.cross_entropy(clean, labels), clean)[0], rtol=1e-5, atol=1e-7)
+
+
 def test_the_number_of_threads_changes_nothing(native):
     clean, adversarial = random_logits(70, 999, dtype=torch.float32), random_logits(3, 70, 999, dtype=torch.float32, seed=1)
     labels = torch.arange(70)

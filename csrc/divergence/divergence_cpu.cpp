@@ -1,8 +1,8 @@
 // The losses on the CPU: checks and loops. The formulas are divergence.h's.
 //
 // The m+1 rows of one sample are read from memory once and stay in a thread's cache until their gradients are written: a visit for the
-// maxima and exponentials, one for the pairs, one for the gradients, during which the next sample's rows are asked for. Values are kept by
-// row and added up in the rows' order, so that they do not depend on the threads.
+// maximum, one for the exponentials, in which the row to be read next is asked for, one for the pairs, one for the gradients. Values are
+// kept by row and added up in the rows' order, so that they do not depend on the threads.
 #include <algorithm>
 #include <memory>
 #include <new>
@@ -91,9 +91,9 @@ public:
     explicit Worker(const Batch& b)
         : batch(b), classes(b.classes), padded((classes + 15) / 16 * 16), passes(b.passes()), m(b.passes() - b.first),
           lanes(static_cast<int>(std::min<int64_t>(width<T>, classes))), x(passes), sums(passes) {
-        const int64_t needed = (2 * m + passes + 1) * padded;
+        const int64_t needed = (2 * m + passes + 2) * padded;
         memory.reset(static_cast<T*>(::operator new(needed * sizeof(T), std::align_val_t{64})));
-        staged = memory.get() + 2 * m * padded;
+        staged = memory.get() + (2 * m + 1) * padded;
         targets = staged + passes * padded;
     }
 

@@ -34,7 +34,9 @@ def kernel(name: str, backend: str) -> Callable:
     operator = getattr(torch.ops.uegr_kernels, name).default
 
     def run(*tensors, reduction, **options):
-        with torch._C._AutoDispatchBelowAutograd():  # what register_autograd puts before a kernel is Python and takes longer than a small loss
+        with (
+            torch._C._AutoDispatchBelowAutograd()
+        ):  # what register_autograd puts before a kernel is Python and takes longer than a small loss
             try:
                 return operator(*tensors, reduction=REDUCTIONS.index(reduction), **options)
             except RuntimeError as error:
