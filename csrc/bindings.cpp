@@ -66,7 +66,7 @@ template <class T> void add_arithmetic(py::module_& m, const char* suffix) {
         return map<T>(n, [&](T v) { return dropout_rate(v, mean, p, max_p); });
     });
     m.def(name("exponential_").c_str(), [](const Array<T>& x) { return map_vectors<T>(x, [](auto v) { return exponential(v); }); });
-    m.def(name("half_complement_").c_str(), [](const Array<T>& t) { return map_vectors<T>(t, [](auto v) { return half_complement(v); }); });
+    m.def(name("half_complement_").c_str(), [](const Array<T>& x) { return map_vectors<T>(x, [](auto v) { return half_complement(v); }); });
     m.def(name("minus_log_of_complement_").c_str(),
           [](const Array<T>& u) { return map_vectors<T>(u, [](auto v) { return minus_log_of_complement(v); }); });
     m.def(name("rank_bin_").c_str(), [](const Array<T>& x) { return map<int>(x, [](T v) { return rank_bin(v); }); });

@@ -279,14 +279,15 @@ template <class T> struct Sum {
     }
 };
 
+constexpr uintptr_t large_page = 1 << 21;
+inline char* large_page_after(const char* p) { return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(p) | (large_page - 1)) + 1); }
+
 // Asks for large pages on the inside of large memory that nothing was written to yet: 4 KiB at a time its page faults outlast the
 // arithmetic.
 inline void expect_large_pages([[maybe_unused]] char* data, [[maybe_unused]] int64_t bytes) {
 #ifdef MADV_HUGEPAGE
-    constexpr uintptr_t page = 1 << 21;
-    const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + page - 1) & ~(page - 1);
-    const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(page - 1);
-    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+    char *first = large_page_after(data - 1), *last = large_page_after(data + bytes) - large_page;
+    if (first < last) madvise(first, last - first, MADV_HUGEPAGE);
 #endif
 }
 
@@ -309,6 +310,18 @@ inline void stream(char* to, const char* from, int64_t bytes) {
     memcpy(to + done, from + done, bytes - done);
 #else
     memcpy(to, from, bytes);
+#endif
+}
+template <class T> void stream_vector(T* to, int count, typename Vector<T>::Type v) { // `to` is aligned
+    if (count < width<T>) memcpy(to, &v, count * sizeof(T));
+#if defined(__AVX512F__)
+    else _mm512_stream_si512(reinterpret_cast<__m512i*>(to), reinterpret_cast<__m512i>(v));
+#elif defined(__AVX2__)
+    else _mm256_stream_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(v));
+#elif defined(__SSE2__)
+    else _mm_stream_si128(reinterpret_cast<__m128i*>(to), reinterpret_cast<__m128i>(v));
+#else
+    else store_vector(to, v);
 #endif
 }
 inline void finish_streams() {

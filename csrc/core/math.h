@@ -37,6 +37,11 @@ template <class T> HOST_DEVICE T absolute(T x) {
     return bit_cast<T>(bit_cast<Bits>(x) & (~Bits{} >> 1));
 }
 
+template <class T> HOST_DEVICE T minus_absolute(T x) {
+    using Bits = typename Float<T>::Bits;
+    return bit_cast<T>(bit_cast<Bits>(x) | ~(~Bits{} >> 1));
+}
+
 // The second where the first is NaN: minps and maxps in one instruction.
 template <class T> HOST_DEVICE T minimum(T a, T b) { return a < b ? a : b; }
 template <class T> HOST_DEVICE T maximum(T a, T b) { return a > b ? a : b; }
@@ -85,11 +90,9 @@ template <class T> HOST_DEVICE void split_exponential(T x, T& scale, T& small) {
         T shifted = held * 1.44269504f + 12582912.0f;
         T k = shifted - 12582912.0f;
         T r = (held - k * 0.693359375f) + k * 2.12194440e-4f;
-        T q = r * 0.0013882522f + 0.00836652f;
-        q = q * r + 0.0416672f;
-        q = q * r + 0.16666543f;
-        q = q * r + 0.49999997f;
-        small = r + r * r * q;
+        T square = r * r; // by pairs of terms: fewer of them wait for each other
+        T q = (square * 0.0013882522f + (r * 0.00836652f + 0.0416672f)) * square + (r * 0.16666543f + 0.49999997f);
+        small = r + square * q;
         scale = bit_cast<T>((bit_cast<Bits>(shifted) << 23) + 0x3f800000u);
     } else {
         T held = maximum(T{} - 709.0, x);
@@ -120,11 +123,11 @@ template <class T> HOST_DEVICE T exponential(T x) {
     return scale * small + scale;
 }
 
-// (1 - e^-t)/2 for t >= 0, under 2 ulp, and exactly 0 for 0.
-template <class T> HOST_DEVICE T half_complement(T t) {
+// (1 - e^x)/2 for x <= 0, under 2 ulp, and exactly 0 for 0.
+template <class T> HOST_DEVICE T half_complement(T x) {
     using E = typename Float<T>::Element;
     T scale, small;
-    split_exponential(-t, scale, small);
+    split_exponential(x, scale, small);
     T half = scale * E(0.5);
     return (E(0.5) - half) - half * small;
 }

@@ -27,11 +27,10 @@ constexpr double far_below = 1e3, far_out = 1e6;
 
 constexpr double ln2 = 0.6931471805599453;
 
-// Adds log(p_k/M) and log(p_l/M), M = (p_k + p_l)/2, for d = log p_k - log p_l.
-// The more probable side has a = ln 2 - log(1 + r), r = exp(-|d|), the other a - |d|. a = -log(1 - (1 - r)/2): no cancellation, and exactly
-// 0 for d = 0.
-template <class T> HOST_DEVICE void add_log_ratios(T d, T& of_k, T& of_l) {
-    const T a = minus_log_of_complement(half_complement(absolute(d)));
+// Adds log(p_k/M) and log(p_l/M), M = (p_k + p_l)/2, for d = log p_k - log p_l and u = (1 - r)/2, r = exp(-|d|).
+// The more probable side has a = ln 2 - log(1 + r) = -log(1 - u), the other a - |d|: no cancellation, and exactly 0 for d = 0.
+template <class T> HOST_DEVICE void add_log_ratios(T d, T u, T& of_k, T& of_l) {
+    const T a = minus_log_of_complement(u);
     of_k = of_k + (a + minimum(d, T{}));
     of_l = of_l + (a - maximum(d, T{}));
 }

@@ -1,8 +1,8 @@
 // The losses on the CPU: checks and loops. The formulas are divergence.h's.
 //
 // The m+1 rows of one sample are read from memory once and stay in a thread's cache until their gradients are written: a visit for the
-// maxima and exponentials, one for the pairs, one for the gradients, during which the next sample's rows are asked for. Values are kept by
-// row and added up in the rows' order, so that they do not depend on the threads.
+// maximum, one for the exponentials, in which the row to be read next is asked for, one for the pairs, one for the gradients. Values are
+// kept by row and added up in the rows' order, so that they do not depend on the threads.
 #include <algorithm>
 #include <memory>
 #include <new>
@@ -45,7 +45,7 @@ struct Rows {
         char* to = at(n) + begin * static_cast<int64_t>(sizeof(T));
         if (!direct<T>()) store_block(view(n), begin, static_cast<int>(count), x);
         else if (streamed) stream(to, reinterpret_cast<const char*>(x), count * sizeof(T));
-        else memcpy(to, x, count * sizeof(T));
+        else vectors<T>(0, count, [=](int64_t i, int some) { memcpy(to + i * sizeof(T), x + i, some * sizeof(T)); });
     }
 };
 
@@ -64,15 +64,14 @@ struct Batch {
     std::vector<Values> values;
 
     int64_t passes() const { return static_cast<int64_t>(logits.size()); }
-    int64_t pairing() const { return passes() - first; }
     bool labelled() const { return indices || soft.data; }
     int64_t index(int64_t n) const { return indices[n * index_stride]; }
     bool ignored(int64_t n) const { return indices && index(n) == options.ignore_index; }
     double label_weight(int64_t pass) const { return !labelled() ? 0 : pass == 0 ? 1 : 1 / static_cast<double>(passes() - 1); }
 };
 
-// A thread at work on a batch; `fixed` is the number of passes in pairs where the compiler should know it, else 0.
-template <class T, int fixed> class Worker {
+// A thread at work on a batch.
+template <class T> class Worker {
     using V = typename Vector<T>::Type;
     static constexpr T lowest = -std::numeric_limits<T>::infinity();
 
@@ -80,27 +79,22 @@ template <class T, int fixed> class Worker {
         void operator()(T* p) const { ::operator delete(p, std::align_val_t{64}); }
     };
     const Batch& batch;
-    const int64_t classes, padded, passes, pairing;
+    const int64_t classes, padded, passes, m;
     const int lanes; // that a row reaches
     std::unique_ptr<T, Free> memory;
-    T *staged, *exponentials, *products, *targets, *gaps;
-    V* registers;
+    T *staged, *targets;
     std::vector<const T*> x;
     std::vector<RowSums> sums;
-    alignas(64) T gradient[span];
+    alignas(64) T gradient[span], difference[span];
 
 public:
     explicit Worker(const Batch& b)
-        : batch(b), classes(b.classes), padded((classes + 15) / 16 * 16), passes(b.passes()), pairing(b.pairing()),
+        : batch(b), classes(b.classes), padded((classes + 15) / 16 * 16), passes(b.passes()), m(b.passes() - b.first),
           lanes(static_cast<int>(std::min<int64_t>(width<T>, classes))), x(passes), sums(passes) {
-        const int64_t needed = (3 * passes + 1) * padded + 3 * pairing * width<T> + pairing * pairing;
+        const int64_t needed = (2 * m + passes + 2) * padded;
         memory.reset(static_cast<T*>(::operator new(needed * sizeof(T), std::align_val_t{64})));
-        exponentials = memory.get();
-        products = exponentials + passes * padded;
-        staged = products + passes * padded;
+        staged = memory.get() + (2 * m + 1) * padded;
         targets = staged + passes * padded;
-        registers = reinterpret_cast<V*>(targets + padded);
-        gaps = reinterpret_cast<T*>(registers + 3 * pairing);
     }
 
     // Samples [begin, end).
@@ -124,6 +118,10 @@ private:
         for (const Rows& into : batch.gradients)
             for (int64_t at = 0; into.data && at < classes; at += span) into.put(n, at, std::min(span, classes - at), gradient);
     }
+
+    // The clean pass, written before the others are read, leaves its memory to them.
+    T* exponentials_of(int64_t pass) { return memory.get() + std::max<int64_t>(pass - batch.first, 0) * padded; }
+    T* products_of(int64_t pass) { return exponentials_of(pass) + m * padded; }
 
     static void stage(const Rows& from, int64_t n, T* to) { uegr::load(from.view(n), 0, static_cast<int>(from.classes), to); }
 
@@ -151,8 +149,6 @@ private:
         return total.total(lanes);
     }
 
-    int64_t paired() const { return fixed ? fixed : pairing; }
-
     // Where the row to be read after a pass's begins, to be asked for meanwhile; some memory at hand where there is none or it is strided.
     const char* ahead(int64_t pass, int64_t n, int64_t next) const {
         const Rows& from = batch.logits[pass == passes ? 0 : pass];
@@ -170,7 +166,7 @@ private:
             for (int64_t i = 0; i < classes; ++i) own[i] = x[pass][i] - max;
             x[pass] = own, max = 0;
         }
-        T* e = exponentials + pass * padded;
+        T* e = exponentials_of(pass);
         RowSums& row = sums[pass];
         row = RowSums();
         row.max = max;
@@ -200,69 +196,80 @@ private:
         }
     }
 
-    // The pairs: w = e * (sum of the log ratios) by pass, and its sum.
+    // The pairs: w = e * (sum of the log ratios) by pass, and its sum. Each loop is short enough for several of its rounds to be under way.
     void pair() {
-        const int64_t m = paired();
-        const T *e = exponentials + batch.first * padded, *const *rows = x.data() + batch.first;
-        T* w = products + batch.first * padded;
+        const T* e = exponentials_of(batch.first);
+        T* w = products_of(batch.first);
         RowSums* of = sums.data() + batch.first;
-        V local[fixed ? 3 * fixed : 1];
-        V *held = fixed ? local : registers, *ratios = held + m, *totals = ratios + m;
-        T local_gaps[fixed ? fixed * fixed : 1];
-        T* gap = fixed ? local_gaps : gaps; // between the logarithms of the sums; on the diagonal what is far below
-        for (int64_t k = 0; k < m; ++k) {
-            gap[k * m + k] = static_cast<T>(of[k].max - far_below);
-            for (int64_t l = k + 1; l < m; ++l) gap[k * m + l] = static_cast<T>(of[k].log_normalizer() - of[l].log_normalizer());
-            of[k].kl = 0;
-        }
+        for (int64_t k = 0; k < m; ++k) of[k].kl = 0;
         for (int64_t at = 0; at < classes; at += span) {
-#pragma GCC unroll 4
-            for (int64_t k = 0; k < m; ++k) totals[k] = V{};
-            vectors<T>(at, std::min(at + span, classes), [&, m](int64_t i, int count) {
-#pragma GCC unroll 4
-                for (int64_t k = 0; k < m; ++k) held[k] = maximum(V{} + gap[k * m + k], load(rows[k], i, count, lowest)), ratios[k] = V{};
-#pragma GCC unroll 4
-                for (int64_t k = 0; k < m; ++k)
-#pragma GCC unroll 4
-                    for (int64_t l = k + 1; l < m; ++l) add_log_ratios(held[k] - held[l] - gap[k * m + l], ratios[k], ratios[l]);
-#pragma GCC unroll 4
-                for (int64_t k = 0; k < m; ++k) {
-                    const V product = load_vector(e + k * padded + i) * ratios[k];
-                    store_vector(w + k * padded + i, product);
-                    totals[k] += product;
-                }
-            });
-#pragma GCC unroll 4
+            const int64_t end = std::min(at + span, classes);
+            for (int64_t k = 0; k < m; ++k)
+                std::fill(w + k * padded + at, w + k * padded + std::min(at + span, padded), T(0)); // whole vectors
+            for (int64_t k = 0; k < m; ++k)
+                for (int64_t l = k + 1; l < m; ++l) add_pair(k, l, at, end, w + k * padded, w + l * padded);
             for (int64_t k = 0; k < m; ++k) {
+                V total{};
+                vectors<T>(at, end, [&, from = e + k * padded, to = w + k * padded](int64_t i, int) {
+                    const V product = load_vector(from + i) * load_vector(to + i);
+                    store_vector(to + i, product);
+                    total += product;
+                });
                 Sum<T> block;
-                block.add(totals[k]);
+                block.add(total);
                 of[k].kl += block.total(lanes);
             }
         }
     }
 
+    void add_pair(int64_t k, int64_t l, int64_t at, int64_t end, T* of_k, T* of_l) {
+        const RowSums &row_k = sums[batch.first + k], &row_l = sums[batch.first + l];
+        const T far_k = static_cast<T>(row_k.max - far_below), far_l = static_cast<T>(row_l.max - far_below);
+        const T gap = static_cast<T>(row_k.log_normalizer() - row_l.log_normalizer());
+        vectors<T>(at, end,
+                   [=, x_k = x[batch.first + k], x_l = x[batch.first + l], d = difference - at, u = gradient - at](int64_t i, int count) {
+                       const V between =
+                           maximum(V{} + far_k, load(x_k, i, count, lowest)) - maximum(V{} + far_l, load(x_l, i, count, lowest)) - gap;
+                       store_vector(d + i, between);
+                       store_vector(u + i, half_complement(minus_absolute(between)));
+                   });
+        vectors<T>(at, end, [=, d = difference - at, u = gradient - at](int64_t i, int) {
+            V ratio_k = load_vector(of_k + i), ratio_l = load_vector(of_l + i);
+            add_log_ratios(load_vector(d + i), load_vector(u + i), ratio_k, ratio_l);
+            store_vector(of_k + i, ratio_k), store_vector(of_l + i, ratio_l);
+        });
+    }
+
     void write(int64_t pass, int64_t n, double mass) {
         const Rows& into = batch.gradients[pass];
+        if (!into.data) return;
         const LossOptions& o = batch.options;
-        const bool in_pairs = pass >= batch.first && paired() > 1;
+        const bool in_pairs = pass >= batch.first && m > 1;
         const double smoothed = batch.indices ? o.label_smoothing / static_cast<double>(classes) : 0;
         const GradientFactors<T> factors(sums[pass], batch.unit * batch.label_weight(pass), mass, smoothed,
                                          in_pairs ? batch.unit * o.js_weight : 0);
-        const T *e = exponentials + pass * padded, *w = products + pass * padded;
-        for (int64_t at = 0; at < classes; at += span) {
-            const int64_t count = std::min(span, classes - at);
+        const T *e = exponentials_of(pass), *w = products_of(pass);
+        auto part = [&](int64_t begin, int64_t end, auto out) {
             if (in_pairs)
-                vectors<T>(0, count, [&](int64_t i, int) {
-                    store_vector(gradient + i, factors.gradient(load_vector(e + at + i), load_vector(w + at + i)));
-                });
-            else vectors<T>(0, count, [&](int64_t i, int) { store_vector(gradient + i, factors.gradient(load_vector(e + at + i))); });
-            if (batch.soft.data)
-                for (int64_t i = 0; i < count; ++i) gradient[i] = factors.labelled(gradient[i], targets[at + i]);
-            if (batch.indices && batch.index(n) >= at && batch.index(n) < at + count) {
-                T& own = gradient[batch.index(n) - at];
-                own = factors.labelled(own, static_cast<T>(1 - o.label_smoothing));
+                vectors<T>(begin, end,
+                           [&](int64_t i, int count) { out(i, count, factors.gradient(load_vector(e + i), load_vector(w + i))); });
+            else vectors<T>(begin, end, [&](int64_t i, int count) { out(i, count, factors.gradient(load_vector(e + i))); });
+        };
+        T* row = reinterpret_cast<T*>(into.at(n));
+        const bool straight = into.direct<T>() && !batch.soft.data && (!into.streamed || reinterpret_cast<uintptr_t>(row) % sizeof(V) == 0);
+        for (int64_t at = 0; at < classes; at += span) {
+            const int64_t end = std::min(at + span, classes), label = batch.indices ? batch.index(n) : -1;
+            const bool has_label = label >= at && label < end;
+            if (straight && !has_label && into.streamed) {
+                part(at, end, [=](int64_t i, int count, V v) { stream_vector(row + i, count, v); });
+            } else if (straight && !has_label) {
+                part(at, end, [=](int64_t i, int count, V v) { memcpy(row + i, &v, count * sizeof(T)); });
+            } else {
+                part(at, end, [=, to = gradient - at](int64_t i, int, V v) { store_vector(to + i, v); });
+                for (int64_t i = at; batch.soft.data && i < end; ++i) gradient[i - at] = factors.labelled(gradient[i - at], targets[i]);
+                if (has_label) gradient[label - at] = factors.labelled(gradient[label - at], static_cast<T>(1 - o.label_smoothing));
+                into.put(n, at, end - at, gradient);
             }
-            into.put(n, at, count, gradient);
         }
     }
 
@@ -281,14 +288,14 @@ private:
             if (!batch.labelled()) continue;
             compare(pass, n);
             (pass ? found.adversarial : found.clean) += sums[pass].cross_entropy(mass) * batch.label_weight(pass);
+            if (pass < batch.first) write(pass, n, mass);
         }
-        if (paired() > 1) {
+        if (m > 1) {
             pair();
             for (int64_t k = batch.first; k < passes; ++k) found.divergence += sums[k].divergence();
-            found.divergence = pairs_divergence(found.divergence, paired());
+            found.divergence = pairs_divergence(found.divergence, m);
         }
-        for (int64_t pass = 0; pass < passes; ++pass)
-            if (batch.gradients[pass].data) write(pass, n, mass);
+        for (int64_t pass = batch.first; pass < passes; ++pass) write(pass, n, mass);
         return found;
     }
 
@@ -322,21 +329,12 @@ private:
     }
 };
 
-template <class T, int fixed> void work(Batch& batch) {
+template <class T> void work(Batch& batch) {
     const int64_t grain = std::max<int64_t>(1, worth_a_thread / (batch.passes() * batch.classes));
-    auto part = [&](int64_t begin, int64_t end) { std::make_unique<Worker<T, fixed>>(batch)->run(begin, end, batch.values.data()); };
+    auto part = [&](int64_t begin, int64_t end) { std::make_unique<Worker<T>>(batch)->run(begin, end, batch.values.data()); };
+    if (batch.samples == 0) return;
     if (batch.samples <= grain || torch::stable::get_num_threads() == 1) part(0, batch.samples);
     else torch::stable::parallel_for(0, batch.samples, grain, part);
-}
-
-template <class T> void work(Batch& batch) {
-    if (batch.samples == 0) return;
-    switch (batch.pairing()) {
-    case 2: return work<T, 2>(batch);
-    case 3: return work<T, 3>(batch);
-    case 4: return work<T, 4>(batch);
-    default: return work<T, 0>(batch);
-    }
 }
 
 // Checks everything before anything is written. The rows that count are counted.
