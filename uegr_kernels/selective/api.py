@@ -33,8 +33,8 @@ class SelectiveOptimizer(Optimizer):
 
     operator: str
     numbers: tuple[str, ...]  # options of this optimizer's own that are numbers
-    _roster: _Roster | None = None
-    _shared: dict[str, tuple[Tensor, list[int]]] = {}  # states of many small parameters in one tensor, and where each lies, by key
+    _roster: _Roster | None
+    _shared: dict[str, tuple[Tensor, list[int]]]  # states of many small parameters in one tensor, and where each lies, by key
 
     def __init__(self, params: ParamsT, defaults: dict, *, seed: int | None, backend: str):
         if backend != "auto" and backend not in op.backends.BACKENDS:
@@ -42,6 +42,7 @@ class SelectiveOptimizer(Optimizer):
         if seed is not None:
             seed = _whole("seed", seed) % 2**64
         self.backend = backend
+        self._roster, self._shared = None, {}
         self._drawn_seed: int | None = None  # drawn here and not agreed on with the other ranks yet
         self._check(defaults)
         super().__init__(params, defaults | {"seed": seed, "format": FORMAT})
@@ -358,6 +359,7 @@ class SelectiveOptimizer(Optimizer):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
+        self._roster, self._shared = None, {}
         for group in self.param_groups:
             for p in group["params"]:
                 p_state = self.state.get(p) or {}
