@@ -179,6 +179,19 @@ def test_neutral_equals_torch_adamw(backend, dtype, options):
     neutral_against_torch(uk.SelectiveAdamW, torch.optim.AdamW, backend, dtype, options, "gradient")
 
 
+@pytest.mark.parametrize("target", ["gradient", "update"])
+@pytest.mark.parametrize("options", [{}, {"lr": 3e-4, "maximize": True}, {"lr": 1e-2}], ids=str)
+def test_roundings_of_a_hundred_steps_are_torchs(backend, options, target):
+    """Steps of a few units in the parameter's last place, all rounded to the same side."""
+    start, gradients = problem([(1000,)] * 3, steps=100)
+    start = [torch.ones(1000), start[1], start[2] * 0.02]
+    params, _ = trained(uk.SelectiveAdamW, backend, start, gradients, **NEUTRAL, **options, target=target)
+    expected = as_parameters(start)
+    walk(torch.optim.AdamW(expected, foreach=False, **options), expected, gradients)
+    for i, (p, q) in enumerate(zip(params, expected, strict=True)):
+        compare(p, q, "trajectory", name=f"parameter {i}")
+
+
 @pytest.mark.parametrize("options", SGD_OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
 def test_neutral_equals_torch_sgd(backend, dtype, options):
