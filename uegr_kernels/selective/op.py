@@ -137,6 +137,8 @@ def _register(name: str, schema: str) -> None:
             for i, g in enumerate(grads):  # a mixture is dispatched here: the compiled kernels never see it
                 if g.layout is not torch.strided or g.device != params[i].device:
                     raise RuntimeError(f"grads[{i}] is {g.layout} on {g.device}; make it dense, on {params[i].device}")
+            for state in (state for states in (*moments, steps, low, high) for state in states if state.layout is not torch.strided):
+                raise RuntimeError(f"a state of shape {tuple(state.shape)} is {state.layout}; make it dense")
             one = [p.new_empty(()) for p in params[:1]] * len(params)
             args = params, grads, *(_apart(m, params) for m in moments), *(_apart(s, one) for s in (steps, low, high))
         if "salient" in kwargs:
