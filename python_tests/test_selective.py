@@ -1971,6 +1971,18 @@ def test_select_gradients_names_a_bad_gradient_and_changes_none(backend, make, s
     assert params[0].grad.tolist() == [1.0, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_numpys_numbers_are_numbers(backend, cls):
+    start, gradients = problem([(9, 5)])
+    plain = {"lr": 0.125, "weight_decay": 0.5, "threshold": 0.25, "sharpness": 2, "min_probability": 0.5, "seed": 2**63 + 1}
+    types = (np.float32, np.float16, np.float32, np.int64, np.float32, np.uint64)
+    converted = {key: kind(value) for (key, value), kind in zip(plain.items(), types, strict=True)}
+    results = [trained(cls, backend, start, gradients, **options)[0][0] for options in (plain, converted)]
+    assert same_bits(*results)
+    masks = [uk.selection_mask(gradients[0][0], seed=kind(3), step=kind(1), stream=kind(2), backend=backend) for kind in (int, np.int64)]
+    assert same_bits(*masks)
+
+
 def test_select_gradients_names_what_is_no_tensor(backend):
     first, second = fine_parameter(), fine_parameter()
     for params, saliency, message in (

@@ -3,6 +3,7 @@
 import dataclasses
 import operator
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ class SelectiveOptimizer(Optimizer):
         """Raises what is wrong with a group's options, in torch's own words where torch has the option."""
         lr = group["lr"]
         for name in ("lr", "weight_decay", *self.numbers):
-            if not isinstance(group[name], (int, float, Tensor)):
+            if not isinstance(group[name], (Real, Tensor)):
                 raise TypeError(f"{name}={group[name]!r} is a {type(group[name]).__name__}; give a number")
         for name in self.flags:
             if not isinstance(group[name], bool) and not (group[name] is None and name in ("foreach", "fused")):
@@ -439,7 +440,7 @@ class SelectiveAdamW(SelectiveOptimizer):
     def _check(self, group: dict) -> None:
         super()._check(group)
         betas = group["betas"]
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(isinstance(beta, (int, float, Tensor)) for beta in betas):
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(isinstance(beta, (Real, Tensor)) for beta in betas):
             raise TypeError(f"betas={betas!r} is no pair of numbers; give (beta1, beta2)")
         if not 0.0 <= group["eps"]:
             raise ValueError(f"Invalid epsilon value: {group['eps']}")
@@ -670,7 +671,8 @@ def selection_mask(
     selection = _stateless({k: v for k, v in locals().items() if k in op.FIELDS})
     _check_gradient("grad", grad, saliency)
     seed, step = _signed(_whole("seed", seed) % 2**64), _step(step)
-    if not 0 <= _whole("stream", stream) < 2**32:
+    stream = _whole("stream", stream)
+    if not 0 <= stream < 2**32:
         raise ValueError(f"stream={stream} is out of range; give an integer in [0, 2^32)")
     chosen = op.choose("selection_mask_", backend, grad.device, grad.dtype)
     with torch.no_grad():
@@ -746,13 +748,14 @@ def _expanded(tensor: Tensor) -> bool:
 
 
 def _whole(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give an integer")
-    return value
+    return int(value)
 
 
 def _step(step: int) -> int:
-    if not 0 <= _whole("step", step) < 2**24:
+    step = _whole("step", step)
+    if not 0 <= step < 2**24:
         raise ValueError(f"step={step} is out of range; give an integer in [0, 2^24)")
     return step
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class Selection:
                 raise ValueError(f"{name}={value!r} is not one of its values; use {' or '.join(map(repr, choices))}")
         for name, within, rule in RANGES:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a number {rule}")
             if not (math.isfinite(value) and within(value)):
                 raise ValueError(f"{name}={value!r} is out of range; give a number {rule}")
