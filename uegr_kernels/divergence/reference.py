@@ -139,7 +139,8 @@ def linear_uegr_loss(kernel: Callable, hidden: list[Tensor], weight: Tensor, bia
     for at in range(0, max(len(keep), 1), chunk_rows):
         slices = [x[..., at : at + chunk_rows, :] for x in hidden]
         h = torch.cat([x.reshape(-1, x.shape[-1]) for x in slices]).to(dtype)
-        z = torch.nn.functional.linear(h, w, b)
+        buffer = h.new_empty(len(h), len(w)) if at == 0 else buffer[: len(h)]  # one for all chunks: they would lie side by side
+        z = torch.mm(h, w.T, out=buffer) if b is None else torch.addmm(b, h, w.T, out=buffer)
         of_inputs = [part.view(*x.shape[:-1], len(w)) for x, part in zip(slices, z.split([x[..., 0].numel() for x in slices]), strict=True)]
         loss, parts = kernel(of_inputs, None if labels is None else labels[at : at + chunk_rows], ignore_index=ignore_index,
                              reduction="none", needs=need_logits, **options)  # fmt: skip
