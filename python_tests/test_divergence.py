@@ -495,7 +495,7 @@ def test_retained_graph_gives_the_same_gradient_again(backend):
 
 @pytest.mark.parametrize("linear", [False, True])
 def test_a_gradient_handed_out_is_nobody_elses(backend, linear):
-    logits, weight = random_logits(2, 5, 7, requires_grad=True), random_logits(9, 7, seed=1)
+    logits, weight = random_logits(2, 5, 7).requires_grad_(), random_logits(9, 7, seed=1)
     loss = linear_pairwise_js(logits, weight, backend=backend) if linear else pairwise_js(logits, backend=backend)
     (first,) = torch.autograd.grad(loss, logits, retain_graph=True)
     expected = first.clone()
