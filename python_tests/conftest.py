@@ -1,6 +1,9 @@
 """Shared by all tests: the `backend` fixture, NaN-filled memory, seeds, and the one tolerance table."""
 
+import os
 import typing
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its interpreter runs the kernels on the CPU
 
 import hypothesis
 import pytest
@@ -23,13 +26,13 @@ def serve_or_skip(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=("reference", "cpp"))
+@pytest.fixture(params=("reference", "cpp", "triton"))
 def backend(request) -> str:
     """Every backend that serves the test module's OPERATORS ("folder.name") on the CPU."""
     return serve_or_skip(request)
 
 
-@pytest.fixture(params=("cpp",))
+@pytest.fixture(params=("cpp", "triton"))
 def native(request) -> str:
     """The same without the reference: what agreement with the reference is tested on."""
     return serve_or_skip(request)
