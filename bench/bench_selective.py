@@ -81,6 +81,8 @@ def case(name: str, shapes: Shapes, options: dict, ours: Callable, torchs: Calla
             found.append(Contestant(f"torch {kind}", stepping(torchs(params, 1e-5, **line, **flags)), least))
         if max(sizes) > 30_000_000:  # of which it makes some 100 bytes of temporaries an element
             return [*found, Contestant("plain PyTorch", None, missing=f"a tensor of {max(sizes):,} elements would take it too much memory")]
+        if max(sizes) > 10_000_000 and options:  # half a minute a step
+            return [*found, Contestant("plain PyTorch", None, missing="timed with the default options only")]
         return [*found, Contestant("plain PyTorch", selective("reference"), must_move, rounds=2)]
 
     def verify() -> str | None:

@@ -61,10 +61,10 @@ inline void store_words(uint32_t* words, const Words& c) {
     memcpy(words, pairs, sizeof(pairs));
 }
 
-// The words of a block from the counter q on, several chains at a time: one chain's multiplications hide another's.
-inline void fill_words(uint32_t* words, uint64_t q, uint32_t step, uint32_t stream, const RoundKeys& keys) {
+// At least the n words from the counter q on, within a block, several chains at a time: one chain's multiplications hide another's.
+inline void fill_words(uint32_t* words, int n, uint64_t q, uint32_t step, uint32_t stream, const RoundKeys& keys) {
     constexpr int chains = philox_chains;
-    for (int done = 0; done < block_size / 4; done += chains * lane_count) {
+    for (int done = 0; 4 * done < n; done += chains * lane_count) {
         Words c[chains];
 #pragma GCC unroll 4
         for (int i = 0; i < chains; ++i) c[i] = mixed(q + done + i * lane_count, step, stream, keys);
@@ -78,11 +78,12 @@ inline void fill_words(uint32_t* words, uint64_t q, uint32_t step, uint32_t stre
     }
 }
 
-// Calls element(i) for a block, and asks on the way for the memory that lies a few blocks on: the hardware does not reach across pages,
-// and arithmetic between the accesses keeps it from running far enough ahead.
-template <class T, class Element> inline void block_loop(const T* const (&arrays)[4], Element element) {
-    constexpr int slice = 16;
-    for (int begin = 0; begin < block_size; begin += slice) {
+constexpr int slice = 16; // elements that a loop over part of a block may round up to
+
+// Calls element(i) for n elements in whole slices, and asks on the way for the memory that lies a few blocks on: the hardware does not
+// reach across pages, and arithmetic between the accesses keeps it from running far enough ahead.
+template <class T, class Element> inline void block_loop(const T* const (&arrays)[4], int n, Element element) {
+    for (int begin = 0; begin < n; begin += slice) {
         for (const T* array : arrays)
             for (unsigned i = 0; i < slice; i += 64 / sizeof(T)) __builtin_prefetch(array + begin + prefetch_distance + i);
         for (int i = begin; i < begin + slice; ++i) element(i);
@@ -99,7 +100,7 @@ inline const uint32_t* element_words(uint32_t* words, int64_t begin, int n, cons
     const uint32_t stream = static_cast<uint32_t>(at.stream);
     const int64_t index = at.offset + begin / at.run * at.stride + begin % at.run, within = at.run - begin % at.run;
     if (index % block_size == 0 && within >= n) {
-        fill_words(words, index / 4, step, stream, keys);
+        fill_words(words, n, index / 4, step, stream, keys);
         return words;
     }
     for (int done = 0; done < n;) { // run by run, each from the counter its first element belongs to
@@ -110,7 +111,7 @@ inline const uint32_t* element_words(uint32_t* words, int64_t begin, int n, cons
         const int64_t most = minimum(minimum<int64_t>(left, block_size - skip), wraps);
         const int count = static_cast<int>(minimum<int64_t>(most, n - done));
         uint32_t* fresh = words + block_size + 4;
-        fill_words(fresh, from / 4, step, stream, keys);
+        fill_words(fresh, skip + count, from / 4, step, stream, keys);
         memcpy(words + done, fresh + skip, count * sizeof(uint32_t));
         done += count;
     }
@@ -118,6 +119,7 @@ inline const uint32_t* element_words(uint32_t* words, int64_t begin, int n, cons
 }
 
 enum class Storage : uint8_t { float32, bfloat16, float16, float64, boolean };
+constexpr int64_t bytes_of(Storage s) { return s == Storage::float64 ? 8 : s == Storage::float32 ? 4 : s == Storage::boolean ? 1 : 2; }
 
 // A tensor's memory: walked in row-major order of its elements, whatever its strides.
 struct View {
@@ -200,9 +202,10 @@ template <class T> void store_block(const View& view, int64_t begin, int n, cons
 
 template <class T> constexpr Storage storage_of = sizeof(T) == 8 ? Storage::float64 : Storage::float32;
 
-// The block itself where it lies in memory as the arithmetic wants it, else a copy of it in `scratch`.
-template <class T> T* block_at(const View& view, int64_t begin, int n, T* scratch) {
-    if (view.contiguous && view.storage == storage_of<T> && n == block_size) return reinterpret_cast<T*>(view.data) + begin;
+// The block itself where it lies in memory as the arithmetic wants it, else a copy of it in `scratch`. `granule`: what the caller's loops
+// round n up to.
+template <class T> T* block_at(const View& view, int64_t begin, int n, T* scratch, int granule = block_size) {
+    if (view.contiguous && view.storage == storage_of<T> && n % granule == 0) return reinterpret_cast<T*>(view.data) + begin;
     load_block(view, begin, n, scratch);
     return scratch;
 }

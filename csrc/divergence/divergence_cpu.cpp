@@ -17,10 +17,6 @@ constexpr int64_t span = 1024;           // elements whose sum is taken in T; wh
 constexpr int64_t worth_a_thread = 1 << 15; // logits
 constexpr int64_t worth_streaming = 1 << 23; // bytes of a fresh gradient: more than it pays to put into a cache
 
-int64_t bytes_of(Storage storage) {
-    return storage == Storage::float64 ? 8 : storage == Storage::float32 ? 4 : storage == Storage::boolean ? 1 : 2;
-}
-
 // The N rows of one pass, in the caller's memory.
 struct Rows {
     char* data = nullptr; // null: nothing is wanted here

@@ -58,7 +58,7 @@ template <class T> struct Call {
             const int n = static_cast<int>(std::min<int64_t>(block_size, last - begin));
             const int64_t unit = begin % units;
             prefetch_block<T>(in, begin + block_size);
-            fill_words(words, begin / 4, 0, 0, keys);
+            fill_words(words, block_size, begin / 4, 0, 0, keys);
             const T* block = block_at(in, begin, n, from);
             const bool direct = out.storage == storage_of<T> && n == block_size; // out is fresh
             T* result = direct ? reinterpret_cast<T*>(out.data) + begin : to;

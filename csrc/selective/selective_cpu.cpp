@@ -92,8 +92,9 @@ template <class T, bool rescale> struct Drawn {
 
 template <class T, class Line> struct Call {
     // What an operator does with a block of parameters, gradients and states: with the factors b/p, or drawing them on the way.
-    using LineBlock = void (*)(const Line&, T* theta, const T* g, Stored<T> factors, T* a, T* b, T* c);
-    template <bool rescale> using DrawingBlock = void (*)(const Line&, T* theta, const T* g, Drawn<T, rescale> factors, T* a, T* b, T* c);
+    using LineBlock = void (*)(const Line&, int n, T* theta, const T* g, Stored<T> factors, T* a, T* b, T* c);
+    template <bool rescale>
+    using DrawingBlock = void (*)(const Line&, int n, T* theta, const T* g, Drawn<T, rescale> factors, T* a, T* b, T* c);
     SelectionOptions options{};
     uint64_t seed = 0;
     T unscale = 1;         // 1/grad_scale, negative to maximize
@@ -102,7 +103,7 @@ template <class T, class Line> struct Call {
     LineBlock line_block = nullptr; // null: statistics alone
     DrawingBlock<true> rescaling_block = nullptr;
     DrawingBlock<false> drawing_block = nullptr;
-    std::vector<std::unique_ptr<Entry<T, Line>>> entries;
+    std::vector<Entry<T, Line>> entries;
 
     bool random() const { return draws && (options.normalization != Normalization::constant || inverse_of_constant(options) != 1); }
 };
@@ -141,10 +142,11 @@ template <class T, class Line> struct Worker {
         if (call.options.normalization == Normalization::rank) table.resize(rank_table);
     }
 
-    const T* gradient(const Entry<T, Line>& e, int64_t begin, int n) {
-        const T* block = block_at(e.g, begin, n, g);
+    const T* gradient(const Entry<T, Line>& e, int64_t begin, int n, int granule = block_size) {
+        const T* block = block_at(e.g, begin, n, g, granule);
         if (call.unscale == 1) return block;
-        for (int i = 0; i < block_size; ++i) g[i] = block[i] * call.unscale;
+        for (int i = 0; i < n; i += slice)
+            for (int k = i; k < i + slice; ++k) g[k] = block[k] * call.unscale;
         return g;
     }
 
@@ -230,21 +232,22 @@ template <class T, class Line> struct Worker {
         const bool gathers = e.kept[0].data && !e.own_statistics;
         const bool linear = call.options.normalization == Normalization::minmax || call.options.normalization == Normalization::range;
         const bool fuses = linear && call.rescaling_block && !e.s.data;
+        const int granule = fuses ? slice : block_size;
         blocks(begin, end, [&](int64_t at, int n) {
-            const T* g = gradient(e, at, n);
+            const T* g = gradient(e, at, n, granule);
             if (gathers) found.add(g, n);
             const uint32_t* drawn = call.random() ? element_words(words, at, n, e.layout, e.step, keys) : words;
-            T* parameters = block_at(e.theta, at, n, theta);
+            T* parameters = block_at(e.theta, at, n, theta, granule);
             T* moments[3] = {};
-            for (int k = 0; k < e.states_count; ++k) moments[k] = block_at(e.states[k], at, n, states[k]);
+            for (int k = 0; k < e.states_count; ++k) moments[k] = block_at(e.states[k], at, n, states[k], granule);
             if (fuses && call.options.rescale) {
-                call.rescaling_block(e.line, parameters, g, {e.probability, drawn}, moments[0], moments[1], moments[2]);
+                call.rescaling_block(e.line, n, parameters, g, {e.probability, drawn}, moments[0], moments[1], moments[2]);
             } else if (fuses) {
-                call.drawing_block(e.line, parameters, g, {e.probability, drawn}, moments[0], moments[1], moments[2]);
+                call.drawing_block(e.line, n, parameters, g, {e.probability, drawn}, moments[0], moments[1], moments[2]);
             } else {
                 if (call.options.rescale) factors<true>(e, g, drawn, at, n);
                 else factors<false>(e, g, drawn, at, n);
-                call.line_block(e.line, parameters, g, {factor}, moments[0], moments[1], moments[2]);
+                call.line_block(e.line, n, parameters, g, {factor}, moments[0], moments[1], moments[2]);
             }
             if (parameters == theta) store_block(e.theta, at, n, parameters);
             const uint32_t* lower = call.rounding ? element_words(rounding, at, n, e.layout, e.step, rounding_keys) : nullptr;
@@ -267,7 +270,7 @@ template <class T, class Line> std::vector<Item> plan(Call<T, Line>& call) {
     auto flush = [&] { items.insert(items.end(), updates.begin(), updates.end()), updates.clear(); };
     const int64_t count = static_cast<int64_t>(call.entries.size());
     for (int64_t i = 0; i < count; ++i) {
-        auto& e = *call.entries[i];
+        auto& e = call.entries[i];
         if (e.size == 0) continue;
         if (e.size <= item_size) {
             const bool fits = !items.empty() && items.back().kind == Item::pack && items.back().first + items.back().count == i &&
@@ -302,9 +305,9 @@ template <class T, class Line> void run(Call<T, Line>& call) {
     std::vector<Entry<T, Line>*> before(slot_of.size(), nullptr);
     int64_t large = 0;
     for (size_t i = 0; i < slot_of.size(); ++i)
-        if (call.entries[i]->size > item_size && call.entries[i]->own_statistics) {
+        if (call.entries[i].size > item_size && call.entries[i].own_statistics) {
             slot_of[i] = large++ % rank_slots;
-            before[i] = std::exchange(owners[slot_of[i]], call.entries[i].get());
+            before[i] = std::exchange(owners[slot_of[i]], &call.entries[i]);
             slots[slot_of[i]].resize(rank_table);
         }
     std::atomic<size_t> next{0};
@@ -312,10 +315,10 @@ template <class T, class Line> void run(Call<T, Line>& call) {
         auto worker = std::make_unique<Worker<T, Line>>(call);
         for (size_t at; (at = next++) < items.size();) {
             const Item& item = items[at];
-            auto& e = *call.entries[item.first];
+            auto& e = call.entries[item.first];
             if (item.kind == Item::pack) {
                 for (int64_t i = item.first; i < item.first + item.count; ++i) {
-                    auto& small = *call.entries[i];
+                    auto& small = call.entries[i];
                     if (small.own_statistics && rank) worker->rank(small, worker->table.data());
                     else if (small.own_statistics) worker->gather(small, 0, small.size), worker->settle(small);
                     if (call.line_block) worker->update(small, 0, small.size);
@@ -357,17 +360,16 @@ Call<T, Line> make_call(const SelectionOptions& options, int64_t seed, const Ten
     Call<T, Line> call;
     call.options = options;
     call.seed = static_cast<uint64_t>(seed);
-    call.entries.reserve(grads.size());
+    call.entries = std::vector<Entry<T, Line>>(grads.size());
     for (size_t i = 0; i < grads.size(); ++i) {
-        auto e = std::make_unique<Entry<T, Line>>();
-        e->g = view(grads[i], "grads", false);
+        auto& e = call.entries[i];
+        e.g = view(grads[i], "grads", false);
         if (!saliencies.empty()) {
-            e->s = view(saliencies[i], "saliencies", false);
-            check_same_shape(e->s, e->g, "saliencies", i);
+            e.s = view(saliencies[i], "saliencies", false);
+            check_same_shape(e.s, e.g, "saliencies", i);
         }
-        e->size = grads[i].numel();
-        e->layout = {layout[4 * i], layout[4 * i + 1], std::max<int64_t>(layout[4 * i + 2], 1), layout[4 * i + 3]};
-        call.entries.push_back(std::move(e));
+        e.size = grads[i].numel();
+        e.layout = {layout[4 * i], layout[4 * i + 1], std::max<int64_t>(layout[4 * i + 2], 1), layout[4 * i + 3]};
     }
     return call;
 }
@@ -398,7 +400,7 @@ template <class T, class Line> std::vector<float> settle_statistics(Call<T, Line
             table_from_row(static_cast<const int64_t*>(given->const_data_ptr()) + row * rank_bins, &tables[row * rank_table], call.options);
         for (int64_t i = 0; i < tensors; ++i) {
             const int64_t row = rows == 1 ? 0 : i;
-            auto& e = *call.entries[i];
+            auto& e = call.entries[i];
             if (rank) {
                 e.by_bin = &tables[row * rank_table];
             } else {
@@ -410,12 +412,47 @@ template <class T, class Line> std::vector<float> settle_statistics(Call<T, Line
     }
     for (auto& e : call.entries) {
         double range[2] = {NAN, NAN};
-        if (e->kept[0].data) load(e->kept[0], 0, 1, &range[0]), load(e->kept[1], 0, 1, &range[1]);
-        if (std::isnan(range[0])) e->own_statistics = call.options.normalization != Normalization::constant; // nothing kept yet
-        else e->probability = Probability<T>(call.options, range[0], range[1]);
+        if (e.kept[0].data) load(e.kept[0], 0, 1, &range[0]), load(e.kept[1], 0, 1, &range[1]);
+        if (std::isnan(range[0])) e.own_statistics = call.options.normalization != Normalization::constant; // nothing kept yet
+        else e.probability = Probability<T>(call.options, range[0], range[1]);
     }
     return tables;
 }
+
+// A list of an operator's that has a tensor by parameter, or a single one that holds them one after another: what spares thousands of
+// small parameters the cost of a tensor each.
+struct List {
+    const Tensors& tensors;
+    const char* name;
+    int64_t offset = 0; // of the next parameter, in a single tensor
+
+    List(const Tensors& tensors, const char* name, size_t count, int64_t elements) : tensors(tensors), name(name) {
+        single = count != 1 && tensors.size() == 1;
+        STD_TORCH_CHECK(single || tensors.size() == count, name, " has ", tensors.size(), " tensors for ", count,
+                        " parameters; give one for each, or a single one with their elements one after another");
+        if (!single) return;
+        whole = view(tensors[0], name, true);
+        STD_TORCH_CHECK(whole.contiguous && tensors[0].numel() == elements, name, " has ", tensors[0].numel(),
+                        " elements in a single tensor; it must be contiguous and have ", elements);
+    }
+    // Parameter i's tensor of n elements; a single one's has no shape of its own.
+    View next(size_t i, int64_t n, const View* shape) {
+        View v = whole;
+        if (!single) {
+            v = view(tensors[i], name, true);
+            if (shape) check_same_shape(v, *shape, name, i);
+            else STD_TORCH_CHECK(tensors[i].numel() == 1, name, "[", i, "] has ", tensors[i].numel(), " elements; it must have one");
+        } else {
+            v.data += offset * bytes_of(v.storage);
+            offset += n;
+        }
+        return v;
+    }
+
+private:
+    bool single;
+    View whole;
+};
 
 // What AdamW and SGD share: checks of every list, then the steps advance, then the run. `states`: the operator's lists, empty ones unused.
 template <class T, class Line, class MakeLine>
@@ -423,27 +460,33 @@ void step(Call<T, Line> call, const Tensors& params, const std::vector<const Ten
           const Tensors& maxs, const OptionalTensor& scope_statistics, const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
           bool maximize, MakeLine make_line) {
     const size_t n = params.size();
-    STD_TORCH_CHECK(call.entries.size() == n && steps.size() == n, "params, grads and steps must be lists of one length");
-    STD_TORCH_CHECK(mins.size() == maxs.size() && mins.size() == (call.options.previous ? n : 0),
-                    "saliency_mins and saliency_maxs belong to statistics='previous', one by parameter");
+    STD_TORCH_CHECK(call.entries.size() == n, "grads has ", call.entries.size(), " tensors for ", n, " parameters");
+    STD_TORCH_CHECK(call.options.previous || (mins.empty() && maxs.empty()),
+                    "saliency_mins and saliency_maxs belong to statistics='previous'");
+    if (n == 0) return;
     if (grad_scale) call.unscale = static_cast<T>(1 / scalar(*grad_scale, "grad_scale"));
     if (maximize) call.unscale = -call.unscale;
     const bool skip = found_inf && scalar(*found_inf, "found_inf") != 0;
-    std::vector<View> step_views;
+    const int64_t tensors = static_cast<int64_t>(n);
+    int64_t elements = 0;
+    for (auto& e : call.entries) elements += e.size;
+    std::vector<List> moments, kept;
+    for (const Tensors* list : states)
+        if (!list->empty()) moments.emplace_back(*list, "states", n, elements);
+    if (call.options.previous) kept.emplace_back(mins, "saliency_mins", n, tensors), kept.emplace_back(maxs, "saliency_maxs", n, tensors);
+    List counts(steps, "steps", n, tensors);
+    std::vector<View> step_views(n);
     for (size_t i = 0; i < n; ++i) {
-        auto& e = *call.entries[i];
+        auto& e = call.entries[i];
         e.theta = view(params[i], "params", true);
         check_same_shape(e.g, e.theta, "grads", i);
-        for (const Tensors* list : states) {
-            if (list->empty()) continue;
-            STD_TORCH_CHECK(list->size() == n, "a list of states has another length than params");
-            View& state = e.states[e.states_count++] = view((*list)[i], "states", true);
-            check_same_shape(state, e.theta, "states", i);
+        STD_TORCH_CHECK(e.theta.storage == call.entries[0].theta.storage, "params[", i, "] has another dtype than params[0]");
+        for (auto& list : moments) {
+            View& state = e.states[e.states_count++] = list.next(i, e.size, &e.theta);
             call.rounding |= state.storage == Storage::bfloat16;
         }
-        step_views.push_back(view(steps[i], "steps", true));
-        STD_TORCH_CHECK(steps[i].numel() == 1, "steps must have one element");
-        if (call.options.previous) e.kept[0] = view(mins[i], "saliency_mins", true), e.kept[1] = view(maxs[i], "saliency_maxs", true);
+        for (size_t k = 0; k < kept.size(); ++k) e.kept[k] = kept[k].next(i, 1, nullptr);
+        step_views[i] = counts.next(i, 1, nullptr);
     }
     if (skip) return;
     const auto tables = settle_statistics(call, scope_statistics);
@@ -455,31 +498,31 @@ void step(Call<T, Line> call, const Tensors& params, const std::vector<const Ten
         count += 1;
         store_block(step_views[i], 0, 1, &count);
         if (count != last) line = make_line(last = count);
-        call.entries[i]->line = line;
-        call.entries[i]->step = static_cast<uint32_t>(count);
+        call.entries[i].line = line;
+        call.entries[i].step = static_cast<uint32_t>(count);
     }
     run(call);
     for (auto& e : call.entries)
-        if (e->kept[0].data) {
-            const auto range = e->range();
-            store_block(e->kept[0], 0, 1, &range.first), store_block(e->kept[1], 0, 1, &range.second);
+        if (e.kept[0].data) {
+            const auto range = e.range();
+            store_block(e.kept[0], 0, 1, &range.first), store_block(e.kept[1], 0, 1, &range.second);
         }
 }
 
 template <class T, bool update, bool amsgrad, class Factors>
-void adamw_block(const AdamW<T>& given, T* __restrict theta, const T* __restrict g, Factors factors, T* __restrict m, T* __restrict v,
-                 T* __restrict v_max) {
+void adamw_block(const AdamW<T>& given, int n, T* __restrict theta, const T* __restrict g, Factors factors, T* __restrict m,
+                 T* __restrict v, T* __restrict v_max) {
     const AdamW<T> line = given; // a copy no store can touch
-    block_loop<T>({theta, g, m, v}, [=](int i) {
+    block_loop<T>({theta, g, m, v}, n, [=](int i) {
         T unused = 0;
         line.template step<update, amsgrad>(theta[i], g[i], factors(i, g[i]), m[i], v[i], amsgrad ? v_max[i] : unused);
     });
 }
 
 template <class T, bool update, bool has_momentum, class Factors>
-void sgd_block(const SGD<T>& given, T* __restrict theta, const T* __restrict g, Factors factors, T* __restrict buffer, T*, T*) {
+void sgd_block(const SGD<T>& given, int n, T* __restrict theta, const T* __restrict g, Factors factors, T* __restrict buffer, T*, T*) {
     const SGD<T> line = given;
-    block_loop<T>({theta, g, has_momentum ? buffer : theta, theta}, [=](int i) {
+    block_loop<T>({theta, g, has_momentum ? buffer : theta, theta}, n, [=](int i) {
         T unused = 0;
         line.template step<update, has_momentum>(theta[i], g[i], factors(i, g[i]), has_momentum ? buffer[i] : unused);
     });
@@ -502,13 +545,13 @@ template <class T, class Line> void choose_blocks(Call<T, Line>& call, bool more
 }
 
 struct NoLine {};
-template <class T> void multiply_block(const NoLine&, T* theta, const T* g, Stored<T> factors, T*, T*, T*) { // theta may be g
+template <class T> void multiply_block(const NoLine&, int, T* theta, const T* g, Stored<T> factors, T*, T*, T*) { // theta may be g
     for (int i = 0; i < block_size; ++i) theta[i] = g[i] * factors.factor[i];
 }
-template <class T> void factor_out(const NoLine&, T* out, const T*, Stored<T> factors, T*, T*, T*) {
+template <class T> void factor_out(const NoLine&, int, T* out, const T*, Stored<T> factors, T*, T*, T*) {
     for (int i = 0; i < block_size; ++i) out[i] = factors.factor[i];
 }
-template <class T> void probability_out(const NoLine&, T* out, const T*, Stored<T> factors, T*, T*, T*) {
+template <class T> void probability_out(const NoLine&, int, T* out, const T*, Stored<T> factors, T*, T*, T*) {
     for (int i = 0; i < block_size; ++i) out[i] = 1 / factors.factor[i];
 }
 
@@ -571,8 +614,8 @@ static void select_gradients_(Tensors grads, Tensors saliencies, OptionalTensor 
         auto call = make_call<T, NoLine>(SELECTION_OPTIONS, seed, grads, saliencies, layout);
         call.line_block = multiply_block<T>;
         for (size_t i = 0; i < grads.size(); ++i) {
-            call.entries[i]->theta = view(grads[i], "grads", true);
-            call.entries[i]->step = static_cast<uint32_t>(step);
+            call.entries[i].theta = view(grads[i], "grads", true);
+            call.entries[i].step = static_cast<uint32_t>(step);
         }
         const auto tables = settle_statistics(call, scope_statistics);
         run(call);
@@ -593,16 +636,16 @@ static void selective_statistics_(Tensors grads, Tensors saliencies, std::vector
         auto call = make_call<T, NoLine>(options, 0, grads, saliencies, layout);
         if (grad_scale) call.unscale = static_cast<T>(1 / scalar(*grad_scale, "grad_scale"));
         auto worker = std::make_unique<Worker<T, NoLine>>(call);
-        for (auto& e : call.entries) e->own_statistics = !rank;
+        for (auto& e : call.entries) e.own_statistics = !rank;
         if (!rank) run(call);
         for (int64_t i = 0; i < n; ++i) {
             const int64_t row = out.size(0) == 1 ? 0 : i;
             if (rank) {
-                const int64_t every = rank_stride(sizes.empty() ? call.entries[i]->size : sizes[i]);
-                worker->count(*call.entries[i], every, static_cast<int64_t*>(out.mutable_data_ptr()) + row * rank_bins, every);
+                const int64_t every = rank_stride(sizes.empty() ? call.entries[i].size : sizes[i]);
+                worker->count(call.entries[i], every, static_cast<int64_t*>(out.mutable_data_ptr()) + row * rank_bins, every);
             } else {
                 double* into = static_cast<double*>(out.mutable_data_ptr()) + 2 * row;
-                const auto range = call.entries[i]->range();
+                const auto range = call.entries[i].range();
                 into[0] = std::min(into[0], range.first), into[1] = std::max(into[1], range.second);
             }
         }
@@ -615,9 +658,9 @@ void inspect(const SelectionOptions& options, const Tensor& grad, const Optional
              const std::vector<int64_t>& layout, int64_t step, int64_t seed, typename Call<T, NoLine>::LineBlock block) {
     auto call = make_call<T, NoLine>(options, seed, {grad}, saliency ? Tensors{*saliency} : Tensors{}, layout);
     call.line_block = block;
-    call.entries[0]->theta = view(out, "out", true);
-    check_same_shape(call.entries[0]->theta, call.entries[0]->g, "out", 0);
-    call.entries[0]->step = static_cast<uint32_t>(step);
+    call.entries[0].theta = view(out, "out", true);
+    check_same_shape(call.entries[0].theta, call.entries[0].g, "out", 0);
+    call.entries[0].step = static_cast<uint32_t>(step);
     call.draws = step > 0;
     settle_statistics(call, std::nullopt);
     run(call);

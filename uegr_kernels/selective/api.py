@@ -1,5 +1,7 @@
 """What users call: the selective optimizers, and the selection by itself."""
 
+import dataclasses
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,11 +15,27 @@ FORMAT = 1  # of the state's layout; a key of every group
 FLOATS = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 
 
+SWARM, TINY = 64, 4096  # parameters from which on, and elements a parameter up to which, states share one tensor
+
+
+@dataclasses.dataclass
+class _Roster:
+    """What a step over a single call found. While all of it is as it was, the next step needs no look at every tensor of its own."""
+
+    params: list[Tensor]
+    keys: list[Tensor]  # of the optimizer's state, and its values
+    values: list[dict]
+    batch: dict
+    addresses: dict[str, list[int]]  # of the states that lie one after another in a shared tensor
+
+
 class SelectiveOptimizer(Optimizer):
     """What SelectiveAdamW and SelectiveSGD share: groups, seed, streams, states, checkpoints. Not built by itself."""
 
     operator: str
     numbers: tuple[str, ...]  # options of this optimizer's own that are numbers
+    _roster: _Roster | None = None
+    _shared: dict[str, Tensor] = {}  # states of many small parameters, by key
 
     def __init__(self, params: ParamsT, defaults: dict, *, seed: int | None, backend: str):
         if backend != "auto" and backend not in op.backends.BACKENDS:
@@ -101,6 +119,8 @@ class SelectiveOptimizer(Optimizer):
                 with torch.enable_grad():
                     loss = closure()
             self._agree_on_seed()  # before anything can raise: every rank takes part
+            if self._step_again():
+                return loss
             batches = [batch for group, first in self._groups() for batch in self._batches(group, first)]
             # A compiled operator checks a whole call before it changes anything: one call needs no other check.
             if len(batches) > 1 or any(batch["backend"] == "reference" for batch in batches):
@@ -111,7 +131,46 @@ class SelectiveOptimizer(Optimizer):
             self._settle_scopes(batches)
             for batch in batches:
                 self._update(batch)
+            if len(self.param_groups) == len(batches) == 1 and batches[0]["backend"] == "cpp":
+                self._remember(batches[0])
             return loss
+
+    def _remember(self, batch: dict) -> None:
+        group = batch["group"]
+        if len(batch["params"]) == len(group["params"]) and not torch.compiler.is_compiling():
+            addresses = {key: [state[key].data_ptr() for state in batch["states"]] for key in self._shared}
+            self._roster = _Roster(list(group["params"]), list(self.state.keys()), list(self.state.values()), batch, addresses)
+
+    def _step_again(self) -> bool:
+        """Steps as the last time, with the gradients of now; False, and nothing has changed, where anything else differs.
+
+        The operator checks every tensor of a call before it writes; what it refuses, the long way finds the words for.
+        """
+        roster = self._roster
+        if roster is None or torch.compiler.is_compiling():
+            return False
+        self._roster = None
+        group, states = roster.batch["group"], roster.batch["states"]
+        pairs = (group["params"], roster.params), (self.state.keys(), roster.keys), (self.state.values(), roster.values)
+        if len(self.param_groups) != 1 or self.param_groups[0] is not group or any(len(now) != len(then) for now, then in pairs):
+            return False
+        if not all(all(map(operator.is_, now, then)) for now, then in pairs):
+            return False
+        self._check(group)
+        batch = self._new_batch(group, roster.params[0].device, roster.params[0].dtype)
+        batch |= {"params": roster.params, "grads": [p.grad for p in roster.params], "states": states, "layout": roster.batch["layout"]}
+        if batch["backend"] != "cpp":
+            return False
+        try:
+            for key in self._needed(batch):
+                shared = key in roster.addresses and [state[key].data_ptr() for state in states] == roster.addresses[key]
+                batch[key] = [self._shared[key]] if shared else [state[key] for state in states]
+            self._settle_scopes([batch])
+            self._update(batch)
+        except (KeyError, TypeError, RuntimeError):
+            return False
+        self._roster = roster
+        return True
 
     def _groups(self):
         """Every group with the stream of its first parameter: streams number the parameters across groups, gradient or not."""
@@ -168,23 +227,33 @@ class SelectiveOptimizer(Optimizer):
                         f"parameter {stream} has shape {tuple(p.shape)} but its {name} {tuple(tensor.shape)}; they must be equal"
                     )
 
+    def _needed(self, batch: dict) -> tuple[str, ...]:
+        """The keys of a parameter's state."""
+        kept = ("saliency_min", "saliency_max") if batch["selection"].statistics == "previous" else ()
+        return ("step", *self._moments(batch["group"]), *kept)
+
     def _complete_states(self, batch: dict) -> None:
         """Creates what a parameter's state lacks, and lists the states."""
-        group, previous = batch["group"], batch["selection"].statistics == "previous"
-        moments = self._moments(group)
-        needed = ("step", *moments, *(("saliency_min", "saliency_max") if previous else ()))
-        wanted = set(needed)
-        for i, (p, state) in enumerate(zip(batch["params"], batch["states"], strict=True)):
-            if not state or not wanted <= state.keys():
-                state = batch["states"][i] = self.state[p]
-                for key in needed:
-                    if key not in state:  # what is there (a checkpoint's, a hook's) is left alone
-                        state[key] = self._fresh_state(key, p, group)
-        for key in ("step", *moments):
-            batch[key] = [state[key] for state in batch["states"]]
-        batch["kept"] = (
-            tuple([state[key] for state in batch["states"]] for key in ("saliency_min", "saliency_max")) if previous else ([], [])
-        )
+        params = batch["params"]
+        states = batch["states"] = [state if state else self.state[p] for p, state in zip(params, batch["states"], strict=True)]
+        for key in self._needed(batch):
+            lacking = [i for i, state in enumerate(states) if key not in state]  # what is there (a checkpoint's, a hook's) is left alone
+            if len(lacking) == len(params) >= SWARM and len(self.param_groups) == 1 and batch["backend"] == "cpp":
+                if all(p.numel() <= TINY and p.is_contiguous() for p in params):
+                    self._share_states(key, batch)
+                    continue
+            for i in lacking:
+                states[i][key] = self._fresh_state(key, params[i], batch["group"])
+            batch[key] = [state[key] for state in states]
+
+    def _share_states(self, key: str, batch: dict) -> None:
+        """Creates a state of many small parameters as views of one tensor, which the operator takes in their place."""
+        fresh = [self._fresh_state(key, p, batch["group"]) for p in batch["params"]]
+        batch[key] = [torch.cat([state.flatten() for state in fresh])]
+        self._shared = self._shared | {key: batch[key][0]}
+        parts = batch[key][0].split([state.numel() for state in fresh])
+        for state, part, alike in zip(batch["states"], parts, fresh, strict=True):
+            state[key] = part.view_as(alike)
 
     def _fresh_state(self, key: str, p: Tensor, group: dict) -> Tensor:
         wide = torch.float64 if p.dtype == torch.float64 else torch.float32
@@ -204,13 +273,14 @@ class SelectiveOptimizer(Optimizer):
                 scopes.setdefault(batch["selection"].normalization, []).append(batch)
         scale = getattr(self, "grad_scale", None)
         for normalization, members in scopes.items():
-            parts = [
-                batch | {"saliencies": [], "grad_scale": scale, "kept": batch["kept"] if batch["kept"][0] else None} for batch in members
-            ]
+            parts = [batch | {"saliencies": [], "grad_scale": scale, "kept": self._kept(batch)} for batch in members]
             with torch.no_grad():
                 statistics = op.scope_statistics(parts, normalization)
             for batch in members:
                 batch["statistics"] = statistics.to(batch["params"][0].device)
+
+    def _kept(self, batch: dict) -> tuple[list[Tensor], list[Tensor]] | None:
+        return (batch["saliency_min"], batch["saliency_max"]) if "saliency_min" in batch else None
 
     def _update(self, batch: dict) -> None:
         group, device = batch["group"], batch["params"][0].device
@@ -223,7 +293,7 @@ class SelectiveOptimizer(Optimizer):
             batch["grads"],
             *self._lists(batch),
             batch["step"],
-            *batch["kept"],
+            *(self._kept(batch) or ([], [])),
             scope_statistics=batch["statistics"],
             layout=batch["layout"],
             grad_scale=scale,

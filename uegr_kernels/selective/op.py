@@ -99,6 +99,7 @@ OPTIONS = (
     "float threshold, float sharpness, int normalization, bool salient, bool previous, bool rescale, "
     "float min_probability, float keep_probability, bool target_update"
 )
+# A list of states has a tensor by parameter, or for several of them a single one with their elements one after another.
 # layout: per tensor stream, offset, run, stride. scope_statistics: [1 or T, 2] float64 minimum and maximum of s, or
 # [1 or T, RANK_BINS] int64 counts, over a wider scope than the tensor; None: over each tensor.
 STEP = (
@@ -131,6 +132,10 @@ def _register(name: str, schema: str) -> None:
     torch.library.define(f"uegr_kernels::{name}", f"({schema}) -> ()")
 
     def default(*args, **kwargs):
+        if "steps" in schema:
+            params, grads, *moments, steps, low, high = args
+            one = [p.new_empty(()) for p in params[:1]] * len(params)
+            args = params, grads, *(_apart(m, params) for m in moments), *(_apart(s, one) for s in (steps, low, high))
         if "salient" in kwargs:
             selection = Selection.of(kwargs)
             kwargs = {key: value for key, value in kwargs.items() if key not in selection.arguments()} | {"selection": selection}
@@ -140,6 +145,13 @@ def _register(name: str, schema: str) -> None:
 
     torch.library.impl(f"uegr_kernels::{name}", "CompositeExplicitAutograd", default)
     torch.library.register_fake(f"uegr_kernels::{name}", lambda *args, **kwargs: None)
+
+
+def _apart(states: list[Tensor], alike: list[Tensor]) -> list[Tensor]:
+    """A list of states as a tensor by parameter."""
+    if len(states) != 1 or len(alike) == 1:
+        return states
+    return [part.view_as(one) for part, one in zip(states[0].split([one.numel() for one in alike]), alike, strict=True)]
 
 
 for _name, _schema in SCHEMAS.items():
@@ -186,7 +198,7 @@ def scope_statistics(parts: list[dict], normalization: str) -> Tensor:
     for part in parts:
         grads, saliencies, layout = part["grads"], part["saliencies"], part["layout"]
         if part["kept"] is not None:
-            low, high = (torch.stack(values).to(home, torch.float64) for values in part["kept"])
+            low, high = (torch.cat([value.reshape(-1) for value in values]).to(home, torch.float64) for values in part["kept"])
             missing = low.isnan()
             joined = torch.stack((low.masked_fill(missing, torch.inf).amin(), high.masked_fill(missing, -torch.inf).amax()))
             out = torch.stack((torch.minimum(out[0, 0], joined[0]), torch.maximum(out[0, 1], joined[1])))[None]
