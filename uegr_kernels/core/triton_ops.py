@@ -1,6 +1,7 @@
 """What the Triton kernels share: the generator (SPEC 2, by `tl.philox`), pointers out of tables, and the device they are launched on."""
 
 import contextlib
+import struct
 
 import torch
 import triton
@@ -62,3 +63,14 @@ def words(indices, seed, step, stream):
 def uniform(word, dtype: tl.constexpr):
     """u = (word >> 8) * 2^-24, in [0, 1)."""
     return (word >> 8).to(tl.int32).to(dtype) * 5.9604644775390625e-08
+
+
+def bits(x: float) -> int:
+    """A float as an integer of its 64 bits: as a number Triton would round it to float32."""
+    return struct.unpack("<q", struct.pack("<d", x))[0]
+
+
+@triton.jit
+def from_bits(x):
+    """The float64 again."""
+    return x.to(tl.int64).to(tl.float64, bitcast=True)
