@@ -687,20 +687,26 @@ def uegr_loss_(logits: list[Tensor], labels: Tensor | None, **options) -> tuple[
 
 
 def scale_gradients(gradients: list[Tensor], grad_loss: Tensor, parts: Tensor) -> list[Tensor]:
-    """The gradients times that of the loss, () or [N]."""
+    """The chain rule, as the reference's."""
     scaled = [g.new_empty(g.shape) for g in gradients]
-    _scale(gradients, scaled, grad_loss)
+    _scale(gradients, scaled, grad_loss, in_place=False)
     return scaled
 
 
 def scale_gradients_(gradients: list[Tensor], grad_loss: Tensor) -> None:
     """The same, in place."""
-    _scale(gradients, gradients, grad_loss)
+    _scale(gradients, gradients, grad_loss, in_place=True)
 
 
-def _scale(gradients: list[Tensor], scaled: list[Tensor], factor: Tensor) -> None:
+def _scale(gradients: list[Tensor], scaled: list[Tensor], factor: Tensor, *, in_place: bool) -> None:
+    if len(gradients) > 1 and any(g.shape[-2:] != gradients[0].shape[-2:] or g.dtype != gradients[0].dtype for g in gradients):
+        for g, into in zip(gradients, scaled, strict=True):  # those of hidden states, weight and bias
+            _scale([g], [into], factor, in_place=in_place)
+        return
     if not gradients or gradients[0].numel() == 0:
         return
+    if gradients[0].dim() == 1:
+        gradients, scaled = ([x[None] for x in some] for some in (gradients, scaled))
     first = gradients[0]
     passes, into = Passes.of(gradients), Passes.of(scaled)
     (samples, classes), run = passes.rows[0].shape, 16 // first.element_size()
@@ -714,5 +720,5 @@ def _scale(gradients: list[Tensor], scaled: list[Tensor], factor: Tensor) -> Non
     programs = min(pieces, 3 if first.device.type == "cpu" else 2**16)
     with triton_ops.on(first):
         scale_kernel[(programs,)](
-            *passes, *into, factor, factor.stride(0) if by_row else 0, samples, classes, form, IN_PLACE=gradients is scaled, num_warps=warps
+            *passes, *into, factor, factor.stride(0) if by_row else 0, samples, classes, form, IN_PLACE=in_place, num_warps=warps
         )
