@@ -17,7 +17,7 @@ from ..core.triton_ops import from_bits
 
 L2E = tl.constexpr(1.4426950408889634)  # log2(e)
 LN2 = tl.constexpr(0.6931471805599453)
-INFINITY, NAN = tl.constexpr(float("inf")), tl.constexpr(float("nan"))
+INFINITY = tl.constexpr(float("inf"))
 # What is far enough below a row's maximum that p is 0 while differences stay finite; and from where on a row is moved by its maximum
 # first, as this distance would be lost in it.
 FAR_BELOW, FAR_OUT = tl.constexpr(1e3), tl.constexpr(1e6)
@@ -229,7 +229,7 @@ def normalizer(row, stride, C, c):
             highest, total = add_exponentials(read(row, i, inside, stride, -INFINITY, False, True, c), highest, total)
         top = tl.max(highest, 1, keep_dims=True)
         total = tl.sum(total * exponential(highest - top), 1, keep_dims=True)
-    return top, tl.where(total > 0, total, NAN)
+    return top, tl.where(total > 0, total, float("nan"))
 
 
 @triton.jit
@@ -371,7 +371,7 @@ def classify(samples, into, into_strides, there, keep, unit, js_weight, c):
             of_w = of_w + (0.0,)
         of_e = of_e + (factor / totals[k],)
     if c.KIND == "indices":
-        clean = tl.where(label < 0, NAN, clean)  # a label that is no class
+        clean = tl.where(label < 0, float("nan"), clean)  # a label that is no class
 
     if c.NEEDS:
         factors = (of_e, of_w, of_t)
