@@ -2103,6 +2103,12 @@ def replace_state(optimizer, params):
     state[key] = state[key].clone() + 1
 
 
+def turn_state(optimizer, params):
+    state = optimizer.state[params[0]]
+    key = next(key for key in states_of(optimizer, params[0]) if key != "step" and "saliency" not in key)
+    state[key] = state[key].as_strided((3, 5), (1, 3))
+
+
 def replace_dict(optimizer, params):
     optimizer.state[params[3]] = {key: value.clone() for key, value in optimizer.state[params[3]].items()}
 
@@ -2154,7 +2160,7 @@ def add_a_group(optimizer, params):
     optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
 
 
-EVENTS = [replace_state, replace_dict, move_state, forget_state, replace_parameter, move_parameter, widen_parameter, skip_one]
+EVENTS = [replace_state, turn_state, replace_dict, move_state, forget_state, replace_parameter, move_parameter, widen_parameter, skip_one]
 EVENTS += [keep_statistics, take_global_scope, save_and_load, add_a_group]
 
 
@@ -2180,6 +2186,19 @@ def test_many_small_parameters_step_as_few_do(native, cls, event, statistics):
     for i, (one, other) in enumerate(zip(*(params for params, _ in results), strict=True)):
         assert same_bits(one, other), f"parameter {i}"
     assert same_bits(*(states for _, states in results))
+
+
+@pytest.mark.parametrize("statistics", ["current", "previous"])
+def test_a_missing_gradient_after_steps_in_global_scope(native, statistics):
+    params = as_parameters([torch.ones(4)] * 3)
+    optimizer = uk.SelectiveAdamW(params, seed=1, scope="global", statistics=statistics, backend=native)
+    walk(optimizer, params, [[torch.ones(4)] * 3] * 3)
+    params[0].grad = None
+    optimizer.step()
+    assert [optimizer.state[p]["step"].item() for p in params] == [3, 4, 4]
+    optimizer.zero_grad()
+    optimizer.step()
+    assert [optimizer.state[p]["step"].item() for p in params] == [3, 4, 4]
 
 
 def test_many_small_parameters_share_a_tensor_for_each_state(native):

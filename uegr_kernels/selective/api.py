@@ -34,7 +34,7 @@ class SelectiveOptimizer(Optimizer):
     operator: str
     numbers: tuple[str, ...]  # options of this optimizer's own that are numbers
     _roster: _Roster | None
-    _shared: dict[str, tuple[Tensor, list[int]]]  # states of many small parameters in one tensor, and where each lies, by key
+    _shared: dict[str, tuple[Tensor, list[Tensor], list[int]]]  # states of many small parameters in one tensor, its parts, their addresses
 
     def __init__(self, params: ParamsT, defaults: dict, *, seed: int | None, backend: str):
         if backend != "auto" and backend not in op.backends.BACKENDS:
@@ -158,16 +158,17 @@ class SelectiveOptimizer(Optimizer):
         self._check(group)
         batch = self._new_batch(group, roster.params[0].device, roster.params[0].dtype)
         batch |= {"params": roster.params, "grads": [p.grad for p in roster.params], "states": states, "layout": roster.batch["layout"]}
-        if batch["backend"] != "cpp":
+        if batch["backend"] != "cpp" or any(grad is None for grad in batch["grads"]):
             return False
         try:
             for key in self._needed(batch):
-                flat, addresses = self._shared.get(key, (None, None))
-                shared = flat is not None and [state[key].data_ptr() for state in states] == addresses
-                batch[key] = [flat] if shared else [state[key] for state in states]
+                batch[key] = [state[key] for state in states]
+                flat, parts, addresses = self._shared.get(key, (None, [], []))
+                if all(map(operator.is_, batch[key], parts)) and [part.data_ptr() for part in parts] == addresses and flat is not None:
+                    batch[key] = [flat]
             self._settle_scopes([batch])
             self._update(batch)
-        except (KeyError, TypeError, RuntimeError):
+        except (AttributeError, KeyError, TypeError, RuntimeError):
             return False
         self._roster = roster
         return True
@@ -253,7 +254,8 @@ class SelectiveOptimizer(Optimizer):
         parts = batch[key][0].split([state.numel() for state in fresh])
         for state, part, alike in zip(batch["states"], parts, fresh, strict=True):
             state[key] = part.view_as(alike)
-        self._shared = self._shared | {key: (batch[key][0], [state[key].data_ptr() for state in batch["states"]])}
+        views = [state[key] for state in batch["states"]]
+        self._shared[key] = batch[key][0], views, [view.data_ptr() for view in views]
 
     def _fresh_state(self, key: str, p: Tensor, group: dict) -> Tensor:
         wide = torch.float64 if p.dtype == torch.float64 else torch.float32
