@@ -60,3 +60,8 @@ def choose(backend: str, operator: str, device: torch.device, dtype: torch.dtype
     if reason is not None:
         raise RuntimeError(f"backend={backend!r} cannot serve {operator} on {device.type}: {reason}")
     return backend
+
+
+def triton_stands_in() -> bool:
+    """Whether Triton's launchers are to be registered as the CUDA kernels: Triton is installed, and the CUDA library is not built."""
+    return importlib.util.find_spec("triton") is not None and not any(native.LIBRARIES.glob("*cuda*.so"))
