@@ -143,6 +143,9 @@ def _run(module: Callable[[], ModuleType], name: str, *args, **kwargs) -> None:
     """The function `name` of a module, by an operator's arguments."""
     if "steps" in SCHEMAS[name]:
         params, grads, *moments, steps, low, high = args
+        for i, g in enumerate(grads):  # a mixture is dispatched to the default kernel: the compiled ones never see it
+            if g.layout is not torch.strided or g.device != params[i].device:
+                raise RuntimeError(f"grads[{i}] is {g.layout} on {g.device}; make it dense, on {params[i].device}")
         one = [p.new_empty(()) for p in params[:1]] * len(params)
         args = params, grads, *(_apart(m, params) for m in moments), *(_apart(s, one) for s in (steps, low, high))
     if "salient" in kwargs:
