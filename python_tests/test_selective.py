@@ -103,7 +103,7 @@ def noting_near_ties(monkeypatch, histogram: bool = False):
         out = torch.zeros(1, reference.RANK_BINS, dtype=torch.int64)
         for part in parts:
             options = {"layout": part["layout"], "sizes": [], "normalization": "rank", "grad_scale": part["grad_scale"]}
-            reference.selective_statistics_(part["grads"], part["saliencies"], **options, out=out)
+            reference.selective_statistics_(part["grads"], part["saliencies"], [], [], **options, out=out)
         return out
 
     with monkeypatch.context() as patch:
@@ -980,7 +980,7 @@ def test_a_shards_mask_is_its_part_of_the_whole(backend, normalization, part, la
             else torch.tensor([[torch.inf, -torch.inf]]).double()
         )
         run = {"layout": [6, 0, g.numel(), g.numel()], "sizes": [], "normalization": normalization, "grad_scale": None}
-        op.call("selective_statistics_", backend, [g], [], **run, out=scope)
+        op.call("selective_statistics_", backend, [g], [], [], [], **run, out=scope)
     selection = op.Selection(**(SELECTION_DEFAULTS | {"normalization": normalization, "threshold": 0.5, "keep_probability": 0.5}))
     whole, shard = g.clone(), g[part].clone()
     common = {"scope_statistics": scope, "step": 3, "seed": -5, "selection": selection}
@@ -1021,7 +1021,7 @@ def test_statistics_are_the_references(native, dtype):
                 for backend in ("reference", native):
                     out = start.clone()
                     options = {"layout": layout, "sizes": [], "normalization": normalization, "grad_scale": scale}
-                    op.call("selective_statistics_", backend, grads, given, **options, out=out)
+                    op.call("selective_statistics_", backend, grads, given, [], [], **options, out=out)
                     found.append(out)
                 if given and normalization == "rank" and dtype in (torch.float32, torch.float64):
                     assert (found[0].sum(-1) == found[1].sum(-1)).all()  # sqrt may round over a bin's edge
@@ -1036,7 +1036,7 @@ def test_a_large_ranks_histogram_takes_every_kth_element(native):
     for backend in ("reference", native):
         for layout, sizes in (([0, 0, n, n], []), ([0, 1000, n, n], [5 * 2**20])):  # k = 3, and 5 for a shard of a larger one
             out = torch.zeros(1, reference.RANK_BINS, dtype=torch.int64)
-            op.call("selective_statistics_", backend, [g], [], layout=layout, sizes=sizes, normalization="rank", grad_scale=None, out=out)
+            op.call("selective_statistics_", backend, [g], [], [], [], layout=layout, sizes=sizes, normalization="rank", grad_scale=None, out=out)
             found.append(out)
     assert abs(found[0].sum().item() - n) <= 3 and (found[0] % 3 == 0).all()
     compare(found[2], found[0], "equal")
@@ -2022,7 +2022,7 @@ def operator_arguments(name: str, dtype: torch.dtype, normalization: str) -> tup
         rank = normalization == "rank"
         out = torch.zeros(2, reference.RANK_BINS, dtype=torch.int64) if rank else torch.zeros(1, 2, dtype=torch.float64)
         number = op.NORMALIZATIONS.index("rank" if rank else "minmax")
-        return (tensors(), []), {"layout": layout, "sizes": [], "normalization": number, "grad_scale": None, "out": out}
+        return (tensors(), [], [], []), {"layout": layout, "sizes": [], "normalization": number, "grad_scale": None, "out": out}
     if name == "selection_probability_":
         return (tensors()[0], None), {"out": torch.zeros(6, 4, dtype=wide)} | selection
     out = torch.zeros(6, 4, dtype=torch.bool)

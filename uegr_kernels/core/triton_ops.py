@@ -19,6 +19,58 @@ def on(tensor: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device)
 
 
+def to_device(values: list | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A new tensor there, without waiting for the copy."""
+    values = torch.as_tensor(values, dtype=dtype)
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class Upload:
+    """Brings 64-bit numbers to `target` by an asynchronous copy from pinned memory that nobody writes while a copy of it is in flight.
+
+    A captured copy is made again at every replay, from the same memory: a step under capture writes an upload `apart`, once.
+    """
+
+    def __init__(self, size: int, device: torch.device):
+        self.target = torch.empty(size, dtype=torch.int64, device=device)
+        self.content = b""
+        self.sources: list = []  # each with the event of its last copy, None where there is nothing to wait for
+        self.spare: Tensor | None = None  # for a capture, which should not allocate pinned memory
+
+    def write(self, content: bytes) -> None:
+        """Makes `target` hold the content; nothing is copied where it already does."""
+        if content == self.content:
+            return
+        capturing_now = capturing(self.target.device)
+        free = (i for i, (_, copied) in enumerate(self.sources) if copied is None or copied.query())
+        at = next(free, None)
+        source = self._source() if at is None else self.sources.pop(at)[0]
+        source.copy_(torch.frombuffer(bytearray(content), dtype=torch.int64))
+        self.target.copy_(source, non_blocking=True)
+        self.content = content
+        copied = None
+        if self.target.is_cuda and not capturing_now:
+            copied = torch.cuda.Event()
+            copied.record()
+            self.spare = self._source() if self.spare is None else self.spare
+        self.sources.append((source, copied))
+
+    def apart(self) -> "Upload":
+        """Another one of the same size, with memory of its own."""
+        other = Upload(len(self.target), self.target.device)
+        other.sources = [] if self.spare is None else [(self.spare, None)]
+        self.spare = None
+        return other
+
+    def _source(self) -> Tensor:
+        return torch.empty(len(self.target), dtype=torch.int64, pin_memory=self.target.is_cuda)
+
+
 @triton.jit
 def pointer(address, dtype: tl.constexpr):
     """An address from a table as a pointer."""
