@@ -92,6 +92,7 @@ def main() -> None:
     for i, statement in enumerate(statements):
         for target in targets:
             driver.set_active(Absent(target))
+            torch.version.hip = "absent" if target.startswith("gfx") else None
             seen.clear()
             exec(statement, {"torch": torch, "uk": uk})
             found += [[i, kernel.name, target, *resources(kernel, target)] for kernel in dict.fromkeys(seen)]

@@ -19,6 +19,11 @@ def on(tensor: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device)
 
 
+def lanes() -> int:
+    """Threads of a warp."""
+    return 64 if torch.version.hip else 32
+
+
 def to_device(values: list | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A new tensor there, without waiting for the copy."""
     values = torch.as_tensor(values, dtype=dtype)

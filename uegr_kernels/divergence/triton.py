@@ -22,6 +22,8 @@ INFINITY = tl.constexpr(float("inf"))
 # first, as this distance would be lost in it.
 FAR_BELOW, FAR_OUT = tl.constexpr(1e3), tl.constexpr(1e6)
 AT_ONCE = tl.constexpr(2048)  # samples of a loop over all of them
+FEW = 3  # passes
+MOST_THREADS = 256  # with more one has too few registers
 COUNTED_BY_EACH = 4096  # labels up to which every program counts those that are not ignored
 
 
@@ -29,6 +31,8 @@ class Form(typing.NamedTuple):
     """What a kernel is compiled for. A block is R samples and W * V columns, [R, W, V]; a thread holds whole runs of V."""
 
     P: int  # passes
+    FEW: bool  # no more than a program's registers hold together: their addresses are arguments, else in a table
+    STORAGE: tl.dtype  # of the logits
     FIRST: int  # of those in pairs: 1 with labels, else 0
     R: int
     W: int
@@ -99,19 +103,71 @@ def log_ratios(z, gaps, EXACT: tl.constexpr):
         for l in tl.static_range(k + 1, M):
             d = (z[k] - z[l]) * L2E - gaps[k * (2 * M - k - 1) // 2 + l - k - 1]
             a = log_ratio(d, EXACT)
-            w = plus(plus(w, k, a + tl.minimum(d, 0.0)), l, a - tl.maximum(d, 0.0))
+            w = added(added(w, k, a + tl.minimum(d, 0.0)), l, a - tl.maximum(d, 0.0))
     return w
 
 
 @triton.jit
-def plus(values, I: tl.constexpr, term):
+def log_ratios_of(k, z, at, FULL: tl.constexpr, samples, passes, c):
+    """The same for pass k alone, whose logits are z, in a block of columns; with itself a pass has 0."""
+    _, bases, rests, totals, _ = passes
+    i, inside = columns(at, samples[-1], c)
+    w = tl.full(z.shape, -0.0, z.dtype)
+    for l in range(c.FIRST, c.P):
+        other = shifted(read_pass(l, i, inside, FULL, True, samples, c), pick(bases, l), pick(rests, l))
+        d = (z - other) * L2E - gap(pick(rests, k), pick(rests, l), pick(totals, k), pick(totals, l))
+        w += log_ratio(d, c.EXACT) + tl.minimum(d, 0.0)
+    return w
+
+
+@triton.jit
+def gap(rest, other_rest, total, other_total):
+    """log2 of the ratio of two normalisers; the difference of two logarithms would have lost digits."""
+    return (rest - other_rest) * L2E + tl.log2(total / other_total)
+
+
+@triton.jit
+def shifted(x, base, rest):
+    """Logits of which differences are taken: finite."""
+    return tl.maximum(x - base, rest - FAR_BELOW)
+
+
+@triton.jit
+def added(values, K: tl.constexpr, term):
     """The tuple with a term added to one of its values."""
     out = ()
     for j in tl.static_range(len(values)):
-        if j == I:
+        if j == K:
             out = out + (values[j] + term,)
         else:
             out = out + (values[j],)
+    return out
+
+
+@triton.jit
+def plus(values, k, term):
+    """The same for a number that only the running kernel knows."""
+    out = ()
+    for j in tl.static_range(len(values)):
+        out = out + (values[j] + tl.where(k == j, term, 0.0),)
+    return out
+
+
+@triton.jit
+def put(values, k, value):
+    """The tuple with another value k."""
+    out = ()
+    for j in tl.static_range(len(values)):
+        out = out + (tl.where(k == j, value, values[j]),)
+    return out
+
+
+@triton.jit
+def pick(values, k):
+    """Value k of a tuple."""
+    out = values[0]
+    for j in tl.static_range(1, len(values)):
+        out = tl.where(k == j, values[j], out)
     return out
 
 
@@ -178,6 +234,26 @@ def write(into, i, inside, stride, there, value, FULL: tl.constexpr, c):
         tl.store(into + offsets, value, eviction_policy="evict_first")
     else:
         tl.store(into + offsets, value, mask=inside, eviction_policy="evict_first")
+
+
+@triton.jit
+def place(rows, k, c):
+    """Where the rows of pass k begin, and how far apart its classes are."""
+    if c.FEW:
+        return rows[0][k], rows[1][k]
+    else:
+        table, row = rows
+        begin, row_stride, stride = tl.load(table + 3 * k), tl.load(table + 3 * k + 1), tl.load(table + 3 * k + 2)
+        if c.ALIGNED:
+            return triton_ops.aligned_pointer(begin, c.STORAGE) + row * row_stride * c.V, stride
+        else:
+            return triton_ops.pointer(begin, c.STORAGE) + row * row_stride, stride
+
+
+@triton.jit
+def read_pass(k, i, inside, FULL: tl.constexpr, AGAIN: tl.constexpr, samples, c):
+    row, stride = place(samples[0], k, c)
+    return read(row, i, inside, stride, -INFINITY, FULL, AGAIN, c)
 
 
 @triton.jit
@@ -248,89 +324,118 @@ def targets(i, inside, label, soft, soft_stride, smoothing, C, FULL: tl.constexp
 
 @triton.jit
 def add_block(at, FULL: tl.constexpr, sums, samples, passes, c):
-    """Adds a block to the sums: of the labels t; by pass of t * (x - max); by pass in pairs of e * log ratios, e = exp(x - max)."""
-    rows, strides, label, soft, soft_stride, smoothing, C = samples
-    tops, bases, rests, gaps = passes
+    """Adds a block to the sums: of the labels t; by pass of t * (x - max); by pass of e * log ratios, e = exp(x - max)."""
+    rows, label, soft, soft_stride, smoothing, C = samples
+    tops, bases, rests, totals, gaps = passes
     masses, of_labels, of_pairs = sums
     i, inside = columns(at, C, c)
     if c.SUMS:
         t = targets(i, inside, label, soft, soft_stride, smoothing, C, FULL, True, c)
         masses += over_runs(t)
-    z = ()
-    for k in tl.static_range(c.P):
-        if c.SUMS or k >= c.FIRST:
-            x = read(rows[k], i, inside, strides[k], -INFINITY, FULL, True, c)
+    if c.FEW:
+        z = ()
+        for k in tl.static_range(c.P):
+            if c.SUMS or k >= c.FIRST:
+                x = read_pass(k, i, inside, FULL, True, samples, c)
+                if c.SUMS:
+                    of_labels = added(of_labels, k, over_runs(label_term(t, x - tops[k])))
+                if k >= c.FIRST:
+                    z = z + (shifted(x, bases[k], rests[k]),)
+        if c.P - c.FIRST > 1:
+            w = log_ratios(z, gaps, c.EXACT)
+            for k in tl.static_range(c.FIRST, c.P):
+                of_pairs = added(of_pairs, k, over_runs(exponential(z[k - c.FIRST] - rests[k]) * w[k - c.FIRST]))
+    else:
+        for k in range(c.P):
+            x = read_pass(k, i, inside, FULL, True, samples, c)
             if c.SUMS:
-                of_labels = plus(of_labels, k, over_runs(label_term(t, x - tops[k])))
-            if k >= c.FIRST:
-                z = z + (tl.maximum(x - bases[k], rests[k] - FAR_BELOW),)
-    if c.P - c.FIRST > 1:
-        w = log_ratios(z, gaps, c.EXACT)
-        for k in tl.static_range(c.P - c.FIRST):
-            of_pairs = plus(of_pairs, k, over_runs(exponential(z[k] - rests[k + c.FIRST]) * w[k]))
+                of_labels = plus(of_labels, k, over_runs(label_term(t, x - pick(tops, k))))
+            z = shifted(x, pick(bases, k), pick(rests, k))
+            w = log_ratios_of(k, z, at, FULL, samples, passes, c)
+            of_pairs = plus(of_pairs, k, over_runs(exponential(z - pick(rests, k)) * w))
     return masses, of_labels, of_pairs
 
 
 @triton.jit
-def write_block(at, FULL: tl.constexpr, factors, into, into_strides, there, keep, samples, passes, c):
+def write_block(at, FULL: tl.constexpr, factors, into, there, keep, samples, passes, c):
     """Writes a block's gradients: e * (of_e + of_w * log ratios) - of_t * t."""
-    rows, strides, label, soft, soft_stride, smoothing, C = samples
-    _, bases, rests, gaps = passes
+    _, label, soft, soft_stride, smoothing, C = samples
+    _, bases, rests, _, gaps = passes
     of_e, of_w, of_t = factors
     i, inside = columns(at, C, c)
     if c.KIND != "none":
         t = targets(i, inside, label, soft, soft_stride, smoothing, C, FULL, False, c)
-    z = ()
-    for k in tl.static_range(c.P):
-        x = read(rows[k], i, inside, strides[k], -INFINITY, FULL, False, c)
-        z = z + (tl.maximum(x - bases[k], rests[k] - FAR_BELOW),)
-    if c.P - c.FIRST > 1:
-        w = log_ratios(z[c.FIRST :], gaps, c.EXACT)
+    z, w = (), ()
+    if c.FEW:
+        for k in tl.static_range(c.P):
+            z = z + (shifted(read_pass(k, i, inside, FULL, False, samples, c), bases[k], rests[k]),)
+        if c.P - c.FIRST > 1:
+            w = log_ratios(z[c.FIRST :], gaps, c.EXACT)
+    else:  # all of them before a gradient is written, which may be over logits
+        for _ in tl.static_range(c.P):
+            w = w + (tl.zeros([c.R, c.W, c.V], c.DTYPE),)
+        for k in range(c.FIRST, c.P):
+            x = shifted(read_pass(k, i, inside, FULL, True, samples, c), pick(bases, k), pick(rests, k))
+            w = put(w, k - c.FIRST, log_ratios_of(k, x, at, FULL, samples, passes, c))
     for k in tl.static_range(c.P):
         if c.NEEDS >> k & 1:
+            if c.FEW:
+                x = z[k]
+            else:
+                x = shifted(read_pass(k, i, inside, FULL, False, samples, c), bases[k], rests[k])
             g = of_e[k]
             if k >= c.FIRST and c.P - c.FIRST > 1:
                 g = w[k - c.FIRST] * of_w[k] + g
-            g = exponential(z[k] - rests[k]) * g
+            g = exponential(x - rests[k]) * g
             if c.KIND != "none":
                 g -= t * of_t[k]
             if c.KIND == "indices" and c.R > 1:
                 g = tl.where(keep, g, 0.0)
-            write(into[k], i, inside, into_strides[k], there, g, FULL, c)
+            begin, stride = place(into, k, c)
+            write(begin, i, inside, stride, there, g, FULL, c)
 
 
 @triton.jit
-def clear(into, into_strides, there, C, c):
+def clear(into, there, C, c):
     """Writes gradients of 0."""
     for at in range(0, C, c.W * c.V):
         i, inside = columns(at, C, c)
         for k in tl.static_range(c.P):
             if c.NEEDS >> k & 1:
-                write(into[k], i, inside, into_strides[k], there, tl.zeros([c.R, c.W, c.V], c.DTYPE), False, c)
+                begin, stride = place(into, k, c)
+                write(begin, i, inside, stride, there, tl.zeros([c.R, c.W, c.V], c.DTYPE), False, c)
 
 
 @triton.jit
-def classify(samples, into, into_strides, there, keep, unit, js_weight, c):
+def classify(samples, into, there, keep, unit, js_weight, c):
     """The losses of some samples, their parts [R, 1, 1], and what `unit` times them has for gradients."""
-    rows, strides, label, _, _, _, C = samples
+    rows, label, _, _, _, C = samples
     BLOCK: tl.constexpr = c.W * c.V
     end = C // BLOCK * BLOCK
-    tops, bases, rests, totals, gaps = (), (), (), (), ()
+    tops, totals, bases, rests, gaps = (), (), (), (), ()
+    if c.FEW:
+        for k in tl.static_range(c.P):
+            top, total = normalizer(rows[0][k], rows[1][k], C, c)
+            tops, totals = tops + (top,), totals + (total,)
+    else:
+        for _ in tl.static_range(c.P):
+            tops, totals = tops + (tl.zeros([c.R, 1, 1], c.DTYPE),), totals + (tl.zeros([c.R, 1, 1], c.DTYPE),)
+        for k in range(c.P):
+            begin, stride = place(rows, k, c)
+            top, total = normalizer(begin, stride, C, c)
+            tops, totals = put(tops, k, top), put(totals, k, total)
     for k in tl.static_range(c.P):
-        top, total = normalizer(rows[k], strides[k], C, c)
+        base = tops[k]
         if c.EXACT:
-            base = tl.where(tl.abs(top) > FAR_OUT, top, 0.0)
-            rests = rests + (top - base,)
-        else:
-            base = top
-            rests = rests + (0.0,)
-        tops, totals, bases = tops + (top,), totals + (total,), bases + (base,)
-    for k in tl.static_range(c.FIRST, c.P):
-        for l in tl.static_range(k + 1, c.P):  # the difference of two logarithms would have lost digits
-            gaps = gaps + ((rests[k] - rests[l]) * L2E + tl.log2(totals[k] / totals[l]),)
-    passes = (tops, bases, rests, gaps)
+            base = tl.where(tl.abs(base) > FAR_OUT, base, 0.0)
+        bases, rests = bases + (base,), rests + (tops[k] - base,)
+    if c.FEW:
+        for k in tl.static_range(c.FIRST, c.P):
+            for l in tl.static_range(k + 1, c.P):
+                gaps = gaps + (gap(rests[k], rests[l], totals[k], totals[l]),)
+    passes = (tops, bases, rests, totals, gaps)
 
-    sums = (tl.zeros([c.R, c.W, 1], c.DTYPE), zeros(c.P, c), zeros(c.P - c.FIRST, c))
+    sums = (tl.zeros([c.R, c.W, 1], c.DTYPE), zeros(c.P, c), zeros(c.P, c))
     if c.SUMS or c.P - c.FIRST > 1:
         if c.ONE:
             sums = add_block(0, not c.TAIL, sums, samples, passes, c)
@@ -351,7 +456,8 @@ def classify(samples, into, into_strides, there, keep, unit, js_weight, c):
             if c.SUMS:
                 of_label = over_row(of_labels[k])
             else:
-                of_label = tl.load(rows[k] + label.to(tl.int64) * strides[k], mask=label >= 0, other=0.0).to(c.DTYPE) - tops[k]
+                begin, stride = place(rows, k, c)
+                of_label = tl.load(begin + label.to(tl.int64) * stride, mask=label >= 0, other=0.0).to(c.DTYPE) - tops[k]
             cross_entropy = mass * tl.log2(totals[k]) * LN2 - of_label
             share = unit
             if k == 0:
@@ -362,7 +468,7 @@ def classify(samples, into, into_strides, there, keep, unit, js_weight, c):
             factor = share * mass
             of_t = of_t + (share,)
         if k >= c.FIRST and c.P - c.FIRST > 1:  # p * (log ratios - KL)/2
-            divergence = over_row(of_pairs[k - c.FIRST]) / totals[k]
+            divergence = over_row(of_pairs[k]) / totals[k]
             divergences += divergence
             pair_factor = unit * js_weight * (LN2 / 2)
             factor -= pair_factor * divergence
@@ -376,26 +482,27 @@ def classify(samples, into, into_strides, there, keep, unit, js_weight, c):
     if c.NEEDS:
         factors = (of_e, of_w, of_t)
         if c.ONE:
-            write_block(0, not c.TAIL, factors, into, into_strides, there, keep, samples, passes, c)
+            write_block(0, not c.TAIL, factors, into, there, keep, samples, passes, c)
         else:
             for at in range(0, end, BLOCK):
-                write_block(at, True, factors, into, into_strides, there, keep, samples, passes, c)
+                write_block(at, True, factors, into, there, keep, samples, passes, c)
             if c.TAIL:
-                write_block(end, False, factors, into, into_strides, there, keep, samples, passes, c)
+                write_block(end, False, factors, into, there, keep, samples, passes, c)
     return clean, adversarial, pairs_divergence(divergences, c.P - c.FIRST)
 
 
 @triton.jit
-def add_errors(at, FULL: tl.constexpr, sums, samples, into, into_strides, there, unit, js_weight, c):
+def add_errors(at, FULL: tl.constexpr, sums, samples, into, there, unit, js_weight, c):
     """Regression: adds a block to the sums of the squares, and writes its gradients."""
-    rows, strides, _, soft, soft_stride, _, C = samples
+    rows, _, soft, soft_stride, _, C = samples
     clean, adversarial, divergence = sums
     i, inside = columns(at, C, c)
     if c.KIND != "none":
         t = read(soft, i, inside, soft_stride, 0.0, FULL, False, c)
     z = ()
     for k in tl.static_range(c.P):
-        z = z + (read(rows[k], i, inside, strides[k], 0.0, FULL, False, c),)
+        begin, stride = place(rows, k, c)
+        z = z + (read(begin, i, inside, stride, 0.0, FULL, False, c),)
     for k in tl.static_range(c.P):
         g = tl.zeros([c.R, c.W, c.V], c.DTYPE)
         if c.KIND != "none":
@@ -411,25 +518,26 @@ def add_errors(at, FULL: tl.constexpr, sums, samples, into, into_strides, there,
                     divergence += over_runs(squared(z[k], z[l]))
                 g += squared_slope(z[k], z[l]) * js_weight
         if c.NEEDS >> k & 1:
-            write(into[k], i, inside, into_strides[k], there, g * unit, FULL, c)
+            begin, stride = place(into, k, c)
+            write(begin, i, inside, stride, there, g * unit, FULL, c)
     return clean, adversarial, divergence
 
 
 @triton.jit
-def regress(samples, into, into_strides, there, unit, js_weight, c):
+def regress(samples, into, there, unit, js_weight, c):
     """The same with means over the classes of squares."""
-    C = samples[6]
+    C = samples[-1]
     BLOCK: tl.constexpr = c.W * c.V
     end = C // BLOCK * BLOCK
     sums = zeros(3, c)
     unit = unit / C
     if not c.ONE:
         for at in range(0, end, BLOCK):
-            sums = add_errors(at, True, sums, samples, into, into_strides, there, unit, js_weight, c)
+            sums = add_errors(at, True, sums, samples, into, there, unit, js_weight, c)
     if c.ONE:
-        sums = add_errors(0, not c.TAIL, sums, samples, into, into_strides, there, unit, js_weight, c)
+        sums = add_errors(0, not c.TAIL, sums, samples, into, there, unit, js_weight, c)
     elif c.TAIL:
-        sums = add_errors(end, False, sums, samples, into, into_strides, there, unit, js_weight, c)
+        sums = add_errors(end, False, sums, samples, into, there, unit, js_weight, c)
     clean, adversarial, divergence = sums
     return over_row(clean) / C, over_row(adversarial) / C, over_row(divergence) / C
 
@@ -464,8 +572,8 @@ def put_losses(loss, parts, at, apart, clean, adversarial, divergence, js_weight
 
 
 @triton.jit(do_not_specialize=["N", "js_weight", "smoothing", "ignore_index"])
-def loss_kernel(logits, row_strides, strides, gradients, gradient_row_strides, gradient_strides, labels, label_row_stride, label_stride,
-                count, loss, parts, N, C, js_weight: tl.int64, smoothing: tl.int64, ignore_index: tl.int64, c):  # fmt: skip
+def loss_kernel(logits, row_strides, strides, gradients, gradient_row_strides, gradient_strides, table, labels, label_row_stride,
+                label_stride, count, loss, parts, N, C, js_weight: tl.int64, smoothing: tl.int64, ignore_index: tl.int64, c):  # fmt: skip
     """The losses of all samples, and the gradients. For `add_up`, where neither BY_ROW nor ALONE: the parts of rows, and their count."""
     js_weight, smoothing = from_bits(js_weight).to(c.DTYPE), from_bits(smoothing).to(c.DTYPE)
     count = counted(labels, label_row_stride, count, ignore_index, N, c)
@@ -476,10 +584,14 @@ def loss_kernel(logits, row_strides, strides, gradients, gradient_row_strides, g
         row = (tl.zeros([c.R, 1, 1], tl.int64) + tile) * c.R + tl.arange(0, c.R)[:, None, None]
         there = row < N
         at = tl.minimum(row, N - 1)  # whatever is read there is not used
-        rows, into = (), ()
-        for k in tl.static_range(c.P):
-            rows = rows + (logits[k] + at * row_strides[k] * UNIT,)
-            into = into + (gradients[k] + at * gradient_row_strides[k] * UNIT,)
+        if c.FEW:
+            begins, others = (), ()
+            for k in tl.static_range(c.P):
+                begins = begins + (logits[k] + at * row_strides[k] * UNIT,)
+                others = others + (gradients[k] + at * gradient_row_strides[k] * UNIT,)
+            rows, into = (begins, strides), (others, gradient_strides)
+        else:
+            rows, into = (table, at), (table + 3 * c.P, at)
         keep, label, soft = there, None, None
         if c.KIND == "indices":
             label = tl.load(labels + at * label_row_stride)
@@ -487,15 +599,15 @@ def loss_kernel(logits, row_strides, strides, gradients, gradient_row_strides, g
             label = tl.where((label >= 0) & (label < C), label, -1).to(tl.int32)
         if c.KIND == "soft":
             soft = labels + at * label_row_stride * UNIT
-        samples = (rows, strides, label, soft, label_stride, smoothing, C)
+        samples = (rows, label, soft, label_stride, smoothing, C)
         clean = tl.zeros([c.R, 1, 1], c.DTYPE)
         adversarial, divergence = clean, clean
         if c.REGRESSION:
-            clean, adversarial, divergence = regress(samples, into, gradient_strides, there, 1 / count, js_weight, c)
+            clean, adversarial, divergence = regress(samples, into, there, 1 / count, js_weight, c)
         elif c.KIND != "indices" or tl.max(keep.to(tl.int32)) > 0:
-            clean, adversarial, divergence = classify(samples, into, gradient_strides, there, keep, 1 / count, js_weight, c)
+            clean, adversarial, divergence = classify(samples, into, there, keep, 1 / count, js_weight, c)
         else:
-            clear(into, gradient_strides, there, C, c)
+            clear(into, there, C, c)
         clean, adversarial = tl.where(keep, clean, 0.0), tl.where(keep, adversarial, 0.0)
         divergence = tl.where(keep, divergence, 0.0)
         if c.ALONE:
@@ -575,6 +687,11 @@ class Passes(typing.NamedTuple):
         return cls(rows, row_strides, strides)
 
     @property
+    def addresses(self) -> list[tuple[int, int, int]]:
+        """By pass its address and strides."""
+        return [(row.data_ptr(), *strides) for row, *strides in zip(*self, strict=True)]
+
+    @property
     def dense(self) -> bool:
         return self.rows[0].shape[1] == 1 or all(stride == 1 for stride in self.strides)
 
@@ -591,16 +708,20 @@ class Passes(typing.NamedTuple):
         return self._replace(row_strides=tuple(stride // run for stride in self.row_strides))
 
 
+def _run(passes: int, itemsize: int) -> int:
+    """Elements of a pass in a thread, neighbours: 128 bits, or 64 where many passes want registers."""
+    return 16 // itemsize if passes <= FEW or itemsize > 2 else 4
+
+
 @functools.cache
-def _block(samples: int, classes: int, passes: int, itemsize: int, aligned: bool) -> tuple[dict, int]:
+def _block(samples: int, classes: int, passes: int, itemsize: int, aligned: bool, lanes: int) -> tuple[dict, int]:
     """The part of a form that says what a block is, and its warps."""
-    each = 4 if itemsize == 8 else 8  # elements of a pass in a thread
-    largest = 4096 if passes <= 3 else 2048
-    block = min(triton.next_power_of_2(classes), largest)
-    run = min(16 // itemsize, block)
-    rows = max(1, min(triton.next_power_of_2(samples), 1024 // block))
+    each = _run(passes, itemsize)
+    block = min(triton.next_power_of_2(classes), MOST_THREADS * each)
+    run = min(each, block)
+    rows = max(1, min(triton.next_power_of_2(samples), MOST_THREADS * each // block))
     form = {"R": rows, "W": block // run, "V": run, "ONE": classes <= block, "TAIL": classes % block != 0, "ALIGNED": aligned}
-    return form, min(max(rows * block // (32 * each), 1), 16)
+    return form, max(rows * block // (lanes * each), 1)
 
 
 @functools.cache
@@ -640,12 +761,12 @@ def _evaluate(
     if labels is not None:
         kind, label_strides = ("soft", labels.stride()) if labels.is_floating_point() else ("indices", (labels.stride(0), 0))
     involved = [passes, into] + ([Passes((labels,), label_strides[:1], label_strides[1:])] if kind == "soft" else [])
-    run = 16 // first.element_size()
+    run = _run(count, first.element_size())
     aligned = all(x.aligned(run) for x in involved)
     if aligned:
         passes, into = passes.in_runs(run), into.in_runs(run)
         label_strides = (label_strides[0] // run if kind == "soft" else label_strides[0], label_strides[1])
-    block, warps = _block(samples, classes, count, first.element_size(), aligned)
+    block, warps = _block(samples, classes, count, first.element_size(), aligned, triton_ops.lanes())
     programs = _programs(block, passes, first.device)
     wide = first.dtype == torch.float64
     dtype, by_row = torch.float64 if wide else torch.float32, reduction == "none"
@@ -653,7 +774,7 @@ def _evaluate(
     needed = [need for x, need in zip(logits, needs, strict=True) for _ in range(len(x) if x.dim() == 3 else 1)]
     smooth = kind != "none" and label_smoothing > 0
     form = _form(
-        P=count, FIRST=int(labels is not None), **block, DENSE=all(x.dense for x in involved), DTYPE=triton_ops.DTYPES[dtype],
+        P=count, FEW=count <= FEW, STORAGE=triton_ops.DTYPES[first.dtype], FIRST=int(labels is not None), **block, DENSE=all(x.dense for x in involved), DTYPE=triton_ops.DTYPES[dtype],
         EXACT=first.dtype == dtype, REGRESSION=regression, KIND=kind, SMOOTH=smooth, SUMS=smooth or kind == "soft",
         NEEDS=sum(need << k for k, need in enumerate(needed)), MEAN=reduction == "mean", BY_ROW=by_row, ALONE=alone,
     )  # fmt: skip
@@ -664,9 +785,12 @@ def _evaluate(
     parts = first.new_empty((3, samples) if by_row else (3,), dtype=dtype)
     rows = parts if by_row or alone else first.new_empty(3 * samples + 1, dtype=dtype)
     weight, smoothing = triton_ops.bits(js_weight), triton_ops.bits(label_smoothing)
+    few, table = count <= FEW, None
+    if not few:
+        table = triton_ops.to_device([x for part in (passes, into) for row in part.addresses for x in row], torch.int64, first.device)
     with triton_ops.on(first):
         loss_kernel[(programs,)](
-            *passes, *into, labels, *label_strides, kept, loss, rows, samples, classes, weight, smoothing, ignore_index,
+            *((*passes, *into) if few else [None] * 6), table, labels, *label_strides, kept, loss, rows, samples, classes, weight, smoothing, ignore_index,
             form, num_warps=warps,
         )  # fmt: skip
         if not (by_row or alone):
@@ -709,11 +833,11 @@ def _scale(gradients: list[Tensor], scaled: list[Tensor], factor: Tensor, *, in_
         gradients, scaled = ([x[None] for x in some] for some in (gradients, scaled))
     first = gradients[0]
     passes, into = Passes.of(gradients), Passes.of(scaled)
-    (samples, classes), run = passes.rows[0].shape, 16 // first.element_size()
+    (samples, classes), run = passes.rows[0].shape, _run(len(passes.rows), first.element_size())
     aligned = passes.aligned(run) and into.aligned(run)
     if aligned:
         passes, into = passes.in_runs(run), into.in_runs(run)
-    block, warps = _block(samples, classes, len(passes.rows), first.element_size(), aligned)
+    block, warps = _block(samples, classes, len(passes.rows), first.element_size(), aligned, triton_ops.lanes())
     by_row = factor.dim() > 0
     form = _form(P=len(passes.rows), **block, DENSE=passes.dense and into.dense, DTYPE=triton_ops.DTYPES[factor.dtype], BY_ROW=by_row)
     pieces = triton.cdiv(samples, block["R"]) * triton.cdiv(classes, block["W"] * block["V"])
