@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 ROUNDING_KEY = tl.constexpr(0x9E3779B9)  # xor-ed into the key's low word for the words that round 16-bit moments
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float64: tl.float64}
 
 
@@ -131,3 +132,14 @@ def bits(x: float) -> int:
 def from_bits(x):
     """The float64 again."""
     return x.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """x as `dtype`, to nearest. Compilers do that; Triton's interpreter cuts bfloat16, so what it would cut is taken away before."""
+    if dtype.primitive_bitwidth < 32:
+        x = x.to(tl.float32)
+    if INTERPRETED and dtype == tl.bfloat16:
+        word = x.to(tl.uint32, bitcast=True)
+        x = tl.where(x == x, ((word + 0x7FFF + ((word >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True), x)
+    return x.to(dtype)

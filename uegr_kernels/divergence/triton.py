@@ -21,7 +21,7 @@ INFINITY = tl.constexpr(float("inf"))
 # What is far enough below a row's maximum that p is 0 while differences stay finite; and from where on a row is moved by its maximum
 # first, as this distance would be lost in it.
 FAR_BELOW, FAR_OUT = tl.constexpr(1e3), tl.constexpr(1e6)
-AT_ONCE = tl.constexpr(2048)  # samples of a loop over all of them
+AT_ONCE = tl.constexpr(1024)  # samples of a loop over all of them
 FEW = 3  # passes
 MOST_THREADS = 256  # with more one has too few registers
 COUNTED_BY_EACH = 4096  # labels up to which every program counts those that are not ignored
@@ -228,6 +228,7 @@ def read(x, i, inside, stride, FILL: tl.constexpr, FULL: tl.constexpr, AGAIN: tl
 @triton.jit
 def write(into, i, inside, stride, there, value, FULL: tl.constexpr, c):
     offsets = i if c.DENSE else i.to(tl.int64) * stride
+    value = triton_ops.rounded(value, into.dtype.element_ty)
     if c.R > 1:
         tl.store(into + offsets, value, mask=there & inside, eviction_policy="evict_first")
     elif FULL:
@@ -325,8 +326,8 @@ def targets(i, inside, label, soft, soft_stride, smoothing, C, FULL: tl.constexp
 @triton.jit
 def add_block(at, FULL: tl.constexpr, sums, samples, passes, c):
     """Adds a block to the sums: of the labels t; by pass of t * (x - max); by pass of e * log ratios, e = exp(x - max)."""
-    rows, label, soft, soft_stride, smoothing, C = samples
-    tops, bases, rests, totals, gaps = passes
+    _, label, soft, soft_stride, smoothing, C = samples
+    tops, bases, rests, _, gaps = passes
     masses, of_labels, of_pairs = sums
     i, inside = columns(at, C, c)
     if c.SUMS:
@@ -716,7 +717,7 @@ def _run(passes: int, itemsize: int) -> int:
 @functools.cache
 def _block(samples: int, classes: int, passes: int, itemsize: int, aligned: bool, lanes: int) -> tuple[dict, int]:
     """The part of a form that says what a block is, and its warps."""
-    each = _run(passes, itemsize)
+    each = _run(passes, itemsize) if aligned else min(_run(passes, itemsize), 4)
     block = min(triton.next_power_of_2(classes), MOST_THREADS * each)
     run = min(each, block)
     rows = max(1, min(triton.next_power_of_2(samples), MOST_THREADS * each // block))
@@ -774,7 +775,8 @@ def _evaluate(
     needed = [need for x, need in zip(logits, needs, strict=True) for _ in range(len(x) if x.dim() == 3 else 1)]
     smooth = kind != "none" and label_smoothing > 0
     form = _form(
-        P=count, FEW=count <= FEW, STORAGE=triton_ops.DTYPES[first.dtype], FIRST=int(labels is not None), **block, DENSE=all(x.dense for x in involved), DTYPE=triton_ops.DTYPES[dtype],
+        P=count, FEW=count <= FEW, STORAGE=triton_ops.DTYPES[first.dtype], FIRST=int(labels is not None), **block,
+        DENSE=all(x.dense for x in involved), DTYPE=triton_ops.DTYPES[dtype],
         EXACT=first.dtype == dtype, REGRESSION=regression, KIND=kind, SMOOTH=smooth, SUMS=smooth or kind == "soft",
         NEEDS=sum(need << k for k, need in enumerate(needed)), MEAN=reduction == "mean", BY_ROW=by_row, ALONE=alone,
     )  # fmt: skip
@@ -790,8 +792,8 @@ def _evaluate(
         table = triton_ops.to_device([x for part in (passes, into) for row in part.addresses for x in row], torch.int64, first.device)
     with triton_ops.on(first):
         loss_kernel[(programs,)](
-            *((*passes, *into) if few else [None] * 6), table, labels, *label_strides, kept, loss, rows, samples, classes, weight, smoothing, ignore_index,
-            form, num_warps=warps,
+            *((*passes, *into) if few else [None] * 6), table, labels, *label_strides, kept, loss, rows, samples, classes,
+            weight, smoothing, ignore_index, form, num_warps=warps,
         )  # fmt: skip
         if not (by_row or alone):
             add_up_kernel[(1,)](rows, loss, parts, samples, weight, DTYPE=triton_ops.DTYPES[dtype], num_warps=8)
