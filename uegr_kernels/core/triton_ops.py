@@ -1,6 +1,7 @@
 """What the Triton kernels share: the generator (SPEC 2, by `tl.philox`), pointers out of tables, and the device they are launched on."""
 
 import contextlib
+import os
 import struct
 
 import torch
@@ -9,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 ROUNDING_KEY = tl.constexpr(0x9E3779B9)  # xor-ed into the key's low word for the words that round 16-bit moments
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # as Triton asks, when a kernel is decorated
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float64: tl.float64}
 
 
@@ -78,6 +79,17 @@ class Upload:
 
 
 @triton.jit
+def nearest(x, dtype: tl.constexpr):
+    """x in another dtype, rounded to nearest. Triton's interpreter cuts bfloat16 off, so there the rounding is added first."""
+    if INTERPRETED and dtype == tl.bfloat16 and x.dtype != tl.bfloat16:
+        x = x.to(tl.float32)
+        bits = x.to(tl.uint32, bitcast=True).to(tl.int64)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = tl.where(x == x, bits.to(tl.uint32).to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
+
+
+@triton.jit
 def pointer(address, dtype: tl.constexpr):
     """An address from a table as a pointer."""
     return address.to(tl.pointer_type(dtype))
@@ -132,14 +144,3 @@ def bits(x: float) -> int:
 def from_bits(x):
     """The float64 again."""
     return x.to(tl.int64).to(tl.float64, bitcast=True)
-
-
-@triton.jit
-def rounded(x, dtype: tl.constexpr):
-    """x as `dtype`, to nearest. Compilers do that; Triton's interpreter cuts bfloat16, so what it would cut is taken away before."""
-    if dtype.primitive_bitwidth < 32:
-        x = x.to(tl.float32)
-    if INTERPRETED and dtype == tl.bfloat16:
-        word = x.to(tl.uint32, bitcast=True)
-        x = tl.where(x == x, ((word + 0x7FFF + ((word >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True), x)
-    return x.to(dtype)

@@ -228,7 +228,7 @@ def read(x, i, inside, stride, FILL: tl.constexpr, FULL: tl.constexpr, AGAIN: tl
 @triton.jit
 def write(into, i, inside, stride, there, value, FULL: tl.constexpr, c):
     offsets = i if c.DENSE else i.to(tl.int64) * stride
-    value = triton_ops.rounded(value, into.dtype.element_ty)
+    value = triton_ops.nearest(value, into.dtype.element_ty)
     if c.R > 1:
         tl.store(into + offsets, value, mask=there & inside, eviction_policy="evict_first")
     elif FULL:

@@ -79,7 +79,7 @@ def drop_kernel(h, rates, rate_stride, key, out, squares, rows, units, size, R: 
         i = row * units + unit
         value = tl.load(h + i, mask=there, other=0.0)
         result = dropped(value.to(DTYPE), words_of_tile(row, unit, units, key, IN_ORDER), rate, scale)
-        tl.store(out + i, triton_ops.rounded(result, out.dtype.element_ty), mask=there)
+        tl.store(out + i, triton_ops.nearest(result, out.dtype.element_ty), mask=there)
         if SQUARES:
             sums += value.to(tl.float64) * value.to(tl.float64)
     if SQUARES:

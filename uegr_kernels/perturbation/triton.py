@@ -109,7 +109,7 @@ def moved(g, x, factor, limit, seed, step, stream, begin, i, end, LINF: tl.const
 
 @triton.jit
 def write(out, begin, i, end, value, FULL: tl.constexpr):
-    value = triton_ops.rounded(value, out.dtype.element_ty)
+    value = triton_ops.nearest(value, out.dtype.element_ty)
     if FULL:
         tl.store(out + begin + i, value)
     else:

@@ -252,9 +252,9 @@ def fetch(pointers, mask, T: tl.constexpr):
 @triton.jit
 def put(pointers, value, mask):
     if mask is None:
-        tl.store(pointers, value.to(pointers.dtype.element_ty), eviction_policy="evict_first")
+        tl.store(pointers, triton_ops.nearest(value, pointers.dtype.element_ty), eviction_policy="evict_first")
     else:
-        tl.store(pointers, value.to(pointers.dtype.element_ty), mask=mask)
+        tl.store(pointers, triton_ops.nearest(value, pointers.dtype.element_ty), mask=mask)
 
 
 @triton.jit
