@@ -11,6 +11,7 @@ from torch import Tensor
 
 ROUNDING_KEY = tl.constexpr(0x9E3779B9)  # xor-ed into the key's low word for the words that round 16-bit moments
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # as Triton asks, when a kernel is decorated
+CAPTURED: list[Tensor] = []  # what replays of graphs copy to the device again
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float64: tl.float64}
 
 
@@ -29,7 +30,12 @@ def lanes() -> int:
 def to_device(values: list | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A new tensor there, without waiting for the copy."""
     values = torch.as_tensor(values, dtype=dtype)
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+    if device.type != "cuda":
+        return values
+    values = values.pin_memory()
+    if capturing(device):
+        CAPTURED.append(values)
+    return values.to(device, non_blocking=True)
 
 
 def capturing(device: torch.device) -> bool:
@@ -82,11 +88,11 @@ class Upload:
 def nearest(x, dtype: tl.constexpr):
     """x in another dtype, rounded to nearest. Triton's interpreter cuts bfloat16 off, so there the rounding is added first."""
     if INTERPRETED and dtype == tl.bfloat16 and x.dtype != tl.bfloat16:
-        x = x.to(tl.float32)
-        bits = x.to(tl.uint32, bitcast=True).to(tl.int64)
-        bits += 0x7FFF + ((bits >> 16) & 1)
-        x = tl.where(x == x, bits.to(tl.uint32).to(tl.float32, bitcast=True), x)
-    return x.to(dtype)
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True).to(tl.int64)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
 
 
 @triton.jit

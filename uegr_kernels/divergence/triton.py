@@ -717,7 +717,7 @@ def _run(passes: int, itemsize: int) -> int:
 @functools.cache
 def _block(samples: int, classes: int, passes: int, itemsize: int, aligned: bool, lanes: int) -> tuple[dict, int]:
     """The part of a form that says what a block is, and its warps."""
-    each = _run(passes, itemsize) if aligned else min(_run(passes, itemsize), 4)
+    each = _run(passes, itemsize) if aligned else min(_run(passes, itemsize), 128 // lanes)  # a mask is as many scalar registers
     block = min(triton.next_power_of_2(classes), MOST_THREADS * each)
     run = min(each, block)
     rows = max(1, min(triton.next_power_of_2(samples), MOST_THREADS * each // block))
