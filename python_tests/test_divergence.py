@@ -154,8 +154,10 @@ def compare_with_wide_reference(native, logits, labels, **options):
 
 # Around one vector, one block of 1024, and passes from none in pairs to more than a fixed number.
 @pytest.mark.parametrize("c", [1, 2, 15, 16, 17, 1023, 1024, 1025, 3000])
-@pytest.mark.parametrize("m", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 6, 8])
 def test_kernel_is_the_wide_reference(native, m, c):
+    if native == "triton" and m > 3 and c not in (1, 16, 1025):
+        pytest.skip("many passes of every width take the interpreter long")
     logits = [random_logits(3, c, dtype=torch.float32, seed=1, scale=5.0), random_logits(m, 3, c, dtype=torch.float32, seed=2, scale=5.0)]
     compare_with_wide_reference(native, logits, torch.tensor([0, -100, c - 1]))
     compare_with_wide_reference(native, logits, torch.tensor([0, -100, c // 2]), label_smoothing=0.1)
@@ -380,11 +382,11 @@ def test_half_precision(backend, dtype, reduction):
 
 
 def test_small_float16_gradients_survive_a_loss_scale(backend):
-    clean, adversarial = torch.zeros(256, 4000, dtype=torch.float16, requires_grad=True), torch.zeros(2, 256, 4000, dtype=torch.float16)
-    loss = uegr_loss(clean, adversarial, torch.zeros(256, dtype=torch.long), backend=backend)
+    clean, adversarial = torch.zeros(16, 64000, dtype=torch.float16, requires_grad=True), torch.zeros(2, 16, 64000, dtype=torch.float16)
+    loss = uegr_loss(clean, adversarial, torch.zeros(16, dtype=torch.long), backend=backend)
     (loss * 65536).backward()
-    # 1/4000 of 1/256 of 65536; 1/(4000*256) itself is below float16's normal numbers.
-    torch.testing.assert_close(clean.grad[0, 1].item(), 65536 / 256 / 4000, rtol=2e-3, atol=0)
+    # 1/64000 of 1/16 of 65536; 1/(64000*16) itself is below float16's normal numbers.
+    torch.testing.assert_close(clean.grad[0, 1].item(), 65536 / 16 / 64000, rtol=2e-3, atol=0)
 
 
 @settings(max_examples=30, deadline=None)
@@ -613,7 +615,8 @@ def test_linear_sums_the_weights_gradient_in_float32(backend):
     hidden = torch.ones(300, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     labels = torch.zeros(300, dtype=torch.long)
-    loss = linear_uegr_loss(hidden, hidden[None], weight, labels, reduction="sum", chunk_rows=1, backend=backend)
+    rows = 10 if backend == "triton" else 1
+    loss = linear_uegr_loss(hidden, hidden[None], weight, labels, reduction="sum", chunk_rows=rows, backend=backend)
     assert torch.autograd.grad(loss, weight)[0].flatten().tolist() == [-300.0, 300.0]
 
 

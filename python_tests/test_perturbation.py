@@ -238,7 +238,7 @@ def test_weights_backward_inside(backend):
 # Triton's are smaller: its interpreter takes the time of the programs, one for each group that is not longer than 4,096.
 SHAPES = {
     "cpp": [(), (0,), (1,), (1023,), (2, 0, 3), (3, 1025), (3, 4, 256), (4, 130, 129), (1, 40_001)],
-    "triton": [(), (0,), (1023,), (2, 0, 3), (2, 3, 64), (2, 3, 1367), (1, 33_001)],
+    "triton": [(), (0,), (33,), (2, 0, 3), (2, 3, 64), (2, 3, 1367), (1, 17_001)],
 }
 
 
@@ -262,7 +262,7 @@ def alone_and_apart(backend, run):
 @pytest.mark.parametrize("layout", ["dense", "sliced", "transposed"])
 def test_native_agrees_with_the_reference_from_any_number_of_threads(native, dtype, layout):
     tolerance = {"rtol": 2 * RELATIVE[dtype], "atol": 1e-15 if dtype == torch.float64 else 1e-7}
-    for shape in SHAPES[native]:
+    for shape in SHAPES[native] if native == "cpp" or layout == "dense" else SHAPES[native][4:5]:  # Triton gets dense copies
         g, delta = (laid_out(gradient(*shape, dtype=dtype, seed=seed), layout) for seed in (0, 1))
         mask = (torch.rand(shape[:2]) < 0.7).to(torch.int32) if len(shape) > 1 else None
         for norm in ("l2", "linf"):

@@ -190,10 +190,10 @@ def part_kernel(items, table, g, x, out, mask, token, length, size: tl.int64, pa
     full = begin + (end - begin) // BLOCK * BLOCK
     for at in range(begin, full, BLOCK):
         sums = visit(at, end, i, sums, g, x, out, mask, token, factor, ball, radius, limit, seed, step, stream,
-                     STAGE, LINF, PROJECTS, RANDOM, IN_ORDER, True)  # fmt: skip
+                     STAGE, LINF, PROJECTS, RANDOM, IN_ORDER, ALIGNED, True)  # fmt: skip
     if full < end:
         sums = visit(full, end, i, sums, g, x, out, mask, token, factor, ball, radius, limit, seed, step, stream,
-                     STAGE, LINF, PROJECTS, RANDOM, IN_ORDER, False)  # fmt: skip
+                     STAGE, LINF, PROJECTS, RANDOM, IN_ORDER, ALIGNED, False)  # fmt: skip
     if STAGE == 0:
         tl.store(squares + number, tl.sum(sums, 0))
     if STAGE == 1:
@@ -202,8 +202,11 @@ def part_kernel(items, table, g, x, out, mask, token, length, size: tl.int64, pa
 
 @triton.jit
 def visit(at, end, i, sums, g, x, out, mask, token, factor, ball, radius, limit, seed, step, stream, STAGE: tl.constexpr,
-          LINF: tl.constexpr, PROJECTS: tl.constexpr, RANDOM: tl.constexpr, IN_ORDER: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
+          LINF: tl.constexpr, PROJECTS: tl.constexpr, RANDOM: tl.constexpr, IN_ORDER: tl.constexpr, ALIGNED: tl.constexpr,
+          FULL: tl.constexpr):  # fmt: skip
     """A block of a part: adds its squares, or writes it."""
+    if ALIGNED:
+        at = tl.multiple_of(at, 16)
     value = gradient(g, mask, token, at, i, end, FULL)
     if STAGE > 0:
         value = moved(value, x, factor, limit, seed, step, stream, at, i, end, LINF, RANDOM, IN_ORDER, FULL)
@@ -263,7 +266,7 @@ def _move_(x: Tensor | None, grad: Tensor, mask: Tensor | None, seed: Tensor | N
         for stage in (0, 1, 2) if radius is not None and norm == "l2" else (0, 2):
             part_kernel[(groups * parts,)](
                 None, None, g, x, out, mask, token, length, size, parts, squares, again, *numbers,
-                STAGE=stage, BLOCK=BLOCK, ALIGNED=True, STORAGE=None, num_warps=4, **form,
+                STAGE=stage, BLOCK=BLOCK, ALIGNED=length % 16 == 0 or groups == 1, STORAGE=None, num_warps=4, **form,
             )  # fmt: skip
 
 
