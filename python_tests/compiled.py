@@ -5,7 +5,9 @@ of running it. All of it happens in one process of its own, since this one may h
 """
 
 import collections
+import concurrent.futures
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -41,16 +43,22 @@ class Kernel(typing.NamedTuple):
 
 
 @functools.cache
-def kernels(*statements: str, targets: tuple[str, ...] = TARGETS) -> dict[tuple[int, str], list[Kernel]]:
-    """What each statement launches, by (position, target), in order. `import torch` and `import uegr_kernels as uk` are done already."""
+def kernels(*statements: str) -> dict[tuple[str, str], list[Kernel]]:
+    """What each statement launches, by (statement, target). `import torch` and `import uegr_kernels as uk` are done already."""
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # a process for half of the targets each
+        halves = list(pool.map(lambda targets: _compiled(statements, targets), (TARGETS[::2], TARGETS[1::2])))
+    found: dict[tuple[str, str], list[Kernel]] = {(statement, target): [] for statement in statements for target in TARGETS}
+    for statement, *fields in itertools.chain(*halves):
+        found[statement, fields[1]].append(Kernel(*fields))
+    return found
+
+
+def _compiled(statements: tuple[str, ...], targets: tuple[str, ...]) -> list[list]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, __file__]
     run = subprocess.run(command, input=json.dumps([statements, targets]), env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    found: dict[tuple[int, str], list[Kernel]] = {(i, target): [] for i in range(len(statements)) for target in targets}
-    for i, *fields in json.loads(run.stdout.splitlines()[-1]):
-        found[i, fields[1]].append(Kernel(*fields))
-    return found
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def main() -> None:
@@ -89,12 +97,12 @@ def main() -> None:
     backends.choose = lambda *arguments: "triton"
     statements, targets = json.load(sys.stdin)
     found = []
-    for i, statement in enumerate(statements):
+    for statement in statements:
         for target in targets:
             driver.set_active(Absent(target))
             seen.clear()
             exec(statement, {"torch": torch, "uk": uk})
-            found += [[i, kernel.name, target, *resources(kernel, target)] for kernel in dict.fromkeys(seen)]
+            found += [[statement, kernel.name, target, *resources(kernel, target)] for kernel in dict.fromkeys(seen)]
     print(json.dumps(found))
 
 
