@@ -228,7 +228,7 @@ def allowed(mask, found_inf):
     if found_inf is None:
         return mask
     else:
-        return mask & ((tl.load(found_inf) == 0).to(tl.int32) != 0)  # as an integer: the interpreter spreads a comparison as floats
+        return tl.where(mask, tl.load(found_inf), 1) == 0
 
 
 @triton.jit
