@@ -100,6 +100,7 @@ def main() -> None:
     for statement in statements:
         for target in targets:
             driver.set_active(Absent(target))
+            torch.version.hip = "absent" if target.startswith("gfx") else None
             seen.clear()
             exec(statement, {"torch": torch, "uk": uk})
             found += [[statement, kernel.name, target, *resources(kernel, target)] for kernel in dict.fromkeys(seen)]

@@ -1044,7 +1044,19 @@ def test_a_large_ranks_histogram_takes_every_kth_element(native):
     for backend in ("reference", native):
         for layout, sizes in (([0, 0, n, n], []), ([0, 1000, n, n], [5 * 2**20])):  # k = 3, and 5 for a shard of a larger one
             out = torch.zeros(1, reference.RANK_BINS, dtype=torch.int64)
-            op.call("selective_statistics_", backend, [g], [], [], [], layout=layout, sizes=sizes, normalization="rank", grad_scale=None, out=out)
+            op.call(
+                "selective_statistics_",
+                backend,
+                [g],
+                [],
+                [],
+                [],
+                layout=layout,
+                sizes=sizes,
+                normalization="rank",
+                grad_scale=None,
+                out=out,
+            )
             found.append(out)
     assert abs(found[0].sum().item() - n) <= 3 and (found[0] % 3 == 0).all()
     compare(found[2], found[0], "equal")

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import struct
 
 import torch
 import triton
@@ -10,6 +11,7 @@ from torch import Tensor
 
 ROUNDING_KEY = tl.constexpr(0x9E3779B9)  # xor-ed into the key's low word for the words that round 16-bit moments
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # as Triton asks, when a kernel is decorated
+CAPTURED: list[Tensor] = []  # what replays of graphs copy to the device again
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float64: tl.float64}
 
 
@@ -20,10 +22,20 @@ def on(tensor: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device)
 
 
+def lanes() -> int:
+    """Threads of a warp."""
+    return 64 if torch.version.hip else 32
+
+
 def to_device(values: list | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A new tensor there, without waiting for the copy."""
     values = torch.as_tensor(values, dtype=dtype)
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+    if device.type != "cuda":
+        return values
+    values = values.pin_memory()
+    if capturing(device):
+        CAPTURED.append(values)
+    return values.to(device, non_blocking=True)
 
 
 def capturing(device: torch.device) -> bool:
@@ -135,3 +147,14 @@ def words(indices, seed, step, stream):
 def uniform(word, dtype: tl.constexpr):
     """u = (word >> 8) * 2^-24, in [0, 1)."""
     return (word >> 8).to(tl.int32).to(dtype) * 5.9604644775390625e-08
+
+
+def bits(x: float) -> int:
+    """A float as an integer of its 64 bits: as a number Triton would round it to float32."""
+    return struct.unpack("<q", struct.pack("<d", x))[0]
+
+
+@triton.jit
+def from_bits(x):
+    """The float64 again."""
+    return x.to(tl.int64).to(tl.float64, bitcast=True)
