@@ -86,13 +86,21 @@ class Upload:
 
 @triton.jit
 def nearest(x, dtype: tl.constexpr):
-    """x in another dtype, rounded to nearest. Triton's interpreter cuts bfloat16 off, so there the rounding is added first."""
+    """x in another dtype, rounded to nearest. Triton's interpreter cuts bfloat16 off and spoils its denormals: there it is done by hand."""
     if INTERPRETED and dtype == tl.bfloat16 and x.dtype != tl.bfloat16:
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True).to(tl.int64)
-        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
-        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        rounded = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        return (rounded >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return x.to(dtype)
+
+
+@triton.jit
+def widened(x, dtype: tl.constexpr):
+    """What was read from memory in the arithmetic's dtype; by hand where the interpreter spoils denormals."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(dtype)
 
 
 @triton.jit

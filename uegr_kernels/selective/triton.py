@@ -178,7 +178,7 @@ def round_stochastically(x, low16):
     """bfloat16 whose mean over a uniform 16-bit word is x: add the word below the kept bits, then cut."""
     x = x.to(tl.float32)
     cut = (x.to(tl.uint32, bitcast=True) + low16) & 0xFFFF0000
-    return tl.where(finite(x), cut.to(tl.float32, bitcast=True), x).to(tl.bfloat16)
+    return triton_ops.nearest(tl.where(finite(x), cut.to(tl.float32, bitcast=True), x), tl.bfloat16)
 
 
 @triton.jit
@@ -228,7 +228,7 @@ def allowed(mask, found_inf):
     if found_inf is None:
         return mask
     else:
-        return mask & (tl.load(found_inf) == 0)
+        return tl.where(mask, tl.load(found_inf), 1) == 0
 
 
 @triton.jit
@@ -244,9 +244,9 @@ def piece_of(row, piece, found_inf):
 @triton.jit
 def fetch(pointers, mask, T: tl.constexpr):
     if mask is None:
-        return tl.load(pointers, eviction_policy="evict_first").to(T)
+        return triton_ops.widened(tl.load(pointers, eviction_policy="evict_first"), T)
     else:
-        return tl.load(pointers, mask=mask, other=0).to(T)
+        return triton_ops.widened(tl.load(pointers, mask=mask, other=0), T)
 
 
 @triton.jit
@@ -476,8 +476,8 @@ def gather(head, row, bits, start, end, unscale, kind: tl.constexpr):
         pieces = elements(bases(head, row, kind, True), start)
         for block in range(whole):
             at = block * BLOCK + tl.arange(0, BLOCK)
-            g = tl.load(pieces[5] + at, eviction_policy="evict_last").to(kind.T) * unscale
-            s = tl.load(pieces[4] + at, eviction_policy="evict_last").to(kind.T) if kind.s is not None else g
+            g = triton_ops.widened(tl.load(pieces[5] + at, eviction_policy="evict_last"), kind.T) * unscale
+            s = triton_ops.widened(tl.load(pieces[4] + at, eviction_policy="evict_last"), kind.T) if kind.s is not None else g
             low, high = widen(low, high, g, s, None, kind)
     more_low, more_high = no_extremes(bits, TAIL, kind)
     pointers = bases(head, row, kind, False)
