@@ -482,6 +482,8 @@ def classify(samples, into, there, keep, unit, js_weight, c):
 
     if c.NEEDS:
         factors = (of_e, of_w, of_t)
+        if c.P - c.FIRST <= 1:  # else sums have waited: every thread has a label's logit before a gradient may be written over it
+            tl.debug_barrier()
         if c.ONE:
             write_block(0, not c.TAIL, factors, into, there, keep, samples, passes, c)
         else:
@@ -687,6 +689,10 @@ class Passes(typing.NamedTuple):
         row_strides, strides = zip(*(row.stride() for row in rows), strict=True)
         return cls(rows, row_strides, strides)
 
+    def some(self, at: int) -> "Passes":
+        """Those from `at` on that a program can hold."""
+        return Passes(*(part[at : at + FEW] for part in self))
+
     @property
     def addresses(self) -> list[tuple[int, int, int]]:
         """By pass its address and strides."""
@@ -833,15 +839,20 @@ def _scale(gradients: list[Tensor], scaled: list[Tensor], factor: Tensor, *, in_
         return
     if gradients[0].dim() == 1:
         gradients, scaled = ([x[None] for x in some] for some in (gradients, scaled))
-    first = gradients[0]
     passes, into = Passes.of(gradients), Passes.of(scaled)
-    (samples, classes), run = passes.rows[0].shape, _run(len(passes.rows), first.element_size())
+    for at in range(0, len(passes.rows), FEW):
+        _scale_passes(passes.some(at), into.some(at), factor, in_place)
+
+
+def _scale_passes(passes: Passes, into: Passes, factor: Tensor, in_place: bool) -> None:
+    first, count = passes.rows[0], len(passes.rows)
+    (samples, classes), run = first.shape, _run(count, first.element_size())
     aligned = passes.aligned(run) and into.aligned(run)
     if aligned:
         passes, into = passes.in_runs(run), into.in_runs(run)
-    block, warps = _block(samples, classes, len(passes.rows), first.element_size(), aligned, triton_ops.lanes())
+    block, warps = _block(samples, classes, count, first.element_size(), aligned, triton_ops.lanes())
     by_row = factor.dim() > 0
-    form = _form(P=len(passes.rows), **block, DENSE=passes.dense and into.dense, DTYPE=triton_ops.DTYPES[factor.dtype], BY_ROW=by_row)
+    form = _form(P=count, **block, DENSE=passes.dense and into.dense, DTYPE=triton_ops.DTYPES[factor.dtype], BY_ROW=by_row)
     pieces = triton.cdiv(samples, block["R"]) * triton.cdiv(classes, block["W"] * block["V"])
     programs = min(pieces, 3 if first.device.type == "cpu" else 2**16)
     with triton_ops.on(first):
