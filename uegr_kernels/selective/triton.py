@@ -7,8 +7,8 @@ The kernels find tensors by rows of addresses and sizes in device memory. Tensor
     count, tabulate   "rank": the histogram of a gradient, and from it 1/p by bin
     keep        "previous": the gathered extremes into the parameter's state
 
-Where this step's own statistics are needed, a walk updates one group of tensors and gathers the next one's extremes; a group's gradients fit
-the second-level cache. In a piece that is whole, aligned and in natural order the accesses have 128 bits and one call of Philox serves four
+Where this step's own statistics are needed, a walk updates one group of tensors and gathers the next one's extremes; a group's gradients
+fit the second-level cache. In a piece that is whole, aligned and in natural order the accesses have 128 bits and one call of Philox serves four
 neighbours; anything else (tails, views, shards) goes element by element behind a mask.
 """
 
@@ -832,8 +832,8 @@ def _check(i: int, each: dict, layout: list[int]) -> None:
         if each[name] is not None and (each[name].shape != each["g"].shape or each[name].device != each["g"].device):
             found = f"{tuple(each[name].shape)} on {each[name].device}"
             raise ValueError(
-                f"parameter {layout[4 * i]}: its {NAMES[name]} has shape {found}, its gradient {tuple(each['g'].shape)} on {each['g'].device}; "
-                "they must be equal"
+                f"parameter {layout[4 * i]}: its {NAMES[name]} has shape {found}, its gradient {tuple(each['g'].shape)} "
+                f"on {each['g'].device}; they must be equal"
             )
     for name in ("step", "low", "high"):
         if each[name] is not None and (each[name].numel() != 1 or each[name].device != each["g"].device):
