@@ -1,10 +1,13 @@
 """What is Triton's own: the generator in its language, tables and launches, and what the compilers make of the kernels."""
 
+import struct
+
 import pytest
 import torch
 from compiled import TARGETS, kernels
 from test_core import WORD_CASES
 
+import uegr_kernels as uk
 from uegr_kernels.core import philox
 
 triton = pytest.importorskip("triton", reason="Triton is not installed; run `pip install triton`")
@@ -44,6 +47,93 @@ def test_words_are_the_references(layout, begin, n, seed):
 def test_words_have_the_known_answers():
     for in_order in (False, True):
         assert triton_words(0, 4, (0, 0, 4, 4), 0, 0, in_order) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+# Tables on the way to the device, with events in the place of CUDA's.
+
+
+class FakeEvent:
+    done = False
+
+    def query(self) -> bool:
+        return self.done
+
+
+def numbers(*values: int) -> bytes:
+    return struct.pack(f"{len(values)}q", *values)
+
+
+def test_pinned_memory_is_not_written_while_a_copy_of_it_is_in_flight(monkeypatch):
+    events = []
+
+    def mark(device, event):
+        events.append(FakeEvent())
+        return events[-1]
+
+    monkeypatch.setattr(triton_ops, "mark", mark)
+    upload = triton_ops.Upload(2, torch.device("cpu"))
+    upload.write(numbers(1, 2))
+    upload.write(numbers(1, 2))
+    assert len(upload.sources) == 1, "what is there already is not copied again"
+    upload.write(numbers(3, 4))
+    assert [source.tolist() for source, _ in upload.sources] == [[1, 2], [3, 4]] and upload.target.tolist() == [3, 4]
+    events[0].done = True
+    upload.write(numbers(5, 6))
+    assert [source.tolist() for source, _ in upload.sources] == [[3, 4], [5, 6]], "the oldest free one is taken, and no other"
+
+
+def test_what_a_capture_copies_is_written_by_nobody_else(monkeypatch):
+    """Steps, one of them under capture; replaying it, that is its copy and its launches again, sees its own gradients."""
+    from uegr_kernels.selective import triton as selective
+
+    p = torch.nn.Parameter(torch.zeros(3))
+    static, others = torch.tensor([1.0, -1.0, 2.0]), [torch.full((3,), value) for value in (3.0, 4.0)]
+    optimizer = uk.SelectiveSGD([p], lr=1.0, seed=1, normalization="constant", capturable=True, backend="triton")
+
+    def step(grad: torch.Tensor) -> None:
+        p.grad = grad
+        optimizer.step()
+
+    step(others[0])
+    copies, launches = [], []
+    with monkeypatch.context() as patch:
+        launch = selective.Plan.launch
+        patch.setattr(triton_ops, "capturing", lambda device: True)
+        patch.setattr(selective.Plan, "launch", lambda plan, *rest: (launches.append((plan, *rest)), launch(plan, *rest)))
+        step(static)
+        captured = selective.PLANS[optimizer.state[p]["step"]]["captured"]
+        copies = [(upload.target, source) for _, upload in captured for source, _ in upload.sources]
+    assert len(copies) == 1 and p.tolist() == [-4.0, -2.0, -5.0]
+    step(others[1])
+    static.fill_(10.0)
+    for target, source in copies:
+        target.copy_(source)
+    for plan, *rest in launches:
+        plan.launch(*rest)
+    assert p.tolist() == [-18.0, -16.0, -19.0]
+
+
+def test_a_steady_step_makes_its_table_again_only_where_something_moved():
+    from uegr_kernels.selective import triton as selective
+
+    p = torch.nn.Parameter(torch.zeros(5))
+    optimizer = uk.SelectiveAdamW([p], seed=1, backend="triton")
+    p.grad = torch.ones(5)
+    optimizer.step()
+
+    def plan():
+        return next(value for key, value in selective.PLANS[optimizer.state[p]["step"]].items() if key != "captured")
+
+    first = plan()
+    copied = first.upload.content
+    optimizer.step()
+    assert plan() is first and first.upload.content is copied
+    p.grad = torch.ones(5)
+    optimizer.step()
+    assert plan() is first and first.upload.content != copied, "a gradient that moved changes the table's head alone"
+    optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"].clone()
+    optimizer.step()
+    assert plan() is not first
 
 
 # What is compiled ahead of time: statements that launch every kernel, in the variants that are most likely to spill.

@@ -43,6 +43,14 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def mark(device: torch.device, event: torch.cuda.Event | None) -> torch.cuda.Event | None:
+    """What says, when asked, whether the work given to the device so far is done: the event, or a new one; None on the CPU."""
+    if device.type == "cuda":
+        event = torch.cuda.Event() if event is None else event
+        event.record()
+    return event
+
+
 class Upload:
     """Brings 64-bit numbers to `target` by an asynchronous copy from pinned memory that nobody writes while a copy of it is in flight.
 
@@ -52,25 +60,22 @@ class Upload:
     def __init__(self, size: int, device: torch.device):
         self.target = torch.empty(size, dtype=torch.int64, device=device)
         self.content = b""
-        self.sources: list = []  # each with the event of its last copy, None where there is nothing to wait for
+        self.sources: list[tuple[Tensor, torch.cuda.Event | None]] = []  # each with what says that its last copy is through
         self.spare: Tensor | None = None  # for a capture, which should not allocate pinned memory
 
     def write(self, content: bytes) -> None:
         """Makes `target` hold the content; nothing is copied where it already does."""
         if content == self.content:
             return
-        capturing_now = capturing(self.target.device)
         free = (i for i, (_, copied) in enumerate(self.sources) if copied is None or copied.query())
         at = next(free, None)
-        source = self._source() if at is None else self.sources.pop(at)[0]
+        source, copied = (self._source(), None) if at is None else self.sources.pop(at)
         source.copy_(torch.frombuffer(bytearray(content), dtype=torch.int64))
         self.target.copy_(source, non_blocking=True)
         self.content = content
-        copied = None
-        if self.target.is_cuda and not capturing_now:
-            copied = torch.cuda.Event()
-            copied.record()
-            self.spare = self._source() if self.spare is None else self.spare
+        if not capturing(self.target.device):
+            copied = mark(self.target.device, copied)
+            self.spare = self._source() if self.spare is None and self.target.is_cuda else self.spare
         self.sources.append((source, copied))
 
     def apart(self) -> "Upload":

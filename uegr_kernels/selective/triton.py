@@ -7,9 +7,9 @@ The kernels find tensors by rows of addresses and sizes in device memory. Tensor
     count, tabulate   "rank": the histogram of a gradient, and from it 1/p by bin
     keep        "previous": the gathered extremes into the parameter's state
 
-Where this step's own statistics are needed, a walk updates one group of tensors and gathers the next one's extremes; a group's gradients fit
-the second-level cache. In a piece that is whole, aligned and in natural order the accesses have 128 bits and one call of Philox serves four
-neighbours; anything else (tails, views, shards) goes element by element behind a mask.
+Where this step's own statistics are needed, a walk updates one group of tensors and gathers the next one's extremes; a group's gradients
+fit the second-level cache. In a piece that is whole, aligned and in natural order the accesses have 128 bits and one call of Philox serves
+four neighbours; anything else (tails, views, shards) goes element by element behind a mask.
 """
 
 import array
@@ -17,6 +17,7 @@ import collections
 import dataclasses
 import itertools
 import math
+import operator
 import typing
 
 import torch
@@ -832,8 +833,8 @@ def _check(i: int, each: dict, layout: list[int]) -> None:
         if each[name] is not None and (each[name].shape != each["g"].shape or each[name].device != each["g"].device):
             found = f"{tuple(each[name].shape)} on {each[name].device}"
             raise ValueError(
-                f"parameter {layout[4 * i]}: its {NAMES[name]} has shape {found}, its gradient {tuple(each['g'].shape)} on {each['g'].device}; "
-                "they must be equal"
+                f"parameter {layout[4 * i]}: its {NAMES[name]} has shape {found}, its gradient {tuple(each['g'].shape)} "
+                f"on {each['g'].device}; they must be equal"
             )
     for name in ("step", "low", "high"):
         if each[name] is not None and (each[name].numel() != 1 or each[name].device != each["g"].device):
@@ -849,6 +850,7 @@ DTYPES = triton_ops.DTYPES | {torch.uint8: tl.int8}  # a mask is written as byte
 PLANS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 RECENT: collections.OrderedDict = collections.OrderedDict()
 RECENT_PLANS = 16
+DTYPE = operator.attrgetter("dtype")
 CAPTURED: list = []  # what graphs captured outside of an optimizer, which may be replayed at any time, read
 
 
@@ -858,7 +860,8 @@ def _facts(lists: dict, layout: list[int], sizes: list[int]) -> tuple:
     moving = lists["theta"], lists["g"]
     contiguous = [list(map(Tensor.is_contiguous, tensors)) for tensors in moving]
     strides = [] if all(map(all, contiguous)) else [t.stride() for name in ELEMENTWISE for t in lists[name]]
-    return addresses, strides, [g.dtype for g in lists["g"]], [list(map(Tensor.numel, tensors)) for tensors in moving], layout, sizes
+    shapes = [list(map(Tensor.numel, tensors)) + list(map(DTYPE, tensors)) for tensors in lists.values()]
+    return addresses, strides, shapes, layout, sizes
 
 
 @dataclasses.dataclass
