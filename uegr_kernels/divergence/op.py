@@ -16,7 +16,7 @@ REDUCTIONS = ("mean", "sum", "none")
 # GPU wants larger matrices.
 ON_GPU = ("cuda", "triton")
 CHUNK_BYTES = {"reference": 9 << 20} | dict.fromkeys(ON_GPU, 512 << 20)
-NATIVE_CHUNK_BYTES = 64 << 20
+NATIVE_CHUNK_BYTES = 48 << 20
 
 OPTIONS = "float js_weight, float label_smoothing, int ignore_index, int reduction, bool regression, bool[] needs"
 # Returned: the loss, its three parts, and the gradients by the logits (or by hidden, weight, bias) where `needs` asks, in order.
@@ -110,11 +110,26 @@ def _is_one(grad_loss: Tensor) -> bool:
     return visible and grad_loss.item() == 1
 
 
-def _hand_out(grad_loss: Tensor | None, gradients: list[Tensor], needs: list[bool], parts: Tensor) -> list[Tensor | None]:
-    """The kept gradients times that of the loss, where needed; as they are where it is 1."""
+def _is_last(grad_loss: Tensor) -> bool:
+    """Whether no other backward can ask for the kept gradients, which may then be scaled where they lie and given away."""
+    plain = type(grad_loss) is Tensor and not traced() and not torch.is_grad_enabled()
+    return plain and not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def _scale_(gradients: list[Tensor], grad_loss: Tensor, backend: str) -> None:
+    if not _is_one(grad_loss):
+        scale = _triton().scale_gradients_ if backend == "triton" else torch.ops.uegr_kernels.scale_gradients_.default
+        scale(gradients, grad_loss)
+        torch.autograd.graph.increment_version(gradients)
+
+
+def _hand_out(grad_loss: Tensor | None, gradients: list[Tensor], needs: list[bool], parts: Tensor, backend: str) -> list[Tensor | None]:
+    """The kept gradients times that of the loss, where needed."""
     if grad_loss is None:
         return [None for _ in needs]
-    if torch.is_grad_enabled() or not _is_one(grad_loss):
+    if _is_last(grad_loss):
+        _scale_(gradients, grad_loss, backend)
+    else:
         gradients = torch.ops.uegr_kernels.scale_gradients.default(gradients, grad_loss, parts)
     wanted = iter(gradients)
     return [next(wanted) if need else None for need in needs]
@@ -134,7 +149,7 @@ def _setup_loss(ctx, inputs, keyword_only_inputs, output):
 
 def _backward_loss(ctx, grad_loss, *_):
     parts, *gradients = ctx.saved_tensors
-    return _hand_out(grad_loss, gradients, ctx.needs, parts), None
+    return _hand_out(grad_loss, gradients, ctx.needs, parts, "auto"), None
 
 
 def _setup_linear(ctx, inputs, keyword_only_inputs, output):
@@ -158,7 +173,7 @@ def _backward_linear(ctx, grad_loss, *_):
         *of_hidden, of_weight, of_bias = (next(wanted) if need else None for need in ctx.options["needs"])
     else:
         parts, *gradients = (None,) if ctx.by_row else ctx.saved_tensors
-        *of_hidden, of_weight, of_bias = _hand_out(grad_loss, gradients, ctx.options["needs"], parts)
+        *of_hidden, of_weight, of_bias = _hand_out(grad_loss, gradients, ctx.options["needs"], parts, ctx.options["backend"])
     return of_hidden, of_weight, of_bias, None, None
 
 
@@ -219,17 +234,15 @@ class _Loss(torch.autograd.Function):
         if ctx.spent:
             raise RuntimeError("inplace_backward=True hands its gradients out once; compute the loss again, or leave inplace_backward out")
         parts, *gradients = ctx.saved_tensors
-        # On a GPU one cannot look whether grad_loss is 1, but its kernel can: it writes where the last backward may have the memory.
-        last = ctx.in_place or (ctx.backend in ON_GPU and not torch._C._autograd._get_current_graph_task_keep_graph())
-        last = last and grad_loss is not None and not torch.is_grad_enabled()
-        ctx.spent = ctx.in_place and last
-        if last and not _is_one(grad_loss):
-            scale = _triton().scale_gradients_ if ctx.backend == "triton" else torch.ops.uegr_kernels.scale_gradients_.default
-            scale(gradients, grad_loss)
-            torch.autograd.graph.increment_version(gradients)
-        gradients = _hand_out(torch.ones(()) if last else grad_loss, gradients, ctx.needs, parts)
-        if ctx.spent:  # a leaf and its .grad must not share memory
-            gradients = [g.clone() if leaf and g is not None else g for g, leaf in zip(gradients, ctx.leaves, strict=True)]
+        ctx.spent = ctx.in_place and grad_loss is not None and not torch.is_grad_enabled()
+        if ctx.spent:
+            _scale_(gradients, grad_loss, ctx.backend)
+            wanted = iter(gradients)  # a leaf and its .grad must not share memory
+            gradients = [
+                (next(wanted).clone() if leaf else next(wanted)) if need else None for need, leaf in zip(ctx.needs, ctx.leaves, strict=True)
+            ]
+        else:
+            gradients = _hand_out(grad_loss, gradients, ctx.needs, parts, ctx.backend)
         return None, None, None, None, None, *gradients
 
 

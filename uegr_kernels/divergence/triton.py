@@ -21,6 +21,7 @@ INFINITY = tl.constexpr(float("inf"))
 # What is far enough below a row's maximum that p is 0 while differences stay finite; and from where on a row is moved by its maximum
 # first, as this distance would be lost in it.
 FAR_BELOW, FAR_OUT = tl.constexpr(1e3), tl.constexpr(1e6)
+APART = tl.constexpr(1.0)  # of maxima, from where on rows are moved too
 AT_ONCE = tl.constexpr(1024)  # samples of a loop over all of them
 FEW = 3  # passes
 MOST_THREADS = 256  # with more one has too few registers
@@ -101,7 +102,8 @@ def log_ratios(z, gaps, EXACT: tl.constexpr):
         w = w + (tl.full(z[0].shape, -0.0, z[0].dtype),)  # -0 + x is x, and costs nothing
     for k in tl.static_range(M):
         for l in tl.static_range(k + 1, M):
-            d = (z[k] - z[l]) * L2E - gaps[k * (2 * M - k - 1) // 2 + l - k - 1]
+            rest, ratio = gaps[k * (2 * M - k - 1) // 2 + l - k - 1]
+            d = log_distance(z[k], z[l], rest, ratio)
             a = log_ratio(d, EXACT)
             w = added(added(w, k, a + tl.minimum(d, 0.0)), l, a - tl.maximum(d, 0.0))
     return w
@@ -115,15 +117,21 @@ def log_ratios_of(k, z, at, FULL: tl.constexpr, samples, passes, c):
     w = tl.full(z.shape, -0.0, z.dtype)
     for l in range(c.FIRST, c.P):
         other = shifted(read_pass(l, i, inside, FULL, True, samples, c), pick(bases, l), pick(rests, l))
-        d = (z - other) * L2E - gap(pick(rests, k), pick(rests, l), pick(totals, k), pick(totals, l))
+        d = log_distance(z, other, pick(rests, k) - pick(rests, l), log_gap(pick(totals, k), pick(totals, l)))
         w += log_ratio(d, c.EXACT) + tl.minimum(d, 0.0)
     return w
 
 
 @triton.jit
-def gap(rest, other_rest, total, other_total):
-    """log2 of the ratio of two normalisers; the difference of two logarithms would have lost digits."""
-    return (rest - other_rest) * L2E + tl.log2(total / other_total)
+def log_gap(total, other):
+    """log2 of the ratio of two sums; the difference of two logarithms would have lost digits."""
+    return tl.log2(total / other)
+
+
+@triton.jit
+def log_distance(x, y, rest, ratio):
+    """log2(p/q), exactly 0 where a row is another one moved; rest, ratio: what their maxima and their sums differ by."""
+    return ((x - y) - rest) * L2E - ratio
 
 
 @triton.jit
@@ -425,15 +433,18 @@ def classify(samples, into, there, keep, unit, js_weight, c):
             begin, stride = place(rows, k, c)
             top, total = normalizer(begin, stride, C, c)
             tops, totals = put(tops, k, top), put(totals, k, total)
+    highest, lowest = tops[c.P - 1], tops[c.P - 1]
+    for k in tl.static_range(c.FIRST, c.P):
+        highest, lowest = tl.maximum(highest, tops[k]), tl.minimum(lowest, tops[k])
     for k in tl.static_range(c.P):
         base = tops[k]
-        if c.EXACT:
-            base = tl.where(tl.abs(base) > FAR_OUT, base, 0.0)
+        if c.EXACT:  # differences of close rows are exact, of others they lose digits
+            base = tl.where((highest - lowest > APART) | (tl.abs(base) > FAR_OUT), base, 0.0)
         bases, rests = bases + (base,), rests + (tops[k] - base,)
     if c.FEW:
         for k in tl.static_range(c.FIRST, c.P):
             for l in tl.static_range(k + 1, c.P):
-                gaps = gaps + (gap(rests[k], rests[l], totals[k], totals[l]),)
+                gaps = gaps + ((rests[k] - rests[l], log_gap(totals[k], totals[l])),)
     passes = (tops, bases, rests, totals, gaps)
 
     sums = (tl.zeros([c.R, c.W, 1], c.DTYPE), zeros(c.P, c), zeros(c.P, c))
