@@ -72,6 +72,12 @@ template <class T, class Line> struct Entry {
         for (Bits now = low; least < now && !low.compare_exchange_weak(now, least);) {}
         for (Bits now = high; most > now && !high.compare_exchange_weak(now, most);) {}
     }
+    // Minimum and maximum of s in the previous step; NaN where nothing is kept yet.
+    std::pair<double, double> kept_range() const {
+        double low = NAN, high = NAN;
+        if (kept[0].data) load(kept[0], 0, 1, &low), load(kept[1], 0, 1, &high);
+        return {low, high};
+    }
     // Minimum and maximum of s; infinity and its negative where nothing is finite.
     std::pair<double, double> range() const {
         if (low >= Float<T>::infinity) return {INFINITY, -INFINITY};
@@ -407,10 +413,9 @@ template <class T, class Line> std::vector<float> settle_statistics(Call<T, Line
         return tables;
     }
     for (auto& e : call.entries) {
-        double range[2] = {NAN, NAN};
-        if (e.kept[0].data) load(e.kept[0], 0, 1, &range[0]), load(e.kept[1], 0, 1, &range[1]);
-        if (std::isnan(range[0])) e.own_statistics = call.options.normalization != Normalization::constant; // nothing kept yet
-        else e.probability = Probability<T>(call.options, range[0], range[1]);
+        const auto range = e.kept_range();
+        if (std::isnan(range.first)) e.own_statistics = call.options.normalization != Normalization::constant; // nothing kept yet
+        else e.probability = Probability<T>(call.options, range.first, range.second);
     }
     return tables;
 }
@@ -613,8 +618,8 @@ static void select_gradients_(Tensors grads, Tensors saliencies, OptionalTensor 
     })
 }
 
-static void selective_statistics_(Tensors grads, Tensors saliencies, std::vector<int64_t> layout, std::vector<int64_t> sizes,
-                                  int64_t normalization, OptionalTensor grad_scale, Tensor out) {
+static void selective_statistics_(Tensors grads, Tensors saliencies, Tensors mins, Tensors maxs, std::vector<int64_t> layout,
+                                  std::vector<int64_t> sizes, int64_t normalization, OptionalTensor grad_scale, Tensor out) {
     SelectionOptions options{};
     options.normalization = static_cast<Normalization>(normalization);
     const bool rank = options.normalization == Normalization::rank;
@@ -623,11 +628,19 @@ static void selective_statistics_(Tensors grads, Tensors saliencies, std::vector
                         out.size(1) == (rank ? rank_bins : 2) && out.scalar_type() == (rank ? ScalarType::Long : ScalarType::Double),
                     "out must be contiguous on the CPU: [rows, 2] float64, or for rank [rows, ", rank_bins, "] int64");
     STD_TORCH_CHECK(sizes.empty() || static_cast<int64_t>(sizes.size()) == n, "sizes: ", sizes.size(), " for ", n, " tensors");
+    STD_TORCH_CHECK(mins.empty() == maxs.empty() && (mins.empty() || !rank),
+                    "saliency_mins and saliency_maxs belong together, not to rank");
     BY_ARITHMETIC(grads, {
         auto call = make_call<T, NoLine>(options, 0, grads, saliencies, layout);
         if (grad_scale) call.unscale = static_cast<T>(1 / scalar(*grad_scale, "grad_scale"));
         auto worker = std::make_unique<Worker<T, NoLine>>(call);
-        for (auto& e : call.entries) e.own_statistics = !rank;
+        std::vector<List> kept;
+        if (!mins.empty()) kept.emplace_back(mins, "saliency_mins", n, n), kept.emplace_back(maxs, "saliency_maxs", n, n);
+        for (size_t i = 0; i < call.entries.size(); ++i) {
+            auto& e = call.entries[i];
+            for (size_t k = 0; k < kept.size(); ++k) e.kept[k] = kept[k].next(i, 1, nullptr);
+            e.own_statistics = !rank && std::isnan(e.kept_range().first);
+        }
         if (!rank) run(call);
         for (int64_t i = 0; i < n; ++i) {
             const int64_t row = out.size(0) == 1 ? 0 : i;
@@ -636,7 +649,8 @@ static void selective_statistics_(Tensors grads, Tensors saliencies, std::vector
                 worker->count(call.entries[i], every, static_cast<int64_t*>(out.mutable_data_ptr()) + row * rank_bins, every);
             } else {
                 double* into = static_cast<double*>(out.mutable_data_ptr()) + 2 * row;
-                const auto range = call.entries[i].range();
+                const auto& e = call.entries[i];
+                const auto range = e.own_statistics ? e.range() : e.kept_range();
                 into[0] = std::min(into[0], range.first), into[1] = std::max(into[1], range.second);
             }
         }
