@@ -19,7 +19,8 @@ def case(name: str, options: dict, tensors: int) -> Case:
     options = options | {"seed": 1, "backend": "triton", "capturable": True}
 
     def contestants() -> list[Contestant]:
-        from uegr_kernels.selective import triton
+        from triton.runtime.interpreter import InterpretedFunction
+        from triton.runtime.jit import JITFunction
 
         params = [torch.nn.Parameter(torch.zeros(64)) for _ in range(tensors)]
         gradients = [[torch.ones_like(p) for p in params] for _ in range(2)]  # gradients move at every step, as after zero_grad()
@@ -41,7 +42,7 @@ def case(name: str, options: dict, tensors: int) -> Case:
 
             return step
 
-        ours = stepping(uk.SelectiveAdamW(params, **options), (type(triton.walk), "run"))
+        ours = stepping(uk.SelectiveAdamW(params, **options), (JITFunction, "run"), (InterpretedFunction, "run"))
         fused = stepping(torch.optim.AdamW(params, fused=True), (torch, "_fused_adamw_"), (torch, "_foreach_add_"))
         return [Contestant("uegr_kernels", ours), Contestant("torch fused", fused)]
 

@@ -13,10 +13,11 @@ import torch
 
 from uegr_kernels.core import backends
 
-with contextlib.suppress(ModuleNotFoundError):  # Triton is an extra
-    import interpreter
+if os.environ["TRITON_INTERPRET"] == "1":
+    with contextlib.suppress(ModuleNotFoundError):  # Triton is an extra
+        import interpreter
 
-    interpreter.quicken()
+        interpreter.quicken()
 
 hypothesis.settings.register_profile(
     "house", deadline=None, derandomize=True, database=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]

@@ -9,6 +9,7 @@ from test_core import WORD_CASES
 
 import uegr_kernels as uk
 from uegr_kernels.core import philox
+from uegr_kernels.selective import op
 
 triton = pytest.importorskip("triton", reason="Triton is not installed; run `pip install triton`")
 import triton.language as tl  # noqa: E402
@@ -84,8 +85,7 @@ def test_pinned_memory_is_not_written_while_a_copy_of_it_is_in_flight(monkeypatc
 
 def test_what_a_capture_copies_is_written_by_nobody_else(monkeypatch):
     """Steps, one of them under capture; replaying it, that is its copy and its launches again, sees its own gradients."""
-    from uegr_kernels.selective import triton as selective
-
+    selective = op._triton()
     p = torch.nn.Parameter(torch.zeros(3))
     static, others = torch.tensor([1.0, -1.0, 2.0]), [torch.full((3,), value) for value in (3.0, 4.0)]
     optimizer = uk.SelectiveSGD([p], lr=1.0, seed=1, normalization="constant", capturable=True, backend="triton")
@@ -114,8 +114,7 @@ def test_what_a_capture_copies_is_written_by_nobody_else(monkeypatch):
 
 
 def test_a_steady_step_makes_its_table_again_only_where_something_moved():
-    from uegr_kernels.selective import triton as selective
-
+    selective = op._triton()
     p = torch.nn.Parameter(torch.zeros(5))
     optimizer = uk.SelectiveAdamW([p], seed=1, backend="triton")
     p.grad = torch.ones(5)
@@ -173,9 +172,9 @@ def test_nothing_is_spilled(name, target):
 
 
 def test_every_kernel_is_compiled():
-    from uegr_kernels.selective import triton as selective
-
-    every = {name for name, value in vars(selective).items() if hasattr(value, "run") and "program_id" in value.fn.__code__.co_names}
+    selective = op._triton()
+    functions = {name: value for name, value in vars(selective).items() if isinstance(value, triton.KernelInterface)}
+    every = {name for name, value in functions.items() if "program_id" in value.fn.__code__.co_names}
     assert every | {"join"} == {kernel.name for name in STATEMENTS for kernel in launched(name, "sm_90")}
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 ROUNDING_KEY = tl.constexpr(0x9E3779B9)  # xor-ed into the key's low word for the words that round 16-bit moments
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # as Triton asks, when a kernel is decorated
+WARPS = 4  # of an elementwise program
+GROUP_BYTES = 24 << 20  # of gradients between their statistics and their update: what stays in the second-level cache
 CAPTURED: list[Tensor] = []  # what replays of graphs copy to the device again
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float64: tl.float64}
 

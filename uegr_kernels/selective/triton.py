@@ -38,8 +38,6 @@ BLOCK = tl.constexpr(1024)  # elements at a time
 TAIL = tl.constexpr(256)  # the same behind a mask, where an element has an index, a call of Philox and perhaps offsets of its own
 PIECE = tl.constexpr(16 * 1024)  # elements of an item
 LANES = tl.constexpr(128)  # tensors a program of `prepare` and `keep` looks at
-WARPS = 4
-GROUP_BYTES = 24 << 20  # of gradients between their statistics and their update
 TABLES = tl.constexpr(4096)  # tables of bins that are alive at a time: 512 MiB at most
 
 # A row by tensor: addresses (0: no such list), then sizes. The elementwise lists stand first but for g, whose addresses are in the head.
@@ -724,26 +722,26 @@ class Family:
         """The launches over these tensors, as the header says; `pointers`: learning rate and betas that live on the device."""
         kind, many, out = self.kind, -(-self.tensors // LANES.value), call.out
         room, rest = (self.bits, self.constants, self.counts), (call.grad_scale, call.found_inf)
-        prepare[(many,)](head, self.rows, *room, self.tensors, *pointers, call.found_inf, kind=kind, num_warps=WARPS)
+        prepare[(many,)](head, self.rows, *room, self.tensors, *pointers, call.found_inf, kind=kind, num_warps=triton_ops.WARPS)
         if kind.normalization == "rank" and kind.line == "statistics":
             for items, n in self.walks:
                 if n:
-                    count[(n,)](head, self.rows, items, out, *rest, MANY=len(out) > 1, kind=kind, num_warps=WARPS)
+                    count[(n,)](head, self.rows, items, out, *rest, MANY=len(out) > 1, kind=kind, num_warps=triton_ops.WARPS)
             return
         for k, (items, n) in enumerate(self.walks):
             tables = scope_tables
             if kind.normalization == "rank" and kind.source == "own":
                 tables = self.tables[: self.tensors - k * TABLES.value].zero_()
                 if n:
-                    count[(n,)](head, self.rows, items, tables.view(torch.int32), *rest, MANY=False, kind=kind, num_warps=WARPS)
+                    count[(n,)](head, self.rows, items, tables.view(torch.int32), *rest, MANY=False, kind=kind, num_warps=triton_ops.WARPS)
                 tabulate[(len(tables),)](head, tables.view(torch.int32), tables, num_warps=16)
             if n:
                 gathers = kind.source in ("own", "kept") and kind.normalization != "rank"
-                walk[(n,)](head, self.rows, items, *room, call.scope, tables, *rest, GATHERS=gathers, kind=kind, num_warps=WARPS)
+                walk[(n,)](head, self.rows, items, *room, call.scope, tables, *rest, GATHERS=gathers, kind=kind, num_warps=triton_ops.WARPS)
         if kind.line == "statistics":
-            join[(1,)](self.rows, self.bits, out, self.tensors, MANY=len(out) > 1, kind=kind, num_warps=WARPS)
+            join[(1,)](self.rows, self.bits, out, self.tensors, MANY=len(out) > 1, kind=kind, num_warps=triton_ops.WARPS)
         elif kind.kept is not None:
-            keep[(many,)](self.rows, self.bits, self.tensors, call.found_inf, kind=kind, num_warps=WARPS)
+            keep[(many,)](self.rows, self.bits, self.tensors, call.found_inf, kind=kind, num_warps=triton_ops.WARPS)
 
 
 def _items(elements: list[int], tensors: range, *, gathers: bool) -> Tensor:
@@ -768,7 +766,7 @@ def _walks(kind: Kind, elements: list[int], width: int) -> list[Tensor]:
         return [_items(elements, every, gathers=True), *updates]
     groups, total = [], 0
     for i, n in enumerate(elements):
-        if not groups or total + n * width > GROUP_BYTES:
+        if not groups or total + n * width > triton_ops.GROUP_BYTES:
             groups.append(range(i, i))
             total = 0
         groups[-1] = range(groups[-1].start, i + 1)
