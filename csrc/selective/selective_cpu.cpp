@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <numeric>
 #include <thread>
 #include <utility>
 
@@ -37,8 +38,8 @@ template <class T> struct Extremes {
         for (int k = 0; i + k < n; ++k) add(x + i + k, low[k], high[k]);
         memcpy(least, low, sizeof(low)), memcpy(most, high, sizeof(high));
     }
-    Bits low() const { return *std::min_element(least, least + lanes); }
-    Bits high() const { return *std::max_element(most, most + lanes); }
+    Bits low() const { return std::accumulate(least, least + lanes, least[0], minimum<Bits>); }
+    Bits high() const { return std::accumulate(most, most + lanes, most[0], maximum<Bits>); }
     // Read as an integer at once, and masked: GCC 12 vectorises neither a cast from the float nor a conditional maximum.
     static void add(const T* x, Bits& least, Bits& most) {
         Bits bits;
