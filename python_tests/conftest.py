@@ -26,14 +26,14 @@ hypothesis.settings.load_profile("house")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--triton", action="store_true", help="Triton's kernels too, on its interpreter: a matter of many minutes")
+    parser.addoption("--triton", action="store_true", help="Triton's kernels too: many minutes on its interpreter, one for all compiles")
     parser.addoption("--every-dtype", action="store_true", help="on interpreted Triton kernels too, every case in every dtype")
 
 
 def pytest_collection_modifyitems(config, items):
     """Leaves Triton's interpreter out, or, as slow as it is, goes through the dtypes of a test's cases in turn, a case in one of them."""
     if not config.getoption("--triton"):
-        left_out = [item for item in items if "triton" in item.path.stem or "[triton" in item.name or "-triton" in item.name]
+        left_out = [item for item in items if item.path.stem == "test_triton_resources" or "[triton" in item.name or "-triton" in item.name]
         items[:] = [item for item in items if item not in set(left_out)]
         return config.hook.pytest_deselected(items=left_out)
     if config.getoption("--every-dtype"):
