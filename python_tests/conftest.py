@@ -32,25 +32,27 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     """Leaves Triton's interpreter out, or, as slow as it is, goes through the dtypes of a test's cases in turn, a case in one of them."""
-    if not config.getoption("--triton"):
-        left_out = [item for item in items if item.path.stem == "test_triton_resources" or "[triton" in item.name or "-triton" in item.name]
-        items[:] = [item for item in items if item not in set(left_out)]
-        return config.hook.pytest_deselected(items=left_out)
-    if config.getoption("--every-dtype"):
-        return
+    if config.getoption("--triton"):
+        left_out = set() if config.getoption("--every-dtype") else other_dtypes(items)
+    else:
+        left_out = {item for item in items if item.path.stem == "test_triton_resources" or "[triton" in item.name or "-triton" in item.name}
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=list(left_out))
+
+
+def other_dtypes(items):
+    """The tests on Triton whose case is for another dtype to run."""
     indices = [item.callspec.indices if hasattr(item, "callspec") else {} for item in items]
     dtypes = collections.Counter()
     for item, index in zip(items, indices, strict=True):
         dtypes[item.function] = max(dtypes[item.function], index.get("dtype", 0) + 1)
-    left_out = []
+    left_out = set()
     for item, index in zip(items, indices, strict=True):
         cases = [number for name, number in index.items() if name not in ("dtype", "backend", "native")]
         backend = next((item.callspec.params[name] for name in ("backend", "native") if name in index), None)
         if backend == "triton" and cases and "dtype" in index and sum(cases) % dtypes[item.function] != index["dtype"]:
-            left_out.append(item)
-    kept_out = set(left_out)
-    items[:] = [item for item in items if item not in kept_out]
-    config.hook.pytest_deselected(items=left_out)
+            left_out.add(item)
+    return left_out
 
 
 def serve_or_skip(request: pytest.FixtureRequest) -> str:
