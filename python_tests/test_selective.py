@@ -1470,6 +1470,7 @@ def test_loading_into_a_fresh_copy_before_any_step_changes_nothing(backend):
     [{}, {"normalization": "rank"}, {"statistics": "previous"}, {"scope": "global"}, {"normalization": "rank", "scope": "global"}],
     ids=str,
 )
+@pytest.mark.parametrize("backend", ["reference", "cpp"], indirect=True)  # no host's thread computes in a Triton kernel
 def test_the_number_of_threads_changes_nothing(backend, options):
     size = 40_000 if backend == "reference" else 300_000  # more than one thread's piece
     shapes = [(size,), (517, size // 500), (7,), (100, size // 100)]
@@ -2318,6 +2319,7 @@ def test_a_missing_gradient_after_steps_in_global_scope(native, statistics):
     assert [optimizer.state[p]["step"].item() for p in params] == [3, 4, 4]
 
 
+@pytest.mark.parametrize("native", ["cpp"], indirect=True)  # Triton's kernels find a tensor each by a table
 def test_many_small_parameters_share_a_tensor_for_each_state(native):
     params = as_parameters([torch.ones(4)] * 64)
     optimizer = uk.SelectiveAdamW(params, seed=1, backend=native)
@@ -2358,6 +2360,7 @@ def test_a_refused_step_after_others_changes_nothing(native, cls, gradient, erro
     assert all(optimizer.state[p]["step"] == 4 for p in params)
 
 
+@pytest.mark.parametrize("native", ["cpp"], indirect=True)  # what the dispatcher finds for CPU tensors
 def test_the_operators_take_a_single_tensor_for_many_states(native):
     """As the default kernel does, which is the reference."""
     start, (grads,) = problem([(3, 5), (16,), (1,)], steps=1)

@@ -1,6 +1,7 @@
 """What users call: the selective optimizers, and the selection by itself."""
 
 import dataclasses
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
@@ -17,6 +18,8 @@ FLOATS = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 
 
 SWARM, TINY = 64, 4096  # parameters from which on, and elements a parameter up to which, states share one tensor
+GRADIENT = operator.attrgetter("grad")
+LEFT_OUT = {"grads": [], "statistics": None}  # of what is kept from step to step: gradients are the user's to free
 
 
 @dataclasses.dataclass
@@ -37,6 +40,7 @@ class SelectiveOptimizer(Optimizer):
     flags: tuple[str, ...] = ("maximize", "capturable", "differentiable", "foreach", "fused")  # and that are True or False
     _roster: _Roster | None
     _shared: dict[str, tuple[Tensor, list[Tensor], list[int]]]  # states of many small parameters in one tensor, its parts, their addresses
+    _room: dict[tuple, Tensor]  # for statistics over a wider scope than a tensor
 
     def __init__(self, params: ParamsT, defaults: dict, *, seed: int | None, backend: str):
         if backend != "auto" and backend not in op.backends.BACKENDS:
@@ -44,7 +48,7 @@ class SelectiveOptimizer(Optimizer):
         if seed is not None:
             seed = _whole("seed", seed) % 2**64
         self.backend = backend
-        self._roster, self._shared = None, {}
+        self._roster, self._shared, self._room = None, {}, {}
         self._drawn_seed: int | None = None  # drawn here and not agreed on with the other ranks yet
         self._check(defaults)
         super().__init__(params, defaults | {"seed": seed, "format": FORMAT})
@@ -143,6 +147,7 @@ class SelectiveOptimizer(Optimizer):
     def _remember(self, batch: dict) -> None:
         group = batch["group"]
         if len(batch["params"]) == len(group["params"]) and not torch.compiler.is_compiling():
+            batch = batch | LEFT_OUT
             self._roster = _Roster(list(group["params"]), list(self.state.keys()), list(self.state.values()), batch)
 
     def _step_again(self) -> bool:
@@ -162,12 +167,15 @@ class SelectiveOptimizer(Optimizer):
             return False
         self._check(group)
         batch = self._new_batch(group, roster.params[0].device, roster.params[0].dtype)
-        batch |= {"params": roster.params, "grads": [p.grad for p in roster.params], "states": states, "layout": roster.batch["layout"]}
-        if batch["backend"] != roster.batch["backend"] or any(grad is None for grad in batch["grads"]):
+        batch |= {"params": roster.params, "grads": list(map(GRADIENT, roster.params)), "states": states, "layout": roster.batch["layout"]}
+        if batch["backend"] != roster.batch["backend"] or any(map(operator.is_, batch["grads"], itertools.repeat(None))):
             return False
         try:
+            batch["plan"] = roster.batch["plan"]
             for key in self._needed(batch):
                 batch[key] = [state[key] for state in states]
+                if key not in roster.batch or not all(map(operator.is_, batch[key], roster.batch[key])):
+                    batch["plan"] = None
                 flat, parts, addresses = self._shared.get(key, (None, [], []))
                 if all(map(operator.is_, batch[key], parts)) and [part.data_ptr() for part in parts] == addresses and flat is not None:
                     batch[key] = [flat]
@@ -175,6 +183,7 @@ class SelectiveOptimizer(Optimizer):
             self._update(batch)
         except (AttributeError, KeyError, TypeError, RuntimeError):
             return False
+        roster.batch = batch | LEFT_OUT
         self._roster = roster
         return True
 
@@ -217,6 +226,7 @@ class SelectiveOptimizer(Optimizer):
             "backend": backend,
             "seed": _signed(_whole("seed", group["seed"]) % 2**64),
             "statistics": None,
+            "plan": None,
             "params": [],
             "grads": [],
             "states": [],
@@ -282,7 +292,7 @@ class SelectiveOptimizer(Optimizer):
         for normalization, members in scopes.items():
             parts = [batch | {"saliencies": [], "grad_scale": scale, "kept": self._kept(batch)} for batch in members]
             with torch.no_grad():
-                statistics = op.scope_statistics(parts, normalization)
+                statistics = op.scope_statistics(parts, normalization, {} if torch.compiler.is_compiling() else self._room)
             for batch in members:
                 batch["statistics"] = statistics.to(batch["params"][0].device)
 
@@ -293,7 +303,7 @@ class SelectiveOptimizer(Optimizer):
         group, device = batch["group"], batch["params"][0].device
         lr = group["lr"]
         scale, found = (None if t is None else t.to(device) for t in (getattr(self, "grad_scale", None), getattr(self, "found_inf", None)))
-        op.call(
+        batch["plan"] = op.call(
             self.operator,
             batch["backend"],
             batch["params"],
@@ -301,6 +311,7 @@ class SelectiveOptimizer(Optimizer):
             *self._lists(batch),
             batch["step"],
             *(self._kept(batch) or ([], [])),
+            plan=batch["plan"],
             scope_statistics=batch["statistics"],
             layout=batch["layout"],
             grad_scale=scale,
@@ -366,7 +377,7 @@ class SelectiveOptimizer(Optimizer):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._roster, self._shared = None, {}
+        self._roster, self._shared, self._room = None, {}, {}
         for group in self.param_groups:
             for p in group["params"]:
                 p_state = self.state.get(p) or {}
@@ -592,7 +603,7 @@ def select_gradients_(
     shared = None
     with torch.no_grad():
         if scope == "global" and normalization != "constant":
-            shared = op.scope_statistics(list(parts.values()), normalization)
+            shared = op.scope_statistics(list(parts.values()), normalization, {})
         for (device, _), part in parts.items():
             over = None if shared is None else shared.to(device)
             lists = part["grads"], part["saliencies"]

@@ -169,24 +169,32 @@ def _apart(states: list[Tensor], alike: list[Tensor]) -> list[Tensor]:
     """A list of states as a tensor by parameter."""
     if len(states) != 1 or len(alike) == 1:
         return states
-    return [part.view_as(one) for part, one in zip(states[0].split([one.numel() for one in alike]), alike, strict=True)]
+    sizes = [one.numel() for one in alike]
+    if not states[0].is_contiguous() or states[0].numel() != sum(sizes):
+        raise RuntimeError(
+            f"a list of states has {states[0].numel()} elements in a single tensor; it must be contiguous and have {sum(sizes)}"
+        )
+    return [part.view_as(one) for part, one in zip(states[0].split(sizes), alike, strict=True)]
 
 
 for _name, _schema in SCHEMAS.items():
     _register(_name, _schema)
 
 
-def call(name: str, backend: str, *tensors, **options) -> None:
+def call(name: str, backend: str, *tensors, **options) -> object:
     """Runs the operator on a chosen backend ("reference", "cpp", "cuda" or "triton").
 
-    Arguments as in SCHEMAS, with the options as one `selection`, a normalisation by its name.
+    Arguments as in SCHEMAS, with the options as one `selection`, a normalisation by its name. What is returned may be the option `plan` of
+    the next call whose tensors, the gradients aside, are the same objects: they are not looked at as closely again.
     """
+    plan = options.pop("plan", None)
     if backend == "reference" and not torch.compiler.is_compiling():
         getattr(reference, name)(*tensors, **options)
-        return
+        return None
     if backend == "triton" and not torch.compiler.is_compiling():
-        getattr(_triton(), name)(*tensors, **options)
+        plan = getattr(_triton(), name)(*tensors, **options, **({} if plan is None else {"plan": plan}))
     else:
+        plan = None
         if "selection" in options:
             arguments = options | options["selection"].arguments()
             del arguments["selection"]
@@ -196,6 +204,7 @@ def call(name: str, backend: str, *tensors, **options) -> None:
     # Kernels registered outside PyTorch leave the versions alone, and autograd would miss a stale graph.
     written = [tensors[i] for i in WRITTEN[name]] + ([options["out"]] if "out" in options else [])
     torch.autograd.graph.increment_version([t for group in written for t in (group if isinstance(group, list) else [group])])
+    return plan
 
 
 def choose(name: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -203,8 +212,8 @@ def choose(name: str, backend: str, device: torch.device, dtype: torch.dtype) ->
     return backends.choose(backend, f"selective.{name}", device, dtype)
 
 
-def scope_statistics(parts: list[dict], normalization: str) -> Tensor:
-    """The statistics of s over the tensors of all parts together, as the operators take them.
+def scope_statistics(parts: list[dict], normalization: str, room: dict) -> Tensor:
+    """The statistics of s over the tensors of all parts together, as the operators take them, in memory that `room` keeps.
 
     A part has `grads`, `saliencies`, `layout`, `grad_scale`, a chosen `backend`, and `kept`: None, or lists of the minima and maxima
     that stand for the tensors (NaN: nothing kept yet). The reference alone ranks exactly; where a compiled kernel takes part, all share
@@ -213,11 +222,15 @@ def scope_statistics(parts: list[dict], normalization: str) -> Tensor:
     if normalization == "rank" and all(part["backend"] == "reference" for part in parts):
         return reference.ordered_saliency(parts)
     home = parts[0]["grads"][0].device
+    key = normalization, home
+    if key not in room:
+        sizes, dtype = ((1, reference.RANK_BINS), torch.int64) if normalization == "rank" else ((1, 2), torch.float64)
+        room[key] = torch.empty(sizes, dtype=dtype, device=home)
+    out = room[key]
     if normalization == "rank":
-        out = torch.zeros(1, reference.RANK_BINS, dtype=torch.int64, device=home)
+        out.zero_()
     else:
-        out = torch.full((1, 2), torch.inf, dtype=torch.float64, device=home)
-        out[:, 1].neg_()
+        out.fill_(torch.inf)[:, 1].neg_()
     for part in parts:
         into = out.to(part["grads"][0].device)
         options = {"layout": part["layout"], "sizes": [], "normalization": normalization, "grad_scale": part["grad_scale"]}
