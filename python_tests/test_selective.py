@@ -184,8 +184,8 @@ def test_neutral_equals_torch_adamw(backend, dtype, options):
 @pytest.mark.parametrize("options", [{}, {"lr": 3e-4, "maximize": True}, {"lr": 1e-2}], ids=str)
 def test_roundings_of_a_hundred_steps_are_torchs(backend, options, target):
     """Steps of a few units in the parameter's last place, all rounded to the same side."""
-    start, gradients = problem([(1000,)] * 3, steps=100)
-    start = [torch.ones(1000), start[1], start[2] * 0.02]
+    start, gradients = problem([(200,)] * 3, steps=100)
+    start = [torch.ones(200), start[1], start[2] * 0.02]
     params, _ = trained(uk.SelectiveAdamW, backend, start, gradients, **NEUTRAL, **options, target=target)
     expected = as_parameters(start)
     walk(torch.optim.AdamW(expected, foreach=False, **options), expected, gradients)

@@ -181,7 +181,7 @@ class SelectiveOptimizer(Optimizer):
                     batch[key] = [flat]
             self._settle_scopes([batch])
             self._update(batch)
-        except (AttributeError, KeyError, TypeError, RuntimeError):
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
             return False
         roster.batch = batch | LEFT_OUT
         self._roster = roster

@@ -156,6 +156,8 @@ def _run(module: Callable[[], ModuleType], name: str, *args, **kwargs) -> None:
         kwargs = {key: value for key, value in kwargs.items() if key not in selection.arguments()} | {"selection": selection}
     else:
         kwargs["normalization"] = NORMALIZATIONS[kwargs["normalization"]]
+    if "steps" in SCHEMAS[name] and module is _triton:
+        kwargs["plan"] = None
     getattr(module(), name)(*args, **kwargs)
 
 
@@ -187,12 +189,12 @@ def call(name: str, backend: str, *tensors, **options) -> object:
     Arguments as in SCHEMAS, with the options as one `selection`, a normalisation by its name. What is returned may be the option `plan` of
     the next call whose tensors, the gradients aside, are the same objects: they are not looked at as closely again.
     """
-    plan = options.pop("plan", None)
+    plan = {"plan": options.pop("plan")} if "plan" in options else {}
     if backend == "reference" and not torch.compiler.is_compiling():
         getattr(reference, name)(*tensors, **options)
         return None
     if backend == "triton" and not torch.compiler.is_compiling():
-        plan = getattr(_triton(), name)(*tensors, **options, **({} if plan is None else {"plan": plan}))
+        plan = getattr(_triton(), name)(*tensors, **options, **plan)
     else:
         plan = None
         if "selection" in options:

@@ -181,20 +181,29 @@ def round_stochastically(x, low16):
 
 
 @triton.jit
+def moved(theta, stepped, factor):
+    """theta on its way to `stepped`: factor b/p of it, and not at all where b is 0, whatever `stepped` is."""
+    return tl.where(factor == 0, theta, theta + factor * (stepped - theta))
+
+
+@triton.jit
 def adamw_line(theta, g, factor, m, v, v_max, line, kind: tl.constexpr):
-    """target "gradient": g~ = b*g/p feeds the moments; "update": g does, and b/p multiplies the step."""
+    """target "gradient": g~ = b*g/p feeds the moments; "update": g does, and b/p multiplies the step.
+
+    v and theta are rounded where torch.optim.AdamW rounds them: over many steps it shows. Adding 0 rounds a product that the compiler
+    would fuse with the next addition.
+    """
     beta2, complement1, complement2, decay, step_size, inverse_root, eps = line
     fed = g if kind.update else g * factor
     m = m + complement1 * (fed - m)
-    v = v * beta2 + complement2 * fed * fed
+    v = (v * beta2 + 0.0) + complement2 * fed * fed
     if kind.c is not None:
         v_max = tl.maximum(v, v_max)
         denominator = root(v_max) * inverse_root + eps
     else:
         denominator = root(v) * inverse_root + eps
-    change = divide(step_size * m, denominator)
-    # The rounded decay is torch's: over many steps its rounding shows.
-    theta = theta - factor * ((1 - decay) * theta + change) if kind.update else theta * decay - change
+    stepped = (theta * decay + 0.0) - divide(step_size * m, denominator)
+    theta = moved(theta, stepped, factor) if kind.update else stepped
     return theta, m, v, v_max
 
 
