@@ -28,15 +28,17 @@ hypothesis.settings.load_profile("house")
 
 def pytest_addoption(parser):
     parser.addoption("--triton", action="store_true", help="Triton's kernels too: many minutes on its interpreter, one for all compiles")
+    parser.addoption("--only-triton", action="store_true", help="these alone: what a run without either option leaves out")
     parser.addoption("--every-case", action="store_true", help="on interpreted Triton kernels too, all combinations of a test's parameters")
 
 
 def pytest_collection_modifyitems(config, items):
     """Leaves Triton's interpreter out, or, as slow as it is, gives it every value of each of a test's parameters, not all combinations."""
-    if config.getoption("--triton"):
-        left_out = set() if config.getoption("--every-case") else repeated(items)
-    else:
-        left_out = {item for item in items if item.path.stem == "test_triton_resources" or "[triton" in item.name or "-triton" in item.name}
+    slow = {item for item in items if item.path.stem == "test_triton_resources" or "[triton" in item.name or "-triton" in item.name}
+    left_out = slow
+    if config.getoption("--triton") or config.getoption("--only-triton"):
+        left_out = set(items) - slow if config.getoption("--only-triton") else set()
+        left_out |= set() if config.getoption("--every-case") else repeated(items)
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=list(left_out))
 

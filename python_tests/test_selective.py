@@ -859,7 +859,7 @@ def assert_inverse(found, probabilities) -> None:
 def test_previous_statistics_by_hand(backend, normalization, first, second):
     gradients = [torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, 2.0, -5.0])]
     seen = [set(), set()]
-    for seed in range(40):
+    for seed in (0, 4, 5, 6):  # each element is selected by one of them at least
         p = torch.nn.Parameter(torch.zeros(3))
         optimizer = uk.SelectiveSGD([p], lr=1.0, statistics="previous", normalization=normalization, seed=seed, backend=backend)
         for k, (g, expected) in enumerate(zip(gradients, (first, second), strict=True)):
@@ -2338,24 +2338,25 @@ def test_many_small_parameters_share_a_tensor_for_each_state(native):
     ("gradient", "error", "words"),
     [
         pytest.param(torch.ones(4).to_sparse(), RuntimeError, "to_dense", id="sparse"),
-        pytest.param("expanded", ValueError, "parameter 40 is expanded", id="expanded parameter"),
+        pytest.param("expanded", ValueError, "parameter {} is expanded", id="expanded parameter"),
     ],
 )
 def test_a_refused_step_after_others_changes_nothing(native, cls, gradient, error, words):
-    params = as_parameters([torch.ones(4)] * 64)
+    many, bad = (64, 40) if native == "cpp" else (5, 3)  # few are many enough where no states are shared
+    params = as_parameters([torch.ones(4)] * many)
     optimizer = cls(params, seed=1, lr=0.1, backend=native)
-    walk(optimizer, params, [[torch.ones(4)] * 64] * 3)
+    walk(optimizer, params, [[torch.ones(4)] * many] * 3)
     before = [p.detach().clone() for p in params], copy.deepcopy([states_of(optimizer, p) for p in params])
     if isinstance(gradient, str):
-        params[40].data = torch.ones(1).expand(4)
-        before[0][40] = torch.ones(4)
+        params[bad].data = torch.ones(1).expand(4)
+        before[0][bad] = torch.ones(4)
     else:
-        params[40].grad = gradient
-    with pytest.raises(error, match=words):
+        params[bad].grad = gradient
+    with pytest.raises(error, match=words.format(bad)):
         optimizer.step()
     assert same_bits(before[0], [p.detach() for p in params])
     assert same_bits(before[1], [states_of(optimizer, p) for p in params])
-    params[40].data, params[40].grad = torch.ones(4), torch.ones(4)
+    params[bad].data, params[bad].grad = torch.ones(4), torch.ones(4)
     optimizer.step()
     assert all(optimizer.state[p]["step"] == 4 for p in params)
 
