@@ -13,6 +13,8 @@ from torch import Tensor
 from ..core import backends
 from . import reference
 
+_triton = functools.partial(backends.triton_kernels, __package__)
+
 # To the compiled kernels a normalisation is its position here (csrc/selective/selective.h has the same order; a test compares).
 NORMALIZATIONS = ("minmax", "range", "rank", "constant")
 DIRECTIONS = ("printed", "salient")
@@ -159,12 +161,6 @@ def _run(module: Callable[[], ModuleType], name: str, *args, **kwargs) -> None:
     if "steps" in SCHEMAS[name] and module is _triton:
         kwargs["plan"] = None
     getattr(module(), name)(*args, **kwargs)
-
-
-def _triton() -> ModuleType:
-    from . import triton
-
-    return triton
 
 
 def _apart(states: list[Tensor], alike: list[Tensor]) -> list[Tensor]:

@@ -980,26 +980,11 @@ def _selection_numbers(selection) -> dict[str, float]:
 
 
 def _step(
-    line,
-    params,
-    grads,
-    moments,
-    steps,
-    mins,
-    maxs,
-    *,
-    scope_statistics,
-    lr,
-    lr_tensor,
-    weight_decay,
-    numbers,
-    tensors,
-    plan=None,
-    **options,
-) -> Plan | None:
+    line, params, grads, moments, steps, mins, maxs, *, scope_statistics, lr, lr_tensor, weight_decay, numbers, tensors, plan, **call
+):
     numbers |= {"lr": lr, "weight_decay": weight_decay}
     lists = {"theta": params, "moments": moments, "steps": steps, "kept": (mins, maxs)}
-    return Call(line, grads, **lists, numbers=numbers, tensors=tensors | {"lr": lr_tensor}, scope=scope_statistics, **options).run(plan)
+    return Call(line, grads, **lists, numbers=numbers, tensors=tensors | {"lr": lr_tensor}, scope=scope_statistics, **call).run(plan)
 
 
 def selective_adamw_(
