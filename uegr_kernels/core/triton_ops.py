@@ -40,6 +40,14 @@ def to_device(values: list | Tensor, dtype: torch.dtype, device: torch.device) -
     return values.to(device, non_blocking=True)
 
 
+def pieces(counts: list[int]) -> Tensor:
+    """(tensor, piece) of every piece, int32, where tensors have so many: what the programs of one launch take up."""
+    many = torch.tensor(counts, dtype=torch.int64)
+    tensor = torch.arange(len(counts)).repeat_interleave(many)
+    piece = torch.arange(len(tensor)) - (many.cumsum(0) - many).repeat_interleave(many)
+    return torch.stack((tensor, piece), 1).int()
+
+
 def capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

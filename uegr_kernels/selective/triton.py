@@ -755,10 +755,12 @@ class Family:
 
 def _items(elements: list[int], tensors: range, *, gathers: bool) -> Tensor:
     """The items of a run of tensors. Updates go backwards: what was gathered last is still in the cache."""
-    pieces = torch.tensor([-(-elements[i] // PIECE.value) for i in tensors], dtype=torch.int64)
-    tensor = torch.arange(tensors.start, tensors.stop).repeat_interleave(pieces)
-    piece = torch.arange(len(tensor)) - (pieces.cumsum(0) - pieces).repeat_interleave(pieces)
-    return torch.stack((-1 - tensor, piece), 1).int() if gathers else torch.stack((tensor, piece), 1).int().flip(0)
+    items = triton_ops.pieces([triton.cdiv(elements[i], PIECE.value) for i in tensors])
+    items[:, 0] += tensors.start
+    if gathers:
+        items[:, 0] = -1 - items[:, 0]
+        return items
+    return items.flip(0)
 
 
 def _walks(kind: Kind, elements: list[int], width: int) -> list[Tensor]:
