@@ -1,6 +1,7 @@
 """What the Triton kernels share: the generator (SPEC 2, by `tl.philox`), pointers out of tables, and the device they are launched on."""
 
 import contextlib
+import ctypes
 import os
 import struct
 
@@ -38,6 +39,11 @@ def to_device(values: list | Tensor, dtype: torch.dtype, device: torch.device) -
     if capturing(device):
         CAPTURED.append(values)
     return values.to(device, non_blocking=True)
+
+
+def expanded(tensor: Tensor) -> bool:
+    """Whether elements share memory: such a tensor cannot be written."""
+    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def pieces(counts: list[int]) -> Tensor:
@@ -80,7 +86,7 @@ class Upload:
         free = (i for i, (_, copied) in enumerate(self.sources) if copied is None or copied.query())
         at = next(free, None)
         source, copied = (self._source(), None) if at is None else self.sources.pop(at)
-        source.copy_(torch.frombuffer(bytearray(content), dtype=torch.int64))
+        ctypes.memmove(source.data_ptr(), content, len(content))
         self.target.copy_(source, non_blocking=True)
         self.content = content
         if not capturing(self.target.device):

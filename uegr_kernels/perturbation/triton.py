@@ -186,12 +186,12 @@ def part_kernel(items, table, g, x, out, mask, token, length, size: tl.int64, pa
     if PROJECTS and not LINF and STAGE == 2:
         ball = ball_factor(total(moved_squares, first, parts), radius)
     sums = tl.zeros([BLOCK], tl.float64)
-    full = begin + (end - begin) // BLOCK * BLOCK
-    for at in range(begin, full, BLOCK):
-        sums = visit(at, end, i, sums, g, x, out, mask, token, factor, ball, radius, limit, seed, step, stream,
+    whole = ((end - begin) // BLOCK).to(tl.int32)
+    for block in range(whole):
+        sums = visit(begin + block * BLOCK, end, i, sums, g, x, out, mask, token, factor, ball, radius, limit, seed, step, stream,
                      STAGE, LINF, PROJECTS, RANDOM, IN_ORDER, ALIGNED, True)  # fmt: skip
-    if full < end:
-        sums = visit(full, end, i, sums, g, x, out, mask, token, factor, ball, radius, limit, seed, step, stream,
+    if begin + whole * BLOCK < end:
+        sums = visit(begin + whole * BLOCK, end, i, sums, g, x, out, mask, token, factor, ball, radius, limit, seed, step, stream,
                      STAGE, LINF, PROJECTS, RANDOM, IN_ORDER, ALIGNED, False)  # fmt: skip
     if STAGE == 0:
         tl.store(squares + number, tl.sum(sums, 0))
@@ -364,7 +364,7 @@ def _check_alike(a: Tensor, b: Tensor, a_name: str, b_name: str) -> None:
 
 
 def _check_written(out: Tensor) -> None:
-    if any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride(), strict=True)):
+    if triton_ops.expanded(out):
         raise RuntimeError("out is expanded; give a tensor whose elements have memory of their own")
 
 

@@ -129,9 +129,6 @@ SCHEMAS = {
     "selection_mask_": f"Tensor grad, Tensor? saliency, *, Tensor(a!) out, int[] layout, int step, int seed, {OPTIONS}",
 }
 
-# Which of the positional arguments an operator writes into.
-WRITTEN = {name: [i for i, text in enumerate(schema.split("*,")[0].split(", ")) if "!" in text] for name, schema in SCHEMAS.items()}
-
 
 def _register(name: str, schema: str) -> None:
     """Defines the operator; the reference is its default kernel, so that it exists on every device, Triton's its CUDA one."""
@@ -199,9 +196,8 @@ def call(name: str, backend: str, *tensors, **options) -> object:
         else:
             arguments = options | {"normalization": NORMALIZATIONS.index(options["normalization"])}
         getattr(torch.ops.uegr_kernels, name).default(*tensors, **arguments)
-    # Kernels registered outside PyTorch leave the versions alone, and autograd would miss a stale graph.
-    written = [tensors[i] for i in WRITTEN[name]] + ([options["out"]] if "out" in options else [])
-    torch.autograd.graph.increment_version([t for group in written for t in (group if isinstance(group, list) else [group])])
+    # Kernels registered outside PyTorch leave the versions alone, and autograd would miss a stale graph. Optimizers' states are in none.
+    torch.autograd.graph.increment_version([options["out"]] if "out" in options else tensors[0])
     return plan
 
 

@@ -845,6 +845,11 @@ def _check(i: int, each: dict, layout: list[int]) -> None:
                 f"parameter {layout[4 * i]}: its {NAMES[name]} has shape {found}, its gradient {tuple(each['g'].shape)} "
                 f"on {each['g'].device}; they must be equal"
             )
+    for name in ("theta", "a", "b", "c"):
+        if each[name] is not None and triton_ops.expanded(each[name]):
+            raise ValueError(
+                f"parameter {layout[4 * i]}: its {NAMES[name]} is expanded: its elements share memory; call .clone() on it first"
+            )
     for name in ("step", "low", "high"):
         if each[name] is not None and (each[name].numel() != 1 or each[name].device != each["g"].device):
             found = f"{each[name].numel()} elements on {each[name].device}"
