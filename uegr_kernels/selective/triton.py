@@ -811,9 +811,9 @@ def _axes(tensors: list[Tensor | None]) -> list[int]:
 class Plan:
     """What a call needs on the device for as long as its tensors stand where they stand."""
 
-    def __init__(self, moving: tuple, standing: tuple, kind: Kind, lists: dict, layout: list[int], sizes: list[int]):
+    def __init__(self, moving: tuple, standing: tuple, planes: list[int], kind: Kind, lists: dict, layout: list[int], sizes: list[int]):
         grads = lists["g"]
-        self.moving, self.standing, self.kind, self.device = moving, standing, kind, grads[0].device
+        self.moving, self.standing, self.planes, self.kind, self.device = moving, standing, planes, kind, grads[0].device
         families: dict[Kind, list[int]] = collections.defaultdict(list)
         for i in range(len(grads)):
             each = {name: tensors[i] if tensors else None for name, tensors in lists.items()}
@@ -870,11 +870,14 @@ CAPTURED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 CAPTURED_ELSEWHERE: list = []
 
 
-def _moving(lists: dict) -> tuple:
-    """What may differ while the tensors are the same objects. The gradients' addresses are not in it: those every step takes up."""
+def _moving(lists: dict, planes: list[int]) -> tuple:
+    """What may differ while the tensors are the same objects. The gradients' addresses are not in it: those every step takes up.
+
+    `planes`: which of the tensors that are written have several axes. One with a single axis would be another object, or elsewhere.
+    """
     addresses = [list(map(Tensor.data_ptr, tensors)) for name, tensors in lists.items() if name != "g"]
     written = lists["theta"] or lists["g"]
-    contiguous = [list(map(Tensor.is_contiguous, tensors)) for tensors in (written, lists["g"])]
+    contiguous = [list(map(Tensor.is_contiguous, tensors)) for tensors in (map(written.__getitem__, planes), lists["g"])]
     strides = [] if all(map(all, contiguous)) else [t.stride() for tensors in (written, lists["g"]) for t in tensors]
     return addresses, list(map(Tensor.numel, lists["g"])), list(map(DTYPE, lists["g"])), contiguous, strides
 
@@ -956,14 +959,16 @@ class Call:
         """The plan of the call: the one given, one that is kept, or a new one."""
         lists = {"theta": self.theta, "a": [], "b": [], "c": [], "s": self.s, "step": self.steps, "low": self.kept[0], "high": self.kept[1]}
         lists |= {"g": self.g, **dict(zip("abc", self.moments, strict=False))}
-        kind, moving = self.kind(), _moving(lists)
-        if plan is not None and plan.kind == kind and plan.moving == moving:
+        kind = self.kind()
+        if plan is not None and plan.kind == kind and plan.moving == _moving(lists, plan.planes):
             return plan
+        planes = [i for i, tensor in enumerate(lists["theta"] or lists["g"]) if tensor.dim() > 1]
+        moving = _moving(lists, planes)
         standing = _standing(lists), self.layout, self.sizes
         plans, key = (PLANS.setdefault(self.steps[0], {}), kind) if self.steps else (RECENT, (kind, tuple(self.layout)))
         plan = plans.pop(key, None)
         if plan is None or plan.moving != moving or plan.standing != standing:
-            plan = Plan(moving, standing, kind, lists, self.layout, self.sizes)
+            plan = Plan(moving, standing, planes, kind, lists, self.layout, self.sizes)
             if captured:  # its rows are on the device from the first replay on: no other step may use it
                 return plan
         plans[key] = plan
