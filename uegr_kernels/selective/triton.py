@@ -847,9 +847,7 @@ def _check(i: int, each: dict, layout: list[int]) -> None:
             )
     for name in ("theta", "a", "b", "c"):
         if each[name] is not None and triton_ops.expanded(each[name]):
-            raise ValueError(
-                f"parameter {layout[4 * i]}: its {NAMES[name]} is expanded: its elements share memory; call .clone() on it first"
-            )
+            raise ValueError(f"parameter {layout[4 * i]}: its {NAMES[name]} is expanded and cannot be written; call .clone() on it first")
     for name in ("step", "low", "high"):
         if each[name] is not None and (each[name].numel() != 1 or each[name].device != each["g"].device):
             found = f"{each[name].numel()} elements on {each[name].device}"
@@ -884,7 +882,7 @@ def _moving(lists: dict, planes: list[int]) -> tuple:
 
 def _standing(lists: dict) -> list:
     """What may differ between tensors beside that."""
-    strides = [(t.shape, t.stride()) for name in ELEMENTWISE for t in lists[name] if not t.is_contiguous()]
+    strides = [(name, i, t.shape, t.stride()) for name in ELEMENTWISE for i, t in enumerate(lists[name]) if not t.is_contiguous()]
     return [list(map(Tensor.numel, tensors)) + list(map(DTYPE, tensors)) for tensors in lists.values()] + strides
 
 
