@@ -188,11 +188,14 @@ def part_kernel(items, table, g, x, out, mask, token, length, size: tl.int64, pa
     sums = tl.zeros([BLOCK], tl.float64)
     whole = ((end - begin) // BLOCK).to(tl.int32)
     for block in range(whole):
-        sums = visit(begin + block * BLOCK, end, i, sums, g, x, out, mask, token, factor, ball, radius, limit, seed, step, stream,
-                     STAGE, LINF, PROJECTS, RANDOM, IN_ORDER, ALIGNED, True)  # fmt: skip
+        at = begin + block * BLOCK
+        if ALIGNED:
+            at = tl.multiple_of(at, 16)
+        sums = visit(at, end, i, sums, g, x, out, mask, token, factor, ball, radius, limit, seed, step, stream,
+                     STAGE, LINF, PROJECTS, RANDOM, IN_ORDER, True)  # fmt: skip
     if begin + whole * BLOCK < end:
         sums = visit(begin + whole * BLOCK, end, i, sums, g, x, out, mask, token, factor, ball, radius, limit, seed, step, stream,
-                     STAGE, LINF, PROJECTS, RANDOM, IN_ORDER, ALIGNED, False)  # fmt: skip
+                     STAGE, LINF, PROJECTS, RANDOM, IN_ORDER, False)  # fmt: skip
     if STAGE == 0:
         tl.store(squares + number, tl.sum(sums, 0))
     if STAGE == 1:
@@ -201,11 +204,8 @@ def part_kernel(items, table, g, x, out, mask, token, length, size: tl.int64, pa
 
 @triton.jit
 def visit(at, end, i, sums, g, x, out, mask, token, factor, ball, radius, limit, seed, step, stream, STAGE: tl.constexpr,
-          LINF: tl.constexpr, PROJECTS: tl.constexpr, RANDOM: tl.constexpr, IN_ORDER: tl.constexpr, ALIGNED: tl.constexpr,
-          FULL: tl.constexpr):  # fmt: skip
+          LINF: tl.constexpr, PROJECTS: tl.constexpr, RANDOM: tl.constexpr, IN_ORDER: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
     """A block of a part: adds its squares, or writes it."""
-    if ALIGNED:
-        at = tl.multiple_of(at, 16)
     value = gradient(g, mask, token, at, i, end, FULL)
     if STAGE > 0:
         value = moved(value, x, factor, limit, seed, step, stream, at, i, end, LINF, RANDOM, IN_ORDER, FULL)
