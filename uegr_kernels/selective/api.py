@@ -125,6 +125,9 @@ class SelectiveOptimizer(Optimizer):
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
+            if torch.compiler.is_compiling():
+                self._run(self._traced_batches())
+                return loss
             self._agree_on_seed()  # before anything can raise: every rank takes part
             if self._step_again():
                 return loss
@@ -133,16 +136,45 @@ class SelectiveOptimizer(Optimizer):
                 self._check_states(batch)
             for batch in batches:
                 self._complete_states(batch)
-            self._settle_scopes(batches)
-            for batch in batches:
-                self._update(batch)
+            self._run(batches)
             if len(self.param_groups) == len(batches) == 1 and batches[0]["backend"] in ("cpp", "triton"):
                 self._remember(batches[0])
             return loss
 
+    def _run(self, batches: list[dict]) -> None:
+        self._settle_scopes(batches)
+        for batch in batches:
+            self._update(batch)
+
+    def _traced_batches(self) -> list[dict]:
+        """The step's batches for torch.compile: it runs `_init_group` in Python, and traces what is done with the lists it fills."""
+        batches = []
+        for group, first in self._groups():
+            needed = self._needed(group)
+            for part in range(self._init_group(group, first, -1)):
+                params, grads, layout, others, *states = [[] for _ in range(4 + len(needed))]
+                self._init_group(group, first, part, params, grads, layout, others, *states)
+                batch = {"group": group, "selection": op.Selection(*(group[name] for name in op.FIELDS))}
+                batch |= {"params": params, "grads": grads, "layout": layout, "statistics": None, "backend": others[0], "seed": others[1]}
+                batches.append(batch | dict(zip(needed, states, strict=True)))
+        return batches
+
+    def _init_group(self, group: dict, first: int, part: int, *lists: list) -> int:
+        """Checks the group, creates its states and fills the lists with its batch `part`. Returns how many batches there are."""
+        batches = self._batches(group, first)
+        for batch in batches:
+            self._check_states(batch)
+        for batch in batches:
+            self._complete_states(batch)
+        for batch in batches[part : part + 1] if lists else ():
+            values = batch["params"], batch["grads"], batch["layout"], [batch["backend"], batch["seed"]]
+            for filled, value in zip(lists, (*values, *(batch[key] for key in self._needed(group))), strict=True):
+                filled += value
+        return len(batches)
+
     def _remember(self, batch: dict) -> None:
         group = batch["group"]
-        if len(batch["params"]) == len(group["params"]) and not torch.compiler.is_compiling():
+        if len(batch["params"]) == len(group["params"]):
             self._roster = _Roster(list(group["params"]), list(self.state.keys()), list(self.state.values()), batch)
 
     def _step_again(self) -> bool:
@@ -151,7 +183,7 @@ class SelectiveOptimizer(Optimizer):
         The operator checks every tensor of a call before it writes; what it refuses, the long way finds the words for.
         """
         roster = self._roster
-        if roster is None or torch.compiler.is_compiling():
+        if roster is None:
             return False
         self._roster = None
         group, states = roster.batch["group"], roster.batch["states"]
@@ -166,7 +198,7 @@ class SelectiveOptimizer(Optimizer):
         if batch["backend"] != roster.batch["backend"] or any(grad is None for grad in batch["grads"]):
             return False
         try:
-            for key in self._needed(batch):
+            for key in self._needed(group):
                 batch[key] = [state[key] for state in states]
                 flat, parts, addresses = self._shared.get(key, (None, [], []))
                 if all(map(operator.is_, batch[key], parts)) and [part.data_ptr() for part in parts] == addresses and flat is not None:
@@ -225,7 +257,7 @@ class SelectiveOptimizer(Optimizer):
 
     def _check_states(self, batch: dict) -> None:
         """Raises a gradient or a state that does not fit its parameter: every tensor of every call, before the first one is stepped."""
-        needed, moments = self._needed(batch), self._moments(batch["group"])
+        needed, moments = self._needed(batch["group"]), self._moments(batch["group"])
         for i, (p, grad, state) in enumerate(zip(batch["params"], batch["grads"], batch["states"], strict=True)):
             if grad.shape != p.shape or 0 in p.stride():
                 _check_parameter(batch["layout"][4 * i], p, grad)
@@ -233,23 +265,23 @@ class SelectiveOptimizer(Optimizer):
                 if key in state:
                     _check_state(batch["layout"][4 * i], key, state[key], p, key in moments)
 
-    def _needed(self, batch: dict) -> tuple[str, ...]:
+    def _needed(self, group: dict) -> tuple[str, ...]:
         """The keys of a parameter's state."""
-        kept = ("saliency_min", "saliency_max") if batch["selection"].statistics == "previous" else ()
-        return ("step", *self._moments(batch["group"]), *kept)
+        kept = ("saliency_min", "saliency_max") if group["statistics"] == "previous" else ()
+        return ("step", *self._moments(group), *kept)
 
     def _complete_states(self, batch: dict) -> None:
         """Creates what a parameter's state lacks, and lists the states."""
-        params = batch["params"]
+        group, params = batch["group"], batch["params"]
         states = batch["states"] = [state if state else self.state[p] for p, state in zip(params, batch["states"], strict=True)]
-        for key in self._needed(batch):
+        for key in self._needed(group):
             lacking = [i for i, state in enumerate(states) if key not in state]  # what is there (a checkpoint's, a hook's) is left alone
             if len(lacking) == len(params) >= SWARM and len(self.param_groups) == 1 and batch["backend"] == "cpp":
                 if all(p.numel() <= TINY and p.is_contiguous() for p in params):
                     self._share_states(key, batch)
                     continue
             for i in lacking:
-                states[i][key] = self._fresh_state(key, params[i], batch["group"])
+                states[i][key] = self._fresh_state(key, params[i], group)
             batch[key] = [state[key] for state in states]
 
     def _share_states(self, key: str, batch: dict) -> None:
