@@ -19,6 +19,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if sharded(tensor) else tensor
 
 
+def alike(grad: Tensor, p: Tensor) -> Tensor:
+    """A gradient in its parameter's placements."""
+    return grad.redistribute(p.device_mesh, p.placements) if sharded(p) and grad.placements != p.placements else grad
+
+
 def cut(tensor: Tensor) -> tuple:
     """The mesh, and its dimensions over which the parts of a tensor make up the whole; () where every process has it whole."""
     if not sharded(tensor):
