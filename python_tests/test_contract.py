@@ -352,8 +352,8 @@ def test_a_parameter_that_changes_its_shape_is_refused_until_its_state_is_gone(n
     assert optimizer.state[params[1]]["step"].item() == 1
 
 
-def test_a_million_parameters():
-    count = 2**20
+def test_a_hundred_thousand_parameters():  # a million step too, in a minute
+    count = 2**17
     values = torch.arange(float(count)) % 7 + 1
     params = [torch.nn.Parameter(value) for value in values.clone().unbind()]
     for p, grad in zip(params, values.unbind(), strict=True):
