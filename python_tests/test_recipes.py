@@ -1,0 +1,576 @@
+"""Every recipe against the numbered steps of its method spelt out with torch's own functions, and what all of them promise."""
+
+import contextlib
+import copy
+import types
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import uegr_kernels as uk
+from uegr_kernels import recipes
+
+N, T, WORDS, D, CLASSES = 4, 7, 30, 6, 3
+LR = 0.1
+
+
+class Small(nn.Module):
+    """Embedding, LSTM, convolution, BatchNorm, mean over time (padding included), LayerNorm, dropout, linear."""
+
+    def __init__(self, dropout=0.0, classes=CLASSES):
+        super().__init__()
+        self.embedding = nn.Embedding(WORDS, D)
+        self.lstm = nn.LSTM(D, 5, batch_first=True)
+        self.convolution = nn.Conv1d(5, 6, 3, padding=1)
+        self.batch_norm = nn.BatchNorm1d(6)
+        self.layer_norm = nn.LayerNorm(6)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(6, classes)
+
+    def classify(self, x):
+        x = self.lstm(x)[0].transpose(1, 2)
+        return self.head(self.dropout(self.layer_norm(self.batch_norm(self.convolution(x)).tanh().mean(2))))
+
+    def forward(self, ids, attention_mask=None):
+        return self.classify(self.embedding(ids))
+
+
+class Images(nn.Module):
+    """A small convolutional net over images in [0, 1]."""
+
+    def __init__(self, classes=CLASSES):
+        super().__init__()
+        self.convolution = nn.Conv2d(1, 4, 3)
+        self.batch_norm = nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, classes)
+
+    def classify(self, x):
+        return self.head(self.batch_norm(self.convolution(x)).relu().mean((2, 3)))
+
+    forward = classify
+
+
+def small(dropout=0.3, **options):
+    torch.manual_seed(3)
+    return Small(dropout, **options).double()
+
+
+def batch(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids, labels = torch.randint(1, WORDS, (N, T), generator=generator), torch.randint(0, CLASSES, (N,), generator=generator)
+    ids[1, 4:], ids[2, 2:] = 0, 0
+    return {"ids": ids, "attention_mask": (ids != 0).long()}, labels
+
+
+def images(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(N, 1, 6, 6, generator=generator, dtype=torch.float64), torch.randint(0, CLASSES, (N,), generator=generator)
+
+
+def build(name, model, *more, **options):
+    """The recipe of this name, on the model's embedding."""
+    return getattr(recipes, name)(model, getattr(model, "embedding", None), *more, **options)
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=LR)
+
+
+def state(model):
+    """All that a call may change in the model."""
+    return {
+        **{name: p.detach().clone() for name, p in model.state_dict().items()},
+        **{f"{name}'s gradient": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None},
+    }
+
+
+def assert_equal(actual, expected, **tolerance):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def assert_same_steps(model, run, restated, rtol=1e-9, atol=1e-12):
+    """Both leave the same gradients, weights, buffers and random state, and return the same losses."""
+    twin = copy.deepcopy(model)
+    torch.manual_seed(11)
+    losses = run(model)
+    drawn = torch.get_rng_state()
+    torch.manual_seed(11)
+    expected = restated(twin)
+    assert torch.equal(torch.get_rng_state(), drawn), "other random numbers were drawn"
+    assert_equal(losses, {name: torch.as_tensor(loss).detach() for name, loss in expected.items()}, rtol=rtol, atol=atol)
+    assert_equal(state(model), state(twin), rtol=rtol, atol=atol)
+    assert not any(loss.requires_grad for loss in losses.values())
+
+
+# The methods, step by step
+
+
+class Steps:
+    """One batch and one model, in the words of METHODS: e, CE, N2; what a method's numbered steps are made of."""
+
+    def __init__(self, model, inputs, labels, task="classification"):
+        self.model, self.labels, self.task = model, labels, task
+        self.inputs, self.mask = (inputs["ids"], inputs["attention_mask"]) if isinstance(inputs, dict) else (inputs, None)
+
+    def embedded(self):
+        return self.model.embedding(self.inputs) if hasattr(self.model, "embedding") else self.inputs
+
+    def loss(self, logits):
+        return F.cross_entropy(logits, self.labels) if self.task == "classification" else F.mse_loss(logits, self.labels)
+
+    def clean(self, weight=1.0):
+        """Loss of the clean pass, which goes backward, and g."""
+        e = self.embedded()
+        e = e if e.requires_grad else e.clone().requires_grad_()
+        e.retain_grad()
+        loss = self.loss(self.model.classify(e))
+        (weight * loss).backward()
+        return loss, self.masked(e.grad)
+
+    def masked(self, g):
+        return g if self.mask is None else g * self.mask[..., None]
+
+    def adversarial(self, delta, weight=1.0):
+        loss = self.loss(self.model.classify(self.embedded() + delta))
+        (weight * loss).backward()
+        return loss
+
+    def input_gradient(self, delta):
+        """d CE / d delta of a pass that leaves parameters and BatchNorm's statistics alone."""
+        statistics = {name: b.clone() for name, b in self.model.named_buffers()}
+        delta = delta.clone().requires_grad_()
+        (g,) = torch.autograd.grad(self.loss(self.model.classify(self.embedded() + delta)), delta)
+        for name, b in self.model.named_buffers():
+            b.data = statistics[name]
+        return self.masked(g)
+
+
+def unit(g):
+    return F.normalize(g.flatten(1), dim=1).view_as(g)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.01])
+@pytest.mark.parametrize("name", ["plain", "l1", "l2"])
+def test_plain(name, weight):
+    def restated(model):
+        steps = Steps(model, *batch())
+        loss = steps.loss(model.classify(steps.embedded()))
+        penalty = {
+            "plain": lambda: 0.0,
+            "l1": lambda: weight * sum(p.abs().sum() for p in model.parameters()),
+            "l2": lambda: weight / 2 * sum((p**2).sum() for p in model.parameters()),
+        }[name]()
+        (loss + penalty).backward()
+        return {"loss": loss + penalty, "clean_loss": loss, **({} if name == "plain" else {"penalty": penalty})}
+
+    options = {} if name == "plain" else {"weight": weight}
+    assert_same_steps(small(), lambda model: build(name, model, **options).backward(*batch()), restated)
+
+
+def test_l2_is_sgds_weight_decay():
+    model, twin = small(), small()
+    for each, decay, name, options in ((model, 0, "l2", {"weight": 0.1}), (twin, 0.1, "plain", {})):
+        torch.manual_seed(0)
+        build(name, each, **options).backward(*batch())
+        torch.optim.SGD(each.parameters(), lr=0.1, weight_decay=decay).step()
+    assert_equal(dict(model.named_parameters()), dict(twin.named_parameters()), rtol=1e-9, atol=1e-12)
+
+
+def test_dropout_is_a_switch():
+    model = small(dropout=0.5)
+    without = [build("plain", model, dropout=0.0).backward(*batch())["loss"] for _ in range(2)]
+    assert torch.equal(*without) and model.dropout.p == 0.5
+    assert not torch.equal(*[build("plain", model).backward(*batch())["loss"] for _ in range(2)])
+
+
+UNITS = {
+    "l2": unit,
+    "token": lambda g: F.normalize(g, dim=-1),
+    "all": lambda g: F.normalize(g.flatten(), dim=0).view_as(g),
+    "linf": torch.sign,
+}
+
+
+@pytest.mark.parametrize("clean_weight", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("name, kind", [("at", "l2"), ("at", "token"), ("at", "all"), ("fgsm", "linf")])
+def test_at(name, kind, clean_weight):
+    def restated(model):
+        steps = Steps(model, *batch())
+        losses = {}
+        if clean_weight:
+            losses["clean_loss"], g = steps.clean(clean_weight)
+            g = g / clean_weight
+        else:
+            g = steps.input_gradient(torch.zeros(N, T, D, dtype=torch.float64))
+        losses["adversarial_loss"] = steps.adversarial(0.7 * UNITS[kind](g))
+        return {"loss": clean_weight * losses.get("clean_loss", 0) + losses["adversarial_loss"], **losses}
+
+    options = {"epsilon": 0.7, "clean_weight": clean_weight, **({"per": kind} if kind in ("token", "all") else {})}
+    assert_same_steps(small(), lambda model: build(name, model, **options).backward(*batch()), restated)
+
+
+def test_fgsm_perturbs_by_epsilon():
+    model = small()
+    assert_same_steps(
+        model,
+        lambda model: build("fgsm", model).backward(*batch()),
+        lambda model: build("at", model, epsilon=0.01, norm="linf").backward(*batch()),
+    )
+
+
+def test_uegr_is_the_stage():
+    options = {"epsilon": 0.5, "passes": 3, "js_weight": 0.3, "label_smoothing": 0.1}
+
+    def stage(model):
+        result = uk.BiStage(model, model.embedding, **options).backward(*batch())._asdict()
+        del result["logits"]
+        return result
+
+    assert_same_steps(small(), lambda model: build("uegr", model, seed=0, **options).backward(*batch()), stage)
+
+
+@pytest.mark.parametrize("name", ["uegr"])
+def test_the_update_is_selective(name):
+    """The same masks inside SelectiveSGD's step and ahead of torch's SGD, from the same seed."""
+    inside, outside = small(), small()
+    options = {"threshold": 0.05, "sharpness": 3.0}
+    optimizers = uk.SelectiveSGD(inside.parameters(), lr=LR, seed=5), sgd(outside)
+    of_inside = build(name, inside, optimizers[0], **options)
+    of_outside = build(name, outside, optimizers[1], seed=5, **options)
+    assert optimizers[0].param_groups[0]["threshold"] == 0.05
+    masked = 0
+    for step in range(2):
+        for model, recipe, optimizer in ((inside, of_inside, optimizers[0]), (outside, of_outside, optimizers[1])):
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            recipe.backward(*batch(step))
+            recipe.before_step()
+            masked += model is outside and sum((p.grad == 0).sum() for p in (model.head.weight, model.lstm.weight_ih_l0))
+            optimizer.step()
+            recipe.after_step()
+    assert masked > 0
+    assert_equal(state(inside) | grads_apart(inside), state(outside) | grads_apart(inside), rtol=1e-9, atol=1e-12)
+
+
+def grads_apart(model):
+    """Names of gradients, which a selective step leaves as they were."""
+    return {name: torch.zeros(()) for name in state(model) if name.endswith("gradient")}
+
+
+def test_selection_with_adamw_defaults_to_a_drawn_seed():
+    model = small()
+    torch.manual_seed(1)
+    first = build("uegr", model, torch.optim.AdamW(model.parameters())).selection["seed"]
+    torch.manual_seed(1)
+    assert build("uegr", model).selection["seed"] == first != build("uegr", model).selection["seed"]
+
+
+# Cost
+
+
+COSTS = {  # forwards, backwards that reach the parameters, backwards that stop at the embedding
+    "plain": (1, 1, 0),
+    "l1": (1, 1, 0),
+    "l2": (1, 1, 0),
+    "at": (2, 2, 0),
+    "fgsm": (2, 2, 0),
+    "uegr": (2, 2, 0),  # of N and of 2N rows
+}
+
+
+def count(model):
+    counts = types.SimpleNamespace(forward=0, full=0, all=0)
+
+    def add(what):
+        setattr(counts, what, getattr(counts, what) + 1)
+
+    model.register_forward_hook(lambda *_: add("forward"))
+    model.head.register_full_backward_hook(lambda *_: add("all"))
+    model.head.weight.register_post_accumulate_grad_hook(lambda p: add("full"))
+    return counts
+
+
+@pytest.mark.parametrize("name", recipes.NAMES)
+def test_cost(name):
+    model = small()
+    counts = count(model)
+    build(name, model, sgd(model)).backward(*batch())
+    assert (counts.forward, counts.full, counts.all - counts.full) == COSTS[name]
+
+
+# What all of them promise
+
+
+def test_names():
+    assert all(callable(getattr(recipes, name)) for name in recipes.NAMES) and len(set(recipes.NAMES)) == len(recipes.NAMES)
+    assert uk.recipes is recipes
+
+
+def train(name, model, *, steps=2, optimizer=None, data=batch, **options):
+    """A few steps with everything called; returns the losses and the recipe."""
+    optimizer = sgd(model) if optimizer is None else optimizer
+    recipe = build(name, model, optimizer, **options)
+    losses = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        losses.append(recipe.backward(*data(step)))
+        recipe.before_step()
+        optimizer.step()
+        recipe.after_step()
+    recipe.epoch_end()
+    return losses, recipe
+
+
+@pytest.mark.parametrize("name", recipes.NAMES)
+def test_a_call_changes_gradients_and_statistics_only(name):
+    model = small()
+    model.dropout.eval()
+    before, modes = state(model), [module.training for module in model.modules()]
+    recipe = build(name, model, sgd(model))
+    hooks = len(model.embedding._forward_hooks)
+    losses = recipe.backward(*batch())
+    assert hooks <= 1 and "loss" in losses
+    assert all(loss.dim() == 0 and loss.isfinite() and not loss.requires_grad for loss in losses.values())
+    assert [module.training for module in model.modules()] == modes
+    after = state(model)
+    for key, value in before.items():
+        if not key.startswith("batch_norm.") or key.endswith(("weight", "bias")):
+            assert torch.equal(after[key], value) or name == "free_at", key
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters()) or name == "free_at"
+    recipe.close()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    with pytest.raises(RuntimeError, match="closed"):
+        recipe.backward(*batch())
+
+
+class Failing(Small):
+    """Fails in its forward of the given number, or in that one's backward."""
+
+    at, where, count = 0, "forward", 0
+
+    def classify(self, x):
+        self.count += 1
+        if self.count == self.at and self.where == "forward":
+            raise KeyError("of the model")
+        logits = super().classify(x)
+        if self.count == self.at:
+            logits.register_hook(self.fail)
+        return logits
+
+    def fail(self, gradient):
+        raise KeyError("of the model")
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("name", recipes.NAMES)
+def test_an_exception_leaves_the_model_as_it_was(name, where):
+    forwards = COSTS[name][0]
+    torch.manual_seed(3)
+    model = Failing(0.3).double()
+    recipe = build(name, model, sgd(model))
+    for at in range(1, forwards + 1):
+        before, modes = state(model), [module.training for module in model.modules()]
+        buffers = {name: b.data_ptr() for name, b in model.named_buffers()}
+        vars(model).update(at=at, where=where, count=0)
+        with pytest.raises(KeyError, match="of the model"):
+            recipe.backward(*batch())
+        vars(model).update(at=0)
+        after = state(model)
+        for key, value in before.items():
+            if not key.startswith("batch_norm.") and not key.endswith("gradient"):
+                assert torch.equal(after[key], value) or name == "free_at", key
+        assert [module.training for module in model.modules()] == modes and model.dropout.p == 0.3
+        assert {name: b.data_ptr() for name, b in model.named_buffers()} == buffers
+        with torch.no_grad():
+            assert not model.embedding(batch()[0]["ids"]).requires_grad  # the hook sleeps
+        model.zero_grad()
+    recipe.backward(*batch())  # and works again
+
+
+@pytest.mark.parametrize("name", recipes.NAMES)
+def test_scale_and_earlier_gradients(name):
+    """scale multiplies the gradient only; what .grad held before is added to, and steers nothing (R5)."""
+    if name == "free_at":
+        pytest.skip("it steps, and leaves no gradient")
+    results = []
+    for scale, start in ((1.0, 0.0), (torch.tensor(8.0), 0.0), (1.0, 3.0)):
+        model = small()
+        for p in model.parameters():
+            p.grad = torch.full_like(p, start)
+        recipe = build(name, model)
+        torch.manual_seed(4)
+        losses = recipe.backward(*batch(), scale=scale)
+        results.append((losses, {key: (p.grad - start) / scale for key, p in model.named_parameters()}))
+    for losses, gradients in results[1:]:
+        assert_equal(losses, results[0][0], rtol=1e-9, atol=1e-12)
+        assert_equal(gradients, results[0][1], rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", recipes.NAMES)
+def test_padding_is_not_perturbed(name):
+    """What a mask hides is the same in every pass, whatever the padding does to the loss (R3)."""
+    seen = []
+
+    class Watching(Small):
+        def classify(self, x):
+            seen.append(x.detach().clone())
+            return super().classify(x)
+
+    torch.manual_seed(3)
+    model = Watching().double()
+    inputs, labels = batch()
+    build(name, model, torch.optim.SGD(model.parameters(), lr=0.0)).backward(inputs, labels)
+    hidden = inputs["attention_mask"] == 0
+    for x in seen:
+        for part in x.split(N):
+            torch.testing.assert_close(part[hidden], seen[0][:N][hidden], rtol=0, atol=1e-12)
+
+
+class Factor(Small):
+    """Logits times a factor a sample, which makes gradients zero, tiny or infinite."""
+
+    def forward(self, ids, attention_mask=None, factor=None):
+        return self.classify(self.embedding(ids)) * factor[:, None]
+
+
+@pytest.mark.parametrize("name", recipes.NAMES)
+def test_zero_and_tiny_gradients(name):
+    """A zero gradient perturbs nothing; a tiny one as much as any (R2)."""
+    torch.manual_seed(3)
+    model = Factor().double()
+    inputs, labels = batch()
+    for factor in (0.0, 1e-25):
+        model.zero_grad()
+        losses = build(name, model, sgd(model)).backward(inputs | {"factor": torch.full((N,), factor, dtype=torch.float64)}, labels)
+        assert all(loss.isfinite() for loss in losses.values())
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", recipes.NAMES)
+@pytest.mark.parametrize("data", [batch, images], ids=["text", "images"])
+def test_regression(name, data):
+    """Squared error in the place of cross-entropy, squared differences in that of the divergences (R9)."""
+    model = small(classes=1) if data is batch else Images(1).double()
+
+    def targets(step):
+        return data(step)[0], torch.randn(N, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+
+    losses, recipe = train(name, model, data=targets, task="regression")
+    assert all(loss.isfinite() for each in losses for loss in each.values())
+    recipe.close()
+
+
+@pytest.mark.parametrize("name", recipes.NAMES)
+def test_images(name):
+    """embedding=None perturbs the input itself, within its range."""
+    seen = []
+
+    class Watching(Images):
+        def forward(self, x):
+            seen.append(x.detach())
+            return super().forward(x)
+
+    torch.manual_seed(3)
+    model = Watching().double()
+    losses, _ = train(name, model, data=images, input_range=(0.0, 1.0))
+    assert all(loss.isfinite() for each in losses for loss in each.values())
+    assert all(x.min() >= 0 and x.max() <= 1 for x in seen)
+
+
+def test_at_on_images():
+    x, labels = images()
+
+    def restated(model):
+        leaf = x.clone().requires_grad_()
+        clean = F.cross_entropy(model(leaf), labels)
+        clean.backward()
+        adversarial = F.cross_entropy(model((x + 2.0 * unit(leaf.grad)).clamp(0, 1)), labels)
+        adversarial.backward()
+        return {"loss": clean + adversarial, "clean_loss": clean, "adversarial_loss": adversarial}
+
+    torch.manual_seed(3)
+    assert_same_steps(
+        Images().double(), lambda model: build("at", model, epsilon=2.0, input_range=(0.0, 1.0)).backward(x, labels), restated
+    )
+
+
+@pytest.mark.parametrize("name", recipes.NAMES)
+def test_resume(name):
+    """Two steps, a checkpoint, two more: as four steps at once, bit for bit."""
+
+    def four(interrupted):
+        model = small()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        recipe = build(name, model, optimizer)
+        for step in range(4):
+            if step == 2 and interrupted:
+                saved = copy.deepcopy([model.state_dict(), optimizer.state_dict(), recipe.state_dict()])
+                random = torch.get_rng_state()
+                recipe.close()
+                model = small()
+                optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+                recipe = build(name, model, optimizer)
+                for each, content in zip((model, optimizer, recipe), saved, strict=True):
+                    each.load_state_dict(content)
+                torch.set_rng_state(random)
+            optimizer.zero_grad()
+            recipe.backward(*batch(step))
+            recipe.before_step()
+            optimizer.step()
+            recipe.after_step()
+            if step == 0:
+                recipe.epoch_end()
+        return model.state_dict()
+
+    torch.manual_seed(9)
+    whole = four(False)
+    torch.manual_seed(9)
+    assert_equal(four(True), whole, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", recipes.NAMES)
+def test_wrong_options(name):
+    model = small()
+    for options, error, text in (
+        ({"no_such_option": 1}, TypeError, "no_such_option"),
+        ({"task": "ranking"}, ValueError, "task='ranking'"),
+        ({"backend": "fast"}, ValueError, "backend='fast'"),
+        ({"input_range": (0.0, 1.0)}, ValueError, "embedding=None"),
+    ):
+        with pytest.raises(error, match=text):
+            build(name, model, **options)
+    with pytest.raises(TypeError, match="optimizer is a float"):
+        build(name, model, 0.1)
+    with pytest.raises(ValueError, match="not a module of model"):
+        getattr(recipes, name)(model, nn.Embedding(2, 2))
+    with pytest.raises(ValueError, match="recipe"):
+        build(name, model).load_state_dict({"recipe": "other"})
+    model = small()
+    with contextlib.suppress(TypeError):
+        build(name, model, no_such_option=1)
+    assert not model.embedding._forward_hooks
+
+
+@pytest.mark.parametrize(
+    "name, options, error, text",
+    [
+        ("l1", {"weight": -1.0}, ValueError, "weight=-1.0"),
+        ("at", {"epsilon": -1.0}, ValueError, "epsilon=-1.0"),
+        ("at", {"norm": "l3"}, ValueError, "norm='l3'"),
+        ("at", {"clean_weight": "one"}, TypeError, "clean_weight='one'"),
+        ("at", {"dropout": 1.5}, ValueError, "dropout=1.5"),
+        ("uegr", {"threshold": "high"}, TypeError, "threshold"),
+        ("uegr", {"normalization": "max"}, ValueError, "normalization='max'"),
+        ("uegr", {"seed": 1.0}, TypeError, "seed=1.0"),
+    ],
+    ids=str,
+)
+def test_wrong_values(name, options, error, text):
+    model = small()
+    with pytest.raises(error, match=text):
+        build(name, model, sgd(model), **options)
+    assert not model.embedding._forward_hooks
