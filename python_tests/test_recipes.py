@@ -222,6 +222,315 @@ def test_fgsm_perturbs_by_epsilon():
     )
 
 
+def ball(delta, radius, kind):
+    if kind in ("linf", "max"):
+        return delta.clamp(-radius, radius)
+    return delta * (radius / delta.flatten(1).norm(dim=1)).clamp(max=1).view(-1, *[1] * (delta.dim() - 1))
+
+
+@contextlib.contextmanager
+def draw_of(drawn, same):
+    """The random state that the first pass found, and afterwards the one there was."""
+    present = torch.get_rng_state()
+    if not drawn or not same:
+        drawn.append(present)
+        yield
+        return
+    torch.set_rng_state(drawn[0])
+    yield
+    torch.set_rng_state(present)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"epsilon": 0.5, "steps": 2, "step_size": 0.4},
+        {"norm": "linf", "step_size": 0.04},
+        {"clean_weight": 0.0},
+        {"clean_weight": 0.5, "same_draw": True},
+        {"first_step_from_clean": True},
+    ],
+    ids=str,
+)
+def test_pgd(options):
+    def restated(model):
+        given = {"epsilon": 0.1, "steps": 3, "norm": "l2", "clean_weight": 1.0, "same_draw": False} | options
+        steps, losses, drawn = Steps(model, *batch()), {}, []
+        delta = torch.zeros(N, T, D, dtype=torch.float64)
+        if given["clean_weight"]:
+            with draw_of(drawn, given["same_draw"]):
+                losses["clean_loss"], g = steps.clean(given["clean_weight"])
+        for step in range(given["steps"]):
+            if step or not options.get("first_step_from_clean"):
+                with draw_of(drawn, given["same_draw"]):
+                    g = steps.input_gradient(delta)
+            size = options.get("step_size", 2.5 * given["epsilon"] / given["steps"])
+            delta = ball(delta + size * UNITS[given["norm"]](g), given["epsilon"], given["norm"])
+        with draw_of(drawn, given["same_draw"]):
+            losses["adversarial_loss"] = steps.adversarial(delta)
+        return {"loss": given["clean_weight"] * losses.get("clean_loss", 0) + losses["adversarial_loss"], **losses}
+
+    assert_same_steps(small(), lambda model: build("pgd", model, **options).backward(*batch()), restated)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("per", ["sample", "token", "all"])
+def test_random_start_is_in_the_ball(norm, per):
+    seen = []
+
+    class Watching(Small):
+        def classify(self, x):
+            seen.append(x.detach())
+            return super().classify(x)
+
+    model = Watching().double()
+    inputs, labels = batch()
+    build("pgd", model, random_start=True, epsilon=0.3, norm=norm, per=per, steps=1).backward(inputs, labels)
+    delta = seen[1] - seen[0]
+    kinds = {"sample": delta.flatten(1), "token": delta, "all": delta.flatten()}
+    sizes = kinds[per].norm(dim=-1) if norm == "l2" else kinds[per].abs().amax(-1)
+    real = (inputs["attention_mask"] != 0) if per == "token" else torch.ones_like(sizes, dtype=torch.bool)
+    assert sizes.max() <= 0.3 * (1 + 1e-6) and sizes[real].min() > 0
+    assert delta[inputs["attention_mask"] == 0].abs().max() < 1e-12
+
+
+def per_token(g):
+    largest = g.abs().amax(-1, keepdim=True)
+    return torch.where(largest > 0, g / largest, 0)
+
+
+@pytest.mark.parametrize("start", [1e-5, 0.0])
+def test_adv_embed(start):
+    def restated(model):
+        steps = Steps(model, *batch())
+        noise = torch.zeros(N, T, D, dtype=torch.float64)
+        clean, g = steps.clean()
+        if start:
+            generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+            noise = steps.masked(torch.rand(N, T, D, dtype=torch.float64, generator=generator) * start)
+            g = steps.input_gradient(noise)
+        adversarial = steps.adversarial((noise + 0.1 * per_token(g)).clamp(-0.1, 0.1))
+        return {"loss": clean + adversarial, "clean_loss": clean, "adversarial_loss": adversarial}
+
+    assert_same_steps(small(), lambda model: build("adv_embed", model, start=start).backward(*batch()), restated)
+
+
+def cube(steps, size):
+    """FreeLB's random start."""
+    generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+    noise = 2 * torch.rand(N, T, D, dtype=torch.float64, generator=generator) - 1
+    return steps.masked(noise) * size / (steps.mask.sum(1) * D).sqrt()[:, None, None]
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 0.12])
+@pytest.mark.parametrize("same_draw", [True, False])
+@pytest.mark.parametrize("norm", ["l2", "max"])
+def test_free_lb(max_norm, same_draw, norm):
+    def restated(model):
+        steps, drawn, losses = Steps(model, *batch()), [], []
+        delta = cube(steps, 0.1)
+        for _ in range(3):
+            with draw_of(drawn, same_draw):
+                delta.requires_grad_()
+                loss = steps.loss(model.classify(steps.embedded() + delta))
+                (loss / 3).backward()
+            losses.append(loss)
+            g = steps.masked(delta.grad)
+            g = unit(g) if norm == "l2" else g / g.abs().amax((1, 2), keepdim=True)
+            delta = (delta + 0.1 * g).detach()
+            delta = ball(delta, max_norm, norm) if max_norm else delta
+        return {"loss": sum(losses) / 3, "adversarial_loss": sum(losses) / 3}
+
+    options = {"max_norm": max_norm, "same_draw": same_draw, "norm": norm}
+    assert_same_steps(small(), lambda model: build("free_lb", model, **options).backward(*batch()), restated)
+
+
+def test_one_pass_of_free_lb_without_a_start_is_plain_training():
+    def free(model):
+        return {"loss": build("free_lb", model, steps=1, init_mag=0.0, max_norm=0.0).backward(*batch())["loss"]}
+
+    assert_same_steps(small(), free, lambda model: {"loss": build("plain", model).backward(*batch())["loss"]}, rtol=0, atol=0)
+
+
+def test_free_at_on_text():
+    def restated(model):
+        steps, optimizer, losses = Steps(model, *batch()), sgd(model), []
+        delta = cube(steps, 0.2)
+        for _ in range(3):
+            delta.requires_grad_()
+            loss = steps.loss(model.classify(steps.embedded() + delta))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss)
+            delta = ball((delta + 0.2 * unit(steps.masked(delta.grad))).detach(), 0.2, "l2")
+        return {"loss": sum(losses) / 3, "adversarial_loss": sum(losses) / 3}
+
+    for scale in (1.0, torch.tensor(4.0)):
+        assert_same_steps(
+            small(), lambda model, scale=scale: build("free_at", model, sgd(model), epsilon=0.2).backward(*batch(), scale=scale), restated
+        )
+
+
+def test_free_at_on_images_keeps_delta_between_batches():
+    """The last batch is shorter, the next one longer again."""
+    x, labels = images()
+    torch.manual_seed(3)
+    model = Images().double()
+    twin = copy.deepcopy(model)
+    recipe, optimizer = build("free_at", model, sgd(model), input_range=(0.0, 1.0)), sgd(twin)
+    noise, radius = torch.zeros_like(x), 4 / 255
+    for rows in (N, 2, N):
+        recipe.backward(x[:rows], labels[:rows])
+        for _ in range(4):
+            delta = noise[:rows].clone().requires_grad_()
+            F.cross_entropy(twin((x[:rows] + delta).clamp(0, 1)), labels[:rows]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            noise[:rows] = (delta + radius * delta.grad.sign()).detach().clamp(-radius, radius)
+        torch.testing.assert_close(recipe.delta, noise)
+    assert_equal(state(model), state(twin), rtol=1e-9, atol=1e-12)
+
+
+def test_free_at_needs_its_optimizer():
+    model = small()
+    recipe = build("free_at", model)
+    with pytest.raises(RuntimeError, match="needs the optimizer"):
+        recipe.backward(*batch())
+
+
+def test_free_at_skips_updates_that_overflow():
+    model = small()
+    model.head.bias.data[0] = torch.inf
+    before = state(model)
+    build("free_at", model, sgd(model)).backward(*batch(), scale=torch.tensor(2.0))
+    assert_equal(
+        {k: v for k, v in state(model).items() if "batch_norm" not in k}, {k: v for k, v in before.items() if "batch_norm" not in k}
+    )
+
+
+def divergence(first, second, reduction="mean"):
+    log_p, log_q = first.log_softmax(-1), second.log_softmax(-1)
+    kind = {"mean": "batchmean", "sum": "sum"}[reduction]
+    return (F.kl_div(log_q, log_p, log_target=True, reduction=kind) + F.kl_div(log_p, log_q, log_target=True, reduction=kind)) / 2
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", ["r_drop", "r_at", "r_at_su"])
+def test_r_drop_and_r_at(name, reduction):
+    def restated(model):
+        steps, losses, delta = Steps(model, *batch()), {}, 0
+        if name != "r_drop":
+            losses["clean_loss"], g = steps.clean()
+            delta = 0.5 * unit(g)
+        pair = [model.classify(steps.embedded() + delta) for _ in range(2)]
+        of_pair = sum(steps.loss(z) for z in pair) / 2
+        losses["clean_loss" if name == "r_drop" else "adversarial_loss"] = of_pair
+        losses["divergence"] = divergence(*pair, reduction)
+        (of_pair + 2.0 * losses["divergence"]).backward()
+        return {"loss": losses["clean_loss"] + losses.get("adversarial_loss", 0) + 2.0 * losses["divergence"], **losses}
+
+    options = {"alpha": 2.0, "reduction": reduction} | ({} if name == "r_drop" else {"epsilon": 0.5})
+    options |= {"seed": 0} if name == "r_at_su" else {}
+    assert_same_steps(small(), lambda model: build(name, model, **options).backward(*batch()), restated)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_divergence_of_regression_and_of_ignored_rows(reduction):
+    def restated(model, task, ignored):
+        inputs, labels = batch()
+        labels = torch.linspace(-1, 1, N, dtype=torch.float64)[:, None] if task == "regression" else labels
+        steps = Steps(model, inputs, labels, task)
+        pair = [model.classify(steps.embedded()) for _ in range(2)]
+        loss = sum(F.mse_loss(z, labels) if task == "regression" else F.cross_entropy(z, labels, ignore_index=ignored) for z in pair) / 2
+        kept = labels.squeeze() != ignored
+        between = divergence(*(z[kept] for z in pair), reduction) if task != "regression" else F.mse_loss(*pair, reduction=reduction)
+        (loss + between).backward()
+        return {"loss": loss + between, "clean_loss": loss, "divergence": between}
+
+    inputs, labels = batch()
+    values = torch.linspace(-1, 1, N, dtype=torch.float64)
+    ignored = int(labels[0])
+    assert_same_steps(
+        small(classes=1),
+        lambda model: build("r_drop", model, task="regression", reduction=reduction).backward(inputs, values),
+        lambda model: restated(model, "regression", -100),
+    )
+    assert_same_steps(
+        small(),
+        lambda model: build("r_drop", model, ignore_index=ignored, reduction=reduction).backward(inputs, labels),
+        lambda model: restated(model, "classification", ignored),
+    )
+
+
+def test_masked_classes_add_nothing_to_the_divergence():
+    class Masked(Small):
+        def classify(self, x):
+            return torch.cat([super().classify(x), torch.full((len(x), 1), -torch.inf, dtype=x.dtype)], 1)
+
+    results = []
+    for kind in (Small, Masked):
+        torch.manual_seed(3)
+        model = kind(0.3).double()
+        torch.manual_seed(5)
+        results.append((build("r_drop", model).backward(*batch()), state(model)))
+    for actual, expected in zip(*results, strict=True):
+        assert_equal(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+# Identities (METHODS 5)
+
+
+def run(name, model, **options):
+    torch.manual_seed(6)
+    losses = build(name, model, sgd(model), **options).backward(*batch())
+    return losses, {key: p.grad for key, p in model.named_parameters()}
+
+
+def test_without_a_perturbation():
+    """eps = 0 turns AT into 2x CE, R-AT into CE + R-Drop, UEGR into CE + R-Drop with JS."""
+    _, plain = run("plain", small(0.0))
+    _, at = run("at", small(0.0), epsilon=0.0)
+    assert_equal(at, {key: 2 * g for key, g in plain.items()}, rtol=1e-9, atol=1e-12)
+    _, r_drop = run("r_drop", small(0.0))
+    _, r_at = run("r_at", small(0.0), epsilon=0.0)
+    assert_equal(r_at, {key: g + plain[key] for key, g in r_drop.items()}, rtol=1e-9, atol=1e-12)
+    _, uegr = run("uegr", small(0.0), epsilon=0.0, seed=0)
+    assert_equal(uegr, r_at, rtol=1e-9, atol=1e-12)
+    with_dropout, _ = run("uegr", small(0.3), epsilon=0.0, seed=0, js_weight=1.0)
+    assert 0 < with_dropout["divergence"] < torch.log(torch.tensor(2.0))
+
+
+def test_uegr_without_divergence_and_selection_is_at():
+    """lambda = 0, m = 1 and threshold -> infinity (printed)."""
+    models = small(), small()
+    for name, model, options in (
+        ("at", models[0], {"epsilon": 0.5}),
+        ("uegr", models[1], {"epsilon": 0.5, "js_weight": 0.0, "passes": 1, "threshold": 1e6, "seed": 0}),
+    ):
+        optimizer = sgd(model)
+        for step in range(2):
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            recipe = build(name, model, optimizer, **options)
+            recipe.backward(*batch(step))
+            recipe.before_step()
+            optimizer.step()
+    assert_equal(state(models[0]), state(models[1]), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["r_drop", "r_at", "uegr"])
+def test_without_dropout_nothing_diverges(name):
+    losses, _ = run(name, small(0.0), **({"seed": 0} if name == "uegr" else {}))
+    assert losses["divergence"].abs() < 1e-12
+
+
+def test_jensen_shannon_is_at_most_half_the_symmetric_divergence():
+    logits = 3 * torch.randn(2, 50, 4, dtype=torch.float64)
+    assert (uk.pairwise_js(logits, reduction="sum") <= divergence(*logits, "sum") / 2).all()
+
+
 def test_uegr_is_the_stage():
     options = {"epsilon": 0.5, "passes": 3, "js_weight": 0.3, "label_smoothing": 0.1}
 
@@ -233,7 +542,7 @@ def test_uegr_is_the_stage():
     assert_same_steps(small(), lambda model: build("uegr", model, seed=0, **options).backward(*batch()), stage)
 
 
-@pytest.mark.parametrize("name", ["uegr"])
+@pytest.mark.parametrize("name", ["uegr", "r_at_su"])
 def test_the_update_is_selective(name):
     """The same masks inside SelectiveSGD's step and ahead of torch's SGD, from the same seed."""
     inside, outside = small(), small()
@@ -272,25 +581,32 @@ def test_selection_with_adamw_defaults_to_a_drawn_seed():
 # Cost
 
 
-COSTS = {  # forwards, backwards that reach the parameters, backwards that stop at the embedding
-    "plain": (1, 1, 0),
-    "l1": (1, 1, 0),
-    "l2": (1, 1, 0),
-    "at": (2, 2, 0),
-    "fgsm": (2, 2, 0),
-    "uegr": (2, 2, 0),  # of N and of 2N rows
+COSTS = {  # forwards, backwards, and how often those reach the parameters, where two of them may be walked in one call
+    "plain": (1, 1, 1),
+    "l1": (1, 1, 1),
+    "l2": (1, 1, 1),
+    "at": (2, 2, 2),
+    "fgsm": (2, 2, 2),
+    "pgd": (5, 5, 2),  # K = 3
+    "free_at": (3, 3, 3),
+    "free_lb": (3, 3, 3),
+    "r_drop": (2, 2, 1),
+    "r_at": (3, 3, 2),
+    "r_at_su": (3, 3, 2),
+    "uegr": (2, 2, 2),  # of N and of 2N rows
+    "adv_embed": (3, 3, 2),
 }
 
 
 def count(model):
-    counts = types.SimpleNamespace(forward=0, full=0, all=0)
+    counts = types.SimpleNamespace(forward=0, backward=0, reached=0)
 
     def add(what):
         setattr(counts, what, getattr(counts, what) + 1)
 
     model.register_forward_hook(lambda *_: add("forward"))
-    model.head.register_full_backward_hook(lambda *_: add("all"))
-    model.head.weight.register_post_accumulate_grad_hook(lambda p: add("full"))
+    model.head.register_full_backward_hook(lambda *_: add("backward"))
+    model.head.weight.register_post_accumulate_grad_hook(lambda p: add("reached"))
     return counts
 
 
@@ -299,7 +615,26 @@ def test_cost(name):
     model = small()
     counts = count(model)
     build(name, model, sgd(model)).backward(*batch())
-    assert (counts.forward, counts.full, counts.all - counts.full) == COSTS[name]
+    assert (counts.forward, counts.backward, counts.reached) == COSTS[name]
+
+
+@pytest.mark.parametrize(
+    "name, options, forwards",
+    [
+        ("pgd", {"steps": 5}, 7),
+        ("pgd", {"first_step_from_clean": True}, 4),
+        ("pgd", {"clean_weight": 0.0}, 4),
+        ("free_lb", {"steps": 2}, 2),
+        ("free_at", {"repeats": 5}, 5),
+        ("adv_embed", {"start": 0.0}, 2),
+        ("adv_embed", {"steps": 2}, 4),
+    ],
+)
+def test_cost_by_option(name, options, forwards):
+    model = small()
+    counts = count(model)
+    build(name, model, sgd(model), **options).backward(*batch())
+    assert counts.forward == counts.backward == forwards
 
 
 # What all of them promise
@@ -563,6 +898,18 @@ def test_wrong_options(name):
         ("at", {"norm": "l3"}, ValueError, "norm='l3'"),
         ("at", {"clean_weight": "one"}, TypeError, "clean_weight='one'"),
         ("at", {"dropout": 1.5}, ValueError, "dropout=1.5"),
+        ("pgd", {"steps": 0}, ValueError, "steps=0"),
+        ("pgd", {"step_size": -1.0}, ValueError, "step_size=-1.0"),
+        ("pgd", {"random_start": 1}, TypeError, "random_start=1"),
+        ("pgd", {"first_step_from_clean": True, "random_start": True}, ValueError, "first_step_from_clean"),
+        ("adv_embed", {"per": "word"}, ValueError, "per='word'"),
+        ("free_at", {"repeats": 0}, ValueError, "repeats=0"),
+        ("free_at", {"norm": "max"}, ValueError, "norm='max'"),
+        ("free_lb", {"adv_lr": -1.0}, ValueError, "adv_lr=-1.0"),
+        ("free_lb", {"same_draw": None}, TypeError, "same_draw=None"),
+        ("r_drop", {"alpha": -1.0}, ValueError, "alpha=-1.0"),
+        ("r_at", {"reduction": "none"}, ValueError, "reduction='none'"),
+        ("r_at_su", {"threshold": None}, TypeError, "threshold"),
         ("uegr", {"threshold": "high"}, TypeError, "threshold"),
         ("uegr", {"normalization": "max"}, ValueError, "normalization='max'"),
         ("uegr", {"seed": 1.0}, TypeError, "seed=1.0"),
