@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import uegr_kernels as uk
 from uegr_kernels import recipes
+from uegr_kernels.perturbation import reference
 
 N, T, WORDS, D, CLASSES = 4, 7, 30, 6, 3
 LR = 0.1
@@ -410,6 +411,192 @@ def test_free_at_skips_updates_that_overflow():
     )
 
 
+def of_weights(loss, weights):
+    return torch.autograd.grad(loss, weights, retain_graph=True)
+
+
+@contextlib.contextmanager
+def moved(weights, by):
+    """The weights plus `by`, then their copies again."""
+    before = [w.detach().clone() for w in weights]
+    for w, v in zip(weights, by, strict=True):
+        w.data = w.data + v
+    yield
+    for w, copied in zip(weights, before, strict=True):
+        w.data = copied
+
+
+def masked_by(seed, keep, stream=0):
+    """The public generator's mask of a tensor."""
+    return lambda x: reference.kept(x, torch.tensor(seed), keep_probability=keep, step=0, stream=stream)
+
+
+@pytest.mark.parametrize("keep", [0.5, 1.0])
+@pytest.mark.parametrize("weights", [(), ("lstm.weight_ih_l0", "conv*.weight"), ("batch_norm.weight",)], ids=str)
+@pytest.mark.parametrize("name, passes", [("drop_attack", 1), ("drop_attack_k", 1), ("drop_attack_k", 3)])
+def test_drop_attack(name, passes, weights, keep):
+    def restated(model):
+        steps = Steps(model, *batch())
+        attacked = {
+            (): [],
+            ("batch_norm.weight",): [model.batch_norm.weight],
+            ("lstm.weight_ih_l0", "conv*.weight"): [model.lstm.weight_ih_l0, model.convolution.weight],
+        }[weights]
+        e = steps.embedded()
+        e.retain_grad()
+        clean = steps.loss(model.classify(e))
+        g_w = of_weights(clean, attacked) if attacked else []
+        clean.backward()
+        g_x = steps.masked(e.grad)
+        seeds = [int(torch.randint(2**62, ())) for _ in range(2)]
+        of_input, of_weight = [], []
+        for _ in range(passes):
+            delta = (0.7 * unit(g_x) * masked_by(seeds[0], keep)(g_x)).requires_grad_()
+            loss = steps.loss(model.classify(steps.embedded() + delta))
+            (loss / passes).backward()
+            g_x = g_x + steps.masked(delta.grad)
+            of_input.append(loss)
+            if attacked:
+                by = [2.0 * F.normalize(g.flatten(), dim=0).view_as(g) * masked_by(seeds[1], keep, i)(g) for i, g in enumerate(g_w)]
+                with moved(attacked, by):
+                    loss = steps.loss(model.classify(steps.embedded()))
+                    g_w = [g + new / passes for g, new in zip(g_w, of_weights(loss, attacked), strict=True)]
+                    (loss / passes).backward()
+                of_weight.append(loss)
+        losses = {"clean_loss": clean, "adversarial_loss": sum(of_input) / passes}
+        losses |= {"weight_loss": sum(of_weight) / passes} if attacked else {}
+        return {"loss": sum(losses.values()), **losses}
+
+    options = {"epsilon": 0.7, "keep_probability": keep, "weights": weights, "epsilon_weights": 2.0, "keep_probability_weights": keep}
+    options |= {} if name == "drop_attack" else {"steps": passes}
+    assert_same_steps(small(), lambda model: build(name, model, **options).backward(*batch()), restated, rtol=1e-8, atol=1e-11)
+
+
+def test_one_step_of_drop_attack_k_is_drop_attack():
+    options = {"weights": "lstm.*"}
+    assert_same_steps(
+        small(),
+        lambda model: build("drop_attack_k", model, steps=1, **options).backward(*batch()),
+        lambda model: build("drop_attack", model, **options).backward(*batch()),
+        rtol=0,
+        atol=0,
+    )
+
+
+def test_the_mask_of_drop_attack_is_kept_and_does_not_rescale():
+    seen = []
+
+    class Watching(Small):
+        def classify(self, x):
+            seen.append(x.detach())
+            return super().classify(x)
+
+    torch.manual_seed(3)
+    model = Watching().double()
+    ids = torch.randint(1, WORDS, (N, 200))
+    build("drop_attack_k", model, epsilon=2.0, steps=3).backward(ids, batch()[1])
+    clean, *attacked = seen
+    kept = [(x - clean).abs() > 1e-12 for x in attacked]
+    assert all(torch.equal(mask, kept[0]) for mask in kept) and 0.4 < kept[0].double().mean() < 0.6
+    for x in attacked:
+        sizes = (x - clean).flatten(1).norm(dim=1)
+        assert (sizes < 2.0).all() and (sizes > 1.0).all()  # about sqrt(p) * epsilon, and no 1/p
+
+
+@pytest.mark.parametrize("same_draw", [True, False])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_sam(adaptive, same_draw):
+    def restated(model):
+        steps, drawn, weights = Steps(model, *batch()), [], list(model.parameters())
+        with draw_of(drawn, same_draw):
+            clean = steps.loss(model.classify(steps.embedded()))
+            g = torch.autograd.grad(clean, weights)
+        statistics = {name: b.clone() for name, b in model.named_buffers()}
+        scaled = [w.detach().abs() * x if adaptive else x for w, x in zip(weights, g, strict=True)]
+        length = torch.cat([x.flatten() for x in scaled]).norm()
+        by = [(w.detach().abs() * x if adaptive else x) / length for w, x in zip(weights, scaled, strict=True)]
+        with draw_of(drawn, same_draw), moved(weights, [0.3 * v for v in by]):
+            loss = steps.loss(model.classify(steps.embedded()))
+            loss.backward()
+        for name, b in model.named_buffers():
+            b.data = statistics[name]
+        return {"loss": loss, "clean_loss": clean}
+
+    options = {"rho": 0.3, "adaptive": adaptive, "same_draw": same_draw}
+    assert_same_steps(small(), lambda model: build("sam", model, **options).backward(*batch()), restated)
+
+
+@pytest.mark.parametrize("name, options", [("sam", {"rho": 0.0}), ("awp", {"gamma": 0.0}), ("awp", {"warmup_epochs": 1})], ids=str)
+def test_without_a_perturbation_of_weights_it_is_plain_training(name, options):
+    def none(model):
+        return {"loss": build(name, model, **options).backward(*batch())["loss"]}
+
+    assert_same_steps(small(), none, lambda model: {"loss": build("plain", model).backward(*batch())["loss"]}, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("attack", [0, 2])
+def test_awp(attack):
+    """Two steps with decay and momentum, which see w + v."""
+
+    def optimizer_of(model):
+        return torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=0.1)
+
+    def run(model):
+        optimizer = optimizer_of(model)
+        recipe = build("awp", model, optimizer, gamma=0.2, steps=attack, epsilon=0.5)
+        for step in range(2):
+            optimizer.zero_grad()
+            losses = recipe.backward(*batch(step))
+            recipe.before_step()
+            optimizer.step()
+            recipe.after_step()
+        return losses
+
+    def restated(model):
+        optimizer = optimizer_of(model)
+        weights = [p for name, p in model.named_parameters() if p.dim() > 1 and "weight" in name]
+        for step in range(2):
+            steps = Steps(model, *batch(step))
+            delta = torch.zeros(N, T, D, dtype=torch.float64)
+            for _ in range(attack):
+                delta = ball(delta + 2.5 * 0.5 / attack * unit(steps.input_gradient(delta)), 0.5, "l2")
+            statistics = {name: b.clone() for name, b in model.named_buffers()}
+            proxy = copy.deepcopy(model)
+            state_of_proxy = [p for name, p in proxy.named_parameters() if p.dim() > 1 and "weight" in name]
+            loss = steps.loss(proxy.classify(proxy.embedding(steps.inputs) + delta))
+            g = torch.autograd.grad(loss, state_of_proxy)
+            assert all(torch.equal(b, statistics[name]) for name, b in model.named_buffers())
+            ascent = [0.01 * x for x in g]
+            v = [0.2 * w.detach().norm() / (a.norm() + 1e-20) * a for w, a in zip(weights, ascent, strict=True)]
+            optimizer.zero_grad()
+            for w, x in zip(weights, v, strict=True):
+                w.data += x
+            loss = steps.loss(model.classify(steps.embedded() + delta))
+            loss.backward()
+            optimizer.step()
+            for w, x in zip(weights, v, strict=True):
+                w.data -= x
+        return {"loss": loss}
+
+    assert_same_steps(small(), run, restated, rtol=1e-8, atol=1e-11)
+
+
+def test_awp_leaves_the_weights_between_steps():
+    """Exact after backward, after a step that was skipped, and after close."""
+    model = small()
+    before = [p.detach().clone() for p in model.parameters()]
+    recipe = build("awp", model, gamma=0.5)
+    recipe.backward(*batch())
+    assert all(map(torch.equal, before, model.parameters()))
+    recipe.before_step()
+    assert not torch.equal(before[0], model.embedding.weight)
+    recipe.after_step()
+    assert all(map(torch.equal, before, model.parameters()))
+    recipe.before_step()
+    recipe.close()
+    assert all(map(torch.equal, before, model.parameters()))
+
+
 def divergence(first, second, reduction="mean"):
     log_p, log_q = first.log_softmax(-1), second.log_softmax(-1)
     kind = {"mean": "batchmean", "sum": "sum"}[reduction]
@@ -520,6 +707,23 @@ def test_uegr_without_divergence_and_selection_is_at():
     assert_equal(state(models[0]), state(models[1]), rtol=1e-9, atol=1e-12)
 
 
+def test_drop_attack_with_everything_kept_is_at():
+    def attack(model):
+        return build("drop_attack", model, epsilon=0.5, keep_probability=1.0).backward(*batch())
+
+    model = small(0.0)  # the masks' seeds are drawn between the passes
+    twin = copy.deepcopy(model)
+    assert_equal(attack(model), build("at", twin, epsilon=0.5).backward(*batch()), rtol=1e-12, atol=0)
+    assert_equal(state(model), state(twin), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("weights, times", [((), 2), (("lstm.*",), 3)], ids=str)
+def test_drop_attack_with_nothing_kept_is_plain_training_so_many_times(weights, times):
+    _, plain = run("plain", small(0.0))
+    _, attacked = run("drop_attack", small(0.0), keep_probability=0.0, keep_probability_weights=0.0, weights=weights)
+    assert_equal(attacked, {key: times * g for key, g in plain.items()}, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["r_drop", "r_at", "uegr"])
 def test_without_dropout_nothing_diverges(name):
     losses, _ = run(name, small(0.0), **({"seed": 0} if name == "uegr" else {}))
@@ -594,7 +798,11 @@ COSTS = {  # forwards, backwards, and how often those reach the parameters, wher
     "r_at": (3, 3, 2),
     "r_at_su": (3, 3, 2),
     "uegr": (2, 2, 2),  # of N and of 2N rows
+    "drop_attack": (2, 2, 2),
+    "drop_attack_k": (4, 4, 4),  # K = 3
     "adv_embed": (3, 3, 2),
+    "sam": (2, 2, 1),
+    "awp": (2, 2, 1),
 }
 
 
@@ -628,6 +836,10 @@ def test_cost(name):
         ("free_at", {"repeats": 5}, 5),
         ("adv_embed", {"start": 0.0}, 2),
         ("adv_embed", {"steps": 2}, 4),
+        ("drop_attack", {"weights": "lstm.weight_ih_l0"}, 3),
+        ("drop_attack", {"weights": "*", "attack_input": False}, 2),
+        ("drop_attack_k", {"steps": 2, "weights": "lstm.weight_ih_l0"}, 5),
+        ("awp", {"steps": 3}, 5),
     ],
 )
 def test_cost_by_option(name, options, forwards):
@@ -745,7 +957,7 @@ def test_scale_and_earlier_gradients(name):
         assert_equal(gradients, results[0][1], rtol=1e-7, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", recipes.NAMES)
+@pytest.mark.parametrize("name", [name for name in recipes.NAMES if name not in ("sam", "awp")])  # which perturb the table itself
 def test_padding_is_not_perturbed(name):
     """What a mask hides is the same in every pass, whatever the padding does to the loss (R3)."""
     seen = []
@@ -907,6 +1119,13 @@ def test_wrong_options(name):
         ("free_at", {"norm": "max"}, ValueError, "norm='max'"),
         ("free_lb", {"adv_lr": -1.0}, ValueError, "adv_lr=-1.0"),
         ("free_lb", {"same_draw": None}, TypeError, "same_draw=None"),
+        ("drop_attack", {"keep_probability": 1.5}, ValueError, "keep_probability=1.5"),
+        ("drop_attack", {"weights": ("lstm.weight_ih",)}, ValueError, "'lstm.weight_ih' matches no trainable parameter"),
+        ("drop_attack", {"attack_input": False}, ValueError, "attack_input=False"),
+        ("drop_attack_k", {"steps": 0}, ValueError, "steps=0"),
+        ("sam", {"rho": -0.1}, ValueError, "rho=-0.1"),
+        ("awp", {"gamma": "a"}, TypeError, "gamma='a'"),
+        ("awp", {"warmup_epochs": -1}, ValueError, "warmup_epochs=-1"),
         ("r_drop", {"alpha": -1.0}, ValueError, "alpha=-1.0"),
         ("r_at", {"reduction": "none"}, ValueError, "reduction='none'"),
         ("r_at_su", {"threshold": None}, TypeError, "threshold"),

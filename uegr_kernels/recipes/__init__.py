@@ -2,6 +2,8 @@
 
 from .at import AT as at
 from .at import FGSM as fgsm
+from .drop_attack import DropAttack as drop_attack
+from .drop_attack import DropAttackK as drop_attack_k
 from .free import FreeAT as free_at
 from .free import FreeLB as free_lb
 from .pgd import PGD as pgd
@@ -13,6 +15,11 @@ from .r_drop import RAT as r_at
 from .r_drop import RATSU as r_at_su
 from .r_drop import RDrop as r_drop
 from .uegr import UEGR as uegr
+from .weights import AWP as awp
+from .weights import SAM as sam
 
-NAMES = ("plain", "l1", "l2", "at", "fgsm", "pgd", "free_at", "free_lb", "r_drop", "r_at", "r_at_su", "uegr", "adv_embed")
+NAMES = (
+    *("plain", "l1", "l2", "at", "fgsm", "pgd", "free_at", "free_lb", "r_drop", "r_at", "r_at_su", "uegr"),
+    *("drop_attack", "drop_attack_k", "adv_embed", "sam", "awp"),
+)
 __all__ = ["NAMES", *NAMES]

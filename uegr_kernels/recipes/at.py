@@ -43,9 +43,9 @@ class AT(PassRecipe):
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         losses = {}
         if self.clean_weight:
-            losses["clean_loss"], walk = self._descend(inputs, labels, scale * self.clean_weight, watched=True)
+            losses["clean_loss"], walk = self._descend(inputs, labels, scale, weight=self.clean_weight, watched=True)
         else:
-            walk, _ = self._ascend(inputs, labels, scale)
+            walk = self._ascend(inputs, labels, scale)
         delta = fgm_perturbation(walk.gradient, mask=attention_mask(inputs), **self._perturbation, backend=self.backend)
         losses["adversarial_loss"], _ = self._descend(inputs, labels, scale, delta, last=True)
         return {"loss": self.clean_weight * losses.get("clean_loss", 0.0) + losses["adversarial_loss"], **losses}

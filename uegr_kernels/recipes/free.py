@@ -142,7 +142,7 @@ class FreeLB(PassRecipe):
             for step in range(1, self.steps + 1):
                 last = step == self.steps
                 with draw():
-                    loss, walk = self._descend(inputs, labels, scale / self.steps, delta, watched=not last, last=last)
+                    loss, walk = self._descend(inputs, labels, scale, delta, weight=1 / self.steps, watched=not last, last=last)
                 losses.append(loss)
                 if not last:
                     delta = torch.zeros_like(walk.gradient) if walk.delta is None else walk.delta

@@ -54,7 +54,7 @@ class AttackRecipe(PassRecipe):
         for step in range(self.steps):
             if step or clean is None:
                 with draw():
-                    clean, _ = self._ascend(inputs, labels, scale, delta)
+                    clean = self._ascend(inputs, labels, scale, delta)
             delta = torch.zeros_like(clean.gradient) if clean.delta is None else clean.delta
             delta = self._climb(delta, clean.gradient, attention_mask(inputs))
         return delta
@@ -114,8 +114,8 @@ class PGD(AttackRecipe):
         with self._draws(self.same_draw) as draw:
             if self.clean_weight:
                 with draw():
-                    weight = scale * self.clean_weight
-                    losses["clean_loss"], clean = self._descend(inputs, labels, weight, watched=self.first_step_from_clean)
+                    options = dict(weight=self.clean_weight, watched=self.first_step_from_clean)
+                    losses["clean_loss"], clean = self._descend(inputs, labels, scale, **options)
             delta = self._attack(inputs, labels, scale, draw, clean if self.first_step_from_clean else None)
             with draw():
                 losses["adversarial_loss"], _ = self._descend(inputs, labels, scale, delta, last=True)

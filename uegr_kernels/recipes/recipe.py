@@ -125,14 +125,18 @@ class PassRecipe(Recipe):
         scale: float | Tensor,
         delta: Tensor | Callable[[Tensor], Tensor] | None = None,
         *,
+        weight: float = 1.0,
         watched: bool = False,
         last: bool = False,
     ) -> tuple[Tensor, Pass]:
-        """One pass forward and back: adds scale * the gradient of its loss to .grad. Returns the loss, and what was seen where watched."""
+        """One pass forward and back: adds scale * weight * the gradient of its loss to .grad; returns the loss and what was seen.
+
+        watched  keep the gradient at the embedding;  last  of the step, so that a wrapper synchronises
+        """
         with contextlib.nullcontext() if last else self._runner.without_sync(), self._pass(delta, watched=watched) as walk:
             logits = self._runner.call(inputs, walk)
             parts = self._label_loss(logits, labels)
-            (parts.loss * scale).backward()
+            (parts.loss * weight * scale).backward()
         if watched:
             gradient_at_embedding(walk, logits)
         return parts.clean_loss, walk
@@ -144,18 +148,24 @@ class PassRecipe(Recipe):
         scale: float | Tensor,
         delta: Tensor | Callable[[Tensor], Tensor] | None = None,
         *,
-        weights: Sequence[Tensor] | None = None,
         at: Tensor | None = None,
-    ) -> tuple[Pass, list[Tensor | None]]:
-        """One pass forward, and back to the embedding, or to `weights`, alone: .grad and buffers stay as they are."""
-        with self._runner.without_sync(), buffers_held(self.model), self._pass(delta, watched=weights is None, at=at) as walk:
+    ) -> Pass:
+        """One pass forward and back to the embedding alone, for the gradient there: .grad and buffers stay as they are."""
+        with self._runner.without_sync(), buffers_held(self.model), self._pass(delta, watched=True, at=at) as walk:
             logits = self._runner.call(inputs, walk)
-            wanted = [walk.edge] if weights is None else weights
-            gradients = torch.autograd.grad(self._label_loss(logits, labels).loss * scale, wanted, allow_unused=True)
-        if weights is None:
-            walk.gradient = gradients[0]
-            gradient_at_embedding(walk, logits)
-        return walk, list(gradients)
+            parts = self._label_loss(logits, labels)
+            (walk.gradient,) = torch.autograd.grad(parts.loss * scale, [walk.edge], allow_unused=True)
+        gradient_at_embedding(walk, logits)
+        return walk
+
+    def _weight_gradients(
+        self, inputs: Any, labels: Tensor, scale: float | Tensor, weights: Sequence[Tensor], delta: Tensor | None = None, *, ascent: bool
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Loss and gradients by `weights` of one pass, beside .grad; an ascent pass leaves buffers alone."""
+        held = buffers_held(self.model) if ascent else contextlib.nullcontext()
+        with self._runner.without_sync(), held, self._pass(delta) as walk:
+            parts = self._label_loss(self._runner.call(inputs, walk), labels)
+            return parts.clean_loss, list(torch.autograd.grad(parts.loss * scale, weights, allow_unused=True))
 
     @contextlib.contextmanager
     def _pass(
