@@ -800,6 +800,10 @@ COSTS = {  # forwards, backwards, and how often those reach the parameters, wher
     "uegr": (2, 2, 2),  # of N and of 2N rows
     "drop_attack": (2, 2, 2),
     "drop_attack_k": (4, 4, 4),  # K = 3
+    "child_tuning_f": (1, 1, 1),
+    "child_tuning_d": (1, 1, 1),
+    "roast": (3, 3, 1),
+    "weight_consolidation": (1, 1, 1),
     "adv_embed": (3, 3, 2),
     "sam": (2, 2, 1),
     "awp": (2, 2, 1),

@@ -231,6 +231,14 @@ def _plain_names(named: Any) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
+def summed_over_ranks(model: nn.Module, tensors: Sequence[Tensor | None]) -> None:
+    """Each tensor's sum over the ranks that train the model together."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for tensor in tensors:
+            if tensor is not None:
+                torch.distributed.all_reduce(tensor, group=getattr(model, "process_group", None))
+
+
 def check_number(name: str, value: Any, low: float, high: float = math.inf) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a number")

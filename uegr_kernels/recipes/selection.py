@@ -24,8 +24,7 @@ class Selection:
         own = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
         self.inside = isinstance(own, SelectiveAdamW | SelectiveSGD)
         self.model, self.options, self.backend, self.drawn = model, options, backend, False
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-            raise TypeError(f"seed={seed!r} is a {type(seed).__name__}; give an integer, or None to draw one")
+        check_seed(seed)
         self.state = {"seed": seed, "step": 0}
         if self.inside:
             type(own)([torch.zeros(1, requires_grad=True, device="cpu")], seed=0, **options)  # raises for a wrong option
@@ -42,11 +41,8 @@ class Selection:
     def before_step(self, optimizer: Any) -> None:
         if self.inside:
             return
-        if self.drawn and torch.distributed.is_available() and torch.distributed.is_initialized():
-            agreed = [self.state["seed"]]
-            torch.distributed.broadcast_object_list(agreed, src=0)
-            self.state["seed"] = agreed[0]
-        self.drawn = False
+        if self.drawn:
+            self.state["seed"], self.drawn = agreed(self.state["seed"]), False
         self.state["step"] += 1
         seed = self.state["seed"] or 0
         select_gradients_(self._params(optimizer), seed=seed, step=self.state["step"], **self.options, backend=self.backend)
@@ -58,3 +54,16 @@ class Selection:
         if optimizer is None:
             return list(self.model.parameters())
         return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def agreed(seed: int) -> int:
+    """Rank 0's drawn seed, for every rank."""
+    seeds = [seed]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(seeds, src=0)
+    return seeds[0]
+
+
+def check_seed(seed: int | None) -> None:
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise TypeError(f"seed={seed!r} is a {type(seed).__name__}; give an integer, or None to draw one")

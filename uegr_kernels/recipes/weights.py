@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..passes import buffers_held, check_count, synchronises
 from ..perturbation import perturbed_weights
 from .pgd import AttackRecipe
-from .recipe import PassRecipe, check_flag, check_number
+from .recipe import PassRecipe, check_flag, check_number, summed_over_ranks
 
 
 class SAM(PassRecipe):
@@ -103,8 +103,9 @@ class AWP(AttackRecipe):
             delta = self._attack(inputs, labels, scale, draw)
             if self.gamma and self.epoch >= self.warmup_epochs:
                 with draw():
-                    _, gradients = self._weight_gradients(inputs, labels, scale, self._weights, delta, ascent=True)
-                self._gradients = self._agreed(gradients)
+                    _, self._gradients = self._weight_gradients(inputs, labels, scale, self._weights, delta, ascent=True)
+                if synchronises(self.model):  # ranks that step at different weights would part
+                    summed_over_ranks(self.model, self._gradients)
             with draw(), self._perturbed():
                 loss, _ = self._descend(inputs, labels, scale, delta, last=True)
         return {"loss": loss}
@@ -150,14 +151,6 @@ class AWP(AttackRecipe):
             stack.close()
             raise
         return stack
-
-    def _agreed(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
-        """Summed over the ranks where they step together: one that steps elsewhere would leave the others."""
-        if synchronises(self.model) and torch.distributed.is_available() and torch.distributed.is_initialized():
-            for gradient in gradients:
-                if gradient is not None:
-                    torch.distributed.all_reduce(gradient, group=getattr(self.model, "process_group", None))
-        return gradients
 
 
 def _lengths(tensors: Sequence[Tensor]) -> list[float]:
