@@ -1,5 +1,6 @@
 """Fused selective optimizers and divergence losses for fine-tuning language models that generalise and withstand attack (UEGR)."""
 
+from . import recipes
 from .bistage import BiStage, BiStageResult
 from .divergence import LossParts, PairwiseJSLoss, UEGRLoss, linear_pairwise_js, linear_uegr_loss, pairwise_js, uegr_loss
 from .dropout import AdaptiveDropout, replace_dropout
@@ -22,6 +23,7 @@ __all__ = [
     "pairwise_js",
     "perturbed_weights",
     "pgd_step",
+    "recipes",
     "replace_dropout",
     "select_gradients_",
     "selection_mask",
