@@ -831,6 +831,130 @@ def test_weight_consolidation_needs_a_small_enough_lr():
         build("weight_consolidation", model, sgd(model), form="annealed").before_step()
 
 
+class Twice(nn.Module):
+    """Two convolutions with BatchNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.first_norm = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+        self.second, self.second_norm = nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, CLASSES)
+
+    def features(self, x, norms):
+        first = norms[0](self.first(x))
+        second = norms[1](self.second(first.relu()))
+        return self.head(second.relu().mean((2, 3))), [f.relu().mean((2, 3)) for f in (first, second)]
+
+    def forward(self, x):
+        return self.features(x, (self.first_norm, self.second_norm))[0]
+
+
+@pytest.mark.parametrize("stop_gradient", [True, False])
+@pytest.mark.parametrize("predictor", [True, False])
+@pytest.mark.parametrize("split", [True, False])
+def test_arat(split, predictor, stop_gradient):
+    x, labels = images()
+
+    def run(model):
+        optimizer = sgd(model)
+        options = {"split": split, "predictor": predictor, "stop_gradient": stop_gradient, "random_start": False}
+        recipe = build("arat", model, optimizer, input_range=(0.0, 1.0), invariance_weight=2.0, steps=3, **options)
+        losses = recipe.backward(x, labels)
+        assert len(optimizer.param_groups) == 1 + (split or predictor)
+        optimizer.step()
+        return losses | {f"own {i}": p.detach().sum() for i, p in enumerate(recipe.parameters())}
+
+    def restated(model):
+        own = [nn.Sequential(nn.Linear(d, d // 4, bias=False), nn.BatchNorm1d(d // 4), nn.ReLU(), nn.Linear(d // 4, d)) for d in (4, 8)]
+        own = own if predictor else []
+        for h in own:
+            h.double()
+        norms = model.first_norm, model.second_norm
+        clean_norms = copy.deepcopy(norms) if split else norms
+        delta = torch.zeros_like(x)
+        for _ in range(3):
+            statistics = copy.deepcopy(model.state_dict())
+            delta.requires_grad_()
+            (g,) = torch.autograd.grad(F.cross_entropy(model((x + delta).clamp(0, 1)), labels), delta)
+            delta = (delta + 2 / 255 * g.sign()).detach().clamp(-8 / 255, 8 / 255)
+            model.load_state_dict(statistics)
+        z, f = model.features(x, clean_norms)
+        z_adversarial, f_adversarial = model.features((x + delta).clamp(0, 1), norms)
+        f = [each.detach() for each in f] if stop_gradient else f
+        predicted = [h(each) for h, each in zip(own, f_adversarial, strict=True)] if own else f_adversarial
+        invariance = sum(1 - F.cosine_similarity(h, each).mean() for h, each in zip(predicted, f, strict=True)) / 2
+        clean, adversarial = F.cross_entropy(z, labels), F.cross_entropy(z_adversarial, labels)
+        loss = 0.5 * clean + 0.5 * adversarial + 2.0 * invariance
+        loss.backward()
+        extra = [*(p for h in own for p in h.parameters()), *(p for norm in clean_norms for p in norm.parameters() if split)]
+        torch.optim.SGD([*model.parameters(), *extra], lr=LR).step()
+        losses = {"loss": loss, "clean_loss": clean, "adversarial_loss": adversarial, "invariance": invariance}
+        return losses | {f"own {i}": p.detach().sum() for i, p in enumerate(extra)}
+
+    torch.manual_seed(3)
+    model = Twice().double()
+    if not predictor:
+        assert_same_steps(model, run, lambda twin: restated_without_draws(restated, twin), rtol=1e-8, atol=1e-10)
+    else:
+        assert_same_steps(model, run, restated, rtol=1e-8, atol=1e-10)
+
+
+def restated_without_draws(restated, twin):
+    """The restatement builds predictors that are not there; what it draws for them does not count."""
+    before = torch.get_rng_state()
+    losses = restated(twin)
+    torch.set_rng_state(before)
+    return losses
+
+
+def test_arat_balances_by_the_clean_branchs_accuracy():
+    torch.manual_seed(3)
+    model = Twice().double()
+    recipe = build("arat", model, sgd(model), steps=1, invariance_weight=0.0, balance_rows=6)
+    for step in range(4):
+        losses = recipe.backward(*images(step))
+        torch.testing.assert_close(losses["loss"], (losses["clean_loss"] + losses["adversarial_loss"]) / 2)
+    assert len(recipe.recent) == 2  # of four rows each
+    clean = copy.deepcopy(model)
+    clean.first_norm, clean.second_norm = copy.deepcopy(list(recipe.clean_branch))
+    clean.eval()
+    right = sum((clean(x).argmax(1) == labels).sum().item() for x, labels in map(images, (2, 3)))
+    modes, before = [module.training for module in model.modules()], state(model)
+    recipe.epoch_end()
+    assert recipe.accuracy == right / 8 and [module.training for module in model.modules()] == modes
+    assert_equal(state(model), before, rtol=0, atol=0)
+    recipe.accuracy = 0.75
+    losses = recipe.backward(*images())
+    torch.testing.assert_close(losses["loss"], 0.25 * losses["clean_loss"] + 0.75 * losses["adversarial_loss"])
+    for given, other in zip(model.modules(), clean.modules(), strict=True):
+        assert type(given) is type(other)
+
+
+def test_arat_without_invariance_and_branches_is_at_on_images():
+    x, labels = images()
+    results = []
+    options = {"epsilon": 0.1, "norm": "linf", "input_range": (0.0, 1.0)}
+    alone = {"invariance_weight": 0.0, "split": False, "predictor": False, "random_start": False, "steps": 1, "step_size": 0.1}
+    for name, more in (("at", {}), ("arat", {**alone, "clean_weight": 1.0, "adversarial_weight": 1.0})):
+        torch.manual_seed(3)
+        model = Twice().double()
+        losses = build(name, model, **options, **more).backward(x, labels)
+        results.append((losses["loss"], state(model)))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    assert_equal(results[1][1], results[0][1], rtol=1e-9, atol=1e-12)
+
+
+def test_arat_holds_layers_by_name_and_leaves_padding_out():
+    model = small(0.0)
+    inputs, labels = batch()
+    recipe = build("arat", model, layers=("layer_norm", "embedding_norm"), steps=1) if hasattr(model, "embedding_norm") else None
+    assert recipe is None
+    recipe = build("arat", model, layers="layer_norm", steps=1)
+    assert recipe.backward(inputs, labels)["invariance"] >= 0 and recipe._layers == [model.layer_norm]
+    recipe.close()
+    assert build("arat", nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)))._layers[0].out_features == 3
+
+
 def divergence(first, second, reduction="mean"):
     log_p, log_q = first.log_softmax(-1), second.log_softmax(-1)
     kind = {"mean": "batchmean", "sum": "sum"}[reduction]
@@ -1057,6 +1181,7 @@ COSTS = {  # forwards, backwards, and how often those reach the parameters, wher
     "child_tuning_d": (1, 1, 1),
     "roast": (3, 3, 1),
     "weight_consolidation": (1, 1, 1),
+    "arat": (12, 12, 2),  # K = 10
     "adv_embed": (3, 3, 2),
     "sam": (2, 2, 1),
     "awp": (2, 2, 1),
@@ -1393,6 +1518,10 @@ def test_wrong_options(name):
         ("weight_consolidation", {"kappa": -1.0}, ValueError, "kappa=-1.0"),
         ("weight_consolidation", {"form": "linear"}, ValueError, "form='linear'"),
         ("weight_consolidation", {"names": "head"}, ValueError, "'head' matches no"),
+        ("arat", {"layers": ("lstm",)}, ValueError, "names a LSTM"),
+        ("arat", {"layers": ("norm",)}, ValueError, "'norm', which is no module"),
+        ("arat", {"clean_weight": 1.0}, ValueError, "give both"),
+        ("arat", {"split": None}, TypeError, "split=None"),
         ("r_drop", {"alpha": -1.0}, ValueError, "alpha=-1.0"),
         ("r_at", {"reduction": "none"}, ValueError, "reduction='none'"),
         ("r_at_su", {"threshold": None}, TypeError, "threshold"),
