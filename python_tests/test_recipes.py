@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import datetime
 import math
 import types
 
@@ -10,6 +11,7 @@ import pytest
 import scipy.stats
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -944,15 +946,35 @@ def test_arat_without_invariance_and_branches_is_at_on_images():
     assert_equal(results[1][1], results[0][1], rtol=1e-9, atol=1e-12)
 
 
-def test_arat_holds_layers_by_name_and_leaves_padding_out():
-    model = small(0.0)
+def test_arat_leaves_padding_out_of_its_features():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.norm, self.head = nn.Embedding(WORDS, D), nn.LayerNorm(D), nn.Linear(D, CLASSES)
+
+        def classify(self, x):
+            return self.head(self.norm(x).tanh().mean(1))
+
+        def forward(self, ids, attention_mask):
+            return self.classify(self.embedding(ids))
+
+    model = Tokens().double()
     inputs, labels = batch()
-    recipe = build("arat", model, layers=("layer_norm", "embedding_norm"), steps=1) if hasattr(model, "embedding_norm") else None
-    assert recipe is None
-    recipe = build("arat", model, layers="layer_norm", steps=1)
-    assert recipe.backward(inputs, labels)["invariance"] >= 0 and recipe._layers == [model.layer_norm]
-    recipe.close()
-    assert build("arat", nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)))._layers[0].out_features == 3
+    steps = Steps(model, inputs, labels)
+    e = steps.embedded().detach()
+    delta = 0.3 * steps.input_gradient(torch.zeros_like(e)).sign()
+    kept = inputs["attention_mask"][..., None]
+    of_clean, of_adversarial = ((model.norm(x).relu() * kept).sum(1) / kept.sum(1) for x in (e, e + delta))
+    expected = 1 - F.cosine_similarity(of_clean, of_adversarial).mean()
+    options = {"predictor": False, "random_start": False, "steps": 1, "epsilon": 0.3, "step_size": 0.3}
+    torch.testing.assert_close(build("arat", model, layers="norm", **options).backward(inputs, labels)["invariance"], expected.detach())
+
+
+def test_arat_finds_layers_in_any_model():
+    layers = [build("arat", model)._layers for model in (small(), nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)))]
+    assert [type(layer) for layer in layers[0]] == [nn.BatchNorm1d] and [layer.out_features for layer in layers[1]] == [3]
+    with pytest.raises(ValueError, match="nothing to hold alike"):
+        build("arat", nn.Sequential(nn.Flatten()))
 
 
 def divergence(first, second, reduction="mean"):
@@ -1425,6 +1447,84 @@ def test_at_on_images():
     assert_same_steps(
         Images().double(), lambda model: build("at", model, epsilon=2.0, input_range=(0.0, 1.0)).backward(x, labels), restated
     )
+
+
+def one_rank(rank, path):
+    torch.set_num_threads(1)
+    store, patience = torch.distributed.FileStore(path, 2), datetime.timedelta(minutes=3)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=patience)
+    try:
+        for name in recipes.NAMES:
+            one_recipe(name, rank)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def one_recipe(name, rank):
+    """Under DDP beside the same recipe on a plain model whose gradients are averaged by hand."""
+    options = {"steps": 2} if name == "arat" else {"epsilon": 0.5, "steps": 1} if name == "awp" else {}
+    plain = small()
+    wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(plain))
+    inner, reductions = wrapped.module, []
+
+    def note(state, bucket, reductions=reductions):
+        reductions.append(bucket.buffer().numel())
+        return allreduce_hook(None, bucket)
+
+    wrapped.register_comm_hook(None, note)
+    optimizer = sgd(wrapped)
+    torch.manual_seed(0)
+    of_plain = build(name, plain, sgd(plain), **options)
+    torch.manual_seed(rank)  # what the recipe draws when it is built must not part the ranks
+    recipe = getattr(recipes, name)(wrapped, inner.embedding, optimizer, **options)
+    for step in range(2):
+        data = batch(2 * step + rank)
+        optimizer.zero_grad()
+        # FreeAT steps by itself, AWP ascends with all ranks' gradients, ARAT has weights of its own, which step.
+        compared = name not in ("free_at", "awp") and not (name == "arat" and step)
+        if compared:
+            plain.load_state_dict(inner.state_dict())
+            plain.zero_grad()
+            torch.manual_seed(10 + rank)
+            expected = of_plain.backward(*data)
+            expected_gradient = torch.cat([p.grad.flatten() for p in plain.parameters()])
+            torch.distributed.all_reduce(expected_gradient)
+        reductions.clear()
+        torch.manual_seed(10 + rank)
+        losses = recipe.backward(*data)
+        assert sum(reductions) == (3 if name == "free_at" else 1) * sum(p.numel() for p in inner.parameters()), (name, reductions)
+        if compared:
+            assert_equal(losses, expected, rtol=1e-9, atol=1e-12)
+            gradient = torch.cat([p.grad.flatten() for p in inner.parameters()])
+            assert torch.allclose(gradient, expected_gradient / 2, rtol=1e-9, atol=1e-12), f"{name}: another gradient"
+        recipe.before_step()
+        optimizer.step()
+        recipe.after_step()
+        recipe.epoch_end()
+        own = recipe.parameters() if name == "arat" else []
+        here = torch.cat([p.detach().flatten() for p in (*inner.parameters(), *own)])
+        there = [torch.empty_like(here) for _ in range(2)]
+        torch.distributed.all_gather(there, here)
+        assert torch.equal(*there), f"{name}: the ranks have parted"
+    if name != "free_at":
+        reductions.clear()
+        with wrapped.no_sync():
+            recipe.backward(*data)
+        assert not reductions and wrapped.require_backward_grad_sync, name
+    recipe.close()
+
+
+def test_under_ddp_only_the_last_backward_synchronises(tmp_path):
+    """Two processes: this one and another."""
+    path = str(tmp_path / "store")
+    other = torch.multiprocessing.get_context("spawn").Process(target=one_rank, args=(1, path))
+    other.start()
+    try:
+        one_rank(0, path)
+        other.join()
+        assert other.exitcode == 0
+    finally:
+        other.kill()
 
 
 @pytest.mark.parametrize("name", recipes.NAMES)

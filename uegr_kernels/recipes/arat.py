@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.conv import _ConvNd as Convolution
 
-from ..passes import attention_mask, check_count, synchronises
+from ..passes import attention_mask, can_synchronise, check_count, synchronises
 from .pgd import AttackRecipe, Start, uniform_in_ball
 from .recipe import check_flag, check_number, device_of, plain_names, recomputed, summed_over_ranks
 
@@ -74,6 +74,7 @@ class ARAT(AttackRecipe):
         self.accuracy: float | None = None
         self.recent: list[list] = []  # [inputs, labels] of the epoch's last batches
         self._features: dict[int, Tensor] | None = None
+        self._alike = False  # own modules on all ranks
         options |= dict(epsilon=epsilon, steps=steps, step_size=epsilon / 4 if step_size is None else step_size, norm=norm, per=per)
         super().__init__(model, embedding, optimizer, same_draw=same_draw, **options)
         try:
@@ -110,6 +111,7 @@ class ARAT(AttackRecipe):
         super().close()
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
+        self._start_alike()
         mask = attention_mask(inputs)
         weight, adversarial_weight = self._weights()
         with self._draws(self.same_draw) as draw:
@@ -201,6 +203,14 @@ class ARAT(AttackRecipe):
         self.predictors.train(len(clean[0]) > 1)  # a single row has no variance
         predicted = [h(f) for h, f in zip(self.predictors, adversarial, strict=True)] if len(self.predictors) else adversarial
         return torch.stack([1 - F.cosine_similarity(h, f, dim=1).mean() for h, f in zip(predicted, clean, strict=True)]).mean()
+
+    def _start_alike(self) -> None:
+        """Rank 0's own modules become everyone's, once, as the wrapper does with the model's."""
+        if not self._alike and can_synchronise(self.model) and torch.distributed.is_available() and torch.distributed.is_initialized():
+            with torch.no_grad():
+                for own in (*self.predictors.state_dict().values(), *self.clean_branch.state_dict().values()):
+                    torch.distributed.broadcast(own, 0)
+        self._alike = True
 
     def _average_over_ranks(self) -> None:
         """What the wrapper does not know of is averaged here, when it averages its own."""
