@@ -2,12 +2,18 @@
 
 import contextlib
 import copy
+import datetime
+import math
 import types
 
+import numpy
 import pytest
+import scipy.stats
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import uegr_kernels as uk
 from uegr_kernels import recipes
@@ -597,6 +603,380 @@ def test_awp_leaves_the_weights_between_steps():
     assert all(map(torch.equal, before, model.parameters()))
 
 
+def test_child_tuning_f_keeps_a_fresh_share_of_every_gradient():
+    model = small()
+    recipe = build("child_tuning_f", model, sgd(model), keep_probability=0.4)
+    kept = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model.zero_grad()
+        recipe.backward(*batch())
+        whole = torch.cat([p.grad.flatten() for p in model.parameters()])
+        recipe.before_step()
+        masked = torch.cat([p.grad.flatten() for p in model.parameters()])
+        live = whole != 0
+        kept.append((masked != 0)[live])
+        torch.testing.assert_close(masked[live], torch.where(kept[-1], whole[live] / 0.4, 0))
+    assert 0.3 < kept[0].double().mean() < 0.5 and 0.3 < (kept[0] == kept[1]).double().mean() < 0.7
+
+
+def fisher(model, batches, weights, most):
+    """Sums of squared batch gradients, each tensor clipped first."""
+    total = [torch.zeros_like(w) for w in weights]
+    for inputs, labels in batches:
+        steps = Steps(copy.deepcopy(model), inputs, labels)
+        twins = [dict(steps.model.named_parameters())[name] for name, w in model.named_parameters() if any(w is each for each in weights)]
+        for sum_of, g in zip(total, torch.autograd.grad(steps.loss(steps.model.classify(steps.embedded())), twins), strict=True):
+            sum_of += (g * min(1.0, most / (g.norm().item() + 1e-6))) ** 2 / len(batches)
+    return total
+
+
+@pytest.mark.parametrize("keep", [0.3, 1.0])
+@pytest.mark.parametrize("target", ["gradient", "update"])
+def test_child_tuning_d(target, keep):
+    model = small()
+    twin = copy.deepcopy(model)
+    chosen = [twin.lstm.weight_ih_l0, twin.lstm.weight_hh_l0, twin.convolution.weight]
+    batches = [batch(i) for i in range(3)]
+    make = {"lr": 0.01, "weight_decay": 0.1}
+    optimizers = torch.optim.AdamW(model.parameters(), **make), torch.optim.AdamW(twin.parameters(), **make)
+    options = {"names": ("lstm.weight*", "convolution.weight"), "keep_probability": keep, "target": target, "max_grad_norm": 0.05}
+    recipe = build("child_tuning_d", model, optimizers[0], **options)
+    before = state(model)
+    torch.manual_seed(1)
+    recipe.prepare(batches)
+    assert_equal(state(model), before, rtol=0, atol=0)
+    torch.manual_seed(1)
+    of_fisher = fisher(twin, batches, chosen, 0.05)
+    cut = numpy.percentile(torch.cat([f.flatten() for f in of_fisher]).numpy(), (1 - keep) * 100)
+    masks = [f >= cut for f in of_fisher]
+    if keep < 1:
+        assert sum(mask.sum() for mask in masks) / sum(mask.numel() for mask in masks) == pytest.approx(keep, abs=0.01)
+    for step in range(2):
+        torch.manual_seed(step)
+        optimizers[0].zero_grad()
+        recipe.backward(*batch(step))
+        recipe.before_step()
+        optimizers[0].step()
+        recipe.after_step()
+        torch.manual_seed(step)
+        optimizers[1].zero_grad()
+        steps = Steps(twin, *batch(step))
+        steps.loss(twin.classify(steps.embedded())).backward()
+        copies = [w.detach().clone() for w in chosen]
+        if target == "gradient":
+            for w, mask in zip(chosen, masks, strict=True):
+                w.grad *= mask
+        optimizers[1].step()
+        if target == "update":
+            for w, mask, copied in zip(chosen, masks, copies, strict=True):
+                w.data = torch.where(mask, w.data, copied)
+        recipe.epoch_end()  # the mask is the run's
+    assert_equal(state(model), state(twin), rtol=1e-7, atol=1e-7)
+
+
+def test_child_tuning_d_keeps_ties_and_makes_its_mask_of_the_first_epoch():
+    model = small()
+    recipe = build("child_tuning_d", model, names="embedding.weight")  # most words do not occur
+    recipe.backward(*batch())
+    gradient = model.embedding.weight.grad.clone()
+    recipe.before_step()
+    assert torch.equal(model.embedding.weight.grad, gradient)
+    recipe.epoch_end()
+    (mask,) = recipe.masks
+    assert mask[gradient == 0].all() == (0.3 * mask.numel() > (gradient != 0).sum()) and mask[gradient.abs().argmax() // D].any()
+    default = build("child_tuning_d", model)
+    assert [id(p) for p in default._masked] == [id(p) for p in model.layer_norm.parameters()]  # "layer" is in their names
+    assert len(build("child_tuning_d", Images())._masked) == len(list(Images().parameters()))
+
+
+@pytest.mark.parametrize("form", ["paper", "code"])
+@pytest.mark.parametrize("detached", [False, True])
+def test_roast(form, detached):
+    def restated(model):
+        steps = Steps(model, *batch())
+        z0 = model.classify(steps.embedded())
+        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        n = steps.masked(torch.rand(N, T, D, dtype=torch.float64, generator=generator) * 1e-5)
+        delta = n + 0.3 * per_token(steps.input_gradient(n))
+        h = steps.embedded()
+        z1 = model.classify((h.detach() if detached else h) + delta)
+        clean, adversarial, between = steps.loss(z0), steps.loss(z1), divergence(z0, z1, "mean" if form == "paper" else "sum")
+        loss = (clean + adversarial if form == "paper" else clean / 2) + 0.5 * between
+        loss.backward()
+        losses = {"loss": loss, "clean_loss": clean, "divergence": between}
+        return losses | ({"adversarial_loss": adversarial} if form == "paper" else {})
+
+    options = {"epsilon": 0.3, "kl_weight": 0.5, "form": form, "detach_embedding": detached, "seed": 1}
+    assert_same_steps(small(), lambda model: build("roast", model, **options).backward(*batch()), restated)
+
+
+def test_roast_masks_once_an_epoch_by_the_rank_of_the_last_one():
+    model = small(0.0)
+    options = {"names": ("lstm.*", "convolution.*"), "threshold": 0.6, "sharpness": 4.0, "seed": 3, "backend": "reference"}
+    recipe = build("roast", model, **options)
+    chosen = [p for name, p in model.named_parameters() if name.startswith(("lstm", "convolution"))]
+    sums, masks = [], []
+    for epoch in range(3):
+        sums.append([torch.zeros_like(p) for p in chosen])
+        masks.append([])
+        for step in range(3):
+            model.zero_grad()
+            recipe.backward(*batch(10 * epoch + step))
+            raw, others = [p.grad.clone() for p in chosen], model.head.weight.grad.clone()
+            recipe.before_step()
+            if step:  # the first batch is skipped
+                for total, g in zip(sums[-1], raw, strict=True):
+                    total += g**2
+            assert torch.equal(model.head.weight.grad, others)
+            masks[-1].append(torch.cat([(p.grad / g).flatten() for p, g in zip(chosen, raw, strict=True)]).nan_to_num(0))
+        recipe.epoch_end()
+    assert torch.equal(masks[0][0], torch.ones_like(masks[0][0]) * (masks[0][0] != 0))  # the first epoch is trained whole
+    for epoch in (1, 2):
+        saliency = torch.cat([total.flatten() for total in sums[epoch - 1]])
+        rank = torch.from_numpy(scipy.stats.rankdata(saliency.numpy(), "min").astype(float) - 1) / saliency.numel()
+        live = masks[epoch][0] != 0
+        torch.testing.assert_close(masks[epoch][0][live], 1 + torch.exp(-8.0 * (rank[live] - 0.6)), rtol=1e-5, atol=0)
+        expected = torch.sigmoid(8.0 * (rank - 0.6)).mean()
+        assert live.double().mean() == pytest.approx(expected.item(), abs=0.06)
+        for later in masks[epoch][1:]:
+            both = (later != 0) & live
+            torch.testing.assert_close(later[both], masks[epoch][0][both])
+    assert not torch.equal(masks[1][0] != 0, masks[2][0] != 0)
+
+
+def test_roast_prepared():
+    model = small()
+    recipe = build("roast", model, names="lstm.*", seed=3)
+    recipe.prepare([batch(i) for i in range(2)])
+    assert [mask.shape for mask in recipe.masks] == [p.shape for p in model.lstm.parameters()]
+    for name in ("roast", "child_tuning_d"):
+        with pytest.raises(ValueError, match="batches"):
+            build(name, model).prepare([])
+
+
+def test_roast_does_not_take_a_recomputed_embedding():
+    class Recomputes(Small):
+        def forward(self, ids, attention_mask=None):
+            return checkpoint(super().forward, ids, use_reentrant=False)
+
+    with pytest.raises(RuntimeError, match="leave it out of the checkpointed part"):
+        build("roast", Recomputes()).backward(*batch())
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.NAMES if name != "roast"])
+def test_a_recomputed_embedding(name):
+    class Recomputes(Small):
+        def forward(self, ids, attention_mask=None):
+            return checkpoint(super().forward, ids, use_reentrant=False)
+
+    results = []
+    for kind in (Small, Recomputes):
+        torch.manual_seed(3)
+        model = kind(0.3).double()
+        model.batch_norm.track_running_stats = False  # which a recompute would move again
+        torch.manual_seed(5)
+        results.append((build(name, model, sgd(model)).backward(*batch()), state(model)))
+    for actual, expected in zip(*results, strict=True):
+        assert_equal(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["decoupled", "penalty", "annealed"])
+@pytest.mark.parametrize("strength", [0.0, 2.0])
+def test_weight_consolidation(form, strength):
+    make = {"lr": 0.02, "weight_decay": 0.1, "eps": 1e-6}
+    options = {"kappa": strength, "gamma": strength, "k": 0.5, "t0": 2, "form": form, "names": ("lstm.*", "embedding.*")}
+
+    def run(model):
+        optimizer = torch.optim.AdamW(model.parameters(), **make)
+        recipe = build("weight_consolidation", model, optimizer, **options)
+        for step in range(3):
+            optimizer.zero_grad()
+            losses = recipe.backward(*batch(step))
+            recipe.before_step()
+            optimizer.step()
+            recipe.after_step()
+        return {"clean_loss": losses["clean_loss"]}
+
+    def restated(model):
+        chosen = [p for name, p in model.named_parameters() if name.startswith(("lstm", "embedding"))]
+        origin = [p.detach().clone() for p in chosen]
+        optimizer = torch.optim.AdamW(model.parameters(), **make)
+        for step in range(1, 4):
+            optimizer.zero_grad()
+            steps = Steps(model, *batch(step - 1))
+            loss = steps.loss(model.classify(steps.embedded()))
+            penalty = sum(((p - p0) ** 2).sum() for p, p0 in zip(chosen, origin, strict=True)) * strength / 2
+            (loss + (penalty if form == "penalty" else 0)).backward()
+            before = [p.detach().clone() for p in chosen]
+            if form == "decoupled":
+                for p, p0 in zip(chosen, origin, strict=True):
+                    p.data -= 0.02 * strength * (p.data - p0)
+            optimizer.step()
+            if form == "annealed":
+                lam = 1 / (1 + math.exp(-0.5 * (step - 2)))
+                for p, p0, w in zip(chosen, origin, before, strict=True):
+                    moments = optimizer.state[p]
+                    m, v = moments["exp_avg"] / (1 - 0.9**step), moments["exp_avg_sq"] / (1 - 0.999**step)
+                    p.data = w - 0.02 * lam * m / (v.sqrt() + 1e-6) - 0.02 * (1 - lam) * strength * (w - p0) - 0.02 * 0.1 * w
+        return {"clean_loss": loss}
+
+    # The convolution's bias, ahead of BatchNorm, has a gradient of nothing but rounding, which AdamW magnifies.
+    assert_same_steps(small(), run, restated, rtol=1e-7, atol=1e-8)
+
+
+def test_weight_consolidation_needs_a_small_enough_lr():
+    model = small()
+    with pytest.raises(RuntimeError, match="needs the optimizer"):
+        build("weight_consolidation", model).before_step()
+    with pytest.raises(ValueError, match="lr=0.1 times gamma=5000"):
+        build("weight_consolidation", model, sgd(model), form="annealed").before_step()
+
+
+class Twice(nn.Module):
+    """Two convolutions with BatchNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.first_norm = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+        self.second, self.second_norm = nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, CLASSES)
+
+    def features(self, x, norms):
+        first = norms[0](self.first(x))
+        second = norms[1](self.second(first.relu()))
+        return self.head(second.relu().mean((2, 3))), [f.relu().mean((2, 3)) for f in (first, second)]
+
+    def forward(self, x):
+        return self.features(x, (self.first_norm, self.second_norm))[0]
+
+
+@pytest.mark.parametrize("stop_gradient", [True, False])
+@pytest.mark.parametrize("predictor", [True, False])
+@pytest.mark.parametrize("split", [True, False])
+def test_arat(split, predictor, stop_gradient):
+    x, labels = images()
+
+    def run(model):
+        optimizer = sgd(model)
+        options = {"split": split, "predictor": predictor, "stop_gradient": stop_gradient, "random_start": False}
+        recipe = build("arat", model, optimizer, input_range=(0.0, 1.0), invariance_weight=2.0, steps=3, **options)
+        losses = recipe.backward(x, labels)
+        assert len(optimizer.param_groups) == 1 + (split or predictor)
+        optimizer.step()
+        return losses | {f"own {i}": p.detach().sum() for i, p in enumerate(recipe.parameters())}
+
+    def restated(model):
+        own = [nn.Sequential(nn.Linear(d, d // 4, bias=False), nn.BatchNorm1d(d // 4), nn.ReLU(), nn.Linear(d // 4, d)) for d in (4, 8)]
+        own = own if predictor else []
+        for h in own:
+            h.double()
+        norms = model.first_norm, model.second_norm
+        clean_norms = copy.deepcopy(norms) if split else norms
+        delta = torch.zeros_like(x)
+        for _ in range(3):
+            statistics = copy.deepcopy(model.state_dict())
+            delta.requires_grad_()
+            (g,) = torch.autograd.grad(F.cross_entropy(model((x + delta).clamp(0, 1)), labels), delta)
+            delta = (delta + 2 / 255 * g.sign()).detach().clamp(-8 / 255, 8 / 255)
+            model.load_state_dict(statistics)
+        z, f = model.features(x, clean_norms)
+        z_adversarial, f_adversarial = model.features((x + delta).clamp(0, 1), norms)
+        f = [each.detach() for each in f] if stop_gradient else f
+        predicted = [h(each) for h, each in zip(own, f_adversarial, strict=True)] if own else f_adversarial
+        invariance = sum(1 - F.cosine_similarity(h, each).mean() for h, each in zip(predicted, f, strict=True)) / 2
+        clean, adversarial = F.cross_entropy(z, labels), F.cross_entropy(z_adversarial, labels)
+        loss = 0.5 * clean + 0.5 * adversarial + 2.0 * invariance
+        loss.backward()
+        extra = [*(p for h in own for p in h.parameters()), *(p for norm in clean_norms for p in norm.parameters() if split)]
+        torch.optim.SGD([*model.parameters(), *extra], lr=LR).step()
+        losses = {"loss": loss, "clean_loss": clean, "adversarial_loss": adversarial, "invariance": invariance}
+        return losses | {f"own {i}": p.detach().sum() for i, p in enumerate(extra)}
+
+    torch.manual_seed(3)
+    model = Twice().double()
+    if not predictor:
+        assert_same_steps(model, run, lambda twin: restated_without_draws(restated, twin), rtol=1e-8, atol=1e-10)
+    else:
+        assert_same_steps(model, run, restated, rtol=1e-8, atol=1e-10)
+
+
+def restated_without_draws(restated, twin):
+    """The restatement builds predictors that are not there; what it draws for them does not count."""
+    before = torch.get_rng_state()
+    losses = restated(twin)
+    torch.set_rng_state(before)
+    return losses
+
+
+def test_arat_balances_by_the_clean_branchs_accuracy():
+    torch.manual_seed(3)
+    model = Twice().double()
+    recipe = build("arat", model, sgd(model), steps=1, invariance_weight=0.0, balance_rows=6)
+    for step in range(4):
+        losses = recipe.backward(*images(step))
+        torch.testing.assert_close(losses["loss"], (losses["clean_loss"] + losses["adversarial_loss"]) / 2)
+    assert len(recipe.recent) == 2  # of four rows each
+    clean = copy.deepcopy(model)
+    clean.first_norm, clean.second_norm = copy.deepcopy(list(recipe.clean_branch))
+    clean.eval()
+    right = sum((clean(x).argmax(1) == labels).sum().item() for x, labels in map(images, (2, 3)))
+    modes, before = [module.training for module in model.modules()], state(model)
+    recipe.epoch_end()
+    assert recipe.accuracy == right / 8 and [module.training for module in model.modules()] == modes
+    assert_equal(state(model), before, rtol=0, atol=0)
+    recipe.accuracy = 0.75
+    losses = recipe.backward(*images())
+    torch.testing.assert_close(losses["loss"], 0.25 * losses["clean_loss"] + 0.75 * losses["adversarial_loss"])
+    for given, other in zip(model.modules(), clean.modules(), strict=True):
+        assert type(given) is type(other)
+
+
+def test_arat_without_invariance_and_branches_is_at_on_images():
+    x, labels = images()
+    results = []
+    options = {"epsilon": 0.1, "norm": "linf", "input_range": (0.0, 1.0)}
+    alone = {"invariance_weight": 0.0, "split": False, "predictor": False, "random_start": False, "steps": 1, "step_size": 0.1}
+    for name, more in (("at", {}), ("arat", {**alone, "clean_weight": 1.0, "adversarial_weight": 1.0})):
+        torch.manual_seed(3)
+        model = Twice().double()
+        losses = build(name, model, **options, **more).backward(x, labels)
+        results.append((losses["loss"], state(model)))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    assert_equal(results[1][1], results[0][1], rtol=1e-9, atol=1e-12)
+
+
+def test_arat_leaves_padding_out_of_its_features():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.norm, self.head = nn.Embedding(WORDS, D), nn.LayerNorm(D), nn.Linear(D, CLASSES)
+
+        def classify(self, x):
+            return self.head(self.norm(x).tanh().mean(1))
+
+        def forward(self, ids, attention_mask):
+            return self.classify(self.embedding(ids))
+
+    model = Tokens().double()
+    inputs, labels = batch()
+    steps = Steps(model, inputs, labels)
+    e = steps.embedded().detach()
+    delta = 0.3 * steps.input_gradient(torch.zeros_like(e)).sign()
+    kept = inputs["attention_mask"][..., None]
+    of_clean, of_adversarial = ((model.norm(x).relu() * kept).sum(1) / kept.sum(1) for x in (e, e + delta))
+    expected = 1 - F.cosine_similarity(of_clean, of_adversarial).mean()
+    options = {"predictor": False, "random_start": False, "steps": 1, "epsilon": 0.3, "step_size": 0.3}
+    torch.testing.assert_close(build("arat", model, layers="norm", **options).backward(inputs, labels)["invariance"], expected.detach())
+
+
+def test_arat_finds_layers_in_any_model():
+    layers = [build("arat", model)._layers for model in (small(), nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)))]
+    assert [type(layer) for layer in layers[0]] == [nn.BatchNorm1d] and [layer.out_features for layer in layers[1]] == [3]
+    with pytest.raises(ValueError, match="nothing to hold alike"):
+        build("arat", nn.Sequential(nn.Flatten()))
+
+
 def divergence(first, second, reduction="mean"):
     log_p, log_q = first.log_softmax(-1), second.log_softmax(-1)
     kind = {"mean": "batchmean", "sum": "sum"}[reduction]
@@ -717,6 +1097,25 @@ def test_drop_attack_with_everything_kept_is_at():
     assert_equal(state(model), state(twin), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("child_tuning_f", {"keep_probability": 1.0}),
+        ("child_tuning_d", {"keep_probability": 1.0}),
+        ("weight_consolidation", {"kappa": 0.0}),
+    ],
+)
+def test_with_everything_kept_it_is_plain_adamw(name, options):
+    results = []
+    for each, given in ((name, options), ("plain", {})):
+        model = small()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        torch.manual_seed(6)
+        train(each, model, optimizer=optimizer, **given)
+        results.append(state(model))
+    assert_equal(*results, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("weights, times", [((), 2), (("lstm.*",), 3)], ids=str)
 def test_drop_attack_with_nothing_kept_is_plain_training_so_many_times(weights, times):
     _, plain = run("plain", small(0.0))
@@ -746,15 +1145,15 @@ def test_uegr_is_the_stage():
     assert_same_steps(small(), lambda model: build("uegr", model, seed=0, **options).backward(*batch()), stage)
 
 
-@pytest.mark.parametrize("name", ["uegr", "r_at_su"])
+@pytest.mark.parametrize("name", ["uegr", "r_at_su", "child_tuning_f"])
 def test_the_update_is_selective(name):
     """The same masks inside SelectiveSGD's step and ahead of torch's SGD, from the same seed."""
     inside, outside = small(), small()
-    options = {"threshold": 0.05, "sharpness": 3.0}
+    options = {"keep_probability": 0.4} if name == "child_tuning_f" else {"threshold": 0.05, "sharpness": 3.0}
     optimizers = uk.SelectiveSGD(inside.parameters(), lr=LR, seed=5), sgd(outside)
     of_inside = build(name, inside, optimizers[0], **options)
     of_outside = build(name, outside, optimizers[1], seed=5, **options)
-    assert optimizers[0].param_groups[0]["threshold"] == 0.05
+    assert options.items() <= optimizers[0].param_groups[0].items()
     masked = 0
     for step in range(2):
         for model, recipe, optimizer in ((inside, of_inside, optimizers[0]), (outside, of_outside, optimizers[1])):
@@ -804,6 +1203,7 @@ COSTS = {  # forwards, backwards, and how often those reach the parameters, wher
     "child_tuning_d": (1, 1, 1),
     "roast": (3, 3, 1),
     "weight_consolidation": (1, 1, 1),
+    "arat": (12, 12, 2),  # K = 10
     "adv_embed": (3, 3, 2),
     "sam": (2, 2, 1),
     "awp": (2, 2, 1),
@@ -1049,6 +1449,84 @@ def test_at_on_images():
     )
 
 
+def one_rank(rank, path):
+    torch.set_num_threads(1)
+    store, patience = torch.distributed.FileStore(path, 2), datetime.timedelta(minutes=3)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=patience)
+    try:
+        for name in recipes.NAMES:
+            one_recipe(name, rank)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def one_recipe(name, rank):
+    """Under DDP beside the same recipe on a plain model whose gradients are averaged by hand."""
+    options = {"steps": 2} if name == "arat" else {"epsilon": 0.5, "steps": 1} if name == "awp" else {}
+    plain = small()
+    wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(plain))
+    inner, reductions = wrapped.module, []
+
+    def note(state, bucket, reductions=reductions):
+        reductions.append(bucket.buffer().numel())
+        return allreduce_hook(None, bucket)
+
+    wrapped.register_comm_hook(None, note)
+    optimizer = sgd(wrapped)
+    torch.manual_seed(0)
+    of_plain = build(name, plain, sgd(plain), **options)
+    torch.manual_seed(rank)  # what the recipe draws when it is built must not part the ranks
+    recipe = getattr(recipes, name)(wrapped, inner.embedding, optimizer, **options)
+    for step in range(2):
+        data = batch(2 * step + rank)
+        optimizer.zero_grad()
+        # FreeAT steps by itself, AWP ascends with all ranks' gradients, ARAT has weights of its own, which step.
+        compared = name not in ("free_at", "awp") and not (name == "arat" and step)
+        if compared:
+            plain.load_state_dict(inner.state_dict())
+            plain.zero_grad()
+            torch.manual_seed(10 + rank)
+            expected = of_plain.backward(*data)
+            expected_gradient = torch.cat([p.grad.flatten() for p in plain.parameters()])
+            torch.distributed.all_reduce(expected_gradient)
+        reductions.clear()
+        torch.manual_seed(10 + rank)
+        losses = recipe.backward(*data)
+        assert sum(reductions) == (3 if name == "free_at" else 1) * sum(p.numel() for p in inner.parameters()), (name, reductions)
+        if compared:
+            assert_equal(losses, expected, rtol=1e-9, atol=1e-12)
+            gradient = torch.cat([p.grad.flatten() for p in inner.parameters()])
+            assert torch.allclose(gradient, expected_gradient / 2, rtol=1e-9, atol=1e-12), f"{name}: another gradient"
+        recipe.before_step()
+        optimizer.step()
+        recipe.after_step()
+        recipe.epoch_end()
+        own = recipe.parameters() if name == "arat" else []
+        here = torch.cat([p.detach().flatten() for p in (*inner.parameters(), *own)])
+        there = [torch.empty_like(here) for _ in range(2)]
+        torch.distributed.all_gather(there, here)
+        assert torch.equal(*there), f"{name}: the ranks have parted"
+    if name != "free_at":
+        reductions.clear()
+        with wrapped.no_sync():
+            recipe.backward(*data)
+        assert not reductions and wrapped.require_backward_grad_sync, name
+    recipe.close()
+
+
+def test_under_ddp_only_the_last_backward_synchronises(tmp_path):
+    """Two processes: this one and another."""
+    path = str(tmp_path / "store")
+    other = torch.multiprocessing.get_context("spawn").Process(target=one_rank, args=(1, path))
+    other.start()
+    try:
+        one_rank(0, path)
+        other.join()
+        assert other.exitcode == 0
+    finally:
+        other.kill()
+
+
 @pytest.mark.parametrize("name", recipes.NAMES)
 def test_resume(name):
     """Two steps, a checkpoint, two more: as four steps at once, bit for bit."""
@@ -1130,6 +1608,20 @@ def test_wrong_options(name):
         ("sam", {"rho": -0.1}, ValueError, "rho=-0.1"),
         ("awp", {"gamma": "a"}, TypeError, "gamma='a'"),
         ("awp", {"warmup_epochs": -1}, ValueError, "warmup_epochs=-1"),
+        ("child_tuning_f", {"keep_probability": 0.0}, ValueError, "keep_probability"),
+        ("child_tuning_f", {"target": "update"}, ValueError, "target='update'"),
+        ("child_tuning_d", {"keep_probability": 0.0}, ValueError, "keep_probability=0"),
+        ("child_tuning_d", {"names": "*bert*"}, ValueError, "matches no trainable parameter"),
+        ("roast", {"form": "book"}, ValueError, "form='book'"),
+        ("roast", {"sharpness": -1.0}, ValueError, "sharpness=-1.0"),
+        ("roast", {"names": [1]}, TypeError, "1 is a int"),
+        ("weight_consolidation", {"kappa": -1.0}, ValueError, "kappa=-1.0"),
+        ("weight_consolidation", {"form": "linear"}, ValueError, "form='linear'"),
+        ("weight_consolidation", {"names": "head"}, ValueError, "'head' matches no"),
+        ("arat", {"layers": ("lstm",)}, ValueError, "names a LSTM"),
+        ("arat", {"layers": ("norm",)}, ValueError, "'norm', which is no module"),
+        ("arat", {"clean_weight": 1.0}, ValueError, "give both"),
+        ("arat", {"split": None}, TypeError, "split=None"),
         ("r_drop", {"alpha": -1.0}, ValueError, "alpha=-1.0"),
         ("r_at", {"reduction": "none"}, ValueError, "reduction='none'"),
         ("r_at_su", {"threshold": None}, TypeError, "threshold"),

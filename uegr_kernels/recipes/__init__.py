@@ -1,5 +1,6 @@
 """Every method of the field by a name, with one interface: `uk.recipes.NAME(model, embedding, optimizer=None, **options)`."""
 
+from .arat import ARAT as arat
 from .at import AT as at
 from .at import FGSM as fgsm
 from .child_tuning import ChildTuningD as child_tuning_d
@@ -24,6 +25,7 @@ from .weights import SAM as sam
 
 NAMES = (
     *("plain", "l1", "l2", "at", "fgsm", "pgd", "free_at", "free_lb", "r_drop", "r_at", "r_at_su", "uegr"),
-    *("drop_attack", "drop_attack_k", "child_tuning_f", "child_tuning_d", "roast", "adv_embed", "sam", "awp", "weight_consolidation"),
+    *("drop_attack", "drop_attack_k", "child_tuning_f", "child_tuning_d", "roast", "adv_embed", "sam", "awp"),
+    *("weight_consolidation", "arat"),
 )
 __all__ = ["NAMES", *NAMES]

@@ -215,7 +215,7 @@ def named_parameters(model: nn.Module, patterns: str | Sequence[str]) -> dict[st
     Raises ValueError for a pattern that matches none.
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    trainable = {name: parameter for name, parameter in _plain_names(model.named_parameters()) if parameter.requires_grad}
+    trainable = {name: parameter for name, parameter in plain_names(model.named_parameters()) if parameter.requires_grad}
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(f"{pattern!r} is a {type(pattern).__name__}; name parameters, such as 'lstm.weight_ih_l0' or '*layer*'")
@@ -224,7 +224,7 @@ def named_parameters(model: nn.Module, patterns: str | Sequence[str]) -> dict[st
     return {name: parameter for name, parameter in trainable.items() if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
 
 
-def _plain_names(named: Any) -> Iterator[tuple[str, Any]]:
+def plain_names(named: Any) -> Iterator[tuple[str, Any]]:
     for name, value in named:
         while name.startswith(("module.", "_orig_mod.")):  # DDP's and torch.compile's
             name = name.split(".", 1)[1]
@@ -258,9 +258,14 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r} is not one of its values; use {', '.join(map(repr, choices))}")
 
 
+def recomputed(x: Tensor) -> Tensor:
+    """In the place of a delta while two passes go backward at once: nobody could tell whose embedding is computed again."""
+    raise RuntimeError("the embedding was computed again in the backward of two passes at once; leave it out of the checkpointed part")
+
+
 def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, dict):
         return {key: _moved(entry, device) for key, entry in value.items()}
-    return [_moved(entry, device) for entry in value] if isinstance(value, list) else value
+    return type(value)(_moved(entry, device) for entry in value) if isinstance(value, list | tuple) else value

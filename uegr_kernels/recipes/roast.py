@@ -11,7 +11,7 @@ from ..passes import attention_mask
 from ..selective import select_gradients_, selection_probability
 from .pgd import climb, tiny_noise
 from .r_drop import symmetric_divergence
-from .recipe import check_choice, check_flag, check_number
+from .recipe import check_choice, check_flag, check_number, recomputed
 from .saliency import SaliencyRecipe
 from .selection import agreed, check_seed
 
@@ -82,7 +82,7 @@ class RoAST(SaliencyRecipe):
             parts = self._label_loss(z0, labels)
             term, losses = parts.loss / 2, {"clean_loss": parts.clean_loss}
         divergence = symmetric_divergence(z0, z1, labels, "mean" if self.form == "paper" else "sum", **self._loss_options)
-        with self._pass(_recomputed) as walk:
+        with self._pass(recomputed) as walk:
             walk.forward = False
             ((term + self.kl_weight * divergence) * scale).backward()
         of_labels = sum(losses.values()) / (1 if self.form == "paper" else 2)
@@ -104,7 +104,3 @@ class RoAST(SaliencyRecipe):
         options = dict(seed=self.seed, step=self.epoch + 1, **self._selection, backend=self.backend)
         select_gradients_(holders, saliency=saliency, **options)
         return [holder.grad for holder in holders]
-
-
-def _recomputed(x: Tensor) -> Tensor:
-    raise RuntimeError("the embedding was computed again in the backward of two passes at once; leave it out of the checkpointed part")
