@@ -56,14 +56,15 @@ class _Pass:
         self.edge = self.edge or torch.autograd.graph.get_gradient_edge(x)
         return x
 
-    def perturb(self, x: Tensor) -> Tensor:
+    def perturb(self, x: Tensor, delta: Tensor) -> Tensor:
         """x [k*N, ...] + delta [N, ...], pass after pass."""
-        if x.shape[1:] != self.delta.shape[1:] or x.shape[0] % self.delta.shape[0]:
+        if x.shape[1:] != delta.shape[1:] or x.shape[0] % delta.shape[0]:
             raise RuntimeError(
-                f"the embedding's output is {list(x.shape)} in an adversarial pass and {list(self.delta.shape)} in the clean one; "
+                f"the embedding's output is {list(x.shape)} in an adversarial pass and {list(delta.shape)} in the clean one; "
                 "the model must look up the same tokens in every pass, and inputs must have the batch as their first dimension"
             )
-        return (x.unflatten(0, (-1, self.delta.shape[0])) + self.delta.to(x.dtype)).flatten(0, 1)
+        moved: Tensor = x.unflatten(0, (-1, delta.shape[0])) + delta.to(x.dtype)
+        return moved.flatten(0, 1)
 
 
 class BiStage:
@@ -120,8 +121,10 @@ class BiStage:
             raise ValueError(f"input_range={input_range!r}; pass (low, high) with low < high")
         self.model, self.embedding, self.passes, self.dropout, self.input_range = model, embedding, passes, dropout, input_range
         self.passes_at_once = min(passes_at_once or passes, passes)
-        self._perturbation = dict(epsilon=epsilon, norm=norm, per=per, backend=backend)
-        self._loss = dict(js_weight=js_weight, label_smoothing=label_smoothing, ignore_index=ignore_index, task=task, backend=backend)
+        self._perturbation: dict[str, Any] = dict(epsilon=epsilon, norm=norm, per=per, backend=backend)
+        self._loss: dict[str, Any] = dict(
+            js_weight=js_weight, label_smoothing=label_smoothing, ignore_index=ignore_index, task=task, backend=backend
+        )
         self._check_options()
         self._slot: _Pass | None = None
         self._closed = False
@@ -152,7 +155,8 @@ class BiStage:
         groups = self._groups()
         # A wrapper that synchronises allows for one backward after each forward, not for several forwards first.
         again = self.passes_at_once < self.passes or (len(groups) > 1 and _can_synchronise(self.model))
-        calls, states = [], []
+        calls: list[Any] = []  # logits and the slot's content of each
+        states = []
         for group in groups:
             with contextlib.ExitStack() as stack:
                 if again:
@@ -164,7 +168,7 @@ class BiStage:
         parts = uegr_loss(clean, logits, labels, return_parts=True, **self._loss)
         (parts.loss * scale).backward()
         # One backward per call, so that a recompute inside it finds that call's delta and dropout rate.
-        with _gradient_norms_held(self.model) if again else contextlib.nullcontext() as hold:
+        with _gradient_norms_held(self.model) if again else contextlib.nullcontext(lambda: None) as hold:
             for i, group in enumerate(groups):
                 with self._without_sync() if i + 1 < len(groups) else contextlib.nullcontext():
                     if again:
@@ -174,7 +178,7 @@ class BiStage:
                     (group_logits, walk), calls[i] = calls[i], None  # no graph outlives its backward
                     with self._rate(group), self._filled(walk):
                         group_logits.backward(logits.grad[group.start : group.stop].flatten(0, 1))
-        return BiStageResult(*(part.detach() for part in parts), clean)
+        return BiStageResult(parts.loss.detach(), parts.clean_loss, parts.adversarial_loss, parts.divergence, clean)
 
     def loss(self, inputs: Any, labels: Tensor) -> Tensor:
         """L_train [], differentiable in the parameters, for those who call backward() themselves; delta is data.
@@ -188,17 +192,25 @@ class BiStage:
         self._check_call(1.0)
         with self._without_sync(), self._filled(_Pass(None)) as walk:
             clean = self._call(inputs, walk)
-            half = uegr_loss(clean, clean.detach()[None], labels, **self._loss)
+            half: Tensor = uegr_loss(clean, clean.detach()[None], labels, **self._loss)
             (walk.gradient,) = torch.autograd.grad(half, [walk.edge], retain_graph=True, allow_unused=True)
         delta = self._delta(inputs, walk, clean)
 
         def logits_of(group: range) -> Tensor:
             if self.passes_at_once == self.passes:
                 return self._adversarial(inputs, delta, group)[0]
-            return checkpoint(self._adversarial, inputs, delta, group, use_reentrant=False)[0]
+            again: tuple[Tensor, _Pass] = checkpoint(self._adversarial, inputs, delta, group, use_reentrant=False)
+            return again[0]
 
         logits = torch.cat([logits_of(group) for group in self._groups()]).unflatten(0, (self.passes, -1))
-        return uegr_loss(clean, logits, labels, **self._loss)
+        loss: Tensor = uegr_loss(clean, logits, labels, **self._loss)
+        return loss
+
+    def __repr__(self) -> str:
+        embedding = None if self.embedding is None else type(self.embedding).__name__
+        own = {"passes": self.passes, "passes_at_once": self.passes_at_once, "dropout": self.dropout, "input_range": self.input_range}
+        options = ", ".join(f"{name}={value!r}" for name, value in (self._perturbation | self._loss | own).items())
+        return f"BiStage({type(self.model).__name__}, {embedding}, {options}{', closed' if self._closed else ''})"
 
     def close(self) -> None:
         """Removes the hook from the embedding; the BiStage cannot be used afterwards."""
@@ -206,7 +218,7 @@ class BiStage:
             self._hook.remove()
         self._closed = True
 
-    def _on_embedding(self, module: nn.Module, args: tuple, output: Any) -> Any:
+    def _on_embedding(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         walk = self._slot
         if walk is None:
             return None
@@ -215,7 +227,7 @@ class BiStage:
             raise RuntimeError("the embedding was called twice in one pass, and delta is for one call; pass a module that is called once")
         if not isinstance(output, Tensor) or not output.is_floating_point():
             raise TypeError(f"the embedding returned {_kind(output)}; pass the module whose output is the floating tensor to perturb")
-        return walk.watch(output) if walk.delta is None else walk.perturb(output)
+        return walk.watch(output) if walk.delta is None else walk.perturb(output, walk.delta)
 
     def _adversarial(self, inputs: Any, delta: Tensor, group: range) -> tuple[Tensor, _Pass]:
         """The logits [k*N, C] of k passes in one call, and the slot's content for its backward."""
@@ -234,7 +246,7 @@ class BiStage:
         values = {name: repeated(value) for name, value in _items(inputs)}
         if self.embedding is None:
             name = _floating(inputs)
-            values[name] = walk.watch(values[name]) if rows is None else walk.perturb(values[name])
+            values[name] = walk.watch(values[name]) if walk.delta is None else walk.perturb(values[name], walk.delta)
             if rows is not None and self.input_range is not None:
                 values[name] = values[name].clamp(*self.input_range)
             walk.calls = 1
@@ -282,10 +294,11 @@ class BiStage:
     def _rate(self, group: range) -> Iterator[None]:
         """Every dropout layer at the rate of these passes."""
         layers = [] if self.dropout is None else [module for module in self.model.modules() if isinstance(module, DROPOUTS)]
+        rate = 0.0 if self.dropout is None else self.dropout[group.start]
         own = [layer.p for layer in layers]
         try:
             for layer in layers:
-                layer.p = self.dropout[group.start]
+                layer.p = rate
             yield
         finally:
             for layer, p in zip(layers, own, strict=True):
@@ -294,17 +307,18 @@ class BiStage:
     @contextlib.contextmanager
     def _without_sync(self) -> Iterator[None]:
         """DDP's or FSDP's no_sync, or FSDP2's switch turned off and on; nothing for a plain model or inside the caller's no_sync."""
-        if not _synchronises(self.model):
+        model: Any = self.model
+        if not _synchronises(model):
             yield
-        elif hasattr(self.model, "no_sync"):
-            with self.model.no_sync():
+        elif hasattr(model, "no_sync"):
+            with model.no_sync():
                 yield
         else:
-            self.model.set_requires_gradient_sync(False)
+            model.set_requires_gradient_sync(False)
             try:
                 yield
             finally:
-                self.model.set_requires_gradient_sync(True)
+                model.set_requires_gradient_sync(True)
 
     def _check_options(self) -> None:
         """Each option is checked by the function it is for, on one row of zeros; a named backend waits for the model's device."""
@@ -362,7 +376,7 @@ def _can_synchronise(model: nn.Module) -> bool:
     return hasattr(model, "no_sync") or hasattr(model, "set_requires_gradient_sync")
 
 
-def _synchronises(model: nn.Module) -> bool:
+def _synchronises(model: Any) -> bool:
     """Whether a backward now would exchange gradients: False for plain models and inside the caller's own no_sync."""
     if not _can_synchronise(model) or not getattr(model, "require_backward_grad_sync", True):
         return False
