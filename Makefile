@@ -4,15 +4,17 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 SOURCES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help demo test bench gpu check format build wheel clean
+.PHONY: help demo test bench gpu check format build wheel sanitized sanitize threads fuzz clean
 
 help:
 	@echo "make demo    fine-tune a text classifier, selective AdamW beside plain AdamW"
 	@echo "make test    run the tests"
 	@echo "make bench   time the operators beside their peers"
 	@echo "make gpu     everything that needs a GPU: tests, benchmarks, results in build/gpu; fails where there is none"
-	@echo "make check   lint; make format puts the layout right"
+	@echo "make check   lint and types; make format puts the layout right"
 	@echo "make wheel   a wheel in dist/"
+	@echo "make sanitize  the C++ tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer"
+	@echo "make fuzz    random arguments for the operators under the first two, ten minutes (SECONDS=600)"
 	@echo "make clean   remove what was built (not $(VENV))"
 
 demo: build
@@ -30,6 +32,7 @@ check: $(VENV)/.ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES)
+	$(RUN) -m mypy
 
 format: $(VENV)/.ready
 	$(RUN) -m ruff check --fix --select I .
@@ -46,6 +49,22 @@ build: $(VENV)/.ready
 wheel: $(VENV)/.ready
 	rm -rf build/lib* dist
 	$(RUN) -m pip wheel --no-deps --no-build-isolation -w dist .
+
+# The libraries once more with sanitizers, in copies of the package, whose C++ tests then run. An interpreter that is not built for them
+# loads their runtimes ahead of everything else; it leaks what it does not free at its end.
+ASAN := build/asan
+TSAN := build/tsan
+TSAN_LIBRARIES = $(shell $(CXX) -print-file-name=libtsan.so) $(abspath $(TSAN)/threads.so)
+WITH_ASAN = env ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(ASAN) \
+	LD_PRELOAD="$(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so.6)"
+WITH_TSAN = env TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1 OMP_NUM_THREADS=1 PYTHONPATH=$(TSAN) LD_PRELOAD="$(TSAN_LIBRARIES)"
+
+sanitize: sanitized threads
+	$(WITH_ASAN) $(VENV)/bin/pytest -k "$(CPP_TESTS)" $(ARGS)
+
+fuzz: SECONDS ?= 600
+fuzz: sanitized
+	$(WITH_ASAN) $(RUN) python_tests/fuzz.py --seconds $(SECONDS) $(ARGS)
 
 # The environment, once for each change of what it is made from; the package is installed editable, `build` compiles it.
 $(VENV)/.ready: requirements-dev.txt pyproject.toml
