@@ -252,3 +252,111 @@ def test_zero_redundancy():  # it orders the parameters its own way: masks are o
         assert all(torch.equal(p, q) for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True))
     finally:
         torch.distributed.destroy_process_group()
+
+
+def two(make):
+    """Two parameters with gradients, from `make`, which gives their tensors; and an optimizer of both."""
+    params = [torch.nn.Parameter(tensor) for tensor in make()]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    return params
+
+
+def halves_of_rows():
+    block = torch.ones(4, 6)
+    return block[:, :3], block[:, 3:]
+
+
+def every_other():
+    line = torch.ones(10)
+    return line[::2], line[1::2]
+
+
+def overlapping_columns():
+    block = torch.ones(4, 6)
+    return block[:, :4], block[:, 3:]
+
+
+def the_same():
+    block = torch.ones(4, 6)
+    return block, block
+
+
+def one_inside_the_other():
+    line = torch.ones(10)
+    return line, line[4:6]
+
+
+def behind_a_neighbour():  # the second lies in the first's span and shares nothing, the third shares
+    block = torch.ones(6, 4)
+    return block[:, :2], block[:2, 2:], block[4:, 1:3]
+
+
+@both
+@pytest.mark.parametrize("make", [halves_of_rows, every_other], ids=lambda make: make.__name__)
+def test_parameters_side_by_side_in_one_storage_step(name, make):
+    params = two(make)
+    OURS[name][0](params, lr=0.1, weight_decay=0.0, **NEUTRAL).step()
+    assert all(torch.allclose(p, torch.tensor(0.9)) for p in params)
+
+
+@both
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("make", [the_same, one_inside_the_other, overlapping_columns, behind_a_neighbour], ids=lambda make: make.__name__)
+def test_parameters_that_share_an_element_are_refused_and_nothing_changes(name, make, groups):
+    params = two(make)
+    optimizer = OURS[name][0](params if groups == 1 else [{"params": [p]} for p in params])
+    for _ in range(2):  # a second time too
+        with pytest.raises(ValueError, match=r"parameters \d and \d share memory.*\.clone\(\)"):
+            optimizer.step()
+    assert all(bool((p == 1).all()) for p in params) and not any(optimizer.state.values())
+
+
+@both
+@pytest.mark.parametrize("steps_before", [0, 2])
+@pytest.mark.parametrize("whose", ["parameter", "gradient"])
+def test_freed_storage_is_refused_and_nothing_changes(name, whose, steps_before):
+    params = two(lambda: (torch.ones(3), torch.ones(5)))
+    optimizer = OURS[name][0](params, lr=0.1, **NEUTRAL)
+    for _ in range(steps_before):
+        optimizer.step()
+    tensor = params[1] if whose == "parameter" else params[1].grad
+    bytes_of_it = tensor.untyped_storage().nbytes()
+    tensor.untyped_storage().resize_(0)
+    before = params[0].detach().clone()
+    with pytest.raises(RuntimeError, match="parameter 1.* has no memory: its storage was freed"):
+        optimizer.step()
+    assert torch.equal(params[0], before)
+    tensor.untyped_storage().resize_(bytes_of_it)
+    tensor.data.fill_(1.0)
+    optimizer.step()
+    assert [optimizer.state[p]["step"].item() for p in params] == [steps_before + 1.0] * 2
+
+
+@both
+def test_a_parameter_that_changes_its_shape_is_refused_until_its_state_is_gone(name):
+    params = two(lambda: (torch.ones(3), torch.ones(5)))
+    options = {"momentum": 0.9} if name == "SGD" else {}
+    optimizer = OURS[name][0](params, **options)
+    for _ in range(2):
+        optimizer.step()
+    before = params[0].detach().clone()
+    params[1].grad = None
+    params[1].data = torch.ones(2, 2)
+    params[1].grad = torch.ones(2, 2)
+    with pytest.raises(ValueError, match=r"parameter 1 has shape \(2, 2\) but its \w+ \(5,\)"):
+        optimizer.step()
+    assert torch.equal(params[0], before)
+    del optimizer.state[params[1]]
+    optimizer.step()
+    assert optimizer.state[params[1]]["step"].item() == 1
+
+
+def test_a_hundred_thousand_parameters():  # a million step too, in a minute
+    count = 2**17
+    values = torch.arange(float(count)) % 7 + 1
+    params = [torch.nn.Parameter(value) for value in values.clone().unbind()]
+    for p, grad in zip(params, values.unbind(), strict=True):
+        p.grad = grad
+    uk.SelectiveSGD(params, lr=0.5, **NEUTRAL).step()
+    assert torch.equal(torch.stack([p.detach() for p in params]), values / 2)

@@ -54,9 +54,9 @@ inline View view(const Tensor& t, const char* name, bool written) {
         last += (v.sizes[d] - 1) * v.strides[d];
         dense *= v.sizes[d];
     }
-    STD_TORCH_CHECK(aoti_torch_get_storage_size(t.get(), &bytes) == AOTI_TORCH_SUCCESS, name, " has no storage");
-    STD_TORCH_CHECK(dense == 0 || (last + 1) * bytes_of(v.storage) <= bytes, name, " reaches to byte ", (last + 1) * bytes_of(v.storage),
-                    " of a storage that holds ", bytes, ": its memory was given back; pass a tensor whose storage was not resized");
+    const bool known = aoti_torch_get_storage_size(t.get(), &bytes) == AOTI_TORCH_SUCCESS;
+    STD_TORCH_CHECK(dense == 0 || (known && (last + 1) * bytes_of(v.storage) <= bytes), name,
+                    " has no memory: its storage was freed, in whole or in part; restore it before the step");
     return v;
 }
 

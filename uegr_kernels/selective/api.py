@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from ..core import shards
+from ..core import memory, shards
 from . import op
 
 FORMAT = 1  # of the state's layout; a key of every group
@@ -38,6 +38,7 @@ class SelectiveOptimizer(Optimizer):
     numbers: tuple[str, ...]  # options of this optimizer's own that are numbers
     flags: tuple[str, ...] = ("maximize", "capturable", "differentiable", "foreach", "fused")  # and that are True or False
     _roster: _Roster | None
+    _addresses: list[int]  # of the parameters whose memory was looked at last
     _shared: dict[str, tuple[Tensor, list[Tensor], list[int]]]  # states of many small parameters in one tensor, its parts, their addresses
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], *, seed: int | None, backend: str):
@@ -46,7 +47,7 @@ class SelectiveOptimizer(Optimizer):
         if seed is not None:
             seed = _whole("seed", seed) % 2**64
         self.backend = backend
-        self._roster, self._shared = None, {}
+        self._roster, self._shared, self._addresses = None, {}, []
         self._drawn_seed: int | None = None  # drawn here and not agreed on with the other ranks yet
         self._check(defaults)
         super().__init__(params, defaults | {"seed": seed, "format": FORMAT})
@@ -138,6 +139,7 @@ class SelectiveOptimizer(Optimizer):
             if self._step_again():
                 return loss
             batches = [batch for group, first in self._groups() for batch in self._batches(group, first)]
+            self._check_memory(batches)
             for batch in batches:
                 self._check_states(batch)
             for batch in batches:
@@ -281,9 +283,31 @@ class SelectiveOptimizer(Optimizer):
         for i, (p, grad, state) in enumerate(zip(batch["params"], batch["grads"], batch["states"], strict=True)):
             if grad.shape != p.shape or 0 in p.stride():
                 _check_parameter(batch["layout"][4 * i], p, grad)
+            for named, tensor in (("", p), ("'s gradient", grad)):
+                if memory.freed(tensor):
+                    raise RuntimeError(
+                        f"parameter {batch['layout'][4 * i]}{named} of shape {tuple(tensor.shape)} has no memory: "
+                        "its storage was freed; restore it before the step"
+                    )
             for key in needed if state else ():
                 if key in state:
                     _check_state(batch["layout"][4 * i], key, state[key], p, key in moments)
+
+    def _check_memory(self, batches: list[dict[str, Any]]) -> None:
+        """Raises parameters that share memory. Where all addresses are those of the last time, none needs a look."""
+        parts = [shards.local(p) for batch in batches for p in batch["params"]]
+        addresses = [p.data_ptr() for p in parts]
+        if addresses == self._addresses:
+            return
+        pair = memory.shared(parts)
+        if pair:
+            streams = [stream for batch in batches for stream in batch["layout"][::4]]
+            first, second = sorted(streams[i] for i in pair)
+            raise ValueError(
+                f"parameters {first} and {second} share memory, so that a step would change it twice; pass one of them, "
+                "or give the other a .clone() of its own"
+            )
+        self._addresses = addresses
 
     def _needed(self, group: dict[str, Any]) -> tuple[str, ...]:
         """The keys of a parameter's state."""
@@ -478,7 +502,7 @@ class SelectiveOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._roster, self._shared = None, {}
+        self._roster, self._shared, self._addresses = None, {}, []
         for group in self.param_groups:
             for p in group["params"]:
                 p_state = self.state.get(p) or {}
