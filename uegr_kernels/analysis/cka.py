@@ -19,8 +19,8 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
     if x.dim() != 2 or y.dim() != 2 or len(x) != len(y):
         raise ValueError(f"x has shape {tuple(x.shape)} and y {tuple(y.shape)}; give [n, p] and [n, q] of the same samples")
     x, y = (t.double() - t.double().mean(0) for t in (x, y))
-    between = torch.linalg.matrix_norm(y.T @ x) ** 2
-    return (between / (torch.linalg.matrix_norm(x.T @ x) * torch.linalg.matrix_norm(y.T @ y))).item()
+    between, own_x, own_y = (float(torch.linalg.matrix_norm(product)) for product in (y.T @ x, x.T @ x, y.T @ y))
+    return between**2 / (own_x * own_y) if own_x and own_y else float("nan")
 
 
 def cka(

@@ -37,7 +37,8 @@ def sgd_covariance(
     values, basis = torch.linalg.eigh(h)
     if keep_probability == 1:
         found = _by_pairs(values, basis.T @ c @ basis, basis.T @ start @ basis, lr, momentum, steps)
-        return basis @ found @ basis.T
+        turned: Tensor = basis @ found @ basis.T
+        return turned
     if momentum:
         raise ValueError(
             f"momentum={momentum} with keep_probability={keep_probability}: no closed form is stated; set one of them to its neutral value"
@@ -66,8 +67,10 @@ def _by_pairs(h: Tensor, c: Tensor, start: Tensor, lr: float, mu: float, steps: 
             raise ValueError(
                 f"lr={lr}, momentum={mu}: h from {h.min():.3g} to {h.max():.3g} leaves nothing stationary; need 0 < lr*h < {2 * (1 + mu):g}"
             )
-        return torch.linalg.solve(torch.eye(kron.shape[-1], dtype=torch.float64) - kron, q[..., None])[..., 0, 0]
-    return _affine(kron, q, p0, steps)[..., 0]
+        stationary: Tensor = torch.linalg.solve(torch.eye(kron.shape[-1], dtype=torch.float64) - kron, q[..., None])[..., 0, 0]
+        return stationary
+    block: Tensor = _affine(kron, q, p0, steps)[..., 0]
+    return block
 
 
 def _selective(h: Tensor, c: Tensor, start: Tensor, lr: float, steps: int | None, extra: float) -> Tensor:
@@ -81,7 +84,8 @@ def _selective(h: Tensor, c: Tensor, start: Tensor, lr: float, steps: int | None
         return _affine(kron, q, start.flatten(), steps).view(d, d)
     if torch.linalg.eigvals(kron).abs().max() >= 1:
         raise ValueError(f"lr={lr}, keep_probability={1 / (1 + extra):g}: no stationary covariance; need (lr/p)*h below 2 and h above 0")
-    return torch.linalg.solve(torch.eye(d * d, dtype=torch.float64) - kron, q).view(d, d)
+    stationary: Tensor = torch.linalg.solve(torch.eye(d * d, dtype=torch.float64) - kron, q).view(d, d)
+    return stationary
 
 
 def _affine(k: Tensor, q: Tensor, x: Tensor, steps: int) -> Tensor:

@@ -43,7 +43,8 @@ def pooled(features: Tensor, inputs: Any, pooling: str) -> Tensor:
     if mask is None or mask.shape != features.shape[:2]:
         return features.mean(1)
     weight = mask.to(features.dtype)[..., None]
-    return (features * weight).sum(1) / weight.sum(1).clamp(min=1)
+    mean: Tensor = (features * weight).sum(1) / weight.sum(1).clamp(min=1)
+    return mean
 
 
 @contextlib.contextmanager
