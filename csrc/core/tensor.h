@@ -41,6 +41,7 @@ inline View view(const Tensor& t, const char* name, bool written) {
     STD_TORCH_CHECK(type.has_value(), name, " has an unsupported dtype; use float32, bfloat16, float16 or float64");
     View v;
     v.data = static_cast<char*>(t.data_ptr());
+    STD_TORCH_CHECK(v.data || t.numel() == 0, name, " has no memory: its storage was freed; restore it before the step");
     v.storage = *type;
     v.dim = static_cast<int>(t.dim());
     v.sizes = t.sizes().data();
