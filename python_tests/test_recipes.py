@@ -56,7 +56,8 @@ class Images(nn.Module):
     def classify(self, x):
         return self.head(self.batch_norm(self.convolution(x)).relu().mean((2, 3)))
 
-    forward = classify
+    def forward(self, x):
+        return self.classify(x)
 
 
 def small(dropout=0.3, **options):
@@ -1237,7 +1238,7 @@ def test_cost(name):
         ("pgd", {"first_step_from_clean": True}, 4),
         ("pgd", {"clean_weight": 0.0}, 4),
         ("free_lb", {"steps": 2}, 2),
-        ("free_at", {"repeats": 5}, 5),
+        ("free_at", {"steps": 5}, 5),
         ("adv_embed", {"start": 0.0}, 2),
         ("adv_embed", {"steps": 2}, 4),
         ("drop_attack", {"weights": "lstm.weight_ih_l0"}, 3),
@@ -1405,14 +1406,48 @@ def test_zero_and_tiny_gradients(name):
 @pytest.mark.parametrize("data", [batch, images], ids=["text", "images"])
 def test_regression(name, data):
     """Squared error in the place of cross-entropy, squared differences in that of the divergences (R9)."""
-    model = small(classes=1) if data is batch else Images(1).double()
+    model = small(0.0, classes=1) if data is batch else Images(1).double()
 
     def targets(step):
         return data(step)[0], torch.randn(N, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
 
+    inputs, values = targets(0)
+    expected = F.mse_loss(copy.deepcopy(model)(**inputs if isinstance(inputs, dict) else {"x": inputs})[:, 0], values).detach()
     losses, recipe = train(name, model, data=targets, task="regression")
     assert all(loss.isfinite() for each in losses for loss in each.values())
+    torch.testing.assert_close(losses[0].get("clean_loss", expected), expected)
     recipe.close()
+
+
+@pytest.mark.parametrize("name", recipes.NAMES)
+@pytest.mark.parametrize("kind", ["autocast", "bfloat16", "frozen embedding"])
+def test_precision_and_frozen_embeddings(name, kind):
+    model = Small(0.3)
+    model.embedding.requires_grad_(kind != "frozen embedding")
+    model = model.bfloat16() if kind == "bfloat16" else model
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind == "autocast"):
+        losses = build(name, model, sgd(model)).backward(*batch())
+    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert (model.embedding.weight.grad is None) == (kind == "frozen embedding" or name == "free_at")
+
+
+@pytest.mark.parametrize("name", recipes.NAMES)
+def test_docstring(name):
+    """One line that says what it is, and under 25 in all; the section of METHODS is named."""
+    lines = getattr(recipes, name).__doc__.strip().splitlines()
+    assert lines[0].endswith((".", ")")) and len(lines) < 25 and (name == "plain" or "METHODS" in lines[0])
+
+
+def test_an_optimizer_given_later_selects_by_itself():
+    model = small()
+    recipe = build("uegr", model, seed=5, threshold=0.05)
+    recipe.optimizer = uk.SelectiveSGD(model.parameters(), lr=LR)
+    recipe.backward(*batch())
+    before = model.head.weight.grad.clone()
+    recipe.before_step()
+    assert torch.equal(model.head.weight.grad, before)
+    assert (recipe.optimizer.param_groups[0]["threshold"], recipe.optimizer.param_groups[0]["seed"]) == (0.05, 5)
 
 
 @pytest.mark.parametrize("name", recipes.NAMES)
@@ -1597,7 +1632,7 @@ def test_wrong_options(name):
         ("pgd", {"random_start": 1}, TypeError, "random_start=1"),
         ("pgd", {"first_step_from_clean": True, "random_start": True}, ValueError, "first_step_from_clean"),
         ("adv_embed", {"per": "word"}, ValueError, "per='word'"),
-        ("free_at", {"repeats": 0}, ValueError, "repeats=0"),
+        ("free_at", {"steps": 0}, ValueError, "steps=0"),
         ("free_at", {"norm": "max"}, ValueError, "norm='max'"),
         ("free_lb", {"adv_lr": -1.0}, ValueError, "adv_lr=-1.0"),
         ("free_lb", {"same_draw": None}, TypeError, "same_draw=None"),

@@ -202,7 +202,8 @@ class ARAT(AttackRecipe):
     def _invariance(self, adversarial: list[Tensor], clean: list[Tensor]) -> Tensor:
         self.predictors.train(len(clean[0]) > 1)  # a single row has no variance
         predicted = [h(f) for h, f in zip(self.predictors, adversarial, strict=True)] if len(self.predictors) else adversarial
-        return torch.stack([1 - F.cosine_similarity(h, f, dim=1).mean() for h, f in zip(predicted, clean, strict=True)]).mean()
+        pairs = [(h, f, torch.promote_types(f.dtype, torch.float32)) for h, f in zip(predicted, clean, strict=True)]
+        return torch.stack([1 - F.cosine_similarity(h.to(wide), f.to(wide), dim=1).mean() for h, f, wide in pairs]).mean()
 
     def _start_alike(self) -> None:
         """Rank 0's own modules become everyone's, once, as the wrapper does with the model's."""

@@ -17,7 +17,7 @@ class FreeAT(PassRecipe):
     optimizer   needed: `backward` steps it in every repeat, with unscaled gradients, and leaves no gradient (.grad is None); an
                 optimizer.step() after it finds nothing to do. Under GradScaler do not call scaler.step for it
     epsilon     radius of the ball; None: 0.1, or 4/255 with embedding=None
-    repeats     m; None: 3, or 4 with embedding=None. Divide the epochs by it to keep the compute
+    steps       m, the repeats of a batch; None: 3, or 4 with embedding=None. Divide the epochs by it to keep the compute
     step_size   None: epsilon;  norm  "l2" or "linf"; None: "l2", or "linf" with embedding=None
     init_mag    length of a random start on the real tokens, as in `FreeLB`; None: epsilon, or 0 with embedding=None
     persistent  delta goes on with the next batch; None: False, or True with embedding=None (positions of texts hold other words)
@@ -35,7 +35,7 @@ class FreeAT(PassRecipe):
         optimizer: Any = None,
         *,
         epsilon: float | None = None,
-        repeats: int | None = None,
+        steps: int | None = None,
         step_size: float | None = None,
         norm: str | None = None,
         init_mag: float | None = None,
@@ -44,7 +44,7 @@ class FreeAT(PassRecipe):
     ) -> None:
         image = embedding is None
         self.epsilon = (4 / 255 if image else 0.1) if epsilon is None else epsilon
-        self.repeats = (4 if image else 3) if repeats is None else repeats
+        self.steps = (4 if image else 3) if steps is None else steps
         self.step_size = self.epsilon if step_size is None else step_size
         self.norm = ("linf" if image else "l2") if norm is None else norm
         self.init_mag = (0.0 if image else self.epsilon) if init_mag is None else init_mag
@@ -52,7 +52,7 @@ class FreeAT(PassRecipe):
         self.delta: Tensor | None = None
         for name in ("epsilon", "step_size", "init_mag"):
             check_number(name, getattr(self, name), 0)
-        check_count("repeats", self.repeats)
+        check_count("steps", self.steps)
         check_choice("norm", self.norm, ("l2", "linf"))
         check_flag("persistent", self.persistent)
         super().__init__(model, embedding, optimizer, **options)
@@ -60,7 +60,7 @@ class FreeAT(PassRecipe):
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         optimizer, mask, losses = self._stepped(), attention_mask(inputs), []
         delta = self._start(mask, len(labels))
-        for _ in range(self.repeats):
+        for _ in range(self.steps):
             loss, walk = self._descend(inputs, labels, scale, delta, watched=True, last=True)
             losses.append(loss)
             self._update(optimizer, scale)
@@ -84,8 +84,9 @@ class FreeAT(PassRecipe):
 
     def _update(self, optimizer: Any, scale: float | Tensor) -> None:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        for gradient in gradients:
-            gradient.div_(scale)
+        if isinstance(scale, Tensor) or scale != 1:
+            for gradient in gradients:
+                gradient.div_(scale)
         if not isinstance(scale, Tensor) or all(gradient.isfinite().all() for gradient in gradients):  # as GradScaler does
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)

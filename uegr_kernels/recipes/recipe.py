@@ -93,6 +93,9 @@ class PassRecipe(Recipe):
     dropout      rate of every nn.Dropout* and AdaptiveDropout in the recipe's passes, 0 for none; None: the layers' own
     input_range  (low, high) to which the perturbed input is clamped; with embedding=None only
     backend      of the operators
+
+    model and embedding are as in `BiStage`; embedding=None perturbs the one floating input. The model's mode is the caller's in every
+    pass. Build the recipe before `torch.compile`. Raises TypeError or ValueError for wrong options, before anything has changed.
     """
 
     def __init__(
