@@ -3,7 +3,10 @@
 import contextlib
 import copy
 import datetime
+import gzip
 import math
+import pathlib
+import runpy
 import types
 
 import numpy
@@ -971,6 +974,19 @@ def test_arat_leaves_padding_out_of_its_features():
     torch.testing.assert_close(build("arat", model, layers="norm", **options).backward(inputs, labels)["invariance"], expected.detach())
 
 
+def test_arat_splits_the_norms_it_is_told_to():
+    for options, kinds in (({}, [nn.BatchNorm1d]), ({"split_layer_norm": True}, [nn.BatchNorm1d, nn.LayerNorm]), ({"split": False}, [])):
+        model = small()
+        recipe = build("arat", model, steps=1, **options)
+        assert [type(module) for module in recipe.clean_branch] == kinds
+        before = copy.deepcopy(recipe.clean_branch.state_dict())
+        recipe.backward(*batch())
+        assert all(p.grad is not None for p in recipe.parameters())
+        assert all(p.grad is not None for p in model.parameters())
+        moved_buffers = [name for name, value in recipe.clean_branch.state_dict().items() if not torch.equal(value, before[name])]
+        assert all("running" in name or "tracked" in name for name in moved_buffers) and bool(moved_buffers) == bool(kinds)
+
+
 def test_arat_finds_layers_in_any_model():
     layers = [build("arat", model)._layers for model in (small(), nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)))]
     assert [type(layer) for layer in layers[0]] == [nn.BatchNorm1d] and [layer.out_features for layer in layers[1]] == [3]
@@ -1497,7 +1513,8 @@ def one_rank(rank, path):
 
 def one_recipe(name, rank):
     """Under DDP beside the same recipe on a plain model whose gradients are averaged by hand."""
-    options = {"steps": 2} if name == "arat" else {"epsilon": 0.5, "steps": 1} if name == "awp" else {}
+    given = {"arat": {"steps": 2}, "awp": {"epsilon": 0.5, "steps": 1}, "drop_attack_k": {"weights": "lstm.*", "steps": 2}}
+    options = given.get(name, {})
     plain = small()
     wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(plain))
     inner, reductions = wrapped.module, []
@@ -1671,3 +1688,17 @@ def test_wrong_values(name, options, error, text):
     with pytest.raises(error, match=text):
         build(name, model, sgd(model), **options)
     assert not model.embedding._forward_hooks
+
+
+# The example
+
+
+def test_the_example_on_sentence_similarity(tmp_path, capsys):
+    for part in ("train", "test"):
+        lines = [f"{score:.3f}\tA man eats {word} ||| A man eats rice\n" for score, word in zip((0, 1, 2, 5), "abcd", strict=True)]
+        with gzip.open(tmp_path / f"{part}.tsv.gz", "wt") as file:
+            file.writelines(["label\ttext\n", *lines * 3])
+    example = runpy.run_path(str(pathlib.Path(__file__).parent.parent / "examples" / "stsb.py"))
+    pearson, spearman = example["main"]([str(tmp_path), "--recipe", "r_at", "--epochs", "8", "--batch", "4"])
+    assert pearson > 0.9 and spearman > 0.9
+    assert capsys.readouterr().out.startswith("epoch 1: loss ")

@@ -26,6 +26,7 @@ class ARAT(AttackRecipe):
                        convolution or linear; None: the last four BatchNorms, or, where there are none, LayerNorms, convolutions, ...
     predictor          h between the two, one a layer;  stop_gradient  sg, the clean side is a constant
     split              every BatchNorm has a branch for clean inputs; the model keeps the adversarial one, which it is tested with
+    split_layer_norm   every LayerNorm as well
     clean_weight, adversarial_weight   w and w'; None: 1 - acc and acc, of the clean branch in eval mode on the epoch's last
                        `balance_rows` rows, from the end of the first epoch; before that, and for regression, 0.5
     epsilon, steps, step_size, norm, per, same_draw   of the attack, as in `PGD`;  random_start  uniform in the ball
@@ -48,6 +49,7 @@ class ARAT(AttackRecipe):
         predictor: bool = True,
         stop_gradient: bool = True,
         split: bool = True,
+        split_layer_norm: bool = False,
         clean_weight: float | None = None,
         adversarial_weight: float | None = None,
         balance_rows: int = 1000,
@@ -63,7 +65,8 @@ class ARAT(AttackRecipe):
         check_number("invariance_weight", invariance_weight, 0)
         for name, value in (("clean_weight", clean_weight), ("adversarial_weight", adversarial_weight)):
             check_number(name, 0.0 if value is None else value, 0)
-        flags = {"predictor": predictor, "stop_gradient": stop_gradient, "split": split, "random_start": random_start}
+        flags = {"predictor": predictor, "stop_gradient": stop_gradient, "split": split, "split_layer_norm": split_layer_norm}
+        flags["random_start"] = random_start
         for name, value in flags.items():
             check_flag(name, value)
         if (clean_weight is None) != (adversarial_weight is None):
@@ -85,7 +88,8 @@ class ARAT(AttackRecipe):
             raise
         kind = dict(device=device_of(model), dtype=next((p.dtype for p in model.parameters()), None))
         self.predictors = nn.ModuleList(_predictor(width) for width in widths if predictor).to(**kind)
-        self._split = [module for module in model.modules() if split and isinstance(module, BatchNorm)]
+        kinds = (BatchNorm,) * split + (nn.LayerNorm,) * split_layer_norm
+        self._split = [module for module in model.modules() if isinstance(module, kinds)]
         self.clean_branch = nn.ModuleList(copy.deepcopy(module) for module in self._split)
         self._hooks = [layer.register_forward_hook(self._keep(i)) for i, layer in enumerate(self._layers)]
         if optimizer is not None and self.parameters():
