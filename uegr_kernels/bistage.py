@@ -78,8 +78,10 @@ class BiStage:
             raise ValueError(f"dropout={dropout!r} with passes={passes}; pass one rate in [0, 1] per pass, such as {[0.3] * passes}")
         self.model, self.embedding, self.passes, self.dropout, self.input_range = model, embedding, passes, dropout, input_range
         self.passes_at_once = min(passes_at_once or passes, passes)
-        self._perturbation = dict(epsilon=epsilon, norm=norm, per=per, backend=backend)
-        self._loss = dict(js_weight=js_weight, label_smoothing=label_smoothing, ignore_index=ignore_index, task=task, backend=backend)
+        self._perturbation: dict[str, Any] = dict(epsilon=epsilon, norm=norm, per=per, backend=backend)
+        self._loss: dict[str, Any] = dict(
+            js_weight=js_weight, label_smoothing=label_smoothing, ignore_index=ignore_index, task=task, backend=backend
+        )
         self._check_options()
         self._runner = Runner(model, embedding, input_range)
 
@@ -108,7 +110,8 @@ class BiStage:
         groups = self._groups()
         # A wrapper that synchronises allows for one backward after each forward, not for several forwards first.
         again = self.passes_at_once < self.passes or (len(groups) > 1 and walks.can_synchronise(self.model))
-        calls, states = [], []
+        calls: list[Any] = []  # logits and the slot's content of each
+        states = []
         for group in groups:
             with contextlib.ExitStack() as stack:
                 if again:
@@ -120,7 +123,7 @@ class BiStage:
         parts = uegr_loss(clean, logits, labels, return_parts=True, **self._loss)
         (parts.loss * scale).backward()
         # One backward per call, so that a recompute inside it finds that call's delta and dropout rate.
-        with walks.gradient_norms_held(self.model) if again else contextlib.nullcontext() as hold:
+        with walks.gradient_norms_held(self.model) if again else contextlib.nullcontext(lambda: None) as hold:
             for i, group in enumerate(groups):
                 with self._runner.without_sync() if i + 1 < len(groups) else contextlib.nullcontext():
                     if again:
@@ -130,7 +133,7 @@ class BiStage:
                     (group_logits, walk), calls[i] = calls[i], None  # no graph outlives its backward
                     with self._rate(group), self._runner.filled(walk):
                         group_logits.backward(logits.grad[group.start : group.stop].flatten(0, 1))
-        return BiStageResult(*(part.detach() for part in parts), clean)
+        return BiStageResult(parts.loss.detach(), parts.clean_loss, parts.adversarial_loss, parts.divergence, clean)
 
     def loss(self, inputs: Any, labels: Tensor) -> Tensor:
         """L_train [], differentiable in the parameters, for those who call backward() themselves; delta is data.
@@ -151,10 +154,18 @@ class BiStage:
         def logits_of(group: range) -> Tensor:
             if self.passes_at_once == self.passes:
                 return self._adversarial(inputs, delta, group)[0]
-            return checkpoint(self._adversarial, inputs, delta, group, use_reentrant=False)[0]
+            again: tuple[Tensor, Pass] = checkpoint(self._adversarial, inputs, delta, group, use_reentrant=False)
+            return again[0]
 
         logits = torch.cat([logits_of(group) for group in self._groups()]).unflatten(0, (self.passes, -1))
-        return uegr_loss(clean, logits, labels, **self._loss)
+        loss: Tensor = uegr_loss(clean, logits, labels, **self._loss)
+        return loss
+
+    def __repr__(self) -> str:
+        embedding = None if self.embedding is None else type(self.embedding).__name__
+        own = {"passes": self.passes, "passes_at_once": self.passes_at_once, "dropout": self.dropout, "input_range": self.input_range}
+        options = ", ".join(f"{name}={value!r}" for name, value in (self._perturbation | self._loss | own).items())
+        return f"BiStage({type(self.model).__name__}, {embedding}, {options}{', closed' if self._runner.closed else ''})"
 
     def close(self) -> None:
         """Removes the hook from the embedding; the BiStage cannot be used afterwards."""

@@ -81,12 +81,12 @@ class Runner:
             raise ValueError(f"input_range={input_range!r}; pass (low, high) with low < high")
         self.model, self.embedding, self.input_range = model, embedding, input_range
         self._slot: Pass | None = None
-        self._closed = False
+        self.closed = False
         self._hook = None if embedding is None else embedding.register_forward_hook(self._on_embedding)
 
     def check(self, scale: float | Tensor) -> None:
         """Raises what stands against a call now."""
-        if self._closed:
+        if self.closed:
             raise RuntimeError("this is closed: its hook is off the embedding; build a new one")
         if not torch.is_grad_enabled():
             raise RuntimeError("gradients are disabled here; call outside torch.no_grad() and torch.inference_mode()")
@@ -99,7 +99,7 @@ class Runner:
     def close(self) -> None:
         if self._hook is not None:
             self._hook.remove()
-        self._closed = True
+        self.closed = True
 
     @contextlib.contextmanager
     def filled(self, walk: Pass) -> Iterator[Pass]:
