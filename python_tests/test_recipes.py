@@ -866,9 +866,13 @@ def test_arat(split, predictor, stop_gradient):
         options = {"split": split, "predictor": predictor, "stop_gradient": stop_gradient, "random_start": False}
         recipe = build("arat", model, optimizer, input_range=(0.0, 1.0), invariance_weight=2.0, steps=3, **options)
         losses = recipe.backward(x, labels)
-        assert len(optimizer.param_groups) == 1 + (split or predictor)
+        assert {id(p) for p in recipe.parameters()} <= {id(p) for p in optimizer.param_groups[-1]["params"]}
         optimizer.step()
-        return losses | {f"own {i}": p.detach().sum() for i, p in enumerate(recipe.parameters())}
+        own = recipe.parameters()
+        recipe.close()
+        assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
+        assert len(optimizer.state) <= len(list(model.parameters()))
+        return losses | {f"own {i}": p.detach().sum() for i, p in enumerate(own)}
 
     def restated(model):
         own = [nn.Sequential(nn.Linear(d, d // 4, bias=False), nn.BatchNorm1d(d // 4), nn.ReLU(), nn.Linear(d // 4, d)) for d in (4, 8)]

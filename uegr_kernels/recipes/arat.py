@@ -32,7 +32,8 @@ class ARAT(AttackRecipe):
     epsilon, steps, step_size, norm, per, same_draw   of the attack, as in `PGD`;  random_start  uniform in the ball
     the common options  (`PassRecipe`)
 
-    h and the clean branch have parameters of their own, `parameters()`: an optimizer given here gets them as a group.
+    h and the clean branch have parameters of their own, `parameters()`; until `close()` they are in the last group of an optimizer given
+    here, so build the recipe before a checkpoint of the optimizer is loaded.
     2 + K forwards, 2 backwards and K that stop at the input. Losses: loss, clean_loss, adversarial_loss, invariance.
     """
 
@@ -92,8 +93,8 @@ class ARAT(AttackRecipe):
         self._split = [module for module in model.modules() if isinstance(module, kinds)]
         self.clean_branch = nn.ModuleList(copy.deepcopy(module) for module in self._split)
         self._hooks = [layer.register_forward_hook(self._keep(i)) for i, layer in enumerate(self._layers)]
-        if optimizer is not None and self.parameters():
-            optimizer.add_param_group({"params": self.parameters()})
+        if optimizer is not None:  # a group of their own would be one that the learning rate's scheduler does not know
+            optimizer.param_groups[-1]["params"].extend(self.parameters())
 
     def parameters(self) -> list[nn.Parameter]:
         """The predictors' and the clean branch's: what the optimizer needs besides the model's."""
@@ -112,6 +113,12 @@ class ARAT(AttackRecipe):
     def close(self) -> None:
         for hook in getattr(self, "_hooks", []):
             hook.remove()
+        if self.optimizer is not None and hasattr(self, "_hooks"):
+            own = set(self.parameters())
+            for group in self.optimizer.param_groups:
+                group["params"][:] = [p for p in group["params"] if p not in own]
+            for p in own:
+                self.optimizer.state.pop(p, None)
         super().close()
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
