@@ -15,6 +15,7 @@ import scipy.stats
 import torch
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -1502,6 +1503,54 @@ def test_at_on_images():
     assert_same_steps(
         Images().double(), lambda model: build("at", model, epsilon=2.0, input_range=(0.0, 1.0)).backward(x, labels), restated
     )
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+SHARDED = {  # what recipes of whole weights say to sharded ones
+    "sam": (RuntimeError, "train whole ones"),
+    "awp": (RuntimeError, "train whole ones"),
+    "drop_attack": (RuntimeError, "train whole ones"),
+    "child_tuning_d": (TypeError, "train with DDP"),
+    "roast": (TypeError, "train with DDP"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+@pytest.mark.parametrize("name", ["l1", "at", "pgd", "free_lb", "r_at_su", "weight_consolidation", *SHARDED])
+def test_sharded_parameters(process_group, name):
+    plain, sharded = small(), small()
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    for module in (sharded.lstm, sharded.convolution, sharded):
+        fully_shard(module, mesh=mesh)
+    options = {"drop_attack": {"weights": "lstm.*"}, "weight_consolidation": {"form": "penalty"}}.get(name, {})
+
+    def train_one(model):
+        optimizer = uk.SelectiveSGD(model.parameters(), lr=LR, seed=5)
+        recipe = build(name, model, optimizer, **options)
+        torch.manual_seed(6)
+        for step in range(2):
+            optimizer.zero_grad()
+            losses = recipe.backward(*batch(step))
+            recipe.before_step()
+            optimizer.step()
+            recipe.after_step()
+        return losses, [p.full_tensor() if model is sharded else p for p in model.parameters()]
+
+    if name in SHARDED:
+        error, text = SHARDED[name]
+        with pytest.raises(error, match=text):
+            train_one(sharded)
+        return
+    (expected, weights), (losses, actual) = train_one(plain), train_one(sharded)
+    assert_equal(losses, expected, rtol=1e-9, atol=1e-12)
+    for x, y in zip(actual, weights, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
 
 
 def one_rank(rank, path):

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.conv import _ConvNd as Convolution
 
 from ..passes import attention_mask, can_synchronise, check_count, synchronises
-from .pgd import AttackRecipe, Start, uniform_in_ball
+from .attack import AttackRecipe, Start, uniform_in_ball
 from .recipe import check_flag, check_number, device_of, plain_names, recomputed, summed_over_ranks
 
 CHANNELS_SECOND = (BatchNorm, Convolution)

@@ -168,7 +168,9 @@ class PassRecipe(Recipe):
         held = buffers_held(self.model) if ascent else contextlib.nullcontext()
         with self._runner.without_sync(), held, self._pass(delta) as walk:
             parts = self._label_loss(self._runner.call(inputs, walk), labels)
-            return parts.clean_loss, list(torch.autograd.grad(parts.loss * scale, weights, allow_unused=True))
+            gradients = list(torch.autograd.grad(parts.loss * scale, weights, allow_unused=True))
+        check_reached(gradients)
+        return parts.clean_loss, gradients
 
     @contextlib.contextmanager
     def _pass(
@@ -259,6 +261,30 @@ def check_flag(name: str, value: Any) -> None:
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is not one of its values; use {', '.join(map(repr, choices))}")
+
+
+def check_reached(gradients: Sequence[Tensor | None]) -> None:
+    """Raises where none of the weights that a method perturbs or masks has a gradient of its own."""
+    if gradients and all(gradient is None for gradient in gradients):
+        raise RuntimeError(
+            "the loss gives none of the weights to perturb or mask a gradient; name weights that it depends on, and train whole ones "
+            "(DDP), not those that FSDP shards"
+        )
+
+
+def check_whole(parameters: Sequence[Tensor], remedy: str) -> None:
+    """Raises for sharded parameters, which have no whole tensor to mask."""
+    if any(hasattr(parameter, "full_tensor") for parameter in parameters):
+        raise TypeError(f"the parameters are sharded (DTensor), and this masks whole ones; {remedy}")
+
+
+def whole(x: Tensor) -> Tensor:
+    """A number that sharded parameters give, on every rank."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def norm_of(tensor: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(tensor.detach(), dtype=torch.promote_types(tensor.dtype, torch.float32))
 
 
 def recomputed(x: Tensor) -> Tensor:

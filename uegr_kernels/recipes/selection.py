@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..selective import SelectiveAdamW, SelectiveSGD, select_gradients_, selection_probability
+from .recipe import check_whole
 
 OPTIONS = tuple(inspect.signature(selection_probability).parameters.keys() - {"grad", "saliency", "backend"})
 
@@ -37,9 +38,10 @@ class Selection:
             return
         if self.drawn:
             self.state["seed"], self.drawn = agreed(self.state["seed"]), False
+        params = self._params()
+        check_whole(params, "pass a SelectiveAdamW or SelectiveSGD as the optimizer, which selects shards inside its step")
         self.state["step"] += 1
-        seed = self.state["seed"] or 0
-        select_gradients_(self._params(), seed=seed, step=self.state["step"], **self.options, backend=self.backend)
+        select_gradients_(params, seed=self.state["seed"] or 0, step=self.state["step"], **self.options, backend=self.backend)
 
     def _bind(self, optimizer: Any) -> None:
         self.optimizer = optimizer
