@@ -76,7 +76,8 @@ class UEGRTrainer(Trainer):
             losses = self.recipe.backward(inputs, labels, scale=scaler.scale(share) if scaler is not None else share)
         for name, loss in losses.items():
             self._add(name, loss)
-        return losses["loss"].detach() / accumulated
+        total: Tensor = losses["loss"].detach() / accumulated
+        return total
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -88,7 +89,7 @@ class UEGRTrainer(Trainer):
         self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._counts[name] = self._counts.get(name, 0) + 1
 
-    def _build_recipe(self, model: nn.Module, optimizer: Any) -> Any:
+    def _build_recipe(self, model: Any, optimizer: Any) -> Any:
         embedding = self.embedding
         if embedding is None:
             embedding = self.accelerator.unwrap_model(model).get_input_embeddings()
