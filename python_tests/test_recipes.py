@@ -1358,6 +1358,7 @@ def test_an_exception_leaves_the_model_as_it_was(name, where):
                 assert torch.equal(after[key], value) or name == "free_at", key
         assert [module.training for module in model.modules()] == modes and model.dropout.p == 0.3
         assert {name: b.data_ptr() for name, b in model.named_buffers()} == buffers
+        assert all(p.grad is None for p in model.parameters())
         with torch.no_grad():
             assert not model.embedding(batch()[0]["ids"]).requires_grad  # the hook sleeps
         model.zero_grad()
@@ -1451,6 +1452,28 @@ def test_precision_and_frozen_embeddings(name, kind):
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     assert (model.embedding.weight.grad is None) == (kind == "frozen embedding" or name == "free_at")
+
+
+@pytest.mark.parametrize("name", recipes.NAMES)
+def test_adaptive_dropout(name):
+    model = Small(0.3)
+    uk.replace_dropout(model)
+    losses, _ = train(name, model)
+    assert all(loss.isfinite() for each in losses for loss in each.values()) and model.dropout.pending.isfinite().all()
+    assert model.dropout.gradient_norm.max() > 0
+
+
+@pytest.mark.parametrize("name, options", [("free_lb", {"adv_lr": 0.0, "init_mag": 0.0}), ("sam", {"rho": 0.0})], ids=["free_lb", "sam"])
+def test_the_same_draw_of_adaptive_dropout(name, options):
+    """Later passes drop the units that the first one dropped, though there are gradient norms in between."""
+    losses = []
+    for each, given in (("plain", {}), (name, options)):
+        model = small()
+        uk.replace_dropout(model)
+        train("plain", model, steps=1)
+        torch.manual_seed(6)
+        losses.append(build(each, model, **given).backward(*batch())["loss"])
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("name", recipes.NAMES)
@@ -1670,7 +1693,7 @@ def test_resume(name):
 def test_wrong_options(name):
     model = small()
     for options, error, text in (
-        ({"no_such_option": 1}, TypeError, "no_such_option"),
+        ({"no_such_option": 1}, TypeError, "no option 'no_such_option'; its options are"),
         ({"task": "ranking"}, ValueError, "task='ranking'"),
         ({"backend": "fast"}, ValueError, "backend='fast'"),
         ({"input_range": (0.0, 1.0)}, ValueError, "embedding=None"),

@@ -221,7 +221,7 @@ class ARAT(AttackRecipe):
         if not self._alike and can_synchronise(self.model) and torch.distributed.is_available() and torch.distributed.is_initialized():
             with torch.no_grad():
                 for own in (*self.predictors.state_dict().values(), *self.clean_branch.state_dict().values()):
-                    torch.distributed.broadcast(own, 0)
+                    torch.distributed.broadcast(own, group_src=0, group=getattr(self.model, "process_group", None))
         self._alike = True
 
     def _average_over_ranks(self) -> None:

@@ -53,6 +53,7 @@ class RATSU(SelectiveUpdate, RAT):
     """
 
     kept = ("selection",)
+    more_options = OPTIONS
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import fnmatch
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,12 +25,12 @@ class Recipe:
     state_dict(), load_state_dict(state)    what a resumed run needs besides the model's and the optimizer's
     close()                                 takes the hooks off the model
 
-    Weights, modes and hooks are after a call what they were before it, also where an exception passes through; .grad then holds the
-    gradients of the passes that were done, and wants zero_grad().
+    Weights, modes and hooks are after a call what they were before it, also where an exception passes through: a .grad that was None is
+    then None again; one that was there may hold more, and wants zero_grad().
     """
 
     kept: tuple[str, ...] = ()  # attributes that a checkpoint carries
-    _runner: Any  # what has the hook: check(scale), close()
+    _runner: Any  # what has the hook, and close()
 
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
         if optimizer is not None and not (hasattr(optimizer, "param_groups") and hasattr(optimizer, "step")):
@@ -46,8 +47,14 @@ class Recipe:
         Returns the losses by name, 0-d, detached and unscaled: "loss", what is minimised, and its parts. Under DDP and FSDP the last
         backward synchronises, and none inside the caller's no_sync. Raises as `BiStage.backward`.
         """
-        self._runner.check(scale)
-        return self._backward(inputs, labels, scale)
+        self._check(scale)
+        without = [p for p in self.model.parameters() if p.grad is None]
+        try:
+            return self._backward(inputs, labels, scale)
+        except BaseException:
+            for p in without:
+                p.grad = None
+            raise
 
     def before_step(self) -> None:
         """What the method does to the gradients or weights ahead of the optimizer's step, after unscaling and clipping."""
@@ -76,6 +83,9 @@ class Recipe:
         """Removes the hooks from the model; the recipe cannot be used afterwards."""
         self._runner.close()
 
+    def _check(self, scale: float | Tensor) -> None:
+        """Raises what stands against a call now."""
+
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         raise NotImplementedError
 
@@ -98,6 +108,8 @@ class PassRecipe(Recipe):
     pass. Build the recipe before `torch.compile`. Raises TypeError or ValueError for wrong options, before anything has changed.
     """
 
+    more_options: tuple[str, ...] = ()  # that are in no signature
+
     def __init__(
         self,
         model: nn.Module,
@@ -110,7 +122,12 @@ class PassRecipe(Recipe):
         dropout: float | None = None,
         input_range: tuple[float, float] | None = None,
         backend: str = "auto",
+        **unknown,
     ) -> None:
+        if unknown:
+            given = [p for kind in type(self).__mro__[:-1] for p in inspect.signature(kind.__init__).parameters.values()]
+            known = {p.name for p in given if p.kind is p.KEYWORD_ONLY and p.name != "least_steps"} | set(self.more_options)
+            raise TypeError(f"{type(self).__name__} has no option {min(unknown)!r}; its options are {', '.join(sorted(known))}")
         super().__init__(model, optimizer)
         check_number("dropout", 0.0 if dropout is None else dropout, 0, 1)
         AdaptiveDropout(1, backend=backend)  # raises for a wrong backend
@@ -120,6 +137,9 @@ class PassRecipe(Recipe):
         labels = row if task == "regression" else torch.zeros(1, dtype=torch.int64, device="cpu")
         uegr_loss(row, row[None], labels, **self._loss_options, backend="reference")
         self._runner = Runner(model, embedding, input_range)
+
+    def _check(self, scale: float | Tensor) -> None:
+        self._runner.check(scale)
 
     def _descend(
         self,
