@@ -278,14 +278,19 @@ class Environment:
     def __init__(self, python: str, root: pathlib.Path, wheel: pathlib.Path):
         self.python, self.root = root / "bin/python", root
         subprocess.run([python, "-m", "venv", "--without-pip", root], check=True)
-        done = run("-m", "pip", "--python", self.python, "install", "-q", "--no-deps", "--no-index", wheel)
+        install = ["-m", "pip", "--python", self.python, "install", "-q", "--no-deps", "--no-index", "--ignore-installed", wheel]
+        done = run(*install, env=self.environment(), cwd=root)
         assert done.returncode == 0, done.stderr
         own, others = (subprocess.check_output([which, "-c", PATHS], text=True).strip() for which in (self.python, python))
         pathlib.Path(own, "others.pth").write_text(others)  # a folder named so is searched last, and its .pth files are not read
 
+    @staticmethod
+    def environment() -> dict[str, str]:
+        return {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "UEGR_KERNELS_ISA")}
+
     def run(self, *command) -> subprocess.CompletedProcess:
-        inherited = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "UEGR_KERNELS_ISA")}
-        return subprocess.run([self.python, *map(str, command)], cwd=self.root, env=inherited, capture_output=True, text=True, timeout=500)
+        options = {"env": self.environment(), "capture_output": True, "text": True, "timeout": 500}
+        return subprocess.run([self.python, *map(str, command)], cwd=self.root, **options)
 
 
 def pythons() -> list[str]:
@@ -303,8 +308,9 @@ def torch_of(python: str) -> str | None:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> pathlib.Path:
     """What `make wheel` makes, linked from what `make build` has compiled."""
-    if not (ROOT / "build/inplace/build.ninja").exists() or native.why_not():
-        pytest.skip("nothing is compiled in build/inplace")
+    ninja = run("-m", "ninja", "-n", "-f", "build/inplace/build.ninja", cwd=ROOT)
+    if "no work to do" not in ninja.stdout or native.why_not():
+        pytest.skip("what build/inplace holds is not of these sources; run `make build`")
     folder = tmp_path_factory.mktemp("wheel")
     build = ["build", "--build-temp", "build/inplace", "--build-lib", folder / "lib"]
     done = run("setup.py", "-q", *build, "bdist_wheel", "--bdist-dir", folder / "bdist", "--dist-dir", folder, cwd=ROOT)
