@@ -8,7 +8,7 @@ from .perturbation import fgm_perturbation, perturbed_weights, pgd_step
 from .selective import SelectiveAdamW, SelectiveSGD, select_gradients_, selection_mask, selection_probability
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name == "analysis":  # on demand: training needs none of it
         import importlib
 

@@ -105,7 +105,7 @@ def _selections(optimizer: Any) -> Iterator[tuple[str, Tensor, Tensor, Tensor | 
                 name = group["param_names"][i] if "param_names" in group else str(stream)
                 found.append((name, stream, p.grad.detach(), options, group["seed"], int(optimizer.state[p]["step"].item())))
             stream += 1
-    wide: dict[tuple, dict[int, Tensor]] = {}  # by options: p of every parameter of a scope that spans them
+    wide: dict[tuple[Any, ...], dict[int, Tensor]] = {}  # by options: p of every parameter of a scope that spans them
     for name, stream, g, options, seed, step in found:
         if options["scope"] == "global" and options["normalization"] != "constant":
             key = tuple(options.items())
@@ -121,7 +121,7 @@ def _selections(optimizer: Any) -> Iterator[tuple[str, Tensor, Tensor, Tensor | 
 
 
 def _same_scope(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return one["scope"] == other["scope"] and one["normalization"] == other["normalization"]
+    return all(bool(one[name] == other[name]) for name in ("scope", "normalization"))
 
 
 def _describe(name: str, g: Tensor, p: Tensor, mask: Tensor | None) -> ParameterSelection:

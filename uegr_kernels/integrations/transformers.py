@@ -57,7 +57,7 @@ class UEGRTrainer(Trainer):
             self._build_recipe(self.model, self.optimizer).close()  # raises for wrong options
         self.add_callback(_AroundTheStep(self))
 
-    def get_optimizer_cls_and_kwargs(self, args: Any, model: nn.Module | None = None) -> tuple[Any, dict[str, Any]]:  # type: ignore[override]
+    def get_optimizer_cls_and_kwargs(self, args: Any, model: nn.Module | None = None) -> tuple[Any, dict[str, Any]]:
         return SelectiveAdamW, {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -76,7 +76,8 @@ class UEGRTrainer(Trainer):
             losses = self.recipe.backward(inputs, labels, scale=scaler.scale(share) if scaler is not None else share)
         for name, loss in losses.items():
             self._add(name, loss)
-        return losses["loss"].detach() / accumulated
+        mean: Tensor = losses["loss"].detach() / accumulated
+        return mean
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:

@@ -40,7 +40,7 @@ class FreeAT(PassRecipe):
         norm: str | None = None,
         init_mag: float | None = None,
         persistent: bool | None = None,
-        **options,
+        **options: Any,
     ) -> None:
         image = embedding is None
         self.epsilon = (4 / 255 if image else 0.1) if epsilon is None else epsilon
@@ -59,12 +59,12 @@ class FreeAT(PassRecipe):
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         optimizer, mask, losses = self._stepped(), attention_mask(inputs), []
-        delta = self._start(mask, len(labels))
+        delta: Any = self._start(mask, len(labels))
         for _ in range(self.repeats):
             loss, walk = self._descend(inputs, labels, scale, delta, watched=True, last=True)
             losses.append(loss)
             self._update(optimizer, scale)
-            options = dict(step_size=self.step_size, radius=self.epsilon, norm=self.norm)
+            options: dict[str, Any] = dict(step_size=self.step_size, radius=self.epsilon, norm=self.norm)
             delta = pgd_step(walk.delta, walk.gradient, mask=mask, **options, backend=self.backend)
         if self.persistent:
             self.delta = delta if self.delta is None else torch.cat([delta, self.delta[len(delta) :]])
@@ -116,7 +116,7 @@ class FreeLB(PassRecipe):
         max_norm: float = 0.0,
         norm: str = "l2",
         same_draw: bool = True,
-        **options,
+        **options: Any,
     ) -> None:
         check_count("steps", steps)
         check_number("adv_lr", adv_lr, 0)
@@ -136,7 +136,7 @@ class FreeLB(PassRecipe):
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         mask, losses = attention_mask(inputs), []
-        delta = in_a_cube(self.init_mag, mask) if self.init_mag else None
+        delta: Any = in_a_cube(self.init_mag, mask) if self.init_mag else None
         radius = self.max_norm if self.max_norm > 0 else torch.finfo(torch.float32).max
         with self._draws(self.same_draw) as draw:
             for step in range(1, self.steps + 1):
@@ -146,7 +146,7 @@ class FreeLB(PassRecipe):
                 losses.append(loss)
                 if not last:
                     delta = torch.zeros_like(walk.gradient) if walk.delta is None else walk.delta
-                    options = dict(step_size=self.adv_lr, radius=radius, norm=self.norm, per="sample", backend=self.backend)
+                    options: dict[str, Any] = dict(step_size=self.adv_lr, radius=radius, norm=self.norm, per="sample", backend=self.backend)
                     delta = climb(delta, walk.gradient, mask, **options)
         mean = torch.stack(losses).mean()
         return {"loss": mean, "adversarial_loss": mean}

@@ -35,7 +35,7 @@ class AttackRecipe(PassRecipe):
         per: str,
         same_draw: bool,
         least_steps: int = 1,
-        **options,
+        **options: Any,
     ) -> None:
         check_number("epsilon", epsilon, 0)
         check_count("steps", steps, least_steps)
@@ -48,9 +48,9 @@ class AttackRecipe(PassRecipe):
         pgd_step(row, row, step_size=0.0, radius=0.0, norm="linf" if norm == "max" else norm, per=per, backend="reference")
         super().__init__(model, embedding, optimizer, **options)
 
-    def _attack(self, inputs: Any, labels: Tensor, scale: float | Tensor, draw: Callable, clean: Pass | None = None) -> Tensor | None:
+    def _attack(self, inputs: Any, labels: Tensor, scale: float | Tensor, draw: Callable[[], Any], clean: Pass | None = None) -> Any:
         """delta after all steps, the first from the `clean` pass's gradient where one is given; None after no step."""
-        delta = self._start(attention_mask(inputs)) if self.steps else None
+        delta: Any = self._start(attention_mask(inputs)) if self.steps else None
         for step in range(self.steps):
             if step or clean is None:
                 with draw():
@@ -64,7 +64,7 @@ class AttackRecipe(PassRecipe):
         return None
 
     def _climb(self, delta: Tensor, gradient: Tensor, mask: Tensor | None) -> Tensor:
-        options = dict(step_size=self.step_size, radius=self.epsilon, per=self.per)
+        options: dict[str, Any] = dict(step_size=self.step_size, radius=self.epsilon, per=self.per)
         return climb(delta, gradient, mask, norm=self.norm, **options, backend=self.backend)
 
 
@@ -98,7 +98,7 @@ class PGD(AttackRecipe):
         random_start: bool = False,
         same_draw: bool = False,
         first_step_from_clean: bool = False,
-        **options,
+        **options: Any,
     ) -> None:
         check_number("clean_weight", clean_weight, 0)
         check_flag("random_start", random_start)
@@ -106,7 +106,7 @@ class PGD(AttackRecipe):
         if first_step_from_clean and (random_start or clean_weight == 0):
             raise ValueError("first_step_from_clean=True needs the clean pass's gradient; leave random_start out, and clean_weight above 0")
         self.clean_weight, self.random_start, self.first_step_from_clean = clean_weight, random_start, first_step_from_clean
-        steps_options = dict(epsilon=epsilon, steps=steps, step_size=step_size, norm=norm, per=per, same_draw=same_draw)
+        steps_options: dict[str, Any] = dict(epsilon=epsilon, steps=steps, step_size=step_size, norm=norm, per=per, same_draw=same_draw)
         super().__init__(model, embedding, optimizer, **steps_options, **options)
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
@@ -114,7 +114,7 @@ class PGD(AttackRecipe):
         with self._draws(self.same_draw) as draw:
             if self.clean_weight:
                 with draw():
-                    options = dict(weight=self.clean_weight, watched=self.first_step_from_clean)
+                    options: dict[str, Any] = dict(weight=self.clean_weight, watched=self.first_step_from_clean)
                     losses["clean_loss"], clean = self._descend(inputs, labels, scale, **options)
             delta = self._attack(inputs, labels, scale, draw, clean if self.first_step_from_clean else None)
             with draw():
@@ -150,7 +150,7 @@ class AdvEmbed(PGD):
         start: float = 1e-5,
         clean_weight: float = 1.0,
         same_draw: bool = False,
-        **options,
+        **options: Any,
     ) -> None:
         check_number("start", start, 0)
         self.start = start
@@ -202,13 +202,14 @@ def uniform_in_ball(radius: float, norm: str, per: str, mask: Tensor | None) -> 
     generator = drawn_apart()
 
     def start(x: Tensor) -> Tensor:
-        source = dict(generator=generator(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        source: dict[str, Any] = dict(generator=generator(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         if norm != "l2":
             return masked((2 * torch.rand(x.shape, **source) - 1) * radius, mask).to(x.dtype)
         direction = fgm_perturbation(torch.randn(x.shape, **source), 1.0, per=per, mask=mask)
         axes = {"sample": tuple(range(1, x.dim())), "token": (-1,), "all": tuple(range(x.dim()))}[per]
         dimensions = masked(torch.ones_like(direction), mask).sum(axes, keepdim=True).clamp(min=1)
-        return (direction * radius * torch.rand(dimensions.shape, **source) ** (1 / dimensions)).to(x.dtype)
+        inside: Tensor = direction * radius * torch.rand(dimensions.shape, **source) ** (1 / dimensions)
+        return inside.to(x.dtype)
 
     return start
 

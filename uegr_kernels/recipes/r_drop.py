@@ -35,7 +35,7 @@ class RDrop(PassRecipe):
         *,
         alpha: float = 1.0,
         reduction: str = "mean",
-        **options,
+        **options: Any,
     ) -> None:
         check_number("alpha", alpha, 0)
         check_choice("reduction", reduction, ("mean", "sum"))
@@ -81,9 +81,9 @@ class RAT(RDrop):
         epsilon: float = 0.1,
         norm: str = "l2",
         per: str = "sample",
-        **options,
+        **options: Any,
     ) -> None:
-        self._perturbation = dict(epsilon=epsilon, norm=norm, per=per)
+        self._perturbation: dict[str, Any] = dict(epsilon=epsilon, norm=norm, per=per)
         fgm_perturbation(torch.zeros(1, 2, device="cpu"), **self._perturbation, backend="reference")  # raises for a wrong option
         super().__init__(model, embedding, optimizer, **options)
 
@@ -110,7 +110,7 @@ class RATSU(SelectiveUpdate, RAT):
         *,
         seed: int | None = None,
         backend: str = "auto",
-        **options,
+        **options: Any,
     ) -> None:
         selection = {name: options.pop(name) for name in OPTIONS if name in options}
         super().__init__(model, embedding, optimizer, backend=backend, **options)
@@ -122,7 +122,7 @@ class RATSU(SelectiveUpdate, RAT):
 
 
 def symmetric_divergence(
-    first: Tensor, second: Tensor, labels: Tensor, reduction: str, *, task: str, ignore_index: int, **unused
+    first: Tensor, second: Tensor, labels: Tensor, reduction: str, *, task: str, ignore_index: int, **unused: Any
 ) -> Tensor:
     """(KL(P||Q) + KL(Q||P))/2 of two passes' logits [N, C], over the rows that are not ignored; mean squared difference for regression.
 
@@ -131,7 +131,7 @@ def symmetric_divergence(
     if not labels.is_floating_point():
         kept = (labels != ignore_index)[:, None]
         first, second = torch.where(kept, first, 0), torch.where(kept, second, 0)
-        rows = kept.sum()
+        rows: Any = kept.sum()
     else:
         rows = len(labels)
     wide = torch.promote_types(first.dtype, torch.float32)

@@ -112,7 +112,7 @@ class PassRecipe(Recipe):
         check_number("dropout", 0.0 if dropout is None else dropout, 0, 1)
         AdaptiveDropout(1, backend=backend)  # raises for a wrong backend
         self.dropout, self.backend = dropout, backend
-        self._loss_options = dict(js_weight=0.0, label_smoothing=label_smoothing, ignore_index=ignore_index, task=task)
+        self._loss_options: dict[str, Any] = dict(js_weight=0.0, label_smoothing=label_smoothing, ignore_index=ignore_index, task=task)
         row = torch.zeros(1, 2, device="cpu")
         labels = row if task == "regression" else torch.zeros(1, dtype=torch.int64, device="cpu")
         uegr_loss(row, row[None], labels, **self._loss_options, backend="reference")
@@ -202,7 +202,7 @@ class PassRecipe(Recipe):
 
     @property
     def _regression(self) -> bool:
-        return self._loss_options["task"] == "regression"
+        return bool(self._loss_options["task"] == "regression")
 
 
 def device_of(model: nn.Module) -> torch.device:

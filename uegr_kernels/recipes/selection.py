@@ -25,7 +25,7 @@ class Selection:
         self.inside = isinstance(own, SelectiveAdamW | SelectiveSGD)
         self.model, self.options, self.backend, self.drawn = model, options, backend, False
         check_seed(seed)
-        self.state = {"seed": seed, "step": 0}
+        self.state: dict[str, Any] = {"seed": seed, "step": 0}
         if self.inside:
             type(own)([torch.zeros(1, requires_grad=True, device="cpu")], seed=0, **options)  # raises for a wrong option
             given = options if seed is None else options | {"seed": seed % 2**64}

@@ -35,7 +35,7 @@ class SAM(PassRecipe):
         rho: float = 0.05,
         adaptive: bool = False,
         same_draw: bool = True,
-        **options,
+        **options: Any,
     ) -> None:
         check_number("rho", rho, 0)
         check_flag("adaptive", adaptive)
@@ -84,7 +84,7 @@ class AWP(AttackRecipe):
         norm: str = "l2",
         per: str = "sample",
         same_draw: bool = False,
-        **options,
+        **options: Any,
     ) -> None:
         check_number("gamma", gamma, 0)
         check_count("warmup_epochs", warmup_epochs, 0)
@@ -159,7 +159,8 @@ def _lengths(tensors: Sequence[Tensor]) -> list[float]:
 
 
 def _norm(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tensor.detach(), dtype=torch.promote_types(tensor.dtype, torch.float32))
+    length: Tensor = torch.linalg.vector_norm(tensor.detach(), dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return length
 
 
 def _adapted(rho: float, weights: Sequence[Tensor], gradients: list[Tensor | None]) -> tuple[float, list[Tensor | None]]:
