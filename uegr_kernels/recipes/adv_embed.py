@@ -34,7 +34,7 @@ class AdvEmbed(PGD):
         start: float = 1e-5,
         clean_weight: float = 1.0,
         same_draw: bool = False,
-        **options,
+        **options: Any,
     ) -> None:
         check_number("start", start, 0)
         self.start = start

@@ -61,7 +61,7 @@ class ARAT(AttackRecipe):
         per: str = "sample",
         random_start: bool = True,
         same_draw: bool = False,
-        **options,
+        **options: Any,
     ) -> None:
         check_number("invariance_weight", invariance_weight, 0)
         for name, value in (("clean_weight", clean_weight), ("adversarial_weight", adversarial_weight)):
@@ -76,7 +76,7 @@ class ARAT(AttackRecipe):
         self.invariance_weight, self.stop_gradient, self.random_start = invariance_weight, stop_gradient, random_start
         self.clean_weight, self.adversarial_weight, self.balance_rows = clean_weight, adversarial_weight, balance_rows
         self.accuracy: float | None = None
-        self.recent: list[list] = []  # [inputs, labels] of the epoch's last batches
+        self.recent: list[list[Any]] = []  # [inputs, labels] of the epoch's last batches
         self._features: dict[int, Tensor] | None = None
         self._alike = False  # own modules on all ranks
         options |= dict(epsilon=epsilon, steps=steps, step_size=epsilon / 4 if step_size is None else step_size, norm=norm, per=per)
@@ -87,7 +87,7 @@ class ARAT(AttackRecipe):
         except BaseException:
             self.close()
             raise
-        kind = dict(device=device_of(model), dtype=next((p.dtype for p in model.parameters()), None))
+        kind: dict[str, Any] = dict(device=device_of(model), dtype=next((p.dtype for p in model.parameters()), None))
         self.predictors = nn.ModuleList(_predictor(width) for width in widths if predictor).to(**kind)
         kinds = (BatchNorm,) * split + (nn.LayerNorm,) * split_layer_norm
         self._split = [module for module in model.modules() if isinstance(module, kinds)]
@@ -101,12 +101,12 @@ class ARAT(AttackRecipe):
         return [*self.predictors.parameters(), *self.clean_branch.parameters()]
 
     @property
-    def own_modules(self) -> dict[str, dict]:
+    def own_modules(self) -> dict[str, dict[str, Any]]:
         """Predictors and clean branch, for checkpoints."""
         return {"predictors": self.predictors.state_dict(), "clean_branch": self.clean_branch.state_dict()}
 
     @own_modules.setter
-    def own_modules(self, state: dict[str, dict]) -> None:
+    def own_modules(self, state: dict[str, dict[str, Any]]) -> None:
         self.predictors.load_state_dict(state["predictors"])
         self.clean_branch.load_state_dict(state["clean_branch"])
 
@@ -172,7 +172,7 @@ class ARAT(AttackRecipe):
         return uniform_in_ball(self.epsilon, self.norm, self.per, mask) if self.random_start else None
 
     def _weights(self) -> tuple[float, float]:
-        if self.clean_weight is not None:
+        if self.clean_weight is not None and self.adversarial_weight is not None:
             return self.clean_weight, self.adversarial_weight
         return (0.5, 0.5) if self.accuracy is None else (1 - self.accuracy, self.accuracy)
 
@@ -192,7 +192,7 @@ class ARAT(AttackRecipe):
             swap()
 
     def _keep(self, i: int) -> Any:
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if self._features is not None:
                 self._features[i] = output
 
@@ -249,7 +249,7 @@ def _layers(model: nn.Module, names: Sequence[str] | None) -> list[nn.Module]:
                 raise ValueError(f"layers names {name!r}, which is no module of model; name some of {', '.join(filter(None, modules))}")
         return [modules[name] for name in ([names] if isinstance(names, str) else names)]
     for kind in (BatchNorm, nn.LayerNorm, Convolution, nn.Linear):
-        found = [module for module in model.modules() if isinstance(module, kind)]
+        found: list[nn.Module] = [module for module in model.modules() if isinstance(module, kind)]
         found = found[:-1] or found if kind is nn.Linear else found  # not the logits, where there is anything else
         if found:
             return found[-4:]
@@ -261,7 +261,7 @@ def _width(layer: nn.Module) -> int:
         return layer.normalized_shape[-1]
     for name in ("num_features", "out_channels", "out_features"):
         if isinstance(layer, (BatchNorm, Convolution, nn.Linear)) and hasattr(layer, name):
-            return getattr(layer, name)
+            return int(getattr(layer, name))
     raise ValueError(f"layers names a {type(layer).__name__}; name BatchNorm, LayerNorm, convolution or linear layers")
 
 

@@ -35,7 +35,7 @@ class AttackRecipe(PassRecipe):
         per: str,
         same_draw: bool,
         least_steps: int = 1,
-        **options,
+        **options: Any,
     ) -> None:
         check_number("epsilon", epsilon, 0)
         check_count("steps", steps, least_steps)
@@ -48,9 +48,9 @@ class AttackRecipe(PassRecipe):
         pgd_step(row, row, step_size=0.0, radius=0.0, norm="linf" if norm == "max" else norm, per=per, backend="reference")
         super().__init__(model, embedding, optimizer, **options)
 
-    def _attack(self, inputs: Any, labels: Tensor, scale: float | Tensor, draw: Callable, clean: Pass | None = None) -> Tensor | None:
+    def _attack(self, inputs: Any, labels: Tensor, scale: float | Tensor, draw: Callable[[], Any], clean: Pass | None = None) -> Any:
         """delta after all steps, the first from the `clean` pass's gradient where one is given; None after no step."""
-        delta = self._start(attention_mask(inputs)) if self.steps else None
+        delta: Any = self._start(attention_mask(inputs)) if self.steps else None
         for step in range(self.steps):
             if step or clean is None:
                 with draw():
@@ -64,7 +64,7 @@ class AttackRecipe(PassRecipe):
         return None
 
     def _climb(self, delta: Tensor, gradient: Tensor, mask: Tensor | None) -> Tensor:
-        options = dict(step_size=self.step_size, radius=self.epsilon, per=self.per)
+        options: dict[str, Any] = dict(step_size=self.step_size, radius=self.epsilon, per=self.per)
         return climb(delta, gradient, mask, norm=self.norm, **options, backend=self.backend)
 
 
@@ -106,7 +106,7 @@ def uniform_in_ball(radius: float, norm: str, per: str, mask: Tensor | None) -> 
     generator = drawn_apart()
 
     def start(x: Tensor) -> Tensor:
-        source = dict(generator=generator(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        source: dict[str, Any] = dict(generator=generator(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         if norm != "l2":
             return masked((2 * torch.rand(x.shape, **source) - 1) * radius, mask).to(x.dtype)
         direction = fgm_perturbation(torch.randn(x.shape, **source), 1.0, per=per, mask=mask)

@@ -42,7 +42,7 @@ class AWP(AttackRecipe):
         norm: str = "l2",
         per: str = "sample",
         same_draw: bool = False,
-        **options,
+        **options: Any,
     ) -> None:
         check_number("gamma", gamma, 0)
         check_count("warmup_epochs", warmup_epochs, 0)

@@ -40,7 +40,7 @@ class FreeAT(PassRecipe):
         norm: str | None = None,
         init_mag: float | None = None,
         persistent: bool | None = None,
-        **options,
+        **options: Any,
     ) -> None:
         image = embedding is None
         self.epsilon = (4 / 255 if image else 0.1) if epsilon is None else epsilon
@@ -59,12 +59,12 @@ class FreeAT(PassRecipe):
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         optimizer, mask, losses = self._stepped(), attention_mask(inputs), []
-        delta = self._start(mask, len(labels))
+        delta: Any = self._start(mask, len(labels))
         for _ in range(self.steps):
             loss, walk = self._descend(inputs, labels, scale, delta, watched=True, last=True)
             losses.append(loss)
             self._update(optimizer, scale)
-            options = dict(step_size=self.step_size, radius=self.epsilon, norm=self.norm)
+            options: dict[str, Any] = dict(step_size=self.step_size, radius=self.epsilon, norm=self.norm)
             delta = pgd_step(walk.delta, walk.gradient, mask=mask, **options, backend=self.backend)
         if self.persistent:
             self.delta = delta if self.delta is None else torch.cat([delta, self.delta[len(delta) :]])

@@ -35,7 +35,7 @@ class FreeLB(PassRecipe):
         max_norm: float = 0.0,
         norm: str = "l2",
         same_draw: bool = True,
-        **options,
+        **options: Any,
     ) -> None:
         check_count("steps", steps)
         check_number("adv_lr", adv_lr, 0)
@@ -55,7 +55,7 @@ class FreeLB(PassRecipe):
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         mask, losses = attention_mask(inputs), []
-        delta = in_a_cube(self.init_mag, mask) if self.init_mag else None
+        delta: Any = in_a_cube(self.init_mag, mask) if self.init_mag else None
         radius = self.max_norm if self.max_norm > 0 else torch.finfo(torch.float32).max
         with self._draws(self.same_draw) as draw:
             for step in range(1, self.steps + 1):
@@ -65,7 +65,7 @@ class FreeLB(PassRecipe):
                 losses.append(loss)
                 if not last:
                     delta = torch.zeros_like(walk.gradient) if walk.delta is None else walk.delta
-                    options = dict(step_size=self.adv_lr, radius=radius, norm=self.norm, per="sample", backend=self.backend)
+                    options: dict[str, Any] = dict(step_size=self.adv_lr, radius=radius, norm=self.norm, per="sample", backend=self.backend)
                     delta = climb(delta, walk.gradient, mask, **options)
         mean = torch.stack(losses).mean()
         return {"loss": mean, "adversarial_loss": mean}

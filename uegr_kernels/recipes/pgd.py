@@ -38,7 +38,7 @@ class PGD(AttackRecipe):
         random_start: bool = False,
         same_draw: bool = False,
         first_step_from_clean: bool = False,
-        **options,
+        **options: Any,
     ) -> None:
         check_number("clean_weight", clean_weight, 0)
         check_flag("random_start", random_start)
@@ -46,7 +46,7 @@ class PGD(AttackRecipe):
         if first_step_from_clean and (random_start or clean_weight == 0):
             raise ValueError("first_step_from_clean=True needs the clean pass's gradient; leave random_start out, and clean_weight above 0")
         self.clean_weight, self.random_start, self.first_step_from_clean = clean_weight, random_start, first_step_from_clean
-        steps_options = dict(epsilon=epsilon, steps=steps, step_size=step_size, norm=norm, per=per, same_draw=same_draw)
+        steps_options: dict[str, Any] = dict(epsilon=epsilon, steps=steps, step_size=step_size, norm=norm, per=per, same_draw=same_draw)
         super().__init__(model, embedding, optimizer, **steps_options, **options)
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
@@ -54,7 +54,7 @@ class PGD(AttackRecipe):
         with self._draws(self.same_draw) as draw:
             if self.clean_weight:
                 with draw():
-                    options = dict(weight=self.clean_weight, watched=self.first_step_from_clean)
+                    options: dict[str, Any] = dict(weight=self.clean_weight, watched=self.first_step_from_clean)
                     losses["clean_loss"], clean = self._descend(inputs, labels, scale, **options)
             delta = self._attack(inputs, labels, scale, draw, clean if self.first_step_from_clean else None)
             with draw():

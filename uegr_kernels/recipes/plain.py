@@ -22,7 +22,7 @@ class Plain(PassRecipe):
 
 
 class _Penalised(PassRecipe):
-    def __init__(self, model: nn.Module, embedding: nn.Module | None, optimizer: Any = None, *, weight: float, **options) -> None:
+    def __init__(self, model: nn.Module, embedding: nn.Module | None, optimizer: Any = None, *, weight: float, **options: Any) -> None:
         check_number("weight", weight, 0)
         self.weight = weight
         super().__init__(model, embedding, optimizer, **options)
@@ -46,7 +46,9 @@ class L1(_Penalised):
     1 forward, 1 backward. Losses: loss, clean_loss, penalty (weight * sum |w|).
     """
 
-    def __init__(self, model: nn.Module, embedding: nn.Module | None, optimizer: Any = None, *, weight: float = 1e-5, **options) -> None:
+    def __init__(
+        self, model: nn.Module, embedding: nn.Module | None, optimizer: Any = None, *, weight: float = 1e-5, **options: Any
+    ) -> None:
         super().__init__(model, embedding, optimizer, weight=weight, **options)
 
     def _penalty(self, p: Tensor) -> Tensor:
@@ -60,7 +62,9 @@ class L2(_Penalised):
     1 forward, 1 backward. Losses: loss, clean_loss, penalty (weight/2 * sum w^2).
     """
 
-    def __init__(self, model: nn.Module, embedding: nn.Module | None, optimizer: Any = None, *, weight: float = 1e-4, **options) -> None:
+    def __init__(
+        self, model: nn.Module, embedding: nn.Module | None, optimizer: Any = None, *, weight: float = 1e-4, **options: Any
+    ) -> None:
         super().__init__(model, embedding, optimizer, weight=weight, **options)
 
     def _penalty(self, p: Tensor) -> Tensor:

@@ -33,9 +33,9 @@ class RAT(RDrop):
         epsilon: float = 0.1,
         norm: str = "l2",
         per: str = "sample",
-        **options,
+        **options: Any,
     ) -> None:
-        self._perturbation = dict(epsilon=epsilon, norm=norm, per=per)
+        self._perturbation: dict[str, Any] = dict(epsilon=epsilon, norm=norm, per=per)
         fgm_perturbation(torch.zeros(1, 2, device="cpu"), **self._perturbation, backend="reference")  # raises for a wrong option
         super().__init__(model, embedding, optimizer, **options)
 
@@ -63,7 +63,7 @@ class RATSU(SelectiveUpdate, RAT):
         *,
         seed: int | None = None,
         backend: str = "auto",
-        **options,
+        **options: Any,
     ) -> None:
         selection = {name: options.pop(name) for name in OPTIONS if name in options}
         super().__init__(model, embedding, optimizer, backend=backend, **options)

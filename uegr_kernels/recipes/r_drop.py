@@ -31,7 +31,7 @@ class RDrop(PassRecipe):
         *,
         alpha: float = 1.0,
         reduction: str = "mean",
-        **options,
+        **options: Any,
     ) -> None:
         check_number("alpha", alpha, 0)
         check_choice("reduction", reduction, ("mean", "sum"))
@@ -57,7 +57,7 @@ class RDrop(PassRecipe):
 
 
 def symmetric_divergence(
-    first: Tensor, second: Tensor, labels: Tensor, reduction: str, *, task: str, ignore_index: int, **unused
+    first: Tensor, second: Tensor, labels: Tensor, reduction: str, *, task: str, ignore_index: int, **unused: Any
 ) -> Tensor:
     """(KL(P||Q) + KL(Q||P))/2 of two passes' logits [N, C], over the rows that are not ignored; mean squared difference for regression.
 
@@ -66,7 +66,7 @@ def symmetric_divergence(
     if not labels.is_floating_point():
         kept = (labels != ignore_index)[:, None]
         first, second = torch.where(kept, first, 0), torch.where(kept, second, 0)
-        rows = kept.sum()
+        rows: Any = kept.sum()
     else:
         rows = len(labels)
     wide = torch.promote_types(first.dtype, torch.float32)

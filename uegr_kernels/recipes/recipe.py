@@ -122,17 +122,17 @@ class PassRecipe(Recipe):
         dropout: float | None = None,
         input_range: tuple[float, float] | None = None,
         backend: str = "auto",
-        **unknown,
+        **unknown: Any,
     ) -> None:
         if unknown:
-            given = [p for kind in type(self).__mro__[:-1] for p in inspect.signature(kind.__init__).parameters.values()]
+            given = [p for kind in type(self).__mro__[:-1] for p in inspect.signature(kind).parameters.values()]
             known = {p.name for p in given if p.kind is p.KEYWORD_ONLY and p.name != "least_steps"} | set(self.more_options)
             raise TypeError(f"{type(self).__name__} has no option {min(unknown)!r}; its options are {', '.join(sorted(known))}")
         super().__init__(model, optimizer)
         check_number("dropout", 0.0 if dropout is None else dropout, 0, 1)
         AdaptiveDropout(1, backend=backend)  # raises for a wrong backend
         self.dropout, self.backend = dropout, backend
-        self._loss_options = dict(js_weight=0.0, label_smoothing=label_smoothing, ignore_index=ignore_index, task=task)
+        self._loss_options: dict[str, Any] = dict(js_weight=0.0, label_smoothing=label_smoothing, ignore_index=ignore_index, task=task)
         row = torch.zeros(1, 2, device="cpu")
         labels = row if task == "regression" else torch.zeros(1, dtype=torch.int64, device="cpu")
         uegr_loss(row, row[None], labels, **self._loss_options, backend="reference")
@@ -188,7 +188,7 @@ class PassRecipe(Recipe):
         held = buffers_held(self.model) if ascent else contextlib.nullcontext()
         with self._runner.without_sync(), held, self._pass(delta) as walk:
             parts = self._label_loss(self._runner.call(inputs, walk), labels)
-            gradients = list(torch.autograd.grad(parts.loss * scale, weights, allow_unused=True))
+            gradients: list[Tensor | None] = list(torch.autograd.grad(parts.loss * scale, weights, allow_unused=True))
         check_reached(gradients)
         return parts.clean_loss, gradients
 
@@ -227,7 +227,7 @@ class PassRecipe(Recipe):
 
     @property
     def _regression(self) -> bool:
-        return self._loss_options["task"] == "regression"
+        return bool(self._loss_options["task"] == "regression")
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -304,7 +304,8 @@ def whole(x: Tensor) -> Tensor:
 
 
 def norm_of(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tensor.detach(), dtype=torch.promote_types(tensor.dtype, torch.float32))
+    length: Tensor = torch.linalg.vector_norm(tensor.detach(), dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return length
 
 
 def recomputed(x: Tensor) -> Tensor:

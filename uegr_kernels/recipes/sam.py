@@ -33,7 +33,7 @@ class SAM(PassRecipe):
         rho: float = 0.05,
         adaptive: bool = False,
         same_draw: bool = True,
-        **options,
+        **options: Any,
     ) -> None:
         check_number("rho", rho, 0)
         check_flag("adaptive", adaptive)

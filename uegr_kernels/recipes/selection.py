@@ -25,7 +25,7 @@ class Selection:
         check_seed(seed)
         self.model, self.options, self.backend, self.given = model, options, backend, seed
         self.drawn = False  # here, and not agreed on with the other ranks yet
-        self.state = {"seed": seed, "step": 0}
+        self.state: dict[str, Any] = {"seed": seed, "step": 0}
         self._bind(optimizer)
         certain = options.get("normalization") == "constant" and options.get("keep_probability", 1.0) == 1
         if seed is None and not self.inside and not certain:

@@ -14,6 +14,7 @@ class SelectiveUpdate:
     """What the recipes with a selective update add to a recipe: `_selection`, applied in `before_step` and kept in checkpoints."""
 
     _selection: Selection
+    optimizer: Any
 
     @property
     def selection(self) -> dict[str, Any]:
@@ -51,7 +52,7 @@ class UEGR(SelectiveUpdate, Recipe):
         *,
         seed: int | None = None,
         backend: str = "auto",
-        **options,
+        **options: Any,
     ) -> None:
         super().__init__(model, optimizer)
         selection = {name: options.pop(name) for name in OPTIONS if name in options}
@@ -66,6 +67,6 @@ class UEGR(SelectiveUpdate, Recipe):
             raise
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
-        result = self._runner.backward(inputs, labels, scale=scale)._asdict()
+        result: dict[str, Tensor] = self._runner.backward(inputs, labels, scale=scale)._asdict()
         del result["logits"]
         return result
