@@ -269,26 +269,28 @@ def test_source_distribution_has_the_headers(tree):
 # ---- Installed into an environment of its own, with the torch of another, and no network
 
 
-class Environment:
-    """A virtual environment that has nothing but a Python's own modules, and on its path what another one has installed."""
+PATHS = "import sysconfig; print(sysconfig.get_path('purelib'))"
 
-    def __init__(self, python: str, root: pathlib.Path):
+
+class Environment:
+    """A virtual environment that has a wheel, and on its path what another Python has installed."""
+
+    def __init__(self, python: str, root: pathlib.Path, wheel: pathlib.Path):
         self.python, self.root = root / "bin/python", root
         subprocess.run([python, "-m", "venv", "--without-pip", root], check=True)
-        others = subprocess.check_output([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True).strip()
-        own = subprocess.check_output([self.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True).strip()
-        pathlib.Path(own, "others.pth").write_text(others)  # read as a path, so that the .pth files in there are not
-
-    def run(self, *command, **environment) -> subprocess.CompletedProcess:
-        inherited = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "UEGR_KERNELS_ISA")}
-        return subprocess.run(
-            [self.python, *map(str, command)], cwd=self.root, env=inherited | environment, capture_output=True, text=True, timeout=500
-        )
-
-    def install(self, what: pathlib.Path, **environment) -> None:
-        pip = ["-m", "pip", "--python", self.python, "install", "-q", "--no-deps", "--no-index", "--no-build-isolation", what]
-        done = run(*pip, env=os.environ | environment, cwd=self.root)
+        install = ["-m", "pip", "--python", self.python, "install", "-q", "--no-deps", "--no-index", "--ignore-installed", wheel]
+        done = run(*install, env=self.environment(), cwd=root)
         assert done.returncode == 0, done.stderr
+        own, others = (subprocess.check_output([which, "-c", PATHS], text=True).strip() for which in (self.python, python))
+        pathlib.Path(own, "others.pth").write_text(others)  # a folder named so is searched last, and its .pth files are not read
+
+    @staticmethod
+    def environment() -> dict[str, str]:
+        return {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "UEGR_KERNELS_ISA")}
+
+    def run(self, *command) -> subprocess.CompletedProcess:
+        options = {"env": self.environment(), "capture_output": True, "text": True, "timeout": 500}
+        return subprocess.run([self.python, *map(str, command)], cwd=self.root, **options)
 
 
 def pythons() -> list[str]:
@@ -306,8 +308,9 @@ def torch_of(python: str) -> str | None:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> pathlib.Path:
     """What `make wheel` makes, linked from what `make build` has compiled."""
-    if not (ROOT / "build/inplace/build.ninja").exists() or native.why_not():
-        pytest.skip("nothing is compiled in build/inplace")
+    ninja = run("-m", "ninja", "-n", "-f", "build/inplace/build.ninja", cwd=ROOT)
+    if "no work to do" not in ninja.stdout or native.why_not():
+        pytest.skip("what build/inplace holds is not of these sources; run `make build`")
     folder = tmp_path_factory.mktemp("wheel")
     build = ["build", "--build-temp", "build/inplace", "--build-lib", folder / "lib"]
     done = run("setup.py", "-q", *build, "bdist_wheel", "--bdist-dir", folder / "bdist", "--dist-dir", folder, cwd=ROOT)
@@ -328,8 +331,7 @@ def test_wheel_holds_libraries_that_are_loaded_and_no_module(wheel):
 
 def check_wheel(wheel: pathlib.Path, python: str, root: pathlib.Path, operators: list[str]) -> None:
     """Installs the wheel and runs the tests of some operators there."""
-    there = Environment(python, root)
-    there.install(wheel)
+    there = Environment(python, root, wheel)
     shutil.copytree(ROOT / "python_tests", there.root / "python_tests", ignore=shutil.ignore_patterns("__pycache__"))
     which = there.run("-c", "import uegr_kernels as uk; from uegr_kernels.core import native; print(uk.__file__, native.load())")
     assert str(there.root) in which.stdout and "None)" in which.stdout, which.stdout + which.stderr
@@ -370,13 +372,16 @@ main(["info"])
 
 @needs_setuptools
 def test_source_installs_without_a_compiler_and_runs_on_the_reference(tmp_path):
-    source, there = tmp_path / "source", Environment(sys.executable, tmp_path / "environment")
+    source = tmp_path / "source"
     source.mkdir()
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md"):
         shutil.copy(ROOT / name, source / name)
     for name in ("csrc", "uegr_kernels"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("_lib", "__pycache__", "*.so"))
-    there.install(source, CXX="no-such-compiler", UEGR_KERNELS_BUILD="")
+    build = ["-m", "pip", "wheel", "-q", "--no-deps", "--no-index", "--no-build-isolation", "-w", tmp_path, source]
+    done = run(*build, env=os.environ | {"CXX": "no-such-compiler", "UEGR_KERNELS_BUILD": ""})
+    assert done.returncode == 0, done.stderr
+    there = Environment(sys.executable, tmp_path / "environment", next(tmp_path.glob("*.whl")))
     done = there.run("-c", WITHOUT_LIBRARY)
     assert done.returncode == 0, done.stderr
     refusal, *report = done.stdout.splitlines()

@@ -150,3 +150,26 @@ def test_every_instruction_set_gives_the_same(tmp_path):
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             compare(found[name], value, name.split(":")[0], name=f"{isa}, {name}")
+
+
+RACE = """
+import torch
+from uegr_kernels.core import native
+native.load()
+n, options = 1 << 20, {"threshold": 0.8, "sharpness": 5.0, "min_probability": 0.0, "keep_probability": 1.0, "normalization": 0}
+options |= {"salient": True, "previous": False, "rescale": True, "target_update": False, "step": 1, "seed": 1}
+g = torch.randn(n)
+torch.ops.uegr_kernels.select_gradients_.default([g, g], [], scope_statistics=None, layout=[0, 0, n, n] * 2, **options)
+"""
+
+
+def test_sanitizers_see_the_cpp_threads():
+    """Under `make sanitize` only: that the library in use is built with the sanitizer, and that a race of the caller's own is seen."""
+    preloaded = os.environ.get("LD_PRELOAD", "")
+    if "libtsan" not in preloaded and "libasan" not in preloaded:
+        pytest.skip("no sanitizer is loaded; run `make sanitize`")
+    instrumented = b"__tsan_read4" if "libtsan" in preloaded else b"__asan_report_load"
+    assert instrumented in (native.LIBRARIES / f"uegr_kernels_{native.load()[0]}.so").read_bytes()
+    if "libtsan" in preloaded:
+        done = subprocess.run([sys.executable, "-P", "-c", RACE], capture_output=True, text=True)
+        assert done.returncode != 0 and "data race" in done.stderr, done.stderr

@@ -22,11 +22,12 @@ class Pass:
     """
 
     def __init__(self, delta: Tensor | Callable[[Tensor], Tensor] | None = None, *, watched: bool, at: Tensor | None = None) -> None:
-        self.delta, self.watched, self.at = delta, watched, at
+        self.delta: Any = delta
+        self.watched, self.at = watched, at
         self.calls = 0
         self.forward = True  # a recompute in the backward is not a second call
         self.output: Tensor | None = None
-        self.gradient: Tensor | None = None
+        self.gradient: Any = None  # a tensor, once a watched pass went back
         self.edge: Any = None
 
     def visit(self, x: Tensor) -> Tensor:
@@ -57,7 +58,8 @@ class Pass:
                 f"the embedding's output is {list(x.shape)} in an adversarial pass and {list(self.delta.shape)} in the clean one; "
                 "the model must look up the same tokens in every pass, and inputs must have the batch as their first dimension"
             )
-        return (x.unflatten(0, (-1, self.delta.shape[0])) + self.delta.to(x.dtype)).flatten(0, 1)
+        moved: Tensor = x.unflatten(0, (-1, self.delta.shape[0])) + self.delta.to(x.dtype)
+        return moved.flatten(0, 1)
 
 
 class Runner:
@@ -110,7 +112,7 @@ class Runner:
         finally:
             self._slot = None
 
-    def _on_embedding(self, module: nn.Module, args: tuple, output: Any) -> Any:
+    def _on_embedding(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         walk = self._slot
         if walk is None:
             return None
@@ -155,17 +157,18 @@ class Runner:
     @contextlib.contextmanager
     def without_sync(self) -> Iterator[None]:
         """DDP's or FSDP's no_sync, or FSDP2's switch turned off and on; nothing for a plain model or inside the caller's no_sync."""
-        if not synchronises(self.model):
+        model: Any = self.model
+        if not synchronises(model):
             yield
-        elif hasattr(self.model, "no_sync"):
-            with self.model.no_sync():
+        elif hasattr(model, "no_sync"):
+            with model.no_sync():
                 yield
         else:
-            self.model.set_requires_gradient_sync(False)
+            model.set_requires_gradient_sync(False)
             try:
                 yield
             finally:
-                self.model.set_requires_gradient_sync(True)
+                model.set_requires_gradient_sync(True)
 
 
 def gradient_at_embedding(walk: Pass, logits: Tensor) -> Tensor:
@@ -177,7 +180,8 @@ def gradient_at_embedding(walk: Pass, logits: Tensor) -> Tensor:
             f"the embedding's output has {walk.gradient.shape[0]} rows and the logits {logits.shape[0]}; the batch must be the first "
             "dimension of both"
         )
-    return walk.gradient
+    gradient: Tensor = walk.gradient
+    return gradient
 
 
 def attention_mask(inputs: Any) -> Tensor | None:
@@ -195,7 +199,7 @@ def can_synchronise(model: nn.Module) -> bool:
     return hasattr(model, "no_sync") or hasattr(model, "set_requires_gradient_sync")
 
 
-def synchronises(model: nn.Module) -> bool:
+def synchronises(model: Any) -> bool:
     """Whether a backward now would exchange gradients: False for plain models and inside the caller's own no_sync."""
     if not can_synchronise(model) or not getattr(model, "require_backward_grad_sync", True):
         return False
@@ -212,7 +216,7 @@ def dropout_rate(model: nn.Module, rate: float | None) -> Iterator[None]:
     own = [layer.p for layer in layers]
     try:
         for layer in layers:
-            layer.p = rate
+            layer.p = rate or 0.0
         yield
     finally:
         for layer, p in zip(layers, own, strict=True):

@@ -27,7 +27,7 @@ struct Rows {
     Rows() = default;
     Rows(const View& v, int64_t pass)
         : storage(v.storage), row(v.strides[v.dim - 2]), column(v.strides[v.dim - 1]), classes(v.sizes[v.dim - 1]) {
-        data = v.data + (v.dim == 3 ? pass * v.strides[0] * bytes_of(storage) : 0);
+        data = v.data && v.dim == 3 ? v.data + pass * v.strides[0] * bytes_of(storage) : v.data;
     }
     char* at(int64_t n) const { return data + n * row * bytes_of(storage); }
     template <class T> bool direct() const { return storage == storage_of<T> && (column == 1 || classes == 1); }

@@ -598,6 +598,8 @@ static void selective_adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Te
                              OptionalTensor grad_scale, OptionalTensor found_inf, double lr, OptionalTensor lr_tensor, double weight_decay,
                              bool maximize, int64_t seed, double beta1, double beta2, OptionalTensor beta1_tensor,
                              OptionalTensor beta2_tensor, double eps, SELECTION_ARGUMENTS) {
+    STD_TORCH_CHECK(params.empty() || !(exp_avgs.empty() || exp_avg_sqs.empty()), "exp_avgs has ", exp_avgs.size(),
+                    " tensors, exp_avg_sqs ", exp_avg_sqs.size(), "; give both moments of ", params.size(), " parameters");
     lr = value_of(lr, lr_tensor, "lr"), beta1 = value_of(beta1, beta1_tensor, "betas[0]"),
     beta2 = value_of(beta2, beta2_tensor, "betas[1]");
     BY_ARITHMETIC(params, {

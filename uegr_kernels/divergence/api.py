@@ -189,8 +189,7 @@ class _LossModule(nn.Module):
         self.options = options
 
     def extra_repr(self) -> str:
-        defaults = {name: p.default for name, p in inspect.signature(type(self).function).parameters.items() if p.kind is p.KEYWORD_ONLY}
-        return ", ".join(f"{name}={value!r}" for name, value in (defaults | self.options).items())
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
 class PairwiseJSLoss(_LossModule):

@@ -57,7 +57,7 @@ class UEGRTrainer(Trainer):
             self._build_recipe(self.model, self.optimizer).close()  # raises for wrong options
         self.add_callback(_AroundTheStep(self))
 
-    def get_optimizer_cls_and_kwargs(self, args: Any, model: nn.Module | None = None) -> tuple[Any, dict[str, Any]]:  # type: ignore[override]
+    def get_optimizer_cls_and_kwargs(self, args: Any, model: nn.Module | None = None) -> tuple[Any, dict[str, Any]]:
         return SelectiveAdamW, {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -119,9 +119,11 @@ class UEGRTrainer(Trainer):
             aside.replace(path)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
         found = pathlib.Path(checkpoint, STATE) if checkpoint is not None else None
         self._recipe_state = found if found is not None and found.exists() else None
+        if self._recipe_state is not None:
+            self._attach(self.model_wrapped)  # a recipe with parameters of its own has them in the optimizer that was saved
+        super()._load_optimizer_and_scheduler(checkpoint)
 
 
 class _AroundTheStep(TrainerCallback):

@@ -32,9 +32,9 @@ class AT(PassRecipe):
         norm: str = "l2",
         per: str = "sample",
         clean_weight: float = 1.0,
-        **options,
+        **options: Any,
     ) -> None:
-        self._perturbation = dict(epsilon=epsilon, norm=norm, per=per)
+        self._perturbation: dict[str, Any] = dict(epsilon=epsilon, norm=norm, per=per)
         fgm_perturbation(torch.zeros(1, 2, device="cpu"), **self._perturbation, backend="reference")  # raises for a wrong option
         check_number("clean_weight", clean_weight, 0)
         self.clean_weight = clean_weight
@@ -58,6 +58,13 @@ class FGSM(AT):
     """
 
     def __init__(
-        self, model: nn.Module, embedding: nn.Module | None, optimizer: Any = None, *, epsilon: float = 0.01, norm: str = "linf", **options
+        self,
+        model: nn.Module,
+        embedding: nn.Module | None,
+        optimizer: Any = None,
+        *,
+        epsilon: float = 0.01,
+        norm: str = "linf",
+        **options: Any,
     ) -> None:
         super().__init__(model, embedding, optimizer, epsilon=epsilon, norm=norm, **options)

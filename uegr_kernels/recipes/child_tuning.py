@@ -38,7 +38,7 @@ class ChildTuningF(SelectiveUpdate, Plain):
         target: str = "gradient",
         seed: int | None = None,
         backend: str = "auto",
-        **options,
+        **options: Any,
     ) -> None:
         super().__init__(model, embedding, optimizer, backend=backend, **options)
         selection = dict(normalization="constant", keep_probability=keep_probability, rescale=rescale, target=target)
@@ -73,7 +73,7 @@ class ChildTuningD(SaliencyRecipe, Plain):
         names: str | Sequence[str] | None = None,
         max_grad_norm: float = 1.0,
         target: str = "gradient",
-        **options,
+        **options: Any,
     ) -> None:
         check_number("keep_probability", keep_probability, 0, 1)
         if keep_probability == 0:
@@ -102,7 +102,8 @@ class ChildTuningD(SaliencyRecipe, Plain):
             self._gather(gradients)
 
     def _square(self, gradient: Tensor) -> Tensor:
-        return (gradient * (self.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1)).square()
+        clipped: Tensor = gradient * (self.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1)
+        return clipped.square()
 
     def _mask(self, saliency: list[Tensor]) -> list[Tensor]:
         """Where the saliency is at least its (1 - p_D) percentile over all tensors, interpolated linearly."""

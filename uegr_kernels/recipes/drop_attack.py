@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..passes import attention_mask, check_count
 from ..perturbation import fgm_perturbation, perturbed_weights
-from .recipe import PassRecipe, check_flag, check_number, named_parameters
+from .recipe import PassRecipe, check_flag, check_number, check_reached, named_parameters
 
 
 class DropAttack(PassRecipe):
@@ -43,9 +43,9 @@ class DropAttack(PassRecipe):
         epsilon_weights: float = 5.0,
         keep_probability_weights: float = 0.5,
         attack_input: bool = True,
-        **options,
+        **options: Any,
     ) -> None:
-        self._perturbation = dict(epsilon=epsilon, norm=norm, per=per, keep_probability=keep_probability)
+        self._perturbation: dict[str, Any] = dict(epsilon=epsilon, norm=norm, per=per, keep_probability=keep_probability)
         fgm_perturbation(torch.zeros(1, 2, device="cpu"), **self._perturbation, seed=0, backend="reference")  # raises for a wrong option
         check_number("epsilon_weights", epsilon_weights, 0)
         check_number("keep_probability_weights", keep_probability_weights, 0, 1)
@@ -59,9 +59,11 @@ class DropAttack(PassRecipe):
         super().__init__(model, embedding, optimizer, **options)
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
-        with self._weight_gradients() as of_weights:
+        with self._hooked_gradients() as of_weights:
             clean, walk = self._descend(inputs, labels, scale, watched=True)
         g_x, g_w = walk.gradient, of_weights
+        check_reached(g_w)
+        options: dict[str, Any]
         seeds = [int(torch.randint(2**62, ())) for _ in range(2)]  # of both masks, which all steps share
         of_input, of_weight = [], []
         for step in range(1, self.steps + 1):
@@ -74,16 +76,17 @@ class DropAttack(PassRecipe):
                 g_x = g_x if last else g_x + walk.gradient
             if self.weights:
                 options = dict(gradients=g_w, keep_probability=self.keep_probability_weights, seed=seeds[1], backend=self.backend)
-                with perturbed_weights(self.weights, self.epsilon_weights, **options), self._weight_gradients() as of_weights:
+                with perturbed_weights(self.weights, self.epsilon_weights, **options), self._hooked_gradients() as of_weights:
                     loss, _ = self._descend(inputs, labels, scale, weight=1 / self.steps, last=last)
                 of_weight.append(loss)
                 g_w = [_added(before, new) for before, new in zip(g_w, of_weights, strict=True)]
         means = {"adversarial_loss": of_input, "weight_loss": of_weight}
         losses = {"clean_loss": clean} | {name: torch.stack(each).mean() for name, each in means.items() if each}
-        return {"loss": sum(losses.values()), **losses}
+        total: Any = sum(losses.values())
+        return {"loss": total, **losses}
 
     @contextlib.contextmanager
-    def _weight_gradients(self) -> Iterator[list[Tensor | None]]:
+    def _hooked_gradients(self) -> Iterator[list[Tensor | None]]:
         """Yields the attacked weights' gradients of the backward inside, and of nothing that .grad held before."""
         gradients: list[Tensor | None] = [None] * len(self.weights)
 
@@ -107,7 +110,7 @@ class DropAttackK(DropAttack):
     The K input passes, and the K of the weights, count 1/K each. 1 + K forwards and backwards for (I), 1 + 2K for (I&W).
     """
 
-    def __init__(self, model: nn.Module, embedding: nn.Module | None, optimizer: Any = None, *, steps: int = 3, **options) -> None:
+    def __init__(self, model: nn.Module, embedding: nn.Module | None, optimizer: Any = None, *, steps: int = 3, **options: Any) -> None:
         check_count("steps", steps)
         self.steps = steps
         super().__init__(model, embedding, optimizer, **options)

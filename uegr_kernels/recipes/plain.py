@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .recipe import PassRecipe, check_number
+from .recipe import PassRecipe, check_number, whole
 
 
 class Plain(PassRecipe):
@@ -22,7 +22,7 @@ class Plain(PassRecipe):
 
 
 class _Penalised(PassRecipe):
-    def __init__(self, model: nn.Module, embedding: nn.Module | None, optimizer: Any = None, *, weight: float, **options) -> None:
+    def __init__(self, model: nn.Module, embedding: nn.Module | None, optimizer: Any = None, *, weight: float, **options: Any) -> None:
         check_number("weight", weight, 0)
         self.weight = weight
         super().__init__(model, embedding, optimizer, **options)
@@ -30,7 +30,7 @@ class _Penalised(PassRecipe):
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         with self._pass() as walk:
             parts = self._label_loss(self._runner.call(inputs, walk), labels)
-            of_tensors = [self._penalty(p).to(parts.loss) for p in self.model.parameters() if p.requires_grad]
+            of_tensors = [whole(self._penalty(p)).to(parts.loss) for p in self.model.parameters() if p.requires_grad]
             penalty = self.weight * sum(of_tensors, torch.zeros_like(parts.loss))
             ((parts.loss + penalty) * scale).backward()
         return {"loss": parts.clean_loss + penalty.detach(), "clean_loss": parts.clean_loss, "penalty": penalty.detach()}
@@ -46,7 +46,9 @@ class L1(_Penalised):
     1 forward, 1 backward. Losses: loss, clean_loss, penalty (weight * sum |w|).
     """
 
-    def __init__(self, model: nn.Module, embedding: nn.Module | None, optimizer: Any = None, *, weight: float = 1e-5, **options) -> None:
+    def __init__(
+        self, model: nn.Module, embedding: nn.Module | None, optimizer: Any = None, *, weight: float = 1e-5, **options: Any
+    ) -> None:
         super().__init__(model, embedding, optimizer, weight=weight, **options)
 
     def _penalty(self, p: Tensor) -> Tensor:
@@ -60,7 +62,9 @@ class L2(_Penalised):
     1 forward, 1 backward. Losses: loss, clean_loss, penalty (weight/2 * sum w^2).
     """
 
-    def __init__(self, model: nn.Module, embedding: nn.Module | None, optimizer: Any = None, *, weight: float = 1e-4, **options) -> None:
+    def __init__(
+        self, model: nn.Module, embedding: nn.Module | None, optimizer: Any = None, *, weight: float = 1e-4, **options: Any
+    ) -> None:
         super().__init__(model, embedding, optimizer, weight=weight, **options)
 
     def _penalty(self, p: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..divergence import uegr_loss
 from ..passes import attention_mask
 from ..selective import select_gradients_, selection_probability
-from .pgd import climb, tiny_noise
+from .attack import climb, tiny_noise
 from .r_drop import symmetric_divergence
 from .recipe import check_choice, check_flag, check_number, recomputed
 from .saliency import SaliencyRecipe
@@ -50,13 +50,13 @@ class RoAST(SaliencyRecipe):
         form: str = "paper",
         detach_embedding: bool = False,
         seed: int | None = None,
-        **options,
+        **options: Any,
     ) -> None:
         for name, value in (("epsilon", epsilon), ("kl_weight", kl_weight), ("noise", noise)):
             check_number(name, value, 0)
         check_choice("form", form, ("paper", "code"))
         check_flag("detach_embedding", detach_embedding)
-        self._selection = dict(threshold=threshold, sharpness=sharpness, min_probability=min_probability)
+        self._selection: dict[str, Any] = dict(threshold=threshold, sharpness=sharpness, min_probability=min_probability)
         self._selection |= dict(normalization="rank", direction="salient", scope="global")
         selection_probability(torch.zeros(1, device="cpu"), **self._selection, backend="reference")  # raises for a wrong option
         check_seed(seed)
@@ -71,7 +71,7 @@ class RoAST(SaliencyRecipe):
             z0 = self._runner.call(inputs, clean)
         at = clean.output if self.detach_embedding else None
         walk = self._ascend(inputs, labels, scale, tiny_noise(self.noise, mask), at=at)
-        options = dict(step_size=self.epsilon, radius=float("inf"), norm="max", per="token", backend=self.backend)
+        options: dict[str, Any] = dict(step_size=self.epsilon, radius=float("inf"), norm="max", per="token", backend=self.backend)
         delta = climb(walk.delta, walk.gradient, mask, **options)
         with self._runner.without_sync(), self._pass(delta, at=at) as walk:
             z1 = self._runner.call(inputs, walk)
@@ -101,6 +101,6 @@ class RoAST(SaliencyRecipe):
         holders = [torch.empty_like(s) for s in saliency]
         for holder in holders:
             holder.grad = torch.ones_like(holder)
-        options = dict(seed=self.seed, step=self.epoch + 1, **self._selection, backend=self.backend)
+        options: dict[str, Any] = dict(seed=self.seed, step=self.epoch + 1, **self._selection, backend=self.backend)
         select_gradients_(holders, saliency=saliency, **options)
-        return [holder.grad for holder in holders]
+        return [holder.grad for holder in holders if holder.grad is not None]

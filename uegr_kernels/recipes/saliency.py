@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..passes import can_synchronise
-from .recipe import PassRecipe, named_parameters, summed_over_ranks
+from .recipe import PassRecipe, check_whole, named_parameters, summed_over_ranks
 
 
 class SaliencyRecipe(PassRecipe):
@@ -17,10 +17,16 @@ class SaliencyRecipe(PassRecipe):
            but the embedding's. The others are always updated
     """
 
-    kept = ("squares", "batches", "masks", "epoch")
+    kept: tuple[str, ...] = ("squares", "batches", "masks", "epoch")
 
     def __init__(
-        self, model: nn.Module, embedding: nn.Module | None, optimizer: Any = None, *, names: str | Sequence[str] | None = None, **options
+        self,
+        model: nn.Module,
+        embedding: nn.Module | None,
+        optimizer: Any = None,
+        *,
+        names: str | Sequence[str] | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(model, embedding, optimizer, **options)
         try:
@@ -66,6 +72,7 @@ class SaliencyRecipe(PassRecipe):
         self._gather(gradients)
 
     def _gather(self, gradients: Sequence[Tensor | None]) -> None:
+        check_whole(self._masked, "train with DDP")
         self.squares = self.squares or [_wide(p) for p in self._masked]
         for total, gradient in zip(self.squares, gradients, strict=True):
             if gradient is not None:
@@ -88,7 +95,7 @@ def _encoder(model: nn.Module, embedding: nn.Module | None) -> list[Tensor]:
     words = {id(p) for p in embedding.parameters()} if embedding is not None else set()
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     layers = [p for name, p in trainable if "layer" in name or "transformer.h" in name]
-    return layers or [p for _, p in trainable if id(p) not in words]
+    return [*(layers or (p for _, p in trainable if id(p) not in words))]
 
 
 def _wide(p: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .plain import Plain
-from .recipe import check_choice, check_number, named_parameters
+from .recipe import check_choice, check_number, named_parameters, whole
 
 
 class WeightConsolidation(Plain):
@@ -39,7 +39,7 @@ class WeightConsolidation(Plain):
         k: float = 0.1,
         t0: float = 500,
         gamma: float = 5000.0,
-        **options,
+        **options: Any,
     ) -> None:
         for name, value in (("kappa", kappa), ("k", k), ("t0", t0), ("gamma", gamma)):
             check_number(name, value, 0)
@@ -61,7 +61,7 @@ class WeightConsolidation(Plain):
             return super()._backward(inputs, labels, scale)
         with self._pass() as walk:
             parts = self._label_loss(self._runner.call(inputs, walk), labels)
-            of_tensors = [_squared_distance(p, p0).to(parts.loss) for p, p0 in zip(self._weights, self.origin, strict=True)]
+            of_tensors = [whole(_squared_distance(p, p0)).to(parts.loss) for p, p0 in zip(self._weights, self.origin, strict=True)]
             penalty = self.kappa / 2 * sum(of_tensors, torch.zeros_like(parts.loss))
             ((parts.loss + penalty) * scale).backward()
         return {"loss": parts.clean_loss + penalty.detach(), "clean_loss": parts.clean_loss, "penalty": penalty.detach()}
@@ -92,7 +92,7 @@ class WeightConsolidation(Plain):
             p.detach().copy_(before + lam * step - (1 - lam) * self.gamma * group["lr"] * (before - p0) - decay)
         self._before = []
 
-    def _groups(self) -> list[tuple[Tensor, Tensor, dict]]:
+    def _groups(self) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
         """Weights, where they came from, and the optimizer's group they are in."""
         groups = {id(p): group for group in self._stepped().param_groups for p in group["params"]}
         return [(p, p0, groups[id(p)]) for p, p0 in zip(self._weights, self.origin, strict=True) if id(p) in groups]
