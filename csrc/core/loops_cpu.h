@@ -305,6 +305,7 @@ inline char* large_page_after(const char* p) { return reinterpret_cast<char*>((r
 // arithmetic.
 inline void expect_large_pages([[maybe_unused]] char* data, [[maybe_unused]] int64_t bytes) {
 #ifdef MADV_HUGEPAGE
+    if (bytes < static_cast<int64_t>(large_page)) return;
     char *first = large_page_after(data - 1), *last = large_page_after(data + bytes) - large_page;
     if (first < last) madvise(first, last - first, MADV_HUGEPAGE);
 #endif

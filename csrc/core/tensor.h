@@ -4,6 +4,7 @@
 #include <optional>
 #include <vector>
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -45,13 +46,17 @@ inline View view(const Tensor& t, const char* name, bool written) {
     v.dim = static_cast<int>(t.dim());
     v.sizes = t.sizes().data();
     v.strides = t.strides().data();
-    int64_t dense = 1;
+    int64_t dense = 1, last = t.storage_offset(), bytes = 0;
     for (int d = v.dim - 1; d >= 0; --d) {
         if (v.sizes[d] != 1 && v.strides[d] != dense) v.contiguous = false;
         STD_TORCH_CHECK(!(written && v.sizes[d] > 1 && v.strides[d] == 0), name,
                         " is expanded: its elements share memory and cannot be written; call .clone() on it first");
+        last += (v.sizes[d] - 1) * v.strides[d];
         dense *= v.sizes[d];
     }
+    const bool known = aoti_torch_get_storage_size(t.get(), &bytes) == AOTI_TORCH_SUCCESS;
+    STD_TORCH_CHECK(dense == 0 || (known && (last + 1) * bytes_of(v.storage) <= bytes), name,
+                    " has no memory: its storage was freed, in whole or in part; restore it before the step");
     return v;
 }
 

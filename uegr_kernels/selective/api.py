@@ -3,14 +3,16 @@
 import dataclasses
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral, Real
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from ..core import memory, shards
 from . import op
 
 FORMAT = 1  # of the state's layout; a key of every group
@@ -19,7 +21,7 @@ FLOATS = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 
 SWARM, TINY = 64, 4096  # parameters from which on, and elements a parameter up to which, states share one tensor
 GRADIENT = operator.attrgetter("grad")
-LEFT_OUT = {"grads": [], "statistics": None}  # of what is kept from step to step: gradients are the user's to free
+LEFT_OUT: dict[str, Any] = {"grads": [], "statistics": None}  # of what is kept from step to step: gradients are the user's to free
 
 
 @dataclasses.dataclass
@@ -28,8 +30,8 @@ class _Roster:
 
     params: list[Tensor]
     keys: list[Tensor]  # of the optimizer's state, and its values
-    values: list[dict]
-    batch: dict
+    values: list[dict[str, Any]]
+    batch: dict[str, Any]
 
 
 class SelectiveOptimizer(Optimizer):
@@ -39,23 +41,24 @@ class SelectiveOptimizer(Optimizer):
     numbers: tuple[str, ...]  # options of this optimizer's own that are numbers
     flags: tuple[str, ...] = ("maximize", "capturable", "differentiable", "foreach", "fused")  # and that are True or False
     _roster: _Roster | None
+    _addresses: list[int]  # of the parameters whose memory was looked at last
     _shared: dict[str, tuple[Tensor, list[Tensor], list[int]]]  # states of many small parameters in one tensor, its parts, their addresses
-    _room: dict[tuple, Tensor]  # for statistics over a wider scope than a tensor
+    _room: dict[Any, Tensor]  # for statistics over a wider scope than a tensor
 
-    def __init__(self, params: ParamsT, defaults: dict, *, seed: int | None, backend: str):
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], *, seed: int | None, backend: str):
         if backend != "auto" and backend not in op.backends.BACKENDS:
             raise ValueError(f"backend={backend!r} is not a backend; use one of 'auto', {', '.join(map(repr, op.backends.BACKENDS))}")
         if seed is not None:
             seed = _whole("seed", seed) % 2**64
         self.backend = backend
-        self._roster, self._shared, self._room = None, {}, {}
+        self._roster, self._shared, self._room, self._addresses = None, {}, {}, []
         self._drawn_seed: int | None = None  # drawn here and not agreed on with the other ranks yet
         self._check(defaults)
         super().__init__(params, defaults | {"seed": seed, "format": FORMAT})
         if defaults["fused"]:
             self._step_supports_amp_scaling = True
 
-    def _check(self, group: dict) -> None:
+    def _check(self, group: dict[str, Any]) -> None:
         """Raises what is wrong with a group's options, in torch's own words where torch has the option."""
         lr = group["lr"]
         for name in ("lr", "weight_decay", *self.numbers):
@@ -85,15 +88,15 @@ class SelectiveOptimizer(Optimizer):
             raise ValueError(f"state_dtype={group['state_dtype']!r} is not supported; use None or torch.bfloat16")
         _selection(group)
 
-    def _moments(self, group: dict) -> tuple[str, ...]:
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         """The group's moment keys, in the operator's order."""
         raise NotImplementedError
 
-    def _line(self, group: dict) -> dict:
+    def _line(self, group: dict[str, Any]) -> dict[str, Any]:
         """The group's options that belong to this optimizer's operator alone."""
         raise NotImplementedError
 
-    def add_param_group(self, param_group: dict) -> None:
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):
             self._check(self.defaults | param_group)
             if param_group.get("seed") is not None:
@@ -118,6 +121,10 @@ class SelectiveOptimizer(Optimizer):
             for group in self.param_groups:
                 group["seed"] = agreed[0] if group["seed"] == drawn else group["seed"]
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Performs one step (Algorithm 1, lines 10-13) and returns the closure's loss, if one is given.
 
@@ -129,24 +136,71 @@ class SelectiveOptimizer(Optimizer):
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
+            if torch.compiler.is_compiling():
+                self._run(self._traced_batches())
+                return loss
             self._agree_on_seed()  # before anything can raise: every rank takes part
             if self._step_again():
                 return loss
             batches = [batch for group, first in self._groups() for batch in self._batches(group, first)]
+            self._check_memory(batches)
             for batch in batches:
                 self._check_states(batch)
             for batch in batches:
                 self._complete_states(batch)
-            self._settle_scopes(batches)
-            for batch in batches:
-                self._update(batch)
-            if len(self.param_groups) == len(batches) == 1 and batches[0]["backend"] in ("cpp", "triton"):
+            self._run(batches)
+            if len(self.param_groups) == len(batches) == 1 and batches[0]["backend"] in ("cpp", "triton") and not batches[0]["cuts"]:
                 self._remember(batches[0])
             return loss
 
-    def _remember(self, batch: dict) -> None:
+    def _run(self, batches: list[dict[str, Any]]) -> None:
+        for batch in batches:
+            self._localise(batch)
+        self._settle_scopes(batches)
+        for batch in batches:
+            self._update(batch)
+            if any(batch["cuts"]):
+                self._join_kept(batch)
+
+    def _traced_batches(self) -> list[dict[str, Any]]:
+        """The step's batches for torch.compile: it runs `_init_group` in Python, and traces what is done with the lists it fills."""
+        batches = []
+        for group, first in self._groups():
+            needed = self._needed(group)
+            for part in range(self._init_group(group, first, -1)):
+                lists: list[list[Any]] = [[] for _ in range(4 + len(needed))]
+                self._init_group(group, first, part, *lists)
+                params, grads, layout, others, *states = lists
+                batch = {"group": group, "selection": op.Selection(*(group[name] for name in op.FIELDS))}
+                batch |= {
+                    "params": params,
+                    "grads": grads,
+                    "layout": layout,
+                    "statistics": None,
+                    "plan": None,
+                    "cuts": (),
+                    "backend": others[0],
+                    "seed": others[1],
+                }
+                batches.append(batch | dict(zip(needed, states, strict=True)))
+        return batches
+
+    def _init_group(self, group: dict[str, Any], first: int, part: int, *lists: list[Any]) -> int:
+        """Checks the group, creates its states and fills the lists with its batch `part`. Returns how many batches there are."""
+        batches = self._batches(group, first)
+        for batch in batches:
+            self._check_states(batch)
+        for batch in batches:
+            self._complete_states(batch)
+        for batch in batches[part : part + 1] if lists else ():
+            values = batch["params"], batch["grads"], batch["layout"], [batch["backend"], batch["seed"]]
+            for filled, value in zip(lists, (*values, *(batch[key] for key in self._needed(group))), strict=True):
+                filled += value
+        return len(batches)
+
+    def _remember(self, batch: dict[str, Any]) -> None:
         group = batch["group"]
-        if len(batch["params"]) == len(group["params"]) and not torch.compiler.is_compiling():
+        if len(batch["params"]) == len(group["params"]):
             batch = batch | LEFT_OUT
             self._roster = _Roster(list(group["params"]), list(self.state.keys()), list(self.state.values()), batch)
 
@@ -156,7 +210,7 @@ class SelectiveOptimizer(Optimizer):
         The operator checks every tensor of a call before it writes; what it refuses, the long way finds the words for.
         """
         roster = self._roster
-        if roster is None or torch.compiler.is_compiling():
+        if roster is None:
             return False
         self._roster = None
         group, states = roster.batch["group"], roster.batch["states"]
@@ -172,7 +226,7 @@ class SelectiveOptimizer(Optimizer):
             return False
         try:
             batch["plan"] = roster.batch["plan"]
-            for key in self._needed(batch):
+            for key in self._needed(group):
                 batch[key] = [state[key] for state in states]
                 if key not in roster.batch or not all(map(operator.is_, batch[key], roster.batch[key])):
                     batch["plan"] = None
@@ -187,18 +241,19 @@ class SelectiveOptimizer(Optimizer):
         self._roster = roster
         return True
 
-    def _groups(self):
+    def _groups(self) -> Iterator[tuple[dict[str, Any], int]]:
         """Every group with the stream of its first parameter: streams number the parameters across groups, gradient or not."""
         first = 0
         for group in self.param_groups:
             yield group, first
             first += len(group["params"])
 
-    def _batches(self, group: dict, first: int) -> list[dict]:
+    def _batches(self, group: dict[str, Any], first: int) -> list[dict[str, Any]]:
         """The group's parameters that have a gradient, by device and dtype; raises what cannot be stepped, and changes nothing."""
         self._check(group)
-        batches: dict = {}
-        device = dtype = batch = None
+        batches: dict[tuple[torch.device, torch.dtype], dict[str, Any]] = {}
+        device: Any = None
+        dtype = batch = None
         for stream, p in enumerate(group["params"], first):  # every line here runs once a parameter and step
             grad = p.grad
             if grad is None:
@@ -211,14 +266,13 @@ class SelectiveOptimizer(Optimizer):
                 _check_parameter(stream, p, grad)
                 if batch is None:
                     batch = batches[device, dtype] = self._new_batch(group, device, dtype)
-            n = p.numel()
             batch["params"].append(p)
             batch["grads"].append(grad)
             batch["states"].append(state)
-            batch["layout"] += (stream, 0, n, n)
+            batch["layout"] += (stream, *shards.layout(f"parameter {stream}", p))
         return list(batches.values())
 
-    def _new_batch(self, group: dict, device: torch.device, dtype: torch.dtype) -> dict:
+    def _new_batch(self, group: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         backend = "reference" if group["differentiable"] else op.choose(self.operator, self.backend, device, dtype)
         return {
             "group": group,
@@ -227,42 +281,65 @@ class SelectiveOptimizer(Optimizer):
             "seed": _signed(_whole("seed", group["seed"]) % 2**64),
             "statistics": None,
             "plan": None,
+            "cuts": (),
             "params": [],
             "grads": [],
             "states": [],
             "layout": [],
         }
 
-    def _check_states(self, batch: dict) -> None:
+    def _check_states(self, batch: dict[str, Any]) -> None:
         """Raises a gradient or a state that does not fit its parameter: every tensor of every call, before the first one is stepped."""
-        needed, moments = self._needed(batch), self._moments(batch["group"])
+        needed, moments = self._needed(batch["group"]), self._moments(batch["group"])
         for i, (p, grad, state) in enumerate(zip(batch["params"], batch["grads"], batch["states"], strict=True)):
             if grad.shape != p.shape or 0 in p.stride():
                 _check_parameter(batch["layout"][4 * i], p, grad)
+            for named, tensor in (("", p), ("'s gradient", grad)):
+                if memory.freed(tensor):
+                    raise RuntimeError(
+                        f"parameter {batch['layout'][4 * i]}{named} of shape {tuple(tensor.shape)} has no memory: "
+                        "its storage was freed; restore it before the step"
+                    )
             for key in needed if state else ():
                 if key in state:
                     _check_state(batch["layout"][4 * i], key, state[key], p, key in moments)
 
-    def _needed(self, batch: dict) -> tuple[str, ...]:
-        """The keys of a parameter's state."""
-        kept = ("saliency_min", "saliency_max") if batch["selection"].statistics == "previous" else ()
-        return ("step", *self._moments(batch["group"]), *kept)
+    def _check_memory(self, batches: list[dict[str, Any]]) -> None:
+        """Raises parameters that share memory. Where all addresses are those of the last time, none needs a look."""
+        parts = [shards.local(p) for batch in batches for p in batch["params"]]
+        addresses = [p.data_ptr() for p in parts]
+        if addresses == self._addresses:
+            return
+        pair = memory.shared(parts)
+        if pair:
+            streams = [stream for batch in batches for stream in batch["layout"][::4]]
+            first, second = sorted(streams[i] for i in pair)
+            raise ValueError(
+                f"parameters {first} and {second} share memory, so that a step would change it twice; pass one of them, "
+                "or give the other a .clone() of its own"
+            )
+        self._addresses = addresses
 
-    def _complete_states(self, batch: dict) -> None:
+    def _needed(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """The keys of a parameter's state."""
+        kept = ("saliency_min", "saliency_max") if group["statistics"] == "previous" else ()
+        return ("step", *self._moments(group), *kept)
+
+    def _complete_states(self, batch: dict[str, Any]) -> None:
         """Creates what a parameter's state lacks, and lists the states."""
-        params = batch["params"]
+        group, params = batch["group"], batch["params"]
         states = batch["states"] = [state if state else self.state[p] for p, state in zip(params, batch["states"], strict=True)]
-        for key in self._needed(batch):
+        for key in self._needed(group):
             lacking = [i for i, state in enumerate(states) if key not in state]  # what is there (a checkpoint's, a hook's) is left alone
             if len(lacking) == len(params) >= SWARM and len(self.param_groups) == 1 and batch["backend"] == "cpp":
-                if all(p.numel() <= TINY and p.is_contiguous() for p in params):
+                if all(p.numel() <= TINY and p.is_contiguous() and not shards.sharded(p) for p in params):
                     self._share_states(key, batch)
                     continue
             for i in lacking:
-                states[i][key] = self._fresh_state(key, params[i], batch["group"])
+                states[i][key] = self._fresh_state(key, params[i], group)
             batch[key] = [state[key] for state in states]
 
-    def _share_states(self, key: str, batch: dict) -> None:
+    def _share_states(self, key: str, batch: dict[str, Any]) -> None:
         """Creates a state of many small parameters as views of one tensor, which the operator takes in their place."""
         fresh = [self._fresh_state(key, p, batch["group"]) for p in batch["params"]]
         batch[key] = [torch.cat([state.flatten() for state in fresh])]
@@ -272,7 +349,7 @@ class SelectiveOptimizer(Optimizer):
         views = [state[key] for state in batch["states"]]
         self._shared[key] = batch[key][0], views, [view.data_ptr() for view in views]
 
-    def _fresh_state(self, key: str, p: Tensor, group: dict) -> Tensor:
+    def _fresh_state(self, key: str, p: Tensor, group: dict[str, Any]) -> Tensor:
         wide = torch.float64 if p.dtype == torch.float64 else torch.float32
         if key == "step":
             return torch.zeros((), dtype=torch.float32, device=p.device if p.is_cuda else "cpu")
@@ -282,24 +359,81 @@ class SelectiveOptimizer(Optimizer):
         start, dtype = -0.0 if key == "momentum_buffer" else 0.0, group["state_dtype"] or wide
         return torch.full_like(p, start, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
 
-    def _settle_scopes(self, batches: list[dict]) -> None:
-        """Hands the batches whose scope is "global" the statistics over all of them with the same normalisation."""
-        scopes: dict[str, list[dict]] = {}
-        for batch in batches:
-            if batch["selection"].scope == "global" and batch["selection"].normalization != "constant":
-                scopes.setdefault(batch["selection"].normalization, []).append(batch)
-        scale = getattr(self, "grad_scale", None)
-        for normalization, members in scopes.items():
-            parts = [batch | {"saliencies": [], "grad_scale": scale, "kept": self._kept(batch)} for batch in members]
-            with torch.no_grad():
-                statistics = op.scope_statistics(parts, normalization, {} if torch.compiler.is_compiling() else self._room)
-            for batch in members:
-                batch["statistics"] = statistics.to(batch["params"][0].device)
+    def _localise(self, batch: dict[str, Any]) -> None:
+        """Puts this process's parts in the place of sharded tensors."""
+        params = batch["params"]
+        if not any(map(shards.sharded, params)):
+            return
+        batch["cuts"], batch["sizes"] = [shards.cut(p) for p in params], [p.numel() for p in params]
+        batch["grads"] = [shards.alike(grad, p) for p, grad in zip(params, batch["grads"], strict=True)]
+        written = ("params", *self._needed(batch["group"]))
+        batch["wholes"] = [t for key in written for t in batch[key] if shards.sharded(t)]
+        for key in ("grads", *written):
+            batch[key] = [shards.local(t) for t in batch[key]]
 
-    def _kept(self, batch: dict) -> tuple[list[Tensor], list[Tensor]] | None:
+    def _settle_scopes(self, batches: list[dict[str, Any]]) -> None:
+        """Hands the batches the statistics that their operator cannot take alone: over all of a "global" scope, or over the whole of
+        tensors that other processes hold parts of."""
+        scopes: dict[str, dict[shards.Cut, list[dict[str, Any]]]] = {}
+        members = [batch for batch in batches if batch["selection"].normalization != "constant"]
+        for batch in members:
+            normalization = batch["selection"].normalization
+            if batch["selection"].scope == "global":
+                cuts = scopes.setdefault(normalization, {})
+                for cut, _, part in self._parts(batch):
+                    cuts.setdefault(cut, []).append(part)
+            elif any(batch["cuts"]):
+                rows = op.no_statistics(len(batch["params"]), normalization, batch["params"][0].device)
+                for cut, chosen, part in self._parts(batch):
+                    rows[chosen] = op.scope_statistics([part], normalization, rows=len(chosen), cut=cut, room={})
+                batch["statistics"] = rows
+        room = {} if torch.compiler.is_compiling() else self._room
+        joined = {normalization: op.joint_statistics(cuts, normalization, room) for normalization, cuts in scopes.items()}
+        for batch in members:
+            if batch["selection"].scope == "global":
+                batch["statistics"] = joined[batch["selection"].normalization].to(batch["params"][0].device)
+
+    def _parts(self, batch: dict[str, Any]) -> Iterator[tuple[shards.Cut, list[int], dict[str, Any]]]:
+        """The batch's tensors by how they are cut: the cut, which they are, and what op.scope_statistics takes."""
+        cuts = batch["cuts"] or [()] * len(batch["params"])
+        for cut in dict.fromkeys(cuts):
+            chosen = [i for i, other in enumerate(cuts) if other == cut]
+            whole = len(chosen) == len(cuts)
+
+            def pick(values: list[Any], chosen: list[int] = chosen, whole: bool = whole) -> list[Any]:
+                return values if whole else [values[i] for i in chosen]
+
+            kept = self._kept(batch)
+            yield (
+                cut,
+                chosen,
+                {
+                    "backend": batch["backend"],
+                    "grads": pick(batch["grads"]),
+                    "saliencies": [],
+                    "layout": [n for i in chosen for n in batch["layout"][4 * i : 4 * i + 4]],
+                    "sizes": pick(batch["sizes"]) if cut else [],
+                    "grad_scale": getattr(self, "grad_scale", None),
+                    "kept": kept and tuple(map(pick, kept)),
+                },
+            )
+
+    def _join_kept(self, batch: dict[str, Any]) -> None:
+        """Makes what was kept of every process's part that of the whole."""
+        torch.autograd.graph.increment_version(batch["wholes"])
+        kept = self._kept(batch)
+        for cut, chosen, _ in self._parts(batch):
+            if kept is None:
+                break
+            pairs = torch.stack([torch.stack([values[i] for i in chosen]) for values in kept], 1)
+            shards.join_(pairs, cut)
+            for values, joined in zip(kept, pairs.unbind(1), strict=True):
+                torch._foreach_copy_([values[i] for i in chosen], list(joined.unbind()))
+
+    def _kept(self, batch: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]] | None:
         return (batch["saliency_min"], batch["saliency_max"]) if "saliency_min" in batch else None
 
-    def _update(self, batch: dict) -> None:
+    def _update(self, batch: dict[str, Any]) -> None:
         group, device = batch["group"], batch["params"][0].device
         lr = group["lr"]
         scale, found = (None if t is None else t.to(device) for t in (getattr(self, "grad_scale", None), getattr(self, "found_inf", None)))
@@ -325,18 +459,18 @@ class SelectiveOptimizer(Optimizer):
             **self._line(group),
         )
 
-    def _lists(self, batch: dict) -> list[list[Tensor]]:
+    def _lists(self, batch: dict[str, Any]) -> list[list[Tensor]]:
         """The operator's lists of moments; one the group does not use is empty."""
         raise NotImplementedError
 
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this optimizer or of torch's; keys its groups lack keep the value of the group they replace.
 
         Raises ValueError for a format newer than this version's, before anything has changed.
         """
-        loaded: dict = {}
+        loaded: dict[str, Any] = {}
 
-        def complete(optimizer: Optimizer, state_dict: dict) -> dict:
+        def complete(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             loaded.update(state_dict)
             for saved in state_dict["param_groups"]:
                 if saved.get("format", FORMAT) > FORMAT:
@@ -372,12 +506,16 @@ class SelectiveOptimizer(Optimizer):
             for handle in handles:
                 handle.remove()
 
-    def __getstate__(self) -> dict:
+    def __repr__(self) -> str:
+        first, *groups = super().__repr__().split("\n", 1)
+        return "\n".join((first, f"backend: {self.backend}", *groups))
+
+    def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"backend": self.backend, "_drawn_seed": self._drawn_seed}
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._roster, self._shared, self._room = None, {}, {}
+        self._roster, self._shared, self._room, self._addresses = None, {}, {}, []
         for group in self.param_groups:
             for p in group["params"]:
                 p_state = self.state.get(p) or {}
@@ -448,7 +586,7 @@ class SelectiveAdamW(SelectiveOptimizer):
         # As torch.optim.Adam names it, so that each loads the other's checkpoints.
         super().__init__(params, defaults | {"decoupled_weight_decay": True}, seed=seed, backend=backend)
 
-    def _check(self, group: dict) -> None:
+    def _check(self, group: dict[str, Any]) -> None:
         super()._check(group)
         betas = group["betas"]
         if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(isinstance(beta, (Real, Tensor)) for beta in betas):
@@ -467,13 +605,13 @@ class SelectiveAdamW(SelectiveOptimizer):
                 if betas[i].numel() != 1:
                     raise ValueError(f"Tensor betas[{i}] must be 1-element")
 
-    def _moments(self, group: dict) -> tuple[str, ...]:
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
 
-    def _lists(self, batch: dict) -> list[list[Tensor]]:
+    def _lists(self, batch: dict[str, Any]) -> list[list[Tensor]]:
         return [batch["exp_avg"], batch["exp_avg_sq"], batch.get("max_exp_avg_sq", [])]
 
-    def _line(self, group: dict) -> dict:
+    def _line(self, group: dict[str, Any]) -> dict[str, Any]:
         numbers, tensors = zip(*((0.0, beta) if isinstance(beta, Tensor) else (float(beta), None) for beta in group["betas"]), strict=True)
         named = {"beta1": numbers[0], "beta2": numbers[1], "beta1_tensor": tensors[0], "beta2_tensor": tensors[1]}
         return named | {"eps": float(group["eps"])}
@@ -524,7 +662,7 @@ class SelectiveSGD(SelectiveOptimizer):
         defaults = {k: v for k, v in locals().items() if k not in ("self", "params", "seed", "backend", "__class__")}
         super().__init__(params, defaults, seed=seed, backend=backend)
 
-    def _check(self, group: dict) -> None:
+    def _check(self, group: dict[str, Any]) -> None:
         super()._check(group)
         if not group["momentum"] >= 0.0:
             raise ValueError(f"Invalid momentum value: {group['momentum']}")
@@ -533,13 +671,13 @@ class SelectiveSGD(SelectiveOptimizer):
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
-    def _moments(self, group: dict) -> tuple[str, ...]:
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] != 0 else ()
 
-    def _lists(self, batch: dict) -> list[list[Tensor]]:
+    def _lists(self, batch: dict[str, Any]) -> list[list[Tensor]]:
         return [batch.get("momentum_buffer", [])]
 
-    def _line(self, group: dict) -> dict:
+    def _line(self, group: dict[str, Any]) -> dict[str, Any]:
         return {"momentum": float(group["momentum"]), "dampening": float(group["dampening"]), "nesterov": group["nesterov"]}
 
 
@@ -577,7 +715,7 @@ def select_gradients_(
     seed, step = _signed(_whole("seed", seed) % 2**64), _step(step)
     if saliency is not None and len(saliency) != len(params):
         raise ValueError(f"saliency has {len(saliency)} tensors for {len(params)} parameters; give one for every parameter")
-    parts: dict = {}
+    parts: dict[tuple[torch.device, torch.dtype], dict[str, Any]] = {}
     for stream, p in enumerate(params):
         if not isinstance(p, Tensor):
             raise TypeError(f"params[{stream}] is a {type(p).__name__}; give tensors")
@@ -592,7 +730,7 @@ def select_gradients_(
                 f"params[{stream}].grad is expanded: its elements share memory and cannot be written; call .clone() on it first"
             )
         key = p.grad.device, p.grad.dtype
-        new = {"backend": None, "grads": [], "saliencies": [], "layout": [], "grad_scale": None, "kept": None}
+        new: dict[str, Any] = {"backend": None, "grads": [], "saliencies": [], "layout": [], "sizes": [], "grad_scale": None, "kept": None}
         part = parts.setdefault(key, new)
         part["backend"] = part["backend"] or op.choose("select_gradients_", backend, *key)
         part["grads"].append(p.grad)
@@ -603,7 +741,7 @@ def select_gradients_(
     shared = None
     with torch.no_grad():
         if scope == "global" and normalization != "constant":
-            shared = op.scope_statistics(list(parts.values()), normalization, {})
+            shared = op.joint_statistics({(): list(parts.values())}, normalization, {})
         for (device, _), part in parts.items():
             over = None if shared is None else shared.to(device)
             lists = part["grads"], part["saliencies"]
@@ -693,7 +831,7 @@ def selection_mask(
     return out
 
 
-def _selection(group: dict) -> op.Selection:
+def _selection(group: dict[str, Any]) -> op.Selection:
     options = [group[name] for name in op.FIELDS]
     try:
         return op.make_selection(*options)
@@ -701,7 +839,7 @@ def _selection(group: dict) -> op.Selection:
         return op.Selection(*options)
 
 
-def _stateless(options: dict) -> op.Selection:
+def _stateless(options: dict[str, Any]) -> op.Selection:
     selection = op.Selection(**options)
     for name, only in (("statistics", "current"), ("target", "gradient")):
         if options[name] != only:
@@ -731,6 +869,10 @@ def _check_parameter(stream: int, p: Tensor, grad: Tensor) -> None:
         )
     if p.dtype not in FLOATS or grad.dtype not in FLOATS:
         raise TypeError(f"parameter {stream} is {p.dtype} with a gradient of {grad.dtype}: complex and integer tensors are not supported")
+    if shards.sharded(p) != shards.sharded(grad):
+        raise TypeError(
+            f"parameter {stream} is a {type(p).__name__} and its gradient a {type(grad).__name__}; make both DTensors, or neither"
+        )
     if grad.shape != p.shape:
         raise ValueError(f"parameter {stream} has shape {tuple(p.shape)} but its gradient {tuple(grad.shape)}; they must be equal")
     if _expanded(p):

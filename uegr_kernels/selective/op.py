@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable
 from numbers import Real
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core import backends
+from ..core import backends as backends
+from ..core import shards
 from . import reference
 
 _triton = functools.partial(backends.triton_kernels, __package__)
@@ -38,7 +40,7 @@ class Selection:
     keep_probability: float
     target: str
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if not isinstance(value, str) or value not in choices:
@@ -62,7 +64,7 @@ class Selection:
         """Whether an element can go unselected."""
         return self.normalization != "constant" or self.keep_probability != 1
 
-    def arguments(self) -> dict:
+    def arguments(self) -> dict[str, Any]:
         """As the operators take it; the scope is settled above them, by the statistics they are handed."""
         return {
             "threshold": float(self.threshold),
@@ -77,7 +79,7 @@ class Selection:
         }
 
     @classmethod
-    def of(cls, arguments: dict) -> "Selection":
+    def of(cls, arguments: dict[str, Any]) -> "Selection":
         """The inverse of `arguments`."""
         named = {name: arguments[name] for name in ("threshold", "sharpness", "rescale", "min_probability", "keep_probability")}
         return cls(
@@ -139,7 +141,7 @@ def _register(name: str, schema: str) -> None:
         torch.library.impl(f"uegr_kernels::{name}", "CUDA", functools.partial(_run, _triton, name))
 
 
-def _run(module: Callable[[], ModuleType], name: str, *args, **kwargs) -> None:
+def _run(module: Callable[[], ModuleType], name: str, *args: Any, **kwargs: Any) -> None:
     """The function `name` of a module, by an operator's arguments."""
     if "steps" in SCHEMAS[name]:
         params, grads, *moments, steps, low, high = args
@@ -176,20 +178,20 @@ for _name, _schema in SCHEMAS.items():
     _register(_name, _schema)
 
 
-def call(name: str, backend: str, *tensors, **options) -> object:
+def call(name: str, backend: str, *tensors: Any, **options: Any) -> Any:
     """Runs the operator on a chosen backend ("reference", "cpp", "cuda" or "triton").
 
     Arguments as in SCHEMAS, with the options as one `selection`, a normalisation by its name. What is returned may be the option `plan` of
     the next call whose tensors, the gradients aside, are the same objects: they are not looked at as closely again.
     """
-    plan = {"plan": options.pop("plan")} if "plan" in options else {}
+    again = {"plan": options.pop("plan")} if "plan" in options else {}
+    plan = None
     if backend == "reference" and not torch.compiler.is_compiling():
         getattr(reference, name)(*tensors, **options)
         return None
     if backend == "triton" and not torch.compiler.is_compiling():
-        plan = getattr(_triton(), name)(*tensors, **options, **plan)
+        plan = getattr(_triton(), name)(*tensors, **options, **again)
     else:
-        plan = None
         if "selection" in options:
             arguments = options | options["selection"].arguments()
             del arguments["selection"]
@@ -206,28 +208,49 @@ def choose(name: str, backend: str, device: torch.device, dtype: torch.dtype) ->
     return backends.choose(backend, f"selective.{name}", device, dtype)
 
 
-def scope_statistics(parts: list[dict], normalization: str, room: dict) -> Tensor:
-    """The statistics of s over the tensors of all parts together, as the operators take them, in memory that `room` keeps.
-
-    A part has `grads`, `saliencies`, `layout`, `grad_scale`, a chosen `backend`, and `kept`: None, or lists of the minima and maxima
-    that stand for the tensors (NaN: nothing kept yet). The reference alone ranks exactly; where a compiled kernel takes part, all share
-    its histogram.
-    """
-    if normalization == "rank" and all(part["backend"] == "reference" for part in parts):
-        return reference.ordered_saliency(parts)
-    home = parts[0]["grads"][0].device
-    key = normalization, home
-    if key not in room:
-        sizes, dtype = ((1, reference.RANK_BINS), torch.int64) if normalization == "rank" else ((1, 2), torch.float64)
-        room[key] = torch.empty(sizes, dtype=dtype, device=home)
-    out = room[key]
+def no_statistics(rows: int, normalization: str, device: torch.device) -> Tensor:
+    """Statistics of nothing, for the statistics operator to join others to."""
     if normalization == "rank":
-        out.zero_()
-    else:
-        out.fill_(torch.inf)[:, 1].neg_()
+        return nothing_(torch.empty(rows, reference.RANK_BINS, dtype=torch.int64, device=device))
+    return nothing_(torch.empty(rows, 2, dtype=torch.float64, device=device))
+
+
+def nothing_(statistics: Tensor) -> Tensor:
+    """Makes statistics those of nothing."""
+    if statistics.dtype == torch.int64:
+        return statistics.zero_()
+    statistics.fill_(torch.inf)[:, 1].neg_()
+    return statistics
+
+
+def scope_statistics(parts: list[dict[str, Any]], normalization: str, *, rows: int, cut: shards.Cut, room: dict[Any, Tensor]) -> Tensor:
+    """The statistics of s over the tensors of all parts together (rows=1), or of each tensor of the only part, as the operators take them.
+
+    A part has `grads`, `saliencies`, `layout`, `sizes`, `grad_scale`, a chosen `backend`, and `kept`: None, or lists of the minima and
+    maxima that stand for the tensors (NaN: nothing kept yet). cut: the processes that hold the rest of the tensors (core.shards). room:
+    memory for the next call too.
+    """
+    home = parts[0]["grads"][0].device
+    key = rows, normalization, cut, home
+    out = room[key] = nothing_(room[key]) if key in room else no_statistics(rows, normalization, home)
     for part in parts:
         into = out.to(part["grads"][0].device)
-        options = {"layout": part["layout"], "sizes": [], "normalization": normalization, "grad_scale": part["grad_scale"]}
+        options = {"layout": part["layout"], "sizes": part["sizes"], "normalization": normalization, "grad_scale": part["grad_scale"]}
         call("selective_statistics_", part["backend"], part["grads"], part["saliencies"], *(part["kept"] or ([], [])), **options, out=into)
         out = into.to(home)
+    shards.join_(out, cut)
     return out
+
+
+def joint_statistics(cuts: dict[shards.Cut, list[dict[str, Any]]], normalization: str, room: dict[Any, Tensor]) -> Tensor:
+    """The statistics over all parts of all cuts together. The reference alone ranks exactly; where a compiled kernel or another process
+    takes part, all share its histogram."""
+    if normalization == "rank" and list(cuts) == [()] and all(part["backend"] == "reference" for part in cuts[()]):
+        return reference.ordered_saliency(cuts[()])
+    found = [scope_statistics(parts, normalization, rows=1, cut=cut, room=room) for cut, parts in cuts.items()]
+    if len(found) == 1:
+        return found[0]
+    rows = torch.cat([row.to(found[0].device) for row in found])
+    if normalization == "rank":
+        return rows.sum(0, keepdim=True)
+    return torch.stack((rows[:, 0].amin(), rows[:, 1].amax()))[None]

@@ -19,6 +19,7 @@ import itertools
 import math
 import operator
 import typing
+from typing import Any
 
 import torch
 import triton
@@ -319,7 +320,7 @@ def update_block(lists, mask, word, lower, low, high, shared, kind: tl.constexpr
     if kind.normalization == "constant":
         inverse = tl.zeros_like(g) + largest_inverse
     elif kind.normalization == "rank":
-        magnitude = root(s) if kind.s is not None else tl.abs(g)
+        magnitude = tl.abs(root(s) if kind.s is not None else g)  # the root of -0 is -0
         counted = finite(magnitude)
         inverse = tl.load(table + tl.where(counted, rank_bin(magnitude), 0), mask=counted, other=1.0).to(T)
     elif kind.s is not None:
@@ -623,7 +624,7 @@ def count(head, rows, items, out, grad_scale, found_inf, MANY: tl.constexpr, kin
         mask = (local < end) & (triton_ops.element_indices(local, offset, run, stride) % every == 0)
         lists = strided_elements(pointers, local, row) if kind.strided else elements(pointers, local)
         g = gradient(lists[5], mask, unscale, kind)
-        magnitude = root(fetch(lists[4], mask, kind.T)) if kind.s is not None else tl.abs(g)
+        magnitude = tl.abs(root(fetch(lists[4], mask, kind.T)) if kind.s is not None else g)
         mask = mask & finite(g) & finite(magnitude)
         tl.atomic_add(bins + rank_bin(tl.where(mask, magnitude, 0)), every if WEIGHTED else 1, mask=mask, sem="relaxed")
 
@@ -698,7 +699,9 @@ ELEMENTWISE = ("theta", "a", "b", "c", "s", "g")  # in the order of `strided_ele
 class Family:
     """Tensors of like dtypes, by their positions in a call: their rows, the items of each walk, and room to work in."""
 
-    def __init__(self, kind: Kind, positions: list[int], lists: dict, layout: list[int], sizes: list[int], device: torch.device):
+    def __init__(
+        self, kind: Kind, positions: list[int], lists: dict[str, list[Tensor]], layout: list[int], sizes: list[int], device: torch.device
+    ):
         self.kind, self.tensors = kind, len(positions)
         elements = [lists["g"][i].numel() for i in positions]
         columns = {name: [lists[name][i].data_ptr() for i in positions] for name in COLUMNS[:8] if lists[name]}
@@ -775,7 +778,8 @@ def _walks(kind: Kind, elements: list[int], width: int) -> list[Tensor]:
         return updates
     if kind.source == "kept" or kind.line == "statistics":
         return [_items(elements, every, gathers=True), *updates]
-    groups, total = [], 0
+    groups: list[range] = []
+    total = 0
     for i, n in enumerate(elements):
         if not groups or total + n * width > triton_ops.GROUP_BYTES:
             groups.append(range(i, i))
@@ -811,14 +815,23 @@ def _axes(tensors: list[Tensor | None]) -> list[int]:
 class Plan:
     """What a call needs on the device for as long as its tensors stand where they stand."""
 
-    def __init__(self, moving: tuple, standing: tuple, planes: list[int], kind: Kind, lists: dict, layout: list[int], sizes: list[int]):
+    def __init__(
+        self,
+        moving: tuple[Any, ...],
+        standing: tuple[Any, ...],
+        planes: list[int],
+        kind: Kind,
+        lists: dict[str, list[Tensor]],
+        layout: list[int],
+        sizes: list[int],
+    ):
         grads = lists["g"]
         self.moving, self.standing, self.planes, self.kind, self.device = moving, standing, planes, kind, grads[0].device
         families: dict[Kind, list[int]] = collections.defaultdict(list)
         for i in range(len(grads)):
-            each = {name: tensors[i] if tensors else None for name, tensors in lists.items()}
+            each: dict[str, Any] = {name: tensors[i] if tensors else None for name, tensors in lists.items()}
             _check(i, each, layout)
-            dtypes = {name: None if each[name] is None else DTYPES[each[name].dtype] for name in (*ELEMENTWISE, "step")}
+            dtypes: dict[str, Any] = {name: None if each[name] is None else DTYPES[each[name].dtype] for name in (*ELEMENTWISE, "step")}
             kept = None if each["low"] is None else DTYPES[each["low"].dtype]
             strided = not all(each[name] is None or each[name].is_contiguous() for name in ELEMENTWISE)
             families[dataclasses.replace(kind, kept=kept, strided=strided, **dtypes)].append(i)
@@ -836,7 +849,7 @@ class Plan:
             family.launch(call, head, pointers, self.tables)
 
 
-def _check(i: int, each: dict, layout: list[int]) -> None:
+def _check(i: int, each: dict[str, Any], layout: list[int]) -> None:
     """Raises what a kernel would not survive."""
     for name in ELEMENTWISE:
         if each[name] is not None and (each[name].shape != each["g"].shape or each[name].device != each["g"].device):
@@ -860,15 +873,15 @@ DTYPES = triton_ops.DTYPES | {torch.uint8: tl.int8}  # a mask is written as byte
 
 # Plans of optimizers live as long as their first parameter's step tensor; a few of other calls are kept by what they were called with.
 PLANS: WeakIdKeyDictionary = WeakIdKeyDictionary()
-RECENT: collections.OrderedDict = collections.OrderedDict()
+RECENT: collections.OrderedDict[Any, Any] = collections.OrderedDict()
 RECENT_PLANS = 16
 DTYPE = operator.attrgetter("dtype")
 # What captured steps read, for as long as the first parameter, and so the optimizer, lives; and what other graphs do, for good.
 CAPTURED: WeakIdKeyDictionary = WeakIdKeyDictionary()
-CAPTURED_ELSEWHERE: list = []
+CAPTURED_ELSEWHERE: list[Any] = []
 
 
-def _moving(lists: dict, planes: list[int]) -> tuple:
+def _moving(lists: dict[str, list[Tensor]], planes: list[int]) -> tuple[Any, ...]:
     """What may differ while the tensors are the same objects. The gradients' addresses are not in it: those every step takes up.
 
     `planes`: which of the tensors that are written have several axes. One with a single axis would be another object, or elsewhere.
@@ -880,7 +893,7 @@ def _moving(lists: dict, planes: list[int]) -> tuple:
     return addresses, list(map(Tensor.numel, lists["g"])), list(map(DTYPE, lists["g"])), contiguous, strides
 
 
-def _standing(lists: dict) -> list:
+def _standing(lists: dict[str, list[Tensor]]) -> list[Any]:
     """What may differ between tensors beside that."""
     strides = [(name, i, t.shape, t.stride()) for name in ELEMENTWISE for i, t in enumerate(lists[name]) if not t.is_contiguous()]
     return [list(map(Tensor.numel, tensors)) + list(map(DTYPE, tensors)) for tensors in lists.values()] + strides
@@ -892,7 +905,7 @@ class Call:
 
     line: str
     g: list[Tensor]
-    selection: object
+    selection: Any
     layout: list[int]
     seed: int = 0
     step: int = 0
@@ -909,7 +922,7 @@ class Call:
     scope: Tensor | None = None
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
-    out: Tensor | None = None
+    out: Any = None  # a tensor, in an operator that has one
 
     def run(self, plan: "Plan | None") -> "Plan | None":
         """What the call needs on the device, then its launches; `plan` and result as in op.call. Nothing here waits for the device."""
@@ -950,7 +963,7 @@ class Call:
             rescale=self.selection.rescale,
             update=self.selection.target == "update",
             nesterov=self.nesterov,
-            **dict.fromkeys(("g", "theta", "s", "a", "b", "c", "step", "kept", "strided")),
+            **dict.fromkeys(("g", "theta", "s", "a", "b", "c", "step", "kept", "strided"), typing.cast(Any, None)),
         )
 
     def planned(self, plan: "Plan | None", captured: bool) -> "Plan":
@@ -963,7 +976,10 @@ class Call:
         planes = [i for i, tensor in enumerate(lists["theta"] or lists["g"]) if tensor.dim() > 1]
         moving = _moving(lists, planes)
         standing = _standing(lists), self.layout, self.sizes
-        plans, key = (PLANS.setdefault(self.steps[0], {}), kind) if self.steps else (RECENT, (kind, tuple(self.layout)))
+        plans: Any = RECENT
+        key: Any = (kind, tuple(self.layout))
+        if self.steps:
+            plans, key = PLANS.setdefault(self.steps[0], {}), kind
         plan = plans.pop(key, None)
         if plan is None or plan.moving != moving or plan.standing != standing:
             plan = Plan(moving, standing, planes, kind, lists, self.layout, self.sizes)
@@ -991,7 +1007,7 @@ def _selection_numbers(selection) -> dict[str, float]:
 
 def _step(
     line, params, grads, moments, steps, mins, maxs, *, scope_statistics, lr, lr_tensor, weight_decay, numbers, tensors, plan, **call
-):
+) -> Plan | None:
     numbers |= {"lr": lr, "weight_decay": weight_decay}
     lists = {"theta": params, "moments": moments, "steps": steps, "kept": (mins, maxs)}
     return Call(line, grads, **lists, numbers=numbers, tensors=tensors | {"lr": lr_tensor}, scope=scope_statistics, **call).run(plan)

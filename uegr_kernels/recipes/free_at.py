@@ -1,0 +1,92 @@
+"""FreeAT: every pass both moves the perturbation and updates the weights."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..passes import attention_mask, check_count
+from ..perturbation import pgd_step
+from .attack import Start, in_a_cube
+from .recipe import PassRecipe, check_choice, check_flag, check_number
+
+
+class FreeAT(PassRecipe):
+    """Free adversarial training: every repeat of a batch both moves delta and updates the weights (METHODS 1, FreeAT).
+
+    optimizer   needed: `backward` steps it in every repeat, with unscaled gradients, and leaves no gradient (.grad is None); an
+                optimizer.step() after it finds nothing to do. Under GradScaler do not call scaler.step for it
+    epsilon     radius of the ball; None: 0.1, or 4/255 with embedding=None
+    steps       m, the repeats of a batch; None: 3, or 4 with embedding=None. Divide the epochs by it to keep the compute
+    step_size   None: epsilon;  norm  "l2" or "linf"; None: "l2", or "linf" with embedding=None
+    init_mag    length of a random start on the real tokens, as in `FreeLB`; None: epsilon, or 0 with embedding=None
+    persistent  delta goes on with the next batch; None: False, or True with embedding=None (positions of texts hold other words)
+    the common options  (`PassRecipe`)
+
+    m forwards, m backwards, m updates; each repeat has a dropout draw of its own. Losses: loss, adversarial_loss, the mean over them.
+    """
+
+    kept = ("delta",)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        embedding: nn.Module | None,
+        optimizer: Any = None,
+        *,
+        epsilon: float | None = None,
+        steps: int | None = None,
+        step_size: float | None = None,
+        norm: str | None = None,
+        init_mag: float | None = None,
+        persistent: bool | None = None,
+        **options: Any,
+    ) -> None:
+        image = embedding is None
+        self.epsilon = (4 / 255 if image else 0.1) if epsilon is None else epsilon
+        self.steps = (4 if image else 3) if steps is None else steps
+        self.step_size = self.epsilon if step_size is None else step_size
+        self.norm = ("linf" if image else "l2") if norm is None else norm
+        self.init_mag = (0.0 if image else self.epsilon) if init_mag is None else init_mag
+        self.persistent = image if persistent is None else persistent
+        self.delta: Tensor | None = None
+        for name in ("epsilon", "step_size", "init_mag"):
+            check_number(name, getattr(self, name), 0)
+        check_count("steps", self.steps)
+        check_choice("norm", self.norm, ("l2", "linf"))
+        check_flag("persistent", self.persistent)
+        super().__init__(model, embedding, optimizer, **options)
+
+    def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
+        optimizer, mask, losses = self._stepped(), attention_mask(inputs), []
+        delta: Any = self._start(mask, len(labels))
+        for _ in range(self.steps):
+            loss, walk = self._descend(inputs, labels, scale, delta, watched=True, last=True)
+            losses.append(loss)
+            self._update(optimizer, scale)
+            options: dict[str, Any] = dict(step_size=self.step_size, radius=self.epsilon, norm=self.norm)
+            delta = pgd_step(walk.delta, walk.gradient, mask=mask, **options, backend=self.backend)
+        if self.persistent:
+            self.delta = delta if self.delta is None else torch.cat([delta, self.delta[len(delta) :]])
+        mean = torch.stack(losses).mean()
+        return {"loss": mean, "adversarial_loss": mean}
+
+    def _start(self, mask: Tensor | None, rows: int) -> Start:
+        fresh = in_a_cube(self.init_mag, mask) if self.init_mag else torch.zeros_like
+
+        def start(x: Tensor) -> Tensor:
+            if self.delta is None or self.delta.shape[1:] != x.shape[1:]:
+                self.delta = None
+                return fresh(x)
+            return torch.cat([self.delta[:rows].to(x), fresh(x[len(self.delta) :])])  # a batch may be shorter or longer than the last
+
+        return start
+
+    def _update(self, optimizer: Any, scale: float | Tensor) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if isinstance(scale, Tensor) or scale != 1:
+            for gradient in gradients:
+                gradient.div_(scale)
+        if not isinstance(scale, Tensor) or all(gradient.isfinite().all() for gradient in gradients):  # as GradScaler does
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
