@@ -870,6 +870,9 @@ def test_arat(split, predictor, stop_gradient):
         assert {id(p) for p in recipe.parameters()} <= {id(p) for p in optimizer.param_groups[-1]["params"]}
         optimizer.step()
         own = recipe.parameters()
+        assert all(p.grad is not None for p in own)
+        recipe.after_step()
+        assert all(p.grad is None for p in own)
         recipe.close()
         assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
         assert len(optimizer.state) <= len(list(model.parameters()))
