@@ -97,7 +97,7 @@ class Fuzzer:
 
     def scalar(self, value: float, dtype: torch.dtype = torch.float32) -> Tensor:
         out = self.tensor((), dtype, plain=True)
-        out.fill_(value)
+        out.copy_(torch.tensor(value, dtype=torch.float64))
         self.memory[-1][2].copy_(self.memory[-1][1])
         return out
 
@@ -185,7 +185,7 @@ class Fuzzer:
         """A state of one value by parameter, or all of them in one tensor."""
         if count > 1 and self.chance(0.2):
             out = self.tensor((count,), dtype, plain=True)
-            out.fill_(value)
+            out.copy_(torch.tensor(value, dtype=torch.float64))
             self.memory[-1][2].copy_(self.memory[-1][1])
             return [out]
         return [self.scalar(value, dtype) for _ in range(count)]

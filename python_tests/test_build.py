@@ -11,6 +11,7 @@ import sys
 import zipfile
 
 import pytest
+import torch
 
 import uegr_kernels
 from uegr_kernels import __main__ as program
@@ -329,30 +330,31 @@ def test_wheel_holds_libraries_that_are_loaded_and_no_module(wheel):
     assert not [name for name in names if name.startswith(("python_tests", "bench", "csrc"))]
 
 
-def check_wheel(wheel: pathlib.Path, python: str, root: pathlib.Path, operators: list[str]) -> None:
-    """Installs the wheel and runs the tests of some operators there."""
+def check_wheel(wheel: pathlib.Path, python: str, root: pathlib.Path, operators: list[str], which: str) -> None:
+    """Installs the wheel and runs some of the operators' tests there."""
     there = Environment(python, root, wheel)
     shutil.copytree(ROOT / "python_tests", there.root / "python_tests", ignore=shutil.ignore_patterns("__pycache__"))
-    which = there.run("-c", "import uegr_kernels as uk; from uegr_kernels.core import native; print(uk.__file__, native.load())")
-    assert str(there.root) in which.stdout and "None)" in which.stdout, which.stdout + which.stderr
+    loaded = there.run("-c", "import uegr_kernels as uk; from uegr_kernels.core import native; print(uk.__file__, native.load())")
+    assert str(there.root) in loaded.stdout and "None)" in loaded.stdout, loaded.stdout + loaded.stderr
     tests = [f"python_tests/test_{name}.py" for name in operators]
-    done = there.run("-m", "pytest", "-q", "-k", "cpp", "-p", "no:cacheprovider", *tests)
+    done = there.run("-m", "pytest", "-q", "-k", which, "-p", "no:cacheprovider", *tests)
     assert done.returncode == 0 and re.search(r"\d+ passed", done.stdout), done.stdout[-3000:] + done.stderr[-3000:]
 
 
 @needs_setuptools
 def test_wheel_works_in_an_environment_of_its_own(wheel, tmp_path):
-    check_wheel(wheel, sys.executable, tmp_path / "environment", ["perturbation", "dropout"])
+    check_wheel(wheel, sys.executable, tmp_path / "environment", ["perturbation", "dropout"], "cpp and bfloat16")
 
 
 @needs_setuptools
 def test_wheel_works_with_another_torch_and_another_python(wheel, tmp_path):
-    here = torch_of(sys.executable)
+    here = f"{torch.__version__} {sys.version_info[:2]}"
     others = {version: python for python in pythons() if (version := torch_of(python)) not in (None, here)}
     if not others:
         pytest.skip(f"torch and Python are {here}, and no others are here (UEGR_KERNELS_TEST_PYTHONS can name some)")
     for version, python in others.items():
-        check_wheel(wheel, python, tmp_path / version.split()[0], ["selective", "divergence", "perturbation", "dropout", "bistage"])
+        operators = ["selective", "divergence", "perturbation", "dropout", "bistage"]
+        check_wheel(wheel, python, tmp_path / version.split()[0], operators, "cpp")
 
 
 WITHOUT_LIBRARY = """
