@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from . import harness
+from . import harness, plot
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results"
@@ -80,7 +80,9 @@ def run(options: argparse.Namespace, command: str) -> int:
             wrong += [f"{case.name}: {line[key]}" for key in ("error", "skipped") if key in line]
             everything = harness.keep(path, line, [each.name for each in cases])
             path.with_suffix(".md").write_text(f"# {options.command}\n\n{table(everything)}\n\n{origins(everything)}\n")
-    print(f"{table(lines)}\n\n{origins(lines)}\n\nWritten: {path} and {path.with_suffix('.md')}")
+    drawn = plot.pictures(path, everything)
+    written = ", ".join(map(str, [path, path.with_suffix(".md"), *drawn]))
+    print(f"{table(lines)}\n\n{origins(lines)}\n\nWritten: {written}")
     print("".join(f"\nno figure for {reason}" for reason in wrong), end="\n" if wrong else "", file=sys.stderr)
     return int(any("error" in line for line in lines))
 
@@ -113,6 +115,9 @@ def table(lines: list[dict]) -> str:
             ratio = cell(one["ours_over_this"]) if "ours_over_this" in one else ""
             times = cell(one["seconds"], 1000)
             rows.append(f"| {name} | {one['name']} | {times} | {ratio} | {one['gb_s']:.3g} | {one['copy_share']:.0%} | {_extra(one)} |")
+        if "breakdown" in line:
+            shares = ", ".join(f"{part} {share:.1%}" for part, share in line["breakdown"].items())
+            rows.append(f"| | where ours spends its time: {shares} | | | | | |")
     return "\n".join(rows)
 
 

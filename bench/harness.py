@@ -46,6 +46,7 @@ class Case:
     memory: int  # bytes the tensors take
     verify: Callable[[], str | None]
     contestants: Callable[[], list[Contestant]]
+    breakdown: Callable[[], dict[str, float]] | None = None  # shares of ours by part, measured apart
 
 
 def sample(step: Callable[[], object], repeats: int) -> float:
@@ -163,7 +164,7 @@ def measure(case: Case, rounds: int, copy: Copy, tick: Callable[[], None]) -> di
         result |= {"ours_over_this": spread(ratios[one.name])} if one.name in ratios else {}
         result |= {"bytes": one.bytes, "gb_s": round(rate, 3), "copy_share": round(rate / line["copy_gb_s"]["median"], 4)}
         line["contestants"].append(result | {"peak_extra_bytes": extra[one.name]})
-    return line
+    return line | ({"breakdown": case.breakdown()} if case.breakdown else {})
 
 
 def environment(command: str) -> dict:

@@ -65,3 +65,314 @@ def test_names_groups_and_parameters_without_a_gradient(tmp_path):
 def test_other_optimizers_are_refused():
     with pytest.raises(TypeError, match="is a AdamW; pass a SelectiveAdamW"):
         uk.analysis.selection_report(torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]))
+
+
+# CKA
+
+
+def features(seed, n=200, p=7):
+    return torch.randn(n, p, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_linear_cka_of_what_is_known():
+    x = features(0)
+    rotation = torch.linalg.qr(torch.randn(7, 7, dtype=torch.float64)).Q
+    assert uk.analysis.linear_cka(x, x) == pytest.approx(1)
+    assert uk.analysis.linear_cka(x, 3 * x @ rotation + 5) == pytest.approx(1)
+    basis = torch.linalg.qr(torch.cat([torch.ones(200, 1, dtype=torch.float64), features(1, p=8)], 1)).Q[:, 1:]
+    assert uk.analysis.linear_cka(basis[:, :4], basis[:, 4:]) == pytest.approx(0, abs=1e-12)
+    # One shared direction of two: ||Y'X||^2 = 1 against sqrt(2) * sqrt(2).
+    assert uk.analysis.linear_cka(basis[:, :2], basis[:, 1:3]) == pytest.approx(0.5)
+
+
+def encoder(seed=0):
+    torch.manual_seed(seed)
+    blocks = [torch.nn.Sequential(torch.nn.Linear(5, 5), torch.nn.Tanh(), torch.nn.Dropout(0.5)) for _ in range(3)]
+    model = torch.nn.Sequential(torch.nn.Embedding(20, 5), *blocks, torch.nn.Flatten(), torch.nn.Linear(20, 2))
+    return model
+
+
+def batches(count=4):
+    generator = torch.Generator().manual_seed(9)
+    return [(torch.randint(0, 20, (16, 4), generator=generator), torch.randint(0, 2, (16,), generator=generator)) for _ in range(count)]
+
+
+def unchanged(model):
+    """Weights, modes, .grad, hooks and random state, for a comparison of before and after."""
+    weights = [p.detach().clone() for p in model.parameters()]
+    return (
+        [w.tolist() for w in weights],
+        [m.training for m in model.modules()],
+        [None if p.grad is None else p.grad.tolist() for p in model.parameters()],
+        [len(m._forward_hooks) for m in model.modules()],
+        torch.get_rng_state().tolist(),
+    )
+
+
+def test_cka_of_a_model_with_itself_and_with_another(tmp_path):
+    model, other = encoder(), encoder(1)
+    before = unchanged(model)
+    same = uk.analysis.cka(model, model, batches())
+    assert list(same) == [str(i) for i in range(6)] and all(value == pytest.approx(1) for value in same.values())
+    differ = uk.analysis.cka(model, other, batches(), layers=["1", "3"], pooling="first")
+    assert list(differ) == ["1", "3"] and all(0 <= value < 0.9 for value in differ.values())
+    assert unchanged(model) == before
+    assert uk.analysis.plot_cka({"other": differ}, tmp_path / "cka.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match="model_a has no 'encoder'"):
+        uk.analysis.cka(model, other, batches(), layers=["encoder"])
+    with pytest.raises(ValueError, match="batches holds none"):
+        uk.analysis.cka(model, other, [])
+
+
+# Attacks
+
+
+def linear_model():
+    """Logits (x . w, 0) over an embedding of one token, so that margin and attack are known: |w| = 5."""
+    model = torch.nn.Sequential(torch.nn.Embedding(8, 2), torch.nn.Flatten(), torch.nn.Linear(2, 2))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[3.0, 4.0]]) / 5 * torch.linspace(0.05, 0.75, 8)[:, None])  # distance to the border
+        model[2].weight.copy_(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+        model[2].bias.zero_()
+    return model
+
+
+@pytest.mark.parametrize(("attack", "restarts"), [("fgm", 1), ("pgd", 1), ("pgd", 3)])
+def test_an_attack_reaches_as_far_as_epsilon(attack, restarts):
+    model = linear_model()
+    before = unchanged(model)
+    data = [(torch.arange(8)[:, None], torch.zeros(8, dtype=torch.int64))]
+    found = uk.analysis.accuracy_under_attack(model, model[0], data, [0.1, 0.4, 1.0], attack, restarts=restarts)
+    assert [each.accuracy for each in found] == [1.0, 7 / 8, 4 / 8, 0.0]  # distances 0.05, 0.15, ... 0.75
+    assert [each.epsilon for each in found] == [0.0, 0.1, 0.4, 1.0]
+    assert found[2].drop == 0.5 and found[2].relative_drop == 0.5
+    assert unchanged(model) == before
+
+
+def test_a_relative_attack_is_a_multiple_of_the_embeddings_norm():
+    model = linear_model()
+    data = [(torch.arange(8)[:, None], torch.zeros(8, dtype=torch.int64))]
+    found = uk.analysis.accuracy_under_attack(model, model[0], data, [0.99, 1.01], relative=True)
+    assert [each.accuracy for each in found] == [1.0, 1.0, 0.0]
+    assert found[1].relative == pytest.approx(0.99)
+
+
+def test_fgms_first_order(tmp_path):
+    """L(e + delta) - L(e) = epsilon * |g| + O(epsilon^2), for PGD too."""
+    model, data = encoder().double(), batches(1)
+    (ids, labels), loss = data[0], torch.nn.functional.cross_entropy
+    model.eval()
+    e = model[0](ids).detach().requires_grad_()
+    (g,) = torch.autograd.grad(loss(model[1:](e), labels, reduction="sum"), e)
+    moved = loss(model[1:](e + uk.fgm_perturbation(g, 1e-4)), labels, reduction="none") - loss(model[1:](e), labels, reduction="none")
+    torch.testing.assert_close(moved, 1e-4 * g.flatten(1).norm(dim=1), rtol=1e-3, atol=1e-9)
+    found = uk.analysis.accuracy_under_attack(model, model[0], data, attack="pgd", steps=3)
+    assert [each.epsilon for each in found] == [0.0, 0.01, 0.25, 0.5]
+    assert uk.analysis.plot_accuracy_under_attack({"net": found}, tmp_path / "attack.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match="attack='cw' is not one of its values"):
+        uk.analysis.accuracy_under_attack(model, model[0], data, attack="cw")
+
+
+# Landscape and sharpness
+
+
+class Bowl(torch.nn.Module):
+    """loss = x' H x / 2 of one weight."""
+
+    def __init__(self, hessian):
+        super().__init__()
+        self.h = hessian
+        self.weight = torch.nn.Parameter(torch.full((len(hessian), 1), 0.5, dtype=torch.float64))
+
+    def loss(self, model=None):
+        return (self.weight.T @ self.h @ self.weight).sum() / 2
+
+
+def symmetric(values, seed=0):
+    basis = torch.linalg.qr(torch.randn(len(values), len(values), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).Q
+    return basis @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ basis.T
+
+
+def test_a_plane_through_a_bowl(tmp_path):
+    model = Bowl(symmetric([1.0, 2.0, 5.0]))
+    directions = [[torch.eye(3, dtype=torch.float64)[:, i : i + 1]] for i in (0, 1)]
+    before = unchanged(model)
+    plane = uk.analysis.loss_plane(model, model.loss, directions=tuple(directions), span=2.0, points=5)
+    assert unchanged(model) == before
+    w = model.weight.detach()
+    for i, a in enumerate(plane.a):
+        for j, b in enumerate(plane.b):
+            at = w + a * directions[0][0] + b * directions[1][0]
+            assert plane.values[i, j].item() == pytest.approx((at.T @ model.h @ at / 2).item())
+    assert plane.values[2, 2].item() == pytest.approx(model.loss().item())
+    for surface in (False, True):
+        assert uk.analysis.plot_loss_plane(plane, tmp_path / "plane.png", surface=surface).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_directions_are_as_long_as_each_filter_and_spare_biases():
+    model = torch.nn.Sequential(torch.nn.Conv1d(3, 4, 2), torch.nn.Linear(5, 6))
+    for direction in uk.analysis.random_directions(model):
+        for p, d in zip(model.parameters(), direction, strict=True):
+            if p.dim() == 1:
+                assert not d.any()
+            else:
+                torch.testing.assert_close(d.flatten(1).norm(dim=1), p.detach().flatten(1).norm(dim=1))
+    twice = [uk.analysis.random_directions(model, seed=4)[0][0] for _ in range(2)]
+    assert torch.equal(*twice) and not torch.equal(twice[0], uk.analysis.random_directions(model, seed=5)[0][0])
+
+
+def test_weights_come_back_when_a_loss_raises():
+    model = Bowl(symmetric([1.0, 2.0]))
+    before = unchanged(model)
+
+    def broken(model):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        uk.analysis.loss_plane(model, broken, points=3)
+    assert unchanged(model) == before
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.0, 5.0], [-7.0, 1.0, 3.0], [-2.0, -1.0, -0.5], [0.0, 0.0, 0.0]])
+def test_largest_eigenvalue_and_trace(values):
+    model = Bowl(symmetric(values))
+    before = unchanged(model)
+    found = uk.analysis.largest_eigenvalue(model, model.loss, iterations=500, tolerance=1e-9)
+    assert found == pytest.approx(max(values), abs=1e-3)
+    trace, error = uk.analysis.hessian_trace(model, model.loss, samples=400)
+    assert abs(trace - sum(values)) <= 5 * error + 1e-9
+    assert unchanged(model) == before
+
+
+def test_curvature_of_a_network_is_autograds():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+    x, y = torch.randn(20, 3, dtype=torch.float64), torch.randint(0, 2, (20,))
+    names, weights = zip(*[(name, p.detach()) for name, p in model.named_parameters()], strict=True)
+    sizes = [w.numel() for w in weights]
+
+    def of_vector(vector):
+        parts = {name: part.view_as(w) for name, part, w in zip(names, vector.split(sizes), weights, strict=True)}
+        return torch.nn.functional.cross_entropy(torch.func.functional_call(model, parts, (x,)), y)
+
+    hessian = torch.autograd.functional.hessian(of_vector, torch.cat([w.flatten() for w in weights]))
+
+    def loss(model):
+        return torch.nn.functional.cross_entropy(model(x), y)
+
+    found = uk.analysis.largest_eigenvalue(model, loss, iterations=2000, tolerance=1e-10)
+    assert found == pytest.approx(torch.linalg.eigvalsh(hessian)[-1].item(), rel=1e-3)
+    trace, error = uk.analysis.hessian_trace(model, loss, samples=300)
+    assert abs(trace - hessian.trace().item()) <= 5 * error
+
+
+# SGD's covariance
+
+
+def recursion(h, c, lr, steps, start, momentum=0.0, keep=1.0):
+    d = len(h)
+    eye, s = torch.eye(d, dtype=torch.float64), start.clone()
+    a = eye - lr * h
+    if not momentum:
+        for _ in range(steps):
+            s = a @ s @ a + lr**2 * (c + (1 / keep - 1) * torch.diag((c + h @ s @ h).diagonal()))
+        return s
+    move = torch.cat([torch.cat([a, -lr * momentum * eye], 1), torch.cat([h, momentum * eye], 1)])
+    p = torch.zeros(2 * d, 2 * d, dtype=torch.float64)
+    p[:d, :d] = s
+    noise = torch.cat([torch.cat([lr**2 * c, -lr * c], 1), torch.cat([-lr * c, c], 1)])
+    for _ in range(steps):
+        p = move @ p @ move.T + noise
+    return p[:d, :d]
+
+
+H, C = symmetric([0.3, 1.0, 2.5]), symmetric([0.5, 1.0, 4.0], seed=1)
+START = symmetric([0.1, 0.2, 0.9], seed=2)
+
+
+@pytest.mark.parametrize(("momentum", "keep"), [(0.0, 1.0), (0.9, 1.0), (0.0, 0.4)])
+@pytest.mark.parametrize("steps", [0, 1, 7, 100])
+def test_a_finite_covariance_is_the_recursions(momentum, keep, steps):
+    found = uk.analysis.sgd_covariance(H, C, 0.2, momentum=momentum, steps=steps, initial=START, keep_probability=keep)
+    torch.testing.assert_close(found, recursion(H, C, 0.2, steps, START, momentum, keep), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("momentum", "keep"), [(0.0, 1.0), (0.9, 1.0), (0.0, 0.4)])
+def test_a_stationary_covariance_stays(momentum, keep):
+    found = uk.analysis.sgd_covariance(H, C, 0.2, momentum=momentum, keep_probability=keep)
+    torch.testing.assert_close(found, recursion(H, C, 0.2, 4000, START, momentum, keep), rtol=1e-8, atol=1e-10)
+    if not momentum and keep == 1:
+        assert (found @ H + H @ found - 0.2 * H @ found @ H - 0.2 * C).abs().max() < 1e-12
+
+
+def test_covariances_by_hand():
+    one = torch.ones(1, 1)
+    assert uk.analysis.sgd_covariance(one, one, 0.5).item() == pytest.approx(0.5 / 1.5)  # eta*c / (h*(2 - eta*h))
+    assert uk.analysis.sgd_covariance(2 * one, one, 0.1, keep_probability=0.5).item() == pytest.approx(0.0625)  # METHODS 4, simulated
+    assert uk.analysis.sgd_covariance(one, one, 0.2, keep_probability=0.5 * 0.6).item() == pytest.approx(0.2 / 0.3 / (2 - 0.2 / 0.3))
+    mu, eta = 0.9, 0.1
+    by_hand = eta * (1 + mu) / ((1 - mu) * (2 * (1 + mu) - eta))
+    assert uk.analysis.sgd_covariance(one, one, eta, momentum=mu).item() == pytest.approx(by_hand)
+    assert uk.analysis.sgd_covariance(0 * one, one, 0.1, steps=30).item() == pytest.approx(0.3)  # flat: t * eta^2 * c
+    drop = uk.analysis.sgd_covariance(one, one, 0.1, steps=5, initial=uk.analysis.sgd_covariance(one, one, 0.5)).item()
+    assert drop == pytest.approx(0.9**10 * 0.5 / 1.5 + (1 - 0.9**10) * 0.1 / 1.9)
+    told = uk.analysis.sgd_diagnostic(H, uk.analysis.sgd_covariance(H, C, 0.2))
+    c = torch.linalg.eigh(H).eigenvectors.T @ C @ torch.linalg.eigh(H).eigenvectors
+    assert told["excess_loss"] == pytest.approx((0.2 * c.diagonal() / (2 - 0.2 * torch.linalg.eigvalsh(H))).sum().item() / 2)
+
+
+def test_a_simulation_agrees_with_selective_sgd():
+    torch.manual_seed(0)
+    chains, lr, keep = 20000, 0.2, 0.5
+    h, c = torch.diag(torch.tensor([1.0, 0.5])), torch.diag(torch.tensor([1.0, 2.0]))
+    theta = torch.zeros(chains, 2)
+    for _ in range(150):
+        gradient = theta @ h + torch.randn(chains, 2) @ c.sqrt()
+        theta = theta - lr * gradient * (torch.rand(chains, 2) < keep) / keep
+    found = uk.analysis.sgd_covariance(h, c, lr, keep_probability=keep)
+    torch.testing.assert_close(torch.cov(theta.T).double(), found, rtol=0.05, atol=0.02)
+
+
+def test_what_has_no_stationary_covariance_is_refused():
+    one = torch.ones(1, 1)
+    for arguments in ({"lr": 2.1}, {"lr": 4.0, "momentum": 0.9}, {"lr": 1.1, "keep_probability": 0.5}):
+        with pytest.raises(ValueError, match="stationary"):
+            uk.analysis.sgd_covariance(one, one, **arguments)
+    assert uk.analysis.sgd_covariance(one, one, 3.7, momentum=0.9).item() > 0
+    with pytest.raises(ValueError, match="hessian is not symmetric"):
+        uk.analysis.sgd_covariance(torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.eye(2), 0.1)
+    with pytest.raises(ValueError, match=r"noise has shape \(2, 2\); give \[1, 1\]"):
+        uk.analysis.sgd_covariance(one, torch.eye(2), 0.1)
+
+
+# Confidence
+
+
+def test_calibration_by_hand(tmp_path):
+    sure = torch.tensor([0.9, 0.9, 0.6, 0.6], dtype=torch.float64)
+    logits = torch.stack([sure.log(), (1 - sure).log()], 1)
+    labels = torch.tensor([0, 1, 0, 0])
+    # The bin of 0.9 is half right, that of 0.6 wholly: (0.4 + 0.4) / 2.
+    assert uk.analysis.calibration_error(logits, labels, bins=10) == pytest.approx(0.4)
+    assert uk.analysis.calibration_error(1e3 * logits, torch.zeros(4, dtype=torch.int64)) == pytest.approx(0)
+    assert uk.analysis.plot_calibration(logits, labels, tmp_path / "calibration.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match=r"give \[N, C\] and \[N\]"):
+        uk.analysis.calibration_error(logits, labels[:2])
+
+
+def test_auroc_by_hand():
+    auroc = uk.analysis.ood_auroc
+    assert auroc(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0])) == 1
+    assert auroc(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])) == 0
+    assert auroc(torch.tensor([1.0, 1.0]), torch.tensor([1.0])) == 0.5
+    assert auroc(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 3.0])) == pytest.approx((0 + 0 + 1 + 0.5) / 4)
+    assert auroc(torch.tensor([[0.0, 9.0], [9.0, 0.0]]), torch.tensor([[0.0, 1.0]])) == 1
+
+
+def test_conflict_by_hand():
+    model = torch.nn.Linear(2, 1, bias=False)
+    x, y = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]])
+    found = uk.analysis.gradient_conflict(model, model(x).sum(), model(y).sum())
+    assert found.cosine == pytest.approx(0.5**0.5) and found.opposed == 0
+    found = uk.analysis.gradient_conflict(model, model(y).sum(), -model(torch.tensor([[2.0, -1.0]])).sum())
+    assert found.cosine == pytest.approx(-1 / 10**0.5) and found.opposed == 0.5

@@ -41,8 +41,6 @@ def trainer(folder, recipe="uegr", model=None, dataset=None, **kwargs):
 
 @pytest.mark.parametrize("recipe", uk.recipes.NAMES)
 def test_every_recipe_trains_and_resumes_exactly(tmp_path, recipe):
-    if recipe == "arat":
-        pytest.skip("its split normalisation is of image models")
     through = trainer(tmp_path / "whole", recipe, arguments={"num_train_epochs": 2, "max_steps": -1, "save_steps": 6})
     through.train()
     resumed = trainer(tmp_path / "again", recipe, arguments={"num_train_epochs": 2, "max_steps": -1, "save_steps": 6})

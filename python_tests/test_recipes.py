@@ -3,7 +3,10 @@
 import contextlib
 import copy
 import datetime
+import gzip
 import math
+import pathlib
+import runpy
 import types
 
 import numpy
@@ -12,6 +15,7 @@ import scipy.stats
 import torch
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -56,7 +60,8 @@ class Images(nn.Module):
     def classify(self, x):
         return self.head(self.batch_norm(self.convolution(x)).relu().mean((2, 3)))
 
-    forward = classify
+    def forward(self, x):
+        return self.classify(x)
 
 
 def small(dropout=0.3, **options):
@@ -862,9 +867,13 @@ def test_arat(split, predictor, stop_gradient):
         options = {"split": split, "predictor": predictor, "stop_gradient": stop_gradient, "random_start": False}
         recipe = build("arat", model, optimizer, input_range=(0.0, 1.0), invariance_weight=2.0, steps=3, **options)
         losses = recipe.backward(x, labels)
-        assert len(optimizer.param_groups) == 1 + (split or predictor)
+        assert {id(p) for p in recipe.parameters()} <= {id(p) for p in optimizer.param_groups[-1]["params"]}
         optimizer.step()
-        return losses | {f"own {i}": p.detach().sum() for i, p in enumerate(recipe.parameters())}
+        own = recipe.parameters()
+        recipe.close()
+        assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
+        assert len(optimizer.state) <= len(list(model.parameters()))
+        return losses | {f"own {i}": p.detach().sum() for i, p in enumerate(own)}
 
     def restated(model):
         own = [nn.Sequential(nn.Linear(d, d // 4, bias=False), nn.BatchNorm1d(d // 4), nn.ReLU(), nn.Linear(d // 4, d)) for d in (4, 8)]
@@ -968,6 +977,19 @@ def test_arat_leaves_padding_out_of_its_features():
     expected = 1 - F.cosine_similarity(of_clean, of_adversarial).mean()
     options = {"predictor": False, "random_start": False, "steps": 1, "epsilon": 0.3, "step_size": 0.3}
     torch.testing.assert_close(build("arat", model, layers="norm", **options).backward(inputs, labels)["invariance"], expected.detach())
+
+
+def test_arat_splits_the_norms_it_is_told_to():
+    for options, kinds in (({}, [nn.BatchNorm1d]), ({"split_layer_norm": True}, [nn.BatchNorm1d, nn.LayerNorm]), ({"split": False}, [])):
+        model = small()
+        recipe = build("arat", model, steps=1, **options)
+        assert [type(module) for module in recipe.clean_branch] == kinds
+        before = copy.deepcopy(recipe.clean_branch.state_dict())
+        recipe.backward(*batch())
+        assert all(p.grad is not None for p in recipe.parameters())
+        assert all(p.grad is not None for p in model.parameters())
+        moved_buffers = [name for name, value in recipe.clean_branch.state_dict().items() if not torch.equal(value, before[name])]
+        assert all("running" in name or "tracked" in name for name in moved_buffers) and bool(moved_buffers) == bool(kinds)
 
 
 def test_arat_finds_layers_in_any_model():
@@ -1237,7 +1259,7 @@ def test_cost(name):
         ("pgd", {"first_step_from_clean": True}, 4),
         ("pgd", {"clean_weight": 0.0}, 4),
         ("free_lb", {"steps": 2}, 2),
-        ("free_at", {"repeats": 5}, 5),
+        ("free_at", {"steps": 5}, 5),
         ("adv_embed", {"start": 0.0}, 2),
         ("adv_embed", {"steps": 2}, 4),
         ("drop_attack", {"weights": "lstm.weight_ih_l0"}, 3),
@@ -1336,6 +1358,7 @@ def test_an_exception_leaves_the_model_as_it_was(name, where):
                 assert torch.equal(after[key], value) or name == "free_at", key
         assert [module.training for module in model.modules()] == modes and model.dropout.p == 0.3
         assert {name: b.data_ptr() for name, b in model.named_buffers()} == buffers
+        assert all(p.grad is None for p in model.parameters())
         with torch.no_grad():
             assert not model.embedding(batch()[0]["ids"]).requires_grad  # the hook sleeps
         model.zero_grad()
@@ -1405,14 +1428,70 @@ def test_zero_and_tiny_gradients(name):
 @pytest.mark.parametrize("data", [batch, images], ids=["text", "images"])
 def test_regression(name, data):
     """Squared error in the place of cross-entropy, squared differences in that of the divergences (R9)."""
-    model = small(classes=1) if data is batch else Images(1).double()
+    model = small(0.0, classes=1) if data is batch else Images(1).double()
 
     def targets(step):
         return data(step)[0], torch.randn(N, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
 
+    inputs, values = targets(0)
+    expected = F.mse_loss(copy.deepcopy(model)(**inputs if isinstance(inputs, dict) else {"x": inputs})[:, 0], values).detach()
     losses, recipe = train(name, model, data=targets, task="regression")
     assert all(loss.isfinite() for each in losses for loss in each.values())
+    torch.testing.assert_close(losses[0].get("clean_loss", expected), expected)
     recipe.close()
+
+
+@pytest.mark.parametrize("name", recipes.NAMES)
+@pytest.mark.parametrize("kind", ["autocast", "bfloat16", "frozen embedding"])
+def test_precision_and_frozen_embeddings(name, kind):
+    model = Small(0.3)
+    model.embedding.requires_grad_(kind != "frozen embedding")
+    model = model.bfloat16() if kind == "bfloat16" else model
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind == "autocast"):
+        losses = build(name, model, sgd(model)).backward(*batch())
+    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert (model.embedding.weight.grad is None) == (kind == "frozen embedding" or name == "free_at")
+
+
+@pytest.mark.parametrize("name", recipes.NAMES)
+def test_adaptive_dropout(name):
+    model = Small(0.3)
+    uk.replace_dropout(model)
+    losses, _ = train(name, model)
+    assert all(loss.isfinite() for each in losses for loss in each.values()) and model.dropout.pending.isfinite().all()
+    assert model.dropout.gradient_norm.max() > 0
+
+
+@pytest.mark.parametrize("name, options", [("free_lb", {"adv_lr": 0.0, "init_mag": 0.0}), ("sam", {"rho": 0.0})], ids=["free_lb", "sam"])
+def test_the_same_draw_of_adaptive_dropout(name, options):
+    """Later passes drop the units that the first one dropped, though there are gradient norms in between."""
+    losses = []
+    for each, given in (("plain", {}), (name, options)):
+        model = small()
+        uk.replace_dropout(model)
+        train("plain", model, steps=1)
+        torch.manual_seed(6)
+        losses.append(build(each, model, **given).backward(*batch())["loss"])
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", recipes.NAMES)
+def test_docstring(name):
+    """One line that says what it is, and under 25 in all; the section of METHODS is named."""
+    lines = getattr(recipes, name).__doc__.strip().splitlines()
+    assert lines[0].endswith((".", ")")) and len(lines) < 25 and (name == "plain" or "METHODS" in lines[0])
+
+
+def test_an_optimizer_given_later_selects_by_itself():
+    model = small()
+    recipe = build("uegr", model, seed=5, threshold=0.05)
+    recipe.optimizer = uk.SelectiveSGD(model.parameters(), lr=LR)
+    recipe.backward(*batch())
+    before = model.head.weight.grad.clone()
+    recipe.before_step()
+    assert torch.equal(model.head.weight.grad, before)
+    assert (recipe.optimizer.param_groups[0]["threshold"], recipe.optimizer.param_groups[0]["seed"]) == (0.05, 5)
 
 
 @pytest.mark.parametrize("name", recipes.NAMES)
@@ -1449,6 +1528,54 @@ def test_at_on_images():
     )
 
 
+@pytest.fixture
+def process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+SHARDED = {  # what recipes of whole weights say to sharded ones
+    "sam": (RuntimeError, "train whole ones"),
+    "awp": (RuntimeError, "train whole ones"),
+    "drop_attack": (RuntimeError, "train whole ones"),
+    "child_tuning_d": (TypeError, "train with DDP"),
+    "roast": (TypeError, "train with DDP"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+@pytest.mark.parametrize("name", ["l1", "at", "pgd", "free_lb", "r_at_su", "weight_consolidation", *SHARDED])
+def test_sharded_parameters(process_group, name):
+    plain, sharded = small(), small()
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    for module in (sharded.lstm, sharded.convolution, sharded):
+        fully_shard(module, mesh=mesh)
+    options = {"drop_attack": {"weights": "lstm.*"}, "weight_consolidation": {"form": "penalty"}}.get(name, {})
+
+    def train_one(model):
+        optimizer = uk.SelectiveSGD(model.parameters(), lr=LR, seed=5)
+        recipe = build(name, model, optimizer, **options)
+        torch.manual_seed(6)
+        for step in range(2):
+            optimizer.zero_grad()
+            losses = recipe.backward(*batch(step))
+            recipe.before_step()
+            optimizer.step()
+            recipe.after_step()
+        return losses, [p.full_tensor() if model is sharded else p for p in model.parameters()]
+
+    if name in SHARDED:
+        error, text = SHARDED[name]
+        with pytest.raises(error, match=text):
+            train_one(sharded)
+        return
+    (expected, weights), (losses, actual) = train_one(plain), train_one(sharded)
+    assert_equal(losses, expected, rtol=1e-9, atol=1e-12)
+    for x, y in zip(actual, weights, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
+
+
 def one_rank(rank, path):
     torch.set_num_threads(1)
     store, patience = torch.distributed.FileStore(path, 2), datetime.timedelta(minutes=3)
@@ -1462,7 +1589,8 @@ def one_rank(rank, path):
 
 def one_recipe(name, rank):
     """Under DDP beside the same recipe on a plain model whose gradients are averaged by hand."""
-    options = {"steps": 2} if name == "arat" else {"epsilon": 0.5, "steps": 1} if name == "awp" else {}
+    given = {"arat": {"steps": 2}, "awp": {"epsilon": 0.5, "steps": 1}, "drop_attack_k": {"weights": "lstm.*", "steps": 2}}
+    options = given.get(name, {})
     plain = small()
     wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(plain))
     inner, reductions = wrapped.module, []
@@ -1565,7 +1693,7 @@ def test_resume(name):
 def test_wrong_options(name):
     model = small()
     for options, error, text in (
-        ({"no_such_option": 1}, TypeError, "no_such_option"),
+        ({"no_such_option": 1}, TypeError, "no option 'no_such_option'; its options are"),
         ({"task": "ranking"}, ValueError, "task='ranking'"),
         ({"backend": "fast"}, ValueError, "backend='fast'"),
         ({"input_range": (0.0, 1.0)}, ValueError, "embedding=None"),
@@ -1597,7 +1725,7 @@ def test_wrong_options(name):
         ("pgd", {"random_start": 1}, TypeError, "random_start=1"),
         ("pgd", {"first_step_from_clean": True, "random_start": True}, ValueError, "first_step_from_clean"),
         ("adv_embed", {"per": "word"}, ValueError, "per='word'"),
-        ("free_at", {"repeats": 0}, ValueError, "repeats=0"),
+        ("free_at", {"steps": 0}, ValueError, "steps=0"),
         ("free_at", {"norm": "max"}, ValueError, "norm='max'"),
         ("free_lb", {"adv_lr": -1.0}, ValueError, "adv_lr=-1.0"),
         ("free_lb", {"same_draw": None}, TypeError, "same_draw=None"),
@@ -1636,3 +1764,17 @@ def test_wrong_values(name, options, error, text):
     with pytest.raises(error, match=text):
         build(name, model, sgd(model), **options)
     assert not model.embedding._forward_hooks
+
+
+# The example
+
+
+def test_the_example_on_sentence_similarity(tmp_path, capsys):
+    for part in ("train", "test"):
+        lines = [f"{score:.3f}\tA man eats {word} ||| A man eats rice\n" for score, word in zip((0, 1, 2, 5), "abcd", strict=True)]
+        with gzip.open(tmp_path / f"{part}.tsv.gz", "wt") as file:
+            file.writelines(["label\ttext\n", *lines * 3])
+    example = runpy.run_path(str(pathlib.Path(__file__).parent.parent / "examples" / "stsb.py"))
+    pearson, spearman = example["main"]([str(tmp_path), "--recipe", "r_at", "--epochs", "8", "--batch", "4"])
+    assert pearson > 0.9 and spearman > 0.9
+    assert capsys.readouterr().out.startswith("epoch 1: loss ")

@@ -1,5 +1,36 @@
 """Looking at a model or a run: what was selected, and what came of it. Imported on demand, as `uk.analysis`."""
 
+from .attack import Attacked, accuracy_under_attack, plot_accuracy_under_attack
+from .calibration import calibration_error, ood_auroc, plot_calibration
+from .cka import cka, linear_cka, plot_cka
+from .conflict import Conflict, gradient_conflict
+from .landscape import LossPlane, loss_plane, plot_loss_plane, random_directions
+from .posterior import sgd_covariance, sgd_diagnostic
 from .selection import ParameterSelection, SelectionReport, plot_selection_report, selection_report
+from .sharpness import hessian_trace, largest_eigenvalue
 
-__all__ = ["ParameterSelection", "SelectionReport", "plot_selection_report", "selection_report"]
+__all__ = [
+    "Attacked",
+    "Conflict",
+    "LossPlane",
+    "ParameterSelection",
+    "SelectionReport",
+    "accuracy_under_attack",
+    "calibration_error",
+    "cka",
+    "gradient_conflict",
+    "hessian_trace",
+    "largest_eigenvalue",
+    "linear_cka",
+    "loss_plane",
+    "ood_auroc",
+    "plot_accuracy_under_attack",
+    "plot_calibration",
+    "plot_cka",
+    "plot_loss_plane",
+    "plot_selection_report",
+    "random_directions",
+    "selection_report",
+    "sgd_covariance",
+    "sgd_diagnostic",
+]

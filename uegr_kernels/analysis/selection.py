@@ -121,7 +121,7 @@ def _selections(optimizer: Any) -> Iterator[tuple[str, Tensor, Tensor, Tensor | 
 
 
 def _same_scope(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return all(bool(one[name] == other[name]) for name in ("scope", "normalization"))
+    return all(one[name] == other[name] for name in ("scope", "normalization"))
 
 
 def _describe(name: str, g: Tensor, p: Tensor, mask: Tensor | None) -> ParameterSelection:

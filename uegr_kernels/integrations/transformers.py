@@ -76,8 +76,8 @@ class UEGRTrainer(Trainer):
             losses = self.recipe.backward(inputs, labels, scale=scaler.scale(share) if scaler is not None else share)
         for name, loss in losses.items():
             self._add(name, loss)
-        mean: Tensor = losses["loss"].detach() / accumulated
-        return mean
+        total: Tensor = losses["loss"].detach() / accumulated
+        return total
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -89,7 +89,7 @@ class UEGRTrainer(Trainer):
         self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._counts[name] = self._counts.get(name, 0) + 1
 
-    def _build_recipe(self, model: nn.Module, optimizer: Any) -> Any:
+    def _build_recipe(self, model: Any, optimizer: Any) -> Any:
         embedding = self.embedding
         if embedding is None:
             embedding = self.accelerator.unwrap_model(model).get_input_embeddings()
@@ -119,9 +119,11 @@ class UEGRTrainer(Trainer):
             aside.replace(path)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
         found = pathlib.Path(checkpoint, STATE) if checkpoint is not None else None
         self._recipe_state = found if found is not None and found.exists() else None
+        if self._recipe_state is not None:
+            self._attach(self.model_wrapped)  # a recipe with parameters of its own has them in the optimizer that was saved
+        super()._load_optimizer_and_scheduler(checkpoint)
 
 
 class _AroundTheStep(TrainerCallback):

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.conv import _ConvNd as Convolution
 
 from ..passes import attention_mask, can_synchronise, check_count, synchronises
-from .pgd import AttackRecipe, Start, uniform_in_ball
+from .attack import AttackRecipe, Start, uniform_in_ball
 from .recipe import check_flag, check_number, device_of, plain_names, recomputed, summed_over_ranks
 
 CHANNELS_SECOND = (BatchNorm, Convolution)
@@ -26,12 +26,14 @@ class ARAT(AttackRecipe):
                        convolution or linear; None: the last four BatchNorms, or, where there are none, LayerNorms, convolutions, ...
     predictor          h between the two, one a layer;  stop_gradient  sg, the clean side is a constant
     split              every BatchNorm has a branch for clean inputs; the model keeps the adversarial one, which it is tested with
+    split_layer_norm   every LayerNorm as well
     clean_weight, adversarial_weight   w and w'; None: 1 - acc and acc, of the clean branch in eval mode on the epoch's last
                        `balance_rows` rows, from the end of the first epoch; before that, and for regression, 0.5
     epsilon, steps, step_size, norm, per, same_draw   of the attack, as in `PGD`;  random_start  uniform in the ball
     the common options  (`PassRecipe`)
 
-    h and the clean branch have parameters of their own, `parameters()`: an optimizer given here gets them as a group.
+    h and the clean branch have parameters of their own, `parameters()`; until `close()` they are in the last group of an optimizer given
+    here, so build the recipe before a checkpoint of the optimizer is loaded.
     2 + K forwards, 2 backwards and K that stop at the input. Losses: loss, clean_loss, adversarial_loss, invariance.
     """
 
@@ -48,6 +50,7 @@ class ARAT(AttackRecipe):
         predictor: bool = True,
         stop_gradient: bool = True,
         split: bool = True,
+        split_layer_norm: bool = False,
         clean_weight: float | None = None,
         adversarial_weight: float | None = None,
         balance_rows: int = 1000,
@@ -63,7 +66,8 @@ class ARAT(AttackRecipe):
         check_number("invariance_weight", invariance_weight, 0)
         for name, value in (("clean_weight", clean_weight), ("adversarial_weight", adversarial_weight)):
             check_number(name, 0.0 if value is None else value, 0)
-        flags = {"predictor": predictor, "stop_gradient": stop_gradient, "split": split, "random_start": random_start}
+        flags = {"predictor": predictor, "stop_gradient": stop_gradient, "split": split, "split_layer_norm": split_layer_norm}
+        flags["random_start"] = random_start
         for name, value in flags.items():
             check_flag(name, value)
         if (clean_weight is None) != (adversarial_weight is None):
@@ -85,11 +89,12 @@ class ARAT(AttackRecipe):
             raise
         kind: dict[str, Any] = dict(device=device_of(model), dtype=next((p.dtype for p in model.parameters()), None))
         self.predictors = nn.ModuleList(_predictor(width) for width in widths if predictor).to(**kind)
-        self._split = [module for module in model.modules() if split and isinstance(module, BatchNorm)]
+        kinds = (BatchNorm,) * split + (nn.LayerNorm,) * split_layer_norm
+        self._split = [module for module in model.modules() if isinstance(module, kinds)]
         self.clean_branch = nn.ModuleList(copy.deepcopy(module) for module in self._split)
         self._hooks = [layer.register_forward_hook(self._keep(i)) for i, layer in enumerate(self._layers)]
-        if optimizer is not None and self.parameters():
-            optimizer.add_param_group({"params": self.parameters()})
+        if optimizer is not None:  # a group of their own would be one that the learning rate's scheduler does not know
+            optimizer.param_groups[-1]["params"].extend(self.parameters())
 
     def parameters(self) -> list[nn.Parameter]:
         """The predictors' and the clean branch's: what the optimizer needs besides the model's."""
@@ -108,6 +113,12 @@ class ARAT(AttackRecipe):
     def close(self) -> None:
         for hook in getattr(self, "_hooks", []):
             hook.remove()
+        if self.optimizer is not None and hasattr(self, "_hooks"):
+            own = set(self.parameters())
+            for group in self.optimizer.param_groups:
+                group["params"][:] = [p for p in group["params"] if p not in own]
+            for p in own:
+                self.optimizer.state.pop(p, None)
         super().close()
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
@@ -202,14 +213,15 @@ class ARAT(AttackRecipe):
     def _invariance(self, adversarial: list[Tensor], clean: list[Tensor]) -> Tensor:
         self.predictors.train(len(clean[0]) > 1)  # a single row has no variance
         predicted = [h(f) for h, f in zip(self.predictors, adversarial, strict=True)] if len(self.predictors) else adversarial
-        return torch.stack([1 - F.cosine_similarity(h, f, dim=1).mean() for h, f in zip(predicted, clean, strict=True)]).mean()
+        pairs = [(h, f, torch.promote_types(f.dtype, torch.float32)) for h, f in zip(predicted, clean, strict=True)]
+        return torch.stack([1 - F.cosine_similarity(h.to(wide), f.to(wide), dim=1).mean() for h, f, wide in pairs]).mean()
 
     def _start_alike(self) -> None:
         """Rank 0's own modules become everyone's, once, as the wrapper does with the model's."""
         if not self._alike and can_synchronise(self.model) and torch.distributed.is_available() and torch.distributed.is_initialized():
             with torch.no_grad():
                 for own in (*self.predictors.state_dict().values(), *self.clean_branch.state_dict().values()):
-                    torch.distributed.broadcast(own, 0)
+                    torch.distributed.broadcast(own, group_src=0, group=getattr(self.model, "process_group", None))
         self._alike = True
 
     def _average_over_ranks(self) -> None:

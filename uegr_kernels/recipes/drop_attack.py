@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..passes import attention_mask, check_count
 from ..perturbation import fgm_perturbation, perturbed_weights
-from .recipe import PassRecipe, check_flag, check_number, named_parameters
+from .recipe import PassRecipe, check_flag, check_number, check_reached, named_parameters
 
 
 class DropAttack(PassRecipe):
@@ -62,6 +62,7 @@ class DropAttack(PassRecipe):
         with self._hooked_gradients() as of_weights:
             clean, walk = self._descend(inputs, labels, scale, watched=True)
         g_x, g_w = walk.gradient, of_weights
+        check_reached(g_w)
         options: dict[str, Any]
         seeds = [int(torch.randint(2**62, ())) for _ in range(2)]  # of both masks, which all steps share
         of_input, of_weight = [], []

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .recipe import PassRecipe, check_number
+from .recipe import PassRecipe, check_number, whole
 
 
 class Plain(PassRecipe):
@@ -30,7 +30,7 @@ class _Penalised(PassRecipe):
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         with self._pass() as walk:
             parts = self._label_loss(self._runner.call(inputs, walk), labels)
-            of_tensors = [self._penalty(p).to(parts.loss) for p in self.model.parameters() if p.requires_grad]
+            of_tensors = [whole(self._penalty(p)).to(parts.loss) for p in self.model.parameters() if p.requires_grad]
             penalty = self.weight * sum(of_tensors, torch.zeros_like(parts.loss))
             ((parts.loss + penalty) * scale).backward()
         return {"loss": parts.clean_loss + penalty.detach(), "clean_loss": parts.clean_loss, "penalty": penalty.detach()}

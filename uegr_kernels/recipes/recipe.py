@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import fnmatch
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,12 +25,12 @@ class Recipe:
     state_dict(), load_state_dict(state)    what a resumed run needs besides the model's and the optimizer's
     close()                                 takes the hooks off the model
 
-    Weights, modes and hooks are after a call what they were before it, also where an exception passes through; .grad then holds the
-    gradients of the passes that were done, and wants zero_grad().
+    Weights, modes and hooks are after a call what they were before it, also where an exception passes through: a .grad that was None is
+    then None again; one that was there may hold more, and wants zero_grad().
     """
 
     kept: tuple[str, ...] = ()  # attributes that a checkpoint carries
-    _runner: Any  # what has the hook: check(scale), close()
+    _runner: Any  # what has the hook, and close()
 
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
         if optimizer is not None and not (hasattr(optimizer, "param_groups") and hasattr(optimizer, "step")):
@@ -46,8 +47,14 @@ class Recipe:
         Returns the losses by name, 0-d, detached and unscaled: "loss", what is minimised, and its parts. Under DDP and FSDP the last
         backward synchronises, and none inside the caller's no_sync. Raises as `BiStage.backward`.
         """
-        self._runner.check(scale)
-        return self._backward(inputs, labels, scale)
+        self._check(scale)
+        without = [p for p in self.model.parameters() if p.grad is None]
+        try:
+            return self._backward(inputs, labels, scale)
+        except BaseException:
+            for p in without:
+                p.grad = None
+            raise
 
     def before_step(self) -> None:
         """What the method does to the gradients or weights ahead of the optimizer's step, after unscaling and clipping."""
@@ -76,6 +83,9 @@ class Recipe:
         """Removes the hooks from the model; the recipe cannot be used afterwards."""
         self._runner.close()
 
+    def _check(self, scale: float | Tensor) -> None:
+        """Raises what stands against a call now."""
+
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         raise NotImplementedError
 
@@ -93,7 +103,12 @@ class PassRecipe(Recipe):
     dropout      rate of every nn.Dropout* and AdaptiveDropout in the recipe's passes, 0 for none; None: the layers' own
     input_range  (low, high) to which the perturbed input is clamped; with embedding=None only
     backend      of the operators
+
+    model and embedding are as in `BiStage`; embedding=None perturbs the one floating input. The model's mode is the caller's in every
+    pass. Build the recipe before `torch.compile`. Raises TypeError or ValueError for wrong options, before anything has changed.
     """
+
+    more_options: tuple[str, ...] = ()  # that are in no signature
 
     def __init__(
         self,
@@ -107,7 +122,12 @@ class PassRecipe(Recipe):
         dropout: float | None = None,
         input_range: tuple[float, float] | None = None,
         backend: str = "auto",
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            given = [p for kind in type(self).__mro__[:-1] for p in inspect.signature(kind).parameters.values()]
+            known = {p.name for p in given if p.kind is p.KEYWORD_ONLY and p.name != "least_steps"} | set(self.more_options)
+            raise TypeError(f"{type(self).__name__} has no option {min(unknown)!r}; its options are {', '.join(sorted(known))}")
         super().__init__(model, optimizer)
         check_number("dropout", 0.0 if dropout is None else dropout, 0, 1)
         AdaptiveDropout(1, backend=backend)  # raises for a wrong backend
@@ -117,6 +137,9 @@ class PassRecipe(Recipe):
         labels = row if task == "regression" else torch.zeros(1, dtype=torch.int64, device="cpu")
         uegr_loss(row, row[None], labels, **self._loss_options, backend="reference")
         self._runner = Runner(model, embedding, input_range)
+
+    def _check(self, scale: float | Tensor) -> None:
+        self._runner.check(scale)
 
     def _descend(
         self,
@@ -165,7 +188,9 @@ class PassRecipe(Recipe):
         held = buffers_held(self.model) if ascent else contextlib.nullcontext()
         with self._runner.without_sync(), held, self._pass(delta) as walk:
             parts = self._label_loss(self._runner.call(inputs, walk), labels)
-            return parts.clean_loss, list(torch.autograd.grad(parts.loss * scale, weights, allow_unused=True))
+            gradients: list[Tensor | None] = list(torch.autograd.grad(parts.loss * scale, weights, allow_unused=True))
+        check_reached(gradients)
+        return parts.clean_loss, gradients
 
     @contextlib.contextmanager
     def _pass(
@@ -256,6 +281,31 @@ def check_flag(name: str, value: Any) -> None:
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is not one of its values; use {', '.join(map(repr, choices))}")
+
+
+def check_reached(gradients: Sequence[Tensor | None]) -> None:
+    """Raises where none of the weights that a method perturbs or masks has a gradient of its own."""
+    if gradients and all(gradient is None for gradient in gradients):
+        raise RuntimeError(
+            "the loss gives none of the weights to perturb or mask a gradient; name weights that it depends on, and train whole ones "
+            "(DDP), not those that FSDP shards"
+        )
+
+
+def check_whole(parameters: Sequence[Tensor], remedy: str) -> None:
+    """Raises for sharded parameters, which have no whole tensor to mask."""
+    if any(hasattr(parameter, "full_tensor") for parameter in parameters):
+        raise TypeError(f"the parameters are sharded (DTensor), and this masks whole ones; {remedy}")
+
+
+def whole(x: Tensor) -> Tensor:
+    """A number that sharded parameters give, on every rank."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def norm_of(tensor: Tensor) -> Tensor:
+    length: Tensor = torch.linalg.vector_norm(tensor.detach(), dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return length
 
 
 def recomputed(x: Tensor) -> Tensor:

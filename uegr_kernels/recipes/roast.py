@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..divergence import uegr_loss
 from ..passes import attention_mask
 from ..selective import select_gradients_, selection_probability
-from .pgd import climb, tiny_noise
+from .attack import climb, tiny_noise
 from .r_drop import symmetric_divergence
 from .recipe import check_choice, check_flag, check_number, recomputed
 from .saliency import SaliencyRecipe

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..passes import can_synchronise
-from .recipe import PassRecipe, named_parameters, summed_over_ranks
+from .recipe import PassRecipe, check_whole, named_parameters, summed_over_ranks
 
 
 class SaliencyRecipe(PassRecipe):
@@ -72,6 +72,7 @@ class SaliencyRecipe(PassRecipe):
         self._gather(gradients)
 
     def _gather(self, gradients: Sequence[Tensor | None]) -> None:
+        check_whole(self._masked, "train with DDP")
         self.squares = self.squares or [_wide(p) for p in self._masked]
         for total, gradient in zip(self.squares, gradients, strict=True):
             if gradient is not None:

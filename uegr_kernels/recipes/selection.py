@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..selective import SelectiveAdamW, SelectiveSGD, select_gradients_, selection_probability
+from .recipe import check_whole
 
 OPTIONS = tuple(inspect.signature(selection_probability).parameters.keys() - {"grad", "saliency", "backend"})
 
@@ -21,39 +22,47 @@ class Selection:
     """
 
     def __init__(self, model: nn.Module, optimizer: Any, options: dict[str, Any], seed: int | None, backend: str) -> None:
-        own = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
-        self.inside = isinstance(own, SelectiveAdamW | SelectiveSGD)
-        self.model, self.options, self.backend, self.drawn = model, options, backend, False
         check_seed(seed)
+        self.model, self.options, self.backend, self.given = model, options, backend, seed
+        self.drawn = False  # here, and not agreed on with the other ranks yet
         self.state: dict[str, Any] = {"seed": seed, "step": 0}
-        if self.inside:
-            type(own)([torch.zeros(1, requires_grad=True, device="cpu")], seed=0, **options)  # raises for a wrong option
-            given = options if seed is None else options | {"seed": seed % 2**64}
-            own.defaults.update(given)
-            for group in own.param_groups:
-                group.update(given)
-            return
-        selection_probability(torch.zeros(1, device="cpu"), **options, backend="reference")
+        self._bind(optimizer)
         certain = options.get("normalization") == "constant" and options.get("keep_probability", 1.0) == 1
-        if seed is None and not certain:
+        if seed is None and not self.inside and not certain:
             self.state["seed"], self.drawn = int(torch.randint(-(2**63), 2**63 - 1, ())), True
 
     def before_step(self, optimizer: Any) -> None:
+        if optimizer is not self.optimizer:  # given later
+            self._bind(optimizer)
         if self.inside:
             return
         if self.drawn:
             self.state["seed"], self.drawn = agreed(self.state["seed"]), False
+        params = self._params()
+        check_whole(params, "pass a SelectiveAdamW or SelectiveSGD as the optimizer, which selects shards inside its step")
         self.state["step"] += 1
-        seed = self.state["seed"] or 0
-        select_gradients_(self._params(optimizer), seed=seed, step=self.state["step"], **self.options, backend=self.backend)
+        select_gradients_(params, seed=self.state["seed"] or 0, step=self.state["step"], **self.options, backend=self.backend)
+
+    def _bind(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+        own = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
+        self.inside = isinstance(own, SelectiveAdamW | SelectiveSGD)
+        if not self.inside:
+            selection_probability(torch.zeros(1, device="cpu"), **self.options, backend="reference")  # raises for a wrong option
+            return
+        type(own)([torch.zeros(1, requires_grad=True, device="cpu")], seed=0, **self.options)  # as this does
+        given = self.options if self.given is None else self.options | {"seed": self.given % 2**64}
+        own.defaults.update(given)
+        for group in own.param_groups:
+            group.update(given)
 
     def load(self, state: dict[str, Any]) -> None:
         self.state, self.drawn = dict(state), False
 
-    def _params(self, optimizer: Any) -> list[Tensor]:
-        if optimizer is None:
+    def _params(self) -> list[Tensor]:
+        if self.optimizer is None:
             return list(self.model.parameters())
-        return [p for group in optimizer.param_groups for p in group["params"]]
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
 
 def agreed(seed: int) -> int:

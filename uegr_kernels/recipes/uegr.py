@@ -58,7 +58,7 @@ class UEGR(SelectiveUpdate, Recipe):
         selection = {name: options.pop(name) for name in OPTIONS if name in options}
         unknown = options.keys() - inspect.signature(BiStage).parameters.keys()
         if unknown:
-            raise TypeError(f"UEGR has no option {min(unknown)!r}; its options are BiStage's and those of the selection")
+            raise TypeError(f"UEGR has no option {min(unknown)!r}; its options are BiStage's, those of the selection, and seed")
         self._runner = BiStage(model, embedding, backend=backend, **options)
         try:
             self._selection = Selection(model, optimizer, selection, seed, backend)
@@ -66,7 +66,7 @@ class UEGR(SelectiveUpdate, Recipe):
             self.close()
             raise
 
-    def backward(self, inputs: Any, labels: Tensor, *, scale: float | Tensor = 1.0) -> dict[str, Tensor]:
+    def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         result: dict[str, Tensor] = self._runner.backward(inputs, labels, scale=scale)._asdict()
         del result["logits"]
         return result

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .plain import Plain
-from .recipe import check_choice, check_number, named_parameters
+from .recipe import check_choice, check_number, named_parameters, whole
 
 
 class WeightConsolidation(Plain):
@@ -61,7 +61,7 @@ class WeightConsolidation(Plain):
             return super()._backward(inputs, labels, scale)
         with self._pass() as walk:
             parts = self._label_loss(self._runner.call(inputs, walk), labels)
-            of_tensors = [_squared_distance(p, p0).to(parts.loss) for p, p0 in zip(self._weights, self.origin, strict=True)]
+            of_tensors = [whole(_squared_distance(p, p0)).to(parts.loss) for p, p0 in zip(self._weights, self.origin, strict=True)]
             penalty = self.kappa / 2 * sum(of_tensors, torch.zeros_like(parts.loss))
             ((parts.loss + penalty) * scale).backward()
         return {"loss": parts.clean_loss + penalty.detach(), "clean_loss": parts.clean_loss, "penalty": penalty.detach()}

@@ -1,0 +1,98 @@
+"""A whole training step of a small Transformer: UEGR's beside plain AdamW's, and where its time goes."""
+
+import copy
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+import uegr_kernels as uk
+from uegr_kernels.models import TextTransformer
+
+from .harness import Case, Contestant
+
+WORDS, CLASSES = 8000, 2
+
+
+def cases(quick: bool) -> list[Case]:
+    sizes = {"dimension": 32, "layers": 1, "heads": 2} if quick else {"dimension": 256, "layers": 4, "heads": 4}
+    batch = (4, 16) if quick else (16, 64)
+    return [case(f"small Transformer, {batch[0]} x {batch[1]} words, m = {passes}", sizes, batch, passes) for passes in (2, 3)]
+
+
+def case(name: str, sizes: dict, batch: tuple[int, int], passes: int) -> Case:
+    torch.manual_seed(0)
+    start = TextTransformer(WORDS, CLASSES, **sizes)
+    ids, labels = torch.randint(0, WORDS, batch), torch.randint(0, CLASSES, batch[:1])
+    loss = nn.functional.cross_entropy
+
+    def uegr(backend: str) -> Callable[[], object]:
+        model = copy.deepcopy(start)
+        stage = uk.BiStage(model, model.embedding, passes=passes, backend=backend)
+        optimizer = uk.SelectiveAdamW(model.parameters(), 1e-4, seed=0, backend=backend)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            stage.backward(ids, labels)
+            optimizer.step()
+
+        return step
+
+    def adamw(forwards: int) -> Callable[[], object]:
+        model = copy.deepcopy(start)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            for _ in range(forwards):
+                loss(model(ids), labels).backward()
+            optimizer.step()
+
+        return step
+
+    def contestants() -> list[Contestant]:
+        return [
+            Contestant("uegr_kernels", uegr("auto")),
+            Contestant("AdamW, one pass", adamw(1)),
+            Contestant(f"AdamW, as many passes ({1 + passes})", adamw(1 + passes)),
+            Contestant("UEGR in plain PyTorch", uegr("reference"), rounds=2),
+        ]
+
+    def verify() -> str | None:
+        losses = []
+        for backend in ("auto", "reference"):
+            torch.manual_seed(1)
+            model = copy.deepcopy(start)
+            losses.append(float(uk.BiStage(model, model.embedding, passes=passes, backend=backend).backward(ids, labels).loss))
+        return None if abs(losses[0] - losses[1]) < 1e-4 else f"the loss is {losses[0]} and {losses[1]}"
+
+    def breakdown() -> dict[str, float]:
+        """Shares of a step, each part by itself, medians of ten."""
+        model = copy.deepcopy(start)
+        optimizer = uk.SelectiveAdamW(model.parameters(), 1e-4, seed=0)
+        x = model.embedding(ids)
+        wide = ids.repeat(passes, 1)
+        clean, adversarial = torch.randn(batch[0], CLASSES, requires_grad=True), torch.randn(passes, batch[0], CLASSES, requires_grad=True)
+        loss(model(ids), labels).backward()
+        parts: dict[str, Callable[[], object]] = {
+            "clean pass": lambda: loss(model(ids), labels).backward(),
+            "adversarial passes": lambda: loss(model(wide), labels.repeat(passes)).backward(),
+            "loss": lambda: uk.uegr_loss(clean, adversarial, labels).backward(),
+            "perturbation": lambda: uk.fgm_perturbation(x.detach(), 0.1),
+            "optimizer": optimizer.step,
+        }
+        seconds = {}
+        for part, run in parts.items():
+            run()
+            found = []
+            for _ in range(10):
+                began = time.perf_counter()
+                run()
+                found.append(time.perf_counter() - began)
+            seconds[part] = sorted(found)[5]
+        return {part: round(value / sum(seconds.values()), 4) for part, value in seconds.items()}
+
+    parameters = sum(p.numel() for p in start.parameters())
+    facts = {"model": "TextTransformer", **sizes, "batch": list(batch), "passes": passes, "parameters": parameters}
+    return Case(name, facts, 80 * parameters, verify, contestants, breakdown)

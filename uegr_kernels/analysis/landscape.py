@@ -1,0 +1,88 @@
+"""The loss on a plane through a model's weights, along filter-normalised random directions (Li et al. 2018; DropAttack Fig. 3 and 4)."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .watching import held, moved, picture
+
+
+@dataclasses.dataclass(frozen=True)
+class LossPlane:
+    """values[i, j] = loss(w + a[i] * directions[0] + b[j] * directions[1]), float64."""
+
+    a: Tensor
+    b: Tensor
+    values: Tensor
+    directions: tuple[list[Tensor], list[Tensor]]
+
+
+def random_directions(model: nn.Module, seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+    """Two directions from N(0, 1), each filter (row, output channel) as long as the model's own; 0 for parameters with one axis or none.
+
+    One seed gives models of one architecture the same draws, each normalised by its own weights.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def direction() -> list[Tensor]:
+        found = []
+        for p in model.parameters():
+            d = torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p)
+            if p.dim() < 2:
+                found.append(torch.zeros_like(d))
+                continue
+            axes = tuple(range(1, p.dim()))
+            lengths = [torch.linalg.vector_norm(t.detach().float(), dim=axes, keepdim=True) for t in (p, d)]
+            found.append(d * (lengths[0] / lengths[1].clamp(min=torch.finfo(torch.float32).tiny)).to(p.dtype))
+        return found
+
+    return direction(), direction()
+
+
+def loss_plane(
+    model: nn.Module,
+    loss: Callable[[nn.Module], Tensor],
+    *,
+    directions: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
+    seed: int = 0,
+    span: float = 1.0,
+    points: int = 25,
+) -> LossPlane:
+    """The loss on a grid of points x points over [-span, span]^2 around the weights, in eval mode.
+
+    loss        a function of the model that returns a 0-d tensor: a mean over fixed data
+    directions  two lists of tensors shaped as model.parameters(); None: `random_directions(model, seed)`
+
+    The weights are restored bit for bit, also where `loss` raises. Raises ValueError for a wrong option.
+    """
+    if points < 1 or not span > 0:
+        raise ValueError(f"points={points}, span={span}: give at least one point and a span above 0")
+    params = list(model.parameters())
+    first, second = (list(d) for d in (random_directions(model, seed) if directions is None else directions))
+    for d in (first, second):
+        if [t.shape for t in d] != [p.shape for p in params]:
+            raise ValueError(f"directions: {len(d)} tensors for {len(params)} parameters; give one of its shape for every parameter")
+    at = torch.linspace(-span, span, points, dtype=torch.float64) if points > 1 else torch.zeros(1, dtype=torch.float64)
+    values = torch.empty(points, points, dtype=torch.float64)
+    with held(model), torch.no_grad(), moved(params) as move:
+        for i, a in enumerate(at.tolist()):
+            for j, b in enumerate(at.tolist()):
+                move([a * x + b * y for x, y in zip(first, second, strict=True)])
+                values[i, j] = float(loss(model))
+    return LossPlane(at, at.clone(), values, (first, second))
+
+
+def plot_loss_plane(plane: LossPlane, path: str | pathlib.Path, *, surface: bool = False) -> pathlib.Path:
+    """Draws the plane as contours, or as a surface; writes `path` and returns it."""
+    a, b = torch.meshgrid(plane.a, plane.b, indexing="ij")
+    with picture(path, projection="3d" if surface else None) as axes:
+        if surface:
+            axes.plot_surface(a.numpy(), b.numpy(), plane.values.numpy(), cmap="viridis")
+        else:
+            lines = axes.contour(a.numpy(), b.numpy(), plane.values.numpy(), levels=15)
+            axes.clabel(lines, fontsize=7)
+        axes.set(xlabel="first direction", ylabel="second direction", title="loss")
+    return pathlib.Path(path)

@@ -1,0 +1,75 @@
+"""What the analyses share: a model looked at in eval mode and left as it was, and pictures."""
+
+import contextlib
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def held(model: nn.Module) -> Iterator[None]:
+    """Eval mode; afterwards every module's mode, .grad and the random state are what they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    gradients = [(p, p.grad) for p in model.parameters()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    model.eval()
+    try:
+        with torch.random.fork_rng([device.index for device in devices]):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for p, gradient in gradients:
+            p.grad = gradient
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """model(**inputs), model(*inputs) or model(inputs)."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def pooled(features: Tensor, inputs: Any, pooling: str) -> Tensor:
+    """[N, T, d] as [N, d]; anything else as [N, -1]."""
+    if features.dim() != 3:
+        return features.flatten(1)
+    if pooling == "first":
+        return features[:, 0]
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    if mask is None or mask.shape != features.shape[:2]:
+        return features.mean(1)
+    weight = mask.to(features.dtype)[..., None]
+    mean: Tensor = (features * weight).sum(1) / weight.sum(1).clamp(min=1)
+    return mean
+
+
+@contextlib.contextmanager
+def moved(params: list[nn.Parameter]) -> Iterator[Callable[[list[Tensor]], None]]:
+    """Yields what puts the parameters at their start plus the given tensors; afterwards they are the start, bit for bit."""
+    start = [p.detach().clone() for p in params]
+
+    def move(by: list[Tensor]) -> None:
+        with torch.no_grad():
+            for p, at, step in zip(params, start, by, strict=True):
+                p.copy_(at + step)
+
+    try:
+        yield move
+    finally:
+        with torch.no_grad():
+            for p, at in zip(params, start, strict=True):
+                p.copy_(at)
+
+
+@contextlib.contextmanager
+def picture(path: str | pathlib.Path, **kwargs: Any) -> Iterator[Any]:
+    """Axes to draw on; written to `path` in the end."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+    yield figure.add_subplot(**kwargs)
+    figure.savefig(path)
