@@ -60,8 +60,8 @@ ASAN_FLAGS = -fsanitize=address,undefined,float-cast-overflow
 BUILD_SANITIZED = UEGR_KERNELS_BUILD=1 CXXFLAGS="-O1 -g1 -fno-omit-frame-pointer -fno-sanitize-recover=all $(1)" \
 	$(RUN) setup.py -q build --build-lib $(2) --build-temp $(2)-objects
 RUNTIMES = $(foreach name,$(1),$(shell $(CXX) -print-file-name=$(name)))
-WITH_ASAN = env ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(ASAN) LD_PRELOAD="$(call RUNTIMES,libasan.so libstdc++.so.6)"
-WITH_TSAN = setarch -R env TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1 OMP_NUM_THREADS=1 PYTHONPATH=$(TSAN) \
+WITH_ASAN = env ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(ASAN):. LD_PRELOAD="$(call RUNTIMES,libasan.so libstdc++.so.6)"
+WITH_TSAN = setarch -R env TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1 OMP_NUM_THREADS=1 PYTHONPATH=$(TSAN):. \
 	LD_PRELOAD="$(call RUNTIMES,libtsan.so) $(abspath $(TSAN)/threads.so)"
 
 $(ASAN): $(VENV)/.ready
