@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+from types import ModuleType
 
 import torch
 
@@ -60,6 +61,12 @@ def choose(backend: str, operator: str, device: torch.device, dtype: torch.dtype
     if reason is not None:
         raise RuntimeError(f"backend={backend!r} cannot serve {operator} on {device.type}: {reason}")
     return backend
+
+
+@functools.cache
+def triton_kernels(package: str) -> ModuleType:
+    """The Triton kernels of an operator's package, imported when they are first asked for."""
+    return importlib.import_module(f"{package}.triton")
 
 
 def triton_stands_in() -> bool:

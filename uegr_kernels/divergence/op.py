@@ -11,6 +11,8 @@ from torch import Tensor
 from ..core import backends as backends
 from . import reference
 
+_triton = functools.partial(backends.triton_kernels, __package__)
+
 # To the compiled kernels a reduction is its position here (csrc/divergence/divergence.h has the same order; a test compares).
 REDUCTIONS = ("mean", "sum", "none")
 # Bytes of a chunk's logits, counted in the arithmetic's dtype. The reference keeps many tensors of that size, the kernels work in place; a
@@ -52,12 +54,6 @@ def kernel(name: str, backend: str) -> Callable[..., Any]:
 
 
 Fakes = tuple[Tensor, Tensor, list[Tensor]]
-
-
-def _triton() -> ModuleType:
-    from . import triton
-
-    return triton
 
 
 def _as_value_error(error: RuntimeError) -> Exception:

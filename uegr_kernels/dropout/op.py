@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, NoReturn
 
 import torch
@@ -11,18 +10,14 @@ from torch import Tensor
 from ..core import backends as backends
 from . import reference
 
+_triton = functools.partial(backends.triton_kernels, __package__)
+
 # key: a 0-d int64 tensor on the input's device, which only kernels read. fold: the call is outside of a backward (SPEC 3).
 SCHEMAS = {
     "adaptive_dropout": "(Tensor h, Tensor rates, Tensor key, Tensor pending) -> Tensor",
     "adaptive_dropout_backward": "(Tensor grad, Tensor rates, Tensor key) -> (Tensor, Tensor)",
     "dropout_rates_": "(Tensor(a!) gradient_norm, Tensor(b!) pending, *, float p, float max_p, float momentum, bool fold) -> Tensor",
 }
-
-
-def _triton() -> ModuleType:
-    from . import triton
-
-    return triton
 
 
 def _by_triton(name: str, *tensors: Tensor, **options: Any) -> Any:

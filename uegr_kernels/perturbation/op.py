@@ -11,6 +11,8 @@ from torch import Tensor
 from ..core import backends as backends
 from . import reference
 
+_triton = functools.partial(backends.triton_kernels, __package__)
+
 # To the compiled kernels a norm and what it is taken over are positions here (csrc/perturbation/perturbation.h has the same order).
 NORMS = ("l2", "linf")
 PERS = ("sample", "token", "all")
@@ -24,12 +26,6 @@ SCHEMAS = {
     "perturb_weights_": "Tensor(a!)[] params, Tensor[] grads, Tensor? seed, *, "
     "int[] streams, float epsilon, bool together, float keep_probability, int step",
 }
-
-
-def _triton() -> ModuleType:
-    from . import triton
-
-    return triton
 
 
 def _run(module: Callable[[], ModuleType], name: str, *tensors: Any, **options: Any) -> None:
