@@ -145,7 +145,7 @@ template <class T> HOST_DEVICE T minus_log_of_complement(T u) {
         return u + u * u * q;
     } else { // 2 artanh(s), s = u/(2 - u) <= 1/3
         T s = u / (2.0 - u), square = s * s, q = T{} + 1 / 35.0;
-#pragma GCC unroll 16
+        UNROLL
         for (int n = 33; n > 1; n -= 2) q = q * square + 1.0 / n;
         return 2.0 * (s + s * square * q);
     }

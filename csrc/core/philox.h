@@ -13,6 +13,9 @@ constexpr uint32_t rounding_key = 0x9E3779B9u; // xor-ed into the key's low word
 // The product of the low halves of 64-bit lanes. For vectors of lanes loops_cpu.h has the instruction that ignores the upper halves by
 // itself, so nothing below ever masks them: a lane's low half holds the word, its upper half is noise.
 template <class Lane> HOST_DEVICE Lane multiply_low(Lane a, Lane b) { return (a & 0xffffffffu) * b; }
+template <> HOST_DEVICE uint64_t multiply_low(uint64_t a, uint64_t b) {
+    return wide_product(static_cast<uint32_t>(a), static_cast<uint32_t>(b));
+}
 
 struct RoundKeys {
     uint64_t k0[10], k1[10];

@@ -10,7 +10,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include "loops_cpu.h"
+#include "platform.h"
+
+#include LOOPS // of the compiler at work
 
 namespace uegr {
 
@@ -34,9 +36,9 @@ inline std::optional<Storage> storage(const Tensor& t) {
     }
 }
 
-// The memory of a CPU tensor; what is written must not overlap itself.
+// The memory of a tensor on the device that the loops run on; what is written must not overlap itself.
 inline View view(const Tensor& t, const char* name, bool written) {
-    STD_TORCH_CHECK(t.is_cpu(), name, " is not on the CPU; move it, or use backend='auto'");
+    STD_TORCH_CHECK(on_gpu ? t.is_cuda() : t.is_cpu(), name, " is not on the ", on_gpu ? "GPU" : "CPU", "; move it, or use backend='auto'");
     const auto type = storage(t);
     STD_TORCH_CHECK(type.has_value(), name, " has an unsupported dtype; use float32, bfloat16, float16 or float64");
     View v;
@@ -63,10 +65,9 @@ inline void check_same_shape(const View& a, const View& b, const char* name, siz
 
 // The value of a CPU tensor with one element.
 inline double scalar(const Tensor& t, const char* name) {
-    STD_TORCH_CHECK(t.is_cpu() && t.numel() == 1, name, " must be a CPU tensor with one element");
-    double value;
-    load(view(t, name, false), 0, 1, &value);
-    return value;
+    const auto type = storage(t);
+    STD_TORCH_CHECK(t.is_cpu() && t.numel() == 1 && type, name, " must be a CPU tensor with one floating-point element");
+    return value_at(static_cast<const char*>(t.const_data_ptr()), *type);
 }
 
 } // namespace uegr

@@ -51,7 +51,7 @@ template <class T> struct Probability {
     Probability() = default;
 
     // `s_min` > `s_max` says that nothing is finite.
-    Probability(const SelectionOptions& o, double s_min, double s_max) {
+    CALLED_ON_BOTH Probability(const SelectionOptions& o, double s_min, double s_max) {
         constexpr double largest = static_cast<double>(Float<T>::largest);
         // A span below this has no reciprocal: s is scaled up by a power of two first.
         constexpr double tiny = sizeof(T) == 8 ? 0x1p-900 : 0x1p-100;
@@ -72,14 +72,14 @@ template <class T> struct Probability {
     }
 
     // Finite, since 0 * inf is NaN.
-    static T held(double x) {
+    static CALLED_ON_BOTH T held(double x) {
         return static_cast<T>(minimum(maximum(x, -static_cast<double>(Float<T>::largest)), static_cast<double>(Float<T>::largest)));
     }
 
     // 1/p = min(1 + exp(z), largest): no division.
     HOST_DEVICE T inverse(T s) const {
         T z = (s - low) * up * scale + offset;
-        return minimum(T(1) + power_of_two(maximum(minimum(z, z_high), z_low)), largest_inverse);
+        return at_most(T(1) + power_of_two(at_least(at_most(z, z_high), z_low)), largest_inverse);
     }
 };
 
@@ -104,7 +104,7 @@ template <class T> struct AdamW {
     T beta1, beta2, complement1, complement2, decay, step_size, inverse_root, eps;
 
     AdamW() = default;
-    AdamW(double lr, double beta1_, double beta2_, double weight_decay, double eps_, double step)
+    CALLED_ON_BOTH AdamW(double lr, double beta1_, double beta2_, double weight_decay, double eps_, double step)
         : beta1(beta1_), beta2(beta2_), complement1(1 - beta1_), complement2(1 - beta2_), decay(1 - lr * weight_decay),
           step_size(lr / (1 - std::pow(beta1_, step))), inverse_root(1 / std::sqrt(1 - std::pow(beta2_, step))), eps(eps_) {}
 
@@ -114,7 +114,7 @@ template <class T> struct AdamW {
         m = m + complement1 * (fed - m);
         v = v * beta2 + complement2 * fed * fed;
         if (amsgrad) v_max = maximum(v, v_max);
-        const T denominator = std::sqrt(amsgrad ? v_max : v) * inverse_root + eps;
+        const T denominator = near_root(amsgrad ? v_max : v) * inverse_root + eps;
         const T change = step_size * m / denominator;
         // The rounded decay is torch's: over many steps its rounding shows.
         theta = update ? theta - factor * ((1 - decay) * theta + change) : theta * decay - change;
@@ -127,7 +127,7 @@ template <class T> struct SGD {
     bool nesterov;
 
     SGD() = default;
-    SGD(double lr_, double momentum_, double dampening, double weight_decay_, bool nesterov_)
+    CALLED_ON_BOTH SGD(double lr_, double momentum_, double dampening, double weight_decay_, bool nesterov_)
         : lr(lr_), momentum(momentum_), complement(1 - dampening), weight_decay(weight_decay_), nesterov(nesterov_) {}
 
     // A buffer starts as -0.0, which no update leaves behind (+ 0): its first value is the gradient itself, without dampening.
