@@ -67,6 +67,8 @@ def case(name: str, shapes: Shapes, options: dict, ours: Callable, torchs: Calla
 
         def stepping(optimizer: torch.optim.Optimizer, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
             """The optimizer's step over everyone's tensors; its counts are its own."""
+            if len(params) >= 500:  # ours lays such states out itself, and small ones fit beside each other
+                return optimizer.step
             if dtype not in shared:
                 shared[dtype] = [{key: torch.zeros(p.shape, dtype=dtype) for key in moments} for p in params]
             for p, state in zip(params, shared[dtype], strict=True):

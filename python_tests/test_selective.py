@@ -2092,3 +2092,171 @@ def test_random_cases_agree_with_the_reference(native, case):
     gradients = [[g, torch.linspace(-2, 2, 5).to(dtype)] for g in grads]
     with pytest.MonkeyPatch.context() as monkeypatch:
         agree(monkeypatch, uk.SelectiveSGD, native, start, gradients, **selection, lr=1.0)
+
+
+# ---- Many small parameters: their states lie in one tensor, and a step that finds everything as the last one did looks at it once
+
+
+def replace_state(optimizer, params):
+    state = optimizer.state[params[3]]
+    key = next(iter(states_of(optimizer, params[3])))
+    state[key] = state[key].clone() + 1
+
+
+def turn_state(optimizer, params):
+    state = optimizer.state[params[0]]
+    key = next(key for key in states_of(optimizer, params[0]) if key != "step" and "saliency" not in key)
+    state[key] = state[key].as_strided((3, 5), (1, 3))
+
+
+def replace_dict(optimizer, params):
+    optimizer.state[params[3]] = {key: value.clone() for key, value in optimizer.state[params[3]].items()}
+
+
+def move_state(optimizer, params):
+    for value in states_of(optimizer, params[3]).values():
+        value.data = value.data.clone()
+
+
+def forget_state(optimizer, params):
+    del optimizer.state[params[3]]
+
+
+def replace_parameter(optimizer, params):
+    new = torch.nn.Parameter(params[3].detach() * 2)
+    optimizer.state[new] = optimizer.state.pop(params[3])
+    params[3] = optimizer.param_groups[0]["params"][3] = new
+
+
+def move_parameter(optimizer, params):
+    params[3].data = params[3].detach() * 2
+
+
+def widen_parameter(optimizer, params):
+    params[3].data = params[3].data.double()
+    params[3].grad = None
+
+
+def skip_one(optimizer, params):
+    params[3].requires_grad_(False)
+
+
+def keep_statistics(optimizer, params):
+    optimizer.param_groups[0]["statistics"] = "previous"
+
+
+def take_global_scope(optimizer, params):
+    optimizer.param_groups[0]["scope"] = "global"
+
+
+def save_and_load(optimizer, params):
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    optimizer.load_state_dict(torch.load(file, weights_only=True))
+
+
+def add_a_group(optimizer, params):
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+
+
+EVENTS = [replace_state, turn_state, replace_dict, move_state, forget_state, replace_parameter, move_parameter, widen_parameter, skip_one]
+EVENTS += [keep_statistics, take_global_scope, save_and_load, add_a_group]
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)
+@pytest.mark.parametrize("statistics", ["current", "previous"])
+def test_many_small_parameters_step_as_few_do(native, cls, event, statistics):
+    """The same parameters, beside a group that sends every step the long way."""
+    shapes = [(3, 5), (16,), (), (0, 2), (7,)] * 14
+    start, gradients = problem(shapes, steps=6)
+    options = {**SPREAD, "statistics": statistics, "backend": native} | ({"momentum": 0.9} if cls is uk.SelectiveSGD else {})
+    results = []
+    for extra in ([], [{"params": [torch.nn.Parameter(torch.ones(1))]}]):
+        params = as_parameters(start)
+        optimizer = cls([{"params": params}, *extra], lr=0.1, **options)
+        for i, grads in enumerate(gradients):
+            if i == 3:
+                event(optimizer, params)
+            for p, g in zip(params, grads, strict=True):
+                p.grad = g.to(p.dtype) if p.requires_grad else None
+            optimizer.step()
+        results.append((params, [states_of(optimizer, p) for p in params]))
+    for i, (one, other) in enumerate(zip(*(params for params, _ in results), strict=True)):
+        assert same_bits(one, other), f"parameter {i}"
+    assert same_bits(*(states for _, states in results))
+
+
+@pytest.mark.parametrize("statistics", ["current", "previous"])
+def test_a_missing_gradient_after_steps_in_global_scope(native, statistics):
+    params = as_parameters([torch.ones(4)] * 3)
+    optimizer = uk.SelectiveAdamW(params, seed=1, scope="global", statistics=statistics, backend=native)
+    walk(optimizer, params, [[torch.ones(4)] * 3] * 3)
+    params[0].grad = None
+    optimizer.step()
+    assert [optimizer.state[p]["step"].item() for p in params] == [3, 4, 4]
+    optimizer.zero_grad()
+    optimizer.step()
+    assert [optimizer.state[p]["step"].item() for p in params] == [3, 4, 4]
+
+
+def test_many_small_parameters_share_a_tensor_for_each_state(native):
+    params = as_parameters([torch.ones(4)] * 64)
+    optimizer = uk.SelectiveAdamW(params, seed=1, backend=native)
+    walk(optimizer, params, [[torch.ones(4)] * 64] * 3)
+    for key in ("step", "exp_avg", "exp_avg_sq"):
+        assert len({optimizer.state[p][key].untyped_storage().data_ptr() for p in params}) == 1
+        assert len({optimizer.state[p][key].data_ptr() for p in params}) == 64
+    assert all(optimizer.state[p]["step"] == 3 for p in params)
+    copied = copy.deepcopy(optimizer)
+    walk(copied, copied.param_groups[0]["params"], [[torch.ones(4)] * 64])
+    assert all(optimizer.state[p]["step"] == 3 for p in params)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("gradient", "error", "words"),
+    [
+        pytest.param(torch.ones(4).to_sparse(), RuntimeError, "to_dense", id="sparse"),
+        pytest.param("expanded", RuntimeError, "expanded", id="expanded parameter"),
+    ],
+)
+def test_a_refused_step_after_others_changes_nothing(native, cls, gradient, error, words):
+    params = as_parameters([torch.ones(4)] * 64)
+    optimizer = cls(params, seed=1, lr=0.1, backend=native)
+    walk(optimizer, params, [[torch.ones(4)] * 64] * 3)
+    before = [p.detach().clone() for p in params], copy.deepcopy([states_of(optimizer, p) for p in params])
+    if isinstance(gradient, str):
+        params[40].data = torch.ones(1).expand(4)
+        before[0][40] = torch.ones(4)
+    else:
+        params[40].grad = gradient
+    with pytest.raises(error, match=words):
+        optimizer.step()
+    assert same_bits(before[0], [p.detach() for p in params])
+    assert same_bits(before[1], [states_of(optimizer, p) for p in params])
+    params[40].data, params[40].grad = torch.ones(4), torch.ones(4)
+    optimizer.step()
+    assert all(optimizer.state[p]["step"] == 4 for p in params)
+
+
+def test_the_operators_take_a_single_tensor_for_many_states(native):
+    """As the default kernel does, which is the reference."""
+    start, (grads,) = problem([(3, 5), (16,), (1,)], steps=1)
+    sizes = [g.numel() for g in grads]
+    layout = [x for i, n in enumerate(sizes) for x in (i, 0, n, n)]
+    options = op.make_selection(0.5, 5.0, "minmax", "printed", "tensor", "current", True, 0.0, 1.0, "gradient").arguments()
+    options |= {"scope_statistics": None, "layout": layout, "grad_scale": None, "found_inf": None, "lr": 0.1, "lr_tensor": None}
+    options |= {"weight_decay": 0.0, "maximize": False, "seed": 3, "momentum": 0.9, "dampening": 0.0, "nesterov": False}
+    operator, results = torch.ops.uegr_kernels.selective_sgd_.default, []
+    for apart in (False, True):
+        params, buffer, steps = [p.clone() for p in start], torch.full((sum(sizes),), -0.0), torch.zeros(len(sizes))
+        buffers = [b.view_as(p) for b, p in zip(buffer.split(sizes), start, strict=True)] if apart else [buffer]
+        operator(params, grads, buffers, list(steps.unbind()) if apart else [steps], [], [], **options)
+        results.append([*params, buffer, steps])
+        if not apart:
+            with pytest.raises(RuntimeError, match="states has 31 elements in a single tensor; it must be contiguous and have 32"):
+                operator(params, grads, [buffer[:-1]], [steps], [], [], **options)
+    assert same_bits(*results)
+    assert torch.equal(results[0][-1], torch.ones(3))

@@ -145,8 +145,8 @@ template <class T, class Source, class Widen> void load_as(const View& view, int
 template <class T> void load(const View& view, int64_t begin, int n, T* out) {
     switch (view.storage) {
     case Storage::float32: load_as<T, float>(view, begin, n, out, [](float x) { return x; }); break;
-    case Storage::bfloat16: load_as<T, uint16_t>(view, begin, n, out, widen_bfloat16); break;
-    case Storage::float16: load_as<T, uint16_t>(view, begin, n, out, widen_float16); break;
+    case Storage::bfloat16: load_as<T, uint16_t>(view, begin, n, out, [](uint16_t x) { return widen_bfloat16(x); }); break;
+    case Storage::float16: load_as<T, uint16_t>(view, begin, n, out, [](uint16_t x) { return widen_float16(x); }); break;
     case Storage::float64: load_as<T, double>(view, begin, n, out, [](double x) { return x; }); break;
     case Storage::boolean: load_as<T, uint8_t>(view, begin, n, out, [](uint8_t x) { return x; }); break;
     }

@@ -130,6 +130,11 @@ template <bool rescale, class T, class Inverse> void factor_block(const T* g, co
     for (int i = 0; i < block_size; ++i) factor[i] = drawn_factor<rescale>(g[i], inverse(i), words[i]);
 }
 
+// 1/p of a block by its ranks. What is written cannot be the table, so the look-ups become gathers.
+template <class T, class Magnitude> void look_up(const float* __restrict by_bin, T* __restrict inverse, Magnitude magnitude) {
+    for (int i = 0; i < block_size; ++i) inverse[i] = static_cast<T>(by_bin[minimum(rank_bin(magnitude(i)), rank_bins)]);
+}
+
 // A thread at work on a call.
 template <class T, class Line> struct Worker {
     const Call<T, Line>& call;
@@ -181,7 +186,13 @@ template <class T, class Line> struct Worker {
         const Layout& at = e.layout;
         for (int64_t run = 0; run < e.size; run += at.run) {
             const int64_t first = at.offset + run / at.run * at.stride, end = std::min(at.run, e.size - run);
-            for (int64_t l = (every - first % every) % every; l < end; l += every) {
+            const int64_t begin = (every - first % every) % every;
+            if (from.contiguous && from.storage == storage_of<T>) {
+                const T* x = reinterpret_cast<const T*>(from.data) + run;
+                for (int64_t l = begin; l < end; l += every) add(x[l]);
+                continue;
+            }
+            for (int64_t l = begin; l < end; l += every) {
                 T x;
                 load(from, run + l, 1, &x);
                 add(x);
@@ -215,10 +226,9 @@ template <class T, class Line> struct Worker {
             const T inverse = static_cast<T>(inverse_of_constant(call.options));
             factor_block<rescale>(g, drawn, factor, [&](int) { return inverse; });
         } else if (call.options.normalization == Normalization::rank) {
-            const float* by_bin = e.by_bin;
-            auto look_up = [&](T magnitude) { return static_cast<T>(by_bin[std::min(rank_bin(magnitude), rank_bins)]); };
-            if (given) factor_block<rescale>(g, drawn, factor, [&](int i) { return look_up(root(given[i])); });
-            else factor_block<rescale>(g, drawn, factor, [&](int i) { return look_up(absolute(g[i])); });
+            if (given) look_up(e.by_bin, factor, [&](int i) { return root(given[i]); });
+            else look_up(e.by_bin, factor, [&](int i) { return absolute(g[i]); });
+            factor_block<rescale>(g, drawn, factor, [&](int i) { return factor[i]; });
         } else {
             const Probability<T> probability = e.probability;
             if (given)

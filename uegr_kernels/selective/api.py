@@ -26,7 +26,6 @@ class _Roster:
     keys: list[Tensor]  # of the optimizer's state, and its values
     values: list[dict]
     batch: dict
-    addresses: dict[str, list[int]]  # of the states that lie one after another in a shared tensor
 
 
 class SelectiveOptimizer(Optimizer):
@@ -34,8 +33,8 @@ class SelectiveOptimizer(Optimizer):
 
     operator: str
     numbers: tuple[str, ...]  # options of this optimizer's own that are numbers
-    _roster: _Roster | None = None
-    _shared: dict[str, Tensor] = {}  # states of many small parameters, by key
+    _roster: _Roster | None
+    _shared: dict[str, tuple[Tensor, list[Tensor], list[int]]]  # states of many small parameters in one tensor, its parts, their addresses
 
     def __init__(self, params: ParamsT, defaults: dict, *, seed: int | None, backend: str):
         if backend != "auto" and backend not in op.backends.BACKENDS:
@@ -43,6 +42,7 @@ class SelectiveOptimizer(Optimizer):
         if seed is not None:
             seed = _whole("seed", seed) % 2**64
         self.backend = backend
+        self._roster, self._shared = None, {}
         self._drawn_seed: int | None = None  # drawn here and not agreed on with the other ranks yet
         self._check(defaults)
         super().__init__(params, defaults | {"seed": seed, "format": FORMAT})
@@ -138,8 +138,7 @@ class SelectiveOptimizer(Optimizer):
     def _remember(self, batch: dict) -> None:
         group = batch["group"]
         if len(batch["params"]) == len(group["params"]) and not torch.compiler.is_compiling():
-            addresses = {key: [state[key].data_ptr() for state in batch["states"]] for key in self._shared}
-            self._roster = _Roster(list(group["params"]), list(self.state.keys()), list(self.state.values()), batch, addresses)
+            self._roster = _Roster(list(group["params"]), list(self.state.keys()), list(self.state.values()), batch)
 
     def _step_again(self) -> bool:
         """Steps as the last time, with the gradients of now; False, and nothing has changed, where anything else differs.
@@ -159,15 +158,17 @@ class SelectiveOptimizer(Optimizer):
         self._check(group)
         batch = self._new_batch(group, roster.params[0].device, roster.params[0].dtype)
         batch |= {"params": roster.params, "grads": [p.grad for p in roster.params], "states": states, "layout": roster.batch["layout"]}
-        if batch["backend"] != "cpp":
+        if batch["backend"] != "cpp" or any(grad is None for grad in batch["grads"]):
             return False
         try:
             for key in self._needed(batch):
-                shared = key in roster.addresses and [state[key].data_ptr() for state in states] == roster.addresses[key]
-                batch[key] = [self._shared[key]] if shared else [state[key] for state in states]
+                batch[key] = [state[key] for state in states]
+                flat, parts, addresses = self._shared.get(key, (None, [], []))
+                if all(map(operator.is_, batch[key], parts)) and [part.data_ptr() for part in parts] == addresses and flat is not None:
+                    batch[key] = [flat]
             self._settle_scopes([batch])
             self._update(batch)
-        except (KeyError, TypeError, RuntimeError):
+        except (AttributeError, KeyError, TypeError, RuntimeError):
             return False
         self._roster = roster
         return True
@@ -250,10 +251,11 @@ class SelectiveOptimizer(Optimizer):
         """Creates a state of many small parameters as views of one tensor, which the operator takes in their place."""
         fresh = [self._fresh_state(key, p, batch["group"]) for p in batch["params"]]
         batch[key] = [torch.cat([state.flatten() for state in fresh])]
-        self._shared = self._shared | {key: batch[key][0]}
         parts = batch[key][0].split([state.numel() for state in fresh])
         for state, part, alike in zip(batch["states"], parts, fresh, strict=True):
             state[key] = part.view_as(alike)
+        views = [state[key] for state in batch["states"]]
+        self._shared[key] = batch[key][0], views, [view.data_ptr() for view in views]
 
     def _fresh_state(self, key: str, p: Tensor, group: dict) -> Tensor:
         wide = torch.float64 if p.dtype == torch.float64 else torch.float32
@@ -359,6 +361,7 @@ class SelectiveOptimizer(Optimizer):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
+        self._roster, self._shared = None, {}
         for group in self.param_groups:
             for p in group["params"]:
                 p_state = self.state.get(p) or {}

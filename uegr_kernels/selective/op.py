@@ -134,6 +134,9 @@ def _register(name: str, schema: str) -> None:
     def default(*args, **kwargs):
         if "steps" in schema:
             params, grads, *moments, steps, low, high = args
+            for i, g in enumerate(grads):  # a mixture is dispatched here: the compiled kernels never see it
+                if g.layout is not torch.strided or g.device != params[i].device:
+                    raise RuntimeError(f"grads[{i}] is {g.layout} on {g.device}; make it dense, on {params[i].device}")
             one = [p.new_empty(()) for p in params[:1]] * len(params)
             args = params, grads, *(_apart(m, params) for m in moments), *(_apart(s, one) for s in (steps, low, high))
         if "salient" in kwargs:
