@@ -15,7 +15,6 @@
 
 namespace uegr {
 
-constexpr bool on_gpu = false;
 constexpr int block_size = 256;         // elements that pass through L1 together
 constexpr int prefetch_distance = 768; // elements
 

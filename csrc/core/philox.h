@@ -22,6 +22,7 @@ struct RoundKeys {
 
     HOST_DEVICE explicit RoundKeys(uint64_t key) {
         uint32_t low = static_cast<uint32_t>(key), high = static_cast<uint32_t>(key >> 32);
+        UNROLL
         for (int round = 0; round < 10; ++round) {
             k0[round] = low, k1[round] = high;
             low += 0x9E3779B9u;
@@ -44,6 +45,17 @@ template <class A, class B, class C, class D> HOST_DEVICE auto philox_round(cons
     auto c0 = (p1 >> 32) ^ (c.c1 ^ k0);
     auto c2 = (p0 >> 32) ^ (c.c3 ^ k1);
     return Counter<decltype(c0), C, decltype(c2), A>{c0, p1, c2, p0};
+}
+
+// The four words of a counter: what a device draws at a time.
+struct FourWords {
+    uint32_t at[4];
+};
+HOST_DEVICE FourWords philox(uint64_t q, uint32_t step, uint32_t stream, const RoundKeys& keys) {
+    Counter<uint64_t, uint64_t, uint64_t, uint64_t> c{q, q >> 32, step, stream};
+    UNROLL
+    for (int round = 0; round < 10; ++round) c = philox_round(c, keys.k0[round], keys.k1[round]);
+    return {{static_cast<uint32_t>(c.c0), static_cast<uint32_t>(c.c1), static_cast<uint32_t>(c.c2), static_cast<uint32_t>(c.c3)}};
 }
 
 // u * 2^24 with u = (word >> 8) * 2^-24 in [0, 1): exact in a float, and signed integers convert in one instruction.

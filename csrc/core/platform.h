@@ -9,6 +9,7 @@
 #define CALLED_ON_BOTH __host__ __device__
 #define LOOPS "loops_cuda.cuh"
 #define UNROLL _Pragma("unroll")
+#define ON_GPU true
 #else
 #define HOST_DEVICE inline __attribute__((always_inline)) // for elements
 #define CALLED_ON_BOTH                                     // for what is worked out once
@@ -16,6 +17,7 @@
 #define LOOPS "loops_cpu.h"
 #endif
 #define UNROLL _Pragma("GCC unroll 16")
+#define ON_GPU false
 #endif
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -25,6 +27,8 @@
 #endif
 
 namespace uegr {
+
+constexpr bool on_gpu = ON_GPU;
 
 // What a device has one instruction for, where it would take the host's expression for more.
 

@@ -4,6 +4,9 @@
 #include <optional>
 #include <vector>
 
+#ifdef USE_CUDA
+#include <torch/csrc/stable/accelerator.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -63,11 +66,59 @@ inline void check_same_shape(const View& a, const View& b, const char* name, siz
     STD_TORCH_CHECK(same, name, "[", i, "] has another shape than its parameter; they must be equal");
 }
 
+// A list of an operator's that has a tensor by parameter, or a single one that holds them one after another: what spares thousands of
+// small parameters the cost of a tensor each.
+struct List {
+    const Tensors& tensors;
+    const char* name;
+    int64_t offset = 0; // of the next parameter, in a single tensor
+
+    List(const Tensors& tensors, const char* name, size_t count, int64_t elements) : tensors(tensors), name(name) {
+        single = count != 1 && tensors.size() == 1;
+        STD_TORCH_CHECK(single || tensors.size() == count, name, " has ", tensors.size(), " tensors for ", count,
+                        " parameters; give one for each, or a single one with their elements one after another");
+        if (!single) return;
+        whole = view(tensors[0], name, true);
+        STD_TORCH_CHECK(whole.contiguous && tensors[0].numel() == elements, name, " has ", tensors[0].numel(),
+                        " elements in a single tensor; it must be contiguous and have ", elements);
+    }
+    // Parameter i's tensor of n elements; a single one's has no shape of its own.
+    View next(size_t i, int64_t n, const View* shape) {
+        View v = whole;
+        if (!single) {
+            v = view(tensors[i], name, true);
+            if (shape) check_same_shape(v, *shape, name, i);
+            else STD_TORCH_CHECK(tensors[i].numel() == 1, name, "[", i, "] has ", tensors[i].numel(), " elements; it must have one");
+        } else {
+            v.data += offset * bytes_of(v.storage);
+            offset += n;
+        }
+        return v;
+    }
+
+private:
+    bool single;
+    View whole;
+};
+
 // The value of a CPU tensor with one element.
 inline double scalar(const Tensor& t, const char* name) {
     const auto type = storage(t);
     STD_TORCH_CHECK(t.is_cpu() && t.numel() == 1 && type, name, " must be a CPU tensor with one floating-point element");
-    return value_at(static_cast<const char*>(t.const_data_ptr()), *type);
+    return value_at<double>(static_cast<const char*>(t.const_data_ptr()), *type);
 }
+
+#ifdef USE_CUDA // torch's own word for it
+// Makes a tensor's device the current one for as long as it lives, and knows that device's current stream.
+class Place {
+    torch::stable::accelerator::DeviceGuard guard;
+
+public:
+    void* stream = nullptr;
+    explicit Place(const Tensor& t) : guard(t.get_device_index()) {
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+    }
+};
+#endif
 
 } // namespace uegr

@@ -32,21 +32,21 @@ struct View {
 };
 
 // One element in memory.
-HOST_DEVICE double value_at(const char* from, Storage storage) {
+template <class T> HOST_DEVICE T value_at(const char* from, Storage storage) {
     switch (storage) {
-    case Storage::float32: return *reinterpret_cast<const float*>(from);
-    case Storage::bfloat16: return widen_bfloat16(*reinterpret_cast<const uint16_t*>(from));
-    case Storage::float16: return widen_float16(*reinterpret_cast<const uint16_t*>(from));
-    case Storage::float64: return *reinterpret_cast<const double*>(from);
-    default: return *reinterpret_cast<const uint8_t*>(from) != 0;
+    case Storage::float32: return static_cast<T>(*reinterpret_cast<const float*>(from));
+    case Storage::bfloat16: return static_cast<T>(widen_bfloat16(*reinterpret_cast<const uint16_t*>(from)));
+    case Storage::float16: return static_cast<T>(widen_float16(*reinterpret_cast<const uint16_t*>(from)));
+    case Storage::float64: return static_cast<T>(*reinterpret_cast<const double*>(from));
+    default: return static_cast<T>(*reinterpret_cast<const uint8_t*>(from) != 0);
     }
 }
-HOST_DEVICE void put_value(char* to, Storage storage, double x) {
+template <class T> HOST_DEVICE void put_value(char* to, Storage storage, T x) {
     switch (storage) {
     case Storage::float32: *reinterpret_cast<float*>(to) = static_cast<float>(x); break;
     case Storage::bfloat16: *reinterpret_cast<uint16_t*>(to) = round_bfloat16(static_cast<float>(x)); break;
     case Storage::float16: *reinterpret_cast<uint16_t*>(to) = round_float16(static_cast<float>(x)); break;
-    case Storage::float64: *reinterpret_cast<double*>(to) = x; break;
+    case Storage::float64: *reinterpret_cast<double*>(to) = static_cast<double>(x); break;
     default: *reinterpret_cast<uint8_t*>(to) = x != 0; break;
     }
 }

@@ -40,6 +40,18 @@ template <class T> HOST_DEVICE T saliency(T g) { return g * g; }
 template <class T> HOST_DEVICE T root(T s) { return std::sqrt(s); } // |g| of a given saliency
 template <class T> HOST_DEVICE bool finite(T g) { return absolute(g) <= Float<T>::largest; }
 
+// Minimum and maximum of s over a scope; infinity and its negative where nothing is finite.
+struct Range {
+    double low, high;
+};
+// From the bits of the least and the largest finite |g|, or of a given s: those of non-negative floats order as the floats do.
+template <class T> HOST_DEVICE Range range_of(typename Float<T>::Bits low, typename Float<T>::Bits high, bool given) {
+    constexpr T largest = Float<T>::largest;
+    if (low >= Float<T>::infinity) return {HUGE_VAL, -HUGE_VAL};
+    const T least = bit_cast<T>(low), most = bit_cast<T>(high);
+    return given ? Range{least, most} : Range{minimum(saliency(least), largest), minimum(saliency(most), largest)};
+}
+
 constexpr double log2_e = 1.4426950408889634;
 
 // Eq. 8 and 9 with everything that is the same for all elements of a scope worked out, in powers of two:
@@ -92,6 +104,16 @@ HOST_DEVICE double inverse_of_constant(const SelectionOptions& o) {
     return minimum(1 / o.keep_probability, 1 / maximum(o.min_probability, 0x1p-24));
 }
 
+// 1/p of ranks, with what is the same for all of them worked out.
+struct RankCurve {
+    float steepness, threshold, largest_inverse;
+
+    CALLED_ON_BOTH explicit RankCurve(const SelectionOptions& o)
+        : steepness(static_cast<float>((o.salient ? -2.0 : 2.0) * o.sharpness * log2_e)), threshold(static_cast<float>(o.threshold)),
+          largest_inverse(static_cast<float>(1 / maximum(o.min_probability, 0x1p-24))) {}
+    HOST_DEVICE float inverse(float rank) const { return inverse_of_rank(rank, steepness, threshold, largest_inverse); }
+};
+
 // What an element is multiplied by: 1/p (or 1, without rescale) where u < p, that is u * 1/p < 1, without a division; else 0.
 // A g that is not finite has p = 1.
 template <bool rescale, class T> HOST_DEVICE T drawn_factor(T g, T inverse, uint32_t word) {
@@ -142,5 +164,15 @@ template <class T> struct SGD {
         theta = theta - (update ? factor * lr : lr) * fed;
     }
 };
+
+// The selection options as an operator's last arguments, and the struct they make.
+#define SELECTION_ARGUMENTS                                                                                                                \
+    double threshold, double sharpness, int64_t normalization, bool salient, bool previous, bool rescale, double min_probability,          \
+        double keep_probability, bool target_update
+#define SELECTION_OPTIONS                                                                                                                  \
+    SelectionOptions {                                                                                                                     \
+        threshold, sharpness, static_cast<Normalization>(normalization), salient, previous, rescale, min_probability, keep_probability,    \
+            target_update                                                                                                                  \
+    }
 
 } // namespace uegr

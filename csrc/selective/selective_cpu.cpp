@@ -69,14 +69,7 @@ template <class T, class Line> struct Entry {
         for (Bits now = low; found.low < now && !low.compare_exchange_weak(now, found.low);) {}
         for (Bits now = high; found.high > now && !high.compare_exchange_weak(now, found.high);) {}
     }
-    // Minimum and maximum of s; infinity and its negative where nothing is finite.
-    std::pair<double, double> range() const {
-        if (low >= Float<T>::infinity) return {INFINITY, -INFINITY};
-        const T least = bit_cast<T>(low.load()), most = bit_cast<T>(high.load());
-        const T largest = Float<T>::largest;
-        return s.data ? std::pair<double, double>(least, most)
-                      : std::pair<double, double>(minimum(saliency(least), largest), minimum(saliency(most), largest));
-    }
+    Range range() const { return range_of<T>(low, high, s.data); }
 };
 
 // Where a line finds element i's b/p: worked out before, or drawn in the same loop, which is what the common case does.
@@ -118,10 +111,8 @@ void table_from_counts(float* table, int first, int last, const SelectionOptions
         table[bin] = static_cast<float>(below / std::max(total, 1.0));
         below += count;
     }
-    const float steepness = static_cast<float>((o.salient ? -2.0 : 2.0) * o.sharpness * log2_e),
-                threshold = static_cast<float>(o.threshold);
-    const float largest = static_cast<float>(1 / std::max(o.min_probability, 0x1p-24));
-    for (int bin = first; bin <= last; ++bin) table[bin] = inverse_of_rank(table[bin], steepness, threshold, largest);
+    const RankCurve curve(o);
+    for (int bin = first; bin <= last; ++bin) table[bin] = curve.inverse(table[bin]);
     table[rank_bins] = 1;
 }
 
@@ -217,7 +208,7 @@ template <class T, class Line> struct Worker {
 
     void settle(Entry<T, Line>& e) const {
         const auto range = e.range();
-        e.probability = Probability<T>(call.options, range.first, range.second);
+        e.probability = Probability<T>(call.options, range.low, range.high);
     }
 
     template <bool rescale> void factors(const Entry<T, Line>& e, const T* g, const uint32_t* drawn, int64_t begin, int n) {
@@ -429,41 +420,6 @@ template <class T, class Line> std::vector<float> settle_statistics(Call<T, Line
     return tables;
 }
 
-// A list of an operator's that has a tensor by parameter, or a single one that holds them one after another: what spares thousands of
-// small parameters the cost of a tensor each.
-struct List {
-    const Tensors& tensors;
-    const char* name;
-    int64_t offset = 0; // of the next parameter, in a single tensor
-
-    List(const Tensors& tensors, const char* name, size_t count, int64_t elements) : tensors(tensors), name(name) {
-        single = count != 1 && tensors.size() == 1;
-        STD_TORCH_CHECK(single || tensors.size() == count, name, " has ", tensors.size(), " tensors for ", count,
-                        " parameters; give one for each, or a single one with their elements one after another");
-        if (!single) return;
-        whole = view(tensors[0], name, true);
-        STD_TORCH_CHECK(whole.contiguous && tensors[0].numel() == elements, name, " has ", tensors[0].numel(),
-                        " elements in a single tensor; it must be contiguous and have ", elements);
-    }
-    // Parameter i's tensor of n elements; a single one's has no shape of its own.
-    View next(size_t i, int64_t n, const View* shape) {
-        View v = whole;
-        if (!single) {
-            v = view(tensors[i], name, true);
-            if (shape) check_same_shape(v, *shape, name, i);
-            else STD_TORCH_CHECK(tensors[i].numel() == 1, name, "[", i, "] has ", tensors[i].numel(), " elements; it must have one");
-        } else {
-            v.data += offset * bytes_of(v.storage);
-            offset += n;
-        }
-        return v;
-    }
-
-private:
-    bool single;
-    View whole;
-};
-
 // What AdamW and SGD share: checks of every list, then the steps advance, then the run. `states`: the operator's lists, empty ones unused.
 template <class T, class Line, class MakeLine>
 void step(Call<T, Line> call, const Tensors& params, const std::vector<const Tensors*>& states, const Tensors& steps, const Tensors& mins,
@@ -515,7 +471,7 @@ void step(Call<T, Line> call, const Tensors& params, const std::vector<const Ten
     for (auto& e : call.entries)
         if (e.kept[0].data) {
             const auto range = e.range();
-            store_block(e.kept[0], 0, 1, &range.first), store_block(e.kept[1], 0, 1, &range.second);
+            store_block(e.kept[0], 0, 1, &range.low), store_block(e.kept[1], 0, 1, &range.high);
         }
 }
 
@@ -575,15 +531,6 @@ bool is_double(const Tensors& tensors) { return !tensors.empty() && tensors[0].s
     } else {                                                                                                                               \
         using T = float;                                                                                                                   \
         __VA_ARGS__                                                                                                                        \
-    }
-
-#define SELECTION_ARGUMENTS                                                                                                                \
-    double threshold, double sharpness, int64_t normalization, bool salient, bool previous, bool rescale, double min_probability,          \
-        double keep_probability, bool target_update
-#define SELECTION_OPTIONS                                                                                                                  \
-    SelectionOptions {                                                                                                                     \
-        threshold, sharpness, static_cast<Normalization>(normalization), salient, previous, rescale, min_probability, keep_probability,    \
-            target_update                                                                                                                  \
     }
 
 double value_of(double value, const OptionalTensor& tensor, const char* name) { return tensor ? scalar(*tensor, name) : value; }
@@ -656,7 +603,7 @@ static void selective_statistics_(Tensors grads, Tensors saliencies, std::vector
             } else {
                 double* into = static_cast<double*>(out.mutable_data_ptr()) + 2 * row;
                 const auto range = call.entries[i].range();
-                into[0] = std::min(into[0], range.first), into[1] = std::max(into[1], range.second);
+                into[0] = std::min(into[0], range.low), into[1] = std::max(into[1], range.high);
             }
         }
     })

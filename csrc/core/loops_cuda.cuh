@@ -1,0 +1,148 @@
+// What the CUDA sources share: launches, 128-bit accesses, sums over warps, blocks and clusters, waiting for another block.
+#pragma once
+
+#include <cstdint>
+#include <cuda_runtime.h>
+#include <stdexcept>
+#include <string>
+
+#include "philox.h"
+#include "view.h"
+
+namespace uegr {
+
+#define DEVICE __device__ __forceinline__
+
+// --- The host's side ---
+
+inline void check_cuda(cudaError_t error, const char* what) {
+    if (error == cudaSuccess) return;
+    cudaGetLastError(); // else the next call would be blamed
+    throw std::runtime_error(std::string("CUDA: ") + what + " failed: " + cudaGetErrorString(error));
+}
+
+struct Shape {
+    int64_t blocks;
+    int threads;
+    size_t shared = 0; // dynamic, bytes
+    int cluster = 1;   // blocks
+};
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), const Shape& shape, cudaStream_t stream, const Arguments&... arguments) {
+    if (shape.blocks == 0) return;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(shape.blocks)), config.blockDim = dim3(shape.threads);
+    config.dynamicSmemBytes = shape.shared, config.stream = stream;
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = shape.cluster, attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.attrs = &attribute, config.numAttrs = shape.cluster > 1;
+    check_cuda(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), "a launch");
+}
+
+inline int attribute_of_device(cudaDeviceAttr attribute) {
+    int device, value;
+    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+    check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+    return value;
+}
+
+// As many blocks as run at once, for kernels whose blocks take work until there is none; no more than `wanted`.
+template <class Kernel> int64_t resident_blocks(Kernel kernel, int threads, int64_t wanted) {
+    int each = 1;
+    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, 0), "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+    return minimum<int64_t>(wanted, static_cast<int64_t>(each > 0 ? each : 1) * attribute_of_device(cudaDevAttrMultiProcessorCount));
+}
+
+inline bool is_captured(cudaStream_t stream) {
+    cudaStreamCaptureStatus status;
+    check_cuda(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
+    return status != cudaStreamCaptureStatusNone;
+}
+
+// --- The device's side ---
+
+// What one access of 128 bits brings.
+template <class T> struct alignas(16) Pack {
+    static constexpr int count = 16 / sizeof(T);
+    T x[count];
+};
+template <class T> DEVICE Pack<T> load_pack(const T* from) { return bit_cast<Pack<T>>(*reinterpret_cast<const float4*>(from)); }
+// The same for what nobody reads again before it has left the cache.
+template <class T> DEVICE Pack<T> load_last(const T* from) { return bit_cast<Pack<T>>(__ldcs(reinterpret_cast<const float4*>(from))); }
+template <class T> DEVICE void store_last(T* to, const Pack<T>& pack) { __stcs(reinterpret_cast<float4*>(to), bit_cast<float4>(pack)); }
+
+constexpr int warp_size = 32;
+constexpr unsigned whole_warp = 0xffffffffu;
+
+template <class T, class Join> DEVICE T over_warp(T x, Join join) {
+    UNROLL
+    for (int apart = warp_size / 2; apart > 0; apart /= 2) x = join(x, __shfl_xor_sync(whole_warp, x, apart));
+    return x;
+}
+template <class T> DEVICE T warp_sum(T x) {
+    return over_warp(x, [](T a, T b) { return a + b; });
+}
+
+// Over a block of up to 32 warps, the same for all its threads and in the same order every time. `room`: 32 values in shared memory.
+template <class T, class Join> DEVICE T over_block(T x, T* room, T neutral, Join join) {
+    x = over_warp(x, join);
+    __syncthreads(); // the room may still be read
+    if (threadIdx.x % warp_size == 0) room[threadIdx.x / warp_size] = x;
+    __syncthreads();
+    const unsigned warps = (blockDim.x + warp_size - 1) / warp_size, lane = threadIdx.x % warp_size;
+    return over_warp(lane < warps ? room[lane] : neutral, join);
+}
+template <class T> DEVICE T block_sum(T x, T* room) {
+    return over_block(x, room, T(0), [](T a, T b) { return a + b; });
+}
+
+// What a block has written, for those that wait for the mark; called by one thread after the block has met.
+DEVICE void publish(uint32_t* mark) {
+    __threadfence();
+    atomicExch(mark, 1u);
+}
+DEVICE void await(const uint32_t* mark) {
+    while (*const_cast<const volatile uint32_t*>(mark) == 0) {}
+    __threadfence();
+}
+// Whether this is the last of those that count down to 0; what the others wrote before is seen then.
+DEVICE bool is_last(uint32_t* left, uint32_t by) {
+    __threadfence();
+    const bool last = atomicSub(left, by) == by;
+    __threadfence();
+    return last;
+}
+
+// A view that kernels read, its axes in a table beside them: 16 bytes.
+struct alignas(16) Slot {
+    char* data = nullptr;
+    int32_t axes = -1; // where its number of axes, sizes and strides stand in the table; -1: contiguous
+    Storage storage = Storage::float32;
+};
+
+DEVICE char* place_of(const Slot& slot, const int64_t* axes, int64_t l) {
+    int64_t offset = l;
+    if (slot.axes >= 0) {
+        const int64_t* at = axes + slot.axes;
+        const int64_t dim = at[0];
+        offset = 0;
+        for (int64_t d = dim; d > 0; --d) {
+            offset += l % at[d] * at[dim + d];
+            l /= at[d];
+        }
+    }
+    return slot.data + offset * bytes_of(slot.storage);
+}
+
+// A number that an operator takes as such or as a tensor, which only the device reads.
+struct Number {
+    double value = 0;
+    const char* at = nullptr;
+    Storage storage = Storage::float32;
+
+    HOST_DEVICE double get() const { return at ? value_at<double>(at, storage) : value; }
+};
+
+} // namespace uegr
