@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <cuda_runtime.h>
 #include <stdexcept>
 #include <string>
@@ -63,12 +64,12 @@ inline bool is_captured(cudaStream_t stream) {
 
 // --- The device's side ---
 
-// What one access of 128 bits brings.
+// What one access of 128 bits brings; nobody writes it meanwhile.
 template <class T> struct alignas(16) Pack {
     static constexpr int count = 16 / sizeof(T);
     T x[count];
 };
-template <class T> DEVICE Pack<T> load_pack(const T* from) { return bit_cast<Pack<T>>(*reinterpret_cast<const float4*>(from)); }
+template <class T> DEVICE Pack<T> load_pack(const T* from) { return bit_cast<Pack<T>>(__ldg(reinterpret_cast<const float4*>(from))); }
 // The same for what nobody reads again before it has left the cache.
 template <class T> DEVICE Pack<T> load_last(const T* from) { return bit_cast<Pack<T>>(__ldcs(reinterpret_cast<const float4*>(from))); }
 template <class T> DEVICE void store_last(T* to, const Pack<T>& pack) { __stcs(reinterpret_cast<float4*>(to), bit_cast<float4>(pack)); }
@@ -96,6 +97,35 @@ template <class T, class Join> DEVICE T over_block(T x, T* room, T neutral, Join
 }
 template <class T> DEVICE T block_sum(T x, T* room) {
     return over_block(x, room, T(0), [](T a, T b) { return a + b; });
+}
+
+DEVICE float4 read_anew(const void* shared) {
+#ifdef ASSEMBLY
+    float4 v;
+    asm volatile("ld.volatile.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))));
+    return v;
+#else
+    return *static_cast<const float4*>(shared);
+#endif
+}
+
+// Shared memory for what has a constructor.
+template <size_t size> struct alignas(16) Room {
+    char bytes[size];
+};
+
+// What lies in shared memory, read anew each time: what the compiler would keep in registers from one round of a loop to the next.
+template <class T> DEVICE T reread(const T& shared) {
+    static_assert(sizeof(T) % 16 == 0 && alignof(T) == 16);
+    Room<sizeof(T)> read;
+    UNROLL
+    for (unsigned i = 0; i < sizeof(T); i += 16) {
+        const float4 part = read_anew(reinterpret_cast<const char*>(&shared) + i);
+        memcpy(read.bytes + i, &part, 16);
+    }
+    return bit_cast<T>(read);
 }
 
 // What a block has written, for those that wait for the mark; called by one thread after the block has met.

@@ -48,6 +48,7 @@ template <class T> HOST_DEVICE T maximum(T a, T b) { return a > b ? a : b; }
 
 // 2^x for |x| < 126: x = k + r, |r| <= 1/2, minimax of degree 5 in r, under 2.5 ulp. Adding 1.5 * 2^23 rounds to an integer.
 HOST_DEVICE float power_of_two(float x) {
+    if (float power = 0; has_power_of_two(x, power)) return power;
     float shifted = x + 12582912.0f;
     float r = x - (shifted - 12582912.0f);
     float p = 0.0013264724f;

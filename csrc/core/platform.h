@@ -20,6 +20,9 @@
 #define ON_GPU false
 #endif
 
+#ifdef __CUDA_ARCH__
+#define ASSEMBLY 1 // a device's
+#endif
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define HAS_CLUSTERS 1
 #else
@@ -58,11 +61,35 @@ template <class T> HOST_DEVICE T at_least(T x, T bound) {
 #endif
 }
 
-// A square root within 2 ulp; std::sqrt, which is exact, branches on a device.
+// 2^x for |x| < 126 within 2 ulp where there is an instruction for it; false where there is none.
+HOST_DEVICE bool has_power_of_two([[maybe_unused]] float x, [[maybe_unused]] float& power) {
+#ifdef __CUDA_ARCH__
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    return true;
+#else
+    return false;
+#endif
+}
+
+// a/b to the last bit or one off, for a finite b in [2^-126, 2^126] and a finite a; the operator branches on a device.
+HOST_DEVICE float quotient(float a, float b) {
+#ifdef __CUDA_ARCH__
+    float inverse;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b));
+    inverse = fmaf(fmaf(-b, inverse, 1.0f), inverse, inverse);
+    const float near = a * inverse;
+    return fmaf(fmaf(-b, near, a), inverse, near);
+#else
+    return a / b;
+#endif
+}
+HOST_DEVICE double quotient(double a, double b) { return a / b; }
+
+// A square root within 2 ulp, of no less than the smallest normal float; std::sqrt, which is exact, branches on a device.
 HOST_DEVICE float near_root(float x) {
 #ifdef __CUDA_ARCH__
     float root;
-    asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(x));
+    asm("max.NaN.f32 %0, %1, 0f00800000;\n\tsqrt.approx.ftz.f32 %0, %0;" : "=f"(root) : "f"(x));
     return root;
 #else
     return std::sqrt(x);

@@ -109,6 +109,11 @@ inline double scalar(const Tensor& t, const char* name) {
 }
 
 #ifdef USE_CUDA // torch's own word for it
+// Memory that a GPU copies from while the host goes on.
+inline Tensor pinned_bytes(int64_t size) {
+    return torch::stable::empty({size}, ScalarType::Byte, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU), on_gpu);
+}
+
 // Makes a tensor's device the current one for as long as it lives, and knows that device's current stream.
 class Place {
     torch::stable::accelerator::DeviceGuard guard;

@@ -137,7 +137,7 @@ template <class T> struct AdamW {
         v = v * beta2 + complement2 * fed * fed;
         if (amsgrad) v_max = maximum(v, v_max);
         const T denominator = near_root(amsgrad ? v_max : v) * inverse_root + eps;
-        const T change = step_size * m / denominator;
+        const T change = quotient(step_size * m, denominator);
         // The rounded decay is torch's: over many steps its rounding shows.
         theta = update ? theta - factor * ((1 - decay) * theta + change) : theta * decay - change;
     }

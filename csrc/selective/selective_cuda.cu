@@ -63,17 +63,24 @@ enum class Out { multiplied, factor, probability }; // of operators without a li
 struct NoLine {};
 
 // What a tensor's elements share.
-template <class Line> struct alignas(16) Settled {
-    Line line;
+struct alignas(16) Curve {
     Probability<float> probability;
-    float constant, unscale; // 1/p of "constant"; 1/grad_scale, negative to maximize
+    float unscale; // 1/grad_scale, negative to maximize
+};
+template <class Line> struct alignas(16) Slope {
+    Line line;
+};
+template <class Line> struct alignas(16) Settled {
+    Curve curve;
+    Slope<Line> slope;
+    float constant; // 1/p of "constant"
     uint32_t step;
     bool own, skipped;
 };
 
 template <class Line> struct Call {
     SelectionOptions options{};
-    uint64_t seed = 0;
+    RoundKeys keys, rounding_keys; // in constant memory, which instructions read as they go
     int64_t fixed_step = 0; // where the tensors have none of their own
     Number grad_scale{1}, found_inf{0};
     bool maximize = false, draws = true, random = false, rounding = false;
@@ -88,6 +95,7 @@ template <class Line> struct Call {
     const void* scope = nullptr; // statistics handed in
     int64_t scope_rows = 0;
 
+    explicit Call(int64_t seed) : keys(static_cast<uint64_t>(seed)), rounding_keys(static_cast<uint64_t>(seed) ^ rounding_key) {}
     HOST_DEVICE bool linear() const {
         return options.normalization == Normalization::minmax || options.normalization == Normalization::range;
     }
@@ -128,7 +136,7 @@ template <class Line> DEVICE void keep_range(const Call<Line>& call, const Entry
 }
 
 // A block for each tensor: its step advances, its scalars are settled, its items written.
-template <class Line, class Options> __global__ void __launch_bounds__(128) prepare(Call<Line> call, Options options) {
+template <class Line, class Options> __global__ void __launch_bounds__(128, 8) prepare(Call<Line> call, Options options) {
     const Entry& e = call.entries[blockIdx.x];
     const int32_t tensor = static_cast<int32_t>(blockIdx.x);
     const bool skipped = call.found_inf.get() != 0;
@@ -138,11 +146,11 @@ template <class Line, class Options> __global__ void __launch_bounds__(128) prep
         if (e.step.data) step = value_at<double>(e.step.data, e.step.storage) + 1;
         if (e.step.data && !skipped) put_value(e.step.data, e.step.storage, step);
         Settled<Line>& to = call.settled[tensor];
-        to.line = options.at(step);
+        to.slope.line = options.at(step);
         to.step = static_cast<uint32_t>(step);
         to.skipped = skipped;
         to.constant = static_cast<float>(inverse_of_constant(call.options));
-        to.unscale = (call.maximize ? -1 : 1) * static_cast<float>(1 / call.grad_scale.get());
+        to.curve.unscale = (call.maximize ? -1 : 1) * static_cast<float>(1 / call.grad_scale.get());
         Range range{NAN, NAN};
         if (call.linear() && call.scope) {
             const double* row = static_cast<const double*>(call.scope) + 2 * e.row;
@@ -151,9 +159,8 @@ template <class Line, class Options> __global__ void __launch_bounds__(128) prep
             range = {value_at<double>(e.kept[0].data, e.kept[0].storage), value_at<double>(e.kept[1].data, e.kept[1].storage)};
         }
         to.own = e.own && range.low != range.low; // nothing handed in, nothing kept yet
-        if (!to.own) to.probability = Probability<float>(call.options, range.low, range.high);
-        const uint32_t none = ~0u;
-        call.progress[tensor] = {none, 0, static_cast<uint32_t>(e.statistics_items), static_cast<uint32_t>(e.updates_items),
+        if (!to.own) to.curve.probability = Probability<float>(call.options, range.low, range.high);
+        call.progress[tensor] = {~0u, 0, static_cast<uint32_t>(e.statistics_items), static_cast<uint32_t>(e.updates_items),
                                  !to.own || e.statistics_items == 0, {}};
         if (e.kept[0].data && e.size == 0 && !skipped) keep_range(call, e, tensor);
     }
@@ -171,7 +178,7 @@ template <class Line, class Options> __global__ void __launch_bounds__(128) prep
 // One thread, when all of a tensor's statistics are there.
 template <class Line> DEVICE void settle(const Call<Line>& call, const Entry& e, int64_t tensor) {
     const Range range = found_range(call, e, tensor);
-    call.settled[tensor].probability = Probability<float>(call.options, range.low, range.high);
+    call.settled[tensor].curve.probability = Probability<float>(call.options, range.low, range.high);
     publish(&call.progress[tensor].ready);
 }
 
@@ -227,41 +234,49 @@ template <int n, bool unsharded> DEVICE void draw(uint32_t (&words)[n], const La
     }
 }
 
-// Each has the elements that a thread takes at a time, and loads and stores those from l on.
+// Each has the elements that a thread takes at a time, from element l on, and goes on to its next ones.
 struct Full { // float32 alone
     static constexpr int count = 4;
-    static constexpr bool linear = true, unsharded = true;
-    char* base[roles];
+    static constexpr bool usual = true; // linear normalisation, rescaled, not sharded within a row
+    float* at[roles];
 
-    DEVICE Full(const Entry& e, const int64_t*) {
+    DEVICE Full(const Entry& e, const int64_t*, int64_t l) {
         UNROLL
-        for (int i = 0; i < roles; ++i) base[i] = e.slots[i].data;
+        for (int i = 0; i < roles; ++i) at[i] = reinterpret_cast<float*>(e.slots[i].data) + l;
     }
-    DEVICE void load(int role, int64_t l, float (&x)[count]) const {
-        const Pack<float> pack = load_last(reinterpret_cast<const float*>(base[role]) + l);
+    DEVICE void advance() {
+        UNROLL
+        for (int i = 0; i < roles; ++i) at[i] += threads * count;
+    }
+    template <int role> DEVICE void load(float (&x)[count]) const {
+        const Pack<float> pack = load_last(at[role]);
         UNROLL
         for (int i = 0; i < count; ++i) x[i] = pack.x[i];
     }
-    DEVICE void load_first(int role, int64_t l, float (&x)[count]) const {
-        const Pack<float> pack = load_pack(reinterpret_cast<const float*>(base[role]) + l);
+    // The statistics' visit, which leaves g in the cache.
+    DEVICE void load_first(bool, float (&x)[count]) const {
+        const Pack<float> pack = load_pack(at[gradient]);
         UNROLL
         for (int i = 0; i < count; ++i) x[i] = pack.x[i];
     }
-    DEVICE void store(int role, int64_t l, const float (&x)[count], const uint32_t*, int) const {
+    template <int role> DEVICE void store(const float (&x)[count], const uint32_t (&)[count], bool, int) const {
         Pack<float> pack;
         UNROLL
         for (int i = 0; i < count; ++i) pack.x[i] = x[i];
-        store_last(reinterpret_cast<float*>(base[role]) + l, pack);
+        store_last(at[role], pack);
     }
 };
 
 struct Mixed { // float32, bfloat16 and float16
     static constexpr int count = 8;
-    static constexpr bool linear = false, unsharded = false;
+    static constexpr bool usual = false;
     const Entry& e;
+    int64_t l;
 
-    DEVICE Mixed(const Entry& e, const int64_t*) : e(e) {}
-    DEVICE void load(int role, int64_t l, float (&x)[count]) const {
+    DEVICE Mixed(const Entry& e, const int64_t*, int64_t l) : e(e), l(l) {}
+    DEVICE void advance() { l += threads * count; }
+    DEVICE void load_first(bool, float (&x)[count]) const { load<gradient>(x); }
+    template <int role> DEVICE void load(float (&x)[count]) const {
         const Slot& from = e.slots[role];
         if (from.storage == Storage::float32) {
             const float* at = reinterpret_cast<const float*>(from.data) + l;
@@ -274,8 +289,7 @@ struct Mixed { // float32, bfloat16 and float16
         UNROLL
         for (int i = 0; i < count; ++i) x[i] = from.storage == Storage::bfloat16 ? widen_bfloat16(pack.x[i]) : widen_float16(pack.x[i]);
     }
-    DEVICE void load_first(int role, int64_t l, float (&x)[count]) const { load(role, l, x); }
-    DEVICE void store(int role, int64_t l, const float (&x)[count], const uint32_t* words, int shift) const {
+    template <int role> DEVICE void store(const float (&x)[count], const uint32_t (&words)[count], bool rounding, int shift) const {
         const Slot& to = e.slots[role];
         if (to.storage == Storage::float32) {
             Pack<float> low, high;
@@ -289,7 +303,7 @@ struct Mixed { // float32, bfloat16 and float16
         UNROLL
         for (int i = 0; i < count; ++i)
             pack.x[i] = to.storage == Storage::float16 ? round_float16(x[i])
-                        : words                        ? cut_bfloat16(x[i], words[i] >> shift & 0xffffu)
+                        : rounding                     ? cut_bfloat16(x[i], words[i] >> shift & 0xffffu)
                                                        : round_bfloat16(x[i]);
         store_last(reinterpret_cast<uint16_t*>(to.data) + l, pack);
     }
@@ -297,19 +311,20 @@ struct Mixed { // float32, bfloat16 and float16
 
 struct Ragged { // anything
     static constexpr int count = 1;
-    static constexpr bool linear = false, unsharded = false;
+    static constexpr bool usual = false;
     const Entry& e;
     const int64_t* axes;
+    int64_t l;
 
-    DEVICE Ragged(const Entry& e, const int64_t* axes) : e(e), axes(axes) {}
-    DEVICE void load(int role, int64_t l, float (&x)[count]) const {
-        x[0] = value_at<float>(place_of(e.slots[role], axes, l), e.slots[role].storage);
-    }
-    DEVICE void load_first(int role, int64_t l, float (&x)[count]) const { load(role, l, x); }
-    DEVICE void store(int role, int64_t l, const float (&x)[count], const uint32_t* words, int shift) const {
+    DEVICE Ragged(const Entry& e, const int64_t* axes, int64_t l) : e(e), axes(axes), l(l) {}
+    DEVICE void advance() { l += threads; }
+    DEVICE void load_first(bool has_saliency, float (&x)[count]) const { load_from(e.slots[has_saliency ? given : gradient], x); }
+    template <int role> DEVICE void load(float (&x)[count]) const { load_from(e.slots[role], x); }
+    DEVICE void load_from(const Slot& from, float (&x)[count]) const { x[0] = value_at<float>(place_of(from, axes, l), from.storage); }
+    template <int role> DEVICE void store(const float (&x)[count], const uint32_t (&words)[count], bool rounding, int shift) const {
         char* to = place_of(e.slots[role], axes, l);
         const Storage storage = e.slots[role].storage;
-        if (words && storage == Storage::bfloat16)
+        if (rounding && storage == Storage::bfloat16)
             *reinterpret_cast<uint16_t*>(to) = cut_bfloat16(x[0], words[0] >> shift & 0xffffu);
         else put_value(to, storage, x[0]);
     }
@@ -333,14 +348,16 @@ struct Extremes {
 
 template <class Access, class Line> DEVICE void gather(const Call<Line>& call, const Work<Line>& work, int64_t begin, int64_t end) {
     if (!work.settled.own) return;
-    const Access access(work.entry, call.axes);
-    const int role = work.entry.slots[given].data ? given : gradient;
-    const float unscale = role == given ? 1 : work.settled.unscale;
+    const bool has_saliency = work.entry.slots[given].data;
+    const float unscale = has_saliency ? 1 : work.settled.curve.unscale;
+    int left = static_cast<int>(end - begin) - static_cast<int>(threadIdx.x) * Access::count;
+    Access access(work.entry, call.axes, begin + threadIdx.x * Access::count);
     Extremes found;
-#pragma unroll 4
-    for (int64_t l = begin + threadIdx.x * Access::count; l < end; l += threads * Access::count) {
+#pragma unroll(Access::count == 1 ? 1 : 4)
+    for (; left > 0; left -= threads * Access::count) {
         float x[Access::count];
-        access.load_first(role, l, x);
+        access.load_first(has_saliency, x);
+        access.advance();
         UNROLL
         for (int i = 0; i < Access::count; ++i) found.add(x[i] * unscale);
     }
@@ -349,15 +366,15 @@ template <class Access, class Line> DEVICE void gather(const Call<Line>& call, c
     if (threadIdx.x == 0 && is_last(&call.progress[work.item.tensor].statistics_left, 1)) settle(call, work.entry, work.item.tensor);
 }
 
-template <class Line> DEVICE float inverse_of(const Call<Line>& call, const Work<Line>& work, float g, float s) {
+template <class Line> DEVICE float inverse_of(const Call<Line>& call, const Work<Line>& work, const Probability<float>& probability, float g, float s) {
     const bool has_saliency = work.entry.slots[given].data;
     if (call.ranks()) {
         const float* table = call.tables + static_cast<int64_t>(work.entry.table) * rank_table;
         return table[minimum(rank_bin(has_saliency ? root(s) : absolute(g)), rank_bins)];
     }
     if (!call.linear()) return work.settled.constant;
-    if (has_saliency) return finite(s) ? work.settled.probability.inverse(s) : 1.0f;
-    return work.settled.probability.inverse(saliency(g));
+    if (has_saliency) return finite(s) ? probability.inverse(s) : 1.0f;
+    return probability.inverse(saliency(g));
 }
 
 template <bool update, bool more>
@@ -371,47 +388,55 @@ DEVICE void apply(const SGD<float>& line, Out, float& theta, float g, float fact
 template <bool, bool> DEVICE void apply(const NoLine&, Out out, float& theta, float g, float factor, float&, float&, float&) {
     theta = out == Out::multiplied ? g * factor : out == Out::factor ? factor : 1 / factor;
 }
-template <class Line> constexpr int states_of(bool more);
-template <> constexpr int states_of<AdamW<float>>(bool more) { return more ? 3 : 2; }
-template <> constexpr int states_of<SGD<float>>(bool more) { return more ? 1 : 0; }
-template <> constexpr int states_of<NoLine>(bool) { return 0; }
+template <class Line, bool more> constexpr int states_of = 0;
+template <bool more> constexpr int states_of<AdamW<float>, more> = more ? 3 : 2;
+template <bool more> constexpr int states_of<SGD<float>, more> = more ? 1 : 0;
 
 template <class Access, bool update, bool more, class Line>
 DEVICE void update_elements(const Call<Line>& call, const Work<Line>& work, int64_t begin, int64_t end) {
-    constexpr int n = Access::count, states = states_of<Line>(more);
-    const Access access(work.entry, call.axes);
-    const RoundKeys keys(call.seed);
-    const bool gathers = work.entry.kept[0].data && !work.settled.own;
+    constexpr int n = Access::count, states = states_of<Line, more>;
+    constexpr bool has_line = !std::is_same_v<Line, NoLine>;
+    const bool gathers = !Access::usual && work.entry.kept[0].data && !work.settled.own;
+    int64_t l = begin + threadIdx.x * n;
+    int left = static_cast<int>(end - l);
+    Access access(work.entry, call.axes, l);
     Extremes found;
 #pragma unroll 1
-    for (int64_t l = begin + threadIdx.x * n; l < end; l += threads * n) {
-        float g[n], s[n], parameters[n], state[3][n];
-        access.load(gradient, l, g);
-        if (!std::is_same_v<Line, NoLine>) access.load(theta, l, parameters);
-        UNROLL
-        for (int k = 0; k < states; ++k) access.load(first_state + k, l, state[k]);
-        if (!Access::linear && std::is_same_v<Line, NoLine> && work.entry.slots[given].data) access.load(given, l, s);
+    for (; left > 0; left -= threads * n, l += threads * n, access.advance()) {
+        float g[n], s[n] = {}, factor[n], parameters[n] = {}, state[3][n] = {};
         uint32_t words[n] = {};
-        if (Access::linear || call.random) draw<n, Access::unsharded>(words, work.entry.layout, l, work.settled.step, keys);
+        access.template load<gradient>(g);
+        if (has_line) access.template load<theta>(parameters);
+        if (states > 0) access.template load<first_state>(state[0]);
+        if (states > 1) access.template load<first_state + 1>(state[1]);
+        if constexpr (!has_line)
+            if (work.entry.slots[given].data) access.template load<given>(s);
+        if (Access::usual || call.random) draw<n, Access::usual>(words, work.entry.layout, l, work.settled.step, call.keys);
+        const Curve curve = reread(work.settled.curve); // for these elements only: registers are few
         UNROLL
         for (int i = 0; i < n; ++i) {
-            g[i] *= work.settled.unscale;
+            g[i] *= curve.unscale;
             const float inverse =
-                Access::linear ? work.settled.probability.inverse(saliency(g[i])) : inverse_of(call, work, g[i], s[i]);
-            const float factor =
-                call.options.rescale ? drawn_factor<true>(g[i], inverse, words[i]) : drawn_factor<false>(g[i], inverse, words[i]);
-            apply<update, more>(work.settled.line, call.out, parameters[i], g[i], factor, state[0][i], state[1][i], state[2][i]);
+                Access::usual ? curve.probability.inverse(saliency(g[i])) : inverse_of(call, work, curve.probability, g[i], s[i]);
+            factor[i] = Access::usual || call.options.rescale ? drawn_factor<true>(g[i], inverse, words[i])
+                                                              : drawn_factor<false>(g[i], inverse, words[i]);
         }
         if (gathers) {
             UNROLL
             for (int i = 0; i < n; ++i) found.add(g[i]);
         }
-        access.store(theta, l, parameters, nullptr, 0);
-        if (!Access::linear && call.rounding)
-            draw<n, Access::unsharded>(words, work.entry.layout, l, work.settled.step, RoundKeys(call.seed ^ rounding_key));
+        if (states > 2) access.template load<first_state + 2>(state[2]);
+        const Line line = reread(work.settled.slope).line;
         UNROLL
-        for (int k = 0; k < states; ++k)
-            access.store(first_state + k, l, state[k], call.rounding ? words : nullptr, k == 0 ? 0 : 16);
+        for (int i = 0; i < n; ++i)
+            apply<update, more>(line, call.out, parameters[i], g[i], factor[i], state[0][i], state[1][i], state[2][i]);
+        access.template store<theta>(parameters, words, false, 0);
+        if (!Access::usual && call.rounding)
+            draw<n, Access::usual>(words, work.entry.layout, l, work.settled.step, call.rounding_keys);
+        const bool rounding = !Access::usual && call.rounding;
+        if (states > 0) access.template store<first_state>(state[0], words, rounding, 0);
+        if (states > 1) access.template store<first_state + 1>(state[1], words, rounding, 16);
+        if (states > 2) access.template store<first_state + 2>(state[2], words, rounding, 16);
     }
     if (gathers) found.join(call.progress[work.item.tensor]);
     if (work.entry.kept[0].data) {
@@ -421,7 +446,8 @@ DEVICE void update_elements(const Call<Line>& call, const Work<Line>& work, int6
 }
 
 template <class Access, bool update, bool more, class Line> DEVICE void work_on_items(const Call<Line>& call) {
-    __shared__ Work<Line> work;
+    __shared__ Room<sizeof(Work<Line>)> room;
+    Work<Line>& work = *reinterpret_cast<Work<Line>*>(&room);
     while (take(call, work)) {
         const int64_t begin = work.item.begin, bulk = work.entry.bulk;
         if (work.item.kind == gathering)
@@ -437,7 +463,8 @@ template <bool update, bool more, class Line> __global__ void __launch_bounds__(
 }
 
 template <class Line, class F> DEVICE void over_ragged(const Call<Line>& call, F f) {
-    __shared__ Work<Line> work;
+    __shared__ Room<sizeof(Work<Line>)> room;
+    Work<Line>& work = *reinterpret_cast<Work<Line>*>(&room);
     for (uint32_t at = blockIdx.x; at < call.ragged_count; at += gridDim.x) {
         __syncthreads();
         if (threadIdx.x == 0) work.item = item_at(call.ragged, at);
@@ -449,7 +476,7 @@ template <class Line, class F> DEVICE void over_ragged(const Call<Line>& call, F
 template <class Line> __global__ void __launch_bounds__(threads) gather_ragged(Call<Line> call) {
     over_ragged(call, [&](const Work<Line>& work, int64_t begin, int64_t end) { gather<Ragged>(call, work, begin, end); });
 }
-template <bool update, bool more, class Line> __global__ void __launch_bounds__(threads) step_ragged(Call<Line> call) {
+template <bool update, bool more, class Line> __global__ void __launch_bounds__(threads, 3) step_ragged(Call<Line> call) {
     over_ragged(call, [&](const Work<Line>& work, int64_t begin, int64_t end) {
         update_elements<Ragged, update, more>(call, work, begin, end);
     });
@@ -462,7 +489,6 @@ template <class Line, class Count>
 __global__ void __launch_bounds__(threads) count_bins(Call<Line> call, Count* counts, int64_t row_size, bool by_row, const int64_t* sizes) {
     const int64_t tensor = blockIdx.x / rank_parts;
     const Entry& e = call.entries[tensor];
-    const Ragged access(e, call.axes);
     const bool has_saliency = e.slots[given].data;
     const int64_t every = rank_stride(sizes ? sizes[tensor] : e.size);
     const bool straight = e.layout.run >= e.size; // then only elements that count are looked at
@@ -472,8 +498,8 @@ __global__ void __launch_bounds__(threads) count_bins(Call<Line> call, Count* co
     for (int64_t l = first + from * apart; l < e.size; l += apart * rank_parts * threads) {
         if (!straight && element_index(e.layout, l) % every != 0) continue;
         float x[1];
-        access.load(has_saliency ? given : gradient, l, x);
-        x[0] = has_saliency ? root(x[0]) : absolute(x[0] * call.settled[tensor].unscale);
+        Ragged(e, call.axes, l).load_first(has_saliency, x);
+        x[0] = has_saliency ? root(x[0]) : absolute(x[0] * call.settled[tensor].curve.unscale);
         if (finite(x[0])) atomicAdd(into + rank_bin(x[0]), static_cast<Count>(row_size == rank_bins ? every : 1));
     }
 }
@@ -642,11 +668,16 @@ Memory begin(Call<Line>& call, Roster& roster, const Options& options, int pack,
     return {table, scratch};
 }
 
+// AMSGrad on target "update" wants more registers than `step_full` has.
+template <class Line> constexpr bool fits_full(bool update, bool more) { return !(update && more && std::is_same_v<Line, AdamW<float>>); }
+
 template <bool update, bool more, class Line> void visit(const Call<Line>& call, int pack, bool gathers, cudaStream_t stream) {
     if (gathers && call.ragged_count > 0)
         launch(gather_ragged<Line>, {resident_blocks(gather_ragged<Line>, threads, call.ragged_count), threads}, stream, call);
     if constexpr (!std::is_same_v<Line, NoLine>) {
-        const auto kernel = pack == 4 ? step_full<update, more, Line> : step_mixed<update, more, Line>;
+        auto kernel = step_mixed<update, more, Line>;
+        if constexpr (fits_full<Line>(update, more))
+            if (pack == 4) kernel = step_full<update, more, Line>;
         if (call.count > 0) launch(kernel, {resident_blocks(kernel, threads, call.count), threads}, stream, call);
     }
     const auto ragged = step_ragged<update, more, Line>;
@@ -656,7 +687,7 @@ template <bool update, bool more, class Line> void visit(const Call<Line>& call,
 // The parts of a roster that run on their own: all of it, but for ranks, whose tables take memory.
 template <class Line, class Options>
 void run(const Call<Line>& call, Roster roster, const Options& options, bool more, const Tensor& like, cudaStream_t stream) {
-    bool narrow = call.linear();
+    bool narrow = call.linear() && call.options.rescale && !call.options.previous && fits_full<Line>(call.options.target_update, more);
     for (const Entry& e : roster.entries)
         for (const Slot& s : e.slots) narrow &= is_float(s) && e.layout.run >= e.size;
     const int pack = narrow ? 4 : 8;
@@ -673,7 +704,8 @@ void run(const Call<Line>& call, Roster roster, const Options& options, bool mor
         }
         Call<Line> part = call;
         const Memory memory = begin(part, roster, options, pack, like, stream);
-        if (call.options.target_update)
+        if constexpr (std::is_same_v<Line, NoLine>) visit<false, false>(part, pack, gathers, stream);
+        else if (call.options.target_update)
             more ? visit<true, true>(part, pack, gathers, stream) : visit<true, false>(part, pack, gathers, stream);
         else more ? visit<false, true>(part, pack, gathers, stream) : visit<false, false>(part, pack, gathers, stream);
     }
@@ -719,26 +751,30 @@ Number number(double value, const OptionalTensor& tensor, const char* name) {
     return {value, v.data, v.storage};
 }
 
+// Minima and maxima, or counts by bin: a row for all tensors, or one for each.
+void check_rows(const Tensor& rows, const char* name, bool rank, int64_t tensors) {
+    STD_TORCH_CHECK((rows.is_cuda() || !on_gpu) && rows.is_contiguous() && rows.dim() == 2 && rows.size(1) == (rank ? rank_bins : 2) &&
+                        rows.scalar_type() == (rank ? ScalarType::Long : ScalarType::Double),
+                    name, " must be contiguous on the GPU: [rows, 2] float64, or for rank [rows, ", rank_bins, "] int64");
+    STD_TORCH_CHECK(rows.size(0) == 1 || rows.size(0) == tensors, name, " has ", rows.size(0), " rows; give one, or one for each of ",
+                    tensors, " tensors");
+}
+
 template <class Line>
 Call<Line> make_call(const SelectionOptions& options, int64_t seed, const OptionalTensor& scope, size_t tensors) {
-    Call<Line> call;
-    call.options = options, call.seed = static_cast<uint64_t>(seed);
+    Call<Line> call(seed);
+    call.options = options;
     call.random = options.normalization != Normalization::constant || inverse_of_constant(options) != 1;
     if (!scope || options.normalization == Normalization::constant) return call;
-    const bool rank = call.ranks();
-    const View v = view(*scope, "scope_statistics", false);
-    STD_TORCH_CHECK(v.contiguous && v.dim == 2 && v.sizes[1] == (rank ? rank_bins : 2) && scope->scalar_type() == (rank ? ScalarType::Long : ScalarType::Double),
-                    "scope_statistics must be contiguous: [rows, 2] float64, or for rank [rows, ", rank_bins, "] int64");
-    STD_TORCH_CHECK(v.sizes[0] == 1 || v.sizes[0] == static_cast<int64_t>(tensors), "scope_statistics has ", v.sizes[0],
-                    " rows; give one, or one for each of ", tensors, " tensors");
-    call.scope = v.data, call.scope_rows = v.sizes[0];
+    check_rows(*scope, "scope_statistics", call.ranks(), static_cast<int64_t>(tensors));
+    call.scope = scope->data_ptr(), call.scope_rows = scope->size(0);
     return call;
 }
 
 // What AdamW and SGD share: checks of every list, then the run. `states`: the operator's lists, empty ones unused.
 template <class Line, class Options>
-void step(Call<Line> call, Roster roster, const Options& options, const Tensors& params, const std::vector<const Tensors*>& states,
-          const Tensors& steps, const Tensors& mins, const Tensors& maxs, const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+void step(Call<Line> call, Roster roster, const Options& options, const Tensors& params, const Tensors& grads,
+          const std::vector<const Tensors*>& states, const Tensors& steps, const Tensors& mins, const Tensors& maxs, const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
           bool maximize, bool more) {
     const size_t n = params.size();
     STD_TORCH_CHECK(roster.entries.size() == n, "grads has ", roster.entries.size(), " tensors for ", n, " parameters");
@@ -760,7 +796,7 @@ void step(Call<Line> call, Roster roster, const Options& options, const Tensors&
         const View p = single(params[i], "params", true);
         STD_TORCH_CHECK(params[i].scalar_type() == params[0].scalar_type(), "params[", i, "] has another dtype than params[0]");
         STD_TORCH_CHECK(params[i].get_device_index() == params[0].get_device_index(), "params[", i, "] is on another device than params[0]");
-        STD_TORCH_CHECK(params[i].numel() == e.size, "grads[", i, "] has another shape than its parameter; they must be equal");
+        check_same_shape(view(grads[i], "grads", false), p, "grads", i);
         e.slots[theta] = roster.slot(p);
         for (size_t k = 0; k < moments.size(); ++k) {
             const View state = moments[k].next(i, e.size, &p);
@@ -784,7 +820,7 @@ static void selective_adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Te
                              OptionalTensor beta2_tensor, double eps, SELECTION_ARGUMENTS) {
     const AdamWOptions line{number(lr, lr_tensor, "lr"), number(beta1, beta1_tensor, "betas[0]"), number(beta2, beta2_tensor, "betas[1]"),
                             weight_decay, eps};
-    step(make_call<AdamW<float>>(SELECTION_OPTIONS, seed, scope_statistics, params.size()), make_roster(grads, {}, layout), line, params,
+    step(make_call<AdamW<float>>(SELECTION_OPTIONS, seed, scope_statistics, params.size()), make_roster(grads, {}, layout), line, params, grads,
          {&exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs}, steps, saliency_mins, saliency_maxs, grad_scale, found_inf, maximize,
          !max_exp_avg_sqs.empty());
 }
@@ -794,7 +830,7 @@ static void selective_sgd_(Tensors params, Tensors grads, Tensors momentum_buffe
                            OptionalTensor found_inf, double lr, OptionalTensor lr_tensor, double weight_decay, bool maximize, int64_t seed,
                            double momentum, double dampening, bool nesterov, SELECTION_ARGUMENTS) {
     const SGDOptions line{number(lr, lr_tensor, "lr"), momentum, dampening, weight_decay, nesterov};
-    step(make_call<SGD<float>>(SELECTION_OPTIONS, seed, scope_statistics, params.size()), make_roster(grads, {}, layout), line, params,
+    step(make_call<SGD<float>>(SELECTION_OPTIONS, seed, scope_statistics, params.size()), make_roster(grads, {}, layout), line, params, grads,
          {&momentum_buffers}, steps, saliency_mins, saliency_maxs, grad_scale, found_inf, maximize, !momentum_buffers.empty());
 }
 
@@ -816,11 +852,7 @@ static void selective_statistics_(Tensors grads, Tensors saliencies, std::vector
     Call<NoLine> call = make_call<NoLine>(options, 0, std::nullopt, grads.size());
     Roster roster = make_roster(grads, saliencies, layout);
     const int64_t n = static_cast<int64_t>(grads.size());
-    const View into = view(out, "out", true);
-    STD_TORCH_CHECK(into.contiguous && into.dim == 2 && (into.sizes[0] == 1 || into.sizes[0] == n) &&
-                        into.sizes[1] == (call.ranks() ? rank_bins : 2) &&
-                        out.scalar_type() == (call.ranks() ? ScalarType::Long : ScalarType::Double),
-                    "out must be contiguous: [rows, 2] float64, or for rank [rows, ", rank_bins, "] int64");
+    check_rows(out, "out", call.ranks(), n);
     STD_TORCH_CHECK(sizes.empty() || static_cast<int64_t>(sizes.size()) == n, "sizes: ", sizes.size(), " for ", n, " tensors");
     if (n == 0) return;
     call.grad_scale = number(1, grad_scale, "grad_scale");
@@ -834,11 +866,11 @@ static void selective_statistics_(Tensors grads, Tensors saliencies, std::vector
     const Memory memory = begin(call, roster, NoOptions(), 4, grads[0], stream);
     if (rank) {
         launch(count_bins<NoLine, unsigned long long>, {n * rank_parts, threads}, stream, call,
-               static_cast<unsigned long long*>(out.mutable_data_ptr()), int64_t(rank_bins), into.sizes[0] > 1,
+               static_cast<unsigned long long*>(out.mutable_data_ptr()), int64_t(rank_bins), out.size(0) > 1,
                sizes.empty() ? nullptr : call.axes + at);
     } else {
         launch(gather_ragged<NoLine>, {resident_blocks(gather_ragged<NoLine>, threads, call.ragged_count), threads}, stream, call);
-        launch(join_ranges, {into.sizes[0], threads}, stream, call, static_cast<double*>(out.mutable_data_ptr()), into.sizes[0], n);
+        launch(join_ranges, {out.size(0), threads}, stream, call, static_cast<double*>(out.mutable_data_ptr()), out.size(0), n);
     }
 }
 
