@@ -36,9 +36,9 @@ def _why_not(backend: str, operator: str, device: str, dtype: torch.dtype | None
     needed = "cpu" if backend == "cpp" else "cuda"
     if device != needed:
         return f"its kernels run on {needed} tensors, these are on {device}; move them, or use backend='auto'"
-    if backend == "cuda" and torch.version.cuda is None:
-        return "this torch is built without CUDA; install a CUDA build of torch"
-    reason = native.why_not()
+    if backend == "cuda" and dtype == torch.float64:
+        return "its kernels take float32, bfloat16 and float16, not float64; use backend='triton' or 'reference'"
+    reason = native.why_not() if backend == "cpp" else native.why_not_cuda()
     if reason is None and not native.has_kernel(name, needed.upper()):
         return f"{operator} has no {'C++' if backend == 'cpp' else 'CUDA'} kernel in this version; use backend='auto'"
     return reason
