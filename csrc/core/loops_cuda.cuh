@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "philox.h"
 #include "view.h"
@@ -54,6 +55,21 @@ template <class Kernel> int64_t resident_blocks(Kernel kernel, int threads, int6
     int each = 1;
     check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, 0), "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
     return minimum<int64_t>(wanted, static_cast<int64_t>(each > 0 ? each : 1) * attribute_of_device(cudaDevAttrMultiProcessorCount));
+}
+
+// How many clusters of a launch run at once; 0 where the device refuses them.
+template <class Kernel> int active_clusters(Kernel kernel, const Shape& shape) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(shape.blocks)), config.blockDim = dim3(shape.threads);
+    config.dynamicSmemBytes = shape.shared;
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = shape.cluster, attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.attrs = &attribute, config.numAttrs = 1;
+    int clusters = 0;
+    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess) return clusters;
+    cudaGetLastError(); // else the next call would be blamed
+    return 0;
 }
 
 inline bool is_captured(cudaStream_t stream) {
@@ -116,6 +132,92 @@ template <size_t size> struct alignas(16) Room {
     char bytes[size];
 };
 
+// The shared memory that a launch asked for.
+DEVICE char* dynamic_shared() {
+#ifdef DYNAMIC_SHARED
+    return DYNAMIC_SHARED;
+#else
+    extern __shared__ float4 dynamic_shared_memory[];
+    return reinterpret_cast<char*>(dynamic_shared_memory);
+#endif
+}
+
+// The threads that share a row: what they add up is the same for all of them, and in the same order every time. `warps`: of a block.
+struct WarpGroup {
+    static constexpr int group_threads = warp_size;
+    static constexpr bool spans_block = false;
+
+    static DEVICE int index() { return threadIdx.x % warp_size; }
+    static DEVICE int size() { return warp_size; }
+    static DEVICE int64_t first() { return static_cast<int64_t>(blockIdx.x) * (blockDim.x / warp_size) + threadIdx.x / warp_size; }
+    static DEVICE int64_t count() { return static_cast<int64_t>(gridDim.x) * (blockDim.x / warp_size); }
+    static DEVICE void leave() {}
+
+    DEVICE explicit WarpGroup(double*) {}
+    template <int n, class T, class Join> DEVICE void join(T (&x)[n], T, Join f) {
+        UNROLL
+        for (int i = 0; i < n; ++i) x[i] = over_warp(x[i], f);
+    }
+};
+struct BlockGroup {
+    static constexpr bool spans_block = true;
+    double* room; // 2 * 16 + 32 values in shared memory
+
+    static DEVICE int index() { return threadIdx.x; }
+    static DEVICE int size() { return blockDim.x; }
+    static DEVICE int64_t first() { return blockIdx.x; }
+    static DEVICE int64_t count() { return gridDim.x; }
+    static DEVICE void leave() {}
+
+    DEVICE explicit BlockGroup(double* room) : room(room) {}
+    template <int n, class T, class Join> DEVICE void join(T (&x)[n], T neutral, Join f) {
+        UNROLL
+        for (int i = 0; i < n; ++i) x[i] = over_block(x[i], reinterpret_cast<T*>(room + 32), neutral, f);
+    }
+};
+struct ClusterGroup {
+    static constexpr bool spans_block = true;
+    double* room;
+    int turn = 0; // a value is read by others until the next one is there
+
+#if HAS_CLUSTERS
+    static DEVICE int rank() { return __clusterRelativeBlockRank(); }
+    static DEVICE int blocks() { return __clusterSizeInBlocks(); }
+    static DEVICE void sync() { __cluster_barrier_arrive(), __cluster_barrier_wait(); }
+    template <class T> static DEVICE const T* of_block(T* shared, int rank) {
+        return static_cast<const T*>(__cluster_map_shared_rank(shared, rank));
+    }
+#else // never launched
+    static DEVICE int rank() { return 0; }
+    static DEVICE int blocks() { return 1; }
+    static DEVICE void sync() { __syncthreads(); }
+    template <class T> static DEVICE const T* of_block(T* shared, int) { return shared; }
+#endif
+    static DEVICE int index() { return rank() * blockDim.x + threadIdx.x; }
+    static DEVICE int size() { return blocks() * blockDim.x; }
+    static DEVICE int64_t first() { return blockIdx.x / blocks(); }
+    static DEVICE int64_t count() { return gridDim.x / blocks(); }
+    static DEVICE void leave() { sync(); } // nobody goes while its memory may be read
+
+    DEVICE explicit ClusterGroup(double* room) : room(room) {}
+    template <int n, class T, class Join> DEVICE void join(T (&x)[n], T neutral, Join f) {
+        static_assert(n <= 16);
+        BlockGroup(room).join(x, neutral, f);
+        T* own = reinterpret_cast<T*>(room + 16 * turn);
+        turn = 1 - turn;
+        if (threadIdx.x == 0)
+            for (int i = 0; i < n; ++i) own[i] = x[i];
+        sync();
+        UNROLL
+        for (int i = 0; i < n; ++i) x[i] = neutral;
+        for (int other = 0; other < blocks(); ++other) {
+            const T* values = of_block(own, other);
+            UNROLL
+            for (int i = 0; i < n; ++i) x[i] = f(x[i], values[i]);
+        }
+    }
+};
+
 // What lies in shared memory, read anew each time: what the compiler would keep in registers from one round of a loop to the next.
 template <class T> DEVICE T reread(const T& shared) {
     static_assert(sizeof(T) % 16 == 0 && alignof(T) == 16);
@@ -150,6 +252,22 @@ struct alignas(16) Slot {
     char* data = nullptr;
     int32_t axes = -1; // where its number of axes, sizes and strides stand in the table; -1: contiguous
     Storage storage = Storage::float32;
+};
+
+// What makes slots of views.
+struct AxesTable {
+    std::vector<int64_t> axes{0};
+
+    Slot slot(const View& v) {
+        Slot slot;
+        slot.data = v.data, slot.storage = v.storage;
+        if (v.contiguous || !v.data) return slot;
+        slot.axes = static_cast<int32_t>(axes.size());
+        axes.push_back(v.dim);
+        axes.insert(axes.end(), v.sizes, v.sizes + v.dim);
+        axes.insert(axes.end(), v.strides, v.strides + v.dim);
+        return slot;
+    }
 };
 
 DEVICE char* place_of(const Slot& slot, const int64_t* axes, int64_t l) {

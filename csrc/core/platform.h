@@ -23,10 +23,12 @@
 #ifdef __CUDA_ARCH__
 #define ASSEMBLY 1 // a device's
 #endif
+#ifndef HAS_CLUSTERS
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define HAS_CLUSTERS 1
 #else
 #define HAS_CLUSTERS 0
+#endif
 #endif
 
 namespace uegr {
@@ -65,6 +67,18 @@ template <class T> HOST_DEVICE T at_least(T x, T bound) {
 HOST_DEVICE bool has_power_of_two([[maybe_unused]] float x, [[maybe_unused]] float& power) {
 #ifdef __CUDA_ARCH__
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    return true;
+#else
+    return false;
+#endif
+}
+
+// e^x for x <= 88 within 3 ulp by the same instruction, 0 below -87: 2^(x log2 e) times e to what the product's rounding lost.
+HOST_DEVICE bool has_exponential([[maybe_unused]] float x, [[maybe_unused]] float& e) {
+#ifdef __CUDA_ARCH__
+    const float held = x < -88.2f ? -88.2f : x, exponent = held * 1.44269504f;
+    has_power_of_two(exponent, e);
+    e = fmaf(e, 0.693147182f * fmaf(held, 1.44269504f, -exponent), e);
     return true;
 #else
     return false;

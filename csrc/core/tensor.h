@@ -1,6 +1,7 @@
 // The only header that includes torch (its stable ABI): tensors as views, with checks that name what is wrong.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -112,6 +113,24 @@ inline double scalar(const Tensor& t, const char* name) {
 // Memory that a GPU copies from while the host goes on.
 inline Tensor pinned_bytes(int64_t size) {
     return torch::stable::empty({size}, ScalarType::Byte, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU), on_gpu);
+}
+
+// Copies a call's table to the device. What a graph captures reads host memory at every replay: it has some of its own, for good.
+inline void upload(const std::vector<char>& bytes, Tensor& to, cudaStream_t stream) {
+    if (is_captured(stream)) {
+        cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+        check_cuda(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+        void* own = nullptr;
+        const cudaError_t error = cudaMallocHost(&own, bytes.size());
+        cudaThreadExchangeStreamCaptureMode(&mode);
+        check_cuda(error, "cudaMallocHost");
+        std::copy(bytes.begin(), bytes.end(), static_cast<char*>(own));
+        check_cuda(cudaMemcpyAsync(to.data_ptr(), own, bytes.size(), cudaMemcpyHostToDevice, stream), "cudaMemcpyAsync");
+        return;
+    }
+    Tensor host = pinned_bytes(static_cast<int64_t>(bytes.size()));
+    std::copy(bytes.begin(), bytes.end(), static_cast<char*>(host.mutable_data_ptr()));
+    torch::stable::copy_(to, host, true); // torch keeps the pinned memory until the copy is done
 }
 
 // Makes a tensor's device the current one for as long as it lives, and knows that device's current stream.

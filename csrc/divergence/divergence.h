@@ -42,13 +42,13 @@ struct RowSums {
     double label = 0;        // of t * (x - max) over the labels' t > 0
     double log_sum = 0, inverse = 0;
 
-    void settle() { log_sum = std::log(sum), inverse = 1 / sum; }
-    double log_normalizer() const { return max + log_sum; }
+    CALLED_ON_BOTH void settle() { log_sum = std::log(sum), inverse = 1 / sum; }
+    HOST_DEVICE double log_normalizer() const { return max + log_sum; }
 
     // -sum t log p, the t adding up to `mass`.
-    double cross_entropy(double mass) const { return mass * log_sum - label; }
+    HOST_DEVICE double cross_entropy(double mass) const { return mass * log_sum - label; }
     // Sum over l of KL(P || M_l).
-    double divergence() const { return kl * inverse; }
+    HOST_DEVICE double divergence() const { return kl * inverse; }
 };
 
 // JS summed over pairs from the sums of the divergences to the pairs' means; a pair's is in [0, ln 2], NaN stays.
@@ -63,7 +63,7 @@ HOST_DEVICE double pairs_divergence(double divergences, int64_t m) {
 template <class T> struct GradientFactors {
     T of_e, of_w, of_t, floor;
 
-    GradientFactors(const RowSums& row, double label_weight, double mass, double smoothed, double js_weight)
+    CALLED_ON_BOTH GradientFactors(const RowSums& row, double label_weight, double mass, double smoothed, double js_weight)
         : of_e(static_cast<T>(row.inverse * (label_weight * mass - js_weight / 2 * row.divergence()))),
           of_w(static_cast<T>(row.inverse * js_weight / 2)), of_t(static_cast<T>(label_weight)),
           floor(static_cast<T>(label_weight * smoothed)) {}

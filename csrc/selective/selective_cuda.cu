@@ -377,23 +377,25 @@ template <class Line> DEVICE float inverse_of(const Call<Line>& call, const Work
     return probability.inverse(saliency(g));
 }
 
-template <bool update, bool more>
-DEVICE void apply(const AdamW<float>& line, Out, float& theta, float g, float factor, float& m, float& v, float& v_max) {
-    line.step<update, more>(theta, g, factor, m, v, v_max);
+template <bool more>
+DEVICE void apply(const AdamW<float>& line, bool update, Out, float& theta, float g, float factor, float& m, float& v, float& v_max) {
+    if (update) line.step<true, more>(theta, g, factor, m, v, v_max);
+    else line.step<false, more>(theta, g, factor, m, v, v_max);
 }
-template <bool update, bool more>
-DEVICE void apply(const SGD<float>& line, Out, float& theta, float g, float factor, float& buffer, float&, float&) {
-    line.step<update, more>(theta, g, factor, buffer);
+template <bool more>
+DEVICE void apply(const SGD<float>& line, bool update, Out, float& theta, float g, float factor, float& buffer, float&, float&) {
+    if (update) line.step<true, more>(theta, g, factor, buffer);
+    else line.step<false, more>(theta, g, factor, buffer);
 }
-template <bool, bool> DEVICE void apply(const NoLine&, Out out, float& theta, float g, float factor, float&, float&, float&) {
+template <bool> DEVICE void apply(const NoLine&, bool, Out out, float& theta, float g, float factor, float&, float&, float&) {
     theta = out == Out::multiplied ? g * factor : out == Out::factor ? factor : 1 / factor;
 }
 template <class Line, bool more> constexpr int states_of = 0;
 template <bool more> constexpr int states_of<AdamW<float>, more> = more ? 3 : 2;
 template <bool more> constexpr int states_of<SGD<float>, more> = more ? 1 : 0;
 
-template <class Access, bool update, bool more, class Line>
-DEVICE void update_elements(const Call<Line>& call, const Work<Line>& work, int64_t begin, int64_t end) {
+template <class Access, bool more, class Line>
+DEVICE void update_elements(const Call<Line>& call, const Work<Line>& work, bool update, int64_t begin, int64_t end) {
     constexpr int n = Access::count, states = states_of<Line, more>;
     constexpr bool has_line = !std::is_same_v<Line, NoLine>;
     const bool gathers = !Access::usual && work.entry.kept[0].data && !work.settled.own;
@@ -429,7 +431,7 @@ DEVICE void update_elements(const Call<Line>& call, const Work<Line>& work, int6
         const Line line = reread(work.settled.slope).line;
         UNROLL
         for (int i = 0; i < n; ++i)
-            apply<update, more>(line, call.out, parameters[i], g[i], factor[i], state[0][i], state[1][i], state[2][i]);
+            apply<more>(line, update, call.out, parameters[i], g[i], factor[i], state[0][i], state[1][i], state[2][i]);
         access.template store<theta>(parameters, words, false, 0);
         if (!Access::usual && call.rounding)
             draw<n, Access::usual>(words, work.entry.layout, l, work.settled.step, call.rounding_keys);
@@ -445,21 +447,21 @@ DEVICE void update_elements(const Call<Line>& call, const Work<Line>& work, int6
     }
 }
 
-template <class Access, bool update, bool more, class Line> DEVICE void work_on_items(const Call<Line>& call) {
+template <class Access, bool more, class Line> DEVICE void work_on_items(const Call<Line>& call, bool update) {
     __shared__ Room<sizeof(Work<Line>)> room;
     Work<Line>& work = *reinterpret_cast<Work<Line>*>(&room);
     while (take(call, work)) {
         const int64_t begin = work.item.begin, bulk = work.entry.bulk;
         if (work.item.kind == gathering)
             gather<Access>(call, work, begin, minimum(begin + (work.entry.kept[0].data ? seldom_item : item_size), bulk));
-        else update_elements<Access, update, more>(call, work, begin, minimum(begin + item_size, bulk));
+        else update_elements<Access, more>(call, work, update, begin, minimum(begin + item_size, bulk));
     }
 }
-template <bool update, bool more, class Line> __global__ void __launch_bounds__(threads, 5) step_full(Call<Line> call) {
-    work_on_items<Full, update, more>(call);
+template <bool update, bool more, class Line> __global__ void __launch_bounds__(threads, 5) step_full(const __grid_constant__ Call<Line> call) {
+    work_on_items<Full, more>(call, update);
 }
-template <bool update, bool more, class Line> __global__ void __launch_bounds__(threads, 2) step_mixed(Call<Line> call) {
-    work_on_items<Mixed, update, more>(call);
+template <bool more, class Line> __global__ void __launch_bounds__(threads, 2) step_mixed(const __grid_constant__ Call<Line> call) {
+    work_on_items<Mixed, more>(call, call.options.target_update);
 }
 
 template <class Line, class F> DEVICE void over_ragged(const Call<Line>& call, F f) {
@@ -473,12 +475,12 @@ template <class Line, class F> DEVICE void over_ragged(const Call<Line>& call, F
         if (!work.settled.skipped) f(work, work.item.begin, minimum(work.item.begin + item_size, work.entry.size));
     }
 }
-template <class Line> __global__ void __launch_bounds__(threads) gather_ragged(Call<Line> call) {
+template <class Line> __global__ void __launch_bounds__(threads) gather_ragged(const __grid_constant__ Call<Line> call) {
     over_ragged(call, [&](const Work<Line>& work, int64_t begin, int64_t end) { gather<Ragged>(call, work, begin, end); });
 }
-template <bool update, bool more, class Line> __global__ void __launch_bounds__(threads, 3) step_ragged(Call<Line> call) {
+template <bool more, class Line> __global__ void __launch_bounds__(threads, 3) step_ragged(const __grid_constant__ Call<Line> call) {
     over_ragged(call, [&](const Work<Line>& work, int64_t begin, int64_t end) {
-        update_elements<Ragged, update, more>(call, work, begin, end);
+        update_elements<Ragged, more>(call, work, call.options.target_update, begin, end);
     });
 }
 
@@ -551,20 +553,8 @@ __global__ void __launch_bounds__(threads) join_ranges(Call<NoLine> call, double
 // --- The host's side ---
 
 // A call's tensors and what they need beside them.
-struct Roster {
+struct Roster : AxesTable {
     std::vector<Entry> entries;
-    std::vector<int64_t> axes{0};
-
-    Slot slot(const View& v) {
-        Slot slot;
-        slot.data = v.data, slot.storage = v.storage;
-        if (v.contiguous || !v.data) return slot;
-        slot.axes = static_cast<int32_t>(axes.size());
-        axes.push_back(v.dim);
-        axes.insert(axes.end(), v.sizes, v.sizes + v.dim);
-        axes.insert(axes.end(), v.strides, v.strides + v.dim);
-        return slot;
-    }
 };
 
 bool is_float(const Slot& s) { return !s.data || s.storage == Storage::float32; }
@@ -607,24 +597,6 @@ template <class Line> void order(Call<Line>& call, std::vector<Entry>& entries, 
         e.ragged_at = static_cast<int32_t>(call.ragged_count), call.ragged_count += ragged;
         if (e.own) e.statistics_items += ragged;
     }
-}
-
-// Copies a call's table to the device. What a graph captures reads host memory at every replay: it has some of its own, for good.
-void upload(const std::vector<char>& bytes, Tensor& to, cudaStream_t stream) {
-    if (is_captured(stream)) {
-        cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-        check_cuda(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
-        void* own = nullptr;
-        const cudaError_t error = cudaMallocHost(&own, bytes.size());
-        cudaThreadExchangeStreamCaptureMode(&mode);
-        check_cuda(error, "cudaMallocHost");
-        std::copy(bytes.begin(), bytes.end(), static_cast<char*>(own));
-        check_cuda(cudaMemcpyAsync(to.data_ptr(), own, bytes.size(), cudaMemcpyHostToDevice, stream), "cudaMemcpyAsync");
-        return;
-    }
-    Tensor host = pinned_bytes(static_cast<int64_t>(bytes.size()));
-    std::copy(bytes.begin(), bytes.end(), static_cast<char*>(host.mutable_data_ptr()));
-    torch::stable::copy_(to, host, true); // torch keeps the pinned memory until the copy is done
 }
 
 // The memory of a call on its device, for as long as the stream needs it.
@@ -675,12 +647,12 @@ template <bool update, bool more, class Line> void visit(const Call<Line>& call,
     if (gathers && call.ragged_count > 0)
         launch(gather_ragged<Line>, {resident_blocks(gather_ragged<Line>, threads, call.ragged_count), threads}, stream, call);
     if constexpr (!std::is_same_v<Line, NoLine>) {
-        auto kernel = step_mixed<update, more, Line>;
+        auto kernel = step_mixed<more, Line>;
         if constexpr (fits_full<Line>(update, more))
             if (pack == 4) kernel = step_full<update, more, Line>;
         if (call.count > 0) launch(kernel, {resident_blocks(kernel, threads, call.count), threads}, stream, call);
     }
-    const auto ragged = step_ragged<update, more, Line>;
+    const auto ragged = step_ragged<more, Line>;
     if (call.ragged_count > 0) launch(ragged, {resident_blocks(ragged, threads, call.ragged_count), threads}, stream, call);
 }
 

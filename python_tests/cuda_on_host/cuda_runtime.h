@@ -19,6 +19,7 @@
 #define __launch_bounds__(...)
 #define __forceinline__ inline
 #define __grid_constant__
+#define DYNAMIC_SHARED on_host::dynamic_shared(on_host::machine.rank())
 
 struct dim3 {
     unsigned x = 1, y = 1, z = 1;
@@ -170,15 +171,14 @@ template <class T> T __reduce_max_sync(unsigned, T x) {
         return found;
     });
 }
-inline int __syncthreads_or(int x) {
-    static int any;
-    any = 0;
-    __syncthreads();
-    any |= x;
-    __syncthreads();
-    const int found = any;
-    __syncthreads();
-    return found;
+inline unsigned __clusterRelativeBlockRank() { return on_host::machine.rank(); }
+inline unsigned __clusterSizeInBlocks() { return on_host::machine.cluster_size; }
+inline void __cluster_barrier_arrive() {}
+inline void __cluster_barrier_wait() { on_host::machine.meet(on_host::machine.cluster); }
+// Only dynamic shared memory is a block's own here.
+template <class T> void* __cluster_map_shared_rank(T* shared, unsigned rank) {
+    char *own = on_host::dynamic_shared(on_host::machine.rank()), *other = on_host::dynamic_shared(static_cast<int>(rank));
+    return other + (reinterpret_cast<char*>(shared) - own);
 }
 
 template <class T> T __ldcs(const T* from) { return *from; }
