@@ -8,11 +8,12 @@
 // On chip: the clean pass is done first and leaves its memory; then x of both passes, whose place the products w take, and e: 16 bytes a
 // column. So 14,000 classes fit a block of 227 KB, 128,256 a cluster of 16. One instruction of the special-function unit makes a logit's
 // exponential, which is kept; the pairs' logarithms are polynomials.
-// 128 threads in warps of their own: four samples under way a block. 512 threads a block: 64 KB under way with two accesses of 128 bits each.
-// Rows that do not fit, more than two passes in the pairs, soft labels, regression, architectures without clusters: `sweep`, which reads rows from memory for the
-// maxima and sums, again for the pairs and for the gradients; no more samples are under way than the L2 holds, so that it has the last
-// reads. Rows that no whole accesses cover: the same kernels by single elements (the name says ragged).
-// Values are kept by row and added up by one block in a fixed order. Nothing waits on the host: a label out of range makes its row's loss NaN.
+// 128 threads in warps of their own: four samples under way a block. 512 threads a block: 64 KB under way with two accesses of 128 bits
+// each. Rows that do not fit, more than two passes in the pairs, soft labels, regression, architectures without clusters: `sweep`, which
+// reads rows from memory for the maxima and sums, again for the pairs and for the gradients; no more samples are under way than the L2
+// holds, so that it has the last reads. Rows that no whole accesses cover: the same kernels by single elements (the name says ragged).
+// Values are kept by row and added up by one block in a fixed order. Nothing waits on the host: a label out of range makes its row's loss
+// NaN.
 #include <algorithm>
 #include <tuple>
 #include <vector>
@@ -50,8 +51,8 @@ struct Batch {
     const int64_t* indices = nullptr;
     int64_t index_stride = 0;
     const int64_t* count = nullptr; // rows that count
-    double* values = nullptr;       // clean, adversarial, divergence of each row
-    int64_t kept = 0;               // bytes of shared memory a thread group keeps for a role
+    double* values = nullptr; // clean, adversarial, divergence of each row
+    int64_t kept = 0; // bytes of shared memory a thread group keeps for a role
 
     HOST_DEVICE bool labelled() const { return indices || soft.data; }
     DEVICE int64_t index(int64_t n) const { return indices[n * index_stride]; }
@@ -130,7 +131,7 @@ struct RaggedColumns {
 struct Kept {
     float4* base;
     int64_t role_size; // in float4
-    int stride;        // threads of a block that keep some
+    int stride; // threads of a block that keep some
 
     DEVICE float4* at(int role, int turn) const { return base + role * role_size + 2 * turn * stride; }
     DEVICE void get(int role, int turn, float (&x)[columns]) const {
@@ -251,8 +252,7 @@ template <class Group, class Columns> struct Sample {
 
     DEVICE void clear() {
         for (int pass = 0; pass < batch.passes; ++pass)
-            if (batch.gradients[pass].data)
-                each([&](int, int64_t i) { Columns::store(batch.gradients[pass], n, i, batch.classes, {}); });
+            if (batch.gradients[pass].data) each([&](int, int64_t i) { Columns::store(batch.gradients[pass], n, i, batch.classes, {}); });
     }
 
     template <int m> DEVICE void run() {
@@ -533,7 +533,9 @@ struct Axes {
     int64_t at[28]; // of up to three views with up to four axes
 };
 __global__ void __launch_bounds__(block_threads) scale_full(Scaling scaling) { scale<true>(scaling, nullptr); }
-__global__ void __launch_bounds__(block_threads) scale_ragged(Scaling scaling, const __grid_constant__ Axes axes) { scale<false>(scaling, axes.at); }
+__global__ void __launch_bounds__(block_threads) scale_ragged(Scaling scaling, const __grid_constant__ Axes axes) {
+    scale<false>(scaling, axes.at);
+}
 
 // --- The host's side ---
 
@@ -611,7 +613,8 @@ template <int m> bool run_on_chip(Batch& batch, bool full, cudaStream_t stream) 
     if (batch.classes <= warp_classes) {
         batch.kept = kept(warp_size, warp_size);
         constexpr int64_t warps = warp_threads / warp_size;
-        const Shape shape{minimum((batch.samples + warps - 1) / warps, 16 * sms), warp_threads, static_cast<size_t>(warps * roles * batch.kept)};
+        const Shape shape{minimum((batch.samples + warps - 1) / warps, 16 * sms), warp_threads,
+                          static_cast<size_t>(warps * roles * batch.kept)};
         return go(full ? loss_full_warp<m> : loss_ragged_warp<m>, shape);
     }
     const int64_t most = attribute_of_device(cudaDevAttrMaxSharedMemoryPerBlockOptin);
@@ -645,22 +648,26 @@ std::pair<Tensor, Tensor> evaluate(Batch batch, const Tensor& like, cudaStream_t
     batch.count = count;
     launch(count_rows, {1, finish_threads}, stream, batch, count);
     bool full = batch.classes % columns == 0;
-    for (int pass = 0; pass < batch.passes; ++pass) full &= covered(batch.logits[pass], batch.samples) && covered(batch.gradients[pass], batch.samples);
+    for (int pass = 0; pass < batch.passes; ++pass)
+        full &= covered(batch.logits[pass], batch.samples) && covered(batch.gradients[pass], batch.samples);
     const int m = batch.passes - batch.first;
     const bool on_chip = batch.samples == 0 || (!batch.options.regression && !batch.soft.data && m <= 2 &&
                                                 (m == 2 ? run_on_chip<2>(batch, full, stream) : run_on_chip<1>(batch, full, stream)));
     if (!on_chip) {
         const int64_t sms = attribute_of_device(cudaDevAttrMultiProcessorCount);
-        const int64_t in_cache = attribute_of_device(cudaDevAttrL2CacheSize) / (batch.passes * batch.classes * bytes_of(batch.logits[0].storage) + 1);
+        const int64_t in_cache =
+            attribute_of_device(cudaDevAttrL2CacheSize) / (batch.passes * batch.classes * bytes_of(batch.logits[0].storage) + 1);
         const int64_t blocks = minimum(batch.samples, maximum((sms + 3) / 4, minimum(2 * sms, in_cache)));
         launch(loss_sweep, {blocks, sweep_threads}, stream, batch);
     }
-    launch(finish_loss, {1, finish_threads}, stream, batch, static_cast<float*>(loss.mutable_data_ptr()), static_cast<float*>(parts.mutable_data_ptr()));
+    launch(finish_loss, {1, finish_threads}, stream, batch, static_cast<float*>(loss.mutable_data_ptr()),
+           static_cast<float*>(parts.mutable_data_ptr()));
     return {loss, parts};
 }
 
 void scale_into(const Tensor& from, const Tensor& into, const Tensor& grad_loss) {
-    const View source = single(from, "gradients", false), target = single(into, "gradients", true), factor = view(grad_loss, "grad_loss", false);
+    const View source = single(from, "gradients", false), target = single(into, "gradients", true),
+               factor = view(grad_loss, "grad_loss", false);
     Scaling s{};
     s.size = from.numel(), s.classes = source.dim ? source.sizes[source.dim - 1] : 1;
     s.samples = source.dim > 1 ? source.sizes[source.dim - 2] : 1, s.by_row = grad_loss.numel() != 1;
@@ -681,7 +688,8 @@ void scale_into(const Tensor& from, const Tensor& into, const Tensor& grad_loss)
     s.from = slot(source), s.to = slot(target), s.factor = slot(factor);
     const Place place(from);
     const cudaStream_t stream = static_cast<cudaStream_t>(place.stream);
-    const bool full = at == 0 && s.classes % columns == 0 && reinterpret_cast<uintptr_t>(s.from.data) % 16 == 0 && reinterpret_cast<uintptr_t>(s.to.data) % 16 == 0;
+    const bool full = at == 0 && s.classes % columns == 0 && reinterpret_cast<uintptr_t>(s.from.data) % 16 == 0 &&
+                      reinterpret_cast<uintptr_t>(s.to.data) % 16 == 0;
     const int64_t blocks = (s.size / (full ? columns : 1) + block_threads - 1) / block_threads;
     const int64_t most = 8 * attribute_of_device(cudaDevAttrMultiProcessorCount);
     if (full) launch(scale_full, {minimum(blocks, most), block_threads}, stream, s);

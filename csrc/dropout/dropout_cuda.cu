@@ -1,12 +1,11 @@
 // Adaptive dropout on a GPU: checks and launches. The formulas are dropout.h's.
 //
-// Bytes per element: read and written once, 8 in float32 and 4 in 16 bits, forward and backward alike: the mask is drawn again. A thread has
-// 8 units (an index of the last axis) and walks down the rows, so that what belongs to its units, the limit of u and the scale, stays in
-// registers, and so do its sums of squares; every 4 elements take one counter of the generator. A block of 256 threads is 32 of these side by
-// side, 256 units, and 8 rows deep: 64 KB under way a multiprocessor with one access of 128 bits (two in float32) a thread. Sums are taken by
-// part of the rows and added in the parts' order.
-// Units in numbers that 8 does not divide, and misaligned tensors, pass element by element (drop_ragged); strided ones are copied first.
-// The key is read on the device: a graph replays with the key of the day.
+// Bytes per element: read and written once, 8 in float32 and 4 in 16 bits, forward and backward alike: the mask is drawn again. A thread
+// has 8 units (an index of the last axis) and walks down the rows, so that what belongs to its units, the limit of u and the scale, stays
+// in registers, and so do its sums of squares; every 4 elements take one counter of the generator. A block of 256 threads is 32 of these
+// side by side, 256 units, and 8 rows deep: 64 KB under way a multiprocessor with one access of 128 bits (two in float32) a thread. Sums
+// are taken by part of the rows and added in the parts' order. Units in numbers that 8 does not divide, and misaligned tensors, pass
+// element by element (drop_ragged); strided ones are copied first. The key is read on the device: a graph replays with the key of the day.
 #include <algorithm>
 #include <tuple>
 
@@ -99,8 +98,8 @@ template <int n> DEVICE void drop(const Call& c) {
         if (to < c.units) c.sums[part * c.units + to] = total;
     }
 }
-__global__ void __launch_bounds__(width * depth) drop_full(Call call) { drop<8>(call); }
-__global__ void __launch_bounds__(width * depth) drop_ragged(Call call) { drop<1>(call); }
+__global__ void __launch_bounds__(width* depth) drop_full(Call call) { drop<8>(call); }
+__global__ void __launch_bounds__(width* depth) drop_ragged(Call call) { drop<1>(call); }
 
 __global__ void __launch_bounds__(256) add_parts(const double* sums, int64_t parts, int64_t units, float* squares) {
     const int64_t unit = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -111,7 +110,8 @@ __global__ void __launch_bounds__(256) add_parts(const double* sums, int64_t par
 }
 
 // The rates, after what backwards left in `pending` is folded into n. One block.
-__global__ void __launch_bounds__(rate_threads) find_rates(float* n, float* pending, float* rates, int64_t units, double p, double max_p, double momentum, bool fold) {
+__global__ void __launch_bounds__(rate_threads)
+    find_rates(float* n, float* pending, float* rates, int64_t units, double p, double max_p, double momentum, bool fold) {
     __shared__ double room[64];
     BlockGroup group(room);
     auto each = [&](auto f) {
@@ -147,16 +147,20 @@ Tensor drop(const Tensor& given, const char* name, const Tensor& rates, const Te
     STD_TORCH_CHECK(source.storage != Storage::boolean && source.storage != Storage::float64, name,
                     " must be float32, bfloat16 or float16 for the CUDA kernels; use backend='triton' or 'reference'");
     check_floats(r, "rates");
-    STD_TORCH_CHECK(source.dim > 0 && r.sizes[0] == source.sizes[source.dim - 1], "rates must have one number for each index of ", name, "'s last axis");
-    STD_TORCH_CHECK((key.is_cuda() || !on_gpu) && key.numel() == 1 && key.scalar_type() == ScalarType::Long, "key must be an int64 on the GPU");
+    STD_TORCH_CHECK(source.dim > 0 && r.sizes[0] == source.sizes[source.dim - 1], "rates must have one number for each index of ", name,
+                    "'s last axis");
+    STD_TORCH_CHECK((key.is_cuda() || !on_gpu) && key.numel() == 1 && key.scalar_type() == ScalarType::Long,
+                    "key must be an int64 on the GPU");
     const Place place(given);
     const cudaStream_t stream = static_cast<cudaStream_t>(place.stream);
     const Tensor in = source.contiguous ? given : torch::stable::contiguous(given);
     Tensor out = torch::stable::new_empty(in, in.sizes());
-    Call call{static_cast<const char*>(in.data_ptr()), static_cast<char*>(out.mutable_data_ptr()), source.storage, 0, r.sizes[0], 0,
-              static_cast<const float*>(rates.data_ptr()), static_cast<const int64_t*>(key.const_data_ptr()), nullptr};
+    Call call{
+        static_cast<const char*>(in.data_ptr()),     static_cast<char*>(out.mutable_data_ptr()),        source.storage, 0, r.sizes[0], 0,
+        static_cast<const float*>(rates.data_ptr()), static_cast<const int64_t*>(key.const_data_ptr()), nullptr};
     call.rows = call.units ? in.numel() / call.units : 0;
-    const bool full = call.units % 8 == 0 && reinterpret_cast<uintptr_t>(call.in) % 16 == 0 && reinterpret_cast<uintptr_t>(call.out) % 16 == 0;
+    const bool full =
+        call.units % 8 == 0 && reinterpret_cast<uintptr_t>(call.in) % 16 == 0 && reinterpret_cast<uintptr_t>(call.out) % 16 == 0;
     const int64_t slab = full ? 8 * width : width, slabs = (call.units + slab - 1) / slab;
     const int64_t wanted = maximum<int64_t>(1, 8 * attribute_of_device(cudaDevAttrMultiProcessorCount) / maximum<int64_t>(slabs, 1));
     call.part = maximum(part_rows, (call.rows + wanted - 1) / wanted);
@@ -165,7 +169,8 @@ Tensor drop(const Tensor& given, const char* name, const Tensor& rates, const Te
     if (squares) call.sums = static_cast<double*>(sums.mutable_data_ptr());
     launch(full ? drop_full : drop_ragged, {slabs * parts, width * depth}, stream, call);
     if (squares)
-        launch(add_parts, {(call.units + 255) / 256, 256}, stream, call.sums, parts, call.units, static_cast<float*>(squares->mutable_data_ptr()));
+        launch(add_parts, {(call.units + 255) / 256, 256}, stream, call.sums, parts, call.units,
+               static_cast<float*>(squares->mutable_data_ptr()));
     return out;
 }
 

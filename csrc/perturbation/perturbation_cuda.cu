@@ -1,12 +1,11 @@
 // The perturbing operators on a GPU: checks and launches. The formulas are perturbation.h's.
 //
 // A tensor is a row of groups that have one norm each (a sample, a token, all of it), a group a row of pieces of 2^14 elements, a piece a
-// block's work: 256 threads, 8 elements at a time. Sums of squares are double, taken by piece and added in the pieces' order, so that they are
-// the same every time. Bytes per element in float32: g read, once more from the L2 where it fits, and the result written: 8; the ball of PGD
-// reads g and delta a third time.
-// Launches, whatever the number of tensors: squares of the pieces, factors of the groups, the step; with a ball the moved squares and its
-// factors between the last two. A weight that stands in a call twice is written in the list's order, one launch for each of its places.
-// What whole accesses do not cover passes element by element (the name says ragged).
+// block's work: 256 threads, 8 elements at a time. Sums of squares are double, taken by piece and added in the pieces' order, so that they
+// are the same every time. Bytes per element in float32: g read, once more from the L2 where it fits, and the result written: 8; the ball
+// of PGD reads g and delta a third time. Launches, whatever the number of tensors: squares of the pieces, factors of the groups, the step;
+// with a ball the moved squares and its factors between the last two. A weight that stands in a call twice is written in the list's order,
+// one launch for each of its places. What whole accesses do not cover passes element by element (the name says ragged).
 #include <algorithm>
 #include <vector>
 
@@ -54,7 +53,7 @@ struct Piece {
 };
 
 // The entry whose first piece, or group, is the last that is not after `at`.
-template <int64_t Entry::*first> DEVICE const Entry& entry_of(const Call& call, int64_t at) {
+template <int64_t Entry::* first> DEVICE const Entry& entry_of(const Call& call, int64_t at) {
     int low = 0, high = call.count;
     while (high - low > 1) {
         const int middle = (low + high) / 2;
@@ -118,7 +117,8 @@ template <int n, bool masked, Norm norm, class Use> DEVICE void move(const Call&
         if (e.x.data) load(e.x, call.axes, l, x);
         UNROLL
         for (int j = 0; j < n; ++j)
-            y[j] = single ? static_cast<double>(step_along<norm>(g[j], static_cast<float>(factor))) : step_along<norm, double>(g[j], factor);
+            y[j] =
+                single ? static_cast<double>(step_along<norm>(g[j], static_cast<float>(factor))) : step_along<norm, double>(g[j], factor);
         if (call.random) {
             UNROLL
             for (int j = 0; j < n; j += 4) {
@@ -169,8 +169,7 @@ template <int n, bool masked, Norm norm> DEVICE void write(const Call& call, int
     move<n, masked, norm>(call, piece, [&](int64_t l, const double (&y)[n]) {
         float result[n];
         UNROLL
-        for (int j = 0; j < n; ++j)
-            result[j] = static_cast<float>(call.projects ? projected<norm>(y[j], factor, call.radius) : y[j]);
+        for (int j = 0; j < n; ++j) result[j] = static_cast<float>(call.projects ? projected<norm>(y[j], factor, call.radius) : y[j]);
         store(piece.e.out, call.axes, l, result);
     });
 }
@@ -178,9 +177,15 @@ template <int n, bool masked, Norm norm> DEVICE void write(const Call& call, int
 __global__ void __launch_bounds__(threads) squares_full(const __grid_constant__ Call call) { sum_gradient<8, false>(call); }
 __global__ void __launch_bounds__(threads) squares_masked(const __grid_constant__ Call call) { sum_gradient<8, true>(call); }
 __global__ void __launch_bounds__(threads) squares_ragged(const __grid_constant__ Call call) { sum_gradient<1, true>(call); }
-template <Norm norm> __global__ void __launch_bounds__(threads) moved_full(const __grid_constant__ Call call) { sum_moved<8, false, norm>(call); }
-template <Norm norm> __global__ void __launch_bounds__(threads) moved_masked(const __grid_constant__ Call call) { sum_moved<8, true, norm>(call); }
-template <Norm norm> __global__ void __launch_bounds__(threads) moved_ragged(const __grid_constant__ Call call) { sum_moved<1, true, norm>(call); }
+template <Norm norm> __global__ void __launch_bounds__(threads) moved_full(const __grid_constant__ Call call) {
+    sum_moved<8, false, norm>(call);
+}
+template <Norm norm> __global__ void __launch_bounds__(threads) moved_masked(const __grid_constant__ Call call) {
+    sum_moved<8, true, norm>(call);
+}
+template <Norm norm> __global__ void __launch_bounds__(threads) moved_ragged(const __grid_constant__ Call call) {
+    sum_moved<1, true, norm>(call);
+}
 template <Norm norm> __global__ void __launch_bounds__(threads) move_full(const __grid_constant__ Call call, int64_t first_piece) {
     write<8, false, norm>(call, first_piece);
 }

@@ -1,20 +1,19 @@
 // The selecting operators on a GPU: checks, statistics, launches. The formulas are selective.h's.
 //
-// Bytes per element in float32: g, theta, m, v read, theta, m, v written: 28; and 4 for the statistics' visit of g, which the second one finds
-// in the L2. All-bfloat16: 14 and 2. One launch serves a call, whatever its tensors: its blocks, as many as run at once, take items of 2^15
-// elements from a counter. Items of statistics stand ahead of their tensor's updates by at most a third of the L2 (tensors in groups of a
-// sixth), so that both kinds share the machine and no grid ever waits; a larger tensor is updated from its end, which is what its statistics
-// saw last. An update waits for its tensor's mark, which the last of its statistics sets; those wait for nothing and are taken first, so
-// somebody always moves. theta, m, v and the last visit of g pass as first to be evicted.
-// On chip: a tensor's addresses and scalars in shared memory, read by all threads at once, since in registers they would cost an eighth of
-// the threads; one access of 128 bits a list and thread (float32: 4 elements, else 8), which is one counter of the generator (two). 256
-// threads at 48 registers are 5 blocks and 1,280 threads a multiprocessor: 80 KB under way, where the memory's latency asks for 12.
-// Least and largest |g| meet as integers, by redux and one atomic a warp: no order, no rounding.
-// Launches: `prepare` (steps, scalars, items), then the items' kernel, step_full (all float32) or step_mixed. What no access of 128 bits
-// covers (the last elements of a tensor, tensors that are strided, misaligned or cut through a counter) belongs to gather_ragged before
-// it and step_ragged after it, which are not launched where there is none. Ranks take two launches more.
-// The table of a call is copied to memory that the call itself allocates, in the stream's order: nothing waits on the host, and a graph
-// that captured a step reads a table of its own.
+// Bytes per element in float32: g, theta, m, v read, theta, m, v written: 28; and 4 for the statistics' visit of g, which the second one
+// finds in the L2. All-bfloat16: 14 and 2. One launch serves a call, whatever its tensors: its blocks, as many as run at once, take items
+// of 2^15 elements from a counter. Items of statistics stand ahead of their tensor's updates by at most a third of the L2 (tensors in
+// groups of a sixth), so that both kinds share the machine and no grid ever waits; a larger tensor is updated from its end, which is what
+// its statistics saw last. An update waits for its tensor's mark, which the last of its statistics sets; those wait for nothing and are
+// taken first, so somebody always moves. theta, m, v and the last visit of g pass as first to be evicted. On chip: a tensor's addresses and
+// scalars in shared memory, read by all threads at once, since in registers they would cost an eighth of the threads; one access of 128
+// bits a list and thread (float32: 4 elements, else 8), which is one counter of the generator (two). 256 threads at 48 registers are 5
+// blocks and 1,280 threads a multiprocessor: 80 KB under way, where the memory's latency asks for 12. Least and largest |g| meet as
+// integers, by redux and one atomic a warp: no order, no rounding. Launches: `prepare` (steps, scalars, items), then the items' kernel,
+// step_full (all float32) or step_mixed. What no access of 128 bits covers (the last elements of a tensor, tensors that are strided,
+// misaligned or cut through a counter) belongs to gather_ragged before it and step_ragged after it, which are not launched where there is
+// none. Ranks take two launches more. The table of a call is copied to memory that the call itself allocates, in the stream's order:
+// nothing waits on the host, and a graph that captured a step reads a table of its own.
 #include <algorithm>
 #include <vector>
 
@@ -160,15 +159,15 @@ template <class Line, class Options> __global__ void __launch_bounds__(128, 8) p
         }
         to.own = e.own && range.low != range.low; // nothing handed in, nothing kept yet
         if (!to.own) to.curve.probability = Probability<float>(call.options, range.low, range.high);
-        call.progress[tensor] = {~0u, 0, static_cast<uint32_t>(e.statistics_items), static_cast<uint32_t>(e.updates_items),
-                                 !to.own || e.statistics_items == 0, {}};
+        call.progress[tensor] = {
+            ~0u, 0, static_cast<uint32_t>(e.statistics_items), static_cast<uint32_t>(e.updates_items), !to.own || e.statistics_items == 0,
+            {}};
         if (e.kept[0].data && e.size == 0 && !skipped) keep_range(call, e, tensor);
     }
     const int64_t pieces = (e.bulk + item_size - 1) / item_size, seldom = e.kept[0].data ? seldom_item : item_size;
     for (int64_t k = threadIdx.x; k < pieces; k += blockDim.x) {
         if (e.statistics_at >= 0 && k * seldom < e.bulk) call.items[e.statistics_at + k] = {tensor, gathering, k * seldom};
-        if (e.updates_at >= 0)
-            call.items[e.updates_at + k] = {tensor, updating, (e.backward ? pieces - 1 - k : k) * item_size};
+        if (e.updates_at >= 0) call.items[e.updates_at + k] = {tensor, updating, (e.backward ? pieces - 1 - k : k) * item_size};
     }
     if (e.ragged_at >= 0)
         for (int64_t k = threadIdx.x; e.bulk + k * item_size < e.size; k += blockDim.x)
@@ -324,8 +323,7 @@ struct Ragged { // anything
     template <int role> DEVICE void store(const float (&x)[count], const uint32_t (&words)[count], bool rounding, int shift) const {
         char* to = place_of(e.slots[role], axes, l);
         const Storage storage = e.slots[role].storage;
-        if (rounding && storage == Storage::bfloat16)
-            *reinterpret_cast<uint16_t*>(to) = cut_bfloat16(x[0], words[0] >> shift & 0xffffu);
+        if (rounding && storage == Storage::bfloat16) *reinterpret_cast<uint16_t*>(to) = cut_bfloat16(x[0], words[0] >> shift & 0xffffu);
         else put_value(to, storage, x[0]);
     }
 };
@@ -366,7 +364,8 @@ template <class Access, class Line> DEVICE void gather(const Call<Line>& call, c
     if (threadIdx.x == 0 && is_last(&call.progress[work.item.tensor].statistics_left, 1)) settle(call, work.entry, work.item.tensor);
 }
 
-template <class Line> DEVICE float inverse_of(const Call<Line>& call, const Work<Line>& work, const Probability<float>& probability, float g, float s) {
+template <class Line>
+DEVICE float inverse_of(const Call<Line>& call, const Work<Line>& work, const Probability<float>& probability, float g, float s) {
     const bool has_saliency = work.entry.slots[given].data;
     if (call.ranks()) {
         const float* table = call.tables + static_cast<int64_t>(work.entry.table) * rank_table;
@@ -433,8 +432,7 @@ DEVICE void update_elements(const Call<Line>& call, const Work<Line>& work, bool
         for (int i = 0; i < n; ++i)
             apply<more>(line, update, call.out, parameters[i], g[i], factor[i], state[0][i], state[1][i], state[2][i]);
         access.template store<theta>(parameters, words, false, 0);
-        if (!Access::usual && call.rounding)
-            draw<n, Access::usual>(words, work.entry.layout, l, work.settled.step, call.rounding_keys);
+        if (!Access::usual && call.rounding) draw<n, Access::usual>(words, work.entry.layout, l, work.settled.step, call.rounding_keys);
         const bool rounding = !Access::usual && call.rounding;
         if (states > 0) access.template store<first_state>(state[0], words, rounding, 0);
         if (states > 1) access.template store<first_state + 1>(state[1], words, rounding, 16);
@@ -457,7 +455,8 @@ template <class Access, bool more, class Line> DEVICE void work_on_items(const C
         else update_elements<Access, more>(call, work, update, begin, minimum(begin + item_size, bulk));
     }
 }
-template <bool update, bool more, class Line> __global__ void __launch_bounds__(threads, 5) step_full(const __grid_constant__ Call<Line> call) {
+template <bool update, bool more, class Line>
+__global__ void __launch_bounds__(threads, 5) step_full(const __grid_constant__ Call<Line> call) {
     work_on_items<Full, more>(call, update);
 }
 template <bool more, class Line> __global__ void __launch_bounds__(threads, 2) step_mixed(const __grid_constant__ Call<Line> call) {
@@ -486,7 +485,8 @@ template <bool more, class Line> __global__ void __launch_bounds__(threads, 3) s
 
 // --- Ranks ---
 
-// Counts by bin: elements whose unsharded index is a multiple of `every`; rank_parts blocks for each tensor. `sizes`: of the unsharded tensors.
+// Counts by bin: elements whose unsharded index is a multiple of `every`; rank_parts blocks for each tensor. `sizes`: of the unsharded
+// tensors.
 template <class Line, class Count>
 __global__ void __launch_bounds__(threads) count_bins(Call<Line> call, Count* counts, int64_t row_size, bool by_row, const int64_t* sizes) {
     const int64_t tensor = blockIdx.x / rank_parts;
@@ -513,9 +513,7 @@ template <class Line> __global__ void __launch_bounds__(table_threads) scan_bins
     float* table = call.tables + static_cast<int64_t>(blockIdx.x) * rank_table;
     const int64_t* handed = call.scope ? static_cast<const int64_t*>(call.scope) + static_cast<int64_t>(blockIdx.x) * rank_bins : nullptr;
     const int me = static_cast<int>(threadIdx.x), begin = me * each, end = minimum(begin + each, rank_bins);
-    auto count = [&](int bin) {
-        return handed ? static_cast<double>(handed[bin]) : static_cast<double>(bit_cast<uint32_t>(table[bin]));
-    };
+    auto count = [&](int bin) { return handed ? static_cast<double>(handed[bin]) : static_cast<double>(bit_cast<uint32_t>(table[bin])); };
     double below = 0;
     for (int bin = begin; bin < end; ++bin) below += count(bin);
     sums[me] = below;
@@ -547,7 +545,8 @@ __global__ void __launch_bounds__(threads) join_ranges(Call<NoLine> call, double
     }
     low = over_block(low, room, HUGE_VAL, [](double a, double b) { return minimum(a, b); });
     high = over_block(high, room, -HUGE_VAL, [](double a, double b) { return maximum(a, b); });
-    if (threadIdx.x == 0) out[2 * blockIdx.x] = minimum(out[2 * blockIdx.x], low), out[2 * blockIdx.x + 1] = maximum(out[2 * blockIdx.x + 1], high);
+    if (threadIdx.x == 0)
+        out[2 * blockIdx.x] = minimum(out[2 * blockIdx.x], low), out[2 * blockIdx.x + 1] = maximum(out[2 * blockIdx.x + 1], high);
 }
 
 // --- The host's side ---
@@ -562,7 +561,8 @@ bool is_float(const Slot& s) { return !s.data || s.storage == Storage::float32; 
 // Which elements of a tensor whole accesses of `pack` elements cover.
 int64_t bulk_of(const Entry& e, int pack, bool line) {
     const Layout& at = e.layout;
-    bool covered = line && !e.slots[given].data && at.offset % 4 == 0 && (at.run >= e.size || (pack == 8 && at.run % 4 == 0 && at.stride % 4 == 0));
+    bool covered =
+        line && !e.slots[given].data && at.offset % 4 == 0 && (at.run >= e.size || (pack == 8 && at.run % 4 == 0 && at.stride % 4 == 0));
     for (const Slot& s : e.slots) covered &= s.axes < 0 && reinterpret_cast<uintptr_t>(s.data) % 16 == 0;
     return covered ? e.size - e.size % pack : 0;
 }
@@ -687,13 +687,15 @@ void run(const Call<Line>& call, Roster roster, const Options& options, bool mor
 
 View single(const Tensor& t, const char* name, bool written) {
     const View v = view(t, name, written);
-    STD_TORCH_CHECK(v.storage != Storage::float64, name, " is float64, which the CUDA kernels do not take; use backend='triton' or 'reference'");
+    STD_TORCH_CHECK(v.storage != Storage::float64, name,
+                    " is float64, which the CUDA kernels do not take; use backend='triton' or 'reference'");
     return v;
 }
 
 // The gradients, saliencies (or none) and layouts of a call, checked.
 Roster make_roster(const Tensors& grads, const Tensors& saliencies, const std::vector<int64_t>& layout) {
-    STD_TORCH_CHECK(layout.size() == 4 * grads.size(), "layout has ", layout.size(), " numbers; give stream, offset, run, stride by tensor");
+    STD_TORCH_CHECK(layout.size() == 4 * grads.size(), "layout has ", layout.size(),
+                    " numbers; give stream, offset, run, stride by tensor");
     STD_TORCH_CHECK(saliencies.empty() || saliencies.size() == grads.size(), "saliencies: ", saliencies.size(), " for ", grads.size(),
                     " tensors");
     Roster roster;
@@ -732,8 +734,7 @@ void check_rows(const Tensor& rows, const char* name, bool rank, int64_t tensors
                     tensors, " tensors");
 }
 
-template <class Line>
-Call<Line> make_call(const SelectionOptions& options, int64_t seed, const OptionalTensor& scope, size_t tensors) {
+template <class Line> Call<Line> make_call(const SelectionOptions& options, int64_t seed, const OptionalTensor& scope, size_t tensors) {
     Call<Line> call(seed);
     call.options = options;
     call.random = options.normalization != Normalization::constant || inverse_of_constant(options) != 1;
@@ -746,8 +747,8 @@ Call<Line> make_call(const SelectionOptions& options, int64_t seed, const Option
 // What AdamW and SGD share: checks of every list, then the run. `states`: the operator's lists, empty ones unused.
 template <class Line, class Options>
 void step(Call<Line> call, Roster roster, const Options& options, const Tensors& params, const Tensors& grads,
-          const std::vector<const Tensors*>& states, const Tensors& steps, const Tensors& mins, const Tensors& maxs, const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
-          bool maximize, bool more) {
+          const std::vector<const Tensors*>& states, const Tensors& steps, const Tensors& mins, const Tensors& maxs,
+          const OptionalTensor& grad_scale, const OptionalTensor& found_inf, bool maximize, bool more) {
     const size_t n = params.size();
     STD_TORCH_CHECK(roster.entries.size() == n, "grads has ", roster.entries.size(), " tensors for ", n, " parameters");
     STD_TORCH_CHECK(call.options.previous || (mins.empty() && maxs.empty()),
@@ -767,7 +768,8 @@ void step(Call<Line> call, Roster roster, const Options& options, const Tensors&
         Entry& e = roster.entries[i];
         const View p = single(params[i], "params", true);
         STD_TORCH_CHECK(params[i].scalar_type() == params[0].scalar_type(), "params[", i, "] has another dtype than params[0]");
-        STD_TORCH_CHECK(params[i].get_device_index() == params[0].get_device_index(), "params[", i, "] is on another device than params[0]");
+        STD_TORCH_CHECK(params[i].get_device_index() == params[0].get_device_index(), "params[", i,
+                        "] is on another device than params[0]");
         check_same_shape(view(grads[i], "grads", false), p, "grads", i);
         e.slots[theta] = roster.slot(p);
         for (size_t k = 0; k < moments.size(); ++k) {
@@ -792,8 +794,8 @@ static void selective_adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Te
                              OptionalTensor beta2_tensor, double eps, SELECTION_ARGUMENTS) {
     const AdamWOptions line{number(lr, lr_tensor, "lr"), number(beta1, beta1_tensor, "betas[0]"), number(beta2, beta2_tensor, "betas[1]"),
                             weight_decay, eps};
-    step(make_call<AdamW<float>>(SELECTION_OPTIONS, seed, scope_statistics, params.size()), make_roster(grads, {}, layout), line, params, grads,
-         {&exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs}, steps, saliency_mins, saliency_maxs, grad_scale, found_inf, maximize,
+    step(make_call<AdamW<float>>(SELECTION_OPTIONS, seed, scope_statistics, params.size()), make_roster(grads, {}, layout), line, params,
+         grads, {&exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs}, steps, saliency_mins, saliency_maxs, grad_scale, found_inf, maximize,
          !max_exp_avg_sqs.empty());
 }
 
@@ -802,8 +804,8 @@ static void selective_sgd_(Tensors params, Tensors grads, Tensors momentum_buffe
                            OptionalTensor found_inf, double lr, OptionalTensor lr_tensor, double weight_decay, bool maximize, int64_t seed,
                            double momentum, double dampening, bool nesterov, SELECTION_ARGUMENTS) {
     const SGDOptions line{number(lr, lr_tensor, "lr"), momentum, dampening, weight_decay, nesterov};
-    step(make_call<SGD<float>>(SELECTION_OPTIONS, seed, scope_statistics, params.size()), make_roster(grads, {}, layout), line, params, grads,
-         {&momentum_buffers}, steps, saliency_mins, saliency_maxs, grad_scale, found_inf, maximize, !momentum_buffers.empty());
+    step(make_call<SGD<float>>(SELECTION_OPTIONS, seed, scope_statistics, params.size()), make_roster(grads, {}, layout), line, params,
+         grads, {&momentum_buffers}, steps, saliency_mins, saliency_maxs, grad_scale, found_inf, maximize, !momentum_buffers.empty());
 }
 
 static void select_gradients_(Tensors grads, Tensors saliencies, OptionalTensor scope_statistics, std::vector<int64_t> layout, int64_t step,
@@ -812,7 +814,8 @@ static void select_gradients_(Tensors grads, Tensors saliencies, OptionalTensor 
     Roster roster = make_roster(grads, saliencies, layout);
     if (grads.empty()) return;
     call.fixed_step = step;
-    for (size_t i = 0; i < grads.size(); ++i) view(grads[i], "grads", true), roster.entries[i].slots[theta] = roster.entries[i].slots[gradient];
+    for (size_t i = 0; i < grads.size(); ++i)
+        view(grads[i], "grads", true), roster.entries[i].slots[theta] = roster.entries[i].slots[gradient];
     const Place place(grads[0]);
     run(call, std::move(roster), NoOptions(), false, grads[0], static_cast<cudaStream_t>(place.stream));
 }

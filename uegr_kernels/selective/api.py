@@ -15,6 +15,7 @@ FORMAT = 1  # of the state's layout; a key of every group
 FLOATS = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 
 
+COMPILED = ("cpp", "cuda")  # backends whose operators check a whole call themselves and take a state in a single tensor
 SWARM, TINY = 64, 4096  # parameters from which on, and elements a parameter up to which, states share one tensor
 
 
@@ -131,7 +132,7 @@ class SelectiveOptimizer(Optimizer):
             self._settle_scopes(batches)
             for batch in batches:
                 self._update(batch)
-            if len(self.param_groups) == len(batches) == 1 and batches[0]["backend"] == "cpp":
+            if len(self.param_groups) == len(batches) == 1 and batches[0]["backend"] in COMPILED:
                 self._remember(batches[0])
             return loss
 
@@ -158,7 +159,7 @@ class SelectiveOptimizer(Optimizer):
         self._check(group)
         batch = self._new_batch(group, roster.params[0].device, roster.params[0].dtype)
         batch |= {"params": roster.params, "grads": [p.grad for p in roster.params], "states": states, "layout": roster.batch["layout"]}
-        if batch["backend"] != "cpp" or any(grad is None for grad in batch["grads"]):
+        if batch["backend"] not in COMPILED or any(grad is None for grad in batch["grads"]):
             return False
         try:
             for key in self._needed(batch):
@@ -239,12 +240,15 @@ class SelectiveOptimizer(Optimizer):
         states = batch["states"] = [state if state else self.state[p] for p, state in zip(params, batch["states"], strict=True)]
         for key in self._needed(batch):
             lacking = [i for i, state in enumerate(states) if key not in state]  # what is there (a checkpoint's, a hook's) is left alone
-            if len(lacking) == len(params) >= SWARM and len(self.param_groups) == 1 and batch["backend"] == "cpp":
+            if len(lacking) == len(params) >= SWARM and len(self.param_groups) == 1 and batch["backend"] in COMPILED:
                 if all(p.numel() <= TINY and p.is_contiguous() for p in params):
                     self._share_states(key, batch)
                     continue
             for i in lacking:
                 states[i][key] = self._fresh_state(key, params[i], batch["group"])
+            if key == "step" and params[0].is_cuda:  # one found on the CPU, after a load, moves
+                for state in states:
+                    state[key] = state[key].to(params[0].device)
             batch[key] = [state[key] for state in states]
 
     def _share_states(self, key: str, batch: dict) -> None:
