@@ -513,10 +513,12 @@ struct Scaling {
     int64_t size, classes, samples;
     bool by_row;
 };
-template <bool full> DEVICE void scale(const Scaling& s, const int64_t* axes) {
+template <bool full, bool by_row> DEVICE void scale(const Scaling& s, const int64_t* axes) {
     constexpr int n = full ? columns : 1;
+    auto factor_of = [&](int64_t row) { return value_at<float>(place_of(s.factor, axes, row), s.factor.storage); };
+    const float of_all = by_row ? 1.0f : factor_of(0);
     for (int64_t l = n * (int64_t(blockIdx.x) * blockDim.x + threadIdx.x); l < s.size; l += n * int64_t(gridDim.x) * blockDim.x) {
-        const float factor = value_at<float>(place_of(s.factor, axes, s.by_row ? l / s.classes % s.samples : 0), s.factor.storage);
+        const float factor = by_row ? factor_of(s.by_row ? l / s.classes % s.samples : 0) : of_all;
         if constexpr (full) {
             float x[columns];
             FullColumns::load({s.from.data, s.from.storage}, 0, l, s.size, x);
@@ -532,9 +534,14 @@ template <bool full> DEVICE void scale(const Scaling& s, const int64_t* axes) {
 struct Axes {
     int64_t at[28]; // of up to three views with up to four axes
 };
-__global__ void __launch_bounds__(block_threads) scale_full(Scaling scaling) { scale<true>(scaling, nullptr); }
-__global__ void __launch_bounds__(block_threads) scale_ragged(Scaling scaling, const __grid_constant__ Axes axes) {
-    scale<false>(scaling, axes.at);
+__global__ void __launch_bounds__(block_threads) scale_full(const __grid_constant__ Scaling scaling, const __grid_constant__ Axes axes) {
+    scale<true, false>(scaling, axes.at);
+}
+__global__ void __launch_bounds__(block_threads) scale_rows(const __grid_constant__ Scaling scaling, const __grid_constant__ Axes axes) {
+    scale<true, true>(scaling, axes.at);
+}
+__global__ void __launch_bounds__(block_threads) scale_ragged(const __grid_constant__ Scaling scaling, const __grid_constant__ Axes axes) {
+    scale<false, true>(scaling, axes.at);
 }
 
 // --- The host's side ---
@@ -692,8 +699,7 @@ void scale_into(const Tensor& from, const Tensor& into, const Tensor& grad_loss)
                       reinterpret_cast<uintptr_t>(s.to.data) % 16 == 0;
     const int64_t blocks = (s.size / (full ? columns : 1) + block_threads - 1) / block_threads;
     const int64_t most = 8 * attribute_of_device(cudaDevAttrMultiProcessorCount);
-    if (full) launch(scale_full, {minimum(blocks, most), block_threads}, stream, s);
-    else launch(scale_ragged, {minimum(blocks, most), block_threads}, stream, s, axes);
+    launch(!full ? scale_ragged : s.by_row ? scale_rows : scale_full, {minimum(blocks, most), block_threads}, stream, s, axes);
 }
 
 #define LOSS_ARGUMENTS                                                                                                                     \

@@ -99,9 +99,11 @@ template <int n> DEVICE void store(const Slot& to, const int64_t* axes, int64_t 
 // g with zeros where the mask has them.
 template <int n, bool masked> DEVICE void gradient(const Call& call, const Entry& e, int64_t l, float (&g)[n]) {
     load(e.g, call.axes, l, g);
-    if (!masked || !call.mask.data || value_at<float>(place_of(call.mask, call.axes, l / call.token), call.mask.storage) != 0) return;
-    UNROLL
-    for (int j = 0; j < n; ++j) g[j] = 0;
+    if constexpr (masked) {
+        const bool real = !call.mask.data || value_at<float>(place_of(call.mask, call.axes, l / call.token), call.mask.storage) != 0;
+        UNROLL
+        for (int j = 0; j < n; ++j) g[j] = real ? g[j] : 0;
+    }
 }
 
 // Calls use(l, y): y are the n elements from l on of x + b * step, in double; without x in float where that will do.

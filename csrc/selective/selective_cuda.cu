@@ -23,27 +23,27 @@
 namespace uegr {
 namespace {
 
-constexpr int64_t item_size = 1 << 15;       // elements
-constexpr int64_t seldom_item = 1 << 18;     // of statistics that only a tensor's first step needs
-constexpr int64_t ranked_at_once = 1 << 10;  // tensors; a table of ranks has 128 KB
+constexpr int64_t item_size = 1 << 15; // elements
+constexpr int64_t seldom_item = 1 << 18; // of statistics that only a tensor's first step needs
+constexpr int64_t ranked_at_once = 1 << 10; // tensors; a table of ranks has 128 KB
 constexpr int threads = 256;
 constexpr int table_threads = 1024;
 constexpr int rank_table = rank_bins + 1; // 1/p by bin; the last one serves what is not finite
-constexpr int rank_parts = 64;            // blocks that count a tensor's bins
+constexpr int rank_parts = 64; // blocks that count a tensor's bins
 
 enum Role { theta, gradient, first_state, given = first_state + 3, roles }; // given: a saliency in the place of g*g
 
 // One tensor of a call, as the host knows it.
 struct alignas(16) Entry {
     Slot slots[roles], step, kept[2]; // kept: "previous", minimum and maximum of s
-    int64_t size = 0, bulk = 0;       // elements; those that whole accesses cover
+    int64_t size = 0, bulk = 0; // elements; those that whole accesses cover
     Layout layout{};
     int32_t statistics_at = -1, updates_at = -1, ragged_at = -1; // where its items start
-    int32_t table = 0;                                          // "rank"
+    int32_t table = 0; // "rank"
     int32_t statistics_items = 0, updates_items = 0;
-    int32_t row = 0;          // of the scope's statistics
-    bool backward = false;    // updated from its end
-    bool own = false;         // its statistics are taken in this call (kept ones: if there are none yet)
+    int32_t row = 0; // of the scope's statistics
+    bool backward = false; // updated from its end
+    bool own = false; // its statistics are taken in this call (kept ones: if there are none yet)
 };
 
 enum Kind : int32_t { gathering, updating, nothing };
@@ -346,7 +346,7 @@ struct Extremes {
 
 template <class Access, class Line> DEVICE void gather(const Call<Line>& call, const Work<Line>& work, int64_t begin, int64_t end) {
     if (!work.settled.own) return;
-    const bool has_saliency = work.entry.slots[given].data;
+    const bool has_saliency = std::is_same_v<Line, NoLine> && work.entry.slots[given].data;
     const float unscale = has_saliency ? 1 : work.settled.curve.unscale;
     int left = static_cast<int>(end - begin) - static_cast<int>(threadIdx.x) * Access::count;
     Access access(work.entry, call.axes, begin + threadIdx.x * Access::count);
@@ -366,7 +366,7 @@ template <class Access, class Line> DEVICE void gather(const Call<Line>& call, c
 
 template <class Line>
 DEVICE float inverse_of(const Call<Line>& call, const Work<Line>& work, const Probability<float>& probability, float g, float s) {
-    const bool has_saliency = work.entry.slots[given].data;
+    const bool has_saliency = std::is_same_v<Line, NoLine> && work.entry.slots[given].data;
     if (call.ranks()) {
         const float* table = call.tables + static_cast<int64_t>(work.entry.table) * rank_table;
         return table[minimum(rank_bin(has_saliency ? root(s) : absolute(g)), rank_bins)];
