@@ -176,6 +176,28 @@ def test_kernel_is_the_wide_reference_far_out(native):
     assert x.grad.isfinite().all()
 
 
+# Rows far from each other, rows that one class holds most of: where differences of logits and of log ratios cancel.
+@pytest.mark.parametrize("c", [2, 7, 1000])
+@pytest.mark.parametrize("scale", [0.1, 3.0, 20.0])
+def test_kernel_is_the_wide_reference_where_terms_cancel(native, c, scale):
+    offsets = torch.tensor([79.0, -78.3, 12.7, 41.9]).view(4, 1, 1)
+    logits = (random_logits(4, 64, c, dtype=torch.float32, seed=3, scale=scale) + offsets).clamp(-80, 80)
+    compare_with_wide_reference([logits[0], logits[1:]], torch.arange(64) % c, js_weight=1.0)
+    x = logits[1:].clone().requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    pairwise_js(x, reduction="sum", backend="cpp").backward()
+    pairwise_js(wide, reduction="sum", backend="reference").backward()
+    assert ((x.grad - wide.grad).abs() <= (1e-5 * wide.grad.abs().amax(-1, keepdim=True)).clamp(min=1e-7)).all()
+
+
+def test_shifted_logits_are_identical(native):
+    logits = random_logits(3, 5, 65).mul(4).round() + torch.tensor([0.0, 16.0, -37.0]).view(3, 1, 1)
+    logits.requires_grad_()
+    js = pairwise_js(logits, reduction="none", backend="cpp")
+    js.sum().backward()
+    assert (js == 0).all() and (logits.grad == 0).all()
+
+
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_what_is_no_logit_gives_nan(backend, wrong):
     x = random_logits(2, 3, 40, dtype=torch.float32)

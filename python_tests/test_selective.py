@@ -179,6 +179,19 @@ def test_neutral_equals_torch_adamw(backend, dtype, options):
     neutral_against_torch(uk.SelectiveAdamW, torch.optim.AdamW, backend, dtype, options, "gradient")
 
 
+@pytest.mark.parametrize("target", ["gradient", "update"])
+@pytest.mark.parametrize("options", [{}, {"lr": 3e-4, "maximize": True}, {"lr": 1e-2}], ids=str)
+def test_roundings_of_a_hundred_steps_are_torchs(backend, options, target):
+    """Steps of a few units in the parameter's last place, all rounded to the same side."""
+    start, gradients = problem([(1000,)] * 3, steps=100)
+    start = [torch.ones(1000), start[1], start[2] * 0.02]
+    params, _ = trained(uk.SelectiveAdamW, backend, start, gradients, **NEUTRAL, **options, target=target)
+    expected = as_parameters(start)
+    walk(torch.optim.AdamW(expected, foreach=False, **options), expected, gradients)
+    for i, (p, q) in enumerate(zip(params, expected, strict=True)):
+        compare(p, q, "trajectory", name=f"parameter {i}")
+
+
 @pytest.mark.parametrize("options", SGD_OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
 def test_neutral_equals_torch_sgd(backend, dtype, options):
@@ -1769,15 +1782,25 @@ BAD_OPTIONS = [
     ({"state_dtype": torch.float16}, ValueError, "state_dtype=torch.float16"),
     ({"seed": 1.5}, TypeError, "seed=1.5 is a float"),
     ({"seed": True}, TypeError, "seed=True is a bool"),
+    ({"lr": torch.tensor(1)}, TypeError, r"lr=tensor\(1\) is torch.int64"),
+    ({"maximize": "yes"}, TypeError, "maximize='yes' is a str; give True or False"),
+    ({"differentiable": None}, TypeError, "differentiable=None is a NoneType; give True or False"),
+    ({"fused": "yes"}, TypeError, "fused='yes' is a str; give True or False"),
     ({"backend": "gpu"}, ValueError, "backend='gpu' .*'auto', 'reference', 'cpp', 'cuda', 'triton'"),
 ]
 ADAMW_ONLY = [
+    ({"betas": 0.9}, TypeError, "betas=0.9 is no pair of numbers"),
+    ({"betas": (0.9,)}, TypeError, r"betas=\(0.9,\) is no pair of numbers"),
+    ({"amsgrad": "no"}, TypeError, "amsgrad='no' is a str; give True or False"),
     ({"betas": (1.0, 0.9)}, ValueError, "Invalid beta parameter at index 0: 1.0"),
     ({"betas": (0.9, -0.1)}, ValueError, "Invalid beta parameter at index 1: -0.1"),
     ({"betas": (torch.tensor(0.9), 0.9)}, ValueError, "betas must be either both floats or both Tensors"),
     ({"eps": -1.0}, ValueError, "Invalid epsilon value: -1.0"),
 ]
 SGD_ONLY = [
+    ({"momentum": float("nan")}, ValueError, "Invalid momentum value: nan"),
+    ({"dampening": float("nan")}, ValueError, "Invalid dampening value: nan"),
+    ({"nesterov": "yes", "momentum": 0.5}, TypeError, "nesterov='yes' is a str; give True or False"),
     ({"momentum": -0.5}, ValueError, "Invalid momentum value: -0.5"),
     ({"nesterov": True}, ValueError, "Nesterov momentum requires a momentum and zero dampening"),
     ({"nesterov": True, "momentum": 0.5, "dampening": 0.1}, ValueError, "Nesterov momentum requires a momentum and zero dampening"),
@@ -1828,6 +1851,8 @@ BAD_STEPS = [
     pytest.param(fine_parameter, {"target": ["update"]}, ValueError, r"target=\['update'\]", id="not hashable"),
     pytest.param(fine_parameter, {"lr": "fast"}, (TypeError, ValueError), "lr.*fast", id="lr"),
     pytest.param(fine_parameter, {"lr": torch.ones(2)}, (TypeError, ValueError, RuntimeError), "lr", id="lr of two elements"),
+    pytest.param(fine_parameter, {"seed": "x"}, TypeError, "seed='x' is a str", id="seed"),
+    pytest.param(fine_parameter, {"maximize": "yes"}, TypeError, "maximize='yes'", id="maximize"),
     pytest.param(fine_parameter, {"weight_decay": None}, (TypeError, ValueError), "weight_decay.*None", id="weight_decay"),
 ]
 
@@ -1857,6 +1882,41 @@ def test_a_state_of_another_shape_is_named_and_changes_nothing(backend, cls):
     with pytest.raises(ValueError, match=rf"parameter 1 has shape \(3,\) but its {key} \(4,\)"):
         optimizer.step()
     assert same_bits((first.detach(), dict(optimizer.state[first])), (before[0].detach(), dict(before[1])))
+
+
+BAD_STATES = [
+    ("step", 3.0, TypeError, "is a float"),
+    ("step", None, TypeError, "is a NoneType"),
+    ("step", torch.ones(2), ValueError, r"has shape \(2,\); give one value"),
+    ("step", torch.tensor(3), TypeError, "is torch.int64"),
+    ("moment", 0.5, TypeError, "is a float"),
+    ("moment", torch.zeros(3, dtype=torch.complex64), TypeError, "is torch.complex64"),
+    ("moment", torch.zeros(3).to_sparse(), (TypeError, RuntimeError), "sparse_coo"),
+    ("moment", torch.zeros(1).expand(3), ValueError, "is expanded"),
+    ("moment", torch.zeros(3, device="meta"), ValueError, "is on meta"),
+    ("saliency_min", 0.5, TypeError, "is a float"),
+    ("saliency_min", torch.ones(2), ValueError, r"has shape \(2,\); give one value"),
+]
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("key", "value", "error", "message"), BAD_STATES, ids=lambda x: str(x)[:20] if isinstance(x, str) else None)
+def test_a_state_that_does_not_fit_is_named_and_changes_nothing(backend, cls, groups, key, value, error, message):
+    if groups == 1 and isinstance(value, torch.Tensor) and value.is_meta:
+        pytest.skip("a single call with a meta tensor is a dry run of PyTorch's")
+    params = [fine_parameter() for _ in range(3)]
+    options = {"momentum": 0.5} if cls is uk.SelectiveSGD else {}
+    split = [params] if groups == 1 else [params[:2], params[2:]]
+    optimizer = cls([{"params": part} for part in split], lr=0.1, seed=1, backend=backend, statistics="previous", **options)
+    walk(optimizer, params, [[torch.ones(3)] * 3] * 2)
+    key = {"moment": "momentum_buffer" if cls is uk.SelectiveSGD else "exp_avg"}.get(key, key)
+    before = copy.deepcopy([(p.detach(), dict(optimizer.state[p])) for p in params])
+    optimizer.state[params[2]][key] = value
+    with pytest.raises(error, match=message):
+        optimizer.step()
+    del optimizer.state[params[2]][key], before[2][1][key]
+    assert same_bits([(p.detach(), dict(optimizer.state[p])) for p in params], before)
 
 
 def test_sgd_refuses_an_expanded_parameter_before_anything_changes(backend):
@@ -1909,6 +1969,30 @@ def test_select_gradients_names_a_bad_gradient_and_changes_none(backend, make, s
     with pytest.raises(error, match=message):
         uk.select_gradients_(params, seed=1, step=1, saliency=saliency, normalization="constant", keep_probability=0.1, backend=backend)
     assert params[0].grad.tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_numpys_numbers_are_numbers(backend, cls):
+    start, gradients = problem([(9, 5)])
+    plain = {"lr": 0.125, "weight_decay": 0.5, "threshold": 0.25, "sharpness": 2, "min_probability": 0.5, "seed": 2**63 + 1}
+    types = (np.float32, np.float16, np.float32, np.int64, np.float32, np.uint64)
+    converted = {key: kind(value) for (key, value), kind in zip(plain.items(), types, strict=True)}
+    results = [trained(cls, backend, start, gradients, **options)[0][0] for options in (plain, converted)]
+    assert same_bits(*results)
+    masks = [uk.selection_mask(gradients[0][0], seed=kind(3), step=kind(1), stream=kind(2), backend=backend) for kind in (int, np.int64)]
+    assert same_bits(*masks)
+
+
+def test_select_gradients_names_what_is_no_tensor(backend):
+    first, second = fine_parameter(), fine_parameter()
+    for params, saliency, message in (
+        ([first, 3], None, r"params\[1\] is a int"),
+        ([first, ("name", second)], None, r"params\[1\] is a tuple"),
+        ([first, second], [torch.ones(3), None], r"saliency\[1\] is None"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            uk.select_gradients_(params, seed=1, step=1, saliency=saliency, threshold=-10.0, backend=backend)
+    assert first.grad.tolist() == second.grad.tolist() == [1.0] * 3
 
 
 def test_select_gradients_refuses_an_expanded_gradient(backend):
@@ -2219,7 +2303,7 @@ def test_many_small_parameters_share_a_tensor_for_each_state(native):
     ("gradient", "error", "words"),
     [
         pytest.param(torch.ones(4).to_sparse(), RuntimeError, "to_dense", id="sparse"),
-        pytest.param("expanded", RuntimeError, "expanded", id="expanded parameter"),
+        pytest.param("expanded", ValueError, "parameter 40 is expanded", id="expanded parameter"),
     ],
 )
 def test_a_refused_step_after_others_changes_nothing(native, cls, gradient, error, words):

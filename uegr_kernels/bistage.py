@@ -80,6 +80,9 @@ class BiStage:
 
     Inputs are a tensor, a dict for model(**inputs), whose `attention_mask` masks the perturbation, or a tuple for model(*inputs). Tensors
     whose first dimension is N are repeated for the passes. The model's mode is the caller's. Build it before `torch.compile`.
+    The embedding's output and the logits are float32, bfloat16, float16 or float64; the losses float32 (float64 for float64).
+    Raises TypeError or ValueError for wrong arguments, here and in a call, RuntimeError for a pass in which the embedding was not called
+    exactly once, and for a backend that cannot serve the call.
     Equivalent to: `uegr_loss` of the clean logits and those of m passes with `fgm_perturbation` added to the embedding's output.
     """
 

@@ -184,18 +184,19 @@ template <class T> void store_block(const View& view, int64_t begin, int n, cons
 
 template <class T> constexpr Storage storage_of = sizeof(T) == 8 ? Storage::float64 : Storage::float32;
 
+// Asks for a block's memory ahead of its turn: the arithmetic of the block before hides the wait.
+inline void prefetch_block(const View& view, int64_t begin) {
+    const char* from = view.data + begin * bytes_of(view.storage);
+    for (int i = 0; i < block_size * bytes_of(view.storage); i += 64) __builtin_prefetch(from + i);
+}
+
 // The block itself where it lies in memory as the arithmetic wants it, else a copy of it in `scratch`. `granule`: what the caller's loops
 // round n up to.
 template <class T> T* block_at(const View& view, int64_t begin, int n, T* scratch, int granule = block_size) {
     if (view.contiguous && view.storage == storage_of<T> && n % granule == 0) return reinterpret_cast<T*>(view.data) + begin;
+    if (view.contiguous) prefetch_block(view, begin + prefetch_distance);
     load_block(view, begin, n, scratch);
     return scratch;
-}
-
-// Asks for a block's memory ahead of its turn: the arithmetic of the block before hides the wait.
-template <class T> void prefetch_block(const View& view, int64_t begin) {
-    const char* from = view.data + begin * static_cast<int64_t>(sizeof(T));
-    for (int i = 0; i < block_size * static_cast<int>(sizeof(T)); i += 64) __builtin_prefetch(from + i);
 }
 
 // A row in vectors of the instruction set's width: sums stay in registers and their order is the same for every row.
@@ -226,6 +227,16 @@ template <> inline Vector<float>::Type minimum(Vector<float>::Type a, Vector<flo
 #elif defined(__SSE2__)
 template <> inline Vector<float>::Type maximum(Vector<float>::Type a, Vector<float>::Type b) { return _mm_max_ps(a, b); }
 template <> inline Vector<float>::Type minimum(Vector<float>::Type a, Vector<float>::Type b) { return _mm_min_ps(a, b); }
+#endif
+// A block's entries of a table; the compiler would take the indices out of their vector one by one.
+template <class T> void look_up(const float* table, const int32_t* index, T* out) {
+    for (int i = 0; i < block_size; ++i) out[i] = table[index[i]];
+}
+#if defined(__AVX512F__)
+template <> inline void look_up(const float* table, const int32_t* index, float* out) {
+    for (int i = 0; i < block_size; i += 16)
+        _mm512_storeu_ps(out + i, _mm512_mask_i32gather_ps(__m512{}, 65535, _mm512_loadu_si512(index + i), table, 4));
+}
 #endif
 template <class T> constexpr int width = sizeof(Lanes) / sizeof(T);
 

@@ -38,17 +38,33 @@ template <class T> HOST_DEVICE void add_log_ratios(T d, T u, T& of_k, T& of_l) {
 // A row's sums, in double.
 struct RowSums {
     double max = 0, sum = 0; // of x, of e
-    double kl = 0;           // of e * the log ratios with every other pass
+    double pivot = 0;        // sum over the other passes of the log ratio at the most probable class, or 0
+    double kl = 0;           // of e * (the other passes' log ratios - pivot)
     double label = 0;        // of t * (x - max) over the labels' t > 0
     double log_sum = 0, inverse = 0;
 
     CALLED_ON_BOTH void settle() { log_sum = std::log(sum), inverse = 1 / sum; }
-    HOST_DEVICE double log_normalizer() const { return max + log_sum; }
 
     // -sum t log p, the t adding up to `mass`.
     HOST_DEVICE double cross_entropy(double mass) const { return mass * log_sum - label; }
-    // Sum over l of KL(P || M_l).
-    HOST_DEVICE double divergence() const { return kl * inverse; }
+    // Whether one class holds much of p: then its log ratio is nearly the divergence, and only their difference is exact enough.
+    HOST_DEVICE bool dominated() const { return sum < 4; }
+    // Sum over l of KL(P || M_l), less the pivot.
+    HOST_DEVICE double from_pivot() const { return kl * inverse; }
+    HOST_DEVICE double divergence() const { return pivot + from_pivot(); }
+};
+
+// log p_k - log p_l = (x_k - from_k) - (x_l - from_l) - gap. Logits are counted from their rows' maxima where those lie apart, as the
+// difference of two rows would lose more to rounding; not where they are close: there it is exact.
+struct PairDistance {
+    double from_k = 0, from_l = 0, gap;
+
+    CALLED_ON_BOTH PairDistance(const RowSums& k, const RowSums& l) {
+        const double apart = k.max - l.max;
+        gap = k.log_sum - l.log_sum;
+        if (apart > 1 || apart < -1) from_k = k.max, from_l = l.max;
+        else gap += apart;
+    }
 };
 
 // JS summed over pairs from the sums of the divergences to the pairs' means; a pair's is in [0, ln 2], NaN stays.
@@ -57,14 +73,14 @@ HOST_DEVICE double pairs_divergence(double divergences, int64_t m) {
     return minimum(most, maximum(0.0, divergences / 2));
 }
 
-// The gradient by a logit, e * of_e + w * of_w - t * of_t - floor, w = e * (sum of its log ratios): label_weight times that of the cross
-// entropy, p * mass - t, plus js_weight times that of the divergence, p (log ratios - KL)/2. With a class index t is 0 but for one element,
-// and smoothing adds `floor` to all.
+// The gradient by a logit, e * of_e + w * of_w - t * of_t - floor, w = e * (sum of its log ratios - pivot): label_weight times that of the
+// cross entropy, p * mass - t, plus js_weight times that of the divergence, p (log ratios - KL)/2. With a class index t is 0 but for one
+// element, and smoothing adds `floor` to all.
 template <class T> struct GradientFactors {
     T of_e, of_w, of_t, floor;
 
     CALLED_ON_BOTH GradientFactors(const RowSums& row, double label_weight, double mass, double smoothed, double js_weight)
-        : of_e(static_cast<T>(row.inverse * (label_weight * mass - js_weight / 2 * row.divergence()))),
+        : of_e(static_cast<T>(row.inverse * (label_weight * mass - js_weight / 2 * row.from_pivot()))),
           of_w(static_cast<T>(row.inverse * js_weight / 2)), of_t(static_cast<T>(label_weight)),
           floor(static_cast<T>(label_weight * smoothed)) {}
 

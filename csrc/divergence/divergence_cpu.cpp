@@ -121,12 +121,12 @@ private:
 
     static void stage(const Rows& from, int64_t n, T* to) { uegr::load(from.view(n), 0, static_cast<int>(from.classes), to); }
 
-    T maximum_of(const T* row) const {
+    T maximum_of(const T* row, int64_t begin, int64_t end) const {
         V most[4] = {V{} + lowest, V{} + lowest, V{} + lowest, V{} + lowest};
-        int64_t i = 0;
-        for (; i + 4 * width<T> <= classes; i += 4 * width<T>)
+        int64_t i = begin;
+        for (; i + 4 * width<T> <= end; i += 4 * width<T>)
             for (int j = 0; j < 4; ++j) most[j] = maximum(load_vector(row + i + j * width<T>), most[j]);
-        vectors<T>(i, classes, [&](int64_t i, int count) { most[0] = maximum(load(row, i, count, lowest), most[0]); });
+        vectors<T>(i, end, [&](int64_t i, int count) { most[0] = maximum(load(row, i, count, lowest), most[0]); });
         most[0] = maximum(maximum(most[0], most[1]), maximum(most[2], most[3]));
         T each[width<T>], found = lowest;
         store_vector(each, most[0]);
@@ -157,7 +157,7 @@ private:
         T* own = staged + pass * padded;
         x[pass] = reinterpret_cast<const T*>(from.at(n));
         if (!from.direct<T>()) stage(from, n, own), x[pass] = own;
-        T max = maximum_of(x[pass]);
+        T max = maximum_of(x[pass], 0, classes);
         if (!(absolute(max) <= T(far_out))) {
             for (int64_t i = 0; i < classes; ++i) own[i] = x[pass][i] - max;
             x[pass] = own, max = 0;
@@ -197,11 +197,10 @@ private:
         const T* e = exponentials_of(batch.first);
         T* w = products_of(batch.first);
         RowSums* of = sums.data() + batch.first;
-        for (int64_t k = 0; k < m; ++k) of[k].kl = 0;
+        for (int64_t k = 0; k < m; ++k) of[k].kl = 0, of[k].pivot = pivot(k);
         for (int64_t at = 0; at < classes; at += span) {
             const int64_t end = std::min(at + span, classes);
-            for (int64_t k = 0; k < m; ++k)
-                std::fill(w + k * padded + at, w + k * padded + std::min(at + span, padded), T(0)); // whole vectors
+            for (int64_t k = 0; k < m; ++k) start_ratios(k, at, std::min(at + span, padded), static_cast<T>(-of[k].pivot));
             for (int64_t k = 0; k < m; ++k)
                 for (int64_t l = k + 1; l < m; ++l) add_pair(k, l, at, end, w + k * padded, w + l * padded);
             for (int64_t k = 0; k < m; ++k) {
@@ -218,14 +217,36 @@ private:
         }
     }
 
+    void start_ratios(int64_t k, int64_t begin, int64_t end, T from) { // whole vectors
+        T* w = products_of(batch.first + k);
+        std::fill(w + begin, w + end, from);
+    }
+
+    // The sum of the log ratios at the most probable class, where it dominates the row.
+    double pivot(int64_t k) {
+        if (!sums[batch.first + k].dominated()) return 0;
+        const T* e = exponentials_of(batch.first + k);
+        int64_t block = 0;
+        while (block + span < classes && maximum_of(e, block, block + span) < T(1)) block += span;
+        const int64_t likeliest = std::find(e + block, e + classes, T(1)) - e, at = likeliest / width<T> * width<T>;
+        T* w = products_of(batch.first);
+        for (int64_t l = 0; l < m; ++l) start_ratios(l, at, at + width<T>, T(0));
+        for (int64_t l = 0; l < m; ++l)
+            if (l != k)
+                add_pair(std::min(k, l), std::max(k, l), at, std::min(at + width<T>, classes), w + std::min(k, l) * padded,
+                         w + std::max(k, l) * padded);
+        return w[k * padded + likeliest];
+    }
+
     void add_pair(int64_t k, int64_t l, int64_t at, int64_t end, T* of_k, T* of_l) {
         const RowSums &row_k = sums[batch.first + k], &row_l = sums[batch.first + l];
         const T far_k = static_cast<T>(row_k.max - far_below), far_l = static_cast<T>(row_l.max - far_below);
-        const T gap = static_cast<T>(row_k.log_normalizer() - row_l.log_normalizer());
+        const PairDistance between(row_k, row_l);
+        const T from_k = static_cast<T>(between.from_k), from_l = static_cast<T>(between.from_l), gap = static_cast<T>(between.gap);
         vectors<T>(at, end,
                    [=, x_k = x[batch.first + k], x_l = x[batch.first + l], d = difference - at, u = gradient - at](int64_t i, int count) {
-                       const V between =
-                           maximum(V{} + far_k, load(x_k, i, count, lowest)) - maximum(V{} + far_l, load(x_l, i, count, lowest)) - gap;
+                       const V between = (maximum(V{} + far_k, load(x_k, i, count, lowest)) - from_k) -
+                                         (maximum(V{} + far_l, load(x_l, i, count, lowest)) - from_l) - gap;
                        store_vector(d + i, between);
                        store_vector(u + i, half_complement(minus_absolute(between)));
                    });

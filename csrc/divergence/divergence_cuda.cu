@@ -68,6 +68,7 @@ struct Batch {
 };
 
 template <class T> DEVICE T larger(T a, T b) { return a > b ? a : b; }
+template <class T> DEVICE T smaller(T a, T b) { return a < b ? a : b; }
 template <class T> DEVICE T added(T a, T b) { return a + b; }
 
 // --- 8 columns from memory and back ---
@@ -208,20 +209,57 @@ template <class Group, class Columns> struct Sample {
     // Two passes' products w in the place of x; their sums.
     DEVICE void pair(RowSums& k, RowSums& l) {
         const float far_k = static_cast<float>(k.max - far_below), far_l = static_cast<float>(l.max - far_below);
-        const float gap = static_cast<float>(k.log_normalizer() - l.log_normalizer());
+        const PairDistance between(k, l);
+        const float from_k = static_cast<float>(between.from_k), from_l = static_cast<float>(between.from_l),
+                    gap = static_cast<float>(between.gap);
+        auto add_ratios = [&](float x_k, float x_l, float& of_k, float& of_l) {
+            const float d = (maximum(far_k, x_k) - from_k) - (maximum(far_l, x_l) - from_l) - gap;
+            add_log_ratios(d, half_complement(minus_absolute(d)), of_k, of_l);
+        };
+        if (k.dominated() || l.dominated()) { // the log ratios at the first of the most probable classes
+            const float nowhere = HUGE_VALF;
+            float first[2] = {nowhere, nowhere}, x[2][columns], e[2][columns];
+            double pivots[2] = {};
+            auto likeliest = [&](int side, auto f) {
+                each([&](int turn, int64_t i) {
+                    kept.get(2 * side + 1, turn, e[side]);
+                    UNROLL
+                    for (int j = 0; j < columns; ++j)
+                        if (e[side][j] == 1) f(turn, j, static_cast<float>(i / columns));
+                });
+            };
+            UNROLL
+            for (int side = 0; side < 2; ++side) likeliest(side, [&](int, int, float chunk) { first[side] = minimum(chunk, first[side]); });
+            group.join(first, nowhere, smaller<float>);
+            UNROLL
+            for (int side = 0; side < 2; ++side) {
+                bool found = false;
+                likeliest(side, [&](int turn, int j, float chunk) {
+                    if (found || chunk != first[side]) return;
+                    found = true;
+                    kept.get(0, turn, x[0]), kept.get(2, turn, x[1]);
+                    float ratios[2] = {};
+                    UNROLL
+                    for (int at = 0; at < columns; ++at)
+                        if (at == j) add_ratios(x[0][at], x[1][at], ratios[0], ratios[1]);
+                    pivots[side] = ratios[side];
+                });
+            }
+            group.join(pivots, 0.0, added<double>);
+            k.pivot = k.dominated() ? pivots[0] : 0, l.pivot = l.dominated() ? pivots[1] : 0;
+        }
+        const float pivot_k = static_cast<float>(k.pivot), pivot_l = static_cast<float>(l.pivot);
         double sums[2] = {};
-        each([&](int turn, int64_t i) {
+        each([&](int turn, int64_t) {
             float x_k[columns], x_l[columns], e_k[columns], e_l[columns], of_k = 0, of_l = 0;
             kept.get(0, turn, x_k), kept.get(2, turn, x_l), kept.get(1, turn, e_k), kept.get(3, turn, e_l);
             UNROLL
             for (int j = 0; j < columns; ++j) {
-                const float d = maximum(far_k, x_k[j]) - maximum(far_l, x_l[j]) - gap;
-                float ratio_k = 0, ratio_l = 0;
-                add_log_ratios(d, half_complement(minus_absolute(d)), ratio_k, ratio_l);
+                float ratio_k = -pivot_k, ratio_l = -pivot_l;
+                add_ratios(x_k[j], x_l[j], ratio_k, ratio_l);
                 x_k[j] = e_k[j] * ratio_k, x_l[j] = e_l[j] * ratio_l;
                 of_k += x_k[j], of_l += x_l[j];
             }
-            (void)i;
             kept.put(0, turn, x_k), kept.put(2, turn, x_l);
             sums[0] += of_k, sums[1] += of_l;
         });
@@ -364,17 +402,32 @@ struct Sweep {
         }
         __syncthreads();
     }
-    // The sum of a class's log ratios with every other pass.
+    // The sum of a class's log ratios with every other pass, less the pivot.
     DEVICE float ratios(int k, int64_t i) const {
-        float of_k = 0, unused = 0;
-        const float far_k = maximum(static_cast<float>(rows[k].max - far_below), x(k, i));
+        float of_k = -static_cast<float>(rows[k].pivot), unused = 0;
+        const float x_k = maximum(static_cast<float>(rows[k].max - far_below), x(k, i));
         for (int l = batch.first; l < batch.passes; ++l) {
             if (l == k) continue;
-            const float gap = static_cast<float>(rows[k].log_normalizer() - rows[l].log_normalizer());
-            const float d = far_k - maximum(static_cast<float>(rows[l].max - far_below), x(l, i)) - gap;
+            const PairDistance between(rows[k], rows[l]);
+            const float d = (x_k - static_cast<float>(between.from_k)) -
+                            (maximum(static_cast<float>(rows[l].max - far_below), x(l, i)) - static_cast<float>(between.from_l)) -
+                            static_cast<float>(between.gap);
             add_log_ratios(d, half_complement(minus_absolute(d)), of_k, unused);
         }
         return of_k;
+    }
+    // The log ratios at the first of the most probable classes, where it dominates the row.
+    DEVICE void find_pivot(int k) {
+        if (!rows[k].dominated()) return;
+        double first[1] = {HUGE_VAL};
+        each([&](int64_t i) {
+            if (e(k, i) == 1) first[0] = smaller(first[0], static_cast<double>(i));
+        });
+        group.join(first, HUGE_VAL, smaller<double>);
+        const double pivot = first[0] < HUGE_VAL ? ratios(k, static_cast<int64_t>(first[0])) : 0;
+        __syncthreads();
+        if (threadIdx.x == 0) rows[k].pivot = pivot;
+        __syncthreads();
     }
     DEVICE float e(int pass, int64_t i) const { return exponential(x(pass, i) - static_cast<float>(rows[pass].max)); }
 
@@ -389,6 +442,7 @@ struct Sweep {
         for (int pass = 0; pass < batch.passes; ++pass) read(pass);
         const bool pairs = batch.passes - batch.first > 1;
         for (int k = batch.first; pairs && k < batch.passes; ++k) {
+            find_pivot(k);
             double sums[1] = {};
             each([&](int64_t i) { sums[0] += e(k, i) * ratios(k, i); });
             group.join(sums, 0.0, added<double>);

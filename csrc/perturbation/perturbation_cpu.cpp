@@ -112,7 +112,7 @@ template <class T> struct Worker {
     double gradient_squares(const Piece& piece) {
         Sum sum;
         blocks(piece, [&](int64_t begin, int n) {
-            prefetch_block<T>(piece.e.g, begin + 4 * block_size);
+            prefetch_block(piece.e.g, begin + 4 * block_size);
             const T* from = gradient(piece.e, begin, n);
             sum.add_block([=](int i) { return square(from[i]); });
         });

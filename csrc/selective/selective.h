@@ -121,6 +121,9 @@ template <bool rescale, class T> HOST_DEVICE T drawn_factor(T g, T inverse, uint
     return finite(g) ? drawn : T(1);
 }
 
+// theta on its way to `stepped`: factor b/p of it, and not at all where b is 0, whatever `stepped` is.
+template <class T> HOST_DEVICE T moved(T theta, T stepped, T factor) { return factor == 0 ? theta : theta + factor * (stepped - theta); }
+
 // The scalars of one tensor's AdamW line.
 template <class T> struct AdamW {
     T beta1, beta2, complement1, complement2, decay, step_size, inverse_root, eps;
@@ -131,15 +134,16 @@ template <class T> struct AdamW {
           step_size(lr / (1 - std::pow(beta1_, step))), inverse_root(1 / std::sqrt(1 - std::pow(beta2_, step))), eps(eps_) {}
 
     // factor: b/p. target "gradient": g~ = b*g/p feeds the moments; "update": g does, and b/p multiplies the step.
+    // v and theta are rounded where torch.optim.AdamW rounds them: over many steps it shows. Adding 0 rounds a product that the compiler
+    // would fuse with the next addition.
     template <bool update, bool amsgrad> HOST_DEVICE void step(T& theta, T g, T factor, T& m, T& v, T& v_max) const {
         const T fed = update ? g : g * factor;
         m = m + complement1 * (fed - m);
-        v = v * beta2 + complement2 * fed * fed;
+        v = (v * beta2 + T(0)) + complement2 * fed * fed;
         if (amsgrad) v_max = maximum(v, v_max);
         const T denominator = near_root(amsgrad ? v_max : v) * inverse_root + eps;
-        const T change = quotient(step_size * m, denominator);
-        // The rounded decay is torch's: over many steps its rounding shows.
-        theta = update ? theta - factor * ((1 - decay) * theta + change) : theta * decay - change;
+        const T stepped = theta * decay + T(0) - quotient(step_size * m, denominator);
+        theta = update ? moved(theta, stepped, factor) : stepped;
     }
 };
 

@@ -121,11 +121,6 @@ template <bool rescale, class T, class Inverse> void factor_block(const T* g, co
     for (int i = 0; i < block_size; ++i) factor[i] = drawn_factor<rescale>(g[i], inverse(i), words[i]);
 }
 
-// 1/p of a block by its ranks. What is written cannot be the table, so the look-ups become gathers.
-template <class T, class Magnitude> void look_up(const float* __restrict by_bin, T* __restrict inverse, Magnitude magnitude) {
-    for (int i = 0; i < block_size; ++i) inverse[i] = static_cast<T>(by_bin[minimum(rank_bin(magnitude(i)), rank_bins)]);
-}
-
 // A thread at work on a call.
 template <class T, class Line> struct Worker {
     const Call<T, Line>& call;
@@ -133,6 +128,7 @@ template <class T, class Line> struct Worker {
     std::vector<float> table; // "rank": of a small tensor
     alignas(64) T g[block_size], s[block_size], factor[block_size], theta[block_size], states[3][block_size];
     alignas(64) uint32_t words[2 * block_size + 4] = {}, rounding[2 * block_size + 4];
+    alignas(64) int32_t bins[block_size];
 
     explicit Worker(const Call<T, Line>& call) : call(call), keys(call.seed), rounding_keys(call.seed ^ rounding_key) {
         if (call.options.normalization == Normalization::rank) table.resize(rank_table);
@@ -160,6 +156,15 @@ template <class T, class Line> struct Worker {
         e.join(found);
     }
 
+    // The bins of a block of gradients, or of saliencies in their place; the one after the last is for what is not finite.
+    void bin(const T* g, const T* given) {
+        auto fill = [](int32_t* __restrict bins, auto magnitude) {
+            for (int i = 0; i < block_size; ++i) bins[i] = minimum(rank_bin(magnitude(i)), rank_bins);
+        };
+        if (given) fill(bins, [&](int i) { return root(given[i]); });
+        else fill(bins, [&](int i) { return absolute(g[i]); });
+    }
+
     // Counts by bin: elements [0, size) whose unsharded index is a multiple of `every`, each counting `weight`.
     template <class Count> void count(const Entry<T, Line>& e, int64_t every, Count* counts, Count weight) {
         auto add = [&](T x) {
@@ -169,8 +174,9 @@ template <class T, class Line> struct Worker {
         const View& from = e.s.data ? e.s : e.g;
         if (every == 1) {
             blocks(0, e.size, [&](int64_t at, int n) {
-                const T* x = block_at(from, at, n, s);
-                for (int i = 0; i < n; ++i) add(x[i]);
+                bin(e.s.data ? nullptr : gradient(e, at, n), e.s.data ? block_at(e.s, at, n, s) : nullptr);
+                for (int i = 0; i < n; ++i)
+                    if (bins[i] < rank_bins) counts[bins[i]] += weight;
             });
             return;
         }
@@ -217,8 +223,8 @@ template <class T, class Line> struct Worker {
             const T inverse = static_cast<T>(inverse_of_constant(call.options));
             factor_block<rescale>(g, drawn, factor, [&](int) { return inverse; });
         } else if (call.options.normalization == Normalization::rank) {
-            if (given) look_up(e.by_bin, factor, [&](int i) { return root(given[i]); });
-            else look_up(e.by_bin, factor, [&](int i) { return absolute(g[i]); });
+            bin(g, given);
+            look_up(e.by_bin, bins, factor);
             factor_block<rescale>(g, drawn, factor, [&](int i) { return factor[i]; });
         } else {
             const Probability<T> probability = e.probability;

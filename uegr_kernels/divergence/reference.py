@@ -140,7 +140,7 @@ def linear_uegr_loss(kernel: Callable, hidden: list[Tensor], weight: Tensor, bia
         slices = [x[..., at : at + chunk_rows, :] for x in hidden]
         h = torch.cat([x.reshape(-1, x.shape[-1]) for x in slices]).to(dtype)
         z = torch.nn.functional.linear(h, w, b)
-        of_inputs = [part.view(*x.shape[:-1], -1) for x, part in zip(slices, z.split([x[..., 0].numel() for x in slices]), strict=True)]
+        of_inputs = [part.view(*x.shape[:-1], len(w)) for x, part in zip(slices, z.split([x[..., 0].numel() for x in slices]), strict=True)]
         loss, parts = kernel(of_inputs, None if labels is None else labels[at : at + chunk_rows], ignore_index=ignore_index,
                              reduction="none", needs=need_logits, **options)  # fmt: skip
         losses.append(torch.cat((loss[None], parts)))

@@ -3,6 +3,7 @@
 import dataclasses
 import operator
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ class SelectiveOptimizer(Optimizer):
 
     operator: str
     numbers: tuple[str, ...]  # options of this optimizer's own that are numbers
+    flags: tuple[str, ...] = ("maximize", "capturable", "differentiable", "foreach", "fused")  # and that are True or False
     _roster: _Roster | None
     _shared: dict[str, tuple[Tensor, list[Tensor], list[int]]]  # states of many small parameters in one tensor, its parts, their addresses
 
@@ -54,9 +56,14 @@ class SelectiveOptimizer(Optimizer):
         """Raises what is wrong with a group's options, in torch's own words where torch has the option."""
         lr = group["lr"]
         for name in ("lr", "weight_decay", *self.numbers):
-            if not isinstance(group[name], (int, float, Tensor)):
+            if not isinstance(group[name], (Real, Tensor)):
                 raise TypeError(f"{name}={group[name]!r} is a {type(group[name]).__name__}; give a number")
+        for name in self.flags:
+            if not isinstance(group[name], bool) and not (group[name] is None and name in ("foreach", "fused")):
+                raise TypeError(f"{name}={group[name]!r} is a {type(group[name]).__name__}; give True or False")
         if isinstance(lr, Tensor):
+            if not lr.is_floating_point():
+                raise TypeError(f"lr={lr!r} is {lr.dtype}; give a number, or a tensor of floating point")
             if group["foreach"] and not group["capturable"]:
                 raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
             if lr.numel() != 1:
@@ -123,10 +130,8 @@ class SelectiveOptimizer(Optimizer):
             if self._step_again():
                 return loss
             batches = [batch for group, first in self._groups() for batch in self._batches(group, first)]
-            # A compiled operator checks a whole call before it changes anything: one call needs no other check.
-            if len(batches) > 1 or any(batch["backend"] == "reference" for batch in batches):
-                for batch in batches:
-                    self._check_shapes(batch)
+            for batch in batches:
+                self._check_states(batch)
             for batch in batches:
                 self._complete_states(batch)
             self._settle_scopes(batches)
@@ -211,6 +216,7 @@ class SelectiveOptimizer(Optimizer):
             "group": group,
             "selection": _selection(group),
             "backend": backend,
+            "seed": _signed(_whole("seed", group["seed"]) % 2**64),
             "statistics": None,
             "params": [],
             "grads": [],
@@ -218,16 +224,15 @@ class SelectiveOptimizer(Optimizer):
             "layout": [],
         }
 
-    def _check_shapes(self, batch: dict) -> None:
-        """Raises a gradient or a moment of another shape than its parameter."""
-        moments = self._moments(batch["group"])
+    def _check_states(self, batch: dict) -> None:
+        """Raises a gradient or a state that does not fit its parameter: every tensor of every call, before the first one is stepped."""
+        needed, moments = self._needed(batch), self._moments(batch["group"])
         for i, (p, grad, state) in enumerate(zip(batch["params"], batch["grads"], batch["states"], strict=True)):
-            for name, tensor in (("gradient", grad), *((key, (state or {}).get(key)) for key in moments)):
-                if tensor is not None and tensor.shape != p.shape:
-                    stream = batch["layout"][4 * i]
-                    raise ValueError(
-                        f"parameter {stream} has shape {tuple(p.shape)} but its {name} {tuple(tensor.shape)}; they must be equal"
-                    )
+            if grad.shape != p.shape or 0 in p.stride():
+                _check_parameter(batch["layout"][4 * i], p, grad)
+            for key in needed if state else ():
+                if key in state:
+                    _check_state(batch["layout"][4 * i], key, state[key], p, key in moments)
 
     def _needed(self, batch: dict) -> tuple[str, ...]:
         """The keys of a parameter's state."""
@@ -308,7 +313,7 @@ class SelectiveOptimizer(Optimizer):
             lr_tensor=lr if isinstance(lr, Tensor) else None,
             weight_decay=float(group["weight_decay"]),
             maximize=group["maximize"],
-            seed=_signed(group["seed"]),
+            seed=batch["seed"],
             selection=batch["selection"],
             **self._line(group),
         )
@@ -402,6 +407,7 @@ class SelectiveAdamW(SelectiveOptimizer):
 
     operator = "selective_adamw_"
     numbers = ("eps",)
+    flags = (*SelectiveOptimizer.flags, "amsgrad")
 
     def __init__(
         self,
@@ -438,6 +444,8 @@ class SelectiveAdamW(SelectiveOptimizer):
     def _check(self, group: dict) -> None:
         super()._check(group)
         betas = group["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(isinstance(beta, (Real, Tensor)) for beta in betas):
+            raise TypeError(f"betas={betas!r} is no pair of numbers; give (beta1, beta2)")
         if not 0.0 <= group["eps"]:
             raise ValueError(f"Invalid epsilon value: {group['eps']}")
         for i in (0, 1):
@@ -476,6 +484,7 @@ class SelectiveSGD(SelectiveOptimizer):
 
     operator = "selective_sgd_"
     numbers = ("momentum", "dampening")
+    flags = (*SelectiveOptimizer.flags, "nesterov")
 
     def __init__(
         self,
@@ -510,8 +519,10 @@ class SelectiveSGD(SelectiveOptimizer):
 
     def _check(self, group: dict) -> None:
         super()._check(group)
-        if group["momentum"] < 0.0:
+        if not group["momentum"] >= 0.0:
             raise ValueError(f"Invalid momentum value: {group['momentum']}")
+        if group["dampening"] != group["dampening"]:
+            raise ValueError(f"Invalid dampening value: {group['dampening']}")
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
@@ -561,9 +572,13 @@ def select_gradients_(
         raise ValueError(f"saliency has {len(saliency)} tensors for {len(params)} parameters; give one for every parameter")
     parts: dict = {}
     for stream, p in enumerate(params):
+        if not isinstance(p, Tensor):
+            raise TypeError(f"params[{stream}] is a {type(p).__name__}; give tensors")
         if p.grad is None:
             continue
         s = None if saliency is None else saliency[stream]
+        if s is None and saliency is not None:
+            raise TypeError(f"saliency[{stream}] is None; give a tensor for every parameter that has a gradient")
         _check_gradient(f"params[{stream}].grad", p.grad, s)
         if _expanded(p.grad):
             raise ValueError(
@@ -660,7 +675,8 @@ def selection_mask(
     selection = _stateless({k: v for k, v in locals().items() if k in op.FIELDS})
     _check_gradient("grad", grad, saliency)
     seed, step = _signed(_whole("seed", seed) % 2**64), _step(step)
-    if not 0 <= _whole("stream", stream) < 2**32:
+    stream = _whole("stream", stream)
+    if not 0 <= stream < 2**32:
         raise ValueError(f"stream={stream} is out of range; give an integer in [0, 2^32)")
     chosen = op.choose("selection_mask_", backend, grad.device, grad.dtype)
     with torch.no_grad():
@@ -714,18 +730,36 @@ def _check_parameter(stream: int, p: Tensor, grad: Tensor) -> None:
         raise ValueError(f"parameter {stream} is expanded: its elements share memory and cannot be written; call .clone() on it first")
 
 
+def _check_state(stream: int, key: str, value: Tensor, p: Tensor, moment: bool) -> None:
+    """Raises a moment that is not as its parameter, or a count or statistic that is not one value."""
+    named = f"parameter {stream}'s state {key!r}"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{named} is a {type(value).__name__}; give a tensor, or delete the parameter's state")
+    if value.layout is not torch.strided or value.dtype not in FLOATS:
+        raise TypeError(f"{named} is {value.dtype}, {value.layout}; give a dense tensor of floating point")
+    if value.device != p.device and (key != "step" or value.device.type != "cpu"):
+        raise ValueError(f"{named} is on {value.device}, the parameter on {p.device}; move it with .to()")
+    if moment and value.shape != p.shape:
+        raise ValueError(f"parameter {stream} has shape {tuple(p.shape)} but its {key} {tuple(value.shape)}; they must be equal")
+    if not moment and value.numel() != 1:
+        raise ValueError(f"{named} has shape {tuple(value.shape)}; give one value")
+    if 0 in value.stride() and _expanded(value):
+        raise ValueError(f"{named} is expanded: its elements share memory and cannot be written; call .clone() on it first")
+
+
 def _expanded(tensor: Tensor) -> bool:
     return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def _whole(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give an integer")
-    return value
+    return int(value)
 
 
 def _step(step: int) -> int:
-    if not 0 <= _whole("step", step) < 2**24:
+    step = _whole("step", step)
+    if not 0 <= step < 2**24:
         raise ValueError(f"step={step} is out of range; give an integer in [0, 2^24)")
     return step
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class Selection:
                 raise ValueError(f"{name}={value!r} is not one of its values; use {' or '.join(map(repr, choices))}")
         for name, within, rule in RANGES:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a number {rule}")
             if not (math.isfinite(value) and within(value)):
                 raise ValueError(f"{name}={value!r} is out of range; give a number {rule}")
@@ -137,6 +138,8 @@ def _register(name: str, schema: str) -> None:
             for i, g in enumerate(grads):  # a mixture is dispatched here: the compiled kernels never see it
                 if g.layout is not torch.strided or g.device != params[i].device:
                     raise RuntimeError(f"grads[{i}] is {g.layout} on {g.device}; make it dense, on {params[i].device}")
+            for state in (state for states in (*moments, steps, low, high) for state in states if state.layout is not torch.strided):
+                raise RuntimeError(f"a state of shape {tuple(state.shape)} is {state.layout}; make it dense")
             one = [p.new_empty(()) for p in params[:1]] * len(params)
             args = params, grads, *(_apart(m, params) for m in moments), *(_apart(s, one) for s in (steps, low, high))
         if "salient" in kwargs:
