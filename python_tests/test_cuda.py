@@ -201,10 +201,23 @@ def on_host(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
+def test_every_function_of_both_sides_runs_on_a_host():
+    """A function for hosts and devices is called by what a host compiles: the CPU's sources, the CUDA sources above, the bindings."""
+    headers = {path: path.read_text() for path in (ROOT / "csrc").rglob("*.h")}
+    code = "\n".join(
+        [*headers.values(), *(path.read_text() for ending in ("cpp", "cu", "cuh") for path in (ROOT / "csrc").rglob(f"*.{ending}"))]
+    )
+    names = {name for text in headers.values() for name in re.findall(r"(?:HOST_DEVICE|CALLED_ON_BOTH)\b[^;={}()\n]*?(\w+)\(", text)}
+    assert {"philox", "power_of_two", "drawn_factor", "add_log_ratios", "direction_factor", "dropped"} <= names
+    for name in names:
+        definitions = len(re.findall(rf"(?:HOST_DEVICE|CALLED_ON_BOTH)\b[^;={{}}()\n]*?\b{name}\(", code))
+        assert len(re.findall(rf"\b{name}\b", code)) > definitions, f"nothing calls {name}"
+
+
 # A choice of each operator's own tests: every option, dtype and layout comes up in the random cases; float64 is not for these kernels.
 CHOICES = {
     "selective": "test_random_cases_agree or test_neutral_equals_torch or test_global_rank or (previous and strided) or nonfinite",
-    "divergence": "cpp",
+    "divergence": "not looks_at_the_labels",  # which takes the host to the device's values
     "perturbation": "cpp",
     "dropout": "cpp",
 }
