@@ -223,7 +223,7 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("operator", CHOICES)
+@pytest.mark.parametrize("operator", [*CHOICES, "large"])
 def test_what_they_compute_passes_the_tests_of_the_cpu(on_host, operator):
     environment = {
         **os.environ,
@@ -231,8 +231,12 @@ def test_what_they_compute_passes_the_tests_of_the_cpu(on_host, operator):
         "UEGR_KERNELS_ISA": "baseline",
         "PYTHONPATH": f"{ROOT / 'python_tests/cuda_on_host'}{os.pathsep}{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
     }
-    test = ROOT / f"python_tests/test_{operator}.py"
-    options = ("-q", "-x", "-p", "plugin", "-p", "no:cacheprovider", "-k", f"cpp and not float64 and ({CHOICES[operator]})")
+    options = ("-q", "-x", "-p", "plugin", "-p", "no:cacheprovider")
+    if operator == "large":
+        test = ROOT / "python_tests/cuda_on_host/large.py"
+    else:
+        test = ROOT / f"python_tests/test_{operator}.py"
+        options += ("-k", f"cpp and not float64 and ({CHOICES[operator]})")
     assert " passed" in run(sys.executable, "-m", "pytest", *options, test, env=environment)
 
 
