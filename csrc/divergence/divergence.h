@@ -43,7 +43,7 @@ struct RowSums {
     double label = 0;        // of t * (x - max) over the labels' t > 0
     double log_sum = 0, inverse = 0;
 
-    CALLED_ON_BOTH void settle() { log_sum = std::log(sum), inverse = 1 / sum; }
+    HOST_DEVICE void settle() { log_sum = std::log(sum), inverse = 1 / sum; }
 
     // -sum t log p, the t adding up to `mass`.
     HOST_DEVICE double cross_entropy(double mass) const { return mass * log_sum - label; }
@@ -59,7 +59,7 @@ struct RowSums {
 struct PairDistance {
     double from_k = 0, from_l = 0, gap;
 
-    CALLED_ON_BOTH PairDistance(const RowSums& k, const RowSums& l) {
+    HOST_DEVICE PairDistance(const RowSums& k, const RowSums& l) {
         const double apart = k.max - l.max;
         gap = k.log_sum - l.log_sum;
         if (apart > 1 || apart < -1) from_k = k.max, from_l = l.max;
@@ -79,7 +79,7 @@ HOST_DEVICE double pairs_divergence(double divergences, int64_t m) {
 template <class T> struct GradientFactors {
     T of_e, of_w, of_t, floor;
 
-    CALLED_ON_BOTH GradientFactors(const RowSums& row, double label_weight, double mass, double smoothed, double js_weight)
+    HOST_DEVICE GradientFactors(const RowSums& row, double label_weight, double mass, double smoothed, double js_weight)
         : of_e(static_cast<T>(row.inverse * (label_weight * mass - js_weight / 2 * row.from_pivot()))),
           of_w(static_cast<T>(row.inverse * js_weight / 2)), of_t(static_cast<T>(label_weight)),
           floor(static_cast<T>(label_weight * smoothed)) {}

@@ -139,6 +139,7 @@ struct Kept {
         const float4 low = at(role, turn)[0], high = at(role, turn)[stride];
         x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w, x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
     }
+    DEVICE float one(int role, int turn, int j) const { return reinterpret_cast<const float*>(at(role, turn) + j / 4 * stride)[j % 4]; }
     DEVICE void put(int role, int turn, const float (&x)[columns]) const {
         at(role, turn)[0] = {x[0], x[1], x[2], x[3]}, at(role, turn)[stride] = {x[4], x[5], x[6], x[7]};
     }
@@ -217,34 +218,26 @@ template <class Group, class Columns> struct Sample {
             add_log_ratios(d, half_complement(minus_absolute(d)), of_k, of_l);
         };
         if (k.dominated() || l.dominated()) { // the log ratios at the first of the most probable classes
-            const float nowhere = HUGE_VALF;
-            float first[2] = {nowhere, nowhere}, x[2][columns], e[2][columns];
-            double pivots[2] = {};
+            float first[2] = {HUGE_VALF, HUGE_VALF}; // by the 8 columns they are in
             auto likeliest = [&](int side, auto f) {
                 each([&](int turn, int64_t i) {
-                    kept.get(2 * side + 1, turn, e[side]);
-                    UNROLL
                     for (int j = 0; j < columns; ++j)
-                        if (e[side][j] == 1) f(turn, j, static_cast<float>(i / columns));
+                        if (kept.one(2 * side + 1, turn, j) == 1) f(turn, j, static_cast<float>(i / columns));
                 });
             };
             UNROLL
             for (int side = 0; side < 2; ++side) likeliest(side, [&](int, int, float chunk) { first[side] = minimum(chunk, first[side]); });
-            group.join(first, nowhere, smaller<float>);
+            group.join(first, HUGE_VALF, smaller<float>);
+            double pivots[2] = {};
             UNROLL
-            for (int side = 0; side < 2; ++side) {
-                bool found = false;
+            for (int side = 0; side < 2; ++side)
                 likeliest(side, [&](int turn, int j, float chunk) {
-                    if (found || chunk != first[side]) return;
-                    found = true;
-                    kept.get(0, turn, x[0]), kept.get(2, turn, x[1]);
+                    if (chunk != first[side]) return;
+                    first[side] = -1; // one of them
                     float ratios[2] = {};
-                    UNROLL
-                    for (int at = 0; at < columns; ++at)
-                        if (at == j) add_ratios(x[0][at], x[1][at], ratios[0], ratios[1]);
+                    add_ratios(kept.one(0, turn, j), kept.one(2, turn, j), ratios[0], ratios[1]);
                     pivots[side] = ratios[side];
                 });
-            }
             group.join(pivots, 0.0, added<double>);
             k.pivot = k.dominated() ? pivots[0] : 0, l.pivot = l.dominated() ? pivots[1] : 0;
         }
@@ -338,22 +331,22 @@ template <class Group, class Columns, int m> DEVICE void over_samples(const Batc
     }
     Group::leave();
 }
-template <int m> __global__ void __launch_bounds__(warp_threads) loss_full_warp(const __grid_constant__ Batch batch) {
+template <int m> __global__ void __launch_bounds__(warp_threads, 4) loss_full_warp(const __grid_constant__ Batch batch) {
     over_samples<WarpGroup, FullColumns, m>(batch);
 }
-template <int m> __global__ void __launch_bounds__(warp_threads) loss_ragged_warp(const __grid_constant__ Batch batch) {
+template <int m> __global__ void __launch_bounds__(warp_threads, 4) loss_ragged_warp(const __grid_constant__ Batch batch) {
     over_samples<WarpGroup, RaggedColumns, m>(batch);
 }
-template <int m> __global__ void __launch_bounds__(block_threads) loss_full_block(const __grid_constant__ Batch batch) {
+template <int m> __global__ void __launch_bounds__(block_threads, 1) loss_full_block(const __grid_constant__ Batch batch) {
     over_samples<BlockGroup, FullColumns, m>(batch);
 }
-template <int m> __global__ void __launch_bounds__(block_threads) loss_ragged_block(const __grid_constant__ Batch batch) {
+template <int m> __global__ void __launch_bounds__(block_threads, 1) loss_ragged_block(const __grid_constant__ Batch batch) {
     over_samples<BlockGroup, RaggedColumns, m>(batch);
 }
-template <int m> __global__ void __launch_bounds__(block_threads) loss_full_cluster(const __grid_constant__ Batch batch) {
+template <int m> __global__ void __launch_bounds__(block_threads, 1) loss_full_cluster(const __grid_constant__ Batch batch) {
     over_samples<ClusterGroup, FullColumns, m>(batch);
 }
-template <int m> __global__ void __launch_bounds__(block_threads) loss_ragged_cluster(const __grid_constant__ Batch batch) {
+template <int m> __global__ void __launch_bounds__(block_threads, 1) loss_ragged_cluster(const __grid_constant__ Batch batch) {
     over_samples<ClusterGroup, RaggedColumns, m>(batch);
 }
 

@@ -64,4 +64,4 @@ def test_steps(options, dtype):
     for a, b in zip(*found, strict=True):
         wrong = ~torch.isclose(a, b, rtol=2e-2 if dtype == torch.bfloat16 or "state_dtype" in options else 1e-4, atol=1e-4)
         # u and p may be closer than their rounding; a rank is off by its bin's share, which the exact reference has not.
-        assert wrong.sum() <= (0.02 * a.numel() + 2 if "normalization" in options else 1 + 1e-5 * a.numel())
+        assert wrong.sum() <= (0.05 * a.numel() + 2 if "normalization" in options else 1 + 1e-5 * a.numel())
