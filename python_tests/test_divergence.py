@@ -3,6 +3,8 @@
 import copy
 import math
 import pickle
+import subprocess
+import sys
 
 import pytest
 import scipy.spatial.distance
@@ -191,7 +193,7 @@ def test_kernel_is_the_wide_reference_where_terms_cancel(native, c, scale):
 
 
 def test_shifted_logits_are_identical(native):
-    logits = random_logits(3, 5, 65).mul(4).round() + torch.tensor([0.0, 16.0, -37.0]).view(3, 1, 1)
+    logits = random_logits(5, 65).mul(4).round() + torch.tensor([0.0, 16.0, -37.0]).view(3, 1, 1)
     logits.requires_grad_()
     js = pairwise_js(logits, reduction="none", backend="cpp")
     js.sum().backward()
@@ -491,6 +493,19 @@ def test_retained_graph_gives_the_same_gradient_again(backend):
     torch.testing.assert_close(clean.grad, 3 * once, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_gradient_handed_out_is_nobody_elses(backend, linear):
+    logits, weight = random_logits(2, 5, 7).requires_grad_(), random_logits(9, 7, seed=1)
+    loss = linear_pairwise_js(logits, weight, backend=backend) if linear else pairwise_js(logits, backend=backend)
+    (first,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    expected = first.clone()
+    (second,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    second.zero_()
+    (third,) = torch.autograd.grad(loss * 2, logits)
+    torch.testing.assert_close(third, 2 * expected)
+    assert torch.equal(first, expected)
+
+
 def test_loss_may_be_changed_in_place(backend):
     clean, adversarial, labels = batch()
     loss = uegr_loss(clean, adversarial, labels, backend=backend)
@@ -653,6 +668,41 @@ def test_linear_never_has_the_logits():
     with LargestTensor() as mode:
         reference.linear_uegr_loss(reference.uegr_loss_, hidden, weight, None, torch.zeros(256).long(), None, **options)
     assert mode.largest == 3 * 8 * 4000  # a chunk's, of 3 * 256 * 4000
+
+
+PEAK = """
+import torch, sys
+import uegr_kernels as uk
+torch.set_num_threads(2)
+N, C, H, m = 1024, 20000, 256, 2
+weight = torch.randn(C, H).mul_(0.02).requires_grad_()
+hidden = [torch.randn(N, H, requires_grad=True), torch.randn(m, N, H, requires_grad=True)]
+uk.linear_uegr_loss(*[x[..., :8, :] for x in hidden], weight[:64], torch.arange(8)).backward()
+tensors = [weight, *hidden]
+for x in tensors:
+    x.grad = None
+kib = lambda key: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+before = kib("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")
+(uk.linear_uegr_loss(*hidden, weight, torch.zeros(N).long(), chunk_rows=128) * float(sys.argv[1])).backward()
+extra = (kib("VmHWM") - before) * 1024 - 4 * sum(x.grad.numel() for x in tensors)
+print(extra / (4 * 3 * 128 * C))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("scale", ["1", "0.5"])  # scaled gradients take the place of the kept ones
+def test_linear_holds_one_chunk_at_a_time(native, scale):
+    run = subprocess.run([sys.executable, "-c", PEAK, scale], capture_output=True, text=True, check=True)
+    assert float(run.stdout) < 3  # chunks of logits, matrix products' own buffers included
+
+
+def test_linear_without_rows(backend):
+    hidden, weight = torch.zeros(2, 0, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
+    loss = linear_pairwise_js(hidden, weight, reduction="sum", backend=backend)
+    loss.backward()
+    assert loss == 0 and hidden.grad.shape == hidden.shape and (weight.grad == 0).all()
+    assert linear_pairwise_js(hidden, weight, backend=backend).isnan()
 
 
 def test_modules(backend):

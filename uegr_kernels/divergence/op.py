@@ -12,7 +12,7 @@ from . import reference
 REDUCTIONS = ("mean", "sum", "none")
 # Bytes of a chunk's logits, counted in the arithmetic's dtype. The reference keeps many tensors of that size, the kernels work in place.
 CHUNK_BYTES = {"reference": 9 << 20}
-NATIVE_CHUNK_BYTES = 64 << 20
+NATIVE_CHUNK_BYTES = 48 << 20
 
 OPTIONS = "float js_weight, float label_smoothing, int ignore_index, int reduction, bool regression, bool[] needs"
 # Returned: the loss, its three parts, and the gradients by the logits (or by hidden, weight, bias) where `needs` asks, in order.
@@ -100,11 +100,25 @@ def _is_one(grad_loss: Tensor) -> bool:
     return visible and grad_loss.item() == 1
 
 
+def _is_last(grad_loss: Tensor) -> bool:
+    """Whether no other backward can ask for the kept gradients, which may then be scaled where they lie and given away."""
+    plain = type(grad_loss) is Tensor and not traced() and not torch.is_grad_enabled()
+    return plain and not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def _scale_(gradients: list[Tensor], grad_loss: Tensor) -> None:
+    if not _is_one(grad_loss):
+        torch.ops.uegr_kernels.scale_gradients_.default(gradients, grad_loss)
+        torch.autograd.graph.increment_version(gradients)
+
+
 def _hand_out(grad_loss: Tensor | None, gradients: list[Tensor], needs: list[bool], parts: Tensor) -> list[Tensor | None]:
-    """The kept gradients times that of the loss, where needed; as they are where it is 1."""
+    """The kept gradients times that of the loss, where needed."""
     if grad_loss is None:
         return [None for _ in needs]
-    if torch.is_grad_enabled() or not _is_one(grad_loss):
+    if _is_last(grad_loss):
+        _scale_(gradients, grad_loss)
+    else:
         gradients = torch.ops.uegr_kernels.scale_gradients.default(gradients, grad_loss, parts)
     wanted = iter(gradients)
     return [next(wanted) if need else None for need in needs]
@@ -210,12 +224,14 @@ class _Loss(torch.autograd.Function):
             raise RuntimeError("inplace_backward=True hands its gradients out once; compute the loss again, or leave inplace_backward out")
         parts, *gradients = ctx.saved_tensors
         ctx.spent = ctx.in_place and grad_loss is not None and not torch.is_grad_enabled()
-        if ctx.spent and not _is_one(grad_loss):
-            torch.ops.uegr_kernels.scale_gradients_.default(gradients, grad_loss)
-            torch.autograd.graph.increment_version(gradients)
-        gradients = _hand_out(torch.ones(()) if ctx.spent else grad_loss, gradients, ctx.needs, parts)
-        if ctx.spent:  # a leaf and its .grad must not share memory
-            gradients = [g.clone() if leaf and g is not None else g for g, leaf in zip(gradients, ctx.leaves, strict=True)]
+        if ctx.spent:
+            _scale_(gradients, grad_loss)
+            wanted = iter(gradients)  # a leaf and its .grad must not share memory
+            gradients = [
+                (next(wanted).clone() if leaf else next(wanted)) if need else None for need, leaf in zip(ctx.needs, ctx.leaves, strict=True)
+            ]
+        else:
+            gradients = _hand_out(grad_loss, gradients, ctx.needs, parts)
         return None, None, None, None, None, *gradients
 
 

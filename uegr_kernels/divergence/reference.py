@@ -135,11 +135,12 @@ def linear_uegr_loss(kernel: Callable, hidden: list[Tensor], weight: Tensor, bia
     d_hidden = [x.new_empty(x.shape) if need else None for x, need in zip(hidden, need_hidden, strict=True)]
     d_weight = w.new_zeros(w.shape, dtype=wide) if need_weight else None
     d_bias = b.new_zeros(b.shape, dtype=wide) if need_bias else None
-    keep, losses = kept_rows(labels, hidden[0], ignore_index), []
+    keep, losses, buffer = kept_rows(labels, hidden[0], ignore_index), [], None
     for at in range(0, max(len(keep), 1), chunk_rows):
         slices = [x[..., at : at + chunk_rows, :] for x in hidden]
         h = torch.cat([x.reshape(-1, x.shape[-1]) for x in slices]).to(dtype)
-        z = torch.nn.functional.linear(h, w, b)
+        buffer = buffer[: len(h)] if at else h.new_empty(len(h), len(w))  # one for all chunks: they would lie side by side
+        z = torch.mm(h, w.T, out=buffer) if b is None else torch.addmm(b, h, w.T, out=buffer)
         of_inputs = [part.view(*x.shape[:-1], len(w)) for x, part in zip(slices, z.split([x[..., 0].numel() for x in slices]), strict=True)]
         loss, parts = kernel(of_inputs, None if labels is None else labels[at : at + chunk_rows], ignore_index=ignore_index,
                              reduction="none", needs=need_logits, **options)  # fmt: skip
