@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from shlex import quote
 
-FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -Werror all-warnings -Icsrc -DUSE_CUDA"
+FLAGS = "-x cu -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -Werror all-warnings -Icsrc -DUSE_CUDA"
 ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # as in setup.py
 ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
