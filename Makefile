@@ -4,12 +4,13 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 SOURCES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help demo test bench check format build wheel clean
+.PHONY: help demo test bench gpu check format build wheel clean
 
 help:
 	@echo "make demo    fine-tune a text classifier, selective AdamW beside plain AdamW"
 	@echo "make test    run the tests"
 	@echo "make bench   time the operators beside their peers"
+	@echo "make gpu     everything that needs a GPU: tests, benchmarks, results in build/gpu; fails where there is none"
 	@echo "make check   lint; make format puts the layout right"
 	@echo "make wheel   a wheel in dist/"
 	@echo "make clean   remove what was built (not $(VENV))"
@@ -34,6 +35,9 @@ format: $(VENV)/.ready
 	$(RUN) -m ruff check --fix --select I .
 	$(RUN) -m ruff format .
 	$(VENV)/bin/clang-format -i $(SOURCES)
+
+gpu: build
+	$(RUN) -m bench.gpu $(ARGS)
 
 # Ninja looks at the sources each time: a fraction of a second where nothing changed.
 build: $(VENV)/.ready

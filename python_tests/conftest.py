@@ -1,6 +1,11 @@
 """Shared by all tests: the `backend` fixture, NaN-filled memory, seeds, and the one tolerance table."""
 
+import collections
+import contextlib
+import os
 import typing
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its interpreter runs the kernels on the CPU
 
 import hypothesis
 import pytest
@@ -8,10 +13,46 @@ import torch
 
 from uegr_kernels.core import backends
 
+if os.environ["TRITON_INTERPRET"] == "1":
+    with contextlib.suppress(ModuleNotFoundError):  # Triton is an extra
+        import interpreter
+
+        interpreter.quicken()
+
 hypothesis.settings.register_profile(
     "house", deadline=None, derandomize=True, database=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
 )
 hypothesis.settings.load_profile("house")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--triton", action="store_true", help="Triton's kernels too: many minutes on its interpreter, one for all compiles")
+    parser.addoption("--every-dtype", action="store_true", help="on interpreted Triton kernels too, every case in every dtype")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves Triton's interpreter out, or, as slow as it is, goes through the dtypes of a test's cases in turn, a case in one of them."""
+    if config.getoption("--triton"):
+        left_out = set() if config.getoption("--every-dtype") else other_dtypes(items)
+    else:
+        left_out = {item for item in items if item.path.stem == "test_triton_resources" or "[triton" in item.name or "-triton" in item.name}
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=list(left_out))
+
+
+def other_dtypes(items):
+    """The tests on Triton whose case is for another dtype to run."""
+    indices = [item.callspec.indices if hasattr(item, "callspec") else {} for item in items]
+    dtypes = collections.Counter()
+    for item, index in zip(items, indices, strict=True):
+        dtypes[item.function] = max(dtypes[item.function], index.get("dtype", 0) + 1)
+    left_out = set()
+    for item, index in zip(items, indices, strict=True):
+        cases = [number for name, number in index.items() if name not in ("dtype", "backend", "native")]
+        backend = next((item.callspec.params[name] for name in ("backend", "native") if name in index), None)
+        if backend == "triton" and cases and "dtype" in index and sum(cases) % dtypes[item.function] != index["dtype"]:
+            left_out.add(item)
+    return left_out
 
 
 def serve_or_skip(request: pytest.FixtureRequest) -> str:
@@ -23,13 +64,13 @@ def serve_or_skip(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=("reference", "cpp"))
+@pytest.fixture(params=("reference", "cpp", "triton"))
 def backend(request) -> str:
     """Every backend that serves the test module's OPERATORS ("folder.name") on the CPU."""
     return serve_or_skip(request)
 
 
-@pytest.fixture(params=("cpp",))
+@pytest.fixture(params=("cpp", "triton"))
 def native(request) -> str:
     """The same without the reference: what agreement with the reference is tested on."""
     return serve_or_skip(request)

@@ -103,7 +103,7 @@ def noting_near_ties(monkeypatch, histogram: bool = False):
         out = torch.zeros(1, reference.RANK_BINS, dtype=torch.int64)
         for part in parts:
             options = {"layout": part["layout"], "sizes": [], "normalization": "rank", "grad_scale": part["grad_scale"]}
-            reference.selective_statistics_(part["grads"], part["saliencies"], **options, out=out)
+            reference.selective_statistics_(part["grads"], part["saliencies"], [], [], **options, out=out)
         return out
 
     with monkeypatch.context() as patch:
@@ -158,7 +158,8 @@ def in_dtype(options: dict, dtype) -> dict:
 
 def neutral_against_torch(cls, torch_class, backend, dtype, options, target):
     options = {"lr": 1e-2} | in_dtype(options, dtype)
-    start, gradients = problem(NEUTRAL_SHAPES, dtype, steps=100 if dtype == torch.float32 else 20)
+    steps = 3 if backend == "triton" else 100 if dtype == torch.float32 else 20
+    start, gradients = problem(NEUTRAL_SHAPES, dtype, steps=steps)
     params, optimizer = trained(cls, backend, start, gradients, **NEUTRAL, **options, target=target)
     expected = as_parameters(start)
     other = torch_class(expected, foreach=False, **options)
@@ -214,7 +215,7 @@ def test_neutral_with_target_update_equals_torch(backend, cls, torch_class):
     ],
 )
 def test_neutral_16_bit_equals_a_float32_optimizer_rounded_after_each_step(backend, dtype, cls, torch_class, options):
-    start, gradients = problem(NEUTRAL_SHAPES, dtype, steps=20)
+    start, gradients = problem(NEUTRAL_SHAPES, dtype, steps=3 if backend == "triton" else 20)
     params, optimizer = trained(cls, backend, start, gradients, **NEUTRAL, **options)
     wide = as_parameters([t.float() for t in start])
     other = torch_class(wide, foreach=False, **options)
@@ -366,6 +367,13 @@ def test_a_saliency_that_is_not_finite_is_selected_and_counts_nowhere(backend):
 
 # The smallest, odd ones, one block and its neighbours, no axis, a transposed one: all of them in one call.
 AGREEMENT_SHAPES = [(), (0,), (1,), (3,), (5, 41), (1023,), (1024,), (1025,)]
+SMALL_SHAPES = [(0,), (5, 41), (1025,)]  # for interpreted kernels: a tail, and a whole block with a tail of one
+
+
+def agreement_problem(native, dtype):
+    return problem(SMALL_SHAPES, dtype, steps=2) if native == "triton" else problem(AGREEMENT_SHAPES, dtype)
+
+
 # Which regime: each option at a value where it decides something, alone and where two of them meet.
 SELECTION_CASES = [
     pytest.param({}, id="minmax"),
@@ -447,14 +455,14 @@ def agree(monkeypatch, cls, native, start, gradients, **options) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("options", ADAMW_CASES)
 def test_adamw_agrees_with_the_reference(monkeypatch, native, dtype, options):
-    start, gradients = problem(AGREEMENT_SHAPES, dtype)
+    start, gradients = agreement_problem(native, dtype)
     agree(monkeypatch, uk.SelectiveAdamW, native, start, gradients, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("options", SGD_CASES)
 def test_sgd_agrees_with_the_reference(monkeypatch, native, dtype, options):
-    start, gradients = problem(AGREEMENT_SHAPES, dtype)
+    start, gradients = agreement_problem(native, dtype)
     agree(monkeypatch, uk.SelectiveSGD, native, start, gradients, **options)
 
 
@@ -462,7 +470,7 @@ def test_sgd_agrees_with_the_reference(monkeypatch, native, dtype, options):
 @pytest.mark.parametrize("options", SELECTION_CASES)
 @pytest.mark.parametrize("with_saliency", [False, True], ids=["", "saliency"])
 def test_select_gradients_agrees_with_the_reference(monkeypatch, native, dtype, options, with_saliency):
-    start, (grads, others, _) = problem(AGREEMENT_SHAPES, dtype)
+    start, (grads, others, *_) = agreement_problem(native, dtype)
     saliency = [g.abs() for g in others] if with_saliency else None
     results, ties = [], {}
     for backend in ("reference", native):
@@ -482,7 +490,7 @@ def test_select_gradients_agrees_with_the_reference(monkeypatch, native, dtype, 
 @pytest.mark.parametrize("options", SELECTION_CASES)
 def test_probability_and_mask_agree_with_the_reference(monkeypatch, native, dtype, options):
     generator = torch.Generator().manual_seed(3)
-    for shape in AGREEMENT_SHAPES:
+    for shape in SMALL_SHAPES if native == "triton" else AGREEMENT_SHAPES:
         g, s = (spread_gradient(shape, generator, dtype) for _ in range(2))
         for saliency in (None, s.abs()):
             arguments = {"saliency": saliency, "threshold": 0.5} | options
@@ -654,7 +662,7 @@ def test_state_in_other_strides_than_the_parameter(backend, cls):
 )
 def test_bfloat16_states_agree_with_the_reference(monkeypatch, native, dtype, cls, options):
     """Words are the same, so results are, but where the two float32 values lie on two sides of a rounding."""
-    start, gradients = problem(AGREEMENT_SHAPES, dtype)
+    start, gradients = agreement_problem(native, dtype)
     options = SPREAD | {"lr": 0.3, "state_dtype": torch.bfloat16} | options
     with noting_near_ties(monkeypatch) as near:
         expected, other = trained(cls, "reference", start, gradients, **options)
@@ -993,7 +1001,7 @@ def test_a_shards_mask_is_its_part_of_the_whole(backend, normalization, part, la
             else torch.tensor([[torch.inf, -torch.inf]]).double()
         )
         run = {"layout": [6, 0, g.numel(), g.numel()], "sizes": [], "normalization": normalization, "grad_scale": None}
-        op.call("selective_statistics_", backend, [g], [], **run, out=scope)
+        op.call("selective_statistics_", backend, [g], [], [], [], **run, out=scope)
     selection = op.Selection(**(SELECTION_DEFAULTS | {"normalization": normalization, "threshold": 0.5, "keep_probability": 0.5}))
     whole, shard = g.clone(), g[part].clone()
     common = {"scope_statistics": scope, "step": 3, "seed": -5, "selection": selection}
@@ -1034,7 +1042,7 @@ def test_statistics_are_the_references(native, dtype):
                 for backend in ("reference", native):
                     out = start.clone()
                     options = {"layout": layout, "sizes": [], "normalization": normalization, "grad_scale": scale}
-                    op.call("selective_statistics_", backend, grads, given, **options, out=out)
+                    op.call("selective_statistics_", backend, grads, given, [], [], **options, out=out)
                     found.append(out)
                 if given and normalization == "rank" and dtype in (torch.float32, torch.float64):
                     assert (found[0].sum(-1) == found[1].sum(-1)).all()  # sqrt may round over a bin's edge
@@ -1043,13 +1051,25 @@ def test_statistics_are_the_references(native, dtype):
 
 
 def test_a_large_ranks_histogram_takes_every_kth_element(native):
-    n = 2**21 + 77  # k = 3
+    n, whole = (2077, [2**21 + 77]) if native == "triton" else (2**21 + 77, [])  # k = 3
     g = spread_gradient((n,), torch.Generator().manual_seed(8), torch.bfloat16)
     found = []
     for backend in ("reference", native):
-        for layout, sizes in (([0, 0, n, n], []), ([0, 1000, n, n], [5 * 2**20])):  # k = 3, and 5 for a shard of a larger one
+        for layout, sizes in (([0, 0, n, n], whole), ([0, 1000, n, n], [5 * 2**20])):  # k = 3, and 5 for a shard of a larger one
             out = torch.zeros(1, reference.RANK_BINS, dtype=torch.int64)
-            op.call("selective_statistics_", backend, [g], [], layout=layout, sizes=sizes, normalization="rank", grad_scale=None, out=out)
+            op.call(
+                "selective_statistics_",
+                backend,
+                [g],
+                [],
+                [],
+                [],
+                layout=layout,
+                sizes=sizes,
+                normalization="rank",
+                grad_scale=None,
+                out=out,
+            )
             found.append(out)
     assert abs(found[0].sum().item() - n) <= 3 and (found[0] % 3 == 0).all()
     compare(found[2], found[0], "equal")
@@ -2035,6 +2055,7 @@ def test_looking_functions_name_a_bad_argument():
     ids=str,
 )
 @pytest.mark.parametrize("strided", [False, True], ids=["", "strided"])
+@pytest.mark.parametrize("native", ["cpp"], indirect=True)  # Triton's interpreter is made of temporaries
 def test_a_step_makes_no_temporary_of_a_parameters_size(native, cls, options, strided):
     n, tensors = 1000, 3  # 4 MB each
     start = [torch.zeros(n, n) for _ in range(tensors)]
@@ -2106,7 +2127,7 @@ def operator_arguments(name: str, dtype: torch.dtype, normalization: str) -> tup
         rank = normalization == "rank"
         out = torch.zeros(2, reference.RANK_BINS, dtype=torch.int64) if rank else torch.zeros(1, 2, dtype=torch.float64)
         number = op.NORMALIZATIONS.index("rank" if rank else "minmax")
-        return (tensors(), []), {"layout": layout, "sizes": [], "normalization": number, "grad_scale": None, "out": out}
+        return (tensors(), [], [], []), {"layout": layout, "sizes": [], "normalization": number, "grad_scale": None, "out": out}
     if name == "selection_probability_":
         return (tensors()[0], None), {"out": torch.zeros(6, 4, dtype=wide)} | selection
     out = torch.zeros(6, 4, dtype=torch.bool)
@@ -2170,7 +2191,19 @@ def random_cases(draw):
 
 @hypothesis.settings(max_examples=150)
 @hypothesis.given(case=random_cases())
+@pytest.mark.parametrize("native", ["cpp"], indirect=True)
 def test_random_cases_agree_with_the_reference(native, case):
+    random_case_agrees(native, case)
+
+
+@hypothesis.settings(max_examples=20)
+@hypothesis.given(case=random_cases())
+@pytest.mark.parametrize("native", ["triton"], indirect=True)
+def test_a_few_random_cases_agree_with_the_reference(native, case):
+    random_case_agrees(native, case)
+
+
+def random_case_agrees(native, case):
     dtype, grads, selection = case
     start = [torch.zeros_like(grads[0]), torch.zeros(5, dtype=dtype)]
     gradients = [[g, torch.linspace(-2, 2, 5).to(dtype)] for g in grads]
@@ -2253,7 +2286,7 @@ EVENTS += [keep_statistics, take_global_scope, save_and_load, add_a_group]
 @pytest.mark.parametrize("statistics", ["current", "previous"])
 def test_many_small_parameters_step_as_few_do(native, cls, event, statistics):
     """The same parameters, beside a group that sends every step the long way."""
-    shapes = [(3, 5), (16,), (), (0, 2), (7,)] * 14
+    shapes = [(3, 5), (16,), (), (0, 2), (7,)] * (14 if native == "cpp" else 1)  # few are many enough where no states are shared
     start, gradients = problem(shapes, steps=6)
     options = {**SPREAD, "statistics": statistics, "backend": native} | ({"momentum": 0.9} if cls is uk.SelectiveSGD else {})
     results = []

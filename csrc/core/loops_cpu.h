@@ -78,10 +78,26 @@ inline void fill_words(uint32_t* words, int n, uint64_t q, uint32_t step, uint32
     }
 }
 
-constexpr int slice = 16; // elements that a loop over part of a block may round up to
+constexpr int slice = 16; // elements that a loop over part of a block rounds n up to
 
-// Calls element(i) for n elements in whole slices, and asks on the way for the memory that lies a few blocks on: the hardware does not
-// reach across pages, and arithmetic between the accesses keeps it from running far enough ahead.
+// Calls element(i) for n elements in whole slices.
+template <class Element> inline void slices(int n, Element element) {
+    for (int begin = 0; begin < n; begin += slice)
+        for (int i = begin; i < begin + slice; ++i) element(i);
+}
+
+// Entries of a table; the compiler would take the indices out of their vector one by one.
+inline void look_up(int n, const float* table, const int32_t* index, float* out) {
+#if defined(__AVX512F__)
+    for (int i = 0; i < n; i += 16)
+        _mm512_storeu_ps(out + i, _mm512_mask_i32gather_ps(__m512{}, 65535, _mm512_loadu_si512(index + i), table, 4));
+#else
+    slices(n, [=](int i) { out[i] = table[index[i]]; });
+#endif
+}
+
+// Calls element(i) likewise, and asks on the way for the memory that lies a few blocks on: the hardware does not reach across pages, and
+// arithmetic between the accesses keeps it from running far enough ahead.
 template <class T, class Element> inline void block_loop(const T* const (&arrays)[4], int n, Element element) {
     for (int begin = 0; begin < n; begin += slice) {
         for (const T* array : arrays)
@@ -194,7 +210,6 @@ inline void prefetch_block(const View& view, int64_t begin) {
 // round n up to.
 template <class T> T* block_at(const View& view, int64_t begin, int n, T* scratch, int granule = block_size) {
     if (view.contiguous && view.storage == storage_of<T> && n % granule == 0) return reinterpret_cast<T*>(view.data) + begin;
-    if (view.contiguous) prefetch_block(view, begin + prefetch_distance);
     load_block(view, begin, n, scratch);
     return scratch;
 }
@@ -227,16 +242,6 @@ template <> inline Vector<float>::Type minimum(Vector<float>::Type a, Vector<flo
 #elif defined(__SSE2__)
 template <> inline Vector<float>::Type maximum(Vector<float>::Type a, Vector<float>::Type b) { return _mm_max_ps(a, b); }
 template <> inline Vector<float>::Type minimum(Vector<float>::Type a, Vector<float>::Type b) { return _mm_min_ps(a, b); }
-#endif
-// A block's entries of a table; the compiler would take the indices out of their vector one by one.
-template <class T> void look_up(const float* table, const int32_t* index, T* out) {
-    for (int i = 0; i < block_size; ++i) out[i] = table[index[i]];
-}
-#if defined(__AVX512F__)
-template <> inline void look_up(const float* table, const int32_t* index, float* out) {
-    for (int i = 0; i < block_size; i += 16)
-        _mm512_storeu_ps(out + i, _mm512_mask_i32gather_ps(__m512{}, 65535, _mm512_loadu_si512(index + i), table, 4));
-}
 #endif
 template <class T> constexpr int width = sizeof(Lanes) / sizeof(T);
 

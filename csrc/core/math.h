@@ -120,7 +120,7 @@ template <class T> HOST_DEVICE void split_exponential(T x, T& scale, T& small) {
 // e^x for x <= 88 (double: 708), under 2 ulp where the result is normal, else 0.
 template <class T> HOST_DEVICE T exponential(T x) {
     if constexpr (sizeof(T) == sizeof(float))
-        if (float e = 0; has_exponential(bit_cast<float>(x), e)) return e;
+        if (float e = 0; has_exponential(x, e)) return e;
     T scale, small;
     split_exponential(x, scale, small);
     return scale * small + scale;

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <numeric>
 #include <thread>
 #include <utility>
 
@@ -22,20 +23,23 @@ constexpr int rank_table = rank_bins + 1; // 1/p by bin; the last one serves wha
 // Least and largest |x| over finite elements, as bits: those of non-negative floats order as the floats do.
 template <class T> struct Extremes {
     using Bits = typename Float<T>::Bits;
-    Bits low = ~Bits(0), high = 0;
+    static constexpr int lanes = 256 / sizeof(T); // four vectors of each, in registers
+    Bits least[lanes], most[lanes];
 
+    Extremes() { std::fill(least, least + lanes, ~Bits(0)), std::fill(most, most + lanes, Bits(0)); }
     void add(const T* x, int64_t n) {
-        constexpr int width = 256 / sizeof(T); // four vectors of each, in registers
-        Bits least[width], most[width];
-        for (int k = 0; k < width; ++k) least[k] = low, most[k] = high;
+        Bits low[lanes], high[lanes];
+        memcpy(low, least, sizeof(low)), memcpy(high, most, sizeof(high));
         int64_t i = 0;
-        for (; i + width <= n; i += width) {
-            for (int k = 0; k < width; k += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(x + i + k + prefetch_distance);
-            for (int k = 0; k < width; ++k) add(x + i + k, least[k], most[k]);
+        for (; i + lanes <= n; i += lanes) {
+            for (int k = 0; k < lanes; k += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(x + i + k + prefetch_distance);
+            for (int k = 0; k < lanes; ++k) add(x + i + k, low[k], high[k]);
         }
-        for (; i < n; ++i) add(x + i, least[0], most[0]);
-        for (int k = 0; k < width; ++k) low = std::min(low, least[k]), high = std::max(high, most[k]);
+        for (int k = 0; i + k < n; ++k) add(x + i + k, low[k], high[k]);
+        memcpy(least, low, sizeof(low)), memcpy(most, high, sizeof(high));
     }
+    Bits low() const { return std::accumulate(least, least + lanes, least[0], minimum<Bits>); }
+    Bits high() const { return std::accumulate(most, most + lanes, most[0], maximum<Bits>); }
     // Read as an integer at once, and masked: GCC 12 vectorises neither a cast from the float nor a conditional maximum.
     static void add(const T* x, Bits& least, Bits& most) {
         Bits bits;
@@ -45,7 +49,6 @@ template <class T> struct Extremes {
         least = bits < least ? bits : least;
         most = counted > most ? counted : most;
     }
-    bool empty() const { return low >= Float<T>::infinity; }
 };
 
 // One tensor of a call.
@@ -66,36 +69,28 @@ template <class T, class Line> struct Entry {
     std::atomic<Bits> low{~Bits(0)}, high{0};
 
     void join(const Extremes<T>& found) {
-        for (Bits now = low; found.low < now && !low.compare_exchange_weak(now, found.low);) {}
-        for (Bits now = high; found.high > now && !high.compare_exchange_weak(now, found.high);) {}
+        const Bits least = found.low(), most = found.high();
+        for (Bits now = low; least < now && !low.compare_exchange_weak(now, least);) {}
+        for (Bits now = high; most > now && !high.compare_exchange_weak(now, most);) {}
+    }
+    // Minimum and maximum of s in the previous step; NaN where nothing is kept yet.
+    Range kept_range() const {
+        double low = NAN, high = NAN;
+        if (kept[0].data) load(kept[0], 0, 1, &low), load(kept[1], 0, 1, &high);
+        return {low, high};
     }
     Range range() const { return range_of<T>(low, high, s.data); }
 };
 
-// Where a line finds element i's b/p: worked out before, or drawn in the same loop, which is what the common case does.
-template <class T> struct Stored {
-    const T* factor;
-    T operator()(int i, T) const { return factor[i]; }
-};
-template <class T, bool rescale> struct Drawn {
-    Probability<T> probability;
-    const uint32_t* words;
-    T operator()(int i, T g) const { return drawn_factor<rescale>(g, probability.inverse(saliency(g)), words[i]); }
-};
-
 template <class T, class Line> struct Call {
-    // What an operator does with a block of parameters, gradients and states: with the factors b/p, or drawing them on the way.
-    using LineBlock = void (*)(const Line&, int n, T* theta, const T* g, Stored<T> factors, T* a, T* b, T* c);
-    template <bool rescale>
-    using DrawingBlock = void (*)(const Line&, int n, T* theta, const T* g, Drawn<T, rescale> factors, T* a, T* b, T* c);
+    // What an operator does with a block of parameters, gradients, factors b/p and states.
+    using LineBlock = void (*)(const Line&, int n, T* theta, const T* g, const T* factor, T* a, T* b, T* c);
     SelectionOptions options{};
     uint64_t seed = 0;
     T unscale = 1;         // 1/grad_scale, negative to maximize
     bool draws = true;     // false: every u is 0
     bool rounding = false; // some state is bfloat16
     LineBlock line_block = nullptr; // null: statistics alone
-    DrawingBlock<true> rescaling_block = nullptr;
-    DrawingBlock<false> drawing_block = nullptr;
     std::vector<Entry<T, Line>> entries;
 
     bool random() const { return draws && (options.normalization != Normalization::constant || inverse_of_constant(options) != 1); }
@@ -116,9 +111,10 @@ void table_from_counts(float* table, int first, int last, const SelectionOptions
     table[rank_bins] = 1;
 }
 
-// b/p of a block; `inverse(i)` is element i's 1/p.
-template <bool rescale, class T, class Inverse> void factor_block(const T* g, const uint32_t* words, T* factor, Inverse inverse) {
-    for (int i = 0; i < block_size; ++i) factor[i] = drawn_factor<rescale>(g[i], inverse(i), words[i]);
+// b/p of n elements; `inverse(i)` is element i's 1/p.
+template <bool rescale, class T, class Inverse>
+void factor_block(int n, const T* __restrict g, const uint32_t* __restrict words, T* __restrict factor, Inverse inverse) {
+    slices(n, [=](int i) { factor[i] = drawn_factor<rescale>(g[i], inverse(i), words[i]); });
 }
 
 // A thread at work on a call.
@@ -129,16 +125,16 @@ template <class T, class Line> struct Worker {
     alignas(64) T g[block_size], s[block_size], factor[block_size], theta[block_size], states[3][block_size];
     alignas(64) uint32_t words[2 * block_size + 4] = {}, rounding[2 * block_size + 4];
     alignas(64) int32_t bins[block_size];
+    alignas(64) float ranks[block_size]; // 1/p
 
     explicit Worker(const Call<T, Line>& call) : call(call), keys(call.seed), rounding_keys(call.seed ^ rounding_key) {
         if (call.options.normalization == Normalization::rank) table.resize(rank_table);
     }
 
-    const T* gradient(const Entry<T, Line>& e, int64_t begin, int n, int granule = block_size) {
-        const T* block = block_at(e.g, begin, n, g, granule);
+    const T* gradient(const Entry<T, Line>& e, int64_t begin, int n) {
+        const T* block = block_at(e.g, begin, n, g, slice);
         if (call.unscale == 1) return block;
-        for (int i = 0; i < n; i += slice)
-            for (int k = i; k < i + slice; ++k) g[k] = block[k] * call.unscale;
+        slices(n, [&, unscale = call.unscale](int i) { g[i] = block[i] * unscale; });
         return g;
     }
 
@@ -152,17 +148,17 @@ template <class T, class Line> struct Worker {
         const View& from = e.s.data ? e.s : e.g;
         if (from.contiguous && from.storage == storage_of<T> && (e.s.data || call.unscale == 1))
             found.add(reinterpret_cast<const T*>(from.data) + begin, end - begin);
-        else blocks(begin, end, [&](int64_t at, int n) { found.add(e.s.data ? block_at(e.s, at, n, s) : gradient(e, at, n), n); });
+        else blocks(begin, end, [&](int64_t at, int n) { found.add(e.s.data ? block_at(e.s, at, n, s, slice) : gradient(e, at, n), n); });
         e.join(found);
     }
 
-    // The bins of a block of gradients, or of saliencies in their place; the one after the last is for what is not finite.
-    void bin(const T* g, const T* given) {
-        auto fill = [](int32_t* __restrict bins, auto magnitude) {
-            for (int i = 0; i < block_size; ++i) bins[i] = minimum(rank_bin(magnitude(i)), rank_bins);
+    // The bins of n gradients, or of saliencies in their place; the one after the last is for what is not finite.
+    void bin(int n, const T* g, const T* given) {
+        auto fill = [n](int32_t* __restrict bins, auto magnitude) {
+            slices(n, [=](int i) { bins[i] = minimum(rank_bin(magnitude(i)), rank_bins); });
         };
-        if (given) fill(bins, [&](int i) { return root(given[i]); });
-        else fill(bins, [&](int i) { return absolute(g[i]); });
+        if (given) fill(bins, [=](int i) { return root(given[i]); });
+        else fill(bins, [=](int i) { return absolute(g[i]); });
     }
 
     // Counts by bin: elements [0, size) whose unsharded index is a multiple of `every`, each counting `weight`.
@@ -174,7 +170,7 @@ template <class T, class Line> struct Worker {
         const View& from = e.s.data ? e.s : e.g;
         if (every == 1) {
             blocks(0, e.size, [&](int64_t at, int n) {
-                bin(e.s.data ? nullptr : gradient(e, at, n), e.s.data ? block_at(e.s, at, n, s) : nullptr);
+                bin(n, e.s.data ? nullptr : gradient(e, at, n), e.s.data ? block_at(e.s, at, n, s, slice) : nullptr);
                 for (int i = 0; i < n; ++i)
                     if (bins[i] < rank_bins) counts[bins[i]] += weight;
             });
@@ -218,44 +214,35 @@ template <class T, class Line> struct Worker {
     }
 
     template <bool rescale> void factors(const Entry<T, Line>& e, const T* g, const uint32_t* drawn, int64_t begin, int n) {
-        const T* given = e.s.data ? block_at(e.s, begin, n, s) : nullptr;
+        const T* given = e.s.data ? block_at(e.s, begin, n, s, slice) : nullptr;
         if (call.options.normalization == Normalization::constant) {
             const T inverse = static_cast<T>(inverse_of_constant(call.options));
-            factor_block<rescale>(g, drawn, factor, [&](int) { return inverse; });
+            factor_block<rescale>(n, g, drawn, factor, [=](int) { return inverse; });
         } else if (call.options.normalization == Normalization::rank) {
-            bin(g, given);
-            look_up(e.by_bin, bins, factor);
-            factor_block<rescale>(g, drawn, factor, [&](int i) { return factor[i]; });
+            bin(n, g, given);
+            look_up(n, e.by_bin, bins, ranks);
+            factor_block<rescale>(n, g, drawn, factor, [ranks = ranks](int i) { return T(ranks[i]); });
         } else {
             const Probability<T> probability = e.probability;
             if (given)
-                factor_block<rescale>(g, drawn, factor, [&](int i) { return finite(given[i]) ? probability.inverse(given[i]) : T(1); });
-            else factor_block<rescale>(g, drawn, factor, [&](int i) { return probability.inverse(saliency(g[i])); });
+                factor_block<rescale>(n, g, drawn, factor, [=](int i) { return finite(given[i]) ? probability.inverse(given[i]) : T(1); });
+            else factor_block<rescale>(n, g, drawn, factor, [=](int i) { return probability.inverse(saliency(g[i])); });
         }
     }
 
     void update(Entry<T, Line>& e, int64_t begin, int64_t end) {
         Extremes<T> found;
         const bool gathers = e.kept[0].data && !e.own_statistics;
-        const bool linear = call.options.normalization == Normalization::minmax || call.options.normalization == Normalization::range;
-        const bool fuses = linear && call.rescaling_block && !e.s.data;
-        const int granule = fuses ? slice : block_size;
         blocks(begin, end, [&](int64_t at, int n) {
-            const T* g = gradient(e, at, n, granule);
+            const T* g = gradient(e, at, n);
             if (gathers) found.add(g, n);
             const uint32_t* drawn = call.random() ? element_words(words, at, n, e.layout, e.step, keys) : words;
-            T* parameters = block_at(e.theta, at, n, theta, granule);
+            T* parameters = block_at(e.theta, at, n, theta, slice);
             T* moments[3] = {};
-            for (int k = 0; k < e.states_count; ++k) moments[k] = block_at(e.states[k], at, n, states[k], granule);
-            if (fuses && call.options.rescale) {
-                call.rescaling_block(e.line, n, parameters, g, {e.probability, drawn}, moments[0], moments[1], moments[2]);
-            } else if (fuses) {
-                call.drawing_block(e.line, n, parameters, g, {e.probability, drawn}, moments[0], moments[1], moments[2]);
-            } else {
-                if (call.options.rescale) factors<true>(e, g, drawn, at, n);
-                else factors<false>(e, g, drawn, at, n);
-                call.line_block(e.line, n, parameters, g, {factor}, moments[0], moments[1], moments[2]);
-            }
+            for (int k = 0; k < e.states_count; ++k) moments[k] = block_at(e.states[k], at, n, states[k], slice);
+            if (call.options.rescale) factors<true>(e, g, drawn, at, n);
+            else factors<false>(e, g, drawn, at, n);
+            call.line_block(e.line, n, parameters, g, factor, moments[0], moments[1], moments[2]);
             if (parameters == theta) store_block(e.theta, at, n, parameters);
             const uint32_t* lower = call.rounding ? element_words(rounding, at, n, e.layout, e.step, rounding_keys) : nullptr;
             for (int k = 0; k < e.states_count; ++k)
@@ -418,10 +405,9 @@ template <class T, class Line> std::vector<float> settle_statistics(Call<T, Line
         return tables;
     }
     for (auto& e : call.entries) {
-        double range[2] = {NAN, NAN};
-        if (e.kept[0].data) load(e.kept[0], 0, 1, &range[0]), load(e.kept[1], 0, 1, &range[1]);
-        if (std::isnan(range[0])) e.own_statistics = call.options.normalization != Normalization::constant; // nothing kept yet
-        else e.probability = Probability<T>(call.options, range[0], range[1]);
+        const auto range = e.kept_range();
+        if (std::isnan(range.low)) e.own_statistics = call.options.normalization != Normalization::constant; // nothing kept yet
+        else e.probability = Probability<T>(call.options, range.low, range.high);
     }
     return tables;
 }
@@ -481,50 +467,45 @@ void step(Call<T, Line> call, const Tensors& params, const std::vector<const Ten
         }
 }
 
-template <class T, bool update, bool amsgrad, class Factors>
-void adamw_block(const AdamW<T>& given, int n, T* __restrict theta, const T* __restrict g, Factors factors, T* __restrict m,
-                 T* __restrict v, T* __restrict v_max) {
+template <class T, bool update, bool amsgrad>
+void line_block(const AdamW<T>& given, int n, T* __restrict theta, const T* __restrict g, const T* __restrict factor, T* __restrict m,
+                T* __restrict v, T* __restrict v_max) {
     const AdamW<T> line = given; // a copy no store can touch
     block_loop<T>({theta, g, m, v}, n, [=](int i) {
         T unused = 0;
-        line.template step<update, amsgrad>(theta[i], g[i], factors(i, g[i]), m[i], v[i], amsgrad ? v_max[i] : unused);
+        line.template step<update, amsgrad>(theta[i], g[i], factor[i], m[i], v[i], amsgrad ? v_max[i] : unused);
     });
 }
 
-template <class T, bool update, bool has_momentum, class Factors>
-void sgd_block(const SGD<T>& given, int n, T* __restrict theta, const T* __restrict g, Factors factors, T* __restrict buffer, T*, T*) {
+template <class T, bool update, bool has_momentum>
+void line_block(const SGD<T>& given, int n, T* __restrict theta, const T* __restrict g, const T* __restrict factor, T* __restrict buffer,
+                T*, T*) {
     const SGD<T> line = given;
     block_loop<T>({theta, g, has_momentum ? buffer : theta, theta}, n, [=](int i) {
         T unused = 0;
-        line.template step<update, has_momentum>(theta[i], g[i], factors(i, g[i]), has_momentum ? buffer[i] : unused);
+        line.template step<update, has_momentum>(theta[i], g[i], factor[i], has_momentum ? buffer[i] : unused);
     });
 }
 
-template <class T, bool update, bool amsgrad> void set_blocks(Call<T, AdamW<T>>& call) {
-    call.line_block = adamw_block<T, update, amsgrad>;
-    call.rescaling_block = adamw_block<T, update, amsgrad>;
-    call.drawing_block = adamw_block<T, update, amsgrad>;
+// The loop for a target and for whether the third moment, or the momentum buffer, is there.
+template <class T, bool update, class Line> void choose_block(Call<T, Line>& call, bool more) {
+    if (more) call.line_block = line_block<T, update, true>;
+    else call.line_block = line_block<T, update, false>;
 }
-template <class T, bool update, bool has_momentum> void set_blocks(Call<T, SGD<T>>& call) {
-    call.line_block = sgd_block<T, update, has_momentum>;
-    call.rescaling_block = sgd_block<T, update, has_momentum>;
-    call.drawing_block = sgd_block<T, update, has_momentum>;
-}
-// The blocks for a target and for whether the third moment, or the momentum buffer, is there.
-template <class T, class Line> void choose_blocks(Call<T, Line>& call, bool more) {
-    if (call.options.target_update) more ? set_blocks<T, true, true>(call) : set_blocks<T, true, false>(call);
-    else more ? set_blocks<T, false, true>(call) : set_blocks<T, false, false>(call);
+template <class T, class Line> void choose_block(Call<T, Line>& call, bool more) {
+    if (call.options.target_update) choose_block<T, true>(call, more);
+    else choose_block<T, false>(call, more);
 }
 
 struct NoLine {};
-template <class T> void multiply_block(const NoLine&, int, T* theta, const T* g, Stored<T> factors, T*, T*, T*) { // theta may be g
-    for (int i = 0; i < block_size; ++i) theta[i] = g[i] * factors.factor[i];
+template <class T> void multiply_block(const NoLine&, int n, T* theta, const T* g, const T* factor, T*, T*, T*) { // theta may be g
+    slices(n, [=](int i) { theta[i] = g[i] * factor[i]; });
 }
-template <class T> void factor_out(const NoLine&, int, T* out, const T*, Stored<T> factors, T*, T*, T*) {
-    for (int i = 0; i < block_size; ++i) out[i] = factors.factor[i];
+template <class T> void factor_out(const NoLine&, int n, T* out, const T*, const T* factor, T*, T*, T*) {
+    slices(n, [=](int i) { out[i] = factor[i]; });
 }
-template <class T> void probability_out(const NoLine&, int, T* out, const T*, Stored<T> factors, T*, T*, T*) {
-    for (int i = 0; i < block_size; ++i) out[i] = 1 / factors.factor[i];
+template <class T> void probability_out(const NoLine&, int n, T* out, const T*, const T* factor, T*, T*, T*) {
+    slices(n, [=](int i) { out[i] = 1 / factor[i]; });
 }
 
 bool is_double(const Tensors& tensors) { return !tensors.empty() && tensors[0].scalar_type() == ScalarType::Double; }
@@ -552,7 +533,7 @@ static void selective_adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Te
     beta2 = value_of(beta2, beta2_tensor, "betas[1]");
     BY_ARITHMETIC(params, {
         auto call = make_call<T, AdamW<T>>(SELECTION_OPTIONS, seed, grads, {}, layout);
-        choose_blocks(call, !max_exp_avg_sqs.empty());
+        choose_block(call, !max_exp_avg_sqs.empty());
         step(std::move(call), params, {&exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs}, steps, saliency_mins, saliency_maxs, scope_statistics,
              grad_scale, found_inf, maximize, [&](double count) { return AdamW<T>(lr, beta1, beta2, weight_decay, eps, count); });
     })
@@ -565,7 +546,7 @@ static void selective_sgd_(Tensors params, Tensors grads, Tensors momentum_buffe
     lr = value_of(lr, lr_tensor, "lr");
     BY_ARITHMETIC(params, {
         auto call = make_call<T, SGD<T>>(SELECTION_OPTIONS, seed, grads, {}, layout);
-        choose_blocks(call, !momentum_buffers.empty());
+        choose_block(call, !momentum_buffers.empty());
         step(std::move(call), params, {&momentum_buffers}, steps, saliency_mins, saliency_maxs, scope_statistics, grad_scale, found_inf,
              maximize, [&](double) { return SGD<T>(lr, momentum, dampening, weight_decay, nesterov); });
     })
@@ -585,8 +566,8 @@ static void select_gradients_(Tensors grads, Tensors saliencies, OptionalTensor 
     })
 }
 
-static void selective_statistics_(Tensors grads, Tensors saliencies, std::vector<int64_t> layout, std::vector<int64_t> sizes,
-                                  int64_t normalization, OptionalTensor grad_scale, Tensor out) {
+static void selective_statistics_(Tensors grads, Tensors saliencies, Tensors mins, Tensors maxs, std::vector<int64_t> layout,
+                                  std::vector<int64_t> sizes, int64_t normalization, OptionalTensor grad_scale, Tensor out) {
     SelectionOptions options{};
     options.normalization = static_cast<Normalization>(normalization);
     const bool rank = options.normalization == Normalization::rank;
@@ -595,11 +576,19 @@ static void selective_statistics_(Tensors grads, Tensors saliencies, std::vector
                         out.size(1) == (rank ? rank_bins : 2) && out.scalar_type() == (rank ? ScalarType::Long : ScalarType::Double),
                     "out must be contiguous on the CPU: [rows, 2] float64, or for rank [rows, ", rank_bins, "] int64");
     STD_TORCH_CHECK(sizes.empty() || static_cast<int64_t>(sizes.size()) == n, "sizes: ", sizes.size(), " for ", n, " tensors");
+    STD_TORCH_CHECK(mins.empty() == maxs.empty() && (mins.empty() || !rank),
+                    "saliency_mins and saliency_maxs belong together, not to rank");
     BY_ARITHMETIC(grads, {
         auto call = make_call<T, NoLine>(options, 0, grads, saliencies, layout);
         if (grad_scale) call.unscale = static_cast<T>(1 / scalar(*grad_scale, "grad_scale"));
         auto worker = std::make_unique<Worker<T, NoLine>>(call);
-        for (auto& e : call.entries) e.own_statistics = !rank;
+        std::vector<List> kept;
+        if (!mins.empty()) kept.emplace_back(mins, "saliency_mins", n, n), kept.emplace_back(maxs, "saliency_maxs", n, n);
+        for (size_t i = 0; i < call.entries.size(); ++i) {
+            auto& e = call.entries[i];
+            for (size_t k = 0; k < kept.size(); ++k) e.kept[k] = kept[k].next(i, 1, nullptr);
+            e.own_statistics = !rank && std::isnan(e.kept_range().low);
+        }
         if (!rank) run(call);
         for (int64_t i = 0; i < n; ++i) {
             const int64_t row = out.size(0) == 1 ? 0 : i;
@@ -608,7 +597,8 @@ static void selective_statistics_(Tensors grads, Tensors saliencies, std::vector
                 worker->count(call.entries[i], every, static_cast<int64_t*>(out.mutable_data_ptr()) + row * rank_bins, every);
             } else {
                 double* into = static_cast<double*>(out.mutable_data_ptr()) + 2 * row;
-                const auto range = call.entries[i].range();
+                const auto& e = call.entries[i];
+                const Range range = e.own_statistics ? e.range() : e.kept_range();
                 into[0] = std::min(into[0], range.low), into[1] = std::max(into[1], range.high);
             }
         }

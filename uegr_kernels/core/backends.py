@@ -15,11 +15,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def why_not(backend: str, operator: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
     """None where `backend` can serve `operator` ("folder.name") on `device`, else why not and what to do, in a sentence."""
-    return _why_not(backend, operator, torch.device(device).type, dtype)
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    return _why_not(backend, operator, torch.device(device).type, dtype, interpreted)
 
 
 @functools.cache
-def _why_not(backend: str, operator: str, device: str, dtype: torch.dtype | None) -> str | None:
+def _why_not(backend: str, operator: str, device: str, dtype: torch.dtype | None, interpreted: bool) -> str | None:
     folder, name = operator.split(".")
     if backend == "reference":
         return None
@@ -30,8 +31,9 @@ def _why_not(backend: str, operator: str, device: str, dtype: torch.dtype | None
             return "Triton is not installed; run `pip install triton`"
         if importlib.util.find_spec(f"uegr_kernels.{folder}.triton") is None:
             return f"{operator} has no Triton kernel in this version; use backend='auto'"
-        if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            return f"Triton kernels run on CUDA and ROCm tensors, these are on {device}; move them, or use backend='auto'"
+        if device != ("cpu" if interpreted else "cuda"):
+            where = "CPU tensors alone under TRITON_INTERPRET=1 (unset it)" if interpreted else "CUDA and ROCm tensors"
+            return f"Triton kernels run on {where}, these are on {device}; move them, or use backend='auto'"
         return None
     needed = "cpu" if backend == "cpp" else "cuda"
     if device != needed:
@@ -51,10 +53,15 @@ def choose(backend: str, operator: str, device: torch.device, dtype: torch.dtype
     """
     if backend == "auto":
         order = ORDER.get(device.type, ("reference",))
-        return next(name for name in order if _why_not(name, operator, device.type, dtype) is None)
+        return next(name for name in order if why_not(name, operator, device, dtype) is None)
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not a backend; use one of 'auto', {', '.join(map(repr, BACKENDS))}")
-    reason = _why_not(backend, operator, device.type, dtype)
+    reason = why_not(backend, operator, device, dtype)
     if reason is not None:
         raise RuntimeError(f"backend={backend!r} cannot serve {operator} on {device.type}: {reason}")
     return backend
+
+
+def triton_stands_in() -> bool:
+    """Whether Triton's launchers are to be registered as the CUDA kernels: Triton is installed, and the CUDA library is not built."""
+    return importlib.util.find_spec("triton") is not None and not any(native.LIBRARIES.glob("*cuda*.so"))

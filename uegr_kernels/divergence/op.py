@@ -1,6 +1,8 @@
 """The loss operators: schemas, fakes, autograd, and the choice of a backend."""
 
+import functools
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -10,8 +12,10 @@ from . import reference
 
 # To the compiled kernels a reduction is its position here (csrc/divergence/divergence.h has the same order; a test compares).
 REDUCTIONS = ("mean", "sum", "none")
-# Bytes of a chunk's logits, counted in the arithmetic's dtype. The reference keeps many tensors of that size, the kernels work in place.
-CHUNK_BYTES = {"reference": 9 << 20}
+# Bytes of a chunk's logits, counted in the arithmetic's dtype. The reference keeps many tensors of that size, the kernels work in place; a
+# GPU wants larger matrices.
+ON_GPU = ("cuda", "triton")
+CHUNK_BYTES = {"reference": 9 << 20} | dict.fromkeys(ON_GPU, 512 << 20)
 NATIVE_CHUNK_BYTES = 48 << 20
 
 OPTIONS = "float js_weight, float label_smoothing, int ignore_index, int reduction, bool regression, bool[] needs"
@@ -29,8 +33,8 @@ SCHEMAS = {
 
 def kernel(name: str, backend: str) -> Callable:
     """`uegr_loss` or `uegr_loss_` of a chosen backend; it takes the reduction by its name."""
-    if backend == "reference":
-        return getattr(reference, name)
+    if backend in ("reference", "triton"):
+        return getattr(reference if backend == "reference" else _triton(), name)
     operator = getattr(torch.ops.uegr_kernels, name).default
 
     def run(*tensors, reduction, **options):
@@ -45,6 +49,12 @@ def kernel(name: str, backend: str) -> Callable:
     return run
 
 
+def _triton() -> ModuleType:
+    from . import triton
+
+    return triton
+
+
 def _as_value_error(error: RuntimeError) -> Exception:
     """The kernels' word on wrong labels as what the reference raises."""
     found = str(error).partition("labels hold ")[1:]
@@ -52,7 +62,7 @@ def _as_value_error(error: RuntimeError) -> Exception:
 
 
 def _check_range(labels: Tensor | None, classes: int, ignore_index: int) -> None:
-    """Raises for class indices outside [0, classes), where they can be looked at; the kernels look themselves."""
+    """Raises for class indices outside [0, classes), where they can be looked at; the compiled kernels look themselves."""
     if labels is None or labels.is_floating_point() or labels.device.type != "cpu" or type(labels) is not Tensor or traced():
         return
     wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
@@ -106,18 +116,19 @@ def _is_last(grad_loss: Tensor) -> bool:
     return plain and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
-def _scale_(gradients: list[Tensor], grad_loss: Tensor) -> None:
+def _scale_(gradients: list[Tensor], grad_loss: Tensor, backend: str) -> None:
     if not _is_one(grad_loss):
-        torch.ops.uegr_kernels.scale_gradients_.default(gradients, grad_loss)
+        scale = _triton().scale_gradients_ if backend == "triton" else torch.ops.uegr_kernels.scale_gradients_.default
+        scale(gradients, grad_loss)
         torch.autograd.graph.increment_version(gradients)
 
 
-def _hand_out(grad_loss: Tensor | None, gradients: list[Tensor], needs: list[bool], parts: Tensor) -> list[Tensor | None]:
+def _hand_out(grad_loss: Tensor | None, gradients: list[Tensor], needs: list[bool], parts: Tensor, backend: str) -> list[Tensor | None]:
     """The kept gradients times that of the loss, where needed."""
     if grad_loss is None:
         return [None for _ in needs]
     if _is_last(grad_loss):
-        _scale_(gradients, grad_loss)
+        _scale_(gradients, grad_loss, backend)
     else:
         gradients = torch.ops.uegr_kernels.scale_gradients.default(gradients, grad_loss, parts)
     wanted = iter(gradients)
@@ -138,7 +149,7 @@ def _setup_loss(ctx, inputs, keyword_only_inputs, output):
 
 def _backward_loss(ctx, grad_loss, *_):
     parts, *gradients = ctx.saved_tensors
-    return _hand_out(grad_loss, gradients, ctx.needs, parts), None
+    return _hand_out(grad_loss, gradients, ctx.needs, parts, "auto"), None
 
 
 def _setup_linear(ctx, inputs, keyword_only_inputs, output):
@@ -162,7 +173,7 @@ def _backward_linear(ctx, grad_loss, *_):
         *of_hidden, of_weight, of_bias = (next(wanted) if need else None for need in ctx.options["needs"])
     else:
         parts, *gradients = (None,) if ctx.by_row else ctx.saved_tensors
-        *of_hidden, of_weight, of_bias = _hand_out(grad_loss, gradients, ctx.options["needs"], parts)
+        *of_hidden, of_weight, of_bias = _hand_out(grad_loss, gradients, ctx.options["needs"], parts, ctx.options["backend"])
     return of_hidden, of_weight, of_bias, None, None
 
 
@@ -179,19 +190,19 @@ for _name, _schema in SCHEMAS.items():
     torch.library.register_vmap(f"uegr_kernels::{_name}", _refuse_vmap)
 
 
-@torch.library.impl("uegr_kernels::uegr_loss", "CompositeExplicitAutograd")
-def _(logits, labels, *, reduction, **options):
-    return reference.uegr_loss(logits, labels, reduction=REDUCTIONS[reduction], **options)
+def _run(module: Callable[[], ModuleType], name: str, *tensors, **options):
+    """The function `name` of a module, by an operator's arguments."""
+    if "reduction" in options:
+        options["reduction"] = REDUCTIONS[options["reduction"]]
+    return getattr(module(), name)(*tensors, **options)
 
 
-@torch.library.impl("uegr_kernels::uegr_loss_", "CompositeExplicitAutograd")
-def _(logits, labels, *, reduction, **options):
-    return reference.uegr_loss_(logits, labels, reduction=REDUCTIONS[reduction], **options)
-
+for _name in SCHEMAS.keys() - {"linear_uegr_loss"}:
+    torch.library.impl(f"uegr_kernels::{_name}", "CompositeExplicitAutograd", functools.partial(_run, lambda: reference, _name))
+    if backends.triton_stands_in():
+        torch.library.impl(f"uegr_kernels::{_name}", "CUDA", functools.partial(_run, _triton, _name))
 
 torch.library.impl("uegr_kernels::linear_uegr_loss", "CompositeExplicitAutograd", _linear_uegr_loss)
-torch.library.impl("uegr_kernels::scale_gradients", "CompositeExplicitAutograd", reference.scale_gradients)
-torch.library.impl("uegr_kernels::scale_gradients_", "CompositeExplicitAutograd", reference.scale_gradients_)
 torch.library.register_fake("uegr_kernels::uegr_loss", _fake_loss)
 torch.library.register_fake("uegr_kernels::uegr_loss_", lambda *tensors, **options: _fake_loss(*tensors, **options)[:2])
 torch.library.register_fake("uegr_kernels::linear_uegr_loss", _fake_linear)
@@ -208,7 +219,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, labels: Tensor | None, backend: str, in_place: bool, needs: list[bool], options: dict, *logits: Tensor):
         ctx.set_materialize_grads(False)
-        ctx.needs, ctx.in_place, ctx.spent = needs, in_place, False
+        ctx.needs, ctx.in_place, ctx.spent, ctx.backend = needs, in_place, False, backend
         ctx.leaves = in_place and [x.is_leaf for x in logits]
         detached = [x.detach() for x in logits]
         loss, parts, *gradients = kernel("uegr_loss_" if in_place else "uegr_loss", backend)(detached, labels, needs=needs, **options)
@@ -225,13 +236,13 @@ class _Loss(torch.autograd.Function):
         parts, *gradients = ctx.saved_tensors
         ctx.spent = ctx.in_place and grad_loss is not None and not torch.is_grad_enabled()
         if ctx.spent:
-            _scale_(gradients, grad_loss)
+            _scale_(gradients, grad_loss, ctx.backend)
             wanted = iter(gradients)  # a leaf and its .grad must not share memory
             gradients = [
                 (next(wanted).clone() if leaf else next(wanted)) if need else None for need, leaf in zip(ctx.needs, ctx.leaves, strict=True)
             ]
         else:
-            gradients = _hand_out(grad_loss, gradients, ctx.needs, parts)
+            gradients = _hand_out(grad_loss, gradients, ctx.needs, parts, ctx.backend)
         return None, None, None, None, None, *gradients
 
 
@@ -251,7 +262,7 @@ def uegr_loss(
 ) -> tuple[Tensor, Tensor]:
     """The loss, differentiable, and its parts; arguments as in SCHEMAS."""
     backend = choose(backend, logits[0].device, logits[0].dtype)
-    if backend == "reference":
+    if backend in ("reference", "triton"):
         _check_range(labels, logits[0].shape[-1], options["ignore_index"])
     needs = [torch.is_grad_enabled() and x.requires_grad for x in logits]
 
@@ -280,7 +291,7 @@ def linear_uegr_loss(
     """The loss of the logits hidden @ weight.T + bias in `dtype`, never whole, and its parts."""
     needs = [x is not None and torch.is_grad_enabled() and x.requires_grad for x in (*hidden, weight, bias)]
     options |= {"needs": needs, "dtype": dtype, "backend": choose(backend, weight.device, dtype)}
-    if options["backend"] == "reference":
+    if options["backend"] in ("reference", "triton"):
         _check_range(labels, len(weight), options["ignore_index"])
 
     def run(reduction: str) -> tuple[Tensor, Tensor]:

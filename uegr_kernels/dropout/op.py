@@ -1,6 +1,8 @@
 """The dropout operators: schemas, fakes, autograd, and the choice of a backend."""
 
+import functools
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -14,6 +16,23 @@ SCHEMAS = {
     "adaptive_dropout_backward": "(Tensor grad, Tensor rates, Tensor key) -> (Tensor, Tensor)",
     "dropout_rates_": "(Tensor(a!) gradient_norm, Tensor(b!) pending, *, float p, float max_p, float momentum, bool fold) -> Tensor",
 }
+
+
+def _triton() -> ModuleType:
+    from . import triton
+
+    return triton
+
+
+def _by_triton(name: str, *tensors, **options):
+    return getattr(_triton(), name)(*tensors, **options)
+
+
+def kernel(name: str, backend: str) -> Callable:
+    """An operator of a backend, by its arguments."""
+    if backend in ("reference", "triton"):
+        return getattr(reference if backend == "reference" else _triton(), name)
+    return getattr(torch.ops.uegr_kernels, name).default
 
 
 def _setup(ctx, inputs, output):
@@ -45,6 +64,8 @@ for _name, _schema in SCHEMAS.items():
     torch.library.define(f"uegr_kernels::{_name}", _schema)
     torch.library.register_vmap(f"uegr_kernels::{_name}", _refuse_vmap)
     torch.library.impl(f"uegr_kernels::{_name}", "CompositeExplicitAutograd", getattr(reference, _name))
+    if backends.triton_stands_in():
+        torch.library.impl(f"uegr_kernels::{_name}", "CUDA", functools.partial(_by_triton, _name))
 
 torch.library.register_fake("uegr_kernels::adaptive_dropout", lambda h, *_: h.new_empty(h.shape))
 torch.library.register_fake("uegr_kernels::adaptive_dropout_backward", lambda g, rates, _: (g.new_empty(g.shape), torch.empty_like(rates)))
@@ -54,16 +75,19 @@ torch.library.register_autograd("uegr_kernels::adaptive_dropout_backward", _refu
 
 
 class _Dropout(torch.autograd.Function):
-    """What the registered autograd does, for the reference called directly."""
+    """What the registered autograd does, for kernels that are called directly."""
 
     @staticmethod
-    def forward(ctx, h, rates, key, pending):
+    def forward(ctx, backend, h, rates, key, pending):
         _setup(ctx, (h, rates, key, pending), None)
-        return reference.adaptive_dropout(h, rates, key, pending)
+        ctx.backend = backend
+        return kernel("adaptive_dropout", backend)(h, rates, key, pending)
 
     @staticmethod
     def backward(ctx, grad):
-        return _backward(ctx, grad) if torch.is_grad_enabled() else _backward_by(reference.adaptive_dropout_backward, ctx, grad)
+        if torch.is_grad_enabled():
+            return None, *_backward(ctx, grad)
+        return None, *_backward_by(kernel("adaptive_dropout_backward", ctx.backend), ctx, grad)
 
 
 @torch.compiler.assume_constant_result
@@ -75,8 +99,11 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
 def adaptive_dropout(h: Tensor, gradient_norm: Tensor, pending: Tensor, key: Tensor, *, backend: str, **options) -> Tensor:
     """h dropped at the rates that n gives, differentiable; n and `pending` are updated. Arguments as in SCHEMAS, a chosen backend."""
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if backend == "reference" and not traced:
-        return _Dropout.apply(h, reference.dropout_rates_(gradient_norm, pending, **options), key, pending)
+    if backend in ("reference", "triton") and not traced:
+        rates = kernel("dropout_rates_", backend)(gradient_norm, pending, **options)
+        if backend == "triton":
+            torch.autograd.graph.increment_version([gradient_norm, pending])
+        return _Dropout.apply(backend, h, rates, key, pending)
     rates = torch.ops.uegr_kernels.dropout_rates_.default(gradient_norm, pending, **options)
     if not traced:  # kernels registered outside PyTorch leave the versions alone
         torch.autograd.graph.increment_version([gradient_norm, pending])

@@ -1,5 +1,9 @@
 """The perturbing operators: schemas, fakes, and the choice of a backend. All write into tensors they are given."""
 
+import functools
+from collections.abc import Callable
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -21,23 +25,44 @@ SCHEMAS = {
 }
 
 
+def _triton() -> ModuleType:
+    from . import triton
+
+    return triton
+
+
+def _run(module: Callable[[], ModuleType], name: str, *tensors, **options) -> None:
+    """The function `name` of a module, by an operator's arguments."""
+    for key, words in WORDS.items():
+        if key in options:
+            number = options[key]
+            if not 0 <= number < len(words):
+                raise RuntimeError(f"{key} is {number}; use {', '.join(f'{i} ({word})' for i, word in enumerate(words))}")
+            options[key] = words[number]
+    getattr(module(), name)(*tensors, **options)
+
+
 def _register(name: str, schema: str) -> None:
     """Defines the operator; the reference is its default kernel, so that it exists on every device."""
-
-    def default(*tensors, **options):
-        getattr(reference, name)(*tensors, **{key: WORDS[key][value] if key in WORDS else value for key, value in options.items()})
 
     def refuse_vmap(*_, **__):
         raise RuntimeError(f"{name.rstrip('_')} of uegr_kernels does not run under torch.func.vmap; give the whole batch")
 
     torch.library.define(f"uegr_kernels::{name}", f"({schema}) -> ()")
-    torch.library.impl(f"uegr_kernels::{name}", "CompositeExplicitAutograd", default)
+    torch.library.impl(f"uegr_kernels::{name}", "CompositeExplicitAutograd", functools.partial(_run, lambda: reference, name))
+    if backends.triton_stands_in():
+        torch.library.impl(f"uegr_kernels::{name}", "CUDA", functools.partial(_run, _triton, name))
     torch.library.register_fake(f"uegr_kernels::{name}", lambda *_, **__: None)
     torch.library.register_vmap(f"uegr_kernels::{name}", refuse_vmap)
 
 
 for _name, _schema in SCHEMAS.items():
     _register(_name, _schema)
+
+
+def kernel(name: str, backend: str) -> Callable:
+    """An operator of a native backend, by its arguments."""
+    return functools.partial(_run, _triton, name) if backend == "triton" else getattr(torch.ops.uegr_kernels, name).default
 
 
 @torch.compiler.assume_constant_result
@@ -53,6 +78,6 @@ def call(name: str, backend: str, *tensors, written: list[Tensor], **options) ->
         getattr(reference, name)(*tensors, **options)
         return
     numbers = {key: words.index(options[key]) for key, words in WORDS.items() if key in options}
-    getattr(torch.ops.uegr_kernels, name).default(*tensors, **options | numbers)
+    kernel(name, backend if backend == "triton" and not traced else "cpp")(*tensors, **options | numbers)
     if not traced:  # kernels registered outside PyTorch leave the versions alone, and autograd would miss a stale graph
         torch.autograd.graph.increment_version(written)

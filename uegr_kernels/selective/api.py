@@ -137,7 +137,7 @@ class SelectiveOptimizer(Optimizer):
             self._settle_scopes(batches)
             for batch in batches:
                 self._update(batch)
-            if len(self.param_groups) == len(batches) == 1 and batches[0]["backend"] in COMPILED:
+            if len(self.param_groups) == len(batches) == 1 and batches[0]["backend"] != "reference":
                 self._remember(batches[0])
             return loss
 
@@ -164,7 +164,7 @@ class SelectiveOptimizer(Optimizer):
         self._check(group)
         batch = self._new_batch(group, roster.params[0].device, roster.params[0].dtype)
         batch |= {"params": roster.params, "grads": [p.grad for p in roster.params], "states": states, "layout": roster.batch["layout"]}
-        if batch["backend"] not in COMPILED or any(grad is None for grad in batch["grads"]):
+        if batch["backend"] != roster.batch["backend"] or any(grad is None for grad in batch["grads"]):
             return False
         try:
             for key in self._needed(batch):

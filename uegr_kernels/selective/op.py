@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from numbers import Real
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -117,9 +119,10 @@ SCHEMAS = {
     + f"float momentum, float dampening, bool nesterov, {OPTIONS}",
     "select_gradients_": "Tensor(a!)[] grads, Tensor[] saliencies, *, Tensor? scope_statistics, int[] layout, int step, int seed, "
     + OPTIONS,
-    # Joins into `out`: one row for all tensors together, or a row each. sizes: elements of the unsharded tensors; empty: as they are.
-    "selective_statistics_": "Tensor[] grads, Tensor[] saliencies, *, int[] layout, int[] sizes, int normalization, "
-    + "Tensor? grad_scale, Tensor(a!) out",
+    # Joins into `out`: one row for all tensors together, or a row each. Minima and maxima stand for tensors that have them (not NaN).
+    # sizes: elements of the unsharded tensors; empty: as they are.
+    "selective_statistics_": "Tensor[] grads, Tensor[] saliencies, Tensor[] saliency_mins, Tensor[] saliency_maxs, *, int[] layout, "
+    + "int[] sizes, int normalization, Tensor? grad_scale, Tensor(a!) out",
     "selection_probability_": f"Tensor grad, Tensor? saliency, *, Tensor(a!) out, {OPTIONS}",
     "selection_mask_": f"Tensor grad, Tensor? saliency, *, Tensor(a!) out, int[] layout, int step, int seed, {OPTIONS}",
 }
@@ -129,28 +132,37 @@ WRITTEN = {name: [i for i, text in enumerate(schema.split("*,")[0].split(", ")) 
 
 
 def _register(name: str, schema: str) -> None:
-    """Defines the operator; the reference is its default kernel, so that it exists on every device."""
+    """Defines the operator; the reference is its default kernel, so that it exists on every device, Triton's its CUDA one."""
     torch.library.define(f"uegr_kernels::{name}", f"({schema}) -> ()")
-
-    def default(*args, **kwargs):
-        if "steps" in schema:
-            params, grads, *moments, steps, low, high = args
-            for i, g in enumerate(grads):  # a mixture is dispatched here: the compiled kernels never see it
-                if g.layout is not torch.strided or g.device != params[i].device:
-                    raise RuntimeError(f"grads[{i}] is {g.layout} on {g.device}; make it dense, on {params[i].device}")
-            for state in (state for states in (*moments, steps, low, high) for state in states if state.layout is not torch.strided):
-                raise RuntimeError(f"a state of shape {tuple(state.shape)} is {state.layout}; make it dense")
-            one = [p.new_empty(()) for p in params[:1]] * len(params)
-            args = params, grads, *(_apart(m, params) for m in moments), *(_apart(s, one) for s in (steps, low, high))
-        if "salient" in kwargs:
-            selection = Selection.of(kwargs)
-            kwargs = {key: value for key, value in kwargs.items() if key not in selection.arguments()} | {"selection": selection}
-        else:
-            kwargs["normalization"] = NORMALIZATIONS[kwargs["normalization"]]
-        getattr(reference, name)(*args, **kwargs)
-
-    torch.library.impl(f"uegr_kernels::{name}", "CompositeExplicitAutograd", default)
     torch.library.register_fake(f"uegr_kernels::{name}", lambda *args, **kwargs: None)
+    torch.library.impl(f"uegr_kernels::{name}", "CompositeExplicitAutograd", functools.partial(_run, lambda: reference, name))
+    if backends.triton_stands_in():
+        torch.library.impl(f"uegr_kernels::{name}", "CUDA", functools.partial(_run, _triton, name))
+
+
+def _run(module: Callable[[], ModuleType], name: str, *args, **kwargs) -> None:
+    """The function `name` of a module, by an operator's arguments."""
+    if "steps" in SCHEMAS[name]:
+        params, grads, *moments, steps, low, high = args
+        for i, g in enumerate(grads):  # a mixture is dispatched to the default kernel: the compiled ones never see it
+            if g.layout is not torch.strided or g.device != params[i].device:
+                raise RuntimeError(f"grads[{i}] is {g.layout} on {g.device}; make it dense, on {params[i].device}")
+        for state in (state for states in (*moments, steps, low, high) for state in states if state.layout is not torch.strided):
+            raise RuntimeError(f"a state of shape {tuple(state.shape)} is {state.layout}; make it dense")
+        one = [p.new_empty(()) for p in params[:1]] * len(params)
+        args = params, grads, *(_apart(m, params) for m in moments), *(_apart(s, one) for s in (steps, low, high))
+    if "salient" in kwargs:
+        selection = Selection.of(kwargs)
+        kwargs = {key: value for key, value in kwargs.items() if key not in selection.arguments()} | {"selection": selection}
+    else:
+        kwargs["normalization"] = NORMALIZATIONS[kwargs["normalization"]]
+    getattr(module(), name)(*args, **kwargs)
+
+
+def _triton() -> ModuleType:
+    from . import triton
+
+    return triton
 
 
 def _apart(states: list[Tensor], alike: list[Tensor]) -> list[Tensor]:
@@ -172,11 +184,15 @@ def call(name: str, backend: str, *tensors, **options) -> None:
     if backend == "reference" and not torch.compiler.is_compiling():
         getattr(reference, name)(*tensors, **options)
         return
-    if "selection" in options:
-        options |= options.pop("selection").arguments()
+    if backend == "triton" and not torch.compiler.is_compiling():
+        getattr(_triton(), name)(*tensors, **options)
     else:
-        options["normalization"] = NORMALIZATIONS.index(options["normalization"])
-    getattr(torch.ops.uegr_kernels, name).default(*tensors, **options)
+        if "selection" in options:
+            arguments = options | options["selection"].arguments()
+            del arguments["selection"]
+        else:
+            arguments = options | {"normalization": NORMALIZATIONS.index(options["normalization"])}
+        getattr(torch.ops.uegr_kernels, name).default(*tensors, **arguments)
     # Kernels registered outside PyTorch leave the versions alone, and autograd would miss a stale graph.
     written = [tensors[i] for i in WRITTEN[name]] + ([options["out"]] if "out" in options else [])
     torch.autograd.graph.increment_version([t for group in written for t in (group if isinstance(group, list) else [group])])
@@ -200,19 +216,11 @@ def scope_statistics(parts: list[dict], normalization: str) -> Tensor:
     if normalization == "rank":
         out = torch.zeros(1, reference.RANK_BINS, dtype=torch.int64, device=home)
     else:
-        out = torch.tensor([[torch.inf, -torch.inf]], dtype=torch.float64, device=home)
+        out = torch.full((1, 2), torch.inf, dtype=torch.float64, device=home)
+        out[:, 1].neg_()
     for part in parts:
-        grads, saliencies, layout = part["grads"], part["saliencies"], part["layout"]
-        if part["kept"] is not None:
-            low, high = (torch.cat([value.reshape(-1) for value in values]).to(home, torch.float64) for values in part["kept"])
-            missing = low.isnan()
-            joined = torch.stack((low.masked_fill(missing, torch.inf).amin(), high.masked_fill(missing, -torch.inf).amax()))
-            out = torch.stack((torch.minimum(out[0, 0], joined[0]), torch.maximum(out[0, 1], joined[1])))[None]
-            first = missing.nonzero().flatten().tolist()
-            grads, layout = [grads[i] for i in first], [x for i in first for x in layout[4 * i : 4 * i + 4]]
-        if grads:
-            into = out.to(grads[0].device)
-            options = {"layout": layout, "sizes": [], "normalization": normalization, "grad_scale": part["grad_scale"]}
-            call("selective_statistics_", part["backend"], grads, saliencies, **options, out=into)
-            out = into.to(home)
+        into = out.to(part["grads"][0].device)
+        options = {"layout": part["layout"], "sizes": [], "normalization": normalization, "grad_scale": part["grad_scale"]}
+        call("selective_statistics_", part["backend"], part["grads"], part["saliencies"], *(part["kept"] or ([], [])), **options, out=into)
+        out = into.to(home)
     return out

@@ -239,8 +239,8 @@ def select_gradients_(grads, saliencies, *, scope_statistics, layout, step, seed
         grad.copy_(torch.where(b, g * factor, 0))
 
 
-def selective_statistics_(grads, saliencies, *, layout, sizes, normalization, grad_scale, out) -> None:
-    """Joins (min, max) or the histogram of s into `out`: one row for all tensors, or a row each."""
+def selective_statistics_(grads, saliencies, mins, maxs, *, layout, sizes, normalization, grad_scale, out) -> None:
+    """Joins (min, max) or the histogram of s into `out`: one row for all tensors, or a row each. What is kept stands for its tensor."""
     for i, (grad, place) in enumerate(zip(grads, layouts(layout), strict=True)):
         g = unscaled(grad, grad_scale)
         saliency, into = saliencies[i] if saliencies else None, row(out, i)
@@ -248,6 +248,9 @@ def selective_statistics_(grads, saliencies, *, layout, sizes, normalization, gr
             into += histogram(*magnitude(g, saliency), place, sizes[i] if sizes else g.numel()).to(out.device)
         else:
             low, high = extremes(g, saliency).to(out.device)
+            if mins:
+                kept = torch.stack((mins[i], maxs[i])).to(out)
+                low, high = torch.where(kept.isnan(), torch.stack((low, high)), kept)
             into.copy_(torch.stack((torch.minimum(into[0], low), torch.maximum(into[1], high))))
 
 

@@ -1,0 +1,167 @@
+"""What the Triton kernels share: the generator (SPEC 2, by `tl.philox`), pointers out of tables, and the device they are launched on."""
+
+import contextlib
+import os
+import struct
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROUNDING_KEY = tl.constexpr(0x9E3779B9)  # xor-ed into the key's low word for the words that round 16-bit moments
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # as Triton asks, when a kernel is decorated
+WARPS = 4  # of an elementwise program
+GROUP_BYTES = 24 << 20  # of gradients between their statistics and their update: what stays in the second-level cache
+CAPTURED: list[Tensor] = []  # what replays of graphs copy to the device again
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float64: tl.float64}
+
+
+def on(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Makes the tensor's GPU the current one, which is where Triton launches; nothing to do on the CPU, for the interpreter."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+def lanes() -> int:
+    """Threads of a warp."""
+    return 64 if torch.version.hip else 32
+
+
+def to_device(values: list | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A new tensor there, without waiting for the copy."""
+    values = torch.as_tensor(values, dtype=dtype)
+    if device.type != "cuda":
+        return values
+    values = values.pin_memory()
+    if capturing(device):
+        CAPTURED.append(values)
+    return values.to(device, non_blocking=True)
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def mark(device: torch.device, event: torch.cuda.Event | None) -> torch.cuda.Event | None:
+    """What says, when asked, whether the work given to the device so far is done: the event, or a new one; None on the CPU."""
+    if device.type == "cuda":
+        event = torch.cuda.Event() if event is None else event
+        event.record()
+    return event
+
+
+class Upload:
+    """Brings 64-bit numbers to `target` by an asynchronous copy from pinned memory that nobody writes while a copy of it is in flight.
+
+    A captured copy is made again at every replay, from the same memory: a step under capture writes an upload `apart`, once.
+    """
+
+    def __init__(self, size: int, device: torch.device):
+        self.target = torch.empty(size, dtype=torch.int64, device=device)
+        self.content = b""
+        self.sources: list[tuple[Tensor, torch.cuda.Event | None]] = []  # each with what says that its last copy is through
+        self.spare: Tensor | None = None  # for a capture, which should not allocate pinned memory
+
+    def write(self, content: bytes) -> None:
+        """Makes `target` hold the content; nothing is copied where it already does."""
+        if content == self.content:
+            return
+        free = (i for i, (_, copied) in enumerate(self.sources) if copied is None or copied.query())
+        at = next(free, None)
+        source, copied = (self._source(), None) if at is None else self.sources.pop(at)
+        source.copy_(torch.frombuffer(bytearray(content), dtype=torch.int64))
+        self.target.copy_(source, non_blocking=True)
+        self.content = content
+        if not capturing(self.target.device):
+            copied = mark(self.target.device, copied)
+            self.spare = self._source() if self.spare is None and self.target.is_cuda else self.spare
+        self.sources.append((source, copied))
+
+    def apart(self) -> "Upload":
+        """Another one of the same size, with memory of its own."""
+        other = Upload(len(self.target), self.target.device)
+        other.sources = [] if self.spare is None else [(self.spare, None)]
+        self.spare = None
+        return other
+
+    def _source(self) -> Tensor:
+        return torch.empty(len(self.target), dtype=torch.int64, pin_memory=self.target.is_cuda)
+
+
+@triton.jit
+def nearest(x, dtype: tl.constexpr):
+    """x in another dtype, rounded to nearest. Triton's interpreter cuts bfloat16 off and spoils its denormals: there it is done by hand."""
+    if INTERPRETED and dtype == tl.bfloat16 and x.dtype != tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True).to(tl.int64)
+        rounded = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        return (rounded >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def widened(x, dtype: tl.constexpr):
+    """What was read from memory in the arithmetic's dtype; by hand where the interpreter spoils denormals."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def pointer(address, dtype: tl.constexpr):
+    """An address from a table as a pointer."""
+    return address.to(tl.pointer_type(dtype))
+
+
+@triton.jit
+def aligned_pointer(address, dtype: tl.constexpr):
+    """The same, promised to be a multiple of 16 bytes: without a mask its accesses have 128 bits."""
+    return tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
+
+
+@triton.jit
+def element_indices(local, offset, run, stride):
+    """The unsharded flat index of local elements: offset + (l // run) * stride + l % run, in 64 bits."""
+    return offset + local // run * stride + local % run
+
+
+@triton.jit
+def four_words(q, seed, step, stream):
+    """The words of elements 4q to 4q + 3; `q` is a block of int64, the rest are scalars, the seed an int64."""
+    low = q.to(tl.uint32)
+    return tl.philox(seed, low, (q >> 32).to(tl.uint32), tl.zeros_like(low) + step.to(tl.uint32), tl.zeros_like(low) + stream.to(tl.uint32))
+
+
+@triton.jit
+def words_in_order(first, seed, step, stream, BLOCK: tl.constexpr):
+    """The words of `BLOCK` elements from the index `first` (int64, a multiple of 4) on: one call serves four neighbours."""
+    a, b, c, d = four_words(first // 4 + tl.arange(0, BLOCK // 4), seed, step, stream)
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [BLOCK])
+
+
+@triton.jit
+def words(indices, seed, step, stream):
+    """The words of elements in any order: a call each."""
+    a, b, c, d = four_words(indices >> 2, seed, step, stream)
+    lane = indices & 3
+    return tl.where(lane < 2, tl.where(lane < 1, a, b), tl.where(lane < 3, c, d))
+
+
+@triton.jit
+def uniform(word, dtype: tl.constexpr):
+    """u = (word >> 8) * 2^-24, in [0, 1)."""
+    return (word >> 8).to(tl.int32).to(dtype) * 5.9604644775390625e-08
+
+
+def bits(x: float) -> int:
+    """A float as an integer of its 64 bits: as a number Triton would round it to float32."""
+    return struct.unpack("<q", struct.pack("<d", x))[0]
+
+
+@triton.jit
+def from_bits(x):
+    """The float64 again."""
+    return x.to(tl.int64).to(tl.float64, bitcast=True)

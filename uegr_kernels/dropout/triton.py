@@ -1,0 +1,194 @@
+"""Adaptive dropout in Triton: the mask is drawn again in the backward, which gathers the squares of every unit's gradient.
+
+A program takes a tile: some rows of some units (a unit: an index of the last axis). Squares are added in double, by part of the rows and
+then over the parts, in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..core import triton_ops
+from ..core.triton_ops import from_bits
+
+UNITS = 256  # of a tile, at most
+ROWS = 4096  # elements of a tile at a time
+AT_ONCE = tl.constexpr(1024)  # units, or parts, of a loop over all of them
+PARTS = 256  # of the rows, at most
+
+# ---- The formulas
+
+
+@triton.jit
+def keep_scale(rate, dtype: tl.constexpr):
+    """What kept elements of a unit are multiplied by, 1/(1 - r), the difference taken in the rate's own type."""
+    return 1 / (1 - rate).to(dtype)
+
+
+@triton.jit
+def dropped(h, word, rate, scale):
+    """h/(1 - r) where kept, 0 where u < r, whatever h is."""
+    return tl.where(triton_ops.uniform(word, rate.dtype) >= rate, h * scale, 0.0)
+
+
+@triton.jit
+def moved_norm(n, squares, momentum, first):
+    """n after new squares of norms: momentum * n + (1 - momentum) * root; the first one sets n."""
+    root = tl.sqrt(squares)
+    return tl.where(first, root, momentum.to(n.dtype) * n + (1 - momentum).to(n.dtype) * root)
+
+
+@triton.jit
+def dropout_rate(n, mean, p, max_p):
+    """r = clamp(p * n / mean(n), 0, max_p); NaN stays."""
+    rate, most = p.to(n.dtype) * n / mean, max_p.to(n.dtype)
+    return tl.where(rate < 0, 0.0, tl.where(rate > most, most, rate))
+
+
+# ---- Kernels and their launches
+
+
+@triton.jit
+def words_of_tile(row, unit, units, key, IN_ORDER: tl.constexpr):
+    """The words of a tile's elements, [rows, units]; in order one call serves four neighbours."""
+    step = key * 0
+    if IN_ORDER:
+        R: tl.constexpr = row.shape[0]
+        U: tl.constexpr = unit.shape[1]
+        quarter = tl.min(unit, 1, keep_dims=True) // 4 + tl.arange(0, U // 4)[None, :]
+        a, b, c, d = triton_ops.four_words(row * (units // 4) + quarter, key, step, step)
+        return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [R, U])
+    else:
+        return triton_ops.words(row * units + unit, key, step, step)
+
+
+@triton.jit(do_not_specialize=["rows", "size"])
+def drop_kernel(h, rates, rate_stride, key, out, squares, rows, units, size, R: tl.constexpr, U: tl.constexpr, DTYPE: tl.constexpr,
+                IN_ORDER: tl.constexpr, SQUARES: tl.constexpr):  # fmt: skip
+    """Drops `size` rows of some units; with SQUARES their sums, [parts, units]."""
+    key = tl.load(key)
+    unit = tl.program_id(0) * U + tl.arange(0, U)[None, :]
+    rate = tl.load(rates + unit.to(tl.int64) * rate_stride, mask=unit < units, other=0.0)
+    scale = keep_scale(rate, DTYPE)
+    first = tl.program_id(1).to(tl.int64) * size
+    sums = tl.zeros([R, U], tl.float64)
+    for at in range(first, tl.minimum(first + size, rows), R):
+        row = at + tl.arange(0, R)[:, None]
+        there = (row < rows) & (unit < units)
+        i = row * units + unit
+        value = tl.load(h + i, mask=there, other=0.0)
+        result = dropped(value.to(DTYPE), words_of_tile(row, unit, units, key, IN_ORDER), rate, scale)
+        tl.store(out + i, triton_ops.nearest(result, out.dtype.element_ty), mask=there)
+        if SQUARES:
+            sums += value.to(tl.float64) * value.to(tl.float64)
+    if SQUARES:
+        tl.store(squares + tl.program_id(1).to(tl.int64) * units + unit, tl.sum(sums, 0, keep_dims=True), mask=unit < units)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def add_parts_kernel(squares, out, parts, units, U: tl.constexpr, P: tl.constexpr):
+    """Sums over the parts."""
+    unit = tl.program_id(0) * U + tl.arange(0, U)[None, :]
+    sums = tl.zeros([P, U], tl.float64)
+    for at in range(0, parts, P):
+        part = at + tl.arange(0, P)[:, None]
+        sums += tl.load(squares + part.to(tl.int64) * units + unit, mask=(part < parts) & (unit < units), other=0.0)
+    tl.store(out + unit, tl.sum(sums, 0, keep_dims=True).to(out.dtype.element_ty), mask=unit < units)
+
+
+@triton.jit(do_not_specialize=["p", "max_p", "momentum"])
+def rates_kernel(norm, norm_stride, pending, pending_stride, rates, units, p: tl.int64, max_p: tl.int64, momentum: tl.int64,
+                 FOLD: tl.constexpr):  # fmt: skip
+    """One program: what is pending goes into n, then the rates that n gives."""
+    p, max_p, momentum = from_bits(p), from_bits(max_p), from_bits(momentum)
+    new, seen = tl.zeros([AT_ONCE], tl.int32), tl.zeros([AT_ONCE], tl.int32)
+    for at in range(0, units, AT_ONCE):
+        j = (at + tl.arange(0, AT_ONCE)).to(tl.int64)
+        seen |= (tl.load(norm + j * norm_stride, mask=j < units, other=0.0) != 0).to(tl.int32)
+        if FOLD:
+            new |= (tl.load(pending + j * pending_stride, mask=j < units, other=0.0) > 0).to(tl.int32)
+    first, folds = tl.max(seen, 0) == 0, tl.max(new, 0) > 0
+    total, seen = tl.zeros([AT_ONCE], tl.float64), tl.zeros([AT_ONCE], tl.int32)
+    for at in range(0, units, AT_ONCE):
+        j = (at + tl.arange(0, AT_ONCE)).to(tl.int64)
+        n = tl.load(norm + j * norm_stride, mask=j < units, other=0.0)
+        if FOLD:
+            squares = tl.load(pending + j * pending_stride, mask=j < units, other=0.0)
+            n = tl.where(folds, moved_norm(n, squares, momentum, first), n)
+            tl.store(norm + j * norm_stride, n, mask=j < units)
+            tl.store(pending + j * pending_stride, tl.zeros_like(squares), mask=j < units)
+        total += n.to(tl.float64)
+        seen |= (n != 0).to(tl.int32)
+    mean, first = tl.sum(total, 0) / units, tl.max(seen, 0) == 0
+    for at in range(0, units, AT_ONCE):  # each thread finds what it has written itself
+        j = (at + tl.arange(0, AT_ONCE)).to(tl.int64)
+        n = tl.load(norm + j * norm_stride, mask=j < units, other=0.0)
+        rate = tl.where(first, p.to(n.dtype), dropout_rate(n, mean.to(n.dtype), p, max_p))
+        tl.store(rates + j, rate, mask=j < units)
+
+
+def _drop(h: Tensor, name: str, rates: Tensor, key: Tensor, *, with_squares: bool) -> tuple[Tensor, Tensor | None]:
+    """h dropped, and the squares of every unit's elements."""
+    if h.dtype not in triton_ops.DTYPES:
+        raise RuntimeError(f"{name} is {str(h.dtype).removeprefix('torch.')}; use float32, bfloat16, float16 or float64")
+    if rates.dtype not in (torch.float32, torch.float64):
+        raise RuntimeError("rates must be float32 or float64")
+    if h.dim() == 0 or rates.shape != h.shape[-1:]:
+        raise RuntimeError(f"rates must have one number for each index of {name}'s last axis")
+    if key.dtype != torch.int64 or key.numel() != 1:
+        raise RuntimeError("key must be an int64")
+    out = h.new_empty(h.shape)
+    squares = torch.zeros_like(rates, memory_format=torch.contiguous_format) if with_squares else None
+    if h.numel() == 0:
+        return out, squares
+    h, units = h.contiguous(), h.shape[-1]
+    rows, in_order = h.numel() // units, units % 4 == 0
+    tile = max(min(triton.next_power_of_2(units), UNITS), 4)
+    at_once = max(min(ROWS // tile, triton.next_power_of_2(rows)) // (2 if with_squares else 1), 1)
+    parts = min(triton.cdiv(rows, at_once), PARTS) if with_squares else triton.cdiv(rows, at_once)
+    parts = min(parts, 2**16 - 1)
+    size = triton.cdiv(triton.cdiv(rows, parts), at_once) * at_once
+    parts = triton.cdiv(rows, size)
+    dtype = torch.float64 if torch.float64 in (h.dtype, rates.dtype) else torch.float32
+    sums = h.new_empty(parts, units, dtype=torch.float64) if with_squares else None
+    with triton_ops.on(h):
+        drop_kernel[(triton.cdiv(units, tile), parts)](
+            h, rates, rates.stride(0), key, out, sums, rows, units, size, R=at_once, U=tile, DTYPE=triton_ops.DTYPES[dtype],
+            IN_ORDER=in_order, SQUARES=with_squares, num_warps=8 if at_once * tile >= 2048 else 1,
+        )  # fmt: skip
+        if with_squares:
+            add_parts_kernel[(triton.cdiv(units, 32),)](sums, squares, parts, units, U=32, P=16, num_warps=2)
+    return out, squares
+
+
+# ---- The operators, as reference.py has them.
+
+
+def adaptive_dropout(h: Tensor, rates: Tensor, key: Tensor, pending: Tensor | None) -> Tensor:
+    """h/(1 - r_j) where kept, else 0. `pending` is for the backward."""
+    return _drop(h, "h", rates, key, with_squares=False)[0]
+
+
+def adaptive_dropout_backward(grad: Tensor, rates: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """dL/dinput by the same mask, and the squared norm of dL/dh_j over all other axes [F]."""
+    return _drop(grad, "grad", rates, key, with_squares=True)
+
+
+def dropout_rates_(gradient_norm: Tensor, pending: Tensor, *, p: float, max_p: float, momentum: float, fold: bool) -> Tensor:
+    """r [F]. With `fold` the root of what backwards left in `pending` goes into n before; the first one sets n."""
+    if gradient_norm.dtype not in (torch.float32, torch.float64):
+        raise RuntimeError("gradient_norm must be float32 or float64")
+    if gradient_norm.dim() != 1 or pending.shape != gradient_norm.shape or pending.dtype != gradient_norm.dtype:
+        raise RuntimeError("gradient_norm and pending must have one axis of the same size, and the same dtype")
+    for x, name in ((gradient_norm, "gradient_norm"), (pending, "pending")):
+        if len(x) > 1 and x.stride(0) == 0:
+            raise RuntimeError(f"{name} is expanded; give a tensor whose elements have memory of their own")
+    rates = gradient_norm.new_empty(gradient_norm.shape)
+    if len(rates):
+        numbers = (triton_ops.bits(x) for x in (p, max_p, momentum))
+        with triton_ops.on(rates):
+            rates_kernel[(1,)](
+                gradient_norm, gradient_norm.stride(0), pending, pending.stride(0), rates, len(rates), *numbers, FOLD=fold, num_warps=4
+            )
+    return rates
