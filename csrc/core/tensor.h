@@ -3,6 +3,9 @@
 
 #include <algorithm>
 #include <optional>
+#include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #ifdef USE_CUDA
@@ -20,14 +23,42 @@
 
 namespace uegr {
 
-// Makes an operator's function callable from library.cpp's table.
-#define EXPORT_BOXED(name)                                                                                                                 \
-    void boxed_##name(StableIValue* stack, uint64_t arguments, uint64_t results) { TORCH_BOX (&name)(stack, arguments, results); }
-
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using OptionalTensor = std::optional<Tensor>;
+
+// Makes an operator's function callable from library.cpp's table.
+#ifndef USE_CUDA // torch's own word for it
+#define EXPORT_BOXED(name)                                                                                                                 \
+    void boxed_##name(StableIValue* stack, uint64_t arguments, uint64_t results) { TORCH_BOX (&name)(stack, arguments, results); }
+#else
+// Thrown ahead of any writing where the CUDA kernels leave a call to the operator's overload `fallback`: Triton's, or the reference.
+struct LeftToOthers {};
+
+template <auto function> struct Boxed;
+template <class R, class... A, R (*function)(A...)> struct Boxed<function> {
+    static void call(const char* name, StableIValue* stack) {
+        namespace detail = torch::stable::detail;
+        auto given = detail::unbox_to_tuple<A...>(stack);
+        try {
+            if constexpr (std::is_void_v<R>) std::apply(function, given);
+            else box(stack, std::apply(function, given));
+        } catch (const LeftToOthers&) {
+            detail::box_from_tuple(stack, std::move(given));
+            STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "fallback", stack, TORCH_ABI_VERSION));
+        }
+    }
+
+private:
+    template <class T> static void box(StableIValue* stack, const T& result) { stack[0] = torch::stable::detail::from(result); }
+    template <class... T> static void box(StableIValue* stack, const std::tuple<T...>& results) {
+        torch::stable::detail::box_from_tuple(stack, results);
+    }
+};
+#define EXPORT_BOXED(name)                                                                                                                 \
+    void boxed_##name(StableIValue* stack, uint64_t, uint64_t) { Boxed<&name>::call("uegr_kernels::" #name, stack); }
+#endif
 
 inline std::optional<Storage> storage(const Tensor& t) {
     switch (t.scalar_type()) {
@@ -109,7 +140,7 @@ inline double scalar(const Tensor& t, const char* name) {
     return value_at<double>(static_cast<const char*>(t.const_data_ptr()), *type);
 }
 
-#ifdef USE_CUDA // torch's own word for it
+#ifdef USE_CUDA
 // Memory that a GPU copies from while the host goes on.
 inline Tensor pinned_bytes(int64_t size) {
     return torch::stable::empty({size}, ScalarType::Byte, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU), on_gpu);

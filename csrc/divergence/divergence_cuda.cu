@@ -595,8 +595,8 @@ __global__ void __launch_bounds__(block_threads) scale_ragged(const __grid_const
 
 View single(const Tensor& t, const char* name, bool written) {
     const View v = view(t, name, written);
-    STD_TORCH_CHECK(v.storage != Storage::float64 && v.storage != Storage::boolean, name,
-                    " must be float32, bfloat16 or float16 for the CUDA kernels; use backend='triton' or 'reference'");
+    STD_TORCH_CHECK(v.storage != Storage::boolean, name, " is bool; use float32, bfloat16, float16 or float64");
+    if (v.storage == Storage::float64) throw LeftToOthers();
     return v;
 }
 Rows rows_of(const View& v, int64_t pass) {
@@ -621,7 +621,7 @@ Batch make_batch(const Tensors& logits, const OptionalTensor& labels, const Loss
         const View v = single(x, "logits", false);
         STD_TORCH_CHECK(x.scalar_type() == logits[0].scalar_type(), "logits must be of one floating dtype");
         const int64_t passes = v.dim == 3 ? v.sizes[0] : 1;
-        STD_TORCH_CHECK(batch.passes + passes <= most_passes, "logits hold more than ", most_passes, " passes; use backend='reference'");
+        if (batch.passes + passes > most_passes) throw LeftToOthers();
         for (int64_t pass = 0; pass < passes; ++pass) batch.logits[batch.passes++] = rows_of(v, pass);
         if (&x == &logits[0]) batch.samples = v.sizes[v.dim - 2], batch.classes = v.sizes[v.dim - 1];
         STD_TORCH_CHECK(v.sizes[v.dim - 2] == batch.samples && v.sizes[v.dim - 1] == batch.classes, "logits must have the same N and C");

@@ -137,15 +137,16 @@ __global__ void __launch_bounds__(rate_threads)
 }
 
 void check_floats(const View& v, const char* name) {
+    if (v.storage == Storage::float64) throw LeftToOthers();
     STD_TORCH_CHECK(v.storage == Storage::float32 && v.dim == 1 && v.contiguous, name,
-                    " must be float32 with one contiguous axis for the CUDA kernels; use backend='triton' or 'reference'");
+                    " must be float32 or float64, with one contiguous axis");
 }
 
 // `in` dropped into a fresh tensor, and with `squares` the sums of squares of its units.
 Tensor drop(const Tensor& given, const char* name, const Tensor& rates, const Tensor& key, Tensor* squares) {
     const View source = view(given, name, false), r = view(rates, "rates", false);
-    STD_TORCH_CHECK(source.storage != Storage::boolean && source.storage != Storage::float64, name,
-                    " must be float32, bfloat16 or float16 for the CUDA kernels; use backend='triton' or 'reference'");
+    STD_TORCH_CHECK(source.storage != Storage::boolean, name, " is bool; use float32, bfloat16, float16 or float64");
+    if (source.storage == Storage::float64) throw LeftToOthers();
     check_floats(r, "rates");
     STD_TORCH_CHECK(source.dim > 0 && r.sizes[0] == source.sizes[source.dim - 1], "rates must have one number for each index of ", name,
                     "'s last axis");

@@ -269,8 +269,8 @@ void run(Plan& plan, const Tensor& like) {
 
 View floats(const Tensor& t, const char* name, bool written) {
     const View v = view(t, name, written);
-    STD_TORCH_CHECK(v.storage != Storage::boolean && v.storage != Storage::float64, name,
-                    " must be float32, bfloat16 or float16 for the CUDA kernels; use backend='triton' or 'reference'");
+    STD_TORCH_CHECK(v.storage != Storage::boolean, name, " is bool; use float32, bfloat16, float16 or float64");
+    if (v.storage == Storage::float64) throw LeftToOthers();
     return v;
 }
 

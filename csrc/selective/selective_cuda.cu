@@ -129,6 +129,9 @@ template <class Line> DEVICE Range found_range(const Call<Line>& call, const Ent
     const Progress& p = call.progress[tensor];
     return range_of<float>(__ldcg(&p.low), __ldcg(&p.high), e.slots[given].data);
 }
+DEVICE Range kept_range(const Entry& e) {
+    return {value_at<double>(e.kept[0].data, e.kept[0].storage), value_at<double>(e.kept[1].data, e.kept[1].storage)};
+}
 template <class Line> DEVICE void keep_range(const Call<Line>& call, const Entry& e, int64_t tensor) {
     const Range range = found_range(call, e, tensor);
     put_value(e.kept[0].data, e.kept[0].storage, range.low), put_value(e.kept[1].data, e.kept[1].storage, range.high);
@@ -155,14 +158,15 @@ template <class Line, class Options> __global__ void __launch_bounds__(128, 8) p
             const double* row = static_cast<const double*>(call.scope) + 2 * e.row;
             range = {row[0], row[1]};
         } else if (e.kept[0].data) {
-            range = {value_at<double>(e.kept[0].data, e.kept[0].storage), value_at<double>(e.kept[1].data, e.kept[1].storage)};
+            range = kept_range(e);
         }
         to.own = e.own && range.low != range.low; // nothing handed in, nothing kept yet
         if (!to.own) to.curve.probability = Probability<float>(call.options, range.low, range.high);
         call.progress[tensor] = {
             ~0u, 0, static_cast<uint32_t>(e.statistics_items), static_cast<uint32_t>(e.updates_items), !to.own || e.statistics_items == 0,
             {}};
-        if (e.kept[0].data && e.size == 0 && !skipped) keep_range(call, e, tensor);
+        if constexpr (!std::is_same_v<Line, NoLine>)
+            if (e.kept[0].data && e.size == 0 && !skipped) keep_range(call, e, tensor);
     }
     const int64_t pieces = (e.bulk + item_size - 1) / item_size, seldom = e.kept[0].data ? seldom_item : item_size;
     for (int64_t k = threadIdx.x; k < pieces; k += blockDim.x) {
@@ -540,7 +544,8 @@ __global__ void __launch_bounds__(threads) join_ranges(Call<NoLine> call, double
     __shared__ double room[warp_size];
     double low = HUGE_VAL, high = -HUGE_VAL;
     for (int64_t i = rows == 1 ? threadIdx.x : blockIdx.x; i < tensors; i += rows == 1 ? threads : tensors) {
-        const Range range = found_range(call, call.entries[i], i);
+        const Entry& e = call.entries[i];
+        const Range range = call.settled[i].own ? found_range(call, e, i) : kept_range(e);
         low = minimum(low, range.low), high = maximum(high, range.high);
     }
     low = over_block(low, room, HUGE_VAL, [](double a, double b) { return minimum(a, b); });
@@ -687,8 +692,7 @@ void run(const Call<Line>& call, Roster roster, const Options& options, bool mor
 
 View single(const Tensor& t, const char* name, bool written) {
     const View v = view(t, name, written);
-    STD_TORCH_CHECK(v.storage != Storage::float64, name,
-                    " is float64, which the CUDA kernels do not take; use backend='triton' or 'reference'");
+    if (v.storage == Storage::float64) throw LeftToOthers();
     return v;
 }
 
@@ -706,7 +710,7 @@ Roster make_roster(const Tensors& grads, const Tensors& saliencies, const std::v
         const View g = single(grads[i], "grads", false);
         e.slots[gradient] = roster.slot(g);
         if (!saliencies.empty()) {
-            const View s = single(saliencies[i], "saliencies", false);
+            const View s = view(saliencies[i], "saliencies", false);
             check_same_shape(s, g, "saliencies", i);
             e.slots[given] = roster.slot(s);
         }
@@ -820,8 +824,8 @@ static void select_gradients_(Tensors grads, Tensors saliencies, OptionalTensor 
     run(call, std::move(roster), NoOptions(), false, grads[0], static_cast<cudaStream_t>(place.stream));
 }
 
-static void selective_statistics_(Tensors grads, Tensors saliencies, std::vector<int64_t> layout, std::vector<int64_t> sizes,
-                                  int64_t normalization, OptionalTensor grad_scale, Tensor out) {
+static void selective_statistics_(Tensors grads, Tensors saliencies, Tensors mins, Tensors maxs, std::vector<int64_t> layout,
+                                  std::vector<int64_t> sizes, int64_t normalization, OptionalTensor grad_scale, Tensor out) {
     SelectionOptions options{};
     options.normalization = static_cast<Normalization>(normalization);
     Call<NoLine> call = make_call<NoLine>(options, 0, std::nullopt, grads.size());
@@ -829,7 +833,16 @@ static void selective_statistics_(Tensors grads, Tensors saliencies, std::vector
     const int64_t n = static_cast<int64_t>(grads.size());
     check_rows(out, "out", call.ranks(), n);
     STD_TORCH_CHECK(sizes.empty() || static_cast<int64_t>(sizes.size()) == n, "sizes: ", sizes.size(), " for ", n, " tensors");
+    STD_TORCH_CHECK(mins.empty() == maxs.empty() && (mins.empty() || !call.ranks()),
+                    "saliency_mins and saliency_maxs belong together, not to rank");
     if (n == 0) return;
+    if (!mins.empty()) {
+        List low(mins, "saliency_mins", n, n), high(maxs, "saliency_maxs", n, n);
+        for (int64_t i = 0; i < n; ++i) {
+            roster.entries[i].kept[0] = roster.slot(low.next(i, 1, nullptr));
+            roster.entries[i].kept[1] = roster.slot(high.next(i, 1, nullptr));
+        }
+    }
     call.grad_scale = number(1, grad_scale, "grad_scale");
     const Place place(grads[0]);
     const cudaStream_t stream = static_cast<cudaStream_t>(place.stream);

@@ -132,12 +132,10 @@ WRITTEN = {name: [i for i, text in enumerate(schema.split("*,")[0].split(", ")) 
 
 
 def _register(name: str, schema: str) -> None:
-    """Defines the operator; the reference is its default kernel, so that it exists on every device, Triton's its CUDA one."""
-    torch.library.define(f"uegr_kernels::{name}", f"({schema}) -> ()")
+    backends.define(
+        name, f"({schema}) -> ()", functools.partial(_run, lambda: reference, name), functools.partial(_run, _triton, name)
+    )
     torch.library.register_fake(f"uegr_kernels::{name}", lambda *args, **kwargs: None)
-    torch.library.impl(f"uegr_kernels::{name}", "CompositeExplicitAutograd", functools.partial(_run, lambda: reference, name))
-    if backends.triton_stands_in():
-        torch.library.impl(f"uegr_kernels::{name}", "CUDA", functools.partial(_run, _triton, name))
 
 
 def _run(module: Callable[[], ModuleType], name: str, *args, **kwargs) -> None:
@@ -184,7 +182,7 @@ def call(name: str, backend: str, *tensors, **options) -> None:
     if backend == "reference" and not torch.compiler.is_compiling():
         getattr(reference, name)(*tensors, **options)
         return
-    if backend == "triton" and not torch.compiler.is_compiling():
+    if backend == "triton" and not backends.traced():
         getattr(_triton(), name)(*tensors, **options)
     else:
         if "selection" in options:
@@ -198,6 +196,7 @@ def call(name: str, backend: str, *tensors, **options) -> None:
     torch.autograd.graph.increment_version([t for group in written for t in (group if isinstance(group, list) else [group])])
 
 
+@torch.compiler.assume_constant_result
 def choose(name: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that serves operator `name` (core.backends.choose)."""
     return backends.choose(backend, f"selective.{name}", device, dtype)
