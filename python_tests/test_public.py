@@ -187,22 +187,52 @@ def test_every_name_that_takes_a_backend_is_called():
     assert CALLS.keys() == {name for name in (*SIGNATURES, *FORMS) if "." not in name}
 
 
+COMPILED = [
+    ("SelectiveAdamW", {}),
+    ("SelectiveAdamW", {"statistics": "previous", "scope": "global", "amsgrad": True}),
+    ("SelectiveAdamW", {"normalization": "rank", "scope": "global", "state_dtype": torch.bfloat16}),
+    ("SelectiveSGD", {"momentum": 0.9, "fused": True}),
+]
+
+
 @pytest.mark.filterwarnings("ignore")  # torch warns of what it does not trace
-@pytest.mark.parametrize("name", ["SelectiveAdamW", "SelectiveSGD"])
-def test_a_compiled_step_equals_the_eager_one(name):
-    params = [torch.nn.Parameter(torch.randn(50)), torch.nn.Parameter(torch.randn(3, 4))]
-    optimizer = named(name)(params, lr=0.1, threshold=0.5, seed=1)
-    others, other = copy.deepcopy((params, optimizer))
+@pytest.mark.parametrize(("name", "options"), COMPILED)
+def test_a_compiled_step_is_one_graph_and_equals_the_eager_one(name, options):
     torch._dynamo.reset()
-    compiled = torch.compile(optimizer.step, backend="aot_eager")
-    for _ in range(3):
-        for p, q in zip(params, others, strict=True):
-            p.grad = torch.randn_like(p)
-            q.grad = p.grad.clone()
-        compiled()
-        other.step()
-    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
-    assert [optimizer.state[p]["step"].item() for p in params] == [3.0, 3.0]
+    torch._dynamo.utils.counters.clear()
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 2))
+    pair = model, copy.deepcopy(model)
+
+    def make(model):
+        groups = [{"params": list(model[0].parameters()), "weight_decay": 0.0}, {"params": list(model[1].parameters()), "threshold": 0.3}]
+        return named(name)(groups, lr=torch.tensor(0.1), threshold=0.5, seed=1, **options)
+
+    optimizers = [make(model) for model in pair]
+    steps = torch.compile(optimizers[0].step, backend="aot_eager", fullgraph=True), optimizers[1].step
+    schedulers = [torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 20) for optimizer in optimizers]
+    for _ in range(20):
+        x = torch.randn(4, 8)
+        for model, optimizer, step, scheduler in zip(pair, optimizers, steps, schedulers, strict=True):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            step()
+            scheduler.step()
+    assert all(torch.equal(p, q) for p, q in zip(*(model.parameters() for model in pair), strict=True))
+    assert [optimizers[0].state[p]["step"].item() for p in pair[0].parameters()] == [20.0] * 4
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns of what it does not trace
+def test_a_compiled_step_names_what_it_refuses_and_changes_nothing():
+    torch._dynamo.reset()
+    params = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))]
+    optimizer = uk.SelectiveAdamW([{"params": params[:1]}, {"params": params[1:]}], seed=0)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.state[params[1]]["exp_avg"] = torch.zeros(5)
+    with pytest.raises(Exception, match=r"shape \(2,\) but its exp_avg \(5,\)"):
+        torch.compile(optimizer.step, backend="aot_eager")()
+    assert all(bool((p == 1).all()) for p in params)
 
 
 def test_info_runs():

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from ..core import shards
 from . import op
 
 FORMAT = 1  # of the state's layout; a key of every group
@@ -126,6 +127,9 @@ class SelectiveOptimizer(Optimizer):
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
+            if torch.compiler.is_compiling():
+                self._run(self._traced_batches())
+                return loss
             self._agree_on_seed()  # before anything can raise: every rank takes part
             if self._step_again():
                 return loss
@@ -134,16 +138,57 @@ class SelectiveOptimizer(Optimizer):
                 self._check_states(batch)
             for batch in batches:
                 self._complete_states(batch)
-            self._settle_scopes(batches)
-            for batch in batches:
-                self._update(batch)
-            if len(self.param_groups) == len(batches) == 1 and batches[0]["backend"] != "reference":
+            self._run(batches)
+            if len(self.param_groups) == len(batches) == 1 and batches[0]["backend"] != "reference" and not batches[0]["cuts"]:
                 self._remember(batches[0])
             return loss
 
+    def _run(self, batches: list[dict]) -> None:
+        for batch in batches:
+            self._localise(batch)
+        self._settle_scopes(batches)
+        for batch in batches:
+            self._update(batch)
+            if any(batch["cuts"]):
+                self._join_kept(batch)
+
+    def _traced_batches(self) -> list[dict]:
+        """The step's batches for torch.compile: it runs `_init_group` in Python, and traces what is done with the lists it fills."""
+        batches = []
+        for group, first in self._groups():
+            needed = self._needed(group)
+            for part in range(self._init_group(group, first, -1)):
+                params, grads, layout, others, *states = [[] for _ in range(4 + len(needed))]
+                self._init_group(group, first, part, params, grads, layout, others, *states)
+                batch = {"group": group, "selection": op.Selection(*(group[name] for name in op.FIELDS))}
+                batch |= {
+                    "params": params,
+                    "grads": grads,
+                    "layout": layout,
+                    "statistics": None,
+                    "cuts": (),
+                    "backend": others[0],
+                    "seed": others[1],
+                }
+                batches.append(batch | dict(zip(needed, states, strict=True)))
+        return batches
+
+    def _init_group(self, group: dict, first: int, part: int, *lists: list) -> int:
+        """Checks the group, creates its states and fills the lists with its batch `part`. Returns how many batches there are."""
+        batches = self._batches(group, first)
+        for batch in batches:
+            self._check_states(batch)
+        for batch in batches:
+            self._complete_states(batch)
+        for batch in batches[part : part + 1] if lists else ():
+            values = batch["params"], batch["grads"], batch["layout"], [batch["backend"], batch["seed"]]
+            for filled, value in zip(lists, (*values, *(batch[key] for key in self._needed(group))), strict=True):
+                filled += value
+        return len(batches)
+
     def _remember(self, batch: dict) -> None:
         group = batch["group"]
-        if len(batch["params"]) == len(group["params"]) and not torch.compiler.is_compiling():
+        if len(batch["params"]) == len(group["params"]):
             self._roster = _Roster(list(group["params"]), list(self.state.keys()), list(self.state.values()), batch)
 
     def _step_again(self) -> bool:
@@ -152,7 +197,7 @@ class SelectiveOptimizer(Optimizer):
         The operator checks every tensor of a call before it writes; what it refuses, the long way finds the words for.
         """
         roster = self._roster
-        if roster is None or torch.compiler.is_compiling():
+        if roster is None:
             return False
         self._roster = None
         group, states = roster.batch["group"], roster.batch["states"]
@@ -167,7 +212,7 @@ class SelectiveOptimizer(Optimizer):
         if batch["backend"] != roster.batch["backend"] or any(grad is None for grad in batch["grads"]):
             return False
         try:
-            for key in self._needed(batch):
+            for key in self._needed(group):
                 batch[key] = [state[key] for state in states]
                 flat, parts, addresses = self._shared.get(key, (None, [], []))
                 if all(map(operator.is_, batch[key], parts)) and [part.data_ptr() for part in parts] == addresses and flat is not None:
@@ -203,11 +248,10 @@ class SelectiveOptimizer(Optimizer):
                 _check_parameter(stream, p, grad)
                 if batch is None:
                     batch = batches[device, dtype] = self._new_batch(group, device, dtype)
-            n = p.numel()
             batch["params"].append(p)
             batch["grads"].append(grad)
             batch["states"].append(state)
-            batch["layout"] += (stream, 0, n, n)
+            batch["layout"] += (stream, *shards.layout(f"parameter {stream}", p))
         return list(batches.values())
 
     def _new_batch(self, group: dict, device: torch.device, dtype: torch.dtype) -> dict:
@@ -218,6 +262,7 @@ class SelectiveOptimizer(Optimizer):
             "backend": backend,
             "seed": _signed(_whole("seed", group["seed"]) % 2**64),
             "statistics": None,
+            "cuts": (),
             "params": [],
             "grads": [],
             "states": [],
@@ -226,7 +271,7 @@ class SelectiveOptimizer(Optimizer):
 
     def _check_states(self, batch: dict) -> None:
         """Raises a gradient or a state that does not fit its parameter: every tensor of every call, before the first one is stepped."""
-        needed, moments = self._needed(batch), self._moments(batch["group"])
+        needed, moments = self._needed(batch["group"]), self._moments(batch["group"])
         for i, (p, grad, state) in enumerate(zip(batch["params"], batch["grads"], batch["states"], strict=True)):
             if grad.shape != p.shape or 0 in p.stride():
                 _check_parameter(batch["layout"][4 * i], p, grad)
@@ -234,23 +279,23 @@ class SelectiveOptimizer(Optimizer):
                 if key in state:
                     _check_state(batch["layout"][4 * i], key, state[key], p, key in moments)
 
-    def _needed(self, batch: dict) -> tuple[str, ...]:
+    def _needed(self, group: dict) -> tuple[str, ...]:
         """The keys of a parameter's state."""
-        kept = ("saliency_min", "saliency_max") if batch["selection"].statistics == "previous" else ()
-        return ("step", *self._moments(batch["group"]), *kept)
+        kept = ("saliency_min", "saliency_max") if group["statistics"] == "previous" else ()
+        return ("step", *self._moments(group), *kept)
 
     def _complete_states(self, batch: dict) -> None:
         """Creates what a parameter's state lacks, and lists the states."""
-        params = batch["params"]
+        group, params = batch["group"], batch["params"]
         states = batch["states"] = [state if state else self.state[p] for p, state in zip(params, batch["states"], strict=True)]
-        for key in self._needed(batch):
+        for key in self._needed(group):
             lacking = [i for i, state in enumerate(states) if key not in state]  # what is there (a checkpoint's, a hook's) is left alone
             if len(lacking) == len(params) >= SWARM and len(self.param_groups) == 1 and batch["backend"] in COMPILED:
-                if all(p.numel() <= TINY and p.is_contiguous() for p in params):
+                if all(p.numel() <= TINY and p.is_contiguous() and not shards.sharded(p) for p in params):
                     self._share_states(key, batch)
                     continue
             for i in lacking:
-                states[i][key] = self._fresh_state(key, params[i], batch["group"])
+                states[i][key] = self._fresh_state(key, params[i], group)
             if key == "step" and params[0].is_cuda:  # one found on the CPU, after a load, moves
                 for state in states:
                     state[key] = state[key].to(params[0].device)
@@ -276,19 +321,73 @@ class SelectiveOptimizer(Optimizer):
         start, dtype = -0.0 if key == "momentum_buffer" else 0.0, group["state_dtype"] or wide
         return torch.full_like(p, start, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
 
+    def _localise(self, batch: dict) -> None:
+        """Puts this process's parts in the place of sharded tensors."""
+        params = batch["params"]
+        if not any(map(shards.sharded, params)):
+            return
+        batch["cuts"], batch["sizes"] = [shards.cut(p) for p in params], [p.numel() for p in params]
+        batch["grads"] = [shards.alike(grad, p) for p, grad in zip(params, batch["grads"], strict=True)]
+        written = ("params", *self._needed(batch["group"]))
+        batch["wholes"] = [t for key in written for t in batch[key] if shards.sharded(t)]
+        for key in ("grads", *written):
+            batch[key] = [shards.local(t) for t in batch[key]]
+
     def _settle_scopes(self, batches: list[dict]) -> None:
-        """Hands the batches whose scope is "global" the statistics over all of them with the same normalisation."""
-        scopes: dict[str, list[dict]] = {}
-        for batch in batches:
-            if batch["selection"].scope == "global" and batch["selection"].normalization != "constant":
-                scopes.setdefault(batch["selection"].normalization, []).append(batch)
-        scale = getattr(self, "grad_scale", None)
-        for normalization, members in scopes.items():
-            parts = [batch | {"saliencies": [], "grad_scale": scale, "kept": self._kept(batch)} for batch in members]
-            with torch.no_grad():
-                statistics = op.scope_statistics(parts, normalization)
-            for batch in members:
-                batch["statistics"] = statistics.to(batch["params"][0].device)
+        """Hands the batches the statistics that their operator cannot take alone: over all of a "global" scope, or over the whole of
+        tensors that other processes hold parts of."""
+        scopes: dict[str, dict[tuple, list[dict]]] = {}
+        members = [batch for batch in batches if batch["selection"].normalization != "constant"]
+        for batch in members:
+            normalization = batch["selection"].normalization
+            if batch["selection"].scope == "global":
+                cuts = scopes.setdefault(normalization, {})
+                for cut, _, part in self._parts(batch):
+                    cuts.setdefault(cut, []).append(part)
+            elif any(batch["cuts"]):
+                rows = op.no_statistics(len(batch["params"]), normalization, batch["params"][0].device)
+                for cut, chosen, part in self._parts(batch):
+                    rows[chosen] = op.scope_statistics([part], normalization, rows=len(chosen), cut=cut)
+                batch["statistics"] = rows
+        joined = {normalization: op.joint_statistics(cuts, normalization) for normalization, cuts in scopes.items()}
+        for batch in members:
+            if batch["selection"].scope == "global":
+                batch["statistics"] = joined[batch["selection"].normalization].to(batch["params"][0].device)
+
+    def _parts(self, batch: dict):
+        """The batch's tensors by how they are cut: the cut, which they are, and what op.scope_statistics takes."""
+        cuts = batch["cuts"] or [()] * len(batch["params"])
+        for cut in dict.fromkeys(cuts):
+            chosen = [i for i, other in enumerate(cuts) if other == cut]
+            whole = len(chosen) == len(cuts)
+
+            def pick(values: list, chosen=chosen, whole=whole) -> list:
+                return values if whole else [values[i] for i in chosen]
+
+            kept = self._kept(batch)
+            yield (
+                cut,
+                chosen,
+                {
+                    "backend": batch["backend"],
+                    "grads": pick(batch["grads"]),
+                    "saliencies": [],
+                    "layout": [n for i in chosen for n in batch["layout"][4 * i : 4 * i + 4]],
+                    "sizes": pick(batch["sizes"]) if cut else [],
+                    "grad_scale": getattr(self, "grad_scale", None),
+                    "kept": kept and tuple(map(pick, kept)),
+                },
+            )
+
+    def _join_kept(self, batch: dict) -> None:
+        """Makes what was kept of every process's part that of the whole."""
+        torch.autograd.graph.increment_version(batch["wholes"])
+        kept = self._kept(batch)
+        for cut, chosen, _ in self._parts(batch) if kept else ():
+            pairs = torch.stack([torch.stack([values[i] for i in chosen]) for values in kept], 1)
+            shards.join_(pairs, cut)
+            for values, joined in zip(kept, pairs.unbind(1), strict=True):
+                torch._foreach_copy_([values[i] for i in chosen], list(joined.unbind()))
 
     def _kept(self, batch: dict) -> tuple[list[Tensor], list[Tensor]] | None:
         return (batch["saliency_min"], batch["saliency_max"]) if "saliency_min" in batch else None
@@ -585,7 +684,7 @@ def select_gradients_(
                 f"params[{stream}].grad is expanded: its elements share memory and cannot be written; call .clone() on it first"
             )
         key = p.grad.device, p.grad.dtype
-        new = {"backend": None, "grads": [], "saliencies": [], "layout": [], "grad_scale": None, "kept": None}
+        new = {"backend": None, "grads": [], "saliencies": [], "layout": [], "sizes": [], "grad_scale": None, "kept": None}
         part = parts.setdefault(key, new)
         part["backend"] = part["backend"] or op.choose("select_gradients_", backend, *key)
         part["grads"].append(p.grad)
@@ -596,7 +695,7 @@ def select_gradients_(
     shared = None
     with torch.no_grad():
         if scope == "global" and normalization != "constant":
-            shared = op.scope_statistics(list(parts.values()), normalization)
+            shared = op.joint_statistics({(): list(parts.values())}, normalization)
         for (device, _), part in parts.items():
             over = None if shared is None else shared.to(device)
             lists = part["grads"], part["saliencies"]
@@ -724,6 +823,10 @@ def _check_parameter(stream: int, p: Tensor, grad: Tensor) -> None:
         )
     if p.dtype not in FLOATS or grad.dtype not in FLOATS:
         raise TypeError(f"parameter {stream} is {p.dtype} with a gradient of {grad.dtype}: complex and integer tensors are not supported")
+    if shards.sharded(p) != shards.sharded(grad):
+        raise TypeError(
+            f"parameter {stream} is a {type(p).__name__} and its gradient a {type(grad).__name__}; make both DTensors, or neither"
+        )
     if grad.shape != p.shape:
         raise ValueError(f"parameter {stream} has shape {tuple(p.shape)} but its gradient {tuple(grad.shape)}; they must be equal")
     if _expanded(p):

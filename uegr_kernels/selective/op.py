@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..core import backends
+from ..core import backends, shards
 from . import reference
 
 # To the compiled kernels a normalisation is its position here (csrc/selective/selective.h has the same order; a test compares).
@@ -202,24 +202,39 @@ def choose(name: str, backend: str, device: torch.device, dtype: torch.dtype) ->
     return backends.choose(backend, f"selective.{name}", device, dtype)
 
 
-def scope_statistics(parts: list[dict], normalization: str) -> Tensor:
-    """The statistics of s over the tensors of all parts together, as the operators take them.
-
-    A part has `grads`, `saliencies`, `layout`, `grad_scale`, a chosen `backend`, and `kept`: None, or lists of the minima and maxima
-    that stand for the tensors (NaN: nothing kept yet). The reference alone ranks exactly; where a compiled kernel takes part, all share
-    its histogram.
-    """
-    if normalization == "rank" and all(part["backend"] == "reference" for part in parts):
-        return reference.ordered_saliency(parts)
-    home = parts[0]["grads"][0].device
+def no_statistics(rows: int, normalization: str, device: torch.device) -> Tensor:
+    """Statistics of nothing, for the statistics operator to join others to."""
     if normalization == "rank":
-        out = torch.zeros(1, reference.RANK_BINS, dtype=torch.int64, device=home)
-    else:
-        out = torch.full((1, 2), torch.inf, dtype=torch.float64, device=home)
-        out[:, 1].neg_()
+        return torch.zeros(rows, reference.RANK_BINS, dtype=torch.int64, device=device)
+    out = torch.full((rows, 2), torch.inf, dtype=torch.float64, device=device)
+    out[:, 1].neg_()
+    return out
+
+
+def scope_statistics(parts: list[dict], normalization: str, *, rows: int, cut: tuple) -> Tensor:
+    """The statistics of s over the tensors of all parts together (rows=1), or of each tensor of the only part, as the operators take them.
+
+    A part has `grads`, `saliencies`, `layout`, `sizes`, `grad_scale`, a chosen `backend`, and `kept`: None, or lists of the minima and
+    maxima that stand for the tensors (NaN: nothing kept yet). cut: the processes that hold the rest of the tensors (core.shards).
+    """
+    home = parts[0]["grads"][0].device
+    out = no_statistics(rows, normalization, home)
     for part in parts:
         into = out.to(part["grads"][0].device)
-        options = {"layout": part["layout"], "sizes": [], "normalization": normalization, "grad_scale": part["grad_scale"]}
+        options = {"layout": part["layout"], "sizes": part["sizes"], "normalization": normalization, "grad_scale": part["grad_scale"]}
         call("selective_statistics_", part["backend"], part["grads"], part["saliencies"], *(part["kept"] or ([], [])), **options, out=into)
         out = into.to(home)
+    shards.join_(out, cut)
     return out
+
+
+def joint_statistics(cuts: dict[tuple, list[dict]], normalization: str) -> Tensor:
+    """The statistics over all parts of all cuts together. The reference alone ranks exactly; where a compiled kernel or another process
+    takes part, all share its histogram."""
+    if normalization == "rank" and list(cuts) == [()] and all(part["backend"] == "reference" for part in cuts[()]):
+        return reference.ordered_saliency(cuts[()])
+    rows = [scope_statistics(parts, normalization, rows=1, cut=cut) for cut, parts in cuts.items()]
+    rows = torch.cat([row.to(rows[0].device) for row in rows])
+    if normalization == "rank":
+        return rows.sum(0, keepdim=True)
+    return torch.stack((rows[:, 0].amin(), rows[:, 1].amax()))[None]

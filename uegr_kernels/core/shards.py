@@ -1,0 +1,97 @@
+"""Tensors of which this process holds a part (DTensor): where the part lies in the whole, and what the processes tell each other."""
+
+import functools
+import sys
+from math import prod
+
+import torch
+from torch import Tensor
+
+
+def sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor. Nobody has one before its module is imported, which takes long and is not done here."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part: the memory that an operator reads and writes."""
+    return tensor.to_local() if sharded(tensor) else tensor
+
+
+def alike(grad: Tensor, p: Tensor) -> Tensor:
+    """A gradient in its parameter's placements."""
+    return grad.redistribute(p.device_mesh, p.placements) if sharded(p) and grad.placements != p.placements else grad
+
+
+def cut(tensor: Tensor) -> tuple:
+    """The mesh, and its dimensions over which the parts of a tensor make up the whole; () where every process has it whole."""
+    if not sharded(tensor):
+        return ()
+    dims = tuple(dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate())
+    return (tensor.device_mesh, dims) if dims else ()
+
+
+def layout(name: str, tensor: Tensor) -> tuple[int, int, int]:
+    """offset, run, stride: local element l is element offset + (l // run)*stride + l % run of the whole.
+
+    Raises ValueError for a placement that these do not state.
+    """
+    if not sharded(tensor):
+        return 0, tensor.numel(), tensor.numel()
+    try:
+        return _layout(tensor.shape, tensor.device_mesh, tensor.placements)
+    except NotImplementedError:
+        raise ValueError(
+            f"{name} of shape {tuple(tensor.shape)} has placements {tensor.placements}, whose parts are no evenly spaced runs of the "
+            "whole; shard it along one dimension, or call full_tensor() on it"
+        ) from None
+
+
+@functools.cache
+def _layout(whole: torch.Size, mesh, placements: tuple) -> tuple[int, int, int]:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    if not all(placement.is_replicate() or _in_order(dim, mesh, placements, whole) for dim, placement in enumerate(placements)):
+        raise NotImplementedError
+    part, first = compute_local_shape_and_global_offset(whole, mesh, placements)
+    cut = [dim for dim, n in enumerate(part) if n != whole[dim]]
+    if not cut or 0 in part:
+        return 0, prod(part), prod(part)
+    last = cut[-1]
+    rows = [dim for dim in range(last) if part[dim] != 1]  # below the outermost of them, all must be whole for the rows to be evenly spaced
+    if any(dim in cut for dim in rows[1:]):
+        raise NotImplementedError
+    below = prod(whole[last + 1 :])
+    offset = sum(start * prod(whole[dim + 1 :]) for dim, start in enumerate(first))
+    return offset, part[last] * below, whole[last] * below
+
+
+def _in_order(dim: int, mesh, placements: tuple, whole: torch.Size) -> bool:
+    """Whether a placement leaves each process one piece of its dimension."""
+    from torch.distributed.tensor import Shard
+
+    placement = placements[dim]
+    if isinstance(placement, Shard):
+        return True
+    factor = getattr(placement, "split_factor", 0)  # FSDP over tensor parallelism: cut by a later mesh dimension first
+    later = [other for other in range(dim + 1, len(placements)) if placements[other].is_shard(getattr(placement, "dim", None))]
+    pieces = factor * mesh.size(dim)
+    return bool(factor) and prod(mesh.size(other) for other in later) == factor and whole[placement.dim] % pieces == 0
+
+
+def join_(statistics: Tensor, cut: tuple) -> None:
+    """Joins every process's rows of [minimum, maximum], or of counts, in place: one collective for each dimension of the mesh that cuts."""
+    if not cut:
+        return
+    mesh, dims = cut
+    there = statistics.to(mesh.device_type)  # not always where the parts are: those may be offloaded
+    for dim in dims:
+        if statistics.is_floating_point():  # maxima both: the minimum changes its sign
+            there[..., 0].neg_()
+            torch.distributed.all_reduce(there, torch.distributed.ReduceOp.MAX, mesh.get_group(dim))
+            there[..., 0].neg_()
+        else:
+            torch.distributed.all_reduce(there, torch.distributed.ReduceOp.SUM, mesh.get_group(dim))
+    if there is not statistics:
+        statistics.copy_(there)
