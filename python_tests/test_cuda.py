@@ -1,11 +1,9 @@
-"""The CUDA kernels without a GPU: what nvcc and the disassembly say of them, and what they compute as their threads take turns on a host.
-
-Tests that need a GPU stand at the end and skip without one.
-"""
+"""The CUDA kernels without a GPU: what nvcc and the disassembly say, and what they compute as their threads take turns on a host."""
 
 import concurrent.futures
 import dataclasses
 import functools
+import hashlib
 import importlib.util
 import os
 import pathlib
@@ -13,11 +11,11 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
 
-import uegr_kernels as uk
 from uegr_kernels.core import backends, native
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -26,6 +24,7 @@ ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 TORCH = pathlib.Path(torch.__file__).parent
 DEFINITIONS = ("-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA")
 INCLUDES = ("-Icsrc", "-isystem", f"{TORCH}/include")
+HEADERS = sorted(path for ending in ("h", "cuh") for path in (ROOT / "csrc").rglob(f"*.{ending}"))
 WORKERS = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
 
 
@@ -92,26 +91,54 @@ def short(mangled: str) -> str:
     return re.sub(r"^\d+", "", rest[-1])
 
 
+def kept(name: str, command: list, sources: list[pathlib.Path], make) -> pathlib.Path:
+    """build/cuda_tests/NAME_HASH/, filled by make(folder) unless it was made of the same command and contents before."""
+    digest = hashlib.sha256(repr((list(map(str, command)), torch.__version__)).encode())
+    for path in sources:
+        digest.update(path.read_bytes())
+    folder = ROOT / "build/cuda_tests" / f"{name}_{digest.hexdigest()[:16]}"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for old in folder.parent.glob(f"{name}_*"):
+            shutil.rmtree(old, ignore_errors=True)
+        fresh = pathlib.Path(tempfile.mkdtemp(dir=folder.parent))
+        make(fresh)
+        fresh.rename(folder)
+    return folder
+
+
+def compile_one(path: pathlib.Path, arch: str) -> pathlib.Path:
+    """A folder with the compiler's report and the disassembly."""
+    flags = ["-std=c++17", "-O3", "-cubin", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v", f"-arch={arch}"]
+    command = ["nvcc", *flags, *DEFINITIONS, *INCLUDES, path]
+
+    def make(folder: pathlib.Path) -> None:
+        (folder / "report.txt").write_text(run(*command, "-o", folder / "cubin"))
+        (folder / "sass.txt").write_text(run(cuobjdump(), "-sass", folder / "cubin") if cuobjdump() else "")
+
+    return kept(f"{path.stem}_{arch}", [*command, nvcc_version(), cuobjdump()], HEADERS + [path], make)
+
+
 @functools.cache
-def compile_all(folder: pathlib.Path) -> dict:
-    """(operator, architecture) -> the compile, running."""
-    flags = ("-std=c++17", "-O3", "-cubin", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v")
+def nvcc_version() -> str:
+    return run("nvcc", "--version")
+
+
+@functools.cache
+def compile_all() -> dict:
+    """(operator, architecture) -> the compile, running; the longest first."""
     jobs = sorted(((path, arch) for path in SOURCES.values() for arch in ARCHITECTURES), key=lambda job: -job[0].stat().st_size)
-    return {
-        (path.parent.name, arch): WORKERS.submit(
-            run, "nvcc", *flags, f"-arch={arch}", *DEFINITIONS, *INCLUDES, path, "-o", folder / f"{path.parent.name}_{arch}.cubin"
-        )
-        for path, arch in jobs
-    }
+    return {(path.parent.name, arch): WORKERS.submit(compile_one, path, arch) for path, arch in jobs}
 
 
 @functools.cache
-def kernels(folder: pathlib.Path, operator: str, arch: str) -> dict[str, Kernel]:
-    report = compile_all(folder)[operator, arch].result()
+def kernels(operator: str, arch: str) -> dict[str, Kernel]:
+    folder = compile_all()[operator, arch].result()
+    report = (folder / "report.txt").read_text()
     entries = re.findall(
         r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers", report, re.DOTALL
     )
-    listing = run(cuobjdump(), "-sass", folder / f"{operator}_{arch}.cubin")
+    listing = (folder / "sass.txt").read_text()
     code = {}
     for part in listing.split("Function : ")[1:]:
         name, _, text = part.partition("\n")
@@ -123,25 +150,25 @@ def kernels(folder: pathlib.Path, operator: str, arch: str) -> dict[str, Kernel]
     }
 
 
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
+@pytest.fixture(params=ARCHITECTURES)
+def arch(request) -> str:
     if not shutil.which("nvcc"):
         pytest.skip("nvcc is not installed: the CUDA sources are not compiled here")
-    return tmp_path_factory.mktemp("cubins")
+    return request.param
 
 
-@pytest.fixture(params=ARCHITECTURES)
-def read(request, compiled):
+@pytest.fixture
+def read(arch):
     """Reads an operator's kernels, compiled for one architecture."""
     if not cuobjdump():
         pytest.skip("cuobjdump, which comes with Triton and with the CUDA toolkit, is not installed")
-    return lambda operator: kernels(compiled, operator, request.param)
+    return lambda operator: kernels(operator, arch)
 
 
 @pytest.mark.parametrize("operator", SOURCES)
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_sources_compile_without_a_warning(compiled, operator, arch):
-    assert "Compiling entry function" in compile_all(compiled)[operator, arch].result()
+def test_sources_compile_without_a_warning(arch, operator):
+    report = (compile_all()[operator, arch].result() / "report.txt").read_text()
+    assert "Compiling entry function" in report and "warning" not in report
 
 
 @pytest.mark.parametrize("operator", SOURCES)
@@ -185,20 +212,23 @@ def test_the_loss_takes_two_special_functions_a_logit(read):
 
 
 @pytest.fixture(scope="session")
-def on_host(tmp_path_factory) -> pathlib.Path:
+def on_host() -> pathlib.Path:
     """The CUDA operators compiled for a CPU, under the name of the baseline's library."""
     if not shutil.which("c++") or sys.platform != "linux":
         pytest.skip("needs a C++ compiler on Linux")
-    folder = tmp_path_factory.mktemp("on_host")
-    flags = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE")
-    definitions = (*DEFINITIONS, "-DHAS_CLUSTERS=1", '-DLOOPS="loops_cuda.cuh"')
-    sources = [*SOURCES.values(), ROOT / "python_tests/cuda_on_host/library.cpp"]
-    objects = [folder / f"{path.stem}.o" for path in sources]
-    compile_one = functools.partial(run, "c++", *flags, *definitions, *INCLUDES, "-Ipython_tests/cuda_on_host", "-x", "c++", "-c")
-    list(WORKERS.map(lambda pair: compile_one(pair[0], "-o", pair[1]), zip(sources, objects, strict=True)))
-    link = ("-Wl,-Bsymbolic", "-Wl,-z,defs", "-Wl,--no-as-needed", f"-L{TORCH}/lib", "-ltorch_cpu")
-    run("c++", "-shared", *objects, "-o", folder / "uegr_kernels_baseline.so", *link)
-    return folder
+    flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"]
+    definitions = [*DEFINITIONS, "-DHAS_CLUSTERS=1", '-DLOOPS="loops_cuda.cuh"']
+    command = ["c++", *flags, *definitions, *INCLUDES, "-Ipython_tests/cuda_on_host", "-x", "c++", "-c"]
+    host = ROOT / "python_tests/cuda_on_host"
+    sources = [*SOURCES.values(), host / "library.cpp"]
+
+    def make(folder: pathlib.Path) -> None:
+        objects = [folder / f"{path.stem}.o" for path in sources]
+        list(WORKERS.map(lambda pair: run(*command, pair[0], "-o", pair[1]), zip(sources, objects, strict=True)))
+        link = ("-Wl,-Bsymbolic", "-Wl,-z,defs", "-Wl,--no-as-needed", f"-L{TORCH}/lib", "-ltorch_cpu")
+        run("c++", "-shared", *objects, "-o", folder / "uegr_kernels_baseline.so", *link)
+
+    return kept("on_host", command, [*HEADERS, *sources, host / "cuda_runtime.h"], make)
 
 
 def test_every_function_of_both_sides_runs_on_a_host():
@@ -281,117 +311,3 @@ def test_the_build_takes_architectures_as_torch_does(names, words):
     assert build.architectures(names) == words
     with pytest.raises(ValueError, match="'Hopper' .*give numbers"):
         build.architectures("8.0;Hopper")
-
-
-# ---- On a GPU
-
-
-@pytest.fixture
-def gpu() -> torch.device:
-    device = torch.device("cuda")
-    if not torch.cuda.is_available():
-        pytest.skip("torch finds no GPU here")
-    reason = backends.why_not("cuda", "selective.selective_adamw_", device)
-    if reason is not None:
-        pytest.skip(f"cuda: {reason}")
-    return device
-
-
-def model(device: torch.device, dtype=torch.float32) -> list[torch.nn.Parameter]:
-    shapes = (1 << 20, 1023, 3, 4096, 1, 0, 70_001)
-    return [torch.nn.Parameter(torch.randn(n, device=device, dtype=dtype)) for n in shapes]
-
-
-OPTIONS = [
-    {},
-    {"statistics": "previous"},
-    {"normalization": "rank"},
-    {"normalization": "constant", "keep_probability": 0.3},
-    {"scope": "global", "direction": "salient"},
-    {"target": "update", "rescale": False, "amsgrad": True},
-    {"state_dtype": torch.bfloat16},
-]
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gpu_steps_agree_with_the_cpus(gpu, options, dtype):
-    ours = model(gpu, dtype)
-    theirs = [torch.nn.Parameter(p.detach().cpu()) for p in ours]
-    optimizers = [uk.SelectiveAdamW(ps, seed=5, **options) for ps in (ours, theirs)]
-    for step in range(3):
-        for p, q in zip(ours, theirs, strict=True):
-            q.grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(step)).to(dtype)
-            p.grad = q.grad.to(gpu)
-        for optimizer in optimizers:
-            optimizer.step()
-    for p, q in zip(ours, theirs, strict=True):
-        wrong = ~torch.isclose(p.detach().cpu().float(), q.detach().float(), rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-5)
-        assert wrong.sum() <= 1 + 2e-6 * wrong.numel()  # u and p closer than 2^-22
-
-
-def test_gpu_masks_equal_the_references(gpu):
-    g = torch.randn(1 << 20)
-    masks = [uk.selection_mask(x, seed=3, step=7, backend=b).cpu() for x, b in ((g.to(gpu), "cuda"), (g, "reference"))]
-    assert (masks[0] != masks[1]).sum() <= 2
-
-
-def test_gpu_graph_replay_equals_eager(gpu):
-    torch.manual_seed(0)
-    ours = model(gpu)
-    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    gradients = [torch.randn_like(p) for p in ours]
-    for ps in (ours, theirs):
-        for p, g in zip(ps, gradients, strict=True):
-            p.grad = g.clone()
-    captured, eager = (uk.SelectiveAdamW(ps, seed=5, capturable=True) for ps in (ours, theirs))
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        captured.step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured.step()
-    for _ in range(3):
-        graph.replay()
-    for _ in range(4):
-        eager.step()
-    for p, q in zip(ours, theirs, strict=True):
-        assert torch.equal(p, q)
-
-
-@pytest.mark.parametrize("classes", [10, 1000, 5000, 50_257, 128_256])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gpu_losses_agree_with_the_reference(gpu, classes, dtype):
-    clean, adversarial = (torch.randn(*shape, 8, classes, device=gpu, dtype=dtype) for shape in ((), (2,)))
-    labels = torch.randint(classes, (8,), device=gpu)
-    found = []
-    for backend in ("cuda", "reference"):
-        x, y = (t.clone().requires_grad_() for t in (clean, adversarial))
-        loss = uk.uegr_loss(x, y, labels, js_weight=1.0, label_smoothing=0.1, backend=backend)
-        loss.backward()
-        found.append((loss.detach(), x.grad, y.grad))
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-5)
-
-
-def test_gpu_tensors_past_32_bits(gpu):
-    n = 2**31 + 5
-    if torch.cuda.mem_get_info()[0] < 20 * n:
-        pytest.skip("the GPU has too little memory")
-    p = torch.nn.Parameter(torch.zeros(n, device=gpu, dtype=torch.bfloat16))
-    p.grad = torch.ones_like(p)
-    uk.SelectiveAdamW([p], lr=1.0, weight_decay=0.0, normalization="constant", state_dtype=torch.bfloat16, seed=1).step()
-    assert (p.detach()[[0, 2**31 - 1, 2**31, n - 1]] == -1).all()
-
-
-def test_gpu_memory_is_clean_under_the_sanitizer(gpu):
-    sanitizer = shutil.which("compute-sanitizer")
-    if not sanitizer:
-        pytest.skip("compute-sanitizer, which comes with the CUDA toolkit, is not installed")
-    program = "import torch, uegr_kernels as uk; p = torch.nn.Parameter(torch.ones(70001, device='cuda')); p.grad = torch.randn_like(p); "
-    program += "uk.SelectiveAdamW([p], seed=1, backend='cuda').step(); x = torch.randn(2, 8, 5000, device='cuda', requires_grad=True); "
-    program += "uk.pairwise_js(x, backend='cuda').backward(); torch.cuda.synchronize()"
-    for tool in ("memcheck", "racecheck"):
-        run(sanitizer, "--tool", tool, "--error-exitcode", "1", sys.executable, "-c", program)

@@ -46,9 +46,7 @@ def _register(name: str, schema: str) -> None:
     def refuse_vmap(*_, **__):
         raise RuntimeError(f"{name.rstrip('_')} of uegr_kernels does not run under torch.func.vmap; give the whole batch")
 
-    backends.define(
-        name, f"({schema}) -> ()", functools.partial(_run, lambda: reference, name), functools.partial(_run, _triton, name)
-    )
+    backends.define(name, f"({schema}) -> ()", functools.partial(_run, lambda: reference, name), functools.partial(_run, _triton, name))
     torch.library.register_fake(f"uegr_kernels::{name}", lambda *_, **__: None)
     torch.library.register_vmap(f"uegr_kernels::{name}", refuse_vmap)
 

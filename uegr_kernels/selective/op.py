@@ -132,9 +132,7 @@ WRITTEN = {name: [i for i, text in enumerate(schema.split("*,")[0].split(", ")) 
 
 
 def _register(name: str, schema: str) -> None:
-    backends.define(
-        name, f"({schema}) -> ()", functools.partial(_run, lambda: reference, name), functools.partial(_run, _triton, name)
-    )
+    backends.define(name, f"({schema}) -> ()", functools.partial(_run, lambda: reference, name), functools.partial(_run, _triton, name))
     torch.library.register_fake(f"uegr_kernels::{name}", lambda *args, **kwargs: None)
 
 
