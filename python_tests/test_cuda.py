@@ -101,9 +101,9 @@ def kept(name: str, command: list, sources: list[pathlib.Path], make) -> pathlib
         folder.parent.mkdir(parents=True, exist_ok=True)
         for old in folder.parent.glob(f"{name}_*"):
             shutil.rmtree(old, ignore_errors=True)
-        fresh = pathlib.Path(tempfile.mkdtemp(dir=folder.parent))
-        make(fresh)
-        fresh.rename(folder)
+        with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as fresh:
+            make(pathlib.Path(fresh))
+            os.rename(fresh, folder)
     return folder
 
 
@@ -116,7 +116,7 @@ def compile_one(path: pathlib.Path, arch: str) -> pathlib.Path:
         (folder / "report.txt").write_text(run(*command, "-o", folder / "cubin"))
         (folder / "sass.txt").write_text(run(cuobjdump(), "-sass", folder / "cubin") if cuobjdump() else "")
 
-    return kept(f"{path.stem}_{arch}", [*command, nvcc_version(), cuobjdump()], HEADERS + [path], make)
+    return kept(f"{path.stem}_{arch}", [*command, nvcc_version(), cuobjdump()], [*HEADERS, path], make)
 
 
 @functools.cache

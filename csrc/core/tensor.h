@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <type_traits>
@@ -36,24 +37,28 @@ using OptionalTensor = std::optional<Tensor>;
 // Thrown ahead of any writing where the CUDA kernels leave a call to the operator's overload `fallback`: Triton's, or the reference.
 struct LeftToOthers {};
 
+template <class T> StableIValue boxed(const T& x) { return torch::stable::detail::from(x); }
+inline StableIValue boxed(const std::vector<bool>& x) { // whose elements are bits
+    std::unique_ptr<bool[]> copy(new bool[x.size()]);
+    std::copy(x.begin(), x.end(), copy.get());
+    return torch::stable::detail::from(torch::headeronly::HeaderOnlyArrayRef<bool>(copy.get(), x.size()));
+}
+template <class... T> void box(StableIValue* stack, const std::tuple<T...>& values) {
+    std::apply([&](const T&... x) { ((*stack++ = boxed(x)), ...); }, values);
+}
+
 template <auto function> struct Boxed;
 template <class R, class... A, R (*function)(A...)> struct Boxed<function> {
     static void call(const char* name, StableIValue* stack) {
-        namespace detail = torch::stable::detail;
-        auto given = detail::unbox_to_tuple<A...>(stack);
+        const auto given = torch::stable::detail::unbox_to_tuple<A...>(stack);
         try {
             if constexpr (std::is_void_v<R>) std::apply(function, given);
+            else if constexpr (std::is_same_v<R, Tensor> || std::is_same_v<R, Tensors>) *stack = boxed(std::apply(function, given));
             else box(stack, std::apply(function, given));
         } catch (const LeftToOthers&) {
-            detail::box_from_tuple(stack, std::move(given));
+            box(stack, given);
             STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "fallback", stack, TORCH_ABI_VERSION));
         }
-    }
-
-private:
-    template <class T> static void box(StableIValue* stack, const T& result) { stack[0] = torch::stable::detail::from(result); }
-    template <class... T> static void box(StableIValue* stack, const std::tuple<T...>& results) {
-        torch::stable::detail::box_from_tuple(stack, results);
     }
 };
 #define EXPORT_BOXED(name)                                                                                                                 \

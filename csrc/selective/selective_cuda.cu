@@ -12,7 +12,10 @@
 // integers, by redux and one atomic a warp: no order, no rounding. Launches: `prepare` (steps, scalars, items), then the items' kernel,
 // step_full (all float32) or step_mixed. What no access of 128 bits covers (the last elements of a tensor, tensors that are strided,
 // misaligned or cut through a counter) belongs to gather_ragged before it and step_ragged after it, which are not launched where there is
-// none. Ranks take two launches more. The table of a call is copied to memory that the call itself allocates, in the stream's order:
+// none. step_full is for float32, minmax or range, rescaled, this step's statistics and tensors in one piece; all else (16-bit tensors,
+// previous, rank, constant, rescale=False, pieces of sharded tensors, AMSGrad on target "update") takes step_mixed, whose switches cost
+// registers (two blocks a multiprocessor) and instructions. The statistics of a wider scope and the operators without a line pass element
+// by element. Ranks take two launches more. The table of a call is copied to memory that the call itself allocates, in the stream's order:
 // nothing waits on the host, and a graph that captured a step reads a table of its own.
 #include <algorithm>
 #include <vector>
