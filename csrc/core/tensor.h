@@ -47,6 +47,12 @@ template <class... T> void box(StableIValue* stack, const std::tuple<T...>& valu
     std::apply([&](const T&... x) { ((*stack++ = boxed(x)), ...); }, values);
 }
 
+// Calls an operator's overload `fallback`; what it returns, tensors alone or one list, lies on the stack.
+template <class... A> void call_fallback(const char* name, StableIValue* stack, const std::tuple<A...>& given) {
+    box(stack, given);
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "fallback", stack, TORCH_ABI_VERSION));
+}
+
 template <auto function> struct Boxed;
 template <class R, class... A, R (*function)(A...)> struct Boxed<function> {
     static void call(const char* name, StableIValue* stack) {
@@ -55,10 +61,7 @@ template <class R, class... A, R (*function)(A...)> struct Boxed<function> {
             if constexpr (std::is_void_v<R>) std::apply(function, given);
             else if constexpr (std::is_same_v<R, Tensor> || std::is_same_v<R, Tensors>) *stack = boxed(std::apply(function, given));
             else box(stack, std::apply(function, given));
-        } catch (const LeftToOthers&) {
-            box(stack, given);
-            STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "fallback", stack, TORCH_ABI_VERSION));
-        }
+        } catch (const LeftToOthers&) { call_fallback(name, stack, given); }
     }
 };
 #define EXPORT_BOXED(name)                                                                                                                 \

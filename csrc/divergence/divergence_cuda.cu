@@ -756,8 +756,24 @@ void scale_into(const Tensor& from, const Tensor& into, const Tensor& grad_loss)
 
 } // namespace
 
+// What is left to others takes the operator in place, over copies: torch's dispatcher confuses tensors and lists that are returned
+// together.
+static std::tuple<Tensor, Tensor, Tensors> leave(Tensors logits, const OptionalTensor& labels, LOSS_ARGUMENTS) {
+    Tensors gradients;
+    for (size_t i = 0; i < logits.size(); ++i)
+        if (needs[i]) gradients.push_back(logits[i] = torch::stable::clone(logits[i]));
+    StableIValue stack[8];
+    const auto given = std::make_tuple(logits, labels, js_weight, label_smoothing, ignore_index, reduction, regression, needs);
+    call_fallback("uegr_kernels::uegr_loss_", stack, given);
+    const auto [loss, parts] = torch::stable::detail::unbox_to_tuple<Tensor, Tensor>(stack);
+    return {loss, parts, gradients};
+}
+
 static std::tuple<Tensor, Tensor, Tensors> uegr_loss(Tensors logits, OptionalTensor labels, LOSS_ARGUMENTS) {
-    Batch batch = make_batch(logits, labels, LOSS_OPTIONS, needs);
+    Batch batch;
+    try {
+        batch = make_batch(logits, labels, LOSS_OPTIONS, needs);
+    } catch (const LeftToOthers&) { return leave(logits, labels, js_weight, label_smoothing, ignore_index, reduction, regression, needs); }
     const Place place(logits[0]);
     Tensors gradients;
     int pass = 0;

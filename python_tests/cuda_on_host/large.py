@@ -66,3 +66,44 @@ def test_steps(options, dtype):
         # A rank, and with it 1/p, is off by its bin's share, which the exact reference has not.
         wrong = ~torch.isclose(a, b, rtol=0.2 if rank else 2e-2 if coarse else 1e-4, atol=1e-2 if rank else 1e-4)
         assert wrong.sum() <= (0.05 * a.numel() + 2 if rank else 1 + 1e-5 * a.numel())  # u and p may be closer than their rounding
+
+
+def step_in_float64(backend):
+    p = torch.nn.Parameter(torch.linspace(-1, 1, 50, dtype=torch.float64))
+    p.grad = p.detach().cos()
+    uk.SelectiveAdamW([p], lr=0.1, seed=5, backend=backend).step()
+    return [p.detach()]
+
+
+def mask_in_float64(backend):
+    return [uk.selection_mask(torch.linspace(-1, 1, 50, dtype=torch.float64), seed=1, step=2, backend=backend)]
+
+
+def loss_of(shape, dtype):
+    def call(backend):
+        x = torch.linspace(-3, 3, shape[0] * 20, dtype=dtype).view(shape).requires_grad_()
+        loss = uk.pairwise_js(x, backend=backend)
+        return [loss.detach(), *torch.autograd.grad(loss * 2, x, retain_graph=True)]
+
+    return call
+
+
+def perturbation_in_float64(backend):
+    return [uk.fgm_perturbation(torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4), 0.1, backend=backend)]
+
+
+def dropout_in_float64(backend):
+    torch.manual_seed(3)
+    x = torch.linspace(-1, 1, 40, dtype=torch.float64).view(10, 4).requires_grad_()
+    dropout = uk.AdaptiveDropout(4, 0.5, backend=backend)
+    y = dropout(x)
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), x), dropout.pending]
+
+
+LEFT = [step_in_float64, mask_in_float64, loss_of((2, 4, 5), torch.float64), loss_of((33, 4, 5), torch.float32)]
+
+
+@pytest.mark.parametrize("call", [*LEFT, perturbation_in_float64, dropout_in_float64])
+def test_what_they_do_not_take_goes_to_the_reference(call):
+    for ours, expected in zip(call("cpp"), call("reference"), strict=True):
+        assert torch.equal(ours, expected)
