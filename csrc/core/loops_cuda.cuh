@@ -270,18 +270,18 @@ struct AxesTable {
     }
 };
 
-DEVICE char* place_of(const Slot& slot, const int64_t* axes, int64_t l) {
-    int64_t offset = l;
-    if (slot.axes >= 0) {
-        const int64_t* at = axes + slot.axes;
-        const int64_t dim = at[0];
-        offset = 0;
-        for (int64_t d = dim; d > 0; --d) {
-            offset += l % at[d] * at[dim + d];
-            l /= at[d];
-        }
+// Where element l lies by its axes: their number, sizes and strides. Seldom asked for, long, and so once in each source.
+static __device__ NOT_INLINE int64_t strided_offset(const int64_t* axes, int64_t l) {
+    const int64_t dim = axes[0];
+    int64_t offset = 0;
+    for (int64_t d = dim; d > 0; --d) {
+        offset += l % axes[d] * axes[dim + d];
+        l /= axes[d];
     }
-    return slot.data + offset * bytes_of(slot.storage);
+    return offset;
+}
+DEVICE char* place_of(const Slot& slot, const int64_t* axes, int64_t l) {
+    return slot.data + (slot.axes < 0 ? l : strided_offset(axes + slot.axes, l)) * bytes_of(slot.storage);
 }
 
 // A number that an operator takes as such or as a tensor, which only the device reads.

@@ -163,10 +163,14 @@ HOST_DEVICE uint16_t cut_bfloat16(float x, uint32_t rounding) {
     bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
     return static_cast<uint16_t>(((finite ? bits + rounding : bits) >> 16) | (nan ? 0x40u : 0u));
 }
-HOST_DEVICE uint16_t round_bfloat16(float x) { return cut_bfloat16(x, 0x7fffu + (bit_cast<uint32_t>(x) >> 16 & 1u)); }
+HOST_DEVICE uint16_t round_bfloat16(float x) {
+    if (uint16_t h = 0; has_round_bfloat16(x, h)) return h;
+    return cut_bfloat16(x, 0x7fffu + (bit_cast<uint32_t>(x) >> 16 & 1u));
+}
 
 // The multiplication by 2^112 moves the exponent's bias and makes subnormals normal.
 HOST_DEVICE float widen_float16(uint16_t h) {
+    if (float x = 0; has_widen_float16(h, x)) return x;
     uint32_t magnitude = h & 0x7fffu;
     float x = bit_cast<float>(magnitude << 13) * 5.192296858534828e33f;
     uint32_t bits = magnitude >= 0x7c00u ? magnitude << 13 | 0x7f800000u : bit_cast<uint32_t>(x);
@@ -175,6 +179,7 @@ HOST_DEVICE float widen_float16(uint16_t h) {
 
 // To nearest, ties to even: by an integer carry where the result is normal, by a float addition where it is subnormal.
 HOST_DEVICE uint16_t round_float16(float x) {
+    if (uint16_t h = 0; has_round_float16(x, h)) return h;
     uint32_t sign = bit_cast<uint32_t>(x) >> 16 & 0x8000u, bits = bit_cast<uint32_t>(x) & 0x7fffffffu;
     uint32_t normal = (bits + 0xfffu + (bits >> 13 & 1u) - 0x38000000u) >> 13;
     uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(bits) + 0.5f) - 0x3f000000u;

@@ -9,6 +9,7 @@
 #define CALLED_ON_BOTH __host__ __device__
 #define LOOPS "loops_cuda.cuh"
 #define UNROLL _Pragma("unroll")
+#define NOT_INLINE __noinline__
 #define ON_GPU true
 #else
 #define HOST_DEVICE inline __attribute__((always_inline)) // for elements
@@ -17,6 +18,7 @@
 #define LOOPS "loops_cpu.h"
 #endif
 #define UNROLL _Pragma("GCC unroll 16")
+#define NOT_INLINE __attribute__((noinline))
 #define ON_GPU false
 #endif
 
@@ -79,6 +81,32 @@ HOST_DEVICE bool has_exponential([[maybe_unused]] float x, [[maybe_unused]] floa
     const float held = x < -88.2f ? -88.2f : x, exponent = held * 1.44269504f;
     has_power_of_two(exponent, e);
     e = fmaf(e, 0.693147182f * fmaf(held, 1.44269504f, -exponent), e);
+    return true;
+#else
+    return false;
+#endif
+}
+
+// To nearest even, as math.h rounds; false where there is no instruction.
+HOST_DEVICE bool has_round_bfloat16([[maybe_unused]] float x, [[maybe_unused]] uint16_t& h) {
+#ifdef __CUDA_ARCH__
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(x));
+    return true;
+#else
+    return false;
+#endif
+}
+HOST_DEVICE bool has_round_float16([[maybe_unused]] float x, [[maybe_unused]] uint16_t& h) {
+#ifdef __CUDA_ARCH__
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
+    return true;
+#else
+    return false;
+#endif
+}
+HOST_DEVICE bool has_widen_float16([[maybe_unused]] uint16_t h, [[maybe_unused]] float& x) {
+#ifdef __CUDA_ARCH__
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h));
     return true;
 #else
     return false;

@@ -64,8 +64,13 @@ template <class R, class... A, R (*function)(A...)> struct Boxed<function> {
         } catch (const LeftToOthers&) { call_fallback(name, stack, given); }
     }
 };
+#ifdef ASSEMBLY // nvcc's compile for a device has no use for these, and takes half a minute over thirty arguments
+#define EXPORT_BOXED(name)                                                                                                                 \
+    void boxed_##name(StableIValue*, uint64_t, uint64_t) { (void)&name; }
+#else
 #define EXPORT_BOXED(name)                                                                                                                 \
     void boxed_##name(StableIValue* stack, uint64_t, uint64_t) { Boxed<&name>::call("uegr_kernels::" #name, stack); }
+#endif
 #endif
 
 inline std::optional<Storage> storage(const Tensor& t) {
