@@ -64,7 +64,7 @@ template <class R, class... A, R (*function)(A...)> struct Boxed<function> {
         } catch (const LeftToOthers&) { call_fallback(name, stack, given); }
     }
 };
-#ifdef ASSEMBLY // nvcc's compile for a device has no use for these, and takes half a minute over thirty arguments
+#ifdef ASSEMBLY // a device's compile has no use for them, and would spend longer on thirty arguments than on the kernels
 #define EXPORT_BOXED(name)                                                                                                                 \
     void boxed_##name(StableIValue*, uint64_t, uint64_t) { (void)&name; }
 #else
