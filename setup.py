@@ -36,8 +36,8 @@ def find_torch() -> Path:
 
 def ninja_lines(compiler: str, folder: Path, libraries: list[tuple[Path, list[Path], str, str]]):
     """Ninja's text for libraries given as (file, sources, flags of the compiler, flags of the linker)."""
-    yield f"builddir = {folder}\nrule compile\n  command = {compiler} $flags -MD -MF $out.d -c $in -o $out"
-    yield f"  depfile = $out.d\n  deps = gcc\nrule link\n  command = {compiler} -shared $in -o $out $flags"
+    yield f"builddir = {folder}\ncxx = {compiler}\nmore = {os.environ.get('CXXFLAGS', '')}\nrule compile\n  depfile = $out.d\n  deps = gcc"
+    yield "  command = $cxx $flags $more -MD -MF $out.d -c $in -o $out\nrule link\n  command = $cxx -shared $in -o $out $flags $more"
     for library, sources, compile_flags, link_flags in libraries:
         objects = [folder / library.name / f"{source}.o" for source in sources]
         for target, source in zip(objects, sources, strict=True):
@@ -74,7 +74,7 @@ class BuildNative(build_ext):  # every CompileError says why there is no native 
             includes = f"-isystem {quote(f'{Path(pybind11.origin).parent}/include')} -isystem {quote(get_path('include'))}"
             libraries.append((package / f"_bindings{get_config_var('EXT_SUFFIX')}", [Path("csrc/bindings.cpp")], f"{FLAGS} {includes}", ""))
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text("\n".join(ninja_lines(f"{compiler} {os.environ.get('CXXFLAGS', '')}", folder, libraries)))
+        (folder / "build.ninja").write_text("\n".join(ninja_lines(compiler, folder, libraries)))
         print(f"uegr-kernels: building for {', '.join(ISAS)} with {compiler} and the headers of {torch}", flush=True)
         ninja = [sys.executable, "-m", "ninja", "-f", str(folder / "build.ninja"), f"-j{os.environ.get('MAX_JOBS') or os.cpu_count()}"]
         run = subprocess.run(ninja, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "LC_ALL": "C"})

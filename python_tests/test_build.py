@@ -1,6 +1,7 @@
 """The build and what is done without it: which library is loaded, what it asks of torch, and what setup.py leaves where it cannot build."""
 
 import importlib.util
+import json
 import os
 import pathlib
 import re
@@ -50,25 +51,47 @@ def test_environment_chooses_the_instruction_set(isa):
     assert done.stdout.strip() == f"('{isa}', None)", done.stderr
 
 
-def test_libraries_ask_torch_for_c_functions_only(library):
-    if not shutil.which("nm"):
-        pytest.skip("nm is not installed")
+SYSTEM = r"libc|libm|libstdc\+\+|libgcc_s|ld-linux[\w-]*"
+
+
+def symbols(file: pathlib.Path) -> list[tuple[str, str]]:
+    """What a library asks others for: the symbol, and the version of the system library it is from, or ""."""
+    text = subprocess.run(["nm", "-D", file], capture_output=True, text=True, check=True).stdout
+    return re.findall(r" U ([^\s@]+)@*(\S*)", text)
+
+
+def needed(file: pathlib.Path) -> list[str]:
+    text = subprocess.run(["readelf", "-d", file], capture_output=True, text=True, check=True).stdout
+    assert "RPATH" not in text and "RUNPATH" not in text, "the path of the machine that built it"
+    return re.findall(r"\(NEEDED\).*\[(.*)\]", text)
+
+
+def test_libraries_ask_for_torchs_c_functions_and_the_system_only(library):
+    if not shutil.which("nm") or not shutil.which("readelf"):
+        pytest.skip("nm or readelf is not installed")
     for isa in native.built_isas():
         file = library.with_name(f"uegr_kernels_{isa}.so")
-        symbols = subprocess.run(["nm", "-D", file], capture_output=True, text=True, check=True).stdout
-        undefined = re.findall(r" U (\S+)", symbols)
-        assert any(name.startswith("aoti_torch_") for name in undefined), f"{file.name} does not use the stable ABI"
-        mangled = [name for name in undefined if re.match(r"_Z\w*?(2at|3c10|5torch)", name)]
-        assert not mangled, f"{file.name} needs C++ symbols of torch, which change between versions: {mangled}"
-        assert not re.findall(r"\bPy\w+", symbols), f"{file.name} must not know which Python loads it"
+        asked = symbols(file)
+        others = [name for name, version in asked if not re.match(r"(GLIBC|GLIBCXX|CXXABI|GCC)_\d", version)]
+        assert any(name.startswith("aoti_torch_") for name in others), f"{file.name} does not use the stable ABI"
+        strange = [name for name in others if not re.match(r"(aoti_)?torch_\w+$", name)]
+        assert not strange, f"{file.name} needs more than torch's C functions, which alone stay as they are: {strange}"
+        libraries = needed(file)
+        assert "libtorch_cpu.so" in libraries
+        assert [name for name in libraries if not re.match(rf"(libtorch|libtorch_cpu|{SYSTEM})\.so", name)] == []
 
 
-def test_libraries_name_torch_and_no_path(library):
-    if not shutil.which("readelf"):
-        pytest.skip("readelf is not installed")
-    text = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
-    assert "[libtorch_cpu.so]" in text
-    assert "RPATH" not in text and "RUNPATH" not in text, "the path of the machine that built it"
+def test_an_audit_finds_the_libraries_stable_from_the_oldest_torch_on(library):
+    if not importlib.util.find_spec("torch_abi_audit"):
+        pytest.skip("torch-abi-audit is not installed")
+    for isa in native.built_isas():
+        file = library.with_name(f"uegr_kernels_{isa}.so")
+        done = run("-c", "from torch_abi_audit.cli import main; main()", "--check", "torch", "--json", file)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (found,) = json.loads(done.stdout)["bundled_libs"]
+        assert found["torch"]["stable"] and not found["torch"]["unstable_symbols"]
+        oldest = re.search(r"torch>=([\d.]+)", (ROOT / "pyproject.toml").read_text())[1]
+        assert found["torch"]["min_torch_version"].startswith(oldest)
 
 
 # ---- No library, a wrong one, a wrong wish
@@ -109,30 +132,6 @@ def test_library_that_does_not_load_gives_reason_and_remedy(no_libraries):
     isa, reason = native.load.__wrapped__()
     assert isa is None
     assert "does not load into torch" in reason and REINSTALL in reason
-
-
-WITHOUT_LIBRARY = """
-import torch, uegr_kernels as uk
-from uegr_kernels.__main__ import main
-p = torch.nn.Parameter(torch.ones(3))
-p.grad = torch.ones(3)
-uk.SelectiveAdamW([p], seed=1).step()
-assert (p < 1).all()
-try:
-    uk.SelectiveAdamW([p], seed=1, backend="cpp").step()
-except RuntimeError as error:
-    print(error)
-main(["info"])
-"""
-
-
-def test_package_without_libraries_runs_on_the_reference_and_says_why(tmp_path):
-    shutil.copytree(PACKAGE, tmp_path / "uegr_kernels", ignore=shutil.ignore_patterns("_lib", "__pycache__", "*.so"))
-    done = run("-c", WITHOUT_LIBRARY, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)})
-    assert done.returncode == 0, done.stderr
-    refusal, *report = done.stdout.splitlines()
-    assert "backend='cpp' cannot serve selective.selective_adamw_ on cpu" in refusal and REINSTALL in refusal
-    assert str(tmp_path) in done.stdout and any("cpp" in line and "not usable" in line for line in report)
 
 
 # ---- python -m uegr_kernels
@@ -265,3 +264,122 @@ def test_source_distribution_has_the_headers(tree):
     (archive,) = (tree.root / "dist").iterdir()
     names = {name.split("/", 1)[1] for name in zipfile.ZipFile(archive).namelist()}
     assert {"setup.py", "csrc/core/number.h", "csrc/library.cpp", "csrc/bindings.cpp"} <= names
+
+
+# ---- Installed into an environment of its own, with the torch of another, and no network
+
+
+class Environment:
+    """A virtual environment that has nothing but a Python's own modules, and on its path what another one has installed."""
+
+    def __init__(self, python: str, root: pathlib.Path):
+        self.python, self.root = root / "bin/python", root
+        subprocess.run([python, "-m", "venv", "--without-pip", root], check=True)
+        others = subprocess.check_output([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True).strip()
+        own = subprocess.check_output([self.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True).strip()
+        pathlib.Path(own, "others.pth").write_text(others)  # read as a path, so that the .pth files in there are not
+
+    def run(self, *command, **environment) -> subprocess.CompletedProcess:
+        inherited = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "UEGR_KERNELS_ISA")}
+        return subprocess.run(
+            [self.python, *map(str, command)], cwd=self.root, env=inherited | environment, capture_output=True, text=True, timeout=500
+        )
+
+    def install(self, what: pathlib.Path, **environment) -> None:
+        pip = ["-m", "pip", "--python", self.python, "install", "-q", "--no-deps", "--no-index", "--no-build-isolation", what]
+        done = run(*pip, env=os.environ | environment, cwd=self.root)
+        assert done.returncode == 0, done.stderr
+
+
+def pythons() -> list[str]:
+    """This Python, and others that have a torch: python3.N on the path, and the ones that UEGR_KERNELS_TEST_PYTHONS names."""
+    on_path = [shutil.which(f"python3.{minor}") for minor in range(10, 16)]
+    return [sys.executable, *filter(None, on_path), *filter(None, os.environ.get("UEGR_KERNELS_TEST_PYTHONS", "").split(":"))]
+
+
+def torch_of(python: str) -> str | None:
+    code = "import sys, torch; print(torch.__version__, sys.version_info[:2])"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd="/")
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> pathlib.Path:
+    """What `make wheel` makes, linked from what `make build` has compiled."""
+    if not (ROOT / "build/inplace/build.ninja").exists() or native.why_not():
+        pytest.skip("nothing is compiled in build/inplace")
+    folder = tmp_path_factory.mktemp("wheel")
+    build = ["build", "--build-temp", "build/inplace", "--build-lib", folder / "lib"]
+    done = run("setup.py", "-q", *build, "bdist_wheel", "--bdist-dir", folder / "bdist", "--dist-dir", folder, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+@needs_setuptools
+def test_wheel_holds_libraries_that_are_loaded_and_no_module(wheel):
+    assert re.fullmatch(rf"uegr_kernels-{re.escape(uegr_kernels.__version__)}-py3-none-(linux|macosx|win)\w+\.whl", wheel.name)
+    names = set(zipfile.ZipFile(wheel).namelist())
+    binaries = {name for name in names if not name.endswith((".py", ".typed")) and ".dist-info/" not in name}
+    assert binaries == {f"uegr_kernels/_lib/uegr_kernels_{isa}.so" for isa in native.built_isas()}
+    assert {file.relative_to(ROOT).as_posix() for file in PACKAGE.rglob("*.py")} | {"uegr_kernels/py.typed"} <= names
+    assert not [name for name in names if name.startswith(("python_tests", "bench", "csrc"))]
+
+
+def check_wheel(wheel: pathlib.Path, python: str, root: pathlib.Path, operators: list[str]) -> None:
+    """Installs the wheel and runs the tests of some operators there."""
+    there = Environment(python, root)
+    there.install(wheel)
+    shutil.copytree(ROOT / "python_tests", there.root / "python_tests", ignore=shutil.ignore_patterns("__pycache__"))
+    which = there.run("-c", "import uegr_kernels as uk; from uegr_kernels.core import native; print(uk.__file__, native.load())")
+    assert str(there.root) in which.stdout and "None)" in which.stdout, which.stdout + which.stderr
+    tests = [f"python_tests/test_{name}.py" for name in operators]
+    done = there.run("-m", "pytest", "-q", "-k", "cpp", "-p", "no:cacheprovider", *tests)
+    assert done.returncode == 0 and re.search(r"\d+ passed", done.stdout), done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@needs_setuptools
+def test_wheel_works_in_an_environment_of_its_own(wheel, tmp_path):
+    check_wheel(wheel, sys.executable, tmp_path / "environment", ["perturbation", "dropout"])
+
+
+@needs_setuptools
+def test_wheel_works_with_another_torch_and_another_python(wheel, tmp_path):
+    here = torch_of(sys.executable)
+    others = {version: python for python in pythons() if (version := torch_of(python)) not in (None, here)}
+    if not others:
+        pytest.skip(f"torch and Python are {here}, and no others are here (UEGR_KERNELS_TEST_PYTHONS can name some)")
+    for version, python in others.items():
+        check_wheel(wheel, python, tmp_path / version.split()[0], ["selective", "divergence", "perturbation", "dropout", "bistage"])
+
+
+WITHOUT_LIBRARY = """
+import torch, uegr_kernels as uk
+from uegr_kernels.__main__ import main
+p = torch.nn.Parameter(torch.ones(3))
+p.grad = torch.ones(3)
+uk.SelectiveAdamW([p], seed=1).step()
+assert (p < 1).all()
+try:
+    uk.SelectiveAdamW([p], seed=1, backend="cpp").step()
+except RuntimeError as error:
+    print(error)
+main(["info"])
+"""
+
+
+@needs_setuptools
+def test_source_installs_without_a_compiler_and_runs_on_the_reference(tmp_path):
+    source, there = tmp_path / "source", Environment(sys.executable, tmp_path / "environment")
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md"):
+        shutil.copy(ROOT / name, source / name)
+    for name in ("csrc", "uegr_kernels"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("_lib", "__pycache__", "*.so"))
+    there.install(source, CXX="no-such-compiler", UEGR_KERNELS_BUILD="")
+    done = there.run("-c", WITHOUT_LIBRARY)
+    assert done.returncode == 0, done.stderr
+    refusal, *report = done.stdout.splitlines()
+    assert "backend='cpp' cannot serve selective.selective_adamw_ on cpu" in refusal and REINSTALL in refusal
+    assert "no-such-compiler was not found" in refusal
+    assert str(there.root) in done.stdout and any("cpp" in line and "not usable" in line for line in report)

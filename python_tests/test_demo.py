@@ -216,6 +216,25 @@ class TestStopping:
         assert demo.main(arguments(sentences, tmp_path / "out")) == 130
         assert "Stopped at once" in capfd.readouterr().err
 
+    def test_a_kill_within_a_save_leaves_a_whole_checkpoint(self, tmp_path):
+        path = tmp_path / "checkpoint.pt"
+        endless = (
+            "import pathlib, sys, torch\nfrom uegr_kernels.demo import save_checkpoint\ni = 0\n"
+            "while True:\n    save_checkpoint(pathlib.Path(sys.argv[1]), {'weights': torch.full((1 << 20,), float(i))})\n"
+            "    print(i, flush=True)\n    i += 1"
+        )
+        process = subprocess.Popen([sys.executable, "-c", endless, str(path)], stdout=subprocess.PIPE)
+        done = -1
+        for done in range(3):
+            assert int(process.stdout.readline()) == done
+        within = path.with_suffix(".tmp")
+        while not (within.exists() and 0 < within.stat().st_size < 1 << 22):  # part of the next one is written
+            assert process.poll() is None
+        process.kill()
+        process.wait()
+        weights = torch.load(path, weights_only=True)["weights"]
+        assert weights[0] >= done and bool((weights == weights[0]).all())
+
     def test_resume_refuses_another_run(self, sentences, tmp_path, capfd):
         out = tmp_path / "out"
         assert demo.main(arguments(sentences, out, "--resume")) == 2

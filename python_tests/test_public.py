@@ -2,10 +2,13 @@
 
 import copy
 import inspect
+import pathlib
 import pickle
+import re
 import subprocess
 import sys
 import types
+import typing
 
 import pytest
 import torch
@@ -245,3 +248,47 @@ def test_info_runs():
 def test_unknown_command_says_what_there_is():
     run = subprocess.run([sys.executable, "-m", "uegr_kernels", "imfo"], capture_output=True, text=True, timeout=120)
     assert run.returncode != 0 and "Traceback" not in run.stderr and "info" in run.stderr and "demo" in run.stderr
+
+
+def test_representations_show_the_selection():
+    p = torch.nn.Parameter(torch.zeros(2))
+    text = repr(uk.SelectiveAdamW([{"params": [p]}], threshold=0.25, normalization="rank", seed=7, backend="reference"))
+    assert text.startswith("SelectiveAdamW (\nbackend: reference\nParameter Group 0\n")
+    for line in (
+        "threshold: 0.25",
+        "sharpness: 5.0",
+        "normalization: rank",
+        "direction: printed",
+        "target: gradient",
+        "seed: 7",
+        "lr: 0.001",
+    ):
+        assert f"\n    {line}\n" in text
+    assert "\n    momentum: 0.9\n" in repr(uk.SelectiveSGD([p], momentum=0.9))
+    assert repr(uk.UEGRLoss(js_weight=0.5)).startswith("UEGRLoss(js_weight=0.5, label_smoothing=0.0, ")
+    assert repr(uk.PairwiseJSLoss(reduction="sum")) == "PairwiseJSLoss(reduction='sum', inplace_backward=False, backend='auto')"
+    assert repr(uk.AdaptiveDropout(8, p=0.2)) == "AdaptiveDropout(8, p=0.2, max_p=0.9, momentum=0.9, backend='auto')"
+    embedding = torch.nn.Embedding(3, 4)
+    stage = uk.BiStage(torch.nn.Sequential(embedding, torch.nn.Flatten()), embedding, passes=3, dropout=[0.1, 0.2, 0.3])
+    assert repr(stage).startswith("BiStage(Sequential, Embedding, epsilon=0.1, norm='l2', per='sample', backend='auto', js_weight=0.01, ")
+    assert "passes=3, passes_at_once=3, dropout=[0.1, 0.2, 0.3], input_range=None)" in repr(stage)
+    stage.close()
+    assert repr(stage).endswith(", closed)")
+
+
+def test_version_is_semantic_and_stands_in_one_place():
+    assert re.fullmatch(r"\d+\.\d+\.\d+(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?", uk.__version__)
+    root = pathlib.Path(uk.__file__).parent.parent
+    if (root / "pyproject.toml").exists():  # the wheel's name is tested with the build
+        assert 'version = { attr = "uegr_kernels.__version__" }' in (root / "pyproject.toml").read_text()
+        again = [file for file in (*root.glob("uegr_kernels/**/*.py"), root / "setup.py") if f'"{uk.__version__}"' in file.read_text()]
+        assert again == [root / "uegr_kernels/__init__.py"]
+
+
+def test_typed_for_users():
+    assert (pathlib.Path(uk.__file__).parent / "py.typed").exists()
+    for name in uk.__all__:
+        found = getattr(uk, name)
+        if inspect.isfunction(found):
+            hints = typing.get_type_hints(found)
+            assert {*inspect.signature(found).parameters, "return"} <= hints.keys(), f"{name} leaves something without a type"

@@ -1,10 +1,20 @@
 """Fused selective optimizers and divergence losses for fine-tuning language models that generalise and withstand attack (UEGR)."""
 
+from . import recipes
 from .bistage import BiStage, BiStageResult
 from .divergence import LossParts, PairwiseJSLoss, UEGRLoss, linear_pairwise_js, linear_uegr_loss, pairwise_js, uegr_loss
 from .dropout import AdaptiveDropout, replace_dropout
 from .perturbation import fgm_perturbation, perturbed_weights, pgd_step
 from .selective import SelectiveAdamW, SelectiveSGD, select_gradients_, selection_mask, selection_probability
+
+
+def __getattr__(name: str):
+    if name == "analysis":  # on demand: training needs none of it
+        import importlib
+
+        return importlib.import_module(".analysis", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,12 +26,14 @@ __all__ = [
     "SelectiveAdamW",
     "SelectiveSGD",
     "UEGRLoss",
+    "analysis",
     "fgm_perturbation",
     "linear_pairwise_js",
     "linear_uegr_loss",
     "pairwise_js",
     "perturbed_weights",
     "pgd_step",
+    "recipes",
     "replace_dropout",
     "select_gradients_",
     "selection_mask",

@@ -6,6 +6,7 @@ import os
 import pathlib
 import platform
 import sys
+from collections.abc import Iterable
 
 import torch
 
@@ -31,7 +32,7 @@ def info() -> str:
     return "\n".join(f"{name:<14}{text}" for name, text in lines.items())
 
 
-def _list(words) -> str:
+def _list(words: Iterable[str]) -> str:
     return ", ".join(words) or "none"
 
 
@@ -43,7 +44,7 @@ def _version(distribution: str) -> str:
 
 
 def _state(backend: str) -> str:
-    reasons = {device: backends.why_not(backend, OPERATOR, device) for device in ("cpu", "cuda")}
+    reasons = {device: backends.why_not(backend, OPERATOR, torch.device(device)) for device in ("cpu", "cuda")}
     if not torch.cuda.is_available():
         reasons["cuda"] = reasons["cuda"] or "torch finds no GPU here"
     usable = [device for device, reason in reasons.items() if reason is None]

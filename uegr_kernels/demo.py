@@ -24,12 +24,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from .bistage import BiStage
 from .core import native
-from .models import MODELS, PADDING
+from .models import MODELS, PADDING, TextClassifier
 from .perturbation import fgm_perturbation
 from .selective import SelectiveAdamW, selection_mask
 
@@ -124,7 +124,7 @@ def read_tsv(path: str) -> list[Example]:
     return examples
 
 
-def read_docstrings(progress: Callable[..., Iterable]) -> list[Example]:
+def read_docstrings(progress: Callable[..., Iterable[Any]]) -> list[Example]:
     """Docstrings of the standard library and of the installed packages, labelled with their package.
 
     Files are parsed, not imported, in the order of a hash of their path, until a package has given enough. What would give the
@@ -175,7 +175,8 @@ def _docstrings_in(file: str) -> list[str]:
             tree = ast.parse(pathlib.Path(file).read_bytes())
     except (OSError, SyntaxError, ValueError, RecursionError):
         return []
-    found, scopes = [], [tree]
+    found: list[str | None] = []
+    scopes: list[Any] = [tree]
     for scope in scopes:  # ast.walk would visit every expression
         found.append(ast.get_docstring(scope))
         scopes += [node for node in scope.body if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
@@ -220,7 +221,7 @@ def _cut(examples: list[Example], limit: int | None, length: int) -> list[Exampl
     return sorted(cut, key=lambda example: (_hash(example.words), example.line))[:limit]
 
 
-def load(options: argparse.Namespace, progress: Callable[..., Iterable]) -> tuple[Data, str]:
+def load(options: argparse.Namespace, progress: Callable[..., Iterable[Any]]) -> tuple[Data, str]:
     """The data that the options name, and a sentence about it."""
     test = None
     if options.data is None:
@@ -250,12 +251,13 @@ def load(options: argparse.Namespace, progress: Callable[..., Iterable]) -> tupl
 
 def train(
     arm: str, data: Data, options: argparse.Namespace, state: dict[str, Any], save: Callable[[], None], stop: Callable[[], None]
-) -> nn.Module:
+) -> TextClassifier:
     """Trains one model from `state` on, which after every step that is saved holds all that the rest of the run depends on."""
     from tqdm import tqdm
 
     torch.manual_seed(options.seed)
-    model = MODELS[options.model](data.words, len(data.classes))
+    model: TextClassifier = MODELS[options.model](data.words, len(data.classes))
+    optimizer: torch.optim.Optimizer
     if arm == "AdamW":
         optimizer, stage = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True), None
     else:
@@ -305,7 +307,7 @@ def train(
 
 
 def steps_of(data: Data, options: argparse.Namespace) -> int:
-    steps = options.epochs * math.ceil(len(data.train.labels) / BATCH)
+    steps: int = options.epochs * math.ceil(len(data.train.labels) / BATCH)
     return min(steps, options.steps or steps)
 
 
@@ -316,14 +318,14 @@ def rows_of_step(step: int, rows: int, seed: int) -> Tensor:
     return torch.randperm(rows, generator=generator)[batch * BATCH : (batch + 1) * BATCH]
 
 
-def share_selected(optimizer: SelectiveAdamW, step: int) -> float:
+def share_selected(optimizer: torch.optim.Optimizer, step: int) -> float:
     """The share of all elements in the very masks that the optimizer is about to use."""
     seed, parameters = optimizer.param_groups[0]["seed"], optimizer.param_groups[0]["params"]
     masks = [selection_mask(p.grad, seed=seed, step=step, stream=i) for i, p in enumerate(parameters)]
     return sum(mask.sum().item() for mask in masks) / sum(mask.numel() for mask in masks)
 
 
-def evaluate(model: nn.Module, texts: Texts, stop: Callable[[], None]) -> list[float]:
+def evaluate(model: TextClassifier, texts: Texts, stop: Callable[[], None]) -> list[float]:
     """Accuracy, and accuracy under a one-step L2 attack (Eq. 2) on the embedded words at each of ATTACKS, in eval mode."""
     model.eval()
     right = [0] * (1 + len(ATTACKS))
@@ -337,7 +339,7 @@ def evaluate(model: nn.Module, texts: Texts, stop: Callable[[], None]) -> list[f
         with torch.no_grad():
             attacked = [model.classify(x + fgm_perturbation(gradient, epsilon, mask=mask), mask) for epsilon in ATTACKS]
         for i, each in enumerate([logits, *attacked]):
-            right[i] += (each.argmax(1) == labels).sum().item()
+            right[i] += int((each.argmax(1) == labels).sum().item())
     return [count / len(texts.labels) for count in right]
 
 
@@ -347,7 +349,7 @@ def evaluate(model: nn.Module, texts: Texts, stop: Callable[[], None]) -> list[f
 @contextlib.contextmanager
 def interrupts_noticed() -> Iterator[Callable[[], None]]:
     """Yields what raises Stopped once Ctrl-C was pressed, so that no step is cut in two; a second Ctrl-C stops at once."""
-    pressed = []
+    pressed: list[int] = []
 
     def notice(number: int, frame: Any) -> None:
         if pressed:
@@ -378,7 +380,7 @@ def save_checkpoint(path: pathlib.Path, checkpoint: dict[str, Any]) -> None:
 
 def load_checkpoint(path: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
     try:
-        checkpoint = torch.load(path, weights_only=True)
+        checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
         saved, _ = checkpoint["settings"], checkpoint["arms"]
     except FileNotFoundError:
         raise DemoError(f"there is no {path} to resume from; leave --resume out to start anew") from None

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 PADDING = 0
+WIDTHS = (3, 4, 5)  # TextCNN's windows
 
 
 class TextClassifier(nn.Module):
@@ -42,18 +43,19 @@ class TextCNN(TextClassifier):
 
     def __init__(self, words: int, classes: int, dimension: int = 128, filters: int = 100, dropout: float = 0.3) -> None:
         super().__init__(words, dimension)
-        self.convolutions = nn.ModuleList(nn.Conv1d(dimension, filters, width) for width in (3, 4, 5))
+        self.convolutions = nn.ModuleList(nn.Conv1d(dimension, filters, width) for width in WIDTHS)
         self.dropout = nn.Dropout(dropout)
-        self.linear = nn.Linear(3 * filters, classes)
+        self.linear = nn.Linear(len(WIDTHS) * filters, classes)
 
     def classify(self, x: Tensor, mask: Tensor) -> Tensor:
         x = x.transpose(1, 2)  # [N, d, T]
         features = []
-        for convolution in self.convolutions:
+        for width, convolution in zip(WIDTHS, self.convolutions, strict=True):
             # One window per word, the last ones reaching into zeros, and none that starts at padding.
-            windows = F.relu(convolution(F.pad(x, (0, convolution.kernel_size[0] - 1))))
+            windows = F.relu(convolution(F.pad(x, (0, width - 1))))
             features.append((windows * mask[:, None]).amax(2))
-        return self.linear(self.dropout(torch.cat(features, 1)))
+        logits: Tensor = self.linear(self.dropout(torch.cat(features, 1)))
+        return logits
 
 
 class BiLSTM(TextClassifier):
@@ -68,7 +70,8 @@ class BiLSTM(TextClassifier):
     def classify(self, x: Tensor, mask: Tensor) -> Tensor:
         states = _read(self.lstm, x, mask)
         pooled = states.masked_fill(~mask[:, : states.shape[1], None], -2.0).amax(1)  # below tanh's range
-        return self.linear(self.dropout(pooled))
+        logits: Tensor = self.linear(self.dropout(pooled))
+        return logits
 
 
 class TextHAN(TextClassifier):
@@ -92,7 +95,8 @@ class TextHAN(TextClassifier):
         pieces = self.word_attention(self.word_reader(x)[0], mask).reshape(rows, -1, self.word_attention.size)
         mask = mask.any(1).reshape(rows, -1)
         states = _read(self.piece_reader, pieces, mask)
-        return self.linear(self.dropout(self.piece_attention(states, mask[:, : states.shape[1]])))
+        logits: Tensor = self.linear(self.dropout(self.piece_attention(states, mask[:, : states.shape[1]])))
+        return logits
 
 
 class TextTransformer(TextClassifier):
@@ -114,7 +118,8 @@ class TextTransformer(TextClassifier):
         weights = mask.to(x.dtype)[..., None]
         # Added to the scores rather than -inf, so that a text without words is not NaN.
         states = self.encoder(x + self.position[: x.shape[1]], src_key_padding_mask=(weights[..., 0] - 1) * 1e4)
-        return self.linear(self.dropout((states * weights).sum(1) / weights.sum(1).clamp(min=1)))
+        logits: Tensor = self.linear(self.dropout((states * weights).sum(1) / weights.sum(1).clamp(min=1)))
+        return logits
 
 
 class _Attention(nn.Module):
@@ -128,7 +133,8 @@ class _Attention(nn.Module):
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
         scores = self.query(torch.tanh(self.key(states)))[..., 0].masked_fill(~mask, -1e4)
-        return ((scores.softmax(1) * mask)[..., None] * states).sum(1)
+        weighed: Tensor = (scores.softmax(1) * mask)[..., None] * states
+        return weighed.sum(1)
 
 
 def _read(reader: nn.Module, x: Tensor, mask: Tensor) -> Tensor:

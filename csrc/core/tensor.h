@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #ifdef USE_CUDA
 #include <torch/csrc/stable/accelerator.h>
 #endif
@@ -95,13 +96,17 @@ inline View view(const Tensor& t, const char* name, bool written) {
     v.dim = static_cast<int>(t.dim());
     v.sizes = t.sizes().data();
     v.strides = t.strides().data();
-    int64_t dense = 1;
+    int64_t dense = 1, last = t.storage_offset(), bytes = 0;
     for (int d = v.dim - 1; d >= 0; --d) {
         if (v.sizes[d] != 1 && v.strides[d] != dense) v.contiguous = false;
         STD_TORCH_CHECK(!(written && v.sizes[d] > 1 && v.strides[d] == 0), name,
                         " is expanded: its elements share memory and cannot be written; call .clone() on it first");
+        last += (v.sizes[d] - 1) * v.strides[d];
         dense *= v.sizes[d];
     }
+    const bool known = aoti_torch_get_storage_size(t.get(), &bytes) == AOTI_TORCH_SUCCESS;
+    STD_TORCH_CHECK(dense == 0 || (known && (last + 1) * bytes_of(v.storage) <= bytes), name,
+                    " has no memory: its storage was freed, in whole or in part; restore it before the step");
     return v;
 }
 
@@ -109,6 +114,16 @@ inline void check_same_shape(const View& a, const View& b, const char* name, siz
     bool same = a.dim == b.dim;
     for (int d = 0; same && d < a.dim; ++d) same = a.sizes[d] == b.sizes[d];
     STD_TORCH_CHECK(same, name, "[", i, "] has another shape than its parameter; they must be equal");
+}
+
+// Every element's index must be a number of 63 bits.
+inline void check_layout(const Layout& at, int64_t size, size_t i) {
+    int64_t last = 0;
+    const bool fits = at.offset >= 0 && at.stride >= 0 &&
+                      !__builtin_mul_overflow(std::max<int64_t>(size - 1, 0) / at.run, at.stride, &last) &&
+                      !__builtin_add_overflow(last, at.offset, &last) && !__builtin_add_overflow(last, std::min(size, at.run), &last);
+    STD_TORCH_CHECK(fits && at.stream >= 0 && at.stream < int64_t(1) << 32, "layout of tensor ", i, " is stream ", at.stream, ", offset ",
+                    at.offset, ", run ", at.run, ", stride ", at.stride, "; give a stream below 2^32, and indices in [0, 2^63)");
 }
 
 // A list of an operator's that has a tensor by parameter, or a single one that holds them one after another: what spares thousands of

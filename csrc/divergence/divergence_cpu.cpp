@@ -447,37 +447,42 @@ Tensor fresh_memory(Tensor fresh) {
 #define LOSS_OPTIONS                                                                                                                       \
     LossOptions { js_weight, label_smoothing, ignore_index, static_cast<Reduction>(reduction), regression }
 
-// Multiplies a tensor by the gradient of the loss, or its rows [.., N, C] by theirs.
-template <class T> void scale(const Tensor& from, const Tensor& into, const Tensor& grad_loss) {
-    const View source = view(from, "gradients", false), target = view(into, "gradients", true),
-               factor = view(grad_loss, "grad_loss", false);
-    const int64_t classes = source.dim ? source.sizes[source.dim - 1] : 1, samples = source.dim > 1 ? source.sizes[source.dim - 2] : 1;
-    const int64_t size = from.numel();
-    STD_TORCH_CHECK(grad_loss.numel() == 1 || (factor.dim == 1 && factor.sizes[0] == samples), "grad_loss must be () or [N]");
-    if (size == 0) return;
-    std::vector<T> factors(grad_loss.numel());
-    for (int64_t n = 0; n < grad_loss.numel(); ++n) load(factor, n, 1, &factors[n]);
-    auto rows = [&](int64_t begin, int64_t end) {
-        T block[block_size];
-        for (int64_t row = begin; row < end; ++row) {
-            const T by = factors[factors.size() == 1 ? 0 : row % samples];
-            for (int64_t at = row * classes; at < (row + 1) * classes; at += block_size) {
-                const int count = static_cast<int>(std::min<int64_t>(block_size, (row + 1) * classes - at));
-                load_block(source, at, count, block);
-                for (int i = 0; i < block_size; ++i) block[i] *= by;
-                store_block(target, at, count, block);
-            }
-        }
-    };
-    const int64_t grain = std::max<int64_t>(1, worth_a_thread / classes);
-    if (size <= worth_a_thread) rows(0, size / classes);
-    else torch::stable::parallel_for(0, size / classes, grain, rows);
-}
+// A tensor to be multiplied by the gradient of the loss, or its rows [.., N, C] by theirs: checked.
+struct Scaling {
+    View source, target, factor;
+    int64_t size, classes, samples, factors;
 
-void scale(const Tensor& from, const Tensor& into, const Tensor& grad_loss) {
-    if (from.scalar_type() == ScalarType::Double) scale<double>(from, into, grad_loss);
-    else scale<float>(from, into, grad_loss);
-}
+    Scaling(const Tensor& from, const Tensor& into, const Tensor& grad_loss)
+        : source(view(from, "gradients", false)), target(view(into, "gradients", true)), factor(view(grad_loss, "grad_loss", false)),
+          size(from.numel()), classes(source.dim ? source.sizes[source.dim - 1] : 1),
+          samples(source.dim > 1 ? source.sizes[source.dim - 2] : 1), factors(grad_loss.numel()) {
+        STD_TORCH_CHECK(factors == 1 || (factor.dim == 1 && factor.sizes[0] == samples), "grad_loss must be () or [N]");
+    }
+    template <class T> void run() const {
+        if (size == 0) return;
+        std::vector<T> by(factors);
+        for (int64_t n = 0; n < factors; ++n) load(factor, n, 1, &by[n]);
+        auto rows = [&](int64_t begin, int64_t end) {
+            T block[block_size];
+            for (int64_t row = begin; row < end; ++row) {
+                const T scale = by[factors == 1 ? 0 : row % samples];
+                for (int64_t at = row * classes; at < (row + 1) * classes; at += block_size) {
+                    const int count = static_cast<int>(std::min<int64_t>(block_size, (row + 1) * classes - at));
+                    load_block(source, at, count, block);
+                    for (int i = 0; i < block_size; ++i) block[i] *= scale;
+                    store_block(target, at, count, block);
+                }
+            }
+        };
+        const int64_t grain = std::max<int64_t>(1, worth_a_thread / classes);
+        if (size <= worth_a_thread) rows(0, size / classes);
+        else torch::stable::parallel_for(0, size / classes, grain, rows);
+    }
+    void run() const {
+        if (source.storage == Storage::float64) run<double>();
+        else run<float>();
+    }
+};
 
 } // namespace
 
@@ -502,12 +507,17 @@ static std::tuple<Tensor, Tensor> uegr_loss_(Tensors logits, OptionalTensor labe
 
 static Tensors scale_gradients(Tensors gradients, Tensor grad_loss, Tensor) {
     Tensors scaled;
-    for (const Tensor& g : gradients) scaled.push_back(fresh_memory(torch::stable::empty_like(g))), scale(g, scaled.back(), grad_loss);
+    for (const Tensor& g : gradients) {
+        scaled.push_back(fresh_memory(torch::stable::empty_like(g)));
+        Scaling(g, scaled.back(), grad_loss).run();
+    }
     return scaled;
 }
 
 static void scale_gradients_(Tensors gradients, Tensor grad_loss) {
-    for (const Tensor& g : gradients) scale(g, g, grad_loss);
+    std::vector<Scaling> scalings;
+    for (const Tensor& g : gradients) scalings.emplace_back(g, g, grad_loss);
+    for (const Scaling& each : scalings) each.run();
 }
 
 EXPORT_BOXED(uegr_loss)

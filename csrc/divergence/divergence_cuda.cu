@@ -719,7 +719,8 @@ std::pair<Tensor, Tensor> evaluate(Batch batch, const Tensor& like, cudaStream_t
     return {loss, parts};
 }
 
-void scale_into(const Tensor& from, const Tensor& into, const Tensor& grad_loss) {
+// Checks, and then multiplies where `go`.
+void scale_into(const Tensor& from, const Tensor& into, const Tensor& grad_loss, bool go) {
     const View source = single(from, "gradients", false), target = single(into, "gradients", true),
                factor = view(grad_loss, "grad_loss", false);
     Scaling s{};
@@ -727,7 +728,7 @@ void scale_into(const Tensor& from, const Tensor& into, const Tensor& grad_loss)
     s.samples = source.dim > 1 ? source.sizes[source.dim - 2] : 1, s.by_row = grad_loss.numel() != 1;
     STD_TORCH_CHECK(!s.by_row || (factor.dim == 1 && factor.sizes[0] == s.samples), "grad_loss must be () or [N]");
     STD_TORCH_CHECK(source.dim <= 3, "gradients must have at most 3 axes");
-    if (s.size == 0) return;
+    if (s.size == 0 || !go) return;
     Axes axes{};
     int at = 0;
     auto slot = [&](const View& v) {
@@ -795,12 +796,13 @@ static std::tuple<Tensor, Tensor> uegr_loss_(Tensors logits, OptionalTensor labe
 
 static Tensors scale_gradients(Tensors gradients, Tensor grad_loss, Tensor) {
     Tensors scaled;
-    for (const Tensor& g : gradients) scaled.push_back(torch::stable::empty_like(g)), scale_into(g, scaled.back(), grad_loss);
+    for (const Tensor& g : gradients) scaled.push_back(torch::stable::empty_like(g)), scale_into(g, scaled.back(), grad_loss, true);
     return scaled;
 }
 
 static void scale_gradients_(Tensors gradients, Tensor grad_loss) {
-    for (const Tensor& g : gradients) scale_into(g, g, grad_loss);
+    for (bool go : {false, true})
+        for (const Tensor& g : gradients) scale_into(g, g, grad_loss, go);
 }
 
 EXPORT_BOXED(uegr_loss)

@@ -261,8 +261,8 @@ Call make_call(Entry e, const OptionalTensor& mask, int64_t norm, int64_t per, d
         return n;
     };
     e.size = count(0, e.g.dim);
-    e.length = static_cast<Per>(per) == Per::all ? e.size : count(static_cast<Per>(per) == Per::sample ? 1 : e.g.dim - 1, e.g.dim);
-    if (e.g.dim == 0) e.length = 1;
+    e.length =
+        static_cast<Per>(per) == Per::all ? e.size : count(static_cast<Per>(per) == Per::sample ? 1 : std::max(e.g.dim - 1, 0), e.g.dim);
     if (mask) {
         const View m = view(*mask, "mask", false);
         STD_TORCH_CHECK(m.dim <= e.g.dim && std::equal(m.sizes, m.sizes + m.dim, e.g.sizes), "mask must have the gradient's first axes");

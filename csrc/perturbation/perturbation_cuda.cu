@@ -304,8 +304,7 @@ Plan make_plan(const View& g, const View& x, const View& out, const OptionalTens
     Entry e;
     e.g = plan.slot(g), e.x = plan.slot(x), e.out = plan.slot(out);
     e.size = count(0, g.dim);
-    e.length = static_cast<Per>(per) == Per::all ? e.size : count(static_cast<Per>(per) == Per::sample ? 1 : g.dim - 1, g.dim);
-    if (g.dim == 0) e.length = 1;
+    e.length = static_cast<Per>(per) == Per::all ? e.size : count(static_cast<Per>(per) == Per::sample ? 1 : std::max(g.dim - 1, 0), g.dim);
     if (mask) {
         const View m = view(*mask, "mask", false);
         STD_TORCH_CHECK(m.dim <= g.dim && std::equal(m.sizes, m.sizes + m.dim, g.sizes), "mask must have the gradient's first axes");

@@ -37,7 +37,7 @@ HOST_DEVICE int rank_bin(double magnitude) {
 
 // s = g*g (Eq. 7); one that overflows counts as the largest float.
 template <class T> HOST_DEVICE T saliency(T g) { return g * g; }
-template <class T> HOST_DEVICE T root(T s) { return std::sqrt(s); } // |g| of a given saliency
+template <class T> HOST_DEVICE T root(T s) { return absolute(std::sqrt(s)); } // |g| of a given saliency; of -0, 0
 template <class T> HOST_DEVICE bool finite(T g) { return absolute(g) <= Float<T>::largest; }
 
 // Minimum and maximum of s over a scope; infinity and its negative where nothing is finite.

@@ -343,10 +343,12 @@ template <class T, class Line> void run(Call<T, Line>& call) {
 
 // --- The operators ---
 
-// A call with one entry by tensor, checked: gradients, saliencies (or none) and layouts.
+// A call with one entry by tensor, checked: options, gradients, saliencies (or none) and layouts.
 template <class T, class Line>
 Call<T, Line> make_call(const SelectionOptions& options, int64_t seed, const Tensors& grads, const Tensors& saliencies,
                         const std::vector<int64_t>& layout) {
+    STD_TORCH_CHECK(options.normalization >= Normalization::minmax && options.normalization <= Normalization::constant, "normalization is ",
+                    static_cast<int64_t>(options.normalization), "; use 0 (minmax), 1 (range), 2 (rank) or 3 (constant)");
     STD_TORCH_CHECK(layout.size() == 4 * grads.size(), "layout has ", layout.size(),
                     " numbers; give stream, offset, run, stride by tensor");
     STD_TORCH_CHECK(saliencies.empty() || saliencies.size() == grads.size(), "saliencies: ", saliencies.size(), " for ", grads.size(),
@@ -364,6 +366,7 @@ Call<T, Line> make_call(const SelectionOptions& options, int64_t seed, const Ten
         }
         e.size = grads[i].numel();
         e.layout = {layout[4 * i], layout[4 * i + 1], std::max<int64_t>(layout[4 * i + 2], 1), layout[4 * i + 3]};
+        check_layout(e.layout, e.size, i);
     }
     return call;
 }
@@ -445,6 +448,9 @@ void step(Call<T, Line> call, const Tensors& params, const std::vector<const Ten
         }
         for (size_t k = 0; k < kept.size(); ++k) e.kept[k] = kept[k].next(i, 1, nullptr);
         step_views[i] = counts.next(i, 1, nullptr);
+        double count;
+        load(step_views[i], 0, 1, &count);
+        STD_TORCH_CHECK(count >= 0 && count < 4294967295.0, "steps[", i, "] is ", count, "; give a count in [0, 2^32 - 1)");
     }
     if (skip) return;
     const auto tables = settle_statistics(call, scope_statistics);
@@ -578,6 +584,7 @@ static void selective_statistics_(Tensors grads, Tensors saliencies, Tensors min
     STD_TORCH_CHECK(sizes.empty() || static_cast<int64_t>(sizes.size()) == n, "sizes: ", sizes.size(), " for ", n, " tensors");
     STD_TORCH_CHECK(mins.empty() == maxs.empty() && (mins.empty() || !rank),
                     "saliency_mins and saliency_maxs belong together, not to rank");
+    STD_TORCH_CHECK(std::all_of(sizes.begin(), sizes.end(), [](int64_t size) { return size >= 0; }), "sizes must not be negative");
     BY_ARITHMETIC(grads, {
         auto call = make_call<T, NoLine>(options, 0, grads, saliencies, layout);
         if (grad_scale) call.unscale = static_cast<T>(1 / scalar(*grad_scale, "grad_scale"));
@@ -608,27 +615,27 @@ static void selective_statistics_(Tensors grads, Tensors saliencies, Tensors min
 // A call over one tensor that writes `out` and leaves the gradient alone.
 template <class T>
 void inspect(const SelectionOptions& options, const Tensor& grad, const OptionalTensor& saliency, const Tensor& out,
-             const std::vector<int64_t>& layout, int64_t step, int64_t seed, typename Call<T, NoLine>::LineBlock block) {
+             const std::vector<int64_t>& layout, int64_t step, int64_t seed, bool draws, typename Call<T, NoLine>::LineBlock block) {
     auto call = make_call<T, NoLine>(options, seed, {grad}, saliency ? Tensors{*saliency} : Tensors{}, layout);
     call.line_block = block;
     call.entries[0].theta = view(out, "out", true);
     check_same_shape(call.entries[0].theta, call.entries[0].g, "out", 0);
     call.entries[0].step = static_cast<uint32_t>(step);
-    call.draws = step > 0;
+    call.draws = draws;
     settle_statistics(call, std::nullopt);
     run(call);
 }
 
 static void selection_mask_(Tensor grad, OptionalTensor saliency, Tensor out, std::vector<int64_t> layout, int64_t step, int64_t seed,
                             SELECTION_ARGUMENTS) {
-    BY_ARITHMETIC(Tensors{grad}, { inspect<T>(SELECTION_OPTIONS, grad, saliency, out, layout, step, seed, factor_out<T>); })
+    BY_ARITHMETIC(Tensors{grad}, { inspect<T>(SELECTION_OPTIONS, grad, saliency, out, layout, step, seed, true, factor_out<T>); })
 }
 
 // Every u is 0 where nothing is drawn, so each element is selected and its factor is 1/p.
 static void selection_probability_(Tensor grad, OptionalTensor saliency, Tensor out, SELECTION_ARGUMENTS) {
     rescale = true;
     const int64_t n = grad.numel();
-    BY_ARITHMETIC(Tensors{grad}, { inspect<T>(SELECTION_OPTIONS, grad, saliency, out, {0, 0, n, n}, 0, 0, probability_out<T>); })
+    BY_ARITHMETIC(Tensors{grad}, { inspect<T>(SELECTION_OPTIONS, grad, saliency, out, {0, 0, n, n}, 0, 0, false, probability_out<T>); })
 }
 
 EXPORT_BOXED(selective_adamw_)

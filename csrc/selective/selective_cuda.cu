@@ -85,7 +85,7 @@ template <class Line> struct Call {
     RoundKeys keys, rounding_keys; // in constant memory, which instructions read as they go
     int64_t fixed_step = 0; // where the tensors have none of their own
     Number grad_scale{1}, found_inf{0};
-    bool maximize = false, draws = true, random = false, rounding = false;
+    bool maximize = false, random = false, rounding = false;
     Out out = Out::multiplied;
     const Entry* entries = nullptr;
     const int64_t* axes = nullptr;
@@ -719,6 +719,7 @@ Roster make_roster(const Tensors& grads, const Tensors& saliencies, const std::v
         }
         e.size = grads[i].numel();
         e.layout = {layout[4 * i], layout[4 * i + 1], std::max<int64_t>(layout[4 * i + 2], 1), layout[4 * i + 3]};
+        check_layout(e.layout, e.size, i);
     }
     return roster;
 }
@@ -742,6 +743,8 @@ void check_rows(const Tensor& rows, const char* name, bool rank, int64_t tensors
 }
 
 template <class Line> Call<Line> make_call(const SelectionOptions& options, int64_t seed, const OptionalTensor& scope, size_t tensors) {
+    STD_TORCH_CHECK(options.normalization >= Normalization::minmax && options.normalization <= Normalization::constant, "normalization is ",
+                    static_cast<int64_t>(options.normalization), "; use 0 (minmax), 1 (range), 2 (rank) or 3 (constant)");
     Call<Line> call(seed);
     call.options = options;
     call.random = options.normalization != Normalization::constant || inverse_of_constant(options) != 1;
@@ -838,6 +841,7 @@ static void selective_statistics_(Tensors grads, Tensors saliencies, Tensors min
     STD_TORCH_CHECK(sizes.empty() || static_cast<int64_t>(sizes.size()) == n, "sizes: ", sizes.size(), " for ", n, " tensors");
     STD_TORCH_CHECK(mins.empty() == maxs.empty() && (mins.empty() || !call.ranks()),
                     "saliency_mins and saliency_maxs belong together, not to rank");
+    STD_TORCH_CHECK(std::all_of(sizes.begin(), sizes.end(), [](int64_t size) { return size >= 0; }), "sizes must not be negative");
     if (n == 0) return;
     if (!mins.empty()) {
         List low(mins, "saliency_mins", n, n), high(maxs, "saliency_maxs", n, n);
@@ -867,25 +871,25 @@ static void selective_statistics_(Tensors grads, Tensors saliencies, Tensors min
 
 // A call over one tensor that writes `out` and leaves the gradient alone.
 static void inspect(Call<NoLine> call, const Tensor& grad, const OptionalTensor& saliency, const Tensor& out,
-                    const std::vector<int64_t>& layout, int64_t step, Out wanted) {
+                    const std::vector<int64_t>& layout, int64_t step, bool draws, Out wanted) {
     Roster roster = make_roster({grad}, saliency ? Tensors{*saliency} : Tensors{}, layout);
     STD_TORCH_CHECK(out.numel() == grad.numel(), "out has another shape than the gradient; they must be equal");
     roster.entries[0].slots[theta] = roster.slot(single(out, "out", true));
-    call.out = wanted, call.fixed_step = step, call.random &= step > 0;
+    call.out = wanted, call.fixed_step = step, call.random &= draws;
     const Place place(grad);
     run(call, std::move(roster), NoOptions(), false, grad, static_cast<cudaStream_t>(place.stream));
 }
 
 static void selection_mask_(Tensor grad, OptionalTensor saliency, Tensor out, std::vector<int64_t> layout, int64_t step, int64_t seed,
                             SELECTION_ARGUMENTS) {
-    inspect(make_call<NoLine>(SELECTION_OPTIONS, seed, std::nullopt, 1), grad, saliency, out, layout, step, Out::factor);
+    inspect(make_call<NoLine>(SELECTION_OPTIONS, seed, std::nullopt, 1), grad, saliency, out, layout, step, true, Out::factor);
 }
 
 // Every u is 0 where nothing is drawn, so each element is selected and its factor is 1/p.
 static void selection_probability_(Tensor grad, OptionalTensor saliency, Tensor out, SELECTION_ARGUMENTS) {
     rescale = true;
     const int64_t n = grad.numel();
-    inspect(make_call<NoLine>(SELECTION_OPTIONS, 0, std::nullopt, 1), grad, saliency, out, {0, 0, n, n}, 0, Out::probability);
+    inspect(make_call<NoLine>(SELECTION_OPTIONS, 0, std::nullopt, 1), grad, saliency, out, {0, 0, n, n}, 0, false, Out::probability);
 }
 
 EXPORT_BOXED(selective_adamw_)

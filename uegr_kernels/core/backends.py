@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -70,7 +71,7 @@ def traced() -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
-def define(name: str, schema: str, reference: Callable, triton: Callable) -> None:
+def define(name: str, schema: str, reference: Callable[..., Any], triton: Callable[..., Any]) -> None:
     """Defines an operator and what serves it beside the compiled kernels.
 
     The reference is the default kernel, so that the operator exists on every device; Triton's is the CUDA one where the CUDA library is

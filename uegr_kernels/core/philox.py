@@ -1,14 +1,17 @@
 """Philox4x32-10 in PyTorch integers: the package's one generator (Salmon et al., SC'11; SPEC 2)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 MASK = 0xFFFFFFFF
+Word = int | Tensor
 ROUNDING_KEY = 0x9E3779B9  # xor-ed into the key's low word for the words that round 16-bit moments
 
 
-def philox4x32(counter: tuple, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds over four counter words (int64 tensors or ints that hold 32 bits) under a two-word key."""
+def philox4x32(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -> tuple[Any, Any, Any, Any]:
+    """Ten rounds over four counter words (int64 tensors or ints that hold 32 bits) under a two-word key: words of the same kinds."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):

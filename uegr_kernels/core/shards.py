@@ -3,12 +3,15 @@
 import functools
 import sys
 from math import prod
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
+Cut = tuple[Any, ...]  # a mesh and its dimensions over which a tensor is cut, or ()
 
-def sharded(tensor: Tensor) -> bool:
+
+def sharded(tensor: Tensor) -> TypeGuard[Any]:
     """Whether it is a DTensor. Nobody has one before its module is imported, which takes long and is not done here."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -21,10 +24,12 @@ def local(tensor: Tensor) -> Tensor:
 
 def alike(grad: Tensor, p: Tensor) -> Tensor:
     """A gradient in its parameter's placements."""
-    return grad.redistribute(p.device_mesh, p.placements) if sharded(p) and grad.placements != p.placements else grad
+    given: Any = grad
+    placed: Tensor = given.redistribute(p.device_mesh, p.placements) if sharded(p) and given.placements != p.placements else given
+    return placed
 
 
-def cut(tensor: Tensor) -> tuple:
+def cut(tensor: Tensor) -> Cut:
     """The mesh, and its dimensions over which the parts of a tensor make up the whole; () where every process has it whole."""
     if not sharded(tensor):
         return ()
@@ -49,7 +54,7 @@ def layout(name: str, tensor: Tensor) -> tuple[int, int, int]:
 
 
 @functools.cache
-def _layout(whole: torch.Size, mesh, placements: tuple) -> tuple[int, int, int]:
+def _layout(whole: torch.Size, mesh: Any, placements: tuple[Any, ...]) -> tuple[int, int, int]:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     if not all(placement.is_replicate() or _in_order(dim, mesh, placements, whole) for dim, placement in enumerate(placements)):
@@ -67,7 +72,7 @@ def _layout(whole: torch.Size, mesh, placements: tuple) -> tuple[int, int, int]:
     return offset, part[last] * below, whole[last] * below
 
 
-def _in_order(dim: int, mesh, placements: tuple, whole: torch.Size) -> bool:
+def _in_order(dim: int, mesh: Any, placements: tuple[Any, ...], whole: torch.Size) -> bool:
     """Whether a placement leaves each process one piece of its dimension."""
     from torch.distributed.tensor import Shard
 
@@ -80,7 +85,7 @@ def _in_order(dim: int, mesh, placements: tuple, whole: torch.Size) -> bool:
     return bool(factor) and prod(mesh.size(other) for other in later) == factor and whole[placement.dim] % pieces == 0
 
 
-def join_(statistics: Tensor, cut: tuple) -> None:
+def join_(statistics: Tensor, cut: Cut) -> None:
     """Joins every process's rows of [minimum, maximum], or of counts, in place: one collective for each dimension of the mesh that cuts."""
     if not cut:
         return

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import struct
+from typing import Any
 
 import torch
 import triton
@@ -17,7 +18,7 @@ CAPTURED: list[Tensor] = []  # what replays of graphs copy to the device again
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float64: tl.float64}
 
 
-def on(tensor: Tensor) -> contextlib.AbstractContextManager:
+def on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Makes the tensor's GPU the current one, which is where Triton launches; nothing to do on the CPU, for the interpreter."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
@@ -29,7 +30,7 @@ def lanes() -> int:
     return 64 if torch.version.hip else 32
 
 
-def to_device(values: list | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+def to_device(values: list[Any] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A new tensor there, without waiting for the copy."""
     values = torch.as_tensor(values, dtype=dtype)
     if device.type != "cuda":
@@ -158,7 +159,7 @@ def uniform(word, dtype: tl.constexpr):
 
 def bits(x: float) -> int:
     """A float as an integer of its 64 bits: as a number Triton would round it to float32."""
-    return struct.unpack("<q", struct.pack("<d", x))[0]
+    return int.from_bytes(struct.pack("<d", x), "little", signed=True)
 
 
 @triton.jit

@@ -4,6 +4,7 @@ import inspect
 import math
 import typing
 from collections.abc import Callable, Sequence
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,14 @@ def pairwise_js(
     return op.uegr_loss(logits, None, reduction=reduction, in_place=inplace_backward, backend=backend, **ONLY_PAIRS)[0]
 
 
+@overload
+def uegr_loss(clean_logits: Tensor, adversarial_logits: Tensor | Sequence[Tensor], labels: Tensor, *, js_weight: float = ...,
+              label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ..., task: str = ...,
+              return_parts: Literal[False] = ..., inplace_backward: bool = ..., backend: str = ...) -> Tensor: ...  # fmt: skip
+@overload
+def uegr_loss(clean_logits: Tensor, adversarial_logits: Tensor | Sequence[Tensor], labels: Tensor, *, js_weight: float = ...,
+              label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ..., task: str = ...,
+              return_parts: Literal[True], inplace_backward: bool = ..., backend: str = ...) -> LossParts: ...  # fmt: skip
 def uegr_loss(clean_logits: Tensor, adversarial_logits: Tensor | Sequence[Tensor], labels: Tensor, *, js_weight: float = 0.01,
               label_smoothing: float = 0.0, ignore_index: int = -100, reduction: str = "mean", task: str = "classification",
               return_parts: bool = False, inplace_backward: bool = False, backend: str = "auto") -> Tensor | LossParts:  # fmt: skip
@@ -70,7 +79,12 @@ def uegr_loss(clean_logits: Tensor, adversarial_logits: Tensor | Sequence[Tensor
 
     Equivalent to `reference.uegr_loss([clean_logits, adversarial_logits], labels, ...)[0]`.
     """
-    options = {"js_weight": js_weight, "label_smoothing": label_smoothing, "ignore_index": ignore_index, "reduction": reduction}
+    options: dict[str, Any] = {
+        "js_weight": js_weight,
+        "label_smoothing": label_smoothing,
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+    }
     _check_options(**options, task=task, return_parts=return_parts, inplace_backward=inplace_backward)
     _check_tensor("clean_logits", clean_logits, 2, "[N, C]")
     adversarial = _passes("adversarial_logits", adversarial_logits)
@@ -115,6 +129,16 @@ def linear_pairwise_js(
     )[0]
 
 
+@overload
+def linear_uegr_loss(clean_hidden: Tensor, adversarial_hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = ..., *,
+                     js_weight: float = ..., label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ...,
+                     task: str = ..., return_parts: Literal[False] = ..., inplace_backward: bool = ...,
+                     chunk_rows: int | None = ..., backend: str = ...) -> Tensor: ...  # fmt: skip
+@overload
+def linear_uegr_loss(clean_hidden: Tensor, adversarial_hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = ..., *,
+                     js_weight: float = ..., label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ...,
+                     task: str = ..., return_parts: Literal[True], inplace_backward: bool = ...,
+                     chunk_rows: int | None = ..., backend: str = ...) -> LossParts: ...  # fmt: skip
 def linear_uegr_loss(clean_hidden: Tensor, adversarial_hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, *,
                      js_weight: float = 0.01, label_smoothing: float = 0.0, ignore_index: int = -100, reduction: str = "mean",
                      task: str = "classification", return_parts: bool = False, inplace_backward: bool = False,
@@ -131,7 +155,12 @@ def linear_uegr_loss(clean_hidden: Tensor, adversarial_hidden: Tensor, weight: T
 
     Equivalent to `reference.linear_uegr_loss(reference.uegr_loss_, [clean_hidden, adversarial_hidden], weight, bias, labels, ...)[0]`.
     """
-    options = {"js_weight": js_weight, "label_smoothing": label_smoothing, "ignore_index": ignore_index, "reduction": reduction}
+    options: dict[str, Any] = {
+        "js_weight": js_weight,
+        "label_smoothing": label_smoothing,
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+    }
     _check_options(**options, task=task, return_parts=return_parts, inplace_backward=inplace_backward, chunk_rows=chunk_rows)
     _check_tensor("clean_hidden", clean_hidden, 2, "[N, H]")
     _check_tensor("adversarial_hidden", adversarial_hidden, 3, "[m, N, H]")
@@ -148,9 +177,9 @@ def linear_uegr_loss(clean_hidden: Tensor, adversarial_hidden: Tensor, weight: T
 class _LossModule(nn.Module):
     """A loss function as a module that remembers its keywords."""
 
-    function: Callable
+    function: Callable[..., Any]
 
-    def __init__(self, **options):
+    def __init__(self, **options: Any) -> None:
         super().__init__()
         known = {name for name, p in inspect.signature(type(self).function).parameters.items() if p.kind is p.KEYWORD_ONLY}
         unknown = sorted(options.keys() - known)
@@ -159,11 +188,9 @@ class _LossModule(nn.Module):
         _check_options(**{name: value for name, value in options.items() if name != "backend"})
         self.options = options
 
-    def forward(self, *tensors):
-        return type(self).function(*tensors, **self.options)
-
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        defaults = {name: p.default for name, p in inspect.signature(type(self).function).parameters.items() if p.kind is p.KEYWORD_ONLY}
+        return ", ".join(f"{name}={value!r}" for name, value in (defaults | self.options).items())
 
 
 class PairwiseJSLoss(_LossModule):
@@ -171,14 +198,26 @@ class PairwiseJSLoss(_LossModule):
 
     function = staticmethod(pairwise_js)
 
+    def forward(self, logits: Tensor | Sequence[Tensor]) -> Tensor:
+        return pairwise_js(logits, **self.options)
+
 
 class UEGRLoss(_LossModule):
     """`uegr_loss` as a module: the same keywords, called with clean logits, adversarial logits and labels."""
 
     function = staticmethod(uegr_loss)
 
+    def forward(self, clean_logits: Tensor, adversarial_logits: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor | LossParts:
+        loss: Tensor | LossParts = uegr_loss(clean_logits, adversarial_logits, labels, **self.options)
+        return loss
 
-ONLY_PAIRS = {"js_weight": 1.0, "label_smoothing": 0.0, "ignore_index": -100, "regression": False}  # what uegr_loss is without labels
+
+ONLY_PAIRS: dict[str, Any] = {
+    "js_weight": 1.0,
+    "label_smoothing": 0.0,
+    "ignore_index": -100,
+    "regression": False,
+}  # what uegr_loss is without labels
 
 
 def _with_parts(loss: Tensor, parts: Tensor) -> LossParts:
@@ -193,7 +232,7 @@ def _named(name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
     return {name if len(tensors) == 1 else f"{name}[{i}]": x for i, x in enumerate(tensors)}
 
 
-def _check_options(**options) -> None:
+def _check_options(**options: Any) -> None:
     """Raises what is wrong with an option's value; takes any of them."""
     for name, choices in (("reduction", op.REDUCTIONS), ("task", TASKS)):
         if name in options and options[name] not in choices:

@@ -1,14 +1,15 @@
 """The loss operators: schemas, fakes, autograd, and the choice of a backend."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from ..core import backends
-from ..core.backends import traced
+from ..core import backends as backends
+from ..core.backends import traced as traced
 from . import reference
 
 # To the compiled kernels a reduction is its position here (csrc/divergence/divergence.h has the same order; a test compares).
@@ -32,13 +33,14 @@ SCHEMAS = {
 }
 
 
-def kernel(name: str, backend: str) -> Callable:
+def kernel(name: str, backend: str) -> Callable[..., Any]:
     """`uegr_loss` or `uegr_loss_` of a chosen backend; it takes the reduction by its name."""
     if backend in ("reference", "triton"):
-        return getattr(reference if backend == "reference" else _triton(), name)
+        found: Callable[..., Any] = getattr(reference if backend == "reference" else _triton(), name)
+        return found
     operator = getattr(torch.ops.uegr_kernels, name).default
 
-    def run(*tensors, reduction, **options):
+    def run(*tensors: Any, reduction: str, **options: Any) -> Any:
         with (
             torch._C._AutoDispatchBelowAutograd()
         ):  # what register_autograd puts before a kernel is Python and takes longer than a small loss
@@ -48,6 +50,9 @@ def kernel(name: str, backend: str) -> Callable:
                 raise _as_value_error(error) from None
 
     return run
+
+
+Fakes = tuple[Tensor, Tensor, list[Tensor]]
 
 
 def _triton() -> ModuleType:
@@ -74,7 +79,9 @@ def _check_range(labels: Tensor | None, classes: int, ignore_index: int) -> None
         )
 
 
-def _linear_uegr_loss(hidden, weight, bias, labels, row_weights, *, reduction, needs, chunk_rows, backend, dtype, **options):
+def _linear_uegr_loss(hidden: list[Tensor], weight: Tensor, bias: Tensor | None, labels: Tensor | None, row_weights: Tensor | None, *,
+                      reduction: int, needs: list[bool], chunk_rows: int | None, backend: str, dtype: torch.dtype,
+                      **options: Any) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """The reference's chunks with the backend's rows, in the dtype that autocast decided above."""
     passes = sum(x.shape[0] if x.dim() == 3 else 1 for x in hidden)
     limit = CHUNK_BYTES.get(backend, NATIVE_CHUNK_BYTES)
@@ -90,19 +97,19 @@ def _in_forward(needs: list[bool], reduction: int, row_weights: Tensor | None) -
     return [need and (REDUCTIONS[reduction] != "none" or row_weights is not None) for need in needs]
 
 
-def _fake(tensors: list[Tensor | None], reduction: int, needs: list[bool], dtype: torch.dtype):
-    first = tensors[0]
+def _fake(first: Tensor, tensors: Sequence[Tensor | None], reduction: int, needs: list[bool], dtype: torch.dtype) -> Fakes:
     shape = first.shape[-2:-1] if REDUCTIONS[reduction] == "none" else ()
     loss, parts = (first.new_empty(size, dtype=reference.compute_dtype(dtype)) for size in (shape, (3, *shape)))
-    return loss, parts, [x.new_empty(x.shape) for x, need in zip(tensors, needs, strict=True) if need]
+    return loss, parts, [x.new_empty(x.shape) for x, need in zip(tensors, needs, strict=True) if x is not None and need]
 
 
-def _fake_loss(logits, labels, *, reduction, needs, **_):
-    return _fake(logits, reduction, needs, logits[0].dtype)
+def _fake_loss(logits: list[Tensor], labels: Tensor | None, *, reduction: int, needs: list[bool], **_: Any) -> Fakes:
+    return _fake(logits[0], logits, reduction, needs, logits[0].dtype)
 
 
-def _fake_linear(hidden, weight, bias, labels, row_weights, *, reduction, needs, dtype, **_):
-    return _fake([*hidden, weight, bias], reduction, _in_forward(needs, reduction, row_weights), dtype)
+def _fake_linear(hidden: list[Tensor], weight: Tensor, bias: Tensor | None, labels: Tensor | None, row_weights: Tensor | None, *,
+                 reduction: int, needs: list[bool], dtype: torch.dtype, **_: Any) -> Fakes:  # fmt: skip
+    return _fake(hidden[0], [*hidden, weight, bias], reduction, _in_forward(needs, reduction, row_weights), dtype)
 
 
 def _is_one(grad_loss: Tensor) -> bool:
@@ -124,7 +131,9 @@ def _scale_(gradients: list[Tensor], grad_loss: Tensor, backend: str) -> None:
         torch.autograd.graph.increment_version(gradients)
 
 
-def _hand_out(grad_loss: Tensor | None, gradients: list[Tensor], needs: list[bool], parts: Tensor, backend: str) -> list[Tensor | None]:
+def _hand_out(
+    grad_loss: Tensor | None, gradients: list[Tensor], needs: list[bool], parts: Tensor | None, backend: str
+) -> list[Tensor | None]:
     """The kept gradients times that of the loss, where needed."""
     if grad_loss is None:
         return [None for _ in needs]
@@ -136,24 +145,24 @@ def _hand_out(grad_loss: Tensor | None, gradients: list[Tensor], needs: list[boo
     return [next(wanted) if need else None for need in needs]
 
 
-def _keep(ctx, parts: Tensor, gradients: list[Tensor]) -> None:
+def _keep(ctx: Any, parts: Tensor, gradients: list[Tensor]) -> None:
     """Keeps the gradients, which have none themselves; a double backward finds its error through `parts`."""
     ctx.mark_non_differentiable(*gradients)
     ctx.save_for_backward(parts, *gradients)
 
 
-def _setup_loss(ctx, inputs, keyword_only_inputs, output):
+def _setup_loss(ctx: Any, inputs: Any, keyword_only_inputs: dict[str, Any], output: Any) -> None:
     ctx.set_materialize_grads(False)
     ctx.needs = keyword_only_inputs["needs"]
     _keep(ctx, output[1], output[2])
 
 
-def _backward_loss(ctx, grad_loss, *_):
+def _backward_loss(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     parts, *gradients = ctx.saved_tensors
     return _hand_out(grad_loss, gradients, ctx.needs, parts, "auto"), None
 
 
-def _setup_linear(ctx, inputs, keyword_only_inputs, output):
+def _setup_linear(ctx: Any, inputs: Any, keyword_only_inputs: dict[str, Any], output: Any) -> None:
     hidden, weight, bias, labels, row_weights = inputs
     ctx.set_materialize_grads(False)
     ctx.options, ctx.is_backward = keyword_only_inputs, row_weights is not None
@@ -164,7 +173,7 @@ def _setup_linear(ctx, inputs, keyword_only_inputs, output):
         _keep(ctx, output[1], output[2])
 
 
-def _backward_linear(ctx, grad_loss, *_):
+def _backward_linear(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if ctx.is_backward:
         _refuse_double_backward()
     if ctx.by_row and grad_loss is not None:  # what a row counts is known only now, so the chunks are walked again
@@ -178,15 +187,15 @@ def _backward_linear(ctx, grad_loss, *_):
     return of_hidden, of_weight, of_bias, None, None
 
 
-def _refuse_double_backward(*_):
+def _refuse_double_backward(*_: Any) -> NoReturn:
     raise RuntimeError("the losses of uegr_kernels have no second derivative; differentiate a loss of plain PyTorch twice")
 
 
-def _refuse_vmap(*_, **__):
+def _refuse_vmap(*_: Any, **__: Any) -> NoReturn:
     raise RuntimeError("the losses of uegr_kernels do not run under torch.func.vmap; give the whole batch as N rows and reduction='none'")
 
 
-def _run(module: Callable[[], ModuleType], name: str, *tensors, **options):
+def _run(module: Callable[[], ModuleType], name: str, *tensors: Any, **options: Any) -> Any:
     """The function `name` of a module, by an operator's arguments."""
     if "reduction" in options:
         options["reduction"] = REDUCTIONS[options["reduction"]]
@@ -215,7 +224,9 @@ class _Loss(torch.autograd.Function):
     """What the registered autograd does, for kernels that are called directly: the reference, and gradients over the logits."""
 
     @staticmethod
-    def forward(ctx, labels: Tensor | None, backend: str, in_place: bool, needs: list[bool], options: dict, *logits: Tensor):
+    def forward(
+        ctx: Any, labels: Tensor | None, backend: str, in_place: bool, needs: list[bool], options: dict[str, Any], *logits: Tensor
+    ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.needs, ctx.in_place, ctx.spent, ctx.backend = needs, in_place, False, backend
         ctx.leaves = in_place and [x.is_leaf for x in logits]
@@ -228,12 +239,12 @@ class _Loss(torch.autograd.Function):
         return loss, parts
 
     @staticmethod
-    def backward(ctx, grad_loss, _):
+    def backward(ctx: Any, grad_loss: Tensor | None, _: Any) -> tuple[Any, ...]:
         if ctx.spent:
             raise RuntimeError("inplace_backward=True hands its gradients out once; compute the loss again, or leave inplace_backward out")
         parts, *gradients = ctx.saved_tensors
         ctx.spent = ctx.in_place and grad_loss is not None and not torch.is_grad_enabled()
-        if ctx.spent:
+        if ctx.spent and grad_loss is not None:
             _scale_(gradients, grad_loss, ctx.backend)
             wanted = iter(gradients)  # a leaf and its .grad must not share memory
             gradients = [
@@ -244,14 +255,14 @@ class _Loss(torch.autograd.Function):
         return None, None, None, None, None, *gradients
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that serves the losses (core.backends.choose)."""
     return backends.choose(backend, "divergence.uegr_loss", device, dtype)
 
 
 def uegr_loss(
-    logits: list[Tensor], labels: Tensor | None, *, in_place: bool, reduction: str, backend: str, **options
+    logits: list[Tensor], labels: Tensor | None, *, in_place: bool, reduction: str, backend: str, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """The loss, differentiable, and its parts; arguments as in SCHEMAS."""
     backend = choose(backend, logits[0].device, logits[0].dtype)
@@ -262,10 +273,13 @@ def uegr_loss(
     def run(reduction: str) -> tuple[Tensor, Tensor]:
         if torch._C._are_functorch_transforms_active() or (traced() and backend != "reference"):
             number = REDUCTIONS.index(reduction)
-            return torch.ops.uegr_kernels.uegr_loss.default(logits, labels, reduction=number, needs=needs, **options)[:2]
-        if not any(needs):
-            return kernel("uegr_loss", backend)(logits, labels, reduction=reduction, needs=needs, **options)[:2]
-        return _Loss.apply(labels, backend, in_place and not traced(), needs, options | {"reduction": reduction}, *logits)
+            loss, parts, _ = torch.ops.uegr_kernels.uegr_loss.default(logits, labels, reduction=number, needs=needs, **options)
+        elif not any(needs):
+            loss, parts, _ = kernel("uegr_loss", backend)(logits, labels, reduction=reduction, needs=needs, **options)
+        else:
+            given = (labels, backend, in_place and not traced(), needs, options | {"reduction": reduction})
+            loss, parts = _Loss.apply(*given, *logits)  # type: ignore[no-untyped-call]
+        return loss, parts
 
     return _divided_last(run, reduction, logits[0], labels, logits[0].dtype, options["ignore_index"])
 
@@ -279,7 +293,7 @@ def linear_uegr_loss(
     reduction: str,
     dtype: torch.dtype,
     backend: str,
-    **options,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """The loss of the logits hidden @ weight.T + bias in `dtype`, never whole, and its parts."""
     needs = [x is not None and torch.is_grad_enabled() and x.requires_grad for x in (*hidden, weight, bias)]
@@ -289,14 +303,18 @@ def linear_uegr_loss(
 
     def run(reduction: str) -> tuple[Tensor, Tensor]:
         number = REDUCTIONS.index(reduction)
-        return torch.ops.uegr_kernels.linear_uegr_loss.default(hidden, weight, bias, labels, None, reduction=number, **options)[:2]
+        loss, parts, _ = torch.ops.uegr_kernels.linear_uegr_loss.default(hidden, weight, bias, labels, None, reduction=number, **options)
+        return loss, parts
 
     return _divided_last(run, reduction, hidden[0], labels, dtype, options["ignore_index"])
 
 
-def _divided_last(run: Callable, reduction: str, rows: Tensor, labels: Tensor | None, dtype: torch.dtype, ignore_index: int):
+def _divided_last(
+    run: Callable[[str], tuple[Tensor, Tensor]], reduction: str, rows: Tensor, labels: Tensor | None, dtype: torch.dtype, ignore_index: int
+) -> tuple[Tensor, Tensor]:
     """A float16 gradient divided by N would vanish before the loss scale lifts it, so that mean is taken of the sum, outside."""
     if reduction != "mean" or dtype != torch.float16:
         return run(reduction)
     count = reference.kept_rows(labels, rows, ignore_index).sum()
-    return tuple(torch.where(count > 0, total / count.clamp(min=1), torch.nan) for total in run("sum"))
+    loss, parts = (torch.where(count > 0, total / count.clamp(min=1), torch.nan) for total in run("sum"))
+    return loss, parts

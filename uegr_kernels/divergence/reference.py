@@ -7,6 +7,7 @@ operators' arguments (op.py).
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,7 +102,7 @@ def uegr_loss(logits: list[Tensor], labels: Tensor | None, *, js_weight: float, 
     return losses[0].clone(), losses[1:].clone(), [g.to(x.dtype) for g, x, need in zip(taken, logits, needs, strict=True) if need]
 
 
-def uegr_loss_(logits: list[Tensor], labels: Tensor | None, *, needs: list[bool], **options) -> tuple[Tensor, Tensor]:
+def uegr_loss_(logits: list[Tensor], labels: Tensor | None, *, needs: list[bool], **options: Any) -> tuple[Tensor, Tensor]:
     """The same, the gradients over the logits that need one."""
     loss, parts, gradients = uegr_loss(logits, labels, needs=needs, **options)
     for x, gradient in zip([x for x, need in zip(logits, needs, strict=True) if need], gradients, strict=True):
@@ -121,9 +122,9 @@ def scale_gradients_(gradients: list[Tensor], grad_loss: Tensor) -> None:
         gradient.copy_(scale_gradients([gradient], grad_loss, grad_loss)[0])
 
 
-def linear_uegr_loss(kernel: Callable, hidden: list[Tensor], weight: Tensor, bias: Tensor | None, labels: Tensor | None,
-                     row_weights: Tensor | None, *, ignore_index: int, reduction: str, needs: list[bool], dtype: torch.dtype,
-                     chunk_rows: int, **options) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+def linear_uegr_loss(kernel: Callable[..., tuple[Tensor, Tensor]], hidden: list[Tensor], weight: Tensor, bias: Tensor | None,
+                     labels: Tensor | None, row_weights: Tensor | None, *, ignore_index: int, reduction: str, needs: list[bool],
+                     dtype: torch.dtype, chunk_rows: int, **options: Any) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """`uegr_loss` of the logits hidden @ weight.T + bias in `dtype`, `chunk_rows` of the N rows at a time.
 
     `kernel` is a `uegr_loss_`. Gradients for hidden, weight, bias where needed: of the reduced loss, or of sum(row_weights * loss).
@@ -134,8 +135,8 @@ def linear_uegr_loss(kernel: Callable, hidden: list[Tensor], weight: Tensor, bia
     need_logits = [need or need_weight or need_bias for need in need_hidden]
     d_hidden = [x.new_empty(x.shape) if need else None for x, need in zip(hidden, need_hidden, strict=True)]
     d_weight = w.new_zeros(w.shape, dtype=wide) if need_weight else None
-    d_bias = b.new_zeros(b.shape, dtype=wide) if need_bias else None
-    keep, losses, buffer = kept_rows(labels, hidden[0], ignore_index), [], None
+    d_bias = b.new_zeros(b.shape, dtype=wide) if b is not None and need_bias else None
+    keep, losses, buffer = kept_rows(labels, hidden[0], ignore_index), [], w.new_empty(0)
     for at in range(0, max(len(keep), 1), chunk_rows):
         slices = [x[..., at : at + chunk_rows, :] for x in hidden]
         h = torch.cat([x.reshape(-1, x.shape[-1]) for x in slices]).to(dtype)
@@ -158,4 +159,8 @@ def linear_uegr_loss(kernel: Callable, hidden: list[Tensor], weight: Tensor, bia
     count = keep.sum() if reduction == "mean" else torch.ones((), dtype=torch.int64, device=keep.device)
     values = values if reduction == "none" else values.sum(-1) / count
     gradients = zip((*d_hidden, d_weight, d_bias), (*hidden, weight, bias), strict=True)
-    return values[0].clone(), values[1:].clone(), [g.div_(count.clamp(min=1)).to(x.dtype) for g, x in gradients if g is not None]
+    return (
+        values[0].clone(),
+        values[1:].clone(),
+        [g.div_(count.clamp(min=1)).to(x.dtype) for g, x in gradients if g is not None and x is not None],
+    )

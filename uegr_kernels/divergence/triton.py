@@ -6,6 +6,7 @@ registers hold; a row of one block is read once. Logarithms are to base 2.
 
 import functools
 import typing
+from typing import Any
 
 import torch
 import triton
@@ -702,12 +703,13 @@ class Passes(typing.NamedTuple):
 
     def some(self, at: int) -> "Passes":
         """Those from `at` on that a program can hold."""
-        return Passes(*(part[at : at + FEW] for part in self))
+        few = slice(at, at + FEW)
+        return Passes(self.rows[few], self.row_strides[few], self.strides[few])
 
     @property
     def addresses(self) -> list[tuple[int, int, int]]:
         """By pass its address and strides."""
-        return [(row.data_ptr(), *strides) for row, *strides in zip(*self, strict=True)]
+        return [(row.data_ptr(), down, along) for row, down, along in zip(self.rows, self.row_strides, self.strides, strict=True)]
 
     @property
     def dense(self) -> bool:
@@ -732,7 +734,7 @@ def _run(passes: int, itemsize: int) -> int:
 
 
 @functools.cache
-def _block(samples: int, classes: int, passes: int, itemsize: int, aligned: bool, lanes: int) -> tuple[dict, int]:
+def _block(samples: int, classes: int, passes: int, itemsize: int, aligned: bool, lanes: int) -> tuple[dict[str, Any], int]:
     """The part of a form that says what a block is, and its warps."""
     each = _run(passes, itemsize) if aligned else min(_run(passes, itemsize), 128 // lanes)  # a mask is as many scalar registers
     block = min(triton.next_power_of_2(classes), MOST_THREADS * each)
@@ -755,10 +757,10 @@ def _device(device: torch.device) -> tuple[int, int]:
     return properties.multi_processor_count, properties.L2_cache_size
 
 
-def _programs(form: dict, passes: Passes, device: torch.device) -> int:
+def _programs(form: dict[str, Any], passes: Passes, device: torch.device) -> int:
     """How many programs share the samples. What is visited more than once is to stay in the cache until the last visit."""
     samples, classes = passes.rows[0].shape
-    tiles = triton.cdiv(samples, form["R"])
+    tiles: int = triton.cdiv(samples, form["R"])
     if device.type == "cpu":  # the interpreter: a few, for their loops to go round
         return max(1, min(tiles, 3))
     if form["ONE"]:
@@ -850,9 +852,9 @@ def _scale(gradients: list[Tensor], scaled: list[Tensor], factor: Tensor, *, in_
         return
     if gradients[0].dim() == 1:
         gradients, scaled = ([x[None] for x in some] for some in (gradients, scaled))
-    passes, into = Passes.of(gradients), Passes.of(scaled)
+    passes, results = Passes.of(gradients), Passes.of(scaled)
     for at in range(0, len(passes.rows), FEW):
-        _scale_passes(passes.some(at), into.some(at), factor, in_place)
+        _scale_passes(passes.some(at), results.some(at), factor, in_place)
 
 
 def _scale_passes(passes: Passes, into: Passes, factor: Tensor, in_place: bool) -> None:

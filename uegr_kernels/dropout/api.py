@@ -1,5 +1,8 @@
 """What users call: the adaptive dropout module, and putting it in the place of a model's dropouts."""
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -29,9 +32,12 @@ class AdaptiveDropout(nn.Module):
     Equivalent to `reference.adaptive_dropout(h, reference.dropout_rates_(gradient_norm, pending, ...), key, pending)`.
     """
 
+    gradient_norm: Tensor
+    pending: Tensor
+
     def __init__(
         self, num_features: int | None = None, p: float = 0.3, *, max_p: float = 0.9, momentum: float = 0.9, backend: str = "auto"
-    ):
+    ) -> None:
         super().__init__()
         if num_features is not None and (isinstance(num_features, bool) or not isinstance(num_features, int)):
             raise TypeError(f"num_features={num_features!r} is a {type(num_features).__name__}; give an integer, or None")
@@ -81,15 +87,15 @@ class AdaptiveDropout(nn.Module):
         if known.numel() and known.device != input.device:
             raise ValueError(f"input is on {input.device}, the module's buffers on {known.device}; move the module with .to()")
 
-    def _load_from_state_dict(self, state_dict, prefix, *arguments):
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any) -> None:
         if self.num_features is None:
             for name in BUFFERS:
                 if prefix + name in state_dict:
                     setattr(self, name, getattr(self, name).new_zeros(state_dict[prefix + name].shape))
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdaptiveDropout":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name in BUFFERS:  # squares do not fit 16 bits, so .half() and .bfloat16() leave the buffers float32
             buffer = getattr(self, name)
             setattr(self, name, buffer.to(torch.promote_types(buffer.dtype, torch.float32)))
@@ -100,7 +106,7 @@ class AdaptiveDropout(nn.Module):
         return f"{features}, p={self.p}, max_p={self.max_p}, momentum={self.momentum}, backend={self.backend!r}"
 
 
-def replace_dropout(model: nn.Module, **options) -> int:
+def replace_dropout(model: nn.Module, **options: Any) -> int:
     """Puts an `AdaptiveDropout` in the place of every nn.Dropout inside `model`; a module used in several places stays one module.
 
     model    an nn.Module that is not itself an nn.Dropout

@@ -4,6 +4,8 @@ A program takes a tile: some rows of some units (a unit: an index of the last ax
 then over the parts, in a fixed order.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -128,7 +130,7 @@ def rates_kernel(norm, norm_stride, pending, pending_stride, rates, units, p: tl
         tl.store(rates + j, rate, mask=j < units)
 
 
-def _drop(h: Tensor, name: str, rates: Tensor, key: Tensor, *, with_squares: bool) -> tuple[Tensor, Tensor | None]:
+def _drop(h: Tensor, name: str, rates: Tensor, key: Tensor, *, with_squares: bool) -> tuple[Tensor, Any]:
     """h dropped, and the squares of every unit's elements."""
     if h.dtype not in triton_ops.DTYPES:
         raise RuntimeError(f"{name} is {str(h.dtype).removeprefix('torch.')}; use float32, bfloat16, float16 or float64")

@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,17 +106,17 @@ def perturbed_weights(params: Iterable[Tensor], epsilon: float, *, gradients: Se
 
 @contextlib.contextmanager
 def _perturbed(
-    params: list[Tensor], gradients: Sequence[Tensor | None] | None, seed: int | None, backend: str, options: dict
+    params: list[Tensor], gradients: Sequence[Tensor | None] | None, seed: int | None, backend: str, options: dict[str, Any]
 ) -> Iterator[None]:
-    gradients = [param.grad for param in params] if gradients is None else gradients
-    streams = [i for i, grad in enumerate(gradients) if grad is not None]
-    for i in streams:
-        _check_tensor(f"gradients[{i}]", gradients[i])
-        _check_alike(f"params[{i}]", params[i], f"gradients[{i}]", gradients[i])
-    if not streams:
+    given = {i: g for i, g in enumerate([param.grad for param in params] if gradients is None else gradients) if g is not None}
+    for i, grad in given.items():
+        _check_tensor(f"gradients[{i}]", grad)
+        _check_alike(f"params[{i}]", params[i], f"gradients[{i}]", grad)
+    if not given:
         yield
         return
-    weights, grads = [params[i].detach() for i in streams], [gradients[i].detach() for i in streams]  # they share memory and versions
+    streams = list(given)
+    weights, grads = [params[i].detach() for i in streams], [grad.detach() for grad in given.values()]  # they share memory and versions
     backend = op.choose("perturb_weights_", backend, weights[0].device, weights[0].dtype)
     key = _key(seed, options["keep_probability"], weights[0].device)
     saved = [weight.clone() for weight in weights]

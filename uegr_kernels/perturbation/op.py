@@ -3,11 +3,12 @@
 import functools
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from ..core import backends
+from ..core import backends as backends
 from . import reference
 
 # To the compiled kernels a norm and what it is taken over are positions here (csrc/perturbation/perturbation.h has the same order).
@@ -31,7 +32,7 @@ def _triton() -> ModuleType:
     return triton
 
 
-def _run(module: Callable[[], ModuleType], name: str, *tensors, **options) -> None:
+def _run(module: Callable[[], ModuleType], name: str, *tensors: Any, **options: Any) -> None:
     """The function `name` of a module, by an operator's arguments."""
     for key, words in WORDS.items():
         if key in options:
@@ -43,7 +44,7 @@ def _run(module: Callable[[], ModuleType], name: str, *tensors, **options) -> No
 
 
 def _register(name: str, schema: str) -> None:
-    def refuse_vmap(*_, **__):
+    def refuse_vmap(*_: Any, **__: Any) -> NoReturn:
         raise RuntimeError(f"{name.rstrip('_')} of uegr_kernels does not run under torch.func.vmap; give the whole batch")
 
     backends.define(name, f"({schema}) -> ()", functools.partial(_run, lambda: reference, name), functools.partial(_run, _triton, name))
@@ -55,18 +56,21 @@ for _name, _schema in SCHEMAS.items():
     _register(_name, _schema)
 
 
-def kernel(name: str, backend: str) -> Callable:
+def kernel(name: str, backend: str) -> Callable[..., None]:
     """An operator of a native backend, by its arguments."""
-    return functools.partial(_run, _triton, name) if backend == "triton" else getattr(torch.ops.uegr_kernels, name).default
+    if backend == "triton":
+        return functools.partial(_run, _triton, name)
+    operator: Callable[..., None] = getattr(torch.ops.uegr_kernels, name).default
+    return operator
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def choose(name: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that serves operator `name` (core.backends.choose)."""
     return backends.choose(backend, f"perturbation.{name}", device, dtype)
 
 
-def call(name: str, backend: str, *tensors, written: list[Tensor], **options) -> None:
+def call(name: str, backend: str, *tensors: Any, written: list[Tensor], **options: Any) -> None:
     """Runs the operator on a chosen backend; arguments as in SCHEMAS, norm and per by their names."""
     traced = backends.traced()
     if backend == "reference" and not traced:

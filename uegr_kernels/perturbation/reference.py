@@ -26,7 +26,8 @@ def masked(g: Tensor, mask: Tensor | None) -> Tensor:
 
 def norms(g: Tensor) -> Tensor:
     """L2 of each row, [groups, 1]."""
-    return torch.linalg.vector_norm(g, dim=1, keepdim=True)
+    lengths: Tensor = torch.linalg.vector_norm(g, dim=1, keepdim=True)
+    return lengths
 
 
 def direction(g: Tensor, length: Tensor, norm: str) -> Tensor:
@@ -36,7 +37,9 @@ def direction(g: Tensor, length: Tensor, norm: str) -> Tensor:
 
 def project(delta: Tensor, radius: float, norm: str) -> Tensor:
     """The nearest point of the ball: delta * min(1, radius/||delta||), or every element clamped."""
-    return delta.clamp(-radius, radius) if norm == "linf" else torch.where(norms(delta) > radius, delta * (radius / norms(delta)), delta)
+    if norm == "linf":
+        return delta.clamp(-radius, radius)
+    return torch.where(norms(delta) > radius, delta * (radius / norms(delta)), delta)
 
 
 def kept(like: Tensor, seed: Tensor | None, *, keep_probability: float, step: int, stream: int) -> Tensor | float:
@@ -49,20 +52,43 @@ def kept(like: Tensor, seed: Tensor | None, *, keep_probability: float, step: in
     return (philox.uniform(word, torch.float64) < keep_probability).to(torch.float64).view(like.shape)
 
 
-def fgm_perturbation_(grad, mask, seed, out, *, epsilon, norm, per, keep_probability, step) -> None:
+def fgm_perturbation_(
+    grad: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    *,
+    epsilon: float,
+    norm: str,
+    per: str,
+    keep_probability: float,
+    step: int,
+) -> None:
     """delta = b * eps * g/||g|| (Eq. 2), or b * eps * sign(g)."""
     g = rows(masked(grad, mask), per)
     b = kept(grad, seed, keep_probability=keep_probability, step=step, stream=0)
     out.copy_((epsilon * direction(g, norms(g), norm)).view(grad.shape) * b)
 
 
-def pgd_step_(delta, grad, mask, out, *, step_size, radius, norm, per) -> None:
+def pgd_step_(
+    delta: Tensor, grad: Tensor, mask: Tensor | None, out: Tensor, *, step_size: float, radius: float, norm: str, per: str
+) -> None:
     """delta + step_size * g/||g|| (or sign(g)), projected on the ball."""
     g = rows(masked(grad, mask), per)
     out.copy_(project(rows(delta, per) + step_size * direction(g, norms(g), norm), radius, norm).view(delta.shape))
 
 
-def perturb_weights_(params, grads, seed, *, streams, epsilon, together, keep_probability, step) -> None:
+def perturb_weights_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    seed: Tensor | None,
+    *,
+    streams: list[int],
+    epsilon: float,
+    together: bool,
+    keep_probability: float,
+    step: int,
+) -> None:
     """theta <- theta + b * eps * g/||g||, the norm of each tensor, or over all of them `together`."""
     lengths = [norms(rows(g, "all")) for g in grads]
     if together:

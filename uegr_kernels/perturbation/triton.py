@@ -6,6 +6,7 @@ are parts of a fixed size, whose sums of squares are kept and added up by each p
 
 import itertools
 import math
+from typing import Any
 
 import torch
 import triton
@@ -221,14 +222,14 @@ def visit(at, end, i, sums, g, x, out, mask, token, factor, ball, radius, limit,
 
 def _part(longest: int) -> int:
     """Elements of a part where the longest group has so many."""
-    return max(PART, triton.cdiv(triton.cdiv(longest, PARTS), BLOCK) * BLOCK)
+    return max(PART, -(-longest // (PARTS * BLOCK)) * BLOCK)
 
 
 def _key(seed: Tensor | None) -> tuple[Tensor | None, int]:
     """A seed as the kernels take it: a 0-d tensor beside the others, or on the CPU."""
     if seed is None or seed.is_cuda:
         return seed, 0
-    return None, seed.item()
+    return None, int(seed.item())
 
 
 def _limit(keep_probability: float) -> int:
@@ -333,7 +334,7 @@ def perturb_weights_(params, grads, seed, *, streams, epsilon, together, keep_pr
 
 def _rounds(params: list[Tensor]) -> list[list[int]]:
     """Positions whose tensors may be written together: one that stands there twice is written twice, one after the other."""
-    rounds: list[tuple[set, list[int]]] = []
+    rounds: list[tuple[set[int], list[int]]] = []
     for i, theta in enumerate(params):
         free = next((r for r in rounds if theta.data_ptr() not in r[0]), None)
         if free is None:
@@ -344,9 +345,9 @@ def _rounds(params: list[Tensor]) -> list[list[int]]:
     return [positions for _, positions in rounds]
 
 
-def _kinds(some: list[int], params: list[Tensor], grads: list[Tensor]) -> list[tuple[tuple, list[Tensor], list[int]]]:
+def _kinds(some: list[int], params: list[Tensor], grads: list[Tensor]) -> list[tuple[tuple[Any, ...], list[Tensor], list[int]]]:
     """(dtype, whether all addresses are multiples of 16 bytes), the parameters, made dense, and their positions: what one launch takes."""
-    kinds: dict[tuple, tuple[list[Tensor], list[int]]] = {}
+    kinds: dict[tuple[Any, ...], tuple[list[Tensor], list[int]]] = {}
     for k in some:
         theta = params[k].contiguous()
         kind = kinds.setdefault((theta.dtype, (theta.data_ptr() | grads[k].data_ptr()) % 16 == 0), ([], []))

@@ -2,15 +2,16 @@
 
 import dataclasses
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral, Real
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from ..core import shards
+from ..core import memory, shards
 from . import op
 
 FORMAT = 1  # of the state's layout; a key of every group
@@ -27,8 +28,8 @@ class _Roster:
 
     params: list[Tensor]
     keys: list[Tensor]  # of the optimizer's state, and its values
-    values: list[dict]
-    batch: dict
+    values: list[dict[str, Any]]
+    batch: dict[str, Any]
 
 
 class SelectiveOptimizer(Optimizer):
@@ -38,22 +39,23 @@ class SelectiveOptimizer(Optimizer):
     numbers: tuple[str, ...]  # options of this optimizer's own that are numbers
     flags: tuple[str, ...] = ("maximize", "capturable", "differentiable", "foreach", "fused")  # and that are True or False
     _roster: _Roster | None
+    _addresses: list[int]  # of the parameters whose memory was looked at last
     _shared: dict[str, tuple[Tensor, list[Tensor], list[int]]]  # states of many small parameters in one tensor, its parts, their addresses
 
-    def __init__(self, params: ParamsT, defaults: dict, *, seed: int | None, backend: str):
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], *, seed: int | None, backend: str):
         if backend != "auto" and backend not in op.backends.BACKENDS:
             raise ValueError(f"backend={backend!r} is not a backend; use one of 'auto', {', '.join(map(repr, op.backends.BACKENDS))}")
         if seed is not None:
             seed = _whole("seed", seed) % 2**64
         self.backend = backend
-        self._roster, self._shared = None, {}
+        self._roster, self._shared, self._addresses = None, {}, []
         self._drawn_seed: int | None = None  # drawn here and not agreed on with the other ranks yet
         self._check(defaults)
         super().__init__(params, defaults | {"seed": seed, "format": FORMAT})
         if defaults["fused"]:
             self._step_supports_amp_scaling = True
 
-    def _check(self, group: dict) -> None:
+    def _check(self, group: dict[str, Any]) -> None:
         """Raises what is wrong with a group's options, in torch's own words where torch has the option."""
         lr = group["lr"]
         for name in ("lr", "weight_decay", *self.numbers):
@@ -83,15 +85,15 @@ class SelectiveOptimizer(Optimizer):
             raise ValueError(f"state_dtype={group['state_dtype']!r} is not supported; use None or torch.bfloat16")
         _selection(group)
 
-    def _moments(self, group: dict) -> tuple[str, ...]:
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         """The group's moment keys, in the operator's order."""
         raise NotImplementedError
 
-    def _line(self, group: dict) -> dict:
+    def _line(self, group: dict[str, Any]) -> dict[str, Any]:
         """The group's options that belong to this optimizer's operator alone."""
         raise NotImplementedError
 
-    def add_param_group(self, param_group: dict) -> None:
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):
             self._check(self.defaults | param_group)
             if param_group.get("seed") is not None:
@@ -116,6 +118,10 @@ class SelectiveOptimizer(Optimizer):
             for group in self.param_groups:
                 group["seed"] = agreed[0] if group["seed"] == drawn else group["seed"]
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Performs one step (Algorithm 1, lines 10-13) and returns the closure's loss, if one is given.
 
@@ -134,6 +140,7 @@ class SelectiveOptimizer(Optimizer):
             if self._step_again():
                 return loss
             batches = [batch for group, first in self._groups() for batch in self._batches(group, first)]
+            self._check_memory(batches)
             for batch in batches:
                 self._check_states(batch)
             for batch in batches:
@@ -143,7 +150,7 @@ class SelectiveOptimizer(Optimizer):
                 self._remember(batches[0])
             return loss
 
-    def _run(self, batches: list[dict]) -> None:
+    def _run(self, batches: list[dict[str, Any]]) -> None:
         for batch in batches:
             self._localise(batch)
         self._settle_scopes(batches)
@@ -152,14 +159,15 @@ class SelectiveOptimizer(Optimizer):
             if any(batch["cuts"]):
                 self._join_kept(batch)
 
-    def _traced_batches(self) -> list[dict]:
+    def _traced_batches(self) -> list[dict[str, Any]]:
         """The step's batches for torch.compile: it runs `_init_group` in Python, and traces what is done with the lists it fills."""
         batches = []
         for group, first in self._groups():
             needed = self._needed(group)
             for part in range(self._init_group(group, first, -1)):
-                params, grads, layout, others, *states = [[] for _ in range(4 + len(needed))]
-                self._init_group(group, first, part, params, grads, layout, others, *states)
+                lists: list[list[Any]] = [[] for _ in range(4 + len(needed))]
+                self._init_group(group, first, part, *lists)
+                params, grads, layout, others, *states = lists
                 batch = {"group": group, "selection": op.Selection(*(group[name] for name in op.FIELDS))}
                 batch |= {
                     "params": params,
@@ -173,7 +181,7 @@ class SelectiveOptimizer(Optimizer):
                 batches.append(batch | dict(zip(needed, states, strict=True)))
         return batches
 
-    def _init_group(self, group: dict, first: int, part: int, *lists: list) -> int:
+    def _init_group(self, group: dict[str, Any], first: int, part: int, *lists: list[Any]) -> int:
         """Checks the group, creates its states and fills the lists with its batch `part`. Returns how many batches there are."""
         batches = self._batches(group, first)
         for batch in batches:
@@ -186,7 +194,7 @@ class SelectiveOptimizer(Optimizer):
                 filled += value
         return len(batches)
 
-    def _remember(self, batch: dict) -> None:
+    def _remember(self, batch: dict[str, Any]) -> None:
         group = batch["group"]
         if len(batch["params"]) == len(group["params"]):
             self._roster = _Roster(list(group["params"]), list(self.state.keys()), list(self.state.values()), batch)
@@ -224,18 +232,19 @@ class SelectiveOptimizer(Optimizer):
         self._roster = roster
         return True
 
-    def _groups(self):
+    def _groups(self) -> Iterator[tuple[dict[str, Any], int]]:
         """Every group with the stream of its first parameter: streams number the parameters across groups, gradient or not."""
         first = 0
         for group in self.param_groups:
             yield group, first
             first += len(group["params"])
 
-    def _batches(self, group: dict, first: int) -> list[dict]:
+    def _batches(self, group: dict[str, Any], first: int) -> list[dict[str, Any]]:
         """The group's parameters that have a gradient, by device and dtype; raises what cannot be stepped, and changes nothing."""
         self._check(group)
-        batches: dict = {}
-        device = dtype = batch = None
+        batches: dict[tuple[torch.device, torch.dtype], dict[str, Any]] = {}
+        device: Any = None
+        dtype = batch = None
         for stream, p in enumerate(group["params"], first):  # every line here runs once a parameter and step
             grad = p.grad
             if grad is None:
@@ -254,7 +263,7 @@ class SelectiveOptimizer(Optimizer):
             batch["layout"] += (stream, *shards.layout(f"parameter {stream}", p))
         return list(batches.values())
 
-    def _new_batch(self, group: dict, device: torch.device, dtype: torch.dtype) -> dict:
+    def _new_batch(self, group: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         backend = "reference" if group["differentiable"] else op.choose(self.operator, self.backend, device, dtype)
         return {
             "group": group,
@@ -269,22 +278,44 @@ class SelectiveOptimizer(Optimizer):
             "layout": [],
         }
 
-    def _check_states(self, batch: dict) -> None:
+    def _check_states(self, batch: dict[str, Any]) -> None:
         """Raises a gradient or a state that does not fit its parameter: every tensor of every call, before the first one is stepped."""
         needed, moments = self._needed(batch["group"]), self._moments(batch["group"])
         for i, (p, grad, state) in enumerate(zip(batch["params"], batch["grads"], batch["states"], strict=True)):
             if grad.shape != p.shape or 0 in p.stride():
                 _check_parameter(batch["layout"][4 * i], p, grad)
+            for named, tensor in (("", p), ("'s gradient", grad)):
+                if memory.freed(tensor):
+                    raise RuntimeError(
+                        f"parameter {batch['layout'][4 * i]}{named} of shape {tuple(tensor.shape)} has no memory: "
+                        "its storage was freed; restore it before the step"
+                    )
             for key in needed if state else ():
                 if key in state:
                     _check_state(batch["layout"][4 * i], key, state[key], p, key in moments)
 
-    def _needed(self, group: dict) -> tuple[str, ...]:
+    def _check_memory(self, batches: list[dict[str, Any]]) -> None:
+        """Raises parameters that share memory. Where all addresses are those of the last time, none needs a look."""
+        parts = [shards.local(p) for batch in batches for p in batch["params"]]
+        addresses = [p.data_ptr() for p in parts]
+        if addresses == self._addresses:
+            return
+        pair = memory.shared(parts)
+        if pair:
+            streams = [stream for batch in batches for stream in batch["layout"][::4]]
+            first, second = sorted(streams[i] for i in pair)
+            raise ValueError(
+                f"parameters {first} and {second} share memory, so that a step would change it twice; pass one of them, "
+                "or give the other a .clone() of its own"
+            )
+        self._addresses = addresses
+
+    def _needed(self, group: dict[str, Any]) -> tuple[str, ...]:
         """The keys of a parameter's state."""
         kept = ("saliency_min", "saliency_max") if group["statistics"] == "previous" else ()
         return ("step", *self._moments(group), *kept)
 
-    def _complete_states(self, batch: dict) -> None:
+    def _complete_states(self, batch: dict[str, Any]) -> None:
         """Creates what a parameter's state lacks, and lists the states."""
         group, params = batch["group"], batch["params"]
         states = batch["states"] = [state if state else self.state[p] for p, state in zip(params, batch["states"], strict=True)]
@@ -301,7 +332,7 @@ class SelectiveOptimizer(Optimizer):
                     state[key] = state[key].to(params[0].device)
             batch[key] = [state[key] for state in states]
 
-    def _share_states(self, key: str, batch: dict) -> None:
+    def _share_states(self, key: str, batch: dict[str, Any]) -> None:
         """Creates a state of many small parameters as views of one tensor, which the operator takes in their place."""
         fresh = [self._fresh_state(key, p, batch["group"]) for p in batch["params"]]
         batch[key] = [torch.cat([state.flatten() for state in fresh])]
@@ -311,7 +342,7 @@ class SelectiveOptimizer(Optimizer):
         views = [state[key] for state in batch["states"]]
         self._shared[key] = batch[key][0], views, [view.data_ptr() for view in views]
 
-    def _fresh_state(self, key: str, p: Tensor, group: dict) -> Tensor:
+    def _fresh_state(self, key: str, p: Tensor, group: dict[str, Any]) -> Tensor:
         wide = torch.float64 if p.dtype == torch.float64 else torch.float32
         if key == "step":
             return torch.zeros((), dtype=torch.float32, device=p.device if p.is_cuda else "cpu")
@@ -321,7 +352,7 @@ class SelectiveOptimizer(Optimizer):
         start, dtype = -0.0 if key == "momentum_buffer" else 0.0, group["state_dtype"] or wide
         return torch.full_like(p, start, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
 
-    def _localise(self, batch: dict) -> None:
+    def _localise(self, batch: dict[str, Any]) -> None:
         """Puts this process's parts in the place of sharded tensors."""
         params = batch["params"]
         if not any(map(shards.sharded, params)):
@@ -333,10 +364,10 @@ class SelectiveOptimizer(Optimizer):
         for key in ("grads", *written):
             batch[key] = [shards.local(t) for t in batch[key]]
 
-    def _settle_scopes(self, batches: list[dict]) -> None:
+    def _settle_scopes(self, batches: list[dict[str, Any]]) -> None:
         """Hands the batches the statistics that their operator cannot take alone: over all of a "global" scope, or over the whole of
         tensors that other processes hold parts of."""
-        scopes: dict[str, dict[tuple, list[dict]]] = {}
+        scopes: dict[str, dict[shards.Cut, list[dict[str, Any]]]] = {}
         members = [batch for batch in batches if batch["selection"].normalization != "constant"]
         for batch in members:
             normalization = batch["selection"].normalization
@@ -354,14 +385,14 @@ class SelectiveOptimizer(Optimizer):
             if batch["selection"].scope == "global":
                 batch["statistics"] = joined[batch["selection"].normalization].to(batch["params"][0].device)
 
-    def _parts(self, batch: dict):
+    def _parts(self, batch: dict[str, Any]) -> Iterator[tuple[shards.Cut, list[int], dict[str, Any]]]:
         """The batch's tensors by how they are cut: the cut, which they are, and what op.scope_statistics takes."""
         cuts = batch["cuts"] or [()] * len(batch["params"])
         for cut in dict.fromkeys(cuts):
             chosen = [i for i, other in enumerate(cuts) if other == cut]
             whole = len(chosen) == len(cuts)
 
-            def pick(values: list, chosen=chosen, whole=whole) -> list:
+            def pick(values: list[Any], chosen: list[int] = chosen, whole: bool = whole) -> list[Any]:
                 return values if whole else [values[i] for i in chosen]
 
             kept = self._kept(batch)
@@ -379,20 +410,22 @@ class SelectiveOptimizer(Optimizer):
                 },
             )
 
-    def _join_kept(self, batch: dict) -> None:
+    def _join_kept(self, batch: dict[str, Any]) -> None:
         """Makes what was kept of every process's part that of the whole."""
         torch.autograd.graph.increment_version(batch["wholes"])
         kept = self._kept(batch)
-        for cut, chosen, _ in self._parts(batch) if kept else ():
+        for cut, chosen, _ in self._parts(batch):
+            if kept is None:
+                break
             pairs = torch.stack([torch.stack([values[i] for i in chosen]) for values in kept], 1)
             shards.join_(pairs, cut)
             for values, joined in zip(kept, pairs.unbind(1), strict=True):
                 torch._foreach_copy_([values[i] for i in chosen], list(joined.unbind()))
 
-    def _kept(self, batch: dict) -> tuple[list[Tensor], list[Tensor]] | None:
+    def _kept(self, batch: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]] | None:
         return (batch["saliency_min"], batch["saliency_max"]) if "saliency_min" in batch else None
 
-    def _update(self, batch: dict) -> None:
+    def _update(self, batch: dict[str, Any]) -> None:
         group, device = batch["group"], batch["params"][0].device
         lr = group["lr"]
         scale, found = (None if t is None else t.to(device) for t in (getattr(self, "grad_scale", None), getattr(self, "found_inf", None)))
@@ -417,18 +450,18 @@ class SelectiveOptimizer(Optimizer):
             **self._line(group),
         )
 
-    def _lists(self, batch: dict) -> list[list[Tensor]]:
+    def _lists(self, batch: dict[str, Any]) -> list[list[Tensor]]:
         """The operator's lists of moments; one the group does not use is empty."""
         raise NotImplementedError
 
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this optimizer or of torch's; keys its groups lack keep the value of the group they replace.
 
         Raises ValueError for a format newer than this version's, before anything has changed.
         """
-        loaded: dict = {}
+        loaded: dict[str, Any] = {}
 
-        def complete(optimizer: Optimizer, state_dict: dict) -> dict:
+        def complete(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             loaded.update(state_dict)
             for saved in state_dict["param_groups"]:
                 if saved.get("format", FORMAT) > FORMAT:
@@ -464,12 +497,16 @@ class SelectiveOptimizer(Optimizer):
             for handle in handles:
                 handle.remove()
 
-    def __getstate__(self) -> dict:
+    def __repr__(self) -> str:
+        first, *groups = super().__repr__().split("\n", 1)
+        return "\n".join((first, f"backend: {self.backend}", *groups))
+
+    def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"backend": self.backend, "_drawn_seed": self._drawn_seed}
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._roster, self._shared = None, {}
+        self._roster, self._shared, self._addresses = None, {}, []
         for group in self.param_groups:
             for p in group["params"]:
                 p_state = self.state.get(p) or {}
@@ -540,7 +577,7 @@ class SelectiveAdamW(SelectiveOptimizer):
         # As torch.optim.Adam names it, so that each loads the other's checkpoints.
         super().__init__(params, defaults | {"decoupled_weight_decay": True}, seed=seed, backend=backend)
 
-    def _check(self, group: dict) -> None:
+    def _check(self, group: dict[str, Any]) -> None:
         super()._check(group)
         betas = group["betas"]
         if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(isinstance(beta, (Real, Tensor)) for beta in betas):
@@ -559,13 +596,13 @@ class SelectiveAdamW(SelectiveOptimizer):
                 if betas[i].numel() != 1:
                     raise ValueError(f"Tensor betas[{i}] must be 1-element")
 
-    def _moments(self, group: dict) -> tuple[str, ...]:
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
 
-    def _lists(self, batch: dict) -> list[list[Tensor]]:
+    def _lists(self, batch: dict[str, Any]) -> list[list[Tensor]]:
         return [batch["exp_avg"], batch["exp_avg_sq"], batch.get("max_exp_avg_sq", [])]
 
-    def _line(self, group: dict) -> dict:
+    def _line(self, group: dict[str, Any]) -> dict[str, Any]:
         numbers, tensors = zip(*((0.0, beta) if isinstance(beta, Tensor) else (float(beta), None) for beta in group["betas"]), strict=True)
         named = {"beta1": numbers[0], "beta2": numbers[1], "beta1_tensor": tensors[0], "beta2_tensor": tensors[1]}
         return named | {"eps": float(group["eps"])}
@@ -616,7 +653,7 @@ class SelectiveSGD(SelectiveOptimizer):
         defaults = {k: v for k, v in locals().items() if k not in ("self", "params", "seed", "backend", "__class__")}
         super().__init__(params, defaults, seed=seed, backend=backend)
 
-    def _check(self, group: dict) -> None:
+    def _check(self, group: dict[str, Any]) -> None:
         super()._check(group)
         if not group["momentum"] >= 0.0:
             raise ValueError(f"Invalid momentum value: {group['momentum']}")
@@ -625,13 +662,13 @@ class SelectiveSGD(SelectiveOptimizer):
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
-    def _moments(self, group: dict) -> tuple[str, ...]:
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] != 0 else ()
 
-    def _lists(self, batch: dict) -> list[list[Tensor]]:
+    def _lists(self, batch: dict[str, Any]) -> list[list[Tensor]]:
         return [batch.get("momentum_buffer", [])]
 
-    def _line(self, group: dict) -> dict:
+    def _line(self, group: dict[str, Any]) -> dict[str, Any]:
         return {"momentum": float(group["momentum"]), "dampening": float(group["dampening"]), "nesterov": group["nesterov"]}
 
 
@@ -669,7 +706,7 @@ def select_gradients_(
     seed, step = _signed(_whole("seed", seed) % 2**64), _step(step)
     if saliency is not None and len(saliency) != len(params):
         raise ValueError(f"saliency has {len(saliency)} tensors for {len(params)} parameters; give one for every parameter")
-    parts: dict = {}
+    parts: dict[tuple[torch.device, torch.dtype], dict[str, Any]] = {}
     for stream, p in enumerate(params):
         if not isinstance(p, Tensor):
             raise TypeError(f"params[{stream}] is a {type(p).__name__}; give tensors")
@@ -684,7 +721,7 @@ def select_gradients_(
                 f"params[{stream}].grad is expanded: its elements share memory and cannot be written; call .clone() on it first"
             )
         key = p.grad.device, p.grad.dtype
-        new = {"backend": None, "grads": [], "saliencies": [], "layout": [], "sizes": [], "grad_scale": None, "kept": None}
+        new: dict[str, Any] = {"backend": None, "grads": [], "saliencies": [], "layout": [], "sizes": [], "grad_scale": None, "kept": None}
         part = parts.setdefault(key, new)
         part["backend"] = part["backend"] or op.choose("select_gradients_", backend, *key)
         part["grads"].append(p.grad)
@@ -785,7 +822,7 @@ def selection_mask(
     return out
 
 
-def _selection(group: dict) -> op.Selection:
+def _selection(group: dict[str, Any]) -> op.Selection:
     options = [group[name] for name in op.FIELDS]
     try:
         return op.make_selection(*options)
@@ -793,7 +830,7 @@ def _selection(group: dict) -> op.Selection:
         return op.Selection(*options)
 
 
-def _stateless(options: dict) -> op.Selection:
+def _stateless(options: dict[str, Any]) -> op.Selection:
     selection = op.Selection(**options)
     for name, only in (("statistics", "current"), ("target", "gradient")):
         if options[name] != only:

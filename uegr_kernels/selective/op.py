@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable
 from numbers import Real
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core import backends, shards
+from ..core import backends as backends
+from ..core import shards
 from . import reference
 
 # To the compiled kernels a normalisation is its position here (csrc/selective/selective.h has the same order; a test compares).
@@ -36,7 +38,7 @@ class Selection:
     keep_probability: float
     target: str
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if not isinstance(value, str) or value not in choices:
@@ -60,7 +62,7 @@ class Selection:
         """Whether an element can go unselected."""
         return self.normalization != "constant" or self.keep_probability != 1
 
-    def arguments(self) -> dict:
+    def arguments(self) -> dict[str, Any]:
         """As the operators take it; the scope is settled above them, by the statistics they are handed."""
         return {
             "threshold": float(self.threshold),
@@ -75,7 +77,7 @@ class Selection:
         }
 
     @classmethod
-    def of(cls, arguments: dict) -> "Selection":
+    def of(cls, arguments: dict[str, Any]) -> "Selection":
         """The inverse of `arguments`."""
         named = {name: arguments[name] for name in ("threshold", "sharpness", "rescale", "min_probability", "keep_probability")}
         return cls(
@@ -136,7 +138,7 @@ def _register(name: str, schema: str) -> None:
     torch.library.register_fake(f"uegr_kernels::{name}", lambda *args, **kwargs: None)
 
 
-def _run(module: Callable[[], ModuleType], name: str, *args, **kwargs) -> None:
+def _run(module: Callable[[], ModuleType], name: str, *args: Any, **kwargs: Any) -> None:
     """The function `name` of a module, by an operator's arguments."""
     if "steps" in SCHEMAS[name]:
         params, grads, *moments, steps, low, high = args
@@ -172,7 +174,7 @@ for _name, _schema in SCHEMAS.items():
     _register(_name, _schema)
 
 
-def call(name: str, backend: str, *tensors, **options) -> None:
+def call(name: str, backend: str, *tensors: Any, **options: Any) -> None:
     """Runs the operator on a chosen backend ("reference", "cpp", "cuda" or "triton").
 
     Arguments as in SCHEMAS, with the options as one `selection`, a normalisation by its name.
@@ -209,7 +211,7 @@ def no_statistics(rows: int, normalization: str, device: torch.device) -> Tensor
     return out
 
 
-def scope_statistics(parts: list[dict], normalization: str, *, rows: int, cut: tuple) -> Tensor:
+def scope_statistics(parts: list[dict[str, Any]], normalization: str, *, rows: int, cut: shards.Cut) -> Tensor:
     """The statistics of s over the tensors of all parts together (rows=1), or of each tensor of the only part, as the operators take them.
 
     A part has `grads`, `saliencies`, `layout`, `sizes`, `grad_scale`, a chosen `backend`, and `kept`: None, or lists of the minima and
@@ -226,13 +228,13 @@ def scope_statistics(parts: list[dict], normalization: str, *, rows: int, cut: t
     return out
 
 
-def joint_statistics(cuts: dict[tuple, list[dict]], normalization: str) -> Tensor:
+def joint_statistics(cuts: dict[shards.Cut, list[dict[str, Any]]], normalization: str) -> Tensor:
     """The statistics over all parts of all cuts together. The reference alone ranks exactly; where a compiled kernel or another process
     takes part, all share its histogram."""
     if normalization == "rank" and list(cuts) == [()] and all(part["backend"] == "reference" for part in cuts[()]):
         return reference.ordered_saliency(cuts[()])
-    rows = [scope_statistics(parts, normalization, rows=1, cut=cut) for cut, parts in cuts.items()]
-    rows = torch.cat([row.to(rows[0].device) for row in rows])
+    found = [scope_statistics(parts, normalization, rows=1, cut=cut) for cut, parts in cuts.items()]
+    rows = torch.cat([row.to(found[0].device) for row in found])
     if normalization == "rank":
         return rows.sum(0, keepdim=True)
     return torch.stack((rows[:, 0].amin(), rows[:, 1].amax()))[None]

@@ -3,10 +3,16 @@
 The functions that end with `_` have the operators' arguments (op.py), the selection as one object; the rest is the mathematics.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..core import philox
+
+Place = tuple[int, int, int, int]  # stream, offset, run, stride of a tensor's elements in the unsharded one
+Number = float | Tensor
 
 SMALLEST_PROBABILITY = 2.0**-24  # the step of u
 RANK_BINS = 0x7F80  # the upper 16 bits of a finite |g|
@@ -37,7 +43,7 @@ def bins(magnitudes: Tensor) -> Tensor:
     return rounded.view(torch.int32).long() >> 16
 
 
-def histogram(magnitudes: Tensor, finite: Tensor, layout: tuple, size: int) -> Tensor:
+def histogram(magnitudes: Tensor, finite: Tensor, layout: Place, size: int) -> Tensor:
     """Counts by bin, over every k-th element of a large tensor, each counting k times."""
     every = size // SAMPLED | 1 if size > SAMPLED else 1
     taken = finite & (philox.element_indices(finite.numel(), layout[1:], finite.device).view(finite.shape) % every == 0)
@@ -50,7 +56,7 @@ def extremes(g: Tensor, saliency: Tensor | None) -> Tensor:
     return torch.stack((s.amin(), s.amax())) if s.numel() else s.new_tensor((torch.inf, -torch.inf))
 
 
-def normalise(g: Tensor, saliency: Tensor | None, statistics: Tensor | None, selection) -> Tensor:
+def normalise(g: Tensor, saliency: Tensor | None, statistics: Tensor | None, selection: Any) -> Tensor:
     """s~ (Eq. 8). `statistics`: (min, max) or a histogram; None: this tensor's own, the rank then exact."""
     s = square(g, saliency)
     if selection.normalization == "rank":
@@ -68,7 +74,7 @@ def normalise(g: Tensor, saliency: Tensor | None, statistics: Tensor | None, sel
     return scaled.clamp(0, 1) if selection.statistics == "previous" else scaled
 
 
-def ordered_saliency(batches: list[dict]) -> Tensor:
+def ordered_saliency(batches: list[dict[str, Any]]) -> Tensor:
     """Every finite s of all tensors in order, in double: what an exact rank over a wider scope needs."""
     found = []
     for batch in batches:
@@ -79,7 +85,7 @@ def ordered_saliency(batches: list[dict]) -> Tensor:
     return torch.cat(found).sort().values
 
 
-def inverse_probability(g: Tensor, saliency: Tensor | None, statistics: Tensor | None, selection) -> Tensor:
+def inverse_probability(g: Tensor, saliency: Tensor | None, statistics: Tensor | None, selection: Any) -> Tensor:
     """1/p = min(1 + exp(z), 1/smallest) with z = d * 2*sharpness*(s~ - threshold) (Eq. 9): no division; 1 where not finite."""
     if selection.normalization == "constant":
         inverse = torch.full_like(g, 1 / selection.keep_probability)
@@ -91,14 +97,16 @@ def inverse_probability(g: Tensor, saliency: Tensor | None, statistics: Tensor |
     return torch.where(magnitude(g, saliency)[1], inverse, 1)
 
 
-def draw(inverse: Tensor, layout: tuple, *, seed: int, step: int) -> Tensor:
+def draw(inverse: Tensor, layout: Place, *, seed: int, step: int) -> Tensor:
     """b: u < p, which is u * (1/p) < 1 without a division. `layout`: stream, offset, run, stride."""
     indices = philox.element_indices(inverse.numel(), layout[1:], inverse.device)
     word = philox.words(indices, seed=seed, step=step, stream=layout[0]).view(inverse.shape)
     return philox.uniform(word, inverse.dtype) * inverse < 1
 
 
-def select(g: Tensor, saliency: Tensor | None, statistics: Tensor | None, layout: tuple, selection, *, seed: int, step: int):
+def select(
+    g: Tensor, saliency: Tensor | None, statistics: Tensor | None, layout: Place, selection: Any, *, seed: int, step: int
+) -> tuple[Tensor, Tensor]:
     """b, and the factor of a selected element: 1/p, or 1 without `rescale`."""
     inverse = inverse_probability(g, saliency, statistics, selection)
     return draw(inverse, layout, seed=seed, step=step), inverse if selection.rescale else torch.ones_like(inverse)
@@ -111,12 +119,25 @@ def round_stochastically(x: Tensor, word: Tensor) -> Tensor:
     return torch.where(x.isfinite(), cut.view(torch.float32), x).bfloat16()
 
 
-def adamw_line(theta, g, exp_avg, exp_avg_sq, max_exp_avg_sq, *, step, lr, weight_decay, beta1, beta2, eps) -> None:
+def adamw_line(
+    theta: Tensor,
+    g: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    *,
+    step: int,
+    lr: Number,
+    weight_decay: float,
+    beta1: Number,
+    beta2: Number,
+    eps: float,
+) -> None:
     """AdamW on one tensor, in torch.optim.AdamW's own operations and order."""
     if weight_decay != 0:
         theta.mul_(1 - lr * weight_decay)
     exp_avg.lerp_(g, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)  # type: ignore[arg-type]  # takes a tensor too
     if max_exp_avg_sq is not None:
         max_exp_avg_sq.copy_(torch.maximum(max_exp_avg_sq.clone(), exp_avg_sq.clone()))  # clones: autograd keeps both
     second = exp_avg_sq if max_exp_avg_sq is None else max_exp_avg_sq
@@ -128,7 +149,17 @@ def adamw_line(theta, g, exp_avg, exp_avg_sq, max_exp_avg_sq, *, step, lr, weigh
         theta.addcdiv_(exp_avg.clone() if exp_avg.requires_grad else exp_avg, denominator, value=-float(step_size))
 
 
-def sgd_line(theta, g, momentum_buffer, *, lr, weight_decay, momentum, dampening, nesterov) -> None:
+def sgd_line(
+    theta: Tensor,
+    g: Tensor,
+    momentum_buffer: Tensor | None,
+    *,
+    lr: Number,
+    weight_decay: float,
+    momentum: float,
+    dampening: float,
+    nesterov: bool,
+) -> None:
     """SGD on one tensor, in torch.optim.SGD's own operations and order."""
     if weight_decay != 0:
         g = g.add(theta, alpha=weight_decay)
@@ -144,9 +175,9 @@ def sgd_line(theta, g, momentum_buffer, *, lr, weight_decay, momentum, dampening
         theta.add_(g, alpha=-float(lr))
 
 
-def layouts(layout: list[int]) -> list[tuple]:
+def layouts(layout: list[int]) -> list[Place]:
     """The flat list of stream, offset, run, stride by tensor."""
-    return [tuple(layout[i : i + 4]) for i in range(0, len(layout), 4)]
+    return [(layout[i], layout[i + 1], layout[i + 2], layout[i + 3]) for i in range(0, len(layout), 4)]
 
 
 def unscaled(grad: Tensor, grad_scale: Tensor | None) -> Tensor:
@@ -161,24 +192,24 @@ def row(statistics: Tensor | None, i: int) -> Tensor | None:
 
 
 def step_(
-    line,
-    params,
-    grads,
-    moments,
-    steps,
-    saliency_mins,
-    saliency_maxs,
+    line: Callable[..., None],
+    params: list[Tensor],
+    grads: list[Tensor],
+    moments: Sequence[tuple[Tensor | None, ...]],
+    steps: list[Tensor],
+    saliency_mins: list[Tensor],
+    saliency_maxs: list[Tensor],
     *,
-    scope_statistics,
-    layout,
-    grad_scale,
-    found_inf,
-    lr,
-    lr_tensor,
-    maximize,
-    seed,
-    selection,
-    **options,
+    scope_statistics: Tensor | None,
+    layout: list[int],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    lr: float,
+    lr_tensor: Tensor | None,
+    maximize: bool,
+    seed: int,
+    selection: Any,
+    **options: Any,
 ) -> None:
     """Algorithm 1, lines 10-13, on every tensor; `moments`: a tuple of states for `line` by tensor. Nothing where `found_inf` is set."""
     if found_inf is not None and found_inf.item():
@@ -213,25 +244,46 @@ def step_(
         if theta is not param:
             param.copy_(theta)
         for k, (m, value) in enumerate(zip(states, working, strict=True)):
-            if m is not value:
+            if m is not None and value is not None and m is not value:
                 m.copy_(value if word is None else round_stochastically(value, word & 0xFFFF if k == 0 else word >> 16))
 
 
 def selective_adamw_(
-    params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, *kept, beta1, beta2, beta1_tensor, beta2_tensor, **options
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    *kept: list[Tensor],
+    beta1: float,
+    beta2: float,
+    beta1_tensor: Tensor | None,
+    beta2_tensor: Tensor | None,
+    **options: Any,
 ) -> None:
     """AdamW on g~ (target "gradient"), or AdamW's step where b ("update")."""
     betas = [beta if tensor is None else tensor.reshape(()) for beta, tensor in ((beta1, beta1_tensor), (beta2, beta2_tensor))]
-    moments = [*zip(exp_avgs, exp_avg_sqs, max_exp_avg_sqs or [None] * len(params), strict=True)]
+    largest: Sequence[Tensor | None] = max_exp_avg_sqs or [None] * len(params)
+    moments = [*zip(exp_avgs, exp_avg_sqs, largest, strict=True)]
     step_(adamw_line, params, grads, moments, *kept, beta1=betas[0], beta2=betas[1], **options)
 
 
-def selective_sgd_(params, grads, momentum_buffers, *kept, **options) -> None:
+def selective_sgd_(params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor], *kept: list[Tensor], **options: Any) -> None:
     """SGD on g~ (target "gradient"), or SGD's step where b ("update")."""
-    step_(sgd_line, params, grads, [(buffer,) for buffer in momentum_buffers or [None] * len(params)], *kept, **options)
+    buffers: Sequence[Tensor | None] = momentum_buffers or [None] * len(params)
+    step_(sgd_line, params, grads, [(buffer,) for buffer in buffers], *kept, **options)
 
 
-def select_gradients_(grads, saliencies, *, scope_statistics, layout, step, seed, selection) -> None:
+def select_gradients_(
+    grads: list[Tensor],
+    saliencies: list[Tensor],
+    *,
+    scope_statistics: Tensor | None,
+    layout: list[int],
+    step: int,
+    seed: int,
+    selection: Any,
+) -> None:
     """g <- b*g/p."""
     for i, (grad, place) in enumerate(zip(grads, layouts(layout), strict=True)):
         g = grad.to(compute_dtype(grad.dtype))
@@ -239,11 +291,22 @@ def select_gradients_(grads, saliencies, *, scope_statistics, layout, step, seed
         grad.copy_(torch.where(b, g * factor, 0))
 
 
-def selective_statistics_(grads, saliencies, mins, maxs, *, layout, sizes, normalization, grad_scale, out) -> None:
+def selective_statistics_(
+    grads: list[Tensor],
+    saliencies: list[Tensor],
+    mins: list[Tensor],
+    maxs: list[Tensor],
+    *,
+    layout: list[int],
+    sizes: list[int],
+    normalization: str,
+    grad_scale: Tensor | None,
+    out: Tensor,
+) -> None:
     """Joins (min, max) or the histogram of s into `out`: one row for all tensors, or a row each. What is kept stands for its tensor."""
     for i, (grad, place) in enumerate(zip(grads, layouts(layout), strict=True)):
         g = unscaled(grad, grad_scale)
-        saliency, into = saliencies[i] if saliencies else None, row(out, i)
+        saliency, into = saliencies[i] if saliencies else None, out[min(i, len(out) - 1)]
         if normalization == "rank":
             into += histogram(*magnitude(g, saliency), place, sizes[i] if sizes else g.numel()).to(out.device)
         else:
@@ -254,12 +317,12 @@ def selective_statistics_(grads, saliencies, mins, maxs, *, layout, sizes, norma
             into.copy_(torch.stack((torch.minimum(into[0], low), torch.maximum(into[1], high))))
 
 
-def selection_probability_(grad, saliency, *, out, selection) -> None:
+def selection_probability_(grad: Tensor, saliency: Tensor | None, *, out: Tensor, selection: Any) -> None:
     """p of every element."""
     out.copy_(1 / inverse_probability(grad.to(out.dtype), saliency, None, selection))
 
 
-def selection_mask_(grad, saliency, *, out, layout, step, seed, selection) -> None:
+def selection_mask_(grad: Tensor, saliency: Tensor | None, *, out: Tensor, layout: list[int], step: int, seed: int, selection: Any) -> None:
     """b of every element."""
     g = grad.to(compute_dtype(grad.dtype))
-    out.copy_(select(g, saliency, None, tuple(layout), selection, seed=seed, step=step)[0])
+    out.copy_(select(g, saliency, None, layouts(layout)[0], selection, seed=seed, step=step)[0])

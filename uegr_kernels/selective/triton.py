@@ -19,6 +19,7 @@ import itertools
 import math
 import operator
 import typing
+from typing import Any
 
 import torch
 import triton
@@ -310,7 +311,7 @@ def update_block(lists, mask, word, lower, low, high, shared, kind: tl.constexpr
     if kind.normalization == "constant":
         inverse = tl.zeros_like(g) + largest_inverse
     elif kind.normalization == "rank":
-        magnitude = root(s) if kind.s is not None else tl.abs(g)
+        magnitude = tl.abs(root(s) if kind.s is not None else g)  # the root of -0 is -0
         counted = finite(magnitude)
         inverse = tl.load(table + tl.where(counted, rank_bin(magnitude), 0), mask=counted, other=1.0).to(T)
     elif kind.s is not None:
@@ -614,7 +615,7 @@ def count(head, rows, items, out, grad_scale, found_inf, MANY: tl.constexpr, kin
         mask = (local < end) & (triton_ops.element_indices(local, offset, run, stride) % every == 0)
         lists = strided_elements(pointers, local, row) if kind.strided else elements(pointers, local)
         g = gradient(lists[5], mask, unscale, kind)
-        magnitude = root(fetch(lists[4], mask, kind.T)) if kind.s is not None else tl.abs(g)
+        magnitude = tl.abs(root(fetch(lists[4], mask, kind.T)) if kind.s is not None else g)
         mask = mask & finite(g) & finite(magnitude)
         tl.atomic_add(bins + rank_bin(tl.where(mask, magnitude, 0)), every if WEIGHTED else 1, mask=mask, sem="relaxed")
 
@@ -689,7 +690,9 @@ ELEMENTWISE = ("theta", "a", "b", "c", "s", "g")  # in the order of `strided_ele
 class Family:
     """Tensors of like dtypes, by their positions in a call: their rows, the items of each walk, and room to work in."""
 
-    def __init__(self, kind: Kind, positions: list[int], lists: dict, layout: list[int], sizes: list[int], device: torch.device):
+    def __init__(
+        self, kind: Kind, positions: list[int], lists: dict[str, list[Tensor]], layout: list[int], sizes: list[int], device: torch.device
+    ):
         self.kind, self.tensors = kind, len(positions)
         elements = [lists["g"][i].numel() for i in positions]
         columns = {name: [lists[name][i].data_ptr() for i in positions] for name in COLUMNS[:8] if lists[name]}
@@ -764,7 +767,8 @@ def _walks(kind: Kind, elements: list[int], width: int) -> list[Tensor]:
         return updates
     if kind.source == "kept" or kind.line == "statistics":
         return [_items(elements, every, gathers=True), *updates]
-    groups, total = [], 0
+    groups: list[range] = []
+    total = 0
     for i, n in enumerate(elements):
         if not groups or total + n * width > triton_ops.GROUP_BYTES:
             groups.append(range(i, i))
@@ -800,14 +804,14 @@ def _axes(tensors: list[Tensor | None]) -> list[int]:
 class Plan:
     """What a call needs on the device for as long as its tensors stand where they stand."""
 
-    def __init__(self, facts: tuple, kind: Kind, lists: dict, layout: list[int], sizes: list[int]):
+    def __init__(self, facts: tuple[Any, ...], kind: Kind, lists: dict[str, list[Tensor]], layout: list[int], sizes: list[int]):
         grads = lists["g"]
         self.facts, self.device = facts, grads[0].device
         families: dict[Kind, list[int]] = collections.defaultdict(list)
         for i in range(len(grads)):
-            each = {name: tensors[i] if tensors else None for name, tensors in lists.items()}
+            each: dict[str, Any] = {name: tensors[i] if tensors else None for name, tensors in lists.items()}
             _check(i, each, layout)
-            dtypes = {name: None if each[name] is None else DTYPES[each[name].dtype] for name in (*ELEMENTWISE, "step")}
+            dtypes: dict[str, Any] = {name: None if each[name] is None else DTYPES[each[name].dtype] for name in (*ELEMENTWISE, "step")}
             kept = None if each["low"] is None else DTYPES[each["low"].dtype]
             strided = not all(each[name] is None or each[name].is_contiguous() for name in ELEMENTWISE)
             families[dataclasses.replace(kind, kept=kept, strided=strided, **dtypes)].append(i)
@@ -825,7 +829,7 @@ class Plan:
             family.launch(call, head, pointers, self.tables)
 
 
-def _check(i: int, each: dict, layout: list[int]) -> None:
+def _check(i: int, each: dict[str, Any], layout: list[int]) -> None:
     """Raises what a kernel would not survive."""
     for name in ELEMENTWISE:
         if each[name] is not None and (each[name].shape != each["g"].shape or each[name].device != each["g"].device):
@@ -846,13 +850,13 @@ DTYPES = triton_ops.DTYPES | {torch.uint8: tl.int8}  # a mask is written as byte
 
 # Plans of optimizers live as long as their first parameter's step tensor; a few of other calls are kept by what they were called with.
 PLANS: WeakIdKeyDictionary = WeakIdKeyDictionary()
-RECENT: collections.OrderedDict = collections.OrderedDict()
+RECENT: collections.OrderedDict[Any, Any] = collections.OrderedDict()
 RECENT_PLANS = 16
 DTYPE = operator.attrgetter("dtype")
-CAPTURED: list = []  # what graphs captured outside of an optimizer, which may be replayed at any time, read
+CAPTURED: list[Any] = []  # what graphs captured outside of an optimizer, which may be replayed at any time, read
 
 
-def _facts(lists: dict, layout: list[int], sizes: list[int]) -> tuple:
+def _facts(lists: dict[str, list[Tensor]], layout: list[int], sizes: list[int]) -> tuple[Any, ...]:
     """What a plan is made from. The gradients' addresses are not in it: those it takes up every step."""
     addresses = [list(map(Tensor.data_ptr, tensors)) for name, tensors in lists.items() if name != "g"]
     moving = lists["theta"], lists["g"]
@@ -868,7 +872,7 @@ class Call:
 
     line: str
     g: list[Tensor]
-    selection: object
+    selection: Any
     layout: list[int]
     seed: int = 0
     step: int = 0
@@ -885,7 +889,7 @@ class Call:
     scope: Tensor | None = None
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
-    out: Tensor | None = None
+    out: Any = None  # a tensor, in an operator that has one
 
     def run(self) -> None:
         """What the call needs on the device, then its launches. Nothing here waits for the device."""
@@ -924,15 +928,16 @@ class Call:
             rescale=self.selection.rescale,
             update=self.selection.target == "update",
             nesterov=self.nesterov,
-            **dict.fromkeys(("g", "theta", "s", "a", "b", "c", "step", "kept", "strided")),
+            **dict.fromkeys(("g", "theta", "s", "a", "b", "c", "step", "kept", "strided"), typing.cast(Any, None)),
         )
 
-    def plan(self) -> tuple["Plan", list]:
+    def plan(self) -> tuple["Plan", list[Any]]:
         """The plan of the call, and the list that keeps what a graph captured of it."""
         lists = {"theta": self.theta, "a": [], "b": [], "c": [], "s": self.s, "step": self.steps, "low": self.kept[0], "high": self.kept[1]}
         lists |= {"g": self.g, **dict(zip("abc", self.moments, strict=False))}
         kind, facts = self.kind(), _facts(lists, self.layout, self.sizes)
-        plans, key, captured = RECENT, (kind, tuple(self.layout)), CAPTURED
+        key: Any = (kind, tuple(self.layout))
+        plans, captured = RECENT, CAPTURED
         if self.steps:
             plans, key = PLANS.setdefault(self.steps[0], {"captured": []}), kind
             captured = plans["captured"]

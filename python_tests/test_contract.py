@@ -1,0 +1,362 @@
+"""What torch.optim promises of an optimizer, over PyTorch's own lists of its options and errors."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch.testing._internal import common_optimizers as theirs
+
+import uegr_kernels as uk
+
+NEUTRAL = {"normalization": "constant", "keep_probability": 1.0}
+OURS = {
+    "AdamW": (uk.SelectiveAdamW, torch.optim.AdamW, theirs.optim_inputs_func_adamw, theirs.optim_error_inputs_func_adamw),
+    "SGD": (uk.SelectiveSGD, torch.optim.SGD, theirs.optim_inputs_func_sgd, theirs.optim_error_inputs_func_sgd),
+}
+CASES = [pytest.param(name, given, id=f"{name}-{given.desc}") for name, (*_, inputs, _) in OURS.items() for given in inputs("cpu")]
+ERRORS = [
+    pytest.param(name, given, id=f"{name}-{given.error_regex[:40]}")
+    for name, (*_, inputs) in OURS.items()
+    for given in inputs("cpu", torch.float32)
+]
+both = pytest.mark.parametrize("name", OURS)
+
+
+def net(dtype=torch.float32):
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(10, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).to(dtype)
+
+
+def run(model, optimizer, steps, first=0):
+    for step in range(first, first + steps):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(6, 10, generator=generator).to(model[0].weight.dtype)
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("name", "given"), CASES)
+def test_neutral_is_torchs_for_every_option_torch_lists(name, given, dtype):
+    ours, torchs, *_ = OURS[name]
+    models = net(dtype), net(dtype)
+    options = copy.deepcopy(given.kwargs)
+    optimizers = ours(models[0].parameters(), **options, **NEUTRAL), torchs(models[1].parameters(), **copy.deepcopy(given.kwargs))
+    for model, optimizer in zip(models, optimizers, strict=True):
+        run(model, optimizer, 10)
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert (p - q).abs().max() <= (1e-6 if dtype == torch.float32 else 1e-13) * q.abs().max()
+
+
+@pytest.mark.parametrize(("name", "given"), ERRORS)
+def test_errors_are_torchs(name, given):
+    ours, torchs, *_ = OURS[name]
+    params = given.optimizer_error_input.params or [torch.nn.Parameter(torch.randn(3))]
+    for cls in (torchs, ours):
+        if given.error_on == theirs.OptimizerErrorEnum.CONSTRUCTION_ERROR:
+            expect = pytest.warns if issubclass(given.error_type, Warning) else pytest.raises
+            with expect(given.error_type, match=given.error_regex):
+                cls(params, **given.optimizer_error_input.kwargs)
+        else:
+            optimizer = cls(params, **given.optimizer_error_input.kwargs)
+            with pytest.raises(given.error_type, match=given.error_regex):
+                optimizer.step()
+
+
+@both
+def test_sparse_and_complex_gradients_are_refused(name):
+    ours = OURS[name][0]
+    table = torch.nn.Embedding(5, 2, sparse=True)
+    table(torch.tensor([1, 3])).sum().backward()
+    before = table.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="sparse"):
+        ours(table.parameters()).step()
+    assert torch.equal(table.weight, before)
+    p = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    p.grad = torch.ones_like(p)
+    with pytest.raises(TypeError, match="complex"):
+        ours([p]).step()
+
+
+@both
+@pytest.mark.parametrize("options", [{}, NEUTRAL], ids=["defaults", "neutral"])
+def test_copies_pickles_and_files_go_on_alike(name, options):
+    model = net()
+    optimizer = OURS[name][0](model.parameters(), lr=0.05, **options)
+    run(model, optimizer, 3)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    pairs = [copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))]
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    fresh = net()
+    fresh.load_state_dict(saved["model"])
+    loaded = OURS[name][0](fresh.parameters())
+    loaded.load_state_dict(saved["optimizer"])
+    pairs.append((fresh, loaded))
+    run(model, optimizer, 3, first=3)
+    for other, its in pairs:
+        run(other, its, 3, first=3)
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@both
+def test_hooks(name):
+    seen = []
+    model = net()
+    optimizer = OURS[name][0](model.parameters())
+    optimizer.register_step_pre_hook(lambda o, args, kwargs: seen.append("pre"))
+    optimizer.register_step_post_hook(lambda o, args, kwargs: seen.append("post"))
+    optimizer.register_state_dict_pre_hook(lambda o: seen.append("saving"))
+    optimizer.register_state_dict_post_hook(lambda o, state: seen.append("saved"))
+    optimizer.register_load_state_dict_pre_hook(lambda o, state: seen.append("loading"))
+    optimizer.register_load_state_dict_post_hook(lambda o: seen.append("loaded"))
+    run(model, optimizer, 1)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == ["pre", "post", "saving", "saved", "loading", "loaded"]
+    torch.optim.AdamW(net().parameters())  # torch wraps `step` of a class once: hooks must not fire twice for it
+    run(model, optimizer, 1)
+    assert seen[6:] == ["pre", "post"]
+
+
+@both
+def test_groups(name):
+    ours = OURS[name][0]
+    p, q = torch.nn.Parameter(torch.randn(2)), torch.nn.Parameter(torch.randn(2))
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        ours([p, p])
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        ours([{"params": p}, {"params": [q, p]}])
+    with pytest.raises(ValueError, match="empty parameter list"):
+        ours([])
+    with pytest.raises(TypeError, match="an iterable of Tensors"):
+        ours(p)
+    optimizer = ours([("first", p)], lr=1.0)
+    optimizer.add_param_group({"params": [("second", q)], "lr": 0.5, "threshold": 0.1})
+    assert [group["param_names"] for group in optimizer.param_groups] == [["first"], ["second"]]
+    assert "threshold: 0.1" in repr(optimizer) and ours.__name__ in repr(optimizer)
+
+
+@both
+def test_a_step_counter_that_is_a_number_loads(name):
+    model = net()
+    optimizer = OURS[name][0](model.parameters(), lr=0.05)
+    run(model, optimizer, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        state["step"] = 2
+    other = copy.deepcopy(model)
+    loaded = OURS[name][0](other.parameters())
+    loaded.load_state_dict(saved)
+    run(model, optimizer, 1, first=2)
+    run(other, loaded, 1, first=2)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@both
+def test_dtypes_in_one_group_step_each_as_alone(name):
+    make = OURS[name][0]
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(7).to(dtype)) for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)]
+    alone = copy.deepcopy(params)
+    for p, q in zip(params, alone, strict=True):
+        p.grad = torch.randn(7).to(p.dtype)
+        q.grad = p.grad.clone()
+    make(params, lr=0.1, **NEUTRAL).step()
+    for q in alone:
+        make([q], lr=0.1, **NEUTRAL).step()
+    assert all(torch.equal(p, q) for p, q in zip(params, alone, strict=True))
+
+
+SCHEDULERS = torch.optim.lr_scheduler
+MAKE_SCHEDULER = {
+    "LambdaLR": lambda o: SCHEDULERS.LambdaLR(o, lambda i: 0.9**i),
+    "MultiplicativeLR": lambda o: SCHEDULERS.MultiplicativeLR(o, lambda i: 0.9),
+    "StepLR": lambda o: SCHEDULERS.StepLR(o, 2),
+    "MultiStepLR": lambda o: SCHEDULERS.MultiStepLR(o, [1, 3]),
+    "ConstantLR": lambda o: SCHEDULERS.ConstantLR(o, total_iters=3),
+    "LinearLR": lambda o: SCHEDULERS.LinearLR(o, total_iters=3),
+    "ExponentialLR": lambda o: SCHEDULERS.ExponentialLR(o, 0.8),
+    "PolynomialLR": lambda o: SCHEDULERS.PolynomialLR(o, 5),
+    "CosineAnnealingLR": lambda o: SCHEDULERS.CosineAnnealingLR(o, 5),
+    "CosineAnnealingWarmRestarts": lambda o: SCHEDULERS.CosineAnnealingWarmRestarts(o, 2),
+    "CyclicLR": lambda o: SCHEDULERS.CyclicLR(o, 0.01, 0.1, 2),
+    "OneCycleLR": lambda o: SCHEDULERS.OneCycleLR(o, 0.1, 8),
+    "SequentialLR": lambda o: SCHEDULERS.SequentialLR(o, [SCHEDULERS.ConstantLR(o), SCHEDULERS.ExponentialLR(o, 0.9)], [2]),
+    "ChainedScheduler": lambda o: SCHEDULERS.ChainedScheduler([SCHEDULERS.ConstantLR(o), SCHEDULERS.ExponentialLR(o, 0.9)]),
+    "ReduceLROnPlateau": lambda o: SCHEDULERS.ReduceLROnPlateau(o, patience=0),
+    "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, 0.01),
+}
+
+
+def test_every_scheduler_of_torch_is_named_above():
+    found = {name for name, cls in vars(SCHEDULERS).items() if isinstance(cls, type) and issubclass(cls, SCHEDULERS.LRScheduler)}
+    assert found - {"LRScheduler", "_LRScheduler"} == set(MAKE_SCHEDULER) - {"SWALR"}
+
+
+@both
+@pytest.mark.parametrize("scheduler", MAKE_SCHEDULER)
+def test_schedulers_drive_it_as_they_drive_torchs(name, scheduler):
+    ours, torchs, *_ = OURS[name]
+    models = net(torch.float64), net(torch.float64)
+    momentum = {"momentum": 0.9} if name == "SGD" else {}
+    pair = ours(models[0].parameters(), lr=0.05, **momentum, **NEUTRAL), torchs(models[1].parameters(), lr=0.05, **momentum)
+    for model, optimizer in zip(models, pair, strict=True):
+        schedule = MAKE_SCHEDULER[scheduler](optimizer)
+        for i in range(6):
+            run(model, optimizer, 1, first=i)
+            schedule.step(*([1.0] if scheduler == "ReduceLROnPlateau" else []))
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+@both
+def test_one_optimizer_a_parameter_steps_inside_the_backward(name):
+    models = net(), net()
+    make = OURS[name][0]
+    whole = make(models[0].parameters(), lr=0.1, **NEUTRAL)
+    for p in models[1].parameters():
+        optimizer = make([p], lr=0.1, **NEUTRAL)
+
+        def step(p, optimizer=optimizer):
+            optimizer.step()
+            optimizer.zero_grad()
+
+        p.register_post_accumulate_grad_hook(step)
+    x = torch.randn(4, 10)
+    for _ in range(3):
+        whole.zero_grad()
+        for model in models:
+            model(x).square().sum().backward()
+        whole.step()
+    assert all(torch.equal(p, q) for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True))
+    assert all(p.grad is None for p in models[1].parameters())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+def test_zero_redundancy():  # it orders the parameters its own way: masks are others than without it
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        models = net(), net()
+        pair = (
+            ZeroRedundancyOptimizer(models[0].parameters(), uk.SelectiveAdamW, lr=0.1, **NEUTRAL),
+            uk.SelectiveAdamW(models[1].parameters(), lr=0.1, **NEUTRAL),
+        )
+        for model, optimizer in zip(models, pair, strict=True):
+            run(model, optimizer, 3)
+        assert all(torch.equal(p, q) for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def two(make):
+    """Two parameters with gradients, from `make`, which gives their tensors; and an optimizer of both."""
+    params = [torch.nn.Parameter(tensor) for tensor in make()]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    return params
+
+
+def halves_of_rows():
+    block = torch.ones(4, 6)
+    return block[:, :3], block[:, 3:]
+
+
+def every_other():
+    line = torch.ones(10)
+    return line[::2], line[1::2]
+
+
+def overlapping_columns():
+    block = torch.ones(4, 6)
+    return block[:, :4], block[:, 3:]
+
+
+def the_same():
+    block = torch.ones(4, 6)
+    return block, block
+
+
+def one_inside_the_other():
+    line = torch.ones(10)
+    return line, line[4:6]
+
+
+def behind_a_neighbour():  # the second lies in the first's span and shares nothing, the third shares
+    block = torch.ones(6, 4)
+    return block[:, :2], block[:2, 2:], block[4:, 1:3]
+
+
+@both
+@pytest.mark.parametrize("make", [halves_of_rows, every_other], ids=lambda make: make.__name__)
+def test_parameters_side_by_side_in_one_storage_step(name, make):
+    params = two(make)
+    OURS[name][0](params, lr=0.1, weight_decay=0.0, **NEUTRAL).step()
+    assert all(torch.allclose(p, torch.tensor(0.9)) for p in params)
+
+
+@both
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("make", [the_same, one_inside_the_other, overlapping_columns, behind_a_neighbour], ids=lambda make: make.__name__)
+def test_parameters_that_share_an_element_are_refused_and_nothing_changes(name, make, groups):
+    params = two(make)
+    optimizer = OURS[name][0](params if groups == 1 else [{"params": [p]} for p in params])
+    for _ in range(2):  # a second time too
+        with pytest.raises(ValueError, match=r"parameters \d and \d share memory.*\.clone\(\)"):
+            optimizer.step()
+    assert all(bool((p == 1).all()) for p in params) and not any(optimizer.state.values())
+
+
+@both
+@pytest.mark.parametrize("steps_before", [0, 2])
+@pytest.mark.parametrize("whose", ["parameter", "gradient"])
+def test_freed_storage_is_refused_and_nothing_changes(name, whose, steps_before):
+    params = two(lambda: (torch.ones(3), torch.ones(5)))
+    optimizer = OURS[name][0](params, lr=0.1, **NEUTRAL)
+    for _ in range(steps_before):
+        optimizer.step()
+    tensor = params[1] if whose == "parameter" else params[1].grad
+    bytes_of_it = tensor.untyped_storage().nbytes()
+    tensor.untyped_storage().resize_(0)
+    before = params[0].detach().clone()
+    with pytest.raises(RuntimeError, match="parameter 1.* has no memory: its storage was freed"):
+        optimizer.step()
+    assert torch.equal(params[0], before)
+    tensor.untyped_storage().resize_(bytes_of_it)
+    tensor.data.fill_(1.0)
+    optimizer.step()
+    assert [optimizer.state[p]["step"].item() for p in params] == [steps_before + 1.0] * 2
+
+
+@both
+def test_a_parameter_that_changes_its_shape_is_refused_until_its_state_is_gone(name):
+    params = two(lambda: (torch.ones(3), torch.ones(5)))
+    options = {"momentum": 0.9} if name == "SGD" else {}
+    optimizer = OURS[name][0](params, **options)
+    for _ in range(2):
+        optimizer.step()
+    before = params[0].detach().clone()
+    params[1].grad = None
+    params[1].data = torch.ones(2, 2)
+    params[1].grad = torch.ones(2, 2)
+    with pytest.raises(ValueError, match=r"parameter 1 has shape \(2, 2\) but its \w+ \(5,\)"):
+        optimizer.step()
+    assert torch.equal(params[0], before)
+    del optimizer.state[params[1]]
+    optimizer.step()
+    assert optimizer.state[params[1]]["step"].item() == 1
+
+
+def test_a_hundred_thousand_parameters():  # a million step too, in a minute
+    count = 2**17
+    values = torch.arange(float(count)) % 7 + 1
+    params = [torch.nn.Parameter(value) for value in values.clone().unbind()]
+    for p, grad in zip(params, values.unbind(), strict=True):
+        p.grad = grad
+    uk.SelectiveSGD(params, lr=0.5, **NEUTRAL).step()
+    assert torch.equal(torch.stack([p.detach() for p in params]), values / 2)

@@ -1,0 +1,271 @@
+"""ARAT: adversarial and clean representations held alike, asymmetrically, with a BatchNorm branch for each."""
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.modules.conv import _ConvNd as Convolution
+
+from ..passes import attention_mask, can_synchronise, check_count, synchronises
+from .pgd import AttackRecipe, Start, uniform_in_ball
+from .recipe import check_flag, check_number, device_of, plain_names, recomputed, summed_over_ranks
+
+CHANNELS_SECOND = (BatchNorm, Convolution)
+
+
+class ARAT(AttackRecipe):
+    """Asymmetrically representation-regularised adversarial training (METHODS 1, ARAT).
+
+    invariance_weight  c of L = w' CE(z') + w CE(z) + c/#layers * sum over layers of (1 - cos(h(f'), sg(f)))
+    layers             names of the modules whose outputs f, after ReLU and averaging over places, are held alike: BatchNorm, LayerNorm,
+                       convolution or linear; None: the last four BatchNorms, or, where there are none, LayerNorms, convolutions, ...
+    predictor          h between the two, one a layer;  stop_gradient  sg, the clean side is a constant
+    split              every BatchNorm has a branch for clean inputs; the model keeps the adversarial one, which it is tested with
+    clean_weight, adversarial_weight   w and w'; None: 1 - acc and acc, of the clean branch in eval mode on the epoch's last
+                       `balance_rows` rows, from the end of the first epoch; before that, and for regression, 0.5
+    epsilon, steps, step_size, norm, per, same_draw   of the attack, as in `PGD`;  random_start  uniform in the ball
+    the common options  (`PassRecipe`)
+
+    h and the clean branch have parameters of their own, `parameters()`: an optimizer given here gets them as a group.
+    2 + K forwards, 2 backwards and K that stop at the input. Losses: loss, clean_loss, adversarial_loss, invariance.
+    """
+
+    kept = ("own_modules", "accuracy", "recent")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        embedding: nn.Module | None,
+        optimizer: Any = None,
+        *,
+        invariance_weight: float = 30.0,
+        layers: Sequence[str] | None = None,
+        predictor: bool = True,
+        stop_gradient: bool = True,
+        split: bool = True,
+        clean_weight: float | None = None,
+        adversarial_weight: float | None = None,
+        balance_rows: int = 1000,
+        epsilon: float = 8 / 255,
+        steps: int = 10,
+        step_size: float | None = None,
+        norm: str = "linf",
+        per: str = "sample",
+        random_start: bool = True,
+        same_draw: bool = False,
+        **options,
+    ) -> None:
+        check_number("invariance_weight", invariance_weight, 0)
+        for name, value in (("clean_weight", clean_weight), ("adversarial_weight", adversarial_weight)):
+            check_number(name, 0.0 if value is None else value, 0)
+        flags = {"predictor": predictor, "stop_gradient": stop_gradient, "split": split, "random_start": random_start}
+        for name, value in flags.items():
+            check_flag(name, value)
+        if (clean_weight is None) != (adversarial_weight is None):
+            raise ValueError("clean_weight and adversarial_weight are balanced together; give both, or neither")
+        check_count("balance_rows", balance_rows)
+        self.invariance_weight, self.stop_gradient, self.random_start = invariance_weight, stop_gradient, random_start
+        self.clean_weight, self.adversarial_weight, self.balance_rows = clean_weight, adversarial_weight, balance_rows
+        self.accuracy: float | None = None
+        self.recent: list[list] = []  # [inputs, labels] of the epoch's last batches
+        self._features: dict[int, Tensor] | None = None
+        self._alike = False  # own modules on all ranks
+        options |= dict(epsilon=epsilon, steps=steps, step_size=epsilon / 4 if step_size is None else step_size, norm=norm, per=per)
+        super().__init__(model, embedding, optimizer, same_draw=same_draw, **options)
+        try:
+            self._layers = _layers(model, layers)
+            widths = [_width(layer) for layer in self._layers]
+        except BaseException:
+            self.close()
+            raise
+        kind = dict(device=device_of(model), dtype=next((p.dtype for p in model.parameters()), None))
+        self.predictors = nn.ModuleList(_predictor(width) for width in widths if predictor).to(**kind)
+        self._split = [module for module in model.modules() if split and isinstance(module, BatchNorm)]
+        self.clean_branch = nn.ModuleList(copy.deepcopy(module) for module in self._split)
+        self._hooks = [layer.register_forward_hook(self._keep(i)) for i, layer in enumerate(self._layers)]
+        if optimizer is not None and self.parameters():
+            optimizer.add_param_group({"params": self.parameters()})
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The predictors' and the clean branch's: what the optimizer needs besides the model's."""
+        return [*self.predictors.parameters(), *self.clean_branch.parameters()]
+
+    @property
+    def own_modules(self) -> dict[str, dict]:
+        """Predictors and clean branch, for checkpoints."""
+        return {"predictors": self.predictors.state_dict(), "clean_branch": self.clean_branch.state_dict()}
+
+    @own_modules.setter
+    def own_modules(self, state: dict[str, dict]) -> None:
+        self.predictors.load_state_dict(state["predictors"])
+        self.clean_branch.load_state_dict(state["clean_branch"])
+
+    def close(self) -> None:
+        for hook in getattr(self, "_hooks", []):
+            hook.remove()
+        super().close()
+
+    def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
+        self._start_alike()
+        mask = attention_mask(inputs)
+        weight, adversarial_weight = self._weights()
+        with self._draws(self.same_draw) as draw:
+            delta = self._attack(inputs, labels, scale, draw)
+            held = self._runner.without_sync() if self.stop_gradient else contextlib.nullcontext()
+            with held, draw(), self._clean(), self._pass() as walk:
+                clean, features = self._recorded(inputs, labels, walk, mask)
+                if self.stop_gradient:  # its graph goes before the other's comes
+                    (clean.loss * weight * scale).backward()
+                    features = [f.detach() for f in features]
+            held = contextlib.nullcontext() if self.stop_gradient else self._runner.without_sync()
+            with draw():
+                with held, self._pass(delta) as walk:
+                    adversarial, of_adversarial = self._recorded(inputs, labels, walk, mask)
+                invariance = self._invariance(of_adversarial, features)
+                term = adversarial_weight * adversarial.loss + self.invariance_weight * invariance
+                with self._pass(delta if self.stop_gradient else recomputed) as walk:
+                    walk.forward = False
+                    ((term if self.stop_gradient else term + weight * clean.loss) * scale).backward()
+        self._average_over_ranks()
+        self._remember(inputs, labels)
+        losses = {"clean_loss": clean.clean_loss, "adversarial_loss": adversarial.clean_loss, "invariance": invariance.detach()}
+        loss = weight * clean.clean_loss + adversarial_weight * adversarial.clean_loss + self.invariance_weight * losses["invariance"]
+        return {"loss": loss, **losses}
+
+    def epoch_end(self) -> None:
+        """Balances the two losses by the clean branch's accuracy."""
+        if not self.recent:
+            return
+        modes = [(module, module.training) for module in self.model.modules()]
+        right = rows = 0
+        try:
+            self.model.eval()
+            with torch.no_grad(), self._runner.without_sync(), self._clean():
+                for inputs, labels in self.recent:
+                    with self._pass() as walk:
+                        guesses = self._runner.call(inputs, walk).argmax(1)
+                    truth = labels.argmax(1) if labels.is_floating_point() else labels
+                    counted = truth != self._loss_options["ignore_index"]
+                    right, rows = right + ((guesses == truth) & counted).sum().item(), rows + counted.sum().item()
+        finally:
+            for module, training in modes:
+                module.training = training
+        self.accuracy, self.recent = right / rows if rows else self.accuracy, []
+
+    def _start(self, mask: Tensor | None) -> Start | None:
+        return uniform_in_ball(self.epsilon, self.norm, self.per, mask) if self.random_start else None
+
+    def _weights(self) -> tuple[float, float]:
+        if self.clean_weight is not None:
+            return self.clean_weight, self.adversarial_weight
+        return (0.5, 0.5) if self.accuracy is None else (1 - self.accuracy, self.accuracy)
+
+    @contextlib.contextmanager
+    def _clean(self) -> Iterator[None]:
+        """The model with its clean branch: each BatchNorm with the parameters and statistics of the other."""
+
+        def swap() -> None:
+            for module, other in zip(self._split, self.clean_branch, strict=True):
+                module._parameters, other._parameters = other._parameters, module._parameters
+                module._buffers, other._buffers = other._buffers, module._buffers
+
+        swap()
+        try:
+            yield
+        finally:
+            swap()
+
+    def _keep(self, i: int) -> Any:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            if self._features is not None:
+                self._features[i] = output
+
+        return hook
+
+    def _recorded(self, inputs: Any, labels: Tensor, walk: Any, mask: Tensor | None) -> tuple[Any, list[Tensor]]:
+        """Losses of one call of the model, and the features of every layer [N, d]."""
+        self._features = {}
+        try:
+            logits = self._runner.call(inputs, walk)
+            outputs = self._features
+        finally:
+            self._features = None
+        if len(outputs) < len(self._layers):
+            raise RuntimeError("one of the layers was not called in this pass; name layers that the model always calls")
+        return self._label_loss(logits, labels), [_pooled(layer, outputs[i], mask) for i, layer in enumerate(self._layers)]
+
+    def _invariance(self, adversarial: list[Tensor], clean: list[Tensor]) -> Tensor:
+        self.predictors.train(len(clean[0]) > 1)  # a single row has no variance
+        predicted = [h(f) for h, f in zip(self.predictors, adversarial, strict=True)] if len(self.predictors) else adversarial
+        return torch.stack([1 - F.cosine_similarity(h, f, dim=1).mean() for h, f in zip(predicted, clean, strict=True)]).mean()
+
+    def _start_alike(self) -> None:
+        """Rank 0's own modules become everyone's, once, as the wrapper does with the model's."""
+        if not self._alike and can_synchronise(self.model) and torch.distributed.is_available() and torch.distributed.is_initialized():
+            with torch.no_grad():
+                for own in (*self.predictors.state_dict().values(), *self.clean_branch.state_dict().values()):
+                    torch.distributed.broadcast(own, 0)
+        self._alike = True
+
+    def _average_over_ranks(self) -> None:
+        """What the wrapper does not know of is averaged here, when it averages its own."""
+        if synchronises(self.model):
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            world = torch.ones((), device=device_of(self.model))
+            summed_over_ranks(self.model, [world, *gradients])
+            for gradient in gradients:
+                gradient.div_(world)
+
+    def _remember(self, inputs: Any, labels: Tensor) -> None:
+        if self.clean_weight is not None or self._regression:
+            return
+        self.recent.append([inputs, labels])
+        while sum(len(labels) for _, labels in self.recent[1:]) >= self.balance_rows:
+            del self.recent[0]
+
+
+def _layers(model: nn.Module, names: Sequence[str] | None) -> list[nn.Module]:
+    if names is not None:
+        modules = dict(plain_names(model.named_modules()))
+        for name in [names] if isinstance(names, str) else names:
+            if name not in modules or not name:
+                raise ValueError(f"layers names {name!r}, which is no module of model; name some of {', '.join(filter(None, modules))}")
+        return [modules[name] for name in ([names] if isinstance(names, str) else names)]
+    for kind in (BatchNorm, nn.LayerNorm, Convolution, nn.Linear):
+        found = [module for module in model.modules() if isinstance(module, kind)]
+        found = found[:-1] or found if kind is nn.Linear else found  # not the logits, where there is anything else
+        if found:
+            return found[-4:]
+    raise ValueError("model has no BatchNorm, LayerNorm, convolution or linear layer; ARAT has nothing to hold alike")
+
+
+def _width(layer: nn.Module) -> int:
+    if isinstance(layer, nn.LayerNorm):
+        return layer.normalized_shape[-1]
+    for name in ("num_features", "out_channels", "out_features"):
+        if isinstance(layer, (BatchNorm, Convolution, nn.Linear)) and hasattr(layer, name):
+            return getattr(layer, name)
+    raise ValueError(f"layers names a {type(layer).__name__}; name BatchNorm, LayerNorm, convolution or linear layers")
+
+
+def _predictor(width: int) -> nn.Module:
+    narrow = max(1, width // 4)
+    return nn.Sequential(nn.Linear(width, narrow, bias=False), nn.BatchNorm1d(narrow), nn.ReLU(), nn.Linear(narrow, width))
+
+
+def _pooled(layer: nn.Module, output: Tensor, mask: Tensor | None) -> Tensor:
+    """[N, d]: the mean over places after ReLU; over the real tokens where the places are tokens."""
+    x = output.relu()
+    if x.dim() == 2:
+        return x
+    if isinstance(layer, CHANNELS_SECOND):
+        return x.flatten(2).mean(2)
+    if mask is None or x.shape[:2] != mask.shape or x.dim() != 3:
+        return x.flatten(1, -2).mean(1)
+    real = (mask != 0).to(x.dtype)[..., None]
+    return (x * real).sum(1) / real.sum(1).clamp(min=1)

@@ -1,0 +1,113 @@
+"""Child-Tuning: gradients of a random part of the elements (F), or of the part that matters to the task (D)."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .plain import Plain
+from .recipe import check_choice, check_number
+from .saliency import SaliencyRecipe
+from .selection import Selection
+from .uegr import SelectiveUpdate
+
+
+class ChildTuningF(SelectiveUpdate, Plain):
+    """Ordinary training with a random part of the gradient, drawn anew in every step (METHODS 1, Child-Tuning-F).
+
+    keep_probability  p_F, in (0, 1]: g * mask(p_F)/p_F for every element of every parameter
+    rescale, target   of the selection, as in SelectiveAdamW (target="update" needs one);  seed  as in `UEGR`
+    the common options  (`PassRecipe`)
+
+    A SelectiveAdamW or SelectiveSGD given as the optimizer selects inside its step, whose normalization becomes "constant"; for any
+    other, `before_step` selects .grad. 1 forward, 1 backward. Losses: loss, clean_loss.
+    """
+
+    kept = ("selection",)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        embedding: nn.Module | None,
+        optimizer: Any = None,
+        *,
+        keep_probability: float = 0.3,
+        rescale: bool = True,
+        target: str = "gradient",
+        seed: int | None = None,
+        backend: str = "auto",
+        **options,
+    ) -> None:
+        super().__init__(model, embedding, optimizer, backend=backend, **options)
+        selection = dict(normalization="constant", keep_probability=keep_probability, rescale=rescale, target=target)
+        try:
+            self._selection = Selection(model, optimizer, selection, seed, backend)
+        except BaseException:
+            self.close()
+            raise
+
+
+class ChildTuningD(SaliencyRecipe, Plain):
+    """Ordinary training of the elements with the largest Fisher information, the same for the whole run (METHODS 1, Child-Tuning-D).
+
+    keep_probability  p_D, the share that is trained, in (0, 1]; ties at the cut are trained
+    names             of the parameters that this is about, as in `SaliencyRecipe`; the others are always trained
+    max_grad_norm     each tensor's gradient is clipped to it before it is squared
+    target            "gradient": g * M feeds the optimizer, and weight decay acts on every element; "update": the step of an element
+                      that is not trained is undone, decay included
+    the common options  (`PassRecipe`)
+
+    Call `prepare(batches)` before training, or the first epoch trains everything and makes the mask. 1 forward, 1 backward.
+    Losses: loss, clean_loss.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        embedding: nn.Module | None,
+        optimizer: Any = None,
+        *,
+        keep_probability: float = 0.3,
+        names: str | Sequence[str] | None = None,
+        max_grad_norm: float = 1.0,
+        target: str = "gradient",
+        **options,
+    ) -> None:
+        check_number("keep_probability", keep_probability, 0, 1)
+        if keep_probability == 0:
+            raise ValueError("keep_probability=0 trains nothing; give a number in (0, 1]")
+        check_number("max_grad_norm", max_grad_norm, 0)
+        check_choice("target", target, ("gradient", "update"))
+        self.keep_probability, self.max_grad_norm, self.target = keep_probability, max_grad_norm, target
+        self._before: list[Tensor] = []
+        super().__init__(model, embedding, optimizer, names=names, **options)
+
+    def before_step(self) -> None:
+        """Masks the gradients."""
+        if self.target == "gradient" or not self.masks:
+            super().before_step()
+        else:
+            self._before = [p.detach().clone() for p in self._masked]
+
+    def after_step(self) -> None:
+        """With target="update", undoes the step where nothing is to be trained."""
+        for p, mask, before in zip(self._masked, self.masks, self._before, strict=False):  # nothing to undo without a before_step
+            p.detach().copy_(torch.where(mask, p, before))
+        self._before = []
+
+    def _gather_step(self, gradients: Sequence[Tensor | None]) -> None:
+        if not self.masks:
+            self._gather(gradients)
+
+    def _square(self, gradient: Tensor) -> Tensor:
+        return (gradient * (self.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1)).square()
+
+    def _mask(self, saliency: list[Tensor]) -> list[Tensor]:
+        """Where the saliency is at least its (1 - p_D) percentile over all tensors, interpolated linearly."""
+        together = torch.cat([s.flatten() for s in saliency])
+        position = (together.numel() - 1) * (1 - self.keep_probability)
+        low, high = (together.kthvalue(math.floor(position) + 1).values, together.kthvalue(math.ceil(position) + 1).values)
+        cut = low + (high - low) * (position - math.floor(position))
+        return [s >= cut for s in saliency]

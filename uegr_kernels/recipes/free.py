@@ -1,0 +1,152 @@
+"""Attacks whose passes all train: FreeAT, an update in every pass, and FreeLB, one update from all of them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..passes import attention_mask, check_count
+from ..perturbation import pgd_step
+from .pgd import Start, climb, in_a_cube
+from .recipe import PassRecipe, check_choice, check_flag, check_number
+
+
+class FreeAT(PassRecipe):
+    """Free adversarial training: every repeat of a batch both moves delta and updates the weights (METHODS 1, FreeAT).
+
+    optimizer   needed: `backward` steps it in every repeat, with unscaled gradients, and leaves no gradient (.grad is None); an
+                optimizer.step() after it finds nothing to do. Under GradScaler do not call scaler.step for it
+    epsilon     radius of the ball; None: 0.1, or 4/255 with embedding=None
+    repeats     m; None: 3, or 4 with embedding=None. Divide the epochs by it to keep the compute
+    step_size   None: epsilon;  norm  "l2" or "linf"; None: "l2", or "linf" with embedding=None
+    init_mag    length of a random start on the real tokens, as in `FreeLB`; None: epsilon, or 0 with embedding=None
+    persistent  delta goes on with the next batch; None: False, or True with embedding=None (positions of texts hold other words)
+    the common options  (`PassRecipe`)
+
+    m forwards, m backwards, m updates; each repeat has a dropout draw of its own. Losses: loss, adversarial_loss, the mean over them.
+    """
+
+    kept = ("delta",)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        embedding: nn.Module | None,
+        optimizer: Any = None,
+        *,
+        epsilon: float | None = None,
+        repeats: int | None = None,
+        step_size: float | None = None,
+        norm: str | None = None,
+        init_mag: float | None = None,
+        persistent: bool | None = None,
+        **options,
+    ) -> None:
+        image = embedding is None
+        self.epsilon = (4 / 255 if image else 0.1) if epsilon is None else epsilon
+        self.repeats = (4 if image else 3) if repeats is None else repeats
+        self.step_size = self.epsilon if step_size is None else step_size
+        self.norm = ("linf" if image else "l2") if norm is None else norm
+        self.init_mag = (0.0 if image else self.epsilon) if init_mag is None else init_mag
+        self.persistent = image if persistent is None else persistent
+        self.delta: Tensor | None = None
+        for name in ("epsilon", "step_size", "init_mag"):
+            check_number(name, getattr(self, name), 0)
+        check_count("repeats", self.repeats)
+        check_choice("norm", self.norm, ("l2", "linf"))
+        check_flag("persistent", self.persistent)
+        super().__init__(model, embedding, optimizer, **options)
+
+    def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
+        optimizer, mask, losses = self._stepped(), attention_mask(inputs), []
+        delta = self._start(mask, len(labels))
+        for _ in range(self.repeats):
+            loss, walk = self._descend(inputs, labels, scale, delta, watched=True, last=True)
+            losses.append(loss)
+            self._update(optimizer, scale)
+            options = dict(step_size=self.step_size, radius=self.epsilon, norm=self.norm)
+            delta = pgd_step(walk.delta, walk.gradient, mask=mask, **options, backend=self.backend)
+        if self.persistent:
+            self.delta = delta if self.delta is None else torch.cat([delta, self.delta[len(delta) :]])
+        mean = torch.stack(losses).mean()
+        return {"loss": mean, "adversarial_loss": mean}
+
+    def _start(self, mask: Tensor | None, rows: int) -> Start:
+        fresh = in_a_cube(self.init_mag, mask) if self.init_mag else torch.zeros_like
+
+        def start(x: Tensor) -> Tensor:
+            if self.delta is None or self.delta.shape[1:] != x.shape[1:]:
+                self.delta = None
+                return fresh(x)
+            return torch.cat([self.delta[:rows].to(x), fresh(x[len(self.delta) :])])  # a batch may be shorter or longer than the last
+
+        return start
+
+    def _update(self, optimizer: Any, scale: float | Tensor) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        for gradient in gradients:
+            gradient.div_(scale)
+        if not isinstance(scale, Tensor) or all(gradient.isfinite().all() for gradient in gradients):  # as GradScaler does
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+class FreeLB(PassRecipe):
+    """Free large-batch adversarial training: K passes along an ascending delta, one update from all of them (METHODS 1, FreeLB).
+
+    steps      K, the passes, each with weight 1/K
+    adv_lr     size of a step of delta;  init_mag  delta_0 is U(-1, 1) * init_mag / sqrt(L d) on the L real tokens
+    max_norm   radius of the ball; 0: no projection
+    norm       "l2"; "max": the gradient is divided by its largest |element|, the ball is |delta| <= max_norm; "linf": its sign is taken
+    same_draw  one dropout draw for all passes of a batch
+    the common options  (`PassRecipe`)
+
+    K forwards, K backwards, no clean pass. Losses: loss, adversarial_loss (the mean over the passes).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        embedding: nn.Module | None,
+        optimizer: Any = None,
+        *,
+        steps: int = 3,
+        adv_lr: float = 0.1,
+        init_mag: float = 0.1,
+        max_norm: float = 0.0,
+        norm: str = "l2",
+        same_draw: bool = True,
+        **options,
+    ) -> None:
+        check_count("steps", steps)
+        check_number("adv_lr", adv_lr, 0)
+        check_number("init_mag", init_mag, 0)
+        check_number("max_norm", max_norm, -float("inf"))
+        check_choice("norm", norm, ("l2", "max", "linf"))
+        check_flag("same_draw", same_draw)
+        self.steps, self.adv_lr, self.init_mag, self.max_norm, self.norm, self.same_draw = (
+            steps,
+            adv_lr,
+            init_mag,
+            max_norm,
+            norm,
+            same_draw,
+        )
+        super().__init__(model, embedding, optimizer, **options)
+
+    def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
+        mask, losses = attention_mask(inputs), []
+        delta = in_a_cube(self.init_mag, mask) if self.init_mag else None
+        radius = self.max_norm if self.max_norm > 0 else torch.finfo(torch.float32).max
+        with self._draws(self.same_draw) as draw:
+            for step in range(1, self.steps + 1):
+                last = step == self.steps
+                with draw():
+                    loss, walk = self._descend(inputs, labels, scale, delta, weight=1 / self.steps, watched=not last, last=last)
+                losses.append(loss)
+                if not last:
+                    delta = torch.zeros_like(walk.gradient) if walk.delta is None else walk.delta
+                    options = dict(step_size=self.adv_lr, radius=radius, norm=self.norm, per="sample", backend=self.backend)
+                    delta = climb(delta, walk.gradient, mask, **options)
+        mean = torch.stack(losses).mean()
+        return {"loss": mean, "adversarial_loss": mean}

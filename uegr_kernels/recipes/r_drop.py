@@ -1,0 +1,144 @@
+"""Two passes held alike by the symmetric Kullback-Leibler divergence: R-Drop, R-AT, and R-AT with the selective update."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..divergence import uegr_loss
+from ..passes import attention_mask
+from ..perturbation import fgm_perturbation
+from .recipe import PassRecipe, check_choice, check_number
+from .selection import OPTIONS, Selection
+from .uegr import SelectiveUpdate
+
+
+class RDrop(PassRecipe):
+    """Two passes with a dropout draw each, held alike (METHODS 1, R-Drop).
+
+    alpha      weight of the divergence
+    reduction  of the divergence: "mean" over the batch, or "sum" over it, as in the public code: alpha then grows with the batch
+    the common options  (`PassRecipe`)
+
+    L = (CE(z1) + CE(z2))/2 + alpha * (KL(P1||P2) + KL(P2||P1))/2; task="regression": squared errors, squared difference of the outputs.
+    2 forwards and backwards. Losses: loss, clean_loss (the mean of both), divergence.
+    """
+
+    _of_pair = "clean_loss"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        embedding: nn.Module | None,
+        optimizer: Any = None,
+        *,
+        alpha: float = 1.0,
+        reduction: str = "mean",
+        **options,
+    ) -> None:
+        check_number("alpha", alpha, 0)
+        check_choice("reduction", reduction, ("mean", "sum"))
+        self.alpha, self.reduction = alpha, reduction
+        super().__init__(model, embedding, optimizer, **options)
+
+    def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
+        return self._pair(inputs, labels, scale, None)
+
+    def _pair(self, inputs: Any, labels: Tensor, scale: float | Tensor, delta: Tensor | None) -> dict[str, Tensor]:
+        """Two passes at delta and one backward of both, the last of the step."""
+        with self._pass(delta) as walk:  # the pass that announces the backward to a synchronising wrapper comes first:
+            first = self._runner.call(inputs, walk)  # it may write into buffers that the other's graph has saved
+        with self._runner.without_sync(), self._pass(delta) as walk:
+            second = self._runner.call(inputs, walk)
+        parts = uegr_loss(first.detach(), [first, second], labels, return_parts=True, **self._loss_options, backend=self.backend)
+        divergence = symmetric_divergence(first, second, labels, self.reduction, **self._loss_options)
+        with self._pass(delta) as walk:  # for a model that recomputes its embedding
+            walk.forward = False
+            ((parts.loss + self.alpha * divergence) * scale).backward()
+        loss = parts.adversarial_loss + self.alpha * divergence.detach()
+        return {"loss": loss, self._of_pair: parts.adversarial_loss, "divergence": divergence.detach()}
+
+
+class RAT(RDrop):
+    """R-Drop on adversarial examples: a clean pass, and two perturbed ones held alike (METHODS 1, R-AT).
+
+    epsilon, norm, per  the size of delta, as in `fgm_perturbation`
+    alpha, reduction    as in `RDrop`;  the common options  (`PassRecipe`)
+
+    L = CE(F(e)) + (CE(z1) + CE(z2))/2 + alpha * (KL(P1||P2) + KL(P2||P1))/2, z_k = F(e + delta; w, u_k). 3 forwards and backwards.
+    Losses: loss, clean_loss, adversarial_loss, divergence.
+    """
+
+    _of_pair = "adversarial_loss"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        embedding: nn.Module | None,
+        optimizer: Any = None,
+        *,
+        epsilon: float = 0.1,
+        norm: str = "l2",
+        per: str = "sample",
+        **options,
+    ) -> None:
+        self._perturbation = dict(epsilon=epsilon, norm=norm, per=per)
+        fgm_perturbation(torch.zeros(1, 2, device="cpu"), **self._perturbation, backend="reference")  # raises for a wrong option
+        super().__init__(model, embedding, optimizer, **options)
+
+    def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
+        clean, walk = self._descend(inputs, labels, scale, watched=True)
+        delta = fgm_perturbation(walk.gradient, mask=attention_mask(inputs), **self._perturbation, backend=self.backend)
+        losses = self._pair(inputs, labels, scale, delta)
+        return losses | {"loss": clean + losses["loss"], "clean_loss": clean}
+
+
+class RATSU(SelectiveUpdate, RAT):
+    """R-AT's loss with UEGR's selective update (METHODS 1, R-AT-SU).
+
+    seed, and the selection's options  as in `UEGR`;  the rest  as in `RAT`
+    """
+
+    kept = ("selection",)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        embedding: nn.Module | None,
+        optimizer: Any = None,
+        *,
+        seed: int | None = None,
+        backend: str = "auto",
+        **options,
+    ) -> None:
+        selection = {name: options.pop(name) for name in OPTIONS if name in options}
+        super().__init__(model, embedding, optimizer, backend=backend, **options)
+        try:
+            self._selection = Selection(model, optimizer, selection, seed, backend)
+        except BaseException:
+            self.close()
+            raise
+
+
+def symmetric_divergence(
+    first: Tensor, second: Tensor, labels: Tensor, reduction: str, *, task: str, ignore_index: int, **unused
+) -> Tensor:
+    """(KL(P||Q) + KL(Q||P))/2 of two passes' logits [N, C], over the rows that are not ignored; mean squared difference for regression.
+
+    KL(P||Q) + KL(Q||P) = sum (p - q)(log p - log q), so it is exactly 0 for equal logits; a class that both mask with -inf adds nothing.
+    """
+    if not labels.is_floating_point():
+        kept = (labels != ignore_index)[:, None]
+        first, second = torch.where(kept, first, 0), torch.where(kept, second, 0)
+        rows = kept.sum()
+    else:
+        rows = len(labels)
+    wide = torch.promote_types(first.dtype, torch.float32)
+    if task == "regression":
+        total = (first.to(wide) - second.to(wide)).square()
+        return total.sum() if reduction == "sum" else total.sum() / (rows * first.shape[-1])
+    log_p, log_q = F.log_softmax(first, -1, dtype=wide), F.log_softmax(second, -1, dtype=wide)
+    difference = torch.where(log_p == log_q, 0, log_p - log_q)
+    total = ((log_p.exp() - log_q.exp()) * difference).sum() / 2
+    return total if reduction == "sum" else total / rows

@@ -1,0 +1,271 @@
+"""What all recipes share: the one interface, and one pass forward and back. A recipe is then the order of its passes."""
+
+import contextlib
+import copy
+import fnmatch
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..divergence import LossParts, uegr_loss
+from ..dropout import AdaptiveDropout
+from ..passes import Pass, Runner, buffers_held, dropout_rate, gradient_at_embedding, gradient_norms_held, random_state, replayed
+
+
+class Recipe:
+    """A training method with the interface that all have, so that one loop trains with any of them.
+
+    backward(inputs, labels, *, scale=1.0)  fills .grad; returns the named losses
+    before_step(), after_step()             around the optimizer's step; before_step after unscaling and clipping
+    epoch_end()                             after the last step of an epoch
+    state_dict(), load_state_dict(state)    what a resumed run needs besides the model's and the optimizer's
+    close()                                 takes the hooks off the model
+
+    Weights, modes and hooks are after a call what they were before it, also where an exception passes through; .grad then holds the
+    gradients of the passes that were done, and wants zero_grad().
+    """
+
+    kept: tuple[str, ...] = ()  # attributes that a checkpoint carries
+    _runner: Any  # what has the hook: check(scale), close()
+
+    def __init__(self, model: nn.Module, optimizer: Any) -> None:
+        if optimizer is not None and not (hasattr(optimizer, "param_groups") and hasattr(optimizer, "step")):
+            raise TypeError(f"optimizer is a {type(optimizer).__name__}; pass the torch optimizer that steps, or None")
+        self.model, self.optimizer = model, optimizer
+
+    def backward(self, inputs: Any, labels: Tensor, *, scale: float | Tensor = 1.0) -> dict[str, Tensor]:
+        """Adds scale * the gradient of the method's loss to every parameter's .grad; returns its losses.
+
+        inputs  a tensor, a dict for model(**inputs), whose `attention_mask` keeps padding unperturbed, or a tuple for model(*inputs)
+        labels  [N] int64 or [N, C] probabilities; floats [N] or [N, C] with task="regression"
+        scale   positive number, or 0-d tensor (GradScaler's); multiplies the gradient, not what is returned
+
+        Returns the losses by name, 0-d, detached and unscaled: "loss", what is minimised, and its parts. Under DDP and FSDP the last
+        backward synchronises, and none inside the caller's no_sync. Raises as `BiStage.backward`.
+        """
+        self._runner.check(scale)
+        return self._backward(inputs, labels, scale)
+
+    def before_step(self) -> None:
+        """What the method does to the gradients or weights ahead of the optimizer's step, after unscaling and clipping."""
+
+    def after_step(self) -> None:
+        """What the method does after the optimizer's step."""
+
+    def epoch_end(self) -> None:
+        """What the method does after the last step of an epoch."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs besides the model's and the optimizer's: numbers, tensors, lists and dicts of them."""
+        return {"recipe": type(self).__name__} | {name: getattr(self, name) for name in self.kept}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over a copy of what `state_dict` gave; raises ValueError for another recipe's, before anything has changed."""
+        if state.get("recipe") != type(self).__name__ or state.keys() - {"recipe"} != set(self.kept):
+            raise ValueError(
+                f"the state is of recipe {state.get('recipe')!r} with {sorted(state.keys() - {'recipe'})}, this is {type(self).__name__!r} "
+                f"with {sorted(self.kept)}; load it into the recipe that gave it"
+            )
+        for name in self.kept:
+            setattr(self, name, _moved(copy.deepcopy(state[name]), device_of(self.model)))
+
+    def close(self) -> None:
+        """Removes the hooks from the model; the recipe cannot be used afterwards."""
+        self._runner.close()
+
+    def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def _stepped(self) -> Any:
+        """The optimizer, where the method cannot do without."""
+        if self.optimizer is None:
+            raise RuntimeError(f"{type(self).__name__} needs the optimizer; pass it, or set .optimizer before the first step")
+        return self.optimizer
+
+
+class PassRecipe(Recipe):
+    """A recipe that is made of passes through the model.
+
+    task, label_smoothing, ignore_index   as in `uegr_loss`
+    dropout      rate of every nn.Dropout* and AdaptiveDropout in the recipe's passes, 0 for none; None: the layers' own
+    input_range  (low, high) to which the perturbed input is clamped; with embedding=None only
+    backend      of the operators
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        embedding: nn.Module | None,
+        optimizer: Any = None,
+        *,
+        task: str = "classification",
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        dropout: float | None = None,
+        input_range: tuple[float, float] | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(model, optimizer)
+        check_number("dropout", 0.0 if dropout is None else dropout, 0, 1)
+        AdaptiveDropout(1, backend=backend)  # raises for a wrong backend
+        self.dropout, self.backend = dropout, backend
+        self._loss_options = dict(js_weight=0.0, label_smoothing=label_smoothing, ignore_index=ignore_index, task=task)
+        row = torch.zeros(1, 2, device="cpu")
+        labels = row if task == "regression" else torch.zeros(1, dtype=torch.int64, device="cpu")
+        uegr_loss(row, row[None], labels, **self._loss_options, backend="reference")
+        self._runner = Runner(model, embedding, input_range)
+
+    def _descend(
+        self,
+        inputs: Any,
+        labels: Tensor,
+        scale: float | Tensor,
+        delta: Tensor | Callable[[Tensor], Tensor] | None = None,
+        *,
+        weight: float = 1.0,
+        watched: bool = False,
+        last: bool = False,
+    ) -> tuple[Tensor, Pass]:
+        """One pass forward and back: adds scale * weight * the gradient of its loss to .grad; returns the loss and what was seen.
+
+        watched  keep the gradient at the embedding;  last  of the step, so that a wrapper synchronises
+        """
+        with contextlib.nullcontext() if last else self._runner.without_sync(), self._pass(delta, watched=watched) as walk:
+            logits = self._runner.call(inputs, walk)
+            parts = self._label_loss(logits, labels)
+            (parts.loss * weight * scale).backward()
+        if watched:
+            gradient_at_embedding(walk, logits)
+        return parts.clean_loss, walk
+
+    def _ascend(
+        self,
+        inputs: Any,
+        labels: Tensor,
+        scale: float | Tensor,
+        delta: Tensor | Callable[[Tensor], Tensor] | None = None,
+        *,
+        at: Tensor | None = None,
+    ) -> Pass:
+        """One pass forward and back to the embedding alone, for the gradient there: .grad and buffers stay as they are."""
+        with self._runner.without_sync(), buffers_held(self.model), self._pass(delta, watched=True, at=at) as walk:
+            logits = self._runner.call(inputs, walk)
+            parts = self._label_loss(logits, labels)
+            (walk.gradient,) = torch.autograd.grad(parts.loss * scale, [walk.edge], allow_unused=True)
+        gradient_at_embedding(walk, logits)
+        return walk
+
+    def _weight_gradients(
+        self, inputs: Any, labels: Tensor, scale: float | Tensor, weights: Sequence[Tensor], delta: Tensor | None = None, *, ascent: bool
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Loss and gradients by `weights` of one pass, beside .grad; an ascent pass leaves buffers alone."""
+        held = buffers_held(self.model) if ascent else contextlib.nullcontext()
+        with self._runner.without_sync(), held, self._pass(delta) as walk:
+            parts = self._label_loss(self._runner.call(inputs, walk), labels)
+            return parts.clean_loss, list(torch.autograd.grad(parts.loss * scale, weights, allow_unused=True))
+
+    @contextlib.contextmanager
+    def _pass(
+        self, delta: Tensor | Callable[[Tensor], Tensor] | None = None, *, watched: bool = False, at: Tensor | None = None
+    ) -> Iterator[Pass]:
+        with dropout_rate(self.model, self.dropout), self._runner.filled(Pass(delta, watched=watched, at=at)) as walk:
+            yield walk
+
+    @contextlib.contextmanager
+    def _draws(self, same: bool) -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]]:
+        """Yields what each pass runs in: with `same`, every pass after the first finds the random state that the first found."""
+        if not same:
+            yield contextlib.nullcontext
+            return
+        states, first = random_state(self.model), True
+        with gradient_norms_held(self.model) as hold:
+
+            @contextlib.contextmanager
+            def draw() -> Iterator[None]:
+                nonlocal first
+                if first:
+                    first = False
+                    yield
+                    return
+                hold()
+                with replayed(states):
+                    yield
+
+            yield draw
+
+    def _label_loss(self, logits: Tensor, labels: Tensor) -> LossParts:
+        """`.clean_loss`: the loss of these logits; `.loss`: what has its gradient (the other pass in it being a constant)."""
+        return uegr_loss(logits, logits.detach()[None], labels, return_parts=True, **self._loss_options, backend=self.backend)
+
+    @property
+    def _regression(self) -> bool:
+        return self._loss_options["task"] == "regression"
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def named_parameters(model: nn.Module, patterns: str | Sequence[str]) -> dict[str, nn.Parameter]:
+    """The trainable parameters whose names match one of the patterns (`*` stands for anything); wrappers' prefixes do not count.
+
+    Raises ValueError for a pattern that matches none.
+    """
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    trainable = {name: parameter for name, parameter in plain_names(model.named_parameters()) if parameter.requires_grad}
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{pattern!r} is a {type(pattern).__name__}; name parameters, such as 'lstm.weight_ih_l0' or '*layer*'")
+        if not fnmatch.filter(trainable, pattern):
+            raise ValueError(f"{pattern!r} matches no trainable parameter; name some of {', '.join(trainable)}, with * for anything")
+    return {name: parameter for name, parameter in trainable.items() if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
+
+
+def plain_names(named: Any) -> Iterator[tuple[str, Any]]:
+    for name, value in named:
+        while name.startswith(("module.", "_orig_mod.")):  # DDP's and torch.compile's
+            name = name.split(".", 1)[1]
+        yield name, value
+
+
+def summed_over_ranks(model: nn.Module, tensors: Sequence[Tensor | None]) -> None:
+    """Each tensor's sum over the ranks that train the model together."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for tensor in tensors:
+            if tensor is not None:
+                torch.distributed.all_reduce(tensor, group=getattr(model, "process_group", None))
+
+
+def check_number(name: str, value: Any, low: float, high: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a number")
+    if not (low <= value <= high and value < math.inf):
+        raise ValueError(
+            f"{name}={value!r} is out of range; give a finite number >= {low:g}" + ("" if high == math.inf else f" and <= {high:g}")
+        )
+
+
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give True or False")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not one of its values; use {', '.join(map(repr, choices))}")
+
+
+def recomputed(x: Tensor) -> Tensor:
+    """In the place of a delta while two passes go backward at once: nobody could tell whose embedding is computed again."""
+    raise RuntimeError("the embedding was computed again in the backward of two passes at once; leave it out of the checkpointed part")
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(entry, device) for key, entry in value.items()}
+    return type(value)(_moved(entry, device) for entry in value) if isinstance(value, list | tuple) else value

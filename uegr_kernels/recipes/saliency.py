@@ -1,0 +1,95 @@
+"""What the recipes share that mask gradients by squared gradients gathered over an epoch: Child-Tuning-D and RoAST."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..passes import can_synchronise
+from .recipe import PassRecipe, named_parameters, summed_over_ranks
+
+
+class SaliencyRecipe(PassRecipe):
+    """A recipe that multiplies the gradients of `names` by masks made of their squares, gathered batch by batch.
+
+    names  of the parameters, such as "*layer*"; None: those with "layer" or "transformer.h" in the name, or, where there are none, all
+           but the embedding's. The others are always updated
+    """
+
+    kept = ("squares", "batches", "masks", "epoch")
+
+    def __init__(
+        self, model: nn.Module, embedding: nn.Module | None, optimizer: Any = None, *, names: str | Sequence[str] | None = None, **options
+    ) -> None:
+        super().__init__(model, embedding, optimizer, **options)
+        try:
+            self._masked = _encoder(model, embedding) if names is None else list(named_parameters(model, names).values())
+        except BaseException:
+            self.close()
+            raise
+        self.squares: list[Tensor] = []  # sums over the batches of an epoch
+        self.batches, self.epoch = 0, 0
+        self.masks: list[Tensor] = []
+
+    def prepare(self, batches: Iterable[tuple[Any, Tensor]]) -> None:
+        """Makes the first masks before training, from one pass over (inputs, labels): the method as it is published.
+
+        The model's mode is the caller's; .grad and buffers stay as they are. Without it the first epoch is trained whole, and its
+        gradients make the masks.
+        """
+        self._runner.check(1.0)
+        self.squares, self.batches = [], 0
+        for inputs, labels in batches:
+            _, gradients = self._weight_gradients(inputs, labels, 1.0, self._masked, ascent=True)
+            self._gather(gradients)
+        if not self.squares:
+            raise ValueError("batches holds none; give pairs (inputs, labels)")
+        if can_synchronise(self.model):
+            summed_over_ranks(self.model, self.squares)
+        self._settle()
+
+    def before_step(self) -> None:
+        """Masks the gradients, and gathers their squares for the next masks."""
+        self._gather_step([p.grad for p in self._masked])
+        for p, mask in zip(self._masked, self.masks, strict=False):  # no masks yet in the first epoch
+            if p.grad is not None:
+                p.grad.mul_(mask)
+
+    def epoch_end(self) -> None:
+        """Makes the masks of the next epoch."""
+        self.epoch += 1
+        if self.squares:
+            self._settle()
+
+    def _gather_step(self, gradients: Sequence[Tensor | None]) -> None:
+        self._gather(gradients)
+
+    def _gather(self, gradients: Sequence[Tensor | None]) -> None:
+        self.squares = self.squares or [_wide(p) for p in self._masked]
+        for total, gradient in zip(self.squares, gradients, strict=True):
+            if gradient is not None:
+                total.add_(self._square(gradient.detach().to(total.dtype)))
+        self.batches += 1
+
+    def _square(self, gradient: Tensor) -> Tensor:
+        return gradient.square()
+
+    def _settle(self) -> None:
+        """New masks of `squares`, which then are gathered anew."""
+        self.masks = self._mask(self.squares)
+        self.squares, self.batches = [], 0
+
+    def _mask(self, saliency: list[Tensor]) -> list[Tensor]:
+        raise NotImplementedError
+
+
+def _encoder(model: nn.Module, embedding: nn.Module | None) -> list[Tensor]:
+    words = {id(p) for p in embedding.parameters()} if embedding is not None else set()
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    layers = [p for name, p in trainable if "layer" in name or "transformer.h" in name]
+    return layers or [p for _, p in trainable if id(p) not in words]
+
+
+def _wide(p: Tensor) -> Tensor:
+    return torch.zeros(p.shape, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)

@@ -1,0 +1,171 @@
+"""Training at adversarially perturbed weights (AdvWeight): SAM and AWP."""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..passes import buffers_held, check_count, synchronises
+from ..perturbation import perturbed_weights
+from .pgd import AttackRecipe
+from .recipe import PassRecipe, check_flag, check_number, summed_over_ranks
+
+
+class SAM(PassRecipe):
+    """Sharpness-aware minimisation: the gradient at the worst weights nearby (METHODS 1, AdvWeight: SAM).
+
+    rho        length of the weights' perturbation, over all trainable parameters together
+    adaptive   True: ASAM, each element's share grows with its square
+    same_draw  both passes with the same dropout masks
+    the common options  (`PassRecipe`)
+
+    eps_w = rho * g1/||g1||, L = CE(F(e; w + eps_w)). The clean gradient is not added, the second pass leaves BatchNorm's statistics
+    alone, and the weights are restored bit for bit. Under DDP each rank ascends on its own data. 2 forwards, 2 backwards.
+    Losses: loss (at the perturbed weights), clean_loss.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        embedding: nn.Module | None,
+        optimizer: Any = None,
+        *,
+        rho: float = 0.05,
+        adaptive: bool = False,
+        same_draw: bool = True,
+        **options,
+    ) -> None:
+        check_number("rho", rho, 0)
+        check_flag("adaptive", adaptive)
+        check_flag("same_draw", same_draw)
+        self.rho, self.adaptive, self.same_draw = rho, adaptive, same_draw
+        super().__init__(model, embedding, optimizer, **options)
+
+    def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
+        weights = [p for p in self.model.parameters() if p.requires_grad]
+        with self._draws(self.same_draw) as draw:
+            with draw():
+                clean, gradients = self._weight_gradients(inputs, labels, scale, weights, ascent=False)
+            length, gradients = _adapted(self.rho, weights, gradients) if self.adaptive else (self.rho, gradients)
+            moved = perturbed_weights(weights, length, gradients=gradients, per="all", backend=self.backend)
+            with draw(), moved, buffers_held(self.model):
+                loss, _ = self._descend(inputs, labels, scale, last=True)
+        return {"loss": loss, "clean_loss": clean}
+
+
+class AWP(AttackRecipe):
+    """Adversarial weight perturbation: the step is taken at weights moved against the loss (METHODS 1, AdvWeight: AWP).
+
+    gamma          each tensor moves by gamma * its own norm; those of two or more dimensions with "weight" in the name
+    warmup_epochs  so many epochs without it, counted by `epoch_end`
+    steps          K of a PGD attack on the input that training is at; 0: the clean input
+    epsilon, step_size, norm, per, same_draw   of that attack, as in `PGD`;  the common options  (`PassRecipe`)
+
+    v = gamma * ||w||/||g|| * g, L = CE(F(x_adv; w + v)). `backward` restores w bit for bit; `before_step` goes to w + v again, where the
+    optimizer steps (and decays), and `after_step` puts that step on w. Under DDP v is of all ranks' data. 2 + K forwards, 2 backwards
+    and K that stop at the embedding. Losses: loss (at the perturbed weights).
+    """
+
+    kept = ("epoch",)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        embedding: nn.Module | None,
+        optimizer: Any = None,
+        *,
+        gamma: float = 0.01,
+        warmup_epochs: int = 0,
+        steps: int = 0,
+        epsilon: float = 0.1,
+        step_size: float | None = None,
+        norm: str = "l2",
+        per: str = "sample",
+        same_draw: bool = False,
+        **options,
+    ) -> None:
+        check_number("gamma", gamma, 0)
+        check_count("warmup_epochs", warmup_epochs, 0)
+        self.gamma, self.warmup_epochs, self.epoch = gamma, warmup_epochs, 0
+        self._gradients: list[Tensor | None] = []
+        self._moved: contextlib.ExitStack | None = None
+        self._at: list[Tensor] = []
+        options |= dict(epsilon=epsilon, steps=steps, step_size=step_size, norm=norm, per=per, same_draw=same_draw, least_steps=0)
+        super().__init__(model, embedding, optimizer, **options)
+        self._weights = [p for name, p in model.named_parameters() if p.requires_grad and p.dim() > 1 and "weight" in name]
+
+    def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
+        self.after_step()  # of a step that left it out
+        self._gradients = []
+        with self._draws(self.same_draw) as draw:
+            delta = self._attack(inputs, labels, scale, draw)
+            if self.gamma and self.epoch >= self.warmup_epochs:
+                with draw():
+                    _, self._gradients = self._weight_gradients(inputs, labels, scale, self._weights, delta, ascent=True)
+                if synchronises(self.model):  # ranks that step at different weights would part
+                    summed_over_ranks(self.model, self._gradients)
+            with draw(), self._perturbed():
+                loss, _ = self._descend(inputs, labels, scale, delta, last=True)
+        return {"loss": loss}
+
+    def before_step(self) -> None:
+        """Goes to w + v of the last `backward`, where the optimizer is to step."""
+        self.after_step()
+        if self._gradients:
+            self._moved = self._perturbed()
+            self._at = [weight.detach().clone() for weight in self._weights]
+
+    def after_step(self) -> None:
+        """Puts the step taken at w + v on w."""
+        if self._moved is None:
+            return
+        steps = [weight.detach() - at for weight, at in zip(self._weights, self._at, strict=True)]
+        self._leave()
+        for weight, step in zip(self._weights, steps, strict=True):
+            weight.detach().add_(step)
+
+    def epoch_end(self) -> None:
+        self.epoch += 1
+
+    def close(self) -> None:
+        self._leave()
+        super().close()
+
+    def _leave(self) -> None:
+        moved, self._moved, self._at = self._moved, None, []
+        if moved is not None:
+            moved.close()
+
+    def _perturbed(self) -> contextlib.ExitStack:
+        """The weights at w + v until it is closed; each tensor has an epsilon of its own."""
+        stack = contextlib.ExitStack()
+        if not self._gradients:
+            return stack
+        try:
+            for weight, gradient, length in zip(self._weights, self._gradients, _lengths(self._weights), strict=True):
+                moved = perturbed_weights([weight], self.gamma * length, gradients=[gradient], backend=self.backend)
+                stack.enter_context(moved)
+        except BaseException:
+            stack.close()
+            raise
+        return stack
+
+
+def _lengths(tensors: Sequence[Tensor]) -> list[float]:
+    """L2 norms, fetched from the device in one go."""
+    return torch.stack([_norm(tensor) for tensor in tensors]).tolist() if tensors else []
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(tensor.detach(), dtype=torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _adapted(rho: float, weights: Sequence[Tensor], gradients: list[Tensor | None]) -> tuple[float, list[Tensor | None]]:
+    """ASAM's rho * w^2 g / || |w| g || as a length and a direction w^2 g, which `perturbed_weights` divides by its norm."""
+    scaled = [None if g is None else w.detach() * g for w, g in zip(weights, gradients, strict=True)]
+    directions = [None if g is None else w.detach() * g for w, g in zip(weights, scaled, strict=True)]
+    sizes = [torch.stack([_norm(x) for x in xs if x is not None]).norm().item() for xs in (scaled, directions)]
+    length = rho * sizes[1] / sizes[0] if 0 < sizes[0] < float("inf") else 0.0
+    return (length if length < float("inf") else 0.0), directions
