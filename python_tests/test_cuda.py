@@ -15,7 +15,9 @@ import tempfile
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import uegr_kernels as uk
 from uegr_kernels.core import backends, native
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -295,6 +297,25 @@ def test_a_missing_library_is_one_sentence_with_reason_and_remedy(monkeypatch, t
 def test_float64_is_refused_with_a_reason():
     reason = backends.why_not("cuda", "selective.selective_adamw_", torch.device("cuda"), torch.float64)
     assert "float64" in reason and "triton" in reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_fake_tensors_of_a_gpu_are_served(monkeypatch, dtype):
+    pytest.importorskip("triton")  # the reference needs more of a GPU than a CPU build of torch can feign
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    torch.compiler.reset()
+    with FakeTensorMode():
+        x = torch.empty(2, 3, 4, device="cuda", dtype=dtype)
+        dropout = uk.AdaptiveDropout(4)
+        dropout.gradient_norm, dropout.pending = torch.empty(2, 4, device="cuda")  # a CPU build of torch cannot move a module
+        for call in (
+            lambda: uk.pairwise_js(x),
+            lambda: uk.fgm_perturbation(x, 0.1),
+            lambda: uk.selection_mask(x, seed=1, step=1),
+            lambda: dropout(x),
+        ):
+            for served in (call(), torch.compile(call, backend="eager", fullgraph=True)()):
+                assert served.device.type == "cuda"
 
 
 @pytest.mark.parametrize(
