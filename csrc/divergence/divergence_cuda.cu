@@ -11,7 +11,8 @@
 // 128 threads in warps of their own: four samples under way a block. 512 threads a block: 64 KB under way with two accesses of 128 bits
 // each. Rows that do not fit, more than two passes in the pairs, soft labels, regression, architectures without clusters: `sweep`, which
 // reads rows from memory for the maxima and sums, again for the pairs and for the gradients; no more samples are under way than the L2
-// holds, so that it has the last reads. Rows that no whole accesses cover: the same kernels by single elements (the name says ragged).
+// holds, so that it has the last reads. Rows that no whole accesses cover: the same kernels by single elements (the name
+// says ragged; a block is a cluster of one there).
 // Values are kept by row and added up by one block in a fixed order. Nothing waits on the host: a label out of range makes its row's loss
 // NaN.
 #include <algorithm>
@@ -339,9 +340,6 @@ template <int m> __global__ void __launch_bounds__(warp_threads, 4) loss_ragged_
 }
 template <int m> __global__ void __launch_bounds__(block_threads, 1) loss_full_block(const __grid_constant__ Batch batch) {
     over_samples<BlockGroup, FullColumns, m>(batch);
-}
-template <int m> __global__ void __launch_bounds__(block_threads, 1) loss_ragged_block(const __grid_constant__ Batch batch) {
-    over_samples<BlockGroup, RaggedColumns, m>(batch);
 }
 template <int m> __global__ void __launch_bounds__(block_threads, 1) loss_full_cluster(const __grid_constant__ Batch batch) {
     over_samples<ClusterGroup, FullColumns, m>(batch);
@@ -678,7 +676,7 @@ template <int m> bool run_on_chip(Batch& batch, bool full, cudaStream_t stream) 
         const int64_t bytes = static_cast<int64_t>(room_bytes) + roles * batch.kept;
         if (bytes > most) continue;
         const Shape shape{minimum(batch.samples, 4 * sms) * cluster, block_threads, static_cast<size_t>(bytes), cluster};
-        if (cluster == 1) return go(full ? loss_full_block<m> : loss_ragged_block<m>, shape);
+        if (cluster == 1) return go(full ? loss_full_block<m> : loss_ragged_cluster<m>, shape);
         const auto kernel = full ? loss_full_cluster<m> : loss_ragged_cluster<m>;
         allow_shared(kernel, shape.shared, cluster > 8);
         if (active_clusters(kernel, shape) == 0) return false; // some devices of sm_90 refuse clusters
