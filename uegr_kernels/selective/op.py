@@ -196,7 +196,7 @@ def call(name: str, backend: str, *tensors: Any, **options: Any) -> None:
     torch.autograd.graph.increment_version([t for group in written for t in (group if isinstance(group, list) else [group])])
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def choose(name: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that serves operator `name` (core.backends.choose)."""
     return backends.choose(backend, f"selective.{name}", device, dtype)
