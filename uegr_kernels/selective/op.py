@@ -136,12 +136,8 @@ WRITTEN = {name: [i for i, text in enumerate(schema.split("*,")[0].split(", ")) 
 
 
 def _register(name: str, schema: str) -> None:
-    """Defines the operator; the reference is its default kernel, so that it exists on every device, Triton's its CUDA one."""
-    torch.library.define(f"uegr_kernels::{name}", f"({schema}) -> ()")
+    backends.define(name, f"({schema}) -> ()", functools.partial(_run, lambda: reference, name), functools.partial(_run, _triton, name))
     torch.library.register_fake(f"uegr_kernels::{name}", lambda *args, **kwargs: None)
-    torch.library.impl(f"uegr_kernels::{name}", "CompositeExplicitAutograd", functools.partial(_run, lambda: reference, name))
-    if backends.triton_stands_in():
-        torch.library.impl(f"uegr_kernels::{name}", "CUDA", functools.partial(_run, _triton, name))
 
 
 def _run(module: Callable[[], ModuleType], name: str, *args: Any, **kwargs: Any) -> None:
@@ -192,7 +188,7 @@ def call(name: str, backend: str, *tensors: Any, **options: Any) -> Any:
     if backend == "reference" and not torch.compiler.is_compiling():
         getattr(reference, name)(*tensors, **options)
         return None
-    if backend == "triton" and not torch.compiler.is_compiling():
+    if backend == "triton" and not backends.traced():
         plan = getattr(_triton(), name)(*tensors, **options, **known)
     else:
         if "selection" in options:
@@ -207,6 +203,7 @@ def call(name: str, backend: str, *tensors: Any, **options: Any) -> Any:
     return plan
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def choose(name: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that serves operator `name` (core.backends.choose)."""
     return backends.choose(backend, f"selective.{name}", device, dtype)
