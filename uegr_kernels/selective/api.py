@@ -19,6 +19,7 @@ FORMAT = 1  # of the state's layout; a key of every group
 FLOATS = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 
 
+COMPILED = ("cpp", "cuda")  # backends whose operators check a whole call themselves and take a state in a single tensor
 SWARM, TINY = 64, 4096  # parameters from which on, and elements a parameter up to which, states share one tensor
 GRADIENT = operator.attrgetter("grad")
 LEFT_OUT: dict[str, Any] = {"grads": [], "statistics": None}  # of what is kept from step to step: gradients are the user's to free
@@ -51,7 +52,7 @@ class SelectiveOptimizer(Optimizer):
         if seed is not None:
             seed = _whole("seed", seed) % 2**64
         self.backend = backend
-        self._roster, self._shared, self._room, self._addresses = None, {}, {}, []
+        self._roster, self._shared, self._addresses, self._room = None, {}, [], {}
         self._drawn_seed: int | None = None  # drawn here and not agreed on with the other ranks yet
         self._check(defaults)
         super().__init__(params, defaults | {"seed": seed, "format": FORMAT})
@@ -149,7 +150,7 @@ class SelectiveOptimizer(Optimizer):
             for batch in batches:
                 self._complete_states(batch)
             self._run(batches)
-            if len(self.param_groups) == len(batches) == 1 and batches[0]["backend"] in ("cpp", "triton") and not batches[0]["cuts"]:
+            if len(self.param_groups) == len(batches) == 1 and batches[0]["backend"] != "reference" and not batches[0]["cuts"]:
                 self._remember(batches[0])
             return loss
 
@@ -177,8 +178,8 @@ class SelectiveOptimizer(Optimizer):
                     "grads": grads,
                     "layout": layout,
                     "statistics": None,
-                    "plan": None,
                     "cuts": (),
+                    "plan": None,
                     "backend": others[0],
                     "seed": others[1],
                 }
@@ -280,8 +281,8 @@ class SelectiveOptimizer(Optimizer):
             "backend": backend,
             "seed": _signed(_whole("seed", group["seed"]) % 2**64),
             "statistics": None,
-            "plan": None,
             "cuts": (),
+            "plan": None,
             "params": [],
             "grads": [],
             "states": [],
@@ -331,12 +332,15 @@ class SelectiveOptimizer(Optimizer):
         states = batch["states"] = [state if state else self.state[p] for p, state in zip(params, batch["states"], strict=True)]
         for key in self._needed(group):
             lacking = [i for i, state in enumerate(states) if key not in state]  # what is there (a checkpoint's, a hook's) is left alone
-            if len(lacking) == len(params) >= SWARM and len(self.param_groups) == 1 and batch["backend"] == "cpp":
+            if len(lacking) == len(params) >= SWARM and len(self.param_groups) == 1 and batch["backend"] in COMPILED:
                 if all(p.numel() <= TINY and p.is_contiguous() and not shards.sharded(p) for p in params):
                     self._share_states(key, batch)
                     continue
             for i in lacking:
                 states[i][key] = self._fresh_state(key, params[i], group)
+            if key == "step" and params[0].is_cuda:  # one found on the CPU, after a load, moves
+                for state in states:
+                    state[key] = state[key].to(params[0].device)
             batch[key] = [state[key] for state in states]
 
     def _share_states(self, key: str, batch: dict[str, Any]) -> None:
@@ -515,7 +519,7 @@ class SelectiveOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._roster, self._shared, self._room, self._addresses = None, {}, {}, []
+        self._roster, self._shared, self._addresses, self._room = None, {}, [], {}
         for group in self.param_groups:
             for p in group["params"]:
                 p_state = self.state.get(p) or {}

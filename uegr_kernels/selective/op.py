@@ -133,12 +133,8 @@ SCHEMAS = {
 
 
 def _register(name: str, schema: str) -> None:
-    """Defines the operator; the reference is its default kernel, so that it exists on every device, Triton's its CUDA one."""
-    torch.library.define(f"uegr_kernels::{name}", f"({schema}) -> ()")
+    backends.define(name, f"({schema}) -> ()", functools.partial(_run, lambda: reference, name), functools.partial(_run, _triton, name))
     torch.library.register_fake(f"uegr_kernels::{name}", lambda *args, **kwargs: None)
-    torch.library.impl(f"uegr_kernels::{name}", "CompositeExplicitAutograd", functools.partial(_run, lambda: reference, name))
-    if backends.triton_stands_in():
-        torch.library.impl(f"uegr_kernels::{name}", "CUDA", functools.partial(_run, _triton, name))
 
 
 def _run(module: Callable[[], ModuleType], name: str, *args: Any, **kwargs: Any) -> None:
@@ -184,13 +180,13 @@ def call(name: str, backend: str, *tensors: Any, **options: Any) -> Any:
     Arguments as in SCHEMAS, with the options as one `selection`, a normalisation by its name. What is returned may be the option `plan` of
     the next call whose tensors, the gradients aside, are the same objects: they are not looked at as closely again.
     """
-    again = {"plan": options.pop("plan")} if "plan" in options else {}
+    known = {"plan": options.pop("plan")} if "plan" in options else {}
     plan = None
     if backend == "reference" and not torch.compiler.is_compiling():
         getattr(reference, name)(*tensors, **options)
         return None
-    if backend == "triton" and not torch.compiler.is_compiling():
-        plan = getattr(_triton(), name)(*tensors, **options, **again)
+    if backend == "triton" and not backends.traced():
+        plan = getattr(_triton(), name)(*tensors, **options, **known)
     else:
         if "selection" in options:
             arguments = options | options["selection"].arguments()
@@ -203,6 +199,7 @@ def call(name: str, backend: str, *tensors: Any, **options: Any) -> Any:
     return plan
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def choose(name: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that serves operator `name` (core.backends.choose)."""
     return backends.choose(backend, f"selective.{name}", device, dtype)
@@ -210,14 +207,12 @@ def choose(name: str, backend: str, device: torch.device, dtype: torch.dtype) ->
 
 def no_statistics(rows: int, normalization: str, device: torch.device) -> Tensor:
     """Statistics of nothing, for the statistics operator to join others to."""
-    if normalization == "rank":
-        return nothing_(torch.empty(rows, reference.RANK_BINS, dtype=torch.int64, device=device))
-    return nothing_(torch.empty(rows, 2, dtype=torch.float64, device=device))
+    sizes, dtype = ((rows, reference.RANK_BINS), torch.int64) if normalization == "rank" else ((rows, 2), torch.float64)
+    return _emptied(torch.empty(sizes, dtype=dtype, device=device))
 
 
-def nothing_(statistics: Tensor) -> Tensor:
-    """Makes statistics those of nothing."""
-    if statistics.dtype == torch.int64:
+def _emptied(statistics: Tensor) -> Tensor:
+    if not statistics.is_floating_point():
         return statistics.zero_()
     statistics.fill_(torch.inf)[:, 1].neg_()
     return statistics
@@ -227,12 +222,14 @@ def scope_statistics(parts: list[dict[str, Any]], normalization: str, *, rows: i
     """The statistics of s over the tensors of all parts together (rows=1), or of each tensor of the only part, as the operators take them.
 
     A part has `grads`, `saliencies`, `layout`, `sizes`, `grad_scale`, a chosen `backend`, and `kept`: None, or lists of the minima and
-    maxima that stand for the tensors (NaN: nothing kept yet). cut: the processes that hold the rest of the tensors (core.shards). room:
-    memory for the next call too.
+    maxima that stand for the tensors (NaN: nothing kept yet). cut: the processes that hold the rest of the tensors (core.shards). The
+    memory is `room`'s, which keeps it.
     """
     home = parts[0]["grads"][0].device
-    key = rows, normalization, cut, home
-    out = room[key] = nothing_(room[key]) if key in room else no_statistics(rows, normalization, home)
+    key = normalization, home, rows, cut
+    if key not in room:
+        room[key] = no_statistics(rows, normalization, home)
+    out = _emptied(room[key])
     for part in parts:
         into = out.to(part["grads"][0].device)
         options = {"layout": part["layout"], "sizes": part["sizes"], "normalization": normalization, "grad_scale": part["grad_scale"]}

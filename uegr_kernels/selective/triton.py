@@ -976,10 +976,7 @@ class Call:
         planes = [i for i, tensor in enumerate(lists["theta"] or lists["g"]) if tensor.dim() > 1]
         moving = _moving(lists, planes)
         standing = _standing(lists), self.layout, self.sizes
-        plans: Any = RECENT
-        key: Any = (kind, tuple(self.layout))
-        if self.steps:
-            plans, key = PLANS.setdefault(self.steps[0], {}), kind
+        plans, key = (PLANS.setdefault(self.steps[0], {}), kind) if self.steps else (RECENT, (kind, tuple(self.layout)))
         plan = plans.pop(key, None)
         if plan is None or plan.moving != moving or plan.standing != standing:
             plan = Plan(moving, standing, planes, kind, lists, self.layout, self.sizes)
@@ -1007,7 +1004,7 @@ def _selection_numbers(selection) -> dict[str, float]:
 
 def _step(
     line, params, grads, moments, steps, mins, maxs, *, scope_statistics, lr, lr_tensor, weight_decay, numbers, tensors, plan, **call
-) -> Plan | None:
+):
     numbers |= {"lr": lr, "weight_decay": weight_decay}
     lists = {"theta": params, "moments": moments, "steps": steps, "kept": (mins, maxs)}
     return Call(line, grads, **lists, numbers=numbers, tensors=tensors | {"lr": lr_tensor}, scope=scope_statistics, **call).run(plan)
@@ -1020,13 +1017,15 @@ def selective_adamw_(
     moments = [exp_avgs, exp_avg_sqs, max_exp_avg_sqs]
     betas = {"beta1": beta1_tensor, "beta2": beta2_tensor}
     numbers = {"beta1": beta1, "beta2": beta2, "eps": eps}
-    return _step("adamw", params, grads, moments, *kept, numbers=numbers, tensors=betas, **options)
+    plan: Plan | None = _step("adamw", params, grads, moments, *kept, numbers=numbers, tensors=betas, **options)
+    return plan
 
 
 def selective_sgd_(params, grads, momentum_buffers, *kept, momentum, dampening, **options) -> Plan | None:
     """SGD on g~ (target "gradient"), or SGD's step where b ("update")."""
     numbers = {"momentum": momentum, "dampening": dampening}
-    return _step("sgd", params, grads, [momentum_buffers], *kept, numbers=numbers, tensors={}, **options)
+    plan: Plan | None = _step("sgd", params, grads, [momentum_buffers], *kept, numbers=numbers, tensors={}, **options)
+    return plan
 
 
 def select_gradients_(grads, saliencies, *, scope_statistics, layout, step, seed, selection) -> None:
