@@ -28,8 +28,7 @@ def find_torch() -> Path:
     known = [get_path(kind, s, {"base": base, "platbase": base}) for s, base in schemes for kind in ("purelib", "platlib")]
     named = os.environ.get("UEGR_KERNELS_TORCH")
     for torch in [Path(named)] if named else [Path(place, "torch") for place in (*sys.path, *known)]:
-        version = torch / "version.py"
-        found = version.is_file() and re.search(r"__version__ = '(\d+)\.(\d+)", version.read_text())
+        found = (file := torch / "version.py").is_file() and re.search(r"__version__ = '(\d+)\.(\d+)", file.read_text())
         if found and (int(found[1]), int(found[2])) >= (2, 11) and (torch / "include/torch/csrc/stable").is_dir():
             return torch
     raise CompileError(f"no torch 2.11 or newer in {named or known[0]} (install torch, or name its folder by UEGR_KERNELS_TORCH)")
@@ -48,10 +47,9 @@ def ninja_lines(compiler: str, folder: Path, libraries: list[tuple[Path, list[Pa
 
 class BuildNative(build_ext):  # every CompileError says why there is no native code, and in brackets what would change that
     def run(self) -> None:
-        package = Path("" if self.inplace else self.build_lib, "uegr_kernels")
-        note = package / "_lib/not_built.txt"
+        note = Path("" if self.inplace else self.build_lib, "uegr_kernels/_lib/not_built.txt")
         try:
-            self.build(package)
+            self.build(note.parent.parent)
             note.unlink(missing_ok=True)
         except CompileError as reason:
             shutil.rmtree(note.parent, ignore_errors=True)  # what an earlier build left would pass for this one's
@@ -77,17 +75,19 @@ class BuildNative(build_ext):  # every CompileError says why there is no native 
             libraries.append((package / f"_bindings{get_config_var('EXT_SUFFIX')}", [Path("csrc/bindings.cpp")], f"{FLAGS} {includes}", ""))
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text("\n".join(ninja_lines(compiler, folder, libraries)))
-        cuda = ", no CUDA sources in this version" if os.environ.get("UEGR_KERNELS_CUDA") == "1" else ""
-        print(f"uegr-kernels: building for {', '.join(ISAS)} with {compiler} and the headers of {torch}{cuda}", flush=True)
+        print(f"uegr-kernels: building for {', '.join(ISAS)} with {compiler} and the headers of {torch}", flush=True)
         ninja = [sys.executable, "-m", "ninja", "-f", str(folder / "build.ninja"), f"-j{os.environ.get('MAX_JOBS') or os.cpu_count()}"]
         run = subprocess.run(ninja, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "LC_ALL": "C"})
         if run.returncode:
             print(run.stdout, flush=True)
             error = re.search(r".*(error: |undefined reference|No module named).*", run.stdout) or [run.stdout[-200:]]
             raise CompileError(f"the compile failed with: {error[0].strip()} (`pip install -v` shows the rest)")
+        cuda = [sys.executable, "csrc/build_cuda.py", str(torch), str(folder / "cuda"), str(package / "_lib")]
+        if Path(cuda[1]).exists() and subprocess.run(cuda).returncode and os.environ.get("UEGR_KERNELS_BUILD") == "1":
+            raise CompileError("the CUDA library was insisted on and failed (see above; UEGR_KERNELS_CUDA=0 leaves it out)")
 
     def get_output_mapping(self) -> dict[str, str]:  # asked by `pip install -e . --config-settings editable_mode=strict`
-        built = [*Path("uegr_kernels/_lib").glob("*"), *Path("uegr_kernels").glob("_bindings.*")] if self.inplace else []
+        built = (file for pattern in ("_lib/*", "_bindings.*") for file in Path("uegr_kernels").glob(pattern) if self.inplace)
         return {str(Path(self.build_lib, file)): str(file) for file in built}
 
 

@@ -95,10 +95,16 @@ def driver() -> str:
 
 
 def build() -> str:
-    """Compiles in place what this machine can compile; a failure leaves Triton."""
+    """Compiles in place what this machine can compile, for its own GPU alone; a failure leaves Triton."""
     try:
+        own = ".".join(map(str, torch.cuda.get_device_capability()))
         run = subprocess.run(
-            [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=harness.ROOT, capture_output=True, text=True, timeout=180
+            [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+            cwd=harness.ROOT,
+            env={"TORCH_CUDA_ARCH_LIST": own} | os.environ,
+            capture_output=True,
+            text=True,
+            timeout=180,
         )
     except subprocess.TimeoutExpired:
         return "build: stopped after three minutes"
@@ -158,16 +164,18 @@ def alternate(steps: dict[str, Callable[[], object]], must_move: int, until: flo
     return {"bytes": must_move, "copy_gb_s": copied / 1e9, "contestants": found}
 
 
-def step_case(**options) -> Callable[[float], dict]:
-    """A step at BERT-large's tensors beside torch's fused one."""
+def step_case(shapes: list | None = None, dtype: torch.dtype = torch.float32, **options) -> Callable[[float], dict]:
+    """A step beside torch's fused one, at BERT-large's tensors where none are named."""
 
     def case(until: float) -> dict:
-        params = [torch.nn.Parameter(torch.randn(shape, device="cuda")) for shape in bert_shapes(hidden=1024, layers=24)]
+        tensors = shapes or bert_shapes(hidden=1024, layers=24)
+        params = [torch.nn.Parameter(torch.randn(shape, device="cuda", dtype=dtype)) for shape in tensors]
         for p in params:
             p.grad = torch.randn_like(p)
-        mine = uk.SelectiveAdamW(params, seed=1, capturable=True, **options)
+        moments = {} if dtype == torch.float32 else {"state_dtype": dtype}
+        mine = uk.SelectiveAdamW(params, seed=1, capturable=True, **moments, **options)
         fused = torch.optim.AdamW(params, fused=True, capturable=True)
-        return alternate({"uegr_kernels": mine.step, "torch fused": fused.step}, 28 * sum(p.numel() for p in params), until)
+        return alternate({"uegr_kernels": mine.step, "torch fused": fused.step}, 7 * dtype.itemsize * sum(p.numel() for p in params), until)
 
     return case
 
@@ -257,8 +265,11 @@ CASES: dict[str, Callable[[float], dict]] = {
     "step, BERT-large, previous": step_case(statistics="previous"),
     "step, BERT-large, previous, Triton": step_case(statistics="previous", backend="triton"),
     "step, BERT-large, Triton": step_case(backend="triton"),
+    "step, BERT-large, bfloat16": step_case(dtype=torch.bfloat16),
+    "step, one tensor of 1e9": step_case([(10**9,)]),
     "loss, m=2, N=4096, C=32000, bfloat16": loss_case(2, 4096, 32000, torch.bfloat16),
     "loss, m=2, N=4096, C=128256, bfloat16": loss_case(2, 4096, 128256, torch.bfloat16),
+    "loss, m=2, N=4096, C=128256, float32": loss_case(2, 4096, 128256, torch.float32),
     "loss, m=2, N=16, C=2, float32": loss_case(2, 16, 2, torch.float32),
     "perturbation, 16 x 128 x 768": perturbation,
     "dropout, 16 x 128 x 3072, float32": dropout_case(torch.float32),

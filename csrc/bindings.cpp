@@ -35,13 +35,11 @@ template <class T, class F> Array<T> map_vectors(const Array<T>& in, F f) {
 }
 
 // Four words from four counter words and two key words, through the scalar lanes a device uses.
-py::tuple philox(py::sequence counter, py::sequence key) {
-    auto at = [&](int i) { return counter[i].cast<uint64_t>(); };
-    Counter<uint64_t, uint64_t, uint64_t, uint64_t> c{at(0), at(1), at(2), at(3)};
-    const RoundKeys keys(key[0].cast<uint64_t>() | key[1].cast<uint64_t>() << 32);
-    for (int round = 0; round < 10; ++round) c = philox_round(c, keys.k0[round], keys.k1[round]);
-    return py::make_tuple(static_cast<uint32_t>(c.c0), static_cast<uint32_t>(c.c1), static_cast<uint32_t>(c.c2),
-                          static_cast<uint32_t>(c.c3));
+py::tuple philox_of(py::sequence counter, py::sequence key) {
+    auto at = [](py::sequence words, int i) { return words[i].cast<uint64_t>(); };
+    const FourWords w = philox(at(counter, 0) | at(counter, 1) << 32, static_cast<uint32_t>(at(counter, 2)),
+                               static_cast<uint32_t>(at(counter, 3)), RoundKeys(at(key, 0) | at(key, 1) << 32));
+    return py::make_tuple(w.at[0], w.at[1], w.at[2], w.at[3]);
 }
 
 // The words of elements [begin, begin + n) of a shard, through the vector lanes the CPU loops use.
@@ -90,7 +88,7 @@ PYBIND11_MODULE(_bindings, m) {
                                     py::arg("none") = static_cast<int>(Reduction::none));
     m.attr("RANK_BINS") = rank_bins;
     m.attr("RANK_SAMPLED") = rank_sampled;
-    m.def("philox4x32", philox);
+    m.def("philox4x32", philox_of);
     m.def("element_words", words);
     m.def("uniform_below", [](const Array<uint32_t>& words, double p) {
         return map<bool>(words, [limit = uniform_limit(p)](uint32_t word) { return uniform_below(word, limit); });

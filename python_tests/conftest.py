@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import itertools
 import os
 import typing
 
@@ -27,32 +28,52 @@ hypothesis.settings.load_profile("house")
 
 def pytest_addoption(parser):
     parser.addoption("--triton", action="store_true", help="Triton's kernels too: many minutes on its interpreter, one for all compiles")
-    parser.addoption("--every-dtype", action="store_true", help="on interpreted Triton kernels too, every case in every dtype")
+    parser.addoption("--only-triton", action="store_true", help="these alone: what a run without either option leaves out")
+    parser.addoption("--every-case", action="store_true", help="on interpreted Triton kernels too, all combinations of a test's parameters")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves Triton's interpreter out, or, as slow as it is, goes through the dtypes of a test's cases in turn, a case in one of them."""
-    if config.getoption("--triton"):
-        left_out = set() if config.getoption("--every-dtype") else other_dtypes(items)
-    else:
-        left_out = {item for item in items if item.path.stem == "test_triton_resources" or "[triton" in item.name or "-triton" in item.name}
+    """Leaves Triton's interpreter out, or, as slow as it is, gives it every value of each of a test's parameters, not all combinations."""
+    slow = {item for item in items if item.path.stem == "test_triton_resources" or "[triton" in item.name or "-triton" in item.name}
+    left_out = slow
+    if config.getoption("--triton") or config.getoption("--only-triton"):
+        left_out = set(items) - slow if config.getoption("--only-triton") else set()
+        left_out |= set() if config.getoption("--every-case") else repeated(items)
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=list(left_out))
 
 
-def other_dtypes(items):
-    """The tests on Triton whose case is for another dtype to run."""
-    indices = [item.callspec.indices if hasattr(item, "callspec") else {} for item in items]
-    dtypes = collections.Counter()
-    for item, index in zip(items, indices, strict=True):
-        dtypes[item.function] = max(dtypes[item.function], index.get("dtype", 0) + 1)
+def repeated(items):
+    """The tests on Triton each of whose parameters' values another one has too: the values of the longest list go along with all others."""
+    tests = collections.defaultdict(list)
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if "triton" in (parameters.get("backend"), parameters.get("native")):
+            tests[item.function].append(item)
     left_out = set()
-    for item, index in zip(items, indices, strict=True):
-        cases = [number for name, number in index.items() if name not in ("dtype", "backend", "native")]
-        backend = next((item.callspec.params[name] for name in ("backend", "native") if name in index), None)
-        if backend == "triton" and cases and "dtype" in index and sum(cases) % dtypes[item.function] != index["dtype"]:
-            left_out.add(item)
+    for some in tests.values():
+        longest, *others = sorted(map(places, lists_of(some), itertools.repeat(some)), key=max, reverse=True) or [[]]
+        turns = collections.Counter()
+        for list_ in others:
+            size = max(list_) + 1
+            turns[size] += 1  # lists of one length take turns of their own
+            due = [(place + turns[size] * (place // size) + 1) % size for place in longest]
+            left_out |= {item for item, place, wanted in zip(some, list_, due, strict=True) if place != wanted}
     return left_out
+
+
+def lists_of(some):
+    """The names that each list of a test's parameters gives values to."""
+    names = [mark.args[0] for mark in some[0].iter_markers("parametrize")]
+    names = [[name.strip() for name in each.split(",")] if isinstance(each, str) else list(each) for each in names]
+    return [each for each in names if each not in (["backend"], ["native"])]
+
+
+def places(names, some):
+    """Which of a list's values each item has."""
+    values = [tuple(id(item.callspec.params[name]) for name in names) for item in some]
+    known = {value: place for place, value in enumerate(dict.fromkeys(values))}
+    return [known[value] for value in values]
 
 
 def serve_or_skip(request: pytest.FixtureRequest) -> str:

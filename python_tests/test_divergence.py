@@ -158,8 +158,8 @@ def compare_with_wide_reference(native, logits, labels, **options):
 @pytest.mark.parametrize("c", [1, 2, 15, 16, 17, 1023, 1024, 1025, 3000])
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 6, 8])
 def test_kernel_is_the_wide_reference(native, m, c):
-    if native == "triton" and m > 2 and c not in (1, 16, 1025)[2 * (m == 6) :]:
-        pytest.skip("many passes of every width take the interpreter long")
+    if native == "triton" and m * c > 5000:
+        m = 2  # many passes of many blocks take the interpreter long
     logits = [random_logits(3, c, dtype=torch.float32, seed=1, scale=5.0), random_logits(m, 3, c, dtype=torch.float32, seed=2, scale=5.0)]
     compare_with_wide_reference(native, logits, torch.tensor([0, -100, c - 1]))
     compare_with_wide_reference(native, logits, torch.tensor([0, -100, c // 2]), label_smoothing=0.1)
@@ -186,8 +186,6 @@ def test_kernel_is_the_wide_reference_far_out(native):
 @pytest.mark.parametrize("scale", [0.1, 3.0, 20.0])
 def test_kernel_is_the_wide_reference_where_terms_cancel(native, c, scale):
     offsets = torch.tensor([79.0, -78.3, 12.7, 41.9]).view(4, 1, 1)
-    if native == "triton" and scale == 20.0:
-        pytest.skip("the Triton kernels do not count log ratios from the most probable class, as these rows would need")
     n = 64 if native == "cpp" else 8
     logits = (random_logits(4, n, c, dtype=torch.float32, seed=3, scale=scale) + offsets).clamp(-80, 80)
     compare_with_wide_reference(native, [logits[0], logits[1:]], torch.arange(n) % c, js_weight=1.0)
@@ -389,8 +387,9 @@ def test_linear_gradcheck(backend, reduction):
     labels = labels.clamp(max=2)
     options = {"reduction": reduction, "chunk_rows": 2, "backend": backend}
     inputs = (clean, adversarial, weight, bias)
-    assert torch.autograd.gradcheck(lambda c, a, w, b: linear_uegr_loss(c, a, w, labels, b, js_weight=0.5, **options), inputs)
-    assert torch.autograd.gradcheck(lambda a, w: linear_pairwise_js(a, w, **options), (adversarial, weight))
+    fast = {"fast_mode": backend == "triton"}  # a random direction for each input
+    assert torch.autograd.gradcheck(lambda c, a, w, b: linear_uegr_loss(c, a, w, labels, b, js_weight=0.5, **options), inputs, **fast)
+    assert torch.autograd.gradcheck(lambda a, w: linear_pairwise_js(a, w, **options), (adversarial, weight), **fast)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,7 +1,10 @@
-"""Triton's kernels as compiled, on a GPU (TRITON_INTERPRET=0), and what `python -m bench.gpu` says where there is none."""
+"""The CUDA and Triton kernels on a GPU (TRITON_INTERPRET=0), and what `python -m bench.gpu` says where there is none."""
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from test_selective import ADAMW_CASES, DTYPES, OPTIMIZERS, SGD_CASES, SPREAD, a
 
 import uegr_kernels as uk
 from bench import gpu as bench_gpu
+from uegr_kernels.core import backends
 
 SHAPES = [(0,), (5, 41), (1025,), (70_001,), (31, 33)]
 
@@ -23,6 +27,15 @@ def gpu() -> torch.device:
     return torch.device("cuda")
 
 
+@pytest.fixture(params=("cuda", "triton"))
+def kernels(request, gpu) -> str:
+    """Every backend with kernels for this GPU."""
+    reason = backends.why_not(request.param, "selective.selective_adamw_", gpu)
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
 def moved(tensors, device):
     return [t.to(device) for t in tensors]
 
@@ -33,13 +46,16 @@ CASES = [pytest.param(*case[:2], DTYPES[i % 4], id=f"{case[0].__name__} {case[2]
 
 
 @pytest.mark.parametrize(("cls", "options", "dtype"), CASES)
-def test_gpu_steps_agree_with_the_reference(monkeypatch, gpu, cls, options, dtype):
+def test_gpu_steps_agree_with_the_reference(monkeypatch, gpu, kernels, cls, options, dtype):
+    reason = backends.why_not(kernels, f"selective.{cls.operator}", gpu, dtype)
+    if reason is not None:
+        pytest.skip(f"{kernels}: {reason}")
     options = SPREAD | {"lr": 0.3} | options
     ranked = options.get("normalization") == "rank"
     start, gradients = problem(SHAPES, dtype)
     with noting_near_ties(monkeypatch, histogram=ranked) as near:
         expected, other = trained(cls, "reference", start, gradients, **options)
-    params, optimizer = trained(cls, "triton", moved(start, gpu), [moved(grads, gpu) for grads in gradients], **options)
+    params, optimizer = trained(cls, kernels, moved(start, gpu), [moved(grads, gpu) for grads in gradients], **options)
     for i, (p, q) in enumerate(zip(params, expected, strict=True)):
         found = {"parameter": (p, q)} | {key: (optimizer.state[p][key], value) for key, value in states_of(other, q).items()}
         for name, (ours, value) in found.items():
@@ -49,10 +65,10 @@ def test_gpu_steps_agree_with_the_reference(monkeypatch, gpu, cls, options, dtyp
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 @pytest.mark.parametrize("options", [{}, {"statistics": "previous"}, {"normalization": "rank"}], ids=str)
-def test_gpu_replays_between_eager_steps_equal_eager_steps(gpu, cls, options):
+def test_gpu_replays_between_eager_steps_equal_eager_steps(gpu, kernels, cls, options):
     start, gradients = problem(SHAPES, steps=5)
     gradients = [moved(grads, gpu) for grads in gradients]
-    options = SPREAD | options | {"lr": torch.tensor(0.1, device=gpu), "capturable": True, "backend": "triton"}
+    options = SPREAD | options | {"lr": torch.tensor(0.1, device=gpu), "capturable": True, "backend": kernels}
     expected, _ = trained(cls, start=moved(start, gpu), gradients=gradients, **options)
 
     params = as_parameters(moved(start, gpu))
@@ -79,12 +95,12 @@ def test_gpu_replays_between_eager_steps_equal_eager_steps(gpu, cls, options):
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
-def test_gpu_steady_steps_neither_wait_nor_allocate(gpu, cls):
+def test_gpu_steady_steps_neither_wait_nor_take_more_memory(gpu, kernels, cls):
     start, gradients = problem(SHAPES, steps=4)
     gradients = [moved(grads, gpu) for grads in gradients]
-    params, optimizer = trained(cls, "triton", moved(start, gpu), gradients[:3], seed=1, capturable=True)
+    params, optimizer = trained(cls, kernels, moved(start, gpu), gradients[:3], seed=1, capturable=True)
     torch.cuda.synchronize()
-    allocated = torch.cuda.memory_stats()["allocation.all.allocated"]
+    reserved = torch.cuda.memory_reserved()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for p, g in zip(params, gradients[3], strict=True):
@@ -92,7 +108,102 @@ def test_gpu_steady_steps_neither_wait_nor_allocate(gpu, cls):
         optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.cuda.memory_stats()["allocation.all.allocated"] == allocated
+    assert torch.cuda.memory_reserved() == reserved
+
+
+def test_gpu_masks_equal_the_references(gpu, kernels):
+    g = torch.randn(1 << 20)
+    found, expected = (uk.selection_mask(x, seed=3, step=7, backend=b).cpu() for x, b in ((g.to(gpu), kernels), (g, "reference")))
+    assert (found != expected).sum() <= 2  # u and p closer than 2^-22
+
+
+@pytest.mark.parametrize("classes", [10, 1003, 5000, 50_257, 128_256])  # a warp, a block, clusters, ragged rows
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gpu_losses_agree_with_the_reference(gpu, kernels, classes, dtype):
+    clean, adversarial = (torch.randn(*shape, 8, classes, device=gpu, dtype=dtype) for shape in ((), (2,)))
+    labels = torch.randint(classes, (8,), device=gpu)
+    found = []
+    for backend in (kernels, "reference"):
+        x, y = (t.clone().requires_grad_() for t in (clean, adversarial))
+        loss = uk.uegr_loss(x, y, labels, js_weight=1.0, label_smoothing=0.1, backend=backend)
+        loss.backward()
+        found.append((loss.detach(), x.grad, y.grad))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("per", ["sample", "token", "all"])
+def test_gpu_perturbations_agree_with_the_reference(gpu, kernels, norm, per):
+    g, delta = torch.randn(2, 3, 70, 24, device=gpu)
+    mask = torch.rand(3, 70, device=gpu) < 0.9
+    for call in (
+        lambda b: uk.fgm_perturbation(g, 0.1, norm=norm, per=per, mask=mask, keep_probability=0.5, seed=4, backend=b),
+        lambda b: uk.pgd_step(delta, g, step_size=0.1, radius=0.3, norm=norm, per=per, mask=mask, backend=b),
+    ):
+        torch.testing.assert_close(call(kernels), call("reference"), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("units", [24, 1001])
+def test_gpu_dropout_agrees_with_the_reference(gpu, kernels, units):
+    found = []
+    for backend in (kernels, "reference"):
+        dropout = uk.AdaptiveDropout(units, 0.4, backend=backend).to(gpu)
+        torch.manual_seed(6)
+        x = torch.linspace(-1, 1, 40 * units, device=gpu).view(40, units).requires_grad_()
+        for _ in range(2):
+            y = dropout(x)
+            y.square().sum().backward()
+        found.append((y.detach(), x.grad, dropout.gradient_norm, dropout.pending))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_gpu_tensors_past_32_bits(gpu, kernels):
+    n = 2**31 + 5
+    if torch.cuda.mem_get_info()[0] < 10 * n:
+        pytest.skip("the GPU has too little memory")
+    p = torch.nn.Parameter(torch.zeros(n, device=gpu, dtype=torch.bfloat16))
+    p.grad = torch.ones_like(p)
+    options = {"normalization": "constant", "state_dtype": torch.bfloat16, "seed": 1, "backend": kernels}
+    uk.SelectiveAdamW([p], lr=1.0, weight_decay=0.0, **options).step()
+    assert (p.detach()[[0, 2**31 - 1, 2**31, n - 1]] == -1).all()
+
+
+def test_gpu_float64_is_left_to_others(gpu):
+    p = torch.nn.Parameter(torch.randn(1000, device=gpu, dtype=torch.float64))
+    p.grad = torch.randn_like(p)
+    optimizer = uk.SelectiveAdamW([p], seed=1)
+    for step in (optimizer.step, torch.compile(optimizer.step)):
+        step()
+    assert uk.pairwise_js(torch.randn(2, 3, 5, device=gpu, dtype=torch.float64)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_gpu_memory_is_clean_under_the_sanitizer(gpu, tool):
+    sanitizer = shutil.which("compute-sanitizer")
+    if not sanitizer:
+        pytest.skip("compute-sanitizer, which comes with the CUDA toolkit, is not installed")
+    reason = backends.why_not("cuda", "selective.selective_adamw_", gpu)
+    if reason is not None:
+        pytest.skip(f"cuda: {reason}")
+    program = """
+import torch, uegr_kernels as uk
+for options in ({}, {"statistics": "previous"}, {"normalization": "rank"}, {"state_dtype": torch.bfloat16}):
+    p = torch.nn.Parameter(torch.ones(70_001, device="cuda"))
+    p.grad = torch.randn_like(p)
+    uk.SelectiveAdamW([p], seed=1, backend="cuda", **options).step()
+for classes in (40, 2000, 20_000):
+    x = torch.randn(2, 8, classes, device="cuda", requires_grad=True)
+    uk.pairwise_js(x, backend="cuda").backward()
+uk.fgm_perturbation(x.detach(), 0.1, backend="cuda")
+x = torch.randn(100, 24, device="cuda", requires_grad=True)
+uk.AdaptiveDropout(24, backend="cuda").cuda()(x).sum().backward()
+torch.cuda.synchronize()
+"""
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "1", sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=bench_gpu.harness.ROOT, timeout=150)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

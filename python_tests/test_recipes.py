@@ -870,6 +870,9 @@ def test_arat(split, predictor, stop_gradient):
         assert {id(p) for p in recipe.parameters()} <= {id(p) for p in optimizer.param_groups[-1]["params"]}
         optimizer.step()
         own = recipe.parameters()
+        assert all(p.grad is not None for p in own)
+        recipe.after_step()
+        assert all(p.grad is None for p in own)
         recipe.close()
         assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
         assert len(optimizer.state) <= len(list(model.parameters()))
@@ -1452,6 +1455,27 @@ def test_precision_and_frozen_embeddings(name, kind):
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     assert (model.embedding.weight.grad is None) == (kind == "frozen embedding" or name == "free_at")
+
+
+@pytest.mark.parametrize(
+    "name, options", [("free_lb", {}), ("roast", {}), ("sam", {}), ("arat", {"steps": 1})], ids=lambda value: str(value)
+)
+def test_a_model_compiled_after_the_recipe_was_built(name, options):
+    results = []
+    for compiled in (False, True):
+        model = small(0.0)
+        torch.manual_seed(0)
+        recipe = build(name, model, **options)
+        if compiled:
+            torch._dynamo.reset()
+            model.compile(backend="eager")
+        for step in range(2):
+            model.zero_grad()
+            torch.manual_seed(step)
+            losses = recipe.backward(*batch(step))
+        results.append((losses, state(model)))
+    for actual, expected in zip(*results, strict=True):
+        assert_equal(actual, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", recipes.NAMES)

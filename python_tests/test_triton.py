@@ -1,11 +1,14 @@
 """What is Triton's own: the generator in its language, tables and launches, and what the compilers make of the kernels."""
 
 import struct
+import weakref
 
 import pytest
 import torch
 from compiled import TARGETS, kernels
 from test_core import WORD_CASES
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import uegr_kernels as uk
 from uegr_kernels.core import philox
@@ -13,6 +16,7 @@ from uegr_kernels.selective import op
 
 triton = pytest.importorskip("triton", reason="Triton is not installed; run `pip install triton`")
 import triton.language as tl  # noqa: E402
+from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 
 from uegr_kernels.core import triton_ops  # noqa: E402
 
@@ -101,8 +105,7 @@ def test_what_a_capture_copies_is_written_by_nobody_else(monkeypatch):
         patch.setattr(triton_ops, "capturing", lambda device: True)
         patch.setattr(selective.Plan, "launch", lambda plan, *rest: (launches.append((plan, *rest)), launch(plan, *rest)))
         step(static)
-        captured = selective.PLANS[optimizer.state[p]["step"]]["captured"]
-        copies = [(upload.target, source) for _, upload in captured for source, _ in upload.sources]
+        copies = [(upload.target, source) for _, upload in selective.CAPTURED[p] for source, _ in upload.sources]
     assert len(copies) == 1 and p.tolist() == [-4.0, -2.0, -5.0]
     step(others[1])
     static.fill_(10.0)
@@ -121,7 +124,7 @@ def test_a_steady_step_makes_its_table_again_only_where_something_moved():
     optimizer.step()
 
     def plan():
-        return next(value for key, value in selective.PLANS[optimizer.state[p]["step"]].items() if key != "captured")
+        return next(iter(selective.PLANS[optimizer.state[p]["step"]].values()))
 
     first = plan()
     copied = first.upload.content
@@ -133,6 +136,114 @@ def test_a_steady_step_makes_its_table_again_only_where_something_moved():
     optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"].clone()
     optimizer.step()
     assert plan() is not first
+
+
+def test_a_plan_made_under_capture_serves_no_other_step(monkeypatch):
+    """Its rows are on the device from the first replay on, not before."""
+    selective = op._triton()
+    p = torch.nn.Parameter(torch.zeros(3))
+    optimizer = uk.SelectiveSGD([p], lr=1.0, seed=1, capturable=True, backend="triton")
+    p.grad = torch.ones(3)
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_ops, "capturing", lambda device: True)
+        optimizer.step()
+    ((captured, _),) = selective.CAPTURED[p]
+    p.grad = torch.ones(3)
+    optimizer.step()
+    (plan,) = selective.PLANS[optimizer.state[p]["step"]].values()
+    assert plan is not captured
+
+
+@pytest.fixture
+def launched_kernels(monkeypatch) -> list[str]:
+    """The names of kernels in the order of their launches, which do nothing."""
+    names: list[str] = []
+    monkeypatch.setattr(InterpretedFunction, "run", lambda self, *args, **kwargs: names.append(self.fn.__name__))
+    return names
+
+
+STEADY = [
+    pytest.param(options, id=str(options))
+    for options in (
+        {},
+        {"statistics": "previous"},
+        {"normalization": "rank"},
+        {"scope": "global"},
+        {"scope": "global", "normalization": "rank"},
+        {"scope": "global", "statistics": "previous"},
+    )
+]
+
+
+def steady(count: int, **options):
+    """Parameters, and what steps them with gradients that moved."""
+    params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(count)]
+    optimizer = uk.SelectiveAdamW(params, seed=1, capturable=True, backend="triton", **options)
+
+    def step(gradients: list[torch.Tensor] | None = None) -> None:
+        for p, gradient in zip(params, gradients or [torch.ones(3) for _ in params], strict=True):
+            p.grad = gradient
+        optimizer.step()
+
+    return params, step
+
+
+@pytest.mark.parametrize("options", STEADY)
+def test_a_steps_launches_are_as_many_for_500_tensors_as_for_5(launched_kernels, options):
+    found = []
+    for count in (5, 500):
+        _, step = steady(count, **options)
+        step()
+        launched_kernels.clear()
+        step()
+        found.append(list(launched_kernels))
+    assert found[0] == found[1] and 0 < len(found[0]) <= 6
+
+
+def test_perturbed_weights_launches_are_as_many_for_500_tensors_as_for_5(launched_kernels):
+    found = []
+    for count in (5, 500):
+        weights = [torch.zeros(3) for _ in range(count)]
+        launched_kernels.clear()
+        with uk.perturbed_weights(weights, 0.1, gradients=weights, keep_probability=0.5, seed=1, backend="triton"):
+            found.append(list(launched_kernels))
+    assert found == [["part_kernel"] * 2] * 2
+
+
+class Allocations(TorchDispatchMode):
+    """Operators that give fresh memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        fresh = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in known]
+        self.names += [str(function)] if fresh else []
+        return result
+
+
+@pytest.mark.parametrize("options", STEADY)
+def test_a_steady_step_allocates_nothing(launched_kernels, options):
+    params, step = steady(5, **options)
+    for _ in range(3):
+        step()
+    gradients = [torch.ones(3) for _ in params]
+    with Allocations() as allocations:
+        step(gradients)
+    assert allocations.names == []
+
+
+def test_gradients_are_freed_when_the_user_drops_them():
+    params, step = steady(2)
+    gradients = []
+    for _ in range(3):
+        step()
+        gradients.append(weakref.ref(params[0].grad))
+        params[0].grad = None
+    assert [gradient() for gradient in gradients] == [None] * 3
 
 
 # What is compiled ahead of time: statements that launch every kernel, in the variants that are most likely to spill.

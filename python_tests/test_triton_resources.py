@@ -15,12 +15,14 @@ def loss(m, n, c, dtype, labels="indices", call="", backward=""):
 
 G = "torch.zeros(16, 128, 768)"
 WEIGHTS = "[torch.zeros(768, 3), torch.zeros(5), torch.zeros(7, dtype=torch.bfloat16)]"
-# Losses: rows of whole 128 bits and others, one block and many, few passes and many; chain rules of all rows and of each.
+# Losses: rows of whole 128 bits and others, one block and many, few passes and many; chain rules of all rows and of each. Not in float64:
+# on gfx942 those spill scalar registers.
 STATEMENTS = {
     "loss m=2 float32": loss(2, 4, 32000, "float32", backward="(2 * loss).backward()"),
     "loss m=2 bfloat16, C odd, smoothed": loss(2, 4, 32003, "bfloat16", call="label_smoothing=0.1"),
     "loss m=2 bfloat16, C=2": loss(2, 16, 2, "bfloat16", call="reduction='none'", backward="(2 * loss).sum().backward()"),
     "loss m=3 float16, soft labels": loss(3, 4, 3000, "float16", "soft"),
+    "loss m=8 float32": loss(8, 4, 32000, "float32"),
     "loss m=8 bfloat16": loss(8, 4, 128256, "bfloat16", backward="(2 * loss).backward()"),
     "regression m=2 float32": loss(2, 4, 3, "float32", "values", "task='regression'"),
     "fgm by sample": f"uk.fgm_perturbation({G}, 0.1, mask=torch.ones(16, 128), keep_probability=0.5, seed=1)",
@@ -59,3 +61,11 @@ def test_every_kernel_is_compiled(found, target):
 def test_aligned_rows_are_read_and_written_128_bits_at_a_time(found, name, target):
     kernels = [kernel for kernel in found[STATEMENTS[name], target] if kernel.name == WIDE[name]]
     assert kernels and all(min(kernel.wide) > 0 for kernel in kernels)
+
+
+@pytest.mark.parametrize("target", compiled.TARGETS)
+@pytest.mark.parametrize("name", ["fgm by sample", "pgd by sample"])
+def test_whole_blocks_of_parts_are_read_and_written_128_bits_at_a_time(found, name, target):
+    kernels = [kernel for kernel in found[STATEMENTS[name], target] if kernel.name == "part_kernel"]
+    assert all(kernel.wide[0] > 0 for kernel in kernels)
+    assert sum(kernel.wide[1] > 0 for kernel in kernels) == 1  # the others write sums alone

@@ -48,9 +48,10 @@ def _state(backend: str) -> str:
     if not torch.cuda.is_available():
         reasons["cuda"] = reasons["cuda"] or "torch finds no GPU here"
     usable = [device for device, reason in reasons.items() if reason is None]
-    if usable:
-        return f"usable on {' and '.join(usable)}"
-    return f"not usable: {reasons['cpu' if backend == 'cpp' else 'cuda']}"
+    state = f"usable on {' and '.join(usable)}" if usable else f"not usable: {reasons['cpu' if backend == 'cpp' else 'cuda']}"
+    if backend == "cuda":
+        state += f"; float64 goes to {backends.choose('auto', OPERATOR, torch.device('cuda'), torch.float64)}"
+    return state
 
 
 def main(arguments: list[str] | None = None) -> int:

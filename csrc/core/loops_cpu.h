@@ -10,8 +10,8 @@
 #include <sys/mman.h>
 #endif
 
-#include "math.h"
 #include "philox.h"
+#include "view.h"
 
 namespace uegr {
 
@@ -106,11 +106,6 @@ template <class T, class Element> inline void block_loop(const T* const (&arrays
     }
 }
 
-// Where local element l of a shard lies in the unsharded tensor: offset + (l / run) * stride + l % run.
-struct Layout {
-    int64_t stream, offset, run, stride;
-};
-
 // The words of elements [begin, begin + n), n <= block_size, at the start of what is returned; `words` holds 2 blocks and 4 more.
 inline const uint32_t* element_words(uint32_t* words, int64_t begin, int n, const Layout& at, uint32_t step, const RoundKeys& keys) {
     const uint32_t stream = static_cast<uint32_t>(at.stream);
@@ -133,19 +128,6 @@ inline const uint32_t* element_words(uint32_t* words, int64_t begin, int n, cons
     }
     return words;
 }
-
-enum class Storage : uint8_t { float32, bfloat16, float16, float64, boolean };
-constexpr int64_t bytes_of(Storage s) { return s == Storage::float64 ? 8 : s == Storage::float32 ? 4 : s == Storage::boolean ? 1 : 2; }
-
-// A tensor's memory: walked in row-major order of its elements, whatever its strides.
-struct View {
-    char* data = nullptr;
-    Storage storage = Storage::float32;
-    bool contiguous = true;
-    int dim = 0;
-    const int64_t* sizes = nullptr;
-    const int64_t* strides = nullptr;
-};
 
 // Calls piece(done, offset, count, stride) for the runs along the last axis that make up elements [begin, begin + n).
 template <class Piece> void walk(const View& view, int64_t begin, int n, Piece piece) {

@@ -13,12 +13,16 @@ constexpr uint32_t rounding_key = 0x9E3779B9u; // xor-ed into the key's low word
 // The product of the low halves of 64-bit lanes. For vectors of lanes loops_cpu.h has the instruction that ignores the upper halves by
 // itself, so nothing below ever masks them: a lane's low half holds the word, its upper half is noise.
 template <class Lane> HOST_DEVICE Lane multiply_low(Lane a, Lane b) { return (a & 0xffffffffu) * b; }
+template <> HOST_DEVICE uint64_t multiply_low(uint64_t a, uint64_t b) {
+    return wide_product(static_cast<uint32_t>(a), static_cast<uint32_t>(b));
+}
 
 struct RoundKeys {
     uint64_t k0[10], k1[10];
 
     HOST_DEVICE explicit RoundKeys(uint64_t key) {
         uint32_t low = static_cast<uint32_t>(key), high = static_cast<uint32_t>(key >> 32);
+        UNROLL
         for (int round = 0; round < 10; ++round) {
             k0[round] = low, k1[round] = high;
             low += 0x9E3779B9u;
@@ -41,6 +45,17 @@ template <class A, class B, class C, class D> HOST_DEVICE auto philox_round(cons
     auto c0 = (p1 >> 32) ^ (c.c1 ^ k0);
     auto c2 = (p0 >> 32) ^ (c.c3 ^ k1);
     return Counter<decltype(c0), C, decltype(c2), A>{c0, p1, c2, p0};
+}
+
+// The four words of a counter: what a device draws at a time.
+struct FourWords {
+    uint32_t at[4];
+};
+HOST_DEVICE FourWords philox(uint64_t q, uint32_t step, uint32_t stream, const RoundKeys& keys) {
+    Counter<uint64_t, uint64_t, uint64_t, uint64_t> c{q, q >> 32, step, stream};
+    UNROLL
+    for (int round = 0; round < 10; ++round) c = philox_round(c, keys.k0[round], keys.k1[round]);
+    return {{static_cast<uint32_t>(c.c0), static_cast<uint32_t>(c.c1), static_cast<uint32_t>(c.c2), static_cast<uint32_t>(c.c3)}};
 }
 
 // u * 2^24 with u = (word >> 8) * 2^-24 in [0, 1): exact in a float, and signed integers convert in one instruction.

@@ -1,8 +1,142 @@
 // What differs between a host and a device compiler; the only file that asks which one is at work.
 #pragma once
 
+#include <cmath>
+#include <cstdint>
+
 #ifdef __CUDACC__
 #define HOST_DEVICE __host__ __device__ __forceinline__
+#define CALLED_ON_BOTH __host__ __device__
+#define LOOPS "loops_cuda.cuh"
+#define UNROLL _Pragma("unroll")
+#define NOT_INLINE __noinline__
+#define ON_GPU true
 #else
-#define HOST_DEVICE inline __attribute__((always_inline))
+#define HOST_DEVICE inline __attribute__((always_inline)) // for elements
+#define CALLED_ON_BOTH                                     // for what is worked out once
+#ifndef LOOPS // a test compiles the CUDA sources for a host
+#define LOOPS "loops_cpu.h"
 #endif
+#define UNROLL _Pragma("GCC unroll 16")
+#define NOT_INLINE __attribute__((noinline))
+#define ON_GPU false
+#endif
+
+#ifdef __CUDA_ARCH__
+#define ASSEMBLY 1 // a device's
+#endif
+#ifndef HAS_CLUSTERS
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define HAS_CLUSTERS 1
+#else
+#define HAS_CLUSTERS 0
+#endif
+#endif
+
+namespace uegr {
+
+constexpr bool on_gpu = ON_GPU;
+
+// What a device has one instruction for, where it would take the host's expression for more.
+
+HOST_DEVICE uint64_t wide_product(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+    uint64_t product;
+    asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+    return product;
+#else
+    return static_cast<uint64_t>(a) * b;
+#endif
+}
+
+// min and max with a `bound` that is no NaN, which is what a NaN becomes.
+template <class T> HOST_DEVICE T at_most(T x, T bound) {
+#ifdef __CUDA_ARCH__
+    return fmin(x, bound);
+#else
+    return x < bound ? x : bound;
+#endif
+}
+template <class T> HOST_DEVICE T at_least(T x, T bound) {
+#ifdef __CUDA_ARCH__
+    return fmax(x, bound);
+#else
+    return x > bound ? x : bound;
+#endif
+}
+
+// 2^x for |x| < 126 within 2 ulp where there is an instruction for it; false where there is none.
+HOST_DEVICE bool has_power_of_two([[maybe_unused]] float x, [[maybe_unused]] float& power) {
+#ifdef __CUDA_ARCH__
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    return true;
+#else
+    return false;
+#endif
+}
+
+// e^x for x <= 88 within 3 ulp by the same instruction, 0 below -87: 2^(x log2 e) times e to what the product's rounding lost.
+HOST_DEVICE bool has_exponential([[maybe_unused]] float x, [[maybe_unused]] float& e) {
+#ifdef __CUDA_ARCH__
+    const float held = x < -88.2f ? -88.2f : x, exponent = held * 1.44269504f;
+    has_power_of_two(exponent, e);
+    e = fmaf(e, 0.693147182f * fmaf(held, 1.44269504f, -exponent), e);
+    return true;
+#else
+    return false;
+#endif
+}
+
+// To nearest even, as math.h rounds; false where there is no instruction.
+HOST_DEVICE bool has_round_bfloat16([[maybe_unused]] float x, [[maybe_unused]] uint16_t& h) {
+#ifdef __CUDA_ARCH__
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(x));
+    return true;
+#else
+    return false;
+#endif
+}
+HOST_DEVICE bool has_round_float16([[maybe_unused]] float x, [[maybe_unused]] uint16_t& h) {
+#ifdef __CUDA_ARCH__
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
+    return true;
+#else
+    return false;
+#endif
+}
+HOST_DEVICE bool has_widen_float16([[maybe_unused]] uint16_t h, [[maybe_unused]] float& x) {
+#ifdef __CUDA_ARCH__
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h));
+    return true;
+#else
+    return false;
+#endif
+}
+
+// a/b to the last bit or one off, for a finite b in [2^-126, 2^126] and a finite a; the operator branches on a device.
+HOST_DEVICE float quotient(float a, float b) {
+#ifdef __CUDA_ARCH__
+    float inverse;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b));
+    inverse = fmaf(fmaf(-b, inverse, 1.0f), inverse, inverse);
+    const float near = a * inverse;
+    return fmaf(fmaf(-b, near, a), inverse, near);
+#else
+    return a / b;
+#endif
+}
+HOST_DEVICE double quotient(double a, double b) { return a / b; }
+
+// A square root within 2 ulp, of no less than the smallest normal float; std::sqrt, which is exact, branches on a device.
+HOST_DEVICE float near_root(float x) {
+#ifdef __CUDA_ARCH__
+    float root;
+    asm("max.NaN.f32 %0, %1, 0f00800000;\n\tsqrt.approx.ftz.f32 %0, %0;" : "=f"(root) : "f"(x));
+    return root;
+#else
+    return std::sqrt(x);
+#endif
+}
+HOST_DEVICE double near_root(double x) { return std::sqrt(x); }
+
+} // namespace uegr

@@ -1,28 +1,78 @@
 // The only header that includes torch (its stable ABI): tensors as views, with checks that name what is wrong.
 #pragma once
 
+#include <algorithm>
+#include <memory>
 #include <optional>
+#include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#ifdef USE_CUDA
+#include <torch/csrc/stable/accelerator.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include "loops_cpu.h"
+#include "platform.h"
+
+#include LOOPS // of the compiler at work
 
 namespace uegr {
-
-// Makes an operator's function callable from library.cpp's table.
-#define EXPORT_BOXED(name)                                                                                                                 \
-    void boxed_##name(StableIValue* stack, uint64_t arguments, uint64_t results) { TORCH_BOX (&name)(stack, arguments, results); }
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using OptionalTensor = std::optional<Tensor>;
+
+// Makes an operator's function callable from library.cpp's table.
+#ifndef USE_CUDA // torch's own word for it
+#define EXPORT_BOXED(name)                                                                                                                 \
+    void boxed_##name(StableIValue* stack, uint64_t arguments, uint64_t results) { TORCH_BOX (&name)(stack, arguments, results); }
+#else
+// Thrown ahead of any writing where the CUDA kernels leave a call to the operator's overload `fallback`: Triton's, or the reference.
+struct LeftToOthers {};
+
+template <class T> StableIValue boxed(const T& x) { return torch::stable::detail::from(x); }
+inline StableIValue boxed(const std::vector<bool>& x) { // whose elements are bits
+    std::unique_ptr<bool[]> copy(new bool[x.size()]);
+    std::copy(x.begin(), x.end(), copy.get());
+    return torch::stable::detail::from(torch::headeronly::HeaderOnlyArrayRef<bool>(copy.get(), x.size()));
+}
+template <class... T> void box(StableIValue* stack, const std::tuple<T...>& values) {
+    std::apply([&](const T&... x) { ((*stack++ = boxed(x)), ...); }, values);
+}
+
+// Calls an operator's overload `fallback`; what it returns, tensors alone or one list, lies on the stack.
+template <class... A> void call_fallback(const char* name, StableIValue* stack, const std::tuple<A...>& given) {
+    box(stack, given);
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "fallback", stack, TORCH_ABI_VERSION));
+}
+
+template <auto function> struct Boxed;
+template <class R, class... A, R (*function)(A...)> struct Boxed<function> {
+    static void call(const char* name, StableIValue* stack) {
+        const auto given = torch::stable::detail::unbox_to_tuple<A...>(stack);
+        try {
+            if constexpr (std::is_void_v<R>) std::apply(function, given);
+            else if constexpr (std::is_same_v<R, Tensor> || std::is_same_v<R, Tensors>) *stack = boxed(std::apply(function, given));
+            else box(stack, std::apply(function, given));
+        } catch (const LeftToOthers&) { call_fallback(name, stack, given); }
+    }
+};
+#ifdef ASSEMBLY // a device's compile has no use for them, and would spend longer on thirty arguments than on the kernels
+#define EXPORT_BOXED(name)                                                                                                                 \
+    void boxed_##name(StableIValue*, uint64_t, uint64_t) { (void)&name; }
+#else
+#define EXPORT_BOXED(name)                                                                                                                 \
+    void boxed_##name(StableIValue* stack, uint64_t, uint64_t) { Boxed<&name>::call("uegr_kernels::" #name, stack); }
+#endif
+#endif
 
 inline std::optional<Storage> storage(const Tensor& t) {
     switch (t.scalar_type()) {
@@ -35,9 +85,9 @@ inline std::optional<Storage> storage(const Tensor& t) {
     }
 }
 
-// The memory of a CPU tensor; what is written must not overlap itself.
+// The memory of a tensor on the device that the loops run on; what is written must not overlap itself.
 inline View view(const Tensor& t, const char* name, bool written) {
-    STD_TORCH_CHECK(t.is_cpu(), name, " is not on the CPU; move it, or use backend='auto'");
+    STD_TORCH_CHECK(on_gpu ? t.is_cuda() : t.is_cpu(), name, " is not on the ", on_gpu ? "GPU" : "CPU", "; move it, or use backend='auto'");
     const auto type = storage(t);
     STD_TORCH_CHECK(type.has_value(), name, " has an unsupported dtype; use float32, bfloat16, float16 or float64");
     View v;
@@ -66,12 +116,92 @@ inline void check_same_shape(const View& a, const View& b, const char* name, siz
     STD_TORCH_CHECK(same, name, "[", i, "] has another shape than its parameter; they must be equal");
 }
 
+// Every element's index must be a number of 63 bits.
+inline void check_layout(const Layout& at, int64_t size, size_t i) {
+    int64_t last = 0;
+    const bool fits = at.offset >= 0 && at.stride >= 0 &&
+                      !__builtin_mul_overflow(std::max<int64_t>(size - 1, 0) / at.run, at.stride, &last) &&
+                      !__builtin_add_overflow(last, at.offset, &last) && !__builtin_add_overflow(last, std::min(size, at.run), &last);
+    STD_TORCH_CHECK(fits && at.stream >= 0 && at.stream < int64_t(1) << 32, "layout of tensor ", i, " is stream ", at.stream, ", offset ",
+                    at.offset, ", run ", at.run, ", stride ", at.stride, "; give a stream below 2^32, and indices in [0, 2^63)");
+}
+
+// A list of an operator's that has a tensor by parameter, or a single one that holds them one after another: what spares thousands of
+// small parameters the cost of a tensor each.
+struct List {
+    const Tensors& tensors;
+    const char* name;
+    int64_t offset = 0; // of the next parameter, in a single tensor
+
+    List(const Tensors& tensors, const char* name, size_t count, int64_t elements) : tensors(tensors), name(name) {
+        single = count != 1 && tensors.size() == 1;
+        STD_TORCH_CHECK(single || tensors.size() == count, name, " has ", tensors.size(), " tensors for ", count,
+                        " parameters; give one for each, or a single one with their elements one after another");
+        if (!single) return;
+        whole = view(tensors[0], name, true);
+        STD_TORCH_CHECK(whole.contiguous && tensors[0].numel() == elements, name, " has ", tensors[0].numel(),
+                        " elements in a single tensor; it must be contiguous and have ", elements);
+    }
+    // Parameter i's tensor of n elements; a single one's has no shape of its own.
+    View next(size_t i, int64_t n, const View* shape) {
+        View v = whole;
+        if (!single) {
+            v = view(tensors[i], name, true);
+            if (shape) check_same_shape(v, *shape, name, i);
+            else STD_TORCH_CHECK(tensors[i].numel() == 1, name, "[", i, "] has ", tensors[i].numel(), " elements; it must have one");
+        } else {
+            v.data += offset * bytes_of(v.storage);
+            offset += n;
+        }
+        return v;
+    }
+
+private:
+    bool single;
+    View whole;
+};
+
 // The value of a CPU tensor with one element.
 inline double scalar(const Tensor& t, const char* name) {
-    STD_TORCH_CHECK(t.is_cpu() && t.numel() == 1, name, " must be a CPU tensor with one element");
-    double value;
-    load(view(t, name, false), 0, 1, &value);
-    return value;
+    const auto type = storage(t);
+    STD_TORCH_CHECK(t.is_cpu() && t.numel() == 1 && type, name, " must be a CPU tensor with one floating-point element");
+    return value_at<double>(static_cast<const char*>(t.const_data_ptr()), *type);
 }
+
+#ifdef USE_CUDA
+// Memory that a GPU copies from while the host goes on.
+inline Tensor pinned_bytes(int64_t size) {
+    return torch::stable::empty({size}, ScalarType::Byte, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU), on_gpu);
+}
+
+// Copies a call's table to the device. What a graph captures reads host memory at every replay: it has some of its own, for good.
+inline void upload(const std::vector<char>& bytes, Tensor& to, cudaStream_t stream) {
+    if (is_captured(stream)) {
+        cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+        check_cuda(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+        void* own = nullptr;
+        const cudaError_t error = cudaMallocHost(&own, bytes.size());
+        cudaThreadExchangeStreamCaptureMode(&mode);
+        check_cuda(error, "cudaMallocHost");
+        std::copy(bytes.begin(), bytes.end(), static_cast<char*>(own));
+        check_cuda(cudaMemcpyAsync(to.data_ptr(), own, bytes.size(), cudaMemcpyHostToDevice, stream), "cudaMemcpyAsync");
+        return;
+    }
+    Tensor host = pinned_bytes(static_cast<int64_t>(bytes.size()));
+    std::copy(bytes.begin(), bytes.end(), static_cast<char*>(host.mutable_data_ptr()));
+    torch::stable::copy_(to, host, true); // torch keeps the pinned memory until the copy is done
+}
+
+// Makes a tensor's device the current one for as long as it lives, and knows that device's current stream.
+class Place {
+    torch::stable::accelerator::DeviceGuard guard;
+
+public:
+    void* stream = nullptr;
+    explicit Place(const Tensor& t) : guard(t.get_device_index()) {
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+    }
+};
+#endif
 
 } // namespace uegr

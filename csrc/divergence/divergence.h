@@ -43,15 +43,15 @@ struct RowSums {
     double label = 0;        // of t * (x - max) over the labels' t > 0
     double log_sum = 0, inverse = 0;
 
-    void settle() { log_sum = std::log(sum), inverse = 1 / sum; }
+    HOST_DEVICE void settle() { log_sum = std::log(sum), inverse = 1 / sum; }
 
     // -sum t log p, the t adding up to `mass`.
-    double cross_entropy(double mass) const { return mass * log_sum - label; }
+    HOST_DEVICE double cross_entropy(double mass) const { return mass * log_sum - label; }
     // Whether one class holds much of p: then its log ratio is nearly the divergence, and only their difference is exact enough.
-    bool dominated() const { return sum < 4; }
+    HOST_DEVICE bool dominated() const { return sum < 4; }
     // Sum over l of KL(P || M_l), less the pivot.
-    double from_pivot() const { return kl * inverse; }
-    double divergence() const { return pivot + from_pivot(); }
+    HOST_DEVICE double from_pivot() const { return kl * inverse; }
+    HOST_DEVICE double divergence() const { return pivot + from_pivot(); }
 };
 
 // log p_k - log p_l = (x_k - from_k) - (x_l - from_l) - gap. Logits are counted from their rows' maxima where those lie apart, as the
@@ -59,7 +59,7 @@ struct RowSums {
 struct PairDistance {
     double from_k = 0, from_l = 0, gap;
 
-    PairDistance(const RowSums& k, const RowSums& l) {
+    HOST_DEVICE PairDistance(const RowSums& k, const RowSums& l) {
         const double apart = k.max - l.max;
         gap = k.log_sum - l.log_sum;
         if (apart > 1 || apart < -1) from_k = k.max, from_l = l.max;
@@ -79,7 +79,7 @@ HOST_DEVICE double pairs_divergence(double divergences, int64_t m) {
 template <class T> struct GradientFactors {
     T of_e, of_w, of_t, floor;
 
-    GradientFactors(const RowSums& row, double label_weight, double mass, double smoothed, double js_weight)
+    HOST_DEVICE GradientFactors(const RowSums& row, double label_weight, double mass, double smoothed, double js_weight)
         : of_e(static_cast<T>(row.inverse * (label_weight * mass - js_weight / 2 * row.from_pivot()))),
           of_w(static_cast<T>(row.inverse * js_weight / 2)), of_t(static_cast<T>(label_weight)),
           floor(static_cast<T>(label_weight * smoothed)) {}

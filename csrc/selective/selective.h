@@ -40,6 +40,18 @@ template <class T> HOST_DEVICE T saliency(T g) { return g * g; }
 template <class T> HOST_DEVICE T root(T s) { return absolute(std::sqrt(s)); } // |g| of a given saliency; of -0, 0
 template <class T> HOST_DEVICE bool finite(T g) { return absolute(g) <= Float<T>::largest; }
 
+// Minimum and maximum of s over a scope; infinity and its negative where nothing is finite.
+struct Range {
+    double low, high;
+};
+// From the bits of the least and the largest finite |g|, or of a given s: those of non-negative floats order as the floats do.
+template <class T> HOST_DEVICE Range range_of(typename Float<T>::Bits low, typename Float<T>::Bits high, bool given) {
+    constexpr T largest = Float<T>::largest;
+    if (low >= Float<T>::infinity) return {HUGE_VAL, -HUGE_VAL};
+    const T least = bit_cast<T>(low), most = bit_cast<T>(high);
+    return given ? Range{least, most} : Range{minimum(saliency(least), largest), minimum(saliency(most), largest)};
+}
+
 constexpr double log2_e = 1.4426950408889634;
 
 // Eq. 8 and 9 with everything that is the same for all elements of a scope worked out, in powers of two:
@@ -51,7 +63,7 @@ template <class T> struct Probability {
     Probability() = default;
 
     // `s_min` > `s_max` says that nothing is finite.
-    Probability(const SelectionOptions& o, double s_min, double s_max) {
+    CALLED_ON_BOTH Probability(const SelectionOptions& o, double s_min, double s_max) {
         constexpr double largest = static_cast<double>(Float<T>::largest);
         // A span below this has no reciprocal: s is scaled up by a power of two first.
         constexpr double tiny = sizeof(T) == 8 ? 0x1p-900 : 0x1p-100;
@@ -72,14 +84,14 @@ template <class T> struct Probability {
     }
 
     // Finite, since 0 * inf is NaN.
-    static T held(double x) {
+    static CALLED_ON_BOTH T held(double x) {
         return static_cast<T>(minimum(maximum(x, -static_cast<double>(Float<T>::largest)), static_cast<double>(Float<T>::largest)));
     }
 
     // 1/p = min(1 + exp(z), largest): no division.
     HOST_DEVICE T inverse(T s) const {
         T z = (s - low) * up * scale + offset;
-        return minimum(T(1) + power_of_two(maximum(minimum(z, z_high), z_low)), largest_inverse);
+        return at_most(T(1) + power_of_two(at_least(at_most(z, z_high), z_low)), largest_inverse);
     }
 };
 
@@ -91,6 +103,16 @@ template <class T> HOST_DEVICE T inverse_of_rank(T rank, T steepness, T threshol
 HOST_DEVICE double inverse_of_constant(const SelectionOptions& o) {
     return minimum(1 / o.keep_probability, 1 / maximum(o.min_probability, 0x1p-24));
 }
+
+// 1/p of ranks, with what is the same for all of them worked out.
+struct RankCurve {
+    float steepness, threshold, largest_inverse;
+
+    CALLED_ON_BOTH explicit RankCurve(const SelectionOptions& o)
+        : steepness(static_cast<float>((o.salient ? -2.0 : 2.0) * o.sharpness * log2_e)), threshold(static_cast<float>(o.threshold)),
+          largest_inverse(static_cast<float>(1 / maximum(o.min_probability, 0x1p-24))) {}
+    HOST_DEVICE float inverse(float rank) const { return inverse_of_rank(rank, steepness, threshold, largest_inverse); }
+};
 
 // What an element is multiplied by: 1/p (or 1, without rescale) where u < p, that is u * 1/p < 1, without a division; else 0.
 // A g that is not finite has p = 1.
@@ -107,7 +129,7 @@ template <class T> struct AdamW {
     T beta1, beta2, complement1, complement2, decay, step_size, inverse_root, eps;
 
     AdamW() = default;
-    AdamW(double lr, double beta1_, double beta2_, double weight_decay, double eps_, double step)
+    CALLED_ON_BOTH AdamW(double lr, double beta1_, double beta2_, double weight_decay, double eps_, double step)
         : beta1(beta1_), beta2(beta2_), complement1(1 - beta1_), complement2(1 - beta2_), decay(1 - lr * weight_decay),
           step_size(lr / (1 - std::pow(beta1_, step))), inverse_root(1 / std::sqrt(1 - std::pow(beta2_, step))), eps(eps_) {}
 
@@ -119,8 +141,8 @@ template <class T> struct AdamW {
         m = m + complement1 * (fed - m);
         v = (v * beta2 + T(0)) + complement2 * fed * fed;
         if (amsgrad) v_max = maximum(v, v_max);
-        const T denominator = std::sqrt(amsgrad ? v_max : v) * inverse_root + eps;
-        const T stepped = theta * decay + T(0) - step_size * m / denominator;
+        const T denominator = near_root(amsgrad ? v_max : v) * inverse_root + eps;
+        const T stepped = theta * decay + T(0) - quotient(step_size * m, denominator);
         theta = update ? moved(theta, stepped, factor) : stepped;
     }
 };
@@ -131,7 +153,7 @@ template <class T> struct SGD {
     bool nesterov;
 
     SGD() = default;
-    SGD(double lr_, double momentum_, double dampening, double weight_decay_, bool nesterov_)
+    CALLED_ON_BOTH SGD(double lr_, double momentum_, double dampening, double weight_decay_, bool nesterov_)
         : lr(lr_), momentum(momentum_), complement(1 - dampening), weight_decay(weight_decay_), nesterov(nesterov_) {}
 
     // A buffer starts as -0.0, which no update leaves behind (+ 0): its first value is the gradient itself, without dampening.
@@ -146,5 +168,15 @@ template <class T> struct SGD {
         theta = theta - (update ? factor * lr : lr) * fed;
     }
 };
+
+// The selection options as an operator's last arguments, and the struct they make.
+#define SELECTION_ARGUMENTS                                                                                                                \
+    double threshold, double sharpness, int64_t normalization, bool salient, bool previous, bool rescale, double min_probability,          \
+        double keep_probability, bool target_update
+#define SELECTION_OPTIONS                                                                                                                  \
+    SelectionOptions {                                                                                                                     \
+        threshold, sharpness, static_cast<Normalization>(normalization), salient, previous, rescale, min_probability, keep_probability,    \
+            target_update                                                                                                                  \
+    }
 
 } // namespace uegr

@@ -74,19 +74,12 @@ template <class T, class Line> struct Entry {
         for (Bits now = high; most > now && !high.compare_exchange_weak(now, most);) {}
     }
     // Minimum and maximum of s in the previous step; NaN where nothing is kept yet.
-    std::pair<double, double> kept_range() const {
+    Range kept_range() const {
         double low = NAN, high = NAN;
         if (kept[0].data) load(kept[0], 0, 1, &low), load(kept[1], 0, 1, &high);
         return {low, high};
     }
-    // Minimum and maximum of s; infinity and its negative where nothing is finite.
-    std::pair<double, double> range() const {
-        if (low >= Float<T>::infinity) return {INFINITY, -INFINITY};
-        const T least = bit_cast<T>(low.load()), most = bit_cast<T>(high.load());
-        const T largest = Float<T>::largest;
-        return s.data ? std::pair<double, double>(least, most)
-                      : std::pair<double, double>(minimum(saliency(least), largest), minimum(saliency(most), largest));
-    }
+    Range range() const { return range_of<T>(low, high, s.data); }
 };
 
 template <class T, class Line> struct Call {
@@ -113,10 +106,8 @@ void table_from_counts(float* table, int first, int last, const SelectionOptions
         table[bin] = static_cast<float>(below / std::max(total, 1.0));
         below += count;
     }
-    const float steepness = static_cast<float>((o.salient ? -2.0 : 2.0) * o.sharpness * log2_e),
-                threshold = static_cast<float>(o.threshold);
-    const float largest = static_cast<float>(1 / std::max(o.min_probability, 0x1p-24));
-    for (int bin = first; bin <= last; ++bin) table[bin] = inverse_of_rank(table[bin], steepness, threshold, largest);
+    const RankCurve curve(o);
+    for (int bin = first; bin <= last; ++bin) table[bin] = curve.inverse(table[bin]);
     table[rank_bins] = 1;
 }
 
@@ -219,7 +210,7 @@ template <class T, class Line> struct Worker {
 
     void settle(Entry<T, Line>& e) const {
         const auto range = e.range();
-        e.probability = Probability<T>(call.options, range.first, range.second);
+        e.probability = Probability<T>(call.options, range.low, range.high);
     }
 
     template <bool rescale> void factors(const Entry<T, Line>& e, const T* g, const uint32_t* drawn, int64_t begin, int n) {
@@ -352,16 +343,6 @@ template <class T, class Line> void run(Call<T, Line>& call) {
 
 // --- The operators ---
 
-// Every element's index must be a number of 63 bits.
-void check_layout(const Layout& at, int64_t size, size_t i) {
-    int64_t last = 0;
-    const bool fits = at.offset >= 0 && at.stride >= 0 &&
-                      !__builtin_mul_overflow(std::max<int64_t>(size - 1, 0) / at.run, at.stride, &last) &&
-                      !__builtin_add_overflow(last, at.offset, &last) && !__builtin_add_overflow(last, std::min(size, at.run), &last);
-    STD_TORCH_CHECK(fits && at.stream >= 0 && at.stream < int64_t(1) << 32, "layout of tensor ", i, " is stream ", at.stream, ", offset ",
-                    at.offset, ", run ", at.run, ", stride ", at.stride, "; give a stream below 2^32, and indices in [0, 2^63)");
-}
-
 // A call with one entry by tensor, checked: options, gradients, saliencies (or none) and layouts.
 template <class T, class Line>
 Call<T, Line> make_call(const SelectionOptions& options, int64_t seed, const Tensors& grads, const Tensors& saliencies,
@@ -428,46 +409,11 @@ template <class T, class Line> std::vector<float> settle_statistics(Call<T, Line
     }
     for (auto& e : call.entries) {
         const auto range = e.kept_range();
-        if (std::isnan(range.first)) e.own_statistics = call.options.normalization != Normalization::constant; // nothing kept yet
-        else e.probability = Probability<T>(call.options, range.first, range.second);
+        if (std::isnan(range.low)) e.own_statistics = call.options.normalization != Normalization::constant; // nothing kept yet
+        else e.probability = Probability<T>(call.options, range.low, range.high);
     }
     return tables;
 }
-
-// A list of an operator's that has a tensor by parameter, or a single one that holds them one after another: what spares thousands of
-// small parameters the cost of a tensor each.
-struct List {
-    const Tensors& tensors;
-    const char* name;
-    int64_t offset = 0; // of the next parameter, in a single tensor
-
-    List(const Tensors& tensors, const char* name, size_t count, int64_t elements) : tensors(tensors), name(name) {
-        single = count != 1 && tensors.size() == 1;
-        STD_TORCH_CHECK(single || tensors.size() == count, name, " has ", tensors.size(), " tensors for ", count,
-                        " parameters; give one for each, or a single one with their elements one after another");
-        if (!single) return;
-        whole = view(tensors[0], name, true);
-        STD_TORCH_CHECK(whole.contiguous && tensors[0].numel() == elements, name, " has ", tensors[0].numel(),
-                        " elements in a single tensor; it must be contiguous and have ", elements);
-    }
-    // Parameter i's tensor of n elements; a single one's has no shape of its own.
-    View next(size_t i, int64_t n, const View* shape) {
-        View v = whole;
-        if (!single) {
-            v = view(tensors[i], name, true);
-            if (shape) check_same_shape(v, *shape, name, i);
-            else STD_TORCH_CHECK(tensors[i].numel() == 1, name, "[", i, "] has ", tensors[i].numel(), " elements; it must have one");
-        } else {
-            v.data += offset * bytes_of(v.storage);
-            offset += n;
-        }
-        return v;
-    }
-
-private:
-    bool single;
-    View whole;
-};
 
 // What AdamW and SGD share: checks of every list, then the steps advance, then the run. `states`: the operator's lists, empty ones unused.
 template <class T, class Line, class MakeLine>
@@ -523,7 +469,7 @@ void step(Call<T, Line> call, const Tensors& params, const std::vector<const Ten
     for (auto& e : call.entries)
         if (e.kept[0].data) {
             const auto range = e.range();
-            store_block(e.kept[0], 0, 1, &range.first), store_block(e.kept[1], 0, 1, &range.second);
+            store_block(e.kept[0], 0, 1, &range.low), store_block(e.kept[1], 0, 1, &range.high);
         }
 }
 
@@ -578,15 +524,6 @@ bool is_double(const Tensors& tensors) { return !tensors.empty() && tensors[0].s
     } else {                                                                                                                               \
         using T = float;                                                                                                                   \
         __VA_ARGS__                                                                                                                        \
-    }
-
-#define SELECTION_ARGUMENTS                                                                                                                \
-    double threshold, double sharpness, int64_t normalization, bool salient, bool previous, bool rescale, double min_probability,          \
-        double keep_probability, bool target_update
-#define SELECTION_OPTIONS                                                                                                                  \
-    SelectionOptions {                                                                                                                     \
-        threshold, sharpness, static_cast<Normalization>(normalization), salient, previous, rescale, min_probability, keep_probability,    \
-            target_update                                                                                                                  \
     }
 
 double value_of(double value, const OptionalTensor& tensor, const char* name) { return tensor ? scalar(*tensor, name) : value; }
@@ -659,7 +596,7 @@ static void selective_statistics_(Tensors grads, Tensors saliencies, Tensors min
         for (size_t i = 0; i < call.entries.size(); ++i) {
             auto& e = call.entries[i];
             for (size_t k = 0; k < kept.size(); ++k) e.kept[k] = kept[k].next(i, 1, nullptr);
-            e.own_statistics = !rank && std::isnan(e.kept_range().first);
+            e.own_statistics = !rank && std::isnan(e.kept_range().low);
         }
         if (!rank) run(call);
         for (int64_t i = 0; i < n; ++i) {
@@ -670,8 +607,8 @@ static void selective_statistics_(Tensors grads, Tensors saliencies, Tensors min
             } else {
                 double* into = static_cast<double*>(out.mutable_data_ptr()) + 2 * row;
                 const auto& e = call.entries[i];
-                const auto range = e.own_statistics ? e.range() : e.kept_range();
-                into[0] = std::min(into[0], range.first), into[1] = std::max(into[1], range.second);
+                const Range range = e.own_statistics ? e.range() : e.kept_range();
+                into[0] = std::min(into[0], range.low), into[1] = std::max(into[1], range.high);
             }
         }
     })

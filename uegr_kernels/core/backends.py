@@ -3,6 +3,9 @@
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -38,9 +41,9 @@ def _why_not(backend: str, operator: str, device: str, dtype: torch.dtype | None
     needed = "cpu" if backend == "cpp" else "cuda"
     if device != needed:
         return f"its kernels run on {needed} tensors, these are on {device}; move them, or use backend='auto'"
-    if backend == "cuda" and torch.version.cuda is None:
-        return "this torch is built without CUDA; install a CUDA build of torch"
-    reason = native.why_not()
+    if backend == "cuda" and dtype == torch.float64:
+        return "its kernels take float32, bfloat16 and float16, not float64; use backend='auto', 'triton' or 'reference'"
+    reason = native.why_not() if backend == "cpp" else native.why_not_cuda()
     if reason is None and not native.has_kernel(name, needed.upper()):
         return f"{operator} has no {'C++' if backend == 'cpp' else 'CUDA'} kernel in this version; use backend='auto'"
     return reason
@@ -62,6 +65,28 @@ def choose(backend: str, operator: str, device: torch.device, dtype: torch.dtype
     return backend
 
 
-def triton_stands_in() -> bool:
-    """Whether Triton's launchers are to be registered as the CUDA kernels: Triton is installed, and the CUDA library is not built."""
-    return importlib.util.find_spec("triton") is not None and not any(native.LIBRARIES.glob("*cuda*.so"))
+@functools.cache
+def triton_kernels(package: str) -> ModuleType:
+    """The Triton kernels of an operator's package, imported when they are first asked for."""
+    return importlib.import_module(f"{package}.triton")
+
+
+def traced() -> bool:
+    """Whether a compiler, torch.func or a mode of fake tensors is looking, which see registered operators only and no values."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def define(name: str, schema: str, reference: Callable[..., Any], triton: Callable[..., Any]) -> None:
+    """Defines an operator and what serves it beside the compiled kernels.
+
+    The reference is the default kernel, so that the operator exists on every device; Triton's is the CUDA one where the CUDA library is
+    not loaded. To the overload `fallback`, which has neither's compiled kernels, the CUDA library leaves what it does not take.
+    """
+    has_triton = importlib.util.find_spec("triton") is not None
+    for overload, on_gpu in ((name, has_triton and native.why_not_cuda() is not None), (f"{name}.fallback", has_triton)):
+        torch.library.define(f"uegr_kernels::{overload}", schema)
+        torch.library.impl(f"uegr_kernels::{overload}", "CompositeExplicitAutograd", reference)
+        if on_gpu:
+            torch.library.impl(f"uegr_kernels::{overload}", "CUDA", triton)

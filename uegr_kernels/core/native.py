@@ -1,4 +1,4 @@
-"""Loads the compiled library, or remembers in one sentence why not."""
+"""Loads the compiled libraries, or remembers in one sentence why not."""
 
 import functools
 import os
@@ -10,6 +10,7 @@ LIBRARIES = pathlib.Path(__file__).parent.parent / "_lib"
 ISAS = ("baseline", "avx2", "avx512")  # weakest first
 # torch says AVX2 only of a processor that has FMA too, AVX512 only of one with F, BW, DQ and VL; its own kernels use what setup.py does.
 SUPPORTED = {"AVX2": 1, "AVX512": 2}
+REMEDY = "then run `pip install --force-reinstall --no-deps .` in the source folder"
 
 
 def supported_isas() -> tuple[str, ...]:
@@ -40,15 +41,30 @@ def load() -> tuple[str | None, str | None]:
     usable = [isa for isa in supported_isas() if isa in built_isas()]
     isa = wanted or (usable[-1] if usable else "baseline")
     library, note = _library(isa), LIBRARIES / "not_built.txt"
-    remedy = "then run `pip install --force-reinstall --no-deps .` in the source folder"
     if not library.exists():
         reason = note.read_text().strip() if note.exists() else f"{library} does not exist (install a C++17 compiler)"
-        return None, f"the compiled library was not built: {reason}; put that right, {remedy}"
+        return None, f"the compiled library was not built: {reason}; put that right, {REMEDY}"
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
-        return None, f"{library.name} does not load into torch {torch.__version__}: {error}; install torch 2.11 or newer, {remedy}"
+        return None, f"{library.name} does not load into torch {torch.__version__}: {error}; install torch 2.11 or newer, {REMEDY}"
     return isa, None
+
+
+@functools.cache
+def why_not_cuda() -> str | None:
+    """None where the CUDA library is loaded, which it is for a CUDA build of torch alone; else the reason and the remedy in a sentence."""
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA; install a CUDA build of torch"
+    library, note = LIBRARIES / "uegr_kernels_cuda.so", LIBRARIES / "cuda_not_built.txt"
+    if not library.exists():
+        reason = note.read_text().strip() if note.exists() else f"{library} does not exist (install the CUDA toolkit, for nvcc)"
+        return f"the CUDA library was not built: {reason}; put that right, {REMEDY}"
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return f"{library.name} does not load into torch {torch.__version__}: {error}; install torch 2.11 or newer, {REMEDY}"
+    return None
 
 
 def why_not() -> str | None:
@@ -58,5 +74,5 @@ def why_not() -> str | None:
 
 def has_kernel(operator: str, dispatch_key: str) -> bool:
     """Whether a compiled kernel stands behind `uegr_kernels::operator` for a dispatch key ("CPU", "CUDA")."""
-    load()
+    load() if dispatch_key == "CPU" else why_not_cuda()
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"uegr_kernels::{operator}", dispatch_key)

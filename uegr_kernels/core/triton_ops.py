@@ -1,6 +1,7 @@
 """What the Triton kernels share: the generator (SPEC 2, by `tl.philox`), pointers out of tables, and the device they are launched on."""
 
 import contextlib
+import ctypes
 import os
 import struct
 from typing import Any
@@ -41,6 +42,19 @@ def to_device(values: list[Any] | Tensor, dtype: torch.dtype, device: torch.devi
     return values.to(device, non_blocking=True)
 
 
+def expanded(tensor: Tensor) -> bool:
+    """Whether elements share memory: such a tensor cannot be written."""
+    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def pieces(counts: list[int]) -> Tensor:
+    """(tensor, piece) of every piece, int32, where tensors have so many: what the programs of one launch take up."""
+    many = torch.tensor(counts, dtype=torch.int64)
+    tensor = torch.arange(len(counts)).repeat_interleave(many)
+    piece = torch.arange(len(tensor)) - (many.cumsum(0) - many).repeat_interleave(many)
+    return torch.stack((tensor, piece), 1).int()
+
+
 def capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -73,7 +87,7 @@ class Upload:
         free = (i for i, (_, copied) in enumerate(self.sources) if copied is None or copied.query())
         at = next(free, None)
         source, copied = (self._source(), None) if at is None else self.sources.pop(at)
-        source.copy_(torch.frombuffer(bytearray(content), dtype=torch.int64))
+        ctypes.memmove(source.data_ptr(), content, len(content))
         self.target.copy_(source, non_blocking=True)
         self.content = content
         if not capturing(self.target.device):

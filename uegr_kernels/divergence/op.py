@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from ..core import backends as backends
+from ..core.backends import traced as traced
 from . import reference
+
+_triton = functools.partial(backends.triton_kernels, __package__)
 
 # To the compiled kernels a reduction is its position here (csrc/divergence/divergence.h has the same order; a test compares).
 REDUCTIONS = ("mean", "sum", "none")
@@ -52,12 +55,6 @@ def kernel(name: str, backend: str) -> Callable[..., Any]:
 
 
 Fakes = tuple[Tensor, Tensor, list[Tensor]]
-
-
-def _triton() -> ModuleType:
-    from . import triton
-
-    return triton
 
 
 def _as_value_error(error: RuntimeError) -> Exception:
@@ -194,11 +191,6 @@ def _refuse_vmap(*_: Any, **__: Any) -> NoReturn:
     raise RuntimeError("the losses of uegr_kernels do not run under torch.func.vmap; give the whole batch as N rows and reduction='none'")
 
 
-for _name, _schema in SCHEMAS.items():
-    torch.library.define(f"uegr_kernels::{_name}", _schema)
-    torch.library.register_vmap(f"uegr_kernels::{_name}", _refuse_vmap)
-
-
 def _run(module: Callable[[], ModuleType], name: str, *tensors: Any, **options: Any) -> Any:
     """The function `name` of a module, by an operator's arguments."""
     if "reduction" in options:
@@ -206,12 +198,14 @@ def _run(module: Callable[[], ModuleType], name: str, *tensors: Any, **options: 
     return getattr(module(), name)(*tensors, **options)
 
 
-for _name in SCHEMAS.keys() - {"linear_uegr_loss"}:
-    torch.library.impl(f"uegr_kernels::{_name}", "CompositeExplicitAutograd", functools.partial(_run, lambda: reference, _name))
-    if backends.triton_stands_in():
-        torch.library.impl(f"uegr_kernels::{_name}", "CUDA", functools.partial(_run, _triton, _name))
+for _name, _schema in SCHEMAS.items():
+    if _name == "linear_uegr_loss":  # composed of the others
+        torch.library.define(f"uegr_kernels::{_name}", _schema)
+        torch.library.impl(f"uegr_kernels::{_name}", "CompositeExplicitAutograd", _linear_uegr_loss)
+    else:
+        backends.define(_name, _schema, functools.partial(_run, lambda: reference, _name), functools.partial(_run, _triton, _name))
+    torch.library.register_vmap(f"uegr_kernels::{_name}", _refuse_vmap)
 
-torch.library.impl("uegr_kernels::linear_uegr_loss", "CompositeExplicitAutograd", _linear_uegr_loss)
 torch.library.register_fake("uegr_kernels::uegr_loss", _fake_loss)
 torch.library.register_fake("uegr_kernels::uegr_loss_", lambda *tensors, **options: _fake_loss(*tensors, **options)[:2])
 torch.library.register_fake("uegr_kernels::linear_uegr_loss", _fake_linear)
@@ -263,11 +257,6 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     return backends.choose(backend, "divergence.uegr_loss", device, dtype)
 
 
-def traced() -> bool:
-    """Whether a compiler or torch.func is looking, which see registered operators only and no values."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-
-
 def uegr_loss(
     logits: list[Tensor], labels: Tensor | None, *, in_place: bool, reduction: str, backend: str, **options: Any
 ) -> tuple[Tensor, Tensor]:
@@ -278,7 +267,7 @@ def uegr_loss(
     needs = [torch.is_grad_enabled() and x.requires_grad for x in logits]
 
     def run(reduction: str) -> tuple[Tensor, Tensor]:
-        if torch._C._are_functorch_transforms_active() or (torch.compiler.is_compiling() and backend != "reference"):
+        if torch._C._are_functorch_transforms_active() or (traced() and backend != "reference"):
             number = REDUCTIONS.index(reduction)
             loss, parts, _ = torch.ops.uegr_kernels.uegr_loss.default(logits, labels, reduction=number, needs=needs, **options)
         elif not any(needs):

@@ -95,17 +95,27 @@ def log_ratio(d, EXACT: tl.constexpr):
 
 
 @triton.jit
-def log_ratios(z, gaps, EXACT: tl.constexpr):
-    """For each pass the sum of log2(p/M) over its pairs; z: the logits by pass, gaps: differences of log2 of their normalisers by pair."""
+def start(shape: tl.constexpr, k, passes, c):
+    """What log ratios are added to: less the pivot."""
+    w = tl.full(shape, -0.0, c.DTYPE)  # -0 + x is x, and costs nothing
+    if c.EXACT:
+        w -= pick(passes[-1], k)
+    return w
+
+
+@triton.jit
+def log_ratios(z, passes, c):
+    """For each pass the sum of log2(p/M) over its pairs less its pivot; z: the logits by pass."""
     M: tl.constexpr = len(z)
+    gaps = passes[-2]
     w = ()
-    for _ in tl.static_range(M):
-        w = w + (tl.full(z[0].shape, -0.0, z[0].dtype),)  # -0 + x is x, and costs nothing
+    for k in tl.static_range(M):
+        w = w + (start(z[0].shape, k + c.FIRST, passes, c),)
     for k in tl.static_range(M):
         for l in tl.static_range(k + 1, M):
             rest, ratio = gaps[k * (2 * M - k - 1) // 2 + l - k - 1]
             d = log_distance(z[k], z[l], rest, ratio)
-            a = log_ratio(d, EXACT)
+            a = log_ratio(d, c.EXACT)
             w = added(added(w, k, a + tl.minimum(d, 0.0)), l, a - tl.maximum(d, 0.0))
     return w
 
@@ -113,14 +123,53 @@ def log_ratios(z, gaps, EXACT: tl.constexpr):
 @triton.jit
 def log_ratios_of(k, z, at, FULL: tl.constexpr, samples, passes, c):
     """The same for pass k alone, whose logits are z, in a block of columns; with itself a pass has 0."""
-    _, bases, rests, totals, _ = passes
     i, inside = columns(at, samples[-1], c)
-    w = tl.full(z.shape, -0.0, z.dtype)
+    w = start(z.shape, k, passes, c)
     for l in range(c.FIRST, c.P):
-        other = shifted(read_pass(l, i, inside, FULL, True, samples, c), pick(bases, l), pick(rests, l))
-        d = log_distance(z, other, pick(rests, k) - pick(rests, l), log_gap(pick(totals, k), pick(totals, l)))
-        w += log_ratio(d, c.EXACT) + tl.minimum(d, 0.0)
+        w += log_ratio_of(k, l, z, read_pass(l, i, inside, FULL, True, samples, c), passes, c)
     return w
+
+
+@triton.jit
+def log_ratio_of(k, l, z, x, passes, c):
+    """log2(p/M) of pass k beside pass l, whose logits are x."""
+    _, bases, rests, totals, _, _ = passes
+    other = shifted(x, pick(bases, l), pick(rests, l))
+    d = log_distance(z, other, pick(rests, k) - pick(rests, l), log_gap(pick(totals, k), pick(totals, l)))
+    return log_ratio(d, c.EXACT) + tl.minimum(d, 0.0)
+
+
+@triton.jit
+def pivot(k, likeliest, samples, passes, c):
+    """The sum of pass k's log ratios at its most probable class where that holds much of p, or 0.
+
+    There it is nearly the divergence, and only their difference is exact enough.
+    """
+    z = shifted(read_class(k, likeliest, samples, c), pick(passes[1], k), pick(passes[2], k))
+    w = tl.zeros([c.R, 1, 1], c.DTYPE)
+    if c.FEW:
+        for l in tl.static_range(c.FIRST, c.P):
+            if l != k:
+                w += log_ratio_of(k, l, z, read_class(l, likeliest, samples, c), passes, c)
+    else:
+        for l in range(c.FIRST, c.P):
+            w += tl.where(l == k, 0.0, log_ratio_of(k, l, z, read_class(l, likeliest, samples, c), passes, c))
+    return tl.where(pick(passes[3], k) < 4, w, 0.0)
+
+
+@triton.jit
+def pivots_of(likeliest, samples, passes, c):
+    """The pivots of the passes; 0 for one that is in no pair."""
+    out = ()
+    for _ in tl.static_range(c.P):
+        out = out + (tl.zeros([c.R, 1, 1], c.DTYPE),)
+    if c.FEW:
+        for k in tl.static_range(c.FIRST, c.P):
+            out = put(out, k, pivot(k, likeliest[k], samples, passes, c))
+    else:
+        for k in range(c.FIRST, c.P):
+            out = put(out, k, pivot(k, pick(likeliest, k), samples, passes, c))
+    return out
 
 
 @triton.jit
@@ -267,6 +316,13 @@ def read_pass(k, i, inside, FULL: tl.constexpr, AGAIN: tl.constexpr, samples, c)
 
 
 @triton.jit
+def read_class(k, i, samples, c):
+    """Pass k's logits of a class by sample."""
+    row, stride = place(samples[0], k, c)
+    return tl.load(row + i.to(tl.int64) * stride).to(c.DTYPE)
+
+
+@triton.jit
 def over_runs(x):
     return tl.sum(x, 2, keep_dims=True)
 
@@ -296,26 +352,43 @@ def add_exponentials(x, highest, total):
 
 
 @triton.jit
+def class_of(x, top, i):
+    """A class whose logit is the row's maximum; the first where none is."""
+    return tl.max(tl.max(tl.where(x == top, i, 0), 2, keep_dims=True), 1, keep_dims=True)
+
+
+@triton.jit
 def normalizer(row, stride, C, c):
-    """A row's maximum and its sum of exp(x - maximum): NaN where all is -inf or something is no logit."""
+    """A row's maximum, a class that has it, and the sum of exp(x - maximum): NaN where all is -inf or something is no logit."""
+    likeliest = tl.zeros([c.R, 1, 1], tl.int32)
+    i, inside = columns(0, C, c)
     if c.ONE:
-        i, inside = columns(0, C, c)
         x = read(row, i, inside, stride, -INFINITY, not c.TAIL, False, c)
         top = tl.max(tl.max(x, 2, keep_dims=True), 1, keep_dims=True)
         total = over_row(exponential(x - top))
+        if c.EXACT:
+            likeliest = class_of(x, top, i)
     else:
+        begin = tl.zeros([c.R, c.W, 1], tl.int32)  # of the block that has a run's maximum
         highest = tl.full([c.R, c.W, 1], -1.7976931348623157e308 if c.DTYPE == tl.float64 else -3.4028234e38, c.DTYPE)
         total = tl.zeros([c.R, c.W, 1], c.DTYPE)
         end = C // (c.W * c.V) * (c.W * c.V)
         for at in range(0, end, c.W * c.V):
             i, inside = columns(at, C, c)
+            before = highest
             highest, total = add_exponentials(read(row, i, inside, stride, -INFINITY, True, True, c), highest, total)
+            begin = tl.where(highest > before, at, begin)
         if c.TAIL:
             i, inside = columns(end, C, c)
+            before = highest
             highest, total = add_exponentials(read(row, i, inside, stride, -INFINITY, False, True, c), highest, total)
+            begin = tl.where(highest > before, end, begin)
         top = tl.max(highest, 1, keep_dims=True)
         total = tl.sum(total * exponential(highest - top), 1, keep_dims=True)
-    return top, tl.where(total > 0, total, float("nan"))
+        if c.EXACT:
+            i = begin + columns(0, C, c)[0]
+            likeliest = class_of(read(row, i, i < C, stride, -INFINITY, False, True, c), top, i)
+    return top, likeliest, tl.where(total > 0, total, float("nan"))
 
 
 @triton.jit
@@ -336,7 +409,7 @@ def targets(i, inside, label, soft, soft_stride, smoothing, C, FULL: tl.constexp
 def add_block(at, FULL: tl.constexpr, sums, samples, passes, c):
     """Adds a block to the sums: of the labels t; by pass of t * (x - max); by pass of e * log ratios, e = exp(x - max)."""
     _, label, soft, soft_stride, smoothing, C = samples
-    tops, bases, rests, _, gaps = passes
+    tops, bases, rests, _, _, _ = passes
     masses, of_labels, of_pairs = sums
     i, inside = columns(at, C, c)
     if c.SUMS:
@@ -352,7 +425,7 @@ def add_block(at, FULL: tl.constexpr, sums, samples, passes, c):
                 if k >= c.FIRST:
                     z = z + (shifted(x, bases[k], rests[k]),)
         if c.P - c.FIRST > 1:
-            w = log_ratios(z, gaps, c.EXACT)
+            w = log_ratios(z, passes, c)
             for k in tl.static_range(c.FIRST, c.P):
                 of_pairs = added(of_pairs, k, over_runs(exponential(z[k - c.FIRST] - rests[k]) * w[k - c.FIRST]))
     else:
@@ -370,7 +443,7 @@ def add_block(at, FULL: tl.constexpr, sums, samples, passes, c):
 def write_block(at, FULL: tl.constexpr, factors, into, there, keep, samples, passes, c):
     """Writes a block's gradients: e * (of_e + of_w * log ratios) - of_t * t."""
     _, label, soft, soft_stride, smoothing, C = samples
-    _, bases, rests, _, gaps = passes
+    _, bases, rests, _, _, _ = passes
     of_e, of_w, of_t = factors
     i, inside = columns(at, C, c)
     if c.KIND != "none":
@@ -380,7 +453,7 @@ def write_block(at, FULL: tl.constexpr, factors, into, there, keep, samples, pas
         for k in tl.static_range(c.P):
             z = z + (shifted(read_pass(k, i, inside, FULL, False, samples, c), bases[k], rests[k]),)
         if c.P - c.FIRST > 1:
-            w = log_ratios(z[c.FIRST :], gaps, c.EXACT)
+            w = log_ratios(z[c.FIRST :], passes, c)
     else:  # all of them before a gradient is written, which may be over logits
         for _ in tl.static_range(c.P):
             w = w + (tl.zeros([c.R, c.W, c.V], c.DTYPE),)
@@ -422,18 +495,19 @@ def classify(samples, into, there, keep, unit, js_weight, c):
     rows, label, _, _, _, C = samples
     BLOCK: tl.constexpr = c.W * c.V
     end = C // BLOCK * BLOCK
-    tops, totals, bases, rests, gaps = (), (), (), (), ()
+    tops, likeliest, totals, bases, rests, gaps = (), (), (), (), (), ()
     if c.FEW:
         for k in tl.static_range(c.P):
-            top, total = normalizer(rows[0][k], rows[1][k], C, c)
-            tops, totals = tops + (top,), totals + (total,)
+            top, class_, total = normalizer(rows[0][k], rows[1][k], C, c)
+            tops, likeliest, totals = tops + (top,), likeliest + (class_,), totals + (total,)
     else:
         for _ in tl.static_range(c.P):
             tops, totals = tops + (tl.zeros([c.R, 1, 1], c.DTYPE),), totals + (tl.zeros([c.R, 1, 1], c.DTYPE),)
+            likeliest = likeliest + (tl.zeros([c.R, 1, 1], tl.int32),)
         for k in range(c.P):
             begin, stride = place(rows, k, c)
-            top, total = normalizer(begin, stride, C, c)
-            tops, totals = put(tops, k, top), put(totals, k, total)
+            top, class_, total = normalizer(begin, stride, C, c)
+            tops, likeliest, totals = put(tops, k, top), put(likeliest, k, class_), put(totals, k, total)
     highest, lowest = tops[c.P - 1], tops[c.P - 1]
     for k in tl.static_range(c.FIRST, c.P):
         highest, lowest = tl.maximum(highest, tops[k]), tl.minimum(lowest, tops[k])
@@ -446,7 +520,10 @@ def classify(samples, into, there, keep, unit, js_weight, c):
         for k in tl.static_range(c.FIRST, c.P):
             for l in tl.static_range(k + 1, c.P):
                 gaps = gaps + ((rests[k] - rests[l], log_gap(totals[k], totals[l])),)
-    passes = (tops, bases, rests, totals, gaps)
+    passes = (tops, bases, rests, totals, gaps, ())
+    if c.EXACT and c.P - c.FIRST > 1:
+        passes = (tops, bases, rests, totals, gaps, pivots_of(likeliest, samples, passes, c))
+    pivots = passes[-1]
 
     sums = (tl.zeros([c.R, c.W, 1], c.DTYPE), zeros(c.P, c), zeros(c.P, c))
     if c.SUMS or c.P - c.FIRST > 1:
@@ -482,9 +559,11 @@ def classify(samples, into, there, keep, unit, js_weight, c):
             of_t = of_t + (share,)
         if k >= c.FIRST and c.P - c.FIRST > 1:  # p * (log ratios - KL)/2
             divergence = over_row(of_pairs[k]) / totals[k]
-            divergences += divergence
             pair_factor = unit * js_weight * (LN2 / 2)
             factor -= pair_factor * divergence
+            divergences += divergence
+            if c.EXACT:
+                divergences += pivots[k]
             of_w = of_w + (pair_factor / totals[k],)
         else:
             of_w = of_w + (0.0,)

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, NoReturn
 
 import torch
@@ -11,18 +10,14 @@ from torch import Tensor
 from ..core import backends as backends
 from . import reference
 
+_triton = functools.partial(backends.triton_kernels, __package__)
+
 # key: a 0-d int64 tensor on the input's device, which only kernels read. fold: the call is outside of a backward (SPEC 3).
 SCHEMAS = {
     "adaptive_dropout": "(Tensor h, Tensor rates, Tensor key, Tensor pending) -> Tensor",
     "adaptive_dropout_backward": "(Tensor grad, Tensor rates, Tensor key) -> (Tensor, Tensor)",
     "dropout_rates_": "(Tensor(a!) gradient_norm, Tensor(b!) pending, *, float p, float max_p, float momentum, bool fold) -> Tensor",
 }
-
-
-def _triton() -> ModuleType:
-    from . import triton
-
-    return triton
 
 
 def _by_triton(name: str, *tensors: Tensor, **options: Any) -> Any:
@@ -63,11 +58,8 @@ def _refuse_vmap(*_: Any, **__: Any) -> NoReturn:
 
 
 for _name, _schema in SCHEMAS.items():
-    torch.library.define(f"uegr_kernels::{_name}", _schema)
+    backends.define(_name, _schema, getattr(reference, _name), functools.partial(_by_triton, _name))
     torch.library.register_vmap(f"uegr_kernels::{_name}", _refuse_vmap)
-    torch.library.impl(f"uegr_kernels::{_name}", "CompositeExplicitAutograd", getattr(reference, _name))
-    if backends.triton_stands_in():
-        torch.library.impl(f"uegr_kernels::{_name}", "CUDA", functools.partial(_by_triton, _name))
 
 torch.library.register_fake("uegr_kernels::adaptive_dropout", lambda h, *_: h.new_empty(h.shape))
 torch.library.register_fake("uegr_kernels::adaptive_dropout_backward", lambda g, rates, _: (g.new_empty(g.shape), torch.empty_like(rates)))
@@ -100,7 +92,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
 
 def adaptive_dropout(h: Tensor, gradient_norm: Tensor, pending: Tensor, key: Tensor, *, backend: str, **options: Any) -> Tensor:
     """h dropped at the rates that n gives, differentiable; n and `pending` are updated. Arguments as in SCHEMAS, a chosen backend."""
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    traced = backends.traced()
     if backend in ("reference", "triton") and not traced:
         rates = kernel("dropout_rates_", backend)(gradient_norm, pending, **options)
         if backend == "triton":

@@ -11,6 +11,8 @@ from torch import Tensor
 from ..core import backends as backends
 from . import reference
 
+_triton = functools.partial(backends.triton_kernels, __package__)
+
 # To the compiled kernels a norm and what it is taken over are positions here (csrc/perturbation/perturbation.h has the same order).
 NORMS = ("l2", "linf")
 PERS = ("sample", "token", "all")
@@ -26,12 +28,6 @@ SCHEMAS = {
 }
 
 
-def _triton() -> ModuleType:
-    from . import triton
-
-    return triton
-
-
 def _run(module: Callable[[], ModuleType], name: str, *tensors: Any, **options: Any) -> None:
     """The function `name` of a module, by an operator's arguments."""
     for key, words in WORDS.items():
@@ -44,15 +40,10 @@ def _run(module: Callable[[], ModuleType], name: str, *tensors: Any, **options: 
 
 
 def _register(name: str, schema: str) -> None:
-    """Defines the operator; the reference is its default kernel, so that it exists on every device."""
-
     def refuse_vmap(*_: Any, **__: Any) -> NoReturn:
         raise RuntimeError(f"{name.rstrip('_')} of uegr_kernels does not run under torch.func.vmap; give the whole batch")
 
-    torch.library.define(f"uegr_kernels::{name}", f"({schema}) -> ()")
-    torch.library.impl(f"uegr_kernels::{name}", "CompositeExplicitAutograd", functools.partial(_run, lambda: reference, name))
-    if backends.triton_stands_in():
-        torch.library.impl(f"uegr_kernels::{name}", "CUDA", functools.partial(_run, _triton, name))
+    backends.define(name, f"({schema}) -> ()", functools.partial(_run, lambda: reference, name), functools.partial(_run, _triton, name))
     torch.library.register_fake(f"uegr_kernels::{name}", lambda *_, **__: None)
     torch.library.register_vmap(f"uegr_kernels::{name}", refuse_vmap)
 
@@ -77,7 +68,7 @@ def choose(name: str, backend: str, device: torch.device, dtype: torch.dtype) ->
 
 def call(name: str, backend: str, *tensors: Any, written: list[Tensor], **options: Any) -> None:
     """Runs the operator on a chosen backend; arguments as in SCHEMAS, norm and per by their names."""
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    traced = backends.traced()
     if backend == "reference" and not traced:
         getattr(reference, name)(*tensors, **options)
         return

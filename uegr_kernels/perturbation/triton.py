@@ -162,19 +162,18 @@ def part_kernel(items, table, g, x, out, mask, token, length, size: tl.int64, pa
                 STORAGE: tl.constexpr):  # fmt: skip
     """A part of a group. STAGE 0: the squares of g; 1: those of x + step, for the ball; 2: the step.
 
-    The parts of one tensor's groups follow each other; those of many tensors are listed in `items` as (tensor, part, its number), and
-    `table` has the tensors.
+    The parts of one tensor's groups follow each other; those of many tensors are listed in `items`, and `table` has the tensors.
     """
     program = tl.program_id(0).to(tl.int64)
     if items is not None:
-        row = table + tl.load(items + 3 * program).to(tl.int64) * 6
-        part, number = tl.load(items + 3 * program + 1).to(tl.int64), tl.load(items + 3 * program + 2).to(tl.int64)
+        row = table + tl.load(items + 2 * program).to(tl.int64) * 7
+        part = tl.load(items + 2 * program + 1).to(tl.int64)
         if ALIGNED:
             g, x = triton_ops.aligned_pointer(tl.load(row), STORAGE), triton_ops.aligned_pointer(tl.load(row + 1), STORAGE)
         else:
             g, x = triton_ops.pointer(tl.load(row), STORAGE), triton_ops.pointer(tl.load(row + 1), STORAGE)
         begin, end, stream = part * size, tl.load(row + 2), tl.load(row + 3)
-        first, parts = tl.load(row + 4), tl.load(row + 5)
+        first, parts, number = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6) + part
         out = x
     else:
         number, stream = program, program * 0
@@ -188,13 +187,16 @@ def part_kernel(items, table, g, x, out, mask, token, length, size: tl.int64, pa
     if PROJECTS and not LINF and STAGE == 2:
         ball = ball_factor(total(moved_squares, first, parts), radius)
     sums = tl.zeros([BLOCK], tl.float64)
-    full = begin + (end - begin) // BLOCK * BLOCK
-    for at in range(begin, full, BLOCK):
+    whole = ((end - begin) // BLOCK).to(tl.int32)
+    for block in range(whole):
+        at = begin + block * BLOCK
+        if ALIGNED:
+            at = tl.multiple_of(at, 16)
         sums = visit(at, end, i, sums, g, x, out, mask, token, factor, ball, radius, limit, seed, step, stream,
-                     STAGE, LINF, PROJECTS, RANDOM, IN_ORDER, ALIGNED, True)  # fmt: skip
-    if full < end:
-        sums = visit(full, end, i, sums, g, x, out, mask, token, factor, ball, radius, limit, seed, step, stream,
-                     STAGE, LINF, PROJECTS, RANDOM, IN_ORDER, ALIGNED, False)  # fmt: skip
+                     STAGE, LINF, PROJECTS, RANDOM, IN_ORDER, True)  # fmt: skip
+    if begin + whole * BLOCK < end:
+        sums = visit(begin + whole * BLOCK, end, i, sums, g, x, out, mask, token, factor, ball, radius, limit, seed, step, stream,
+                     STAGE, LINF, PROJECTS, RANDOM, IN_ORDER, False)  # fmt: skip
     if STAGE == 0:
         tl.store(squares + number, tl.sum(sums, 0))
     if STAGE == 1:
@@ -203,11 +205,8 @@ def part_kernel(items, table, g, x, out, mask, token, length, size: tl.int64, pa
 
 @triton.jit
 def visit(at, end, i, sums, g, x, out, mask, token, factor, ball, radius, limit, seed, step, stream, STAGE: tl.constexpr,
-          LINF: tl.constexpr, PROJECTS: tl.constexpr, RANDOM: tl.constexpr, IN_ORDER: tl.constexpr, ALIGNED: tl.constexpr,
-          FULL: tl.constexpr):  # fmt: skip
+          LINF: tl.constexpr, PROJECTS: tl.constexpr, RANDOM: tl.constexpr, IN_ORDER: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
     """A block of a part: adds its squares, or writes it."""
-    if ALIGNED:
-        at = tl.multiple_of(at, 16)
     value = gradient(g, mask, token, at, i, end, FULL)
     if STAGE > 0:
         value = moved(value, x, factor, limit, seed, step, stream, at, i, end, LINF, RANDOM, IN_ORDER, FULL)
@@ -318,10 +317,10 @@ def perturb_weights_(params, grads, seed, *, streams, epsilon, together, keep_pr
                         x
                         for k, theta in zip(kind, dense, strict=True)
                         for x in (g[k].data_ptr(), theta.data_ptr(), theta.numel(), streams[at[k]],
-                                  0 if together else firsts[k], len(squares) if together else counts[k])
+                                  0 if together else firsts[k], len(squares) if together else counts[k], firsts[k])
                     ]  # fmt: skip
                     table = triton_ops.to_device(rows, torch.int64, device)
-                    items = triton_ops.to_device(_items([counts[k] for k in kind], [firsts[k] for k in kind]), torch.int32, device)
+                    items = triton_ops.to_device(triton_ops.pieces([counts[k] for k in kind]), torch.int32, device)
                     part_kernel[(len(items),)](
                         items, table, None, None, None, None, 1, 1, size, 1, squares, squares, *numbers,
                         STAGE=stage, ALIGNED=aligned, STORAGE=triton_ops.DTYPES[dtype], **options,
@@ -356,14 +355,6 @@ def _kinds(some: list[int], params: list[Tensor], grads: list[Tensor]) -> list[t
     return [(key, *value) for key, value in kinds.items()]
 
 
-def _items(counts: list[int], firsts: list[int]) -> Tensor:
-    """(tensor, part, its number among all) of every part."""
-    many = torch.tensor(counts)
-    tensor = torch.arange(len(counts)).repeat_interleave(many)
-    part = torch.arange(len(tensor)) - (many.cumsum(0) - many).repeat_interleave(many)
-    return torch.stack((tensor, part, torch.tensor(firsts).repeat_interleave(many) + part), 1)
-
-
 def _check_alike(a: Tensor, b: Tensor, a_name: str, b_name: str) -> None:
     """Raises what a kernel would not survive."""
     for x, name in ((a, a_name), (b, b_name)):
@@ -374,7 +365,7 @@ def _check_alike(a: Tensor, b: Tensor, a_name: str, b_name: str) -> None:
 
 
 def _check_written(out: Tensor) -> None:
-    if any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride(), strict=True)):
+    if triton_ops.expanded(out):
         raise RuntimeError("out is expanded; give a tensor whose elements have memory of their own")
 
 

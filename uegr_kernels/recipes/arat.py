@@ -148,6 +148,11 @@ class ARAT(AttackRecipe):
         loss = weight * clean.clean_loss + adversarial_weight * adversarial.clean_loss + self.invariance_weight * losses["invariance"]
         return {"loss": loss, **losses}
 
+    def after_step(self) -> None:
+        """Clears the gradients of the own parameters, which a model.zero_grad() does not reach."""
+        for p in self.parameters():
+            p.grad = None
+
     def epoch_end(self) -> None:
         """Balances the two losses by the clean branch's accuracy."""
         if not self.recent:

@@ -1,6 +1,7 @@
 """What users call: the selective optimizers, and the selection by itself."""
 
 import dataclasses
+import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral, Real
@@ -18,7 +19,10 @@ FORMAT = 1  # of the state's layout; a key of every group
 FLOATS = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 
 
+COMPILED = ("cpp", "cuda")  # backends whose operators check a whole call themselves and take a state in a single tensor
 SWARM, TINY = 64, 4096  # parameters from which on, and elements a parameter up to which, states share one tensor
+GRADIENT = operator.attrgetter("grad")
+LEFT_OUT: dict[str, Any] = {"grads": [], "statistics": None}  # of what is kept from step to step: gradients are the user's to free
 
 
 @dataclasses.dataclass
@@ -40,6 +44,7 @@ class SelectiveOptimizer(Optimizer):
     _roster: _Roster | None
     _addresses: list[int]  # of the parameters whose memory was looked at last
     _shared: dict[str, tuple[Tensor, list[Tensor], list[int]]]  # states of many small parameters in one tensor, its parts, their addresses
+    _room: dict[Any, Tensor]  # for statistics over a wider scope than a tensor
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], *, seed: int | None, backend: str):
         if backend != "auto" and backend not in op.backends.BACKENDS:
@@ -47,7 +52,7 @@ class SelectiveOptimizer(Optimizer):
         if seed is not None:
             seed = _whole("seed", seed) % 2**64
         self.backend = backend
-        self._roster, self._shared, self._addresses = None, {}, []
+        self._roster, self._shared, self._addresses, self._room = None, {}, [], {}
         self._drawn_seed: int | None = None  # drawn here and not agreed on with the other ranks yet
         self._check(defaults)
         super().__init__(params, defaults | {"seed": seed, "format": FORMAT})
@@ -145,7 +150,7 @@ class SelectiveOptimizer(Optimizer):
             for batch in batches:
                 self._complete_states(batch)
             self._run(batches)
-            if len(self.param_groups) == len(batches) == 1 and batches[0]["backend"] in ("cpp", "triton") and not batches[0]["cuts"]:
+            if len(self.param_groups) == len(batches) == 1 and batches[0]["backend"] != "reference" and not batches[0]["cuts"]:
                 self._remember(batches[0])
             return loss
 
@@ -174,6 +179,7 @@ class SelectiveOptimizer(Optimizer):
                     "layout": layout,
                     "statistics": None,
                     "cuts": (),
+                    "plan": None,
                     "backend": others[0],
                     "seed": others[1],
                 }
@@ -196,6 +202,7 @@ class SelectiveOptimizer(Optimizer):
     def _remember(self, batch: dict[str, Any]) -> None:
         group = batch["group"]
         if len(batch["params"]) == len(group["params"]):
+            batch = batch | LEFT_OUT
             self._roster = _Roster(list(group["params"]), list(self.state.keys()), list(self.state.values()), batch)
 
     def _step_again(self) -> bool:
@@ -215,19 +222,23 @@ class SelectiveOptimizer(Optimizer):
             return False
         self._check(group)
         batch = self._new_batch(group, roster.params[0].device, roster.params[0].dtype)
-        batch |= {"params": roster.params, "grads": [p.grad for p in roster.params], "states": states, "layout": roster.batch["layout"]}
-        if batch["backend"] != roster.batch["backend"] or any(grad is None for grad in batch["grads"]):
+        batch |= {"params": roster.params, "grads": list(map(GRADIENT, roster.params)), "states": states, "layout": roster.batch["layout"]}
+        if batch["backend"] != roster.batch["backend"] or any(map(operator.is_, batch["grads"], itertools.repeat(None))):
             return False
         try:
+            batch["plan"] = roster.batch["plan"]
             for key in self._needed(group):
                 batch[key] = [state[key] for state in states]
+                if key not in roster.batch or not all(map(operator.is_, batch[key], roster.batch[key])):
+                    batch["plan"] = None
                 flat, parts, addresses = self._shared.get(key, (None, [], []))
                 if all(map(operator.is_, batch[key], parts)) and [part.data_ptr() for part in parts] == addresses and flat is not None:
                     batch[key] = [flat]
             self._settle_scopes([batch])
             self._update(batch)
-        except (AttributeError, KeyError, TypeError, RuntimeError):
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
             return False
+        roster.batch = batch | LEFT_OUT
         self._roster = roster
         return True
 
@@ -271,6 +282,7 @@ class SelectiveOptimizer(Optimizer):
             "seed": _signed(_whole("seed", group["seed"]) % 2**64),
             "statistics": None,
             "cuts": (),
+            "plan": None,
             "params": [],
             "grads": [],
             "states": [],
@@ -320,12 +332,15 @@ class SelectiveOptimizer(Optimizer):
         states = batch["states"] = [state if state else self.state[p] for p, state in zip(params, batch["states"], strict=True)]
         for key in self._needed(group):
             lacking = [i for i, state in enumerate(states) if key not in state]  # what is there (a checkpoint's, a hook's) is left alone
-            if len(lacking) == len(params) >= SWARM and len(self.param_groups) == 1 and batch["backend"] == "cpp":
+            if len(lacking) == len(params) >= SWARM and len(self.param_groups) == 1 and batch["backend"] in COMPILED:
                 if all(p.numel() <= TINY and p.is_contiguous() and not shards.sharded(p) for p in params):
                     self._share_states(key, batch)
                     continue
             for i in lacking:
                 states[i][key] = self._fresh_state(key, params[i], group)
+            if key == "step" and params[0].is_cuda:  # one found on the CPU, after a load, moves
+                for state in states:
+                    state[key] = state[key].to(params[0].device)
             batch[key] = [state[key] for state in states]
 
     def _share_states(self, key: str, batch: dict[str, Any]) -> None:
@@ -374,9 +389,10 @@ class SelectiveOptimizer(Optimizer):
             elif any(batch["cuts"]):
                 rows = op.no_statistics(len(batch["params"]), normalization, batch["params"][0].device)
                 for cut, chosen, part in self._parts(batch):
-                    rows[chosen] = op.scope_statistics([part], normalization, rows=len(chosen), cut=cut)
+                    rows[chosen] = op.scope_statistics([part], normalization, rows=len(chosen), cut=cut, room={})
                 batch["statistics"] = rows
-        joined = {normalization: op.joint_statistics(cuts, normalization) for normalization, cuts in scopes.items()}
+        room = {} if torch.compiler.is_compiling() else self._room
+        joined = {normalization: op.joint_statistics(cuts, normalization, room) for normalization, cuts in scopes.items()}
         for batch in members:
             if batch["selection"].scope == "global":
                 batch["statistics"] = joined[batch["selection"].normalization].to(batch["params"][0].device)
@@ -425,7 +441,7 @@ class SelectiveOptimizer(Optimizer):
         group, device = batch["group"], batch["params"][0].device
         lr = group["lr"]
         scale, found = (None if t is None else t.to(device) for t in (getattr(self, "grad_scale", None), getattr(self, "found_inf", None)))
-        op.call(
+        batch["plan"] = op.call(
             self.operator,
             batch["backend"],
             batch["params"],
@@ -433,6 +449,7 @@ class SelectiveOptimizer(Optimizer):
             *self._lists(batch),
             batch["step"],
             *(self._kept(batch) or ([], [])),
+            plan=batch["plan"],
             scope_statistics=batch["statistics"],
             layout=batch["layout"],
             grad_scale=scale,
@@ -502,7 +519,7 @@ class SelectiveOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._roster, self._shared, self._addresses = None, {}, []
+        self._roster, self._shared, self._addresses, self._room = None, {}, [], {}
         for group in self.param_groups:
             for p in group["params"]:
                 p_state = self.state.get(p) or {}
@@ -728,7 +745,7 @@ def select_gradients_(
     shared = None
     with torch.no_grad():
         if scope == "global" and normalization != "constant":
-            shared = op.joint_statistics({(): list(parts.values())}, normalization)
+            shared = op.joint_statistics({(): list(parts.values())}, normalization, {})
         for (device, _), part in parts.items():
             over = None if shared is None else shared.to(device)
             lists = part["grads"], part["saliencies"]

@@ -15,6 +15,8 @@ from ..core import backends as backends
 from ..core import shards
 from . import reference
 
+_triton = functools.partial(backends.triton_kernels, __package__)
+
 # To the compiled kernels a normalisation is its position here (csrc/selective/selective.h has the same order; a test compares).
 NORMALIZATIONS = ("minmax", "range", "rank", "constant")
 DIRECTIONS = ("printed", "salient")
@@ -134,12 +136,8 @@ WRITTEN = {name: [i for i, text in enumerate(schema.split("*,")[0].split(", ")) 
 
 
 def _register(name: str, schema: str) -> None:
-    """Defines the operator; the reference is its default kernel, so that it exists on every device, Triton's its CUDA one."""
-    torch.library.define(f"uegr_kernels::{name}", f"({schema}) -> ()")
+    backends.define(name, f"({schema}) -> ()", functools.partial(_run, lambda: reference, name), functools.partial(_run, _triton, name))
     torch.library.register_fake(f"uegr_kernels::{name}", lambda *args, **kwargs: None)
-    torch.library.impl(f"uegr_kernels::{name}", "CompositeExplicitAutograd", functools.partial(_run, lambda: reference, name))
-    if backends.triton_stands_in():
-        torch.library.impl(f"uegr_kernels::{name}", "CUDA", functools.partial(_run, _triton, name))
 
 
 def _run(module: Callable[[], ModuleType], name: str, *args: Any, **kwargs: Any) -> None:
@@ -158,36 +156,40 @@ def _run(module: Callable[[], ModuleType], name: str, *args: Any, **kwargs: Any)
         kwargs = {key: value for key, value in kwargs.items() if key not in selection.arguments()} | {"selection": selection}
     else:
         kwargs["normalization"] = NORMALIZATIONS[kwargs["normalization"]]
+    if "steps" in SCHEMAS[name] and module is _triton:
+        kwargs["plan"] = None
     getattr(module(), name)(*args, **kwargs)
-
-
-def _triton() -> ModuleType:
-    from . import triton
-
-    return triton
 
 
 def _apart(states: list[Tensor], alike: list[Tensor]) -> list[Tensor]:
     """A list of states as a tensor by parameter."""
     if len(states) != 1 or len(alike) == 1:
         return states
-    return [part.view_as(one) for part, one in zip(states[0].split([one.numel() for one in alike]), alike, strict=True)]
+    sizes = [one.numel() for one in alike]
+    if not states[0].is_contiguous() or states[0].numel() != sum(sizes):
+        raise RuntimeError(
+            f"a list of states has {states[0].numel()} elements in a single tensor; it must be contiguous and have {sum(sizes)}"
+        )
+    return [part.view_as(one) for part, one in zip(states[0].split(sizes), alike, strict=True)]
 
 
 for _name, _schema in SCHEMAS.items():
     _register(_name, _schema)
 
 
-def call(name: str, backend: str, *tensors: Any, **options: Any) -> None:
+def call(name: str, backend: str, *tensors: Any, **options: Any) -> Any:
     """Runs the operator on a chosen backend ("reference", "cpp", "cuda" or "triton").
 
-    Arguments as in SCHEMAS, with the options as one `selection`, a normalisation by its name.
+    Arguments as in SCHEMAS, with the options as one `selection`, a normalisation by its name. What is returned may be the option `plan` of
+    the next call whose tensors, the gradients aside, are the same objects: they are not looked at as closely again.
     """
+    known = {"plan": options.pop("plan")} if "plan" in options else {}
+    plan = None
     if backend == "reference" and not torch.compiler.is_compiling():
         getattr(reference, name)(*tensors, **options)
-        return
-    if backend == "triton" and not torch.compiler.is_compiling():
-        getattr(_triton(), name)(*tensors, **options)
+        return None
+    if backend == "triton" and not backends.traced():
+        plan = getattr(_triton(), name)(*tensors, **options, **known)
     else:
         if "selection" in options:
             arguments = options | options["selection"].arguments()
@@ -198,8 +200,10 @@ def call(name: str, backend: str, *tensors: Any, **options: Any) -> None:
     # Kernels registered outside PyTorch leave the versions alone, and autograd would miss a stale graph.
     written = [tensors[i] for i in WRITTEN[name]] + ([options["out"]] if "out" in options else [])
     torch.autograd.graph.increment_version([t for group in written for t in (group if isinstance(group, list) else [group])])
+    return plan
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def choose(name: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that serves operator `name` (core.backends.choose)."""
     return backends.choose(backend, f"selective.{name}", device, dtype)
@@ -207,21 +211,29 @@ def choose(name: str, backend: str, device: torch.device, dtype: torch.dtype) ->
 
 def no_statistics(rows: int, normalization: str, device: torch.device) -> Tensor:
     """Statistics of nothing, for the statistics operator to join others to."""
-    if normalization == "rank":
-        return torch.zeros(rows, reference.RANK_BINS, dtype=torch.int64, device=device)
-    out = torch.full((rows, 2), torch.inf, dtype=torch.float64, device=device)
-    out[:, 1].neg_()
-    return out
+    sizes, dtype = ((rows, reference.RANK_BINS), torch.int64) if normalization == "rank" else ((rows, 2), torch.float64)
+    return _emptied(torch.empty(sizes, dtype=dtype, device=device))
 
 
-def scope_statistics(parts: list[dict[str, Any]], normalization: str, *, rows: int, cut: shards.Cut) -> Tensor:
+def _emptied(statistics: Tensor) -> Tensor:
+    if not statistics.is_floating_point():
+        return statistics.zero_()
+    statistics.fill_(torch.inf)[:, 1].neg_()
+    return statistics
+
+
+def scope_statistics(parts: list[dict[str, Any]], normalization: str, *, rows: int, cut: shards.Cut, room: dict[Any, Tensor]) -> Tensor:
     """The statistics of s over the tensors of all parts together (rows=1), or of each tensor of the only part, as the operators take them.
 
     A part has `grads`, `saliencies`, `layout`, `sizes`, `grad_scale`, a chosen `backend`, and `kept`: None, or lists of the minima and
-    maxima that stand for the tensors (NaN: nothing kept yet). cut: the processes that hold the rest of the tensors (core.shards).
+    maxima that stand for the tensors (NaN: nothing kept yet). cut: the processes that hold the rest of the tensors (core.shards). The
+    memory is `room`'s, which keeps it.
     """
     home = parts[0]["grads"][0].device
-    out = no_statistics(rows, normalization, home)
+    key = normalization, home, rows, cut
+    if key not in room:
+        room[key] = no_statistics(rows, normalization, home)
+    out = _emptied(room[key])
     for part in parts:
         into = out.to(part["grads"][0].device)
         options = {"layout": part["layout"], "sizes": part["sizes"], "normalization": normalization, "grad_scale": part["grad_scale"]}
@@ -231,12 +243,14 @@ def scope_statistics(parts: list[dict[str, Any]], normalization: str, *, rows: i
     return out
 
 
-def joint_statistics(cuts: dict[shards.Cut, list[dict[str, Any]]], normalization: str) -> Tensor:
+def joint_statistics(cuts: dict[shards.Cut, list[dict[str, Any]]], normalization: str, room: dict[Any, Tensor]) -> Tensor:
     """The statistics over all parts of all cuts together. The reference alone ranks exactly; where a compiled kernel or another process
     takes part, all share its histogram."""
     if normalization == "rank" and list(cuts) == [()] and all(part["backend"] == "reference" for part in cuts[()]):
         return reference.ordered_saliency(cuts[()])
-    found = [scope_statistics(parts, normalization, rows=1, cut=cut) for cut, parts in cuts.items()]
+    found = [scope_statistics(parts, normalization, rows=1, cut=cut, room=room) for cut, parts in cuts.items()]
+    if len(found) == 1:
+        return found[0]
     rows = torch.cat([row.to(found[0].device) for row in found])
     if normalization == "rank":
         return rows.sum(0, keepdim=True)

@@ -182,20 +182,29 @@ def round_stochastically(x, low16):
 
 
 @triton.jit
+def moved(theta, stepped, factor):
+    """theta on its way to `stepped`: factor b/p of it, and not at all where b is 0, whatever `stepped` is."""
+    return tl.where(factor == 0, theta, theta + factor * (stepped - theta))
+
+
+@triton.jit
 def adamw_line(theta, g, factor, m, v, v_max, line, kind: tl.constexpr):
-    """target "gradient": g~ = b*g/p feeds the moments; "update": g does, and b/p multiplies the step."""
+    """target "gradient": g~ = b*g/p feeds the moments; "update": g does, and b/p multiplies the step.
+
+    v and theta are rounded where torch.optim.AdamW rounds them: over many steps it shows. Adding 0 rounds a product that the compiler
+    would fuse with the next addition.
+    """
     beta2, complement1, complement2, decay, step_size, inverse_root, eps = line
     fed = g if kind.update else g * factor
     m = m + complement1 * (fed - m)
-    v = v * beta2 + complement2 * fed * fed
+    v = (v * beta2 + 0.0) + complement2 * fed * fed
     if kind.c is not None:
         v_max = tl.maximum(v, v_max)
         denominator = root(v_max) * inverse_root + eps
     else:
         denominator = root(v) * inverse_root + eps
-    change = divide(step_size * m, denominator)
-    # The rounded decay is torch's: over many steps its rounding shows.
-    theta = theta - factor * ((1 - decay) * theta + change) if kind.update else theta * decay - change
+    stepped = (theta * decay + 0.0) - divide(step_size * m, denominator)
+    theta = moved(theta, stepped, factor) if kind.update else stepped
     return theta, m, v, v_max
 
 
@@ -749,10 +758,12 @@ class Family:
 
 def _items(elements: list[int], tensors: range, *, gathers: bool) -> Tensor:
     """The items of a run of tensors. Updates go backwards: what was gathered last is still in the cache."""
-    pieces = torch.tensor([-(-elements[i] // PIECE.value) for i in tensors], dtype=torch.int64)
-    tensor = torch.arange(tensors.start, tensors.stop).repeat_interleave(pieces)
-    piece = torch.arange(len(tensor)) - (pieces.cumsum(0) - pieces).repeat_interleave(pieces)
-    return torch.stack((-1 - tensor, piece), 1).int() if gathers else torch.stack((tensor, piece), 1).int().flip(0)
+    items = triton_ops.pieces([triton.cdiv(elements[i], PIECE.value) for i in tensors])
+    items[:, 0] += tensors.start
+    if gathers:
+        items[:, 0] = -1 - items[:, 0]
+        return items
+    return items.flip(0)
 
 
 def _walks(kind: Kind, elements: list[int], width: int) -> list[Tensor]:
@@ -804,9 +815,18 @@ def _axes(tensors: list[Tensor | None]) -> list[int]:
 class Plan:
     """What a call needs on the device for as long as its tensors stand where they stand."""
 
-    def __init__(self, facts: tuple[Any, ...], kind: Kind, lists: dict[str, list[Tensor]], layout: list[int], sizes: list[int]):
+    def __init__(
+        self,
+        moving: tuple[Any, ...],
+        standing: tuple[Any, ...],
+        planes: list[int],
+        kind: Kind,
+        lists: dict[str, list[Tensor]],
+        layout: list[int],
+        sizes: list[int],
+    ):
         grads = lists["g"]
-        self.facts, self.device = facts, grads[0].device
+        self.moving, self.standing, self.planes, self.kind, self.device = moving, standing, planes, kind, grads[0].device
         families: dict[Kind, list[int]] = collections.defaultdict(list)
         for i in range(len(grads)):
             each: dict[str, Any] = {name: tensors[i] if tensors else None for name, tensors in lists.items()}
@@ -838,6 +858,9 @@ def _check(i: int, each: dict[str, Any], layout: list[int]) -> None:
                 f"parameter {layout[4 * i]}: its {NAMES[name]} has shape {found}, its gradient {tuple(each['g'].shape)} "
                 f"on {each['g'].device}; they must be equal"
             )
+    for name in ("theta", "a", "b", "c"):
+        if each[name] is not None and triton_ops.expanded(each[name]):
+            raise ValueError(f"parameter {layout[4 * i]}: its {NAMES[name]} is expanded and cannot be written; call .clone() on it first")
     for name in ("step", "low", "high"):
         if each[name] is not None and (each[name].numel() != 1 or each[name].device != each["g"].device):
             found = f"{each[name].numel()} elements on {each[name].device}"
@@ -853,17 +876,27 @@ PLANS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 RECENT: collections.OrderedDict[Any, Any] = collections.OrderedDict()
 RECENT_PLANS = 16
 DTYPE = operator.attrgetter("dtype")
-CAPTURED: list[Any] = []  # what graphs captured outside of an optimizer, which may be replayed at any time, read
+# What captured steps read, for as long as the first parameter, and so the optimizer, lives; and what other graphs do, for good.
+CAPTURED: WeakIdKeyDictionary = WeakIdKeyDictionary()
+CAPTURED_ELSEWHERE: list[Any] = []
 
 
-def _facts(lists: dict[str, list[Tensor]], layout: list[int], sizes: list[int]) -> tuple[Any, ...]:
-    """What a plan is made from. The gradients' addresses are not in it: those it takes up every step."""
+def _moving(lists: dict[str, list[Tensor]], planes: list[int]) -> tuple[Any, ...]:
+    """What may differ while the tensors are the same objects. The gradients' addresses are not in it: those every step takes up.
+
+    `planes`: which of the tensors that are written have several axes. One with a single axis would be another object, or elsewhere.
+    """
     addresses = [list(map(Tensor.data_ptr, tensors)) for name, tensors in lists.items() if name != "g"]
-    moving = lists["theta"], lists["g"]
-    contiguous = [list(map(Tensor.is_contiguous, tensors)) for tensors in moving]
-    strides = [] if all(map(all, contiguous)) else [t.stride() for name in ELEMENTWISE for t in lists[name]]
-    shapes = [list(map(Tensor.numel, tensors)) + list(map(DTYPE, tensors)) for tensors in lists.values()]
-    return addresses, strides, shapes, layout, sizes
+    written = lists["theta"] or lists["g"]
+    contiguous = [list(map(Tensor.is_contiguous, tensors)) for tensors in (map(written.__getitem__, planes), lists["g"])]
+    strides = [] if all(map(all, contiguous)) else [t.stride() for tensors in (written, lists["g"]) for t in tensors]
+    return addresses, list(map(Tensor.numel, lists["g"])), list(map(DTYPE, lists["g"])), contiguous, strides
+
+
+def _standing(lists: dict[str, list[Tensor]]) -> list[Any]:
+    """What may differ between tensors beside that."""
+    strides = [(name, i, t.shape, t.stride()) for name in ELEMENTWISE for i, t in enumerate(lists[name]) if not t.is_contiguous()]
+    return [list(map(Tensor.numel, tensors)) + list(map(DTYPE, tensors)) for tensors in lists.values()] + strides
 
 
 @dataclasses.dataclass
@@ -891,23 +924,25 @@ class Call:
     found_inf: Tensor | None = None
     out: Any = None  # a tensor, in an operator that has one
 
-    def run(self) -> None:
-        """What the call needs on the device, then its launches. Nothing here waits for the device."""
+    def run(self, plan: "Plan | None") -> "Plan | None":
+        """What the call needs on the device, then its launches; `plan` and result as in op.call. Nothing here waits for the device."""
         if not self.g:
-            return
+            return None
         device = self.g[0].device
         with triton_ops.on(self.g[0]):
-            plan, captured = self.plan()
+            captured = triton_ops.capturing(device)
+            plan = self.planned(plan, captured)
             upload = plan.upload
-            if triton_ops.capturing(device):
+            if captured:
                 upload = plan.upload.apart()
-                captured.append((plan, upload))
+                (CAPTURED.setdefault(self.theta[0], []) if self.steps else CAPTURED_ELSEWHERE).append((plan, upload))
             away = {name: float(value) for name, value in self.tensors.items() if value is not None and value.device != device}
             pointers = [None if name in away else self.tensors.get(name) for name in NUMBERS[:3]]
             numbers = self.numbers | away | _selection_numbers(self.selection) | {"sign": -1.0 if self.maximize else 1.0}
             head = array.array("d", [numbers.get(name, 0.0) for name in NUMBERS]).tobytes()
             upload.write(head + array.array("q", [self.seed, self.step, 0, 0, *map(Tensor.data_ptr, self.g)]).tobytes())
             plan.launch(self, upload.target, pointers)
+        return None if captured else plan
 
     def kind(self) -> Kind:
         """What a family's kernels are compiled for, but for what its tensors are."""
@@ -931,23 +966,26 @@ class Call:
             **dict.fromkeys(("g", "theta", "s", "a", "b", "c", "step", "kept", "strided"), typing.cast(Any, None)),
         )
 
-    def plan(self) -> tuple["Plan", list[Any]]:
-        """The plan of the call, and the list that keeps what a graph captured of it."""
+    def planned(self, plan: "Plan | None", captured: bool) -> "Plan":
+        """The plan of the call: the one given, one that is kept, or a new one."""
         lists = {"theta": self.theta, "a": [], "b": [], "c": [], "s": self.s, "step": self.steps, "low": self.kept[0], "high": self.kept[1]}
         lists |= {"g": self.g, **dict(zip("abc", self.moments, strict=False))}
-        kind, facts = self.kind(), _facts(lists, self.layout, self.sizes)
-        key: Any = (kind, tuple(self.layout))
-        plans, captured = RECENT, CAPTURED
-        if self.steps:
-            plans, key = PLANS.setdefault(self.steps[0], {"captured": []}), kind
-            captured = plans["captured"]
+        kind = self.kind()
+        if plan is not None and plan.kind == kind and plan.moving == _moving(lists, plan.planes):
+            return plan
+        planes = [i for i, tensor in enumerate(lists["theta"] or lists["g"]) if tensor.dim() > 1]
+        moving = _moving(lists, planes)
+        standing = _standing(lists), self.layout, self.sizes
+        plans, key = (PLANS.setdefault(self.steps[0], {}), kind) if self.steps else (RECENT, (kind, tuple(self.layout)))
         plan = plans.pop(key, None)
-        if plan is None or plan.facts != facts:
-            plan = Plan(facts, kind, lists, self.layout, self.sizes)
+        if plan is None or plan.moving != moving or plan.standing != standing:
+            plan = Plan(moving, standing, planes, kind, lists, self.layout, self.sizes)
+            if captured:  # its rows are on the device from the first replay on: no other step may use it
+                return plan
         plans[key] = plan
         if len(RECENT) > RECENT_PLANS:
             RECENT.popitem(last=False)
-        return plan, captured
+        return plan
 
 
 def _selection_numbers(selection) -> dict[str, float]:
@@ -964,37 +1002,41 @@ def _selection_numbers(selection) -> dict[str, float]:
 # ---- The operators, as reference.py has them.
 
 
-def _step(line, params, grads, moments, steps, mins, maxs, *, scope_statistics, lr, lr_tensor, weight_decay, numbers, tensors, **options):
+def _step(
+    line, params, grads, moments, steps, mins, maxs, *, scope_statistics, lr, lr_tensor, weight_decay, numbers, tensors, plan, **call
+):
     numbers |= {"lr": lr, "weight_decay": weight_decay}
     lists = {"theta": params, "moments": moments, "steps": steps, "kept": (mins, maxs)}
-    Call(line, grads, **lists, numbers=numbers, tensors=tensors | {"lr": lr_tensor}, scope=scope_statistics, **options).run()
+    return Call(line, grads, **lists, numbers=numbers, tensors=tensors | {"lr": lr_tensor}, scope=scope_statistics, **call).run(plan)
 
 
 def selective_adamw_(
     params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, *kept, beta1, beta2, beta1_tensor, beta2_tensor, eps, **options
-) -> None:
+) -> Plan | None:
     """AdamW on g~ (target "gradient"), or AdamW's step where b ("update")."""
     moments = [exp_avgs, exp_avg_sqs, max_exp_avg_sqs]
     betas = {"beta1": beta1_tensor, "beta2": beta2_tensor}
     numbers = {"beta1": beta1, "beta2": beta2, "eps": eps}
-    _step("adamw", params, grads, moments, *kept, numbers=numbers, tensors=betas, **options)
+    plan: Plan | None = _step("adamw", params, grads, moments, *kept, numbers=numbers, tensors=betas, **options)
+    return plan
 
 
-def selective_sgd_(params, grads, momentum_buffers, *kept, momentum, dampening, **options) -> None:
+def selective_sgd_(params, grads, momentum_buffers, *kept, momentum, dampening, **options) -> Plan | None:
     """SGD on g~ (target "gradient"), or SGD's step where b ("update")."""
     numbers = {"momentum": momentum, "dampening": dampening}
-    _step("sgd", params, grads, [momentum_buffers], *kept, numbers=numbers, tensors={}, **options)
+    plan: Plan | None = _step("sgd", params, grads, [momentum_buffers], *kept, numbers=numbers, tensors={}, **options)
+    return plan
 
 
 def select_gradients_(grads, saliencies, *, scope_statistics, layout, step, seed, selection) -> None:
     """g <- b*g/p."""
-    Call("multiply", grads, selection, layout, seed, step, s=saliencies, scope=scope_statistics).run()
+    Call("multiply", grads, selection, layout, seed, step, s=saliencies, scope=scope_statistics).run(None)
 
 
 def selective_statistics_(grads, saliencies, mins, maxs, *, layout, sizes, normalization, grad_scale, out) -> None:
     """Joins (min, max) or the histogram of s into `out`: one row for all tensors, or a row each. What is kept stands for its tensor."""
     selection = Statistics("rank" if normalization == "rank" else "minmax")
-    Call("statistics", grads, selection, layout, s=saliencies, kept=(mins, maxs), sizes=sizes, grad_scale=grad_scale, out=out).run()
+    Call("statistics", grads, selection, layout, s=saliencies, kept=(mins, maxs), sizes=sizes, grad_scale=grad_scale, out=out).run(None)
 
 
 class Statistics(typing.NamedTuple):
@@ -1014,10 +1056,10 @@ class Statistics(typing.NamedTuple):
 def selection_probability_(grad, saliency, *, out, selection) -> None:
     """p of every element."""
     n = grad.numel()
-    Call("probability", [grad], selection, [0, 0, n, n], theta=[out], s=[] if saliency is None else [saliency]).run()
+    Call("probability", [grad], selection, [0, 0, n, n], theta=[out], s=[] if saliency is None else [saliency]).run(None)
 
 
 def selection_mask_(grad, saliency, *, out, layout, step, seed, selection) -> None:
     """b of every element."""
     bytes_of = [out.view(torch.uint8)]
-    Call("mask", [grad], selection, layout, seed, step, theta=bytes_of, s=[] if saliency is None else [saliency]).run()
+    Call("mask", [grad], selection, layout, seed, step, theta=bytes_of, s=[] if saliency is None else [saliency]).run(None)

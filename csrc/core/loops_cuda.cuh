@@ -1,0 +1,296 @@
+// What the CUDA sources share: launches, 128-bit accesses, sums over warps, blocks and clusters, waiting for another block.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <cuda_runtime.h>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "philox.h"
+#include "view.h"
+
+namespace uegr {
+
+#define DEVICE __device__ __forceinline__
+
+// --- The host's side ---
+
+inline void check_cuda(cudaError_t error, const char* what) {
+    if (error == cudaSuccess) return;
+    cudaGetLastError(); // else the next call would be blamed
+    throw std::runtime_error(std::string("CUDA: ") + what + " failed: " + cudaGetErrorString(error));
+}
+
+struct Shape {
+    int64_t blocks;
+    int threads;
+    size_t shared = 0; // dynamic, bytes
+    int cluster = 1;   // blocks
+};
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), const Shape& shape, cudaStream_t stream, const Arguments&... arguments) {
+    if (shape.blocks == 0) return;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(shape.blocks)), config.blockDim = dim3(shape.threads);
+    config.dynamicSmemBytes = shape.shared, config.stream = stream;
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = shape.cluster, attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.attrs = &attribute, config.numAttrs = shape.cluster > 1;
+    check_cuda(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), "a launch");
+}
+
+inline int attribute_of_device(cudaDeviceAttr attribute) {
+    int device, value;
+    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+    check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+    return value;
+}
+
+// As many blocks as run at once, for kernels whose blocks take work until there is none; no more than `wanted`.
+template <class Kernel> int64_t resident_blocks(Kernel kernel, int threads, int64_t wanted) {
+    int each = 1;
+    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, 0), "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+    return minimum<int64_t>(wanted, static_cast<int64_t>(each > 0 ? each : 1) * attribute_of_device(cudaDevAttrMultiProcessorCount));
+}
+
+// How many clusters of a launch run at once; 0 where the device refuses them.
+template <class Kernel> int active_clusters(Kernel kernel, const Shape& shape) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(shape.blocks)), config.blockDim = dim3(shape.threads);
+    config.dynamicSmemBytes = shape.shared;
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = shape.cluster, attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.attrs = &attribute, config.numAttrs = 1;
+    int clusters = 0;
+    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess) return clusters;
+    cudaGetLastError(); // else the next call would be blamed
+    return 0;
+}
+
+inline bool is_captured(cudaStream_t stream) {
+    cudaStreamCaptureStatus status;
+    check_cuda(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
+    return status != cudaStreamCaptureStatusNone;
+}
+
+// --- The device's side ---
+
+// What one access of 128 bits brings; nobody writes it meanwhile.
+template <class T> struct alignas(16) Pack {
+    static constexpr int count = 16 / sizeof(T);
+    T x[count];
+};
+template <class T> DEVICE Pack<T> load_pack(const T* from) { return bit_cast<Pack<T>>(__ldg(reinterpret_cast<const float4*>(from))); }
+// The same for what nobody reads again before it has left the cache.
+template <class T> DEVICE Pack<T> load_last(const T* from) { return bit_cast<Pack<T>>(__ldcs(reinterpret_cast<const float4*>(from))); }
+template <class T> DEVICE void store_last(T* to, const Pack<T>& pack) { __stcs(reinterpret_cast<float4*>(to), bit_cast<float4>(pack)); }
+
+constexpr int warp_size = 32;
+constexpr unsigned whole_warp = 0xffffffffu;
+
+template <class T, class Join> DEVICE T over_warp(T x, Join join) {
+    UNROLL
+    for (int apart = warp_size / 2; apart > 0; apart /= 2) x = join(x, __shfl_xor_sync(whole_warp, x, apart));
+    return x;
+}
+template <class T> DEVICE T warp_sum(T x) {
+    return over_warp(x, [](T a, T b) { return a + b; });
+}
+
+// Over a block of up to 32 warps, the same for all its threads and in the same order every time. `room`: 32 values in shared memory.
+template <class T, class Join> DEVICE T over_block(T x, T* room, T neutral, Join join) {
+    x = over_warp(x, join);
+    __syncthreads(); // the room may still be read
+    if (threadIdx.x % warp_size == 0) room[threadIdx.x / warp_size] = x;
+    __syncthreads();
+    const unsigned warps = (blockDim.x + warp_size - 1) / warp_size, lane = threadIdx.x % warp_size;
+    return over_warp(lane < warps ? room[lane] : neutral, join);
+}
+template <class T> DEVICE T block_sum(T x, T* room) {
+    return over_block(x, room, T(0), [](T a, T b) { return a + b; });
+}
+
+DEVICE float4 read_anew(const void* shared) {
+#ifdef ASSEMBLY
+    float4 v;
+    asm volatile("ld.volatile.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))));
+    return v;
+#else
+    return *static_cast<const float4*>(shared);
+#endif
+}
+
+// Shared memory for what has a constructor.
+template <size_t size> struct alignas(16) Room {
+    char bytes[size];
+};
+
+// The shared memory that a launch asked for.
+DEVICE char* dynamic_shared() {
+#ifdef DYNAMIC_SHARED
+    return DYNAMIC_SHARED;
+#else
+    extern __shared__ float4 dynamic_shared_memory[];
+    return reinterpret_cast<char*>(dynamic_shared_memory);
+#endif
+}
+
+// The threads that share a row: what they add up is the same for all of them, and in the same order every time. `warps`: of a block.
+struct WarpGroup {
+    static constexpr int group_threads = warp_size;
+    static constexpr bool spans_block = false;
+
+    static DEVICE int index() { return threadIdx.x % warp_size; }
+    static DEVICE int size() { return warp_size; }
+    static DEVICE int64_t first() { return static_cast<int64_t>(blockIdx.x) * (blockDim.x / warp_size) + threadIdx.x / warp_size; }
+    static DEVICE int64_t count() { return static_cast<int64_t>(gridDim.x) * (blockDim.x / warp_size); }
+    static DEVICE void leave() {}
+
+    DEVICE explicit WarpGroup(double*) {}
+    template <int n, class T, class Join> DEVICE void join(T (&x)[n], T, Join f) {
+        UNROLL
+        for (int i = 0; i < n; ++i) x[i] = over_warp(x[i], f);
+    }
+};
+struct BlockGroup {
+    static constexpr bool spans_block = true;
+    double* room; // 2 * 16 + 32 values in shared memory
+
+    static DEVICE int index() { return threadIdx.x; }
+    static DEVICE int size() { return blockDim.x; }
+    static DEVICE int64_t first() { return blockIdx.x; }
+    static DEVICE int64_t count() { return gridDim.x; }
+    static DEVICE void leave() {}
+
+    DEVICE explicit BlockGroup(double* room) : room(room) {}
+    template <int n, class T, class Join> DEVICE void join(T (&x)[n], T neutral, Join f) {
+        UNROLL
+        for (int i = 0; i < n; ++i) x[i] = over_block(x[i], reinterpret_cast<T*>(room + 32), neutral, f);
+    }
+};
+struct ClusterGroup {
+    static constexpr bool spans_block = true;
+    double* room;
+    int turn = 0; // a value is read by others until the next one is there
+
+#if HAS_CLUSTERS
+    static DEVICE int rank() { return __clusterRelativeBlockRank(); }
+    static DEVICE int blocks() { return __clusterSizeInBlocks(); }
+    static DEVICE void sync() { __cluster_barrier_arrive(), __cluster_barrier_wait(); }
+    template <class T> static DEVICE const T* of_block(T* shared, int rank) {
+        return static_cast<const T*>(__cluster_map_shared_rank(shared, rank));
+    }
+#else // never launched
+    static DEVICE int rank() { return 0; }
+    static DEVICE int blocks() { return 1; }
+    static DEVICE void sync() { __syncthreads(); }
+    template <class T> static DEVICE const T* of_block(T* shared, int) { return shared; }
+#endif
+    static DEVICE int index() { return rank() * blockDim.x + threadIdx.x; }
+    static DEVICE int size() { return blocks() * blockDim.x; }
+    static DEVICE int64_t first() { return blockIdx.x / blocks(); }
+    static DEVICE int64_t count() { return gridDim.x / blocks(); }
+    static DEVICE void leave() { sync(); } // nobody goes while its memory may be read
+
+    DEVICE explicit ClusterGroup(double* room) : room(room) {}
+    template <int n, class T, class Join> DEVICE void join(T (&x)[n], T neutral, Join f) {
+        static_assert(n <= 16);
+        BlockGroup(room).join(x, neutral, f);
+        T* own = reinterpret_cast<T*>(room + 16 * turn);
+        turn = 1 - turn;
+        if (threadIdx.x == 0)
+            for (int i = 0; i < n; ++i) own[i] = x[i];
+        sync();
+        UNROLL
+        for (int i = 0; i < n; ++i) x[i] = neutral;
+        for (int other = 0; other < blocks(); ++other) {
+            const T* values = of_block(own, other);
+            UNROLL
+            for (int i = 0; i < n; ++i) x[i] = f(x[i], values[i]);
+        }
+    }
+};
+
+// What lies in shared memory, read anew each time: what the compiler would keep in registers from one round of a loop to the next.
+template <class T> DEVICE T reread(const T& shared) {
+    static_assert(sizeof(T) % 16 == 0 && alignof(T) == 16);
+    Room<sizeof(T)> read;
+    UNROLL
+    for (unsigned i = 0; i < sizeof(T); i += 16) {
+        const float4 part = read_anew(reinterpret_cast<const char*>(&shared) + i);
+        memcpy(read.bytes + i, &part, 16);
+    }
+    return bit_cast<T>(read);
+}
+
+// What a block has written, for those that wait for the mark; called by one thread after the block has met.
+DEVICE void publish(uint32_t* mark) {
+    __threadfence();
+    atomicExch(mark, 1u);
+}
+DEVICE void await(const uint32_t* mark) {
+    while (*const_cast<const volatile uint32_t*>(mark) == 0) {}
+    __threadfence();
+}
+// Whether this is the last of those that count down to 0; what the others wrote before is seen then.
+DEVICE bool is_last(uint32_t* left, uint32_t by) {
+    __threadfence();
+    const bool last = atomicSub(left, by) == by;
+    __threadfence();
+    return last;
+}
+
+// A view that kernels read, its axes in a table beside them: 16 bytes.
+struct alignas(16) Slot {
+    char* data = nullptr;
+    int32_t axes = -1; // where its number of axes, sizes and strides stand in the table; -1: contiguous
+    Storage storage = Storage::float32;
+};
+
+// What makes slots of views.
+struct AxesTable {
+    std::vector<int64_t> axes{0};
+
+    Slot slot(const View& v) {
+        Slot slot;
+        slot.data = v.data, slot.storage = v.storage;
+        if (v.contiguous || !v.data) return slot;
+        slot.axes = static_cast<int32_t>(axes.size());
+        axes.push_back(v.dim);
+        axes.insert(axes.end(), v.sizes, v.sizes + v.dim);
+        axes.insert(axes.end(), v.strides, v.strides + v.dim);
+        return slot;
+    }
+};
+
+// Where element l lies by its axes: their number, sizes and strides. Seldom asked for, long, and so once in each source.
+static __device__ NOT_INLINE int64_t strided_offset(const int64_t* axes, int64_t l) {
+    const int64_t dim = axes[0];
+    int64_t offset = 0;
+    for (int64_t d = dim; d > 0; --d) {
+        offset += l % axes[d] * axes[dim + d];
+        l /= axes[d];
+    }
+    return offset;
+}
+DEVICE char* place_of(const Slot& slot, const int64_t* axes, int64_t l) {
+    return slot.data + (slot.axes < 0 ? l : strided_offset(axes + slot.axes, l)) * bytes_of(slot.storage);
+}
+
+// A number that an operator takes as such or as a tensor, which only the device reads.
+struct Number {
+    double value = 0;
+    const char* at = nullptr;
+    Storage storage = Storage::float32;
+
+    HOST_DEVICE double get() const { return at ? value_at<double>(at, storage) : value; }
+};
+
+} // namespace uegr

@@ -1,0 +1,811 @@
+// The losses on a GPU: checks and launches. The formulas are divergence.h's.
+//
+// Bytes per logit: read once, its gradient written once, 8 in float32 and 4 in 16 bits. A group of threads has a sample: a warp up to 1,024
+// classes, a block while its shared memory holds the rows, on sm_90 and later a cluster of up to 16 blocks while theirs together does. A
+// thread takes 8 columns at a time and keeps what it needs of them in shared memory, where no other thread looks, so that only sums travel:
+// by shuffles within a warp, through shared memory within a block, through each other's shared memory within a cluster. They are added in
+// double and in the same order every time.
+// On chip: the clean pass is done first and leaves its memory; then x of both passes, whose place the products w take, and e: 16 bytes a
+// column. So 14,000 classes fit a block of 227 KB, 128,256 a cluster of 16. One instruction of the special-function unit makes a logit's
+// exponential, which is kept; the pairs' logarithms are polynomials.
+// 128 threads in warps of their own: four samples under way a block. 512 threads a block: 64 KB under way with two accesses of 128 bits
+// each. Rows that do not fit, more than two passes in the pairs, soft labels, regression, architectures without clusters: `sweep`, which
+// reads rows from memory for the maxima and sums, again for the pairs and for the gradients; no more samples are under way than the L2
+// holds, so that it has the last reads. Rows that no whole accesses cover: the same kernels by single elements (the name
+// says ragged; a block is a cluster of one there).
+// Values are kept by row and added up by one block in a fixed order. Nothing waits on the host: a label out of range makes its row's loss
+// NaN.
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "../core/tensor.h"
+#include "divergence.h"
+
+namespace uegr {
+namespace {
+
+constexpr int columns = 8; // that a thread takes at a time
+constexpr int warp_threads = 128, block_threads = 512, sweep_threads = 1024, finish_threads = 1024;
+constexpr int64_t warp_classes = 1024;
+constexpr int most_cluster = 16;
+constexpr int most_passes = 32;
+constexpr size_t room_bytes = 64 * sizeof(double); // for the sums of a group that spans blocks
+constexpr float lowest = -HUGE_VALF;
+
+// The N rows of one pass.
+struct Rows {
+    char* data = nullptr; // null: nothing is wanted here
+    Storage storage = Storage::float32;
+    int64_t row = 0, column = 1; // strides, in elements
+
+    DEVICE char* at(int64_t n, int64_t i) const { return data + (n * row + i * column) * bytes_of(storage); }
+    DEVICE float get(int64_t n, int64_t i) const { return value_at<float>(at(n, i), storage); }
+    DEVICE void put(int64_t n, int64_t i, float x) const { put_value(at(n, i), storage, x); }
+};
+
+struct Batch {
+    LossOptions options{};
+    int64_t samples = 0, classes = 0;
+    int passes = 0, first = 0; // first: pass of the pairs
+    Rows logits[most_passes], gradients[most_passes], soft;
+    const int64_t* indices = nullptr;
+    int64_t index_stride = 0;
+    const int64_t* count = nullptr; // rows that count
+    double* values = nullptr; // clean, adversarial, divergence of each row
+    int64_t kept = 0; // bytes of shared memory a thread group keeps for a role
+
+    HOST_DEVICE bool labelled() const { return indices || soft.data; }
+    DEVICE int64_t index(int64_t n) const { return indices[n * index_stride]; }
+    DEVICE bool ignored(int64_t n) const { return indices && index(n) == options.ignore_index; }
+    DEVICE double label_weight(int pass) const { return !labelled() ? 0 : pass == 0 ? 1 : 1 / static_cast<double>(passes - 1); }
+    DEVICE double unit() const { return options.reduction == Reduction::mean ? 1 / static_cast<double>(*count) : 1; }
+    DEVICE float target(int64_t n, int64_t i) const {
+        const float share = static_cast<float>(1 - options.label_smoothing),
+                    floor = static_cast<float>(options.label_smoothing / static_cast<double>(classes));
+        return soft.get(n, i) * share + floor;
+    }
+    DEVICE double smoothed() const { return indices ? options.label_smoothing / static_cast<double>(classes) : 0; }
+};
+
+template <class T> DEVICE T larger(T a, T b) { return a > b ? a : b; }
+template <class T> DEVICE T smaller(T a, T b) { return a < b ? a : b; }
+template <class T> DEVICE T added(T a, T b) { return a + b; }
+
+// --- 8 columns from memory and back ---
+
+struct FullColumns {
+    static constexpr bool full = true;
+    static DEVICE void load(const Rows& from, int64_t n, int64_t i, int64_t, float (&x)[columns]) {
+        const char* at = from.data + (n * from.row + i) * bytes_of(from.storage);
+        if (from.storage == Storage::float32) {
+            const float* wide = reinterpret_cast<const float*>(at);
+            const Pack<float> low = load_last(wide), high = load_last(wide + 4);
+            UNROLL
+            for (int j = 0; j < 4; ++j) x[j] = low.x[j], x[4 + j] = high.x[j];
+            return;
+        }
+        const Pack<uint16_t> pack = load_last(reinterpret_cast<const uint16_t*>(at));
+        UNROLL
+        for (int j = 0; j < columns; ++j) x[j] = from.storage == Storage::bfloat16 ? widen_bfloat16(pack.x[j]) : widen_float16(pack.x[j]);
+    }
+    static DEVICE void store(const Rows& to, int64_t n, int64_t i, int64_t, const float (&x)[columns]) {
+        char* at = to.data + (n * to.row + i) * bytes_of(to.storage);
+        if (to.storage == Storage::float32) {
+            Pack<float> low, high;
+            UNROLL
+            for (int j = 0; j < 4; ++j) low.x[j] = x[j], high.x[j] = x[4 + j];
+            float* wide = reinterpret_cast<float*>(at);
+            store_last(wide, low), store_last(wide + 4, high);
+            return;
+        }
+        Pack<uint16_t> pack;
+        UNROLL
+        for (int j = 0; j < columns; ++j) pack.x[j] = to.storage == Storage::bfloat16 ? round_bfloat16(x[j]) : round_float16(x[j]);
+        store_last(reinterpret_cast<uint16_t*>(at), pack);
+    }
+};
+struct RaggedColumns {
+    static constexpr bool full = false;
+    template <class T, class F> static DEVICE void each(const Rows& rows, int64_t n, int64_t i, int64_t classes, F f) {
+        T* at = reinterpret_cast<T*>(rows.data) + n * rows.row + i * rows.column;
+        UNROLL
+        for (int j = 0; j < columns; ++j)
+            if (i + j < classes) f(at[j * rows.column], j);
+    }
+    static DEVICE void load(const Rows& from, int64_t n, int64_t i, int64_t classes, float (&x)[columns]) {
+        UNROLL
+        for (int j = 0; j < columns; ++j) x[j] = lowest;
+        if (from.storage == Storage::float32) return each<const float>(from, n, i, classes, [&](float v, int j) { x[j] = v; });
+        const bool brain = from.storage == Storage::bfloat16;
+        each<const uint16_t>(from, n, i, classes, [&](uint16_t v, int j) { x[j] = brain ? widen_bfloat16(v) : widen_float16(v); });
+    }
+    static DEVICE void store(const Rows& to, int64_t n, int64_t i, int64_t classes, const float (&x)[columns]) {
+        if (to.storage == Storage::float32) return each<float>(to, n, i, classes, [&](float& v, int j) { v = x[j]; });
+        const bool brain = to.storage == Storage::bfloat16;
+        each<uint16_t>(to, n, i, classes, [&](uint16_t& v, int j) { v = brain ? round_bfloat16(x[j]) : round_float16(x[j]); });
+    }
+};
+
+// --- Rows that stay on chip ---
+
+// What a thread keeps of its columns, in a role: x or w, and e, of each pass.
+struct Kept {
+    float4* base;
+    int64_t role_size; // in float4
+    int stride; // threads of a block that keep some
+
+    DEVICE float4* at(int role, int turn) const { return base + role * role_size + 2 * turn * stride; }
+    DEVICE void get(int role, int turn, float (&x)[columns]) const {
+        const float4 low = at(role, turn)[0], high = at(role, turn)[stride];
+        x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w, x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+    }
+    DEVICE float one(int role, int turn, int j) const { return reinterpret_cast<const float*>(at(role, turn) + j / 4 * stride)[j % 4]; }
+    DEVICE void put(int role, int turn, const float (&x)[columns]) const {
+        at(role, turn)[0] = {x[0], x[1], x[2], x[3]}, at(role, turn)[stride] = {x[4], x[5], x[6], x[7]};
+    }
+};
+
+template <class Group, class Columns> struct Sample {
+    const Batch& batch;
+    Group group;
+    Kept kept;
+    int64_t n;
+
+    // Calls f(turn, i) for the 8 columns from i on that are this thread's.
+    template <class F> DEVICE void each(F f) {
+        int turn = 0;
+        for (int64_t i = int64_t(columns) * Group::index(); i < batch.classes; i += int64_t(columns) * Group::size()) f(turn++, i);
+    }
+
+    // Reads a pass: x in `role`, its exponentials in `role_e`, which may be the same; its sums.
+    DEVICE RowSums read(int pass, int role, int role_e) {
+        const Rows& from = batch.logits[pass];
+        float most[1] = {lowest};
+        each([&](int turn, int64_t i) {
+            float x[columns];
+            Columns::load(from, n, i, batch.classes, x);
+            kept.put(role, turn, x);
+            UNROLL
+            for (int j = 0; j < columns; ++j) most[0] = maximum(x[j], most[0]);
+        });
+        group.join(most, lowest, larger<float>);
+        // A row far out is moved by its maximum, as the differences would be lost in it.
+        const float moved = absolute(most[0]) <= static_cast<float>(far_out) ? 0.0f : most[0], max = most[0] - moved;
+        const double smoothing = batch.options.label_smoothing;
+        const int64_t label = batch.indices ? batch.index(n) : -1;
+        double sums[3] = {}; // of e; of x - max; of the labels
+        each([&](int turn, int64_t i) {
+            float x[columns], e[columns], sum = 0, differences = 0, labels = 0;
+            kept.get(role, turn, x);
+            UNROLL
+            for (int j = 0; j < columns; ++j) {
+                x[j] -= moved;
+                e[j] = exponential(x[j] - max);
+                sum += e[j];
+            }
+            if (batch.labelled()) {
+                UNROLL
+                for (int j = 0; j < columns; ++j) {
+                    if (!Columns::full && i + j >= batch.classes) continue;
+                    if (smoothing > 0) differences += x[j] - max;
+                    if (i + j == label) labels = x[j] - max;
+                }
+            }
+            if (role != role_e) kept.put(role, turn, x);
+            kept.put(role_e, turn, e);
+            sums[0] += sum, sums[1] += differences, sums[2] += labels;
+        });
+        group.join(sums, 0.0, added<double>);
+        RowSums row;
+        row.max = max, row.sum = sums[0];
+        row.settle();
+        if (batch.indices) { // smoothing 1 leaves no label, whatever its logit
+            if (smoothing < 1) row.label = (1 - smoothing) * sums[2];
+            if (smoothing > 0) row.label += smoothing / static_cast<double>(batch.classes) * sums[1];
+            if (label < 0 || label >= batch.classes) row.label = NAN;
+        }
+        return row;
+    }
+
+    // Two passes' products w in the place of x; their sums.
+    DEVICE void pair(RowSums& k, RowSums& l) {
+        const float far_k = static_cast<float>(k.max - far_below), far_l = static_cast<float>(l.max - far_below);
+        const PairDistance between(k, l);
+        const float from_k = static_cast<float>(between.from_k), from_l = static_cast<float>(between.from_l),
+                    gap = static_cast<float>(between.gap);
+        auto add_ratios = [&](float x_k, float x_l, float& of_k, float& of_l) {
+            const float d = (maximum(far_k, x_k) - from_k) - (maximum(far_l, x_l) - from_l) - gap;
+            add_log_ratios(d, half_complement(minus_absolute(d)), of_k, of_l);
+        };
+        if (k.dominated() || l.dominated()) { // the log ratios at the first of the most probable classes
+            float first[2] = {HUGE_VALF, HUGE_VALF}; // by the 8 columns they are in
+            auto likeliest = [&](int side, auto f) {
+                each([&](int turn, int64_t i) {
+                    for (int j = 0; j < columns; ++j)
+                        if (kept.one(2 * side + 1, turn, j) == 1) f(turn, j, static_cast<float>(i / columns));
+                });
+            };
+            UNROLL
+            for (int side = 0; side < 2; ++side) likeliest(side, [&](int, int, float chunk) { first[side] = minimum(chunk, first[side]); });
+            group.join(first, HUGE_VALF, smaller<float>);
+            double pivots[2] = {};
+            UNROLL
+            for (int side = 0; side < 2; ++side)
+                likeliest(side, [&](int turn, int j, float chunk) {
+                    if (chunk != first[side]) return;
+                    first[side] = -1; // one of them
+                    float ratios[2] = {};
+                    add_ratios(kept.one(0, turn, j), kept.one(2, turn, j), ratios[0], ratios[1]);
+                    pivots[side] = ratios[side];
+                });
+            group.join(pivots, 0.0, added<double>);
+            k.pivot = k.dominated() ? pivots[0] : 0, l.pivot = l.dominated() ? pivots[1] : 0;
+        }
+        const float pivot_k = static_cast<float>(k.pivot), pivot_l = static_cast<float>(l.pivot);
+        double sums[2] = {};
+        each([&](int turn, int64_t) {
+            float x_k[columns], x_l[columns], e_k[columns], e_l[columns], of_k = 0, of_l = 0;
+            kept.get(0, turn, x_k), kept.get(2, turn, x_l), kept.get(1, turn, e_k), kept.get(3, turn, e_l);
+            UNROLL
+            for (int j = 0; j < columns; ++j) {
+                float ratio_k = -pivot_k, ratio_l = -pivot_l;
+                add_ratios(x_k[j], x_l[j], ratio_k, ratio_l);
+                x_k[j] = e_k[j] * ratio_k, x_l[j] = e_l[j] * ratio_l;
+                of_k += x_k[j], of_l += x_l[j];
+            }
+            kept.put(0, turn, x_k), kept.put(2, turn, x_l);
+            sums[0] += of_k, sums[1] += of_l;
+        });
+        group.join(sums, 0.0, added<double>);
+        k.kl = sums[0], l.kl = sums[1];
+    }
+
+    DEVICE void write(int pass, const RowSums& row, int role_w, int role_e, double mass, bool in_pairs) {
+        const Rows& into = batch.gradients[pass];
+        if (!into.data) return;
+        const double unit = batch.unit();
+        const GradientFactors<float> factors(row, unit * batch.label_weight(pass), mass, batch.smoothed(),
+                                             in_pairs ? unit * batch.options.js_weight : 0);
+        const int64_t label = batch.indices ? batch.index(n) : -1;
+        const float share = static_cast<float>(1 - batch.options.label_smoothing);
+        each([&](int turn, int64_t i) {
+            float e[columns], w[columns];
+            kept.get(role_e, turn, e);
+            if (in_pairs) kept.get(role_w, turn, w);
+            UNROLL
+            for (int j = 0; j < columns; ++j) {
+                e[j] = in_pairs ? factors.gradient(e[j], w[j]) : factors.gradient(e[j]);
+                if (i + j == label) e[j] = factors.labelled(e[j], share);
+            }
+            Columns::store(into, n, i, batch.classes, e);
+        });
+    }
+
+    DEVICE void clear() {
+        for (int pass = 0; pass < batch.passes; ++pass)
+            if (batch.gradients[pass].data) each([&](int, int64_t i) { Columns::store(batch.gradients[pass], n, i, batch.classes, {}); });
+    }
+
+    template <int m> DEVICE void run() {
+        double clean = 0, adversarial = 0, divergence = 0;
+        if (batch.ignored(n)) {
+            clear();
+        } else {
+            const double mass = batch.indices ? 1 : 0;
+            if (batch.first == 1) {
+                const RowSums row = read(0, 0, 0);
+                clean = row.cross_entropy(mass);
+                write(0, row, 0, 0, mass, false);
+            }
+            if constexpr (m == 2) {
+                RowSums rows[2] = {read(batch.first, 0, 1), read(batch.first + 1, 2, 3)};
+                pair(rows[0], rows[1]);
+                divergence = pairs_divergence(rows[0].divergence() + rows[1].divergence(), 2);
+                UNROLL
+                for (int k = 0; k < 2; ++k) {
+                    if (batch.labelled()) adversarial += rows[k].cross_entropy(mass) * batch.label_weight(batch.first + k);
+                    write(batch.first + k, rows[k], 2 * k, 2 * k + 1, mass, true);
+                }
+            } else if (batch.passes > batch.first) {
+                const RowSums row = read(batch.first, 0, 0);
+                if (batch.labelled()) adversarial = row.cross_entropy(mass) * batch.label_weight(batch.first);
+                write(batch.first, row, 0, 0, mass, false);
+            }
+        }
+        if (Group::index() == 0) batch.values[3 * n] = clean, batch.values[3 * n + 1] = adversarial, batch.values[3 * n + 2] = divergence;
+    }
+};
+
+template <class Group, class Columns, int m> DEVICE void over_samples(const Batch& batch) {
+    char* shared = dynamic_shared();
+    const int keepers = Group::spans_block ? blockDim.x : warp_size;
+    constexpr int64_t roles = m == 2 ? 4 : 1;
+    const int64_t own = Group::spans_block ? 0 : threadIdx.x / warp_size * roles * batch.kept;
+    const Kept kept{reinterpret_cast<float4*>(shared + (Group::spans_block ? room_bytes : 0) + own) + threadIdx.x % keepers,
+                    batch.kept / 16, keepers};
+    Group group(reinterpret_cast<double*>(shared));
+    for (int64_t n = Group::first(); n < batch.samples; n += Group::count()) {
+        Sample<Group, Columns> sample{batch, group, kept, n};
+        sample.template run<m>();
+        group = sample.group;
+    }
+    Group::leave();
+}
+template <int m> __global__ void __launch_bounds__(warp_threads, 4) loss_full_warp(const __grid_constant__ Batch batch) {
+    over_samples<WarpGroup, FullColumns, m>(batch);
+}
+template <int m> __global__ void __launch_bounds__(warp_threads, 4) loss_ragged_warp(const __grid_constant__ Batch batch) {
+    over_samples<WarpGroup, RaggedColumns, m>(batch);
+}
+template <int m> __global__ void __launch_bounds__(block_threads, 1) loss_full_block(const __grid_constant__ Batch batch) {
+    over_samples<BlockGroup, FullColumns, m>(batch);
+}
+template <int m> __global__ void __launch_bounds__(block_threads, 1) loss_full_cluster(const __grid_constant__ Batch batch) {
+    over_samples<ClusterGroup, FullColumns, m>(batch);
+}
+template <int m> __global__ void __launch_bounds__(block_threads, 1) loss_ragged_cluster(const __grid_constant__ Batch batch) {
+    over_samples<ClusterGroup, RaggedColumns, m>(batch);
+}
+
+// --- Rows that do not ---
+
+// A block for each sample, element by element; `scratch` has the sums of every pass.
+struct Sweep {
+    const Batch& batch;
+    BlockGroup group;
+    RowSums* rows;
+    float* moved;
+    int64_t n;
+
+    template <class F> DEVICE void each(F f) {
+        for (int64_t i = threadIdx.x; i < batch.classes; i += blockDim.x) f(i);
+    }
+    DEVICE float x(int pass, int64_t i) const { return batch.logits[pass].get(n, i) - moved[pass]; }
+    DEVICE float t(int64_t i) const { return batch.target(n, i); }
+
+    DEVICE void read(int pass) {
+        float most[1] = {lowest};
+        each([&](int64_t i) { most[0] = maximum(batch.logits[pass].get(n, i), most[0]); });
+        group.join(most, lowest, larger<float>);
+        const float shift = absolute(most[0]) <= static_cast<float>(far_out) ? 0.0f : most[0], max = most[0] - shift;
+        if (threadIdx.x == 0) moved[pass] = shift;
+        __syncthreads();
+        const double smoothing = batch.options.label_smoothing;
+        double sums[3] = {};
+        each([&](int64_t i) {
+            const float y = x(pass, i) - max;
+            sums[0] += exponential(y);
+            if (batch.indices && smoothing > 0) sums[1] += y;
+            if (batch.indices && i == batch.index(n)) sums[2] += y;
+            if (batch.soft.data) sums[2] += label_term(t(i), y);
+        });
+        group.join(sums, 0.0, added<double>);
+        if (threadIdx.x == 0) {
+            RowSums& row = rows[pass];
+            row = RowSums();
+            row.max = max, row.sum = sums[0];
+            row.settle();
+            if (batch.soft.data) row.label = sums[2];
+            if (batch.indices && smoothing < 1) row.label = (1 - smoothing) * sums[2];
+            if (batch.indices && smoothing > 0) row.label += smoothing / static_cast<double>(batch.classes) * sums[1];
+            if (batch.indices && (batch.index(n) < 0 || batch.index(n) >= batch.classes)) row.label = NAN;
+        }
+        __syncthreads();
+    }
+    // The sum of a class's log ratios with every other pass, less the pivot.
+    DEVICE float ratios(int k, int64_t i) const {
+        float of_k = -static_cast<float>(rows[k].pivot), unused = 0;
+        const float x_k = maximum(static_cast<float>(rows[k].max - far_below), x(k, i));
+        for (int l = batch.first; l < batch.passes; ++l) {
+            if (l == k) continue;
+            const PairDistance between(rows[k], rows[l]);
+            const float d = (x_k - static_cast<float>(between.from_k)) -
+                            (maximum(static_cast<float>(rows[l].max - far_below), x(l, i)) - static_cast<float>(between.from_l)) -
+                            static_cast<float>(between.gap);
+            add_log_ratios(d, half_complement(minus_absolute(d)), of_k, unused);
+        }
+        return of_k;
+    }
+    // The log ratios at the first of the most probable classes, where it dominates the row.
+    DEVICE void find_pivot(int k) {
+        if (!rows[k].dominated()) return;
+        double first[1] = {HUGE_VAL};
+        each([&](int64_t i) {
+            if (e(k, i) == 1) first[0] = smaller(first[0], static_cast<double>(i));
+        });
+        group.join(first, HUGE_VAL, smaller<double>);
+        const double pivot = first[0] < HUGE_VAL ? ratios(k, static_cast<int64_t>(first[0])) : 0;
+        __syncthreads();
+        if (threadIdx.x == 0) rows[k].pivot = pivot;
+        __syncthreads();
+    }
+    DEVICE float e(int pass, int64_t i) const { return exponential(x(pass, i) - static_cast<float>(rows[pass].max)); }
+
+    DEVICE void classification() {
+        double mass = batch.indices ? 1 : 0, clean = 0, adversarial = 0, divergence = 0;
+        if (batch.soft.data) {
+            double sums[1] = {};
+            each([&](int64_t i) { sums[0] += t(i); });
+            group.join(sums, 0.0, added<double>);
+            mass = sums[0];
+        }
+        for (int pass = 0; pass < batch.passes; ++pass) read(pass);
+        const bool pairs = batch.passes - batch.first > 1;
+        for (int k = batch.first; pairs && k < batch.passes; ++k) {
+            find_pivot(k);
+            double sums[1] = {};
+            each([&](int64_t i) { sums[0] += e(k, i) * ratios(k, i); });
+            group.join(sums, 0.0, added<double>);
+            if (threadIdx.x == 0) rows[k].kl = sums[0];
+        }
+        __syncthreads();
+        for (int pass = 0; pass < batch.passes; ++pass) {
+            if (batch.labelled()) (pass ? adversarial : clean) += rows[pass].cross_entropy(mass) * batch.label_weight(pass);
+            if (pairs && pass >= batch.first) divergence += rows[pass].divergence();
+        }
+        const double unit = batch.unit();
+        each([&](int64_t i) { // in place, a class's logits are read before any of its gradients is written
+            float gradient[most_passes];
+            for (int pass = 0; pass < batch.passes; ++pass) {
+                if (!batch.gradients[pass].data) continue;
+                const bool in_pairs = pairs && pass >= batch.first;
+                const GradientFactors<float> factors(rows[pass], unit * batch.label_weight(pass), mass, batch.smoothed(),
+                                                     in_pairs ? unit * batch.options.js_weight : 0);
+                const float own = e(pass, i);
+                float g = in_pairs ? factors.gradient(own, own * ratios(pass, i)) : factors.gradient(own);
+                if (batch.indices && i == batch.index(n)) g = factors.labelled(g, static_cast<float>(1 - batch.options.label_smoothing));
+                if (batch.soft.data) g = factors.labelled(g, t(i));
+                gradient[pass] = g;
+            }
+            for (int pass = 0; pass < batch.passes; ++pass)
+                if (batch.gradients[pass].data) batch.gradients[pass].put(n, i, gradient[pass]);
+        });
+        finish(clean, adversarial, pairs ? pairs_divergence(divergence, batch.passes - batch.first) : 0);
+    }
+
+    DEVICE void regression() {
+        double clean = 0, adversarial = 0, divergence = 0;
+        const double classes = static_cast<double>(batch.classes);
+        auto distance = [&](auto a, auto b) {
+            double sums[1] = {};
+            each([&](int64_t i) { sums[0] += squared(a(i), b(i)); });
+            group.join(sums, 0.0, added<double>);
+            return sums[0] / classes;
+        };
+        for (int k = 0; k < batch.passes; ++k) {
+            auto own = [&](int64_t i) { return batch.logits[k].get(n, i); };
+            if (batch.labelled()) (k ? adversarial : clean) += distance(own, [&](int64_t i) { return t(i); }) * batch.label_weight(k);
+            for (int l = k + 1; k >= batch.first && l < batch.passes; ++l)
+                divergence += distance(own, [&](int64_t i) { return batch.logits[l].get(n, i); });
+        }
+        const float unit = static_cast<float>(batch.unit() / classes), js_weight = static_cast<float>(batch.options.js_weight);
+        each([&](int64_t i) {
+            float gradient[most_passes];
+            for (int k = 0; k < batch.passes; ++k) {
+                const float own = batch.logits[k].get(n, i);
+                float g = batch.labelled() ? static_cast<float>(batch.label_weight(k)) * squared_slope(own, t(i)) : 0.0f;
+                for (int l = batch.first; k >= batch.first && l < batch.passes; ++l)
+                    g += js_weight * squared_slope(own, batch.logits[l].get(n, i));
+                gradient[k] = g * unit;
+            }
+            for (int k = 0; k < batch.passes; ++k)
+                if (batch.gradients[k].data) batch.gradients[k].put(n, i, gradient[k]);
+        });
+        finish(clean, adversarial, divergence);
+    }
+
+    DEVICE void finish(double clean, double adversarial, double divergence) {
+        if (threadIdx.x == 0) batch.values[3 * n] = clean, batch.values[3 * n + 1] = adversarial, batch.values[3 * n + 2] = divergence;
+    }
+};
+
+__global__ void __launch_bounds__(sweep_threads) loss_sweep(const __grid_constant__ Batch batch) {
+    __shared__ double room[64];
+    __shared__ Room<most_passes * sizeof(RowSums)> rows;
+    __shared__ float moved[most_passes];
+    for (int64_t n = blockIdx.x; n < batch.samples; n += gridDim.x) {
+        Sweep sweep{batch, BlockGroup(room), reinterpret_cast<RowSums*>(&rows), moved, n};
+        __syncthreads();
+        if (batch.ignored(n)) {
+            for (int pass = 0; pass < batch.passes; ++pass)
+                if (batch.gradients[pass].data) sweep.each([&](int64_t i) { batch.gradients[pass].put(n, i, 0.0f); });
+            sweep.finish(0, 0, 0);
+        } else if (batch.options.regression) {
+            sweep.regression();
+        } else {
+            sweep.classification();
+        }
+    }
+}
+
+// --- Before and after the rows ---
+
+__global__ void __launch_bounds__(finish_threads) count_rows(const __grid_constant__ Batch batch, int64_t* count) {
+    __shared__ double room[64];
+    double rows[1] = {};
+    for (int64_t n = threadIdx.x; n < batch.samples; n += blockDim.x) rows[0] += batch.ignored(n) ? 0 : 1;
+    BlockGroup(room).join(rows, 0.0, added<double>);
+    if (threadIdx.x == 0) *count = static_cast<int64_t>(rows[0]);
+}
+
+__global__ void __launch_bounds__(finish_threads) finish_loss(const __grid_constant__ Batch batch, float* loss, float* parts) {
+    const bool by_row = batch.options.reduction == Reduction::none;
+    __shared__ double room[64];
+    double sums[3] = {};
+    auto put = [&](int64_t n, int64_t rows, const double* v) {
+        loss[n] = static_cast<float>(v[0] + v[1] + batch.options.js_weight * v[2]);
+        UNROLL
+        for (int k = 0; k < 3; ++k) parts[k * rows + n] = static_cast<float>(v[k]);
+    };
+    for (int64_t n = threadIdx.x; n < batch.samples; n += blockDim.x) {
+        const double* v = batch.values + 3 * n;
+        if (by_row) put(n, batch.samples, v);
+        UNROLL
+        for (int k = 0; k < 3; ++k) sums[k] += v[k];
+    }
+    if (by_row) return;
+    BlockGroup(room).join(sums, 0.0, added<double>);
+    const double by = batch.options.reduction == Reduction::mean ? static_cast<double>(*batch.count) : 1;
+    UNROLL
+    for (int k = 0; k < 3; ++k) sums[k] /= by;
+    if (threadIdx.x == 0) put(0, 1, sums);
+}
+
+// Gradients [.., N, C] times that of the loss, () or [N].
+struct Scaling {
+    Slot from, to, factor;
+    int64_t size, classes, samples;
+    bool by_row;
+};
+template <bool full, bool by_row> DEVICE void scale(const Scaling& s, const int64_t* axes) {
+    constexpr int n = full ? columns : 1;
+    auto factor_of = [&](int64_t row) { return value_at<float>(place_of(s.factor, axes, row), s.factor.storage); };
+    const float of_all = by_row ? 1.0f : factor_of(0);
+    for (int64_t l = n * (int64_t(blockIdx.x) * blockDim.x + threadIdx.x); l < s.size; l += n * int64_t(gridDim.x) * blockDim.x) {
+        const float factor = by_row ? factor_of(s.by_row ? l / s.classes % s.samples : 0) : of_all;
+        if constexpr (full) {
+            float x[columns];
+            FullColumns::load({s.from.data, s.from.storage}, 0, l, s.size, x);
+            UNROLL
+            for (int j = 0; j < columns; ++j) x[j] *= factor;
+            FullColumns::store({s.to.data, s.to.storage}, 0, l, s.size, x);
+        } else {
+            const float x = value_at<float>(place_of(s.from, axes, l), s.from.storage);
+            put_value(place_of(s.to, axes, l), s.to.storage, x * factor);
+        }
+    }
+}
+struct Axes {
+    int64_t at[28]; // of up to three views with up to four axes
+};
+__global__ void __launch_bounds__(block_threads) scale_full(const __grid_constant__ Scaling scaling, const __grid_constant__ Axes axes) {
+    scale<true, false>(scaling, axes.at);
+}
+__global__ void __launch_bounds__(block_threads) scale_rows(const __grid_constant__ Scaling scaling, const __grid_constant__ Axes axes) {
+    scale<true, true>(scaling, axes.at);
+}
+__global__ void __launch_bounds__(block_threads) scale_ragged(const __grid_constant__ Scaling scaling, const __grid_constant__ Axes axes) {
+    scale<false, true>(scaling, axes.at);
+}
+
+// --- The host's side ---
+
+View single(const Tensor& t, const char* name, bool written) {
+    const View v = view(t, name, written);
+    STD_TORCH_CHECK(v.storage != Storage::boolean, name, " is bool; use float32, bfloat16, float16 or float64");
+    if (v.storage == Storage::float64) throw LeftToOthers();
+    return v;
+}
+Rows rows_of(const View& v, int64_t pass) {
+    Rows rows;
+    rows.storage = v.storage, rows.row = v.strides[v.dim - 2], rows.column = v.strides[v.dim - 1];
+    rows.data = v.data + (v.dim == 3 ? pass * v.strides[0] * bytes_of(v.storage) : 0);
+    return rows;
+}
+bool covered(const Rows& rows, int64_t samples) { // by whole accesses
+    const int64_t row_bytes = rows.row * bytes_of(rows.storage);
+    return !rows.data || (rows.column == 1 && reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && (row_bytes % 16 == 0 || samples <= 1));
+}
+
+// Checks everything before anything is written.
+Batch make_batch(const Tensors& logits, const OptionalTensor& labels, const LossOptions& options, const std::vector<bool>& needs) {
+    STD_TORCH_CHECK(!logits.empty() && logits.size() == needs.size(), "logits and needs must be lists of one length, not empty");
+    Batch batch;
+    batch.options = options;
+    batch.first = labels ? 1 : 0;
+    for (const Tensor& x : logits) {
+        STD_TORCH_CHECK(x.dim() == 2 || x.dim() == 3, "logits must be tensors [N, C] or [k, N, C]");
+        const View v = single(x, "logits", false);
+        STD_TORCH_CHECK(x.scalar_type() == logits[0].scalar_type(), "logits must be of one floating dtype");
+        const int64_t passes = v.dim == 3 ? v.sizes[0] : 1;
+        if (batch.passes + passes > most_passes) throw LeftToOthers();
+        for (int64_t pass = 0; pass < passes; ++pass) batch.logits[batch.passes++] = rows_of(v, pass);
+        if (&x == &logits[0]) batch.samples = v.sizes[v.dim - 2], batch.classes = v.sizes[v.dim - 1];
+        STD_TORCH_CHECK(v.sizes[v.dim - 2] == batch.samples && v.sizes[v.dim - 1] == batch.classes, "logits must have the same N and C");
+    }
+    STD_TORCH_CHECK(batch.classes >= 1 && batch.classes < int64_t(1) << 31, "logits have ", batch.classes, " classes; give 1 to 2^31 - 1");
+    STD_TORCH_CHECK(batch.passes > 0, "logits hold no pass");
+    if (!labels) return batch;
+    STD_TORCH_CHECK(!on_gpu || labels->get_device_index() == logits[0].get_device_index(), "labels are on another device; move them");
+    if (labels->scalar_type() == ScalarType::Long) {
+        STD_TORCH_CHECK(!options.regression && labels->dim() == 1 && labels->size(0) == batch.samples, "class indices must be [N]");
+        batch.indices = static_cast<const int64_t*>(labels->const_data_ptr()), batch.index_stride = labels->stride(0);
+        return batch;
+    }
+    const View v = view(*labels, "labels", false);
+    STD_TORCH_CHECK(v.dim == 2 && v.sizes[0] == batch.samples && v.sizes[1] == batch.classes && v.storage != Storage::boolean,
+                    "labels that are no class indices must be floats [N, C]");
+    batch.soft = rows_of(v, 0);
+    return batch;
+}
+
+// Where the gradients of a tensor of logits go.
+void direct_gradients(Batch& batch, int& pass, const Tensor& logits, const Tensor* into) {
+    const int64_t passes = logits.dim() == 3 ? logits.size(0) : 1;
+    for (int64_t k = 0; k < passes; ++k, ++pass)
+        if (into) batch.gradients[pass] = rows_of(view(*into, "logits", true), k);
+}
+
+template <class Kernel> void allow_shared(Kernel kernel, size_t bytes, bool large_cluster) {
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), "cudaFuncSetAttribute");
+    if (large_cluster) check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cudaFuncSetAttribute");
+}
+
+// Runs rows that stay on chip; false where they do not.
+template <int m> bool run_on_chip(Batch& batch, bool full, cudaStream_t stream) {
+    constexpr int64_t roles = m == 2 ? 4 : 1;
+    const int64_t chunks = (batch.classes + columns - 1) / columns, sms = attribute_of_device(cudaDevAttrMultiProcessorCount);
+    auto kept = [&](int64_t group, int64_t keepers) { return (chunks + group - 1) / group * keepers * columns * int64_t(sizeof(float)); };
+    auto go = [&](auto kernel, const Shape& shape) {
+        allow_shared(kernel, shape.shared, shape.cluster > 8);
+        launch(kernel, shape, stream, batch);
+        return true;
+    };
+    if (batch.classes <= warp_classes) {
+        batch.kept = kept(warp_size, warp_size);
+        constexpr int64_t warps = warp_threads / warp_size;
+        const Shape shape{minimum((batch.samples + warps - 1) / warps, 16 * sms), warp_threads,
+                          static_cast<size_t>(warps * roles * batch.kept)};
+        return go(full ? loss_full_warp<m> : loss_ragged_warp<m>, shape);
+    }
+    const int64_t most = attribute_of_device(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    for (int cluster = 1; cluster <= most_cluster; cluster *= 2) {
+        if (cluster > 1 && !attribute_of_device(cudaDevAttrClusterLaunch)) return false;
+        batch.kept = kept(int64_t(cluster) * block_threads, block_threads);
+        const int64_t bytes = static_cast<int64_t>(room_bytes) + roles * batch.kept;
+        if (bytes > most) continue;
+        const Shape shape{minimum(batch.samples, 4 * sms) * cluster, block_threads, static_cast<size_t>(bytes), cluster};
+        if (cluster == 1) return go(full ? loss_full_block<m> : loss_ragged_cluster<m>, shape);
+        const auto kernel = full ? loss_full_cluster<m> : loss_ragged_cluster<m>;
+        allow_shared(kernel, shape.shared, cluster > 8);
+        if (active_clusters(kernel, shape) == 0) return false; // some devices of sm_90 refuse clusters
+        return go(kernel, shape);
+    }
+    return false;
+}
+
+// Runs a batch and returns the loss and its parts.
+std::pair<Tensor, Tensor> evaluate(Batch batch, const Tensor& like, cudaStream_t stream) {
+    const bool by_row = batch.options.reduction == Reduction::none;
+    const auto shape = [&](std::vector<int64_t> front) {
+        if (by_row) front.push_back(batch.samples);
+        return front;
+    };
+    Tensor loss = torch::stable::new_empty(like, shape({}), ScalarType::Float);
+    Tensor parts = torch::stable::new_empty(like, shape({3}), ScalarType::Float);
+    Tensor scratch = torch::stable::new_empty(like, {3 * batch.samples + 1}, ScalarType::Double);
+    batch.values = static_cast<double*>(scratch.mutable_data_ptr());
+    int64_t* count = reinterpret_cast<int64_t*>(batch.values + 3 * batch.samples);
+    batch.count = count;
+    launch(count_rows, {1, finish_threads}, stream, batch, count);
+    bool full = batch.classes % columns == 0;
+    for (int pass = 0; pass < batch.passes; ++pass)
+        full &= covered(batch.logits[pass], batch.samples) && covered(batch.gradients[pass], batch.samples);
+    const int m = batch.passes - batch.first;
+    const bool on_chip = batch.samples == 0 || (!batch.options.regression && !batch.soft.data && m <= 2 &&
+                                                (m == 2 ? run_on_chip<2>(batch, full, stream) : run_on_chip<1>(batch, full, stream)));
+    if (!on_chip) {
+        const int64_t sms = attribute_of_device(cudaDevAttrMultiProcessorCount);
+        const int64_t in_cache =
+            attribute_of_device(cudaDevAttrL2CacheSize) / (batch.passes * batch.classes * bytes_of(batch.logits[0].storage) + 1);
+        const int64_t blocks = minimum(batch.samples, maximum((sms + 3) / 4, minimum(2 * sms, in_cache)));
+        launch(loss_sweep, {blocks, sweep_threads}, stream, batch);
+    }
+    launch(finish_loss, {1, finish_threads}, stream, batch, static_cast<float*>(loss.mutable_data_ptr()),
+           static_cast<float*>(parts.mutable_data_ptr()));
+    return {loss, parts};
+}
+
+// Checks, and then multiplies where `go`.
+void scale_into(const Tensor& from, const Tensor& into, const Tensor& grad_loss, bool go) {
+    const View source = single(from, "gradients", false), target = single(into, "gradients", true),
+               factor = view(grad_loss, "grad_loss", false);
+    Scaling s{};
+    s.size = from.numel(), s.classes = source.dim ? source.sizes[source.dim - 1] : 1;
+    s.samples = source.dim > 1 ? source.sizes[source.dim - 2] : 1, s.by_row = grad_loss.numel() != 1;
+    STD_TORCH_CHECK(!s.by_row || (factor.dim == 1 && factor.sizes[0] == s.samples), "grad_loss must be () or [N]");
+    STD_TORCH_CHECK(source.dim <= 3, "gradients must have at most 3 axes");
+    if (s.size == 0 || !go) return;
+    Axes axes{};
+    int at = 0;
+    auto slot = [&](const View& v) {
+        Slot slot;
+        slot.data = v.data, slot.storage = v.storage;
+        if (v.contiguous) return slot;
+        slot.axes = at, axes.at[at++] = v.dim;
+        for (int d = 0; d < v.dim; ++d) axes.at[at + d] = v.sizes[d], axes.at[at + v.dim + d] = v.strides[d];
+        at += 2 * v.dim;
+        return slot;
+    };
+    s.from = slot(source), s.to = slot(target), s.factor = slot(factor);
+    const Place place(from);
+    const cudaStream_t stream = static_cast<cudaStream_t>(place.stream);
+    const bool full = at == 0 && s.classes % columns == 0 && reinterpret_cast<uintptr_t>(s.from.data) % 16 == 0 &&
+                      reinterpret_cast<uintptr_t>(s.to.data) % 16 == 0;
+    const int64_t blocks = (s.size / (full ? columns : 1) + block_threads - 1) / block_threads;
+    const int64_t most = 8 * attribute_of_device(cudaDevAttrMultiProcessorCount);
+    launch(!full ? scale_ragged : s.by_row ? scale_rows : scale_full, {minimum(blocks, most), block_threads}, stream, s, axes);
+}
+
+#define LOSS_ARGUMENTS                                                                                                                     \
+    double js_weight, double label_smoothing, int64_t ignore_index, int64_t reduction, bool regression, std::vector<bool> needs
+#define LOSS_OPTIONS                                                                                                                       \
+    LossOptions { js_weight, label_smoothing, ignore_index, static_cast<Reduction>(reduction), regression }
+
+} // namespace
+
+// What is left to others takes the operator in place, over copies: torch's dispatcher confuses tensors and lists that are returned
+// together.
+static std::tuple<Tensor, Tensor, Tensors> leave(Tensors logits, const OptionalTensor& labels, LOSS_ARGUMENTS) {
+    Tensors gradients;
+    for (size_t i = 0; i < logits.size(); ++i)
+        if (needs[i]) gradients.push_back(logits[i] = torch::stable::clone(logits[i]));
+    StableIValue stack[8];
+    const auto given = std::make_tuple(logits, labels, js_weight, label_smoothing, ignore_index, reduction, regression, needs);
+    call_fallback("uegr_kernels::uegr_loss_", stack, given);
+    const auto [loss, parts] = torch::stable::detail::unbox_to_tuple<Tensor, Tensor>(stack);
+    return {loss, parts, gradients};
+}
+
+static std::tuple<Tensor, Tensor, Tensors> uegr_loss(Tensors logits, OptionalTensor labels, LOSS_ARGUMENTS) {
+    Batch batch;
+    try {
+        batch = make_batch(logits, labels, LOSS_OPTIONS, needs);
+    } catch (const LeftToOthers&) { return leave(logits, labels, js_weight, label_smoothing, ignore_index, reduction, regression, needs); }
+    const Place place(logits[0]);
+    Tensors gradients;
+    int pass = 0;
+    for (size_t i = 0; i < logits.size(); ++i) {
+        if (needs[i]) gradients.push_back(torch::stable::new_empty(logits[i], logits[i].sizes()));
+        direct_gradients(batch, pass, logits[i], needs[i] ? &gradients.back() : nullptr);
+    }
+    const auto [loss, parts] = evaluate(batch, logits[0], static_cast<cudaStream_t>(place.stream));
+    return {loss, parts, gradients};
+}
+
+static std::tuple<Tensor, Tensor> uegr_loss_(Tensors logits, OptionalTensor labels, LOSS_ARGUMENTS) {
+    Batch batch = make_batch(logits, labels, LOSS_OPTIONS, needs);
+    const Place place(logits[0]);
+    int pass = 0;
+    for (size_t i = 0; i < logits.size(); ++i) direct_gradients(batch, pass, logits[i], needs[i] ? &logits[i] : nullptr);
+    return evaluate(batch, logits[0], static_cast<cudaStream_t>(place.stream));
+}
+
+static Tensors scale_gradients(Tensors gradients, Tensor grad_loss, Tensor) {
+    Tensors scaled;
+    for (const Tensor& g : gradients) scaled.push_back(torch::stable::empty_like(g)), scale_into(g, scaled.back(), grad_loss, true);
+    return scaled;
+}
+
+static void scale_gradients_(Tensors gradients, Tensor grad_loss) {
+    for (bool go : {false, true})
+        for (const Tensor& g : gradients) scale_into(g, g, grad_loss, go);
+}
+
+EXPORT_BOXED(uegr_loss)
+EXPORT_BOXED(uegr_loss_)
+EXPORT_BOXED(scale_gradients)
+EXPORT_BOXED(scale_gradients_)
+
+} // namespace uegr

@@ -1,0 +1,9 @@
+// The same operators on CUDA, in a library of its own.
+#include "core/tensor.h"
+#include "operators.h"
+
+namespace uegr {
+OPERATORS(DECLARE)
+}
+
+STABLE_TORCH_LIBRARY_IMPL(uegr_kernels, CUDA, m) { OPERATORS(IMPLEMENT) }
