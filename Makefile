@@ -72,7 +72,7 @@ $(TSAN): $(VENV)/.ready
 	$(CXX) -std=c++17 -O1 -g1 -fsanitize=thread -shared -fPIC -Wall -Wextra -Werror python_tests/threads.cpp -o $(TSAN)/threads.so
 
 sanitize: $(ASAN) $(TSAN)
-	$(WITH_ASAN) $(VENV)/bin/pytest -k cpp $(ARGS)
+	$(WITH_ASAN) $(VENV)/bin/pytest -k "cpp or test_threads or test_contract" $(ARGS)
 	$(WITH_TSAN) $(VENV)/bin/pytest -k "(cpp or threads) and not makes_no_temporary" $(OPERATOR_TESTS) python_tests/test_threads.py $(ARGS)
 
 fuzz: $(ASAN)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import io
 import pickle
 
@@ -2381,3 +2382,46 @@ def test_the_operators_take_a_single_tensor_for_many_states(native):
                 operator(params, grads, [buffer[:-1]], [steps], [], [], **options)
     assert same_bits(*results)
     assert torch.equal(results[0][-1], torch.ones(3))
+
+
+def test_minus_zero_is_a_saliency_of_zero(backend):
+    n = 5000 if backend == "triton" else 2**20 + 1  # one more than a rank looks at every element of
+    g, s = torch.ones(n), torch.zeros(n)
+    s[: n // 2] = 1
+    options = {"normalization": "rank", "direction": "salient", "threshold": 0.3, "backend": backend}
+    plus, minus = (uk.selection_probability(g, saliency=given, **options) for given in (s, s.where(s > 0, -0.0)))
+    assert torch.equal(plus, minus) and plus[-1] < plus[0]
+
+
+def test_a_mask_may_be_of_step_zero(backend):
+    g = torch.linspace(0, 1, 4000)
+    masks = [uk.selection_mask(g, seed=1, step=0, threshold=0.3, backend=name) for name in (backend, "reference")]
+    assert torch.equal(*masks) and not masks[0].all()
+
+
+@pytest.mark.parametrize("native", ["cpp"], indirect=True)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"normalization": 4}, "normalization is 4; use 0"),
+        ({"layout": [0, -1, 9, 9]}, "layout of tensor 0 is stream 0, offset -1"),
+        ({"layout": [2**32, 0, 9, 9]}, "give a stream below 2.32"),
+        ({"layout": [0, 2**62, 1, 2**61]}, r"indices in \[0, 2.63\)"),
+    ],
+    ids=["normalization", "offset", "stream", "overflow"],
+)
+def test_the_kernel_refuses_numbers_it_cannot_state(native, wrong, message):
+    out = torch.zeros(9, dtype=torch.bool)
+    options = op.make_selection(*(inspect.signature(uk.selection_mask).parameters[name].default for name in op.FIELDS)).arguments()
+    options |= {"layout": [0, 0, 9, 9], "step": 1, "seed": 1} | wrong
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.uegr_kernels.selection_mask_.default(torch.ones(9), None, out=out, **options)
+    assert not out.any()
+
+
+@pytest.mark.parametrize("native", ["cpp"], indirect=True)
+def test_the_kernel_refuses_memory_that_is_not_there(native):
+    g = torch.ones(9)
+    g.untyped_storage().resize_(16)
+    with pytest.raises(RuntimeError, match="grad.* has no memory: its storage was freed"):
+        uk.selection_mask(g, seed=1, step=1, backend=native)

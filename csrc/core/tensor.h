@@ -51,7 +51,7 @@ template <class... T> void box(StableIValue* stack, const std::tuple<T...>& valu
 // Calls an operator's overload `fallback`; what it returns, tensors alone or one list, lies on the stack.
 template <class... A> void call_fallback(const char* name, StableIValue* stack, const std::tuple<A...>& given) {
     box(stack, given);
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "fallback", stack, TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "fallback", stack, TORCH_ABI_VERSION));
 }
 
 template <auto function> struct Boxed;
@@ -85,6 +85,14 @@ inline std::optional<Storage> storage(const Tensor& t) {
     }
 }
 
+// Raises where a tensor's storage does not reach to its element `last`.
+inline void check_memory(const Tensor& t, int64_t last, Storage type, const char* name) {
+    int64_t bytes = 0;
+    const bool known = aoti_torch_get_storage_size(t.get(), &bytes) == AOTI_TORCH_SUCCESS;
+    STD_TORCH_CHECK(known && (last + 1) * bytes_of(type) <= bytes, name,
+                    " has no memory: its storage was freed, in whole or in part; restore it before the step");
+}
+
 // The memory of a tensor on the device that the loops run on; what is written must not overlap itself.
 inline View view(const Tensor& t, const char* name, bool written) {
     STD_TORCH_CHECK(on_gpu ? t.is_cuda() : t.is_cpu(), name, " is not on the ", on_gpu ? "GPU" : "CPU", "; move it, or use backend='auto'");
@@ -96,7 +104,7 @@ inline View view(const Tensor& t, const char* name, bool written) {
     v.dim = static_cast<int>(t.dim());
     v.sizes = t.sizes().data();
     v.strides = t.strides().data();
-    int64_t dense = 1, last = t.storage_offset(), bytes = 0;
+    int64_t dense = 1, last = t.storage_offset();
     for (int d = v.dim - 1; d >= 0; --d) {
         if (v.sizes[d] != 1 && v.strides[d] != dense) v.contiguous = false;
         STD_TORCH_CHECK(!(written && v.sizes[d] > 1 && v.strides[d] == 0), name,
@@ -104,9 +112,7 @@ inline View view(const Tensor& t, const char* name, bool written) {
         last += (v.sizes[d] - 1) * v.strides[d];
         dense *= v.sizes[d];
     }
-    const bool known = aoti_torch_get_storage_size(t.get(), &bytes) == AOTI_TORCH_SUCCESS;
-    STD_TORCH_CHECK(dense == 0 || (known && (last + 1) * bytes_of(v.storage) <= bytes), name,
-                    " has no memory: its storage was freed, in whole or in part; restore it before the step");
+    if (dense != 0) check_memory(t, last, v.storage, name);
     return v;
 }
 
@@ -165,6 +171,7 @@ private:
 inline double scalar(const Tensor& t, const char* name) {
     const auto type = storage(t);
     STD_TORCH_CHECK(t.is_cpu() && t.numel() == 1 && type, name, " must be a CPU tensor with one floating-point element");
+    check_memory(t, t.storage_offset(), *type, name);
     return value_at<double>(static_cast<const char*>(t.const_data_ptr()), *type);
 }
 
