@@ -187,8 +187,9 @@ static std::tuple<Tensor, Tensor> adaptive_dropout_backward(Tensor grad, Tensor 
 
 static Tensor dropout_rates_(Tensor gradient_norm, Tensor pending, double p, double max_p, double momentum, bool fold) {
     const View n = view(gradient_norm, "gradient_norm", true), squares = view(pending, "pending", true);
+    STD_TORCH_CHECK(n.dim == 1 && squares.dim == 1 && n.sizes[0] == squares.sizes[0] && n.storage == squares.storage,
+                    "gradient_norm and pending must have one axis of the same size, and the same dtype");
     check_floats(n, "gradient_norm"), check_floats(squares, "pending");
-    STD_TORCH_CHECK(n.sizes[0] == squares.sizes[0], "gradient_norm and pending must have one axis of the same size, and the same dtype");
     const Place place(gradient_norm);
     Tensor rates = torch::stable::new_empty(gradient_norm, gradient_norm.sizes());
     if (n.sizes[0] == 0) return rates;
