@@ -131,6 +131,9 @@ SCHEMAS = {
     "selection_mask_": f"Tensor grad, Tensor? saliency, *, Tensor(a!) out, int[] layout, int step, int seed, {OPTIONS}",
 }
 
+# Which of the positional arguments an operator writes into.
+WRITTEN = {name: [i for i, text in enumerate(schema.split("*,")[0].split(", ")) if "!" in text] for name, schema in SCHEMAS.items()}
+
 
 def _register(name: str, schema: str) -> None:
     backends.define(name, f"({schema}) -> ()", functools.partial(_run, lambda: reference, name), functools.partial(_run, _triton, name))
@@ -194,8 +197,9 @@ def call(name: str, backend: str, *tensors: Any, **options: Any) -> Any:
         else:
             arguments = options | {"normalization": NORMALIZATIONS.index(options["normalization"])}
         getattr(torch.ops.uegr_kernels, name).default(*tensors, **arguments)
-    # Kernels registered outside PyTorch leave the versions alone, and autograd would miss a stale graph. Optimizers' states are in none.
-    torch.autograd.graph.increment_version([options["out"]] if "out" in options else tensors[0])
+    # Kernels registered outside PyTorch leave the versions alone, and autograd would miss a stale graph.
+    written = [tensors[i] for i in WRITTEN[name]] + ([options["out"]] if "out" in options else [])
+    torch.autograd.graph.increment_version([t for group in written for t in (group if isinstance(group, list) else [group])])
     return plan
 
 
