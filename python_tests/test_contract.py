@@ -4,12 +4,14 @@ import copy
 import io
 import pickle
 
+import hypothesis
 import pytest
 import torch
 from torch.testing._internal import common_optimizers as theirs
 
 import uegr_kernels as uk
 
+hypothesis.settings.load_profile("house")  # what was just imported has loaded its own
 NEUTRAL = {"normalization": "constant", "keep_probability": 1.0}
 OURS = {
     "AdamW": (uk.SelectiveAdamW, torch.optim.AdamW, theirs.optim_inputs_func_adamw, theirs.optim_error_inputs_func_adamw),

@@ -749,7 +749,8 @@ class Family:
                 tabulate[(len(tables),)](head, tables.view(torch.int32), tables, num_warps=16)
             if n:
                 gathers = kind.source in ("own", "kept") and kind.normalization != "rank"
-                walk[(n,)](head, self.rows, items, *room, call.scope, tables, *rest, GATHERS=gathers, kind=kind, num_warps=triton_ops.WARPS)
+                warps = triton_ops.WARPS * (2 if kind.rounding else 1)  # two draws an element: with fewer warps sm_100 spills
+                walk[(n,)](head, self.rows, items, *room, call.scope, tables, *rest, GATHERS=gathers, kind=kind, num_warps=warps)
         if kind.line == "statistics":
             join[(1,)](self.rows, self.bits, out, self.tensors, MANY=len(out) > 1, kind=kind, num_warps=triton_ops.WARPS)
         elif kind.kept is not None:
