@@ -8,7 +8,7 @@ SOURCES = $(shell find csrc python_tests -name '*.h' -o -name '*.cuh' -o -name '
 
 help:
 	@echo "make demo    fine-tune a text classifier, selective AdamW beside plain AdamW"
-	@echo "make test    run the tests"
+	@echo "make test    run the tests; with ARGS=--long those that take minutes too, as CI does"
 	@echo "make bench   time the operators beside their peers"
 	@echo "make gpu     everything that needs a GPU: tests, benchmarks, results in build/gpu; fails where there is none"
 	@echo "make check   lint and types; make format puts the layout right"

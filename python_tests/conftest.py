@@ -27,13 +27,25 @@ hypothesis.settings.load_profile("house")
 
 
 def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="what takes minutes too: compiles for GPUs, Transformers' Trainer, wheels")
     parser.addoption("--triton", action="store_true", help="Triton's kernels too: many minutes on its interpreter, one for all compiles")
     parser.addoption("--only-triton", action="store_true", help="these alone: what a run without either option leaves out")
     parser.addoption("--every-case", action="store_true", help="on interpreted Triton kernels too, all combinations of a test's parameters")
 
 
+LONG = ("test_cuda", "test_triton", "test_integrations")
+
+
 def pytest_collection_modifyitems(config, items):
-    """Leaves Triton's interpreter out, or, as slow as it is, gives it every value of each of a test's parameters, not all combinations."""
+    """Leaves out what is long, unless it is asked for, by name or by option.
+
+    Triton's interpreter, as slow as it is, gets every value of each of a test's parameters, not all combinations.
+    """
+    named = any(argument.split("::")[0].endswith(".py") for argument in config.args)
+    if not (named or config.getoption("--long") or config.getoption("--only-triton")):
+        long = [item for item in items if item.path.stem in LONG or "wheel" in getattr(item, "fixturenames", ())]
+        items[:] = [item for item in items if item not in set(long)]
+        config.hook.pytest_deselected(items=long)
     slow = {item for item in items if item.path.stem == "test_triton_resources" or "[triton" in item.name or "-triton" in item.name}
     left_out = slow
     if config.getoption("--triton") or config.getoption("--only-triton"):
