@@ -126,6 +126,39 @@ def test_fp16_autocast_with_a_scaler(tmp_path, monkeypatch, clip):
         torch.testing.assert_close(one, other, rtol=0.05, atol=1e-3 * one.abs().max().item())
 
 
+def test_recipes_without_a_selective_update_have_plain_adamw(tmp_path):
+    found = {}
+    for recipe in ("r_at", "r_at_su", "plain"):
+        run = trainer(tmp_path, recipe, arguments={"learning_rate": 1e-2})
+        run.train()
+        found[recipe] = run
+        shares = [entry["share_selected"] for entry in run.state.log_history if "share_selected" in entry]
+        assert shares and all((share < 1) == (recipe == "r_at_su") for share in shares)
+    assert not torch.equal(weights(found["r_at"].model), weights(found["r_at_su"].model))
+    sgd = trainer(tmp_path, "plain", arguments={"optim": "sgd"})
+    sgd.train()
+    assert type(sgd.optimizer.optimizer) is torch.optim.SGD
+
+
+def test_label_smoothing_is_the_recipes(tmp_path):
+    runs = [trainer(tmp_path, "plain", arguments={"label_smoothing_factor": factor, "max_steps": 2}) for factor in (0.0, 0.4)]
+    for run in runs:
+        torch.manual_seed(2)
+        run.train()
+    assert not torch.equal(*(weights(run.model) for run in runs))
+
+
+@pytest.mark.parametrize("recipe", ["child_tuning_d", "roast"])
+def test_a_run_that_stops_within_an_epoch_goes_on_as_one_that_did_not(tmp_path, recipe):
+    arguments = {"lr_scheduler_type": "constant", "save_steps": 3, "max_steps": 9}
+    through = trainer(tmp_path / "whole", recipe, arguments=arguments)
+    through.train()
+    trainer(tmp_path / "half", recipe, arguments=arguments | {"max_steps": 3}).train()
+    resumed = trainer(tmp_path / "again", recipe, arguments=arguments)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "half" / "checkpoint-3"))
+    assert torch.equal(weights(through.model), weights(resumed.model))
+
+
 def test_wrong_arguments(tmp_path):
     with pytest.raises(ValueError, match="recipe='adversarial' is not a recipe; use one of 'plain'"):
         trainer(tmp_path, "adversarial")
@@ -133,6 +166,8 @@ def test_wrong_arguments(tmp_path):
         trainer(tmp_path, recipe_options={"epsilo": 1.0})
     with pytest.raises(ValueError, match="gradient_accumulation_steps=1"):
         trainer(tmp_path, "free_at", arguments={"gradient_accumulation_steps": 2})
+    with pytest.raises(ValueError, match="compute_loss_func has no say"):
+        trainer(tmp_path, compute_loss_func=lambda *args, **kwargs: None)
     nameless = [{"input_ids": torch.ones(3, dtype=torch.long), "attention_mask": torch.ones(3)}] * 4
     with pytest.raises(ValueError, match="no 'labels'"):
         trainer(tmp_path, dataset=nameless, arguments={"remove_unused_columns": False}).train()

@@ -1802,3 +1802,30 @@ def test_the_example_on_sentence_similarity(tmp_path, capsys):
     pearson, spearman = example["main"]([str(tmp_path), "--recipe", "r_at", "--epochs", "8", "--batch", "4"])
     assert pearson > 0.9 and spearman > 0.9
     assert capsys.readouterr().out.startswith("epoch 1: loss ")
+
+
+@pytest.mark.parametrize("name", ["child_tuning_d", "roast", "weight_consolidation"])
+def test_a_step_that_a_loss_scaler_skips_leaves_no_trace(name):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Flatten(), torch.nn.Linear(12, 2))
+    ids, labels = torch.randint(0, 9, (8, 3)), torch.randint(0, 2, (8,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recipe = getattr(uk.recipes, name)(model, model[0], optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for i in range(6):
+        optimizer.zero_grad()
+        recipe.backward(ids, labels, scale=scaler.scale(torch.ones(())))
+        if i == 2:
+            for p in model.parameters():
+                p.grad.fill_(float("inf"))
+        before = [p.detach().clone() for p in model.parameters()]
+        scaler.unscale_(optimizer)
+        recipe.before_step()
+        scaler.step(optimizer)
+        scaler.update()
+        recipe.after_step()
+        if i == 2:
+            assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    recipe.epoch_end()
+    if hasattr(recipe, "masks"):
+        assert 0 < torch.cat([(mask != 0).float().flatten() for mask in recipe.masks]).mean() < 1

@@ -51,7 +51,7 @@ class SelectionReport:
 
     @property
     def largest_inverse(self) -> float:
-        return max((parameter.largest_inverse for parameter in self.parameters), default=float("nan"))
+        return max((each.largest_inverse for each in self.parameters if each.elements), default=float("nan"))
 
     def __str__(self) -> str:
         head = ("parameter", "elements", "least s", "median s", "largest s", "selected", "largest 1/p")
@@ -75,7 +75,9 @@ def selection_report(optimizer: Any) -> SelectionReport:
 
     The masks are those of the step, drawn again; memory of a few times the largest parameter's is used, for scope="global" of all
     parameters'. With statistics="previous", whose minima and maxima the step has replaced, p is of the present ones, and for
-    scope="global" the share is the mean of p. Returns a `SelectionReport`. Raises TypeError for another optimizer.
+    scope="global" the share is the mean of p.
+    Gradients that a GradScaler's fused step left scaled are reported so. Returns a `SelectionReport`. Raises TypeError for another
+    optimizer.
     """
     return SelectionReport(tuple(_describe(*found) for found in _selections(optimizer)))
 
@@ -101,9 +103,10 @@ def _selections(optimizer: Any) -> Iterator[tuple[str, Tensor, Tensor, Tensor | 
     for group in optimizer.param_groups:
         options = {name: group[name] for name in OPTIONS} | {"statistics": "current", "target": "gradient"}
         for i, p in enumerate(group["params"]):
-            if p.grad is not None and "step" in optimizer.state.get(p, {}):
-                name = group["param_names"][i] if "param_names" in group else str(stream)
-                found.append((name, stream, p.grad.detach(), options, group["seed"], int(optimizer.state[p]["step"].item())))
+            step = int(optimizer.state.get(p, {}).get("step", 0))
+            if p.grad is not None and step:
+                name = group["param_names"][i] if i < len(group.get("param_names", ())) else str(stream)
+                found.append((name, stream, p.grad.detach(), options, group["seed"], step))
             stream += 1
     wide: dict[tuple[Any, ...], dict[int, Tensor]] = {}  # by options: p of every parameter of a scope that spans them
     for name, stream, g, options, seed, step in found:

@@ -11,6 +11,8 @@ from .. import recipes
 from ..analysis.selection import share_selected
 from ..selective import SelectiveAdamW
 
+SELECTIVE = ("uegr", "r_at_su", "child_tuning_f")  # whose update is a selection; the others' is AdamW's
+NEUTRAL = {"normalization": "constant", "keep_probability": 1.0}
 STATE = "recipe.pt"  # in a checkpoint's folder
 
 
@@ -22,8 +24,9 @@ class UEGRTrainer(Trainer):
     embedding       the module whose output is perturbed; None: the model's get_input_embeddings(). For a model that takes pixels, whose
                     one floating input is perturbed itself, pass embedding=False
 
-    The optimizer is SelectiveAdamW with the arguments' learning rate, betas, epsilon and weight decay; `optimizers=` or
-    `optimizer_cls_and_kwargs=(uk.SelectiveAdamW, {"lr": ..., "threshold": ...})` gives it other options. Batches hold "labels".
+    The optimizer is SelectiveAdamW with the arguments' learning rate, betas, epsilon and weight decay, which selects in the recipes of a
+    selective update (uegr, r_at_su, child_tuning_f) and is AdamW in the others; `optimizers=`, `optim=` or
+    `optimizer_cls_and_kwargs=(uk.SelectiveAdamW, {"lr": ..., "threshold": ...})` gives another. Batches hold "labels".
     Logs, beside the loss, the recipe's losses (L_st is `clean_loss`, L_adv `adversarial_loss`, L_div `divergence`), averaged over the
     batches since the last log, and `share_selected`, of the step before the log. A checkpoint carries the recipe's state: a resumed run
     equals the one that was not interrupted.
@@ -51,14 +54,22 @@ class UEGRTrainer(Trainer):
             raise ValueError(
                 f"n_gpu={self.args.n_gpu}: nn.DataParallel splits a batch behind the recipe's back; launch with torchrun instead"
             )
-        if recipe == "free_at" and self.args.gradient_accumulation_steps > 1:
-            raise ValueError("recipe='free_at' steps the optimizer in every batch; set gradient_accumulation_steps=1")
+        if recipe == "free_at" and (self.args.gradient_accumulation_steps > 1 or self.args.fp16):
+            raise ValueError("recipe='free_at' steps the optimizer itself; set gradient_accumulation_steps=1, and bf16 rather than fp16")
+        if self.compute_loss_func is not None:
+            raise ValueError("compute_loss_func has no say in a recipe's loss; leave it out, or use recipe_options")
+        if self.args.label_smoothing_factor:
+            self.recipe_options.setdefault("label_smoothing", self.args.label_smoothing_factor)
         with torch.random.fork_rng():
             self._build_recipe(self.model, self.optimizer).close()  # raises for wrong options
         self.add_callback(_AroundTheStep(self))
 
     def get_optimizer_cls_and_kwargs(self, args: Any, model: nn.Module | None = None) -> tuple[Any, dict[str, Any]]:
-        return SelectiveAdamW, {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        if not args.optim.startswith("adamw_torch"):
+            theirs: tuple[Any, dict[str, Any]] = Trainer.get_optimizer_cls_and_kwargs(args, model)
+            return theirs
+        options = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        return SelectiveAdamW, options | ({} if self.recipe_name in SELECTIVE else NEUTRAL)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One batch: the recipe's passes fill .grad. Returns the loss divided by the number of accumulated batches, as the Trainer's."""
@@ -81,7 +92,10 @@ class UEGRTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs |= {name: (self._sums[name] / self._counts[name]).item() for name in self._sums if name != "loss"}
+            names = [name for name in self._sums if name != "loss"]
+            means = [self._sums[name].to(self.args.device, torch.float32) / self._counts[name] for name in names]
+            if names:  # over all processes, as the loss
+                logs |= dict(zip(names, self.accelerator.reduce(torch.stack(means), "mean").tolist(), strict=True))
             self._sums, self._counts = {}, {}
         super().log(logs, *args, **kwargs)
 
@@ -137,13 +151,22 @@ class _AroundTheStep(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.recipe.after_step()
-        if state.logging_steps and (state.global_step + 1) % state.logging_steps == 0:
+        if self._logs_next(args, state):
             share = share_selected(self.trainer.optimizer)
             if share is not None:
                 self.trainer._add("share_selected", torch.tensor(share))
 
+    def _logs_next(self, args: Any, state: Any) -> bool:
+        step = state.global_step + 1
+        if args.logging_strategy == "epoch":
+            return bool(step % max(1, state.max_steps // max(1, state.num_train_epochs)) == 0)
+        return bool((step == 1 and args.logging_first_step) or (state.logging_steps > 0 and step % state.logging_steps == 0))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._sums, self.trainer._counts = {}, {}
+
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.recipe is not None:
+        if self.trainer.recipe is not None and abs(state.epoch - round(state.epoch)) < 1e-6:  # not where a run stops within an epoch
             with torch.random.fork_rng():  # a run resumed at this step has the random state that was saved
                 self.trainer.recipe.epoch_end()
             self.trainer._save_recipe()  # a checkpoint of the epoch's last step is written before its end

@@ -94,7 +94,10 @@ class ARAT(AttackRecipe):
         self.clean_branch = nn.ModuleList(copy.deepcopy(module) for module in self._split)
         self._hooks = [layer.register_forward_hook(self._keep(i)) for i, layer in enumerate(self._layers)]
         if optimizer is not None:  # a group of their own would be one that the learning rate's scheduler does not know
-            optimizer.param_groups[-1]["params"].extend(self.parameters())
+            last = optimizer.param_groups[-1]
+            last["params"].extend(self.parameters())
+            if "param_names" in last:
+                last["param_names"].extend(f"arat.{i}" for i in range(len(self.parameters())))
 
     def parameters(self) -> list[nn.Parameter]:
         """The predictors' and the clean branch's: what the optimizer needs besides the model's."""
@@ -117,6 +120,8 @@ class ARAT(AttackRecipe):
             own = set(self.parameters())
             for group in self.optimizer.param_groups:
                 group["params"][:] = [p for p in group["params"] if p not in own]
+                if "param_names" in group:
+                    del group["param_names"][len(group["params"]) :]
             for p in own:
                 self.optimizer.state.pop(p, None)
         super().close()

@@ -76,7 +76,8 @@ class SaliencyRecipe(PassRecipe):
         self.squares = self.squares or [_wide(p) for p in self._masked]
         for total, gradient in zip(self.squares, gradients, strict=True):
             if gradient is not None:
-                total.add_(self._square(gradient.detach().to(total.dtype)))
+                square = self._square(gradient.detach().to(total.dtype))
+                total.add_(torch.where(square.isfinite(), square, 0))  # a step that a loss scaler skips must not spoil an epoch's masks
         self.batches += 1
 
     def _square(self, gradient: Tensor) -> Tensor:

@@ -71,6 +71,8 @@ class WeightConsolidation(Plain):
         if self.form == "penalty":
             return
         groups = self._groups()
+        if not all(bool(p.grad.isfinite().all()) for p, _, _ in groups if p.grad is not None):
+            return  # a step that a loss scaler skips
         if self.form == "decoupled":
             for p, p0, group in groups:
                 p.detach().sub_((p.detach() - p0) * (group["lr"] * self.kappa))
