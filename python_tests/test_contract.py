@@ -362,3 +362,75 @@ def test_a_hundred_thousand_parameters():  # a million step too, in a minute
         p.grad = grad
     uk.SelectiveSGD(params, lr=0.5, **NEUTRAL).step()
     assert torch.equal(torch.stack([p.detach() for p in params]), values / 2)
+
+
+@both
+@pytest.mark.parametrize("count", [2, 80])
+def test_memory_that_changes_after_some_steps_is_looked_at_again(name, count):
+    def stepped():
+        params = two(lambda: [torch.ones(3 if i % 2 else 5) for i in range(count)])
+        optimizer = OURS[name][0](params, **({"momentum": 0.9} if name == "SGD" else {}))
+        for _ in range(2):
+            optimizer.step()
+        return params, optimizer
+
+    params, optimizer = stepped()
+    before = [p.detach().clone() for p in params]
+    for i, size in ((0, 3), (1, 5)):
+        params[i].grad = None
+        params[i].data = torch.ones(size)
+        params[i].grad = torch.ones(size)
+    with pytest.raises(ValueError, match=r"parameter 0 has shape \(3,\) but its \w+ \(5,\)"):
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(params[2:], before[2:], strict=True))
+    params, optimizer = stepped()
+    params[1].grad = None
+    params[1].data = params[0].data[:3]
+    params[1].grad = torch.ones(3)
+    with pytest.raises(ValueError, match="share memory"):
+        optimizer.step()
+
+
+@both
+def test_overlaps_of_other_kinds_are_refused(name):
+    block = torch.ones(4, 6)
+    optimizer = OURS[name][0](two(lambda: (block.view(-1), block[:, :3])))
+    with pytest.raises(ValueError, match="parameters 0 and 1 share memory"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="parameter 0 has elements that share memory"):
+        OURS[name][0](two(lambda: (torch.ones(10).as_strided((4, 3), (2, 1)),))).step()
+    OURS[name][0](two(lambda: (torch.ones(10).as_strided((3, 2), (2, 3)), block[:, :3], block[:, 4:].t()))).step()
+    assert bool((block[:, 3] == 1).all())
+
+
+BAD_SECOND = {
+    "freed state": lambda optimizer, p: optimizer.state[p]["step"].untyped_storage().resize_(0),
+    "count": lambda optimizer, p: optimizer.state[p]["step"].fill_(float("nan")),
+    "lr": lambda optimizer, p: optimizer.param_groups[1].update(lr=10**400),
+    "weight_decay": lambda optimizer, p: optimizer.param_groups[1].update(weight_decay=float("inf")),
+}
+
+
+@both
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("bad", BAD_SECOND)
+def test_what_is_wrong_with_a_second_group_keeps_the_first_from_stepping(name, bad, backend):
+    params = two(lambda: (torch.ones(3), torch.ones(4)))
+    optimizer = OURS[name][0]([{"params": [p]} for p in params], backend=backend)
+    optimizer.step()
+    before = params[0].detach().clone()
+    BAD_SECOND[bad](optimizer, params[1])
+    with pytest.raises((ValueError, RuntimeError, OverflowError)):
+        optimizer.step()
+    assert torch.equal(params[0], before) and optimizer.state[params[0]]["step"].item() == 1
+
+
+def test_fake_tensors_step():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        model = torch.nn.Linear(3, 2)
+        optimizer = uk.SelectiveAdamW(model.parameters(), seed=1)
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    assert all(state["exp_avg"].shape == p.shape for p, state in optimizer.state.items())

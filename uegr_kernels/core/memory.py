@@ -14,9 +14,27 @@ def freed(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() < (tensor.storage_offset() + _reach(tensor)) * tensor.element_size()
 
 
+Places = tuple[list[int], list[torch.Size], list[tuple[int, ...]]]
+
+
+def places(tensors: list[Tensor]) -> Places:
+    """Addresses (0 of fake tensors), shapes and strides."""
+    return [t.data_ptr() for t in tensors], [t.shape for t in tensors], [t.stride() for t in tensors]
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two of a tensor's indices name one element."""
+    reach = 1
+    for stride, n in sorted((stride, n) for stride, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if stride < reach:
+            return tensor.numel() > 0 and int(_marked([tensor], [0]).sum()) < tensor.numel()
+        reach += (n - 1) * stride
+    return False
+
+
 def shared(tensors: list[Tensor]) -> tuple[int, int] | None:
     """The positions of two tensors that have an element in common, if any do."""
-    spans = [(t.data_ptr(), i) for i, t in enumerate(tensors) if t.numel() and t.device.type != "meta"]
+    spans = [(address, i) for i, address in enumerate(places(tensors)[0]) if address and tensors[i].numel()]
     open_spans: list[tuple[int, int]] = []  # end, position
     for start, i in sorted(spans):
         open_spans = [span for span in open_spans if span[0] > start]
@@ -33,12 +51,23 @@ def _reach(tensor: Tensor) -> int:
 
 
 def _meet(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors whose spans overlap, b's starting later, have an element in common. Unlike strides with gaps count as no."""
-    if a.stride() != b.stride() or a.dtype != b.dtype:
-        return all(_reach(t) == t.numel() for t in (a, b))
+    """Whether two tensors whose spans overlap, b's starting later, have an element in common."""
     distance, rest = divmod(b.data_ptr() - a.data_ptr(), a.element_size())
+    if rest or a.element_size() != b.element_size():
+        return True
+    if a.stride() != b.stride():
+        return bool(_marked([a, b], [0, distance]).gt(1).any())
     axes = sorted(zip(a.stride(), a.shape, b.shape, strict=True), reverse=True)
-    return rest != 0 or _reached(distance, axes)
+    return _reached(distance, axes)
+
+
+def _marked(tensors: list[Tensor], starts: list[int]) -> Tensor:
+    """How many of the tensors have an element at each place of their common span."""
+    marks = torch.zeros(max(start + _reach(t) for t, start in zip(tensors, starts, strict=True)), dtype=torch.uint8)
+    for t, start in zip(tensors, starts, strict=True):
+        places = torch.arange(len(marks)).as_strided(t.shape, t.stride(), start).flatten()
+        marks[places] += 1
+    return marks
 
 
 def _reached(distance: int, axes: list[tuple[int, int, int]]) -> bool:

@@ -21,6 +21,7 @@ FLOATS = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 
 COMPILED = ("cpp", "cuda")  # backends whose operators check a whole call themselves and take a state in a single tensor
 SWARM, TINY = 64, 4096  # parameters from which on, and elements a parameter up to which, states share one tensor
+SHAPE = operator.attrgetter("shape")
 GRADIENT = operator.attrgetter("grad")
 LEFT_OUT: dict[str, Any] = {"grads": [], "statistics": None}  # of what is kept from step to step: gradients are the user's to free
 
@@ -42,7 +43,7 @@ class SelectiveOptimizer(Optimizer):
     numbers: tuple[str, ...]  # options of this optimizer's own that are numbers
     flags: tuple[str, ...] = ("maximize", "capturable", "differentiable", "foreach", "fused")  # and that are True or False
     _roster: _Roster | None
-    _addresses: list[int]  # of the parameters whose memory was looked at last
+    _places: memory.Places | None  # of the parameters whose memory was looked at last
     _shared: dict[str, tuple[Tensor, list[Tensor], list[int]]]  # states of many small parameters in one tensor, its parts, their addresses
     _room: dict[Any, Tensor]  # for statistics over a wider scope than a tensor
 
@@ -52,7 +53,7 @@ class SelectiveOptimizer(Optimizer):
         if seed is not None:
             seed = _whole("seed", seed) % 2**64
         self.backend = backend
-        self._roster, self._shared, self._addresses, self._room = None, {}, [], {}
+        self._roster, self._shared, self._places, self._room = None, {}, None, {}
         self._drawn_seed: int | None = None  # drawn here and not agreed on with the other ranks yet
         self._check(defaults)
         super().__init__(params, defaults | {"seed": seed, "format": FORMAT})
@@ -77,6 +78,9 @@ class SelectiveOptimizer(Optimizer):
                 raise ValueError("Tensor lr must be 1-element")
         if not 0.0 <= lr:
             raise ValueError(f"Invalid learning rate: {lr}")
+        for name in ("lr", "weight_decay", *self.numbers):
+            if not isinstance(group[name], Tensor) and abs(group[name]) > 1e300:
+                raise ValueError(f"{name}={group[name]} is out of range; give a finite number")
         if not 0.0 <= group["weight_decay"]:
             raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
         if group["fused"] and group["differentiable"]:
@@ -220,6 +224,10 @@ class SelectiveOptimizer(Optimizer):
             return False
         if not all(all(map(operator.is_, now, then)) for now, then in pairs):
             return False
+        if self._places is None or self._places[0] != list(map(Tensor.data_ptr, roster.params)):
+            return False
+        if self._shared and self._places[1] != list(map(SHAPE, roster.params)):
+            return False
         self._check(group)
         batch = self._new_batch(group, roster.params[0].device, roster.params[0].dtype)
         batch |= {"params": roster.params, "grads": list(map(GRADIENT, roster.params)), "states": states, "layout": roster.batch["layout"]}
@@ -308,18 +316,23 @@ class SelectiveOptimizer(Optimizer):
     def _check_memory(self, batches: list[dict[str, Any]]) -> None:
         """Raises parameters that share memory. Where all addresses are those of the last time, none needs a look."""
         parts = [shards.local(p) for batch in batches for p in batch["params"]]
-        addresses = [p.data_ptr() for p in parts]
-        if addresses == self._addresses:
+        found = memory.places(parts)
+        if found == self._places:
             return
+        streams = [stream for batch in batches for stream in batch["layout"][::4]]
+        for stream, p in zip(streams, parts, strict=True):
+            if memory.overlaps_itself(p):
+                raise ValueError(
+                    f"parameter {stream} has elements that share memory and cannot be written apart; call .clone() on it first"
+                )
         pair = memory.shared(parts)
         if pair:
-            streams = [stream for batch in batches for stream in batch["layout"][::4]]
             first, second = sorted(streams[i] for i in pair)
             raise ValueError(
                 f"parameters {first} and {second} share memory, so that a step would change it twice; pass one of them, "
                 "or give the other a .clone() of its own"
             )
-        self._addresses = addresses
+        self._places = found
 
     def _needed(self, group: dict[str, Any]) -> tuple[str, ...]:
         """The keys of a parameter's state."""
@@ -497,6 +510,8 @@ class SelectiveOptimizer(Optimizer):
             for i, (p, group) in zip(saved_ids, params, strict=True):
                 for key, value in loaded["state"].get(i, {}).items():
                     if isinstance(value, Tensor) and value.is_floating_point() and key != "step":
+                        if key == "momentum_buffer" and "step" not in loaded["state"][i]:
+                            value = value + 0.0  # torch's: a -0.0 in it has seen a gradient
                         wide = torch.float64 if p.dtype == torch.float64 else torch.float32
                         dtype = wide if key.startswith("saliency") else group["state_dtype"] or wide
                         self.state[p][key] = value.to(dtype=dtype, device=p.device)
@@ -519,7 +534,7 @@ class SelectiveOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._roster, self._shared, self._addresses, self._room = None, {}, [], {}
+        self._roster, self._shared, self._places, self._room = None, {}, None, {}
         for group in self.param_groups:
             for p in group["params"]:
                 p_state = self.state.get(p) or {}
@@ -604,6 +619,8 @@ class SelectiveAdamW(SelectiveOptimizer):
             raise ValueError("betas must be either both floats or both Tensors")
         for i in (0, 1):
             if isinstance(betas[i], Tensor):
+                if not betas[i].is_floating_point():
+                    raise TypeError(f"betas[{i}]={betas[i]!r} is {betas[i].dtype}; give numbers, or tensors of floating point")
                 if group["foreach"] and not group["capturable"]:
                     raise ValueError(f"betas[{i}] as a Tensor is not supported for capturable=False and foreach=True")
                 if betas[i].numel() != 1:
@@ -854,6 +871,8 @@ def _stateless(options: dict[str, Any]) -> op.Selection:
 def _check_gradient(name: str, grad: Tensor, saliency: Tensor | None) -> None:
     if not isinstance(grad, Tensor):
         raise TypeError(f"{name} is a {type(grad).__name__}; give a tensor")
+    if shards.sharded(grad):
+        raise TypeError(f"{name} is a DTensor, whose parts this function does not join; use an optimizer, or call full_tensor() on it")
     if grad.layout is not torch.strided:
         raise RuntimeError(f"{name} is sparse ({grad.layout}), which is not supported; call .to_dense() on it first")
     if grad.dtype not in FLOATS:
@@ -896,6 +915,11 @@ def _check_state(stream: int, key: str, value: Tensor, p: Tensor, moment: bool) 
         raise ValueError(f"parameter {stream} has shape {tuple(p.shape)} but its {key} {tuple(value.shape)}; they must be equal")
     if not moment and value.numel() != 1:
         raise ValueError(f"{named} has shape {tuple(value.shape)}; give one value")
+    if memory.freed(value):
+        raise RuntimeError(f"{named} of shape {tuple(value.shape)} has no memory: its storage was freed; restore it before the step")
+    if key == "step" and value.device.type == "cpu" and not isinstance(value, torch._subclasses.FakeTensor):
+        if not 0 <= value.item() < 2**24 - 1:
+            raise ValueError(f"{named} is {value.item()}; give the number of steps taken, from 0 to 2^24 - 2")
     if 0 in value.stride() and _expanded(value):
         raise ValueError(f"{named} is expanded: its elements share memory and cannot be written; call .clone() on it first")
 

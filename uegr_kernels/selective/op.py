@@ -196,7 +196,8 @@ def call(name: str, backend: str, *tensors: Any, **options: Any) -> Any:
             del arguments["selection"]
         else:
             arguments = options | {"normalization": NORMALIZATIONS.index(options["normalization"])}
-        getattr(torch.ops.uegr_kernels, name).default(*tensors, **arguments)
+        overload = "fallback" if backend == "reference" else "default"  # traced: the operator without compiled kernels
+        getattr(getattr(torch.ops.uegr_kernels, name), overload)(*tensors, **arguments)
     # Kernels registered outside PyTorch leave the versions alone, and autograd would miss a stale graph.
     written = [tensors[i] for i in WRITTEN[name]] + ([options["out"]] if "out" in options else [])
     torch.autograd.graph.increment_version([t for group in written for t in (group if isinstance(group, list) else [group])])
@@ -246,7 +247,8 @@ def scope_statistics(parts: list[dict[str, Any]], normalization: str, *, rows: i
 def joint_statistics(cuts: dict[shards.Cut, list[dict[str, Any]]], normalization: str, room: dict[Any, Tensor]) -> Tensor:
     """The statistics over all parts of all cuts together. The reference alone ranks exactly; where a compiled kernel or another process
     takes part, all share its histogram."""
-    if normalization == "rank" and list(cuts) == [()] and all(part["backend"] == "reference" for part in cuts[()]):
+    exactly = normalization == "rank" and list(cuts) == [()] and not torch.compiler.is_compiling()
+    if exactly and all(part["backend"] == "reference" for part in cuts[()]):
         return reference.ordered_saliency(cuts[()])
     found = [scope_statistics(parts, normalization, rows=1, cut=cut, room=room) for cut, parts in cuts.items()]
     if len(found) == 1:
