@@ -322,9 +322,8 @@ class SelectiveOptimizer(Optimizer):
         streams = [stream for batch in batches for stream in batch["layout"][::4]]
         for stream, p in zip(streams, parts, strict=True):
             if memory.overlaps_itself(p):
-                raise ValueError(
-                    f"parameter {stream} has elements that share memory and cannot be written apart; call .clone() on it first"
-                )
+                how = "is expanded" if _expanded(p) else "overlaps itself"
+                raise ValueError(f"parameter {stream} {how}: its elements share memory and cannot be written; call .clone() on it first")
         pair = memory.shared(parts)
         if pair:
             first, second = sorted(streams[i] for i in pair)
