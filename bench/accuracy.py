@@ -1,4 +1,4 @@
-"""Every method on real text: accuracy, accuracy under attack, cost. `python -m bench.accuracy --data DIR`; bench/README.md says how it is judged."""
+"""Every method on real text: accuracy, accuracy under attack, cost (`python -m bench.accuracy --data DIR`)."""
 
 import argparse
 import concurrent.futures
@@ -318,6 +318,9 @@ class Table:
     def values(self, model: str, data: str, name: str, pick: Callable[[dict], float]) -> list[float]:
         return [pick(self.found[model, data, name, seed]) for seed in self.seeds if (model, data, name, seed) in self.found]
 
+    def all_values(self, model: str, name: str, pick: Callable[[dict], float]) -> list[float]:
+        return [value for data in self.sets for value in self.values(model, data, name, pick)]
+
     def by_seed(self, model: str, name: str, pick: Callable[[dict], float]) -> list[float]:
         """A seed's mean over sets, for each seed that all sets have."""
         rows = [{data: self.found.get((model, data, name, seed)) for data in self.sets} for seed in self.seeds]
@@ -342,10 +345,8 @@ def under(attack: str, i: int) -> Callable[[dict[str, Any]], float]:
     return lambda result: float(result[attack][i]) if attack in result else math.nan
 
 
-COLUMNS = {
-    "clean": accuracy,
-    **{f"{attack.upper()} {e:g}": under(attack, i) for attack in ("fgm", "pgd") for i, e in enumerate(training.STRENGTHS)},
-}
+ATTACKS = {f"{attack.upper()} {e:g}": under(attack, i) for attack in ("fgm", "pgd") for i, e in enumerate(training.STRENGTHS)}
+COLUMNS = {"clean": accuracy} | ATTACKS
 
 
 def report(table: Table) -> str:

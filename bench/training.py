@@ -175,6 +175,7 @@ def split(data: TextSet, settings: Settings) -> tuple[list[Row], list[Row]]:
 # The model and its batches
 
 Batches = Callable[[Sequence[int]], tuple[dict[str, Tensor], Tensor]]
+Built = tuple[nn.Module, Callable[[list[Row]], Batches]]
 
 
 def labels_of(rows: list[Row], data: TextSet) -> Tensor:
@@ -187,7 +188,7 @@ def labels_of(rows: list[Row], data: TextSet) -> Tensor:
         raise DataError(f"the label {error} of the test does not occur in the training set") from None
 
 
-def build(settings: Settings, data: TextSet, train: list[Row], device: torch.device) -> tuple[nn.Module, Callable[[list[Row]], Batches]]:
+def build(settings: Settings, data: TextSet, train: list[Row], device: torch.device) -> Built:
     """The model, and what turns rows into batches for it."""
     outputs = 1 if data.metric == "correlation" else len(data.labels)
     if settings.model.startswith("hf:"):
@@ -353,7 +354,7 @@ def _nonzero(model: nn.Module) -> int:
 
 
 def _selected(optimizer: torch.optim.Optimizer, model: nn.Module, before: int) -> tuple[float, float]:
-    """Share of elements that the last step updated, and its largest 1/p; masked gradients count by what is left of those that were not 0."""
+    """Share of elements that the last step updated, and its largest 1/p; of masked gradients what is left of those that were not 0."""
     if isinstance(optimizer, uk.SelectiveAdamW | uk.SelectiveSGD):
         report = uk.analysis.selection_report(optimizer)
         return report.selected, report.largest_inverse
