@@ -268,7 +268,8 @@ class Plan:
         }
 
     def size(self) -> dict[tuple, Settings]:
-        largest = len(training.read(self.options.data, self.options.sets[0]).train) - training.VALIDATION
+        rows = len(training.read(self.options.data, self.options.sets[0]).train)
+        largest = rows - training.held_of(rows)
         return {
             (name, size, seed): self.settings(name, *self._first(), seed, examples=size)
             for name in ("dropout", "drop_attack", "uegr")
@@ -343,7 +344,7 @@ def parser() -> argparse.ArgumentParser:
         *("--models", "--model"),
         metavar="LIST",
         type=names(MODELS, MODELS),
-        default=["textcnn"],
+        default=list(MODELS),
         help=f"all, or some of {','.join(MODELS)}, hf:PATH",
     )
     top.add_argument(
@@ -409,6 +410,7 @@ def run(options: argparse.Namespace, command: str) -> None:
         found = {key: runs[settings] for key, settings in wanted.items()}
         if study == "main":
             sections[study] = accuracy_report.describe_main(found, output)
+            (output / "summary.json").write_text(json.dumps(accuracy_report.means(found), indent=1) + "\n")
             main_found = found
         else:
             title, describe = accuracy_report.DESCRIBE[study]

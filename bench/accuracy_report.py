@@ -192,6 +192,18 @@ def _main_picture(main: Main, model: str, path: pathlib.Path) -> pathlib.Path:
     return path
 
 
+def means(found: Found) -> list[dict[str, Any]]:
+    """Mean and standard deviation over seeds of every figure, by model, set and method."""
+    rows = []
+    for (model, data, name), results in by_point(found).items():
+        picks = {"test": accuracy} | {key: figure_of(key) for key in ("validation", "seconds_per_step", "share")} | ATTACKS
+        values = {title: [pick(result) for result in results] for title, pick in picks.items()}
+        values = {title: each for title, each in values.items() if not any(map(math.isnan, each))}
+        figures = {title: {"mean": round(statistics.fmean(each), 6), "sd": round(deviation(each), 6)} for title, each in values.items()}
+        rows.append({"model": model, "set": data, "method": name, "seeds": len(results)} | figures)
+    return rows
+
+
 def summary(found: Found, cost: dict[str, dict]) -> str:
     """What a person gains and what it costs: the first model's rows, for the README."""
     main = Main(found)

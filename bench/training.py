@@ -180,11 +180,15 @@ def _number(row: Row) -> bool:
     return False
 
 
+def held_of(rows: int) -> int:
+    return min(VALIDATION, rows // 5)
+
+
 def split(data: TextSet, settings: Settings) -> tuple[list[Row], list[Row]]:
     """Rows to train on and to validate on: both of the training set, drawn by the seed."""
     rows = data.train.copy()
     random.Random(f"{settings.data} {settings.seed}").shuffle(rows)
-    held = min(VALIDATION, len(rows) // 5)
+    held = held_of(len(rows))
     return rows[held : held + settings.examples] if settings.examples else rows[held:], rows[:held]
 
 

@@ -11,7 +11,7 @@ import torch
 from bench import accuracy, accuracy_report, training
 
 WORDS = {"neg": "bad dull slow weak", "pos": "good fine fast strong"}
-QUICK = "--examples 24 --epochs 2 --length 6 --attacked 8 --trials 2 --seeds 2 --wait 0".split()
+QUICK = "--models textcnn --examples 24 --epochs 2 --length 6 --attacked 8 --trials 2 --seeds 2 --wait 0".split()
 
 
 def text(label: str, i: int) -> str:
@@ -76,6 +76,18 @@ def test_what_is_done_is_not_done_again(data, tmp_path, monkeypatch, capsys):
         "passes.png",
     }
     assert "| uegr | " in (tmp_path / "summary.md").read_text()
+    lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    row = next(row for row in json.loads((tmp_path / "summary.json").read_text()) if (row["set"], row["method"]) == ("one", "uegr"))
+    found = [
+        line["result"]["test"]
+        for line in lines
+        if line["settings"]["final"]
+        and line["settings"]["data"] == "one"
+        and line["settings"]["method"] == "uegr"
+        and line["settings"]["options"]["passes"] == 2
+    ]
+    assert len(found) == row["seeds"] == 2
+    assert row["test"] == pytest.approx({"mean": statistics.fmean(found), "sd": statistics.stdev(found)}, abs=1e-5)
 
 
 def test_all_studies(data, tmp_path, monkeypatch, capsys):
@@ -88,7 +100,7 @@ def test_all_studies(data, tmp_path, monkeypatch, capsys):
     for title, _ in accuracy_report.DESCRIBE.values():
         assert title in report
     assert "| sgd | rank | salient | - | no | " in report
-    assert "1,000,000" not in report  # more than the set has
+    assert "| uegr | " in report.split("size of the training set")[1] and "1,000,000" not in report  # more than the set has
     assert {path.stem for path in tmp_path.glob("*.png")} == {"passes", "dropout", "size", "drop_attack"}
 
 
