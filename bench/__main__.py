@@ -40,9 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command is None:
         print("\n".join(["Suites:", *(f"  {name:<14}{ast.get_docstring(ast.parse(path.read_text()))}" for name, path in SUITES.items())]))
         print("Run one with `python -m bench SUITE`; `python -m bench SUITE --help` lists the options.")
-        print(
-            "`python -m bench readme` updates README.md, `python -m bench sharded` prints a model on paper, `make gpu` does what needs a GPU."
-        )
+        print("`readme` in the place of SUITE updates README.md, `sharded` prints a model on paper; `make gpu` does what needs a GPU.")
         return 0
     if options.command == "readme":
         return readme.update(options.check)
@@ -53,7 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"--device cuda needs a GPU: {reason}; or use --device cpu", file=sys.stderr)
         return 2
     try:
-        return run(options, shlex.join(["python", "-m", "bench", *arguments]))
+        with machine.threads(options.threads):
+            return run(options, shlex.join(["python", "-m", "bench", *arguments]))
     except KeyboardInterrupt:
         print("\nStopped. The results of the finished cases are kept; --only TEXT runs the rest.", file=sys.stderr)
         return 130
@@ -66,8 +65,6 @@ def _count(text: str) -> int:
 
 
 def run(options: argparse.Namespace, command: str) -> int:
-    if options.threads:
-        torch.set_num_threads(options.threads)
     rounds = options.rounds or (3 if options.quick else 20)
     output = options.output or (HERE.parent / "build" / "bench" if options.quick else readme.RESULTS)
     output.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The UEGR loss and the pairwise divergence, forward and backward, from logits and from hidden states, beside eager, compiled and Liger's."""
+"""The UEGR loss and the pairwise divergence, forward and backward, from logits and from hidden states."""
 
 import itertools
 from collections.abc import Callable

@@ -67,7 +67,9 @@ def _scaling(path: pathlib.Path, lines: list[dict], missing: str) -> pathlib.Pat
         column[0].set(xscale="log", yscale="log", xlabel="elements", ylabel="seconds a step", title=axis)
         column[1].set(xscale="log", yscale="log", xlabel="elements", ylabel="nanoseconds an element")
         column[0].legend(fontsize=7)
-    figure.suptitle(f"{path.stem} {missing}".strip(), fontsize=8)
+    disturbed = sum(tables.disturbed(line) for line in lines)
+    warning = f"{disturbed} of {len(lines)} cases were disturbed by other programs" if disturbed else ""
+    figure.suptitle("\n".join(filter(None, (path.stem, warning, missing))), fontsize=8)
     return _written(figure, path)
 
 

@@ -74,7 +74,7 @@ def figures() -> str:
         parts.append(f"### {lines[0]['suite']}, {lines[0]['device']}\n\n{tables.summary(shown, peers)}")
         parts += [f"{line['case']}: {tables.breakdown(line)}." for line in shown if "breakdown" in line]
         folder = RESULTS.relative_to(HERE.parent)
-        more = f"Everything, {len(lines)} cases and all peers: [{path.stem}.md]({folder}/{path.stem}.md)."
+        more = f"All {len(lines)} results: [{path.stem}.md]({folder}/{path.stem}.md)."
         parts.append(f"{tables.missing(lines)} {more}".strip())
         if path.with_suffix(".png").exists():
             parts.append(f"![{path.stem}]({folder}/{path.stem}.png)")

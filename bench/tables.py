@@ -32,9 +32,13 @@ def table(lines: list[dict]) -> str:
     return "\n".join(rows)
 
 
+def disturbed(line: dict) -> bool:
+    """Whether other programs took a fifth of a processor or more from the case."""
+    return (line.get("others_cpus") or 0) >= 0.2
+
+
 def case_name(line: dict) -> str:
-    """The case, marked where other programs took a fifth of a processor or more from it."""
-    return line["case"] + " [disturbed]" * ((line.get("others_cpus") or 0) >= 0.2)
+    return line["case"] + " [disturbed]" * disturbed(line)
 
 
 def extra(one: dict) -> str:
@@ -64,7 +68,7 @@ def summary(lines: list[dict], peers: tuple[str, ...] = ()) -> str:
 
 
 def missing(lines: list[dict]) -> str:
-    """The peers that ran in no case, and why not in the first of them; the cases that were skipped."""
+    """The peers that ran in no case, and why not in the first of them; the cases that were skipped or wrong."""
     everyone = [one for line in lines for one in line.get("contestants", [])]
     ran = {one["name"] for one in everyone if "missing" not in one}
     reasons: dict[str, str] = {}
@@ -72,7 +76,7 @@ def missing(lines: list[dict]) -> str:
         if one["name"] not in ran:
             reasons.setdefault(one["name"], one["missing"])
     texts = [f"{name} ({reason})" for name, reason in reasons.items()]
-    texts += [f"{line['case']} ({line['skipped']})" for line in lines if "skipped" in line]
+    texts += [f"{line['case']} ({line[key]})" for line in lines for key in ("skipped", "error") if key in line]
     return f"Missing: {', '.join(texts)}." if texts else ""
 
 
