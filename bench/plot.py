@@ -3,6 +3,7 @@
 import importlib.util
 import pathlib
 import textwrap
+from typing import Any
 
 from . import tables
 
@@ -18,13 +19,11 @@ def pictures(path: pathlib.Path, lines: list[dict]) -> list[pathlib.Path]:
 
 def _ratios(path: pathlib.Path, lines: list[dict], missing: str) -> pathlib.Path:
     """A group of bars for each case, a colour for each peer."""
-    from matplotlib.figure import Figure
-
     peers = list(dict.fromkeys(one["name"] for line in lines for one in line["contestants"] if "ours_over_this" in one))
     bars = [[(one["name"], one["ours_over_this"]) for one in line["contestants"] if "ours_over_this" in one] for line in lines]
     height = 0.17 * sum(map(len, bars)) + 0.15 * len(bars) + 1.8
-    figure = Figure(figsize=(10, height), layout="constrained")
-    axes = figure.add_subplot()
+    drawn = figure(10, height)
+    axes = drawn.add_subplot()
     place, centres = 0.0, []
     for group in bars:
         for i, (peer, ratio) in enumerate(group):
@@ -45,18 +44,16 @@ def _ratios(path: pathlib.Path, lines: list[dict], missing: str) -> pathlib.Path
     )
     axes.set(xscale="log", xlabel=f"our time / the peer's (median, quartiles); left of the line ours is faster\n{missing}")
     axes.xaxis.label.set_size(8)
-    figure.suptitle(path.stem)
-    return _written(figure, path)
+    drawn.suptitle(path.stem)
+    return _written(drawn, path)
 
 
 def _scaling(path: pathlib.Path, lines: list[dict], missing: str) -> pathlib.Path:
     """Time over size, a line for each contestant and number of threads, and below it the same by element."""
-    from matplotlib.figure import Figure
-
     axes_names = list(dict.fromkeys(line["axis"] for line in lines))
     threads = list(dict.fromkeys(line["threads"] for line in lines))
-    figure = Figure(figsize=(5.5 * len(axes_names), 8.5), layout="constrained")
-    for column, axis in zip(figure.subplots(2, len(axes_names), squeeze=False).T, axes_names, strict=True):
+    drawn = figure(5.5 * len(axes_names), 8.5)
+    for column, axis in zip(drawn.subplots(2, len(axes_names), squeeze=False).T, axes_names, strict=True):
         found = [line for line in lines if line["axis"] == axis]
         for style, count in zip(("-", "--", ":"), threads, strict=False):
             some = [line for line in found if line["threads"] == count]
@@ -69,8 +66,8 @@ def _scaling(path: pathlib.Path, lines: list[dict], missing: str) -> pathlib.Pat
         column[0].legend(fontsize=7)
     disturbed = sum(tables.disturbed(line) for line in lines)
     warning = f"{disturbed} of {len(lines)} cases were disturbed by other programs" if disturbed else ""
-    figure.suptitle("\n".join(filter(None, (path.stem, warning, missing))), fontsize=8)
-    return _written(figure, path)
+    drawn.suptitle("\n".join(filter(None, (path.stem, warning, missing))), fontsize=8)
+    return _written(drawn, path)
 
 
 def _curves(column, label: str, lines: list[dict], name: str | None, **looks) -> None:
@@ -86,7 +83,25 @@ def _curves(column, label: str, lines: list[dict], name: str | None, **looks) ->
         column[1].plot(sizes, [1e9 * each / size for size, each in points], **looks)
 
 
-def _written(figure, path: pathlib.Path) -> pathlib.Path:
+def _written(drawn: Any, path: pathlib.Path) -> pathlib.Path:
     picture = path.with_suffix(".png")
-    figure.savefig(picture, dpi=110)
+    drawn.savefig(picture, dpi=110)
     return picture
+
+
+def figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def heat_map(axes: Any, grid: list[list[float]], rows: list[float], columns: list[float], title: str, across: str, down: str) -> None:
+    """A grid of numbers as colours, each with its value."""
+    axes.imshow(grid, cmap="viridis", aspect="auto")
+    middle = (min(map(min, grid)) + max(map(max, grid))) / 2
+    for i, row in enumerate(grid):
+        for j, value in enumerate(row):
+            axes.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=8, color="white" if value < middle else "black")
+    axes.set_xticks(range(len(columns)), [f"{value:g}" for value in columns])
+    axes.set_yticks(range(len(rows)), [f"{value:g}" for value in rows])
+    axes.set(title=title, xlabel=across, ylabel=down)

@@ -20,7 +20,7 @@ import time
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -201,19 +201,29 @@ def prepare(examples: list[Example], test: list[Example] | None, limit: int | No
     classes = sorted({example.label for example in examples})
     if len({example.label for example in train}) < 2:
         raise DemoError(f"{len(train)} texts are left to train on and they have not two labels; use more lines, or a larger --limit")
-    counts = Counter(word for example in train for word in example.words)
-    kept = sorted((word for word, count in counts.items() if count > 1), key=lambda word: (-counts[word], word))[:VOCABULARY]
-    index = {word: i for i, word in enumerate(kept, UNKNOWN + 1)}
+    index = vocabulary(example.words for example in train)
     number = {label: i for i, label in enumerate(classes)}
 
     def encoded(examples: list[Example]) -> Texts:
-        rows = [[index.get(word, UNKNOWN) for word in example.words] or [UNKNOWN] for example in examples]
-        ids = torch.full((len(rows), max(map(len, rows))), PADDING)
-        for row, values in zip(ids, rows, strict=True):
-            row[: len(values)] = torch.tensor(values)
-        return Texts(ids, torch.tensor([number[example.label] for example in examples]))
+        return Texts(encode((example.words for example in examples), index), torch.tensor([number[example.label] for example in examples]))
 
     return Data(encoded(train), encoded(test), classes, len(index) + UNKNOWN + 1)
+
+
+def vocabulary(texts: Iterable[Sequence[str]]) -> dict[str, int]:
+    """Numbers from UNKNOWN + 1 on for the words that occur twice or more, the commonest first, VOCABULARY at most."""
+    counts = Counter(word for words in texts for word in words)
+    kept = sorted((word for word, count in counts.items() if count > 1), key=lambda word: (-counts[word], word))[:VOCABULARY]
+    return {word: i for i, word in enumerate(kept, UNKNOWN + 1)}
+
+
+def encode(texts: Iterable[Sequence[str]], index: dict[str, int]) -> Tensor:
+    """Word numbers [n, T], padded; a text without a word is one unknown word."""
+    rows = [[index.get(word, UNKNOWN) for word in words] or [UNKNOWN] for words in texts]
+    ids = torch.full((len(rows), max(map(len, rows))), PADDING)
+    for row, values in zip(ids, rows, strict=True):
+        row[: len(values)] = torch.tensor(values)
+    return ids
 
 
 def _cut(examples: list[Example], limit: int | None, length: int) -> list[Example]:

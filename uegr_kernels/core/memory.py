@@ -6,12 +6,13 @@ from torch import Tensor
 from . import shards
 
 
-def freed(tensor: Tensor) -> bool:
-    """Whether a tensor's storage was given back, in whole or in part (`untyped_storage().resize_`)."""
-    tensor = shards.local(tensor)
-    if not tensor.numel() or tensor.device.type == "meta" or isinstance(tensor, torch._subclasses.FakeTensor):
-        return False
-    return tensor.untyped_storage().nbytes() < (tensor.storage_offset() + _reach(tensor)) * tensor.element_size()
+def check_there(name: str, tensor: Tensor) -> None:
+    """Raises RuntimeError for a tensor whose storage was given back, in whole or in part (`untyped_storage().resize_`)."""
+    part = shards.local(tensor)
+    if not part.numel() or part.device.type == "meta" or isinstance(part, torch._subclasses.FakeTensor):
+        return
+    if part.untyped_storage().nbytes() < (part.storage_offset() + _reach(part)) * part.element_size():
+        raise RuntimeError(f"{name} of shape {tuple(tensor.shape)} has no memory: its storage was freed; restore it before the step")
 
 
 Places = tuple[list[int], list[torch.Size], list[tuple[int, ...]]]

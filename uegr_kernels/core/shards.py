@@ -37,13 +37,11 @@ def cut(tensor: Tensor) -> Cut:
     return (tensor.device_mesh, dims) if dims else ()
 
 
-def layout(name: str, tensor: Tensor) -> tuple[int, int, int]:
-    """offset, run, stride: local element l is element offset + (l // run)*stride + l % run of the whole.
+def layout(name: str, tensor: Any) -> tuple[int, int, int]:
+    """offset, run, stride of a DTensor's part: local element l is element offset + (l // run)*stride + l % run of the whole.
 
     Raises ValueError for a placement that these do not state.
     """
-    if not sharded(tensor):
-        return 0, tensor.numel(), tensor.numel()
     try:
         return _layout(tensor.shape, tensor.device_mesh, tensor.placements)
     except NotImplementedError:

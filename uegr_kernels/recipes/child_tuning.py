@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from .plain import Plain
 from .recipe import check_choice, check_number
 from .saliency import SaliencyRecipe
-from .selection import Selection
 from .uegr import SelectiveUpdate
 
 
@@ -42,11 +41,7 @@ class ChildTuningF(SelectiveUpdate, Plain):
     ) -> None:
         super().__init__(model, embedding, optimizer, backend=backend, **options)
         selection = dict(normalization="constant", keep_probability=keep_probability, rescale=rescale, target=target)
-        try:
-            self._selection = Selection(model, optimizer, selection, seed, backend)
-        except BaseException:
-            self.close()
-            raise
+        self._select(selection, seed, backend)
 
 
 class ChildTuningD(SaliencyRecipe, Plain):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..passes import attention_mask
 from ..perturbation import fgm_perturbation
 from .r_drop import RDrop
-from .selection import OPTIONS, Selection
+from .selection import OPTIONS
 from .uegr import SelectiveUpdate
 
 
@@ -67,8 +67,4 @@ class RATSU(SelectiveUpdate, RAT):
     ) -> None:
         selection = {name: options.pop(name) for name in OPTIONS if name in options}
         super().__init__(model, embedding, optimizer, backend=backend, **options)
-        try:
-            self._selection = Selection(model, optimizer, selection, seed, backend)
-        except BaseException:
-            self.close()
-            raise
+        self._select(selection, seed, backend)

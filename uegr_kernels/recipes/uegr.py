@@ -1,6 +1,7 @@
 """UEGR: the forward stage by BiStage, and the selective update."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +15,17 @@ class SelectiveUpdate:
     """What the recipes with a selective update add to a recipe: `_selection`, applied in `before_step` and kept in checkpoints."""
 
     _selection: Selection
+    model: nn.Module
     optimizer: Any
+    close: Callable[[], None]
+
+    def _select(self, options: dict[str, Any], seed: int | None, backend: str) -> None:
+        """Sets the selection up; closes the recipe where an option is wrong."""
+        try:
+            self._selection = Selection(self.model, self.optimizer, options, seed, backend)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def selection(self) -> dict[str, Any]:
@@ -60,11 +71,7 @@ class UEGR(SelectiveUpdate, Recipe):
         if unknown:
             raise TypeError(f"UEGR has no option {min(unknown)!r}; its options are BiStage's, those of the selection, and seed")
         self._runner = BiStage(model, embedding, backend=backend, **options)
-        try:
-            self._selection = Selection(model, optimizer, selection, seed, backend)
-        except BaseException:
-            self.close()
-            raise
+        self._select(selection, seed, backend)
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         result: dict[str, Tensor] = self._runner.backward(inputs, labels, scale=scale)._asdict()

@@ -278,7 +278,8 @@ class SelectiveOptimizer(Optimizer):
             batch["params"].append(p)
             batch["grads"].append(grad)
             batch["states"].append(state)
-            batch["layout"] += (stream, *shards.layout(f"parameter {stream}", p))
+            n = p.numel()
+            batch["layout"] += (stream, *(shards.layout(f"parameter {stream}", p) if shards.sharded(p) else (0, n, n)))
         return list(batches.values())
 
     def _new_batch(self, group: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -301,17 +302,14 @@ class SelectiveOptimizer(Optimizer):
         """Raises a gradient or a state that does not fit its parameter: every tensor of every call, before the first one is stepped."""
         needed, moments = self._needed(batch["group"]), self._moments(batch["group"])
         for i, (p, grad, state) in enumerate(zip(batch["params"], batch["grads"], batch["states"], strict=True)):
+            stream = batch["layout"][4 * i]
             if grad.shape != p.shape or 0 in p.stride():
-                _check_parameter(batch["layout"][4 * i], p, grad)
-            for named, tensor in (("", p), ("'s gradient", grad)):
-                if memory.freed(tensor):
-                    raise RuntimeError(
-                        f"parameter {batch['layout'][4 * i]}{named} of shape {tuple(tensor.shape)} has no memory: "
-                        "its storage was freed; restore it before the step"
-                    )
+                _check_parameter(stream, p, grad)
+            memory.check_there(f"parameter {stream}", p)
+            memory.check_there(f"parameter {stream}'s gradient", grad)
             for key in needed if state else ():
                 if key in state:
-                    _check_state(batch["layout"][4 * i], key, state[key], p, key in moments)
+                    _check_state(stream, key, state[key], p, key in moments)
 
     def _check_memory(self, batches: list[dict[str, Any]]) -> None:
         """Raises parameters that share memory. Where all addresses are those of the last time, none needs a look."""
@@ -427,7 +425,7 @@ class SelectiveOptimizer(Optimizer):
                     "backend": batch["backend"],
                     "grads": pick(batch["grads"]),
                     "saliencies": [],
-                    "layout": [n for i in chosen for n in batch["layout"][4 * i : 4 * i + 4]],
+                    "layout": batch["layout"] if whole else [n for i in chosen for n in batch["layout"][4 * i : 4 * i + 4]],
                     "sizes": pick(batch["sizes"]) if cut else [],
                     "grad_scale": getattr(self, "grad_scale", None),
                     "kept": kept and tuple(map(pick, kept)),
@@ -438,9 +436,9 @@ class SelectiveOptimizer(Optimizer):
         """Makes what was kept of every process's part that of the whole."""
         torch.autograd.graph.increment_version(batch["wholes"])
         kept = self._kept(batch)
+        if kept is None:
+            return
         for cut, chosen, _ in self._parts(batch):
-            if kept is None:
-                break
             pairs = torch.stack([torch.stack([values[i] for i in chosen]) for values in kept], 1)
             shards.join_(pairs, cut)
             for values, joined in zip(kept, pairs.unbind(1), strict=True):
@@ -914,8 +912,7 @@ def _check_state(stream: int, key: str, value: Tensor, p: Tensor, moment: bool) 
         raise ValueError(f"parameter {stream} has shape {tuple(p.shape)} but its {key} {tuple(value.shape)}; they must be equal")
     if not moment and value.numel() != 1:
         raise ValueError(f"{named} has shape {tuple(value.shape)}; give one value")
-    if memory.freed(value):
-        raise RuntimeError(f"{named} of shape {tuple(value.shape)} has no memory: its storage was freed; restore it before the step")
+    memory.check_there(named, value)
     if key == "step" and value.device.type == "cpu" and not isinstance(value, torch._subclasses.FakeTensor):
         if not 0 <= value.item() < 2**24 - 1:
             raise ValueError(f"{named} is {value.item()}; give the number of steps taken, from 0 to 2^24 - 2")

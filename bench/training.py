@@ -1,0 +1,425 @@
+"""One training run on real text: a set, a model, a method, and what came of it. `python -m bench.accuracy` makes many."""
+
+import contextlib
+import dataclasses
+import functools
+import gzip
+import importlib.util
+import itertools
+import math
+import os
+import pathlib
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import uegr_kernels as uk
+from uegr_kernels.demo import UNKNOWN, Texts, encode, vocabulary, words_of
+from uegr_kernels.models import MODELS
+
+PAIR = " ||| "  # between the two texts of a pair
+# File stem of the test, columns of the text or texts, column of the label, metric (GLUE's; names, or numbers where there is no header).
+GLUE: dict[str, tuple[str, tuple[Any, ...], Any, str]] = {
+    "cola": ("dev", (3,), 1, "matthews"),
+    "sst-2": ("dev", ("sentence",), "label", "accuracy"),
+    "mrpc": ("dev", ("#1 String", "#2 String"), "Quality", "accuracy"),
+    "sts-b": ("dev", ("sentence1", "sentence2"), "score", "correlation"),
+    "mnli": ("dev_matched", ("sentence1", "sentence2"), "gold_label", "accuracy"),
+    "qqp": ("dev", ("question1", "question2"), "is_duplicate", "accuracy"),
+    "qnli": ("dev", ("question", "sentence"), "label", "accuracy"),
+    "rte": ("dev", ("sentence1", "sentence2"), "label", "accuracy"),
+    "wnli": ("dev", ("sentence1", "sentence2"), "label", "accuracy"),
+}
+STRENGTHS = (0.01, 0.25, 0.5)  # of the attacks: UEGR's weak, medium, strong
+WARM_UP, WEIGHT_DECAY, MOMENTUM = 0.06, 0.01, 0.9
+VALIDATION = 1000  # rows of the training set at most, and no more than a fifth of it
+DIMENSION = 64  # of our own models' words
+
+
+class DataError(Exception):
+    """Something the reader can mend."""
+
+
+class Row(NamedTuple):
+    label: str
+    texts: tuple[str, ...]  # one, or a pair
+
+
+class TextSet(NamedTuple):
+    """A set as it is on disk; `metric` is accuracy, matthews or correlation (the mean of Pearson's and Spearman's: a regression)."""
+
+    train: list[Row]
+    test: list[Row]
+    metric: str
+
+    @property
+    def labels(self) -> list[str]:
+        return sorted({row.label for row in self.train})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All that a run's figures depend on, beside the code.
+
+    method, options  a recipe and its options;  optimizer  adamw | sgd | selective_adamw | selective_sgd, with the options `selection`
+    examples  rows to train on, drawn by the seed; 0: all.  length  words of a text at most.  dropout  of the model; None: its own
+    final     evaluate on the test set; else the validation score is all there is
+    attacked  rows of the test set under attack
+    """
+
+    data: str
+    model: str
+    method: str
+    seed: int
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    optimizer: str = "adamw"
+    selection: dict[str, Any] = dataclasses.field(default_factory=dict)
+    lr: float = 1e-3
+    dropout: float | None = 0.3
+    epochs: int = 6
+    examples: int = 1000
+    length: int = 64
+    batch: int = 16
+    final: bool = True
+    attacked: int = 200
+
+
+# Reading
+
+
+def sets_in(folder: pathlib.Path) -> list[str]:
+    """Names of the sets: folders with train.tsv.gz and test.tsv.gz, or in GLUE's format."""
+    if not folder.is_dir():
+        raise DataError(f"--data {folder}: no such folder; name one that holds folders NAME/train.tsv.gz, NAME/test.tsv.gz")
+    found = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and (_own(path) or _glue(path))]
+    if not found:
+        raise DataError(
+            f"--data {folder}: no set; it must hold folders NAME/train.tsv.gz, NAME/test.tsv.gz, or GLUE's, NAME/train.tsv, dev.tsv"
+        )
+    return found
+
+
+def _own(path: pathlib.Path) -> bool:
+    return (path / "train.tsv.gz").exists() and (path / "test.tsv.gz").exists()
+
+
+def _glue(path: pathlib.Path) -> bool:
+    known = GLUE.get(path.name.lower())
+    return known is not None and (path / "train.tsv").exists() and (path / f"{known[0]}.tsv").exists()
+
+
+@functools.lru_cache
+def read(folder: pathlib.Path, name: str) -> TextSet:
+    path = folder / name
+    if _own(path):
+        train, test = (_rows(path / f"{part}.tsv.gz") for part in ("train", "test"))
+        metric = "correlation" if len({row.label for row in train}) > 20 and all(map(_number, train)) else "accuracy"
+        return TextSet(train, test, metric)
+    if not _glue(path):
+        raise DataError(f"{path}: no such set; there are {', '.join(sets_in(folder))}")
+    stem, texts, label, metric = GLUE[name.lower()]
+    return TextSet(*(_columns(path / f"{part}.tsv", texts, label) for part in ("train", stem)), metric)
+
+
+def _lines(path: pathlib.Path) -> list[str]:
+    try:
+        content = path.read_bytes()
+        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode().splitlines(keepends=False)
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+
+
+def _rows(path: pathlib.Path) -> list[Row]:
+    rows = []
+    for number, line in enumerate(_lines(path)[1:], 2):
+        label, tab, text = line.partition("\t")
+        if not (tab and label and text):
+            raise DataError(f"{path}, line {number}: {line[:60]!r} is not label<TAB>text")
+        rows.append(Row(label, tuple(text.split(PAIR, 1))))
+    if not rows:
+        raise DataError(f"{path} holds no example after its header")
+    return rows
+
+
+def _columns(path: pathlib.Path, texts: Sequence[Any], label: Any) -> list[Row]:
+    """GLUE's columns; a line that is too short is left out, as GLUE's own readers do (QQP has some)."""
+    lines = [line.split("\t") for line in _lines(path)]
+    if isinstance(label, str):
+        head = lines.pop(0)
+        missing = [name for name in (*texts, label) if name not in head]
+        if missing:
+            raise DataError(f"{path}: no column {missing[0]!r}; its columns are {', '.join(head)}")
+        texts, label = [head.index(name) for name in texts], head.index(label)
+    return [Row(line[label], tuple(line[i] for i in texts)) for line in lines if len(line) > max(*texts, label)]
+
+
+def _number(row: Row) -> bool:
+    with contextlib.suppress(ValueError):
+        return math.isfinite(float(row.label))
+    return False
+
+
+def split(data: TextSet, settings: Settings) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and to validate on: both of the training set, drawn by the seed."""
+    rows = data.train.copy()
+    random.Random(f"{settings.data} {settings.seed}").shuffle(rows)
+    held = min(VALIDATION, len(rows) // 5)
+    return rows[held : held + settings.examples] if settings.examples else rows[held:], rows[:held]
+
+
+# The model and its batches
+
+Batches = Callable[[Sequence[int]], tuple[dict[str, Tensor], Tensor]]
+Built = tuple[nn.Module, Callable[[list[Row]], Batches]]
+
+
+def labels_of(rows: list[Row], data: TextSet) -> Tensor:
+    if data.metric == "correlation":
+        return torch.tensor([float(row.label) for row in rows])
+    number = {label: i for i, label in enumerate(data.labels)}
+    try:
+        return torch.tensor([number[row.label] for row in rows])
+    except KeyError as error:
+        raise DataError(f"the label {error} of the test does not occur in the training set") from None
+
+
+def build(settings: Settings, data: TextSet, train: list[Row], device: torch.device) -> Built:
+    """The model, and what turns rows into batches for it."""
+    outputs = 1 if data.metric == "correlation" else len(data.labels)
+    if settings.model.startswith("hf:"):
+        return _transformers(settings, data, outputs, device)
+
+    def words(row: Row) -> tuple[str, ...]:
+        return tuple(itertools.chain.from_iterable(map(words_of, row.texts)))[: settings.length]
+
+    index = vocabulary(map(words, train))
+    dropout = {} if settings.dropout is None else {"dropout": settings.dropout}
+    model = MODELS[settings.model](len(index) + UNKNOWN + 1, outputs, dimension=DIMENSION, **dropout).to(device)
+
+    def encoded(rows: list[Row]) -> Batches:
+        texts = Texts(encode(map(words, rows), index).to(device), labels_of(rows, data).to(device))
+        return lambda chosen: texts.batch(torch.as_tensor(chosen))
+
+    return model, encoded
+
+
+def _transformers(
+    settings: Settings, data: TextSet, outputs: int, device: torch.device
+) -> tuple[nn.Module, Callable[[list[Row]], Batches]]:
+    path = settings.model.removeprefix("hf:")
+    if importlib.util.find_spec("transformers") is None:
+        raise DataError(f"--models {settings.model} needs transformers: pip install transformers")
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, num_labels=outputs)
+        for name, value in vars(config).items():  # each family has its own names for them
+            if settings.dropout is not None and ("dropout" in name or "pdrop" in name) and isinstance(value, float):
+                setattr(config, name, settings.dropout)
+        model = AutoModelForSequenceClassification.from_pretrained(path, config=config, local_files_only=True).to(device)
+    except (OSError, ValueError) as error:
+        raise DataError(f"--models {settings.model}: no checkpoint with its tokenizer in that folder ({error})") from None
+
+    def encoded(rows: list[Row]) -> Batches:
+        columns = [list(column) for column in zip(*(row.texts for row in rows), strict=True)]
+        tokens = tokenizer(*columns, truncation=True, max_length=settings.length)
+        labels = labels_of(rows, data)
+
+        def batch(chosen: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
+            padded = tokenizer.pad({key: [values[i] for i in chosen] for key, values in tokens.items()}, return_tensors="pt")
+            return {key: value.to(device) for key, value in padded.items()}, labels[torch.as_tensor(chosen)].to(device)
+
+        return batch
+
+    return model, encoded
+
+
+def embedding_of(model: nn.Module) -> nn.Module:
+    found: nn.Module = model.embedding if hasattr(model, "embedding") else model.get_input_embeddings()
+    return found
+
+
+# Training
+
+
+def run(
+    settings: Settings, folder: pathlib.Path, checkpoint: pathlib.Path | None = None, device: torch.device | None = None
+) -> tuple[dict[str, Any], nn.Module]:
+    """Trains one model and evaluates it; returns the figures and the model at its best epoch by validation.
+
+    checkpoint  where the state after each epoch is kept, and from which the run goes on; removed in the end
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data = read(folder, settings.data)
+    train, held = split(data, settings)
+    torch.manual_seed(settings.seed)
+    model, encoded = build(settings, data, train, device)
+    optimizer = make_optimizer(settings, model)
+    recipe = make_recipe(settings, data, model, optimizer)
+    batches, validation = encoded(train), encoded(held)
+    steps = math.ceil(len(train) / settings.batch)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(_rate, total=steps * settings.epochs))
+    state: dict[str, Any] = {"epoch": 0, "best": -math.inf, "best_epoch": 0, "seconds": []}
+    if checkpoint and checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True, map_location=device)
+        for part, name in ((model, "model"), (optimizer, "optimizer"), (recipe, "recipe"), (schedule, "schedule")):
+            part.load_state_dict(state[name])
+        torch.set_rng_state(state["random"].cpu())
+    elif hasattr(recipe, "prepare"):  # Child-Tuning-D looks at the training set first
+        recipe.prepare([batches(rows) for rows in _epoch(len(train), settings, -1)])
+    for epoch in range(state["epoch"], settings.epochs):
+        model.train()
+        for i, rows in enumerate(_epoch(len(train), settings, epoch)):
+            inputs, labels = batches(rows)
+            began = time.perf_counter()
+            losses, before = step(settings, recipe, optimizer, inputs, labels, count=i == steps - 1)
+            state["seconds"].append(time.perf_counter() - began)
+            schedule.step()
+        state["share"], state["largest_inverse"] = _selected(optimizer, model, before)
+        state["loss"] = float(losses["loss"])
+        recipe.epoch_end()
+        value = score(model, validation, len(held), data.metric)
+        if value > state["best"]:
+            state |= {"best": value, "best_epoch": epoch + 1, "weights": {key: t.clone() for key, t in model.state_dict().items()}}
+        state["epoch"] = epoch + 1
+        if checkpoint:
+            parts = {"model": model, "optimizer": optimizer, "recipe": recipe, "schedule": schedule}
+            whole = state | {name: part.state_dict() for name, part in parts.items()} | {"random": torch.get_rng_state()}
+            torch.save(whole, checkpoint.with_suffix(".tmp"))
+            os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+    recipe.close()
+    model.load_state_dict(state["weights"])
+    result = {"validation": state["best"], "best_epoch": state["best_epoch"], "steps": steps * settings.epochs, "loss": state["loss"]}
+    result |= {
+        "seconds_per_step": statistics.median(state["seconds"]),
+        "share": state["share"],
+        "largest_inverse": state["largest_inverse"],
+    }
+    if settings.final:
+        result |= evaluate(model, settings, data, encoded)
+    if checkpoint:
+        checkpoint.unlink(missing_ok=True)
+    return result, model
+
+
+def stepper(settings: Settings, folder: pathlib.Path) -> Callable[[], object]:
+    """A training step of these settings on the first batch of an epoch, to be timed."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data = read(folder, settings.data)
+    train, _ = split(data, settings)
+    torch.manual_seed(settings.seed)
+    model, encoded = build(settings, data, train, device)
+    optimizer = make_optimizer(settings, model)
+    recipe = make_recipe(settings, data, model, optimizer)
+    batches = encoded(train)
+    if hasattr(recipe, "prepare"):
+        recipe.prepare([batches(range(settings.batch))])
+    inputs, labels = batches(next(_epoch(len(train), settings, 0)))
+    return lambda: step(settings, recipe, optimizer, inputs, labels)
+
+
+def step(
+    settings: Settings, recipe: Any, optimizer: Any, inputs: Any, labels: Tensor, count: bool = False
+) -> tuple[dict[str, Tensor], int]:
+    """One step; returns its losses and, where told to count, how many elements of .grad were not 0 before the recipe's mask."""
+    optimizer.zero_grad()
+    losses = recipe.backward(inputs, labels)
+    before = _nonzero(recipe.model) if count else 0
+    recipe.before_step()
+    if settings.method != "free_at":  # which steps by itself
+        optimizer.step()
+    recipe.after_step()
+    return losses, before
+
+
+def make_recipe(settings: Settings, data: TextSet, model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+    task = {"task": "regression"} if data.metric == "correlation" else {}
+    return getattr(uk.recipes, settings.method)(model, embedding_of(model), optimizer, **settings.options, **task)
+
+
+def make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
+    parameters, rule = list(model.named_parameters()), {"lr": settings.lr, "weight_decay": WEIGHT_DECAY}
+    if settings.optimizer == "selective_adamw":
+        return uk.SelectiveAdamW(parameters, **rule, **settings.selection)
+    if settings.optimizer == "selective_sgd":
+        return uk.SelectiveSGD(parameters, **rule, momentum=MOMENTUM, **settings.selection)
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(parameters, **rule, momentum=MOMENTUM)
+    return torch.optim.AdamW(parameters, **rule, fused=True)
+
+
+def _rate(step: int, total: int) -> float:
+    """Linear up, then down to zero."""
+    up = max(1, round(WARM_UP * total))
+    return (step + 1) / up if step < up else max(0.0, (total - step) / max(1, total - up))
+
+
+def _epoch(rows: int, settings: Settings, epoch: int) -> Iterator[list[int]]:
+    """The batches of an epoch: they depend on the seed and the epoch alone."""
+    order = list(range(rows))
+    random.Random(f"{settings.seed} {epoch}").shuffle(order)
+    return (order[first : first + settings.batch] for first in range(0, rows, settings.batch))
+
+
+def _nonzero(model: nn.Module) -> int:
+    return sum(int(p.grad.count_nonzero()) for p in model.parameters() if p.grad is not None)
+
+
+def _selected(optimizer: torch.optim.Optimizer, model: nn.Module, before: int) -> tuple[float, float]:
+    """Share of elements that the last step updated, and its largest 1/p; of masked gradients what is left of those that were not 0."""
+    if isinstance(optimizer, uk.SelectiveAdamW | uk.SelectiveSGD):
+        report = uk.analysis.selection_report(optimizer)
+        return report.selected, report.largest_inverse
+    return (_nonzero(model) / before if before else 1.0), 1.0
+
+
+# Evaluation
+
+
+def score(model: nn.Module, batches: Batches, rows: int, metric: str) -> float:
+    """The metric over all rows, in eval mode."""
+    model.eval()
+    outputs, truth = [], []
+    with torch.no_grad():
+        for chosen in _in_order(rows):
+            inputs, labels = batches(chosen)
+            logits = model(**inputs)
+            outputs.append(getattr(logits, "logits", logits).float().cpu())
+            truth.append(labels.cpu())
+    found, labels = torch.cat(outputs), torch.cat(truth)
+    if metric == "accuracy":
+        return float((found.argmax(1) == labels).float().mean())
+    if metric == "matthews":  # Pearson's of two binary variables
+        return _finite(torch.corrcoef(torch.stack([found.argmax(1).double(), labels.double()]))[0, 1])
+    from scipy.stats import pearsonr, spearmanr
+
+    return _finite((pearsonr(found[:, 0], labels).statistic + spearmanr(found[:, 0], labels).statistic) / 2)
+
+
+def _finite(value: Any) -> float:
+    """A correlation; 0 where one side is constant."""
+    return float(value) if math.isfinite(value) else 0.0
+
+
+def _in_order(rows: int, size: int = 128) -> Iterator[range]:
+    return (range(first, min(first + size, rows)) for first in range(0, rows, size))
+
+
+def evaluate(model: nn.Module, settings: Settings, data: TextSet, encoded: Callable[[list[Row]], Batches]) -> dict[str, Any]:
+    """The metric on the test set and, for classes, accuracy under FGM and PGD-10 on its first rows."""
+    found: dict[str, Any] = {"test": score(model, encoded(data.test), len(data.test), data.metric)}
+    if data.metric == "correlation" or not settings.attacked:
+        return found
+    rows = data.test[: settings.attacked]
+    batches = encoded(rows)
+    for attack in ("fgm", "pgd"):
+        seen = uk.analysis.accuracy_under_attack(model, embedding_of(model), map(batches, _in_order(len(rows))), STRENGTHS, attack)
+        found["clean"], found[attack] = seen[0].accuracy, [each.accuracy for each in seen[1:]]
+    found["relative"] = [round(each.relative, 5) for each in seen[1:]]  # epsilon over the norm of a text's embeddings
+    return found
