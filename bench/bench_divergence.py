@@ -27,8 +27,8 @@ def cases(quick: bool, device: str) -> list[Case]:
     found += [logits_case(2, c, shapes.ROWS[c], device, dtype) for c in (32_000, 128_256) for dtype in (BRAIN,)]
     found += [logits_case(2, 32_000, 512, device, in_place=in_place) for in_place in (False, True)]
     found += [divergence_case(32_000, shapes.ROWS[32_000], device, dtype) for dtype in (torch.float32, BRAIN)]
-    found += [linear_case(m, 32_000, shapes.ROWS[32_000], shapes.HIDDEN, device) for m in (2, 4)]
-    return [*found, linear_divergence_case(32_000, shapes.ROWS[32_000], shapes.HIDDEN, device)]
+    sizes = 32_000, shapes.ROWS[32_000], shapes.HIDDEN
+    return [*found, linear_case(2, *sizes, device), linear_divergence_case(*sizes, device)]
 
 
 def pairs(log_p: Tensor) -> Tensor:
