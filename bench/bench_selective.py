@@ -86,10 +86,11 @@ def case(
                 return optimizer.step
             if of not in shared:
                 shared[of] = [[torch.zeros(p.shape, dtype=of, device=device) for _ in moments] for p in params]
+            counting = (ours, torchs)
             on = device if optimizer.defaults.get("fused") else "cpu"
             stepped = [p for group in optimizer.param_groups for p in group["params"]]
             for p, state in zip(stepped, shared[of], strict=True):
-                step = torch.tensor(0.0, device=on) if names == moments else 0  # the libraries count in Python
+                step = torch.tensor(0.0, device=on) if isinstance(optimizer, counting) else 0  # the libraries count in Python
                 optimizer.state[p] = {"step": step, **dict(zip(names, state, strict=True))}
             return optimizer.step
 
