@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from uegr_kernels.models import MODELS
 
-from . import accuracy_report, harness, training
+from . import accuracy_report, harness, machine, training
 from .accuracy_report import BASE
 from .training import DataError, Settings
 
@@ -443,20 +443,19 @@ def measure_cost(plan: Plan, command: str, output: pathlib.Path) -> None:
     data, model = plan.options.sets[0], plan.options.models[0]
 
     def stepping(name: str) -> Callable[[], object]:
-        settings = plan.settings(name, data, model, 0)
-        step = training.stepper(settings, plan.options.data)
-        return step
+        return training.stepper(plan.settings(name, data, model, 0), plan.options.data)
 
     names = [name for name in plan.options.methods if not METHODS[name].parent and name != BASE]
     path = output / "cost.jsonl"
-    if warning := harness.wait_until_quiet(plan.options.wait):
+    if warning := machine.wait_until_quiet(plan.options.wait):
         print(f"warning: {warning}", file=sys.stderr)
     about = harness.environment(command)
-    copy = harness.Copy(2**26)
+    copy = machine.Copy(2**26)
     with tqdm(total=20 * len(names), desc="cost", unit="round") as bar:
         for name in names:
             both = [harness.Contestant(each, stepping(each)) for each in (name, BASE)]
-            case = harness.Case(name, {"data": data, "model": model}, 2**30, lambda: None, lambda both=both: both)
+            facts = {"data": data, "model": model}
+            case = harness.Case(name, facts, 2**30, lambda: None, lambda both=both: both, threads=plan.options.threads)
             line = harness.measure(case, 20, copy, bar.update)
             harness.keep(path, about | {"warning": warning} | line | line["contestants"][1]["ours_over_this"], names)
 
