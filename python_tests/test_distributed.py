@@ -150,7 +150,15 @@ def test_fsdp_on_four_processes_equals_one(rank, path):
 def test_one_collective_joins_all_tensors_statistics(rank, path):
     calls = []
     all_reduce = dist.all_reduce
-    for options in ({}, {"scope": "global"}, {"normalization": "rank"}, {"normalization": "constant", "keep_probability": 0.5}):
+    previous = {"statistics": "previous"}
+    for options in (
+        {},
+        previous,
+        previous | {"scope": "global"},
+        {"scope": "global"},
+        {"normalization": "rank"},
+        {"normalization": "constant", "keep_probability": 0.5},
+    ):
         net = shard(model())
         optimizer = ADAMW(net.parameters(), **options)
         train(net, optimizer, 1)

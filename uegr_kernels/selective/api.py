@@ -46,6 +46,7 @@ class SelectiveOptimizer(Optimizer):
     _places: memory.Places | None  # of the parameters whose memory was looked at last
     _shared: dict[str, tuple[Tensor, list[Tensor], list[int]]]  # states of many small parameters in one tensor, its parts, their addresses
     _room: dict[Any, Tensor]  # for statistics over a wider scope than a tensor
+    _joined: dict[int, Tensor]  # kept minima of which an earlier step made the whole's, so that none need be asked for
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], *, seed: int | None, backend: str):
         if backend != "auto" and backend not in op.backends.BACKENDS:
@@ -53,7 +54,7 @@ class SelectiveOptimizer(Optimizer):
         if seed is not None:
             seed = _whole("seed", seed) % 2**64
         self.backend = backend
-        self._roster, self._shared, self._places, self._room = None, {}, None, {}
+        self._roster, self._shared, self._places, self._room, self._joined = None, {}, None, {}, {}
         self._drawn_seed: int | None = None  # drawn here and not agreed on with the other ranks yet
         self._check(defaults)
         super().__init__(params, defaults | {"seed": seed, "format": FORMAT})
@@ -394,18 +395,24 @@ class SelectiveOptimizer(Optimizer):
             normalization = batch["selection"].normalization
             if batch["selection"].scope == "global":
                 cuts = scopes.setdefault(normalization, {})
-                for cut, _, part in self._parts(batch):
-                    cuts.setdefault(cut, []).append(part)
+                for cut, chosen, part in self._parts(batch):
+                    cuts.setdefault(self._to_ask(batch, cut, chosen), []).append(part)
             elif any(batch["cuts"]):
                 rows = op.no_statistics(len(batch["params"]), normalization, batch["params"][0].device)
                 for cut, chosen, part in self._parts(batch):
-                    rows[chosen] = op.scope_statistics([part], normalization, rows=len(chosen), cut=cut, room={})
+                    ask = self._to_ask(batch, cut, chosen)
+                    rows[chosen] = op.scope_statistics([part], normalization, rows=len(chosen), cut=ask, room={})
                 batch["statistics"] = rows
         room = {} if torch.compiler.is_compiling() else self._room
         joined = {normalization: op.joint_statistics(cuts, normalization, room) for normalization, cuts in scopes.items()}
         for batch in members:
             if batch["selection"].scope == "global":
                 batch["statistics"] = joined[batch["selection"].normalization].to(batch["params"][0].device)
+
+    def _to_ask(self, batch: dict[str, Any], cut: shards.Cut, chosen: list[int]) -> shards.Cut:
+        """The processes whose statistics are needed ahead of the update: none where what was kept is already that of the whole."""
+        kept = self._kept(batch)
+        return () if kept and all(self._joined.get(id(kept[0][i])) is kept[0][i] for i in chosen) else cut
 
     def _parts(self, batch: dict[str, Any]) -> Iterator[tuple[shards.Cut, list[int], dict[str, Any]]]:
         """The batch's tensors by how they are cut: the cut, which they are, and what op.scope_statistics takes."""
@@ -443,6 +450,8 @@ class SelectiveOptimizer(Optimizer):
             shards.join_(pairs, cut)
             for values, joined in zip(kept, pairs.unbind(1), strict=True):
                 torch._foreach_copy_([values[i] for i in chosen], list(joined.unbind()))
+        if getattr(self, "found_inf", None) is None:  # else a first step may have kept nothing
+            self._joined |= {id(value): value for value in kept[0]}
 
     def _kept(self, batch: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]] | None:
         return (batch["saliency_min"], batch["saliency_max"]) if "saliency_min" in batch else None
@@ -531,7 +540,7 @@ class SelectiveOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._roster, self._shared, self._places, self._room = None, {}, None, {}
+        self._roster, self._shared, self._places, self._room, self._joined = None, {}, None, {}, {}
         for group in self.param_groups:
             for p in group["params"]:
                 p_state = self.state.get(p) or {}
