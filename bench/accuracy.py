@@ -44,7 +44,7 @@ class Method:
     epochs: float = 1.0
 
 
-RATES = {"lr": (5e-4, 1e-3, 2e-3, 4e-3), "dropout": (0.3, 0.4, 0.5)}
+RATES = {"lr": (2e-3, 4e-3, 8e-3), "dropout": (0.3, 0.4, 0.5)}
 PRETRAINED_RATES = {"lr": (1e-5, 2e-5, 3e-5, 5e-5), "dropout": (None, 0.1, 0.3)}  # None: the checkpoint's own
 EPSILON = (0.01, 0.1, 0.4)  # UEGR VI-A
 SELECTION = {"threshold": (0.6, 0.8, 0.95), "sharpness": (1.0, 5.0, 10.0)}  # UEGR VI-A
@@ -368,11 +368,8 @@ def report(table: Table) -> str:
             for pick in (accuracy, under("pgd", 1)):
                 gaps, p = table.against(model, name, BASE, pick)
                 cells += [spread(gaps) if gaps and name != BASE else "", "" if math.isnan(p) else f"{p:.3f}"]
-            seconds = [statistics.median(sum((table.values(model, d, n, cost) for d in table.sets), [])) for n in (name, BASE)]
-            cells += [
-                f"{seconds[0] / seconds[1]:.1f}",
-                f"{statistics.fmean(sum((table.values(model, d, name, share) for d in table.sets), [])):.2%}",
-            ]
+            seconds = [statistics.median(table.all_values(model, each, cost)) for each in (name, BASE)]
+            cells += [f"{seconds[0] / seconds[1]:.1f}", f"{statistics.fmean(table.all_values(model, name, share)):.2%}"]
             rows.append(f"| {name} | {' | '.join(cells)} |")
         rows += ["", "What of a gain is the method's own: differences by seed to its controls.", ""]
         rows += ["| method | control | clean | p | PGD at medium strength | p |", "| --- " * 6 + "|"]
@@ -441,7 +438,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--epochs", metavar="N", type=count, default=6)
     top.add_argument("--length", metavar="N", type=count, default=64, help="words (tokens) of a text at most")
     top.add_argument("--attacked", metavar="N", type=int, default=200, help="test texts under attack; default 200")
-    top.add_argument("--trials", metavar="N", type=count, default=4, help="runs by which each method is tuned on each set; default 4")
+    top.add_argument("--trials", metavar="N", type=count, default=6, help="runs by which each method is tuned on each set; default 6")
     top.add_argument("--lr", metavar="LIST", type=lambda text: tuple(map(float, text.split(","))), help="learning rates to tune over")
     top.add_argument("--jobs", metavar="N", type=count, default=1, help="runs at a time")
     top.add_argument("--output", metavar="DIR", type=pathlib.Path, default=RESULTS / "accuracy", help="default: bench/results/accuracy")
