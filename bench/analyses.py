@@ -59,8 +59,8 @@ class Sizes:
     outside: int = 1000
     conflict_batches: int = 8
     quadratics: int = 4000  # chains of the simulation on a quadratic
-    chains: int = 24  # and on text
-    chain_rows: int = 256
+    chains: int = 32  # and on text
+    chain_rows: int = 96
     chain_epochs: int = 20
 
 
@@ -350,7 +350,12 @@ def covariance(lab: Lab) -> Found:
     return {"chains": lab.sizes.quadratics, "covariance": found}, text
 
 
-SGD = {"plain": 1.0, "selective, p = 0.3": 0.3}  # the probability that an element is updated
+SGD: dict[str, dict[str, float]] = {
+    "clean loss": {},
+    "clean loss, selective": {"keep": 0.3},
+    "adversarial loss": {"epsilon": noise.EPSILON},
+    "adversarial loss, selective": {"epsilon": noise.EPSILON, "keep": 0.3},
+}
 DRAWN = ["tr S, closed form", "tr S, measured", "tr(HS)/2", "largest eigenvalue", "tr H", "tr C"]
 DRAWN += ["KL to the start", "robust gap", "clean gap"]
 
@@ -361,29 +366,28 @@ def diagnostic(lab: Lab) -> Found:
     whole, encoded = lab.new(lab.settings("dropout", seed))
     model = noise.Bag(training.embedding_of(whole).num_embeddings, len(lab.data.labels))
     noise.embed(model, encoded(first), len(first), sizes.epochs)
-    how = noise.Training(sizes.chain_epochs)
     rows, others = second[: sizes.chain_rows], lab.data.test[: sizes.outside]
     train, test = encoded(rows)(range(len(rows))), encoded(others)(range(len(others)))
     found = {}
-    for name, keep in SGD.items():
-        chains = []
+    for name, options in SGD.items():
+        how, chains = noise.Training(sizes.chain_epochs, **options), []
         for i in range(sizes.chains):
-            chains.append(noise.chain(model, encoded(rows), len(rows), how, keep, seed + i))
+            chains.append(noise.chain(model, encoded(rows), len(rows), how, seed + i))
             lab.bar.update()
-        found[name] = noise.by_epoch(model, torch.stack(chains), train, test, how, keep)
+        found[name] = noise.by_epoch(model, torch.stack(chains), train, test, how)
     drawn = {name: [{key: one[key] for key in DRAWN} for one in epochs] for name, epochs in found.items()}
     uk.analysis.plot_sgd_diagnostic(drawn, lab.picture("diagnostic"))
     half = how.epochs // 2
-    heads = list(found["plain"][0])
+    heads = list(found[name][0])
     lines = [
-        [f"{name}, epoch {epoch}", *(f"{found[name][epoch - 1][head]:.3g}" for head in heads)]
+        [f"{name} {epoch}", *(f"{found[name][epoch - 1][head]:.3g}" for head in heads)]
         for name in found
         for epoch in dict.fromkeys((1, max(1, half), how.epochs))
     ]
     about = {"parameters": len(model.flat), "texts": len(rows), "runs": sizes.chains, "settings": how}
-    told = f"{about['parameters']} parameters, {len(rows)} texts, {sizes.chains} runs, batch {how.batch}, epsilon {how.epsilon:g}"
-    told += f", learning rate {how.lr:g} up to epoch {half}, then {how.lr / 10:g}."
-    return {"about": about, "epochs": found}, f"{told}\n\n{table(['SGD', *heads], lines)}"
+    told = f"{about['parameters']} parameters, {len(rows)} texts, {sizes.chains} runs, batch {how.batch}, selective: p = {how.keep:g}, "
+    told += f"adversarial: epsilon = {how.epsilon:g}; learning rate {how.lr:g} up to epoch {half}, then {how.lr / 10:g}."
+    return {"about": about, "epochs": found}, f"{told}\n\n{table(['SGD on the, after epoch', *heads], lines)}"
 
 
 # What all share

@@ -23,6 +23,7 @@ CASES: dict[str, dict[str, Any]] = {  # steps at each learning rate, then the op
     "0.05, momentum 0.9": {"rates": (0.05,), "momentum": 0.9},
     "0.2, selective, p = 0.3": {"rates": (0.2,), "keep_probability": 0.3},
 }
+EPSILON = 0.5  # of the attack on the small model
 PARAMETERS = 30  # of the small model at most: a covariance of selective SGD takes the fourth power of it
 
 
@@ -88,16 +89,19 @@ Batch = tuple[dict[str, Tensor], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """How the small model's linear layer is trained: by SGD on the adversarial loss (AT), over batches drawn with replacement.
+    """How the small model's linear layer is trained by SGD, over batches drawn with replacement.
 
-    spread  standard deviation of the weights at the start;  the last half of the epochs runs at a tenth of the learning rate
+    keep     the probability that an element is updated;  epsilon  of FGM, under which the loss is taken (AT); 0: the clean loss
+    spread   standard deviation of the weights at the start
+    The second half of the epochs runs at a tenth of the learning rate.
     """
 
     epochs: int
+    keep: float = 1.0
+    epsilon: float = 0.0
     batch: int = 16
-    lr: float = 0.5
+    lr: float = 1.0
     spread: float = 0.1
-    epsilon: float = 0.5
 
     def rate(self, epoch: int) -> float:
         return self.lr if epoch < self.epochs // 2 else self.lr / 10
@@ -115,11 +119,11 @@ def embed(model: Bag, batches: Callable[[Tensor], Batch], rows: int, epochs: int
     model.embedding.weight.requires_grad_(False)
 
 
-def chain(model: Bag, batches: Callable[[Tensor], Batch], rows: int, how: Training, keep: float, seed: int) -> Tensor:
+def chain(model: Bag, batches: Callable[[Tensor], Batch], rows: int, how: Training, seed: int) -> Tensor:
     """The weights [epochs + 1, D] of one run."""
     torch.manual_seed(seed)
     model.flat = how.spread * torch.randn(len(model.flat))
-    optimizer = sgd(list(model.linear.parameters()), how.lr, keep)
+    optimizer = sgd(list(model.linear.parameters()), how.lr, how.keep)
     recipe = uk.recipes.at(model, model.embedding, optimizer, epsilon=how.epsilon, clean_weight=0.0)
     found = [model.flat]
     for epoch in range(how.epochs):
@@ -135,39 +139,38 @@ def chain(model: Bag, batches: Callable[[Tensor], Batch], rows: int, how: Traini
     return torch.stack(found)
 
 
-def by_epoch(model: Bag, chains: Tensor, train: Batch, test: Batch, how: Training, keep: float) -> list[dict[str, float]]:
+def by_epoch(model: Bag, chains: Tensor, train: Batch, test: Batch, how: Training) -> list[dict[str, float]]:
     """What the closed forms say of each epoch, H and C taken at the chains' mean, beside what the chains [R, epochs + 1, D] did.
 
-    H and C are whole matrices, of the adversarial loss with its perturbation held fixed, and of the clean loss where it says so.
+    H and C are whole matrices, of the loss that was trained on; `curvature` says how. "the same, attack fixed" is by power iteration.
     """
     s = torch.eye(chains.shape[2], dtype=torch.float64) * how.spread**2
     start = MultivariateNormal(torch.zeros(len(s), dtype=torch.float64), s)
     steps, found = len(train[1]) // how.batch, []
+    model.flat = chains[:, 0].mean(0)
+    h, c, g = curvature(model, *train, how)
     for epoch in range(how.epochs):
-        model.flat = chains[:, epoch].mean(0)  # where the epoch begins
-        h, noise = hessian_and_noise(model, *train, how.epsilon)
-        s = uk.analysis.sgd_covariance(h, noise / how.batch, how.rate(epoch), steps=steps, initial=s, keep_probability=keep)
+        # The closed form is that at the minimum; away from it the selection scatters the mean gradient g too, by (1/p - 1) g g.
+        noise = c + (1 - how.keep) * torch.diag(g * g)
+        s = uk.analysis.sgd_covariance(h, noise, how.rate(epoch), steps=steps, initial=s, keep_probability=how.keep)
         model.flat = chains[:, epoch + 1].mean(0)
-        h, noise = hessian_and_noise(model, *train, how.epsilon)
-        clean, _ = hessian_and_noise(model, *train, 0.0)
+        h, c, g = curvature(model, *train, how)
         told = uk.analysis.sgd_diagnostic(h, s)
-        robust, plain = zip(*(errors(model, of, how.epsilon) for of in (train, test)), strict=True)
+        (robust, plain), (robust_test, plain_test) = (errors(model, batch) for batch in (train, test))
         texts, delta = attack(model, *train, how.epsilon)
         found.append(
             {
                 "tr S, closed form": told["trace"],
                 "tr S, measured": torch.cov(chains[:, epoch + 1].double().T).trace().item(),
                 "tr(HS)/2": told["excess_loss"],
-                "tr(HS)/2, clean": uk.analysis.sgd_diagnostic(clean, s)["excess_loss"],
-                "largest eigenvalue": uk.analysis.largest_eigenvalue(model, functools.partial(loss, texts + delta, *train)),
-                "largest eigenvalue, clean": torch.linalg.eigvalsh(clean)[-1].item(),
+                "largest eigenvalue": torch.linalg.eigvalsh(h)[-1].item(),
+                "the same, attack fixed": uk.analysis.largest_eigenvalue(model, functools.partial(loss, texts + delta, *train)),
                 "tr H": h.trace().item(),
-                "tr C": noise.trace().item() / how.batch,
+                "tr C": c.trace().item(),
                 "KL to the start": kl_divergence(MultivariateNormal(model.flat.double(), s), start).item(),
-                "robust error, train": robust[0],
-                "robust error, test": robust[1],
-                "robust gap": robust[1] - robust[0],
-                "clean gap": plain[1] - plain[0],
+                "robust error, train": robust,
+                "robust gap": robust_test - robust,
+                "clean gap": plain_test - plain,
             }
         )
     return found
@@ -186,23 +189,39 @@ def attack(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, epsilon:
     return embedded.detach(), uk.fgm_perturbation(gradient, epsilon, mask=inputs["attention_mask"])
 
 
-def hessian_and_noise(model: Bag, inputs: dict[str, Tensor], labels: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Of the loss in the linear layer's weights: the Hessian, and the covariance of one text's gradient, float64."""
-    embedded, delta = attack(model, inputs, labels, epsilon)
+def curvature(model: Bag, inputs: dict[str, Tensor], labels: Tensor, how: Training) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the loss in the linear layer's weights: the Hessian, the covariance of a batch's gradient, and its mean, float64.
+
+    The perturbation follows the weights, so the Hessian is that of the worst case: differences of gradients, and their symmetric part.
+    """
+    at, near = model.flat, 1e-2
+    each = gradients(model, inputs, labels, how)
+    columns = []
+    for i in range(len(at)):
+        pair = []
+        for sign in (1, -1):
+            model.flat = at + sign * near * torch.eye(len(at))[i]
+            pair.append(gradients(model, inputs, labels, how).mean(0))
+        columns.append((pair[0] - pair[1]) / (2 * near))
+    model.flat = at
+    hessian = torch.stack(columns)
+    return (hessian + hessian.T) / 2, torch.cov(each.T, correction=0) / how.batch, each.mean(0)
+
+
+def gradients(model: Bag, inputs: dict[str, Tensor], labels: Tensor, how: Training) -> Tensor:
+    """Of the loss at each text [N, D], float64."""
+    embedded, delta = attack(model, inputs, labels, how.epsilon)
     features = model.pool(embedded + delta, inputs["attention_mask"]).double()
-    names, shapes = zip(*((name, p.shape) for name, p in model.linear.named_parameters()), strict=True)
+    weights = {name: p.detach().double() for name, p in model.linear.named_parameters()}
 
-    def of(weights: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        parts = weights.split([shape.numel() for shape in shapes])
-        own = {name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
-        return F.cross_entropy(torch.func.functional_call(model.linear, own, (x,)), y)
+    def of(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(model.linear, weights, (x,)), y)
 
-    at = model.flat.double()
-    each = torch.func.vmap(torch.func.grad(of), (None, 0, 0))(at, features[:, None], labels[:, None])
-    return torch.autograd.functional.hessian(lambda w: of(w, features, labels), at), torch.cov(each.T, correction=0)
+    found = torch.func.vmap(torch.func.grad(of), (None, 0, 0))(weights, features[:, None], labels[:, None])
+    return torch.cat([g.flatten(1) for g in found.values()], 1)
 
 
-def errors(model: Bag, batch: Batch, epsilon: float) -> tuple[float, float]:
+def errors(model: Bag, batch: Batch) -> tuple[float, float]:
     """Robust and clean error."""
-    clean, robust = uk.analysis.accuracy_under_attack(model, model.embedding, [batch], [epsilon])
+    clean, robust = uk.analysis.accuracy_under_attack(model, model.embedding, [batch], [EPSILON])
     return 1 - robust.accuracy, 1 - clean.accuracy
