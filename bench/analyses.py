@@ -52,14 +52,14 @@ class Sizes:
     epochs: int = 6
     seeds: int = 3
     compared: int = 1024
-    attacked: int = 256
+    attacked: int = 200
     plane_rows: int = 256
-    points: int = 15
+    points: int = 13
     samples: int = 20
     outside: int = 1000
     conflict_batches: int = 8
     quadratics: int = 4000  # chains of the simulation on a quadratic
-    chains: int = 32  # and on text
+    chains: int = 24  # and on text
     chain_rows: int = 96
     chain_epochs: int = 20
 
@@ -467,7 +467,7 @@ def parser() -> argparse.ArgumentParser:
     add("--data", metavar="DIR", type=pathlib.Path, required=True, help="folders NAME/train.tsv.gz, NAME/test.tsv.gz, or GLUE's")
     add("--set", metavar="NAME", default="agnews", help="the set in DIR to train on; default agnews. The others are out of distribution")
     add("--model", choices=[name for name in MODELS if name in LAYERS], default="textcnn")
-    add("--methods", metavar="LIST", type=names(METHODS), default="dropout,at,r_drop,r_at,uegr,drop_attack", help=f"of {','.join(METHODS)}")
+    add("--methods", metavar="LIST", type=names(METHODS), default="dropout,at,r_drop,uegr,drop_attack", help=f"of {','.join(METHODS)}")
     add("--only", metavar="LIST", type=names(PARTS), default="all", help=f"some of {','.join(PARTS)}")
     add("--examples", metavar="N", type=count, help=f"to train on at first, and as many to tune on; default {usual.examples}")
     add("--epochs", metavar="N", type=count, help=f"of each; default {usual.epochs}")
