@@ -6,11 +6,10 @@ import dataclasses
 import json
 import math
 import multiprocessing
-import os
 import pathlib
 import random
 import shlex
-import statistics
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -21,12 +20,12 @@ from tqdm import tqdm
 
 from uegr_kernels.models import MODELS
 
-from . import harness, training
+from . import accuracy_report, harness, training
+from .accuracy_report import BASE
 from .training import DataError, Settings
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+RESULTS = pathlib.Path(__file__).parent / "results" / "accuracy"
 TUNING_SEED = 1000  # the final seeds are 0, 1, ...
-TWINS = {"sst2": "mr"}  # the same sentences: in means over sets the two count as one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,15 +82,11 @@ METHODS = {
 }
 PAPER = "none dropout at r_drop free_lb r_at r_at_su uegr drop_attack roast child_tuning_f child_tuning_d".split()
 CONTROLS = [name for name, method in METHODS.items() if method.parent]
-BASE = "dropout"  # what every method is tested against
-PAIRS = (  # a method, and the control that says what of its gain is its own
-    *(("at", "at_epsilon_0"), ("at", "dropout_2x"), ("r_at", "r_at_epsilon_0"), ("r_at", "dropout_3x"), ("r_at_su", "r_at")),
-    *(("uegr", "uegr_epsilon_0"), ("uegr", "uegr_all_selected"), ("uegr", "dropout_3x"), ("uegr", "r_at_su"), ("uegr", "at")),
-    *(("drop_attack", "drop_attack_epsilon_0"), ("drop_attack", "dropout_2x")),
-)
-STUDIES = ("main", "passes", "dropout", "size", "selection", "drop_attack")
-SIZES = (100, 500, 1000, 2500, 5000, 10000)
+STUDIES = ("main", *accuracy_report.DESCRIBE, "cost")
+SIZES = (100, 300, 1000, 3000, 8000)
 GRID = (0.1, 0.3, 0.5, 0.7, 0.9)  # rates of the dropout study
+RESTS_ON = {study: ("uegr",) for study in ("passes", "dropout")} | {"size": ("dropout", "drop_attack", "uegr")}  # whose tuned points
+RESTS_ON |= {"drop_attack": ("drop_attack",), "selection": ("dropout", "sgd")}
 SELECTION_OPTIONS = ("threshold", "sharpness", "normalization", "direction", "target", "rescale", "keep_probability", "scope", "statistics")
 
 
@@ -126,7 +121,7 @@ class Runs:
     """What has been run, in a file of JSON lines; what has not is trained, in `jobs` processes."""
 
     def __init__(self, options: argparse.Namespace, command: str) -> None:
-        self.data, self.jobs, self.path = options.data, options.jobs, options.output / "runs.jsonl"
+        self.data, self.jobs, self.threads, self.path = options.data, options.jobs, options.threads, options.output / "runs.jsonl"
         self.done = {key_of(Settings(**line["settings"])): line for line in harness.read(self.path)}
         here = harness.environment(command)
         self.about = {"command": command, "commit": here["commit"], "cpu": here["machine"]["cpu"], "torch": here["versions"]["torch"]}
@@ -148,10 +143,9 @@ class Runs:
         checkpoints = self.path.parent / "checkpoints"
         checkpoints.mkdir(exist_ok=True)
         context = multiprocessing.get_context("spawn")
-        threads = max(1, (os.cpu_count() or 1) // self.jobs)
         with (
             tqdm(total=len(missing), desc=what, unit="run", mininterval=1 if sys.stderr.isatty() else 60) as bar,
-            concurrent.futures.ProcessPoolExecutor(self.jobs, context, torch.set_num_threads, (threads,)) as pool,
+            concurrent.futures.ProcessPoolExecutor(self.jobs, context, torch.set_num_threads, (self.threads,)) as pool,
         ):
             waiting = {pool.submit(figures, settings, self.data, checkpoints): settings for settings in missing}
             try:
@@ -160,7 +154,8 @@ class Runs:
                     bar.update()
                     bar.set_postfix_str(f"{waiting[future].data} {waiting[future].model} {waiting[future].method}", refresh=False)
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
                 raise
 
     def _keep(self, settings: Settings, result: dict[str, Any]) -> None:
@@ -249,12 +244,12 @@ class Plan:
         }
 
     def size(self) -> dict[tuple, Settings]:
-        largest = len(training.read(self.options.data, self.options.sets[0]).train)
+        largest = len(training.read(self.options.data, self.options.sets[0]).train) - training.VALIDATION
         return {
             (name, size, seed): self.settings(name, *self._first(), seed, examples=size)
             for name in ("dropout", "drop_attack", "uegr")
             for size in SIZES
-            if size <= 0.8 * largest + 1000
+            if size <= largest
             for seed in range(min(3, self.options.seeds))
         }
 
@@ -289,109 +284,6 @@ def variants() -> Iterator[dict[str, Any]]:
             for normalization in ("minmax", "range", "rank"):
                 for direction in ("printed", "salient"):
                     yield {"normalization": normalization, "direction": direction, "target": target, "rescale": rescale}
-
-
-# What came of it
-
-
-def spread(values: list[float], scale: float = 100) -> str:
-    """Mean and standard deviation, in points."""
-    middle = statistics.fmean(values) * scale
-    return f"{middle:.1f}" + (f" ± {statistics.stdev(values) * scale:.1f}" if len(values) > 1 else "")
-
-
-def over_sets(values: dict[str, float]) -> float:
-    """The mean over sets, twins counted as one."""
-    groups: dict[str, list[float]] = {}
-    for name, value in values.items():
-        groups.setdefault(TWINS.get(name, name), []).append(value)
-    return statistics.fmean(map(statistics.fmean, groups.values()))
-
-
-class Table:
-    """The main study: figures by model, set, method and seed."""
-
-    def __init__(self, found: dict[tuple, dict[str, Any]]) -> None:
-        self.found = found
-        self.models, self.sets, self.methods, self.seeds = (list(dict.fromkeys(key[i] for key in found)) for i in range(4))
-
-    def values(self, model: str, data: str, name: str, pick: Callable[[dict], float]) -> list[float]:
-        return [pick(self.found[model, data, name, seed]) for seed in self.seeds if (model, data, name, seed) in self.found]
-
-    def all_values(self, model: str, name: str, pick: Callable[[dict], float]) -> list[float]:
-        return [value for data in self.sets for value in self.values(model, data, name, pick)]
-
-    def by_seed(self, model: str, name: str, pick: Callable[[dict], float]) -> list[float]:
-        """A seed's mean over sets, for each seed that all sets have."""
-        rows = [{data: self.found.get((model, data, name, seed)) for data in self.sets} for seed in self.seeds]
-        return [over_sets({data: pick(one) for data, one in row.items() if one}) for row in rows if all(row.values())]
-
-    def against(self, model: str, name: str, other: str, pick: Callable[[dict], float]) -> tuple[list[float], float]:
-        """Differences by seed of the mean over sets, and the p of a paired t-test (two-sided; NaN where there is no spread)."""
-        from scipy.stats import ttest_rel
-
-        mine, its = self.by_seed(model, name, pick), self.by_seed(model, other, pick)
-        if len(mine) != len(its) or not mine:
-            return [], math.nan
-        gaps = [a - b for a, b in zip(mine, its, strict=True)]
-        return gaps, float(ttest_rel(mine, its).pvalue) if len(gaps) > 1 and len(set(gaps)) > 1 else math.nan
-
-
-def accuracy(result: dict[str, Any]) -> float:
-    return float(result["test"])
-
-
-def under(attack: str, i: int) -> Callable[[dict[str, Any]], float]:
-    return lambda result: float(result[attack][i]) if attack in result else math.nan
-
-
-ATTACKS = {f"{attack.upper()} {e:g}": under(attack, i) for attack in ("fgm", "pgd") for i, e in enumerate(training.STRENGTHS)}
-COLUMNS = {"clean": accuracy} | ATTACKS
-
-
-def report(table: Table) -> str:
-    """Means over sets with their spread over seeds, the tests, then every set by itself; accuracies in points."""
-    parts = []
-    for model in table.models:
-        heads = [*COLUMNS, f"clean − {BASE}", "p", f"PGD {training.STRENGTHS[1]:g} − {BASE}", "p", f"step / {BASE}", "selected"]
-        rows = [
-            f"### {model}: mean over {', '.join(table.sets)}",
-            "",
-            f"| method | {' | '.join(heads)} |",
-            "| --- " * (len(heads) + 1) + "|",
-        ]
-        for name in table.methods:
-            cells = [spread(table.by_seed(model, name, pick)) for pick in COLUMNS.values() if table.by_seed(model, name, pick)]
-            if len(cells) < len(COLUMNS):
-                rows.append(f"| {name} | not finished |")
-                continue
-            for pick in (accuracy, under("pgd", 1)):
-                gaps, p = table.against(model, name, BASE, pick)
-                cells += [spread(gaps) if gaps and name != BASE else "", "" if math.isnan(p) else f"{p:.3f}"]
-            seconds = [statistics.median(table.all_values(model, each, cost)) for each in (name, BASE)]
-            cells += [f"{seconds[0] / seconds[1]:.1f}", f"{statistics.fmean(table.all_values(model, name, share)):.2%}"]
-            rows.append(f"| {name} | {' | '.join(cells)} |")
-        rows += ["", "What of a gain is the method's own: differences by seed to its controls.", ""]
-        rows += ["| method | control | clean | p | PGD at medium strength | p |", "| --- " * 6 + "|"]
-        for name, control in PAIRS:
-            both = [table.against(model, name, control, pick) for pick in (accuracy, under("pgd", 1))]
-            if all(gaps for gaps, _ in both):
-                rows.append(f"| {name} | {control} | {' | '.join(f'{spread(gaps)} | {p:.3f}' for gaps, p in both)} |")
-        rows += ["", f"Clean test accuracy by set; {len(table.seeds)} seeds.", ""]
-        rows += [f"| method | {' | '.join(table.sets)} |", "| --- " * (len(table.sets) + 1) + "|"]
-        for name in table.methods:
-            cells = [spread(found) if (found := table.values(model, data, name, accuracy)) else "-" for data in table.sets]
-            rows.append(f"| {name} | {' | '.join(cells)} |")
-        parts.append("\n".join(rows))
-    return "\n\n".join(parts)
-
-
-def cost(result: dict[str, Any]) -> float:
-    return float(result["seconds_per_step"])
-
-
-def share(result: dict[str, Any]) -> float:
-    return float(result["share"])
 
 
 # The command
@@ -441,7 +333,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--trials", metavar="N", type=count, default=6, help="runs by which each method is tuned on each set; default 6")
     top.add_argument("--lr", metavar="LIST", type=lambda text: tuple(map(float, text.split(","))), help="learning rates to tune over")
     top.add_argument("--jobs", metavar="N", type=count, default=1, help="runs at a time")
-    top.add_argument("--output", metavar="DIR", type=pathlib.Path, default=RESULTS / "accuracy", help="default: bench/results/accuracy")
+    top.add_argument("--threads", metavar="N", type=count, default=1, help="of a run; more pay for large models on an idle machine")
+    top.add_argument("--output", metavar="DIR", type=pathlib.Path, default=RESULTS, help="default: bench/results/accuracy")
     return top
 
 
@@ -449,6 +342,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 2 for wrong arguments or data, 130 for Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     command = shlex.join(["python", "-m", "bench.accuracy", *arguments])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # its workers end with it
     try:
         options = parser().parse_args(arguments)
         there = training.sets_in(options.data)
@@ -470,26 +364,71 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace, command: str) -> None:
-    from . import accuracy_pictures
-
-    runs = Runs(options, command)
+    """Runs what is missing of every study, and writes its table and pictures as soon as it is whole."""
+    runs, output = Runs(options, command), options.output
     plan = Plan(options, runs)
     plan.tune(options.methods, options.sets, options.models)
-    if studies := [name for name in options.studies if name != "main"]:
-        plan.tune(
-            {"passes": ["uegr"], "dropout": ["uegr"]}.get(studies[0], ["dropout", "uegr", "drop_attack", "sgd"]),
-            *([one] for one in plan._first()),
-        )
-    found: dict[str, dict[tuple, dict]] = {}
+    first_set, first_model = options.sets[:1], options.models[:1]
+    sections = {}
     for study in options.studies:
+        plan.tune(RESTS_ON.get(study, ()), first_set, first_model)
+        points = {" ".join(key): point for key, point in plan.points.items()}
+        (output / "points.json").write_text(json.dumps(points, indent=1) + "\n")
+        if study == "cost":
+            measure_cost(plan, command, output)
+            continue
         wanted = getattr(plan, study)()
         runs.finish(wanted.values(), study)
-        found[study] = {key: runs[settings] for key, settings in wanted.items()}
-    (options.output / "plan.json").write_text(
-        json.dumps({"points": {" ".join(key): point for key, point in plan.points.items()}}, indent=1) + "\n"
+        found = {key: runs[settings] for key, settings in wanted.items()}
+        if study == "main":
+            sections[study] = accuracy_report.describe_main(found, output)
+            main_found = found
+        else:
+            title, describe = accuracy_report.DESCRIBE[study]
+            sections[study] = f"### {title}: {first_set[0]}, {first_model[0]}\n\n{describe(found, output)}"
+        text = "\n\n".join(["# Accuracy, robustness and cost on real text", origin(runs, options, command), *sections.values()])
+        (output / "README.md").write_text(text + "\n")
+    cost = {line["case"]: line for line in harness.read(output / "cost.jsonl")}
+    if "main" in sections:
+        (output / "summary.md").write_text(accuracy_report.summary(main_found, cost) + "\n\n" + origin(runs, options, command) + "\n")
+    print("\n\n".join(sections.values()))
+    print(f"\nWritten: {output}")
+
+
+def origin(runs: Runs, options: argparse.Namespace, command: str) -> str:
+    """How the figures came about, in a paragraph."""
+    commits = sorted({str(line["commit"]) for line in runs.done.values()})
+    examples = f"{options.examples:,} texts" if options.examples else "all texts"
+    return (
+        f"`{command}`: {examples} to train on, drawn anew for each of {options.seeds} seeds and the same for every method; "
+        f"{options.epochs} epochs, batch 16, AdamW with weight decay {training.WEIGHT_DECAY}, warm-up {training.WARM_UP}, linear decay; "
+        f"{options.trials} tuning runs for every method, model and set on up to {training.VALIDATION:,} other texts of the training set, "
+        f"by which the best epoch is chosen too; "
+        f"{options.attacked} test texts under attack, the whole test set otherwise. "
+        f"{runs.about['cpu']}, {runs.about['device']}, torch {runs.about['torch']}; commit {', '.join(commits)}."
     )
-    text = "\n\n".join(accuracy_pictures.describe(study, figures, options) for study, figures in found.items())
-    print(text)
+
+
+def measure_cost(plan: Plan, command: str, output: pathlib.Path) -> None:
+    """A training step of every method beside the base's, taking turns, on the first set and model."""
+    data, model = plan.options.sets[0], plan.options.models[0]
+
+    def stepping(name: str) -> Callable[[], object]:
+        settings = plan.settings(name, data, model, 0)
+        step = training.stepper(settings, plan.options.data)
+        return step
+
+    names = [name for name in plan.options.methods if not METHODS[name].parent and name != BASE]
+    path = output / "cost.jsonl"
+    harness.wait_until_quiet(120)
+    about = harness.environment(command)
+    copy = harness.Copy(2**26)
+    with tqdm(total=20 * len(names), desc="cost", unit="round") as bar:
+        for name in names:
+            both = [harness.Contestant(each, stepping(each)) for each in (name, BASE)]
+            case = harness.Case(name, {"data": data, "model": model}, 2**30, lambda: None, lambda both=both: both)
+            line = harness.measure(case, 20, copy, bar.update)
+            harness.keep(path, about | line | line["contestants"][1]["ours_over_this"], names)
 
 
 if __name__ == "__main__":

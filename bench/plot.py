@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+from typing import Any
 
 
 def pictures(path: pathlib.Path, lines: list[dict]) -> list[pathlib.Path]:
@@ -57,3 +58,21 @@ def _written(figure, path: pathlib.Path) -> pathlib.Path:
     picture = path.with_suffix(".png")
     figure.savefig(picture, dpi=110)
     return picture
+
+
+def figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def heat_map(axes: Any, grid: list[list[float]], rows: list[float], columns: list[float], title: str, across: str, down: str) -> None:
+    """A grid of numbers as colours, each with its value."""
+    axes.imshow(grid, cmap="viridis", aspect="auto")
+    middle = (min(map(min, grid)) + max(map(max, grid))) / 2
+    for i, row in enumerate(grid):
+        for j, value in enumerate(row):
+            axes.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=8, color="white" if value < middle else "black")
+    axes.set_xticks(range(len(columns)), [f"{value:g}" for value in columns])
+    axes.set_yticks(range(len(rows)), [f"{value:g}" for value in rows])
+    axes.set(title=title, xlabel=across, ylabel=down)

@@ -281,20 +281,11 @@ def run(
     torch.manual_seed(settings.seed)
     model, encoded = build(settings, data, train, device) if start is None else start[2:]
     optimizer = make_optimizer(settings, model)
-    task = {"task": "regression"} if data.metric == "correlation" else {}
-    recipe = getattr(uk.recipes, settings.method)(model, embedding_of(model), optimizer, **settings.options, **task)
+    recipe = make_recipe(settings, data, model, optimizer)
     batches, validation = encoded(train), encoded(held)
     steps = math.ceil(len(train) / settings.batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(_rate, total=steps * settings.epochs))
-    state: dict[str, Any] = {
-        "epoch": 0,
-        "best": -math.inf,
-        "best_epoch": 0,
-        "seconds": [],
-        "share": 1.0,
-        "largest_inverse": 1.0,
-        "loss": 0.0,
-    }
+    state: dict[str, Any] = {"epoch": 0, "best": -math.inf, "best_epoch": 0, "seconds": []}
     if checkpoint and checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True, map_location=device)
         for part, name in ((model, "model"), (optimizer, "optimizer"), (recipe, "recipe"), (schedule, "schedule")):
@@ -307,16 +298,8 @@ def run(
         for i, rows in enumerate(_epoch(len(train), settings, epoch)):
             inputs, labels = batches(rows)
             began = time.perf_counter()
-            optimizer.zero_grad()
-            losses = recipe.backward(inputs, labels)
-            spent = time.perf_counter() - began
-            before = _nonzero(model) if i == steps - 1 else 0
-            began = time.perf_counter()
-            recipe.before_step()
-            if settings.method != "free_at":  # which steps by itself
-                optimizer.step()
-            recipe.after_step()
-            state["seconds"].append(spent + time.perf_counter() - began)
+            losses, before = step(settings, recipe, optimizer, inputs, labels, count=i == steps - 1)
+            state["seconds"].append(time.perf_counter() - began)
             schedule.step()
         state["share"], state["largest_inverse"] = _selected(optimizer, model, before)
         state["loss"] = float(losses["loss"])
@@ -345,6 +328,41 @@ def run(
     if checkpoint:
         checkpoint.unlink(missing_ok=True)
     return result, model
+
+
+def stepper(settings: Settings, folder: pathlib.Path) -> Callable[[], object]:
+    """A training step of these settings on the first batch of an epoch, to be timed."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data = read(folder, settings.data)
+    train, _ = split(data, settings)
+    torch.manual_seed(settings.seed)
+    model, encoded = build(settings, data, train, device)
+    optimizer = make_optimizer(settings, model)
+    recipe = make_recipe(settings, data, model, optimizer)
+    batches = encoded(train)
+    if hasattr(recipe, "prepare"):
+        recipe.prepare([batches(range(settings.batch))])
+    inputs, labels = batches(next(_epoch(len(train), settings, 0)))
+    return lambda: step(settings, recipe, optimizer, inputs, labels)
+
+
+def step(
+    settings: Settings, recipe: Any, optimizer: Any, inputs: Any, labels: Tensor, count: bool = False
+) -> tuple[dict[str, Tensor], int]:
+    """One step; returns its losses and, where told to count, how many elements of .grad were not 0 before the recipe's mask."""
+    optimizer.zero_grad()
+    losses = recipe.backward(inputs, labels)
+    before = _nonzero(recipe.model) if count else 0
+    recipe.before_step()
+    if settings.method != "free_at":  # which steps by itself
+        optimizer.step()
+    recipe.after_step()
+    return losses, before
+
+
+def make_recipe(settings: Settings, data: TextSet, model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+    task = {"task": "regression"} if data.metric == "correlation" else {}
+    return getattr(uk.recipes, settings.method)(model, embedding_of(model), optimizer, **settings.options, **task)
 
 
 def make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:

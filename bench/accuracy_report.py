@@ -1,0 +1,280 @@
+"""Tables and pictures of what `python -m bench.accuracy` found."""
+
+import json
+import math
+import pathlib
+import statistics
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from . import plot, training
+
+Found = dict[tuple, dict[str, Any]]  # figures of a study's runs, by what tells them apart; the seed stands last
+Pick = Callable[[dict[str, Any]], float]
+TWINS = {"sst2": "mr"}  # the same sentences: in means over sets the two count as one
+BASE = "dropout"  # what every method is tested against
+PAIRS = (  # a method, and the control that says what of its gain is its own
+    *(("at", "at_epsilon_0"), ("at", "dropout_2x"), ("r_at", "r_at_epsilon_0"), ("r_at", "dropout_3x"), ("r_at_su", "r_at")),
+    *(("uegr", "uegr_epsilon_0"), ("uegr", "uegr_all_selected"), ("uegr", "dropout_3x"), ("uegr", "r_at_su"), ("uegr", "at")),
+    *(("drop_attack", "drop_attack_epsilon_0"), ("drop_attack", "dropout_2x"), ("roast", "dropout_3x")),
+)
+MEDIUM = 1  # of training.STRENGTHS
+
+
+def accuracy(result: dict[str, Any]) -> float:
+    return float(result["test"])
+
+
+def under(attack: str, i: int) -> Pick:
+    """Accuracy under an attack, NaN where there was none."""
+    return lambda result: float(result[attack][i]) if attack in result else math.nan
+
+
+def figure_of(key: str) -> Pick:
+    return lambda result: float(result[key])
+
+
+PGD = under("pgd", MEDIUM)
+ATTACKS = {f"{attack.upper()} {e:g}": under(attack, i) for attack in ("fgm", "pgd") for i, e in enumerate(training.STRENGTHS)}
+COLUMNS = {"clean": accuracy} | ATTACKS
+HEADLINES = {"clean": accuracy, f"PGD-10 at {training.STRENGTHS[MEDIUM]:g}": PGD}
+USUAL = {"clean": accuracy, f"FGM {training.STRENGTHS[MEDIUM]:g}": under("fgm", MEDIUM), f"PGD {training.STRENGTHS[MEDIUM]:g}": PGD}
+
+
+def spread(values: list[float], scale: float = 100) -> str:
+    """Mean and standard deviation; accuracies in points."""
+    middle = statistics.fmean(values) * scale
+    return f"{middle:.1f}" + (f" ± {statistics.stdev(values) * scale:.1f}" if len(values) > 1 else "")
+
+
+def over_sets(values: dict[str, float]) -> float:
+    """The mean over sets, twins counted as one."""
+    groups: dict[str, list[float]] = {}
+    for name, value in values.items():
+        groups.setdefault(TWINS.get(name, name), []).append(value)
+    return statistics.fmean(map(statistics.fmean, groups.values()))
+
+
+def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    heads = list(heads)
+    return "\n".join([f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|", *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def by_point(found: Found) -> dict[tuple, list[dict[str, Any]]]:
+    """A study's runs without their seed."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for key, result in found.items():
+        groups.setdefault(key[:-1], []).append(result)
+    return groups
+
+
+# The main study
+
+
+class Main:
+    """Figures by model, set, method and seed."""
+
+    def __init__(self, found: Found) -> None:
+        self.found = found
+        self.models, self.sets, self.methods, self.seeds = (list(dict.fromkeys(key[i] for key in found)) for i in range(4))
+
+    def values(self, model: str, data: str, name: str, pick: Pick) -> list[float]:
+        return [pick(self.found[model, data, name, seed]) for seed in self.seeds]
+
+    def everywhere(self, model: str, name: str, pick: Pick) -> list[float]:
+        return [value for data in self.sets for value in self.values(model, data, name, pick)]
+
+    def by_seed(self, model: str, name: str, pick: Pick) -> list[float]:
+        """Each seed's mean over sets."""
+        return [over_sets({data: pick(self.found[model, data, name, seed]) for data in self.sets}) for seed in self.seeds]
+
+    def against(self, model: str, name: str, other: str, pick: Pick) -> tuple[list[float], float]:
+        """Differences by seed of the mean over sets, and the p of a paired t-test (two-sided; NaN where there is no spread)."""
+        from scipy.stats import ttest_rel
+
+        mine, its = self.by_seed(model, name, pick), self.by_seed(model, other, pick)
+        gaps = [a - b for a, b in zip(mine, its, strict=True)]
+        return gaps, float(ttest_rel(mine, its).pvalue) if len(set(gaps)) > 1 else math.nan
+
+
+def _gap(main: Main, model: str, name: str, other: str, pick: Pick) -> list[str]:
+    """Two cells: the difference, and its p."""
+    gaps, p = main.against(model, name, other, pick)
+    return [spread(gaps), "-" if math.isnan(p) else f"{p:.3f}"]
+
+
+def describe_main(found: Found, output: pathlib.Path) -> str:
+    main, parts = Main(found), []
+    medium = training.STRENGTHS[MEDIUM]
+    for model in main.models:
+        heads = ["method", *COLUMNS, f"clean − {BASE}", "p", f"PGD {medium:g} − {BASE}", "p", "ms a step", "selected"]
+        rows = []
+        for name in main.methods:
+            cells = [spread(main.by_seed(model, name, pick)) for pick in COLUMNS.values()]
+            for pick in (accuracy, PGD):
+                cells += ["", ""] if name == BASE else _gap(main, model, name, BASE, pick)
+            milliseconds = statistics.median(main.everywhere(model, name, figure_of("seconds_per_step"))) * 1000
+            rows.append([name, *cells, f"{milliseconds:.1f}", f"{statistics.fmean(main.everywhere(model, name, figure_of('share'))):.2%}"])
+        pairs = [
+            [name, control, *_gap(main, model, name, control, accuracy), *_gap(main, model, name, control, PGD)]
+            for name, control in PAIRS
+            if {name, control} <= set(main.methods)
+        ]
+        sets = [[name, *(spread(main.values(model, data, name, accuracy)) for data in main.sets)] for name in main.methods]
+        attacked = [[name, *(spread(main.values(model, data, name, PGD)) for data in main.sets)] for name in main.methods]
+        picture = _main_picture(main, model, output / f"main-{model.replace('/', '-')}.png")
+        relative = statistics.fmean(result["relative"][MEDIUM] for key, result in found.items() if key[0] == model)
+        parts += [
+            f"### {model}: mean over {', '.join(main.sets)} and its standard deviation over {len(main.seeds)} seeds, in points",
+            table(heads, rows),
+            f"![{model}]({picture.name})",
+            f"The medium strength is {relative:.1%} of the norm of a text's embeddings. ms a step: median, with other runs beside it. "
+            "p: paired t-test over seeds, two-sided, uncorrected for the number of rows: without any effect one in twenty has p < 0.05.",
+            "What of a gain is the method's own: differences to its controls.",
+            table(["method", "control", "clean", "p", f"PGD {medium:g}", "p"], pairs),
+            "Clean, by set:",
+            table(["method", *main.sets], sets),
+            f"PGD {medium:g}, by set:",
+            table(["method", *main.sets], attacked),
+        ]
+    return "\n\n".join(parts)
+
+
+def _main_picture(main: Main, model: str, path: pathlib.Path) -> pathlib.Path:
+    """Clean accuracy and accuracy under the medium PGD attack, each against the base, with the spread over seeds."""
+    figure = plot.figure(11, 0.3 * len(main.methods) + 1.5)
+    for axes, (title, pick) in zip(figure.subplots(1, 2, sharey=True), HEADLINES.items(), strict=True):
+        for i, name in enumerate(main.methods):
+            gaps = [100 * gap for gap in main.against(model, name, BASE, pick)[0]]
+            error = statistics.stdev(gaps) if len(gaps) > 1 else 0
+            colour = "C1" if name == "uegr" else "C7" if "_epsilon_0" in name or name.endswith("x") or name == "uegr_all_selected" else "C0"
+            axes.barh(i, statistics.fmean(gaps), xerr=error, color=colour, error_kw={"elinewidth": 1})
+        axes.set_yticks(range(len(main.methods)), main.methods, fontsize=8)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set(title=title, xlabel=f"points above {BASE}: mean and standard deviation over seeds")
+    axes.invert_yaxis()
+    figure.suptitle(f"{model}, mean over {', '.join(main.sets)}; grey: controls")
+    figure.savefig(path, dpi=100)
+    return path
+
+
+def summary(found: Found, cost: dict[str, dict]) -> str:
+    """What a person gains and what it costs: the first model's rows, for the README."""
+    main = Main(found)
+    model, medium = main.models[0], training.STRENGTHS[MEDIUM]
+    heads = ["method", "clean", f"above {BASE}", "p", f"PGD-10 at {medium:g}", f"above {BASE}", "p", f"a step's time / {BASE}'s"]
+    rows = []
+    for name in main.methods:
+        cells: list[str] = []
+        for pick in (accuracy, PGD):
+            cells += [spread(main.by_seed(model, name, pick)), *(["", ""] if name == BASE else _gap(main, model, name, BASE, pick))]
+        rows.append([name, *cells, _cost(cost, name)])
+    return table(heads, rows)
+
+
+def _cost(cost: dict[str, dict], name: str) -> str:
+    if name not in cost:
+        return "-"
+    ratio = cost[name]
+    return f"{ratio['median']:.2f} ({ratio['q1']:.2f}-{ratio['q3']:.2f})"
+
+
+# The other studies
+
+
+def describe_passes(found: Found, output: pathlib.Path) -> str:
+    groups = by_point(found)
+    rows = [
+        [str(m), *_usual(results), f"{statistics.median(map(figure_of('seconds_per_step'), results)) * 1000:.1f}"]
+        for (m,), results in groups.items()
+    ]
+    figure = plot.figure(6, 4)
+    axes = figure.subplots()
+    for label, pick in HEADLINES.items():
+        _line(axes, [m for (m,) in groups], groups.values(), pick, label)
+    axes.set(xlabel="m, adversarial passes", ylabel="accuracy, points", xticks=[m for (m,) in groups])
+    axes.legend()
+    figure.savefig(output / "passes.png", dpi=100)
+    return f"{table(['m', *USUAL, 'ms a step'], rows)}\n\n![passes](passes.png)"
+
+
+def describe_dropout(found: Found, output: pathlib.Path) -> str:
+    groups = by_point(found)
+    rates = sorted({first for first, _ in groups})
+    figure = plot.figure(10, 4.2)
+    parts = []
+    for axes, (title, pick) in zip(figure.subplots(1, 2), HEADLINES.items(), strict=True):
+        grid = [[100 * statistics.fmean(map(pick, groups[first, second])) for second in rates] for first in rates]
+        plot.heat_map(axes, grid, rates, rates, title, "rate in the second adversarial pass", "rate in the first")
+        heads = [f"{title}; first pass's rate down, second's across", *(f"{rate:g}" for rate in rates)]
+        parts.append(table(heads, [[f"{first:g}", *(f"{value:.1f}" for value in row)] for first, row in zip(rates, grid, strict=True)]))
+    figure.savefig(output / "dropout.png", dpi=100)
+    seeds = len(next(iter(groups.values())))
+    return "\n\n".join([*parts, f"Means of {seeds} seeds, in points. ![dropout](dropout.png)"])
+
+
+def describe_size(found: Found, output: pathlib.Path) -> str:
+    groups = by_point(found)
+    methods, sizes = (list(dict.fromkeys(key[i] for key in groups)) for i in range(2))
+    figure = plot.figure(10, 4.2)
+    for axes, (title, pick) in zip(figure.subplots(1, 2), HEADLINES.items(), strict=True):
+        for name in methods:
+            _line(axes, sizes, [groups[name, size] for size in sizes], pick, name)
+        axes.set(xscale="log", xlabel="texts to train on", ylabel="accuracy, points", title=title)
+        axes.legend()
+    figure.savefig(output / "size.png", dpi=100)
+    parts = []
+    for title, pick in HEADLINES.items():
+        rows = [[name, *(spread(list(map(pick, groups[name, size]))) for size in sizes)] for name in methods]
+        parts.append(table([f"{title}; texts:", *(f"{size:,}" for size in sizes)], rows))
+    return "\n\n".join([*parts, "![size](size.png)"])
+
+
+def describe_selection(found: Found, output: pathlib.Path) -> str:
+    rows = []
+    for (kind, variant), results in by_point(found).items():
+        options = json.loads(variant)
+        names = [options[key] if key in options else "-" for key in ("normalization", "direction", "target")]
+        names[0] += f" {options['keep_probability']:g}" if "keep_probability" in options else ""
+        share, inverse = (statistics.fmean(map(figure_of(key), results)) for key in ("share", "largest_inverse"))
+        rows.append(
+            [kind, *names, {True: "yes", False: "no"}.get(options.get("rescale"), "-"), *_usual(results), f"{share:.2%}", f"{inverse:.3g}"]
+        )
+    return table(["optimizer", "normalization", "direction", "target", "rescale", *USUAL, "selected", "largest 1/p"], rows)
+
+
+def describe_drop_attack(found: Found, output: pathlib.Path) -> str:
+    groups = by_point(found)
+    epsilons, chances = (list(dict.fromkeys(key[i] for key in groups)) for i in range(2))
+    figure = plot.figure(10, 4.2)
+    parts = []
+    for axes, (title, pick) in zip(figure.subplots(1, 2), HEADLINES.items(), strict=True):
+        for epsilon in epsilons:
+            _line(axes, chances, [groups[epsilon, p] for p in chances], pick, f"epsilon {epsilon:g}")
+        axes.set(xlabel="p, the share of elements attacked", ylabel="accuracy, points", title=title)
+        axes.legend(fontsize=7)
+        rows = [[f"{epsilon:g}", *(spread(list(map(pick, groups[epsilon, p]))) for p in chances)] for epsilon in epsilons]
+        parts.append(table([f"{title}; epsilon down, p across", *(f"{p:g}" for p in chances)], rows))
+    figure.savefig(output / "drop_attack.png", dpi=100)
+    return "\n\n".join(
+        [*parts, "The row epsilon 0 and the column p 0 are controls: the same passes without an attack.\n\n![drop_attack](drop_attack.png)"]
+    )
+
+
+def _usual(results: list[dict[str, Any]]) -> list[str]:
+    return [spread([pick(result) for result in results]) for pick in USUAL.values()]
+
+
+def _line(axes: Any, places: Iterable[float], groups: Iterable[list[dict[str, Any]]], pick: Pick, label: str) -> None:
+    values = [[100 * pick(result) for result in results] for results in groups]
+    errors = [statistics.stdev(each) if len(each) > 1 else 0 for each in values]
+    axes.errorbar(list(places), list(map(statistics.fmean, values)), errors, marker="o", capsize=2, label=label)
+
+
+DESCRIBE = {
+    "passes": ("The number of adversarial passes (UEGR Table V)", describe_passes),
+    "dropout": ("Two dropout rates, one for each adversarial pass (UEGR Fig. 3)", describe_dropout),
+    "size": ("The size of the training set (DropAttack Table 3)", describe_size),
+    "selection": ("Selection variants: the loss alone (no attack), one learning rate for each optimizer", describe_selection),
+    "drop_attack": ("DropAttack's epsilon and p (its Table 10)", describe_drop_attack),
+}
