@@ -48,20 +48,20 @@ ARAT: dict[str, dict[str, Any]] = {
 class Sizes:
     """How much of everything: test rows compared (CKA), attacked, and under the landscape's loss; its points; Hutchinson's samples."""
 
-    examples: int = 1000
+    examples: int = 500
     epochs: int = 6
     seeds: int = 3
-    compared: int = 1024
-    attacked: int = 200
-    plane_rows: int = 256
-    points: int = 13
-    samples: int = 20
-    outside: int = 1000
+    compared: int = 768
+    attacked: int = 128
+    plane_rows: int = 128
+    points: int = 11
+    samples: int = 12
+    outside: int = 500
     conflict_batches: int = 8
     quadratics: int = 4000  # chains of the simulation on a quadratic
-    chains: int = 24  # and on text
+    chains: int = 20  # and on text
     chain_rows: int = 96
-    chain_epochs: int = 20
+    chain_epochs: int = 16
 
 
 QUICK = Sizes(40, 1, 1, 32, 16, 16, 3, 2, 32, 1, 50, 3, 32, 2)
@@ -145,8 +145,13 @@ class Lab:
         found = self.cka[name] = {condition: [] for condition in ("clean", *(f"FGM {e:g}" for e in STRENGTHS))}
 
         def watch(epoch: int, model: nn.Module, recipe: Any) -> None:
+            gradients = [noise.at_embedding(model, *batch)[1] for batch in batches]
             for epsilon, seen in zip((0.0, *STRENGTHS), found.values(), strict=True):
-                moved = [(inputs | {"delta": noise.attack(model, inputs, labels, epsilon)[1]}, labels) for inputs, labels in batches]
+                deltas = [
+                    uk.fgm_perturbation(gradient, epsilon, mask=inputs["attention_mask"])
+                    for gradient, (inputs, _) in zip(gradients, batches, strict=True)
+                ]
+                moved = [(inputs | {"delta": delta}, labels) for (inputs, labels), delta in zip(batches, deltas, strict=True)]
                 alike = uk.analysis.cka(before, Moved(model), moved, layers)
                 seen.append({layer.removeprefix("model."): value for layer, value in alike.items()})
 

@@ -157,14 +157,14 @@ def by_epoch(model: Bag, chains: Tensor, train: Batch, test: Batch, how: Trainin
         h, c, g = curvature(model, *train, how)
         told = uk.analysis.sgd_diagnostic(h, s)
         (robust, plain), (robust_test, plain_test) = (errors(model, batch) for batch in (train, test))
-        texts, delta = attack(model, *train, how.epsilon)
+        texts = attacked(model, *train, how.epsilon)
         found.append(
             {
                 "tr S, closed form": told["trace"],
                 "tr S, measured": torch.cov(chains[:, epoch + 1].double().T).trace().item(),
                 "tr(HS)/2": told["excess_loss"],
                 "largest eigenvalue": torch.linalg.eigvalsh(h)[-1].item(),
-                "the same, attack fixed": uk.analysis.largest_eigenvalue(model, functools.partial(loss, texts + delta, *train)),
+                "the same, attack fixed": uk.analysis.largest_eigenvalue(model, functools.partial(loss, texts, *train)),
                 "tr H": h.trace().item(),
                 "tr C": c.trace().item(),
                 "KL to the start": kl_divergence(MultivariateNormal(model.flat.double(), s), start).item(),
@@ -180,13 +180,19 @@ def loss(embedded: Tensor, inputs: dict[str, Tensor], labels: Tensor, model: Bag
     return F.cross_entropy(model.classify(embedded, inputs["attention_mask"]), labels)
 
 
-def attack(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """The embedded words, and FGM's perturbation of them at the present weights."""
+def at_embedding(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The embedded words, and the loss's gradient at them."""
     with torch.enable_grad():
         embedded = model.embedding(inputs["ids"]).detach().requires_grad_()
         total = F.cross_entropy(model.classify(embedded, inputs["attention_mask"]), labels, reduction="sum")
         (gradient,) = torch.autograd.grad(total, embedded)
-    return embedded.detach(), uk.fgm_perturbation(gradient, epsilon, mask=inputs["attention_mask"])
+    return embedded.detach(), gradient
+
+
+def attacked(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, epsilon: float) -> Tensor:
+    """The embedded words, moved by FGM at the present weights."""
+    embedded, gradient = at_embedding(model, inputs, labels)
+    return embedded + uk.fgm_perturbation(gradient, epsilon, mask=inputs["attention_mask"])
 
 
 def curvature(model: Bag, inputs: dict[str, Tensor], labels: Tensor, how: Training) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,8 +216,7 @@ def curvature(model: Bag, inputs: dict[str, Tensor], labels: Tensor, how: Traini
 
 def gradients(model: Bag, inputs: dict[str, Tensor], labels: Tensor, how: Training) -> Tensor:
     """Of the loss at each text [N, D], float64."""
-    embedded, delta = attack(model, inputs, labels, how.epsilon)
-    features = model.pool(embedded + delta, inputs["attention_mask"]).double()
+    features = model.pool(attacked(model, inputs, labels, how.epsilon), inputs["attention_mask"]).double()
     weights = {name: p.detach().double() for name, p in model.linear.named_parameters()}
 
     def of(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
