@@ -25,7 +25,8 @@ import uegr_kernels as uk
 from uegr_kernels.models import MODELS
 
 from . import harness, noise, training
-from .accuracy import METHODS, RATES, RESULTS, settings_of, spread
+from .accuracy import METHODS, RATES, RESULTS, settings_of
+from .accuracy_report import spread
 from .training import STRENGTHS, DataError, Row, Settings, Start
 
 DOCS = harness.ROOT / "docs" / "analyses"
