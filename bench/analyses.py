@@ -83,8 +83,8 @@ class Lab:
         self.data = training.read(options.data, options.set)
         self.seeds = range(options.seed, options.seed + sizes.seeds)
         self.cka: dict[str, dict[str, list[dict[str, float]]]] = {}
-        path = RESULTS / "accuracy" / "plan.json"
-        self.points: dict[str, dict[str, Any]] = json.loads(path.read_text())["points"] if path.exists() else {}
+        path = RESULTS / "accuracy" / "points.json"
+        self.points: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
 
     def settings(self, name: str, seed: int) -> Settings:
         """The method at its tuned point, or where it has none at the middle of its space."""
