@@ -83,7 +83,7 @@ class Lab:
         self.data = training.read(options.data, options.set)
         self.seeds = range(options.seed, options.seed + sizes.seeds)
         self.cka: dict[str, dict[str, list[dict[str, float]]]] = {}
-        path = RESULTS / "accuracy" / "points.json"
+        path = RESULTS / "points.json"
         self.points: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
 
     def settings(self, name: str, seed: int) -> Settings:
