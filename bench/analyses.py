@@ -349,9 +349,9 @@ def covariance(lab: Lab) -> Found:
     rows = []
     for name, seen in simulated.items():
         off = [abs(value / closed[name][step] - 1) for step, value in seen.items() if step]
-        values = (list(closed[name].values())[-1], list(seen.values())[-1], last[name])
+        values = (closed[name][max(seen)], seen[max(seen)], last[name])
         rows.append([name, *(f"{value:.4f}" for value in values), f"{max(off):.1%}"])
-    text = table(["SGD", "tr S at the last step, closed form", "simulated", "stationary", "largest difference at any step"], rows)
+    text = table(["SGD", "tr S at the last dot, closed form", "simulated", "stationary", "largest difference at any step"], rows)
     found = {name: {"closed": closed[name], "simulated": simulated[name], "stationary": last[name]} for name in closed}
     return {"chains": lab.sizes.quadratics, "covariance": found}, text
 
