@@ -42,9 +42,15 @@ USUAL = {"clean": accuracy, f"FGM {training.STRENGTHS[MEDIUM]:g}": under("fgm", 
 
 
 def spread(values: list[float], scale: float = 100) -> str:
-    """Mean and standard deviation; accuracies in points."""
-    middle = statistics.fmean(values) * scale
-    return f"{middle:.1f}" + (f" ± {statistics.stdev(values) * scale:.1f}" if len(values) > 1 else "")
+    """Mean and standard deviation, accuracies in points; "-" where there is no figure."""
+    if any(map(math.isnan, values)):
+        return "-"
+    middle = round(statistics.fmean(values) * scale, 1) + 0.0  # no -0.0
+    return f"{middle:.1f}" + (f" ± {deviation(values) * scale:.1f}" if len(values) > 1 else "")
+
+
+def deviation(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 and not any(map(math.isnan, values)) else 0.0
 
 
 def over_sets(values: dict[str, float]) -> float:
@@ -123,12 +129,13 @@ def describe_main(found: Found, output: pathlib.Path) -> str:
         sets = [[name, *(spread(main.values(model, data, name, accuracy)) for data in main.sets)] for name in main.methods]
         attacked = [[name, *(spread(main.values(model, data, name, PGD)) for data in main.sets)] for name in main.methods]
         picture = _main_picture(main, model, output / f"main-{model.replace('/', '-')}.png")
-        relative = statistics.fmean(result["relative"][MEDIUM] for key, result in found.items() if key[0] == model)
+        relative = [result["relative"][MEDIUM] for key, result in found.items() if key[0] == model and "relative" in result]
         parts += [
             f"### {model}: mean over {', '.join(main.sets)} and its standard deviation over {len(main.seeds)} seeds, in points",
             table(heads, rows),
             f"![{model}]({picture.name})",
-            f"The medium strength is {relative:.1%} of the norm of a text's embeddings. ms a step: median, with other runs beside it. "
+            f"The medium strength is {statistics.fmean(relative or [0]):.1%} of the norm of a text's embeddings. "
+            "ms a step: median, with other runs beside it. "
             "p: paired t-test over seeds, two-sided, uncorrected for the number of rows: without any effect one in twenty has p < 0.05.",
             "What of a gain is the method's own: differences to its controls.",
             table(["method", "control", "clean", "p", f"PGD {medium:g}", "p"], pairs),
@@ -136,8 +143,35 @@ def describe_main(found: Found, output: pathlib.Path) -> str:
             table(["method", *main.sets], sets),
             f"PGD {medium:g}, by set:",
             table(["method", *main.sets], attacked),
+            *_perspectives(main, model),
         ]
     return "\n\n".join(parts)
+
+
+PERSPECTIVES = {
+    "in-distribution": accuracy,
+    "shifted": figure_of("shifted"),
+    "adversarial sets": figure_of("adversarial"),
+    "1 − calibration error": lambda result: 1 - result["calibration_error"],
+    "OOD AUROC": figure_of("auroc"),
+}
+
+
+def _perspectives(main: Main, model: str) -> list[str]:
+    """UEGR Table III's metric where the sets were given: (s − s_base) / (1 − s_base) of each perspective, and their mean."""
+    if not all(
+        {"shifted", "adversarial", "calibration_error", "auroc"} <= result.keys() for key, result in main.found.items() if key[0] == model
+    ):
+        return []
+    bases = {title: statistics.fmean(main.by_seed(model, BASE, pick)) for title, pick in PERSPECTIVES.items()}
+    rows = []
+    for name in main.methods:
+        gains = [
+            [(value - bases[title]) / (1 - bases[title]) if bases[title] < 1 else math.nan for value in main.by_seed(model, name, pick)]
+            for title, pick in PERSPECTIVES.items()
+        ]
+        rows.append([name, *map(spread, gains), spread([statistics.fmean(each) for each in zip(*gains, strict=True)])])
+    return [f"Robustness relative to {BASE}, in percent of what is missing to perfection:", table(["method", *PERSPECTIVES, "mean"], rows)]
 
 
 def _main_picture(main: Main, model: str, path: pathlib.Path) -> pathlib.Path:
@@ -146,7 +180,7 @@ def _main_picture(main: Main, model: str, path: pathlib.Path) -> pathlib.Path:
     for axes, (title, pick) in zip(figure.subplots(1, 2, sharey=True), HEADLINES.items(), strict=True):
         for i, name in enumerate(main.methods):
             gaps = [100 * gap for gap in main.against(model, name, BASE, pick)[0]]
-            error = statistics.stdev(gaps) if len(gaps) > 1 else 0
+            error = deviation(gaps)
             colour = "C1" if name == "uegr" else "C7" if "_epsilon_0" in name or name.endswith("x") or name == "uegr_all_selected" else "C0"
             axes.barh(i, statistics.fmean(gaps), xerr=error, color=colour, error_kw={"elinewidth": 1})
         axes.set_yticks(range(len(main.methods)), main.methods, fontsize=8)
@@ -156,6 +190,18 @@ def _main_picture(main: Main, model: str, path: pathlib.Path) -> pathlib.Path:
     figure.suptitle(f"{model}, mean over {', '.join(main.sets)}; grey: controls")
     figure.savefig(path, dpi=100)
     return path
+
+
+def means(found: Found) -> list[dict[str, Any]]:
+    """Mean and standard deviation over seeds of every figure, by model, set and method."""
+    rows = []
+    for (model, data, name), results in by_point(found).items():
+        picks = {"test": accuracy} | {key: figure_of(key) for key in ("validation", "seconds_per_step", "share")} | ATTACKS
+        values = {title: [pick(result) for result in results] for title, pick in picks.items()}
+        values = {title: each for title, each in values.items() if not any(map(math.isnan, each))}
+        figures = {title: {"mean": round(statistics.fmean(each), 6), "sd": round(deviation(each), 6)} for title, each in values.items()}
+        rows.append({"model": model, "set": data, "method": name, "seeds": len(results)} | figures)
+    return rows
 
 
 def summary(found: Found, cost: dict[str, dict]) -> str:
@@ -256,9 +302,7 @@ def describe_drop_attack(found: Found, output: pathlib.Path) -> str:
         rows = [[f"{epsilon:g}", *(spread(list(map(pick, groups[epsilon, p]))) for p in chances)] for epsilon in epsilons]
         parts.append(table([f"{title}; epsilon down, p across", *(f"{p:g}" for p in chances)], rows))
     figure.savefig(output / "drop_attack.png", dpi=100)
-    return "\n\n".join(
-        [*parts, "The row epsilon 0 and the column p 0 are controls: the same passes without an attack.\n\n![drop_attack](drop_attack.png)"]
-    )
+    return "\n\n".join([*parts, "The row epsilon 0 is the control: the same passes without an attack.\n\n![drop_attack](drop_attack.png)"])
 
 
 def _usual(results: list[dict[str, Any]]) -> list[str]:
@@ -267,7 +311,7 @@ def _usual(results: list[dict[str, Any]]) -> list[str]:
 
 def _line(axes: Any, places: Iterable[float], groups: Iterable[list[dict[str, Any]]], pick: Pick, label: str) -> None:
     values = [[100 * pick(result) for result in results] for results in groups]
-    errors = [statistics.stdev(each) if len(each) > 1 else 0 for each in values]
+    errors = list(map(deviation, values))
     axes.errorbar(list(places), list(map(statistics.fmean, values)), errors, marker="o", capsize=2, label=label)
 
 

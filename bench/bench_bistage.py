@@ -1,7 +1,7 @@
-"""A whole training step of a small Transformer: UEGR's beside plain AdamW's, and where its time goes."""
+"""A whole training step of a small BERT: UEGR's beside plain AdamW's, and where its time goes."""
 
 import copy
-import time
+import statistics
 from collections.abc import Callable
 
 import torch
@@ -10,21 +10,22 @@ from torch import nn
 import uegr_kernels as uk
 from uegr_kernels.models import TextTransformer
 
+from . import machine
 from .harness import Case, Contestant
 
 WORDS, CLASSES = 8000, 2
 
 
-def cases(quick: bool) -> list[Case]:
+def cases(quick: bool, device: str) -> list[Case]:
     sizes = {"dimension": 32, "layers": 1, "heads": 2} if quick else {"dimension": 256, "layers": 4, "heads": 4}
     batch = (4, 16) if quick else (16, 64)
-    return [case(f"small Transformer, {batch[0]} x {batch[1]} words, m = {passes}", sizes, batch, passes) for passes in (2, 3)]
+    return [case(f"small BERT, {batch[0]} x {batch[1]} words, m = {passes}", sizes, batch, passes, device) for passes in (2, 3)]
 
 
-def case(name: str, sizes: dict, batch: tuple[int, int], passes: int) -> Case:
+def case(name: str, sizes: dict, batch: tuple[int, int], passes: int, device: str) -> Case:
     torch.manual_seed(0)
-    start = TextTransformer(WORDS, CLASSES, **sizes)
-    ids, labels = torch.randint(0, WORDS, batch), torch.randint(0, CLASSES, batch[:1])
+    start = TextTransformer(WORDS, CLASSES, **sizes).to(device)
+    ids, labels = torch.randint(0, WORDS, batch).to(device), torch.randint(0, CLASSES, batch[:1]).to(device)
     loss = nn.functional.cross_entropy
 
     def uegr(backend: str) -> Callable[[], object]:
@@ -55,7 +56,7 @@ def case(name: str, sizes: dict, batch: tuple[int, int], passes: int) -> Case:
         return [
             Contestant("uegr_kernels", uegr("auto")),
             Contestant("AdamW, one pass", adamw(1)),
-            Contestant(f"AdamW, as many passes ({1 + passes})", adamw(1 + passes)),
+            Contestant("AdamW, 1 + m passes", adamw(1 + passes)),
             Contestant("UEGR in plain PyTorch", uegr("reference"), rounds=2),
         ]
 
@@ -73,7 +74,7 @@ def case(name: str, sizes: dict, batch: tuple[int, int], passes: int) -> Case:
         optimizer = uk.SelectiveAdamW(model.parameters(), 1e-4, seed=0)
         x = model.embedding(ids)
         wide = ids.repeat(passes, 1)
-        clean, adversarial = torch.randn(batch[0], CLASSES, requires_grad=True), torch.randn(passes, batch[0], CLASSES, requires_grad=True)
+        clean, adversarial = (torch.randn(*shape, batch[0], CLASSES, device=device, requires_grad=True) for shape in ((), (passes,)))
         loss(model(ids), labels).backward()
         parts: dict[str, Callable[[], object]] = {
             "clean pass": lambda: loss(model(ids), labels).backward(),
@@ -85,14 +86,9 @@ def case(name: str, sizes: dict, batch: tuple[int, int], passes: int) -> Case:
         seconds = {}
         for part, run in parts.items():
             run()
-            found = []
-            for _ in range(10):
-                began = time.perf_counter()
-                run()
-                found.append(time.perf_counter() - began)
-            seconds[part] = sorted(found)[5]
+            seconds[part] = statistics.median(machine.sample(run, 1, device) for _ in range(10))
         return {part: round(value / sum(seconds.values()), 4) for part, value in seconds.items()}
 
     parameters = sum(p.numel() for p in start.parameters())
     facts = {"model": "TextTransformer", **sizes, "batch": list(batch), "passes": passes, "parameters": parameters}
-    return Case(name, facts, 80 * parameters, verify, contestants, breakdown)
+    return Case(name, facts, 80 * parameters, verify, contestants, breakdown, device)

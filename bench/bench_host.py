@@ -10,19 +10,22 @@ import uegr_kernels as uk
 from .harness import Case, Contestant
 
 
-def cases(quick: bool) -> list[Case]:
-    return [case(f"400 tensors: {name}", options, 400) for name, options in (("defaults", {}), ("previous", {"statistics": "previous"}))]
+def cases(quick: bool, device: str) -> list[Case]:
+    tensors = 40 if quick else 400
+    settings = {"defaults": {}, "previous": {"statistics": "previous"}}
+    return [case(f"{tensors} tensors: {name}", options, tensors, device) for name, options in settings.items()]
 
 
-def case(name: str, options: dict, tensors: int) -> Case:
-    os.environ["TRITON_INTERPRET"] = "1"  # lets the backend take tensors on the CPU
+def case(name: str, options: dict, tensors: int, device: str) -> Case:
+    if device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # lets the backend take tensors on the CPU
     options = options | {"seed": 1, "backend": "triton", "capturable": True}
 
     def contestants() -> list[Contestant]:
         from triton.runtime.interpreter import InterpretedFunction
         from triton.runtime.jit import JITFunction
 
-        params = [torch.nn.Parameter(torch.zeros(64)) for _ in range(tensors)]
+        params = [torch.nn.Parameter(torch.zeros(64, device=device)) for _ in range(tensors)]
         gradients = [[torch.ones_like(p) for p in params] for _ in range(2)]  # gradients move at every step, as after zero_grad()
         turn = [0]
 
@@ -46,9 +49,8 @@ def case(name: str, options: dict, tensors: int) -> Case:
         fused = stepping(torch.optim.AdamW(params, fused=True), (torch, "_fused_adamw_"), (torch, "_foreach_add_"))
         return [Contestant("uegr_kernels", ours), Contestant("torch fused", fused)]
 
-    return Case(
-        name, {"tensors": tensors, "dtype": "float32", "backend": "triton"}, 2**20, lambda: None, contestants
-    )  # nothing is computed
+    facts = {"tensors": tensors, "dtype": "float32", "backend": "triton"}
+    return Case(name, facts, 2**20, lambda: None, contestants, device=device)  # nothing is computed
 
 
 def nothing(*args, **kwargs) -> None:

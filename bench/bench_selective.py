@@ -1,121 +1,196 @@
-"""The selective optimizers' step beside torch.optim's and plain PyTorch's."""
+"""The selective optimizers' step beside torch.optim's, other libraries' and plainer ways to write it."""
 
 import math
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 import uegr_kernels as uk
 from uegr_kernels.core import backends
 
+from . import peers, shapes
 from .harness import Case, Contestant
+from .machine import Step
 
-Shapes = list[tuple[int, ...]]
-IN_CACHE = 2**18  # elements up to which a second read of a gradient is served by a core's own cache and moves nothing
+IN_CACHE = {"cpu": 2**20, "cuda": 2**25}  # bytes up to which a second read of a gradient is served by a cache and moves nothing
+BLOCK = 2**20  # random elements, repeated to fill a tensor
+LR = 1e-5
+BRAIN = {"state_dtype": torch.bfloat16}
 SETTINGS = {
     "defaults (min-max)": {},
     "previous": {"statistics": "previous"},
     "previous, global": {"statistics": "previous", "scope": "global"},
     "rank, salient": {"normalization": "rank", "direction": "salient"},
     "constant": {"normalization": "constant"},
-    "previous, bfloat16 moments": {"statistics": "previous", "state_dtype": torch.bfloat16},
+    "previous, bfloat16 moments": {"statistics": "previous"} | BRAIN,
 }
-ADAMW = uk.SelectiveAdamW, torch.optim.AdamW, {}, ("exp_avg", "exp_avg_sq")
-SGD = uk.SelectiveSGD, torch.optim.SGD, {"momentum": 0.9}, ("momentum_buffer",)
+SLOW, LARGE = 20_000_000, 200_000_000  # elements from which on slow peers are left out, and others get few rounds
+MANY = 300  # tensors from which on the slowest is left out
 
 
-def cases(quick: bool) -> list[Case]:
-    bert = ("BERT-base", bert_shapes()) if not quick else ("small BERT", bert_shapes(hidden=64, layers=2, words=1000))
-    large = ("100M in one tensor", [(100_000_000,)]) if not quick else ("1M in one tensor", [(1_000_000,)])
-    small = ("5,000 tensors of 64", [(64,)] * 5000) if not quick else ("500 tensors of 64", [(64,)] * 500)
-    found = [adamw(*bert, setting) for setting in SETTINGS]
-    found += [adamw(*sizes, setting) for sizes in (large, small) for setting in list(SETTINGS)[:2]]
-    return [*found, case(f"{bert[0]}: SelectiveSGD, momentum 0.9", bert[1], {}, *SGD)]
+def cases(quick: bool, device: str) -> list[Case]:
+    models = {"small BERT": shapes.bert(64, 2, 1000)} if quick else dict(shapes.MODELS)
+    models |= {"1M in one tensor": [(1_000_000,)]} if quick else {"10M in one tensor": [(10_000_000,)]}
+    small = {f"{len(tensors):,} tensors of 64": tensors for tensors in [shapes.SMALL[:600] if quick else shapes.SMALL]}
+    several = {name: models[name] for name in ("small BERT", "BERT-base") if name in models}
+    found = [adamw(name, tensors, setting, device) for name, tensors in several.items() for setting in SETTINGS]
+    found += [adamw(name, tensors, next(iter(SETTINGS)), device) for name, tensors in (models | small).items() if name not in several]
+    found += [adamw(name, tensors, "previous", device) for name, tensors in small.items()]
+    found += [adamw(name, models[name], "rank, salient", device) for name in models if name == "TextCNN"]
+    for name in models:
+        if name in (*several, "1 B decoder", "7 B decoder"):
+            found.append(adamw(name, models[name], "previous", device, torch.bfloat16))
+    return [*found, *(case(f"{name}: SelectiveSGD, momentum 0.9", several[name], {}, device, sgd=True) for name in several)]
 
 
-def adamw(sizes: str, shapes: Shapes, setting: str) -> Case:
-    return case(f"{sizes}: {setting}", shapes, SETTINGS[setting], *ADAMW)
+def adamw(name: str, tensors: shapes.Shapes, setting: str, device: str, dtype: torch.dtype = torch.float32, **options) -> Case:
+    """In bfloat16, torch's moments are bfloat16 as well; so are ours then."""
+    brain = dtype == torch.bfloat16
+    settings = SETTINGS[setting] | (BRAIN if brain else {})
+    return case(f"{name}{', bfloat16' * brain}: {setting}", tensors, settings, device, dtype, **options)
 
 
-def bert_shapes(hidden: int = 768, layers: int = 12, words: int = 30522) -> Shapes:
-    """BERT for classification in two classes: 201 tensors and 109,483,778 elements as it stands, at its published sizes."""
-
-    def linear(outputs: int, inputs: int) -> Shapes:
-        return [(outputs, inputs), (outputs,)]
-
-    norm = [(hidden,), (hidden,)]
-    layer = [*linear(hidden, hidden) * 4, *norm, *linear(4 * hidden, hidden), *linear(hidden, 4 * hidden), *norm]
-    embeddings = [(words, hidden), (512, hidden), (2, hidden), *norm]
-    return [*embeddings, *layer * layers, *linear(hidden, hidden), *linear(2, hidden)]
-
-
-def case(name: str, shapes: Shapes, options: dict, ours: Callable, torchs: Callable, line: dict, moments: tuple[str, ...]) -> Case:
-    sizes = [math.prod(shape) for shape in shapes]
-    moment = torch.finfo(options.get("state_dtype", torch.float32)).bits // 8
-    twice = sum(size for size in sizes if size > IN_CACHE) if options.get("statistics") != "previous" else 0
-    if options.get("normalization") == "constant":
-        twice = 0
-    least = sum(sizes) * (12 + 8 * len(moments))  # theta read and written, g read, moments read and written
-    must_move = sum(sizes) * (12 + 2 * moment * len(moments)) + 4 * twice
+def case(
+    name: str,
+    tensors: shapes.Shapes,
+    options: dict,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    sgd: bool = False,
+    fused_alone: bool = False,
+    threads: int | None = None,
+) -> Case:
+    """fused_alone: of the peers, torch's fused optimizer and no other."""
+    ours, torchs = (uk.SelectiveSGD, torch.optim.SGD) if sgd else (uk.SelectiveAdamW, torch.optim.AdamW)
+    line, moments = ({"momentum": 0.9}, ("momentum_buffer",)) if sgd else ({}, ("exp_avg", "exp_avg_sq"))
+    sizes = [math.prod(shape) for shape in tensors]
+    elements, largest = sum(sizes), max(sizes)
+    state_dtype = options.get("state_dtype", torch.float32)
+    once = options.get("statistics") == "previous" or options.get("normalization") == "constant"
+    twice = 0 if once else sum(size for size in sizes if size * dtype.itemsize > IN_CACHE[device])
+    must_move = elements * (3 * dtype.itemsize + 2 * state_dtype.itemsize * len(moments)) + twice * dtype.itemsize
+    least = elements * dtype.itemsize * (3 + 2 * len(moments))  # torch's: theta and moments read and written, g read
+    default = not options and not sgd and dtype == torch.float32
 
     def contestants() -> list[Contestant]:
-        generator = torch.Generator().manual_seed(0)
-        params = [torch.randn(shape, generator=generator) for shape in shapes]
+        params = [filled(shape, dtype, device) for shape in tensors]
         for p in params:
-            p.grad = torch.randn(p.shape, generator=generator) * 1e-3
+            p.grad = filled(p.shape, dtype, device) * 1e-3
         shared: dict = {}
 
-        def stepping(optimizer: torch.optim.Optimizer, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
+        def stepping(optimizer: torch.optim.Optimizer, of: torch.dtype = dtype, names: tuple[str, ...] = moments) -> Step:
             """The optimizer's step over everyone's tensors; its counts are its own."""
             if len(params) >= 500:  # ours lays such states out itself, and small ones fit beside each other
                 return optimizer.step
-            if dtype not in shared:
-                shared[dtype] = [{key: torch.zeros(p.shape, dtype=dtype) for key in moments} for p in params]
-            for p, state in zip(params, shared[dtype], strict=True):
-                optimizer.state[p] = {"step": torch.tensor(0.0), **state}
+            if of not in shared:
+                shared[of] = [[torch.zeros(p.shape, dtype=of, device=device) for _ in moments] for p in params]
+            counting = (ours, torchs)
+            on = device if optimizer.defaults.get("fused") else "cpu"
+            stepped = [p for group in optimizer.param_groups for p in group["params"]]
+            for p, state in zip(stepped, shared[of], strict=True):
+                step = torch.tensor(0.0, device=on) if isinstance(optimizer, counting) else 0  # the libraries count in Python
+                optimizer.state[p] = {"step": step, **dict(zip(names, state, strict=True))}
             return optimizer.step
 
-        def selective(backend: str) -> Callable[[], object]:
-            return stepping(ours(params, 1e-5, **line, **options, seed=0, backend=backend), options.get("state_dtype", torch.float32))
+        def selective(backend: str) -> Step:
+            return stepping(ours(params, LR, **line, **options, seed=0, backend=backend), state_dtype)
 
-        found = [Contestant("uegr_kernels", selective("auto"), must_move)]
-        for kind, flags in (("fused", {"fused": True}), ("foreach", {"foreach": True}), ("for-loop", {"foreach": False})):
-            found.append(Contestant(f"torch {kind}", stepping(torchs(params, 1e-5, **line, **flags)), least))
-        if max(sizes) > 30_000_000:  # of which it makes some 100 bytes of temporaries an element
-            return [*found, Contestant("plain PyTorch", None, missing=f"a tensor of {max(sizes):,} elements would take it too much memory")]
-        if max(sizes) > 10_000_000 and options:  # half a minute a step
-            return [*found, Contestant("plain PyTorch", None, missing="timed with the default options only")]
-        return [*found, Contestant("plain PyTorch", selective("reference"), must_move, rounds=2)]
+        def of_torch(kind: str, flags: dict, rounds: int | None, memory: int) -> Contestant:
+            return Contestant(f"torch {kind}", stepping(torchs(params, LR, **line, **flags)), least, rounds, memory)
+
+        few = 2 if elements > LARGE else None
+        found = [Contestant("uegr_kernels", selective("auto"), must_move), of_torch("fused", {"fused": True}, None, 0)]
+        if fused_alone:
+            return found
+        found.append(of_torch("foreach", {"foreach": True}, few, 2 * elements * dtype.itemsize))
+        found.append(of_torch("for-loop", {"foreach": False}, few, 3 * largest * dtype.itemsize))
+        if sgd:
+            return [*found, plain(selective)]
+        libraries = {
+            "bitsandbytes": ("bitsandbytes", peers.bitsandbytes_adamw, ("state1", "state2")),
+            "DeepSpeed": ("deepspeed", peers.deepspeed_adamw, moments),
+        }
+        for each, (package, make, names) in libraries.items():
+            facts = {"bytes": least, "rounds": few, "memory": 8 * elements * (dtype != torch.float32)}  # their moments are float32
+            found.append(peers.library(each, package, lambda make=make, names=names: stepping(make(params), torch.float32, names), **facts))
+        return [*found, roast_like(params, stepping), plain(selective), compiled(params, stepping)]
+
+    def roast_like(params: list[Tensor], stepping: Callable) -> Contestant:
+        named = "RoAST-like"
+        ranked = options.get("normalization") == "rank"
+        if not (default or ranked):
+            return Contestant(named, None, missing="timed with the default options, and by rank")
+        if elements > LARGE or (ranked and elements > SLOW) or len(tensors) > 1000:
+            return Contestant(named, None, missing=f"too slow for {elements:,} elements in {len(tensors):,} tensors")
+        salient = options.get("direction") == "salient"
+        step = peers.five_passes(params, lambda twins: twice_stepping(stepping, twins), ranked=ranked, salient=salient)
+        return Contestant(named, step, rounds=2, memory=32 * elements)
+
+    def twice_stepping(stepping: Callable, twins: list[Tensor]) -> torch.optim.Optimizer:
+        optimizer = torch.optim.AdamW(twins, LR)
+        stepping(optimizer)
+        return optimizer
+
+    def plain(selective: Callable[[str], Step]) -> Contestant:
+        """The reference: some 100 bytes of temporaries an element, most of them for the random numbers."""
+        named = "plain PyTorch"
+        ranked = options.get("normalization") == "rank"  # it sorts
+        if elements > (SLOW / 10 if ranked else SLOW) or len(tensors) > MANY:
+            return Contestant(named, None, missing=f"too slow for {elements:,} elements in {len(tensors):,} tensors")
+        return Contestant(named, selective("reference"), must_move, rounds=2, memory=120 * largest)
+
+    def compiled(params: list[Tensor], stepping: Callable) -> Contestant:
+        named = "plain PyTorch, compiled"
+        if not default or len(tensors) > 1 or elements > SLOW:
+            return Contestant(named, None, missing="timed with the default options, on one tensor: it is compiled for each shape")
+        twin = params[0].detach()
+        twin.grad = params[0].grad
+        optimizer = torch.optim.AdamW([twin], LR)
+        stepping(optimizer)
+        state = optimizer.state[twin] or {key: torch.zeros_like(twin) for key in moments}
+        step = peers.compiled_reference(twin, state["exp_avg"], state["exp_avg_sq"], LR)
+        return Contestant(named, step, must_move, rounds=5, memory=60 * elements, may_fail=True)
 
     def verify() -> str | None:
-        return disagreement(lambda params, backend: ours(params, 1e-3, **line, **options, seed=0, backend=backend))
+        return disagreement(lambda params, backend: ours(params, 1e-3, **line, **options, seed=0, backend=backend), dtype, device)
 
-    backend = backends.choose("auto", f"selective.{ours.operator}", torch.device("cpu"), torch.float32)
+    backend = backends.choose("auto", f"selective.{ours.operator}", torch.device(device), dtype)
     facts = {"optimizer": ours.__name__, "options": {key: str(value) for key, value in options.items()}, "backend": backend}
-    facts |= {"tensors": len(shapes), "elements": sum(sizes), "dtype": "float32"}
-    memory = sum(sizes) * (8 + 4 * len(moments) + (moment * len(moments) if moment != 4 else 0))
-    return Case(name, facts, memory, verify, contestants)
+    facts |= {"tensors": len(tensors), "elements": elements, "dtype": str(dtype).removeprefix("torch.")}
+    memory = elements * (2 * dtype.itemsize + sum({state_dtype.itemsize, dtype.itemsize}) * len(moments))
+    return Case(name, facts, memory, verify, contestants, device=device, threads=threads)
 
 
-def disagreement(optimizer: Callable[[list[torch.Tensor], str], torch.optim.Optimizer]) -> str | None:
+def filled(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    """Random numbers, the same ones over and over in a large tensor."""
+    block = torch.randn(min(math.prod(shape), BLOCK), generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    found = torch.empty(shape, dtype=dtype, device=device)
+    for part in found.view(-1).split(BLOCK):
+        part.copy_(block[: len(part)])
+    return found
+
+
+def disagreement(optimizer: Callable[[list[Tensor], str], torch.optim.Optimizer], dtype: torch.dtype, device: str) -> str | None:
     """What differs after two steps of ours and of the reference on a few small tensors.
 
     Gradients are rounded to bfloat16, so that a rank by histogram is exact. One element in a thousand may differ: the draw of a u next to
-    p, or a stochastic rounding, turns on the last bit.
+    p, or a stochastic rounding, turns on the last bit; in bfloat16 so may a last bit.
     """
     states = []
     for backend in ("auto", "reference"):
         generator = torch.Generator().manual_seed(1)
-        params = [torch.randn(shape, generator=generator) for shape in ((257, 129), (4096,), (3, 5, 7), (1,), ())]
+        params = [torch.randn(shape, generator=generator).to(device, dtype) for shape in ((257, 129), (4096,), (3, 5, 7), (1,), ())]
         stepper = optimizer(params, backend)
         for _ in range(2):
             for p in params:
-                p.grad = torch.randn(p.shape, generator=generator).bfloat16().float()
+                p.grad = torch.randn(p.shape, generator=generator).bfloat16().to(device, dtype)
             stepper.step()
         states.append([{"parameter": p, **stepper.state[p]} for p in params])
     for mine, other in zip(*states, strict=True):
         for key, tensor in mine.items():
-            wrong = int((~torch.isclose(tensor, other[key], rtol=1e-4, atol=1e-6, equal_nan=True)).sum())
-            if wrong > tensor.numel() / 1000:
-                return f"{wrong} of {tensor.numel()} elements of {key}"
+            close = torch.isclose(tensor, other[key], rtol=1e-4 if tensor.dtype == torch.float32 else 2**-7, atol=1e-6, equal_nan=True)
+            if int((~close).sum()) > tensor.numel() / 1000:
+                return f"{int((~close).sum())} of {tensor.numel()} elements of {key}"
     return None

@@ -19,9 +19,9 @@ import torch
 import uegr_kernels as uk
 from uegr_kernels.core import backends
 
-from . import harness
+from . import harness, shapes
 from .bench_divergence import ours, plain
-from .bench_selective import bert_shapes
+from .machine import no_gpu
 
 NO_GPU = 3
 SECONDS = 450  # for everything; 8 minutes with what starting and stopping take
@@ -76,14 +76,6 @@ def machine() -> dict:
         found |= {"cuda": torch.version.cuda, "hip": torch.version.hip, "driver": driver(), "device": "cuda"}
         found["backend"] = backends.choose("auto", "selective.selective_adamw_", torch.device("cuda"), torch.float32)
     return found
-
-
-def no_gpu() -> str | None:
-    if torch.version.cuda is None and torch.version.hip is None:
-        return f"torch {torch.__version__} is built without CUDA and ROCm; install a GPU build of torch"
-    if not torch.cuda.is_available():
-        return f"torch {torch.__version__} is built for GPUs but finds none; look at the driver (`nvidia-smi`, `rocm-smi`)"
-    return None
 
 
 def driver() -> str:
@@ -164,11 +156,12 @@ def alternate(steps: dict[str, Callable[[], object]], must_move: int, until: flo
     return {"bytes": must_move, "copy_gb_s": copied / 1e9, "contestants": found}
 
 
-def step_case(shapes: list | None = None, dtype: torch.dtype = torch.float32, **options) -> Callable[[float], dict]:
-    """A step beside torch's fused one, at BERT-large's tensors where none are named."""
+def step_case(
+    tensors: shapes.Shapes = shapes.MODELS["BERT-large"], dtype: torch.dtype = torch.float32, **options
+) -> Callable[[float], dict]:
+    """A step beside torch's fused one."""
 
     def case(until: float) -> dict:
-        tensors = shapes or bert_shapes(hidden=1024, layers=24)
         params = [torch.nn.Parameter(torch.randn(shape, device="cuda", dtype=dtype)) for shape in tensors]
         for p in params:
             p.grad = torch.randn_like(p)
@@ -184,7 +177,7 @@ def sweep(until: float) -> dict:
     """Warps and the size of a group of tensors in the Triton step."""
     from uegr_kernels.core import triton_ops
 
-    params = [torch.nn.Parameter(torch.randn(shape, device="cuda")) for shape in bert_shapes(hidden=1024, layers=24)]
+    params = [torch.nn.Parameter(torch.randn(shape, device="cuda")) for shape in shapes.MODELS["BERT-large"]]
     for p in params:
         p.grad = torch.randn_like(p)
     steps = {}

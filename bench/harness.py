@@ -1,8 +1,8 @@
 """Times ours beside its peers in alternation, counts bytes and memory, and keeps the results; README.md states the protocol."""
 
 import contextlib
-import ctypes
 import gc
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -14,16 +14,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 import uegr_kernels
 from uegr_kernels.core import native
 
+from . import machine
+
 ROOT = pathlib.Path(__file__).parent.parent
 SHORTEST = 0.01  # seconds a sample takes at least: shorter steps are repeated within one
-BUSY = 0.5  # load average above which a machine does not count as quiet
+SHARE = 0.8  # of the free memory that a case may take
+PEERS = ("triton", "liger_kernel", "bitsandbytes", "deepspeed")  # packages whose versions are kept, where they are installed
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,11 @@ class Contestant:
     """One implementation at work on a case's tensors; `step` is None where it cannot run, and `missing` says why."""
 
     name: str
-    step: Callable[[], object] | None
-    bytes: int = 0  # that one step must move
+    step: machine.Step | None
+    bytes: int = 0  # that one step must move; 0: not stated
     rounds: int | None = None  # at most so many, for the very slow; None: all
+    memory: int = 0  # bytes that it takes beside the case's
+    may_fail: bool = False  # other people's code that need not run here: an error of its first step is the reason why it is missing
     missing: str = ""
 
 
@@ -47,14 +52,8 @@ class Case:
     verify: Callable[[], str | None]
     contestants: Callable[[], list[Contestant]]
     breakdown: Callable[[], dict[str, float]] | None = None  # shares of ours by part, measured apart
-
-
-def sample(step: Callable[[], object], repeats: int) -> float:
-    """Seconds one step takes, over `repeats` of them in a row."""
-    started = time.perf_counter()
-    for _ in range(repeats):
-        step()
-    return (time.perf_counter() - started) / repeats
+    device: str = "cpu"
+    threads: int | None = None  # None: as many as the run has
 
 
 def spread(values: list[float]) -> dict:
@@ -63,89 +62,54 @@ def spread(values: list[float]) -> dict:
     return {name: float(f"{value:.6g}") for name, value in (("median", middle), ("q1", low), ("q3", high))}
 
 
-class Copy:
-    """Bandwidth of a plain copy of a tensor much larger than the caches: the bytes read plus the bytes written, per second."""
-
-    def __init__(self, size: int):
-        self.source, self.target = torch.ones(size // 4), torch.zeros(size // 4)
-        self.size = size
-
-    def __call__(self, times: int = 5) -> list[float]:
-        return [2 * self.size / sample(lambda: self.target.copy_(self.source), 1) / 1e9 for _ in range(times)]
-
-
-def peak_extra(step: Callable[[], object]) -> int | None:
-    """Bytes by which the resident set peaks above its start during one step (Linux; None elsewhere).
-
-    Free heap memory is handed back first: what a step takes from it would not show.
-    """
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        before = _kilobytes("self/status", "VmHWM")
-        step()
-        return 1024 * max(0, _kilobytes("self/status", "VmHWM") - before)
-    except (OSError, AttributeError):
-        step()
-        return None
-
-
-def _kilobytes(file: str, key: str) -> int:
-    lines = pathlib.Path("/proc", file).read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(f"{key}:")).split()[1])
-
-
-def free_memory() -> float:
-    with contextlib.suppress(OSError):
-        return 1024.0 * _kilobytes("meminfo", "MemAvailable")
-    return math.inf
-
-
-def others_seconds() -> float | None:
-    """CPU seconds that this machine has spent on anything but this process, hypervisor included (Linux; None elsewhere)."""
-    with contextlib.suppress(OSError):
-        user, nice, system, _, _, irq, softirq, steal = map(int, pathlib.Path("/proc/stat").read_text().split()[1:9])
-        own = os.times()
-        return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - own.user - own.system
-    return None
-
-
-def wait_until_quiet(seconds: float) -> str | None:
-    """Waits until the load average is low, `seconds` at most; returns a warning where it stays high."""
-    until = time.monotonic() + seconds
-    if seconds and os.getloadavg()[0] > BUSY:
-        print(f"load average {os.getloadavg()[0]:.2f}: waiting up to {seconds:.0f} s for {BUSY}", file=sys.stderr, flush=True)
-    while os.getloadavg()[0] > BUSY:
-        if time.monotonic() >= until:
-            return f"the machine is busy (load average {os.getloadavg()[0]:.2f} before the run): ratios are in doubt, times more so"
-        time.sleep(min(5, max(0, until - time.monotonic())))
-    return None
-
-
-def measure(case: Case, rounds: int, copy: Copy, tick: Callable[[], None]) -> dict:
+def measure(case: Case, rounds: int, copy: machine.Copy, tick: Callable[[], None], without: str | None = None) -> dict:
     """The case's result. A B A C A B A C ...: ours beside each peer in every round, the ratio taken from neighbours."""
     line: dict = {"case": case.name, **case.facts, "rounds": rounds}
-    if case.memory > 0.8 * free_memory():
-        return line | {"skipped": f"needs {case.memory / 1e9:.1f} GB, more than 80 % of what is free"}
-    if wrong := case.verify():
-        return line | {"error": f"ours and the reference disagree: {wrong}"}
-    everyone = case.contestants()
+    gc.collect()
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # else a function is compiled for the shapes of eight cases and no more
+    room = SHARE * machine.free_memory(case.device)
+    if case.memory > room:
+        return line | {"skipped": f"needs {case.memory / 1e9:.1f} GB, more than {SHARE:.0%} of what is free"}
+    with machine.threads(case.threads):
+        if wrong := case.verify():
+            return line | {"error": f"ours and the reference disagree: {wrong}"}
+        everyone = [_allowed(one, room - case.memory, without) for one in case.contestants()]
+        return line | _alternate(everyone, rounds, copy, tick) | ({"breakdown": case.breakdown()} if case.breakdown else {})
+
+
+def _allowed(one: Contestant, room: float, without: str | None) -> Contestant:
+    if one.memory > room:
+        return replace(one, step=None, missing=f"takes {one.memory / 1e9:.1f} GB beside the tensors, more than {SHARE:.0%} of what is free")
+    if without and without in one.name and one.name != "uegr_kernels":
+        return replace(one, step=None, missing=f"left out by --without {without}")
+    return one
+
+
+def _alternate(everyone: list[Contestant], rounds: int, copy: machine.Copy, tick: Callable[[], None]) -> dict:
+    """What is found of the contestants, and how quiet the machine was meanwhile."""
+    line: dict = {"load_before": os.getloadavg()}
+    started, others, gigabytes = time.perf_counter(), machine.others_seconds(), copy()
+    results, repeats = {}, {}
+    for i, one in enumerate(everyone):
+        try:
+            if one.step:
+                results[one.name], repeats[one.name] = _warmed_up(one, copy.device)
+        except Exception as error:
+            if not one.may_fail:
+                raise
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no message'}"
+            everyone[i] = replace(one, step=None, missing=reason)
     ours, *peers = [one for one in everyone if one.step]
-    line["load_before"], started, others = os.getloadavg(), time.perf_counter(), others_seconds()
-    gigabytes, repeats, extra = copy(), {}, {}
     times: dict[str, list[float]] = {one.name: [] for one in (ours, *peers)}
     ratios: dict[str, list[float]] = {peer.name: [] for peer in peers}
-    for one in (ours, *peers):  # the warm-up
-        one.step()
-        extra[one.name] = peak_extra(one.step)
-        repeats[one.name] = 1 if one.rounds else math.ceil(SHORTEST / sample(one.step, 1))
     gc.collect()
     gc.disable()
     try:
         for turn in range(rounds):
             for peer in [peer for peer in peers if turn < (peer.rounds or rounds)] or [None]:
                 for one in filter(None, (ours, peer)):
-                    times[one.name].append(sample(one.step, repeats[one.name]))
+                    times[one.name].append(machine.sample(one.step, repeats[one.name], copy.device))
                 if peer:
                     ratios[peer.name].append(times[ours.name][-1] / times[peer.name][-1])
             tick()
@@ -153,7 +117,7 @@ def measure(case: Case, rounds: int, copy: Copy, tick: Callable[[], None]) -> di
         gc.enable()
     line["copy_gb_s"] = spread(gigabytes + copy())
     line["load_after"] = os.getloadavg()
-    line["others_cpus"] = None if others is None else round((others_seconds() - others) / (time.perf_counter() - started), 3)
+    line["others_cpus"] = None if others is None else round((machine.others_seconds() - others) / (time.perf_counter() - started), 3)
     line["contestants"] = []
     for one in everyone:
         if not one.step:
@@ -163,20 +127,34 @@ def measure(case: Case, rounds: int, copy: Copy, tick: Callable[[], None]) -> di
         result = {"name": one.name, "seconds": spread(times[one.name]), "samples": len(times[one.name]), "repeats": repeats[one.name]}
         result |= {"ours_over_this": spread(ratios[one.name])} if one.name in ratios else {}
         result |= {"bytes": one.bytes, "gb_s": round(rate, 3), "copy_share": round(rate / line["copy_gb_s"]["median"], 4)}
-        line["contestants"].append(result | {"peak_extra_bytes": extra[one.name]})
-    return line | ({"breakdown": case.breakdown()} if case.breakdown else {})
+        line["contestants"].append(result | results[one.name])
+    return line
 
 
-def environment(command: str) -> dict:
+def _warmed_up(one: Contestant, device: str) -> tuple[dict, int]:
+    """A first step, then what a step takes and starts, and how many make a sample."""
+    one.step()
+    found = {"peak_extra_bytes": machine.peak_extra(one.step, device), "launches": machine.launches(one.step, device)}
+    return found, 1 if one.rounds else math.ceil(SHORTEST / machine.sample(one.step, 1, device))
+
+
+def environment(command: str, device: str = "cpu") -> dict:
     """Where and with what a run is made."""
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     versions = {"uegr_kernels": uegr_kernels.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    machine = {"cpu": cpu, "cpus": os.cpu_count(), "system": platform.system(), "isa": native.load()[0], "threads": torch.get_num_threads()}
+    for package in PEERS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    here = {"cpu": cpu, "cpus": os.cpu_count(), "system": platform.system(), "isa": native.load()[0], "threads": torch.get_num_threads()}
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        here |= {"gpu": properties.name, "gpu_memory": properties.total_memory}
+        versions["cuda"] = torch.version.cuda or f"ROCm {torch.version.hip}"
     time_utc = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return {"device": "cpu", "machine": machine, "versions": versions, "commit": _commit(), "command": command, "time": time_utc}
+    return {"device": device, "machine": here, "versions": versions, "commit": _commit(), "command": command, "time": time_utc}
 
 
 def _commit() -> str | None:
@@ -205,17 +183,17 @@ def keep(path: pathlib.Path, line: dict, names: list[str]) -> list[dict]:
 
 
 @contextlib.contextmanager
-def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """Yields what moves a progress bar on by one, under a name; without tqdm, or away from a terminal, there is no bar."""
+def progress(total: int) -> Iterator[Callable[[str, int], None]]:
+    """Yields what moves a progress bar on by some rounds, under a name; without tqdm, or away from a terminal, there is no bar."""
     if importlib.util.find_spec("tqdm") is None:
-        yield lambda name: None
+        yield lambda name, rounds: None
         return
     from tqdm import tqdm
 
     with tqdm(total=total, unit="round", disable=None) as bar:
 
-        def tick(name: str) -> None:
-            bar.set_description(name, refresh=False)
-            bar.update()
+        def tick(name: str, rounds: int) -> None:
+            bar.set_description(name)
+            bar.update(rounds)
 
         yield tick

@@ -2,61 +2,90 @@
 
 import importlib.util
 import pathlib
+import textwrap
 from typing import Any
+
+from . import tables
 
 
 def pictures(path: pathlib.Path, lines: list[dict]) -> list[pathlib.Path]:
     """Draws what a suite's results have to show beside their file; none without matplotlib."""
-    lines = [line for line in lines if "contestants" in line]
-    if not lines or importlib.util.find_spec("matplotlib") is None:
+    measured = [line for line in lines if "contestants" in line]
+    if not measured or importlib.util.find_spec("matplotlib") is None:
         return []
-    return [_scaling(path, lines) if all("axis" in line for line in lines) else _ratios(path, lines)]
+    named = textwrap.fill(tables.missing(lines), 110)
+    return [_scaling(path, measured, named) if all("axis" in line for line in measured) else _ratios(path, measured, named)]
 
 
-def _ratios(path: pathlib.Path, lines: list[dict]) -> pathlib.Path:
-    from matplotlib.figure import Figure
-
-    bars = [
-        (line["case"], one["name"], one["ours_over_this"]) for line in lines for one in line["contestants"][1:] if "ours_over_this" in one
-    ]
-    figure = Figure(figsize=(9, 0.32 * len(bars) + 1.2), layout="constrained")
-    axes = figure.add_subplot()
-    peers = list(dict.fromkeys(peer for _, peer, _ in bars))
-    for i, (_, peer, ratio) in enumerate(bars):
-        beyond = [[ratio["median"] - ratio["q1"]], [ratio["q3"] - ratio["median"]]]
-        axes.barh(i, ratio["median"], xerr=beyond, color=f"C{peers.index(peer) % 10}", error_kw={"elinewidth": 1})
-    axes.set_yticks(range(len(bars)), [f"{case} / {peer}" for case, peer, _ in bars], fontsize=7)
-    axes.invert_yaxis()
+def _ratios(path: pathlib.Path, lines: list[dict], missing: str) -> pathlib.Path:
+    """A group of bars for each case, a colour for each peer."""
+    peers = list(dict.fromkeys(one["name"] for line in lines for one in line["contestants"] if "ours_over_this" in one))
+    bars = [[(one["name"], one["ours_over_this"]) for one in line["contestants"] if "ours_over_this" in one] for line in lines]
+    height = 0.17 * sum(map(len, bars)) + 0.15 * len(bars) + 1.8
+    drawn = figure(10, height)
+    axes = drawn.add_subplot()
+    place, centres = 0.0, []
+    for group in bars:
+        for i, (peer, ratio) in enumerate(group):
+            beyond = [[ratio["median"] - ratio["q1"]], [ratio["q3"] - ratio["median"]]]
+            axes.barh(place + i, ratio["median"], 0.9, xerr=beyond, color=f"C{peers.index(peer) % 10}", error_kw={"elinewidth": 1})
+        centres.append(place + (len(group) - 1) / 2)
+        place += len(group) + 1
+    axes.set_yticks(centres, [tables.case_name(line) for line in lines], fontsize=8)
+    axes.set_ylim(place - 0.5, -1)
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set(xscale="log", xlabel="our time / the peer's (median, quartiles)", title=path.stem)
-    return _written(figure, path)
+    axes.legend(
+        [axes.barh(0, 0, color=f"C{i % 10}") for i in range(len(peers))],
+        peers,
+        fontsize=7,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=5,
+    )
+    axes.set(xscale="log", xlabel=f"our time / the peer's (median, quartiles); left of the line ours is faster\n{missing}")
+    axes.xaxis.label.set_size(8)
+    drawn.suptitle(path.stem)
+    return _written(drawn, path)
 
 
-def _scaling(path: pathlib.Path, lines: list[dict]) -> pathlib.Path:
-    from matplotlib.figure import Figure
-
+def _scaling(path: pathlib.Path, lines: list[dict], missing: str) -> pathlib.Path:
+    """Time over size, a line for each contestant and number of threads, and below it the same by element."""
     axes_names = list(dict.fromkeys(line["axis"] for line in lines))
-    figure = Figure(figsize=(5.5 * len(axes_names), 4.5), layout="constrained")
-    for axes, axis in zip(figure.subplots(1, len(axes_names), squeeze=False)[0], axes_names, strict=True):
+    threads = list(dict.fromkeys(line["threads"] for line in lines))
+    drawn = figure(5.5 * len(axes_names), 8.5)
+    for column, axis in zip(drawn.subplots(2, len(axes_names), squeeze=False).T, axes_names, strict=True):
         found = [line for line in lines if line["axis"] == axis]
-        for name in dict.fromkeys(one["name"] for line in found for one in line["contestants"]):
-            points = [
-                (line["elements"], one["seconds"]["median"])
-                for line in found
-                for one in line["contestants"]
-                if one["name"] == name and "seconds" in one
-            ]
-            axes.plot(*zip(*points, strict=True), marker="o", label=name)
-        limit = [(line["elements"], line["contestants"][0]["bytes"] / line["copy_gb_s"]["median"] / 1e9) for line in found]
-        axes.plot(*zip(*limit, strict=True), linestyle=":", color="black", label="its bytes at a copy's rate")
-        axes.set(xscale="log", yscale="log", xlabel="elements", ylabel="seconds a step", title=axis)
-        axes.legend(fontsize=7)
-    return _written(figure, path)
+        for style, count in zip(("-", "--", ":"), threads, strict=False):
+            some = [line for line in found if line["threads"] == count]
+            ending = "" if count is None else f", {count} thread{'s' * (count > 1)}"
+            for i, name in enumerate(dict.fromkeys(one["name"] for line in some for one in line["contestants"])):
+                _curves(column, f"{name}{ending}", some, name, color=f"C{i}", linestyle=style, marker="o", markersize=3)
+            _curves(column, f"its bytes at a copy's rate{ending}", some, None, color="black", linestyle=style, linewidth=0.8)
+        column[0].set(xscale="log", yscale="log", xlabel="elements", ylabel="seconds a step", title=axis)
+        column[1].set(xscale="log", yscale="log", xlabel="elements", ylabel="nanoseconds an element")
+        column[0].legend(fontsize=7)
+    disturbed = sum(tables.disturbed(line) for line in lines)
+    warning = f"{disturbed} of {len(lines)} cases were disturbed by other programs" if disturbed else ""
+    drawn.suptitle("\n".join(filter(None, (path.stem, warning, missing))), fontsize=8)
+    return _written(drawn, path)
 
 
-def _written(figure, path: pathlib.Path) -> pathlib.Path:
+def _curves(column, label: str, lines: list[dict], name: str | None, **looks) -> None:
+    """A contestant's seconds over the elements, and its nanoseconds an element; without a name, those that our bytes take in a copy."""
+    points = []
+    for line in lines:
+        if name is None:
+            points.append((line["elements"], line["contestants"][0]["bytes"] / line["copy_gb_s"]["median"] / 1e9))
+        points += [(line["elements"], one["seconds"]["median"]) for one in line["contestants"] if one["name"] == name and "seconds" in one]
+    if points:
+        sizes, seconds = zip(*points, strict=True)
+        column[0].plot(sizes, seconds, label=label, **looks)
+        column[1].plot(sizes, [1e9 * each / size for size, each in points], **looks)
+
+
+def _written(drawn: Any, path: pathlib.Path) -> pathlib.Path:
     picture = path.with_suffix(".png")
-    figure.savefig(picture, dpi=110)
+    drawn.savefig(picture, dpi=110)
     return picture
 
 

@@ -70,6 +70,7 @@ class Settings:
     examples  rows to train on, drawn by the seed; 0: all.  length  words of a text at most.  dropout  of the model; None: its own
     final     evaluate on the test set; else the validation score is all there is
     attacked  rows of the test set under attack
+    shifted, adversarial, ood  other sets whose tests the model is scored on: with its own labels, or for the AUROC of telling them apart
     """
 
     data: str
@@ -87,6 +88,9 @@ class Settings:
     batch: int = 16
     final: bool = True
     attacked: int = 200
+    shifted: Sequence[str] = ()
+    adversarial: Sequence[str] = ()
+    ood: Sequence[str] = ()
 
 
 # Reading
@@ -124,6 +128,18 @@ def read(folder: pathlib.Path, name: str) -> TextSet:
         raise DataError(f"{path}: no such set; there are {', '.join(sets_in(folder))}")
     stem, texts, label, metric = GLUE[name.lower()]
     return TextSet(*(_columns(path / f"{part}.tsv", texts, label) for part in ("train", stem)), metric)
+
+
+@functools.lru_cache
+def read_test(folder: pathlib.Path, name: str) -> list[Row]:
+    """The test alone, of a set that may have no training part."""
+    path = folder / name
+    if (path / "test.tsv.gz").exists():
+        return _rows(path / "test.tsv.gz")
+    stem, texts, label, _ = GLUE.get(name.lower(), ("test", (), "", ""))
+    if not texts or not (path / f"{stem}.tsv").exists():
+        raise DataError(f"{path}: no test.tsv.gz there, and no test of GLUE's")
+    return _columns(path / f"{stem}.tsv", texts, label)
 
 
 def _lines(path: pathlib.Path) -> list[str]:
@@ -164,11 +180,15 @@ def _number(row: Row) -> bool:
     return False
 
 
+def held_of(rows: int) -> int:
+    return min(VALIDATION, rows // 5)
+
+
 def split(data: TextSet, settings: Settings) -> tuple[list[Row], list[Row]]:
     """Rows to train on and to validate on: both of the training set, drawn by the seed."""
     rows = data.train.copy()
     random.Random(f"{settings.data} {settings.seed}").shuffle(rows)
-    held = min(VALIDATION, len(rows) // 5)
+    held = held_of(len(rows))
     return rows[held : held + settings.examples] if settings.examples else rows[held:], rows[:held]
 
 
@@ -185,7 +205,8 @@ def labels_of(rows: list[Row], data: TextSet) -> Tensor:
     try:
         return torch.tensor([number[row.label] for row in rows])
     except KeyError as error:
-        raise DataError(f"the label {error} of the test does not occur in the training set") from None
+        known = ", ".join(data.labels)
+        raise DataError(f"the label {error} of a test does not occur in the training set, which has {known}") from None
 
 
 def build(settings: Settings, data: TextSet, train: list[Row], device: torch.device) -> Built:
@@ -304,7 +325,7 @@ def run(
         state["share"], state["largest_inverse"] = _selected(optimizer, model, before)
         state["loss"] = float(losses["loss"])
         recipe.epoch_end()
-        value = score(model, validation, len(held), data.metric)
+        value = score(*outputs_of(model, validation, len(held)), data.metric)
         if value > state["best"]:
             state |= {"best": value, "best_epoch": epoch + 1, "weights": {key: t.clone() for key, t in model.state_dict().items()}}
         state["epoch"] = epoch + 1
@@ -324,7 +345,7 @@ def run(
         "largest_inverse": state["largest_inverse"],
     }
     if settings.final:
-        result |= evaluate(model, settings, data, encoded)
+        result |= evaluate(model, settings, folder, encoded)
     if checkpoint:
         checkpoint.unlink(missing_ok=True)
     return result, model
@@ -404,8 +425,8 @@ def _selected(optimizer: torch.optim.Optimizer, model: nn.Module, before: int) -
 # Evaluation
 
 
-def score(model: nn.Module, batches: Batches, rows: int, metric: str) -> float:
-    """The metric over all rows, in eval mode."""
+def outputs_of(model: nn.Module, batches: Batches, rows: int) -> tuple[Tensor, Tensor]:
+    """Logits [N, C] and labels [N] of all rows, in eval mode, on the CPU."""
     model.eval()
     outputs, truth = [], []
     with torch.no_grad():
@@ -414,14 +435,17 @@ def score(model: nn.Module, batches: Batches, rows: int, metric: str) -> float:
             logits = model(**inputs)
             outputs.append(getattr(logits, "logits", logits).float().cpu())
             truth.append(labels.cpu())
-    found, labels = torch.cat(outputs), torch.cat(truth)
+    return torch.cat(outputs), torch.cat(truth)
+
+
+def score(logits: Tensor, labels: Tensor, metric: str) -> float:
     if metric == "accuracy":
-        return float((found.argmax(1) == labels).float().mean())
+        return float((logits.argmax(1) == labels).float().mean())
     if metric == "matthews":  # Pearson's of two binary variables
-        return _finite(torch.corrcoef(torch.stack([found.argmax(1).double(), labels.double()]))[0, 1])
+        return _finite(torch.corrcoef(torch.stack([logits.argmax(1).double(), labels.double()]))[0, 1])
     from scipy.stats import pearsonr, spearmanr
 
-    return _finite((pearsonr(found[:, 0], labels).statistic + spearmanr(found[:, 0], labels).statistic) / 2)
+    return _finite((pearsonr(logits[:, 0], labels).statistic + spearmanr(logits[:, 0], labels).statistic) / 2)
 
 
 def _finite(value: Any) -> float:
@@ -433,15 +457,27 @@ def _in_order(rows: int, size: int = 128) -> Iterator[range]:
     return (range(first, min(first + size, rows)) for first in range(0, rows, size))
 
 
-def evaluate(model: nn.Module, settings: Settings, data: TextSet, encoded: Callable[[list[Row]], Batches]) -> dict[str, Any]:
-    """The metric on the test set and, for classes, accuracy under FGM and PGD-10 on its first rows."""
-    found: dict[str, Any] = {"test": score(model, encoded(data.test), len(data.test), data.metric)}
-    if data.metric == "correlation" or not settings.attacked:
+def evaluate(model: nn.Module, settings: Settings, folder: pathlib.Path, encoded: Callable[[list[Row]], Batches]) -> dict[str, Any]:
+    """The metric on the test set; for classes also calibration, accuracy under FGM and PGD-10 on its first rows, and the other sets."""
+    data = read(folder, settings.data)
+    logits, labels = outputs_of(model, encoded(data.test), len(data.test))
+    found: dict[str, Any] = {"test": score(logits, labels, data.metric)}
+    if data.metric == "correlation":
         return found
-    rows = data.test[: settings.attacked]
-    batches = encoded(rows)
-    for attack in ("fgm", "pgd"):
-        seen = uk.analysis.accuracy_under_attack(model, embedding_of(model), map(batches, _in_order(len(rows))), STRENGTHS, attack)
-        found["clean"], found[attack] = seen[0].accuracy, [each.accuracy for each in seen[1:]]
-    found["relative"] = [round(each.relative, 5) for each in seen[1:]]  # epsilon over the norm of a text's embeddings
+    found["calibration_error"] = uk.analysis.calibration_error(logits, labels)
+    for perspective in ("shifted", "adversarial"):
+        if names := getattr(settings, perspective):
+            tests = [read_test(folder, name) for name in names]
+            found[perspective] = statistics.fmean(score(*outputs_of(model, encoded(rows), len(rows)), "accuracy") for rows in tests)
+    if settings.ood:
+        others = [[row._replace(label=data.labels[0]) for row in read_test(folder, name)] for name in settings.ood]
+        scores = (uk.analysis.ood_auroc(logits, outputs_of(model, encoded(rows), len(rows))[0]) for rows in others)
+        found["auroc"] = statistics.fmean(scores)
+    if settings.attacked:
+        rows = data.test[: settings.attacked]
+        batches = encoded(rows)
+        for attack in ("fgm", "pgd"):
+            seen = uk.analysis.accuracy_under_attack(model, embedding_of(model), map(batches, _in_order(len(rows))), STRENGTHS, attack)
+            found["clean"], found[attack] = seen[0].accuracy, [each.accuracy for each in seen[1:]]
+        found["relative"] = [round(each.relative, 5) for each in seen[1:]]  # epsilon over the norm of a text's embeddings
     return found

@@ -1,0 +1,45 @@
+"""What is timed, as data: the tensors of the models, and the sizes of sweeps and losses."""
+
+Shapes = list[tuple[int, ...]]
+
+
+def linear(outputs: int, inputs: int) -> Shapes:
+    return [(outputs, inputs), (outputs,)]
+
+
+def textcnn(words: int = 30_000, dimension: int = 300, filters: int = 100, classes: int = 2) -> Shapes:
+    """Convolutions of widths 3, 4, 5 over word vectors."""
+    convolutions = [shape for width in (3, 4, 5) for shape in [(filters, dimension, width), (filters,)]]
+    return [(words, dimension), *convolutions, *linear(classes, 3 * filters)]
+
+
+def bert(hidden: int = 768, layers: int = 12, words: int = 30_522, positions: int = 512, types: int = 2) -> Shapes:
+    """BERT, or RoBERTa, for classification in two classes."""
+    norm = [(hidden,), (hidden,)]
+    layer = [*linear(hidden, hidden) * 4, *norm, *linear(4 * hidden, hidden), *linear(hidden, 4 * hidden), *norm]
+    embeddings = [(words, hidden), (positions, hidden), (types, hidden), *norm]
+    return [*embeddings, *layer * layers, *linear(hidden, hidden), *linear(2, hidden)]
+
+
+def decoder(hidden: int, layers: int, inner: int, words: int, keys: int, tied: bool) -> Shapes:
+    """A decoder in Llama's manner: keys and values `keys` wide, a gated inner layer, no biases."""
+    attention = [(hidden, hidden), (keys, hidden), (keys, hidden), (hidden, hidden)]
+    layer = [*attention, (inner, hidden), (inner, hidden), (hidden, inner), (hidden,), (hidden,)]
+    return [(words, hidden), *layer * layers, (hidden,), *[(words, hidden)] * (not tied)]
+
+
+MODELS = {
+    "TextCNN": textcnn(),
+    "BERT-base": bert(),  # 109,483,778 elements in 201 tensors, at its published sizes
+    "BERT-large": bert(1024, 24),
+    "RoBERTa-large": bert(1024, 24, 50_265, 514, 1),
+    "1 B decoder": decoder(2048, 16, 8192, 128_256, 512, tied=True),  # Llama 3.2 1B's sizes
+    "7 B decoder": decoder(4096, 32, 11_008, 32_000, 4096, tied=False),  # Llama 2 7B's
+}
+SMALL = [(64,)] * 10_000
+SIZES = [10**k for k in range(3, 10)]  # elements of one tensor
+COUNTS = [10**k for k in range(5)]  # tensors of 1,000
+PASSES = (2, 3, 4, 5)  # m
+ROWS = {2: 16, 1_000: 1024, 32_000: 128, 128_256: 32}  # classes C: rows N
+HIDDEN = 512  # of the losses from hidden states
+BERT_BATCH = (16, 128)  # texts, words

@@ -1,0 +1,278 @@
+"""`python -m bench.accuracy` on sets of a few texts."""
+
+import gzip
+import json
+import math
+import statistics
+
+import pytest
+import torch
+
+from bench import accuracy, accuracy_report, training
+
+WORDS = {"neg": "bad dull slow weak", "pos": "good fine fast strong"}
+QUICK = "--models textcnn --examples 24 --epochs 2 --length 6 --attacked 8 --trials 2 --seeds 2 --wait 0".split()
+
+
+def text(label: str, i: int) -> str:
+    return f"{WORDS[label].split()[i % 4]} film number {i % 5} {'x' * (i % 3)}"
+
+
+def rows(count: int) -> list[tuple[str, str]]:
+    return [(label, text(label, i)) for i in range(count // 2) for label in WORDS]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Two sets in our format, equal but in their names."""
+    for name in ("one", "two"):
+        for part, count in (("train", 40), ("test", 12)):
+            path = tmp_path / "data" / name / f"{part}.tsv.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(gzip.compress("".join(f"{a}\t{b}\n" for a, b in [("label", "text"), *rows(count)]).encode()))
+    return tmp_path / "data"
+
+
+def call(data, output, *more: str) -> int:
+    return accuracy.main(["--data", str(data), "--output", str(output), *QUICK, *more])
+
+
+def settings(**changes) -> training.Settings:
+    return training.Settings(**{"data": "one", "model": "textcnn", "method": "plain", "seed": 0, "epochs": 2, "length": 6} | changes)
+
+
+def test_every_method_trains_and_is_reported(data, tmp_path, capsys):
+    assert call(data, tmp_path / "out", "--sets", "one", "--methods", "all", "--seeds", "1", "--epochs", "1", "--trials", "1") == 0
+    report = capsys.readouterr().out
+    for name in accuracy.METHODS:
+        assert f"| {name} | " in report
+    lines = [json.loads(line) for line in (tmp_path / "out" / "runs.jsonl").read_text().splitlines()]
+    finals = [line["result"] for line in lines if line["settings"]["final"]]
+    assert len(finals) == len(accuracy.METHODS)
+    assert all(0 <= result[key][1] <= 1 for result in finals for key in ("fgm", "pgd"))
+    shares = {line["settings"]["method"]: line["result"]["share"] for line in lines}
+    assert shares["plain"] == 1 and 0.1 < shares["child_tuning_f"] < 0.6 and shares["roast"] < 0.6
+
+
+@pytest.mark.parametrize("model", ["bilstm", "texthan", "transformer"])
+def test_every_model_trains(data, model):
+    figures, trained = training.run(settings(model=model, method="uegr", optimizer="selective_adamw", epochs=8, lr=1e-2), data)
+    assert figures["validation"] > 0.6 and type(trained) is training.MODELS[model]
+
+
+def test_what_is_done_is_not_done_again(data, tmp_path, monkeypatch, capsys):
+    options = ("--sets", "one,two", "--methods", "uegr", "--studies", "main,passes")
+    assert call(data, tmp_path, *options) == 0
+    first = capsys.readouterr().out
+    monkeypatch.setattr(training, "run", None)
+    assert call(data, tmp_path, *options) == 0
+    assert capsys.readouterr().out == first
+    assert {path.name for path in tmp_path.iterdir()} >= {
+        "runs.jsonl",
+        "points.json",
+        "README.md",
+        "summary.md",
+        "main-textcnn.png",
+        "passes.png",
+    }
+    assert "| uegr | " in (tmp_path / "summary.md").read_text()
+    lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    row = next(row for row in json.loads((tmp_path / "summary.json").read_text()) if (row["set"], row["method"]) == ("one", "uegr"))
+    found = [
+        line["result"]["test"]
+        for line in lines
+        if line["settings"]["final"]
+        and line["settings"]["data"] == "one"
+        and line["settings"]["method"] == "uegr"
+        and line["settings"]["options"]["passes"] == 2
+    ]
+    assert len(found) == row["seeds"] == 2
+    assert row["test"] == pytest.approx({"mean": statistics.fmean(found), "sd": statistics.stdev(found)}, abs=1e-5)
+
+
+def test_all_studies(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(accuracy, "SIZES", (8, 16, 10**6))
+    monkeypatch.setattr(accuracy, "GRID", (0.1, 0.5))
+    monkeypatch.setattr(accuracy, "variants", lambda: iter([{"normalization": "rank", "direction": "salient", "rescale": False}]))
+    studies = "passes,dropout,size,selection,drop_attack,cost"
+    assert call(data, tmp_path, "--sets", "one", "--methods", "dropout", "--seeds", "1", "--epochs", "1", "--studies", studies) == 0
+    report = capsys.readouterr().out
+    for title, _ in accuracy_report.DESCRIBE.values():
+        assert title in report
+    assert "| sgd | rank | salient | - | no | " in report
+    assert "| uegr | " in report.split("size of the training set")[1] and "1,000,000" not in report  # more than the set has
+    assert {path.stem for path in tmp_path.glob("*.png")} == {"passes", "dropout", "size", "drop_attack"}
+
+
+def test_a_run_goes_on_from_its_last_epoch(data, tmp_path, monkeypatch):
+    """Bit for bit, with the selection's masks and the random state."""
+    chosen = settings(method="uegr", optimizer="selective_adamw", epochs=3)
+    whole, _ = training.run(chosen, data)
+    real, calls = training.outputs_of, []
+
+    def stops(*arguments):
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(training, "outputs_of", stops)
+    with pytest.raises(KeyboardInterrupt):
+        training.run(chosen, data, tmp_path / "state.pt")
+    assert (tmp_path / "state.pt").exists()
+    again, _ = training.run(chosen, data, tmp_path / "state.pt")
+    assert len(calls) == 3 + 2  # the third epoch's validation and the test
+    del whole["seconds_per_step"], again["seconds_per_step"]
+    assert again == whole
+    assert not (tmp_path / "state.pt").exists()
+
+
+def test_validation_is_a_part_of_the_training_set(data):
+    whole = training.read(data, "one")
+    train, held = training.split(whole, settings(examples=0))
+    assert len(held) == 8 and len(train) == 32
+    assert sorted(train + held) == sorted(whole.train)
+    other, _ = training.split(whole, settings(examples=0, seed=1))
+    assert other != train
+
+
+def test_trials_use_every_value_as_often_as_the_others():
+    for name, method in accuracy.METHODS.items():
+        points = accuracy.trials(name, method, 6, accuracy.RATES)
+        assert len(points) == 6
+        for key, values in (accuracy.RATES | method.space).items():
+            counts = [sum(point.get(key) == value for point in points) for value in values]
+            assert key in method.fixed or max(counts) - min(counts) <= 1
+
+
+def test_a_control_has_its_parents_point(data, tmp_path):
+    call(data, tmp_path, "--sets", "one", "--methods", "at,at_epsilon_0,dropout,dropout_3x")
+    lines = [json.loads(line)["settings"] for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    finals = [line for line in lines if line["final"] and line["seed"] == 0]
+    at, control = sorted((line for line in finals if line["method"] == "at"), key=lambda line: -line["options"]["epsilon"])
+    assert control == at | {"options": {"epsilon": 0.0}}
+    plain, longer = (line for line in finals if line["method"] == "plain")
+    assert longer == plain | {"epochs": 3 * plain["epochs"]}
+    assert not any(line["options"].get("epsilon") == 0 for line in lines if not line["final"])  # controls are not tuned
+
+
+def test_means_count_twins_once():
+    assert accuracy_report.over_sets({"mr": 0.5, "sst2": 0.7, "agnews": 0.9}) == pytest.approx((0.6 + 0.9) / 2)
+
+
+def test_the_paired_test_against_a_worked_example():
+    """Differences 1, 2, 3: mean 2, standard error 1/sqrt(3), t = 3.4641 at two degrees of freedom."""
+    found = {("m", "d", name, seed): {"test": value} for seed in range(3) for name, value in (("dropout", 0.5), ("at", 0.51 + 0.01 * seed))}
+    gaps, p = accuracy_report.Main(found).against("m", "at", "dropout", accuracy_report.accuracy)
+    assert gaps == pytest.approx([0.01, 0.02, 0.03])
+    assert p == pytest.approx(0.07418, abs=1e-5)
+    assert accuracy_report.spread(gaps) == "2.0 ± 1.0"
+    assert math.isnan(accuracy_report.Main(found).against("m", "dropout", "dropout", accuracy_report.accuracy)[1])
+
+
+def test_robustness_relative_to_the_base(data, tmp_path, capsys):
+    """UEGR Table III's metric: (s - s_base) / (1 - s_base)."""
+    assert call(data, tmp_path, "--sets", "one", "--methods", "at", "--shifted", "two", "--adversarial", "two", "--ood", "two") == 0
+    report = capsys.readouterr().out.split("Robustness relative")[1]
+    assert "| dropout | 0.0" in report
+    results = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    finals = [line["result"] for line in results if line["settings"]["final"]]
+    for result in finals:
+        assert result["shifted"] == result["test"]  # the same texts
+        assert result["auroc"] == pytest.approx(0.5)
+    base, at = (
+        statistics.fmean(line["result"]["test"] for line in results if line["settings"]["final"] and line["settings"]["method"] == m)
+        for m in ("plain", "at")
+    )
+    assert f"| at | {100 * (at - base) / (1 - base):.1f} ± " in report
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--sets", "three"], "no such set; there are one, two"),
+        (["--methods", "dropuot"], "'dropuot' is none of none, dropout"),
+        (["--models", "bert"], "'bert' is none of textcnn"),
+        (["--models", "hf:/nowhere", "--sets", "one"], "no checkpoint with its tokenizer"),
+        (["--seeds", "0"], "not a positive number"),
+        (["--shifted", "three", "--sets", "one"], "no test.tsv.gz there"),
+    ],
+)
+def test_wrong_arguments(data, tmp_path, capsys, arguments, said):
+    if arguments[0] == "--models" and "hf:" in arguments[1]:
+        pytest.importorskip("transformers")
+    try:
+        status = call(data, tmp_path, *arguments)
+    except SystemExit as end:
+        status = end.code
+    assert status == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_broken_line_is_named(data, capsys, tmp_path):
+    (data / "one" / "test.tsv.gz").write_bytes(gzip.compress(b"label\ttext\nneg\tfine\nnothing\n"))
+    assert call(data, tmp_path) == 2
+    assert "test.tsv.gz, line 3: 'nothing' is not label<TAB>text" in capsys.readouterr().err
+
+
+GLUE = {
+    "SST-2": ("sentence\tlabel", "{text}\t{label}"),
+    "CoLA": ("", "src\t{label}\t*\t{text}"),
+    "MRPC": ("Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", "{label}\t1\t2\t{text}\tand {text}"),
+    "STS-B": ("index\tgenre\tsentence1\tsentence2\tscore", "0\tx\t{text}\tand {text}\t{label}.{index}"),
+    "RTE": ("index\tsentence1\tsentence2\tlabel", "0\t{text}\tand {text}\t{label}"),
+}
+
+
+@pytest.fixture
+def glue(tmp_path):
+    for name, (head, line) in GLUE.items():
+        folder = tmp_path / "glue" / name
+        folder.mkdir(parents=True)
+        for part, count in (("train", 40), ("dev", 12)):
+            lines = [line.format(text=content, label=int(label == "pos"), index=i) for i, (label, content) in enumerate(rows(count))]
+            (folder / f"{part}.tsv").write_text("\n".join([head] * bool(head) + lines) + "\n")
+    return tmp_path / "glue"
+
+
+def test_glue_is_read(glue):
+    assert set(training.sets_in(glue)) == set(GLUE)
+    assert {name: training.read(glue, name).metric for name in GLUE} == {
+        **{"SST-2": "accuracy", "CoLA": "matthews", "MRPC": "accuracy", "STS-B": "correlation", "RTE": "accuracy"}
+    }
+    assert training.read(glue, "CoLA").train[0] == training.Row("0", (text("neg", 0),))
+    assert training.read(glue, "MRPC").test[1] == training.Row("1", (text("pos", 0), "and " + text("pos", 0)))
+    with (glue / "RTE" / "train.tsv").open("a") as file:
+        file.write("1\tcut short\n")
+    training.read.cache_clear()
+    assert len(training.read(glue, "RTE").train) == 40
+
+
+def test_a_checkpoint_of_transformers(glue, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    words = sorted({word for label, content in rows(40) for word in content.split()} | {"and"})
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    config = transformers.BertConfig(
+        vocab_size=5 + len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path / "bert")
+    transformers.BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
+    options = ("--model", f"hf:{tmp_path / 'bert'}", "--methods", "uegr", "--lr", "1e-3", "--epochs", "1", "--trials", "1")
+    assert call(glue, tmp_path / "out", "--sets", "SST-2,CoLA,MRPC,STS-B", *options) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "runs.jsonl").read_text().splitlines()]
+    assert {line["settings"]["data"] for line in lines} == {"SST-2", "CoLA", "MRPC", "STS-B"}
+    assert all(line["settings"]["lr"] == 1e-3 for line in lines)
+    assert "| uegr | " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("metric", "outputs", "labels", "value"),
+    [
+        ("accuracy", [[2.0, 1.0], [0.0, 1.0], [0.0, 3.0]], [0, 1, 0], 2 / 3),
+        ("matthews", [[2.0, 1.0], [0.0, 1.0], [0.0, 3.0], [1.0, 0.0]], [0, 1, 0, 0], (1 * 2 - 1 * 0) / (2 * 1 * 3 * 2) ** 0.5),
+        ("matthews", [[2.0, 1.0], [2.0, 1.0]], [0, 1], 0.0),
+        ("correlation", [[1.0], [2.0], [3.0]], [1.0, 4.0, 9.0], (0.98974 + 1) / 2),
+    ],
+)
+def test_metrics(metric, outputs, labels, value):
+    assert training.score(torch.tensor(outputs), torch.tensor(labels), metric) == pytest.approx(value, abs=1e-4)

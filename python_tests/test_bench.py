@@ -1,0 +1,280 @@
+"""The benchmarks' machinery: suites, what they write, the READMEs' figures. No time is judged."""
+
+import json
+import math
+import os
+import re
+
+import pytest
+import torch
+
+from bench import __main__ as bench
+from bench import harness, machine, peers, readme, shapes, sharded_model, tables
+
+README = harness.ROOT / "bench" / "README.md"
+
+
+def documented() -> dict[str, str]:
+    """The keys in bench/README.md's table, and where they are found."""
+    rows = re.findall(r"^\| (`[^|]+) \| ([^|]+) \|", README.read_text().split("| key |")[1].split("\n\n")[0], re.MULTILINE)
+    return {key: where for keys, where in rows for key in re.findall(r"`([^`]+)`", keys)}
+
+
+def unlike_documented(line: dict, known: dict[str, str], needed: tuple[str, ...]) -> list[str]:
+    """Keys that bench/README.md does not have, and those that it promises and the line lacks."""
+    wrong = [f"{key} is not documented" for key in line if key not in known]
+    wrong += [f"{key} is missing" for key, where in known.items() if where in needed and key[0] != "." and key not in line]
+    for one in line.get("contestants", []):
+        wrong += [f".{key} is not documented" for key in one if f".{key}" not in known]
+        parts = ("all", "those not run") if "missing" in one else ("all", "the rest")
+        for key, where in known.items():
+            if key[0] == "." and (where == "all" or (where in parts and where in needed)) and key[1:] not in one:
+                wrong.append(f"{key} is missing of {one['name']}")
+    return wrong
+
+
+def ran(*arguments: str) -> int:
+    return bench.main([*arguments, "--threads", "1", "--rounds", "2"])
+
+
+# ---- Suites
+
+QUICK = {  # a case of each that takes seconds, and which peers to leave out
+    "selective": ("600 tensors of 64: previous", "plain"),
+    "divergence": ("UEGR loss, m = 2, N = 16, C = 2", "compile"),
+    "perturbation": ("FGM", "compile"),
+    "dropout": ("small", "compile"),
+    "bistage": ("m = 2", "plain"),
+    "host": ("previous", "compile"),
+    "scaling": ("1,000 elements in one tensor, 1 thread", "compile"),
+}
+
+
+def test_without_arguments_the_suites_are_listed(capsys):
+    assert bench.main([]) == 0
+    listed = capsys.readouterr().out
+    assert set(QUICK) == set(bench.SUITES)
+    for suite in QUICK:
+        assert re.search(rf"^  {suite} +[A-Z].*\.$", listed, re.MULTILINE), suite
+
+
+@pytest.mark.parametrize("suite", QUICK)
+def test_a_suite_writes_json_as_documented_and_a_table(tmp_path, monkeypatch, capsys, suite):
+    if suite == "host":
+        pytest.importorskip("triton", exc_type=ImportError)
+    monkeypatch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "1"))  # the host's suite sets it
+    only, without = QUICK[suite]
+    assert ran(suite, "--quick", "--output", str(tmp_path), "--only", only, "--without", without) == 0
+    printed = capsys.readouterr().out
+    lines = harness.read(tmp_path / f"{suite}-cpu.jsonl")
+    assert lines
+    for line in lines:
+        assert unlike_documented(line, documented(), ("all", "measured", "the rest", "those not run")) == []
+        assert line["suite"] == suite and line["device"] == "cpu" and only in line["case"]
+        ours = line["contestants"][0]
+        assert ours["name"] == "uegr_kernels" and ours["launches"] >= 1 and ours["samples"] >= 2
+        assert all("missing" in one for one in line["contestants"] if without in one["name"])
+    table = (tmp_path / f"{suite}-cpu.md").read_text()
+    assert lines[0]["case"] in table and lines[0]["case"] in printed
+    pictures = [path.name for path in tmp_path.glob("*.png")]
+    assert pictures in ([f"{suite}-cpu.png"], [])
+    assert bool(pictures) == bool(bench.plot.importlib.util.find_spec("matplotlib"))
+
+
+def test_wrong_arguments_are_said(tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        bench.main(["nonsense"])
+    assert error.value.code == 2
+    assert "invalid choice: 'nonsense'" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as error:
+        bench.main(["selective", "--device", "tpu"])
+    assert error.value.code == 2
+    assert "invalid choice: 'tpu'" in capsys.readouterr().err
+    assert ran("dropout", "--quick", "--output", str(tmp_path), "--only", "nothing") == 2
+    assert "--only 'nothing' matches none of: small" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_said(tmp_path, capsys):
+    assert ran("selective", "--quick", "--device", "cuda", "--output", str(tmp_path / "new")) == 2
+    assert re.search(r"--device cuda needs a GPU: .*; .*; or use --device cpu", capsys.readouterr().err)
+    assert not (tmp_path / "new").exists()
+
+
+# ---- One case
+
+
+def some_case(**changes) -> harness.Case:
+    x = torch.ones(1000)
+
+    def fails() -> None:
+        raise RuntimeError("needs a GPU\nand more")
+
+    def contestants() -> list[harness.Contestant]:
+        return [
+            harness.Contestant("uegr_kernels", lambda: x + x, 12_000),
+            harness.Contestant("slow", lambda: x.sum() + x, rounds=1),
+            harness.Contestant("fails", fails, may_fail=True),
+            harness.Contestant("large", lambda: x, memory=10**18),
+            harness.Contestant("absent", None, missing="it is not installed"),
+        ]
+
+    facts = {"case": "some", "facts": {}, "memory": 8000, "verify": lambda: None, "contestants": contestants}
+    facts["name"] = facts.pop("case")
+    return harness.Case(**(facts | changes))
+
+
+def measured(case: harness.Case) -> dict:
+    return harness.measure(case, 3, machine.Copy(2**20), lambda: None)
+
+
+def test_peers_that_cannot_run_are_named_with_the_reason():
+    line = measured(some_case())
+    found = {one["name"]: one for one in line["contestants"]}
+    assert found["uegr_kernels"]["launches"] == 1 and found["slow"]["launches"] == 2
+    assert found["uegr_kernels"]["samples"] == 3 and found["slow"]["samples"] == 1  # beside "slow" once, then alone
+    assert found["fails"] == {"name": "fails", "missing": "RuntimeError: needs a GPU"}
+    assert found["absent"] == {"name": "absent", "missing": "it is not installed"}
+    assert found["large"]["missing"].startswith("takes 1000000000.0 GB beside the tensors")
+    for text in (tables.table([line]), tables.missing([line])):
+        for reason in ("needs a GPU", "it is not installed", "takes 1000000000.0 GB"):
+            assert reason in text
+    assert "slow" not in tables.missing([line])
+
+
+def test_a_case_too_large_is_listed_with_its_size():
+    line = measured(some_case(memory=10**15))
+    assert line["skipped"] == "needs 1000000.0 GB, more than 80% of what is free" and "contestants" not in line
+    assert "skipped: needs 1000000.0 GB" in tables.table([line])
+    assert "some (needs 1000000.0 GB" in tables.missing([line])
+
+
+def test_a_case_that_is_wrong_has_no_figures():
+    line = measured(some_case(verify=lambda: "3 of 4 elements"))
+    assert line["error"] == "ours and the reference disagree: 3 of 4 elements" and "contestants" not in line
+    assert "3 of 4 elements" in tables.table([line])
+
+
+def test_threads_of_a_case_are_its_own():
+    seen, before = [], torch.get_num_threads()
+    one = harness.Contestant("uegr_kernels", lambda: seen.append(torch.get_num_threads()))
+    measured(some_case(contestants=lambda: [one], threads=before + 1))
+    assert set(seen) == {before + 1} and torch.get_num_threads() == before
+
+
+def test_launches_are_operators_that_nobody_else_calls():
+    x = torch.ones(5, 5)
+    assert machine.launches(lambda: torch.nn.functional.linear(x, x).sum()) == 2
+    assert machine.launches(lambda: None) == 0
+
+
+def test_memory_of_a_step_is_seen():
+    extra = machine.peak_extra(lambda: torch.ones(2**24))
+    assert extra is None or 2**25 < extra < 2**28
+
+
+# ---- What is timed
+
+
+def test_models_have_their_published_sizes():
+    sizes = {name: sum(map(math.prod, tensors)) for name, tensors in shapes.MODELS.items()}
+    assert sizes["BERT-base"] == 109_483_778 and len(shapes.MODELS["BERT-base"]) == 201
+    assert sizes["BERT-large"] == 335_143_938 and sizes["RoBERTa-large"] == 355_361_794
+    assert sizes["1 B decoder"] == 1_235_814_400 and sizes["7 B decoder"] == 6_738_415_616
+    assert len(shapes.SMALL) == 10_000 and (shapes.SIZES[0], shapes.SIZES[-1]) == (10**3, 10**9)
+
+
+def test_every_suite_says_what_it_would_time():
+    """Their full cases are built without their tensors."""
+    found = {name: bench.importlib.import_module(f"bench.bench_{name}").cases(False, "cpu") for name in QUICK if name != "host"}
+    for suite, cases in found.items():
+        assert len({case.name for case in cases}) == len(cases), suite
+        for case in cases:
+            assert unlike_documented({"suite": suite, **case.facts}, documented(), ()) == []
+    selective = {case.name: case for case in found["selective"]}
+    for name in (*shapes.MODELS, "10,000 tensors of 64"):
+        assert f"{name}: defaults (min-max)" in selective
+    assert selective["7 B decoder: defaults (min-max)"].memory == 16 * 6_738_415_616
+    losses = {(case.facts["m"], case.facts["C"]) for case in found["divergence"] if case.name.startswith("UEGR")}
+    assert losses == {(m, c) for m in (2, 3, 4, 5) for c in (2, 1_000, 32_000, 128_256)}
+    for suite in ("selective", "divergence", "perturbation", "dropout"):
+        assert {case.facts["dtype"] for case in found[suite]} == {"float32", "bfloat16"}
+    assert {case.facts["elements"] for case in found["scaling"] if case.facts["axis"] == "one tensor"} == set(shapes.SIZES)
+
+
+def test_the_step_in_five_passes_leaves_gradients_alone():
+    torch.manual_seed(0)
+    params = [torch.zeros(1000), torch.zeros(3, 5)]
+    for p in params:
+        p.grad = torch.linspace(0, 1, p.numel()).view(p.shape)
+    kept = [p.grad.clone() for p in params]
+    step = peers.five_passes(params, lambda twins: torch.optim.AdamW(twins, 1.0), ranked=True, salient=True)
+    step()
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(params, kept, strict=True))
+    assert 0.1 < (params[0] != 0).float().mean() < 0.4  # about 1 - threshold of them are selected
+    assert (params[0][900:] != 0).float().mean() > 0.6 and not params[0][:300].any()
+    one, other = peers.ranks([torch.tensor([3.0, 1.0]), torch.tensor([2.0])])
+    assert one.tolist() == [1.0, 0.0] and other.tolist() == [0.5]
+
+
+# ---- READMEs
+
+
+def test_the_readmes_agree_with_the_results(capsys):
+    assert bench.main(["readme", "--check"]) == 0, capsys.readouterr()
+
+
+def test_a_block_is_replaced_and_nothing_else(tmp_path, capsys):
+    file = tmp_path / "README.md"
+    file.write_text("before\n<!-- some: generated by python -m bench readme -->\nold\n<!-- end of some -->\nafter\n")
+    block = readme.Block(file, "some", lambda: "a \\1 table")
+    assert readme.update(True, [block]) == 1 and "old" in file.read_text()
+    assert readme.update(False, [block]) == 0
+    assert file.read_text() == (
+        "before\n<!-- some: generated by python -m bench readme -->\n\na \\1 table\n\n<!-- end of some -->\nafter\n"
+    )
+    assert readme.update(True, [block]) == 0
+    assert readme.update(False, [readme.Block(file, "other", lambda: "")]) == 1
+    assert "has 0 blocks named other, not one" in capsys.readouterr().err
+
+
+def test_committed_results_have_documented_keys():
+    known = documented()
+    lines = [(path, line) for path in readme.RESULTS.glob("*-*.jsonl") for line in harness.read(path) if "suite" in line]
+    for path, line in lines:
+        assert unlike_documented(line, known, ("all",)) == [], f"{path.name}: {line['case']}"
+        assert line["suite"] in bench.SUITES and not line["quick"]
+        json.dumps(line, allow_nan=False)
+
+
+# ---- On paper
+
+
+def test_the_model_of_sharded_training_is_arithmetic(capsys):
+    given = sharded_model.Training(
+        parameters=1e9,
+        gpus=8,
+        tensors=1e6,
+        tokens=1e6,
+        passes=2,
+        memory_bandwidth=1e12,
+        network_bandwidth=1e10,
+        latency=1e-3,
+        peak=1e15,
+        utilization=0.5,
+    )
+    assert sharded_model.step_bytes(given, 28) == 3.5e9
+    assert math.isclose(sharded_model.collective_seconds(given), 6e-3 + 1.6e-3)
+    assert sharded_model.passes_seconds(given, 3) == 4.5
+    arguments = (
+        "--parameters 1e9 --gpus 8 --tensors 1e6 --tokens 1e6 --memory-bandwidth 1e12 --network-bandwidth 1e10 --latency 1e-3 --peak 1e15"
+    )
+    assert bench.main(["sharded", *arguments.split(), "--utilization", "0.5"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.strip() == sharded_model.table(given)
+    assert "| bytes of the step, GB a GPU | 3.5 | 4 | 3.5 |" in printed
+    assert "| its time at the memory's bandwidth, ms | 3.5 | 4 | 3.5 |" in printed
+    assert "| time of all of them, ms | 0 | 7.6 | 15.2 |" in printed
+    with pytest.raises(SystemExit) as error:
+        bench.main(["sharded", "--gpus", "-1"])
+    assert error.value.code == 2
