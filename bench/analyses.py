@@ -341,6 +341,7 @@ def opposition(model: nn.Module, recipe: Any, inputs: dict[str, Tensor], labels:
 
 
 def covariance(lab: Lab) -> Found:
+    torch.manual_seed(lab.options.seed)
     closed, simulated, last = {}, {}, {}
     for name, case in noise.CASES.items():
         closed[name], simulated[name], last[name] = noise.quadratic(case, lab.sizes.quadratics)
