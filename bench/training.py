@@ -269,18 +269,38 @@ def embedding_of(model: nn.Module) -> nn.Module:
 # Training
 
 
+class Start(NamedTuple):
+    """What a run starts from: rows to train on and to validate on, the model, and what turns rows into batches for it."""
+
+    train: list[Row]
+    held: list[Row]
+    model: nn.Module
+    encoded: Callable[[list[Row]], Batches]
+
+
+Watch = Callable[[int, nn.Module, Any], None]
+
+
 def run(
-    settings: Settings, folder: pathlib.Path, checkpoint: pathlib.Path | None = None, device: torch.device | None = None
+    settings: Settings,
+    folder: pathlib.Path,
+    checkpoint: pathlib.Path | None = None,
+    device: torch.device | None = None,
+    *,
+    start: Start | None = None,
+    watch: Watch | None = None,
 ) -> tuple[dict[str, Any], nn.Module]:
     """Trains one model and evaluates it; returns the figures and the model at its best epoch by validation.
 
     checkpoint  where the state after each epoch is kept, and from which the run goes on; removed in the end
+    start       None: the rows that the seed draws, and a new model
+    watch       called after each epoch with its number from 1, the model and the recipe, whose .optimizer steps
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = read(folder, settings.data)
-    train, held = split(data, settings)
+    train, held = split(data, settings) if start is None else start[:2]
     torch.manual_seed(settings.seed)
-    model, encoded = build(settings, data, train, device)
+    model, encoded = build(settings, data, train, device) if start is None else start[2:]
     optimizer = make_optimizer(settings, model)
     recipe = make_recipe(settings, data, model, optimizer)
     batches, validation = encoded(train), encoded(held)
@@ -309,6 +329,8 @@ def run(
         if value > state["best"]:
             state |= {"best": value, "best_epoch": epoch + 1, "weights": {key: t.clone() for key, t in model.state_dict().items()}}
         state["epoch"] = epoch + 1
+        if watch:
+            watch(epoch + 1, model, recipe)
         if checkpoint:
             parts = {"model": model, "optimizer": optimizer, "recipe": recipe, "schedule": schedule}
             whole = state | {name: part.state_dict() for name, part in parts.items()} | {"random": torch.get_rng_state()}

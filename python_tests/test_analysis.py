@@ -1,9 +1,12 @@
 """Looking at a run: each figure against a case whose answer is known."""
 
+import copy
+
 import pytest
 import torch
 
 import uegr_kernels as uk
+import uegr_kernels.models
 
 
 def stepped(gradients, groups=None, **options):
@@ -117,11 +120,26 @@ def test_cka_of_a_model_with_itself_and_with_another(tmp_path):
     differ = uk.analysis.cka(model, other, batches(), layers=["1", "3"], pooling="first")
     assert list(differ) == ["1", "3"] and all(0 <= value < 0.9 for value in differ.values())
     assert unchanged(model) == before
-    assert uk.analysis.plot_cka({"other": differ}, tmp_path / "cka.png").read_bytes()[:4] == b"\x89PNG"
+    for series in ({"other": differ}, {"by epoch": {1: 0.9, 2: 0.8}}):
+        assert uk.analysis.plot_cka(series, tmp_path / "cka.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match="model_a has no 'encoder'"):
         uk.analysis.cka(model, other, batches(), layers=["encoder"])
     with pytest.raises(ValueError, match="batches holds none"):
         uk.analysis.cka(model, other, [])
+
+
+def test_cka_takes_a_convolutions_channels_as_features():
+    """Texts of other lengths in other batches, padding left out: rotated channels are the same features."""
+    torch.manual_seed(0)
+    model = uk.models.TextCNN(30, 2, dimension=6, filters=5)
+    turned = copy.deepcopy(model)
+    rotation = torch.linalg.qr(torch.randn(5, 5)).Q
+    with torch.no_grad():
+        turned.convolutions[1].weight.copy_(torch.einsum("oc,cid->oid", rotation, model.convolutions[1].weight))
+        turned.convolutions[1].bias.copy_(rotation @ model.convolutions[1].bias)
+    data = [({"ids": ids, "attention_mask": ids != 0}, None) for ids in (torch.randint(1, 30, (20, n)) for n in (6, 9))]
+    data[0][0]["ids"][:, 4:] = 0
+    assert uk.analysis.cka(model, turned, data, ["convolutions.1"])["convolutions.1"] == pytest.approx(1, abs=1e-5)
 
 
 # Attacks
@@ -168,7 +186,8 @@ def test_fgms_first_order(tmp_path):
     torch.testing.assert_close(moved, 1e-4 * g.flatten(1).norm(dim=1), rtol=1e-3, atol=1e-9)
     found = uk.analysis.accuracy_under_attack(model, model[0], data, attack="pgd", steps=3)
     assert [each.epsilon for each in found] == [0.0, 0.01, 0.25, 0.5]
-    assert uk.analysis.plot_accuracy_under_attack({"net": found}, tmp_path / "attack.png").read_bytes()[:4] == b"\x89PNG"
+    for drop in (False, True):
+        assert uk.analysis.plot_accuracy_under_attack({"net": found}, tmp_path / "attack.png", drop=drop).read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match="attack='cw' is not one of its values"):
         uk.analysis.accuracy_under_attack(model, model[0], data, attack="cw")
 
@@ -206,7 +225,8 @@ def test_a_plane_through_a_bowl(tmp_path):
             assert plane.values[i, j].item() == pytest.approx((at.T @ model.h @ at / 2).item())
     assert plane.values[2, 2].item() == pytest.approx(model.loss().item())
     for surface in (False, True):
-        assert uk.analysis.plot_loss_plane(plane, tmp_path / "plane.png", surface=surface).read_bytes()[:4] == b"\x89PNG"
+        for planes in (plane, {"one": plane, "other": plane}):
+            assert uk.analysis.plot_loss_plane(planes, tmp_path / "plane.png", surface=surface).read_bytes()[:4] == b"\x89PNG"
 
 
 def test_directions_are_as_long_as_each_filter_and_spare_biases():
@@ -345,6 +365,15 @@ def test_what_has_no_stationary_covariance_is_refused():
         uk.analysis.sgd_covariance(one, torch.eye(2), 0.1)
 
 
+def test_pictures_of_a_covariance(tmp_path):
+    closed = {name: {t: 0.1 * t for t in range(5)} for name in ("plain", "momentum")}
+    path = uk.analysis.plot_sgd_covariance(closed, {"plain": {2: 0.21}}, tmp_path / "covariance.png")
+    assert path.read_bytes()[:4] == b"\x89PNG"
+    epochs = [uk.analysis.sgd_diagnostic(H, uk.analysis.sgd_covariance(H, C, 0.2, steps=t)) for t in (1, 5)]
+    path = uk.analysis.plot_sgd_diagnostic({"plain": epochs, "other": [{"robust gap": 0.1}]}, tmp_path / "diagnostic.png")
+    assert path.read_bytes()[:4] == b"\x89PNG"
+
+
 # Confidence
 
 
@@ -355,24 +384,33 @@ def test_calibration_by_hand(tmp_path):
     # The bin of 0.9 is half right, that of 0.6 wholly: (0.4 + 0.4) / 2.
     assert uk.analysis.calibration_error(logits, labels, bins=10) == pytest.approx(0.4)
     assert uk.analysis.calibration_error(1e3 * logits, torch.zeros(4, dtype=torch.int64)) == pytest.approx(0)
-    assert uk.analysis.plot_calibration(logits, labels, tmp_path / "calibration.png").read_bytes()[:4] == b"\x89PNG"
+    for given in (logits, {"one": logits, "other": 2 * logits}):
+        assert uk.analysis.plot_calibration(given, labels, tmp_path / "calibration.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match=r"give \[N, C\] and \[N\]"):
         uk.analysis.calibration_error(logits, labels[:2])
 
 
-def test_auroc_by_hand():
+def test_auroc_by_hand(tmp_path):
     auroc = uk.analysis.ood_auroc
     assert auroc(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0])) == 1
     assert auroc(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])) == 0
     assert auroc(torch.tensor([1.0, 1.0]), torch.tensor([1.0])) == 0.5
     assert auroc(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 3.0])) == pytest.approx((0 + 0 + 1 + 0.5) / 4)
-    assert auroc(torch.tensor([[0.0, 9.0], [9.0, 0.0]]), torch.tensor([[0.0, 1.0]])) == 1
+    logits = torch.tensor([[0.0, 9.0], [9.0, 0.0]])
+    assert auroc(logits, torch.tensor([[0.0, 1.0]])) == 1
+    assert uk.analysis.plot_ood_auroc(logits, {"other": torch.zeros(3, 2)}, tmp_path / "ood.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_conflict_by_hand():
+def test_conflict_by_hand(tmp_path):
     model = torch.nn.Linear(2, 1, bias=False)
     x, y = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]])
     found = uk.analysis.gradient_conflict(model, model(x).sum(), model(y).sum())
     assert found.cosine == pytest.approx(0.5**0.5) and found.opposed == 0
     found = uk.analysis.gradient_conflict(model, model(y).sum(), -model(torch.tensor([[2.0, -1.0]])).sum())
     assert found.cosine == pytest.approx(-1 / 10**0.5) and found.opposed == 0.5
+    same = uk.analysis.gradient_conflict(model, [y], [torch.tensor([[-2.0, 1.0]])])
+    assert same == found
+    assert uk.analysis.gradient_conflict(model, [y], [y]) == uk.analysis.Conflict(pytest.approx(1), 0)
+    with pytest.raises(ValueError, match="2 gradients for 1 trainable parameters"):
+        uk.analysis.gradient_conflict(model, [y, y], [y])
+    assert uk.analysis.plot_gradient_conflict({"both": [found, same]}, tmp_path / "conflict.png").read_bytes()[:4] == b"\x89PNG"

@@ -1,11 +1,11 @@
 """Looking at a model or a run: what was selected, and what came of it. Imported on demand, as `uk.analysis`."""
 
 from .attack import Attacked, accuracy_under_attack, plot_accuracy_under_attack
-from .calibration import calibration_error, ood_auroc, plot_calibration
+from .calibration import calibration_error, ood_auroc, plot_calibration, plot_ood_auroc
 from .cka import cka, linear_cka, plot_cka
-from .conflict import Conflict, gradient_conflict
+from .conflict import Conflict, gradient_conflict, plot_gradient_conflict
 from .landscape import LossPlane, loss_plane, plot_loss_plane, random_directions
-from .posterior import sgd_covariance, sgd_diagnostic
+from .posterior import plot_sgd_covariance, plot_sgd_diagnostic, sgd_covariance, sgd_diagnostic
 from .selection import ParameterSelection, SelectionReport, plot_selection_report, selection_report
 from .sharpness import hessian_trace, largest_eigenvalue
 
@@ -27,8 +27,12 @@ __all__ = [
     "plot_accuracy_under_attack",
     "plot_calibration",
     "plot_cka",
+    "plot_gradient_conflict",
     "plot_loss_plane",
+    "plot_ood_auroc",
     "plot_selection_report",
+    "plot_sgd_covariance",
+    "plot_sgd_diagnostic",
     "random_directions",
     "selection_report",
     "sgd_covariance",

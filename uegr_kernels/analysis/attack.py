@@ -93,12 +93,12 @@ def accuracy_under_attack(
     ]
 
 
-def plot_accuracy_under_attack(series: dict[str, list[Attacked]], path: str | pathlib.Path) -> pathlib.Path:
-    """Draws accuracy over epsilon, a line for each entry (name -> what `accuracy_under_attack` returned); writes `path` and returns it."""
+def plot_accuracy_under_attack(series: dict[str, list[Attacked]], path: str | pathlib.Path, *, drop: bool = False) -> pathlib.Path:
+    """Draws accuracy, or its drop, over epsilon, a line for each entry (name -> what `accuracy_under_attack` returned); returns `path`."""
     with picture(path) as axes:
         for name, found in series.items():
-            axes.plot([each.epsilon for each in found], [each.accuracy for each in found], marker="o", label=name)
-        axes.set(xlabel="epsilon", ylabel="accuracy", ylim=(0, 1.02))
+            axes.plot([each.epsilon for each in found], [each.drop if drop else each.accuracy for each in found], marker="o", label=name)
+        axes.set(xlabel="epsilon", ylabel="drop of accuracy" if drop else "accuracy", ylim=(None if drop else 0, 1.02))
         axes.legend()
     return pathlib.Path(path)
 

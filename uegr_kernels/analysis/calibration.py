@@ -16,14 +16,17 @@ def calibration_error(logits: Tensor, labels: Tensor, *, bins: int = 15) -> floa
     return sum(abs(right - sure) * share for share, right, sure in _binned(logits, labels, bins))
 
 
-def plot_calibration(logits: Tensor, labels: Tensor, path: str | pathlib.Path, *, bins: int = 15) -> pathlib.Path:
-    """Draws accuracy over confidence (a reliability diagram); writes `path` and returns it."""
-    found = [entry for entry in _binned(logits, labels, bins) if entry[0] > 0]
+def plot_calibration(logits: Tensor | dict[str, Tensor], labels: Tensor, path: str | pathlib.Path, *, bins: int = 15) -> pathlib.Path:
+    """Draws accuracy over confidence (a reliability diagram), a line for each entry where logits are a dict; writes `path`, returns it."""
+    series = logits if isinstance(logits, dict) else {"model": logits}
     with picture(path) as axes:
         axes.plot([0, 1], [0, 1], linestyle=":", color="grey")
-        axes.plot([sure for _, _, sure in found], [right for _, right, _ in found], marker="o")
-        error = calibration_error(logits, labels, bins=bins)
-        axes.set(xlabel="confidence", ylabel="accuracy", title=f"expected calibration error {error:.3f}", xlim=(0, 1), ylim=(0, 1))
+        for name, each in series.items():
+            found = [entry for entry in _binned(each, labels, bins) if entry[0] > 0]
+            label = f"{name}: error {calibration_error(each, labels, bins=bins):.3f}"
+            axes.plot([sure for _, _, sure in found], [right for _, right, _ in found], marker="o", label=label)
+        axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+        axes.legend()
     return pathlib.Path(path)
 
 
@@ -32,7 +35,7 @@ def ood_auroc(inside: Tensor, outside: Tensor) -> float:
 
     inside, outside  scores [N], or logits [N, C], whose score is the largest probability (Hendrycks and Gimpel 2017). Ties count a half.
     """
-    scores = [(x.double().softmax(1).amax(1) if x.dim() == 2 else x.double()).flatten() for x in (inside, outside)]
+    scores = [_scores(x) for x in (inside, outside)]
     n, m = (len(score) for score in scores)
     if not n or not m:
         raise ValueError(f"inside has {n} samples and outside {m}; give some of each")
@@ -40,6 +43,26 @@ def ood_auroc(inside: Tensor, outside: Tensor) -> float:
     below = torch.searchsorted(ordered, scores[0], right=False).double()
     up_to = torch.searchsorted(ordered, scores[0], right=True).double()
     return ((below + up_to) / 2).mean().item() / m
+
+
+def plot_ood_auroc(inside: Tensor, outside: dict[str, Tensor], path: str | pathlib.Path, *, bins: int = 30) -> pathlib.Path:
+    """Draws the histograms of the scores, the model's own set and each other one (name -> as in `ood_auroc`); writes `path`, returns it."""
+    own = _scores(inside)
+    others = {name: _scores(x) for name, x in outside.items()}
+    everything = torch.cat([own, *others.values()])
+    span = (everything.min().item(), everything.max().item())
+    with picture(path) as axes:
+        axes.hist(own.numpy(), bins, range=span, density=True, alpha=0.3, color="grey", label="its own set")
+        for name, scores in others.items():
+            label = f"{name}: AUROC {ood_auroc(own, scores):.3f}"
+            axes.hist(scores.numpy(), bins, range=span, density=True, histtype="step", label=label)
+        axes.set(xlabel="largest probability" if inside.dim() == 2 else "score", ylabel="density")
+        axes.legend()
+    return pathlib.Path(path)
+
+
+def _scores(x: Tensor) -> Tensor:
+    return (x.double().softmax(1).amax(1) if x.dim() == 2 else x.double()).flatten().cpu()
 
 
 def _binned(logits: Tensor, labels: Tensor, bins: int) -> list[tuple[float, float, float]]:

@@ -7,8 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.modules.conv import _ConvNd as Convolution
 
 from .watching import call, held, picture, pooled
+
+CHANNELS_SECOND = (BatchNorm, Convolution)
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:
@@ -35,7 +39,8 @@ def cka(
 
     batches  pairs (inputs, labels); labels are not used. Inputs as in `BiStage`
     layers   names of modules that both have; None: the members of their nn.ModuleLists, or where there are none the direct children
-    pooling  of outputs [N, T, d]: "mean" over the tokens (of `attention_mask`, where a dict has one) or the "first" token
+    pooling  of outputs [N, T, d], a convolution's [N, d, T]: "mean" over the tokens (of `attention_mask`, where a dict has one) or the
+             "first" token
 
     Returns the CKA by layer, in [0, 1], in order. The models are left as they were. Raises ValueError for an unknown layer or no batch.
     """
@@ -58,10 +63,10 @@ def cka(
 
 
 def plot_cka(series: dict[str, dict[str, float]], path: str | pathlib.Path) -> pathlib.Path:
-    """Draws CKA over layers, a line for each entry of `series` (name -> what `cka` returned); writes `path` and returns it."""
+    """Draws CKA over layers, or over epochs, a line for each entry (name -> {layer or epoch: CKA}); writes `path` and returns it."""
     with picture(path) as axes:
         for name, values in series.items():
-            axes.plot(list(values), list(values.values()), marker="o", label=name)
+            axes.plot([str(at) for at in values], list(values.values()), marker="o", label=name)
         axes.set(ylabel="linear CKA", ylim=(0, 1.02))
         axes.tick_params(axis="x", rotation=90)
         axes.legend()
@@ -80,6 +85,8 @@ def _listening(model: nn.Module, names: Sequence[str], found: dict[str, list[Ten
     def listen(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             first = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", output)
+            if isinstance(module, CHANNELS_SECOND) and first.dim() > 2:
+                first = first.flatten(2).transpose(1, 2)
             found[name].append(pooled(first, inputs, pooling).double().cpu())
 
         return hook

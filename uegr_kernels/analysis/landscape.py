@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .watching import held, moved, picture
+from .watching import held, moved, pictures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,14 +75,22 @@ def loss_plane(
     return LossPlane(at, at.clone(), values, (first, second))
 
 
-def plot_loss_plane(plane: LossPlane, path: str | pathlib.Path, *, surface: bool = False) -> pathlib.Path:
-    """Draws the plane as contours, or as a surface; writes `path` and returns it."""
-    a, b = torch.meshgrid(plane.a, plane.b, indexing="ij")
-    with picture(path, projection="3d" if surface else None) as axes:
-        if surface:
-            axes.plot_surface(a.numpy(), b.numpy(), plane.values.numpy(), cmap="viridis")
-        else:
-            lines = axes.contour(a.numpy(), b.numpy(), plane.values.numpy(), levels=15)
-            axes.clabel(lines, fontsize=7)
-        axes.set(xlabel="first direction", ylabel="second direction", title="loss")
+def plot_loss_plane(plane: LossPlane | dict[str, LossPlane], path: str | pathlib.Path, *, surface: bool = False) -> pathlib.Path:
+    """Draws a plane as contours, or as a surface; several (name -> plane) side by side on one scale. Writes `path` and returns it."""
+    planes = plane if isinstance(plane, dict) else {"loss": plane}
+    values = torch.cat([each.values.flatten() for each in planes.values()])
+    values = values[values.isfinite()]
+    low, high = (values.min().item(), values.max().item()) if len(values) else (0.0, 1.0)
+    high = high if high > low else low + 1
+    levels = [low + (high - low) * (i / 15) ** 2 for i in range(1, 16)]  # closer around the minimum
+    with pictures(path, len(planes), projection="3d" if surface else None) as panels:
+        for axes, (name, each) in zip(panels, planes.items(), strict=True):
+            a, b = torch.meshgrid(each.a, each.b, indexing="ij")
+            if surface:
+                axes.plot_surface(a.numpy(), b.numpy(), each.values.numpy(), cmap="viridis", vmin=low, vmax=high)
+                axes.set(zlim=(low, high))
+            else:
+                lines = axes.contour(a.numpy(), b.numpy(), each.values.numpy(), levels=levels, vmin=low, vmax=high)
+                axes.clabel(lines, fontsize=7)
+            axes.set(xlabel="first direction", ylabel="second direction", title=name)
     return pathlib.Path(path)

@@ -1,7 +1,13 @@
 """The covariance of SGD near a minimum, in closed form (METHODS 4): what its noise leaves of a posterior."""
 
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
+
+from .watching import pictures
 
 
 def sgd_covariance(
@@ -50,6 +56,40 @@ def sgd_diagnostic(hessian: Tensor, covariance: Tensor) -> dict[str, float]:
     """What a covariance S says beside a Hessian H: "trace", tr S; "excess_loss", tr(HS)/2, the expected loss above the minimum's."""
     h, s = hessian.double(), covariance.double()
     return {"trace": s.trace().item(), "excess_loss": (h @ s).trace().item() / 2}
+
+
+def plot_sgd_covariance(
+    closed: Mapping[str, Mapping[int, float]], simulated: Mapping[str, Mapping[int, float]], path: str | pathlib.Path
+) -> pathlib.Path:
+    """Draws a figure of S, such as its trace, over steps: closed forms as lines, simulations as dots; writes `path` and returns it.
+
+    closed, simulated  name -> {step: value}, a panel for each name of closed
+    """
+    with pictures(path, len(closed)) as panels:
+        for axes, (name, line) in zip(panels, closed.items(), strict=True):
+            axes.plot(list(line), list(line.values()), label="closed form")
+            dots = simulated.get(name, {})
+            axes.plot(list(dots), list(dots.values()), linestyle="", marker="o", markersize=4, label="simulation")
+            axes.set(xlabel="step", ylabel="tr S", title=name, ylim=(0, None))
+        if panels:
+            panels[0].legend()
+    return pathlib.Path(path)
+
+
+def plot_sgd_diagnostic(series: Mapping[str, Sequence[Mapping[str, float]]], path: str | pathlib.Path) -> pathlib.Path:
+    """Draws every figure of a run by epoch, a panel each and a line for each run; writes `path` and returns it.
+
+    series  name of the run -> its epochs, each {figure: value}, such as `sgd_diagnostic` with what else was measured
+    """
+    figures = list(dict.fromkeys(figure for epochs in series.values() for epoch in epochs for figure in epoch))
+    with pictures(path, len(figures)) as panels:
+        for axes, figure in zip(panels, figures, strict=True):
+            for name, epochs in series.items():
+                axes.plot(range(1, len(epochs) + 1), [epoch.get(figure, math.nan) for epoch in epochs], marker=".", label=name)
+            axes.set(xlabel="epoch", title=figure)
+        if panels:
+            panels[0].legend(fontsize=8)
+    return pathlib.Path(path)
 
 
 def _by_pairs(h: Tensor, c: Tensor, start: Tensor, lr: float, mu: float, steps: int | None) -> Tensor:

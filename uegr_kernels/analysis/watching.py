@@ -68,8 +68,17 @@ def moved(params: list[nn.Parameter]) -> Iterator[Callable[[list[Tensor]], None]
 @contextlib.contextmanager
 def picture(path: str | pathlib.Path, **kwargs: Any) -> Iterator[Any]:
     """Axes to draw on; written to `path` in the end."""
+    with pictures(path, 1, **kwargs) as (axes,):
+        yield axes
+
+
+@contextlib.contextmanager
+def pictures(path: str | pathlib.Path, count: int, **kwargs: Any) -> Iterator[list[Any]]:
+    """So many axes, up to three in a row; written to `path` in the end."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
-    yield figure.add_subplot(**kwargs)
+    columns = 2 if count == 4 else max(1, min(3, count))
+    rows = max(1, -(-count // columns))
+    figure = Figure(figsize=(6.4, 4.8) if count < 2 else (4.2 * columns, 3.5 * rows), layout="constrained")
+    yield [figure.add_subplot(rows, columns, i + 1, **kwargs) for i in range(count)]
     figure.savefig(path)
