@@ -155,12 +155,8 @@ class Runs:
     def _results(self, missing: list[Settings], checkpoints: pathlib.Path) -> Iterator[tuple[Settings, dict[str, Any]]]:
         """As they come."""
         if self.jobs == 1:
-            before = torch.get_num_threads()
-            torch.set_num_threads(self.threads)
-            try:
+            with machine.threads(self.threads):
                 yield from ((settings, figures(settings, self.data, checkpoints)) for settings in missing)
-            finally:
-                torch.set_num_threads(before)
             return
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(self.jobs, context, torch.set_num_threads, (self.threads,)) as pool:

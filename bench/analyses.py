@@ -24,7 +24,7 @@ from tqdm import tqdm
 import uegr_kernels as uk
 from uegr_kernels.models import MODELS
 
-from . import harness, noise, training
+from . import harness, machine, noise, training
 from .accuracy import METHODS, RATES, RESULTS, settings_of
 from .accuracy_report import spread
 from .training import STRENGTHS, DataError, Row, Settings, Start
@@ -481,6 +481,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seeds", metavar="N", type=count, help=f"models of each method; default {usual.seeds}")
     add("--seed", metavar="N", type=int, default=0, help="the first one; default 0")
     add("--quick", action="store_true", help="very small, to see that it runs: a matter of seconds")
+    add("--threads", metavar="N", type=count, default=1, help="more pay for large models on an idle machine; default 1")
     add("--output", metavar="DIR", type=pathlib.Path, help="default docs/analyses, with --quick build/analyses")
     return top
 
@@ -500,7 +501,8 @@ def main(arguments: list[str] | None = None) -> int:
         if training.read(options.data, options.set).metric == "correlation":
             raise DataError(f"--set {options.set} is a regression; name a set with classes")
         options.output.mkdir(parents=True, exist_ok=True)
-        run(options, sizes, command)
+        with machine.threads(options.threads):
+            run(options, sizes, command)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
