@@ -87,7 +87,7 @@ STUDIES = ("main", *accuracy_report.DESCRIBE, "cost")
 SIZES = (100, 300, 1000, 3000)
 GRID = (0.1, 0.3, 0.5, 0.7)  # rates of the dropout study
 RESTS_ON = {study: ("uegr",) for study in ("passes", "dropout")} | {"size": ("dropout", "drop_attack", "uegr")}  # whose tuned points
-RESTS_ON |= {"drop_attack": ("drop_attack",), "selection": ("dropout", "sgd")}
+RESTS_ON |= {"epsilon": (BASE,), "drop_attack": ("drop_attack",), "selection": ("dropout", "sgd")}
 SELECTION_OPTIONS = ("threshold", "sharpness", "normalization", "direction", "target", "rescale", "keep_probability", "scope", "statistics")
 
 
@@ -280,6 +280,17 @@ class Plan:
             for epsilon in (0.0, 0.1, 1.0, 5.0)
             for p in (0.3, 0.7, 1.0)
             for seed in range(min(2, self.options.seeds))
+        }
+
+    def epsilon(self) -> dict[tuple, Settings]:
+        """The attacking methods at one learning rate and one epsilon after the other, their other options at their defaults."""
+        data, model = self._first()
+        point = self.points[BASE, data, model]
+        return {
+            (name, epsilon, seed): settings_of(METHODS[name], point | {"epsilon": epsilon}, self.start(data, model, seed=seed))
+            for name in ("at", "r_at", "r_at_su", "uegr", "drop_attack")
+            for epsilon in (0.0, *EPSILON, 1.0)
+            for seed in range(min(3, self.options.seeds))
         }
 
     def selection(self) -> dict[tuple, Settings]:

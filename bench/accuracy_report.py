@@ -276,6 +276,22 @@ def describe_size(found: Found, output: pathlib.Path) -> str:
     return "\n\n".join([*parts, "![size](size.png)"])
 
 
+def describe_epsilon(found: Found, output: pathlib.Path) -> str:
+    groups = by_point(found)
+    methods, epsilons = (list(dict.fromkeys(key[i] for key in groups)) for i in range(2))
+    figure = plot.figure(10, 4.2)
+    parts = []
+    for axes, (title, pick) in zip(figure.subplots(1, 2), HEADLINES.items(), strict=True):
+        for name in methods:
+            _line(axes, epsilons, [groups[name, epsilon] for epsilon in epsilons], pick, name)
+        axes.set(xlabel="epsilon in training", ylabel="accuracy, points", title=title)
+        axes.legend(fontsize=7)
+        rows = [[name, *(spread(list(map(pick, groups[name, epsilon]))) for epsilon in epsilons)] for name in methods]
+        parts.append(table([f"{title}; epsilon:", *(f"{epsilon:g}" for epsilon in epsilons)], rows))
+    figure.savefig(output / "epsilon.png", dpi=100)
+    return "\n\n".join([*parts, "![epsilon](epsilon.png)"])
+
+
 def describe_selection(found: Found, output: pathlib.Path) -> str:
     rows = []
     for (kind, variant), results in by_point(found).items():
@@ -319,6 +335,7 @@ DESCRIBE = {
     "passes": ("The number of adversarial passes (UEGR Table V)", describe_passes),
     "dropout": ("Two dropout rates, one for each adversarial pass (UEGR Fig. 3)", describe_dropout),
     "size": ("The size of the training set (DropAttack Table 3)", describe_size),
+    "epsilon": ("Epsilon in training: one learning rate, the other options at their defaults", describe_epsilon),
     "selection": ("Selection variants: the loss alone (no attack), one learning rate for each optimizer", describe_selection),
     "drop_attack": ("DropAttack's epsilon and p (its Table 10)", describe_drop_attack),
 }

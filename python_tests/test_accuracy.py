@@ -93,15 +93,16 @@ def test_what_is_done_is_not_done_again(data, tmp_path, monkeypatch, capsys):
 def test_all_studies(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(accuracy, "SIZES", (8, 16, 10**6))
     monkeypatch.setattr(accuracy, "GRID", (0.1, 0.5))
+    monkeypatch.setattr(accuracy, "EPSILON", (0.1,))
     monkeypatch.setattr(accuracy, "variants", lambda: iter([{"normalization": "rank", "direction": "salient", "rescale": False}]))
-    studies = "passes,dropout,size,selection,drop_attack,cost"
+    studies = "passes,dropout,size,epsilon,selection,drop_attack,cost"
     assert call(data, tmp_path, "--sets", "one", "--methods", "dropout", "--seeds", "1", "--epochs", "1", "--studies", studies) == 0
     report = capsys.readouterr().out
     for title, _ in accuracy_report.DESCRIBE.values():
         assert title in report
     assert "| sgd | rank | salient | - | no | " in report
     assert "| uegr | " in report.split("size of the training set")[1] and "1,000,000" not in report  # more than the set has
-    assert {path.stem for path in tmp_path.glob("*.png")} == {"passes", "dropout", "size", "drop_attack"}
+    assert {path.stem for path in tmp_path.glob("*.png")} == {"passes", "dropout", "size", "epsilon", "drop_attack"}
 
 
 def test_a_run_goes_on_from_its_last_epoch(data, tmp_path, monkeypatch):
