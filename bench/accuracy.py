@@ -71,6 +71,7 @@ METHODS = {
     "sam": Method("sam", {"rho": (0.01, 0.05, 0.1)}),
     "awp": Method("awp", {"gamma": (0.005, 0.01, 0.05)}),
     "weight_consolidation": Method("weight_consolidation", {"kappa": (0.1, 1.0, 10.0)}),
+    "arat": Method("arat", {"epsilon": EPSILON, "invariance_weight": (1.0, 10.0, 30.0)}, {"norm": "l2", "steps": 3}),
     "sgd": Method("plain", {"lr": (0.03, 0.1, 0.3, 1.0)}, optimizer="sgd"),
     # Controls: the same passes without the attack, and plain training for as many passes.
     "dropout_2x": Method("plain", parent="dropout", epochs=2),
@@ -321,14 +322,20 @@ def variants() -> Iterator[dict[str, Any]]:
 # The command
 
 
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name.lower()))
+
+
 def parser() -> argparse.ArgumentParser:
-    def names(known: Iterable[str], everything: Iterable[str]) -> Callable[[str], list[str]]:
+    def names(known: Iterable[str], **others: str) -> Callable[[str], list[str]]:
+        """Some of the known ones, as the papers write them too: R-Drop is r_drop."""
+        short = others | {_letters(name): name for name in known}
+
         def chosen(text: str) -> list[str]:
-            found = list(everything) if text == "all" else text.split(",")
-            for name in found:
-                if name not in known and not name.startswith("hf:"):
-                    raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
-            return found
+            found = [name if name.startswith("hf:") and known is MODELS else short.get(_letters(name), "") for name in text.split(",")]
+            if "" in found and text != "all":
+                raise argparse.ArgumentTypeError(f"{text.split(',')[found.index('')]!r} is none of {', '.join(known)}")
+            return list(known) if text == "all" else found
 
         return chosen
 
@@ -345,18 +352,20 @@ def parser() -> argparse.ArgumentParser:
         "--sets", metavar="LIST", type=lambda text: text.split(","), help="names in DIR; default: all that are classifications"
     )
     top.add_argument(
-        "--methods", metavar="LIST", type=names(METHODS, METHODS), default=[*PAPER, *CONTROLS], help=f"all, or some of {','.join(METHODS)}"
+        "--methods",
+        metavar="LIST",
+        type=names(METHODS, plain=BASE),
+        default=[*PAPER, *CONTROLS],
+        help=f"all, or some of {','.join(METHODS)}",
     )
     top.add_argument(
         *("--models", "--model"),
         metavar="LIST",
-        type=names(MODELS, MODELS),
+        type=names(MODELS),
         default=list(MODELS),
         help=f"all, or some of {','.join(MODELS)}, hf:PATH",
     )
-    top.add_argument(
-        "--studies", metavar="LIST", type=names(STUDIES, STUDIES), default=["main"], help=f"all, or some of {','.join(STUDIES)}"
-    )
+    top.add_argument("--studies", metavar="LIST", type=names(STUDIES), default=["main"], help=f"all, or some of {','.join(STUDIES)}")
     top.add_argument("--seeds", metavar="N", type=count, default=5)
     top.add_argument("--examples", metavar="N", type=int, default=1000, help="to train on, drawn anew for every seed; 0: all; default 1000")
     top.add_argument("--epochs", metavar="N", type=count, default=6)

@@ -181,7 +181,7 @@ def _number(row: Row) -> bool:
 
 
 def held_of(rows: int) -> int:
-    return min(VALIDATION, rows // 5)
+    return min(VALIDATION, max(1, rows // 5))
 
 
 def split(data: TextSet, settings: Settings) -> tuple[list[Row], list[Row]]:

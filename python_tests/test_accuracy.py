@@ -8,6 +8,7 @@ import statistics
 import pytest
 import torch
 
+import uegr_kernels as uk
 from bench import accuracy, accuracy_report, training
 
 WORDS = {"neg": "bad dull slow weak", "pos": "good fine fast strong"}
@@ -155,6 +156,13 @@ def test_a_control_has_its_parents_point(data, tmp_path):
     plain, longer = (line for line in finals if line["method"] == "plain")
     assert longer == plain | {"epochs": 3 * plain["epochs"]}
     assert not any(line["options"].get("epsilon") == 0 for line in lines if not line["final"])  # controls are not tuned
+
+
+def test_names_as_the_papers_write_them():
+    options = accuracy.parser().parse_args("--data x --methods R-Drop,R-AT-SU,UEGR,DropAttack,FreeLB,plain --models TextCNN,hf:A/b".split())
+    assert options.methods == ["r_drop", "r_at_su", "uegr", "drop_attack", "free_lb", "dropout"]
+    assert options.models == ["textcnn", "hf:A/b"]
+    assert set(uk.recipes.NAMES) <= {method.recipe for method in accuracy.METHODS.values()}
 
 
 def test_means_count_twins_once():
