@@ -106,7 +106,7 @@ class Main:
 def _gap(main: Main, model: str, name: str, other: str, pick: Pick) -> list[str]:
     """Two cells: the difference, and its p."""
     gaps, p = main.against(model, name, other, pick)
-    return [spread(gaps), "-" if math.isnan(p) else f"{p:.3f}"]
+    return [spread(gaps), "-" if math.isnan(p) else "< 0.001" if p < 0.0005 else f"{p:.3f}"]
 
 
 def describe_main(found: Found, output: pathlib.Path) -> str:
