@@ -124,7 +124,7 @@ class Runs:
 
     def __init__(self, options: argparse.Namespace, command: str) -> None:
         self.data, self.jobs, self.threads, self.path = options.data, options.jobs, options.threads, options.output / "runs.jsonl"
-        self.done = {key_of(Settings(**line["settings"])): line for line in harness.read(self.path)}
+        self.done = {key_of(Settings(**line["settings"])): line for line in whole_lines(self.path)}
         here = harness.environment(command)
         self.about = {"command": command, "commit": here["commit"], "cpu": here["machine"]["cpu"], "torch": here["versions"]["torch"]}
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -174,6 +174,18 @@ class Runs:
         self.done[key_of(settings)] = line | self.about
         with self.path.open("a") as file:
             file.write(json.dumps(line | self.about) + "\n")
+
+
+def whole_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of the file, without a last one that was cut off, which is taken out of it."""
+    text = path.read_text() if path.exists() else ""
+    kept, _, cut = text.rpartition("\n")
+    if cut:
+        path.write_text(kept + "\n" * bool(kept))
+    try:
+        return [json.loads(line) for line in kept.split("\n") if line]
+    except ValueError as error:
+        raise DataError(f"{path} is no file of runs ({error}); move it away, or name another --output") from None
 
 
 def key_of(settings: Settings) -> str:

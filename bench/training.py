@@ -12,6 +12,7 @@ import pathlib
 import random
 import statistics
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -145,9 +146,10 @@ def read_test(folder: pathlib.Path, name: str) -> list[Row]:
 def _lines(path: pathlib.Path) -> list[str]:
     try:
         content = path.read_bytes()
-        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode().splitlines(keepends=False)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]  # splitlines() knows other ends, which texts may hold
 
 
 def _rows(path: pathlib.Path) -> list[Row]:

@@ -218,6 +218,28 @@ def test_wrong_arguments(data, tmp_path, capsys, arguments, said):
     assert said in capsys.readouterr().err
 
 
+def test_a_line_that_was_cut_off_is_made_again(data, tmp_path, capsys):
+    options = ("--sets", "one", "--methods", "dropout", "--trials", "1", "--seeds", "1", "--epochs", "1")
+    assert call(data, tmp_path, *options) == 0
+    whole = (tmp_path / "runs.jsonl").read_text().splitlines()
+    (tmp_path / "runs.jsonl").write_text("\n".join(whole)[:-40])
+    assert call(data, tmp_path, *options) == 0
+    again = [json.loads(line)["settings"] for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert again == [json.loads(line)["settings"] for line in whole]
+    (tmp_path / "runs.jsonl").write_text("no JSON\n")
+    assert call(data, tmp_path, *options) == 2
+    assert "is no file of runs" in capsys.readouterr().err
+
+
+def test_only_line_feeds_end_lines(data):
+    """Texts may hold what str.splitlines takes for an end."""
+    train = "".join(f"{label}\tone\u2028two\x85three {i}\r\n" for i in range(5) for label in WORDS)
+    (data / "one" / "train.tsv.gz").write_bytes(gzip.compress(("label\ttext\r\n" + train).encode()))
+    training.read.cache_clear()
+    found = training.read(data, "one").train
+    assert len(found) == 10 and found[0] == training.Row("neg", ("one\u2028two\x85three 0",))
+
+
 def test_a_broken_line_is_named(data, capsys, tmp_path):
     (data / "one" / "test.tsv.gz").write_bytes(gzip.compress(b"label\ttext\nneg\tfine\nnothing\n"))
     assert call(data, tmp_path) == 2
