@@ -124,7 +124,11 @@ class Runs:
 
     def __init__(self, options: argparse.Namespace, command: str) -> None:
         self.data, self.jobs, self.threads, self.path = options.data, options.jobs, options.threads, options.output / "runs.jsonl"
-        self.done = {key_of(Settings(**line["settings"])): line for line in whole_lines(self.path)}
+        self.digests = {name: training.digest(options.data, name) for name in options.sets}
+        self.done = {}
+        for line in whole_lines(self.path):
+            if line.get("digest", "") in ("", self.digests.get(line["settings"]["data"], "")):  # else of other texts by that name
+                self.done[key_of(Settings(**line["settings"]))] = line
         here = harness.environment(command)
         self.about = {"command": command, "commit": here["commit"], "cpu": here["machine"]["cpu"], "torch": here["versions"]["torch"]}
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -170,7 +174,12 @@ class Runs:
                 raise
 
     def _keep(self, settings: Settings, result: dict[str, Any]) -> None:
-        line = {"settings": dataclasses.asdict(settings), "result": result, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        line = {
+            "settings": dataclasses.asdict(settings),
+            "result": result,
+            "digest": self.digests[settings.data],
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
         self.done[key_of(settings)] = line | self.about
         with self.path.open("a") as file:
             file.write(json.dumps(line | self.about) + "\n")
@@ -209,7 +218,11 @@ def figures(settings: Settings, folder: pathlib.Path, checkpoints: pathlib.Path)
 
 
 def _rounded(value: Any) -> Any:
-    return [_rounded(each) for each in value] if isinstance(value, list) else float(f"{value:.6g}") if isinstance(value, float) else value
+    if isinstance(value, list):
+        return [_rounded(each) for each in value]
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 # What to run
@@ -351,6 +364,17 @@ def parser() -> argparse.ArgumentParser:
 
         return chosen
 
+    def rates(text: str) -> tuple[float, ...]:
+        found = tuple(map(float, text.split(",")))
+        if not all(0 < rate < math.inf for rate in found):
+            raise argparse.ArgumentTypeError(f"{text} holds what is no positive number")
+        return found
+
+    def some(text: str) -> int:
+        if int(text) < 0:
+            raise argparse.ArgumentTypeError(f"{text} is less than 0")
+        return int(text)
+
     def count(text: str) -> int:
         if int(text) < 1:
             raise argparse.ArgumentTypeError(f"{text} is not a positive number")
@@ -379,14 +403,16 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--studies", metavar="LIST", type=names(STUDIES), default=["main"], help=f"all, or some of {','.join(STUDIES)}")
     top.add_argument("--seeds", metavar="N", type=count, default=5)
-    top.add_argument("--examples", metavar="N", type=int, default=1000, help="to train on, drawn anew for every seed; 0: all; default 1000")
+    top.add_argument(
+        "--examples", metavar="N", type=some, default=1000, help="to train on, drawn anew for every seed; 0: all; default 1000"
+    )
     top.add_argument("--epochs", metavar="N", type=count, default=6)
     top.add_argument("--length", metavar="N", type=count, default=64, help="words (tokens) of a text at most")
-    top.add_argument("--attacked", metavar="N", type=int, default=200, help="test texts under attack; default 200")
+    top.add_argument("--attacked", metavar="N", type=some, default=200, help="test texts under attack; default 200")
     for name, what in (("shifted", "accuracy"), ("adversarial", "accuracy"), ("ood", "AUROC of telling their texts from the set's own")):
         top.add_argument(f"--{name}", metavar="LIST", type=lambda text: text.split(","), default=[], help=f"other sets in DIR: {what}")
     top.add_argument("--trials", metavar="N", type=count, default=6, help="runs by which each method is tuned on each set; default 6")
-    top.add_argument("--lr", metavar="LIST", type=lambda text: tuple(map(float, text.split(","))), help="learning rates to tune over")
+    top.add_argument("--lr", metavar="LIST", type=rates, help="learning rates to tune over")
     top.add_argument("--jobs", metavar="N", type=count, default=1, help="runs at a time")
     top.add_argument("--threads", metavar="N", type=count, default=1, help="of a run; more pay for large models on an idle machine")
     top.add_argument("--wait", metavar="SECONDS", type=float, default=120, help="for a busy machine to calm down before the cost is timed")
@@ -404,13 +430,15 @@ def main(arguments: list[str] | None = None) -> int:
         there = training.sets_in(options.data)
         if options.sets is None:
             options.sets = [name for name in there if training.read(options.data, name).metric != "correlation"]
+        if not options.sets:
+            raise DataError(f"--data {options.data}: only regressions ({', '.join(there)}); name them with --sets")
         for name in options.sets:
-            training.read(options.data, name)
+            training.check(options.data, name, [*options.shifted, *options.adversarial])
         if BASE not in options.methods:
             options.methods = [BASE, *options.methods]
         options.output.mkdir(parents=True, exist_ok=True)
         run(options, command)
-    except DataError as error:
+    except (DataError, FileExistsError, NotADirectoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -428,7 +456,8 @@ def run(options: argparse.Namespace, command: str) -> None:
     sections = {}
     for study in options.studies:
         plan.tune(RESTS_ON.get(study, ()), first_set, first_model)
-        points = {" ".join(key): point for key, point in plan.points.items()}
+        points = json.loads((output / "points.json").read_text()) if (output / "points.json").exists() else {}
+        points |= {" ".join(key): point for key, point in plan.points.items()}
         (output / "points.json").write_text(json.dumps(points, indent=1) + "\n")
         if study == "cost":
             measure_cost(plan, command, output)
@@ -443,8 +472,9 @@ def run(options: argparse.Namespace, command: str) -> None:
         else:
             title, describe = accuracy_report.DESCRIBE[study]
             sections[study] = f"### {title}: {first_set[0]}, {first_model[0]}\n\n{describe(found, output)}"
-        text = "\n\n".join(["# Accuracy, robustness and cost on real text", origin(runs, options, command), *sections.values()])
-        (output / "README.md").write_text(text + "\n")
+        (output / f"{study}.md").write_text(f"{sections[study]}\n\n{origin(runs, options, command)}\n")
+        written = [path.read_text().strip() for path in (output / f"{each}.md" for each in STUDIES) if path.exists()]
+        (output / "README.md").write_text("\n\n".join(["# Accuracy, robustness and cost on real text", *written]) + "\n")
     cost = {line["case"]: line for line in harness.read(output / "cost.jsonl")}
     if "main" in sections:
         (output / "summary.md").write_text(accuracy_report.summary(main_found, cost) + "\n\n" + origin(runs, options, command) + "\n")
@@ -485,7 +515,7 @@ def measure_cost(plan: Plan, command: str, output: pathlib.Path) -> None:
             facts = {"data": data, "model": model}
             case = harness.Case(name, facts, 2**30, lambda: None, lambda both=both: both, threads=plan.options.threads)
             line = harness.measure(case, 20, copy, bar.update)
-            harness.keep(path, about | {"warning": warning} | line | line["contestants"][1]["ours_over_this"], names)
+            harness.keep(path, about | {"warning": warning} | line | line["contestants"][1]["ours_over_this"], list(METHODS))
 
 
 if __name__ == "__main__":

@@ -13,10 +13,14 @@ Found = dict[tuple, dict[str, Any]]  # figures of a study's runs, by what tells 
 Pick = Callable[[dict[str, Any]], float]
 TWINS = {"sst2": "mr"}  # the same sentences: in means over sets the two count as one
 BASE = "dropout"  # what every method is tested against
-PAIRS = (  # a method, and the control that says what of its gain is its own
-    *(("at", "at_epsilon_0"), ("at", "dropout_2x"), ("r_at", "r_at_epsilon_0"), ("r_at", "dropout_3x"), ("r_at_su", "r_at")),
-    *(("uegr", "uegr_epsilon_0"), ("uegr", "uegr_all_selected"), ("uegr", "dropout_3x"), ("uegr", "r_at_su"), ("uegr", "at")),
-    *(("drop_attack", "drop_attack_epsilon_0"), ("drop_attack", "dropout_2x"), ("roast", "dropout_3x")),
+SAME_POINT = (  # a method, and itself without a part
+    *(("at", "at_epsilon_0"), ("r_at", "r_at_epsilon_0"), ("uegr", "uegr_epsilon_0"), ("uegr", "uegr_all_selected")),
+    ("drop_attack", "drop_attack_epsilon_0"),
+)
+OWN_POINTS = (  # a method, and one that is tuned by itself: plain training for as many passes, or a simpler method
+    *(("at", "dropout_2x"), ("r_drop", "dropout_2x"), ("free_lb", "dropout_2x"), ("drop_attack", "dropout_2x")),
+    *(("r_at", "dropout_3x"), ("r_at_su", "dropout_3x"), ("uegr", "dropout_3x"), ("roast", "dropout_3x")),
+    *(("r_at_su", "r_at"), ("uegr", "r_at_su"), ("uegr", "at")),
 )
 MEDIUM = 1  # of training.STRENGTHS
 
@@ -121,11 +125,11 @@ def describe_main(found: Found, output: pathlib.Path) -> str:
                 cells += ["", ""] if name == BASE else _gap(main, model, name, BASE, pick)
             milliseconds = statistics.median(main.everywhere(model, name, figure_of("seconds_per_step"))) * 1000
             rows.append([name, *cells, f"{milliseconds:.1f}", f"{statistics.fmean(main.everywhere(model, name, figure_of('share'))):.2%}"])
-        pairs = [
-            [name, control, *_gap(main, model, name, control, accuracy), *_gap(main, model, name, control, PGD)]
-            for name, control in PAIRS
-            if {name, control} <= set(main.methods)
-        ]
+        heads_of_pairs = ["method", "against", "clean", "p", f"PGD {medium:g}", "p"]
+        same, own = (
+            table(heads_of_pairs, [[*pair, *_gap(main, model, *pair, accuracy), *_gap(main, model, *pair, PGD)] for pair in pairs])
+            for pairs in ([pair for pair in found if set(pair) <= set(main.methods)] for found in (SAME_POINT, OWN_POINTS))
+        )
         sets = [[name, *(spread(main.values(model, data, name, accuracy)) for data in main.sets)] for name in main.methods]
         attacked = [[name, *(spread(main.values(model, data, name, PGD)) for data in main.sets)] for name in main.methods]
         picture = _main_picture(main, model, output / f"main-{model.replace('/', '-')}.png")
@@ -135,10 +139,13 @@ def describe_main(found: Found, output: pathlib.Path) -> str:
             table(heads, rows),
             f"![{model}]({picture.name})",
             f"The medium strength is {statistics.fmean(relative or [0]):.1%} of the norm of a text's embeddings. "
-            "ms a step: median, with other runs beside it. "
+            "ms a step: median, with other runs beside it. selected: in the last step of the last epoch. "
             "p: paired t-test over seeds, two-sided, uncorrected for the number of rows: without any effect one in twenty has p < 0.05.",
-            "What of a gain is the method's own: differences to its controls.",
-            table(["method", "control", "clean", "p", f"PGD {medium:g}", "p"], pairs),
+            "A method against itself without its attack, or without its selection: same point, so the difference is that part's.",
+            same,
+            "A method against another that is tuned by itself (learning rate and dropout too), or against plain training for as many "
+            "passes at the learning rate tuned for one:",
+            own,
             "Clean, by set:",
             table(["method", *main.sets], sets),
             f"PGD {medium:g}, by set:",

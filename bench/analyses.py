@@ -242,7 +242,7 @@ def landscape(lab: Lab) -> Found:
             return F.cross_entropy(model(**inputs), labels)
 
         plane = planes[name] = uk.analysis.loss_plane(tuned.model, loss, seed=lab.options.seed, points=lab.sizes.points)
-        top = uk.analysis.largest_eigenvalue(tuned.model, loss, iterations=lab.sizes.samples, tolerance=1e-2)
+        top = uk.analysis.largest_eigenvalue(tuned.model, loss, iterations=5 * lab.sizes.samples, tolerance=1e-2)
         trace, error = uk.analysis.hessian_trace(tuned.model, loss, samples=lab.sizes.samples)
         middle = plane.values[len(plane.a) // 2, len(plane.b) // 2].item()
         rise = plane.values.mean().item() - middle

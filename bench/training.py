@@ -13,13 +13,14 @@ import random
 import statistics
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import uegr_kernels as uk
+from uegr_kernels.analysis.attack import STRENGTHS
 from uegr_kernels.demo import UNKNOWN, Texts, encode, vocabulary, words_of
 from uegr_kernels.models import MODELS
 
@@ -36,7 +37,6 @@ GLUE: dict[str, tuple[str, tuple[Any, ...], Any, str]] = {
     "rte": ("dev", ("sentence1", "sentence2"), "label", "accuracy"),
     "wnli": ("dev", ("sentence1", "sentence2"), "label", "accuracy"),
 }
-STRENGTHS = (0.01, 0.25, 0.5)  # of the attacks: UEGR's weak, medium, strong
 WARM_UP, WEIGHT_DECAY, MOMENTUM = 0.06, 0.01, 0.9
 VALIDATION = 1000  # rows of the training set at most, and no more than a fifth of it
 DIMENSION = 64  # of our own models' words
@@ -123,7 +123,9 @@ def read(folder: pathlib.Path, name: str) -> TextSet:
     path = folder / name
     if _own(path):
         train, test = (_rows(path / f"{part}.tsv.gz") for part in ("train", "test"))
-        metric = "correlation" if len({row.label for row in train}) > 20 and all(map(_number, train)) else "accuracy"
+        labels = {row.label for row in train}
+        real = len(labels) > 20 and all(map(_number, train)) and not all(label.lstrip("-").isdecimal() for label in labels)
+        metric = "correlation" if real else "accuracy"
         return TextSet(train, test, metric)
     if not _glue(path):
         raise DataError(f"{path}: no such set; there are {', '.join(sets_in(folder))}")
@@ -141,6 +143,29 @@ def read_test(folder: pathlib.Path, name: str) -> list[Row]:
     if not texts or not (path / f"{stem}.tsv").exists():
         raise DataError(f"{path}: no test.tsv.gz there, and no test of GLUE's")
     return _columns(path / f"{stem}.tsv", texts, label)
+
+
+def digest(folder: pathlib.Path, name: str) -> str:
+    """Eight digits that change with the set's files."""
+    content = b"".join(path.read_bytes() for path in sorted((folder / name).glob("*.tsv*")))
+    return f"{zlib.crc32(content):08x}"
+
+
+def check(folder: pathlib.Path, name: str, others: Iterable[str] = ()) -> None:
+    """Raises DataError where a model of this set cannot be trained, or its test, or that of `others`, has labels that it does not know."""
+    data = read(folder, name)
+    if len(data.train) < 2:
+        raise DataError(f"{folder / name}: {len(data.train)} text to train on; two are needed at least")
+    if data.metric == "correlation":
+        return
+    if len(data.labels) < 2:
+        raise DataError(f"{folder / name}: every label is {data.labels[0]!r}; two are needed")
+    for whose, rows in [(name, data.test), *((other, read_test(folder, other)) for other in others)]:
+        if unknown := {row.label for row in rows} - set(data.labels):
+            known = ", ".join(data.labels[:10])
+            raise DataError(
+                f"{folder / whose}: the test has the label {min(unknown)!r}, which {name}'s training set has not; it has {known}"
+            )
 
 
 def _lines(path: pathlib.Path) -> list[str]:
@@ -204,11 +229,7 @@ def labels_of(rows: list[Row], data: TextSet) -> Tensor:
     if data.metric == "correlation":
         return torch.tensor([float(row.label) for row in rows])
     number = {label: i for i, label in enumerate(data.labels)}
-    try:
-        return torch.tensor([number[row.label] for row in rows])
-    except KeyError as error:
-        known = ", ".join(data.labels)
-        raise DataError(f"the label {error} of a test does not occur in the training set, which has {known}") from None
+    return torch.tensor([number[row.label] for row in rows])
 
 
 def build(settings: Settings, data: TextSet, train: list[Row], device: torch.device) -> Built:
@@ -313,7 +334,8 @@ def run(
         state = torch.load(checkpoint, weights_only=True, map_location=device)
         for part, name in ((model, "model"), (optimizer, "optimizer"), (recipe, "recipe"), (schedule, "schedule")):
             part.load_state_dict(state[name])
-        torch.set_rng_state(state["random"].cpu())
+        torch.set_rng_state(state["random"][0].cpu())
+        torch.cuda.set_rng_state_all([each.cpu() for each in state["random"][1:]])
     elif hasattr(recipe, "prepare"):  # Child-Tuning-D looks at the training set first
         recipe.prepare([batches(rows) for rows in _epoch(len(train), settings, -1)])
     for epoch in range(state["epoch"], settings.epochs):
@@ -335,7 +357,11 @@ def run(
             watch(epoch + 1, model, recipe)
         if checkpoint:
             parts = {"model": model, "optimizer": optimizer, "recipe": recipe, "schedule": schedule}
-            whole = state | {name: part.state_dict() for name, part in parts.items()} | {"random": torch.get_rng_state()}
+            whole = (
+                state
+                | {name: part.state_dict() for name, part in parts.items()}
+                | {"random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
+            )
             torch.save(whole, checkpoint.with_suffix(".tmp"))
             os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
     recipe.close()

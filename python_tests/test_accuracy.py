@@ -77,6 +77,9 @@ def test_what_is_done_is_not_done_again(data, tmp_path, monkeypatch, capsys):
         "passes.png",
     }
     assert "| uegr | " in (tmp_path / "summary.md").read_text()
+    assert call(data, tmp_path, "--sets", "one,two", "--methods", "uegr", "--studies", "passes") == 0
+    assert "### textcnn: mean over" in (tmp_path / "README.md").read_text()  # a narrower call leaves the other studies there
+    capsys.readouterr()
     lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     row = next(row for row in json.loads((tmp_path / "summary.json").read_text()) if (row["set"], row["method"]) == ("one", "uegr"))
     found = [
@@ -205,6 +208,8 @@ def test_robustness_relative_to_the_base(data, tmp_path, capsys):
         (["--models", "hf:/nowhere", "--sets", "one"], "no checkpoint with its tokenizer"),
         (["--seeds", "0"], "not a positive number"),
         (["--shifted", "three", "--sets", "one"], "no test.tsv.gz there"),
+        (["--lr", "1e-3,nan"], "no positive number"),
+        (["--examples", "-1"], "less than 0"),
     ],
 )
 def test_wrong_arguments(data, tmp_path, capsys, arguments, said):
@@ -229,6 +234,38 @@ def test_a_line_that_was_cut_off_is_made_again(data, tmp_path, capsys):
     (tmp_path / "runs.jsonl").write_text("no JSON\n")
     assert call(data, tmp_path, *options) == 2
     assert "is no file of runs" in capsys.readouterr().err
+
+
+def test_other_texts_by_the_same_name_are_another_set(data, tmp_path):
+    options = ("--sets", "one", "--methods", "dropout", "--trials", "1", "--seeds", "1", "--epochs", "1")
+    assert call(data, tmp_path / "out", *options) == 0
+    train = data / "one" / "train.tsv.gz"
+    train.write_bytes(gzip.compress(gzip.decompress(train.read_bytes()) + b"pos\tfine film\n"))
+    training.read.cache_clear()
+    assert call(data, tmp_path / "out", *options) == 0
+    assert len((tmp_path / "out" / "runs.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [(["neg"], "every label is 'neg'"), (["neg", "pos"], "the test has the label 'unheard of', which one's training set")],
+)
+def test_sets_that_cannot_be_trained_on(data, tmp_path, capsys, labels, said):
+    """Said before the first run."""
+    for part, extra in (("train", ""), ("test", "unheard of\tgood\n" * (len(labels) - 1))):
+        lines = "".join(f"{label}\t{text(label, i)}\n" for i in range(6) for label in labels)
+        (data / "one" / f"{part}.tsv.gz").write_bytes(gzip.compress(f"label\ttext\n{lines}{extra}".encode()))
+    training.read.cache_clear()
+    assert call(data, tmp_path / "out", "--sets", "one") == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_many_whole_numbers_are_classes(data):
+    lines = "".join(f"{i % 30}\tword {i}\n" for i in range(90))
+    (data / "one" / "train.tsv.gz").write_bytes(gzip.compress(f"label\ttext\n{lines}".encode()))
+    training.read.cache_clear()
+    assert training.read(data, "one").metric == "accuracy"
 
 
 def test_only_line_feeds_end_lines(data):

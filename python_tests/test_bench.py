@@ -222,6 +222,7 @@ def test_the_step_in_five_passes_leaves_gradients_alone():
 
 def test_the_readmes_agree_with_the_results(capsys):
     assert bench.main(["readme", "--check"]) == 0, capsys.readouterr()
+    assert not any("no results yet" in block.make() for block in readme.BLOCKS)
 
 
 def test_a_block_is_replaced_and_nothing_else(tmp_path, capsys):
