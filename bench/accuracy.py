@@ -104,6 +104,13 @@ def trials(name: str, method: Method, count: int, rates: dict[str, tuple]) -> li
     return found
 
 
+def with_parents(name: str, fixed: dict[str, Any] | None = None) -> Method:
+    """The method with what its parent and `fixed` fix as well."""
+    method = METHODS[name]
+    parent = METHODS[method.parent] if method.parent else method
+    return dataclasses.replace(method, fixed=parent.fixed | method.fixed | (fixed or {}))
+
+
 def settings_of(method: Method, point: dict[str, Any], start: Settings) -> Settings:
     """The settings of a run of the method at a point of its space."""
     values = point | method.fixed
@@ -259,10 +266,8 @@ class Plan:
             self.points[key] = max(found, key=lambda pair: self.runs[pair[1]]["validation"])[0]
 
     def settings(self, name: str, data: str, model: str, seed: int, fixed: dict[str, Any] | None = None, **changes: Any) -> Settings:
-        method = METHODS[name]
-        parent = METHODS[method.parent] if method.parent else method
-        merged = dataclasses.replace(method, fixed=parent.fixed | method.fixed | (fixed or {}))
-        return settings_of(merged, self.points[method.parent or name, data, model], self.start(data, model, seed=seed, **changes))
+        point = self.points[METHODS[name].parent or name, data, model]
+        return settings_of(with_parents(name, fixed), point, self.start(data, model, seed=seed, **changes))
 
     def main(self) -> dict[tuple, Settings]:
         each = self.options

@@ -267,36 +267,11 @@ def describe_dropout(found: Found, output: pathlib.Path) -> str:
 
 
 def describe_size(found: Found, output: pathlib.Path) -> str:
-    groups = by_point(found)
-    methods, sizes = (list(dict.fromkeys(key[i] for key in groups)) for i in range(2))
-    figure = plot.figure(10, 4.2)
-    for axes, (title, pick) in zip(figure.subplots(1, 2), HEADLINES.items(), strict=True):
-        for name in methods:
-            _line(axes, sizes, [groups[name, size] for size in sizes], pick, name)
-        axes.set(xscale="log", xlabel="texts to train on", ylabel="accuracy, points", title=title)
-        axes.legend()
-    figure.savefig(output / "size.png", dpi=100)
-    parts = []
-    for title, pick in HEADLINES.items():
-        rows = [[name, *(spread(list(map(pick, groups[name, size]))) for size in sizes)] for name in methods]
-        parts.append(table([f"{title}; texts:", *(f"{size:,}" for size in sizes)], rows))
-    return "\n\n".join([*parts, "![size](size.png)"])
+    return _curves(found, output / "size.png", "texts:", "texts to train on", place="{:,}", xscale="log")
 
 
 def describe_epsilon(found: Found, output: pathlib.Path) -> str:
-    groups = by_point(found)
-    methods, epsilons = (list(dict.fromkeys(key[i] for key in groups)) for i in range(2))
-    figure = plot.figure(10, 4.2)
-    parts = []
-    for axes, (title, pick) in zip(figure.subplots(1, 2), HEADLINES.items(), strict=True):
-        for name in methods:
-            _line(axes, epsilons, [groups[name, epsilon] for epsilon in epsilons], pick, name)
-        axes.set(xlabel="epsilon in training", ylabel="accuracy, points", title=title)
-        axes.legend(fontsize=7)
-        rows = [[name, *(spread(list(map(pick, groups[name, epsilon]))) for epsilon in epsilons)] for name in methods]
-        parts.append(table([f"{title}; epsilon:", *(f"{epsilon:g}" for epsilon in epsilons)], rows))
-    figure.savefig(output / "epsilon.png", dpi=100)
-    return "\n\n".join([*parts, "![epsilon](epsilon.png)"])
+    return _curves(found, output / "epsilon.png", "epsilon:", "epsilon in training")
 
 
 def describe_selection(found: Found, output: pathlib.Path) -> str:
@@ -313,19 +288,36 @@ def describe_selection(found: Found, output: pathlib.Path) -> str:
 
 
 def describe_drop_attack(found: Found, output: pathlib.Path) -> str:
+    control = "The row epsilon 0 is the control: the same passes without an attack."
+    corner, across = "epsilon down, p across", "p, the share of elements attacked"
+    return _curves(found, output / "drop_attack.png", corner, across, row="{:g}", line="epsilon {:g}", note=control)
+
+
+def _curves(
+    found: Found,
+    path: pathlib.Path,
+    corner: str,
+    across: str,
+    *,
+    place: str = "{:g}",
+    row: str = "{}",
+    line: str = "{}",
+    xscale: str = "linear",
+    note: str = "",
+) -> str:
+    """Tables and a picture of runs by two things: a row and a line for each of the first, a column and a place for each of the second."""
     groups = by_point(found)
-    epsilons, chances = (list(dict.fromkeys(key[i] for key in groups)) for i in range(2))
-    figure = plot.figure(10, 4.2)
-    parts = []
+    firsts, seconds = (list(dict.fromkeys(key[i] for key in groups)) for i in range(2))
+    figure, parts = plot.figure(10, 4.2), []
     for axes, (title, pick) in zip(figure.subplots(1, 2), HEADLINES.items(), strict=True):
-        for epsilon in epsilons:
-            _line(axes, chances, [groups[epsilon, p] for p in chances], pick, f"epsilon {epsilon:g}")
-        axes.set(xlabel="p, the share of elements attacked", ylabel="accuracy, points", title=title)
+        for first in firsts:
+            _line(axes, seconds, [groups[first, second] for second in seconds], pick, line.format(first))
+        axes.set(xscale=xscale, xlabel=across, ylabel="accuracy, points", title=title)
         axes.legend(fontsize=7)
-        rows = [[f"{epsilon:g}", *(spread(list(map(pick, groups[epsilon, p]))) for p in chances)] for epsilon in epsilons]
-        parts.append(table([f"{title}; epsilon down, p across", *(f"{p:g}" for p in chances)], rows))
-    figure.savefig(output / "drop_attack.png", dpi=100)
-    return "\n\n".join([*parts, "The row epsilon 0 is the control: the same passes without an attack.\n\n![drop_attack](drop_attack.png)"])
+        rows = [[row.format(first), *(spread(list(map(pick, groups[first, second]))) for second in seconds)] for first in firsts]
+        parts.append(table([f"{title}; {corner}", *map(place.format, seconds)], rows))
+    figure.savefig(path, dpi=100)
+    return "\n\n".join([*parts, *([note] if note else []), f"![{path.stem}]({path.name})"])
 
 
 def _usual(results: list[dict[str, Any]]) -> list[str]:

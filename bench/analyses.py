@@ -25,8 +25,8 @@ import uegr_kernels as uk
 from uegr_kernels.models import MODELS
 
 from . import harness, machine, noise, training
-from .accuracy import METHODS, RATES, RESULTS, settings_of
-from .accuracy_report import spread
+from .accuracy import METHODS, RATES, RESULTS, settings_of, with_parents
+from .accuracy_report import spread, table
 from .training import STRENGTHS, DataError, Row, Settings, Start
 
 DOCS = harness.ROOT / "docs" / "analyses"
@@ -88,15 +88,13 @@ class Lab:
 
     def settings(self, name: str, seed: int) -> Settings:
         """The method at its tuned point, or where it has none at the middle of its space."""
-        method = METHODS[name]
-        parent = METHODS[method.parent] if method.parent else method
-        space = RATES | parent.space
+        parent = METHODS[name].parent or name
+        space = RATES | METHODS[parent].space
         point = {key: values[len(values) // 2] for key, values in space.items()}
-        point |= self.points.get(f"{method.parent or name} {self.options.set} {self.options.model}", {})
-        merged = dataclasses.replace(method, fixed=parent.fixed | method.fixed)
+        point |= self.points.get(f"{parent} {self.options.set} {self.options.model}", {})
         rows, epochs = self.sizes.examples, self.sizes.epochs
         start = Settings(self.options.set, self.options.model, "plain", seed, epochs=epochs, examples=rows, final=False)
-        return settings_of(merged, point, start)
+        return settings_of(with_parents(name), point, start)
 
     @functools.cache  # noqa: B019
     def halves(self, seed: int) -> tuple[list[Row], list[Row], list[Row]]:
@@ -135,7 +133,7 @@ class Lab:
 
     def batches(self, tuned: Tuned, rows: list[Row]) -> list[tuple[dict[str, Tensor], Tensor]]:
         of = tuned.encoded(rows)
-        return [of(range(i, min(i + 128, len(rows)))) for i in range(0, len(rows), 128)]
+        return list(map(of, training.in_order(len(rows))))
 
     def follow(self, name: str) -> training.Watch:
         """Keeps the CKA of each layer after each epoch, on clean and on attacked texts."""
@@ -406,10 +404,6 @@ def mean(values: Iterable[float] | dict[str, float]) -> float:
 
 def averaged(found: Iterable[uk.analysis.Attacked]) -> uk.analysis.Attacked:
     return uk.analysis.Attacked(*map(mean, zip(*map(dataclasses.astuple, found), strict=True)))
-
-
-def table(heads: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows))
 
 
 def rounded(value: Any) -> Any:

@@ -301,6 +301,12 @@ class Start(NamedTuple):
     encoded: Callable[[list[Row]], Batches]
 
 
+def new_start(settings: Settings, data: TextSet, device: torch.device) -> Start:
+    """The rows that the seed draws, and a new model."""
+    train, held = split(data, settings)
+    return Start(train, held, *build(settings, data, train, device))
+
+
 Watch = Callable[[int, nn.Module, Any], None]
 
 
@@ -321,9 +327,8 @@ def run(
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = read(folder, settings.data)
-    train, held = split(data, settings) if start is None else start[:2]
     torch.manual_seed(settings.seed)
-    model, encoded = build(settings, data, train, device) if start is None else start[2:]
+    train, held, model, encoded = start or new_start(settings, data, device)
     optimizer = make_optimizer(settings, model)
     recipe = make_recipe(settings, data, model, optimizer)
     batches, validation = encoded(train), encoded(held)
@@ -383,9 +388,8 @@ def stepper(settings: Settings, folder: pathlib.Path) -> Callable[[], object]:
     """A training step of these settings on the first batch of an epoch, to be timed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = read(folder, settings.data)
-    train, _ = split(data, settings)
     torch.manual_seed(settings.seed)
-    model, encoded = build(settings, data, train, device)
+    train, _, model, encoded = new_start(settings, data, device)
     optimizer = make_optimizer(settings, model)
     recipe = make_recipe(settings, data, model, optimizer)
     batches = encoded(train)
@@ -458,7 +462,7 @@ def outputs_of(model: nn.Module, batches: Batches, rows: int) -> tuple[Tensor, T
     model.eval()
     outputs, truth = [], []
     with torch.no_grad():
-        for chosen in _in_order(rows):
+        for chosen in in_order(rows):
             inputs, labels = batches(chosen)
             logits = model(**inputs)
             outputs.append(getattr(logits, "logits", logits).float().cpu())
@@ -481,7 +485,7 @@ def _finite(value: Any) -> float:
     return float(value) if math.isfinite(value) else 0.0
 
 
-def _in_order(rows: int, size: int = 128) -> Iterator[range]:
+def in_order(rows: int, size: int = 128) -> Iterator[range]:
     return (range(first, min(first + size, rows)) for first in range(0, rows, size))
 
 
@@ -505,7 +509,7 @@ def evaluate(model: nn.Module, settings: Settings, folder: pathlib.Path, encoded
         rows = data.test[: settings.attacked]
         batches = encoded(rows)
         for attack in ("fgm", "pgd"):
-            seen = uk.analysis.accuracy_under_attack(model, embedding_of(model), map(batches, _in_order(len(rows))), STRENGTHS, attack)
+            seen = uk.analysis.accuracy_under_attack(model, embedding_of(model), map(batches, in_order(len(rows))), STRENGTHS, attack)
             found["clean"], found[attack] = seen[0].accuracy, [each.accuracy for each in seen[1:]]
         found["relative"] = [round(each.relative, 5) for each in seen[1:]]  # epsilon over the norm of a text's embeddings
     return found
