@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .plain import Plain
+from .baselines import Plain
+from .bi_stage import SelectiveUpdate
 from .recipe import check_choice, check_number
 from .saliency import SaliencyRecipe
-from .uegr import SelectiveUpdate
 
 
 class ChildTuningF(SelectiveUpdate, Plain):

@@ -10,7 +10,7 @@ from ..divergence import uegr_loss
 from ..passes import attention_mask
 from ..selective import select_gradients_, selection_probability
 from .attack import climb, tiny_noise
-from .r_drop import symmetric_divergence
+from .consistency import symmetric_divergence
 from .recipe import check_choice, check_flag, check_number, recomputed
 from .saliency import SaliencyRecipe
 from .selection import agreed, check_seed

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .plain import Plain
+from .baselines import Plain
 from .recipe import check_choice, check_number, named_parameters, whole
 
 
