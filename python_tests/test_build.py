@@ -172,7 +172,7 @@ class Tree:
         self.root, self.libraries = root, root / "uegr_kernels/_lib"
         for folder in ("uegr_kernels", "csrc/core", "csrc/selective"):
             (root / folder).mkdir(parents=True)
-        for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "uegr_kernels/__init__.py"):
+        for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "uegr_kernels/__init__.py"):
             shutil.copy(ROOT / name, root / name)
         (root / "README.md").write_text("a tree for tests\n")
         (root / "csrc/core/number.h").write_text("constexpr int number = 1;\n")
@@ -259,12 +259,23 @@ def test_wheel_has_the_libraries_and_no_bindings(tree):
 
 
 @needs_setuptools
+def test_wheel_has_its_licence(tree):
+    done = tree.setup("bdist_wheel")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tree.root / "dist").iterdir()
+    info = f"uegr_kernels-{uegr_kernels.__version__}.dist-info"
+    with zipfile.ZipFile(wheel) as archive:
+        assert "License-Expression: Apache-2.0\n" in archive.read(f"{info}/METADATA").decode()
+        assert "Version 2.0, January 2004" in archive.read(f"{info}/licenses/LICENSE").decode()
+
+
+@needs_setuptools
 def test_source_distribution_has_the_headers(tree):
     done = tree.setup("sdist", "--formats=zip")
     assert done.returncode == 0, done.stderr
     (archive,) = (tree.root / "dist").iterdir()
     names = {name.split("/", 1)[1] for name in zipfile.ZipFile(archive).namelist()}
-    assert {"setup.py", "csrc/core/number.h", "csrc/library.cpp", "csrc/bindings.cpp"} <= names
+    assert {"setup.py", "LICENSE", "csrc/core/number.h", "csrc/library.cpp", "csrc/bindings.cpp"} <= names
 
 
 # ---- Installed into an environment of its own, with the torch of another, and no network
@@ -380,7 +391,7 @@ main(["info"])
 def test_source_installs_without_a_compiler_and_runs_on_the_reference(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, source / name)
     for name in ("csrc", "uegr_kernels"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("_lib", "__pycache__", "*.so"))
