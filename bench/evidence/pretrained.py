@@ -323,22 +323,19 @@ class Plan:
 
     def tuning(self, data: str, name: str) -> list[Run]:
         """The tuning runs of a method that has points of its own."""
-        method = METHODS[name]
-        values: Sequence[float | None] = method.values or (None,)
+        values = METHODS[name].values
         return [Run(data, name, TUNING_SEED, value, final=False, **self.changes) for value in values]
 
     def sources(self, name: str) -> list[str]:
         """The methods whose tuning runs a method rests on."""
-        method = METHODS[name]
-        found = [method.of] if method.of else ([name] if method.values else [])
-        return found
+        source = METHODS[name].of or name
+        return [source] if METHODS[source].values else []
 
     def points(self, data: str, name: str) -> dict[str, float | None]:
         """What was chosen for clean accuracy and for accuracy under PGD, by "clean" and "pgd"."""
-        (source,) = self.sources(name) or ("",)
-        if not source or not METHODS[source].values:
+        if not self.sources(name):
             return {"clean": None, "pgd": None}
-        tried = self.tuning(data, source)
+        tried = self.tuning(data, *self.sources(name))
         scores: dict[str, Callable[[Run], float]] = {
             "clean": lambda run: float(self.runs[run]["validation"]),
             "pgd": lambda run: share_right(self.runs[run]["pgd"][0]),
