@@ -23,6 +23,7 @@ from uegr_kernels.models import MODELS
 
 from . import accuracy_report, harness, machine, training
 from .accuracy_report import BASE
+from .evidence import pretrained
 from .training import DataError, Settings
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "accuracy"
@@ -133,7 +134,7 @@ class Runs:
         self.data, self.jobs, self.threads, self.path = options.data, options.jobs, options.threads, options.output / "runs.jsonl"
         self.digests = {name: training.digest(options.data, name) for name in options.sets}
         self.done = {}
-        for line in whole_lines(self.path):
+        for line in training.whole_lines(self.path):
             if line.get("digest", "") in ("", self.digests.get(line["settings"]["data"], "")):  # else of other texts by that name
                 self.done[key_of(Settings(**line["settings"]))] = line
         here = harness.environment(command)
@@ -190,18 +191,6 @@ class Runs:
         self.done[key_of(settings)] = line | self.about
         with self.path.open("a") as file:
             file.write(json.dumps(line | self.about) + "\n")
-
-
-def whole_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of the file, without a last one that was cut off, which is taken out of it."""
-    text = path.read_text() if path.exists() else ""
-    kept, _, cut = text.rpartition("\n")
-    if cut:
-        path.write_text(kept + "\n" * bool(kept))
-    try:
-        return [json.loads(line) for line in kept.split("\n") if line]
-    except ValueError as error:
-        raise DataError(f"{path} is no file of runs ({error}); move it away, or name another --output") from None
 
 
 def key_of(settings: Settings) -> str:
@@ -429,6 +418,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 2 for wrong arguments or data, 130 for Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     command = shlex.join(["python", "-m", "bench.accuracy", *arguments])
+    which = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    which.add_argument("--model", "--models")
+    given, others = which.parse_known_args(arguments)
+    if given.model == "minilm":
+        return pretrained.main(others)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # its workers end with it
     try:
         options = parser().parse_args(arguments)

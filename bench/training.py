@@ -6,6 +6,7 @@ import functools
 import gzip
 import importlib.util
 import itertools
+import json
 import math
 import os
 import pathlib
@@ -145,6 +146,18 @@ def read_test(folder: pathlib.Path, name: str) -> list[Row]:
     return _columns(path / f"{stem}.tsv", texts, label)
 
 
+def whole_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of the file, without a last one that was cut off, which is taken out of it."""
+    text = path.read_text() if path.exists() else ""
+    kept, _, cut = text.rpartition("\n")
+    if cut:
+        path.write_text(kept + "\n" * bool(kept))
+    try:
+        return [json.loads(line) for line in kept.split("\n") if line]
+    except ValueError as error:
+        raise DataError(f"{path} is no file of runs ({error}); move it away, or name another --output") from None
+
+
 def digest(folder: pathlib.Path, name: str) -> str:
     """Eight digits that change with the set's files."""
     content = b"".join(path.read_bytes() for path in sorted((folder / name).glob("*.tsv*")))
@@ -270,18 +283,27 @@ def _transformers(
     except (OSError, ValueError) as error:
         raise DataError(f"--models {settings.model}: no checkpoint with its tokenizer in that folder ({error})") from None
 
-    def encoded(rows: list[Row]) -> Batches:
-        columns = [list(column) for column in zip(*(row.texts for row in rows), strict=True)]
-        tokens = tokenizer(*columns, truncation=True, max_length=settings.length)
-        labels = labels_of(rows, data)
+    return model, lambda rows: _batches(tokenizer, data, rows, settings.length, device)
 
-        def batch(chosen: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
-            padded = tokenizer.pad({key: [values[i] for i in chosen] for key, values in tokens.items()}, return_tensors="pt")
-            return {key: value.to(device) for key, value in padded.items()}, labels[torch.as_tensor(chosen)].to(device)
 
-        return batch
+def tokenized(model: str, data: TextSet, rows: list[Row], length: int, device: torch.device) -> Batches:
+    """Batches of the rows for the checkpoint "hf:PATH", of texts of at most `length` tokens."""
+    from transformers import AutoTokenizer
 
-    return model, encoded
+    tokenizer = AutoTokenizer.from_pretrained(model.removeprefix("hf:"), local_files_only=True)
+    return _batches(tokenizer, data, rows, length, device)
+
+
+def _batches(tokenizer: Any, data: TextSet, rows: list[Row], length: int, device: torch.device) -> Batches:
+    columns = [list(column) for column in zip(*(row.texts for row in rows), strict=True)]
+    tokens = tokenizer(*columns, truncation=True, max_length=length)
+    labels = labels_of(rows, data)
+
+    def batch(chosen: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
+        padded = tokenizer.pad({key: [values[i] for i in chosen] for key, values in tokens.items()}, return_tensors="pt")
+        return {key: value.to(device) for key, value in padded.items()}, labels[torch.as_tensor(chosen)].to(device)
+
+    return batch
 
 
 def embedding_of(model: nn.Module) -> nn.Module:
@@ -318,12 +340,14 @@ def run(
     *,
     start: Start | None = None,
     watch: Watch | None = None,
+    stepped: Callable[[Any], None] | None = None,
 ) -> tuple[dict[str, Any], nn.Module]:
     """Trains one model and evaluates it; returns the figures and the model at its best epoch by validation.
 
     checkpoint  where the state after each epoch is kept, and from which the run goes on; removed in the end
     start       None: the rows that the seed draws, and a new model
     watch       called after each epoch with its number from 1, the model and the recipe, whose .optimizer steps
+    stepped     called after each step with the recipe
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = read(folder, settings.data)
@@ -351,6 +375,8 @@ def run(
             losses, before = step(settings, recipe, optimizer, inputs, labels, count=i == steps - 1)
             state["seconds"].append(time.perf_counter() - began)
             schedule.step()
+            if stepped:
+                stepped(recipe)
         state["share"], state["largest_inverse"] = _selected(optimizer, model, before)
         state["loss"] = float(losses["loss"])
         recipe.epoch_end()

@@ -4,6 +4,7 @@ from .attack import Attacked, accuracy_under_attack, plot_accuracy_under_attack
 from .calibration import calibration_error, ood_auroc, plot_calibration, plot_ood_auroc
 from .cka import cka, linear_cka, plot_cka
 from .conflict import Conflict, gradient_conflict, plot_gradient_conflict
+from .corruption import corrupted
 from .landscape import LossPlane, loss_plane, plot_loss_plane, random_directions
 from .posterior import plot_sgd_covariance, plot_sgd_diagnostic, sgd_covariance, sgd_diagnostic
 from .selection import ParameterSelection, SelectionReport, plot_selection_report, selection_report
@@ -18,6 +19,7 @@ __all__ = [
     "accuracy_under_attack",
     "calibration_error",
     "cka",
+    "corrupted",
     "gradient_conflict",
     "hessian_trace",
     "largest_eigenvalue",

@@ -21,6 +21,7 @@ class Attacked:
 
     epsilon   radius of the ball;  relative  its mean share of ||e||, the norm of a sample's embeddings
     accuracy  in [0, 1];  drop  from the clean accuracy;  relative_drop  the drop's share of it
+    outcomes  of every sample, in the order of the batches: whether it is right
     """
 
     epsilon: float
@@ -28,6 +29,7 @@ class Attacked:
     accuracy: float
     drop: float
     relative_drop: float
+    outcomes: tuple[bool, ...] = ()
 
 
 def accuracy_under_attack(
@@ -60,7 +62,8 @@ def accuracy_under_attack(
     if steps < 1 or restarts < 1:
         raise ValueError(f"steps={steps}, restarts={restarts}: give 1 or more")
     radii = [0.0, *(float(epsilon) for epsilon in epsilons)]
-    right, count, shares = [0] * len(radii), 0, [0.0] * len(radii)
+    outcomes: list[list[bool]] = [[] for _ in radii]
+    count, shares = 0, [0.0] * len(radii)
     runner = Runner(model, embedding, input_range)
     generator = torch.Generator().manual_seed(seed)
     try:
@@ -80,16 +83,17 @@ def accuracy_under_attack(
                     )
                     for delta in deltas:
                         survives &= _logits(runner, inputs, delta).argmax(1) == labels
-                    right[i] += int(survives.sum())
+                    outcomes[i] += survives.tolist()
                     shares[i] += float((epsilon * unit.flatten() / size.to(unit.dtype)).sum())
     finally:
         runner.close()
     if not count:
         raise ValueError("batches holds none; give pairs (inputs, labels)")
+    right = [sum(each) for each in outcomes]
     clean_accuracy = right[0] / count
     return [
-        Attacked(epsilon, share / count, n / count, clean_accuracy - n / count, 1 - n / max(right[0], 1))
-        for epsilon, n, share in zip(radii, right, shares, strict=True)
+        Attacked(epsilon, share / count, n / count, clean_accuracy - n / count, 1 - n / max(right[0], 1), tuple(each))
+        for epsilon, n, share, each in zip(radii, right, shares, outcomes, strict=True)
     ]
 
 

