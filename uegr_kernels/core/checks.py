@@ -13,19 +13,25 @@ def refuse_transforms(name: str, tensors: list[Tensor], advice: str) -> None:
     Outside of forward mode and torch.func, which is nearly always, this is two looks at flags.
     """
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
-        _Transformed.apply(name, advice, *tensors)  # type: ignore[no-untyped-call]
+        _refuse(name, tensors, advice, reverse=False)
 
 
 def refuse_derivatives(name: str, tensors: list[Tensor], advice: str) -> None:
-    """Raises RuntimeError as `refuse_transforms`, and where torch.func.grad, vjp or jacrev asks for the derivative of a constant."""
+    """Raises as `refuse_transforms`, and where torch.func.grad, vjp or jacrev asks for the derivative of what is a constant."""
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
-        _Transformed.apply(name, advice, *tensors)  # type: ignore[no-untyped-call]
-        if torch._C._are_functorch_transforms_active() and any(map(_tracked, tensors)):
-            raise RuntimeError(f"{name} of uegr_kernels has no derivative: {advice}")
+        _refuse(name, tensors, advice, reverse=True)
+
+
+@torch.compiler.disable(reason="uegr_kernels runs uncompiled under forward mode and torch.func; leave fullgraph out")
+def _refuse(name: str, tensors: list[Tensor], advice: str, *, reverse: bool) -> None:
+    """Looks through every level of torch.func, which a compiler cannot: it leaves the function that gets here to Python."""
+    _Transformed.apply(name, advice, *tensors)  # type: ignore[no-untyped-call]
+    if reverse and any(map(_tracked, tensors)):
+        raise RuntimeError(f"{name} of uegr_kernels has no derivative: {advice}")
 
 
 def _tracked(tensor: Tensor) -> bool:
-    """Whether some level of torch.func differentiates by the tensor."""
+    """Whether a level of torch.func differentiates by the tensor."""
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         if tensor.requires_grad:
             return True
