@@ -1779,7 +1779,6 @@ def test_differentiable_refuses_a_native_backend(cls):
 BAD_OPTIONS = [
     ({"lr": -1.0}, ValueError, "Invalid learning rate: -1.0"),
     ({"lr": torch.tensor([1.0, 2.0])}, ValueError, "Tensor lr must be 1-element"),
-    ({"lr": torch.tensor(1.0), "foreach": True}, ValueError, "lr as a Tensor is not supported for capturable=False and foreach=True"),
     ({"weight_decay": -1}, ValueError, "Invalid weight_decay value: -1"),
     ({"fused": True, "foreach": True}, RuntimeError, "`fused` and `foreach` cannot be `True` together"),
     ({"fused": True, "differentiable": True}, RuntimeError, "`fused` does not support `differentiable`"),
@@ -1811,6 +1810,7 @@ BAD_OPTIONS = [
     ({"backend": "gpu"}, ValueError, "backend='gpu' .*'auto', 'reference', 'cpp', 'cuda', 'triton'"),
 ]
 ADAMW_ONLY = [
+    ({"lr": torch.tensor(1.0), "foreach": True}, ValueError, "lr as a Tensor is not supported for capturable=False and foreach=True"),
     ({"betas": 0.9}, TypeError, "betas=0.9 is no pair of numbers"),
     ({"betas": (0.9,)}, TypeError, r"betas=\(0.9,\) is no pair of numbers"),
     ({"amsgrad": "no"}, TypeError, "amsgrad='no' is a str; give True or False"),

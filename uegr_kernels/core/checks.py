@@ -64,7 +64,7 @@ def flag(name: str, value: Any) -> bool:
 
 def choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Raises ValueError for a word that is not one of the choices."""
-    if not isinstance(value, str) or value not in choices:
+    if value not in choices:
         raise ValueError(f"{name}={value!r} is not one of its values; use {', '.join(map(repr, choices))}")
 
 

@@ -45,7 +45,8 @@ def pairwise_js(
 
     Equivalent to `reference.uegr_loss([logits], None, js_weight=1, ...)[0]`.
     """
-    in_place = _check_options(reduction=reduction, inplace_backward=inplace_backward)["inplace_backward"]
+    _check_options(reduction=reduction)
+    in_place = checks.flag("inplace_backward", inplace_backward)
     logits = _passes("logits", logits)
     checks.refuse_transforms("pairwise_js", logits, REVERSE_MODE)
     if sum(len(x) if x.dim() == 3 else 1 for x in logits) < 2:
@@ -85,9 +86,9 @@ def uegr_loss(clean_logits: Tensor, adversarial_logits: Tensor | Sequence[Tensor
 
     Equivalent to `reference.uegr_loss([clean_logits, adversarial_logits], labels, ...)[0]`.
     """
-    options = _check_options(js_weight=js_weight, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction,
-                             task=task, return_parts=return_parts, inplace_backward=inplace_backward)  # fmt: skip
-    task, in_place, with_parts = options.pop("task"), options.pop("inplace_backward"), options.pop("return_parts")
+    options = {"js_weight": js_weight, "label_smoothing": label_smoothing, "ignore_index": ignore_index, "reduction": reduction}
+    options = _check_options(**options, task=task)
+    in_place, with_parts = checks.flag("inplace_backward", inplace_backward), checks.flag("return_parts", return_parts)
     _check_tensor("clean_logits", clean_logits, 2, "[N, C]")
     logits = [clean_logits, *_passes("adversarial_logits", adversarial_logits)]
     _check_alike({"clean_logits": clean_logits, **_named("adversarial_logits", logits[1:])})
@@ -157,9 +158,10 @@ def linear_uegr_loss(clean_hidden: Tensor, adversarial_hidden: Tensor, weight: T
 
     Equivalent to `reference.linear_uegr_loss(reference.uegr_loss_, [clean_hidden, adversarial_hidden], weight, bias, labels, ...)[0]`.
     """
-    options = _check_options(js_weight=js_weight, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction,
-                             task=task, return_parts=return_parts, inplace_backward=inplace_backward, chunk_rows=chunk_rows)  # fmt: skip
-    task, _, with_parts = options.pop("task"), options.pop("inplace_backward"), options.pop("return_parts")
+    options = {"js_weight": js_weight, "label_smoothing": label_smoothing, "ignore_index": ignore_index, "reduction": reduction}
+    options = _check_options(**options, task=task, chunk_rows=chunk_rows)
+    checks.flag("inplace_backward", inplace_backward)
+    with_parts = checks.flag("return_parts", return_parts)
     _check_tensor("clean_hidden", clean_hidden, 2, "[N, H]")
     _check_tensor("adversarial_hidden", adversarial_hidden, 3, "[m, N, H]")
     if len(adversarial_hidden) < 1:
@@ -231,10 +233,9 @@ def _named(name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 def _check_options(**options: Any) -> dict[str, Any]:
-    """The options as Python's own numbers and flags; raises what is wrong with a value, takes any of them."""
-    for name, choices in (("reduction", op.REDUCTIONS), ("task", TASKS)):
-        if name in options:
-            checks.choice(name, options[name], choices)
+    """The options but the task as Python's own numbers and flags; raises what is wrong with a value, takes any of them."""
+    if "reduction" in options and options["reduction"] not in op.REDUCTIONS:
+        checks.choice("reduction", options["reduction"], op.REDUCTIONS)
     for name in ("return_parts", "inplace_backward"):
         if name in options:
             options[name] = checks.flag(name, options[name])
@@ -244,8 +245,10 @@ def _check_options(**options: Any) -> dict[str, Any]:
     for name, least in (("ignore_index", -(2**63)), ("chunk_rows", 1)):
         if name in options and (options[name] is not None or name == "ignore_index"):
             options[name] = checks.integer(name, options[name], least, bits=63)
-    if options.get("task") == "regression" and options.get("label_smoothing", 0) != 0:
-        raise ValueError(f"label_smoothing={options['label_smoothing']!r} means nothing for task='regression'; leave it 0")
+    if "task" in options:
+        checks.choice("task", options["task"], TASKS)
+        if options.pop("task") == "regression" and options.get("label_smoothing", 0) != 0:
+            raise ValueError(f"label_smoothing={options['label_smoothing']!r} means nothing for task='regression'; leave it 0")
     return options
 
 

@@ -36,7 +36,7 @@ def fgm_perturbation(grad: Tensor, epsilon: float, *, norm: str = "l2", per: str
     epsilon, step = checks.number("epsilon", epsilon, 0), checks.integer("step", step, 0, bits=32)
     keep_probability = checks.number("keep_probability", 1.0 if keep_probability is None else keep_probability, 0, 1)
     seed = None if seed is None else checks.signed_seed(seed)
-    checks.refuse_transforms("fgm_perturbation", [], CONSTANT, constants=_tensors(grad, mask))
+    checks.refuse_transforms("fgm_perturbation", [], CONSTANT, constants=[grad] if mask is None else [grad, mask])
     mask = _check_mask(mask, "grad", grad)
     backend = op.choose("fgm_perturbation_", backend, grad.device, grad.dtype)
     key = _key(seed, keep_probability, grad.device)
@@ -66,7 +66,7 @@ def pgd_step(delta: Tensor, grad: Tensor, *, step_size: float, radius: float, no
     _check_alike("delta", delta, "grad", grad)
     _check_choices(norm, per)
     options = {"step_size": checks.number("step_size", step_size, 0), "radius": checks.number("radius", radius, 0)}
-    checks.refuse_transforms("pgd_step", [], CONSTANT, constants=_tensors(delta, grad, mask))
+    checks.refuse_transforms("pgd_step", [], CONSTANT, constants=[delta, grad] if mask is None else [delta, grad, mask])
     mask = _check_mask(mask, "grad", grad)
     backend = op.choose("pgd_step_", backend, delta.device, delta.dtype)
     out = torch.empty(delta.shape, dtype=delta.dtype, device=delta.device)
@@ -142,8 +142,9 @@ def _check_alike(first: str, x: Tensor, name: str, y: Tensor) -> None:
 
 
 def _check_choices(norm: str, per: str) -> None:
-    checks.choice("norm", norm, op.NORMS)
-    checks.choice("per", per, op.PERS)
+    if norm not in op.NORMS or per not in op.PERS:
+        checks.choice("norm", norm, op.NORMS)
+        checks.choice("per", per, op.PERS)
 
 
 def _check_mask(mask: Tensor | None, name: str, x: Tensor) -> Tensor | None:
@@ -158,10 +159,6 @@ def _check_mask(mask: Tensor | None, name: str, x: Tensor) -> Tensor | None:
     if mask.device != x.device:
         raise ValueError(f"mask is on {mask.device} and {name} on {x.device}; move it with .to()")
     return mask.detach() != 0
-
-
-def _tensors(*given: Tensor | None) -> list[Tensor]:
-    return [x for x in given if isinstance(x, Tensor)]
 
 
 def _key(seed: int | None, keep_probability: float, device: torch.device) -> Tensor | None:
