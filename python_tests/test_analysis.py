@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
@@ -257,11 +258,47 @@ def test_weights_come_back_when_a_loss_raises():
 def test_largest_eigenvalue_and_trace(values):
     model = Bowl(symmetric(values))
     before = unchanged(model)
-    found = uk.analysis.largest_eigenvalue(model, model.loss, iterations=500, tolerance=1e-9)
-    assert found == pytest.approx(max(values), abs=1e-3)
+    found = uk.analysis.largest_eigenvalue(model, model.loss, tolerance=1e-9)
+    assert found == pytest.approx(max(values, key=abs), abs=1e-9)
+    found = uk.analysis.largest_eigenvalue(model, model.loss, tolerance=1e-9, which="algebraic")
+    assert found == pytest.approx(max(values), abs=1e-9)
     trace, error = uk.analysis.hessian_trace(model, model.loss, samples=400)
     assert abs(trace - sum(values)) <= 5 * error + 1e-9
     assert unchanged(model) == before
+
+
+@pytest.mark.filterwarnings("error")  # nothing is said where it has converged
+def test_the_eigenvalue_of_largest_magnitude_is_numpys():
+    signs = set()
+    for seed in range(50):
+        square = torch.randn(64, 64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        values = np.linalg.eigvalsh(((square + square.T) / 2).numpy())
+        expected = values[np.abs(values).argmax()]
+        signs.add(expected > 0)
+        model = Bowl((square + square.T) / 2)
+        assert uk.analysis.largest_eigenvalue(model, model.loss) == pytest.approx(expected, abs=1e-3)
+    assert signs == {True, False}
+    for low, high, expected in ((-5.0, 5.0, 5.0), (-5.0001, 5.0, -5.0001), (-4.9999, 5.0, 5.0)):
+        model = Bowl(symmetric([low, *torch.linspace(-4, 4, 30).tolist(), high]))
+        assert uk.analysis.largest_eigenvalue(model, model.loss) == pytest.approx(expected, abs=1e-6)
+
+
+def test_an_eigenvalue_that_has_not_converged_says_so():
+    d = torch.cos(torch.linspace(0, torch.pi, 2000, dtype=torch.float64))[:, None]
+    model = Bowl(torch.zeros(2000, 0))
+
+    def loss(model):
+        return (d * model.weight.square()).sum() / 2
+
+    with pytest.warns(UserWarning, match=r"has not converged in 100 iterations.*give more iterations, or a larger tolerance"):
+        assert uk.analysis.largest_eigenvalue(model, loss) == pytest.approx(1.0, abs=1e-3)
+    model = Bowl(symmetric([-3.0, *torch.linspace(0, 5, 30).tolist()]))
+    with pytest.warns(UserWarning, match="has not converged in 2 iterations"):
+        uk.analysis.largest_eigenvalue(model, model.loss, iterations=2)
+    with pytest.warns(UserWarning, match="the Hessian is not finite"):
+        assert np.isnan(uk.analysis.largest_eigenvalue(model, lambda model: model.loss() * torch.nan))
+    with pytest.raises(ValueError, match="which='size' is not one of its values"):
+        uk.analysis.largest_eigenvalue(model, model.loss, which="size")
 
 
 def test_curvature_of_a_network_is_autograds():
@@ -280,8 +317,8 @@ def test_curvature_of_a_network_is_autograds():
     def loss(model):
         return torch.nn.functional.cross_entropy(model(x), y)
 
-    found = uk.analysis.largest_eigenvalue(model, loss, iterations=2000, tolerance=1e-10)
-    assert found == pytest.approx(torch.linalg.eigvalsh(hessian)[-1].item(), rel=1e-3)
+    found = uk.analysis.largest_eigenvalue(model, loss, tolerance=1e-10, seed=np.int64(1), which="algebraic")
+    assert found == pytest.approx(torch.linalg.eigvalsh(hessian)[-1].item(), rel=1e-9)
     trace, error = uk.analysis.hessian_trace(model, loss, samples=300)
     assert abs(trace - hessian.trace().item()) <= 5 * error
 

@@ -7,6 +7,7 @@ import pickle
 import hypothesis
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal import common_optimizers as theirs
 
 import uegr_kernels as uk
@@ -425,12 +426,115 @@ def test_what_is_wrong_with_a_second_group_keeps_the_first_from_stepping(name, b
     assert torch.equal(params[0], before) and optimizer.state[params[0]]["step"].item() == 1
 
 
-def test_fake_tensors_step():
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode():
-        model = torch.nn.Linear(3, 2)
-        optimizer = uk.SelectiveAdamW(model.parameters(), seed=1)
-        model(torch.ones(1, 3)).sum().backward()
+def made(parameter, gradient, cls, count, **options):
+    params = [torch.nn.Parameter(parameter()) for _ in range(count)]
+    optimizer = cls(params, **options)
+    for _ in range(3):
+        for p in params:
+            p.grad = gradient(p)
         optimizer.step()
-    assert all(state["exp_avg"].shape == p.shape for p, state in optimizer.state.items())
+    return [optimizer.state[p] for p in params]
+
+
+SELECTIONS = [{}, {"scope": "global", "statistics": "previous"}, {"normalization": "rank", "scope": "global"}, NEUTRAL]
+
+
+@both
+@pytest.mark.parametrize("count", [2, 70])
+@pytest.mark.parametrize("options", SELECTIONS, ids=str)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_tensors_without_values_step(name, count, options, backend):
+    ours, torchs, *_ = OURS[name]
+    more = {"momentum": 0.9} if name == "SGD" else {"amsgrad": True}
+    on_meta = made(lambda: torch.empty(3, 2, device="meta"), torch.empty_like, ours, count, backend=backend, **options, **more)
+    like = made(lambda: torch.empty(3, 2, device="meta"), torch.empty_like, torchs, count, **more)
+    with FakeTensorMode():
+        fake = made(lambda: torch.ones(3, 2), torch.ones_like, ours, count, backend=backend, **options, **more)
+    for state, fakes, theirs_ in zip(on_meta, fake, like, strict=True):
+        assert state["step"].item() == 3 and fakes["step"].shape == ()
+        for key, value in theirs_.items():
+            assert (state[key].shape, state[key].device) == (value.shape, value.device)
+            assert fakes[key].shape == value.shape and isinstance(fakes[key], FakeTensor)
+
+
+@both
+def test_fused_refuses_the_meta_device_as_torch_does(name):
+    for cls in OURS[name][:2]:
+        with pytest.raises(RuntimeError, match="`fused=True` requires all the params to be floating point Tensors of supported devices"):
+            made(lambda: torch.empty(3, device="meta"), torch.empty_like, cls, 2, fused=True)
+
+
+@both
+def test_a_parameter_on_the_meta_device_leaves_the_others_their_step(name):
+    results = []
+    for cls, options in zip(OURS[name][:2], (NEUTRAL, {}), strict=True):
+        params = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3, device="meta"))]
+        optimizer = cls(params, lr=0.1, **options)
+        for p in params:
+            p.grad = torch.full_like(p, 2.0)
+        optimizer.step()
+        results.append(params[0].detach())
+    torch.testing.assert_close(*results)
+
+
+def test_a_seed_is_drawn_under_any_default_device():
+    with torch.device("meta"):
+        optimizer = uk.SelectiveAdamW([torch.nn.Parameter(torch.ones(3, device="cpu"))])
+    assert 0 <= optimizer.param_groups[0]["seed"] < 2**64
+
+
+def test_a_checkpoint_of_adam_loads_and_goes_to_adamw_as_decoupled():
+    models = net(), net(), net()
+    adam = torch.optim.Adam(models[0].parameters(), lr=0.05, weight_decay=0.1)
+    run(models[0], adam, 2)
+    ours = uk.SelectiveAdamW(models[1].parameters(), **NEUTRAL)
+    ours.load_state_dict(copy.deepcopy(adam.state_dict()))
+    assert ours.param_groups[0]["decoupled_weight_decay"] is True and ours.param_groups[0]["weight_decay"] == 0.1
+    theirs_ = torch.optim.AdamW(models[2].parameters())
+    theirs_.load_state_dict(copy.deepcopy(ours.state_dict()))
+    assert theirs_.param_groups[0]["decoupled_weight_decay"] is True
+    for model in models[1:]:
+        model.load_state_dict(models[0].state_dict())
+    for model, optimizer in ((models[1], ours), (models[2], theirs_)):
+        run(model, optimizer, 3, first=2)
+    for p, q in zip(models[1].parameters(), models[2].parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@both
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"foreach": True, "capturable": True}, {"maximize": True}], ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_tensor_numbers_and_closures_are_torchs(name, options, groups):
+    """A tensor as lr (and betas), a closure, groups added later and groups without a gradient: the same steps, or the same refusal."""
+    results = []
+    for cls, more in zip(OURS[name][:2], (NEUTRAL, {}), strict=True):
+        model = net(torch.float64)
+        params = list(model.parameters())
+        given = {"lr": torch.tensor(0.05, dtype=torch.float64), **options}
+        if name == "AdamW":
+            given["betas"] = (torch.tensor(0.8, dtype=torch.float64), torch.tensor(0.9, dtype=torch.float64))
+        else:
+            given |= {"momentum": 0.9}
+            given.pop("capturable", None)
+        try:
+            optimizer = cls(params[:2] if groups == 2 else params, **given, **more)
+            if groups == 2:
+                optimizer.add_param_group({"params": params[2:], "lr": torch.tensor(0.1, dtype=torch.float64)})
+                optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2, dtype=torch.float64))]})
+
+            def closure(model=model, optimizer=optimizer):
+                optimizer.zero_grad()
+                loss = model(torch.ones(6, 10, dtype=torch.float64)).square().sum()
+                loss.backward()
+                return loss
+
+            losses = [optimizer.step(closure).item() for _ in range(4)]
+            given["lr"].fill_(0.01)
+            results.append([*losses, optimizer.step(closure).item(), *(p.detach() for p in params)])
+        except (ValueError, AssertionError) as error:
+            results.append([str(error)])
+    if results[1][0] == results[0][0] and isinstance(results[1][0], str):
+        return  # the same words
+    if name == "AdamW" and "capturable" in options:  # torch's foreach asks for a GPU here, ours does not
+        return
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)

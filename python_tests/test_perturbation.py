@@ -3,6 +3,7 @@
 import math
 import types
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -360,12 +361,53 @@ def test_opcheck(norm, per):
     torch.library.opcheck(operators.perturb_weights_.default, ([g.clone(), torch.zeros(3)], [g, torch.ones(3)], seed), weights)
 
 
-def test_vmap_is_refused(backend):
+def entered(param, grad, backend):
+    with perturbed_weights([param], 0.5, gradients=[grad], backend=backend):
+        return param * 1
+
+
+CONSTANTS = {
+    "fgm_perturbation": lambda x, backend: fgm_perturbation(x, 0.5, backend=backend),
+    "pgd_step": lambda x, backend: pgd_step(torch.zeros(2, 3, 4), x, step_size=1.0, radius=1.0, backend=backend),
+    "perturbed_weights": lambda x, backend: entered(torch.ones(2, 3, 4), x, backend),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_derivatives_of_constants_are_refused(backend, name):
+    def run(x):
+        return CONSTANTS[name](x, backend)
+
+    g, tangent = gradient(2, 3, 4), torch.ones(2, 3, 4)
+    with pytest.raises(RuntimeError, match=f"{name} of uegr_kernels does not run under torch.func.vmap"):
+        torch.func.vmap(run)(g[None])
+    for forward in (lambda: torch.func.jvp(run, (g,), (tangent,)), lambda: torch.func.jacfwd(run)(g), lambda: torch.func.linearize(run, g)):
+        with pytest.raises(RuntimeError, match=rf"{name} of uegr_kernels has no forward-mode derivative .*grad\.detach\(\)"):
+            forward()
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match=f"{name} of uegr_kernels has no forward-mode"):
+        run(torch.autograd.forward_ad.make_dual(g, tangent))
+    for backward in (lambda: torch.func.grad(lambda x: run(x).sum())(g), lambda: torch.func.vjp(run, g)):
+        with pytest.raises(RuntimeError, match=rf"{name} of uegr_kernels has no derivative: .*grad\.detach\(\)"):
+            backward()
+    expected = torch.func.grad(lambda x: (x * run(g)).sum())(g)
+    torch.testing.assert_close(torch.func.grad(lambda x: (x * run(x.detach())).sum())(g), expected)
+    torch.testing.assert_close(torch.func.jvp(lambda x: (x * run(x.detach())).sum(), (g,), (tangent,))[1], expected.sum())
+
+
+def test_numpys_numbers_are_taken(backend):
     g = gradient(2, 3, 4)
-    with pytest.raises(RuntimeError, match="fgm_perturbation of uegr_kernels does not run under torch.func.vmap"):
-        torch.func.vmap(lambda x: fgm_perturbation(x, 0.5, backend=backend))(g)
-    with pytest.raises(RuntimeError, match="pgd_step of uegr_kernels does not run under torch.func.vmap"):
-        torch.func.vmap(lambda x: pgd_step(x, x, step_size=1.0, radius=1.0, backend=backend))(g)
+    plain = {"epsilon": 0.5, "keep_probability": 0.25, "seed": 3, "step": 2}
+    numpys = dict(zip(plain, (np.float32(0.5), np.float16(0.25), np.uint64(3), np.int32(2)), strict=True))
+    expected = fgm_perturbation(g, **plain, backend=backend)
+    for name, value in numpys.items():
+        assert torch.equal(fgm_perturbation(g, **plain | {name: value}, backend=backend), expected)
+    moved = pgd_step(g, g, step_size=np.float32(0.5), radius=np.int64(1), backend=backend)
+    assert torch.equal(moved, pgd_step(g, g, step_size=0.5, radius=1, backend=backend))
+    found = []
+    for options in (plain, numpys):
+        with perturbed_weights([weight := gradient(5)], gradients=[gradient(5)], **options, backend=backend):
+            found.append(weight.clone())
+    assert torch.equal(*found)
 
 
 G = torch.zeros(2, 4, 3)

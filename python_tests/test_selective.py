@@ -1779,7 +1779,6 @@ def test_differentiable_refuses_a_native_backend(cls):
 BAD_OPTIONS = [
     ({"lr": -1.0}, ValueError, "Invalid learning rate: -1.0"),
     ({"lr": torch.tensor([1.0, 2.0])}, ValueError, "Tensor lr must be 1-element"),
-    ({"lr": torch.tensor(1.0), "foreach": True}, ValueError, "lr as a Tensor is not supported for capturable=False and foreach=True"),
     ({"weight_decay": -1}, ValueError, "Invalid weight_decay value: -1"),
     ({"fused": True, "foreach": True}, RuntimeError, "`fused` and `foreach` cannot be `True` together"),
     ({"fused": True, "differentiable": True}, RuntimeError, "`fused` does not support `differentiable`"),
@@ -1811,6 +1810,7 @@ BAD_OPTIONS = [
     ({"backend": "gpu"}, ValueError, "backend='gpu' .*'auto', 'reference', 'cpp', 'cuda', 'triton'"),
 ]
 ADAMW_ONLY = [
+    ({"lr": torch.tensor(1.0), "foreach": True}, ValueError, "lr as a Tensor is not supported for capturable=False and foreach=True"),
     ({"betas": 0.9}, TypeError, "betas=0.9 is no pair of numbers"),
     ({"betas": (0.9,)}, TypeError, r"betas=\(0.9,\) is no pair of numbers"),
     ({"amsgrad": "no"}, TypeError, "amsgrad='no' is a str; give True or False"),
@@ -2003,6 +2003,13 @@ def test_numpys_numbers_are_numbers(backend, cls):
     assert same_bits(*results)
     masks = [uk.selection_mask(gradients[0][0], seed=kind(3), step=kind(1), stream=kind(2), backend=backend) for kind in (int, np.int64)]
     assert same_bits(*masks)
+    flags = {"rescale": False, "maximize": True} | ({"nesterov": True, "momentum": 0.5} if cls is uk.SelectiveSGD else {"amsgrad": True})
+    numpys = {name: np.bool_(value) if isinstance(value, bool) else np.float32(value) for name, value in flags.items()}
+    results = [trained(cls, backend, start, gradients, **options, seed=1)[0][0] for options in (flags, numpys)]
+    assert same_bits(*results)
+    for wrong in ({"lr": True}, {"weight_decay": np.bool_(True)}, {"lr": np.array([0.1])}, {"threshold": np.bool_(True)}):
+        with pytest.raises(TypeError, match=f"{next(iter(wrong))}=.*; give a number"):
+            cls([torch.nn.Parameter(torch.zeros(2))], **wrong)
 
 
 def test_select_gradients_names_what_is_no_tensor(backend):
@@ -2321,17 +2328,109 @@ def test_a_missing_gradient_after_steps_in_global_scope(native, statistics):
 
 
 @pytest.mark.parametrize("native", ["cpp"], indirect=True)  # Triton's kernels find a tensor each by a table
-def test_many_small_parameters_share_a_tensor_for_each_state(native):
-    params = as_parameters([torch.ones(4)] * 64)
-    optimizer = uk.SelectiveAdamW(params, seed=1, backend=native)
-    walk(optimizer, params, [[torch.ones(4)] * 64] * 3)
-    for key in ("step", "exp_avg", "exp_avg_sq"):
-        assert len({optimizer.state[p][key].untyped_storage().data_ptr() for p in params}) == 1
-        assert len({optimizer.state[p][key].data_ptr() for p in params}) == 64
+@pytest.mark.parametrize("statistics", ["current", "previous"])
+def test_many_small_parameters_have_states_side_by_side_each_of_its_own_size(native, statistics):
+    params = as_parameters([torch.ones(2, 4)] * 70)
+    optimizer = uk.SelectiveAdamW(params, seed=1, statistics=statistics, backend=native)
+    walk(optimizer, params, [[torch.ones(2, 4)] * 70] * 3)
+    for key, value in optimizer.state[params[0]].items():
+        values = [optimizer.state[p][key] for p in params]
+        addresses = [value.data_ptr() for value in values]
+        assert addresses == [addresses[0] + i * value.nbytes for i in range(70)]
+        for value in values:
+            assert value.untyped_storage().nbytes() == value.nbytes and value.storage_offset() == 0
+            file = io.BytesIO()
+            torch.save(value, file)
+            assert len(file.getvalue()) < 2000
+            assert copy.deepcopy(value).untyped_storage().nbytes() == value.nbytes
     assert all(optimizer.state[p]["step"] == 3 for p in params)
+    version = optimizer.state[params[5]]["exp_avg"]._version
+    walk(optimizer, params, [[torch.ones(2, 4)] * 70])
+    assert optimizer.state[params[5]]["exp_avg"]._version > version
     copied = copy.deepcopy(optimizer)
-    walk(copied, copied.param_groups[0]["params"], [[torch.ones(4)] * 64])
-    assert all(optimizer.state[p]["step"] == 3 for p in params)
+    walk(copied, copied.param_groups[0]["params"], [[torch.ones(2, 4)] * 70])
+    assert all(optimizer.state[p]["step"] == 4 for p in params)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("steps_before", [0, 1, 3])
+def test_an_update_that_fails_is_never_tried_again(monkeypatch, backend, cls, steps_before):
+    """Even where the failure comes after everything was written."""
+    params = as_parameters([torch.ones(4), torch.ones(3)])
+    optimizer, expected = (cls(group, lr=0.1, seed=1, backend=backend) for group in (params, copy.deepcopy(params)))
+    walk(optimizer, params, [[torch.ones(4), torch.ones(3)]] * steps_before)
+    walk(expected, expected.param_groups[0]["params"], [[torch.ones(4), torch.ones(3)]] * (steps_before + 1))
+    calls, real = [], op.call
+
+    def failing(*args, **kwargs):
+        real(*args, **kwargs)
+        calls.append(args[0])
+        raise RuntimeError("the launch failed")
+
+    monkeypatch.setattr(op, "call", failing)
+    with pytest.raises(RuntimeError, match="the launch failed"):
+        walk(optimizer, params, [[torch.ones(4), torch.ones(3)]])
+    monkeypatch.setattr(op, "call", real)
+    assert len(calls) == 1
+    for p, q in zip(params, expected.param_groups[0]["params"], strict=True):
+        assert optimizer.state[p]["step"] == steps_before + 1 and torch.equal(p, q)
+    walk(optimizer, params, [[torch.ones(4), torch.ones(3)]])
+    assert all(optimizer.state[p]["step"] == steps_before + 2 for p in params)
+
+
+def by_a_dual(tangent):
+    return torch.autograd.forward_ad.make_dual(torch.ones(4), tangent)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_a_step_in_forward_mode_is_refused(cls, differentiable):
+    p = as_parameters([torch.ones(4)])[0]
+    optimizer = cls([p], lr=0.1, seed=1, differentiable=differentiable)
+    with torch.autograd.forward_ad.dual_level():
+        p.grad = by_a_dual(torch.ones(4))
+        with torch.no_grad(), pytest.raises(RuntimeError, match=rf"the step of {cls.__name__} of uegr_kernels has no forward-mode derivative"):
+            optimizer.step()
+        assert p.tolist() == [1.0] * 4 and not optimizer.state[p]
+        p.grad = torch.ones(4)
+        if not differentiable:
+            optimizer.step()
+            assert optimizer.state[p]["step"] == 1
+
+
+STATELESS = {
+    "selection_probability": lambda x, backend: uk.selection_probability(x, backend=backend),
+    "selection_probability of a saliency": lambda x, backend: uk.selection_probability(torch.ones(4), saliency=x, backend=backend),
+    "selection_mask": lambda x, backend: uk.selection_mask(x, seed=1, step=1, backend=backend) * x,
+}
+
+
+@pytest.mark.parametrize("name", STATELESS)
+def test_derivatives_of_the_selection_are_refused(backend, name):
+    def run(x):
+        return STATELESS[name](x, backend)
+
+    x, said = torch.tensor([1.0, 2.0, 3.0, 4.0]), rf"{name.split(' of ')[0]} of uegr_kernels"
+    for forward in (lambda: torch.func.jvp(run, (x,), (x,)), lambda: torch.func.jacfwd(run)(x), lambda: torch.func.linearize(run, x)):
+        with pytest.raises(RuntimeError, match=f"{said} has no forward-mode derivative"):
+            forward()
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match=f"{said} has no forward-mode derivative"):
+        run(by_a_dual(torch.ones(4)))
+    for backward in (lambda: torch.func.grad(lambda x: run(x).sum())(x), lambda: torch.func.jacrev(run)(x)):
+        with pytest.raises(RuntimeError, match=rf"{said} has no derivative: .*grad\.detach\(\)"):
+            backward()
+    with pytest.raises(RuntimeError, match=f"{said} does not run under torch.func.vmap"):
+        torch.func.vmap(run)(x[None])
+    torch.testing.assert_close(torch.func.grad(lambda x: (x * run(x.detach())).sum())(x), run(x))
+
+
+def test_gradients_with_a_tangent_are_not_selected(backend):
+    p = as_parameters([torch.ones(4)])[0]
+    with torch.autograd.forward_ad.dual_level():
+        p.grad = by_a_dual(torch.ones(4))
+        with pytest.raises(RuntimeError, match="select_gradients_ of uegr_kernels has no forward-mode derivative"):
+            uk.select_gradients_([p], seed=1, step=1, backend=backend)
+        assert p.grad.tolist() == [1.0] * 4
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)

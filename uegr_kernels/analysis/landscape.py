@@ -25,7 +25,7 @@ def random_directions(model: nn.Module, seed: int = 0) -> tuple[list[Tensor], li
 
     One seed gives models of one architecture the same draws, each normalised by its own weights.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
 
     def direction() -> list[Tensor]:
         found = []

@@ -1,5 +1,8 @@
 """Curvature of the loss from Hessian-vector products: the largest eigenvalue and the trace."""
 
+import functools
+import math
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -10,26 +13,43 @@ from .watching import held
 Loss = Callable[[nn.Module], Tensor]
 
 
-def largest_eigenvalue(model: nn.Module, loss: Loss, *, iterations: int = 100, tolerance: float = 1e-4, seed: int = 0) -> float:
-    """The largest (most positive) eigenvalue of the loss's Hessian in the trainable parameters, by power iteration, in eval mode.
+def largest_eigenvalue(
+    model: nn.Module,
+    loss: Loss,
+    *,
+    iterations: int = 100,
+    tolerance: float = 1e-4,
+    seed: int = 0,
+    which: str = "magnitude",
+) -> float:
+    """Computes the eigenvalue of largest magnitude, with its sign, of the loss's Hessian in the trainable parameters, in eval mode.
 
-    loss        a function of the model that returns a 0-d tensor, twice differentiable: plain PyTorch, since the package's losses refuse
-                a second backward
-    iterations  at most;  tolerance  relative change at which it stops
+    loss        a function of the model that returns a 0-d tensor, twice differentiable: plain PyTorch, since the package's losses
+                refuse a second backward
+    iterations  Hessian-vector products at most; each keeps a vector of the model's size
+    tolerance   largest residual ||Hv - value v||, in multiples of the value, at which it stops
+    seed        of the random start
+    which       "magnitude"; or "algebraic": the most positive eigenvalue
 
-    Where the eigenvalue of largest size is negative, a second iteration runs on the Hessian shifted by it.
+    By Lanczos' method with full reorthogonalisation (Ghorbani et al. 2019). Where values of both signs are as large, the positive
+    one is returned. Warns (UserWarning) where the iterations ended above the tolerance, or before the two signs were told apart.
+    Raises ValueError for a wrong option.
     """
     _check(iterations=iterations)
+    if which not in ("magnitude", "algebraic"):
+        raise ValueError(f"which={which!r} is not one of its values; use 'magnitude', 'algebraic'")
     with held(model), torch.enable_grad():
-        product = _hessian(model, loss)
-        found = _power(product, model, iterations, tolerance, seed, 0.0)
-        return found if found >= 0 else _power(product, model, iterations, tolerance, seed, found) + found
+        return _lanczos(_hessian(model, loss), _trainable(model), iterations, tolerance, seed, which)
 
 
 def hessian_trace(model: nn.Module, loss: Loss, *, samples: int = 100, seed: int = 0) -> tuple[float, float]:
-    """Hutchinson's estimate of the Hessian's trace, the mean of v.Hv over random signs v, and its standard error; arguments as above."""
+    """Estimates the trace of the loss's Hessian by Hutchinson's method: the mean of v.Hv over `samples` random signs v.
+
+    Returns the estimate and its standard error (NaN for one sample): the trace lies within two of them about 19 times in 20.
+    model, loss, seed  as in `largest_eigenvalue`
+    """
     _check(samples=samples)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     with held(model), torch.enable_grad():
         product = _hessian(model, loss)
         found = []
@@ -58,31 +78,70 @@ def _hessian(model: nn.Module, loss: Loss) -> Callable[[list[Tensor]], list[Tens
     return product
 
 
-def _power(
-    product: Callable[[list[Tensor]], list[Tensor]], model: nn.Module, iterations: int, tolerance: float, seed: int, shift: float
+def _lanczos(
+    product: Callable[[list[Tensor]], list[Tensor]],
+    params: list[nn.Parameter],
+    iterations: int,
+    tolerance: float,
+    seed: int,
+    which: str,
 ) -> float:
-    """The eigenvalue of largest size of H - shift."""
-    generator = torch.Generator().manual_seed(seed)
-    v = _unit([torch.randn(p.shape, generator=generator).to(p) for p in _trainable(model)])
-    value = 0.0
-    for _ in range(iterations):
-        w = [h - shift * x for h, x in zip(product(v), v, strict=True)]
-        before, value = value, _dot(v, w)
-        if _dot(w, w) == 0:
-            return 0.0
-        v = _unit(w)
-        if abs(value - before) <= tolerance * abs(value):
-            break
+    """The wanted eigenvalue of a symmetric map, from the eigenvalues of its projection on the Krylov space of a random vector."""
+    generator = torch.Generator().manual_seed(int(seed))
+    dtype = functools.reduce(torch.promote_types, [p.dtype for p in params], torch.float32)
+    if not params:
+        raise ValueError("the model has no trainable parameter; set requires_grad where the curvature is asked for")
+    device, sizes = params[0].device, [p.numel() for p in params]
+    size, epsilon = sum(sizes), torch.finfo(dtype).eps
+    q = torch.cat([torch.randn(p.shape, generator=generator).flatten().to(device, dtype) for p in params])
+    basis: list[Tensor] = []
+    diagonal: list[float] = []
+    beside: list[float] = []
+    for _ in range(min(iterations, size)):
+        q = q / torch.linalg.vector_norm(q)
+        basis.append(q)
+        parts = [part.view_as(p).to(p) for part, p in zip(q.split(sizes), params, strict=True)]
+        w = torch.cat([part.flatten().to(device, dtype) for part in product(parts)])
+        diagonal.append(torch.dot(q, w).item())
+        for v in [*basis, *basis]:  # twice is enough
+            w = w - torch.dot(v, w) * v
+        length = torch.linalg.vector_norm(w).item()
+        if not math.isfinite(length + diagonal[-1]):
+            warnings.warn("the Hessian is not finite: largest_eigenvalue is NaN", stacklevel=3)
+            return math.nan
+        projected = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+        if beside:
+            projected += torch.diag(torch.tensor(beside, dtype=torch.float64), 1)
+        values, vectors = torch.linalg.eigh(projected, UPLO="U")
+        low, high = values[0].item(), values[-1].item()
+        scale = max(abs(low), abs(high))
+        rounding = 10 * size**0.5 * epsilon * scale
+        whole = length <= rounding or len(basis) == size  # the space holds all that the start can reach
+        residuals = (vectors[-1].abs() * (0.0 if whole else length)).tolist()
+        near = max(tolerance * scale, rounding)
+        if which == "algebraic":
+            value, settled = high, residuals[-1] <= max(tolerance * abs(high), rounding)
+        else:
+            value, rest = (high, residuals[-1]) if high >= -low - rounding else (low, residuals[0])
+            apart = abs(high + low) > residuals[0] + residuals[-1]
+            settled = rest <= near and (whole or apart)
+        if settled or whole:
+            return value
+        beside.append(length)
+        q = w
+    if which == "magnitude" and not apart:
+        value = high
+    warnings.warn(
+        f"largest_eigenvalue={value:.6g} has not converged in {len(basis)} iterations: eigenvalues from {low:.6g} (residual "
+        f"{residuals[0]:.2g}) to {high:.6g} (residual {residuals[-1]:.2g}), asked for {near:.2g} and, by magnitude, both signs told apart; "
+        "give more iterations, or a larger tolerance",
+        stacklevel=3,
+    )
     return value
 
 
 def _dot(a: list[Tensor], b: list[Tensor]) -> float:
     return sum((x.double() * y.double()).sum().item() for x, y in zip(a, b, strict=True))
-
-
-def _unit(v: list[Tensor]) -> list[Tensor]:
-    length = _dot(v, v) ** 0.5
-    return [x / length for x in v]
 
 
 def _check(**counts: int) -> None:

@@ -78,6 +78,11 @@ def traced() -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
+def transformed() -> bool:
+    """Whether torch.func is transforming what runs (grad, vjp, jvp, vmap), outside of a compiler."""
+    return torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+
+
 def define(name: str, schema: str, reference: Callable[..., Any], triton: Callable[..., Any]) -> None:
     """Defines an operator and what serves it beside the compiled kernels.
 

@@ -9,9 +9,14 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from ..core import checks
 from . import op
 
 TASKS = ("classification", "regression")
+REVERSE_MODE = (
+    "differentiate by logits, hidden states and weights with backward(), torch.func.grad, vjp or jacrev, and give labels.detach(); or use "
+    "a loss of plain PyTorch"
+)
 
 
 class LossParts(typing.NamedTuple):
@@ -40,14 +45,16 @@ def pairwise_js(
 
     Equivalent to `reference.uegr_loss([logits], None, js_weight=1, ...)[0]`.
     """
-    _check_options(reduction=reduction, inplace_backward=inplace_backward)
+    _check_options(reduction=reduction)
+    in_place = checks.flag("inplace_backward", inplace_backward)
     logits = _passes("logits", logits)
+    checks.refuse_transforms("pairwise_js", logits, REVERSE_MODE)
     if sum(len(x) if x.dim() == 3 else 1 for x in logits) < 2:
         raise ValueError(f"logits hold one pass (shape {_shape(logits)}), which has no pair; give [m, N, C] with m >= 2")
     _check_alike(_named("logits", logits))
-    if inplace_backward and not op.traced():
+    if in_place and not op.traced():
         _check_apart(logits)
-    return op.uegr_loss(logits, None, reduction=reduction, in_place=inplace_backward, backend=backend, **ONLY_PAIRS)[0]
+    return op.uegr_loss(logits, None, reduction=reduction, in_place=in_place, backend=backend, **ONLY_PAIRS)[0]
 
 
 @overload
@@ -79,22 +86,17 @@ def uegr_loss(clean_logits: Tensor, adversarial_logits: Tensor | Sequence[Tensor
 
     Equivalent to `reference.uegr_loss([clean_logits, adversarial_logits], labels, ...)[0]`.
     """
-    options: dict[str, Any] = {
-        "js_weight": js_weight,
-        "label_smoothing": label_smoothing,
-        "ignore_index": ignore_index,
-        "reduction": reduction,
-    }
-    _check_options(**options, task=task, return_parts=return_parts, inplace_backward=inplace_backward)
+    options = {"js_weight": js_weight, "label_smoothing": label_smoothing, "ignore_index": ignore_index, "reduction": reduction}
+    options = _check_options(**options, task=task)
+    in_place, with_parts = checks.flag("inplace_backward", inplace_backward), checks.flag("return_parts", return_parts)
     _check_tensor("clean_logits", clean_logits, 2, "[N, C]")
-    adversarial = _passes("adversarial_logits", adversarial_logits)
-    _check_alike({"clean_logits": clean_logits, **_named("adversarial_logits", adversarial)})
-    labels = _check_labels(labels, clean_logits, clean_logits.shape[-1], ignore_index, label_smoothing, task)
-    logits = [clean_logits, *adversarial]
-    if inplace_backward and not op.traced():
+    logits = [clean_logits, *_passes("adversarial_logits", adversarial_logits)]
+    _check_alike({"clean_logits": clean_logits, **_named("adversarial_logits", logits[1:])})
+    labels = _check_labels("uegr_loss", labels, logits, clean_logits.shape[-1], task, options)
+    if in_place and not op.traced():
         _check_apart(logits)
-    loss, parts = op.uegr_loss(logits, labels, regression=task == "regression", in_place=inplace_backward, backend=backend, **options)
-    return _with_parts(loss, parts) if return_parts else loss
+    loss, parts = op.uegr_loss(logits, labels, regression=task == "regression", in_place=in_place, backend=backend, **options)
+    return _with_parts(loss, parts) if with_parts else loss
 
 
 def linear_pairwise_js(
@@ -119,11 +121,12 @@ def linear_pairwise_js(
 
     Equivalent to `reference.linear_uegr_loss(reference.uegr_loss_, [hidden], weight, bias, None, ...)[0]`.
     """
-    _check_options(reduction=reduction, chunk_rows=chunk_rows)
+    chunk_rows = _check_options(reduction=reduction, chunk_rows=chunk_rows)["chunk_rows"]
     _check_tensor("hidden", hidden, 3, "[m, N, H]")
     if len(hidden) < 2:
         raise ValueError(f"hidden holds {len(hidden)} passes (shape {tuple(hidden.shape)}), too few for a pair; give [m, N, H] with m >= 2")
     dtype = _check_linear({"hidden": hidden}, weight, bias)
+    checks.refuse_transforms("linear_pairwise_js", [hidden, weight, *([] if bias is None else [bias])], REVERSE_MODE)
     return op.linear_uegr_loss(
         [hidden], weight, bias, None, reduction=reduction, dtype=dtype, chunk_rows=chunk_rows, backend=backend, **ONLY_PAIRS
     )[0]
@@ -155,23 +158,21 @@ def linear_uegr_loss(clean_hidden: Tensor, adversarial_hidden: Tensor, weight: T
 
     Equivalent to `reference.linear_uegr_loss(reference.uegr_loss_, [clean_hidden, adversarial_hidden], weight, bias, labels, ...)[0]`.
     """
-    options: dict[str, Any] = {
-        "js_weight": js_weight,
-        "label_smoothing": label_smoothing,
-        "ignore_index": ignore_index,
-        "reduction": reduction,
-    }
-    _check_options(**options, task=task, return_parts=return_parts, inplace_backward=inplace_backward, chunk_rows=chunk_rows)
+    options = {"js_weight": js_weight, "label_smoothing": label_smoothing, "ignore_index": ignore_index, "reduction": reduction}
+    options = _check_options(**options, task=task, chunk_rows=chunk_rows)
+    checks.flag("inplace_backward", inplace_backward)
+    with_parts = checks.flag("return_parts", return_parts)
     _check_tensor("clean_hidden", clean_hidden, 2, "[N, H]")
     _check_tensor("adversarial_hidden", adversarial_hidden, 3, "[m, N, H]")
     if len(adversarial_hidden) < 1:
         raise ValueError(f"adversarial_hidden of shape {tuple(adversarial_hidden.shape)} holds no pass; give [m, N, H] with m >= 1")
     dtype = _check_linear({"clean_hidden": clean_hidden, "adversarial_hidden": adversarial_hidden}, weight, bias)
-    labels = _check_labels(labels, clean_hidden, len(weight), ignore_index, label_smoothing, task)
     hidden = [clean_hidden, adversarial_hidden]
-    options |= {"regression": task == "regression", "dtype": dtype, "chunk_rows": chunk_rows, "backend": backend}
+    tensors = [*hidden, weight] if bias is None else [*hidden, weight, bias]
+    labels = _check_labels("linear_uegr_loss", labels, tensors, len(weight), task, options)
+    options |= {"regression": task == "regression", "dtype": dtype, "backend": backend}
     loss, parts = op.linear_uegr_loss(hidden, weight, bias, labels, **options)
-    return _with_parts(loss, parts) if return_parts else loss
+    return _with_parts(loss, parts) if with_parts else loss
 
 
 class _LossModule(nn.Module):
@@ -231,38 +232,28 @@ def _named(name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
     return {name if len(tensors) == 1 else f"{name}[{i}]": x for i, x in enumerate(tensors)}
 
 
-def _check_options(**options: Any) -> None:
-    """Raises what is wrong with an option's value; takes any of them."""
-    for name, choices in (("reduction", op.REDUCTIONS), ("task", TASKS)):
-        if name in options and options[name] not in choices:
-            raise ValueError(f"{name}={options[name]!r} is not one of its values; use {', '.join(map(repr, choices))}")
+def _check_options(**options: Any) -> dict[str, Any]:
+    """The options but the task as Python's own numbers and flags; raises what is wrong with a value, takes any of them."""
+    if "reduction" in options and options["reduction"] not in op.REDUCTIONS:
+        checks.choice("reduction", options["reduction"], op.REDUCTIONS)
     for name in ("return_parts", "inplace_backward"):
-        if name in options and not isinstance(options[name], bool):
-            raise TypeError(f"{name}={options[name]!r} is a {type(options[name]).__name__}; give True or False")
+        if name in options:
+            options[name] = checks.flag(name, options[name])
     for name, largest in (("js_weight", math.inf), ("label_smoothing", 1)):
-        value = options.get(name, 0)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a number")
-        if not (0 <= value <= largest and value < math.inf):
-            raise ValueError(f"{name}={value!r} is out of range; give a finite number >= 0" + (" and <= 1" if largest == 1 else ""))
-    for name, smallest in (("ignore_index", -math.inf), ("chunk_rows", 1)):
-        value = options.get(name)
-        if name in options and not (value is None and name == "chunk_rows"):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give an integer")
-            if value < smallest:
-                raise ValueError(f"{name}={value!r} is out of range; give an integer >= 1, or None")
-    if options.get("task") == "regression" and options.get("label_smoothing", 0) != 0:
-        raise ValueError(f"label_smoothing={options['label_smoothing']!r} means nothing for task='regression'; leave it 0")
+        if name in options:
+            options[name] = checks.number(name, options[name], 0, largest)
+    for name, least in (("ignore_index", -(2**63)), ("chunk_rows", 1)):
+        if name in options and (options[name] is not None or name == "ignore_index"):
+            options[name] = checks.integer(name, options[name], least, bits=63)
+    if "task" in options:
+        checks.choice("task", options["task"], TASKS)
+        if options.pop("task") == "regression" and options.get("label_smoothing", 0) != 0:
+            raise ValueError(f"label_smoothing={options['label_smoothing']!r} means nothing for task='regression'; leave it 0")
+    return options
 
 
 def _check_tensor(name: str, x: Tensor, dims: int, shape: str) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is a {type(x).__name__}; give a tensor {shape}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name} is sparse ({x.layout}); give {name}.to_dense()")
-    if x.dtype not in op.backends.DTYPES:
-        raise TypeError(f"{name} is {x.dtype}; give float32, bfloat16, float16 or float64")
+    checks.tensor(name, x, shape)
     if x.dim() != dims:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; give {shape}")
     if x.shape[-1] < 1:
@@ -291,14 +282,7 @@ def _check_alike(tensors: dict[str, Tensor]) -> None:
     for name, y in others:
         if y.shape[-2:] != x.shape[-2:]:
             raise ValueError(f"{name} has rows {tuple(y.shape[-2:])} and {first} {tuple(x.shape[-2:])}; give the same N and C")
-        _check_same(first, x, name, y)
-
-
-def _check_same(first: str, x: Tensor, name: str, y: Tensor) -> None:
-    if y.dtype != x.dtype:
-        raise TypeError(f"{name} is {y.dtype} and {first} {x.dtype}; cast one with .to()")
-    if y.device != x.device:
-        raise ValueError(f"{name} is on {y.device} and {first} on {x.device}; move one with .to()")
+        checks.same_placement(first, x, name, y)
 
 
 def _check_apart(logits: Sequence[Tensor]) -> None:
@@ -326,14 +310,16 @@ def _overlaps(shape: Sequence[int], strides: Sequence[int]) -> bool:
     return False
 
 
-def _check_labels(labels: Tensor, rows: Tensor, classes: int, ignore_index: int, label_smoothing: float, task: str) -> Tensor:
-    """The labels as the operators take them: int64 [N], or floating [N, C]."""
+def _check_labels(loss: str, labels: Tensor, tensors: list[Tensor], classes: int, task: str, options: dict[str, Any]) -> Tensor:
+    """The labels as the operators take them: int64 [N], or floating [N, C]; the first of the loss's other tensors has their rows."""
+    rows, ignore_index = tensors[0], options["ignore_index"]
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels are a {type(labels).__name__}; give a tensor")
     if labels.layout != torch.strided or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels are {labels.dtype}, {labels.layout}; give dense class indices (int64) or floats")
     if labels.device != rows.device:
         raise ValueError(f"labels are on {labels.device}, the other arguments on {rows.device}; move them with .to()")
+    checks.refuse_transforms(loss, tensors, REVERSE_MODE, constants=[labels])
     n, labels = rows.shape[0], labels.detach()
     if labels.is_floating_point():
         if labels.dim() == 1 and task == "classification":
@@ -369,5 +355,5 @@ def _check_linear(hidden: dict[str, Tensor], weight: Tensor, bias: Tensor | None
     kind = x.device.type
     cast = torch.is_autocast_enabled(kind) and all(y.dtype != torch.float64 for y in tensors.values())
     for name, y in tensors.items():
-        _check_same(first, x, name, y.to(x.dtype) if cast else y)
+        checks.same_placement(first, x, name, y.to(x.dtype) if cast else y)
     return torch.get_autocast_dtype(kind) if cast else x.dtype

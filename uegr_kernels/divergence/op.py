@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core import backends as backends
 from ..core.backends import traced as traced
+from ..core.backends import transformed
 from . import reference
 
 _triton = functools.partial(backends.triton_kernels, __package__)
@@ -171,7 +172,7 @@ def _setup_linear(ctx: Any, inputs: Any, keyword_only_inputs: dict[str, Any], ou
 
 def _backward_linear(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if ctx.is_backward:
-        _refuse_double_backward()
+        _refuse_second_derivative()
     if ctx.by_row and grad_loss is not None:  # what a row counts is known only now, so the chunks are walked again
         weight, bias, labels, *hidden = ctx.saved_tensors
         gradients = torch.ops.uegr_kernels.linear_uegr_loss.default(hidden, weight, bias, labels, grad_loss, **ctx.options)[2]
@@ -183,7 +184,7 @@ def _backward_linear(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, 
     return of_hidden, of_weight, of_bias, None, None
 
 
-def _refuse_double_backward(*_: Any) -> NoReturn:
+def _refuse_second_derivative(*_: Any) -> NoReturn:
     raise RuntimeError("the losses of uegr_kernels have no second derivative; differentiate a loss of plain PyTorch twice")
 
 
@@ -213,7 +214,7 @@ torch.library.register_fake("uegr_kernels::scale_gradients", lambda gradients, *
 torch.library.register_fake("uegr_kernels::scale_gradients_", lambda *_: None)
 torch.library.register_autograd("uegr_kernels::uegr_loss", _backward_loss, setup_context=_setup_loss)
 torch.library.register_autograd("uegr_kernels::linear_uegr_loss", _backward_linear, setup_context=_setup_linear)
-torch.library.register_autograd("uegr_kernels::scale_gradients", _refuse_double_backward)
+torch.library.register_autograd("uegr_kernels::scale_gradients", _refuse_second_derivative)
 
 
 class _Loss(torch.autograd.Function):
@@ -251,6 +252,30 @@ class _Loss(torch.autograd.Function):
         return None, None, None, None, None, *gradients
 
 
+class _TransformedLoss(torch.autograd.Function):
+    """The loss under torch.func.grad, vjp and jacrev: the gradients are outputs, so that a second derivative asks for theirs and is refused."""
+
+    @staticmethod
+    def forward(run: Callable[..., Fakes], labels: Tensor | None, *logits: Tensor) -> tuple[Tensor, ...]:
+        loss, parts, gradients = run(list(logits), labels)
+        return loss, parts, *gradients
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, _: Any, *of_gradients: Tensor | None) -> tuple[Any, ...]:
+        if any(g is not None for g in of_gradients):
+            _refuse_second_derivative()
+        parts, *gradients = ctx.saved_tensors
+        if grad_loss is None:
+            return None, None, *[None for _ in gradients]
+        return None, None, *reference.scale_gradients(gradients, grad_loss, parts)
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that serves the losses (core.backends.choose)."""
@@ -267,13 +292,17 @@ def uegr_loss(
     needs = [torch.is_grad_enabled() and x.requires_grad for x in logits]
 
     def run(reduction: str) -> tuple[Tensor, Tensor]:
-        if torch._C._are_functorch_transforms_active() or (traced() and backend != "reference"):
+        seen = traced()
+        if seen and transformed():
+            every = functools.partial(kernel("uegr_loss", backend), reduction=reduction, needs=[True] * len(logits), **options)
+            loss, parts, *_ = _TransformedLoss.apply(every, labels, *logits)  # type: ignore[no-untyped-call]
+        elif seen and backend != "reference":
             number = REDUCTIONS.index(reduction)
             loss, parts, _ = torch.ops.uegr_kernels.uegr_loss.default(logits, labels, reduction=number, needs=needs, **options)
         elif not any(needs):
             loss, parts, _ = kernel("uegr_loss", backend)(logits, labels, reduction=reduction, needs=needs, **options)
         else:
-            given = (labels, backend, in_place and not traced(), needs, options | {"reduction": reduction})
+            given = (labels, backend, in_place and not seen, needs, options | {"reduction": reduction})
             loss, parts = _Loss.apply(*given, *logits)  # type: ignore[no-untyped-call]
         return loss, parts
 
@@ -292,6 +321,12 @@ def linear_uegr_loss(
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """The loss of the logits hidden @ weight.T + bias in `dtype`, never whole, and its parts."""
+    if transformed():  # what takes chunks apart is one operator, which torch.func cannot look into: here the logits exist whole
+        with torch.autocast(weight.device.type, enabled=False):
+            operands = [weight.to(dtype), None if bias is None else bias.to(dtype)]
+            logits = [torch.nn.functional.linear(x.to(dtype), *operands) for x in hidden]
+        del options["chunk_rows"]
+        return uegr_loss(logits, labels, in_place=False, reduction=reduction, backend=backend, **options)
     needs = [x is not None and torch.is_grad_enabled() and x.requires_grad for x in (*hidden, weight, bias)]
     options |= {"needs": needs, "dtype": dtype, "backend": choose(backend, weight.device, dtype)}
     if options["backend"] in ("reference", "triton"):

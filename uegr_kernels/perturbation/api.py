@@ -1,14 +1,16 @@
 """What users call: perturbations of embeddings, and weights perturbed for the length of a `with`."""
 
 import contextlib
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..core import checks
 from . import op
+
+CONSTANT = "its result is a constant; give it tensors that are detached, such as grad.detach()"
 
 
 def fgm_perturbation(grad: Tensor, epsilon: float, *, norm: str = "l2", per: str = "sample", mask: Tensor | None = None,
@@ -29,11 +31,13 @@ def fgm_perturbation(grad: Tensor, epsilon: float, *, norm: str = "l2", per: str
 
     Equivalent to `reference.fgm_perturbation_(grad, mask, seed, delta, ...)`.
     """
-    _check_tensor("grad", grad)
+    checks.tensor("grad", grad)
     _check_choices(norm, per)
-    epsilon, step = _number("epsilon", epsilon), _step(step)
+    epsilon, step = checks.number("epsilon", epsilon, 0), checks.integer("step", step, 0, bits=32)
+    keep_probability = checks.number("keep_probability", 1.0 if keep_probability is None else keep_probability, 0, 1)
+    seed = None if seed is None else checks.signed_seed(seed)
+    checks.refuse_transforms("fgm_perturbation", [], CONSTANT, constants=[grad] if mask is None else [grad, mask])
     mask = _check_mask(mask, "grad", grad)
-    keep_probability, seed = _probability(1.0 if keep_probability is None else keep_probability), _seed(seed)
     backend = op.choose("fgm_perturbation_", backend, grad.device, grad.dtype)
     key = _key(seed, keep_probability, grad.device)
     delta = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
@@ -57,15 +61,16 @@ def pgd_step(delta: Tensor, grad: Tensor, *, step_size: float, radius: float, no
 
     Equivalent to `reference.pgd_step_(delta, grad, mask, out, ...)`.
     """
-    _check_tensor("delta", delta)
-    _check_tensor("grad", grad)
+    checks.tensor("delta", delta)
+    checks.tensor("grad", grad)
     _check_alike("delta", delta, "grad", grad)
     _check_choices(norm, per)
-    options = {"step_size": _number("step_size", step_size), "radius": _number("radius", radius), "norm": norm, "per": per}
+    options = {"step_size": checks.number("step_size", step_size, 0), "radius": checks.number("radius", radius, 0)}
+    checks.refuse_transforms("pgd_step", [], CONSTANT, constants=[delta, grad] if mask is None else [delta, grad, mask])
     mask = _check_mask(mask, "grad", grad)
     backend = op.choose("pgd_step_", backend, delta.device, delta.dtype)
     out = torch.empty(delta.shape, dtype=delta.dtype, device=delta.device)
-    op.call("pgd_step_", backend, delta.detach(), grad.detach(), mask, out, written=[out], **options)
+    op.call("pgd_step_", backend, delta.detach(), grad.detach(), mask, out, written=[out], norm=norm, per=per, **options)
     return out
 
 
@@ -91,17 +96,17 @@ def perturbed_weights(params: Iterable[Tensor], epsilon: float, *, gradients: Se
         raise TypeError("params is a tensor; give a list of tensors, [params]")
     params = list(params)
     for i, param in enumerate(params):
-        _check_tensor(f"params[{i}]", param)
+        checks.tensor(f"params[{i}]", param)
         if param.device != params[0].device:
             raise ValueError(
                 f"params[{i}] is on {param.device}, params[0] on {params[0].device}; perturb the devices' parameters one by one"
             )
-    if per not in ("tensor", "all"):
-        raise ValueError(f"per={per!r} is not one of its values; use 'tensor' or 'all'")
+    checks.choice("per", per, ("tensor", "all"))
     if gradients is not None and len(gradients) != len(params):
         raise ValueError(f"gradients hold {len(gradients)} entries for {len(params)} params; give one each, None for none")
-    options = {"epsilon": _number("epsilon", epsilon), "keep_probability": _probability(keep_probability), "step": _step(step)}
-    return _perturbed(params, gradients, _seed(seed), backend, options | {"together": per == "all"})
+    options = {"epsilon": checks.number("epsilon", epsilon, 0), "keep_probability": checks.number("keep_probability", keep_probability, 0, 1)}
+    options |= {"step": checks.integer("step", step, 0, bits=32), "together": per == "all"}
+    return _perturbed(params, gradients, None if seed is None else checks.signed_seed(seed), backend, options)
 
 
 @contextlib.contextmanager
@@ -110,11 +115,12 @@ def _perturbed(
 ) -> Iterator[None]:
     given = {i: g for i, g in enumerate([param.grad for param in params] if gradients is None else gradients) if g is not None}
     for i, grad in given.items():
-        _check_tensor(f"gradients[{i}]", grad)
+        checks.tensor(f"gradients[{i}]", grad)
         _check_alike(f"params[{i}]", params[i], f"gradients[{i}]", grad)
     if not given:
         yield
         return
+    checks.refuse_transforms("perturbed_weights", params, CONSTANT, constants=list(given.values()))
     streams = list(given)
     weights, grads = [params[i].detach() for i in streams], [grad.detach() for grad in given.values()]  # they share memory and versions
     backend = op.choose("perturb_weights_", backend, weights[0].device, weights[0].dtype)
@@ -129,28 +135,16 @@ def _perturbed(
                 weight.copy_(before)
 
 
-def _check_tensor(name: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is a {type(x).__name__}; give a tensor")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name} is sparse ({x.layout}); give {name}.to_dense(), or build the embedding with sparse=False")
-    if x.dtype not in op.backends.DTYPES:
-        raise TypeError(f"{name} is {x.dtype}; give float32, bfloat16, float16 or float64")
-
-
 def _check_alike(first: str, x: Tensor, name: str, y: Tensor) -> None:
     if y.shape != x.shape:
         raise ValueError(f"{name} has shape {tuple(y.shape)} and {first} {tuple(x.shape)}; give the same")
-    if y.dtype != x.dtype:
-        raise TypeError(f"{name} is {y.dtype} and {first} {x.dtype}; cast one with .to()")
-    if y.device != x.device:
-        raise ValueError(f"{name} is on {y.device} and {first} on {x.device}; move one with .to()")
+    checks.same_placement(first, x, name, y)
 
 
 def _check_choices(norm: str, per: str) -> None:
-    for name, value, choices in (("norm", norm, op.NORMS), ("per", per, op.PERS)):
-        if value not in choices:
-            raise ValueError(f"{name}={value!r} is not one of its values; use {', '.join(map(repr, choices))}")
+    if norm not in op.NORMS or per not in op.PERS:
+        checks.choice("norm", norm, op.NORMS)
+        checks.choice("per", per, op.PERS)
 
 
 def _check_mask(mask: Tensor | None, name: str, x: Tensor) -> Tensor | None:
@@ -165,39 +159,6 @@ def _check_mask(mask: Tensor | None, name: str, x: Tensor) -> Tensor | None:
     if mask.device != x.device:
         raise ValueError(f"mask is on {mask.device} and {name} on {x.device}; move it with .to()")
     return mask.detach() != 0
-
-
-def _number(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a number")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name}={value!r} is out of range; give a finite number >= 0")
-    return float(value)
-
-
-def _step(step: int) -> int:
-    if isinstance(step, bool) or not isinstance(step, int):
-        raise TypeError(f"step={step!r} is a {type(step).__name__}; give an integer")
-    if not 0 <= step < 2**32:
-        raise ValueError(f"step={step} is out of range; give 0 <= step < 2^32")
-    return step
-
-
-def _seed(seed: int | None) -> int | None:
-    """As two's complement of 64 bits."""
-    if seed is None:
-        return None
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed={seed!r} is a {type(seed).__name__}; give an integer, or None to draw one")
-    return (seed + 2**63) % 2**64 - 2**63
-
-
-def _probability(keep_probability: float) -> float:
-    if isinstance(keep_probability, bool) or not isinstance(keep_probability, (int, float)):
-        raise TypeError(f"keep_probability={keep_probability!r} is a {type(keep_probability).__name__}; give a number in [0, 1]")
-    if not 0 <= keep_probability <= 1:
-        raise ValueError(f"keep_probability={keep_probability!r} is out of range; give a number in [0, 1]")
-    return float(keep_probability)
 
 
 def _key(seed: int | None, keep_probability: float, device: torch.device) -> Tensor | None:

@@ -2,26 +2,30 @@
 
 import dataclasses
 import itertools
+import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from numbers import Integral, Real
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.autograd import forward_ad
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
-from ..core import memory, shards
+from ..core import checks, memory, shards
 from . import op
 
 FORMAT = 1  # of the state's layout; a key of every group
-FLOATS = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
-
+CONSTANT = "p and b are constants; give tensors that are detached, such as grad.detach()"
 
 COMPILED = ("cpp", "cuda")  # backends whose operators check a whole call themselves and take a state in a single tensor
 SWARM, TINY = 64, 4096  # parameters from which on, and elements a parameter up to which, states share one tensor
+SINGLE = ("step", "saliency_min", "saliency_max")  # states of one value
 SHAPE = operator.attrgetter("shape")
+KIND = operator.attrgetter("device", "dtype")
 GRADIENT = operator.attrgetter("grad")
 LEFT_OUT: dict[str, Any] = {"grads": [], "statistics": None}  # of what is kept from step to step: gradients are the user's to free
 
@@ -34,6 +38,19 @@ class _Roster:
     keys: list[Tensor]  # of the optimizer's state, and its values
     values: list[dict[str, Any]]
     batch: dict[str, Any]
+    empty: list[Tensor]  # parameters without an element, which have no address
+    kinds: list[Any]  # and their devices and dtypes
+
+
+class _Packed(NamedTuple):
+    """A state of many small parameters in one tensor, which an operator takes in the place of its parts.
+
+    Each part has a storage of its own over its piece of the memory, and is saved and copied as such.
+    """
+
+    whole: Tensor
+    parts: list[Tensor]
+    addresses: list[int]  # of the parts, as long as they lie there
 
 
 class SelectiveOptimizer(Optimizer):
@@ -41,10 +58,11 @@ class SelectiveOptimizer(Optimizer):
 
     operator: str
     numbers: tuple[str, ...]  # options of this optimizer's own that are numbers
+    fixed: dict[str, Any] = {}  # what every group has, a loaded one too
     flags: tuple[str, ...] = ("maximize", "capturable", "differentiable", "foreach", "fused")  # and that are True or False
     _roster: _Roster | None
     _places: memory.Places | None  # of the parameters whose memory was looked at last
-    _shared: dict[str, tuple[Tensor, list[Tensor], list[int]]]  # states of many small parameters in one tensor, its parts, their addresses
+    _packed: dict[str, _Packed]  # by key of the state
     _room: dict[Any, Tensor]  # for statistics over a wider scope than a tensor
     _joined: dict[int, Tensor]  # kept minima of which an earlier step made the whole's, so that none need be asked for
 
@@ -52,9 +70,9 @@ class SelectiveOptimizer(Optimizer):
         if backend != "auto" and backend not in op.backends.BACKENDS:
             raise ValueError(f"backend={backend!r} is not a backend; use one of 'auto', {', '.join(map(repr, op.backends.BACKENDS))}")
         if seed is not None:
-            seed = _whole("seed", seed) % 2**64
+            seed = checks.signed_seed(seed) % 2**64
         self.backend = backend
-        self._roster, self._shared, self._places, self._room, self._joined = None, {}, None, {}, {}
+        self._roster, self._packed, self._places, self._room, self._joined = None, {}, None, {}, {}
         self._drawn_seed: int | None = None  # drawn here and not agreed on with the other ranks yet
         self._check(defaults)
         super().__init__(params, defaults | {"seed": seed, "format": FORMAT})
@@ -65,16 +83,16 @@ class SelectiveOptimizer(Optimizer):
         """Raises what is wrong with a group's options, in torch's own words where torch has the option."""
         lr = group["lr"]
         for name in ("lr", "weight_decay", *self.numbers):
-            if not isinstance(group[name], (Real, Tensor)):
-                raise TypeError(f"{name}={group[name]!r} is a {type(group[name]).__name__}; give a number")
+            value = group[name]
+            if type(value) not in checks.PLAIN and not isinstance(value, Tensor) and not checks.is_number(value):
+                raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a number")
         for name in self.flags:
-            if not isinstance(group[name], bool) and not (group[name] is None and name in ("foreach", "fused")):
-                raise TypeError(f"{name}={group[name]!r} is a {type(group[name]).__name__}; give True or False")
+            value = group[name]
+            if type(value) is not bool and not (value is None and name in ("foreach", "fused")):
+                checks.flag(name, value)
         if isinstance(lr, Tensor):
             if not lr.is_floating_point():
                 raise TypeError(f"lr={lr!r} is {lr.dtype}; give a number, or a tensor of floating point")
-            if group["foreach"] and not group["capturable"]:
-                raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
             if lr.numel() != 1:
                 raise ValueError("Tensor lr must be 1-element")
         if not 0.0 <= lr:
@@ -106,14 +124,16 @@ class SelectiveOptimizer(Optimizer):
         if isinstance(param_group, dict):
             self._check(self.defaults | param_group)
             if param_group.get("seed") is not None:
-                param_group = param_group | {"seed": _whole("seed", param_group["seed"]) % 2**64}
+                param_group = param_group | {"seed": checks.signed_seed(param_group["seed"]) % 2**64}
         super().add_param_group(param_group)
         self._settle_seed()
 
     def _settle_seed(self) -> None:
         """Gives a seed to the groups that have none: one drawn from torch's default CPU generator where something is random, else 0."""
         if self.defaults["seed"] is None and any(_selection(group).random or group["state_dtype"] for group in self.param_groups):
-            self.defaults["seed"] = self._drawn_seed = int(torch.randint(-(2**63), 2**63 - 1, ())) % 2**64
+            with unset_fake_temporarily():  # a fake tensor has no value to draw
+                drawn = int(torch.randint(-(2**63), 2**63 - 1, (), device="cpu"))
+            self.defaults["seed"] = self._drawn_seed = drawn % 2**64
         for group in self.param_groups:
             group["seed"] = (self.defaults["seed"] or 0) if group["seed"] is None else group["seed"]
 
@@ -134,10 +154,12 @@ class SelectiveOptimizer(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Performs one step (Algorithm 1, lines 10-13) and returns the closure's loss, if one is given.
 
-        Raises before anything has changed: RuntimeError for a sparse gradient, TypeError for one that is not floating point or complex,
-        ValueError for a gradient or state of another shape than its parameter and for a bad option.
+        Sparse gradients and complex or integer parameters are refused, where torch.optim steps some of them. Raises before anything has
+        changed: RuntimeError for a sparse gradient and for a tensor with a forward-mode tangent, TypeError for what is not floating
+        point, ValueError for a gradient or state of another shape than its parameter and for a bad option. On the meta device and under
+        FakeTensorMode the states are made and nothing is computed; fused=True refuses the meta device, as torch does.
         """
-        with torch.set_grad_enabled(self.defaults["differentiable"]):
+        with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
             loss = None
             if closure is not None:
                 with torch.enable_grad():
@@ -146,6 +168,8 @@ class SelectiveOptimizer(Optimizer):
                 self._run(self._traced_batches())
                 return loss
             self._agree_on_seed()  # before anything can raise: every rank takes part
+            if forward_ad._current_level >= 0:
+                self._refuse_tangents()
             if self._step_again():
                 return loss
             batches = [batch for group, first in self._groups() for batch in self._batches(group, first)]
@@ -159,7 +183,17 @@ class SelectiveOptimizer(Optimizer):
                 self._remember(batches[0])
             return loss
 
+    def _refuse_tangents(self) -> None:
+        params = [p for group in self.param_groups for p in group["params"]]
+        given = [*params, *(p.grad for p in params if p.grad is not None)]
+        checks.refuse_transforms(f"the step of {type(self).__name__}", given, "step outside of forward mode")
+
     def _run(self, batches: list[dict[str, Any]]) -> None:
+        if not torch.compiler.is_compiling():
+            for batch in batches:
+                if batch["params"][0].is_meta:  # nothing to compute; the steps lie on the CPU
+                    torch._foreach_add_(batch["step"], 1)
+            batches = [batch for batch in batches if not batch["params"][0].is_meta]
         for batch in batches:
             self._localise(batch)
         self._settle_scopes(batches)
@@ -208,12 +242,15 @@ class SelectiveOptimizer(Optimizer):
         group = batch["group"]
         if len(batch["params"]) == len(group["params"]):
             batch = batch | LEFT_OUT
-            self._roster = _Roster(list(group["params"]), list(self.state.keys()), list(self.state.values()), batch)
+            empty = [p for p in batch["params"] if p.numel() == 0]
+            states = list(self.state.keys()), list(self.state.values())
+            self._roster = _Roster(list(group["params"]), *states, batch, empty, list(map(KIND, empty)))
 
     def _step_again(self) -> bool:
         """Steps as the last time, with the gradients of now; False, and nothing has changed, where anything else differs.
 
-        The operator checks every tensor of a call before it writes; what it refuses, the long way finds the words for.
+        What the operator would refuse is left to the long way, which has the words for it. Once the operator was called nothing is tried
+        again: what it raises, it raises.
         """
         roster = self._roster
         if roster is None:
@@ -227,26 +264,31 @@ class SelectiveOptimizer(Optimizer):
             return False
         if self._places is None or self._places[0] != list(map(Tensor.data_ptr, roster.params)):
             return False
-        if self._shared and self._places[1] != list(map(SHAPE, roster.params)):
+        needed, grads = self._needed(group), list(map(GRADIENT, roster.params))
+        try:
+            addresses = list(map(Tensor.data_ptr, grads))  # that of freed memory is 0
+            found = {key: list(map(operator.itemgetter(key), states)) for key in needed}
+        except (RuntimeError, TypeError, KeyError):  # a sparse gradient, or none, has no address
+            return False
+        if addresses.count(0) != len(roster.empty) or list(map(KIND, roster.empty)) != roster.kinds:
+            return False
+        if list(map(SHAPE, grads)) != self._places[1] or not found.keys() <= roster.batch.keys():
             return False
         self._check(group)
         batch = self._new_batch(group, roster.params[0].device, roster.params[0].dtype)
-        batch |= {"params": roster.params, "grads": list(map(GRADIENT, roster.params)), "states": states, "layout": roster.batch["layout"]}
-        if batch["backend"] != roster.batch["backend"] or any(map(operator.is_, batch["grads"], itertools.repeat(None))):
+        if batch["backend"] != roster.batch["backend"]:
             return False
-        try:
-            batch["plan"] = roster.batch["plan"]
-            for key in self._needed(group):
-                batch[key] = [state[key] for state in states]
-                if key not in roster.batch or not all(map(operator.is_, batch[key], roster.batch[key])):
-                    batch["plan"] = None
-                flat, parts, addresses = self._shared.get(key, (None, [], []))
-                if all(map(operator.is_, batch[key], parts)) and [part.data_ptr() for part in parts] == addresses and flat is not None:
-                    batch[key] = [flat]
-            self._settle_scopes([batch])
-            self._update(batch)
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
-            return False
+        batch |= {"params": roster.params, "grads": grads, "states": states, "layout": roster.batch["layout"], "plan": roster.batch["plan"]}
+        for key, now in found.items():
+            packed = self._packed.get(key)
+            if packed is not None and all(map(operator.is_, now, packed.parts)) and list(map(Tensor.data_ptr, now)) == packed.addresses:
+                batch[key] = [packed.whole]
+            elif all(map(operator.is_, now, roster.batch[key])):
+                batch[key] = now
+            else:
+                return False
+        self._settle_scopes([batch])
+        self._update(batch)
         roster.batch = batch | LEFT_OUT
         self._roster = roster
         return True
@@ -285,11 +327,16 @@ class SelectiveOptimizer(Optimizer):
 
     def _new_batch(self, group: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         backend = "reference" if group["differentiable"] else op.choose(self.operator, self.backend, device, dtype)
+        if group["fused"] and device.type == "meta":
+            raise RuntimeError(
+                f"`fused=True` requires all the params to be floating point Tensors of supported devices: ['cpu', 'cuda'] but {dtype} "
+                "and meta"
+            )
         return {
             "group": group,
             "selection": _selection(group),
             "backend": backend,
-            "seed": _signed(_whole("seed", group["seed"]) % 2**64),
+            "seed": checks.signed_seed(group["seed"]),
             "statistics": None,
             "cuts": (),
             "plan": None,
@@ -344,8 +391,9 @@ class SelectiveOptimizer(Optimizer):
         for key in self._needed(group):
             lacking = [i for i, state in enumerate(states) if key not in state]  # what is there (a checkpoint's, a hook's) is left alone
             if len(lacking) == len(params) >= SWARM and len(self.param_groups) == 1 and batch["backend"] in COMPILED:
-                if all(p.numel() <= TINY and p.is_contiguous() and not shards.sharded(p) for p in params):
-                    self._share_states(key, batch)
+                real = not isinstance(params[0], FakeTensor) and not op.backends.traced()
+                if real and all(p.numel() <= TINY and p.is_contiguous() and not shards.sharded(p) for p in params):
+                    self._pack_states(key, batch)
                     continue
             for i in lacking:
                 states[i][key] = self._fresh_state(key, params[i], group)
@@ -354,25 +402,36 @@ class SelectiveOptimizer(Optimizer):
                     state[key] = state[key].to(params[0].device)
             batch[key] = [state[key] for state in states]
 
-    def _share_states(self, key: str, batch: dict[str, Any]) -> None:
-        """Creates a state of many small parameters as views of one tensor, which the operator takes in their place."""
-        fresh = [self._fresh_state(key, p, batch["group"]) for p in batch["params"]]
-        batch[key] = [torch.cat([state.flatten() for state in fresh])]
-        parts = batch[key][0].split([state.numel() for state in fresh])
-        for state, part, alike in zip(batch["states"], parts, fresh, strict=True):
-            state[key] = part.view_as(alike)
-        views = [state[key] for state in batch["states"]]
-        self._shared[key] = batch[key][0], views, [view.data_ptr() for view in views]
+    def _pack_states(self, key: str, batch: dict[str, Any]) -> None:
+        """Creates a state of many small parameters in one tensor, each with a storage of its own there."""
+        params = batch["params"]
+        value, dtype, device = self._start(key, params[0], batch["group"])
+        shapes = [() if key in SINGLE else p.shape for p in params]
+        sizes = list(map(math.prod, shapes))
+        whole = torch.full((sum(sizes),), value, dtype=dtype, device=device)
+        parts = [part.view(shape) for part, shape in zip(whole.split(sizes), shapes, strict=True)]
+        for state, part in zip(batch["states"], parts, strict=True):
+            # Views, whose version is the whole's. By DLPack they pass for another library's tensors, whose storage ends with them.
+            part.data = from_dlpack(to_dlpack(part))
+            state[key] = part
+        batch[key] = [whole]
+        self._packed[key] = _Packed(whole, parts, list(map(Tensor.data_ptr, parts)))
 
     def _fresh_state(self, key: str, p: Tensor, group: dict[str, Any]) -> Tensor:
+        value, dtype, device = self._start(key, p, group)
+        if key in SINGLE:
+            return torch.full((), value, dtype=dtype, device=device)
+        return torch.full_like(p, value, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+
+    def _start(self, key: str, p: Tensor, group: dict[str, Any]) -> tuple[float, torch.dtype, torch.device | str]:
+        """The value a state starts from, its dtype and its device."""
         wide = torch.float64 if p.dtype == torch.float64 else torch.float32
         if key == "step":
-            return torch.zeros((), dtype=torch.float32, device=p.device if p.is_cuda else "cpu")
+            return 0.0, torch.float32, p.device if p.is_cuda else "cpu"
         if key.startswith("saliency"):
-            return torch.full((), torch.nan, dtype=wide, device=p.device)  # nothing kept yet
+            return torch.nan, wide, p.device  # nothing kept yet
         # -0.0 marks a momentum buffer that has seen nothing; to a moment of AdamW it is 0.
-        start, dtype = -0.0 if key == "momentum_buffer" else 0.0, group["state_dtype"] or wide
-        return torch.full_like(p, start, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+        return -0.0 if key == "momentum_buffer" else 0.0, group["state_dtype"] or wide, p.device
 
     def _localise(self, batch: dict[str, Any]) -> None:
         """Puts this process's parts in the place of sharded tensors."""
@@ -476,7 +535,7 @@ class SelectiveOptimizer(Optimizer):
             lr=0.0 if isinstance(lr, Tensor) else float(lr),
             lr_tensor=lr if isinstance(lr, Tensor) else None,
             weight_decay=float(group["weight_decay"]),
-            maximize=group["maximize"],
+            maximize=bool(group["maximize"]),
             seed=batch["seed"],
             selection=batch["selection"],
             **self._line(group),
@@ -503,7 +562,7 @@ class SelectiveOptimizer(Optimizer):
             keep = [{k: v for k, v in group.items() if k not in ("params", "param_names")} for group in self.param_groups]
             groups = state_dict["param_groups"]
             if len(groups) == len(keep):  # else the base class says so
-                groups = [kept | saved for kept, saved in zip(keep, groups, strict=True)]
+                groups = [kept | saved | self.fixed for kept, saved in zip(keep, groups, strict=True)]
             return state_dict | {"param_groups": groups}
 
         def restore(optimizer: Optimizer) -> None:
@@ -540,7 +599,7 @@ class SelectiveOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._roster, self._shared, self._places, self._room, self._joined = None, {}, None, {}, {}
+        self._roster, self._packed, self._places, self._room, self._joined = None, {}, None, {}, {}
         for group in self.param_groups:
             for p in group["params"]:
                 p_state = self.state.get(p) or {}
@@ -577,6 +636,8 @@ class SelectiveAdamW(SelectiveOptimizer):
 
     operator = "selective_adamw_"
     numbers = ("eps",)
+    # As torch.optim.Adam names it, so that each loads the other's checkpoints; one of Adam's goes on with decoupled decay.
+    fixed = {"decoupled_weight_decay": True}
     flags = (*SelectiveOptimizer.flags, "amsgrad")
 
     def __init__(
@@ -608,14 +669,18 @@ class SelectiveAdamW(SelectiveOptimizer):
         backend: str = "auto",
     ):
         defaults = {k: v for k, v in locals().items() if k not in ("self", "params", "seed", "backend", "__class__")}
-        # As torch.optim.Adam names it, so that each loads the other's checkpoints.
-        super().__init__(params, defaults | {"decoupled_weight_decay": True}, seed=seed, backend=backend)
+        super().__init__(params, defaults | self.fixed, seed=seed, backend=backend)
 
     def _check(self, group: dict[str, Any]) -> None:
         super()._check(group)
         betas = group["betas"]
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(isinstance(beta, (Real, Tensor)) for beta in betas):
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
             raise TypeError(f"betas={betas!r} is no pair of numbers; give (beta1, beta2)")
+        for beta in betas:
+            if type(beta) not in checks.PLAIN and not isinstance(beta, Tensor) and not checks.is_number(beta):
+                raise TypeError(f"betas={betas!r} is no pair of numbers; give (beta1, beta2)")
+        if isinstance(group["lr"], Tensor) and group["foreach"] and not group["capturable"]:
+            raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
         if not 0.0 <= group["eps"]:
             raise ValueError(f"Invalid epsilon value: {group['eps']}")
         for i in (0, 1):
@@ -705,7 +770,7 @@ class SelectiveSGD(SelectiveOptimizer):
         return [batch.get("momentum_buffer", [])]
 
     def _line(self, group: dict[str, Any]) -> dict[str, Any]:
-        return {"momentum": float(group["momentum"]), "dampening": float(group["dampening"]), "nesterov": group["nesterov"]}
+        return {"momentum": float(group["momentum"]), "dampening": float(group["dampening"]), "nesterov": bool(group["nesterov"])}
 
 
 def select_gradients_(
@@ -739,7 +804,7 @@ def select_gradients_(
     options = {k: v for k, v in locals().items() if k in op.FIELDS}
     selection = _stateless(options)
     params = [params] if isinstance(params, Tensor) else list(params)
-    seed, step = _signed(_whole("seed", seed) % 2**64), _step(step)
+    seed, step = checks.signed_seed(seed), checks.integer("step", step, 0, bits=24)
     if saliency is not None and len(saliency) != len(params):
         raise ValueError(f"saliency has {len(saliency)} tensors for {len(params)} parameters; give one for every parameter")
     parts: dict[tuple[torch.device, torch.dtype], dict[str, Any]] = {}
@@ -751,7 +816,7 @@ def select_gradients_(
         s = None if saliency is None else saliency[stream]
         if s is None and saliency is not None:
             raise TypeError(f"saliency[{stream}] is None; give a tensor for every parameter that has a gradient")
-        _check_gradient(f"params[{stream}].grad", p.grad, s)
+        _check_gradient("select_gradients_", f"params[{stream}].grad", p.grad, s)
         if _expanded(p.grad):
             raise ValueError(
                 f"params[{stream}].grad is expanded: its elements share memory and cannot be written; call .clone() on it first"
@@ -809,7 +874,7 @@ def selection_probability(
     Equivalent to `selective.reference.selection_probability_`.
     """
     selection = _stateless({k: v for k, v in locals().items() if k in op.FIELDS})
-    _check_gradient("grad", grad, saliency)
+    _check_gradient("selection_probability", "grad", grad, saliency)
     chosen = op.choose("selection_probability_", backend, grad.device, grad.dtype)
     with torch.no_grad():
         out = torch.empty(grad.shape, dtype=torch.float64 if grad.dtype == torch.float64 else torch.float32, device=grad.device)
@@ -845,11 +910,9 @@ def selection_mask(
     Equivalent to `selective.reference.selection_mask_`.
     """
     selection = _stateless({k: v for k, v in locals().items() if k in op.FIELDS})
-    _check_gradient("grad", grad, saliency)
-    seed, step = _signed(_whole("seed", seed) % 2**64), _step(step)
-    stream = _whole("stream", stream)
-    if not 0 <= stream < 2**32:
-        raise ValueError(f"stream={stream} is out of range; give an integer in [0, 2^32)")
+    _check_gradient("selection_mask", "grad", grad, saliency)
+    seed, step = checks.signed_seed(seed), checks.integer("step", step, 0, bits=24)
+    stream = checks.integer("stream", stream, 0, bits=32)
     chosen = op.choose("selection_mask_", backend, grad.device, grad.dtype)
     with torch.no_grad():
         out = torch.empty(grad.shape, dtype=torch.bool, device=grad.device)
@@ -874,17 +937,19 @@ def _stateless(options: dict[str, Any]) -> op.Selection:
     return selection
 
 
-def _check_gradient(name: str, grad: Tensor, saliency: Tensor | None) -> None:
+def _check_gradient(function: str, name: str, grad: Tensor, saliency: Tensor | None) -> None:
     if not isinstance(grad, Tensor):
         raise TypeError(f"{name} is a {type(grad).__name__}; give a tensor")
     if shards.sharded(grad):
         raise TypeError(f"{name} is a DTensor, whose parts this function does not join; use an optimizer, or call full_tensor() on it")
     if grad.layout is not torch.strided:
         raise RuntimeError(f"{name} is sparse ({grad.layout}), which is not supported; call .to_dense() on it first")
-    if grad.dtype not in FLOATS:
+    if grad.dtype not in checks.DTYPES:
         raise TypeError(f"{name} is {grad.dtype}; give float32, bfloat16, float16 or float64")
+    tensors = [grad] if saliency is None else [grad, saliency]
+    checks.refuse_transforms(function, [], CONSTANT, constants=tensors)
     if saliency is not None:
-        if not isinstance(saliency, Tensor) or saliency.dtype not in FLOATS or saliency.layout is not torch.strided:
+        if not isinstance(saliency, Tensor) or saliency.dtype not in checks.DTYPES or saliency.layout is not torch.strided:
             raise TypeError(f"the saliency of {name} is no dense floating-point tensor; give float32, bfloat16, float16 or float64")
         if saliency.shape != grad.shape or saliency.device != grad.device:
             found = f"{tuple(saliency.shape)} on {saliency.device}"
@@ -896,7 +961,7 @@ def _check_parameter(stream: int, p: Tensor, grad: Tensor) -> None:
         raise RuntimeError(
             f"parameter {stream} has a sparse gradient ({grad.layout}), which is not supported; call .to_dense() on it first"
         )
-    if p.dtype not in FLOATS or grad.dtype not in FLOATS:
+    if p.dtype not in checks.DTYPES or grad.dtype not in checks.DTYPES:
         raise TypeError(f"parameter {stream} is {p.dtype} with a gradient of {grad.dtype}: complex and integer tensors are not supported")
     if shards.sharded(p) != shards.sharded(grad):
         raise TypeError(
@@ -913,7 +978,7 @@ def _check_state(stream: int, key: str, value: Tensor, p: Tensor, moment: bool) 
     named = f"parameter {stream}'s state {key!r}"
     if not isinstance(value, Tensor):
         raise TypeError(f"{named} is a {type(value).__name__}; give a tensor, or delete the parameter's state")
-    if value.layout is not torch.strided or value.dtype not in FLOATS:
+    if value.layout is not torch.strided or value.dtype not in checks.DTYPES:
         raise TypeError(f"{named} is {value.dtype}, {value.layout}; give a dense tensor of floating point")
     if value.device != p.device and (key != "step" or value.device.type != "cpu"):
         raise ValueError(f"{named} is on {value.device}, the parameter on {p.device}; move it with .to()")
@@ -931,21 +996,3 @@ def _check_state(stream: int, key: str, value: Tensor, p: Tensor, moment: bool) 
 
 def _expanded(tensor: Tensor) -> bool:
     return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
-
-
-def _whole(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give an integer")
-    return int(value)
-
-
-def _step(step: int) -> int:
-    step = _whole("step", step)
-    if not 0 <= step < 2**24:
-        raise ValueError(f"step={step} is out of range; give an integer in [0, 2^24)")
-    return step
-
-
-def _signed(seed: int) -> int:
-    """A seed modulo 2^64 as the two's complement int64 of the operators."""
-    return seed - 2**64 if seed >= 2**63 else seed

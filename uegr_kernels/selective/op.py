@@ -4,15 +4,15 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from numbers import Real
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..core import backends as backends
-from ..core import shards
+from ..core import checks, shards
 from . import reference
 
 _triton = functools.partial(backends.triton_kernels, __package__)
@@ -45,14 +45,11 @@ class Selection:
             value = getattr(self, name)
             if not isinstance(value, str) or value not in choices:
                 raise ValueError(f"{name}={value!r} is not one of its values; use {' or '.join(map(repr, choices))}")
-        for name, within, rule in RANGES:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Real):
-                raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a number {rule}")
-            if not (math.isfinite(value) and within(value)):
-                raise ValueError(f"{name}={value!r} is out of range; give a number {rule}")
-        if not isinstance(self.rescale, bool):
-            raise TypeError(f"rescale={self.rescale!r} is a {type(self.rescale).__name__}; give True or False")
+        for name, (low, high) in RANGES.items():
+            object.__setattr__(self, name, checks.number(name, getattr(self, name), low, high))
+        if self.keep_probability == 0:
+            raise ValueError("keep_probability=0.0 is out of range; give a number in (0, 1]")
+        object.__setattr__(self, "rescale", checks.flag("rescale", self.rescale))
         if self.statistics == "previous" and self.normalization in ("rank", "constant"):
             raise ValueError(
                 f"statistics='previous' keeps a minimum and a maximum, for which normalization={self.normalization!r} has no use; "
@@ -67,14 +64,14 @@ class Selection:
     def arguments(self) -> dict[str, Any]:
         """As the operators take it; the scope is settled above them, by the statistics they are handed."""
         return {
-            "threshold": float(self.threshold),
-            "sharpness": float(self.sharpness),
+            "threshold": self.threshold,
+            "sharpness": self.sharpness,
             "normalization": NORMALIZATIONS.index(self.normalization),
             "salient": self.direction == "salient",
             "previous": self.statistics == "previous",
             "rescale": self.rescale,
-            "min_probability": float(self.min_probability),
-            "keep_probability": float(self.keep_probability),
+            "min_probability": self.min_probability,
+            "keep_probability": self.keep_probability,
             "target_update": self.target == "update",
         }
 
@@ -93,12 +90,12 @@ class Selection:
 
 
 CHOICES = {"normalization": NORMALIZATIONS, "direction": DIRECTIONS, "scope": SCOPES, "statistics": STATISTICS, "target": TARGETS}
-RANGES = (
-    ("threshold", lambda x: True, "that is finite"),
-    ("sharpness", lambda x: x >= 0, "that is finite and not negative"),
-    ("min_probability", lambda x: 0 <= x <= 1, "in [0, 1]"),
-    ("keep_probability", lambda x: 0 < x <= 1, "in (0, 1]"),
-)
+RANGES = {
+    "threshold": (-math.inf, math.inf),
+    "sharpness": (0, math.inf),
+    "min_probability": (0, 1),
+    "keep_probability": (0, 1),
+}
 FIELDS = tuple(field.name for field in dataclasses.fields(Selection))
 make_selection = functools.lru_cache(maxsize=64, typed=True)(Selection)  # groups are read every step; their options rarely change
 
@@ -137,7 +134,8 @@ WRITTEN = {name: [i for i, text in enumerate(schema.split("*,")[0].split(", ")) 
 
 def _register(name: str, schema: str) -> None:
     backends.define(name, f"({schema}) -> ()", functools.partial(_run, lambda: reference, name), functools.partial(_run, _triton, name))
-    torch.library.register_fake(f"uegr_kernels::{name}", lambda *args, **kwargs: None)
+    for overload in (name, f"{name}.fallback"):
+        torch.library.register_fake(f"uegr_kernels::{overload}", lambda *args, **kwargs: None)
 
 
 def _run(module: Callable[[], ModuleType], name: str, *args: Any, **kwargs: Any) -> None:
@@ -185,7 +183,7 @@ def call(name: str, backend: str, *tensors: Any, **options: Any) -> Any:
     """
     known = {"plan": options.pop("plan")} if "plan" in options else {}
     plan = None
-    if backend == "reference" and not torch.compiler.is_compiling():
+    if backend == "reference" and not torch.compiler.is_compiling() and not _valueless(tensors[0]):
         getattr(reference, name)(*tensors, **options)
         return None
     if backend == "triton" and not backends.traced():
@@ -202,6 +200,12 @@ def call(name: str, backend: str, *tensors: Any, **options: Any) -> Any:
     written = [tensors[i] for i in WRITTEN[name]] + ([options["out"]] if "out" in options else [])
     torch.autograd.graph.increment_version([t for group in written for t in (group if isinstance(group, list) else [group])])
     return plan
+
+
+def _valueless(tensors: Tensor | list[Tensor]) -> bool:
+    """Whether there is nothing to compute: on the meta device and among fake tensors, which the operators' fakes are for."""
+    first = tensors if isinstance(tensors, Tensor) else tensors[0] if tensors else None
+    return first is not None and (first.is_meta or isinstance(first, FakeTensor))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -248,7 +252,7 @@ def joint_statistics(cuts: dict[shards.Cut, list[dict[str, Any]]], normalization
     """The statistics over all parts of all cuts together. The reference alone ranks exactly; where a compiled kernel or another process
     takes part, all share its histogram."""
     exactly = normalization == "rank" and list(cuts) == [()] and not torch.compiler.is_compiling()
-    if exactly and all(part["backend"] == "reference" for part in cuts[()]):
+    if exactly and all(part["backend"] == "reference" and not _valueless(part["grads"]) for part in cuts[()]):
         return reference.ordered_saliency(cuts[()])
     found = [scope_statistics(parts, normalization, rows=1, cut=cut, room=room) for cut, parts in cuts.items()]
     if len(found) == 1:
