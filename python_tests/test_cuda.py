@@ -219,7 +219,8 @@ def on_host() -> pathlib.Path:
     if not shutil.which("c++") or sys.platform != "linux":
         pytest.skip("needs a C++ compiler on Linux")
     flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"]
-    definitions = [*DEFINITIONS, "-DHAS_CLUSTERS=1", '-DLOOPS="loops_cuda.cuh"']
+    stand_ins = ['-DLOOPS="loops_cuda.cuh"', '-DINSTRUCTIONS="instructions.h"']
+    definitions = [*DEFINITIONS, "-DHAS_CLUSTERS=1", "-DARCHITECTURES=8.0/9.0a/10.0+PTX", *stand_ins]
     command = ["c++", *flags, *definitions, *INCLUDES, "-Ipython_tests/cuda_on_host", "-x", "c++", "-c"]
     host = ROOT / "python_tests/cuda_on_host"
     sources = [*SOURCES.values(), host / "library.cpp"]
@@ -230,7 +231,7 @@ def on_host() -> pathlib.Path:
         link = ("-Wl,-Bsymbolic", "-Wl,-z,defs", "-Wl,--no-as-needed", f"-L{TORCH}/lib", "-ltorch_cpu")
         run("c++", "-shared", *objects, "-o", folder / "uegr_kernels_baseline.so", *link)
 
-    return kept("on_host", command, [*HEADERS, *sources, host / "cuda_runtime.h"], make)
+    return kept("on_host", command, [*HEADERS, *sources, *sorted(host.glob("*.h"))], make)
 
 
 def test_every_function_of_both_sides_runs_on_a_host():
