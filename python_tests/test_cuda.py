@@ -256,21 +256,35 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("operator", [*CHOICES, "large"])
-def test_what_they_compute_passes_the_tests_of_the_cpu(on_host, operator):
+def pytest_on(library: pathlib.Path | None, *arguments, **variables) -> None:
+    """The CPU's tests run on a library of CUDA operators for a host, or on the CPU's own."""
     environment = {
         **os.environ,
-        "CUDA_ON_HOST": str(on_host),
+        **variables,
+        "CUDA_ON_HOST": str(library),
         "UEGR_KERNELS_ISA": "baseline",
         "PYTHONPATH": f"{ROOT / 'python_tests/cuda_on_host'}{os.pathsep}{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
     }
-    options = ("-q", "-x", "-p", "plugin", "-p", "no:cacheprovider")
-    if operator == "large":
-        test = ROOT / "python_tests/cuda_on_host/large.py"
-    else:
-        test = ROOT / f"python_tests/test_{operator}.py"
-        options += ("-k", f"cpp and not float64 and ({CHOICES[operator]})")
-    assert " passed" in run(sys.executable, "-m", "pytest", *options, test, env=environment)
+    options = ("-q", "-x", "-p", "no:cacheprovider", *(("-p", "plugin") if library else ()))
+    assert " passed" in run(sys.executable, "-m", "pytest", *options, *arguments, env=environment)
+
+
+@pytest.mark.parametrize("operator", CHOICES)
+def test_what_they_compute_passes_the_tests_of_the_cpu(on_host, operator):
+    pytest_on(on_host, "-k", f"cpp and not float64 and ({CHOICES[operator]})", ROOT / f"python_tests/test_{operator}.py")
+
+
+def test_what_they_compute_of_long_rows_and_many_items(on_host):
+    pytest_on(on_host, ROOT / "python_tests/cuda_on_host/large.py")
+
+
+@pytest.mark.parametrize("on_gpu", [True, False], ids=["cuda", "cpp"])
+def test_what_would_stay_as_it_is_is_not_written(request, on_gpu):
+    pytest_on(request.getfixturevalue("on_host") if on_gpu else None, ROOT / "python_tests/cuda_on_host/unwritten.py")
+
+
+def test_a_gpu_that_the_library_has_no_code_for_is_served_by_others(on_host):
+    pytest_on(on_host, ROOT / "python_tests/cuda_on_host/without_code.py", CUDA_ON_HOST_REFUSES="code")
 
 
 # ---- The package around them

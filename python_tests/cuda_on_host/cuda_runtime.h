@@ -230,7 +230,7 @@ struct cudaFuncAttributes {};
 template <class Kernel> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
     return is_refused("code") ? cudaErrorNoKernelImageForDevice : cudaSuccess;
 }
-inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 12040, cudaSuccess; }
 inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
 inline const char* cudaGetErrorName(cudaError_t error) { return error == cudaSuccess ? "cudaSuccess" : "cudaErrorNoKernelImageForDevice"; }
 // The smaller the cache, the more groups; the smaller the shared memory, the shorter the rows that need clusters: 4,096 columns of two

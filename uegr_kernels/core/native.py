@@ -93,7 +93,12 @@ def why_no_gpu() -> str | None:
 @functools.cache
 def _cuda_library() -> ctypes.CDLL:
     """The loaded CUDA library, for what is no operator (csrc/core/probe.cuh)."""
-    library = ctypes.CDLL(str(LIBRARIES / "uegr_kernels_cuda.so"))
+    return load_functions(LIBRARIES / "uegr_kernels_cuda.so")
+
+
+def load_functions(path: pathlib.Path) -> ctypes.CDLL:
+    """A CUDA library's functions that are no operators."""
+    library = ctypes.CDLL(str(path))
     library.uegr_kernels_probe.restype = library.uegr_kernels_architectures.restype = ctypes.c_char_p
     return library
 
