@@ -4,8 +4,6 @@
 #include <atomic>
 #include <cuda_runtime.h>
 
-#include "loops_cuda.cuh"
-
 namespace uegr {
 
 static __global__ void nothing_kernel() {}
@@ -30,9 +28,7 @@ cudaError_t probe_device(int device) {
     static std::atomic<int> answers[64]; // one more than the error's number; two threads may both ask, and hear the same
     if (device < 0) device = 0;          // a host's, in tests
     if (device >= 64) return ask_device(device);
-    if (answers[device] == 0) {
-        answers[device] = static_cast<int>(ask_device(device)) + 1;
-    }
+    if (answers[device] == 0) { answers[device] = static_cast<int>(ask_device(device)) + 1; }
     return static_cast<cudaError_t>(answers[device] - 1);
 }
 

@@ -74,6 +74,8 @@ def test_the_gradient_of_a_sum_of_rows_is_handed_out_as_it_is(monkeypatch):
     x = torch.randn(2, 4, 24, requires_grad=True)
     handed = []
     scale = torch.ops.uegr_kernels.scale_gradients_.default
-    monkeypatch.setattr(torch.ops.uegr_kernels.scale_gradients_, "default", lambda g, by: scale([*map(read_only, g)], by) or handed.append(by))
+    monkeypatch.setattr(
+        torch.ops.uegr_kernels.scale_gradients_, "default", lambda g, by: scale([*map(read_only, g)], by) or handed.append(by)
+    )
     uk.pairwise_js(x * 1, reduction="none", backend="cpp").sum().backward()
     assert [by.tolist() for by in handed] == [[1.0] * 4]

@@ -32,42 +32,56 @@ def _why_not(backend: str, operator: str, device: torch.device, dtype: torch.dty
     if dtype is not None and dtype not in DTYPES:
         return f"its kernels take float32, bfloat16, float16 and float64, not {str(dtype).removeprefix('torch.')}; use backend='reference'"
     needed = "cpu" if backend == "cpp" or interpreted else "cuda"
-    gpu = None if needed == "cpu" else device.index if device.type == "cuda" else native.current_gpu()
+    gpu = None
+    if needed == "cuda":
+        gpu = device.index if device.type == "cuda" else native.current_gpu()
     reasons = _reasons_there(backend, operator, gpu, dtype)
     if device.type == needed:
         return reasons[0] if reasons else None
+    if gpu is not None and (no_gpu := _why_no_gpu(backend)) is not None:
+        reasons.append(no_gpu)
     where = f"{needed} tensors"
     if backend == "triton":
-        where = "CPU tensors alone under TRITON_INTERPRET=1 (unset it)" if interpreted else "CUDA and ROCm tensors"
-    # The CUDA library, where it is loaded, has looked for a GPU itself.
-    no_gpu = native.why_no_gpu() if backend == "triton" or (torch.version.cuda is not None and native.why_not_cuda() is not None) else None
-    if gpu is not None and no_gpu is not None:
-        reasons.append(no_gpu)
-    remedy = f"moving them alone would not do: {'; and '.join(reasons)}" if reasons else "move them, or use backend='auto'"
-    return f"its kernels run on {where}, these are on {device.type}; {remedy}{'' if 'backend=' in remedy else '; or use backend=' + repr('auto')}"
+        alone = "CPU tensors alone under TRITON_INTERPRET=1 (unset it)"
+        where = alone if interpreted else "CUDA and ROCm tensors"
+    sentence = f"its kernels run on {where}, these are on {device.type}"
+    if not reasons:
+        return f"{sentence}; move them, or use backend='auto'"
+    sentence += f"; moving them alone would not do: {'; and '.join(reasons)}"
+    return sentence if "backend='auto'" in sentence else f"{sentence}; or use backend='auto'"
+
+
+def _why_no_gpu(backend: str) -> str | None:
+    """Why there is no GPU to move to, where the backend's own reasons do not say it."""
+    if backend == "cuda" and (torch.version.cuda is None or native.why_not_cuda() is None):
+        return None  # the library, where it is loaded, has looked for a GPU itself
+    return native.why_no_gpu()
 
 
 def _reasons_there(backend: str, operator: str, gpu: int | None, dtype: torch.dtype | None) -> list[str]:
-    """The reasons against a backend for tensors that lie where its kernels run, on a GPU or (None) on the CPU."""
-    folder, name = operator.split(".")
+    """The reasons against a backend for tensors where its kernels run, on a GPU or (None) the CPU."""
+    folder = operator.split(".")[0]
+    found: list[str | None] = []
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return ["Triton is not installed; run `pip install triton`"]
         if importlib.util.find_spec(f"uegr_kernels.{folder}.triton") is None:
-            return [f"{operator} has no Triton kernel in this version; use backend='auto'"]
-        found = [native.why_not_triton(gpu) if gpu is not None else None]
+            found.append(f"{operator} has no Triton kernel in this version; use backend='auto'")
+        if gpu is not None:
+            found.append(native.why_not_triton(gpu))
     elif backend == "cpp":
-        found = [native.why_not() or _why_no_kernel(operator, name, "C++", "CPU")]
+        found.append(native.why_not() or _why_no_kernel(operator, "C++", "CPU"))
     else:
-        wide = "its kernels take float32, bfloat16 and float16, not float64; use backend='auto', 'triton' or 'reference'"
-        reason = native.why_not_gpu(gpu or 0) or _why_no_kernel(operator, name, "CUDA", "CUDA")
-        found = [wide if dtype == torch.float64 else None, reason]
+        if dtype == torch.float64:
+            found.append("its kernels take float32, bfloat16 and float16, not float64; use backend='auto', 'triton' or 'reference'")
+        found.append(native.why_not_gpu(gpu or 0) or _why_no_kernel(operator, "CUDA", "CUDA"))
     return [reason for reason in found if reason is not None]
 
 
-def _why_no_kernel(operator: str, name: str, language: str, key: str) -> str | None:
-    has_kernel = native.has_kernel(name, key)
-    return None if has_kernel else f"{operator} has no {language} kernel in this version; use backend='auto'"
+def _why_no_kernel(operator: str, language: str, key: str) -> str | None:
+    if native.has_kernel(operator.split(".")[1], key):
+        return None
+    return f"{operator} has no {language} kernel in this version; use backend='auto'"
 
 
 def choose(backend: str, operator: str, device: torch.device, dtype: torch.dtype | None = None) -> str:

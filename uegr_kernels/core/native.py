@@ -18,7 +18,7 @@ NO_CODE = {  # what the CUDA runtime calls code that a GPU does not run
         *("InvalidPtx", "JitCompilerNotFound", "JitCompilationDisabled"),
     )
 }
-LEAST = (8, 0)  # the oldest architecture that the CUDA kernels compile for, and that Triton supports
+LEAST = (8, 0)  # the oldest architecture that the CUDA kernels compile for, and Triton supports
 REMEDY = "then run `pip install --force-reinstall --no-deps .` in the source folder"
 
 
@@ -104,13 +104,13 @@ def load_functions(path: pathlib.Path) -> ctypes.CDLL:
 
 
 def probe(index: int) -> str:
-    """What the CUDA runtime says of the library's kernels on a GPU, by its own name: "cudaSuccess" where they run."""
+    """What the CUDA runtime says of the library's kernels on a GPU: "cudaSuccess" where they run."""
     name: bytes = _cuda_library().uegr_kernels_probe(index)
     return name.decode()
 
 
 def versions() -> tuple[str, str]:
-    """The CUDA that the driver is made for ("0.0" without a driver), and the one that the library is built with."""
+    """The CUDA that the driver is made for ("0.0": no driver), and the one that the library is built with."""
     driver, library = ctypes.c_int(), ctypes.c_int()
     _cuda_library().uegr_kernels_versions(ctypes.byref(driver), ctypes.byref(library))
     known, built = (f"{number.value // 1000}.{number.value % 1000 // 10}" for number in (driver, library))
@@ -124,14 +124,20 @@ def architectures() -> tuple[str, ...]:
 
 
 def holds_code(capability: tuple[int, int]) -> bool:
-    """Whether the CUDA library holds code for an architecture: of its own line and no newer, or PTX that is no newer."""
+    """Whether the CUDA library holds code that an architecture runs.
+
+    That of its major number and no newer, or PTX that is no newer; "a" is for one alone, "f" for one
+    major number.
+    """
     for name in architectures():
         number, _, ptx = name.partition("+")
         major, minor = (int(digits) for digits in number.rstrip("af").split("."))
-        if number.endswith("a"):  # for this one alone
+        if number.endswith("a"):
             found = capability == (major, minor)
+        elif ptx and not number.endswith("f"):
+            found = capability >= (major, minor)
         else:
-            found = (major, minor) <= capability and (major == capability[0] or bool(ptx and not number.endswith("f")))
+            found = capability >= (major, minor) and capability[0] == major
         if found:
             return True
     return False
@@ -139,7 +145,10 @@ def holds_code(capability: tuple[int, int]) -> bool:
 
 @functools.cache
 def why_not_gpu(index: int) -> str | None:
-    """None where the CUDA library's kernels run on a GPU, which is asked once; else the reason and the remedy in a sentence."""
+    """None where the CUDA library's kernels run on a GPU, else the reason and the remedy in a sentence.
+
+    The GPU is asked once.
+    """
     reason = why_not_cuda()
     if reason is not None:
         return reason
@@ -151,19 +160,20 @@ def why_not_gpu(index: int) -> str | None:
         if driver == "0.0":
             return "no NVIDIA driver was found; install one"
         return (
-            f"the driver is made for CUDA {driver}, older than the {library} that the CUDA library is built with; "
-            f"update the driver, or put an older toolkit's nvcc first in PATH, {REMEDY}"
+            f"the driver is made for CUDA {driver}, older than the {library} that the CUDA library "
+            "is built with; update the driver, or put an older toolkit's nvcc first in PATH, "
+            f"{REMEDY}"
         )
     if answer == "cudaErrorNoDevice":
         return "the driver finds no GPU; see what nvidia-smi says, and CUDA_VISIBLE_DEVICES"
     if answer not in NO_CODE:
-        return f"CUDA answers {answer} on GPU {index}; see whether other CUDA programs run there"
+        return f"CUDA answers {answer} on GPU {index}; see whether other programs run there"
     capability = torch.cuda.get_device_capability(index)
-    number = "{}.{}".format(*capability)
-    missing = f"the CUDA library holds code for {', '.join(architectures())}, which GPU {index}, a {number}, does not run ({answer})"
+    least, here = (f"{major}.{minor}" for major, minor in (LEAST, capability))
+    missing = f"the CUDA library holds code for {', '.join(architectures())}, which GPU {index}, a {here}, does not run ({answer})"
     if capability < LEAST:
-        return f"{missing}, and its kernels need {LEAST[0]}.{LEAST[1]} or newer; use backend='auto', 'triton' or 'reference'"
-    return f"{missing}; set TORCH_CUDA_ARCH_LIST={number}, {REMEDY}"
+        return f"{missing}, and its kernels need {least} or newer; use backend='auto', 'triton' or 'reference'"
+    return f"{missing}; set TORCH_CUDA_ARCH_LIST={here}, {REMEDY}"
 
 
 @functools.cache
@@ -174,7 +184,8 @@ def why_not_triton(index: int) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     if capability >= LEAST:
         return None
-    return "Triton supports NVIDIA GPUs from {}.{} on, and GPU {} is a {}.{}; use backend='auto' or 'reference'".format(*LEAST, index, *capability)
+    least, here = (f"{major}.{minor}" for major, minor in (LEAST, capability))
+    return f"Triton supports NVIDIA GPUs from {least} on, and GPU {index} is a {here}; use backend='auto' or 'reference'"
 
 
 def why_not() -> str | None:
