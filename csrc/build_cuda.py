@@ -30,7 +30,8 @@ def architectures(names: str) -> list[str]:
     return words
 
 
-def ninja_text(torch: Path, objects: Path, library: Path, nvcc: str, words: list[str]) -> str:
+def ninja_text(torch: Path, objects: Path, library: Path, nvcc: str, names: str) -> str:
+    words = [*architectures(names), f"-DARCHITECTURES={'/'.join(re.findall('[^; ]+', names))}"]  # core/probe.cuh hands them out
     sources = [Path("csrc/library_cuda.cpp"), *sorted(Path("csrc").glob("*/*_cuda.cu"))]
     built = {objects / f"{source}.o": source for source in sources}
     # libtorch.so brings libtorch_cuda.so, which a machine that builds need not have.
@@ -51,10 +52,10 @@ def build(torch: Path, objects: Path, library: Path) -> None:
     nvcc = shutil.which("nvcc")
     if not nvcc:
         raise RuntimeError("nvcc was not found (install the CUDA toolkit, version 12.8 or newer)")
-    words = architectures(os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES)
-    print(f"uegr-kernels: building for CUDA with {nvcc}: {' '.join(words)}", flush=True)
+    names = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
+    print(f"uegr-kernels: building for CUDA with {nvcc}: {' '.join(architectures(names))}", flush=True)
     objects.mkdir(parents=True, exist_ok=True)
-    (objects / "build.ninja").write_text(ninja_text(torch, objects, library, nvcc, words))
+    (objects / "build.ninja").write_text(ninja_text(torch, objects, library, nvcc, names))
     ninja = [sys.executable, "-m", "ninja", "-f", str(objects / "build.ninja"), f"-j{os.environ.get('MAX_JOBS') or os.cpu_count()}"]
     run = subprocess.run(ninja, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "LC_ALL": "C"})
     if run.returncode:

@@ -1,4 +1,5 @@
 // The same operators on CUDA, in a library of its own.
+#include "core/probe.cuh"
 #include "core/tensor.h"
 #include "operators.h"
 

@@ -1201,6 +1201,74 @@ def test_a_gradient_that_is_not_finite_passes_the_selection_unchanged(backend):
         assert uk.selection_mask(g, seed=3, step=1, backend=backend, **options)[1:4].all()
 
 
+TORCHS = {uk.SelectiveAdamW: torch.optim.AdamW, uk.SelectiveSGD: torch.optim.SGD}
+
+
+@pytest.mark.parametrize("target", ["gradient", "update"])
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_a_nonfinite_second_moment_stops_the_step_as_torchs(backend, target, amsgrad):
+    # From 5.8e20 on v overflows, and m does not: theta only decays.
+    huge = torch.tensor([1.0, 1e-3, -2.0, 5e20, 7e20, -7e20, 1e21, -1e21, 3e38, 0.0, 1e15])
+    start = torch.linspace(-1, 1, len(huge))
+    options = {"lr": 0.1, "weight_decay": 0.1, "amsgrad": amsgrad}
+    gradients = [[huge], [huge.sign()], [huge.sign()]]
+    found, optimizer = trained(uk.SelectiveAdamW, backend, [start], gradients, target=target, **NEUTRAL, **options)
+    expected = as_parameters([start])
+    torchs = torch.optim.AdamW(expected, foreach=False, **options)
+    walk(torchs, expected, gradients)
+    second = "max_exp_avg_sq" if amsgrad else "exp_avg_sq"
+    assert optimizer.state[found[0]][second].isinf().tolist() == torchs.state[expected[0]][second].isinf().tolist()
+    assert optimizer.state[found[0]][second].isinf().sum() == 5
+    assert found[0].isfinite().all()
+    compare(found[0], expected[0], "step")
+    selected, _ = trained(uk.SelectiveAdamW, backend, [start], gradients, target=target, **SPREAD, **options)
+    assert selected[0].isfinite().all()
+
+
+@pytest.mark.parametrize("weight_decay", [0, 0.1])
+@pytest.mark.parametrize("target", ["gradient", "update"])
+@pytest.mark.parametrize(
+    ("cls", "line"),
+    [
+        (uk.SelectiveAdamW, {}),
+        (uk.SelectiveAdamW, {"amsgrad": True, "maximize": True}),
+        (uk.SelectiveAdamW, {"lr": 0.0}),
+        (uk.SelectiveSGD, {}),
+        (uk.SelectiveSGD, {"momentum": 0.9}),
+        (uk.SelectiveSGD, {"momentum": 0.9, "nesterov": True, "maximize": True}),
+        (uk.SelectiveSGD, {"momentum": 0.5, "dampening": 1.0, "lr": 0.0}),
+    ],
+)
+def test_a_nonfinite_weight_ends_as_torchs(backend, cls, line, target, weight_decay):
+    options = {"lr": 0.1, "weight_decay": weight_decay} | line
+    start = torch.tensor([torch.inf, -torch.inf, torch.nan, 1.0, -3e38, torch.inf, -torch.inf, 2.0, 0.0])
+    bad = torch.tensor([1.0, 1.0, 1.0, torch.inf, 1.0, torch.inf, torch.inf, torch.nan, 0.0])
+    gradients = [[bad], [torch.ones_like(bad)], [-torch.ones_like(bad)]]
+    found, _ = trained(cls, backend, [start], gradients, target=target, **NEUTRAL, **options)
+    expected = as_parameters([start])
+    walk(TORCHS[cls](expected, foreach=False, **options), expected, gradients)
+    compare(found[0], expected[0], "step")
+    if weight_decay == 0:
+        assert found[0][:2].tolist() == [torch.inf, -torch.inf]
+
+
+@pytest.mark.parametrize("weight_decay", [0, 0.1])
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_a_nonfinite_weight_that_is_not_selected_stays(backend, cls, weight_decay):
+    start = torch.tensor([torch.inf, -torch.inf, torch.nan, 1.0] * 8)
+    gradients = [[torch.ones(32)]]
+    options = {"normalization": "constant", "keep_probability": 0.3, "seed": 1, "lr": 0.1, "weight_decay": weight_decay}
+    found, _ = trained(cls, backend, [start], gradients, target="update", **options)
+    selected = uk.selection_mask(gradients[0][0], **{k: options[k] for k in ("normalization", "keep_probability", "seed")}, step=1)
+    assert 0 < selected.sum() < 32
+    assert same_bits(found[0].detach()[~selected], start[~selected])
+    infinite = selected & start.isinf()
+    if cls is uk.SelectiveAdamW or weight_decay == 0:
+        assert same_bits(found[0].detach()[infinite], start[infinite])
+    else:  # inf - lr * inf, as in torch.optim.SGD
+        assert found[0][infinite].isnan().all()
+
+
 def test_nothing_finite_is_no_error(backend):
     g = torch.full((5,), torch.nan)
     for normalization in ("minmax", "range", "rank"):

@@ -19,15 +19,14 @@ OPERATOR = "selective.selective_adamw_"  # a backend has this operator before an
 def info() -> str:
     """Versions, processor, GPUs, and for each backend where it is usable or why it is not."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, **{name: _version(name) for name in ("triton", "numpy")}}
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     lines = {
         "uegr-kernels": f"{__version__}, in {pathlib.Path(__file__).parent}",
         "versions": _list(f"{name} {version}" for name, version in versions.items()),
         "instructions": f"{native.load()[0] or 'none'} in use; the processor has {_list(native.supported_isas())}",
         "libraries": f"built for {_list(native.built_isas())}; UEGR_KERNELS_ISA chooses another than the best",
         "threads": f"{torch.get_num_threads()} on {os.cpu_count()} processors; torch.set_num_threads changes it",
-        "GPU": _list(gpus),
     }
+    lines |= {f"GPU {i}": _gpu(i) for i in range(_gpus())} or {"GPU": f"none: {native.why_no_gpu()}"}
     lines |= {f"  {backend}": _state(backend) for backend in backends.BACKENDS}
     return "\n".join(f"{name:<14}{text}" for name, text in lines.items())
 
@@ -43,12 +42,34 @@ def _version(distribution: str) -> str:
         return "not installed"
 
 
+def _gpus() -> int:
+    return torch.cuda.device_count() if native.why_no_gpu() is None else 0
+
+
+def _gpu(index: int) -> str:
+    """Name and architecture of a GPU, whether the CUDA library holds code for it, and which backend "auto" takes there, and why."""
+    device, found = torch.device("cuda", index), torch.cuda.get_device_properties(index)
+    architecture = found.gcnArchName if torch.version.hip else f"sm_{found.major}{found.minor}"
+    code = "no CUDA library is loaded"
+    if native.why_not_cuda() is None:
+        held = "code" if native.holds_code((found.major, found.minor)) else "no code"
+        code = f"the CUDA library holds {held} for it ({', '.join(native.architectures())})"
+    taken = backends.choose("auto", OPERATOR, device, torch.float32)
+    better = backends.ORDER["cuda"][: backends.ORDER["cuda"].index(taken)]
+    refused = [f"; not {backend}: {backends.why_not(backend, OPERATOR, device, torch.float32)}" for backend in better]
+    return f"{found.name}, {architecture}; {code}; auto takes {taken}{''.join(refused)}"
+
+
 def _state(backend: str) -> str:
-    reasons = {device: backends.why_not(backend, OPERATOR, torch.device(device)) for device in ("cpu", "cuda")}
-    if not torch.cuda.is_available():
-        reasons["cuda"] = reasons["cuda"] or "torch finds no GPU here"
+    gpus = [f"cuda:{i}" for i in range(_gpus())]
+    reasons = {device: backends.why_not(backend, OPERATOR, torch.device(device)) for device in ("cpu", *(gpus or ["cuda"]))}
+    if not gpus:
+        reasons["cuda"] = reasons["cuda"] or native.why_no_gpu()
     usable = [device for device, reason in reasons.items() if reason is None]
-    state = f"usable on {' and '.join(usable)}" if usable else f"not usable: {reasons['cpu' if backend == 'cpp' else 'cuda']}"
+    if usable:
+        state = f"usable on {' and '.join(usable)}"
+    else:
+        state = f"not usable: {reasons['cpu'] if backend == 'cpp' else next(reversed(reasons.values()))}"
     if backend == "cuda":
         state += f"; float64 goes to {backends.choose('auto', OPERATOR, torch.device('cuda'), torch.float64)}"
     return state

@@ -33,6 +33,41 @@
 #endif
 #endif
 
+// The instructions of a device that approximate, and flush what is subnormal; a test brings a host stand-ins for them, in the file
+// INSTRUCTIONS, so that what is made of them runs there too.
+#ifdef __CUDA_ARCH__
+#define HAS_INSTRUCTIONS 1
+namespace uegr::instruction {
+__device__ __forceinline__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float square_root(float x) {
+    float y;
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+// NaN where either is.
+__device__ __forceinline__ float smaller(float x, float y) {
+    asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(y));
+    return x;
+}
+__device__ __forceinline__ float larger(float x, float y) {
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(y));
+    return x;
+}
+} // namespace uegr::instruction
+#elif defined(INSTRUCTIONS)
+#define HAS_INSTRUCTIONS 1
+#include INSTRUCTIONS
+#endif
+
 namespace uegr {
 
 constexpr bool on_gpu = ON_GPU;
@@ -67,8 +102,8 @@ template <class T> HOST_DEVICE T at_least(T x, T bound) {
 
 // 2^x for |x| < 126 within 2 ulp where there is an instruction for it; false where there is none.
 HOST_DEVICE bool has_power_of_two([[maybe_unused]] float x, [[maybe_unused]] float& power) {
-#ifdef __CUDA_ARCH__
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+#ifdef HAS_INSTRUCTIONS
+    power = instruction::power_of_two(x);
     return true;
 #else
     return false;
@@ -77,7 +112,7 @@ HOST_DEVICE bool has_power_of_two([[maybe_unused]] float x, [[maybe_unused]] flo
 
 // e^x for x <= 88 within 3 ulp by the same instruction, 0 below -87: 2^(x log2 e) times e to what the product's rounding lost.
 HOST_DEVICE bool has_exponential([[maybe_unused]] float x, [[maybe_unused]] float& e) {
-#ifdef __CUDA_ARCH__
+#ifdef HAS_INSTRUCTIONS
     const float held = x < -88.2f ? -88.2f : x, exponent = held * 1.44269504f;
     has_power_of_two(exponent, e);
     e = fmaf(e, 0.693147182f * fmaf(held, 1.44269504f, -exponent), e);
@@ -113,11 +148,12 @@ HOST_DEVICE bool has_widen_float16([[maybe_unused]] uint16_t h, [[maybe_unused]]
 #endif
 }
 
-// a/b to the last bit or one off, for a finite b in [2^-126, 2^126] and a finite a; the operator branches on a device.
+// a/b to the last bit or one off, for b in [2^-126, 2^126] and a finite a; 0 for a larger b, infinity included. The operator branches on
+// a device.
 HOST_DEVICE float quotient(float a, float b) {
-#ifdef __CUDA_ARCH__
-    float inverse;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b));
+#ifdef HAS_INSTRUCTIONS
+    b = instruction::smaller(b, 3.402823466e38f); // times the 0 that infinity's reciprocal is, it would be NaN
+    float inverse = instruction::reciprocal(b);
     inverse = fmaf(fmaf(-b, inverse, 1.0f), inverse, inverse);
     const float near = a * inverse;
     return fmaf(fmaf(-b, near, a), inverse, near);
@@ -129,10 +165,8 @@ HOST_DEVICE double quotient(double a, double b) { return a / b; }
 
 // A square root within 2 ulp, of no less than the smallest normal float; std::sqrt, which is exact, branches on a device.
 HOST_DEVICE float near_root(float x) {
-#ifdef __CUDA_ARCH__
-    float root;
-    asm("max.NaN.f32 %0, %1, 0f00800000;\n\tsqrt.approx.ftz.f32 %0, %0;" : "=f"(root) : "f"(x));
-    return root;
+#ifdef HAS_INSTRUCTIONS
+    return instruction::square_root(instruction::larger(x, 0x1p-126f));
 #else
     return std::sqrt(x);
 #endif

@@ -37,6 +37,7 @@ using OptionalTensor = std::optional<Tensor>;
 #else
 // Thrown ahead of any writing where the CUDA kernels leave a call to the operator's overload `fallback`: Triton's, or the reference.
 struct LeftToOthers {};
+cudaError_t probe_device(int device); // probe.cuh
 
 template <class T> StableIValue boxed(const T& x) { return torch::stable::detail::from(x); }
 inline StableIValue boxed(const std::vector<bool>& x) { // whose elements are bits
@@ -96,6 +97,9 @@ inline void check_memory(const Tensor& t, int64_t last, Storage type, const char
 // The memory of a tensor on the device that the loops run on; what is written must not overlap itself.
 inline View view(const Tensor& t, const char* name, bool written) {
     STD_TORCH_CHECK(on_gpu ? t.is_cuda() : t.is_cpu(), name, " is not on the ", on_gpu ? "GPU" : "CPU", "; move it, or use backend='auto'");
+#ifdef USE_CUDA
+    if (probe_device(t.get_device_index()) != cudaSuccess) throw LeftToOthers();
+#endif
     const auto type = storage(t);
     STD_TORCH_CHECK(type.has_value(), name, " has an unsupported dtype; use float32, bfloat16, float16 or float64");
     View v;

@@ -466,6 +466,7 @@ struct Scaling {
             T block[block_size];
             for (int64_t row = begin; row < end; ++row) {
                 const T scale = by[factors == 1 ? 0 : row % samples];
+                if (scale == 1 && source.data == target.data) continue;
                 for (int64_t at = row * classes; at < (row + 1) * classes; at += block_size) {
                     const int count = static_cast<int>(std::min<int64_t>(block_size, (row + 1) * classes - at));
                     load_block(source, at, count, block);

@@ -28,7 +28,7 @@ namespace {
 constexpr int columns = 8; // that a thread takes at a time
 constexpr int warp_threads = 128, block_threads = 512, sweep_threads = 1024, finish_threads = 1024;
 constexpr int64_t warp_classes = 1024;
-constexpr int most_cluster = 16;
+constexpr int most_cluster = 16, portable_cluster = 8;
 constexpr int most_passes = 32;
 constexpr size_t room_bytes = 64 * sizeof(double); // for the sums of a group that spans blocks
 constexpr float lowest = -HUGE_VALF;
@@ -556,14 +556,16 @@ __global__ void __launch_bounds__(finish_threads) finish_loss(const __grid_const
 struct Scaling {
     Slot from, to, factor;
     int64_t size, classes, samples;
-    bool by_row;
+    bool by_row, in_place; // in place, times 1 is left alone
 };
 template <bool full, bool by_row> DEVICE void scale(const Scaling& s, const int64_t* axes) {
     constexpr int n = full ? columns : 1;
     auto factor_of = [&](int64_t row) { return value_at<float>(place_of(s.factor, axes, row), s.factor.storage); };
     const float of_all = by_row ? 1.0f : factor_of(0);
+    if (!by_row && s.in_place && of_all == 1) return;
     for (int64_t l = n * (int64_t(blockIdx.x) * blockDim.x + threadIdx.x); l < s.size; l += n * int64_t(gridDim.x) * blockDim.x) {
         const float factor = by_row ? factor_of(s.by_row ? l / s.classes % s.samples : 0) : of_all;
+        if (by_row && s.in_place && factor == 1) continue;
         if constexpr (full) {
             float x[columns];
             FullColumns::load({s.from.data, s.from.storage}, 0, l, s.size, x);
@@ -647,9 +649,14 @@ void direct_gradients(Batch& batch, int& pass, const Tensor& logits, const Tenso
         if (into) batch.gradients[pass] = rows_of(view(*into, "logits", true), k);
 }
 
-template <class Kernel> void allow_shared(Kernel kernel, size_t bytes, bool large_cluster) {
+template <class Kernel> void allow_shared(Kernel kernel, size_t bytes) {
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), "cudaFuncSetAttribute");
-    if (large_cluster) check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cudaFuncSetAttribute");
+}
+// More than the 8 blocks that every device with clusters takes; false where this one refuses them.
+template <class Kernel> bool allow_large_cluster(Kernel kernel) {
+    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess) return true;
+    cudaGetLastError(); // else the next call would be blamed
+    return false;
 }
 
 // Runs rows that stay on chip; false where they do not.
@@ -658,7 +665,7 @@ template <int m> bool run_on_chip(Batch& batch, bool full, cudaStream_t stream) 
     const int64_t chunks = (batch.classes + columns - 1) / columns, sms = attribute_of_device(cudaDevAttrMultiProcessorCount);
     auto kept = [&](int64_t group, int64_t keepers) { return (chunks + group - 1) / group * keepers * columns * int64_t(sizeof(float)); };
     auto go = [&](auto kernel, const Shape& shape) {
-        allow_shared(kernel, shape.shared, shape.cluster > 8);
+        allow_shared(kernel, shape.shared);
         launch(kernel, shape, stream, batch);
         return true;
     };
@@ -678,8 +685,9 @@ template <int m> bool run_on_chip(Batch& batch, bool full, cudaStream_t stream) 
         const Shape shape{minimum(batch.samples, 4 * sms) * cluster, block_threads, static_cast<size_t>(bytes), cluster};
         if (cluster == 1) return go(full ? loss_full_block<m> : loss_ragged_cluster<m>, shape);
         const auto kernel = full ? loss_full_cluster<m> : loss_ragged_cluster<m>;
-        allow_shared(kernel, shape.shared, cluster > 8);
-        if (active_clusters(kernel, shape) == 0) return false; // some devices of sm_90 refuse clusters
+        allow_shared(kernel, shape.shared);
+        // Some devices of sm_90 refuse large clusters, or all of them.
+        if ((cluster > portable_cluster && !allow_large_cluster(kernel)) || active_clusters(kernel, shape) == 0) return false;
         return go(kernel, shape);
     }
     return false;
@@ -738,7 +746,7 @@ void scale_into(const Tensor& from, const Tensor& into, const Tensor& grad_loss,
         at += 2 * v.dim;
         return slot;
     };
-    s.from = slot(source), s.to = slot(target), s.factor = slot(factor);
+    s.from = slot(source), s.to = slot(target), s.factor = slot(factor), s.in_place = source.data == target.data;
     const Place place(from);
     const cudaStream_t stream = static_cast<cudaStream_t>(place.stream);
     const bool full = at == 0 && s.classes % columns == 0 && reinterpret_cast<uintptr_t>(s.from.data) % 16 == 0 &&

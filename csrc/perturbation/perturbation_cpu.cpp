@@ -150,6 +150,8 @@ template <class T> struct Worker {
     template <Norm norm> void write(const Piece& piece) {
         const View& to = piece.e.out;
         const double factor = call.ball_factors[piece.group], radius = call.radius;
+        // A weight that does not move is left alone.
+        if (!call.projects && to.data == piece.e.x.data && call.direction_factors[piece.group] == 0) return;
         move<norm>(piece, [&](int64_t begin, int n, auto element) {
             const bool direct = to.contiguous && to.storage == storage_of<T> && n == block_size;
             T* result = direct ? reinterpret_cast<T*>(to.data) + begin : out;

@@ -167,6 +167,8 @@ template <int n, bool masked, Norm norm> DEVICE void sum_moved(const Call& call)
 }
 template <int n, bool masked, Norm norm> DEVICE void write(const Call& call, int64_t first_piece) {
     const Piece piece = piece_of(call, first_piece + blockIdx.x);
+    // A weight that does not move is left alone.
+    if (!call.projects && piece.e.out.data == piece.e.x.data && call.direction_factors[piece.group] == 0) return;
     const double factor = call.projects && norm == Norm::l2 ? call.ball_factors[piece.group] : 1;
     move<n, masked, norm>(call, piece, [&](int64_t l, const double (&y)[n]) {
         float result[n];

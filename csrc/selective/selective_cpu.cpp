@@ -569,6 +569,7 @@ static void select_gradients_(Tensors grads, Tensors saliencies, OptionalTensor 
             call.entries[i].theta = view(grads[i], "grads", true);
             call.entries[i].step = static_cast<uint32_t>(step);
         }
+        if (!call.random()) return; // every factor is 1
         const auto tables = settle_statistics(call, scope_statistics);
         run(call);
     })

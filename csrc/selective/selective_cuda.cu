@@ -826,6 +826,7 @@ static void select_gradients_(Tensors grads, Tensors saliencies, OptionalTensor 
     call.fixed_step = step;
     for (size_t i = 0; i < grads.size(); ++i)
         view(grads[i], "grads", true), roster.entries[i].slots[theta] = roster.entries[i].slots[gradient];
+    if (!call.random) return; // every factor is 1
     const Place place(grads[0]);
     run(call, std::move(roster), NoOptions(), false, grads[0], static_cast<cudaStream_t>(place.stream));
 }

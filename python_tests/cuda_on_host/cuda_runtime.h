@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <csetjmp>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -195,7 +196,7 @@ template <class T> T atomicExch(T* at, T x) { return std::exchange(*at, x); }
 
 using cudaStream_t = void*;
 using cudaEvent_t = void*;
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorNoKernelImageForDevice = 209 };
 enum cudaDeviceAttr {
     cudaDevAttrMultiProcessorCount,
     cudaDevAttrL2CacheSize,
@@ -220,21 +221,38 @@ struct cudaLaunchConfig_t {
     cudaLaunchAttribute* attrs;
     unsigned numAttrs;
 };
-// The smaller the cache, the more groups; the smaller the shared memory, the shorter the rows that need clusters.
+// What a device refuses, the environment says: "code", "large clusters", "clusters".
+inline bool is_refused(const char* what) {
+    const char* refused = getenv("CUDA_ON_HOST_REFUSES");
+    return refused && !strcmp(refused, what);
+}
+struct cudaFuncAttributes {};
+template <class Kernel> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
+    return is_refused("code") ? cudaErrorNoKernelImageForDevice : cudaSuccess;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 12040, cudaSuccess; }
+inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
+inline const char* cudaGetErrorName(cudaError_t error) { return error == cudaSuccess ? "cudaSuccess" : "cudaErrorNoKernelImageForDevice"; }
+// The smaller the cache, the more groups; the smaller the shared memory, the shorter the rows that need clusters: 4,096 columns of two
+// passes and a block's sums fit.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-    *value = attribute == cudaDevAttrL2CacheSize ? 3 << 19 : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 64 << 10 : 2;
+    *value = attribute == cudaDevAttrL2CacheSize ? 3 << 19 : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 65 << 10 : 2;
     return cudaSuccess;
 }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "wrong"; }
 template <class Kernel> cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* count, Kernel, int, size_t) {
     return *count = 2, cudaSuccess;
 }
 template <class Kernel> cudaError_t cudaOccupancyMaxActiveClusters(int* count, Kernel, const cudaLaunchConfig_t*) {
-    return *count = 1, cudaSuccess;
+    return *count = is_refused("clusters") ? 0 : 1, cudaSuccess;
 }
-template <class Kernel> cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) { return cudaSuccess; }
+template <class Kernel> cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute attribute, int) {
+    const bool large = attribute == cudaFuncAttributeNonPortableClusterSizeAllowed;
+    return large && is_refused("large clusters") ? cudaErrorInvalidValue : cudaSuccess;
+}
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
     return *status = cudaStreamCaptureStatusNone, cudaSuccess;
 }

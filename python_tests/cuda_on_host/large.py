@@ -37,6 +37,19 @@ def test_losses(classes, passes, dtype, in_place):
         torch.testing.assert_close(a, b, **tolerance)
 
 
+@pytest.mark.parametrize("refused", ["nothing", "large clusters", "clusters"])
+@pytest.mark.parametrize("classes", [5000, 33_000])  # clusters of 2, and of 16
+def test_a_device_that_refuses_clusters_sweeps(monkeypatch, refused, classes):
+    monkeypatch.setenv("CUDA_ON_HOST_REFUSES", refused)
+    x = (3 * torch.randn(2, 1, classes)).requires_grad_()
+    found = []
+    for backend in ("cpp", "reference"):
+        loss = uk.pairwise_js(x, backend=backend)
+        found.append((loss.detach(), *torch.autograd.grad(loss, x)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-7)
+
+
 OPTIONS = [
     {},
     {"statistics": "previous"},

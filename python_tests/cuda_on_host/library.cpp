@@ -1,4 +1,5 @@
 // The CUDA operators as the CPU's, their threads taking turns: so the CPU's tests run on them.
+#include "core/probe.cuh"
 #include "core/tensor.h"
 #include "operators.h"
 

@@ -3,7 +3,7 @@
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
@@ -19,34 +19,69 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def why_not(backend: str, operator: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
     """None where `backend` can serve `operator` ("folder.name") on `device`, else why not and what to do, in a sentence."""
     interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    return _why_not(backend, operator, torch.device(device).type, dtype, interpreted)
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", native.current_gpu())
+    return _why_not(backend, operator, device, dtype, interpreted)
 
 
 @functools.cache
-def _why_not(backend: str, operator: str, device: str, dtype: torch.dtype | None, interpreted: bool) -> str | None:
-    folder, name = operator.split(".")
+def _why_not(backend: str, operator: str, device: torch.device, dtype: torch.dtype | None, interpreted: bool) -> str | None:
     if backend == "reference":
         return None
     if dtype is not None and dtype not in DTYPES:
         return f"its kernels take float32, bfloat16, float16 and float64, not {str(dtype).removeprefix('torch.')}; use backend='reference'"
+    needed = "cpu" if backend == "cpp" or interpreted else "cuda"
+    gpu = None
+    if needed == "cuda":
+        gpu = device.index if device.type == "cuda" else native.current_gpu()
+    reasons = _reasons_there(backend, operator, gpu, dtype)
+    if device.type == needed:
+        return reasons[0] if reasons else None
+    if gpu is not None and (no_gpu := _why_no_gpu(backend)) is not None:
+        reasons.append(no_gpu)
+    where = f"{needed} tensors"
+    if backend == "triton":
+        alone = "CPU tensors alone under TRITON_INTERPRET=1 (unset it)"
+        where = alone if interpreted else "CUDA and ROCm tensors"
+    sentence = f"its kernels run on {where}, these are on {device.type}"
+    if not reasons:
+        return f"{sentence}; move them, or use backend='auto'"
+    sentence += f"; moving them alone would not do: {'; and '.join(reasons)}"
+    return sentence if "backend='auto'" in sentence else f"{sentence}; or use backend='auto'"
+
+
+def _why_no_gpu(backend: str) -> str | None:
+    """Why there is no GPU to move to, where the backend's own reasons do not say it."""
+    if backend == "cuda" and (torch.version.cuda is None or native.why_not_cuda() is None):
+        return None  # the library, where it is loaded, has looked for a GPU itself
+    return native.why_no_gpu()
+
+
+def _reasons_there(backend: str, operator: str, gpu: int | None, dtype: torch.dtype | None) -> list[str]:
+    """The reasons against a backend for tensors where its kernels run, on a GPU or (None) the CPU."""
+    folder = operator.split(".")[0]
+    found: list[str | None] = []
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
-            return "Triton is not installed; run `pip install triton`"
+            return ["Triton is not installed; run `pip install triton`"]
         if importlib.util.find_spec(f"uegr_kernels.{folder}.triton") is None:
-            return f"{operator} has no Triton kernel in this version; use backend='auto'"
-        if device != ("cpu" if interpreted else "cuda"):
-            where = "CPU tensors alone under TRITON_INTERPRET=1 (unset it)" if interpreted else "CUDA and ROCm tensors"
-            return f"Triton kernels run on {where}, these are on {device}; move them, or use backend='auto'"
+            found.append(f"{operator} has no Triton kernel in this version; use backend='auto'")
+        if gpu is not None:
+            found.append(native.why_not_triton(gpu))
+    elif backend == "cpp":
+        found.append(native.why_not() or _why_no_kernel(operator, "C++", "CPU"))
+    else:
+        if dtype == torch.float64:
+            found.append("its kernels take float32, bfloat16 and float16, not float64; use backend='auto', 'triton' or 'reference'")
+        found.append(native.why_not_gpu(gpu or 0) or _why_no_kernel(operator, "CUDA", "CUDA"))
+    return [reason for reason in found if reason is not None]
+
+
+def _why_no_kernel(operator: str, language: str, key: str) -> str | None:
+    if native.has_kernel(operator.split(".")[1], key):
         return None
-    needed = "cpu" if backend == "cpp" else "cuda"
-    if device != needed:
-        return f"its kernels run on {needed} tensors, these are on {device}; move them, or use backend='auto'"
-    if backend == "cuda" and dtype == torch.float64:
-        return "its kernels take float32, bfloat16 and float16, not float64; use backend='auto', 'triton' or 'reference'"
-    reason = native.why_not() if backend == "cpp" else native.why_not_cuda()
-    if reason is None and not native.has_kernel(name, needed.upper()):
-        return f"{operator} has no {'C++' if backend == 'cpp' else 'CUDA'} kernel in this version; use backend='auto'"
-    return reason
+    return f"{operator} has no {language} kernel in this version; use backend='auto'"
 
 
 def choose(backend: str, operator: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
@@ -87,11 +122,23 @@ def define(name: str, schema: str, reference: Callable[..., Any], triton: Callab
     """Defines an operator and what serves it beside the compiled kernels.
 
     The reference is the default kernel, so that the operator exists on every device; Triton's is the CUDA one where the CUDA library is
-    not loaded. To the overload `fallback`, which has neither's compiled kernels, the CUDA library leaves what it does not take.
+    not loaded, on GPUs that Triton supports. To the overload `fallback`, which has neither's compiled kernels, the CUDA library leaves
+    what it does not take, and everything on a GPU that it does not run on.
     """
     has_triton = importlib.util.find_spec("triton") is not None
-    for overload, on_gpu in ((name, has_triton and native.why_not_cuda() is not None), (f"{name}.fallback", has_triton)):
+
+    def on_gpu(*args: Any, **kwargs: Any) -> Any:
+        supported = native.why_not_triton(_device(args).index or 0) is None
+        return (triton if supported else reference)(*args, **kwargs)
+
+    for overload, registered in ((name, has_triton and native.why_not_cuda() is not None), (f"{name}.fallback", has_triton)):
         torch.library.define(f"uegr_kernels::{overload}", schema)
         torch.library.impl(f"uegr_kernels::{overload}", "CompositeExplicitAutograd", reference)
-        if on_gpu:
-            torch.library.impl(f"uegr_kernels::{overload}", "CUDA", triton)
+        if registered:
+            torch.library.impl(f"uegr_kernels::{overload}", "CUDA", on_gpu)
+
+
+def _device(arguments: Iterable[Any]) -> torch.device:
+    """That of an operator's first tensor, which may stand in a list."""
+    nested = (x if isinstance(x, list) else [x] for x in arguments)
+    return next(x.device for some in nested for x in some if isinstance(x, torch.Tensor))

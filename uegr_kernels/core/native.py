@@ -1,5 +1,6 @@
 """Loads the compiled libraries, or remembers in one sentence why not."""
 
+import ctypes
 import functools
 import os
 import pathlib
@@ -10,6 +11,14 @@ LIBRARIES = pathlib.Path(__file__).parent.parent / "_lib"
 ISAS = ("baseline", "avx2", "avx512")  # weakest first
 # torch says AVX2 only of a processor that has FMA too, AVX512 only of one with F, BW, DQ and VL; its own kernels use what setup.py does.
 SUPPORTED = {"AVX2": 1, "AVX512": 2}
+NO_CODE = {  # what the CUDA runtime calls code that a GPU does not run
+    f"cudaError{name}"
+    for name in (
+        *("NoKernelImageForDevice", "InvalidDeviceFunction", "InvalidKernelImage", "UnsupportedPtxVersion"),
+        *("InvalidPtx", "JitCompilerNotFound", "JitCompilationDisabled"),
+    )
+}
+LEAST = (8, 0)  # the oldest architecture that the CUDA kernels compile for, and Triton supports
 REMEDY = "then run `pip install --force-reinstall --no-deps .` in the source folder"
 
 
@@ -65,6 +74,118 @@ def why_not_cuda() -> str | None:
     except OSError as error:
         return f"{library.name} does not load into torch {torch.__version__}: {error}; install torch 2.11 or newer, {REMEDY}"
     return None
+
+
+def current_gpu() -> int:
+    """The GPU that a device without an index means."""
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+
+
+def why_no_gpu() -> str | None:
+    """None where torch finds a GPU, else the reason and the remedy in a sentence."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "this torch is built without CUDA and ROCm; install a build with one of them"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU or no driver here; see what nvidia-smi (or rocm-smi) says"
+    return None
+
+
+@functools.cache
+def _cuda_library() -> ctypes.CDLL:
+    """The loaded CUDA library, for what is no operator (csrc/core/probe.cuh)."""
+    return load_functions(LIBRARIES / "uegr_kernels_cuda.so")
+
+
+def load_functions(path: pathlib.Path) -> ctypes.CDLL:
+    """A CUDA library's functions that are no operators."""
+    library = ctypes.CDLL(str(path))
+    library.uegr_kernels_probe.restype = library.uegr_kernels_architectures.restype = ctypes.c_char_p
+    return library
+
+
+def probe(index: int) -> str:
+    """What the CUDA runtime says of the library's kernels on a GPU: "cudaSuccess" where they run."""
+    name: bytes = _cuda_library().uegr_kernels_probe(index)
+    return name.decode()
+
+
+def versions() -> tuple[str, str]:
+    """The CUDA that the driver is made for ("0.0": no driver), and the one that the library is built with."""
+    driver, library = ctypes.c_int(), ctypes.c_int()
+    _cuda_library().uegr_kernels_versions(ctypes.byref(driver), ctypes.byref(library))
+    known, built = (f"{number.value // 1000}.{number.value % 1000 // 10}" for number in (driver, library))
+    return known, built
+
+
+def architectures() -> tuple[str, ...]:
+    """What the CUDA library holds code for, in TORCH_CUDA_ARCH_LIST's words; it must be loaded."""
+    names: bytes = _cuda_library().uegr_kernels_architectures()
+    return tuple(names.decode().split("/"))
+
+
+def holds_code(capability: tuple[int, int]) -> bool:
+    """Whether the CUDA library holds code that an architecture runs.
+
+    That of its major number and no newer, or PTX that is no newer; "a" is for one alone, "f" for one
+    major number.
+    """
+    for name in architectures():
+        number, _, ptx = name.partition("+")
+        major, minor = (int(digits) for digits in number.rstrip("af").split("."))
+        if number.endswith("a"):
+            found = capability == (major, minor)
+        elif ptx and not number.endswith("f"):
+            found = capability >= (major, minor)
+        else:
+            found = capability >= (major, minor) and capability[0] == major
+        if found:
+            return True
+    return False
+
+
+@functools.cache
+def why_not_gpu(index: int) -> str | None:
+    """None where the CUDA library's kernels run on a GPU, else the reason and the remedy in a sentence.
+
+    The GPU is asked once.
+    """
+    reason = why_not_cuda()
+    if reason is not None:
+        return reason
+    answer = probe(index)
+    if answer == "cudaSuccess":
+        return None
+    if answer == "cudaErrorInsufficientDriver":
+        driver, library = versions()
+        if driver == "0.0":
+            return "no NVIDIA driver was found; install one"
+        return (
+            f"the driver is made for CUDA {driver}, older than the {library} that the CUDA library "
+            "is built with; update the driver, or put an older toolkit's nvcc first in PATH, "
+            f"{REMEDY}"
+        )
+    if answer == "cudaErrorNoDevice":
+        return "the driver finds no GPU; see what nvidia-smi says, and CUDA_VISIBLE_DEVICES"
+    if answer not in NO_CODE:
+        return f"CUDA answers {answer} on GPU {index}; see whether other programs run there"
+    capability = torch.cuda.get_device_capability(index)
+    least, here = (f"{major}.{minor}" for major, minor in (LEAST, capability))
+    missing = f"the CUDA library holds code for {', '.join(architectures())}, which GPU {index}, a {here}, does not run ({answer})"
+    if capability < LEAST:
+        return f"{missing}, and its kernels need {least} or newer; use backend='auto', 'triton' or 'reference'"
+    return f"{missing}; set TORCH_CUDA_ARCH_LIST={here}, {REMEDY}"
+
+
+@functools.cache
+def why_not_triton(index: int) -> str | None:
+    """None where Triton supports a GPU, else the reason and the remedy in a sentence."""
+    if torch.version.cuda is None or not torch.cuda.is_available():  # ROCm; a GPU that tensors only feign
+        return None
+    capability = torch.cuda.get_device_capability(index)
+    if capability >= LEAST:
+        return None
+    least, here = (f"{major}.{minor}" for major, minor in (LEAST, capability))
+    return f"Triton supports NVIDIA GPUs from {least} on, and GPU {index} is a {here}; use backend='auto' or 'reference'"
 
 
 def why_not() -> str | None:

@@ -240,7 +240,9 @@ def step_(
         working = [m if m is None or m.dtype == dtype else m.to(dtype) for m in states]
         line(theta, g, *working, **options, **({"step": step} if line is adamw_line else {}))
         if before is not None:
-            theta.copy_(torch.where(b, torch.lerp(before, theta.clone(), factor), before))
+            moved = torch.lerp(before, theta.clone(), factor)
+            # Where there is no way to `theta`, as between infinities, `theta` itself.
+            theta.copy_(torch.where(b, torch.where(moved.isnan(), theta, moved), before))
         if theta is not param:
             param.copy_(theta)
         for k, (m, value) in enumerate(zip(states, working, strict=True)):

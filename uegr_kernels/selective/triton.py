@@ -183,8 +183,12 @@ def round_stochastically(x, low16):
 
 @triton.jit
 def moved(theta, stepped, factor):
-    """theta on its way to `stepped`: factor b/p of it, and not at all where b is 0, whatever `stepped` is."""
-    return tl.where(factor == 0, theta, theta + factor * (stepped - theta))
+    """theta on its way to `stepped`: factor b/p of it, and not at all where b is 0, whatever `stepped` is.
+
+    Where there is no way, as between infinities, `stepped` itself.
+    """
+    there = theta + factor * (stepped - theta)
+    return tl.where(factor == 0, theta, tl.where(there == there, there, stepped))
 
 
 @triton.jit
@@ -212,13 +216,15 @@ def adamw_line(theta, g, factor, m, v, v_max, line, kind: tl.constexpr):
 def sgd_line(theta, g, factor, buffer, line, kind: tl.constexpr):
     """A buffer starts as -0.0, which no update leaves behind (+ 0): its first value is the gradient itself, without dampening."""
     lr, momentum, complement, weight_decay = line
-    fed = (g if kind.update else g * factor) + weight_decay * theta
+    fed = g if kind.update else g * factor
+    fed = tl.where(weight_decay == 0, fed, fed + weight_decay * theta)  # 0 times an infinite theta would be NaN
     if kind.a is not None:
         bits = buffer.to(tl.int64, bitcast=True) if kind.T == tl.float64 else buffer.to(tl.int32, bitcast=True)
         fresh = (bits < 0) & (buffer == 0)
         buffer = tl.where(fresh, fed, buffer * momentum + complement * fed) + 0.0
         fed = fed + momentum * buffer if kind.nesterov else buffer
-    theta = theta - (factor * lr if kind.update else lr) * fed
+    stepped = theta - (factor * lr if kind.update else lr) * fed
+    theta = tl.where(factor == 0, theta, stepped) if kind.update else stepped
     return theta, buffer
 
 

@@ -1,0 +1,50 @@
+// Whether a GPU runs this library: its driver, and code for its architecture. Asked of a kernel that does nothing, once by device.
+#pragma once
+
+#include <atomic>
+#include <cuda_runtime.h>
+
+namespace uegr {
+
+static __global__ void nothing_kernel() {}
+
+static cudaError_t ask_device(int device) {
+    int before = 0;
+    if (const cudaError_t error = cudaGetDevice(&before); error != cudaSuccess) return cudaGetLastError(), error;
+    // Code is loaded, which a graph's capture would forbid.
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    cudaError_t error = cudaSetDevice(device);
+    cudaFuncAttributes attributes;
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, nothing_kernel);
+    cudaSetDevice(before);
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    cudaGetLastError(); // else the next call would be blamed
+    return error;
+}
+
+// cudaSuccess where the kernels run on a device, else why not.
+cudaError_t probe_device(int device) {
+    static std::atomic<int> answers[64]; // one more than the error's number; two threads may both ask, and hear the same
+    if (device < 0) device = 0;          // a host's, in tests
+    if (device >= 64) return ask_device(device);
+    if (answers[device] == 0) { answers[device] = static_cast<int>(ask_device(device)) + 1; }
+    return static_cast<cudaError_t>(answers[device] - 1);
+}
+
+} // namespace uegr
+
+// For core/native.py, which reads them without an operator.
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+#define TEXT(x) TEXT_OF(x)
+#define TEXT_OF(x) #x
+
+// The name of the runtime's error, "cudaSuccess" where the kernels run.
+EXPORTED const char* uegr_kernels_probe(int device) { return cudaGetErrorName(uegr::probe_device(device)); }
+// As 1000 * major + 10 * minor: the CUDA that the driver is for, 0 where there is none, and the library's own.
+EXPORTED void uegr_kernels_versions(int* driver, int* library) {
+    *driver = *library = 0;
+    cudaDriverGetVersion(driver), cudaRuntimeGetVersion(library);
+}
+// What build_cuda.py compiled for: "8.0/9.0a/10.0+PTX".
+EXPORTED const char* uegr_kernels_architectures() { return TEXT(ARCHITECTURES); }
