@@ -146,9 +146,7 @@ def logits_case(
         def apart(loss: Callable[..., Tensor]) -> dict[str, Step]:
             return parts_of(loss, copies(), labels) if device == "cuda" and not in_place else {}
 
-        first = Contestant(
-            "uegr_kernels", over_the_logits if in_place else step_of(mine, copies(), labels), must_move, parts=apart(mine)
-        )
+        first = Contestant("uegr_kernels", over_the_logits if in_place else step_of(mine, copies(), labels), must_move, parts=apart(mine))
         eager = Contestant("eager", step_of(plain, copies(), labels), must_move, rounds=3, parts=apart(plain))
         if m > 2 and c != 32_000:
             fast = Contestant("torch.compile", None, missing="compiled for m = 2 and for 32,000 classes: each shape takes long")

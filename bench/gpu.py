@@ -1,4 +1,4 @@
-"""`python -m bench.gpu`: builds where needed, tests and times everything that needs a GPU, in eight minutes; docs/gpu.md says how to use it.
+"""`python -m bench.gpu`: builds where needed, then tests and times what needs a GPU, in eight minutes; docs/gpu.md is its manual.
 
 This process never touches the GPU and imports no torch: each stage is a process of its own (gpu_runner.py, gpu_stages.py).
 """
@@ -39,7 +39,7 @@ def case(name: str, limit: float, *options: str, backend: str | None = "cuda", b
 
 
 def bench(kind: str, name: str, *options: str, backend: str = "cuda", **more) -> Wave:
-    stage = case(f"bench-{name}", CASE, "--seconds", "9", "--backend", backend, *options, backend=backend, **more)
+    stage = case(f"bench-{name}", CASE, "--backend", backend, *options, backend=backend, **more)
     return alone(dataclasses.replace(stage, name=f"{kind}-{name}"))
 
 
@@ -213,8 +213,10 @@ def work(options: argparse.Namespace, output: Output) -> int:
         stop = run(dry_plan() if options.dry_run else options.waves, output, until, judge, gpu_report.show)
     if options.dry_run and stop is None:
         for stage in (stage for wave in options.waves for stage in wave.stages):
-            line = {"stage": stage.name, "status": "would run", "message": " ".join(stage.command[-4:]), "limit": stage.limit}
+            command = " ".join(["python3" if word == sys.executable else word for word in stage.command])
+            line = {"stage": stage.name, "status": "would run", "message": command, "limit": stage.limit}
             output.keep(line)
+            gpu_report.show(line)
     if stop is not None:
         output.keep({"stage": "end", "status": "stopped", "message": stop.reason})
         return stop.status

@@ -34,11 +34,15 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Count())
 
 
+def kernels(item: pytest.Item) -> str:
+    return item.callspec.params.get("kernels", "triton") if hasattr(item, "callspec") else "triton"
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests that name no backend go with Triton's. What others leave out after this is missed: it was expected."""
     backend = os.environ["GPU_TESTS"]
-    wanted = [item for item in items if (item.callspec.params.get("kernels", "triton") if hasattr(item, "callspec") else "triton") == backend]
+    wanted = [item for item in items if kernels(item) == backend]
     config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
     items[:] = wanted
     answer({"expected": len(wanted)})

@@ -20,7 +20,8 @@ def show(line: dict) -> None:
     if "copy_gb_s" in result:
         print(f"A copy moves {result['copy_gb_s']:,.0f} GB/s, bytes read plus bytes written.")
         print(machine(result), flush=True)
-    print(" ".join(filter(None, (line["stage"], line["status"], seconds(line), line.get("message", "")[:WIDTH], brief(result)))), flush=True)
+    words = line["stage"], line["status"], seconds(line), line.get("message", "")[:WIDTH], brief(result)
+    print(" ".join(filter(None, words)), flush=True)
 
 
 def seconds(line: dict) -> str:
@@ -49,15 +50,23 @@ def brief(result: dict) -> str:
 
 
 def close(output: Output, status: int) -> str:
-    """Writes gpu.md and gpu.png from every line of gpu.jsonl, a stage's last one; returns the table."""
-    stages = {line["stage"]: line for line in read(output.folder / "gpu.jsonl")}
-    text = table(list(stages.values()), output.run, status)
+    """Writes gpu.md and gpu.png from gpu.jsonl; returns the table."""
+    text = table(latest(output.folder, output.run), output.run, status)
     output.write("gpu.md", f"# GPU\n\n{text}\n".encode())
     try:
-        subprocess.run([sys.executable, "-m", __name__, str(output.folder)], cwd=ROOT, timeout=PICTURE, capture_output=True)
+        subprocess.run([sys.executable, "-m", __name__, str(output.folder), output.run], cwd=ROOT, timeout=PICTURE, capture_output=True)
     except (subprocess.TimeoutExpired, OSError) as error:  # the figures are there without it
         print(f"no picture: {error}", flush=True)
     return text
+
+
+def latest(folder: pathlib.Path, run: str) -> list[dict]:
+    """The last line of each stage: of this run, or of an earlier one in the same folder that found something."""
+    stages: dict[str, dict] = {}
+    for line in read(folder / "gpu.jsonl"):
+        if line["stage"] not in stages or "seconds" in line or "seconds" not in stages[line["stage"]]:
+            stages[line["stage"]] = line
+    return [line for line in stages.values() if line["run"] == run or "seconds" in line]
 
 
 def read(path: pathlib.Path) -> list[dict]:
@@ -73,41 +82,48 @@ def read(path: pathlib.Path) -> list[dict]:
 
 def measured(lines: list[dict]) -> list[dict]:
     """The results of cases, each under its stage's name."""
-    return [line["result"] | {"case": f"{line['stage']}: {line['result']['case']}"} for line in lines if "contestants" in line.get("result", {})]
+    return [
+        line["result"] | {"case": f"{line['stage']}: {line['result']['case']}"} for line in lines if "contestants" in line.get("result", {})
+    ]
 
 
 def table(lines: list[dict], run: str, status: int) -> str:
     """At most LINES lines and CHARACTERS characters: the machine, what became of the stages, the figures of the cases."""
-    texts = []
-    for line in lines:
-        if "copy_gb_s" in line.get("result", {}):
-            texts += [f"A copy moves {line['result']['copy_gb_s']:,.0f} GB/s. {machine(line['result'])}", ""]
-            break
-    passed = {}
-    for line in lines:
-        if line["status"] == "passed":
-            passed.setdefault(line["stage"].split("-")[0], []).append(line["stage"])
-    texts += [f"Passed: {', '.join(name for names in passed.values() for name in names) or 'nothing'}. Exit status {status}.", ""]
-    texts += ["| stage | | s | |", "| --- | --- | --- | --- |"]
+    texts = [cell(f"Stopped: {line['message']}") for line in lines if line["stage"] == "end"]
+    for result in [line["result"] for line in lines if "copy_gb_s" in line.get("result", {})][:1]:
+        texts.append(f"A copy moves {result['copy_gb_s']:,.0f} GB/s. {machine(result)}")
+    passed = [line["stage"] for line in lines if line["status"] == "passed"]
+    texts.append(f"Passed: {', '.join(passed) or 'nothing'}. Exit status {status}.")
+    return fitted([*texts, *stage_rows(lines, run), *case_rows(lines)])
+
+
+def stage_rows(lines: list[dict], run: str) -> list[str]:
+    """What has not simply passed, and what a stage says in words."""
+    rows = []
     for line in lines:
         result = line.get("result", {})
-        if line["status"] == "passed" and "expected" not in result and "said" not in result:
-            continue
-        earlier = f" (run {line['run']})" if line.get("run") != run else ""
-        said = ". ".join(filter(None, (line.get("message", "")[:120], "" if "contestants" in result else brief(result)[:200])))
-        texts.append(f"| {line['stage']}{earlier} | {line['status']} | {seconds(line)} | {cell(said)} |")
-    texts += ["", "| case | | us (quartiles) | ours / this | of a copy |", "| --- | --- | --- | --- | --- |"]
+        said = "" if "contestants" in result else brief(result)[:200]
+        if line["stage"] != "end" and (line["status"] != "passed" or said):
+            earlier = f" (run {line['run']})" if line["run"] != run else ""
+            words = ". ".join(filter(None, (line.get("message", "")[:150], said)))
+            rows.append(f"| {line['stage']}{earlier} | {line['status']} | {seconds(line)} | {cell(words)} |")
+    return ["", "| stage | | | |", "| --- | --- | --- | --- |", *rows] if rows else []
+
+
+def case_rows(lines: list[dict]) -> list[str]:
+    rows = []
     for case in measured(lines):
         for i, one in enumerate(case["contestants"]):
             name = case["case"] if i == 0 else ""
             if "seconds" not in one:
-                texts.append(f"| {name} | {one['name']} | missing: {cell(one['missing'][:80])} | | |")
+                rows.append(f"| {name} | {one['name']} | missing: {cell(one['missing'][:80])} | | |")
                 continue
             ratio = tables.cell(one["ours_over_this"]) if "ours_over_this" in one else ""
             share = f"{one['copy_share']:.0%}" if one["bytes"] else "-"
-            texts.append(f"| {name} | {one['name']} | {tables.cell(one['seconds'], 1e6)} | {ratio} | {share} |")
-            texts += [f"| | {one['name']}, {part} alone | {tables.cell(value, 1e6)} | | |" for part, value in one.get("parts", {}).items()]
-    return fitted(texts)
+            rows.append(f"| {name} | {one['name']} | {tables.cell(one['seconds'], 1e6)} | {ratio} | {share} |")
+            rows += [f"| | {one['name']}, {part} alone | {tables.cell(value, 1e6)} | | |" for part, value in one.get("parts", {}).items()]
+    head = ["", "| case | | us (quartiles) | ours / this | of a copy |", "| --- | --- | --- | --- | --- |"]
+    return [*head, *rows] if rows else []
 
 
 def cell(text: str) -> str:
@@ -127,4 +143,4 @@ def fitted(texts: list[str]) -> str:
 
 if __name__ == "__main__":  # a process of its own: a picture that hangs or fails costs nothing else
     where = pathlib.Path(sys.argv[1])
-    plot.pictures(where / "gpu.jsonl", measured(list({line["stage"]: line for line in read(where / "gpu.jsonl")}.values())))
+    plot.pictures(where / "gpu.jsonl", measured(latest(where, sys.argv[2])))

@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 ROOT = pathlib.Path(__file__).parent.parent
-ANSWER, MARK = "UEGR_GPU_ANSWER", "UEGR_GPU_STAGE"  # of a stage's environment: the file it answers in, and what marks its processes
+# Of a stage's environment: the file it answers in, what marks its processes, and when it is killed, by time.monotonic().
+ANSWER, MARK, END = "UEGR_GPU_ANSWER", "UEGR_GPU_STAGE", "UEGR_GPU_END"
 FILES = 6  # in the folder of results at most
 LOG = 200_000  # bytes kept of a stage's log
 GRACE = 1.0  # seconds between SIGTERM and SIGKILL, within the limit
@@ -199,12 +200,18 @@ class Running:
         self.mark, self.asked, self.killed = uuid.uuid4().hex, False, False
         self.started = time.monotonic()
         self.end = min(end, self.started + stage.limit)
-        environment = os.environ | {"PYTHONUNBUFFERED": "1", ANSWER: str(self.answers), MARK: self.mark} | stage.environment
+        given = {"PYTHONUNBUFFERED": "1", ANSWER: str(self.answers), MARK: self.mark, END: str(self.end)}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                stage.command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                stage.command,
+                cwd=ROOT,
+                env=os.environ | given | stage.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
                 preexec_fn=die_with_the_runner,
-            )  # fmt: skip
+            )
 
     def over(self) -> bool:
         """Whether it has ended, by itself or by its limit; asks it to end, then makes it."""

@@ -91,7 +91,9 @@ def measure(
         if wrong:
             return line | {"error": f"ours and the reference disagree: {wrong}"}
         everyone = [_allowed(one, room - case.memory, without) for one in case.contestants()]
-        return line | _alternate(everyone, rounds, copy, tick, until, profiled) | ({"breakdown": case.breakdown()} if case.breakdown else {})
+        return (
+            line | _alternate(everyone, rounds, copy, tick, until, profiled) | ({"breakdown": case.breakdown()} if case.breakdown else {})
+        )
 
 
 def _allowed(one: Contestant, room: float, without: str | None) -> Contestant:
@@ -102,9 +104,7 @@ def _allowed(one: Contestant, room: float, without: str | None) -> Contestant:
     return one
 
 
-def _alternate(
-    everyone: list[Contestant], rounds: int, copy: machine.Copy, tick: Callable[[], None], until: float, profiled: bool
-) -> dict:
+def _alternate(everyone: list[Contestant], rounds: int, copy: machine.Copy, tick: Callable[[], None], until: float, profiled: bool) -> dict:
     """What is found of the contestants, and how quiet the machine was meanwhile."""
     line: dict = {"load_before": os.getloadavg()}
     started, others, gigabytes = time.perf_counter(), machine.others_seconds(), copy()
