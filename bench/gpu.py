@@ -33,59 +33,50 @@ TRITON = ("step", "loss-32000", "sweep")
 TRITON_ALONE = "; --stages tests-triton,triton measures Triton alone"
 
 
-def case(name: str, limit: float, *options: str, backend: str | None = "cuda", before: tuple[str, ...] = (), **more) -> Stage:
-    command = (*before, sys.executable, "-m", "bench.gpu_stages", name, *options)
+def case(name: str, limit: float, *options: str, of: str = "", backend: str | None = "cuda", before: tuple[str, ...] = (), **more) -> Stage:
+    """A case of gpu_stages.py: the one of the stage's name, or `of`. before: a program that runs it."""
+    command = (*before, sys.executable, "-m", "bench.gpu_stages", of or name, *options)
     return Stage(name, command, limit, backend=backend, **more)
 
 
-def bench(kind: str, name: str, *options: str, backend: str = "cuda", **more) -> Wave:
-    stage = case(f"bench-{name}", CASE, "--backend", backend, *options, backend=backend, **more)
-    return alone(dataclasses.replace(stage, name=f"{kind}-{name}"))
+def bench(kind: str, name: str, *options: str, backend: str = "cuda", limit: float = CASE, **more) -> Wave:
+    return alone(case(f"{kind}-{name}", limit, "--backend", backend, *options, of=f"bench-{name}", backend=backend, **more))
 
 
-def tests(backend: str, limit: float, *options: str, least: int | None = None) -> Stage:
+def tests(backend: str, limit: float, *options: str) -> Stage:
     """Those of test_gpu.py for one backend, in parallel where pytest-xdist is there, each with a limit where pytest-timeout is."""
-    command = (sys.executable, "-m", "pytest", "-q", "-p", "bench.gpu_pytest", "-p", "no:cacheprovider", "--triton", *options)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.gpu_pytest", "-p", "no:cacheprovider", "--triton", *options]
     if importlib.util.find_spec("xdist") and "--collect-only" not in options:
-        command += ("-n", str(min(8, os.cpu_count() or 1)))
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
     if importlib.util.find_spec("pytest_timeout"):
-        command += ("--timeout", "60")
+        command += ["--timeout", "60"]
     environment = {"TRITON_INTERPRET": "0", "GPU_TESTS": backend}
-    name = f"tests-{backend}"
-    return Stage(name, (*command, "python_tests/test_gpu.py"), limit, environment, backend, TESTS[backend] if least is None else least)
+    return Stage(f"tests-{backend}", (*command, "python_tests/test_gpu.py"), limit, environment, backend, TESTS[backend])
 
 
 def plan() -> list[Wave]:
     """Everything after the probe: correctness before speed, small before large, CUDA before Triton, the sanitizers and compilers late."""
     one_at_a_time = {"CUDA_LAUNCH_BLOCKING": "1"}
+    no_pool = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor's end is seen, not its pool's
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(ROOT / "build" / "gpu-compiled")}
-    sanitizer = "compute-sanitizer"
-    sanitizers = tuple(
-        dataclasses.replace(
-            case("sanitized", 70, before=(sanitizer, "--tool", tool, "--error-exitcode", "1"), program=sanitizer), name=f"check-{tool}"
-        )
-        for tool in ("memcheck", "racecheck")
-    )
-    counters = ("ncu", "--clock-control", "none", "--profile-from-start", "off", "--section", "SpeedOfLight", "--section", "Occupancy",
-                "--section", "MemoryWorkloadAnalysis", "--section", "LaunchStats", "--launch-count", "12")  # fmt: skip
-    profiles = (
-        case("profile", 15),
-        dataclasses.replace(case("profile", 25, "--counters", before=counters, program="ncu"), name="profile-ncu"),
-    )
-    compiling = tuple(
-        dataclasses.replace(case(f"bench-{name}", 40, "--compile-alone", environment=cache, backend=None), name=f"compile-{name}")
-        for name in COMPILED
-    )
+
+    def sanitizer(tool: str) -> Stage:
+        before = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1")
+        return case(f"check-{tool}", 68, of="sanitized", before=before, environment=no_pool, program=before[0])
+
+    sections = [word for name in ("SpeedOfLight", "Occupancy", "MemoryWorkloadAnalysis", "LaunchStats") for word in ("--section", name)]
+    ncu = ("ncu", "--clock-control", "none", "--profile-from-start", "off", "--launch-count", "12", *sections)
+    profiles = case("profile", 15), case("profile-ncu", 25, "--counters", of="profile", before=ncu, program="ncu")
+    compiling = [case(f"compile-{name}", 34, "--compile-alone", of=f"bench-{name}", environment=cache, backend=None) for name in COMPILED]
     return [
         Wave(tuple(case(f"smoke-{name}", 25, environment=one_at_a_time) for name in SMOKE), 43, at_once=4),
         alone(tests("cuda", 68)),
-        *(bench("bench", name) for name in MAIN),
-        *(bench("bench", name) for name in MORE),
-        Wave((*sanitizers, tests("triton", 70)), 70, at_once=3),
-        Wave(profiles, 30),
-        Wave(compiling, 40, at_once=len(compiling)),
-        *(bench("compiled", name, "--compiled", environment=cache) for name in COMPILED),
-        *(bench("triton", name, backend="triton") for name in TRITON),
+        *(bench("bench", name) for name in (*MAIN, *MORE)),
+        Wave((sanitizer("memcheck"), sanitizer("racecheck"), tests("triton", 68)), 68, at_once=3),
+        Wave(profiles, 26),
+        Wave(tuple(compiling), 34, at_once=len(compiling)),
+        *(bench("compiled", name, "--compiled", limit=16, environment=cache) for name in COMPILED),
+        *(bench("triton", name, backend="triton", limit=14) for name in TRITON),
     ]
 
 
@@ -94,10 +85,9 @@ PROBE = case("probe", 25, backend=None)
 
 def dry_plan() -> list[Wave]:
     """What needs no GPU: every test collected, every case built and run at a small size on the CPU."""
-    collected = tuple(
-        dataclasses.replace(tests(backend, 120, "--collect-only"), name=f"collect-{backend}", backend=None) for backend in TESTS
-    )
-    return [Wave(collected, 200), alone(case("all", 300, "--device", "cpu", "--small", backend=None))]
+    collecting = [tests(backend, 120, "--collect-only") for backend in TESTS]
+    collecting = [dataclasses.replace(stage, name=f"collect-{stage.backend}", backend=None) for stage in collecting]
+    return [*map(alone, collecting), alone(case("all", 300, "--device", "cpu", "--small", backend=None))]
 
 
 def builder(limit: float) -> Stage:
@@ -203,7 +193,7 @@ def work(options: argparse.Namespace, output: Output) -> int:
         return fell or judge_probe(lines[0] if lines else output.lines[-1], asked, without_gpu)
 
     stop = None if options.build_only else probe("")
-    buildable = found.get("torch_cuda") and found.get("nvcc") and "cuda" in asked and found["backends"]["cuda"]
+    buildable = found.get("cuda") and found.get("nvcc") and "cuda" in asked and found["backends"]["cuda"]
     if options.build_only or (stop and stop.status == WRONG_BACKEND and buildable):
         limit = 1800.0 if without_gpu else BUILD
         until += 0 if options.budget else BUILD

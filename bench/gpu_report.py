@@ -92,7 +92,7 @@ def table(lines: list[dict], run: str, status: int) -> str:
     texts = [cell(f"Stopped: {line['message']}") for line in lines if line["stage"] == "end"]
     for result in [line["result"] for line in lines if "copy_gb_s" in line.get("result", {})][:1]:
         texts.append(f"A copy moves {result['copy_gb_s']:,.0f} GB/s. {machine(result)}")
-    passed = [line["stage"] for line in lines if line["status"] == "passed"]
+    passed = [line["stage"] for line in lines if line["status"] == "passed" and line["run"] == run]
     texts.append(f"Passed: {', '.join(passed) or 'nothing'}. Exit status {status}.")
     return fitted([*texts, *stage_rows(lines, run), *case_rows(lines)])
 

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 import uegr_kernels as uk
-from uegr_kernels.core import backends
+from uegr_kernels.core import backends, native
 
 from . import bench_divergence, bench_dropout, bench_perturbation, bench_selective, harness, machine, shapes
 from .gpu_runner import END, WRONG_BACKEND, answer
 
 OPERATOR = "selective.selective_adamw_"
+# One of each folder: all are in one library.
+OPERATORS = ("selective_adamw_", "uegr_loss", "fgm_perturbation_", "adaptive_dropout")
 BRAIN = torch.bfloat16
 CLOSING = 2.5  # seconds from a benchmark's last round to its limit
 FACTOR = 64  # by which --small divides the larger sizes
@@ -67,15 +69,15 @@ def wait(at: Place) -> None:
 
 def probe(no_gpu: str | None) -> dict:
     """What the machine and the package have; `no_gpu`: the reason not to touch a GPU."""
-    said: dict = {"no_gpu": no_gpu, "torch": torch.__version__, "torch_cuda": torch.version.cuda, "cuda": torch.version.cuda}
+    said: dict = {"no_gpu": no_gpu, "torch": torch.__version__, "cuda": torch.version.cuda}
     said |= {"hip": torch.version.hip, "python": platform.python_version(), "nvcc": shutil.which("nvcc"), "triton": None}
     if importlib.util.find_spec("triton"):
         said["triton"] = importlib.metadata.version("triton")
-    device = torch.device("cuda")
-    said["backends"] = {name: backends.why_not(name, OPERATOR, device) for name in ("cuda", "triton")}
-    said["backends"]["auto"] = backends.choose("auto", OPERATOR, device)
-    said["commit"] = harness.environment("probe")["commit"]
+    said |= {"backends": {"cuda": unloaded()}, "commit": harness.environment("probe")["commit"]}
     if no_gpu is None:
+        device = torch.device("cuda", 0)
+        said["backends"] = {name: backends.why_not(name, OPERATOR, device) for name in ("cuda", "triton")}
+        said["backends"]["auto"] = backends.choose("auto", OPERATOR, device)
         properties = torch.cuda.get_device_properties(0)
         said |= {"gpu": properties.name, "memory": properties.total_memory, "processors": properties.multi_processor_count}
         said |= {"l2": getattr(properties, "L2_cache_size", None), "driver": driver()}
@@ -84,6 +86,12 @@ def probe(no_gpu: str | None) -> dict:
         answer(said)  # ahead of the first kernel
         said["copy_gb_s"] = harness.spread(machine.Copy(2**30, "cuda")(5))["median"]
     return said
+
+
+def unloaded() -> str | None:
+    """Why the CUDA library is not loaded, or what it lacks, or None; asks no GPU."""
+    lacking = [name for name in OPERATORS if not native.has_kernel(name, "CUDA")]
+    return native.why_not_cuda() or (f"the CUDA library has no {', '.join(lacking)}" if lacking else None)
 
 
 def driver() -> str | None:
@@ -303,7 +311,7 @@ PROFILED = ("step", "loss-32000", "dropout")
 
 def profile(at: Place) -> dict:
     """How long each kernel of three cases takes; with counters, a profiler outside looks at one step of each."""
-    found: dict = {}
+    found: list[str] = []
     for name in PROFILED:
         ours = BENCHES[name](at).contestants()[0].step
         for _ in range(3):
@@ -321,9 +329,9 @@ def profile(at: Place) -> dict:
                 ours()
             wait(at)
         print(name, profiler.key_averages().table(row_limit=15, max_name_column_width=90), sep="\n", flush=True)
-        times = {event.key[:80]: event.device_time_total / 3 for event in profiler.key_averages() if event.device_time_total}
-        found[name] = {key: round(times[key], 1) for key in sorted(times, key=times.get, reverse=True)[:6]}  # us
-    return found
+        events = sorted(profiler.key_averages(), key=lambda event: -event.device_time_total)
+        found += [f"{name}: {event.key[:40]} {event.device_time_total / 3:.1f} us" for event in events[:2]]
+    return {"said": "; ".join(found)}
 
 
 # ---- The command
