@@ -121,7 +121,7 @@ def judge_probe(line: dict, asked: list[str], dry_run: bool) -> Stop | None:
     for backend in asked:
         if reason := result["backends"][backend]:
             return Stop(WRONG_BACKEND, f"{backend} was to be measured and cannot be: {reason}{TRITON_ALONE * (backend == 'cuda')}")
-    if "cuda" in asked and result["backends"]["auto"] != "cuda" and not dry_run:
+    if not dry_run and "cuda" in asked and result["backends"]["auto"] != "cuda":
         return Stop(WRONG_BACKEND, f"cuda was to be measured, and the backend in use is {result['backends']['auto']}")
     return None
 
