@@ -23,7 +23,7 @@ CASE = 12.0  # seconds of a benchmark case, its process's start included
 TESTS = {"cuda": 40, "triton": 40}  # that python_tests/test_gpu.py has at least for each backend
 
 SMOKE = (
-    "mask", "step", "previous", "bfloat16", "rank", "loss-10", "loss-2000", "loss-32000", "loss-128256",
+    "clusters", "mask", "step", "previous", "bfloat16", "rank", "loss-10", "loss-2000", "loss-32000", "loss-128256",
     "fgm", "pgd", "dropout", "graph", "capture",
 )  # fmt: skip
 MAIN = ("step", "previous", "bfloat16", "1e9", "loss-32000", "loss-128256", "dropout", "fgm")
@@ -33,10 +33,22 @@ TRITON = ("step", "loss-32000", "sweep")
 TRITON_ALONE = "; --stages tests-triton,triton measures Triton alone"
 
 
-def case(name: str, limit: float, *options: str, of: str = "", backend: str | None = "cuda", before: tuple[str, ...] = (), **more) -> Stage:
+COMPILED_KERNELS = {"TRITON_INTERPRET": "0"}
+
+
+def case(
+    name: str,
+    limit: float,
+    *options: str,
+    of: str = "",
+    backend: str | None = "cuda",
+    before: tuple[str, ...] = (),
+    environment: dict[str, str] | None = None,
+    program: str | None = None,
+) -> Stage:
     """A case of gpu_stages.py: the one of the stage's name, or `of`. before: a program that runs it."""
     command = (*before, sys.executable, "-m", "bench.gpu_stages", of or name, *options)
-    return Stage(name, command, limit, backend=backend, **more)
+    return Stage(name, command, limit, COMPILED_KERNELS | (environment or {}), backend, program=program)
 
 
 def bench(kind: str, name: str, *options: str, backend: str = "cuda", limit: float = CASE, **more) -> Wave:
@@ -50,7 +62,7 @@ def tests(backend: str, limit: float, *options: str) -> Stage:
         command += ["-n", str(min(8, os.cpu_count() or 1))]
     if importlib.util.find_spec("pytest_timeout"):
         command += ["--timeout", "60"]
-    environment = {"TRITON_INTERPRET": "0", "GPU_TESTS": backend}
+    environment = COMPILED_KERNELS | {"GPU_TESTS": backend}
     return Stage(f"tests-{backend}", (*command, "python_tests/test_gpu.py"), limit, environment, backend, TESTS[backend])
 
 
@@ -170,7 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
             status = work(options, output)
         except KeyboardInterrupt:
             output.keep({"stage": "end", "status": "stopped", "message": "Ctrl-C or SIGTERM"})
-        print(gpu_report.close(output, status), flush=True)
+        gpu_report.say(gpu_report.close(output, status))
     return status
 
 

@@ -1,6 +1,7 @@
 """What a run on a GPU says: a line as each stage ends, a table at the end, a picture. Imports no torch."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -14,14 +15,22 @@ PICTURE = 6.0  # seconds
 FACTS = ("gpu", "driver", "torch", "cuda", "triton", "python", "commit", "processors", "l2", "nvcc")
 
 
+def say(text: str) -> None:
+    """To whoever listens: a terminal or a pipe that is gone ends nothing."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
+
+
 def show(line: dict) -> None:
     """As the stage ends; the probe's is what the machine is and how fast it copies."""
     result = line.get("result", {})
     if "copy_gb_s" in result:
-        print(f"A copy moves {result['copy_gb_s']:,.0f} GB/s, bytes read plus bytes written.")
-        print(machine(result), flush=True)
+        say(f"A copy moves {result['copy_gb_s']:,.0f} GB/s, bytes read plus bytes written.")
+        say(machine(result))
     words = line["stage"], line["status"], seconds(line), line.get("message", "")[:WIDTH], brief(result)
-    print(" ".join(filter(None, words)), flush=True)
+    say(" ".join(filter(None, words)))
 
 
 def seconds(line: dict) -> str:
@@ -46,7 +55,7 @@ def brief(result: dict) -> str:
         if "collected" in result:
             return f"{result['collected']} of {result['expected']} tests collected"
         return f"{result.get('passed', 0)} of {result['expected']} tests passed, {len(failed)} failed{named}"
-    return str(result.get("error") or result.get("said") or "")[:WIDTH]
+    return str(result.get("skipped") or result.get("said") or "")[:WIDTH]
 
 
 def close(output: Output, status: int) -> str:
@@ -56,7 +65,7 @@ def close(output: Output, status: int) -> str:
     try:
         subprocess.run([sys.executable, "-m", __name__, str(output.folder), output.run], cwd=ROOT, timeout=PICTURE, capture_output=True)
     except (subprocess.TimeoutExpired, OSError) as error:  # the figures are there without it
-        print(f"no picture: {error}", flush=True)
+        say(f"no picture: {error}")
     return text
 
 

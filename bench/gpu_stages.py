@@ -20,7 +20,7 @@ from torch import Tensor
 import uegr_kernels as uk
 from uegr_kernels.core import backends, native
 
-from . import bench_divergence, bench_dropout, bench_perturbation, bench_selective, harness, machine, shapes
+from . import bench_divergence, bench_dropout, bench_perturbation, bench_selective, gpu_clusters, harness, machine, shapes
 from .gpu_runner import END, WRONG_BACKEND, answer
 
 OPERATOR = "selective.selective_adamw_"
@@ -104,6 +104,12 @@ def driver() -> str | None:
 
 
 # ---- Smoke: does each operator run, and is it right?
+
+
+def clusters(at: Place) -> dict:
+    """How many run at once, by size; no more than a fact."""
+    found = {"all": "asked of a GPU alone"} if at.device == "cpu" else gpu_clusters.clusters()
+    return {"said": "clusters at once: " + ", ".join(f"{size}: {number}" for size, number in found.items())}
 
 
 def mask(at: Place) -> None:
@@ -337,7 +343,8 @@ def profile(at: Place) -> dict:
 # ---- The command
 
 
-SMOKE: dict[str, Callable[[Place], None]] = {
+SMOKE: dict[str, Callable[[Place], dict | None]] = {
+    "clusters": clusters,
     "mask": mask,
     "step": step,
     "previous": functools.partial(step, statistics="previous"),
@@ -352,15 +359,15 @@ SMOKE: dict[str, Callable[[Place], None]] = {
 }
 
 
-def quietly(check: Callable[[Place], None], at: Place) -> dict:
+def smoke(check: Callable[[Place], dict | None], at: Place) -> dict:
     with machine.poisoned_memory():
-        check(at)
+        found = check(at)
         wait(at)
-    return {}
+    return found or {}
 
 
 CASES: dict[str, Callable[[Place], dict]] = {
-    **{f"smoke-{name}": functools.partial(quietly, check) for name, check in SMOKE.items()},
+    **{f"smoke-{name}": functools.partial(smoke, check) for name, check in SMOKE.items()},
     **{f"bench-{name}": functools.partial(bench, make) for name, make in BENCHES.items()},
     "sanitized": lambda at: sanitized(at) or {},
     "profile": profile,

@@ -1,10 +1,12 @@
 """`python -m bench.gpu` without a GPU: the runner on stand-in stages, its plan, and every case at a small size on the CPU."""
 
+import ctypes
 import importlib.metadata
 import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import time
 import pytest
 import torch
 
-from bench import gpu, gpu_report, gpu_runner, gpu_stages, machine
+from bench import gpu, gpu_clusters, gpu_report, gpu_runner, gpu_stages, machine
 from bench.gpu_runner import ROOT, Output, Stage, Stop, Wave, alone, answer, run
 
 HERE = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -48,6 +50,14 @@ def alive(pid: int) -> bool:
             return file.read().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def written(path) -> int:
+    """The number that another process writes into a file."""
+    until = time.monotonic() + 60
+    while not (path.exists() and path.read_text().endswith("\n")) and time.monotonic() < until:
+        time.sleep(0.05)
+    return int(path.read_text())
 
 
 def test_a_stage_that_ends_badly_costs_the_others_nothing(tmp_path):
@@ -149,14 +159,11 @@ ran(pathlib.Path({str(tmp_path / "out")!r}), alone(stand_in("first", GOOD)), alo
 """
     runner = subprocess.Popen([sys.executable, "-c", program], env=os.environ | HERE)
     try:
-        until = time.monotonic() + 60
-        while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text().endswith("\n")) and time.monotonic() < until:
-            time.sleep(0.05)
+        stage = written(tmp_path / "pid")
         runner.send_signal(signal.SIGKILL)
     finally:
         runner.kill()
         runner.wait()
-    stage = int((tmp_path / "pid").read_text())
     until = time.monotonic() + 5
     while alive(stage) and time.monotonic() < until:
         time.sleep(0.05)
@@ -256,6 +263,47 @@ def test_a_library_that_does_not_load_after_a_build_either_stops_the_run(tmp_pat
 
 
 # ---- The command line
+
+
+def test_a_run_that_is_asked_to_stop_ends_its_stages_and_keeps_what_it_has(tmp_path):
+    """Nor does a terminal that is gone end it."""
+    hangs = f"print(os.getpid(), file=open({str(tmp_path / 'pid')!r}, 'w'), flush=True); time.sleep(60)"
+    program = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "python_tests")!r}]
+from test_bench_gpu import GOOD, alone, gpu, stand_in
+gpu.PROBE = stand_in("probe", "say({{'no_gpu': None, 'backends': {{'auto': 'cuda'}}}})")
+gpu.plan = lambda: [alone(stand_in("first", GOOD)), alone(stand_in("hangs", {hangs!r}, 60)), alone(stand_in("after", GOOD))]
+sys.exit(gpu.main(["--output", {str(tmp_path / "out")!r}]))
+"""
+    command = [sys.executable, "-c", program]
+    runner = subprocess.Popen(command, env=os.environ | HERE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    runner.stdout.close()
+    try:
+        stage = written(tmp_path / "pid")
+        runner.send_signal(signal.SIGTERM)
+        assert runner.wait(30) == 130 and not alive(stage)
+    finally:
+        runner.kill()
+        runner.wait()
+    lines = gpu_report.read(tmp_path / "out" / "gpu.jsonl")
+    assert [(line["stage"], line["status"]) for line in lines] == [("probe", "passed"), ("first", "passed"), ("end", "stopped")]
+    assert "Stopped: Ctrl-C or SIGTERM" in (tmp_path / "out" / "gpu.md").read_text()
+
+
+def test_make_gpu_takes_the_environment_that_is_there_and_installs_nothing(tmp_path):
+    """The first that has a torch for GPUs, else the one that says what is missing."""
+    if not shutil.which("make"):
+        pytest.skip("make is not installed")
+    pythons = {name: tmp_path / name / "bin" / "python" for name in ("ours", "systems")}
+    for has, expected in (({"ours", "systems"}, "ours"), ({"systems"}, "systems"), (set(), "systems")):
+        for name, path in pythons.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f'#!/bin/sh\nif [ "$1" = -c ]; then exit {int(name not in has)}; fi\necho {name} "$@"\n')
+            path.chmod(0o755)
+        command = ["make", "-s", "gpu", f"VENV={tmp_path / 'ours'}", f"PYTHON={pythons['systems']}", "ARGS=--budget 240"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout == f"{expected} -m bench.gpu --budget 240\n", done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -526,6 +574,20 @@ def test_a_case_for_another_backend_than_the_one_in_use_is_not_run(monkeypatch, 
     monkeypatch.setattr(gpu_stages.backends, "why_not", lambda *_: "no library")
     assert gpu_stages.main(["smoke-mask", "--backend", "triton"]) == 4
     assert "triton was to be measured and cannot be: no library" in capsys.readouterr().out
+
+
+def test_the_drivers_structures_are_as_in_cuda_h():
+    launch, attribute = gpu_clusters.Launch, gpu_clusters.Attribute
+    fields = (launch.shared, launch.stream, launch.attributes, launch.count)
+    assert (ctypes.sizeof(launch), *(field.offset for field in fields)) == (56, 24, 32, 40, 48)
+    assert (ctypes.sizeof(attribute), attribute.cluster.offset) == (72, 8)
+
+
+def test_the_empty_kernel_is_one(tmp_path):
+    if not shutil.which("ptxas"):
+        pytest.skip("ptxas, which comes with the CUDA toolkit, is not installed")
+    (tmp_path / "nothing.ptx").write_bytes(gpu_clusters.PTX.rstrip(b"\0"))
+    subprocess.run(["ptxas", "-arch=sm_90", "nothing.ptx", "-o", "nothing.cubin"], cwd=tmp_path, check=True)
 
 
 # ---- The timer
