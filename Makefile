@@ -10,7 +10,7 @@ help:
 	@echo "make demo    fine-tune a text classifier, selective AdamW beside plain AdamW"
 	@echo "make test    run the tests; with ARGS=--long those that take minutes too, as CI does"
 	@echo "make bench   time the operators beside their peers"
-	@echo "make gpu     everything that needs a GPU: tests, benchmarks, results in build/gpu; fails where there is none"
+	@echo "make gpu     everything that needs a GPU: tests, benchmarks, results in build/gpu; fails where there is none (docs/gpu.md)"
 	@echo "make check   lint and types; make format puts the layout right"
 	@echo "make wheel   a wheel in dist/"
 	@echo "make sanitize  the C++ tests under the address, undefined-behaviour and thread sanitizers"
@@ -39,8 +39,11 @@ format: $(VENV)/.ready
 	$(RUN) -m ruff format .
 	$(VENV)/bin/clang-format -i $(SOURCES)
 
-gpu: build
-	$(RUN) -m bench.gpu $(ARGS)
+# The environment that is there and has a torch for GPUs, ours first; nothing is installed. Without one, the program says what is missing.
+FOR_GPUS = -c 'import sys, torch; sys.exit(not (torch.version.cuda or torch.version.hip))'
+gpu:
+	@for python in $(RUN) $(PYTHON); do $$python $(FOR_GPUS) 2> /dev/null && exec $$python -m bench.gpu $(ARGS); done; \
+	exec $(PYTHON) -m bench.gpu $(ARGS)
 
 # Ninja looks at the sources each time: a fraction of a second where nothing changed.
 build: $(VENV)/.ready

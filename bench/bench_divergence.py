@@ -1,5 +1,6 @@
 """The UEGR loss and the pairwise divergence, forward and backward, from logits and from hidden states."""
 
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -95,12 +96,25 @@ def step_of(loss: Callable[..., Tensor], leaves: list[Tensor], *others: Tensor) 
     return run
 
 
+def parts_of(loss: Callable[..., Tensor], leaves: list[Tensor], *others: Tensor) -> dict[str, Step]:
+    """The forward with what it keeps for a backward, and the backward alone, into fresh gradients."""
+    kept: list[Tensor] = []
+
+    def forward() -> None:
+        kept[:] = [loss(*leaves, *others)]
+
+    def backward() -> None:
+        torch.autograd.grad(kept[0], leaves, retain_graph=True)
+
+    return {"forward": forward, "backward": backward}
+
+
 def compiled(function: Callable) -> Callable:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def numbers(shape: tuple[int, ...], device: str, dtype: torch.dtype, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device).to(dtype)
 
 
 def label(n: int, c: int, device: str) -> Tensor:
@@ -111,8 +125,12 @@ def inputs(m: int, n: int, c: int, device: str, dtype: torch.dtype) -> list[Tens
     return [numbers((n, c), device, dtype, 0), numbers((m, n, c), device, dtype, 1)]
 
 
-def logits_case(m: int, c: int, n: int, device: str, dtype: torch.dtype = torch.float32, in_place: bool = False) -> Case:
+def logits_case(
+    m: int, c: int, n: int, device: str, dtype: torch.dtype = torch.float32, in_place: bool = False, backend: str = "auto"
+) -> Case:
+    """On a GPU, forward and backward are timed apart too. backend: of ours."""
     must_move = 2 * (m + 1) * n * c * dtype.itemsize
+    mine = functools.partial(ours, backend=backend)
 
     def contestants() -> list[Contestant]:
         leaves, labels = inputs(m, n, c, device, dtype), label(n, c, device)
@@ -120,13 +138,16 @@ def logits_case(m: int, c: int, n: int, device: str, dtype: torch.dtype = torch.
 
         def over_the_logits() -> None:
             handed = [_Handed.apply(handle, leaf) for leaf in leaves]
-            ours(*handed, labels, inplace_backward=True).backward()
+            mine(*handed, labels, inplace_backward=True).backward()
 
         def copies() -> list[Tensor]:
             return [leaf.clone().requires_grad_() for leaf in leaves]
 
-        first = Contestant("uegr_kernels", over_the_logits if in_place else step_of(ours, copies(), labels), must_move)
-        eager = Contestant("eager", step_of(plain, copies(), labels), must_move, rounds=3)
+        def apart(loss: Callable[..., Tensor]) -> dict[str, Step]:
+            return parts_of(loss, copies(), labels) if device == "cuda" and not in_place else {}
+
+        first = Contestant("uegr_kernels", over_the_logits if in_place else step_of(mine, copies(), labels), must_move, parts=apart(mine))
+        eager = Contestant("eager", step_of(plain, copies(), labels), must_move, rounds=3, parts=apart(plain))
         if m > 2 and c != 32_000:
             fast = Contestant("torch.compile", None, missing="compiled for m = 2 and for 32,000 classes: each shape takes long")
         else:
@@ -135,12 +156,12 @@ def logits_case(m: int, c: int, n: int, device: str, dtype: torch.dtype = torch.
 
     def verify() -> str | None:
         rows = min(n, 8)
-        return disagreement(ours, plain, inputs(m, rows, c, device, dtype), label(rows, c, device))
+        return disagreement(mine, plain, inputs(m, rows, c, device, dtype), label(rows, c, device))
 
     ending = ", bfloat16" * (dtype == BRAIN) + ", in place" * in_place
     sizes = {"m": m, "N": n, "C": c, "inplace_backward": in_place}
     name = f"UEGR loss, m = {m}, N = {n}, C = {c:,}{ending}"
-    return _case(name, sizes, 7 * (m + 1) * n * c * max(4, dtype.itemsize), verify, contestants, device, dtype)
+    return _case(name, sizes, 7 * (m + 1) * n * c * max(4, dtype.itemsize), verify, contestants, device, dtype, backend)
 
 
 def divergence_case(c: int, n: int, device: str, dtype: torch.dtype = torch.float32) -> Case:
@@ -216,9 +237,11 @@ def linear_divergence_case(c: int, n: int, h: int, device: str) -> Case:
     return _case(f"linear JS, m = 2, N = {n}, H = {h}, C = {c:,}", sizes, memory, verify, contestants, device)
 
 
-def _case(name: str, sizes: dict, memory: int, verify, contestants, device: str, dtype: torch.dtype = torch.float32) -> Case:
+def _case(
+    name: str, sizes: dict, memory: int, verify, contestants, device: str, dtype: torch.dtype = torch.float32, backend: str = "auto"
+) -> Case:
     facts = {**sizes, "dtype": str(dtype).removeprefix("torch.")}
-    facts["backend"] = backends.choose("auto", "divergence.uegr_loss", torch.device(device), dtype)
+    facts["backend"] = backends.choose(backend, "divergence.uegr_loss", torch.device(device), dtype)
     return Case(name, facts, memory, verify, contestants, device=device)
 
 

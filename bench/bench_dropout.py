@@ -19,7 +19,8 @@ def cases(quick: bool, device: str) -> list[Case]:
     return [case(name, shape, dtype, device) for name, shape in batches.items() for dtype in (torch.float32, torch.bfloat16)]
 
 
-def case(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Case:
+def case(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str, backend: str = "auto") -> Case:
+    """backend: of ours."""
     elements = torch.Size(shape).numel()
     must_move = 4 * dtype.itemsize * elements  # input, output and both gradients; no mask
 
@@ -37,7 +38,7 @@ def case(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> 
 
         compiled = torch.compile(torch.nn.Dropout(P), fullgraph=True, dynamic=False)
         return [
-            Contestant("uegr_kernels", step(uk.AdaptiveDropout(shape[-1], P).to(device)), must_move),
+            Contestant("uegr_kernels", step(uk.AdaptiveDropout(shape[-1], P, backend=backend).to(device)), must_move),
             Contestant("torch", step(torch.nn.Dropout(P)), must_move),
             Contestant("torch.compile", step(compiled), must_move, may_fail=True),
         ]
@@ -45,14 +46,14 @@ def case(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> 
     def verify() -> str | None:
         """Each element is either dropped or scaled, about the right share is, and the gradient goes through the same mask."""
         x = torch.ones(shape, dtype=dtype, device=device, requires_grad=True)
-        y = uk.AdaptiveDropout(shape[-1], P).to(device)(x)
+        y = uk.AdaptiveDropout(shape[-1], P, backend=backend).to(device)(x)
         y.backward(torch.ones_like(y))
         share = float((y == 0).float().mean())
         if not torch.equal(y, x.grad) or not torch.allclose(y[y != 0].float(), torch.tensor(1 / (1 - P), device=device), rtol=2**-8):
             return "the gradient and the output have other masks or scales"
         return f"a share of {share:.3f} was dropped" if abs(share - P) > 5 * (P * (1 - P) / elements) ** 0.5 else None
 
-    backend = backends.choose("auto", "dropout.adaptive_dropout", torch.device(device), dtype)
-    facts = {"shape": list(shape), "p": P, "dtype": str(dtype).removeprefix("torch."), "backend": backend}
+    chosen = backends.choose(backend, "dropout.adaptive_dropout", torch.device(device), dtype)
+    facts = {"shape": list(shape), "p": P, "dtype": str(dtype).removeprefix("torch."), "backend": chosen}
     named = f"{name}, {' x '.join(map(str, shape))}{', bfloat16' * (dtype == torch.bfloat16)}"
     return Case(named, facts, 24 * elements, verify, contestants, device=device)

@@ -28,13 +28,13 @@ def shortest(grad: Tensor) -> Tensor:
     return EPSILON * grad / torch.linalg.vector_norm(grad, dim=(1, 2), keepdim=True)
 
 
-def ours(grad: Tensor) -> Tensor:
-    return uk.fgm_perturbation(grad, EPSILON)
-
-
-def case(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Case:
+def case(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str, backend: str = "auto") -> Case:
+    """backend: of ours."""
     elements = torch.Size(shape).numel()
     must_move = 2 * dtype.itemsize * elements
+
+    def ours(grad: Tensor) -> Tensor:
+        return uk.fgm_perturbation(grad, EPSILON, backend=backend)
 
     def given() -> Tensor:
         return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
@@ -53,7 +53,7 @@ def case(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> 
         gap = float((ours(grad) - expected).abs().max() / expected.abs().max())
         return f"the perturbation by {gap:.1e} of its largest" if gap > (2**-8 if dtype == torch.bfloat16 else 1e-5) else None
 
-    backend = backends.choose("auto", "perturbation.fgm_perturbation_", torch.device(device), dtype)
-    facts = {"shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "backend": backend}
+    chosen = backends.choose(backend, "perturbation.fgm_perturbation_", torch.device(device), dtype)
+    facts = {"shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "backend": chosen}
     named = f"FGM, {name}, {' x '.join(map(str, shape))}{', bfloat16' * (dtype == torch.bfloat16)}"
     return Case(named, facts, 20 * elements, verify, contestants, device=device)

@@ -18,7 +18,7 @@ def cases(quick: bool, device: str) -> list[Case]:
 
 def on_axis(axis: str, name: str, tensors: shapes.Shapes, threads: int | None, device: str) -> Case:
     ending = "" if threads is None else f", {threads} thread{'s' * (threads > 1)}"
-    case = adamw(name + ending, tensors, "defaults (min-max)", device, fused_alone=True, threads=threads)
+    case = adamw(name + ending, tensors, "defaults (min-max)", device, kinds=("fused",), threads=threads)
     case.facts["axis"] = axis
     case.facts["threads"] = threads
     return case

@@ -59,10 +59,11 @@ def case(
     dtype: torch.dtype = torch.float32,
     *,
     sgd: bool = False,
-    fused_alone: bool = False,
+    kinds: tuple[str, ...] = (),
+    backend: str = "auto",
     threads: int | None = None,
 ) -> Case:
-    """fused_alone: of the peers, torch's fused optimizer and no other."""
+    """kinds: of the peers these of torch's and no other. backend: of ours."""
     ours, torchs = (uk.SelectiveSGD, torch.optim.SGD) if sgd else (uk.SelectiveAdamW, torch.optim.AdamW)
     line, moments = ({"momentum": 0.9}, ("momentum_buffer",)) if sgd else ({}, ("exp_avg", "exp_avg_sq"))
     sizes = [math.prod(shape) for shape in tensors]
@@ -101,11 +102,15 @@ def case(
             return Contestant(f"torch {kind}", stepping(torchs(params, LR, **line, **flags)), least, rounds, memory)
 
         few = 2 if elements > LARGE else None
-        found = [Contestant("uegr_kernels", selective("auto"), must_move), of_torch("fused", {"fused": True}, None, 0)]
-        if fused_alone:
+        found = [Contestant("uegr_kernels", selective(backend), must_move)]
+        every = {
+            "fused": ({"fused": True}, None, 0),
+            "foreach": ({"foreach": True}, few, 2 * elements * dtype.itemsize),
+            "for-loop": ({"foreach": False}, few, 3 * largest * dtype.itemsize),
+        }
+        found += [of_torch(kind, *every[kind]) for kind in kinds or every]
+        if kinds:
             return found
-        found.append(of_torch("foreach", {"foreach": True}, few, 2 * elements * dtype.itemsize))
-        found.append(of_torch("for-loop", {"foreach": False}, few, 3 * largest * dtype.itemsize))
         if sgd:
             return [*found, plain(selective)]
         libraries = {
@@ -154,10 +159,13 @@ def case(
         return Contestant(named, step, must_move, rounds=5, memory=60 * elements, may_fail=True)
 
     def verify() -> str | None:
-        return disagreement(lambda params, backend: ours(params, 1e-3, **line, **options, seed=0, backend=backend), dtype, device)
+        def optimizer(params: list[Tensor], backend: str) -> torch.optim.Optimizer:
+            return ours(params, 1e-3, **line, **options, seed=0, backend=backend)
 
-    backend = backends.choose("auto", f"selective.{ours.operator}", torch.device(device), dtype)
-    facts = {"optimizer": ours.__name__, "options": {key: str(value) for key, value in options.items()}, "backend": backend}
+        return disagreement(optimizer, dtype, device, backend)
+
+    chosen = backends.choose(backend, f"selective.{ours.operator}", torch.device(device), dtype)
+    facts = {"optimizer": ours.__name__, "options": {key: str(value) for key, value in options.items()}, "backend": chosen}
     facts |= {"tensors": len(tensors), "elements": elements, "dtype": str(dtype).removeprefix("torch.")}
     memory = elements * (2 * dtype.itemsize + sum({state_dtype.itemsize, dtype.itemsize}) * len(moments))
     return Case(name, facts, memory, verify, contestants, device=device, threads=threads)
@@ -172,14 +180,16 @@ def filled(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
     return found
 
 
-def disagreement(optimizer: Callable[[list[Tensor], str], torch.optim.Optimizer], dtype: torch.dtype, device: str) -> str | None:
+def disagreement(
+    optimizer: Callable[[list[Tensor], str], torch.optim.Optimizer], dtype: torch.dtype, device: str, ours: str = "auto"
+) -> str | None:
     """What differs after two steps of ours and of the reference on a few small tensors.
 
     Gradients are rounded to bfloat16, so that a rank by histogram is exact. One element in a thousand may differ: the draw of a u next to
     p, or a stochastic rounding, turns on the last bit; in bfloat16 so may a last bit.
     """
     states = []
-    for backend in ("auto", "reference"):
+    for backend in (ours, "reference"):
         generator = torch.Generator().manual_seed(1)
         params = [torch.randn(shape, generator=generator).to(device, dtype) for shape in ((257, 129), (4096,), (3, 5, 7), (1,), ())]
         stepper = optimizer(params, backend)

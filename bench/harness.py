@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -25,6 +25,7 @@ from . import machine
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHORTEST = 0.01  # seconds a sample takes at least: shorter steps are repeated within one
+FEWEST = 3  # rounds, however late it is
 SHARE = 0.8  # of the free memory that a case may take
 PEERS = ("triton", "liger_kernel", "bitsandbytes", "deepspeed")  # packages whose versions are kept, where they are installed
 
@@ -40,6 +41,7 @@ class Contestant:
     memory: int = 0  # bytes that it takes beside the case's
     may_fail: bool = False  # other people's code that need not run here: an error of its first step is the reason why it is missing
     missing: str = ""
+    parts: dict[str, machine.Step] = field(default_factory=dict)  # of the step, timed apart
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,20 @@ def spread(values: list[float]) -> dict:
     return {name: float(f"{value:.6g}") for name, value in (("median", middle), ("q1", low), ("q3", high))}
 
 
-def measure(case: Case, rounds: int, copy: machine.Copy, tick: Callable[[], None], without: str | None = None) -> dict:
-    """The case's result. A B A C A B A C ...: ours beside each peer in every round, the ratio taken from neighbours."""
+def measure(
+    case: Case,
+    rounds: int,
+    copy: machine.Copy,
+    tick: Callable[[], None],
+    without: str | None = None,
+    *,
+    until: float = math.inf,
+    profiled: bool = True,
+) -> dict:
+    """The case's result. A B A C A B A C ...: ours beside each peer in every round, the ratio taken from neighbours.
+
+    until: by time.monotonic(), no round begins after it, but for the first three. profiled: launches are counted.
+    """
     line: dict = {"case": case.name, **case.facts, "rounds": rounds}
     gc.collect()
     if "torch._dynamo" in sys.modules:
@@ -72,10 +86,14 @@ def measure(case: Case, rounds: int, copy: machine.Copy, tick: Callable[[], None
     if case.memory > room:
         return line | {"skipped": f"needs {case.memory / 1e9:.1f} GB, more than {SHARE:.0%} of what is free"}
     with machine.threads(case.threads):
-        if wrong := case.verify():
+        with machine.poisoned_memory():
+            wrong = case.verify()
+        if wrong:
             return line | {"error": f"ours and the reference disagree: {wrong}"}
         everyone = [_allowed(one, room - case.memory, without) for one in case.contestants()]
-        return line | _alternate(everyone, rounds, copy, tick) | ({"breakdown": case.breakdown()} if case.breakdown else {})
+        return (
+            line | _alternate(everyone, rounds, copy, tick, until, profiled) | ({"breakdown": case.breakdown()} if case.breakdown else {})
+        )
 
 
 def _allowed(one: Contestant, room: float, without: str | None) -> Contestant:
@@ -86,7 +104,7 @@ def _allowed(one: Contestant, room: float, without: str | None) -> Contestant:
     return one
 
 
-def _alternate(everyone: list[Contestant], rounds: int, copy: machine.Copy, tick: Callable[[], None]) -> dict:
+def _alternate(everyone: list[Contestant], rounds: int, copy: machine.Copy, tick: Callable[[], None], until: float, profiled: bool) -> dict:
     """What is found of the contestants, and how quiet the machine was meanwhile."""
     line: dict = {"load_before": os.getloadavg()}
     started, others, gigabytes = time.perf_counter(), machine.others_seconds(), copy()
@@ -94,7 +112,7 @@ def _alternate(everyone: list[Contestant], rounds: int, copy: machine.Copy, tick
     for i, one in enumerate(everyone):
         try:
             if one.step:
-                results[one.name], repeats[one.name] = _warmed_up(one, copy.device)
+                results[one.name], repeats[one.name] = _warmed_up(one, copy.device, profiled)
         except Exception as error:
             if not one.may_fail:
                 raise
@@ -107,12 +125,15 @@ def _alternate(everyone: list[Contestant], rounds: int, copy: machine.Copy, tick
     gc.disable()
     try:
         for turn in range(rounds):
+            if turn >= FEWEST and time.monotonic() > until:
+                break
             for peer in [peer for peer in peers if turn < (peer.rounds or rounds)] or [None]:
                 for one in filter(None, (ours, peer)):
                     times[one.name].append(machine.sample(one.step, repeats[one.name], copy.device))
                 if peer:
                     ratios[peer.name].append(times[ours.name][-1] / times[peer.name][-1])
             tick()
+        parts = {one.name: {name: _several(step, copy.device) for name, step in one.parts.items()} for one in (ours, *peers) if one.parts}
     finally:
         gc.enable()
     line["copy_gb_s"] = spread(gigabytes + copy())
@@ -127,14 +148,25 @@ def _alternate(everyone: list[Contestant], rounds: int, copy: machine.Copy, tick
         result = {"name": one.name, "seconds": spread(times[one.name]), "samples": len(times[one.name]), "repeats": repeats[one.name]}
         result |= {"ours_over_this": spread(ratios[one.name])} if one.name in ratios else {}
         result |= {"bytes": one.bytes, "gb_s": round(rate, 3), "copy_share": round(rate / line["copy_gb_s"]["median"], 4)}
+        result |= {"parts": parts[one.name]} if one.name in parts else {}
         line["contestants"].append(result | results[one.name])
     return line
 
 
-def _warmed_up(one: Contestant, device: str) -> tuple[dict, int]:
+def _several(step: machine.Step, device: str) -> dict:
+    """After a first one."""
+    step()
+    return spread([machine.sample(step, 1, device) for _ in range(5)])
+
+
+def _warmed_up(one: Contestant, device: str, profiled: bool) -> tuple[dict, int]:
     """A first step, then what a step takes and starts, and how many make a sample."""
     one.step()
-    found = {"peak_extra_bytes": machine.peak_extra(one.step, device), "launches": machine.launches(one.step, device)}
+    found: dict = {"peak_extra_bytes": machine.peak_extra(one.step, device)}
+    found["launches"] = machine.launches(one.step, device) if profiled else None
+    if device == "cuda":
+        found["host_seconds"] = min(machine.host_seconds(one.step) for _ in range(3))
+        return found, 1
     return found, 1 if one.rounds else math.ceil(SHORTEST / machine.sample(one.step, 1, device))
 
 

@@ -2,17 +2,21 @@
 
 import contextlib
 import ctypes
+import functools
 import math
 import os
 import pathlib
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 BUSY = 0.5  # load average above which a machine does not count as quiet
+CLOCK = 2e9  # cycles a second that no GPU's clock exceeds by much
+SHORTEST_PAUSE, LONGEST_PAUSE = 1e-3, 0.5  # seconds
 Step = Callable[[], object]
 
 
@@ -26,19 +30,58 @@ def no_gpu() -> str | None:
 
 
 def sample(step: Step, repeats: int, device: str = "cpu") -> float:
-    """Seconds one step takes, over `repeats` of them in a row; on a GPU between two events in its queue."""
+    """Seconds one step takes, over `repeats` of them: in a row, on a GPU one by one."""
     if device == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(repeats):
-            step()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000 / repeats
+        return sum(on_gpu(step) for _ in range(repeats)) / repeats
     started = time.perf_counter()
     for _ in range(repeats):
         step()
     return (time.perf_counter() - started) / repeats
+
+
+def on_gpu(step: Step) -> float:
+    """Seconds a step takes between two events in the GPU's queue, with none of its data in the second-level cache.
+
+    It is queued behind a pause ten times as long as the host takes to queue it, so that no kernel waits for the host.
+    """
+    host = host_seconds(step)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(int(CLOCK * min(max(10 * host, SHORTEST_PAUSE), LONGEST_PAUSE)))
+    emptied_cache(device="cuda").sum()
+    start.record()
+    step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def host_seconds(step: Step) -> float:
+    """Seconds until a step is in the GPU's queue, which is empty before."""
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    step()
+    seconds = time.perf_counter() - started
+    torch.cuda.synchronize()
+    return seconds
+
+
+@functools.cache
+def emptied_cache(device: str) -> torch.Tensor:
+    """What is read to drive everything else out of a GPU's second-level cache; nothing of it has to be written back."""
+    return torch.zeros(2**26, device=device)
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN inside, so that a result which nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # what torch fills fresh memory under
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 class Copy:

@@ -1,0 +1,321 @@
+"""Runs stages, each a process group with a limit of its own, and keeps what each found before the next one begins. Imports no torch."""
+
+import contextlib
+import ctypes
+import io
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+ROOT = pathlib.Path(__file__).parent.parent
+# Of a stage's environment: the file it answers in, what marks its processes, and when it is killed, by time.monotonic().
+ANSWER, MARK, END = "UEGR_GPU_ANSWER", "UEGR_GPU_STAGE", "UEGR_GPU_END"
+FILES = 6  # in the folder of results at most
+LOG = 200_000  # bytes kept of a stage's log
+GRACE = 1.0  # seconds between SIGTERM and SIGKILL, within the limit
+FAILED, WRONG_BACKEND, TOO_FEW_TESTS = 1, 4, 5  # exit statuses
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command that is killed after `limit` seconds.
+
+    It answers in JSON, a line at a time, by `answer`; what it says under one key twice counts as said last.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    limit: float
+    environment: dict[str, str] = field(default_factory=dict)
+    backend: str | None = None  # that it measures
+    least_tests: int | None = None  # that it runs at least, where it runs tests
+    program: str | None = None  # that it needs
+    silent: bool = False  # other people's program, which does not answer
+
+
+@dataclass(frozen=True)
+class Wave:
+    """Stages that run at the same time, `at_once` of them at most, and end within `limit` seconds in all."""
+
+    stages: tuple[Stage, ...]
+    limit: float
+    at_once: int = 1
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Why a run ends before its last stage."""
+
+    status: int
+    reason: str
+
+
+def alone(stage: Stage) -> Wave:
+    return Wave((stage,), stage.limit)
+
+
+def answer(said: dict) -> None:
+    """A stage's answer: to the runner, or on the terminal where the stage was started by hand."""
+    text = json.dumps(said)
+    if path := os.environ.get(ANSWER):
+        with open(path, "a") as file:
+            file.write(text + "\n")
+    else:
+        print(text, flush=True)
+
+
+class Output:
+    """A folder of results: gpu.jsonl, a line a stage, and logs.tar.gz; gpu.md and gpu.png are the report's.
+
+    What an earlier run left in gpu.jsonl and logs.tar.gz stays there. ValueError: the folder holds too much else.
+    """
+
+    OURS = ("gpu.jsonl", "gpu.md", "gpu.png", "logs.tar.gz")
+
+    def __init__(self, folder: pathlib.Path):
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"--output {folder} is a file; name a folder")
+        others = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir()) if folder.exists() else []
+        others = [name for name in others if name not in self.OURS]
+        if len(others) > FILES - len(self.OURS) or any(name.endswith("/") for name in others):
+            raise ValueError(
+                f"--output {folder} would hold more than {FILES} files, or folders: there is {', '.join(others[:9])}; name a new folder"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.run, self.lines, self.logs = folder, time.strftime("%Y%m%d-%H%M%S", time.gmtime()), [], {}
+        with contextlib.suppress(FileNotFoundError, tarfile.ReadError), tarfile.open(folder / "logs.tar.gz") as archive:
+            self.logs = {member.name: archive.extractfile(member).read() for member in archive if member.isfile()}
+
+    def keep(self, line: dict, log: bytes = b"") -> None:
+        """On the disk when this returns."""
+        line = {"run": self.run} | line
+        self.lines.append(line)
+        with (self.folder / "gpu.jsonl").open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                cut = file.read() != b"\n"  # an earlier run was killed while it wrote
+                file.write(b"\n" * cut)
+            file.write(json.dumps(line).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if log:
+            self.logs[f"{self.run}-{line['stage']}.txt"] = shortened(log)
+            packed = io.BytesIO()
+            with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+                for name, text in self.logs.items():
+                    member = tarfile.TarInfo(name)
+                    member.size, member.mtime = len(text), int(time.time())
+                    archive.addfile(member, io.BytesIO(text))
+            self.write("logs.tar.gz", packed.getvalue())
+
+    def write(self, name: str, content: bytes) -> None:
+        """A file is replaced whole, or not at all."""
+        aside = self.folder / ".aside"
+        aside.write_bytes(content)
+        os.replace(aside, self.folder / name)
+
+
+def shortened(log: bytes) -> bytes:
+    half = LOG // 2
+    return log if len(log) <= LOG else log[:half] + b"\n[...]\n" + log[-half:]
+
+
+def run(
+    waves: list[Wave], output: Output, until: float, judge: Callable[[Stage, dict], Stop | None], show: Callable[[dict], None]
+) -> Stop | None:
+    """Runs the waves in their order; a line a stage goes to `output` and to `show`. `until`: by time.monotonic().
+
+    Where less time is left than a wave may take, it and all after it fall. `judge` looks at each line, and may stop the run.
+    """
+    reason: str | None = None
+    stop: Stop | None = None
+
+    def said(line: dict, log: bytes = b"") -> None:
+        output.keep(line, log)
+        show(line)
+
+    for wave in waves:
+        left = until - time.monotonic()
+        if reason is None and wave.limit > left:
+            reason = f"{max(0, left):.0f} s were left, and it may take {wave.limit:.0f}"
+        waiting = list(wave.stages)
+        if reason is None:
+            with contextlib.closing(run_wave(wave)) as ended:
+                for stage, line, log in ended:
+                    waiting.remove(stage)
+                    said(line, log)
+                    if stop := judge(stage, line):
+                        reason = f"stopped: {stop.reason}"
+                        break
+        for stage in waiting:
+            said({"stage": stage.name, "status": "left out", "message": reason})
+        if waiting and not stop:
+            reason = "an earlier stage had fallen for lack of time"
+    return stop
+
+
+def run_wave(wave: Wave) -> Iterator[tuple[Stage, dict, bytes]]:
+    """Yields each stage as it ends, with its line and its log. No process of a stage outlives it, nor the generator."""
+    end = time.monotonic() + wave.limit
+    waiting, running = list(wave.stages), []
+    with tempfile.TemporaryDirectory(prefix="uegr-gpu-") as folder:
+        try:
+            while waiting or running:
+                while waiting and len(running) < wave.at_once:
+                    stage = waiting.pop(0)
+                    if why_not := not_started(stage, end):
+                        yield stage, {"stage": stage.name, "status": "left out", "message": why_not}, b""
+                    else:
+                        running.append(Running(stage, pathlib.Path(folder), end))
+                for each in [each for each in running if each.over()]:
+                    running.remove(each)
+                    yield each.stage, each.line(), each.log.read_bytes()
+                time.sleep(0.02)
+        finally:
+            for each in running:
+                each.kill()
+
+
+def not_started(stage: Stage, end: float) -> str | None:
+    if stage.program and not shutil.which(stage.program):
+        return f"{stage.program} was not found"
+    return None if time.monotonic() + 2 * GRACE < end else "the stages beside it took all the time they had together"
+
+
+class Running:
+    """A stage at work."""
+
+    def __init__(self, stage: Stage, folder: pathlib.Path, end: float):
+        self.stage, self.log, self.answers = stage, folder / f"{stage.name}.txt", folder / f"{stage.name}.jsonl"
+        self.mark, self.asked, self.killed = uuid.uuid4().hex, False, False
+        self.started = time.monotonic()
+        self.end = min(end, self.started + stage.limit)
+        given = {"PYTHONUNBUFFERED": "1", ANSWER: str(self.answers), MARK: self.mark, END: str(self.end)}
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                stage.command,
+                cwd=ROOT,
+                env=os.environ | given | stage.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=die_with_the_runner,
+            )
+
+    def over(self) -> bool:
+        """Whether it has ended, by itself or by its limit; asks it to end, then makes it."""
+        now = time.monotonic()
+        if os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):  # it keeps its number until it is waited for
+            return True
+        if now >= self.end:
+            self.killed = True
+            return True
+        if now >= self.end - min(GRACE, self.stage.limit / 2) and not self.asked:
+            self.asked = True
+            os.killpg(self.process.pid, signal.SIGTERM)
+        return False
+
+    def kill(self) -> int:
+        """Ends all that is left of it, in its group or out of it; returns how many processes beside its first one that were."""
+        behind = marked(f"{MARK}={self.mark}".encode()) - {self.process.pid}
+        for _ in range(100):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            left = marked(f"{MARK}={self.mark}".encode())
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+            if not left:
+                break
+            time.sleep(0.01)
+        self.process.wait()
+        return len(behind)
+
+    def line(self) -> dict:
+        behind = self.kill()
+        seconds, code = time.monotonic() - self.started, self.process.returncode
+        result, cut = answers(self.answers)
+        line: dict = {"stage": self.stage.name, "status": "passed", "seconds": round(seconds, 2), "limit": self.stage.limit, "exit": code}
+        if self.killed or self.asked:
+            line |= {"status": "killed", "message": f"killed at its limit, after {seconds:.0f} s"}
+        elif code < 0:
+            line |= {"status": "crashed", "message": f"died by {signal.Signals(-code).name}: {self.last_words()}"}
+        elif code:
+            line |= {"status": "failed", "message": self.last_words()}
+        elif cut or not (result or self.stage.silent):
+            line |= {"status": "failed", "message": "its last line of answer is cut off" if cut else "it ended without an answer"}
+        if behind:
+            line["left_behind"] = behind
+        return line | ({"result": result} if result else {})
+
+    def last_words(self) -> str:
+        lines = self.log.read_bytes()[-4000:].decode(errors="replace").split("\n")
+        return next((text.strip()[:300] for text in reversed(lines) if text.strip()), "it said nothing")
+
+
+def answers(path: pathlib.Path) -> tuple[dict, bool]:
+    """What the whole lines of a file say, and whether one of them could not be read."""
+    result, cut = {}, False
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            result |= json.loads(text)
+        except (ValueError, TypeError):
+            cut = True
+    return result, cut
+
+
+def marked(mark: bytes) -> set[int]:
+    """The living processes with a mark in their environment, whatever group or session they are in (Linux; elsewhere none is seen)."""
+    found = set()
+    for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if mark in path.read_bytes().split(b"\0"):
+                found.add(int(path.parent.name))
+    return found
+
+
+def die_with_the_runner() -> None:
+    """In a new process, before its program: the kernel kills it when the runner dies, however that happens (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def asked_to_stop() -> Iterator[None]:
+    """SIGTERM is a KeyboardInterrupt inside: stages are killed and what is known is written."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def too_few(stage: Stage, line: dict) -> Stop | None:
+    """Where a stage's tests came to their end, and some of those expected did not run, or fewer were there than there must be.
+
+    One that was killed or crashed has not come to its end: its line says how far it came.
+    """
+    if stage.least_tests is None or line["status"] not in ("passed", "failed"):
+        return None
+    result = line.get("result", {})
+    expected, finished = result.get("expected", 0), result.get("passed", 0) + len(result.get("failed", ())) + result.get("excused", 0)
+    ran = result.get("collected", finished)
+    reasons = "".join(f"; skipped: {reason}" for reason in result.get("skipped", ())[:3])
+    if expected < stage.least_tests:
+        return Stop(TOO_FEW_TESTS, f"{stage.name}: {expected} tests were found, at least {stage.least_tests} are expected{reasons}")
+    return Stop(TOO_FEW_TESTS, f"{stage.name}: {ran} of {expected} tests ran{reasons}") if ran < expected else None
