@@ -239,6 +239,12 @@ def pairs_divergence(divergences, M: tl.constexpr):
 
 
 @triton.jit
+def smoothed(t, smoothing, C):
+    """A label's probability of a class, smoothed."""
+    return t * (1 - smoothing) + smoothing / C
+
+
+@triton.jit
 def label_term(t, y):
     """t * (x - max) of a class; one with t = 0 adds nothing, not even where x = -inf."""
     return tl.where(t == 0, 0.0, t * y)
@@ -392,28 +398,46 @@ def normalizer(row, stride, C, c):
 
 
 @triton.jit
-def targets(i, inside, label, soft, soft_stride, smoothing, C, FULL: tl.constexpr, AGAIN: tl.constexpr, c):
-    """The probabilities t that the labels stand for, 0 past the end."""
-    if c.KIND == "indices":
-        t = tl.where(i == label, 1.0, 0.0).to(c.DTYPE)
-    else:
-        t = read(soft, i, inside, soft_stride, 0.0, FULL, AGAIN, c)
+def targets(i, inside, soft, soft_stride, smoothing, C, FULL: tl.constexpr, AGAIN: tl.constexpr, c):
+    """The probabilities t that soft labels stand for, 0 past the end."""
+    t = read(soft, i, inside, soft_stride, 0.0, FULL, AGAIN, c)
     if c.SMOOTH:
-        t = t * (1 - smoothing) + smoothing / C
+        t = smoothed(t, smoothing, C)
         if not FULL:
             t = tl.where(inside, t, 0.0)
     return t
 
 
 @triton.jit
+def less_targets(g, of_t, i, label, smoothing, C, c):
+    """g - of_t * t for class indices. A block of t would come from no memory: compilers compute such a one whole in every thread."""
+    if c.SMOOTH:
+        return tl.where(i == label, g - of_t * smoothed(1.0, smoothing, C), g - of_t * smoothed(0.0, smoothing, C))
+    else:
+        return tl.where(i == label, g - of_t, g)
+
+
+@triton.jit
+def label_terms(t, y, inside, FULL: tl.constexpr):
+    """Sums over runs of t * y, y = x - max; of y alone without t, where all classes but the label's weigh the same."""
+    if t is not None:
+        return over_runs(label_term(t, y))
+    elif FULL:
+        return over_runs(y)
+    else:
+        return over_runs(tl.where(inside, y, 0.0))
+
+
+@triton.jit
 def add_block(at, FULL: tl.constexpr, sums, samples, passes, c):
-    """Adds a block to the sums: of the labels t; by pass of t * (x - max); by pass of e * log ratios, e = exp(x - max)."""
-    _, label, soft, soft_stride, smoothing, C = samples
+    """Adds a block to the sums: of soft labels t; by pass of `label_terms`; by pass of e * log ratios, e = exp(x - max)."""
+    _, _, soft, soft_stride, smoothing, C = samples
     tops, bases, rests, _, _, _ = passes
     masses, of_labels, of_pairs = sums
     i, inside = columns(at, C, c)
-    if c.SUMS:
-        t = targets(i, inside, label, soft, soft_stride, smoothing, C, FULL, True, c)
+    t = None
+    if c.KIND == "soft":
+        t = targets(i, inside, soft, soft_stride, smoothing, C, FULL, True, c)
         masses += over_runs(t)
     if c.FEW:
         z = ()
@@ -421,7 +445,7 @@ def add_block(at, FULL: tl.constexpr, sums, samples, passes, c):
             if c.SUMS or k >= c.FIRST:
                 x = read_pass(k, i, inside, FULL, True, samples, c)
                 if c.SUMS:
-                    of_labels = added(of_labels, k, over_runs(label_term(t, x - tops[k])))
+                    of_labels = added(of_labels, k, label_terms(t, x - tops[k], inside, FULL))
                 if k >= c.FIRST:
                     z = z + (shifted(x, bases[k], rests[k]),)
         if c.P - c.FIRST > 1:
@@ -432,7 +456,7 @@ def add_block(at, FULL: tl.constexpr, sums, samples, passes, c):
         for k in range(c.P):
             x = read_pass(k, i, inside, FULL, True, samples, c)
             if c.SUMS:
-                of_labels = plus(of_labels, k, over_runs(label_term(t, x - pick(tops, k))))
+                of_labels = plus(of_labels, k, label_terms(t, x - pick(tops, k), inside, FULL))
             z = shifted(x, pick(bases, k), pick(rests, k))
             w = log_ratios_of(k, z, at, FULL, samples, passes, c)
             of_pairs = plus(of_pairs, k, over_runs(exponential(z - pick(rests, k)) * w))
@@ -446,8 +470,8 @@ def write_block(at, FULL: tl.constexpr, factors, into, there, keep, samples, pas
     _, bases, rests, _, _, _ = passes
     of_e, of_w, of_t = factors
     i, inside = columns(at, C, c)
-    if c.KIND != "none":
-        t = targets(i, inside, label, soft, soft_stride, smoothing, C, FULL, False, c)
+    if c.KIND == "soft":
+        t = targets(i, inside, soft, soft_stride, smoothing, C, FULL, False, c)
     z, w = (), ()
     if c.FEW:
         for k in tl.static_range(c.P):
@@ -470,7 +494,9 @@ def write_block(at, FULL: tl.constexpr, factors, into, there, keep, samples, pas
             if k >= c.FIRST and c.P - c.FIRST > 1:
                 g = w[k - c.FIRST] * of_w[k] + g
             g = exponential(x - rests[k]) * g
-            if c.KIND != "none":
+            if c.KIND == "indices":
+                g = less_targets(g, of_t[k], i, label, smoothing, C, c)
+            elif c.KIND == "soft":
                 g -= t * of_t[k]
             if c.KIND == "indices" and c.R > 1:
                 g = tl.where(keep, g, 0.0)
@@ -492,7 +518,7 @@ def clear(into, there, C, c):
 @triton.jit
 def classify(samples, into, there, keep, unit, js_weight, c):
     """The losses of some samples, their parts [R, 1, 1], and what `unit` times them has for gradients."""
-    rows, label, _, _, _, C = samples
+    rows, label, _, _, smoothing, C = samples
     BLOCK: tl.constexpr = c.W * c.V
     end = C // BLOCK * BLOCK
     tops, likeliest, totals, bases, rests, gaps = (), (), (), (), (), ()
@@ -538,16 +564,18 @@ def classify(samples, into, there, keep, unit, js_weight, c):
 
     clean = tl.zeros([c.R, 1, 1], c.DTYPE)
     adversarial, divergences = clean, clean
-    mass = over_row(masses) if c.SUMS else tl.full([c.R, 1, 1], 1.0, c.DTYPE)
+    mass = over_row(masses) if c.KIND == "soft" else tl.full([c.R, 1, 1], 1.0, c.DTYPE)
     of_e, of_w, of_t = (), (), ()
     for k in tl.static_range(c.P):
         factor = tl.zeros([c.R, 1, 1], c.DTYPE)
         if c.KIND != "none":
-            if c.SUMS:
+            if c.KIND == "soft":
                 of_label = over_row(of_labels[k])
             else:
                 begin, stride = place(rows, k, c)
                 of_label = tl.load(begin + label.to(tl.int64) * stride, mask=label >= 0, other=0.0).to(c.DTYPE) - tops[k]
+                if c.SMOOTH:
+                    of_label = label_term(1 - smoothing, of_label) + smoothing / C * over_row(of_labels[k])
             cross_entropy = mass * tl.log2(totals[k]) * LN2 - of_label
             share = unit
             if k == 0:
@@ -641,18 +669,19 @@ def regress(samples, into, there, unit, js_weight, c):
 
 @triton.jit
 def counted(labels, label_stride, count, ignore_index, N, c):
-    """What sums are divided by: the samples that are not ignored, or 1."""
-    if not c.MEAN:
-        return tl.full([1, 1, 1], 1, c.DTYPE)
-    if c.KIND != "indices":
-        return (tl.zeros([1, 1, 1], tl.int64) + N).to(c.DTYPE)
-    if count is not None:
-        return (tl.zeros([1, 1, 1], tl.int64) + tl.load(count)).to(c.DTYPE)
-    found = tl.zeros([1, 1, AT_ONCE], tl.int32)
-    for at in range(0, N, AT_ONCE):
-        n = at + tl.arange(0, AT_ONCE)[None, None, :]
-        found += tl.load(labels + n.to(tl.int64) * label_stride, mask=n < N, other=ignore_index) != ignore_index
-    return tl.sum(found, 2, keep_dims=True).to(c.DTYPE)
+    """What sums are divided by: the samples that are not ignored, or 1. A number: what a block of it meets would get its layout."""
+    if not c.MEAN:  # a branch each, as what stands after a return is compiled too
+        return tl.full((), 1, c.DTYPE)
+    elif c.KIND != "indices":
+        return N.to(c.DTYPE)
+    elif count is not None:
+        return tl.load(count).to(c.DTYPE)
+    else:
+        found = tl.zeros([AT_ONCE], tl.int32)
+        for at in range(0, N, AT_ONCE):
+            n = at + tl.arange(0, AT_ONCE)
+            found += tl.load(labels + n.to(tl.int64) * label_stride, mask=n < N, other=ignore_index) != ignore_index
+        return tl.sum(found, 0).to(c.DTYPE)
 
 
 @triton.jit
