@@ -292,8 +292,9 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 
 def write(weights: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Gives weights new values; autocast, which keeps casts of weights until its region ends, makes them anew."""
-    for weight, value in zip(weights, values, strict=True):
-        weight.detach().copy_(value)
+    with torch.no_grad():
+        for weight, value in zip(weights, values, strict=True):
+            weight.copy_(value)
     torch.clear_autocast_cache()
 
 
