@@ -136,7 +136,7 @@ class FreeAT(PassRecipe):
             if self.delta is None or self.delta.shape[1:] != x.shape[1:]:
                 self.delta = None
                 return fresh(x)
-            return torch.cat([self.delta[:rows].to(x), fresh(x[len(self.delta) :])])  # a batch may be shorter or longer than the last
+            return torch.cat([self.delta[:rows].to(x), fresh(x)[len(self.delta) :]])  # a batch may be shorter or longer than the last
 
         return start
 
