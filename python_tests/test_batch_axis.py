@@ -223,7 +223,6 @@ def test_wrong_values(value, error):
 
 
 def test_a_mask_that_does_not_fit_the_words():
-    model = reader("turned")
     inputs, labels = batch(4, 6, True, "turned")
 
     class Ignoring(Reader):

@@ -323,7 +323,7 @@ class Runner:
             )
         logits = _logits(output)
         _check_logits(logits, batch, repeats)
-        if batch.axis is None and walk.watched:
+        if batch.axis is None and walk.watched and self.perturbs:
             self.settle(batch, walk.seen, walk.given)
         return logits
 

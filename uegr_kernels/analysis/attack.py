@@ -133,6 +133,9 @@ def _seen(runner: Runner, batch: Batch, delta: Tensor | None) -> tuple[Tensor, P
     """Logits, and a pass that knows the gradient at the embedding; a sum over samples, so that none depends on its batch."""
     with runner.filled(Pass(batch, delta, watched=True)) as walk:
         logits = runner.call(batch.inputs, walk)
+        wrong = batch.labels[((batch.labels < 0) | (batch.labels >= logits.shape[1])) & (batch.labels != IGNORED)]
+        if len(wrong):
+            raise ValueError(f"labels hold {wrong[0]}; give classes from 0 to {logits.shape[1] - 1}, or {IGNORED} for rows to leave out")
         loss = torch.nn.functional.cross_entropy(logits.float(), batch.labels.long(), ignore_index=IGNORED, reduction="sum")
         walk.keep(*torch.autograd.grad(loss, [walk.edge], allow_unused=True))
     return logits.detach(), walk

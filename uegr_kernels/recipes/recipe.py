@@ -192,9 +192,12 @@ class PassRecipe(Recipe):
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Loss and gradients by `weights` of one pass, beside .grad; an ascent pass leaves buffers alone."""
         held = buffers_held(self.model) if ascent else contextlib.nullcontext()
-        with self._runner.without_sync(), held, self._pass(delta) as walk:
+        # Asked for the embedding's gradient too, reentrant checkpointing refuses; else it gives its weights none, without a word.
+        watched = self._runner.embedding is not None
+        with self._runner.without_sync(), held, self._pass(delta, watched=watched) as walk:
             parts = self._label_loss(self._runner.call(inputs, walk), labels)
-            gradients: list[Tensor | None] = list(torch.autograd.grad(parts.loss * scale, weights, allow_unused=True))
+            reached = [*weights, walk.edge] if watched else weights
+            gradients: list[Tensor | None] = list(torch.autograd.grad(parts.loss * scale, reached, allow_unused=True))[: len(weights)]
         check_reached(gradients)
         return parts.clean_loss, gradients
 
