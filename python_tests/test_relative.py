@@ -58,7 +58,8 @@ def size(model, i):
 
 
 def gradients(model):
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None] or [p.detach().flatten() for p in model.parameters()])
+    """Of one's own, or, where the recipe steps, the weights."""
+    return torch.cat([(p.detach() if p.grad is None else p.grad).flatten() for p in model.parameters()])
 
 
 @pytest.mark.parametrize("name", LENGTHS)
@@ -87,7 +88,8 @@ def test_every_sample_has_its_own_length(name):
     seen, model = [], small()
     model.hidden.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
     ids, mask, labels = batch()
-    getattr(uk.recipes, name)(model, model.embedding, relative=True, **lengths, **more).backward({"ids": ids, "attention_mask": mask}, labels)
+    recipe = getattr(uk.recipes, name)(model, model.embedding, relative=True, **lengths, **more)
+    recipe.backward({"ids": ids, "attention_mask": mask}, labels)
     delta = (seen[-1][:N] - model.embedding(ids).detach()).flatten(1)
     sizes = torch.tensor([size(model, i) for i in range(N)], dtype=torch.float64)
     shares = (delta.abs().amax(1) if name in ("roast", "adv_embed") else delta.norm(dim=1)) / sizes

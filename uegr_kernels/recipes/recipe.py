@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..divergence import LossParts, uegr_loss
 from ..dropout import AdaptiveDropout
-from ..passes import Batch, Pass, Runner, buffers_held, dropout_rate, gradient_norms_held, random_state, replayed
+from ..passes import Pass, Runner, buffers_held, dropout_rate, gradient_norms_held, random_state, replayed
 
 
 class Recipe:
@@ -31,7 +31,7 @@ class Recipe:
 
     kept: tuple[str, ...] = ()  # attributes that a checkpoint carries
     _runner: Any  # what has the hook, and close()
-    _batch: Batch | None = None  # that the passes are over, while one is
+    _batch: Any = None  # the `Batch` that the passes are over, while one is
 
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
         if optimizer is not None and not (hasattr(optimizer, "param_groups") and hasattr(optimizer, "step")):
@@ -205,7 +205,6 @@ class PassRecipe(Recipe):
     def _pass(
         self, delta: Tensor | Callable[[Tensor], Tensor] | None = None, *, watched: bool = False, at: Tensor | None = None
     ) -> Iterator[Pass]:
-        assert self._batch is not None
         with dropout_rate(self.model, self.dropout), self._runner.filled(Pass(self._batch, delta, watched=watched, at=at)) as walk:
             yield walk
 
