@@ -1,6 +1,7 @@
 """Accuracy under white-box attacks on the embeddings (UEGR Fig. 2b; METHODS 4)."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -113,18 +114,18 @@ def _deltas(
 ) -> list[Tensor]:
     options: dict[str, Any] = dict(norm=norm, mask=clean.mask)
     if attack == "fgm":
-        return [clean.ascended(lambda g: fgm_perturbation(g, epsilon, **options))]
+        return [clean.ascended(functools.partial(fgm_perturbation, epsilon=epsilon, **options))]
     found = []
     for restart in range(restarts):
         delta = torch.zeros_like(clean.gradient)
         if restart:
             noise = torch.randn(delta.shape, generator=generator).to(delta)
             length = epsilon * torch.rand((), generator=generator).item()
-            delta = clean.ascended(lambda g, length=length: fgm_perturbation(g, length, **options), noise)
+            delta = clean.ascended(functools.partial(fgm_perturbation, epsilon=length, **options), noise)
         for _ in range(steps):
             _, walk = _seen(runner, clean.batch, delta)
-            at, sizes = walk.measured(delta), dict(step_size=2.5 * epsilon / steps, radius=epsilon)
-            delta = walk.ascended(lambda g, at=at, sizes=sizes: pgd_step(at, g, **sizes, **options))
+            sizes: dict[str, Any] = dict(step_size=2.5 * epsilon / steps, radius=epsilon)
+            delta = walk.ascended(functools.partial(pgd_step, walk.measured(delta), **sizes, **options))
         found.append(delta)
     return found
 
@@ -132,7 +133,7 @@ def _deltas(
 def _seen(runner: Runner, batch: Batch, delta: Tensor | None) -> tuple[Tensor, Pass]:
     """Logits, and a pass that knows the gradient at the embedding; a sum over samples, so that none depends on its batch."""
     with runner.filled(Pass(batch, delta, watched=True)) as walk:
-        logits = runner.call(batch.inputs, walk)
+        logits = runner.call(walk)
         wrong = batch.labels[((batch.labels < 0) | (batch.labels >= logits.shape[1])) & (batch.labels != IGNORED)]
         if len(wrong):
             raise ValueError(f"labels hold {wrong[0]}; give classes from 0 to {logits.shape[1] - 1}, or {IGNORED} for rows to leave out")
@@ -143,4 +144,4 @@ def _seen(runner: Runner, batch: Batch, delta: Tensor | None) -> tuple[Tensor, P
 
 def _logits(runner: Runner, batch: Batch, delta: Tensor) -> Tensor:
     with torch.no_grad(), runner.filled(Pass(batch, delta, watched=False)) as walk:
-        return runner.call(batch.inputs, walk)
+        return runner.call(walk)

@@ -154,7 +154,6 @@ class PassRecipe(Recipe):
 
     def _descend(
         self,
-        inputs: Any,
         labels: Tensor,
         scale: float | Tensor,
         delta: Tensor | Callable[[Tensor], Tensor] | None = None,
@@ -168,36 +167,31 @@ class PassRecipe(Recipe):
         watched  keep the gradient at the embedding;  last  of the step, so that a wrapper synchronises
         """
         with contextlib.nullcontext() if last else self._runner.without_sync(), self._pass(delta, watched=watched) as walk:
-            parts = self._label_loss(self._runner.call(inputs, walk), labels)
+            parts = self._label_loss(self._runner.call(walk), labels)
             (parts.loss * weight * scale).backward()
         return parts.clean_loss, walk
 
     def _ascend(
-        self,
-        inputs: Any,
-        labels: Tensor,
-        scale: float | Tensor,
-        delta: Tensor | Callable[[Tensor], Tensor] | None = None,
-        *,
-        at: Tensor | None = None,
+        self, labels: Tensor, scale: float | Tensor, delta: Tensor | Callable[[Tensor], Tensor] | None = None, *, at: Tensor | None = None
     ) -> Pass:
         """One pass forward and back to the embedding alone, for the gradient there: .grad and buffers stay as they are."""
         with self._runner.without_sync(), buffers_held(self.model), self._pass(delta, watched=True, at=at) as walk:
-            parts = self._label_loss(self._runner.call(inputs, walk), labels)
+            parts = self._label_loss(self._runner.call(walk), labels)
             walk.keep(*torch.autograd.grad(parts.loss * scale, [walk.edge], allow_unused=True))
         return walk
 
     def _weight_gradients(
-        self, inputs: Any, labels: Tensor, scale: float | Tensor, weights: Sequence[Tensor], delta: Tensor | None = None, *, ascent: bool
+        self, labels: Tensor, scale: float | Tensor, weights: Sequence[Tensor], delta: Tensor | None = None, *, ascent: bool
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Loss and gradients by `weights` of one pass, beside .grad; an ascent pass leaves buffers alone."""
         held = buffers_held(self.model) if ascent else contextlib.nullcontext()
         # Asked for the embedding's gradient too, reentrant checkpointing refuses; else it gives its weights none, without a word.
         watched = self._runner.embedding is not None
         with self._runner.without_sync(), held, self._pass(delta, watched=watched) as walk:
-            parts = self._label_loss(self._runner.call(inputs, walk), labels)
+            parts = self._label_loss(self._runner.call(walk), labels)
             reached = [*weights, walk.edge] if watched else weights
-            gradients: list[Tensor | None] = list(torch.autograd.grad(parts.loss * scale, reached, allow_unused=True))[: len(weights)]
+            found: Sequence[Tensor | None] = torch.autograd.grad(parts.loss * scale, reached, allow_unused=True)
+        gradients = list(found[: len(weights)])
         check_reached(gradients)
         return parts.clean_loss, gradients
 

@@ -130,17 +130,17 @@ class ARAT(AttackRecipe):
         self._start_alike()
         weight, adversarial_weight = self._weights()
         with self._draws(self.same_draw) as draw:
-            delta = self._attack(inputs, labels, scale, draw)
+            delta = self._attack(labels, scale, draw)
             held = self._runner.without_sync() if self.stop_gradient else contextlib.nullcontext()
             with held, draw(), self._clean(), self._pass() as walk:
-                clean, features = self._recorded(inputs, labels, walk)
+                clean, features = self._recorded(labels, walk)
                 if self.stop_gradient:  # its graph goes before the other's comes
                     (clean.loss * weight * scale).backward()
                     features = [f.detach() for f in features]
             held = contextlib.nullcontext() if self.stop_gradient else self._runner.without_sync()
             with draw():
                 with held, self._pass(delta) as walk:
-                    adversarial, of_adversarial = self._recorded(inputs, labels, walk)
+                    adversarial, of_adversarial = self._recorded(labels, walk)
                 invariance = self._invariance(of_adversarial, features)
                 term = adversarial_weight * adversarial.loss + self.invariance_weight * invariance
                 with self._pass(delta if self.stop_gradient else recomputed) as walk:
@@ -169,10 +169,10 @@ class ARAT(AttackRecipe):
                 for inputs, labels in self.recent:
                     self._batch = self._runner.take(inputs, labels)
                     with self._pass() as walk:
-                        guesses = self._runner.call(inputs, walk).argmax(1)
+                        guesses = self._runner.call(walk).argmax(1)
                     truth = labels.argmax(1) if labels.is_floating_point() else labels
                     counted = self._counted(labels)
-                    right, rows = right + ((guesses == truth) & counted).sum().item(), rows + counted.sum().item()
+                    right, rows = right + int(((guesses == truth) & counted).sum()), rows + int(counted.sum())
         finally:
             self._batch = None
             for module, training in modes:
@@ -213,13 +213,14 @@ class ARAT(AttackRecipe):
         """[N] bool: the rows that are not ignored."""
         if labels.is_floating_point():
             return torch.ones(len(labels), dtype=torch.bool, device=labels.device)
-        return labels != self._loss_options["ignore_index"]
+        counted: Tensor = labels != self._loss_options["ignore_index"]
+        return counted
 
-    def _recorded(self, inputs: Any, labels: Tensor, walk: Pass) -> tuple[Any, list[Tensor]]:
+    def _recorded(self, labels: Tensor, walk: Pass) -> tuple[Any, list[Tensor]]:
         """Losses of one call of the model, and the features of every layer [n, d] for the n rows that are not ignored."""
         self._features = {}
         try:
-            logits = self._runner.call(inputs, walk)
+            logits = self._runner.call(walk)
             outputs = self._features
         finally:
             self._features = None
