@@ -186,6 +186,25 @@ def test_where_nothing_tells_the_option_is_asked_for():
         assert torch.equal(stage.backward(*batch(5, 5, True, order)).loss, told)
 
 
+def test_one_word_everywhere():
+    """Equal words tell nothing of how they lie; the same memory does."""
+
+    class Viewed(Reader):
+        def forward(self, ids):
+            return super().forward(ids.view(-1, ids.shape[1]) if self.order == "batch" else ids.T)
+
+    ids, labels = torch.ones(5, 5, dtype=torch.long), torch.arange(5) % CLASSES
+    results = []
+    for order in ("batch", "time"):
+        torch.manual_seed(0)
+        model = Viewed(order).double()
+        results.append(uk.BiStage(model, model.embedding).backward(ids, labels).loss)
+    torch.testing.assert_close(*results)
+    model = reader("turned")  # which copies
+    with pytest.raises(ValueError, match="batch_axis"):
+        uk.BiStage(model, model.embedding).backward(ids, labels)
+
+
 def test_words_given_time_first_are_known_from_an_earlier_batch():
     model, twin = reader("time"), reader("batch")
     stage = uk.BiStage(model, model.embedding)
@@ -234,6 +253,9 @@ def test_a_mask_that_does_not_fit_the_words():
     with pytest.raises(ValueError, match=r"attention_mask is \(6, 4\).*give \[N, T\]"):
         uk.BiStage(model, model.embedding).backward(inputs, labels)
     uk.recipes.plain(model, model.embedding).backward(inputs, labels)  # which perturbs nothing
+    inputs["attention_mask"] = torch.ones(4, 6, device="meta")
+    with pytest.raises(ValueError, match="attention_mask is on meta"):
+        uk.BiStage(model, model.embedding).backward(inputs, labels)
 
 
 def test_images_with_as_many_channels_as_there_are():

@@ -298,6 +298,8 @@ class Runner:
                 f"attention_mask is {its}, and the embedding's output, batch first, {tuple(batch.first(x).shape)}; give [N, T], "
                 "nonzero where a token is real"
             )
+        if mask is not None and mask.device != x.device:
+            raise ValueError(f"attention_mask is on {mask.device} and the embedding's output on {x.device}; move it with .to()")
 
     def call(self, walk: Pass, repeats: int = 1) -> Tensor:
         """One call of the model on `repeats` copies of the batch; returns logits [repeats*N, C]."""
@@ -461,14 +463,17 @@ def _tensors(inputs: dict[Any, Any]) -> list[Tensor]:
     return [value for value in inputs.values() if isinstance(value, Tensor) and value.dim() > 1]
 
 
+@torch.compiler.disable  # it looks at values
 def _as_inputs(given: list[Tensor], inputs: dict[Any, Any]) -> bool | None:
     """Whether what a module was called with has its first two axes in the order of the inputs; None: nobody can tell."""
     found = set()
     for x in given:
         for value in _tensors(inputs):
-            if x is value:
+            if x is value or x.is_set_to(value):
                 return True
             if x.dim() > 1:
+                if x.transpose(0, 1).is_set_to(value):
+                    return False
                 straight, turned = _same_rows(x, value), _same_rows(x.transpose(0, 1), value)
                 if straight != turned:
                     found.add(straight)

@@ -87,7 +87,8 @@ class ARAT(AttackRecipe):
         except BaseException:
             self.close()
             raise
-        kind: dict[str, Any] = dict(device=device_of(model), dtype=next((p.dtype for p in model.parameters()), None))
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+        kind: dict[str, Any] = dict(device=device_of(model), dtype=dtype)
         self.predictors = nn.ModuleList(_predictor(width) for width in widths if predictor).to(**kind)
         kinds = (BatchNorm,) * split + (nn.LayerNorm,) * split_layer_norm
         self._split = [module for module in model.modules() if isinstance(module, kinds)]
