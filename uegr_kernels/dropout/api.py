@@ -82,8 +82,10 @@ class AdaptiveDropout(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Returns the state as a tensor [3, F]: gradient_norm, pending, and ones where the rate has turned plain, else zeros."""
-        norm = self.gradient_norm
-        return torch.stack((norm, self.pending, torch.full_like(norm, float(self._plain))))
+        norm, pending = self.gradient_norm, self.pending
+        if norm.is_meta:  # nothing was seen there, and a checkpoint wants values
+            norm = pending = torch.zeros_like(norm, device="cpu")
+        return torch.stack((norm, pending, torch.full_like(norm, float(self._plain))))
 
     def set_extra_state(self, state: Tensor) -> None:
         """Copies what `get_extra_state` gave to where the module is; ValueError where it is not [3, F] of this module's F."""
