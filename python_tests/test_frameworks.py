@@ -164,11 +164,11 @@ def test_uegr_trains_with_adaptive_dropout(family, attention):
     keys = model.state_dict().keys()
     dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
     optimizer = uk.SelectiveAdamW(model.parameters(), lr=1e-3)
-    recipe = uk.recipes.uegr(model, model.get_input_embeddings(), optimizer)
+    # XLNet has the length as the first axis inside: as many texts as words, one pass at a time.
+    recipe = uk.recipes.uegr(model, model.get_input_embeddings(), optimizer, passes_at_once=1 if family == "XLNet" else None)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         for length in (5, 7, 6, 9):
-            # XLNet has the length as the first axis inside.
             ids = torch.randint(1, 40, (length if family == "XLNet" else 4, length))
             optimizer.zero_grad()
             losses = recipe.backward({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.randint(3, (len(ids),)))
@@ -182,7 +182,7 @@ def test_uegr_trains_with_adaptive_dropout(family, attention):
     assert [name for name in twice if sum(str(each.message).startswith(name) for each in warned) == 1] == twice
     assert sum("last axis" in str(each.message) for each in warned) == len(twice)
     still = {name for name, state in states.items() if not state[0].any()} - set(twice)
-    assert len(still) < len(dropouts) / 2 and all("att" in name or family == "Albert" for name in still), still
+    assert len(still) < len(dropouts) / 2 and all(not states[name].numel() for name in still), still  # with four axes, or unused
     assert all(state.isfinite().all() for state in states.values())
     recipe.close()
     assert [module for module in model.modules() if type(module) is torch.nn.Dropout] == dropouts
