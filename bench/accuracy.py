@@ -208,7 +208,7 @@ def whole_lines(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def settings_in(line: dict[str, Any]) -> Settings:
-    """The settings of a run on file; UEGR's that say nothing of their dropout are older than the option, and had the model's own."""
+    """The settings of a run on file; UEGR's without the option are older, and had plain dropout."""
     settings = Settings(**line["settings"])
     if settings.method == "uegr":
         settings = dataclasses.replace(settings, options={"adaptive_dropout": False} | settings.options)

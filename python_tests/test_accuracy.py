@@ -166,7 +166,9 @@ def test_runs_from_before_adaptive_dropout_are_the_ablation(data, tmp_path):
     output = tmp_path / "out"
     assert call(data, output, "--sets", "one", "--methods", "uegr,uegr_plain_dropout", "--seeds", "1") == 0
     lines = [json.loads(line) for line in (output / "runs.jsonl").read_text().splitlines()]
-    of = {adaptive: [line for line in lines if line["settings"]["options"].get("adaptive_dropout") is adaptive] for adaptive in (True, False)}
+    of = {
+        adaptive: [line for line in lines if line["settings"]["options"].get("adaptive_dropout") is adaptive] for adaptive in (True, False)
+    }
     assert len(of[True]) == 2 + 1 and len(of[False]) == 1  # two tuning runs, at whose point the ablation stands
     assert of[False][0]["settings"] | {"options": of[True][-1]["settings"]["options"]} == of[True][-1]["settings"]
     old = [line for line in lines if line not in of[True]]

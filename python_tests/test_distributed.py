@@ -351,4 +351,3 @@ def test_uegr_lends_dropout_to_a_wrapped_model(rank, path):
         differ(dropout)
         recipe.close()
         assert type(dropout) is torch.nn.Dropout and dropout in list(net.modules())
-

@@ -1903,7 +1903,9 @@ def many():
 def all_of(model):
     """Every module with its place, its class, and what it is made of."""
     named = model.named_modules(remove_duplicate=False)
-    return [(name, module, type(module), {key: value for key, value in vars(module).items() if key != "training"}) for name, module in named]
+    return [
+        (name, module, type(module), {key: value for key, value in vars(module).items() if key != "training"}) for name, module in named
+    ]
 
 
 def assert_same_modules(model, before):
@@ -2131,7 +2133,7 @@ def test_the_models_here_train_with_lent_dropout(kind):
     torch.manual_seed(3)
     model = MODELS[kind](WORDS, CLASSES, dimension=8)
     recipe = build("uegr", model, torch.optim.AdamW(model.parameters(), lr=0.01), seed=0)
-    for step, length in enumerate((7, 5, 9, 6)):
+    for length in (7, 5, 9, 6):
         ids = torch.randint(1, WORDS, (N, length))
         recipe.optimizer.zero_grad()
         losses = recipe.backward({"ids": ids}, torch.randint(CLASSES, (N,)))

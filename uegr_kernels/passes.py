@@ -265,9 +265,10 @@ def gradient_norms_held(model: nn.Module) -> Iterator[Callable[[], None]]:
 
 @contextlib.contextmanager
 def buffers_held(model: nn.Module) -> Iterator[None]:
-    """Whatever a pass writes into buffers (BatchNorm's statistics) and AdaptiveDropout's norms goes into copies that are dropped."""
+    """What a pass writes into buffers and AdaptiveDropout's norms goes into copies that are dropped."""
     owned = [(module, module._buffers) for module in model.modules() if module._buffers]
-    norms = [(module, module.gradient_norm, module.pending) for module in model.modules() if isinstance(module, AdaptiveDropout)]
+    layers = [module for module in model.modules() if isinstance(module, AdaptiveDropout)]
+    norms = [(layer, layer.gradient_norm, layer.pending) for layer in layers]
     try:
         for module, buffers in owned:
             module._buffers = {name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()}

@@ -28,13 +28,14 @@ class AdaptiveDropout(nn.Module):
     momentum      in [0, 1): n = momentum * n + (1 - momentum) * new; the first one seen sets n
     backend       "auto", "reference", "cpp", "cuda" or "triton"
 
-    Inputs [..., F] are float32, bfloat16, float16 or float64. One of four axes or more has no units and gets the plain rate p; so does, from
-    then on and with one warning, a module whose F changes (attention's probabilities). State, float32 (float64 for float64 inputs), no
-    buffers but extra state [3, F] of a state_dict, which may lack it: gradient_norm [F], n; pending [F], squares of the norms since the last
-    call outside a backward, which folds their root into n; whether the rate is plain. Norms that are not finite are dropped.
-    Each rank of DDP and FSDP has its own n. Each call draws its key from torch's default generator of the input's device, as nn.Dropout does.
-    Raises TypeError or ValueError for wrong arguments and inputs, RuntimeError for a backend that cannot serve the call, for a second
-    derivative, a forward-mode one, and under torch.func.
+    Inputs [..., F]: float32, bfloat16, float16 or float64. One of four axes or more has no units
+    and gets the plain rate p; so does, with one warning, a module whose F changes, from then on.
+    State, float32 (float64 for float64): gradient_norm [F], n; pending [F], squares of norms, which
+    the next call outside a backward folds into n. It is extra state of a state_dict, which may lack
+    it, and no buffers; each rank of DDP or FSDP has its own. Norms that are not finite are dropped.
+    Draws its key as nn.Dropout does, from torch's default generator of the input's device.
+    Raises TypeError or ValueError for wrong arguments and inputs, RuntimeError for a backend that
+    cannot serve the call, second and forward-mode derivatives, and torch.func's transforms.
     Equivalent to `reference.adaptive_dropout(h, reference.dropout_rates_(gradient_norm, pending, ...), key, pending)`.
     """
 
@@ -81,14 +82,14 @@ class AdaptiveDropout(nn.Module):
         self._make(self.num_features or 0, self.gradient_norm.dtype, self.gradient_norm.device)
 
     def get_extra_state(self) -> Tensor:
-        """Returns the state as a tensor [3, F]: gradient_norm, pending, and ones where the rate has turned plain, else zeros."""
+        """Returns the state, [3, F]: gradient_norm, pending, and ones where the rate is plain, else zeros."""
         norm, pending = self.gradient_norm, self.pending
         if norm.is_meta:  # nothing was seen there, and a checkpoint wants values
             norm = pending = torch.zeros_like(norm, device="cpu")
         return torch.stack((norm, pending, torch.full_like(norm, float(self._plain))))
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Copies what `get_extra_state` gave to where the module is; ValueError where it is not [3, F] of this module's F."""
+        """Copies what `get_extra_state` gave to where the module is; ValueError where it does not fit."""
         reason = self._why_not(state)
         if reason is not None:
             raise ValueError(reason)
@@ -108,7 +109,8 @@ class AdaptiveDropout(nn.Module):
         if not isinstance(state, Tensor) or state.dim() != 2 or len(state) != 3 or not state.is_floating_point():
             return f"the extra state of an AdaptiveDropout is a floating tensor [3, F], and this is {state!r:.80}"
         if self.num_features is not None and state.shape[1] not in (0, self.num_features):
-            return f"size mismatch for gradient_norm: {state.shape[1]} units in the state, num_features={self.num_features} here"
+            found = f"{state.shape[1]} units in the state, num_features={self.num_features} here"
+            return f"size mismatch for gradient_norm: {found}"
         return None
 
     def _make(self, units: int, dtype: torch.dtype, device: torch.device | None) -> None:
@@ -119,7 +121,7 @@ class AdaptiveDropout(nn.Module):
         self._used = self._plain = False
 
     def _move(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """The state to where fn puts a tensor, with its values: zeros from the meta device, never fewer than 32 bits."""
+        """The state to where fn puts a tensor, its values kept; from the meta device they are zeros."""
         with torch.inference_mode(False), torch.no_grad():
             for name in STATE:
                 old = getattr(self, name)
@@ -151,25 +153,26 @@ class AdaptiveDropout(nn.Module):
         if norm.shape[0] != units and norm.shape[0]:
             if self.num_features is not None and not self._used:
                 raise ValueError(
-                    f"input of shape {tuple(input.shape)} has {units} units, the module {norm.shape[0]}; build it with "
-                    "num_features=None, or give every width a module of its own"
+                    f"input of shape {tuple(input.shape)} has {units} units, the module {norm.shape[0]}; "
+                    "build it with num_features=None, or give every width a module of its own"
                 )
             _warn(
-                f"{self._name or 'An AdaptiveDropout'}: the last axis had size {norm.shape[0]} and now has another, so it is not one of "
-                "units, and the plain rate p is used from now on; `replace_dropout(model, skip=...)` leaves such modules alone"
+                f"{self._name or 'An AdaptiveDropout'}: the last axis had size {norm.shape[0]} and now has "
+                "another, so it is not one of units, and the plain rate p is used from now on; "
+                "`replace_dropout(model, skip=...)` leaves such modules alone"
             )
             self._plain = True
             return False
         if norm.shape[0] == 0 or norm.device != input.device or (input.dtype == torch.float64 and norm.dtype != torch.float64):
             self._follow(input)
-        # A compiler's trace sets it without a look, after which the next call would have to be traced anew.
+        # A trace sets it without a look, which would have the next call traced anew.
         if torch.compiler.is_compiling() or not self._used:
             self._used = True
         return True
 
     @torch.compiler.disable(reason=SIZED)
     def _follow(self, input: Tensor) -> None:
-        """Makes the state for the input, or moves it to where the input is. Not in a graph, whose backward cannot write what it made."""
+        """Makes the state, or moves it to where the input is; in a graph a backward could not write it."""
         norm, double = self.gradient_norm, input.dtype == torch.float64
         dtype = torch.float64 if double else norm.dtype
         if not len(norm):
@@ -199,7 +202,7 @@ class AdaptiveDropout(nn.Module):
             error_msgs.append(f"{key}: {reason}")
             del own[key]
         super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        if key in missing_keys:  # as in a checkpoint of the model with nn.Dropout: nothing is known, and nothing is wrong
+        if key in missing_keys:  # a checkpoint of the model with nn.Dropout has none
             missing_keys.remove(key)
 
     def extra_repr(self) -> str:
@@ -217,12 +220,12 @@ def replace_dropout(model: nn.Module, *, skip: Iterable[str] = (), **options: An
     """Puts an `AdaptiveDropout` in the place of every nn.Dropout inside `model`; a module used in several places stays one module.
 
     model    an nn.Module that is not itself an nn.Dropout
-    skip     patterns (`*` stands for anything) of names as in `model.named_modules()`; an nn.Dropout that has such a name stays
+    skip     patterns of names in `model.named_modules()`, `*` for anything; an nn.Dropout so named stays
     options  AdaptiveDropout's arguments; without `p` each keeps the p of the nn.Dropout that it replaces
 
-    Returns how many nn.Dropout were replaced. Training or eval mode is kept. A module whose last axis changes its size from batch to batch
-    (attention's probabilities) keeps its plain rate, with one warning that names it: `skip` it. Raises TypeError or ValueError before
-    anything is replaced.
+    Returns how many nn.Dropout were replaced. Training or eval mode is kept. A module whose last axis
+    changes its size (attention's probabilities) keeps its plain rate, with one warning that names it.
+    Raises TypeError or ValueError before anything is replaced.
 
     Equivalent to setting each attribute by hand.
     """
@@ -233,7 +236,8 @@ def replace_dropout(model: nn.Module, *, skip: Iterable[str] = (), **options: An
     patterns = [skip] if isinstance(skip, str) else list(skip)
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise TypeError(f"skip names {pattern!r}, a {type(pattern).__name__}; give patterns of names, such as '*attention*'")
+            kind = type(pattern).__name__
+            raise TypeError(f"skip names {pattern!r}, a {kind}; give patterns, such as '*attention*'")
     AdaptiveDropout(**options)  # raises for wrong options
     places = [
         (parent, name, f"{path}.{name}" if path else name, child)

@@ -93,14 +93,14 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def refuse_transforms(h: Tensor) -> None:
-    """Raises RuntimeError in forward mode and under torch.func: there are no tangents, and a level of torch.func may not keep norms."""
+    """Raises RuntimeError in forward mode, which has no formula here, and under torch.func."""
     if forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active():
         return
     checks.refuse_transforms("AdaptiveDropout", [h], "use torch.nn.Dropout, or eval mode")
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
-            "AdaptiveDropout of uegr_kernels does not run under torch.func (grad, vjp, hessian), whose gradients it cannot keep the norms "
-            "of; use torch.autograd, torch.nn.Dropout, or eval mode"
+            "AdaptiveDropout of uegr_kernels does not run under torch.func (grad, vjp, hessian), whose "
+            "gradients it cannot keep the norms of; use torch.autograd, torch.nn.Dropout, or eval mode"
         )
 
 

@@ -45,11 +45,11 @@ class SelectiveUpdate:
 class UEGR(SelectiveUpdate, Recipe):
     """Bi-stage training (METHODS 1 and 2, UEGR): `BiStage` fills .grad, and the update goes to a random selection of the elements.
 
-    adaptive_dropout  True: until `close()` the model's nn.Dropout modules are `AdaptiveDropout` of the same p, whose state is in this
-                      state_dict, by module name, and not in the model's; False: they stay as they are
+    adaptive_dropout  True: until `close()` the model's nn.Dropout modules are `AdaptiveDropout` of
+                      the same p; their state is in this state_dict, by name, not in the model's
     seed              of the selection's masks; None: drawn from torch's default CPU generator
-    options           `BiStage`'s (epsilon, passes, js_weight, norm, per, dropout, passes_at_once, task, ...) and the selection's
-                      (threshold, sharpness, normalization, direction, scope, ...)
+    options           `BiStage`'s (epsilon, passes, js_weight, norm, per, dropout, passes_at_once,
+                      task, ...) and the selection's (threshold, sharpness, normalization, ...)
 
     A SelectiveAdamW or SelectiveSGD given as the optimizer selects inside its step, by its own options and those named here; for any
     other optimizer, or none, `before_step` selects .grad. 1 + passes forwards and backwards, counted in batches.
@@ -75,7 +75,9 @@ class UEGR(SelectiveUpdate, Recipe):
         selection = {name: options.pop(name) for name in OPTIONS if name in options}
         unknown = options.keys() - inspect.signature(BiStage).parameters.keys()
         if unknown:
-            raise TypeError(f"UEGR has no option {min(unknown)!r}; its options are BiStage's, those of the selection, adaptive_dropout and seed")
+            raise TypeError(
+                f"UEGR has no option {min(unknown)!r}; its options are those of BiStage and the selection, adaptive_dropout and seed"
+            )
         self._runner = BiStage(model, embedding, backend=backend, **options)
         self._select(selection, seed, backend)
         if adaptive_dropout:
@@ -92,10 +94,11 @@ class UEGR(SelectiveUpdate, Recipe):
             self._adapted.load_state_dict(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        reason = None
+        reason: str | None = None
         if self._adapted is not None:
-            there = "adaptive_dropout" in state
-            reason = self._adapted.why_not(state["adaptive_dropout"]) if there else "it was saved with adaptive_dropout=False; build it so"
+            reason = "it was saved with adaptive_dropout=False; build it so"
+            if "adaptive_dropout" in state:
+                reason = self._adapted.why_not(state["adaptive_dropout"])
         if reason is not None and state.get("recipe") == type(self).__name__:
             raise ValueError(f"the state cannot be loaded: {reason}")
         super().load_state_dict(state)

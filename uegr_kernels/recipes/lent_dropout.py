@@ -11,7 +11,8 @@ from .recipe import plain_names
 class LentDropout(AdaptiveDropout):
     """An nn.Dropout that is an AdaptiveDropout for a while, of which the model's state_dict says nothing.
 
-    The module is the model's own and changes its class: its hooks, p and mode, and whoever refers to it, see one module all along.
+    The module is the model's own and changes its class: its hooks, its p and mode, and whoever
+    refers to it, have one module all along.
     """
 
     _own: type[nn.Dropout]  # its class before and after
@@ -24,12 +25,13 @@ class LentDropout(AdaptiveDropout):
 
 
 class AdaptedDropouts:
-    """The nn.Dropout modules of a model as AdaptiveDropout of the same p, from here to `close()`; other recipes may have them too."""
+    """A model's nn.Dropout modules as AdaptiveDropout of the same p, from here to the last `close()`."""
 
     def __init__(self, model: nn.Module, backend: str) -> None:
         self.modules: dict[str, LentDropout] = {}
         for name, module in plain_names(model.named_modules()):
-            if getattr(type(module), "forward", None) is nn.Dropout.forward:  # a subclass that does something else stays what it is
+            # A subclass that does something else stays what it is.
+            if getattr(type(module), "forward", None) is nn.Dropout.forward:
                 lent = vars(AdaptiveDropout(backend=backend)) | {"_own": type(module), "_recipes": 0, "_name": name}
                 lent = {key: value for key, value in lent.items() if key not in vars(module)}
                 vars(module).update(lent, _lent=list(lent))
