@@ -7,6 +7,7 @@ import pickle
 import types
 import warnings
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -655,6 +656,12 @@ def test_functional_calls():
         torch.func.vmap(lambda p, b: torch.func.functional_call(base, (p, b), torch.ones(4, 3)), randomness="different")(*stacked)
     base.eval()
     torch.func.vmap(lambda p, b: torch.func.functional_call(base, (p, b), torch.ones(4, 3)))(*stacked)
+
+
+def test_numbers_of_numpy():
+    module = AdaptiveDropout(numpy.int64(3), numpy.float32(0.5), max_p=numpy.float64(0.75), momentum=numpy.float32(0.5))
+    assert repr(module) == "AdaptiveDropout(3, p=0.5, max_p=0.75, momentum=0.5, backend='auto')"
+    assert module(torch.ones(2, 3)).shape == (2, 3)
 
 
 def test_autocast(backend):

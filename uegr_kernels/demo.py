@@ -273,7 +273,8 @@ def train(
         optimizer, recipe = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True), None
     else:
         optimizer = SelectiveAdamW(model.parameters(), lr=LEARNING_RATE)
-        recipe = recipes.uegr(model, model.embedding, optimizer, epsilon=options.epsilon, passes=options.passes)
+        stage = {"epsilon": options.epsilon, "passes": options.passes}
+        recipe = recipes.uegr(model, model.embedding, optimizer, **stage)  # type: ignore[attr-defined]
     if state["step"]:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])

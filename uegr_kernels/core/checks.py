@@ -1,31 +1,113 @@
 """Arguments looked at before anything is done with them: one rule and one sentence for each kind."""
 
+import math
+import sys
+from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .backends import DTYPES
 
-def refuse_transforms(name: str, tensors: list[Tensor], advice: str) -> None:
-    """Raises RuntimeError where a tensor has a forward-mode tangent or is under torch.func.vmap, of which a kernel would see nothing.
+PLAIN = frozenset((float, int))  # types that are numbers at first sight
+LARGEST = sys.float_info.max
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number of Python's or NumPy's; True and False are none."""
+    kind = type(value)
+    return kind in PLAIN or (kind is not bool and isinstance(value, Real))
+
+
+def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+    """The value of a number of Python's or NumPy's, finite and in [low, high]."""
+    if type(value) not in PLAIN and not is_number(value):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a number")
+    if not (low <= value <= high and -LARGEST <= value <= LARGEST):
+        least = "" if low == -math.inf else f" >= {low:g}"
+        rule = f"finite number{least}" if high == math.inf else f"number in [{low:g}, {high:g}]"
+        raise ValueError(f"{name}={value!r} is out of range; give a {rule}")
+    return float(value)
+
+
+def integer(name: str, value: Any, low: float = -math.inf, *, bits: int | None = None) -> int:
+    """The value of an integer of Python's or NumPy's that is at least `low` and below 2^bits."""
+    kind = type(value)
+    if kind is not int and (kind is bool or not isinstance(value, Integral)):
+        raise TypeError(f"{name}={value!r} is a {kind.__name__}; give an integer")
+    if value < low or (bits is not None and value >= 2**bits):
+        span = f">= {low}" if bits is None else f"in [{low}, 2^{bits})"
+        raise ValueError(f"{name}={value!r} is out of range; give an integer {span}")
+    return int(value)
+
+
+def signed_seed(value: Any) -> int:
+    """Any integer as the operators take a seed: its value modulo 2^64, as a two's complement of 64 bits."""
+    return (integer("seed", value) + 2**63) % 2**64 - 2**63
+
+
+def is_flag(value: Any) -> bool:
+    """Whether it is True or False, Python's or NumPy's; nobody has NumPy's before its module is imported, which is not done here."""
+    numpy = sys.modules.get("numpy")
+    return isinstance(value, bool) or (numpy is not None and isinstance(value, numpy.bool_))
+
+
+def flag(name: str, value: Any) -> bool:
+    """The value of True or False, Python's or NumPy's."""
+    if type(value) is not bool and not is_flag(value):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give True or False")
+    return bool(value)
+
+
+def choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raises ValueError for a word that is not one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not one of its values; use {', '.join(map(repr, choices))}")
+
+
+def tensor(name: str, x: Any, shape: str = "") -> None:
+    """Raises TypeError for what is no dense tensor of floating point; `shape` is what the caller wants, in words."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}; give a tensor{shape and ' '}{shape}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} is sparse ({x.layout}); give {name}.to_dense(), or build an embedding with sparse=False")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} is {x.dtype}; give float32, bfloat16, float16 or float64")
+
+
+def same_placement(first: str, x: Tensor, name: str, y: Tensor) -> None:
+    """Raises where two tensors differ in dtype (TypeError) or device (ValueError)."""
+    if y.dtype != x.dtype:
+        raise TypeError(f"{name} is {y.dtype} and {first} {x.dtype}; cast one with .to()")
+    if y.device != x.device:
+        raise ValueError(f"{name} is on {y.device} and {first} on {x.device}; move one with .to()")
+
+
+def refuse_transforms(name: str, tensors: Sequence[Tensor], advice: str, constants: Sequence[Tensor] = ()) -> None:
+    """Raises RuntimeError for derivatives that a kernel cannot give, which would else come out as 0.
+
+    tensors    must have no forward-mode tangent (torch.func.jvp, jacfwd, linearize, dual tensors) and not be under torch.func.vmap
+    constants  must not be differentiated by at all, neither by torch.func.grad, vjp and jacrev
 
     Outside of forward mode and torch.func, which is nearly always, this is two looks at flags.
     """
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
-        _Transformed.apply(name, advice, *tensors)  # type: ignore[no-untyped-call]
+        _refuse(name, tensors, advice, constants)
 
 
-def refuse_derivatives(name: str, tensors: list[Tensor], advice: str) -> None:
-    """Raises RuntimeError as `refuse_transforms`, and where torch.func.grad, vjp or jacrev asks for the derivative of a constant."""
-    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
-        _Transformed.apply(name, advice, *tensors)  # type: ignore[no-untyped-call]
-        if torch._C._are_functorch_transforms_active() and any(map(_tracked, tensors)):
-            raise RuntimeError(f"{name} of uegr_kernels has no derivative: {advice}")
+@torch.compiler.disable(reason="uegr_kernels runs uncompiled under forward mode and torch.func; leave fullgraph out")  # type: ignore[untyped-decorator]
+def _refuse(name: str, tensors: Sequence[Tensor], advice: str, constants: Sequence[Tensor]) -> None:
+    """Looks through every level of torch.func, which a compiler cannot: it leaves the function that gets here to Python."""
+    _Transformed.apply(name, advice, *tensors, *constants)  # type: ignore[no-untyped-call]
+    if any(map(_tracked, constants)):
+        raise RuntimeError(f"{name} of uegr_kernels has no derivative: {advice}")
 
 
 def _tracked(tensor: Tensor) -> bool:
-    """Whether some level of torch.func differentiates by the tensor."""
+    """Whether a level of torch.func differentiates by the tensor."""
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         if tensor.requires_grad:
             return True
@@ -34,7 +116,7 @@ def _tracked(tensor: Tensor) -> bool:
 
 
 class _Transformed(torch.autograd.Function):
-    """Computes nothing: PyTorch calls `jvp` where an argument has a tangent and `vmap` where one is batched, at every level of torch.func."""
+    """Computes nothing: PyTorch calls `jvp` for an argument with a tangent and `vmap` for a batched one, at every level of torch.func."""
 
     @staticmethod
     def forward(name: str, advice: str, *tensors: Tensor) -> Tensor:
@@ -47,7 +129,9 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> NoReturn:
-        raise RuntimeError(f"{ctx.name} of uegr_kernels has no forward-mode derivative (torch.func.jvp, jacfwd, dual tensors): {ctx.advice}")
+        raise RuntimeError(
+            f"{ctx.name} of uegr_kernels has no forward-mode derivative (torch.func.jvp, jacfwd, dual tensors): {ctx.advice}"
+        )
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, name: str, advice: str, *_: Any) -> NoReturn:

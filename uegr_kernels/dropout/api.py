@@ -46,15 +46,11 @@ class AdaptiveDropout(nn.Module):
         self, num_features: int | None = None, p: float = 0.3, *, max_p: float = 0.9, momentum: float = 0.9, backend: str = "auto"
     ) -> None:
         super().__init__()
-        if num_features is not None and (isinstance(num_features, bool) or not isinstance(num_features, int)):
-            raise TypeError(f"num_features={num_features!r} is a {type(num_features).__name__}; give an integer, or None")
-        if num_features is not None and num_features < 1:
-            raise ValueError(f"num_features={num_features} is out of range; give an integer >= 1, or None")
-        for name, value in (("p", p), ("max_p", max_p), ("momentum", momentum)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a number")
-            if not 0 <= value <= 1 or (name == "momentum" and value == 1):
-                raise ValueError(f"{name}={value!r} is out of range; give a number in {'[0, 1)' if name == 'momentum' else '[0, 1]'}")
+        if num_features is not None:
+            num_features = op.checks.integer("num_features", num_features, 1)
+        p, max_p = op.checks.number("p", p, 0, 1), op.checks.number("max_p", max_p, 0, 1)
+        if op.checks.number("momentum", momentum, 0, 1) == 1:
+            raise ValueError(f"momentum={momentum!r} is out of range; give a number in [0, 1)")
         if backend != "auto" and backend not in op.backends.BACKENDS:
             raise ValueError(f"backend={backend!r} is not a backend; use one of 'auto', {', '.join(map(repr, op.backends.BACKENDS))}")
         self.num_features, self.p, self.max_p, self.momentum, self.backend = num_features, p, max_p, momentum, backend
@@ -170,7 +166,7 @@ class AdaptiveDropout(nn.Module):
             self._used = True
         return True
 
-    @torch.compiler.disable(reason=SIZED)
+    @torch.compiler.disable(reason=SIZED)  # type: ignore[untyped-decorator]
     def _follow(self, input: Tensor) -> None:
         """Makes the state, or moves it to where the input is; in a graph a backward could not write it."""
         norm, double = self.gradient_norm, input.dtype == torch.float64

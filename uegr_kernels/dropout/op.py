@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..core import backends as backends
-from ..core import checks
+from ..core import checks as checks
 from . import reference
 
 _triton = functools.partial(backends.triton_kernels, __package__)

@@ -56,7 +56,7 @@ class UEGR(SelectiveUpdate, Recipe):
     Losses: loss, clean_loss, adversarial_loss, divergence.
     """
 
-    kept = ("selection",)
+    kept: tuple[str, ...] = ("selection",)
     _adapted: AdaptedDropouts | None = None
 
     def __init__(

@@ -19,9 +19,9 @@ class LentDropout(AdaptiveDropout):
     _lent: list[str]  # attributes that are for the time between
     _recipes: int  # that have it
 
-    get_extra_state = nn.Module.get_extra_state  # type: ignore[assignment]
-    set_extra_state = nn.Module.set_extra_state  # type: ignore[assignment]
-    _load_from_state_dict = nn.Module._load_from_state_dict  # type: ignore[assignment]
+    get_extra_state = nn.Module.get_extra_state
+    set_extra_state = nn.Module.set_extra_state
+    _load_from_state_dict = nn.Module._load_from_state_dict
 
 
 class AdaptedDropouts:
