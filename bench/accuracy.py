@@ -57,7 +57,9 @@ METHODS = {
     "free_lb": Method("free_lb", {"adv_lr": (0.03, 0.1, 0.3), "init_mag": (0.05, 0.1, 0.4)}, {"steps": 2}),
     "r_at": Method("r_at", {"epsilon": EPSILON, "alpha": (0.1, 0.5, 1.0)}),
     "r_at_su": Method("r_at_su", {"epsilon": EPSILON, "alpha": (0.1, 0.5, 1.0), **SELECTION}, optimizer="selective_adamw"),
-    "uegr": Method("uegr", {"epsilon": EPSILON, **SELECTION}, {"js_weight": 0.01, "passes": 2}, "selective_adamw"),
+    "uegr": Method(
+        "uegr", {"epsilon": EPSILON, **SELECTION}, {"js_weight": 0.01, "passes": 2, "adaptive_dropout": True}, "selective_adamw"
+    ),
     "drop_attack": Method("drop_attack", {"epsilon": (0.1, 0.44, 1.0, 5.0), "keep_probability": (0.3, 0.5, 0.7)}),
     "roast": Method("roast", {"epsilon": (0.01, 0.1), "threshold": (0.6, 0.9), "sharpness": (1.0, 5.0, 10.0)}),
     "child_tuning_f": Method("child_tuning_f", {"keep_probability": (0.2, 0.3, 0.4)}, optimizer="selective_adamw"),
@@ -81,6 +83,7 @@ METHODS = {
     "r_at_epsilon_0": Method("r_at", parent="r_at", fixed={"epsilon": 0.0}),
     "uegr_epsilon_0": Method("uegr", parent="uegr", fixed={"epsilon": 0.0}, optimizer="selective_adamw"),
     "uegr_all_selected": Method("uegr", parent="uegr", fixed={"normalization": "constant"}, optimizer="selective_adamw"),
+    "uegr_plain_dropout": Method("uegr", parent="uegr", fixed={"adaptive_dropout": False}, optimizer="selective_adamw"),
     "drop_attack_epsilon_0": Method("drop_attack", parent="drop_attack", fixed={"epsilon": 0.0}),
 }
 PAPER = "none dropout at r_drop free_lb r_at r_at_su uegr drop_attack roast child_tuning_f child_tuning_d".split()
@@ -136,7 +139,7 @@ class Runs:
         self.done = {}
         for line in training.whole_lines(self.path):
             if line.get("digest", "") in ("", self.digests.get(line["settings"]["data"], "")):  # else of other texts by that name
-                self.done[key_of(Settings(**line["settings"]))] = line
+                self.done[key_of(settings_in(line))] = line
         here = harness.environment(command)
         self.about = {"command": command, "commit": here["commit"], "cpu": here["machine"]["cpu"], "torch": here["versions"]["torch"]}
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -191,6 +194,14 @@ class Runs:
         self.done[key_of(settings)] = line | self.about
         with self.path.open("a") as file:
             file.write(json.dumps(line | self.about) + "\n")
+
+
+def settings_in(line: dict[str, Any]) -> Settings:
+    """The settings of a run on file; UEGR's without the option are older, and had plain dropout."""
+    settings = Settings(**line["settings"])
+    if settings.method == "uegr":
+        settings = dataclasses.replace(settings, options={"adaptive_dropout": False} | settings.options)
+    return settings
 
 
 def key_of(settings: Settings) -> str:

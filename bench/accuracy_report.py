@@ -15,6 +15,7 @@ TWINS = {"sst2": "mr"}  # the same sentences: in means over sets the two count a
 BASE = "dropout"  # what every method is tested against
 SAME_POINT = (  # a method, and itself without a part
     *(("at", "at_epsilon_0"), ("r_at", "r_at_epsilon_0"), ("uegr", "uegr_epsilon_0"), ("uegr", "uegr_all_selected")),
+    ("uegr", "uegr_plain_dropout"),
     ("drop_attack", "drop_attack_epsilon_0"),
 )
 OWN_POINTS = (  # a method, and one that is tuned by itself: plain training for as many passes, or a simpler method
@@ -188,7 +189,8 @@ def _main_picture(main: Main, model: str, path: pathlib.Path) -> pathlib.Path:
         for i, name in enumerate(main.methods):
             gaps = [100 * gap for gap in main.against(model, name, BASE, pick)[0]]
             error = deviation(gaps)
-            colour = "C1" if name == "uegr" else "C7" if "_epsilon_0" in name or name.endswith("x") or name == "uegr_all_selected" else "C0"
+            control = name.endswith(("_epsilon_0", "x", "_all_selected", "_plain_dropout"))
+            colour = "C1" if name == "uegr" else "C7" if control else "C0"
             axes.barh(i, statistics.fmean(gaps), xerr=error, color=colour, error_kw={"elinewidth": 1})
         axes.set_yticks(range(len(main.methods)), main.methods, fontsize=8)
         axes.axvline(0, color="black", linewidth=0.8)

@@ -161,6 +161,25 @@ def test_a_control_has_its_parents_point(data, tmp_path):
     assert not any(line["options"].get("epsilon") == 0 for line in lines if not line["final"])  # controls are not tuned
 
 
+def test_runs_from_before_adaptive_dropout_are_the_ablation(data, tmp_path):
+    """UEGR's runs on file that say nothing of their dropout had the model's own: they are `uegr_plain_dropout`, never `uegr`."""
+    output = tmp_path / "out"
+    assert call(data, output, "--sets", "one", "--methods", "uegr,uegr_plain_dropout", "--seeds", "1") == 0
+    lines = [json.loads(line) for line in (output / "runs.jsonl").read_text().splitlines()]
+    of = {
+        adaptive: [line for line in lines if line["settings"]["options"].get("adaptive_dropout") is adaptive] for adaptive in (True, False)
+    }
+    assert len(of[True]) == 2 + 1 and len(of[False]) == 1  # two tuning runs, at whose point the ablation stands
+    assert of[False][0]["settings"] | {"options": of[True][-1]["settings"]["options"]} == of[True][-1]["settings"]
+    old = [line for line in lines if line not in of[True]]
+    for line in old:
+        line["settings"]["options"].pop("adaptive_dropout", None)
+    (output / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in old))
+    assert call(data, output, "--sets", "one", "--methods", "uegr,uegr_plain_dropout", "--seeds", "1") == 0
+    again = [json.loads(line)["settings"] for line in (output / "runs.jsonl").read_text().splitlines()][len(old) :]
+    assert [line["options"]["adaptive_dropout"] for line in again] == [True] * 3
+
+
 def test_names_as_the_papers_write_them():
     options = accuracy.parser().parse_args("--data x --methods R-Drop,R-AT-SU,UEGR,DropAttack,FreeLB,plain --models TextCNN,hf:A/b".split())
     assert options.methods == ["r_drop", "r_at_su", "uegr", "drop_attack", "free_lb", "dropout"]

@@ -274,3 +274,80 @@ def test_a_checkpoint_of_four_processes_resumes_on_two(tmp_path):
     _saved_on_four(tmp_path)
     (tmp_path / "store").unlink()
     _resumed_on_two(tmp_path)
+
+
+# Adaptive dropout: each process has its own norms
+
+
+def dropping(num_features=None):
+    net = model()
+    net[3] = torch.nn.Sequential(net[3], uk.AdaptiveDropout(num_features, 0.4))
+    return net
+
+
+def learn(net, rank, steps=3):
+    """Data of each process's own; the weights stay alike."""
+    for step in range(steps):
+        torch.manual_seed(1000 * rank + step)
+        net.zero_grad()
+        torch.nn.functional.cross_entropy(net(torch.randint(13, (4, 5))), torch.randint(3, (4,))).backward()
+    return next(module for module in net.modules() if isinstance(module, uk.AdaptiveDropout))
+
+
+def differ(layer):
+    """The norms are those of each process's data, and nobody's were broadcast."""
+    found = [torch.empty(3, 7) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, uk.AdaptiveDropout.get_extra_state(layer))
+    assert all(each[:2].isfinite().all() and each[:2].any() for each in found)
+    assert not torch.equal(*found)
+
+
+@processes(2)
+def test_each_process_has_its_own_norms_under_ddp(rank, path):
+    for num_features in (None, 7):
+        differ(learn(torch.nn.parallel.DistributedDataParallel(dropping(num_features)), rank))
+
+
+@processes(2)
+def test_each_process_has_its_own_norms_under_fsdp(rank, path):
+    for num_features in (None, 7):
+        differ(learn(shard(dropping(num_features)), rank))
+        with torch.device("meta"):
+            net = dropping(num_features)
+        net = shard(net)
+        net.to_empty(device="cpu")
+        for parameter in net.parameters():
+            torch.nn.init.normal_(parameter)
+        differ(learn(net, rank))
+
+
+@processes(2)
+def test_norms_in_a_distributed_checkpoint(rank, path):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    net = shard(dropping(7))
+    state = learn(net, 0).get_extra_state()  # the same on both: a checkpoint has one
+    dcp.save({"model": get_model_state_dict(net)}, checkpoint_id=f"{path}/checkpoint")
+    again = shard(dropping(7))
+    found = {"model": get_model_state_dict(again)}
+    dcp.load(found, checkpoint_id=f"{path}/checkpoint")
+    set_model_state_dict(again, found["model"])
+    assert torch.equal(again[3][1].get_extra_state(), state) and state[:2].any()
+
+
+@processes(2)
+def test_uegr_lends_dropout_to_a_wrapped_model(rank, path):
+    for wrap in (torch.nn.parallel.DistributedDataParallel, shard):
+        net = model()
+        net[3] = torch.nn.Sequential(net[3], torch.nn.Dropout(0.4))
+        dropout, embedding = net[3][1], net[0]
+        net = wrap(net)
+        recipe = uk.recipes.uegr(net, embedding, seed=0)
+        for step in range(3):
+            torch.manual_seed(1000 * rank + step)
+            recipe.backward(torch.randint(13, (4, 5)), torch.randint(3, (4,)))
+        assert list(recipe.state_dict()["adaptive_dropout"]) == ["3.1"]
+        differ(dropout)
+        recipe.close()
+        assert type(dropout) is torch.nn.Dropout and dropout in list(net.modules())

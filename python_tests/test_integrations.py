@@ -247,3 +247,18 @@ def test_a_lightning_module(tmp_path):
     fitted = lightning.Trainer(max_epochs=2, accelerator="cpu", devices=1, default_root_dir=tmp_path, **quiet)
     fitted.fit(module, torch.utils.data.DataLoader(Sentences(), batch_size=8))
     assert fitted.callback_metrics["divergence"] >= 0 and not torch.equal(weights(module.net), before)
+
+
+def test_uegrs_adaptive_dropout_is_the_recipes_own(tmp_path):
+    """The model has nn.Dropout before and after training, and in every checkpoint."""
+    import safetensors.torch
+
+    through = trainer(tmp_path)
+    dropouts = [module for module in through.model.modules() if type(module) is torch.nn.Dropout]
+    assert len(dropouts) == 5
+    through.train()
+    assert [module for module in through.model.modules() if type(module) is torch.nn.Dropout] == dropouts
+    saved = safetensors.torch.load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert saved.keys() == bert().state_dict().keys()
+    state = torch.load(tmp_path / "checkpoint-2" / "recipe.pt", weights_only=True)["adaptive_dropout"]
+    assert len(state) == 5 and state["dropout"].shape == (3, 16) and state["dropout"][0].all()

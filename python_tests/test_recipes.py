@@ -6,8 +6,10 @@ import datetime
 import gzip
 import math
 import pathlib
+import pickle
 import runpy
 import types
+import warnings
 
 import numpy
 import pytest
@@ -21,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 import uegr_kernels as uk
 from uegr_kernels import recipes
+from uegr_kernels.models import MODELS
+from uegr_kernels.passes import buffers_held
 from uegr_kernels.perturbation import reference
 
 N, T, WORDS, D, CLASSES = 4, 7, 30, 6, 3
@@ -1128,7 +1132,7 @@ def test_uegr_without_divergence_and_selection_is_at():
     models = small(), small()
     for name, model, options in (
         ("at", models[0], {"epsilon": 0.5}),
-        ("uegr", models[1], {"epsilon": 0.5, "js_weight": 0.0, "passes": 1, "threshold": 1e6, "seed": 0}),
+        ("uegr", models[1], {"epsilon": 0.5, "js_weight": 0.0, "passes": 1, "threshold": 1e6, "seed": 0, "adaptive_dropout": False}),
     ):
         optimizer = sgd(model)
         for step in range(2):
@@ -1188,15 +1192,30 @@ def test_jensen_shannon_is_at_most_half_the_symmetric_divergence():
     assert (uk.pairwise_js(logits, reduction="sum") <= divergence(*logits, "sum") / 2).all()
 
 
-def test_uegr_is_the_stage():
+@pytest.mark.parametrize("adaptive", [False, True, None])
+def test_uegr_is_the_stage(adaptive):
+    """By default on the model with adaptive dropout, which it gives back."""
     options = {"epsilon": 0.5, "passes": 3, "js_weight": 0.3, "label_smoothing": 0.1}
 
     def stage(model):
-        result = uk.BiStage(model, model.embedding, **options).backward(*batch())._asdict()
+        plain = model.dropout
+        if adaptive is not False:
+            uk.replace_dropout(model)
+        for step in range(3):  # the rates differ once a gradient has been seen
+            result = uk.BiStage(model, model.embedding, **options).backward(*batch(step))._asdict()
+        model.dropout = plain
         del result["logits"]
         return result
 
-    assert_same_steps(small(), lambda model: build("uegr", model, seed=0, **options).backward(*batch()), stage)
+    def run(model):
+        plain = model.dropout
+        recipe = build("uegr", model, seed=0, **options, **({} if adaptive is None else {"adaptive_dropout": adaptive}))
+        results = [recipe.backward(*batch(step)) for step in range(3)]
+        recipe.close()
+        assert model.dropout is plain and type(plain) is nn.Dropout and vars(plain).keys() == vars(nn.Dropout()).keys()
+        return results[-1]
+
+    assert_same_steps(small(), run, stage)
 
 
 @pytest.mark.parametrize("name", ["uegr", "r_at_su", "child_tuning_f"])
@@ -1659,6 +1678,34 @@ def test_adaptive_dropout(name):
     assert model.dropout.gradient_norm.max() > 0
 
 
+def test_ascents_leave_the_norms_alone():
+    """Nothing is dropped and next to nothing moved: each descent leaves what the plain loss leaves."""
+    norms = []
+    for each, given in (("plain", {}), ("sam", {"rho": 1e-9})):
+        model = small(0.0)
+        uk.replace_dropout(model)
+        recipe = build(each, model, **given)
+        for _ in range(2):
+            recipe.backward(*batch())
+        norms.append((model.dropout.gradient_norm, model.dropout.pending))
+    for ascended, plain in zip(norms[1], norms[0], strict=True):
+        torch.testing.assert_close(ascended, plain, rtol=1e-6, atol=0)
+
+
+def test_what_a_held_pass_leaves_is_dropped():
+    model = small(0.3)
+    uk.replace_dropout(model)
+    model(**batch()[0]).sum().backward()
+    layer, before = model.dropout, (model.dropout.gradient_norm, model.dropout.pending)
+    values = [tensor.clone() for tensor in before]
+    with buffers_held(model):
+        for step in range(2):
+            model(**batch(step)[0]).sum().backward()
+        assert layer.gradient_norm.all()
+    assert layer.gradient_norm is before[0] and layer.pending is before[1]
+    assert all(torch.equal(tensor, value) for tensor, value in zip(before, values, strict=True))
+
+
 @pytest.mark.parametrize("name, options", [("free_lb", {"adv_lr": 0.0, "init_mag": 0.0}), ("sam", {"rho": 0.0})], ids=["free_lb", "sam"])
 def test_the_same_draw_of_adaptive_dropout(name, options):
     """Later passes drop the units that the first one dropped, though there are gradient norms in between."""
@@ -2001,3 +2048,269 @@ def test_a_step_that_a_loss_scaler_skips_leaves_no_trace(name):
     recipe.epoch_end()
     if hasattr(recipe, "masks"):
         assert 0 < torch.cat([(mask != 0).float().flatten() for mask in recipe.masks]).mean() < 1
+
+
+# Adaptive dropout that UEGR lends
+
+
+class Many(Small):
+    """Dropouts of several kinds and places: one module twice, one that is adaptive already, one that is out of the registry."""
+
+    def __init__(self):
+        super().__init__(0.3)
+        self.shared = self.again = nn.Dropout(0.2)
+        self.own = uk.AdaptiveDropout(p=0.1)
+        self.channels = nn.Dropout1d(0.1)
+        self.aside = [self.shared]
+
+    def classify(self, x):
+        return super().classify(self.again(self.own(self.aside[0](self.channels(x)))))
+
+
+def many():
+    torch.manual_seed(3)
+    return Many().double()
+
+
+def all_of(model):
+    """Every module with its place, its class, and what it is made of."""
+    named = model.named_modules(remove_duplicate=False)
+    return [
+        (name, module, type(module), {key: value for key, value in vars(module).items() if key != "training"}) for name, module in named
+    ]
+
+
+def assert_same_modules(model, before):
+    after = all_of(model)
+    assert [row[:3] for row in after] == [row[:3] for row in before]
+    for (*_, state), (_, module, _, was) in zip(after, before, strict=True):
+        assert state.keys() == was.keys() or isinstance(module, uk.AdaptiveDropout)
+
+
+def step_of(recipe, step=0):
+    torch.manual_seed(step)
+    recipe.optimizer.zero_grad()
+    losses = recipe.backward(*batch(step))
+    recipe.before_step()
+    recipe.optimizer.step()
+    recipe.after_step()
+    return losses
+
+
+def test_uegr_lends_adaptive_dropout_and_takes_it_back():
+    model = many()
+    before, keys = all_of(model), model.state_dict().keys()
+    recipe = build("uegr", model, sgd(model), seed=0)
+    assert not any(type(module) is nn.Dropout for module in model.modules()) and type(model.channels) is nn.Dropout1d
+    assert isinstance(model.dropout, uk.AdaptiveDropout) and model.again is model.shared and (model.dropout.p, model.shared.p) == (0.3, 0.2)
+    for step in range(3):
+        step_of(recipe, step)
+    assert model.dropout.gradient_norm.all() and model.shared.gradient_norm.shape == (D,) and model.own.gradient_norm.all()
+    assert model.state_dict().keys() == keys and "own._extra_state" in keys
+    assert set(recipe.state_dict()["adaptive_dropout"]) == {"dropout", "shared"}
+    model.dropout.p = 0.4
+    model.eval()
+    recipe.close()
+    recipe.close()
+    assert_same_modules(model, before)
+    assert model.dropout.p == 0.4 and not model.dropout.training and not model.shared.training
+    with pytest.raises(RuntimeError, match="closed"):
+        recipe.backward(*batch())
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_lent_dropout_is_resumed_exactly(wrapped, tmp_path):
+    """Under the names of the plain model, wrapped or not."""
+
+    def train(first, last, start=None):
+        model = many()
+        recipe = recipes.uegr(Through(model) if wrapped else model, model.embedding, sgd(model), seed=0)
+        if start is not None:
+            model.load_state_dict(start["model"])
+            recipe.load_state_dict(start["recipe"])
+        for step in range(first, last):
+            step_of(recipe, step)
+        return {"model": copy.deepcopy(model.state_dict()), "recipe": recipe.state_dict()}
+
+    whole = train(0, 5)
+    torch.save(train(0, 2), tmp_path / "state.pt")
+    again = train(2, 5, torch.load(tmp_path / "state.pt", weights_only=True))
+    assert_equal(again["model"], whole["model"], rtol=0, atol=0)
+    assert_equal(again["recipe"]["adaptive_dropout"], whole["recipe"]["adaptive_dropout"], rtol=0, atol=0)
+    assert set(whole["recipe"]["adaptive_dropout"]) == {"dropout", "shared"}
+
+
+class Through(nn.Module):
+    """A wrapper whose model is called `module`, as DDP's."""
+
+    def __init__(self, wrapped):
+        super().__init__()
+        self.module = wrapped
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+def test_lent_dropout_remembers_that_it_turned_plain():
+    class Attending(Small):
+        """Drops its attention's probabilities, [N, T, T]."""
+
+        def classify(self, x):
+            weights = self.attention((x @ x.transpose(1, 2)).softmax(2))
+            return super().classify(weights @ x)
+
+    def attending():
+        torch.manual_seed(3)
+        model = Attending(0.3)
+        model.attention = nn.Dropout(0.2)
+        return model.double()
+
+    def short(recipe, width, seed):
+        torch.manual_seed(seed)
+        inputs, labels = batch(seed)
+        recipe.backward({key: value[:, :width] for key, value in inputs.items()}, labels)
+
+    model = attending()
+    recipe = build("uegr", model, seed=0)
+    short(recipe, 7, 0)
+    with pytest.warns(UserWarning, match=r"^attention: the last axis had size 7") as found:
+        short(recipe, 5, 1)
+        short(recipe, 6, 2)
+    assert sum("last axis" in str(each.message) for each in found) == 1
+    twin = attending()
+    twin.load_state_dict(model.state_dict())
+    other = build("uegr", twin, seed=0)
+    other.load_state_dict(recipe.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for each, of in ((recipe, model), (other, twin)):
+            of.zero_grad()
+            short(each, 7, 3)
+    assert_equal(state(twin), state(model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"js_weigth": 1.0}, {"passes": 0}, {"threshold": "high"}, {"backend": "rocm"}, {"adaptive_dropout": 1}, {"normalization": "max"}],
+    ids=lambda options: next(iter(options)),
+)
+def test_a_wrong_option_leaves_the_dropouts(options):
+    model = many()
+    before = all_of(model)
+    with pytest.raises((TypeError, ValueError)):
+        build("uegr", model, sgd(model), **options)
+    assert_same_modules(model, before)
+
+
+def test_an_exception_in_a_pass_leaves_the_dropouts_to_close():
+    torch.manual_seed(3)
+    model = Failing(0.3).double()
+    vars(model).update(at=2, where="backward", count=0)
+    before = all_of(model)
+    recipe = build("uegr", model)
+    with pytest.raises(KeyError, match="of the model"):
+        recipe.backward(*batch())
+    vars(model).update(at=0)
+    recipe.backward(*batch())
+    recipe.close()
+    assert_same_modules(model, before)
+
+
+def test_two_recipes_share_the_dropouts():
+    model = many()
+    before = all_of(model)
+    first, second = build("uegr", model, seed=0), build("uegr", model, seed=0)
+    first.backward(*batch())
+    first.close()
+    second.backward(*batch())
+    assert second.state_dict()["adaptive_dropout"]["dropout"][0].any()  # folded by the second
+    second.close()
+    first.close()
+    assert_same_modules(model, before)
+
+
+def test_a_dropout_that_does_something_else_stays():
+    class Own(nn.Dropout):
+        def forward(self, x):
+            return x
+
+    class Named(nn.Dropout):
+        pass
+
+    model = small()
+    model.dropout, model.other = Named(0.2), Own(0.2)
+    recipe = build("uegr", model)
+    assert isinstance(model.dropout, uk.AdaptiveDropout) and type(model.other) is Own
+    recipe.close()
+    assert type(model.dropout) is Named
+
+
+def test_the_state_of_other_dropouts_is_refused():
+    state = build("uegr", many(), seed=0).state_dict()
+    model = small()
+    recipe = build("uegr", model, seed=1)
+    for wrong, message in (
+        (state, "of the dropouts .*'dropout', 'shared'.*the model's are .*'dropout'"),
+        ({key: value for key, value in state.items() if key != "adaptive_dropout"}, "adaptive_dropout=False; build it so"),
+        (state | {"adaptive_dropout": {"dropout": torch.zeros(2)}}, r"a floating tensor \[3, F\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            recipe.load_state_dict(wrong)
+        assert recipe.selection["seed"] == 1
+    with pytest.raises(ValueError, match="load it into the recipe that gave it"):
+        build("uegr", small(), adaptive_dropout=False).load_state_dict(state)
+
+
+def test_a_copy_of_the_model_in_the_midst():
+    """As for an average of the weights: its keys are the plain model's, and in eval mode it is the same function."""
+    model = many()
+    recipe = build("uegr", model, sgd(model), seed=0)
+    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    for step in range(2):
+        step_of(recipe, step)
+        average.update_parameters(model)
+    recipe.close()
+    plain = many()
+    plain.load_state_dict(average.module.state_dict())
+    ids = batch()[0]["ids"]
+    assert torch.equal(plain.eval()(ids), average.eval()(ids))
+    assert type(pickle.loads(pickle.dumps(model)).dropout) is nn.Dropout
+
+
+def test_lent_dropout_compiles():
+    model = small()
+    recipe = build("uegr", model, seed=0)
+    model.compile(backend="aot_eager")
+    for step in range(3):
+        recipe.backward(*batch(step))
+    assert model.dropout.gradient_norm.all()
+    recipe.close()
+    assert type(model.dropout) is nn.Dropout and model(batch()[0]["ids"]).shape == (N, CLASSES)
+
+
+def test_a_model_compiled_before_is_refused():
+    torch._dynamo.reset()
+    model = torch.compile(small(), backend="aot_eager")
+    model(**batch()[0])
+    before = all_of(model)
+    recipe = build("uegr", model)
+    with pytest.raises(RuntimeError, match="build this before compiling"):
+        recipe.backward(*batch())
+    recipe.close()
+    assert_same_modules(model, before)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_models_here_train_with_lent_dropout(kind):
+    torch.manual_seed(3)
+    model = MODELS[kind](WORDS, CLASSES, dimension=8)
+    recipe = build("uegr", model, torch.optim.AdamW(model.parameters(), lr=0.01), seed=0)
+    for length in (7, 5, 9, 6):
+        ids = torch.randint(1, WORDS, (N, length))
+        recipe.optimizer.zero_grad()
+        losses = recipe.backward({"ids": ids}, torch.randint(CLASSES, (N,)))
+        recipe.before_step()
+        recipe.optimizer.step()
+        assert losses["loss"].isfinite()
+    states = recipe.state_dict()["adaptive_dropout"]
+    assert "dropout" in states and all(each[0].any() and not each[2].any() for each in states.values())

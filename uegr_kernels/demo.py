@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import recipes
 from .bistage import BiStage
 from .core import native
 from .models import MODELS, PADDING, TextClassifier
@@ -269,17 +270,21 @@ def train(
     model: TextClassifier = MODELS[options.model](data.words, len(data.classes))
     optimizer: torch.optim.Optimizer
     if arm == "AdamW":
-        optimizer, stage = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True), None
+        optimizer, recipe = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True), None
     else:
         optimizer = SelectiveAdamW(model.parameters(), lr=LEARNING_RATE)
-        stage = BiStage(model, model.embedding, epsilon=options.epsilon, passes=options.passes)
+        stage = {"epsilon": options.epsilon, "passes": options.passes}
+        recipe = recipes.uegr(model, model.embedding, optimizer, **stage)  # type: ignore[attr-defined]
     if state["step"]:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        if recipe is not None:
+            recipe.load_state_dict(state["recipe"])
         torch.set_rng_state(state["random"])
 
     def keep() -> None:
-        state.update(model=model.state_dict(), optimizer=optimizer.state_dict(), random=torch.get_rng_state())
+        parts = {"model": model, "optimizer": optimizer} | ({} if recipe is None else {"recipe": recipe})
+        state.update({name: part.state_dict() for name, part in parts.items()}, random=torch.get_rng_state())
         save()
 
     total = steps_of(data, options)
@@ -289,13 +294,13 @@ def train(
             model.train()
             started = time.perf_counter()
             optimizer.zero_grad()
-            if stage is None:
+            if recipe is None:
                 loss = F.cross_entropy(model(**inputs), labels)
                 loss.backward()
             else:
-                loss = stage.backward(inputs, labels).clean_loss
+                loss = recipe.backward(inputs, labels)["clean_loss"]
             seconds = time.perf_counter() - started
-            if stage is not None and state["step"] % SHARE_EVERY == 0:
+            if recipe is not None and state["step"] % SHARE_EVERY == 0:
                 state["shares"].append(share_selected(optimizer, state["step"] + 1))
             started = time.perf_counter()
             optimizer.step()
@@ -311,8 +316,8 @@ def train(
             except Stopped:
                 keep()
                 raise
-    if stage is not None:
-        stage.close()
+    if recipe is not None:
+        recipe.close()
     return model
 
 
@@ -411,6 +416,7 @@ def settings_of(options: argparse.Namespace, data: Data) -> dict[str, Any]:
         digest.update(tensor.numpy().tobytes())
     return {
         **{f"--{name}": getattr(options, name) for name in ("model", "epochs", "seed", "epsilon", "passes", "limit", "length", "threads")},
+        "UEGR's dropout": "adaptive",
         "the number of steps": steps_of(data, options),
         "the data's fingerprint": digest.hexdigest()[:12],
         "torch's version": str(torch.__version__),
@@ -574,4 +580,5 @@ def describe(options: argparse.Namespace) -> str:
     defaults = {name: p.default for name, p in inspect.signature(SelectiveAdamW).parameters.items()}
     chosen = ", ".join(f"{name}={defaults[name]!r}" for name in ("threshold", "sharpness", "normalization", "direction"))
     js_weight = inspect.signature(BiStage).parameters["js_weight"].default
-    return f"BiStage(epsilon={options.epsilon:g}, passes={options.passes}, js_weight={js_weight}) and SelectiveAdamW({chosen})"
+    stage = f"BiStage(epsilon={options.epsilon:g}, passes={options.passes}, js_weight={js_weight})"
+    return f"{stage}, AdaptiveDropout and SelectiveAdamW({chosen})"

@@ -430,20 +430,27 @@ def gradient_norms_held(model: nn.Module) -> Iterator[Callable[[], None]]:
         yield hold
     finally:
         for layer, pending in held:
-            layer.pending.add_(pending)
+            if len(pending):  # the layer had its size by then
+                layer.pending.add_(pending)
 
 
 @contextlib.contextmanager
 def buffers_held(model: nn.Module) -> Iterator[None]:
-    """Whatever a pass writes into buffers (BatchNorm's statistics, AdaptiveDropout's norms) goes into copies that are dropped."""
+    """What a pass writes into buffers and AdaptiveDropout's norms goes into copies that are dropped."""
     owned = [(module, module._buffers) for module in model.modules() if module._buffers]
+    layers = [module for module in model.modules() if isinstance(module, AdaptiveDropout)]
+    norms = [(layer, layer.gradient_norm, layer.pending) for layer in layers]
     try:
         for module, buffers in owned:
             module._buffers = {name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()}
+        for layer, norm, pending in norms:
+            layer.gradient_norm, layer.pending = norm.clone(), pending.clone()
         yield
     finally:
         for module, buffers in owned:
             module._buffers = buffers
+        for layer, norm, pending in norms:
+            layer.gradient_norm, layer.pending = norm, pending
 
 
 def _kind(value: Any) -> str:

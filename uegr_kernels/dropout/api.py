@@ -1,14 +1,19 @@
 """What users call: the adaptive dropout module, and putting it in the place of a model's dropouts."""
 
-from collections.abc import Callable, Mapping
+import fnmatch
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from . import op
 
-BUFFERS = ("gradient_norm", "pending")
+STATE = ("gradient_norm", "pending")
+SIZED = "an AdaptiveDropout has its size from the first input; give num_features, or call it once before torch.compile(fullgraph=True)"
+MOST_AXES = 3  # [rows, units], [rows, places, units]; what has more is a map or attention's probabilities
 
 
 class AdaptiveDropout(nn.Module):
@@ -23,12 +28,14 @@ class AdaptiveDropout(nn.Module):
     momentum      in [0, 1): n = momentum * n + (1 - momentum) * new; the first one seen sets n
     backend       "auto", "reference", "cpp", "cuda" or "triton"
 
-    Buffers: gradient_norm [F], n; pending [F], squares of the norms since the last call outside a backward, which folds their root into n.
-    Norms that are not finite are dropped. Each call draws its key from torch's default generator of the input's device, as nn.Dropout does;
-    the mask is generated again in the backward. Under DDP n follows rank 0's data (buffers are broadcast), under FSDP each rank's own.
-    Inputs are float32, bfloat16, float16 or float64. Raises TypeError or ValueError for wrong arguments and inputs, RuntimeError for a
-    backend that cannot serve the call. It has no second derivative and does not run under torch.func.vmap.
-
+    Inputs [..., F]: float32, bfloat16, float16 or float64. One of four axes or more has no units
+    and gets the plain rate p; so does, with one warning, a module whose F changes, from then on.
+    State, float32 (float64 for float64): gradient_norm [F], n; pending [F], squares of norms, which
+    the next call outside a backward folds into n. It is extra state of a state_dict, which may lack
+    it, and no buffers; each rank of DDP or FSDP has its own. Norms that are not finite are dropped.
+    Draws its key as nn.Dropout does, from torch's default generator of the input's device.
+    Raises TypeError or ValueError for wrong arguments and inputs, RuntimeError for a backend that
+    cannot serve the call, second and forward-mode derivatives, and torch.func's transforms.
     Equivalent to `reference.adaptive_dropout(h, reference.dropout_rates_(gradient_norm, pending, ...), key, pending)`.
     """
 
@@ -39,35 +46,92 @@ class AdaptiveDropout(nn.Module):
         self, num_features: int | None = None, p: float = 0.3, *, max_p: float = 0.9, momentum: float = 0.9, backend: str = "auto"
     ) -> None:
         super().__init__()
-        if num_features is not None and (isinstance(num_features, bool) or not isinstance(num_features, int)):
-            raise TypeError(f"num_features={num_features!r} is a {type(num_features).__name__}; give an integer, or None")
-        if num_features is not None and num_features < 1:
-            raise ValueError(f"num_features={num_features} is out of range; give an integer >= 1, or None")
-        for name, value in (("p", p), ("max_p", max_p), ("momentum", momentum)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a number")
-            if not 0 <= value <= 1 or (name == "momentum" and value == 1):
-                raise ValueError(f"{name}={value!r} is out of range; give a number in {'[0, 1)' if name == 'momentum' else '[0, 1]'}")
+        if num_features is not None:
+            num_features = op.checks.integer("num_features", num_features, 1)
+        p, max_p = op.checks.number("p", p, 0, 1), op.checks.number("max_p", max_p, 0, 1)
+        if op.checks.number("momentum", momentum, 0, 1) == 1:
+            raise ValueError(f"momentum={momentum!r} is out of range; give a number in [0, 1)")
         if backend != "auto" and backend not in op.backends.BACKENDS:
             raise ValueError(f"backend={backend!r} is not a backend; use one of 'auto', {', '.join(map(repr, op.backends.BACKENDS))}")
         self.num_features, self.p, self.max_p, self.momentum, self.backend = num_features, p, max_p, momentum, backend
-        for name in BUFFERS:
-            self.register_buffer(name, torch.zeros(num_features or 0))  # empty until the size is known
+        self._name = ""  # in a model, for the warning
+        self._make(num_features or 0, torch.float32, None)  # empty until the size is known
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return input
         self._check(input)
-        if self.gradient_norm.numel() == 0:
-            dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-            for name in BUFFERS:
-                setattr(self, name, torch.zeros(input.shape[-1], dtype=dtype, device=input.device))
         backend = op.choose(self.backend, input.device, input.dtype)
+        if self._plain or input.dim() > MOST_AXES:
+            return F.dropout(input, self.p)
+        op.refuse_transforms(input)
+        if not self._ready(input):
+            return F.dropout(input, self.p)
         # A call inside a backward is a recompute, which has to find the rates of its forward.
         fold = torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
         key = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=input.device)
         options = {"p": float(self.p), "max_p": float(self.max_p), "momentum": float(self.momentum), "fold": fold}
         return op.adaptive_dropout(input, self.gradient_norm, self.pending, key, backend=backend, **options)
+
+    def reset_parameters(self) -> None:
+        """Forgets the gradients seen and the widths met, as if the module were new."""
+        self._make(self.num_features or 0, self.gradient_norm.dtype, self.gradient_norm.device)
+
+    def get_extra_state(self) -> Tensor:
+        """Returns the state, [3, F]: gradient_norm, pending, and ones where the rate is plain, else zeros."""
+        norm, pending = self.gradient_norm, self.pending
+        if norm.is_meta:  # nothing was seen there, and a checkpoint wants values
+            norm = pending = torch.zeros_like(norm, device="cpu")
+        return torch.stack((norm, pending, torch.full_like(norm, float(self._plain))))
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Copies what `get_extra_state` gave to where the module is; ValueError where it does not fit."""
+        reason = self._why_not(state)
+        if reason is not None:
+            raise ValueError(reason)
+        norm, units = self.gradient_norm, state.shape[1] or self.num_features or 0
+        dtype = torch.promote_types(norm.dtype, state.dtype)
+        device = state.device if norm.is_meta else norm.device
+        seen = bool(state.shape[1]) and not state.is_meta
+        if not seen or (units, dtype, device) != (len(norm), norm.dtype, norm.device):
+            self._make(units, dtype, device)
+        if seen:
+            self.gradient_norm.copy_(state[0].detach())
+            self.pending.copy_(state[1].detach())
+            self._used, self._plain = bool(state.any()), bool(state[2].any())
+
+    def _why_not(self, state: Any) -> str | None:
+        """None where `set_extra_state` takes the state, else why not."""
+        if not isinstance(state, Tensor) or state.dim() != 2 or len(state) != 3 or not state.is_floating_point():
+            return f"the extra state of an AdaptiveDropout is a floating tensor [3, F], and this is {state!r:.80}"
+        if self.num_features is not None and state.shape[1] not in (0, self.num_features):
+            found = f"{state.shape[1]} units in the state, num_features={self.num_features} here"
+            return f"size mismatch for gradient_norm: {found}"
+        return None
+
+    def _make(self, units: int, dtype: torch.dtype, device: torch.device | None) -> None:
+        """The state of a module that has seen nothing."""
+        with torch.inference_mode(False):  # what is made inside it cannot be written in training
+            self.gradient_norm = torch.zeros(units, dtype=dtype, device=device)
+            self.pending = torch.zeros(units, dtype=dtype, device=device)
+        self._used = self._plain = False
+
+    def _move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """The state to where fn puts a tensor, its values kept; from the meta device they are zeros."""
+        with torch.inference_mode(False), torch.no_grad():
+            for name in STATE:
+                old = getattr(self, name)
+                new = fn(old)
+                if new.dtype not in (torch.float32, torch.float64):  # squares do not fit 16 bits
+                    new = torch.empty_like(old, dtype=torch.float32, device=new.device)
+                if new is not old:
+                    new.zero_() if old.is_meta else new.copy_(old)
+                setattr(self, name, new)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdaptiveDropout":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._move(fn)
+        return self
 
     def _check(self, input: Tensor) -> None:
         if not isinstance(input, Tensor):
@@ -78,42 +142,86 @@ class AdaptiveDropout(nn.Module):
             raise TypeError(f"input is {input.dtype}; give float32, bfloat16, float16 or float64")
         if input.dim() == 0 or input.shape[-1] == 0:
             raise ValueError(f"input has shape {tuple(input.shape)}; give a last axis with the units")
-        known = self.gradient_norm
-        if known.numel() not in (0, input.shape[-1]):
-            raise ValueError(
-                f"input of shape {tuple(input.shape)} has {input.shape[-1]} units, the module {known.numel()}; "
-                "give every width a module of its own, and nn.Dropout to axes whose size changes"
+
+    def _ready(self, input: Tensor) -> bool:
+        """Whether the state is that of the input's units, where they are; if not, the rate has turned plain."""
+        norm, units = self.gradient_norm, input.shape[-1]
+        if norm.shape[0] != units and norm.shape[0]:
+            if self.num_features is not None and not self._used:
+                raise ValueError(
+                    f"input of shape {tuple(input.shape)} has {units} units, the module {norm.shape[0]}; "
+                    "build it with num_features=None, or give every width a module of its own"
+                )
+            _warn(
+                f"{self._name or 'An AdaptiveDropout'}: the last axis had size {norm.shape[0]} and now has "
+                "another, so it is not one of units, and the plain rate p is used from now on; "
+                "`replace_dropout(model, skip=...)` leaves such modules alone"
             )
-        if known.numel() and known.device != input.device:
-            raise ValueError(f"input is on {input.device}, the module's buffers on {known.device}; move the module with .to()")
+            self._plain = True
+            return False
+        if norm.shape[0] == 0 or norm.device != input.device or (input.dtype == torch.float64 and norm.dtype != torch.float64):
+            self._follow(input)
+        # A trace sets it without a look, which would have the next call traced anew.
+        if torch.compiler.is_compiling() or not self._used:
+            self._used = True
+        return True
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any) -> None:
-        if self.num_features is None:
-            for name in BUFFERS:
-                if prefix + name in state_dict:
-                    setattr(self, name, getattr(self, name).new_zeros(state_dict[prefix + name].shape))
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
+    @torch.compiler.disable(reason=SIZED)  # type: ignore[untyped-decorator]
+    def _follow(self, input: Tensor) -> None:
+        """Makes the state, or moves it to where the input is; in a graph a backward could not write it."""
+        norm, double = self.gradient_norm, input.dtype == torch.float64
+        dtype = torch.float64 if double else norm.dtype
+        if not len(norm):
+            self._make(input.shape[-1], torch.float64 if double else torch.float32, input.device)
+        elif input.is_meta:
+            raise ValueError(f"input is on meta, the module's state on {norm.device}; move the module with .to()")
+        else:
+            self._move(lambda tensor: torch.empty_like(tensor, dtype=dtype, device=input.device))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdaptiveDropout":
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name in BUFFERS:  # squares do not fit 16 bits, so .half() and .bfloat16() leave the buffers float32
-            buffer = getattr(self, name)
-            setattr(self, name, buffer.to(torch.promote_types(buffer.dtype, torch.float32)))
-        return self
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key, buffers = prefix + "_extra_state", [prefix + name for name in STATE]
+        own = dict(state_dict)
+        if all(name in own for name in buffers):  # of a version in which they were buffers
+            norm, pending = map(own.pop, buffers)
+            own.setdefault(key, torch.stack((norm, pending, torch.zeros_like(norm))))
+        reason = self._why_not(own[key]) if key in own else None
+        if reason is not None:
+            error_msgs.append(f"{key}: {reason}")
+            del own[key]
+        super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if key in missing_keys:  # a checkpoint of the model with nn.Dropout has none
+            missing_keys.remove(key)
 
     def extra_repr(self) -> str:
         features = self.num_features or self.gradient_norm.numel() or None
         return f"{features}, p={self.p}, max_p={self.max_p}, momentum={self.momentum}, backend={self.backend!r}"
 
 
-def replace_dropout(model: nn.Module, **options: Any) -> int:
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _warn(text: str) -> None:
+    """Under a compiler while it traces: a graph cannot warn."""
+    warnings.warn(text, stacklevel=2)
+
+
+def replace_dropout(model: nn.Module, *, skip: Iterable[str] = (), **options: Any) -> int:
     """Puts an `AdaptiveDropout` in the place of every nn.Dropout inside `model`; a module used in several places stays one module.
 
     model    an nn.Module that is not itself an nn.Dropout
+    skip     patterns of names in `model.named_modules()`, `*` for anything; an nn.Dropout so named stays
     options  AdaptiveDropout's arguments; without `p` each keeps the p of the nn.Dropout that it replaces
 
-    Returns how many nn.Dropout were replaced. Training or eval mode is kept. Modules whose last axis changes its size from batch to batch
-    (attention probabilities) are not for it: their second width raises. Raises TypeError or ValueError before anything is replaced.
+    Returns how many nn.Dropout were replaced. Training or eval mode is kept. A module whose last axis
+    changes its size (attention's probabilities) keeps its plain rate, with one warning that names it.
+    Raises TypeError or ValueError before anything is replaced.
 
     Equivalent to setting each attribute by hand.
     """
@@ -121,12 +229,24 @@ def replace_dropout(model: nn.Module, **options: Any) -> int:
         raise TypeError(f"model is a {type(model).__name__}; give an nn.Module")
     if isinstance(model, nn.Dropout):
         raise ValueError("model is itself an nn.Dropout, which cannot be replaced inside itself; build an AdaptiveDropout")
+    patterns = [skip] if isinstance(skip, str) else list(skip)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            kind = type(pattern).__name__
+            raise TypeError(f"skip names {pattern!r}, a {kind}; give patterns, such as '*attention*'")
     AdaptiveDropout(**options)  # raises for wrong options
+    places = [
+        (parent, name, f"{path}.{name}" if path else name, child)
+        for path, parent in model.named_modules()
+        for name, child in parent._modules.items()
+        if isinstance(child, nn.Dropout)
+    ]
+    kept = {child for _, _, name, child in places if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
     replacements: dict[nn.Module, AdaptiveDropout] = {}
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if isinstance(child, nn.Dropout):
-                if child not in replacements:
-                    replacements[child] = AdaptiveDropout(**{"p": child.p} | options).train(child.training)
-                setattr(parent, name, replacements[child])
+    for parent, attribute, name, child in places:
+        if child not in kept:
+            if child not in replacements:
+                replacements[child] = AdaptiveDropout(**{"p": child.p} | options).train(child.training)
+                replacements[child]._name = name
+            setattr(parent, attribute, replacements[child])
     return len(replacements)

@@ -6,8 +6,10 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..core import backends as backends
+from ..core import checks as checks
 from . import reference
 
 _triton = functools.partial(backends.triton_kernels, __package__)
@@ -88,6 +90,18 @@ class _Dropout(torch.autograd.Function):
 def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that serves adaptive dropout (core.backends.choose)."""
     return backends.choose(backend, "dropout.adaptive_dropout", device, dtype)
+
+
+def refuse_transforms(h: Tensor) -> None:
+    """Raises RuntimeError in forward mode, which has no formula here, and under torch.func."""
+    if forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active():
+        return
+    checks.refuse_transforms("AdaptiveDropout", [h], "use torch.nn.Dropout, or eval mode")
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "AdaptiveDropout of uegr_kernels does not run under torch.func (grad, vjp, hessian), whose "
+            "gradients it cannot keep the norms of; use torch.autograd, torch.nn.Dropout, or eval mode"
+        )
 
 
 def adaptive_dropout(h: Tensor, gradient_norm: Tensor, pending: Tensor, key: Tensor, *, backend: str, **options: Any) -> Tensor:
