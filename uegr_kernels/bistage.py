@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from . import passes as walks
 from .core.backends import BACKENDS
 from .divergence import uegr_loss
-from .passes import Pass, Runner
+from .passes import Batch, Pass, Runner
 from .perturbation import fgm_perturbation
 
 
@@ -35,7 +35,8 @@ class BiStageResult(NamedTuple):
 class BiStage:
     """Algorithm 1's forward stage: L_train = L_st + L_adv + js_weight * L_div over clean and perturbed embeddings (Eq. 2-6).
 
-    model           nn.Module from inputs to logits [N, C]: a tensor, an object with `.logits`, or a tuple whose first item they are
+    model           nn.Module from inputs to logits [N, C]: a tensor, an object with `.logits`, a dict with "logits", or a tuple whose
+                    first item they are
     embedding       nn.Module inside it whose output is perturbed; None: the one floating input itself
     epsilon, norm, per   the size of delta, as in `fgm_perturbation`
     passes          m >= 1 adversarial passes, each with its own dropout mask
@@ -43,12 +44,16 @@ class BiStage:
     passes_at_once  at most so many passes in one call of the model, to save memory; None: all m, as one batch of m*N rows
     dropout         m rates in [0, 1], one per pass, for every nn.Dropout* and AdaptiveDropout; None: the layers' own
     input_range     (low, high) to which the perturbed input is clamped; with embedding=None only
+    batch_axis      of the embedding's output that is the batch: 0, or 1 for models that look words up time-first; None: found by its
+                    length N, or, where both axes have that, by comparing what the embedding was called with to the inputs
+    relative        True: epsilon in multiples of the L2 norm of each sample's embeddings (real tokens, no gradient); not with "linf"
 
-    Inputs are a tensor, a dict for model(**inputs), whose `attention_mask` masks the perturbation, or a tuple for model(*inputs). Tensors
-    whose first dimension is N are repeated for the passes. The model's mode is the caller's. Build it before `torch.compile`.
+    Inputs are a tensor, a dict for model(**inputs), whose `attention_mask` [N, T] masks the perturbation, or a tuple for model(*inputs).
+    Tensors whose first dimension is N are repeated for the passes; where the embedding is called time-first with the inputs themselves,
+    those whose second is. The model's mode is the caller's. Build it before `torch.compile`.
     The embedding's output and the logits are float32, bfloat16, float16 or float64; the losses float32 (float64 for float64).
-    Raises TypeError or ValueError for wrong arguments, here and in a call, RuntimeError for a pass in which the embedding was not called
-    exactly once, and for a backend that cannot serve the call.
+    Raises TypeError or ValueError for wrong arguments, here and in a call (an empty batch, a batch_axis that cannot be found), RuntimeError
+    for a pass in which the embedding was not called exactly once, and for a backend that cannot serve the call.
     Equivalent to: `uegr_loss` of the clean logits and those of m passes with `fgm_perturbation` added to the embedding's output.
     """
 
@@ -68,6 +73,8 @@ class BiStage:
         passes_at_once: int | None = None,
         dropout: Sequence[float] | None = None,
         input_range: tuple[float, float] | None = None,
+        batch_axis: int | None = None,
+        relative: bool = False,
         backend: str = "auto",
     ) -> None:
         walks.check_count("passes", passes)
@@ -83,7 +90,7 @@ class BiStage:
             js_weight=js_weight, label_smoothing=label_smoothing, ignore_index=ignore_index, task=task, backend=backend
         )
         self._check_options()
-        self._runner = Runner(model, embedding, input_range)
+        self._runner = Runner(model, embedding, input_range, batch_axis=batch_axis, relative=relative, norm=norm)
 
     def backward(self, inputs: Any, labels: Tensor, *, scale: float | Tensor = 1.0) -> BiStageResult:
         """Adds scale * dL_train/dtheta to every parameter's .grad; each of the (1 + m) N rows goes forward and back once.
@@ -99,14 +106,15 @@ class BiStage:
         Equivalent to: `(scale * stage.loss(inputs, labels)).backward()`.
         """
         self._runner.check(scale)
+        batch = self._runner.take(inputs, labels)
         with self._runner.without_sync():
-            with self._runner.filled(Pass(watched=True)) as walk:
+            with self._runner.filled(Pass(batch, watched=True)) as walk:
                 clean = self._runner.call(inputs, walk)
                 # Its adversarial logits being constants, this loss has L_st's gradient.
                 half = uegr_loss(clean, clean.detach()[None], labels, return_parts=True, **self._loss)
                 (half.loss * scale).backward()
             clean = clean.detach().clone()  # a CUDA graph may write the next call's logits over the old
-            delta = self._delta(inputs, walk, clean)
+            delta = self._delta(walk)
         groups = self._groups()
         # A wrapper that synchronises allows for one backward after each forward, not for several forwards first.
         again = self.passes_at_once < self.passes or (len(groups) > 1 and walks.can_synchronise(self.model))
@@ -118,7 +126,7 @@ class BiStage:
                     stack.enter_context(self._runner.without_sync())
                     stack.enter_context(torch.no_grad())
                     states.append(walks.random_state(self.model))
-                calls.append(self._adversarial(inputs, delta, group))
+                calls.append(self._adversarial(batch, delta, group))
         logits = torch.cat([logits.detach() for logits, _ in calls]).unflatten(0, (self.passes, -1)).requires_grad_()
         parts = uegr_loss(clean, logits, labels, return_parts=True, **self._loss)
         (parts.loss * scale).backward()
@@ -129,7 +137,7 @@ class BiStage:
                     if again:
                         hold()
                         with walks.replayed(states[i]):
-                            calls[i] = self._adversarial(inputs, delta, group)
+                            calls[i] = self._adversarial(batch, delta, group)
                     (group_logits, walk), calls[i] = calls[i], None  # no graph outlives its backward
                     with self._rate(group), self._runner.filled(walk):
                         group_logits.backward(logits.grad[group.start : group.stop].flatten(0, 1))
@@ -145,16 +153,17 @@ class BiStage:
         checkpointing, or recomputes dropout layers while `dropout` is set, needs `backward`.
         """
         self._runner.check(1.0)
-        with self._runner.without_sync(), self._runner.filled(Pass(watched=True)) as walk:
+        batch = self._runner.take(inputs, labels)
+        with self._runner.without_sync(), self._runner.filled(Pass(batch, watched=True)) as walk:
             clean = self._runner.call(inputs, walk)
             half = uegr_loss(clean, clean.detach()[None], labels, **self._loss)
-            (walk.gradient,) = torch.autograd.grad(half, [walk.edge], retain_graph=True, allow_unused=True)
-        delta = self._delta(inputs, walk, clean)
+            walk.keep(*torch.autograd.grad(half, [walk.edge], retain_graph=True, allow_unused=True))
+        delta = self._delta(walk)
 
         def logits_of(group: range) -> Tensor:
             if self.passes_at_once == self.passes:
-                return self._adversarial(inputs, delta, group)[0]
-            again: tuple[Tensor, Pass] = checkpoint(self._adversarial, inputs, delta, group, use_reentrant=False)
+                return self._adversarial(batch, delta, group)[0]
+            again: tuple[Tensor, Pass] = checkpoint(self._adversarial, batch, delta, group, use_reentrant=False)
             return again[0]
 
         logits = torch.cat([logits_of(group) for group in self._groups()]).unflatten(0, (self.passes, -1))
@@ -164,6 +173,7 @@ class BiStage:
     def __repr__(self) -> str:
         embedding = None if self.embedding is None else type(self.embedding).__name__
         own = {"passes": self.passes, "passes_at_once": self.passes_at_once, "dropout": self.dropout, "input_range": self.input_range}
+        own |= {"batch_axis": self._runner.batch_axis, "relative": self._runner.relative}
         options = ", ".join(f"{name}={value!r}" for name, value in (self._perturbation | self._loss | own).items())
         return f"BiStage({type(self.model).__name__}, {embedding}, {options}{', closed' if self._runner.closed else ''})"
 
@@ -171,15 +181,14 @@ class BiStage:
         """Removes the hook from the embedding; the BiStage cannot be used afterwards."""
         self._runner.close()
 
-    def _adversarial(self, inputs: Any, delta: Tensor, group: range) -> tuple[Tensor, Pass]:
+    def _adversarial(self, batch: Batch, delta: Tensor, group: range) -> tuple[Tensor, Pass]:
         """The logits [k*N, C] of k passes in one call, and the slot's content for its backward."""
-        with self._rate(group), self._runner.filled(Pass(delta, watched=False)) as walk:
-            return self._runner.call(inputs, walk, len(group)), walk
+        with self._rate(group), self._runner.filled(Pass(batch, delta, watched=False)) as walk:
+            return self._runner.call(batch.inputs, walk, len(group)), walk
 
-    def _delta(self, inputs: Any, walk: Pass, clean: Tensor) -> Tensor:
+    def _delta(self, walk: Pass) -> Tensor:
         """Eq. 2, from the gradient that the clean pass left."""
-        gradient = walks.gradient_at_embedding(walk, clean)
-        return fgm_perturbation(gradient, mask=walks.attention_mask(inputs), **self._perturbation)
+        return walk.ascended(lambda g: fgm_perturbation(g, mask=walk.mask, **self._perturbation))
 
     def _groups(self) -> list[range]:
         """The passes of each call of the model."""

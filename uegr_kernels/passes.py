@@ -8,71 +8,168 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .core.backends import DTYPES
 from .dropout import AdaptiveDropout
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, AdaptiveDropout)
 
 
+class Batch:
+    """What the passes of one batch share: how many rows it has, and along which axes they lie.
+
+    inputs, labels  as they were given;  rows  N, one label each
+    axis            of the embedding's output that is the batch; None: not found yet (`Runner.settle`)
+    inputs_axis     of the inputs that is the batch;  length  of the embedding's output along its other axis
+    relative        perturbations are measured in multiples of the L2 norm of a sample's embeddings
+    keeps_output    what the embedding gave is read after the pass, in which the model may write into it
+    """
+
+    def __init__(self, inputs: Any, labels: Tensor, *, relative: bool) -> None:
+        self.inputs, self.labels, self.relative, self.keeps_output = inputs, labels, relative, relative
+        self.rows = len(labels)
+        self.axis: int | None = None
+        self.inputs_axis, self.length = 0, -1
+
+    def first(self, x: Tensor) -> Tensor:
+        """The embedding's output, or what has its axes, with the batch first; what is so already, as the model has it."""
+        return x.transpose(0, 1) if self.axis == 1 else x
+
+    def repeated(self, name: Any, value: Any, repeats: int) -> Any:
+        """One input, of so many copies of the batch; a value without the batch's rows is passed on."""
+        if repeats == 1 or not isinstance(value, Tensor) or value.dim() == 0:
+            return value
+        second = self.inputs_axis == 1 and value.dim() > 1 and value.shape[1] == self.rows and name != "attention_mask"
+        if second and (value.shape[0] == self.length or value.shape[0] != self.rows):
+            return value.repeat(1, repeats, *[1] * (value.dim() - 2))
+        return value.repeat(repeats, *[1] * (value.dim() - 1)) if value.shape[0] == self.rows else value
+
+
 class Pass:
     """The slot's content while a pass runs: the hook reads what to perturb and writes what it saw.
 
+    batch     that the pass is over
     delta     added to the embedding's output, or a function from that output to it; None: nothing is added
     watched   keep the gradient at the embedding's output (perturbed, where there is a delta)
-    at        what takes the place of the embedding's output, delta apart; None: the output itself
+    at        what takes the place of the embedding's output, delta apart, as another pass has `seen` it; None: the output itself
+
+    delta, output, gradient and unit have the batch first, whatever the model's order is.
     """
 
-    def __init__(self, delta: Tensor | Callable[[Tensor], Tensor] | None = None, *, watched: bool, at: Tensor | None = None) -> None:
+    def __init__(
+        self, batch: Batch, delta: Tensor | Callable[[Tensor], Tensor] | None = None, *, watched: bool, at: Tensor | None = None
+    ) -> None:
+        self.batch = batch
         self.delta: Any = delta
         self.watched, self.at = watched, at
-        self.calls = 0
+        self.calls, self.repeats = 0, 1
         self.forward = True  # a recompute in the backward is not a second call
-        self.output: Tensor | None = None
-        self.gradient: Any = None  # a tensor, once a watched pass went back
+        self.differentiable = False
+        self.given: list[Tensor] = []  # what the embedding was called with
+        self.seen: Any = None  # the embedding's output, in the model's order
+        self._gradient: Any = None  # the same of the gradient, once a watched pass went back
         self.edge: Any = None
+
+    @property
+    def output(self) -> Tensor:
+        """What the embedding gave [N, ...]."""
+        return self.batch.first(self.seen)
+
+    @property
+    def gradient(self) -> Tensor:
+        """g_x that a watched pass's backward left [N, ...]."""
+        if self._gradient is None:
+            raise RuntimeError("the loss does not depend on the embedding's output; pass the embedding that the logits are computed from")
+        return self.batch.first(self._gradient)
+
+    @property
+    def unit(self) -> Tensor | None:
+        """What lengths are multiples of: the L2 norm of each sample's real tokens [N, 1, ...]; None: of 1."""
+        if not self.batch.relative:
+            return None
+        x = masked(self.batch.first(self.seen if self.at is None else self.at), self.mask)
+        lengths: Tensor = torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+        return lengths.view(-1, *[1] * (x.dim() - 1))
+
+    @property
+    def mask(self) -> Tensor | None:
+        """[N, T], nonzero where a token is real."""
+        return attention_mask(self.batch.inputs)
+
+    def ascended(self, step: Callable[[Tensor], Tensor], g: Tensor | None = None) -> Tensor:
+        """A perturbation: step(g), in multiples of `unit`; g None: g_x."""
+        g, unit = self.gradient if g is None else g, self.unit
+        return step(g) if unit is None else (step(g.to(unit.dtype)) * unit).to(g.dtype)
+
+    def measured(self, delta: Tensor) -> Tensor:
+        """delta in multiples of `unit`."""
+        unit = self.unit
+        return delta if unit is None else delta.to(unit.dtype) / torch.where(unit > 0, unit, 1)
 
     def visit(self, x: Tensor) -> Tensor:
         """What the model goes on with where the embedding gave x."""
-        self.output = x.detach()
+        self.seen = x.detach().clone() if self.batch.keeps_output else x.detach()
         x = x if self.at is None else self.at
         x = x if self.delta is None else self._perturb(x)
-        return self._watch(x) if self.watched else x
+        return self._watch(x) if self.watched else self._reached(x) if self.differentiable else x
 
-    def _keep(self, gradient: Tensor) -> None:
-        self.gradient = gradient
+    def keep(self, gradient: Tensor) -> None:
+        self._gradient = gradient
 
     def _watch(self, x: Tensor) -> Tensor:
         """x, or a copy where x is a leaf; its gradient will be kept."""
-        with torch.enable_grad():  # a table looked up under no_grad has a g_x too
-            x = x if x.requires_grad else x.detach().requires_grad_()
+        x = self._reached(x)
+        with torch.enable_grad():
             x = x.clone() if x.is_leaf else x  # the next layer may write into it, and a leaf's .grad may hold earlier batches
-        x.register_hook(self._keep)  # unlike retain_grad it means x as it is here, whatever is written into it later
+        x.register_hook(self.keep)  # unlike retain_grad it means x as it is here, whatever is written into it later
         self.edge = self.edge or torch.autograd.graph.get_gradient_edge(x)
         return x
 
+    def _reached(self, x: Tensor) -> Tensor:
+        """x where a gradient reaches it, else a copy that one does: reentrant checkpointing keeps no graph without."""
+        if x.requires_grad:
+            return x
+        with torch.enable_grad():  # a table looked up under no_grad has a g_x too
+            return x.detach().requires_grad_().clone()
+
     def _perturb(self, x: Tensor) -> Tensor:
-        """x [k*N, ...] + delta [N, ...], pass after pass."""
+        """x [k*N, ...] + delta [N, ...], pass after pass, in the model's order."""
+        x = self.batch.first(x)
         if not isinstance(self.delta, Tensor):
-            self.delta = self.delta(x.detach())
-        if x.shape[1:] != self.delta.shape[1:] or x.shape[0] % self.delta.shape[0]:
+            start, unit = self.delta(x.detach()), self.unit
+            self.delta = start if unit is None else (start * unit).to(start.dtype)
+        if x.shape[1:] != self.delta.shape[1:] or x.shape[0] != self.repeats * len(self.delta):
             raise RuntimeError(
-                f"the embedding's output is {list(x.shape)} in an adversarial pass and {list(self.delta.shape)} in the clean one; "
-                "the model must look up the same tokens in every pass, and inputs must have the batch as their first dimension"
+                f"the embedding's output is {list(x.shape)}, batch first, in an adversarial pass of {self.repeats} x {len(self.delta)} "
+                f"rows and {list(self.delta.shape)} in the clean one; the model must look up the same tokens in every pass, and inputs "
+                "must have the batch as their first dimension, or be what the embedding is called with (batch_axis=1)"
             )
-        moved: Tensor = x.unflatten(0, (-1, self.delta.shape[0])) + self.delta.to(x.dtype)
-        return moved.flatten(0, 1)
+        moved: Tensor = x.unflatten(0, (self.repeats, -1)) + self.delta.to(x.dtype)
+        return self.batch.first(moved.flatten(0, 1))
 
 
 class Runner:
     """Runs passes through a model, with one forward hook on the embedding from here to `close()`; it sleeps while no pass is on.
 
-    model        nn.Module from inputs to logits [N, C]: a tensor, an object with `.logits`, or a tuple whose first item they are
+    model        nn.Module from inputs to logits [N, C]: a tensor, an object with `.logits`, a dict with "logits", or a tuple whose first
+                 item they are
     embedding    nn.Module inside it whose output is perturbed; None: the one floating input itself
     input_range  (low, high) to which the perturbed input is clamped; with embedding=None only
+    batch_axis   of the embedding's output that is the batch, 0 or 1; None: found batch by batch
+    relative     lengths in multiples of the L2 norm of a sample's embeddings;  norm  that the perturbations have; "": there are none
 
     Raises TypeError or ValueError for wrong arguments.
     """
 
-    def __init__(self, model: nn.Module, embedding: nn.Module | None, input_range: tuple[float, float] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        embedding: nn.Module | None,
+        input_range: tuple[float, float] | None = None,
+        *,
+        batch_axis: int | None = None,
+        relative: bool = False,
+        norm: str = "",
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}; pass the nn.Module to train")
         if embedding is not None and all(module is not embedding for module in model.modules()):
@@ -81,10 +178,23 @@ class Runner:
             raise ValueError(f"input_range={input_range!r} clamps the input itself; leave it out, or pass embedding=None")
         if input_range is not None and not (len(input_range) == 2 and input_range[0] < input_range[1]):
             raise ValueError(f"input_range={input_range!r}; pass (low, high) with low < high")
+        if batch_axis is not None and (isinstance(batch_axis, bool) or not isinstance(batch_axis, int)):
+            raise TypeError(f"batch_axis={batch_axis!r} is a {type(batch_axis).__name__}; pass 0, 1 or None")
+        if batch_axis not in (None, 0, 1):
+            raise ValueError(f"batch_axis={batch_axis} is not one of its values; pass 0, 1 or None")
+        if not isinstance(relative, bool):
+            raise TypeError(f"relative={relative!r} is a {type(relative).__name__}; pass True or False")
+        if relative and norm in ("", "linf"):
+            why = "has no say where no embedding is perturbed" if not norm else f"measures L2 norms, and norm={norm!r} has none"
+            raise ValueError(f"relative=True {why}; leave it out" + (", or pass norm='l2'" if norm else ""))
+        if any(isinstance(m, nn.parallel.DistributedDataParallel) and m.static_graph for m in model.modules()):
+            raise ValueError("static_graph=True makes DDP expect one forward and one backward a step; wrap the model without static_graph")
         self.model, self.embedding, self.input_range = model, embedding, input_range
+        self.batch_axis, self.relative, self.perturbs = batch_axis, relative, bool(norm)
+        self._known: tuple[int, int] | None = None  # axis and inputs_axis of a batch that left no doubt
         self._slot: Pass | None = None
         self.closed = False
-        self._hook = None if embedding is None else embedding.register_forward_hook(self._on_embedding)
+        self._hook = None if embedding is None else embedding.register_forward_hook(self._on_embedding, with_kwargs=True)
 
     def check(self, scale: float | Tensor) -> None:
         """Raises what stands against a call now."""
@@ -112,46 +222,109 @@ class Runner:
         finally:
             self._slot = None
 
-    def _on_embedding(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def _on_embedding(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         walk = self._slot
         if walk is None:
             return None
         walk.calls += walk.forward
         if walk.calls > 1:
-            raise RuntimeError("the embedding was called twice in one pass, and delta is for one call; pass a module that is called once")
-        if not isinstance(output, Tensor) or not output.is_floating_point():
+            raise RuntimeError(
+                "the embedding was called twice in one pass, and delta is for one call; pass a module that is called once"
+                + self._of_encoder(" of its own, with the decoder's weight if they are to share it")
+            )
+        if not isinstance(output, Tensor) or output.dtype not in DTYPES:
             raise TypeError(f"the embedding returned {_kind(output)}; pass the module whose output is the floating tensor to perturb")
+        walk.given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if walk.batch.axis is None and walk.delta is not None:
+            self.settle(walk.batch, output, walk.given)
         return walk.visit(output)
+
+    def _of_encoder(self, more: str = "") -> str:
+        """Words on which embedding to pass, for a Transformers model that has two."""
+        config = getattr(getattr(self.model, "module", self.model), "config", None)
+        if not getattr(config, "is_encoder_decoder", False):
+            return ""
+        return f". This model is an encoder-decoder: pass the encoder's embedding, model.get_encoder().get_input_embeddings(){more}"
+
+    def take(self, inputs: Any, labels: Tensor) -> Batch:
+        """The batch for the passes to come; raises what is wrong with it by itself."""
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"labels are a {type(labels).__name__}; give a tensor")
+        if labels.dim() == 0:
+            raise ValueError("labels have shape (); give one a row: class indices [N], or floats [N] or [N, C]")
+        tensors = [value for _, value in _items(inputs) if isinstance(value, Tensor) and value.dim()]
+        if len(labels) == 0 or (tensors and all(len(value) == 0 for value in tensors)):
+            raise ValueError(f"the batch is empty (labels have shape {tuple(labels.shape)}); leave it out")
+        return Batch(inputs, labels, relative=self.relative)
+
+    def settle(self, batch: Batch, x: Tensor, given: list[Tensor]) -> None:
+        """Finds the batch's axes from the embedding's output x and what it was called with; checks the mask."""
+        shape, n, asked = list(x.shape), batch.rows, self.batch_axis
+        fits = [axis for axis in (0, 1) if x.dim() > 2 * axis and shape[axis] == n]  # of [N, d] the second is no batch
+        if not fits or asked not in (None, *fits):
+            raise ValueError(
+                f"the embedding's output is {shape} and the labels are for {n} rows, which "
+                + ("its first two axes are not" if not fits else f"axis batch_axis={asked} is not")
+                + "; give one label a row, and an embedding whose output has the batch as its first axis, or as its second (batch_axis=1)"
+            )
+        doubtful, axis, inputs_axis = len(fits) == 2, fits[0], 0
+        if not doubtful:
+            batch.length = shape[1 - axis] if x.dim() > 2 else -1
+            inputs_axis = int(any(list(value.shape[:2]) == [batch.length, n] for value in _tensors(batch.inputs)))
+            self._known = axis, inputs_axis
+        else:
+            batch.length = n
+            as_inputs = None if self._known else _as_inputs(given, batch.inputs)
+            if asked is None and self._known is None and as_inputs is None:
+                raise ValueError(
+                    f"the embedding's output is {shape} for {n} rows: either of its first two axes can be the batch; pass batch_axis=0, or "
+                    "batch_axis=1 for a model that looks words up time-first"
+                )
+            axis = asked if asked is not None else self._known[0] if self._known else int(not as_inputs)
+            if self._known and self._known[0] == axis:
+                inputs_axis = self._known[1]
+            elif as_inputs is not None:
+                inputs_axis = axis if as_inputs else 1 - axis
+        batch.axis, batch.inputs_axis = axis, inputs_axis
+        mask = attention_mask(batch.inputs)
+        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != batch.first(x).shape[:2] or mask.dim() != 2):
+            its = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                f"attention_mask is {its}, and the embedding's output, batch first, {tuple(batch.first(x).shape)}; give [N, T], "
+                "nonzero where a token is real"
+            )
 
     def call(self, inputs: Any, walk: Pass, repeats: int = 1) -> Tensor:
         """One call of the model on `repeats` copies of the batch; returns logits [repeats*N, C]."""
-        rows = walk.delta.shape[0] if isinstance(walk.delta, Tensor) else None
-
-        def repeated(value: Any) -> Any:
-            if repeats == 1 or not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != rows:
-                return value
-            return value.repeat(repeats, *[1] * (value.dim() - 1))
-
-        values = {name: repeated(value) for name, value in _items(inputs)}
+        batch, walk.repeats = walk.batch, repeats
+        walk.differentiable = torch.is_grad_enabled() and (self.perturbs or self.embedding is not None)
+        values = {name: batch.repeated(name, value, repeats) for name, value in _items(inputs)}
         if self.embedding is None:
             name = _floating(inputs)
+            walk.given = [values[name]]
+            if batch.axis is None and walk.delta is not None:
+                self.settle(batch, values[name], walk.given)
             values[name] = walk.visit(values[name])
             if walk.delta is not None and self.input_range is not None:
                 values[name] = values[name].clamp(*self.input_range)
             walk.calls = 1
-        output = self.model(**values) if isinstance(inputs, Mapping) else self.model(*values.values())
+        try:
+            output = self.model(**values) if isinstance(inputs, Mapping) else self.model(*values.values())
+        except (RuntimeError, ValueError) as error:
+            if repeats > 1:  # a note would do, from Python 3.11
+                remedy = "passes_at_once=1 calls the model on the batch as it is"
+                error.args = (f"{error}\n(in a call on {repeats} copies of the batch; {remedy})",)
+            raise
         walk.forward = False
         if walk.calls == 0:
             raise RuntimeError(
                 "the hook on the embedding did not run in this pass: the model does not call the embedding, or was compiled before the "
-                "hook was there; pass the module that the model calls, and build this before compiling"
+                "hook was there; pass the module that the model calls, and build this before compiling" + self._of_encoder()
             )
         logits = _logits(output)
-        if rows is not None and logits.shape[0] != repeats * rows:
-            raise ValueError(
-                f"the model gave {logits.shape[0]} rows of logits for {repeats} x {rows} inputs; the batch must be the first dimension of "
-                "every input tensor and of the logits"
-            )
+        _check_logits(logits, batch, repeats)
+        if batch.axis is None and walk.watched:
+            self.settle(batch, walk.seen, walk.given)
         return logits
 
     @contextlib.contextmanager
@@ -171,21 +344,13 @@ class Runner:
                 model.set_requires_gradient_sync(True)
 
 
-def gradient_at_embedding(walk: Pass, logits: Tensor) -> Tensor:
-    """g_x that a watched pass's backward left."""
-    if walk.gradient is None:
-        raise RuntimeError("the loss does not depend on the embedding's output; pass the embedding that the logits are computed from")
-    if walk.gradient.shape[0] != logits.shape[0]:
-        raise ValueError(
-            f"the embedding's output has {walk.gradient.shape[0]} rows and the logits {logits.shape[0]}; the batch must be the first "
-            "dimension of both"
-        )
-    gradient: Tensor = walk.gradient
-    return gradient
-
-
 def attention_mask(inputs: Any) -> Tensor | None:
     return inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+
+
+def masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x [N, T, ...] where mask [N, T] is not zero, else 0; x for None."""
+    return x if mask is None else torch.where((mask != 0).reshape(*mask.shape, *[1] * (x.dim() - mask.dim())), x, 0)
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
@@ -293,11 +458,61 @@ def _floating(inputs: Any) -> Any:
     return names[0]
 
 
+def _tensors(inputs: Any) -> list[Tensor]:
+    """The inputs that can have a batch and a length."""
+    return [value for _, value in _items(inputs) if isinstance(value, Tensor) and value.dim() > 1]
+
+
+def _as_inputs(given: list[Tensor], inputs: Any) -> bool | None:
+    """Whether what a module was called with has its first two axes in the order of the inputs; None: nobody can tell."""
+    found = set()
+    for x in given:
+        for value in _tensors(inputs):
+            if x is value:
+                return True
+            if x.dim() > 1:
+                straight, turned = _same_rows(x, value), _same_rows(x.transpose(0, 1), value)
+                if straight != turned:
+                    found.add(straight)
+    return found.pop() if len(found) == 1 else None
+
+
+def _same_rows(x: Tensor, y: Tensor) -> bool:
+    """Whether the rows of one begin as those of the other do, whatever shape they have."""
+    x, y = x.flatten(1), y.to(x.device).flatten(1)
+    shared = min(x.shape[1], y.shape[1])
+    return len(x) == len(y) and bool((x[:, :shared] == y[:, :shared]).all())
+
+
 def _logits(output: Any) -> Tensor:
-    logits = output[0] if isinstance(output, tuple) and output and not hasattr(output, "logits") else getattr(output, "logits", output)
+    if isinstance(output, Mapping):
+        logits = output.get("logits")
+    else:
+        logits = output[0] if isinstance(output, tuple) and output and not hasattr(output, "logits") else getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
-        raise TypeError(f"the model returned {_kind(output)}; return logits [N, C], an object with .logits, or a tuple of them first")
+        keys = f" with {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
+        raise TypeError(
+            f"the model returned {_kind(output)}{keys}; return logits [N, C], an object with .logits, a dict with 'logits', or a tuple of "
+            "them first"
+        )
     return logits
+
+
+def _check_logits(logits: Tensor, batch: Batch, repeats: int) -> None:
+    """Raises, in words of the model and the labels, for logits that no loss here can take."""
+    if logits.dim() != 2 or not logits.shape[1]:
+        tokens = "; a label for every token (token classification) is none of the tasks here" if logits.dim() == 3 else ""
+        raise ValueError(f"the model gave logits of shape {list(logits.shape)}; these methods take [N, C], one row a sample{tokens}")
+    if logits.dtype not in DTYPES:
+        raise TypeError(f"the model gave logits of {logits.dtype}; return float32, bfloat16, float16 or float64")
+    if logits.shape[0] != repeats * batch.rows:
+        times = f"{repeats} x " if repeats > 1 else ""
+        raise ValueError(
+            f"the model gave {logits.shape[0]} rows of logits for {times}{batch.rows} labels of shape {tuple(batch.labels.shape)}; "
+            "the batch must be the first dimension of the logits, the labels and every input tensor (the second of time-first inputs)"
+        )
+    if logits.device != batch.labels.device:
+        raise ValueError(f"labels are on {batch.labels.device} and the logits on {logits.device}; move them with .to()")
 
 
 def _get_state(device: torch.device) -> Tensor:

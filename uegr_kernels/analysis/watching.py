@@ -2,7 +2,7 @@
 
 import contextlib
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -52,17 +52,16 @@ def moved(params: list[nn.Parameter]) -> Iterator[Callable[[list[Tensor]], None]
     """Yields what puts the parameters at their start plus the given tensors; afterwards they are the start, bit for bit."""
     start = [p.detach().clone() for p in params]
 
-    def move(by: list[Tensor]) -> None:
+    def put(values: Iterable[Tensor]) -> None:
         with torch.no_grad():
-            for p, at, step in zip(params, start, by, strict=True):
-                p.copy_(at + step)
+            for p, value in zip(params, values, strict=True):
+                p.copy_(value)
+        torch.clear_autocast_cache()  # it keeps casts of weights until its region ends
 
     try:
-        yield move
+        yield lambda by: put(at + step for at, step in zip(start, by, strict=True))
     finally:
-        with torch.no_grad():
-            for p, at in zip(params, start, strict=True):
-                p.copy_(at)
+        put(start)
 
 
 @contextlib.contextmanager

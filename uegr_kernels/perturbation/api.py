@@ -122,11 +122,13 @@ def _perturbed(
     saved = [weight.clone() for weight in weights]
     try:
         op.call("perturb_weights_", backend, weights, grads, key, written=weights, streams=streams, **options)
+        torch.clear_autocast_cache()  # it keeps casts of weights until its region ends
         yield
     finally:
         with torch.no_grad():
             for weight, before in zip(weights, saved, strict=True):
                 weight.copy_(before)
+        torch.clear_autocast_cache()
 
 
 def _check_tensor(name: str, x: Tensor) -> None:

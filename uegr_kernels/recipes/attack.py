@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..passes import Pass, attention_mask, check_count
+from ..passes import Pass, attention_mask, check_count, masked
 from ..perturbation import fgm_perturbation, pgd_step
 from .recipe import PassRecipe, check_flag, check_number
 
@@ -43,7 +43,7 @@ class AttackRecipe(PassRecipe):
         check_number("step_size", 0.0 if step_size is None else step_size, 0)
         self.epsilon, self.steps, self.same_draw = epsilon, steps, same_draw
         self.step_size = 2.5 * epsilon / max(steps, 1) if step_size is None else step_size
-        self.norm, self.per = norm, per
+        self.norm, self.per = norm if steps else "", per
         row = torch.zeros(1, 2, device="cpu")
         pgd_step(row, row, step_size=0.0, radius=0.0, norm="linf" if norm == "max" else norm, per=per, backend="reference")
         super().__init__(model, embedding, optimizer, **options)
@@ -55,35 +55,34 @@ class AttackRecipe(PassRecipe):
             if step or clean is None:
                 with draw():
                     clean = self._ascend(inputs, labels, scale, delta)
-            delta = torch.zeros_like(clean.gradient) if clean.delta is None else clean.delta
-            delta = self._climb(delta, clean.gradient, attention_mask(inputs))
+            options: dict[str, Any] = dict(step_size=self.step_size, radius=self.epsilon, norm=self.norm, per=self.per)
+            delta = climb(clean, **options, backend=self.backend)
         return delta
 
     def _start(self, mask: Tensor | None) -> Start | None:
         """The first delta; None: zero."""
         return None
 
-    def _climb(self, delta: Tensor, gradient: Tensor, mask: Tensor | None) -> Tensor:
-        options: dict[str, Any] = dict(step_size=self.step_size, radius=self.epsilon, per=self.per)
-        return climb(delta, gradient, mask, norm=self.norm, **options, backend=self.backend)
 
+def climb(walk: Pass, *, step_size: float, radius: float, norm: str, per: str, backend: str) -> Tensor:
+    """`pgd_step` from a pass's delta along its gradient, with one norm more.
 
-def climb(
-    delta: Tensor, gradient: Tensor, mask: Tensor | None, *, step_size: float, radius: float, norm: str, per: str, backend: str
-) -> Tensor:
-    """`pgd_step`, with one norm more: "max" divides g by its largest |element|; a zero or non-finite one makes no step."""
-    if norm != "max":
-        return pgd_step(delta, gradient, step_size=step_size, radius=radius, norm=norm, per=per, mask=mask, backend=backend)
-    wide = torch.promote_types(gradient.dtype, torch.float32)
-    g = masked(gradient.to(wide), mask)
-    axes = {"sample": tuple(range(1, g.dim())), "token": (-1,), "all": tuple(range(g.dim()))}[per]
-    largest = g.abs().amax(axes, keepdim=True)
-    direction = torch.where((largest > 0) & largest.isfinite(), g / largest, 0)
-    return (delta.to(wide) + step_size * direction).clamp(-radius, radius).to(delta.dtype)
+    "max" divides g by its largest |element|; a zero or non-finite one makes no step.
+    """
 
+    def step(g: Tensor) -> Tensor:
+        delta = torch.zeros_like(g) if walk.delta is None else walk.measured(walk.delta)
+        if norm != "max":
+            options: dict[str, Any] = dict(step_size=step_size, radius=radius, norm=norm, per=per)
+            return pgd_step(delta, g, mask=walk.mask, **options, backend=backend)
+        wide = torch.promote_types(g.dtype, torch.float32)
+        masked_g = masked(g.to(wide), walk.mask)
+        axes = {"sample": tuple(range(1, g.dim())), "token": (-1,), "all": tuple(range(g.dim()))}[per]
+        largest = masked_g.abs().amax(axes, keepdim=True)
+        direction = torch.where((largest > 0) & largest.isfinite(), masked_g / largest, 0)
+        return (delta.to(wide) + step_size * direction).clamp(-radius, radius).to(delta.dtype)
 
-def masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else torch.where((mask != 0).reshape(*mask.shape, *[1] * (x.dim() - mask.dim())), x, 0)
+    return walk.ascended(step)
 
 
 def drawn_apart() -> Callable[[Tensor], torch.Generator]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .baselines import Plain
 from .bi_stage import SelectiveUpdate
-from .recipe import check_choice, check_number
+from .recipe import check_choice, check_number, write
 from .saliency import SaliencyRecipe
 
 
@@ -88,8 +88,8 @@ class ChildTuningD(SaliencyRecipe, Plain):
 
     def after_step(self) -> None:
         """With target="update", undoes the step where nothing is to be trained."""
-        for p, mask, before in zip(self._masked, self.masks, self._before, strict=False):  # nothing to undo without a before_step
-            p.detach().copy_(torch.where(mask, p, before))
+        if self._before:  # nothing to undo without a before_step
+            write(self._masked, [torch.where(*each) for each in zip(self.masks, self._masked, self._before, strict=True)])
         self._before = []
 
     def _gather_step(self, gradients: Sequence[Tensor | None]) -> None:

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..divergence import uegr_loss
-from ..passes import attention_mask
 from ..perturbation import fgm_perturbation
 from .bi_stage import SelectiveUpdate
 from .recipe import PassRecipe, check_choice, check_number
@@ -108,11 +107,12 @@ class RAT(RDrop):
     ) -> None:
         self._perturbation: dict[str, Any] = dict(epsilon=epsilon, norm=norm, per=per)
         fgm_perturbation(torch.zeros(1, 2, device="cpu"), **self._perturbation, backend="reference")  # raises for a wrong option
+        self.norm = norm
         super().__init__(model, embedding, optimizer, **options)
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         clean, walk = self._descend(inputs, labels, scale, watched=True)
-        delta = fgm_perturbation(walk.gradient, mask=attention_mask(inputs), **self._perturbation, backend=self.backend)
+        delta = walk.ascended(lambda g: fgm_perturbation(g, mask=walk.mask, **self._perturbation, backend=self.backend))
         losses = self._pair(inputs, labels, scale, delta)
         return losses | {"loss": clean + losses["loss"], "clean_loss": clean}
 

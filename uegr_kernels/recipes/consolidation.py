@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .baselines import Plain
-from .recipe import check_choice, check_number, named_parameters, whole
+from .recipe import check_choice, check_number, named_parameters, whole, write
 
 
 class WeightConsolidation(Plain):
@@ -75,7 +75,7 @@ class WeightConsolidation(Plain):
             return  # a step that a loss scaler skips
         if self.form == "decoupled":
             for p, p0, group in groups:
-                p.detach().sub_((p.detach() - p0) * (group["lr"] * self.kappa))
+                write([p], [p.detach() - (p.detach() - p0) * (group["lr"] * self.kappa)])
         else:
             for group in self.optimizer.param_groups:
                 if group["lr"] * self.gamma >= 1:
@@ -91,7 +91,7 @@ class WeightConsolidation(Plain):
         for (p, p0, group), before in zip(self._groups(), self._before, strict=True):
             decay = group["lr"] * group.get("weight_decay", 0.0) * before if group.get("decoupled_weight_decay") else 0.0
             step = p.detach() - before + decay
-            p.detach().copy_(before + lam * step - (1 - lam) * self.gamma * group["lr"] * (before - p0) - decay)
+            write([p], [before + lam * step - (1 - lam) * self.gamma * group["lr"] * (before - p0) - decay])
         self._before = []
 
     def _groups(self) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from ..passes import attention_mask, check_count
-from ..perturbation import pgd_step
 from .attack import Start, climb, in_a_cube
 from .recipe import PassRecipe, check_choice, check_flag, check_number
 
@@ -55,8 +54,8 @@ class FreeLB(PassRecipe):
         super().__init__(model, embedding, optimizer, **options)
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
-        mask, losses = attention_mask(inputs), []
-        delta: Any = in_a_cube(self.init_mag, mask) if self.init_mag else None
+        losses = []
+        delta: Any = in_a_cube(self.init_mag, attention_mask(inputs)) if self.init_mag else None
         radius = self.max_norm if self.max_norm > 0 else torch.finfo(torch.float32).max
         with self._draws(self.same_draw) as draw:
             for step in range(1, self.steps + 1):
@@ -65,9 +64,7 @@ class FreeLB(PassRecipe):
                     loss, walk = self._descend(inputs, labels, scale, delta, weight=1 / self.steps, watched=not last, last=last)
                 losses.append(loss)
                 if not last:
-                    delta = torch.zeros_like(walk.gradient) if walk.delta is None else walk.delta
-                    options: dict[str, Any] = dict(step_size=self.adv_lr, radius=radius, norm=self.norm, per="sample", backend=self.backend)
-                    delta = climb(delta, walk.gradient, mask, **options)
+                    delta = climb(walk, step_size=self.adv_lr, radius=radius, norm=self.norm, per="sample", backend=self.backend)
         mean = torch.stack(losses).mean()
         return {"loss": mean, "adversarial_loss": mean}
 
@@ -125,9 +122,9 @@ class FreeAT(PassRecipe):
             loss, walk = self._descend(inputs, labels, scale, delta, watched=True, last=True)
             losses.append(loss)
             self._update(optimizer, scale)
-            options: dict[str, Any] = dict(step_size=self.step_size, radius=self.epsilon, norm=self.norm)
-            delta = pgd_step(walk.delta, walk.gradient, mask=mask, **options, backend=self.backend)
+            delta = climb(walk, step_size=self.step_size, radius=self.epsilon, norm=self.norm, per="sample", backend=self.backend)
         if self.persistent:
+            delta = walk.measured(delta)
             self.delta = delta if self.delta is None else torch.cat([delta, self.delta[len(delta) :]])
         mean = torch.stack(losses).mean()
         return {"loss": mean, "adversarial_loss": mean}
@@ -150,4 +147,5 @@ class FreeAT(PassRecipe):
                 gradient.div_(scale)
         if not isinstance(scale, Tensor) or all(gradient.isfinite().all() for gradient in gradients):  # as GradScaler does
             optimizer.step()
+            torch.clear_autocast_cache()  # the next repeat is in the caller's autocast region too
         optimizer.zero_grad(set_to_none=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..passes import attention_mask, check_count
+from ..passes import check_count
 from ..perturbation import fgm_perturbation, perturbed_weights
 from .recipe import PassRecipe, check_flag, check_number, check_reached, named_parameters
 
@@ -55,13 +55,16 @@ class DropAttack(PassRecipe):
         self.weights = list(named_parameters(model, weights).values())
         if not attack_input and not self.weights:
             raise ValueError("attack_input=False attacks nothing without weights; name some, or leave it True")
+        if options.get("relative") is True and self.weights:
+            raise ValueError("relative=True measures the embeddings, and weights have none; leave one of relative and weights out")
         self.epsilon_weights, self.keep_probability_weights, self.attack_input = epsilon_weights, keep_probability_weights, attack_input
+        self.norm = norm
         super().__init__(model, embedding, optimizer, **options)
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         with self._hooked_gradients() as of_weights:
-            clean, walk = self._descend(inputs, labels, scale, watched=True)
-        g_x, g_w = walk.gradient, of_weights
+            loss, clean = self._descend(inputs, labels, scale, watched=True)
+        g_x, g_w = clean.gradient, of_weights
         check_reached(g_w)
         options: dict[str, Any]
         seeds = [int(torch.randint(2**62, ())) for _ in range(2)]  # of both masks, which all steps share
@@ -69,19 +72,20 @@ class DropAttack(PassRecipe):
         for step in range(1, self.steps + 1):
             last = step == self.steps
             if self.attack_input:
-                delta = fgm_perturbation(g_x, mask=attention_mask(inputs), **self._perturbation, seed=seeds[0], backend=self.backend)
+                options = dict(mask=clean.mask, seed=seeds[0], backend=self.backend, **self._perturbation)
+                delta = clean.ascended(lambda g, options=options: fgm_perturbation(g, **options), g_x)
                 options = dict(weight=1 / self.steps, watched=not last, last=last and not self.weights)
-                loss, walk = self._descend(inputs, labels, scale, delta, **options)
-                of_input.append(loss)
+                of_this, walk = self._descend(inputs, labels, scale, delta, **options)
+                of_input.append(of_this)
                 g_x = g_x if last else g_x + walk.gradient
             if self.weights:
                 options = dict(gradients=g_w, keep_probability=self.keep_probability_weights, seed=seeds[1], backend=self.backend)
                 with perturbed_weights(self.weights, self.epsilon_weights, **options), self._hooked_gradients() as of_weights:
-                    loss, _ = self._descend(inputs, labels, scale, weight=1 / self.steps, last=last)
-                of_weight.append(loss)
+                    of_this, _ = self._descend(inputs, labels, scale, weight=1 / self.steps, last=last)
+                of_weight.append(of_this)
                 g_w = [_added(before, new) for before, new in zip(g_w, of_weights, strict=True)]
         means = {"adversarial_loss": of_input, "weight_loss": of_weight}
-        losses = {"clean_loss": clean} | {name: torch.stack(each).mean() for name, each in means.items() if each}
+        losses = {"clean_loss": loss} | {name: torch.stack(each).mean() for name, each in means.items() if each}
         total: Any = sum(losses.values())
         return {"loss": total, **losses}
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..divergence import LossParts, uegr_loss
 from ..dropout import AdaptiveDropout
-from ..passes import Pass, Runner, buffers_held, dropout_rate, gradient_at_embedding, gradient_norms_held, random_state, replayed
+from ..passes import Batch, Pass, Runner, buffers_held, dropout_rate, gradient_norms_held, random_state, replayed
 
 
 class Recipe:
@@ -31,6 +31,7 @@ class Recipe:
 
     kept: tuple[str, ...] = ()  # attributes that a checkpoint carries
     _runner: Any  # what has the hook, and close()
+    _batch: Batch | None = None  # that the passes are over, while one is
 
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
         if optimizer is not None and not (hasattr(optimizer, "param_groups") and hasattr(optimizer, "step")):
@@ -47,7 +48,7 @@ class Recipe:
         Returns the losses by name, 0-d, detached and unscaled: "loss", what is minimised, and its parts. Under DDP and FSDP the last
         backward synchronises, and none inside the caller's no_sync. Raises as `BiStage.backward`.
         """
-        self._check(scale)
+        self._check(scale, inputs, labels)
         without = [p for p in self.model.parameters() if p.grad is None]
         try:
             return self._backward(inputs, labels, scale)
@@ -55,6 +56,8 @@ class Recipe:
             for p in without:
                 p.grad = None
             raise
+        finally:
+            self._batch = None
 
     def before_step(self) -> None:
         """What the method does to the gradients or weights ahead of the optimizer's step, after unscaling and clipping."""
@@ -83,7 +86,7 @@ class Recipe:
         """Removes the hooks from the model; the recipe cannot be used afterwards."""
         self._runner.close()
 
-    def _check(self, scale: float | Tensor) -> None:
+    def _check(self, scale: float | Tensor, inputs: Any, labels: Tensor) -> None:
         """Raises what stands against a call now."""
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
@@ -102,6 +105,10 @@ class PassRecipe(Recipe):
     task, label_smoothing, ignore_index   as in `uegr_loss`
     dropout      rate of every nn.Dropout* and AdaptiveDropout in the recipe's passes, 0 for none; None: the layers' own
     input_range  (low, high) to which the perturbed input is clamped; with embedding=None only
+    batch_axis   of the embedding's output that is the batch, as in `BiStage`
+    relative     True: every length of a perturbation of the embeddings (epsilon, steps, radii, random starts) is in multiples of the L2
+                 norm of each sample's embeddings (real tokens, no gradient). ValueError with norm="linf", and where there is no such
+                 perturbation
     backend      of the operators
 
     model and embedding are as in `BiStage`; embedding=None perturbs the one floating input. The model's mode is the caller's in every
@@ -109,6 +116,7 @@ class PassRecipe(Recipe):
     """
 
     more_options: tuple[str, ...] = ()  # that are in no signature
+    norm = ""  # of the perturbation of the embeddings; "": there is none
 
     def __init__(
         self,
@@ -121,6 +129,8 @@ class PassRecipe(Recipe):
         ignore_index: int = -100,
         dropout: float | None = None,
         input_range: tuple[float, float] | None = None,
+        batch_axis: int | None = None,
+        relative: bool = False,
         backend: str = "auto",
         **unknown: Any,
     ) -> None:
@@ -136,10 +146,11 @@ class PassRecipe(Recipe):
         row = torch.zeros(1, 2, device="cpu")
         labels = row if task == "regression" else torch.zeros(1, dtype=torch.int64, device="cpu")
         uegr_loss(row, row[None], labels, **self._loss_options, backend="reference")
-        self._runner = Runner(model, embedding, input_range)
+        self._runner = Runner(model, embedding, input_range, batch_axis=batch_axis, relative=relative, norm=self.norm)
 
-    def _check(self, scale: float | Tensor) -> None:
+    def _check(self, scale: float | Tensor, inputs: Any, labels: Tensor) -> None:
         self._runner.check(scale)
+        self._batch = self._runner.take(inputs, labels)
 
     def _descend(
         self,
@@ -157,11 +168,8 @@ class PassRecipe(Recipe):
         watched  keep the gradient at the embedding;  last  of the step, so that a wrapper synchronises
         """
         with contextlib.nullcontext() if last else self._runner.without_sync(), self._pass(delta, watched=watched) as walk:
-            logits = self._runner.call(inputs, walk)
-            parts = self._label_loss(logits, labels)
+            parts = self._label_loss(self._runner.call(inputs, walk), labels)
             (parts.loss * weight * scale).backward()
-        if watched:
-            gradient_at_embedding(walk, logits)
         return parts.clean_loss, walk
 
     def _ascend(
@@ -175,10 +183,8 @@ class PassRecipe(Recipe):
     ) -> Pass:
         """One pass forward and back to the embedding alone, for the gradient there: .grad and buffers stay as they are."""
         with self._runner.without_sync(), buffers_held(self.model), self._pass(delta, watched=True, at=at) as walk:
-            logits = self._runner.call(inputs, walk)
-            parts = self._label_loss(logits, labels)
-            (walk.gradient,) = torch.autograd.grad(parts.loss * scale, [walk.edge], allow_unused=True)
-        gradient_at_embedding(walk, logits)
+            parts = self._label_loss(self._runner.call(inputs, walk), labels)
+            walk.keep(*torch.autograd.grad(parts.loss * scale, [walk.edge], allow_unused=True))
         return walk
 
     def _weight_gradients(
@@ -196,7 +202,8 @@ class PassRecipe(Recipe):
     def _pass(
         self, delta: Tensor | Callable[[Tensor], Tensor] | None = None, *, watched: bool = False, at: Tensor | None = None
     ) -> Iterator[Pass]:
-        with dropout_rate(self.model, self.dropout), self._runner.filled(Pass(delta, watched=watched, at=at)) as walk:
+        assert self._batch is not None
+        with dropout_rate(self.model, self.dropout), self._runner.filled(Pass(self._batch, delta, watched=watched, at=at)) as walk:
             yield walk
 
     @contextlib.contextmanager
@@ -281,6 +288,13 @@ def check_flag(name: str, value: Any) -> None:
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is not one of its values; use {', '.join(map(repr, choices))}")
+
+
+def write(weights: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Gives weights new values; autocast, which keeps casts of weights until its region ends, makes them anew."""
+    for weight, value in zip(weights, values, strict=True):
+        weight.detach().copy_(value)
+    torch.clear_autocast_cache()
 
 
 def check_reached(gradients: Sequence[Tensor | None]) -> None:

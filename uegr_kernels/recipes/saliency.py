@@ -44,13 +44,19 @@ class SaliencyRecipe(PassRecipe):
         The model's mode is the caller's; .grad and buffers stay as they are. Without it the first epoch is trained whole, and its
         gradients make the masks.
         """
-        self._runner.check(1.0)
-        self.squares, self.batches = [], 0
-        for inputs, labels in batches:
-            _, gradients = self._weight_gradients(inputs, labels, 1.0, self._masked, ascent=True)
-            self._gather(gradients)
-        if not self.squares:
-            raise ValueError("batches holds none; give pairs (inputs, labels)")
+        before, self.squares, self.batches = (self.squares, self.batches), [], 0
+        try:
+            for inputs, labels in batches:
+                self._check(1.0, inputs, labels)
+                _, gradients = self._weight_gradients(inputs, labels, 1.0, self._masked, ascent=True)
+                self._gather(gradients)
+            if not self.squares:
+                raise ValueError("batches holds none; give pairs (inputs, labels)")
+        except BaseException:
+            self.squares, self.batches = before
+            raise
+        finally:
+            self._batch = None
         if can_synchronise(self.model):
             summed_over_ranks(self.model, self.squares)
         self._settle()

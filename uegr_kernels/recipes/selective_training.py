@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from ..divergence import uegr_loss
-from ..passes import attention_mask
 from ..selective import select_gradients_, selection_probability
 from .attack import climb, tiny_noise
 from .consistency import symmetric_divergence
@@ -33,6 +32,7 @@ class RoAST(SaliencyRecipe):
     """
 
     kept = (*SaliencyRecipe.kept, "seed")
+    norm = "max"
 
     def __init__(
         self,
@@ -66,13 +66,12 @@ class RoAST(SaliencyRecipe):
         self.seed = int(torch.randint(2**62, ())) if seed is None else seed
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
-        mask = attention_mask(inputs)
         with self._pass() as clean:  # first, as in R-Drop
+            clean.batch.keeps_output |= self.detach_embedding
             z0 = self._runner.call(inputs, clean)
-        at = clean.output if self.detach_embedding else None
-        walk = self._ascend(inputs, labels, scale, tiny_noise(self.noise, mask), at=at)
-        options: dict[str, Any] = dict(step_size=self.epsilon, radius=float("inf"), norm="max", per="token", backend=self.backend)
-        delta = climb(walk.delta, walk.gradient, mask, **options)
+        at = clean.seen if self.detach_embedding else None
+        walk = self._ascend(inputs, labels, scale, tiny_noise(self.noise, clean.mask), at=at)
+        delta = climb(walk, step_size=self.epsilon, radius=float("inf"), norm=self.norm, per="token", backend=self.backend)
         with self._runner.without_sync(), self._pass(delta, at=at) as walk:
             z1 = self._runner.call(inputs, walk)
         if self.form == "paper":

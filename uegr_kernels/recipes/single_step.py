@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..passes import attention_mask
 from ..perturbation import fgm_perturbation
 from .recipe import PassRecipe, check_number
 
@@ -37,7 +36,7 @@ class AT(PassRecipe):
         self._perturbation: dict[str, Any] = dict(epsilon=epsilon, norm=norm, per=per)
         fgm_perturbation(torch.zeros(1, 2, device="cpu"), **self._perturbation, backend="reference")  # raises for a wrong option
         check_number("clean_weight", clean_weight, 0)
-        self.clean_weight = clean_weight
+        self.clean_weight, self.norm = clean_weight, norm
         super().__init__(model, embedding, optimizer, **options)
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
@@ -46,7 +45,7 @@ class AT(PassRecipe):
             losses["clean_loss"], walk = self._descend(inputs, labels, scale, weight=self.clean_weight, watched=True)
         else:
             walk = self._ascend(inputs, labels, scale)
-        delta = fgm_perturbation(walk.gradient, mask=attention_mask(inputs), **self._perturbation, backend=self.backend)
+        delta = walk.ascended(lambda g: fgm_perturbation(g, mask=walk.mask, **self._perturbation, backend=self.backend))
         losses["adversarial_loss"], _ = self._descend(inputs, labels, scale, delta, last=True)
         return {"loss": self.clean_weight * losses.get("clean_loss", 0.0) + losses["adversarial_loss"], **losses}
 

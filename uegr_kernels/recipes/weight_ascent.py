@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..passes import buffers_held, check_count, synchronises
 from ..perturbation import perturbed_weights
 from .attack import AttackRecipe
-from .recipe import PassRecipe, check_flag, check_number, norm_of, summed_over_ranks
+from .recipe import PassRecipe, check_flag, check_number, norm_of, summed_over_ranks, write
 
 
 class SAM(PassRecipe):
@@ -132,8 +132,7 @@ class AWP(AttackRecipe):
             return
         steps = [weight.detach() - at for weight, at in zip(self._weights, self._at, strict=True)]
         self._leave()
-        for weight, step in zip(self._weights, steps, strict=True):
-            weight.detach().add_(step)
+        write(self._weights, [weight.detach() + step for weight, step in zip(self._weights, steps, strict=True)])
 
     def epoch_end(self) -> None:
         self.epoch += 1
