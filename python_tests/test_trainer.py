@@ -146,3 +146,131 @@ SAME = {
 def test_plain_is_the_trainer(tmp_path, case):
     model, dataset, more = SAME[case]
     both(tmp_path, model, dataset, embedding=lambda model: getattr(model, "embedding", None), **more)
+
+
+def t5():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 30, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    config = transformers.T5Config(**sizes, num_labels=3, pad_token_id=0, eos_token_id=29, decoder_start_token_id=0)
+    return transformers.T5ForSequenceClassification(config)
+
+
+def bart():
+    torch.manual_seed(0)
+    sides = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 32))}
+    config = transformers.BartConfig(
+        **sides, vocab_size=30, d_model=16, num_labels=3, max_position_embeddings=16, pad_token_id=0, bos_token_id=1, eos_token_id=29
+    )
+    return transformers.BartForSequenceClassification(config)
+
+
+@pytest.mark.parametrize("model", [t5, bart])
+def test_encoder_decoders_with_the_encoders_embedding(tmp_path, model):
+    ended = [row | {"input_ids": torch.cat([row["input_ids"][:4].clamp(2, 28), torch.tensor([29])])} for row in rows()]
+    both(tmp_path, model, ended, embedding=lambda model: model.get_encoder().get_input_embeddings())
+    run = ours(tmp_path, model(), "uegr", ended, embedding="transformer.encoder.embed_tokens" if model is t5 else "model.encoder.embed_tokens")
+    run.train()
+    assert all(adversarial > 0 for (adversarial,) in logged(run, "adversarial_loss"))
+    with pytest.raises(ValueError, match=r"pass the encoder's, embedding=model.get_encoder\(\).get_input_embeddings\(\)"):
+        ours(tmp_path, model())
+
+
+def outcome(function):
+    try:
+        return function()
+    except Exception as error:
+        return type(error), str(error)
+
+
+@pytest.mark.parametrize("name", [name.value for name in OptimizerNames])
+def test_every_optim_is_the_trainers_but_torchs_adamw(tmp_path, name):
+    more = {"optim": name, "optim_target_modules": ["classifier"]}
+    theirs = outcome(transformers.Trainer(model=bert(), args=arguments(tmp_path, **more)).create_optimizer)
+    run = ours(tmp_path, bert(), **more)
+    mine = outcome(run.create_optimizer)
+    if name in ("adamw_torch", "adamw_torch_fused"):
+        assert type(mine) is uk.SelectiveAdamW and mine.defaults["keep_probability"] == 1.0
+        assert [group["weight_decay"] for group in mine.param_groups] == [group["weight_decay"] for group in theirs.param_groups] == [0.1, 0]
+    elif isinstance(theirs, tuple):
+        assert mine == theirs  # the package that is missing
+    else:
+        assert type(mine) is type(theirs) and mine.defaults == theirs.defaults
+
+
+class Modes(torch.optim.SGD):
+    """Steps in train mode only, as schedule-free optimizers do."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.mode, self.seen = "eval", []
+
+    def train(self):
+        self.mode = "train"
+
+    def eval(self):
+        self.mode = "eval"
+
+    def step(self, closure=None):
+        self.seen.append(self.mode)
+        return super().step(closure)
+
+
+def test_an_optimizer_with_modes_is_in_train_mode_when_it_steps(tmp_path):
+    more = {"eval_strategy": "steps", "eval_steps": 1}
+    given = {"optimizer_cls_and_kwargs": (Modes, {"lr": 0.1}), "eval_dataset": rows(4)}
+    run, theirs = both(tmp_path, bert, given=given, **more)
+    assert run.optimizer.optimizer.seen == theirs.optimizer.optimizer.seen == ["train"] * 3
+    evaluated = [[entry["eval_loss"] for entry in r.state.log_history if "eval_loss" in entry] for r in (run, theirs)]
+    assert len(evaluated[0]) == 3 and evaluated[0] == pytest.approx(evaluated[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["schedule_free_adamw", "schedule_free_sgd", "schedule_free_radam"])
+def test_schedule_free_optimizers(tmp_path, name):
+    pytest.importorskip("schedulefree")
+    both(tmp_path, bert, optim=name, lr_scheduler_type="constant")
+
+
+def test_an_optimizer_and_a_schedule_of_ones_own(tmp_path):
+    found = {}
+    for kind in (transformers.Trainer, UEGRTrainer):
+        model = bert()
+        optimizer = torch.optim.RMSprop(model.parameters(), lr=1e-3)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        more = {"recipe": "plain"} if kind is UEGRTrainer else {}
+        run = kind(model=model, args=arguments(tmp_path), train_dataset=rows(), optimizers=(optimizer, scheduler), **more)
+        run.train()
+        assert run.optimizer.optimizer is optimizer
+        found[kind] = torch.tensor(logged(run, "loss", "learning_rate"))
+    torch.testing.assert_close(found[UEGRTrainer], found[transformers.Trainer], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_evaluation_and_prediction_are_the_trainers(tmp_path, smoothing):
+    more = {"label_smoothing_factor": smoothing, "eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
+    given = {"eval_dataset": rows(8), "compute_metrics": lambda p: {"first": float(p.predictions[0, 0])}}
+    given["preprocess_logits_for_metrics"] = lambda logits, labels: logits * 2
+    run, theirs = both(tmp_path, bert, given=given, **more)
+    found = [
+        [[entry["eval_loss"], entry["eval_first"]] for entry in r.state.log_history if "eval_loss" in entry] + [list(r.predict(rows(3))[2].values())[:1]]
+        for r in (run, theirs)
+    ]
+    assert len(found[0]) == 5
+    for mine, other in zip(*found, strict=True):
+        assert mine == pytest.approx(other, rel=1e-4)
+
+
+def test_a_compiled_model(tmp_path):
+    """Also where it was called, and compiled, before the recipe was there, and with a second recipe on the same object."""
+    more = {"eval_strategy": "steps", "eval_steps": 2}
+    compiled = more | {"torch_compile": True, "torch_compile_backend": "eager"}
+    given = {"eval_dataset": rows(4)}
+    both(tmp_path, Net, given=given, embedding=lambda model: model.embedding, **compiled)
+    found = []
+    for options in (compiled, more):
+        model = Net()
+        run = ours(tmp_path, model, "at", embedding=model.embedding, given=given, **options)
+        run.evaluate()
+        run.train()
+        run.train()
+        found.append(weights(model))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
