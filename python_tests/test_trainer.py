@@ -1,6 +1,5 @@
 """What UEGRTrainer does with the Trainer's arguments: under recipe "plain" it is the Trainer itself, loss for loss, or it says why not."""
 
-import contextlib
 import dataclasses
 import inspect
 import pathlib
@@ -109,11 +108,7 @@ ACCUMULATED = {"gradient_accumulation_steps": 2}
 SAME = {
     "as it is": (bert, rows(), {}),
     "regression by the configuration": (lambda: bert(num_labels=1), rows(label=lambda i: torch.tensor(i / 7)), {}),
-    "regression of two": (
-        lambda: bert(num_labels=2, problem_type="regression"),
-        rows(label=lambda i: torch.tensor([i / 7, -i / 9])),
-        {},
-    ),
+    "regression of two": (lambda: bert(num_labels=2, problem_type="regression"), rows(label=lambda i: torch.tensor([i / 7, -i / 9])), {}),
     "labels [N, 1]": (bert, rows(label=lambda i: torch.tensor([i % 3])), {}),
     "ignored labels": (bert, rows(label=IGNORED), {}),
     "label smoothing": (bert, rows(label=IGNORED), {"label_smoothing_factor": 0.3}),
@@ -168,7 +163,9 @@ def bart():
 def test_encoder_decoders_with_the_encoders_embedding(tmp_path, model):
     ended = [row | {"input_ids": torch.cat([row["input_ids"][:4].clamp(2, 28), torch.tensor([29])])} for row in rows()]
     both(tmp_path, model, ended, embedding=lambda model: model.get_encoder().get_input_embeddings())
-    run = ours(tmp_path, model(), "uegr", ended, embedding="transformer.encoder.embed_tokens" if model is t5 else "model.encoder.embed_tokens")
+    run = ours(
+        tmp_path, model(), "uegr", ended, embedding="transformer.encoder.embed_tokens" if model is t5 else "model.encoder.embed_tokens"
+    )
     run.train()
     assert all(adversarial > 0 for (adversarial,) in logged(run, "adversarial_loss"))
     with pytest.raises(ValueError, match=r"pass the encoder's, embedding=model.get_encoder\(\).get_input_embeddings\(\)"):
@@ -190,7 +187,9 @@ def test_every_optim_is_the_trainers_but_torchs_adamw(tmp_path, name):
     mine = outcome(run.create_optimizer)
     if name in ("adamw_torch", "adamw_torch_fused"):
         assert type(mine) is uk.SelectiveAdamW and mine.defaults["keep_probability"] == 1.0
-        assert [group["weight_decay"] for group in mine.param_groups] == [group["weight_decay"] for group in theirs.param_groups] == [0.1, 0]
+        assert (
+            [group["weight_decay"] for group in mine.param_groups] == [group["weight_decay"] for group in theirs.param_groups] == [0.1, 0]
+        )
     elif isinstance(theirs, tuple):
         assert mine == theirs  # the package that is missing
     else:
@@ -251,7 +250,8 @@ def test_evaluation_and_prediction_are_the_trainers(tmp_path, smoothing):
     given["preprocess_logits_for_metrics"] = lambda logits, labels: logits * 2
     run, theirs = both(tmp_path, bert, given=given, **more)
     found = [
-        [[entry["eval_loss"], entry["eval_first"]] for entry in r.state.log_history if "eval_loss" in entry] + [list(r.predict(rows(3))[2].values())[:1]]
+        [[entry["eval_loss"], entry["eval_first"]] for entry in r.state.log_history if "eval_loss" in entry]
+        + [list(r.predict(rows(3))[2].values())[:1]]
         for r in (run, theirs)
     ]
     assert len(found[0]) == 5
@@ -274,3 +274,274 @@ def test_a_compiled_model(tmp_path):
         run.train()
         found.append(weights(model))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+def hooks(model):
+    return sum(len(module._forward_hooks) for module in model.modules())
+
+
+BEST = {"max_steps": 9, "eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 1}
+
+
+def test_training_again_on_the_same_object(tmp_path):
+    """The best checkpoint is an early one and the others are gone: nothing of the first run may lead the second one to them."""
+    worse = [{**row, "labels": (row["labels"] + 1) % 3} for row in rows()]
+    more = BEST | {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "learning_rate": 0.05}
+    run = ours(tmp_path, bert(), "roast", given={"eval_dataset": worse}, **more)
+    run.train()
+    best = pathlib.Path(run.state.best_model_checkpoint)
+    assert best.name != "checkpoint-9" and not (tmp_path / "checkpoint-9").exists()
+    saved = transformers.BertForSequenceClassification.from_pretrained(best)
+    torch.testing.assert_close(weights(run.model), weights(saved), rtol=0, atol=0)
+    run.train(resume_from_checkpoint=True)
+    assert run.state.global_step == 9 and hooks(run.model) == 0
+    run.train()
+    assert run.state.global_step == 9 and run.recipe is None
+
+
+def test_a_second_training_begins_a_recipe_of_its_own(tmp_path):
+    more = {"save_strategy": "steps", "save_steps": 3, "max_steps": 3}
+    run = ours(tmp_path / "0", bert(), "roast", **more)
+    seen = []
+    attach = run._attach
+    run._attach = lambda model: (attach(model), seen.append(run.recipe))
+    run.train()
+    first = torch.load(tmp_path / "0" / "checkpoint-3" / "recipe.pt")
+    run.args.output_dir = str(tmp_path / "1")
+    run.train()
+    assert seen[0] is not seen[1] and seen[0]._runner.closed and seen[1]._runner.closed
+    second = torch.load(tmp_path / "1" / "checkpoint-3" / "recipe.pt")
+    assert first.keys() == second.keys() and first["epoch"] == second["epoch"] == 1
+    assert torch.load(tmp_path / "0" / "checkpoint-3" / "recipe.pt")["seed"] == first["seed"] != second["seed"]
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
+def test_a_recipe_is_closed_whatever_ends_the_training(tmp_path, stop):
+    class Stops(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise stop("here")
+
+    before = bert()
+    names = [(name, type(module)) for name, module in before.named_modules()]
+    run = ours(tmp_path, before, "uegr", given={"callbacks": [Stops()]})
+    with pytest.raises(stop, match="here"):
+        run.train()
+    assert run.recipe is None and hooks(run.model) == 0
+    assert [(name, type(module)) for name, module in run.model.named_modules()] == names
+    run.remove_callback(Stops)
+    run.train()
+    assert run.state.global_step == 3 and hooks(run.model) == 0
+
+
+def test_construction_draws_nothing_and_leaves_the_model(tmp_path):
+    model = bert()
+    names = [(name, id(module)) for name, module in model.named_modules()]
+    for recipe in uk.recipes.NAMES:
+        ours(tmp_path, model, recipe)
+        after = torch.get_rng_state()
+        transformers.Trainer(model=model, args=arguments(tmp_path))
+        assert torch.equal(torch.get_rng_state(), after)
+        assert hooks(model) == 0 and [(name, id(module)) for name, module in model.named_modules()] == names
+
+
+def test_a_search_over_hyperparameters(tmp_path, monkeypatch):
+    """A stand-in for optuna with two trials: each begins its own model and recipe, and leaves the other's checkpoint alone."""
+    import transformers.hyperparameter_search
+    import transformers.trainer
+
+    class Trial:
+        def __init__(self, number):
+            self.number, self.params = number, {"learning_rate": 0.01 * (number + 1)}
+
+    left = {}
+
+    class Backend:
+        def ensure_available(self):
+            pass
+
+        def run(self, trainer, n_trials, direction, **kwargs):
+            for number in range(n_trials):
+                trainer.train(trial=Trial(number))
+                left[number] = (tmp_path / f"run-{number}" / "checkpoint-3" / "recipe.pt").read_bytes()
+                assert trainer.args.learning_rate == 0.01 * (number + 1)
+
+    named = transformers.trainer.HPSearchBackend.OPTUNA
+    monkeypatch.setitem(transformers.trainer.ALL_HYPERPARAMETER_SEARCH_BACKENDS, named, Backend)
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
+    more = {"save_strategy": "steps", "save_steps": 3}
+    run = ours(tmp_path, None, "roast", given={"model_init": lambda: bert()}, **more)
+    run.hyperparameter_search(hp_space=lambda trial: trial.params, n_trials=2, backend="optuna")
+    assert (tmp_path / "run-0" / "checkpoint-3" / "recipe.pt").read_bytes() == left[0]
+    alone = ours(tmp_path / "alone", None, "roast", given={"model_init": lambda: bert()}, **more | {"learning_rate": 0.02})
+    alone.train()
+    torch.testing.assert_close(weights(run.model), weights(alone.model), rtol=0, atol=0)
+
+
+def test_model_init_and_an_embedding_by_its_name(tmp_path):
+    run = ours(tmp_path, None, "at", embedding="embedding", given={"model_init": lambda: Net()})
+    run.train()
+    first = weights(run.model)
+    run.train()
+    assert torch.equal(weights(run.model), first)
+    with pytest.raises(ValueError, match="embedding='embeddings' is no module of Net; use one of embedding, body, drop"):
+        ours(tmp_path, Net(), embedding="embeddings")
+    with pytest.raises(TypeError, match="embedding is a int"):
+        ours(tmp_path, Net(), embedding=3)
+    with pytest.raises(ValueError, match=r"Net has no get_input_embeddings\(\); pass embedding="):
+        ours(tmp_path, Net())
+
+
+class OwnLoss(UEGRTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        raise AssertionError("not to be called")
+
+
+class OwnStep(UEGRTrainer):
+    def training_step(self, *args, **kwargs):
+        return 2 * super().training_step(*args, **kwargs)
+
+
+def several_labels():
+    return bert(problem_type="multi_label_classification")
+
+
+def tokens():
+    torch.manual_seed(0)
+    return transformers.BertForTokenClassification(transformers.BertConfig(**SIZES, num_labels=3))
+
+
+def answers():
+    return transformers.BertForQuestionAnswering(transformers.BertConfig(**SIZES))
+
+
+class Needs(Net):
+    def forward(self, input_ids, labels, attention_mask=None):
+        return super().forward(input_ids, attention_mask, labels)
+
+
+class Two(Net):
+    def forward(self, input_ids, attention_mask=None, labels=None, other_labels=None):
+        return super().forward(input_ids, attention_mask, labels)
+
+
+REFUSED = {
+    "compute_loss": (bert, {"kind": OwnLoss}, "OwnLoss overrides compute_loss, which a recipe would never call"),
+    "compute_loss_func": (bert, {"given": {"compute_loss_func": lambda *args, **kwargs: None}}, "compute_loss_func has no say"),
+    "several labels": (several_labels, {}, "problem_type='multi_label_classification' is trained with a sigmoid"),
+    "tokens": (tokens, {}, "BertForTokenClassification's loss is ForTokenClassification, and recipes train logits"),
+    "two positions": (answers, {}, "BertForQuestionAnswering's loss is ForQuestionAnswering"),
+    "ddp_static_graph": (bert, {"ddp_static_graph": True}, "ddp_static_graph=True wants one forward and one backward"),
+    "two smoothings": (bert, {"label_smoothing_factor": 0.1, "recipe_options": {"label_smoothing": 0.2}}, "differ; give one"),
+    "smoothed regression": (lambda: bert(num_labels=1), {"label_smoothing_factor": 0.1}, "means nothing for task='regression'"),
+    "labels needed": (Needs, {}, "Needs.forward cannot be called without 'labels'"),
+    "two labels": (Two, {}, r"label_names=\['labels', 'other_labels'\]: a recipe takes one tensor of labels"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_recipe_cannot_honour_is_refused_at_construction(tmp_path, case):
+    model, how, words = REFUSED[case]
+    for recipe in ("plain", "uegr"):
+        model_ = model()
+        with pytest.raises(ValueError, match=words):
+            ours(tmp_path, model_, recipe, embedding=getattr(model_, "embedding", None), **how)
+        assert hooks(model_) == 0
+
+
+@pytest.mark.parametrize("size", ["cp_size", "sp_size", "tp_size"])
+def test_parallelism_within_a_sample_is_refused(tmp_path, size):
+    args = arguments(tmp_path)
+    args.parallelism_config = type("ParallelismConfig", (), {"cp_size": 1, "sp_size": 1, "tp_size": 1, size: 2})()
+    with pytest.raises(ValueError, match=f"parallelism_config has {size}=2"):
+        UEGRTrainer(model=bert(), args=args, train_dataset=rows())
+
+
+def test_data_parallel_is_refused(tmp_path):
+    args = arguments(tmp_path)
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match="n_gpu=2: nn.DataParallel"):
+        UEGRTrainer(model=bert(), args=args, train_dataset=rows())
+
+
+def test_optimizers_that_step_in_the_backward_are_refused(tmp_path, monkeypatch):
+    for name, package in (("lomo", "lomo"), ("galore_adamw_layerwise", "galore_torch"), ("apollo_adamw_layerwise", "apollo_torch")):
+        ours(tmp_path, bert(), optim=name)  # the package is missing: the Trainer says so when the optimizer is made
+        monkeypatch.setattr(f"transformers.utils.import_utils.is_{package}_available", lambda: True)
+        with pytest.raises(ValueError, match=f"optim='{name}' steps while a backward runs"):
+            ours(tmp_path, bert(), optim=name)
+
+
+def test_what_changed_since_construction_is_refused_when_training_begins(tmp_path):
+    run = ours(tmp_path, bert())
+    run.model.config.problem_type = "multi_label_classification"
+    with pytest.raises(ValueError, match="multi_label_classification"):
+        run.train()
+    run = ours(tmp_path, bert())
+    run.compute_loss = lambda *args, **kwargs: None
+    with pytest.raises(ValueError, match="overrides compute_loss"):
+        run.train()
+
+
+def test_a_step_of_ones_own_is_called(tmp_path):
+    found = []
+    for kind in (OwnStep, UEGRTrainer):
+        run = ours(tmp_path, bert(), kind=kind)
+        run.train()
+        found.append(torch.tensor(logged(run, "loss")))
+    torch.testing.assert_close(found[0], 2 * found[1])
+
+
+def sharp(logits, labels):
+    return nn.functional.cross_entropy(3 * logits, labels)
+
+
+@pytest.mark.parametrize("gives", ["dict", "tuple"])
+def test_a_loss_of_the_models_own_is_not_dropped(tmp_path, gives):
+    model = Net(gives, loss=sharp)
+    run = ours(tmp_path, model, embedding=model.embedding)
+    with pytest.raises(ValueError, match="Net's own loss of the first batch is .* the recipe would drop the model's"):
+        run.train()
+    assert hooks(model) == 0 and all(module.training for module in model.modules())
+    said = ours(tmp_path, model, embedding=model.embedding, recipe_options={"task": "classification"})
+    said.train()
+    assert said.state.global_step == 3
+
+
+def test_multi_hot_labels_are_not_taken_for_probabilities(tmp_path):
+    """No problem_type is set, and Transformers' model goes by the labels' dtype."""
+    hot = rows(label=lambda i: torch.tensor([i % 2, 1, i % 3 > 0]).float())
+    model = bert()
+    with pytest.raises(ValueError, match="problem_type 'multi_label_classification'"):
+        ours(tmp_path, model, dataset=hot).train()
+    assert model.config.problem_type is None
+    ours(tmp_path, model, dataset=hot, recipe_options={"task": "classification"}).train()
+
+
+def test_labels_that_are_not_there(tmp_path):
+    nameless = [{"input_ids": row["input_ids"]} for row in rows()]
+    with pytest.raises(ValueError, match=r"the batch has no 'labels' but \['input_ids'\]"):
+        ours(tmp_path, bert(), dataset=nameless).train()
+    with pytest.raises(ValueError, match="the batch has no 'target'"):
+        ours(tmp_path, bert(), label_names=["target"], remove_unused_columns=False).train()
+    target = [{**row, "target": row["labels"]} for row in rows()]
+    model = Two()
+    named = ours(tmp_path, model, dataset=target, embedding=model.embedding, label_names=["labels"])
+    named.train()
+
+
+def test_a_checkpoint_without_a_recipe_says_so(tmp_path):
+    more = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    theirs = transformers.Trainer(model=bert(), args=arguments(tmp_path, **more), train_dataset=rows())
+    theirs.train()
+    run = ours(tmp_path / "on", bert(), "roast", **more)
+    with pytest.warns(UserWarning, match="recipe.pt is not there: the recipe begins afresh"):
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_the_table_of_arguments_is_whole():
+    page = (pathlib.Path(__file__).parent.parent / "docs" / "trainer.md").read_text()
+    lines = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    named = [name for line in lines for name in re.findall(r"`(\w+)`", line)]
+    fields = [field.name for field in dataclasses.fields(transformers.TrainingArguments)]
+    parameters = [name for name in inspect.signature(transformers.Trainer.__init__).parameters if name != "self"]
+    assert sorted(named) == sorted(set(fields + parameters))

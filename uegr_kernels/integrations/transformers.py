@@ -10,6 +10,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils import import_utils, is_sagemaker_mp_enabled
 
 from .. import recipes
@@ -97,11 +98,10 @@ class UEGRTrainer(Trainer):
         if args.deepspeed:
             raise ValueError("deepspeed has a backward of its own, which recipes do not call; use DDP or FSDP")
         self._check_parallelism(getattr(args, "parallelism_config", None))
-        package = STEP_IN_BACKWARD.get(str(getattr(args.optim, "value", args.optim)))
+        optim = getattr(args.optim, "value", args.optim)
+        package = STEP_IN_BACKWARD.get(optim)
         if package is not None and getattr(import_utils, f"is_{package}_available")():
-            raise ValueError(
-                f"optim={str(args.optim)!r} steps while a backward runs, and a recipe has several backwards a step; use another"
-            )
+            raise ValueError(f"optim={optim!r} steps while a backward runs, and a recipe has several backwards a step; use another")
         if self.recipe_name == "free_at" and (args.gradient_accumulation_steps > 1 or args.fp16):
             raise ValueError("recipe='free_at' steps the optimizer itself; set gradient_accumulation_steps=1, and bf16 rather than fp16")
         smoothing = self.recipe_options.get("label_smoothing", args.label_smoothing_factor)
@@ -139,6 +139,8 @@ class UEGRTrainer(Trainer):
                 f"{type(model).__name__}'s loss is {loss}, and recipes train logits [N, C], one row for each sample; use a model for "
                 "sequence classification or regression, or transformers.Trainer"
             )
+        if self.label_smoother is not None and type(self.label_smoother) is not LabelSmoother:
+            raise ValueError(f"label_smoother is a {type(self.label_smoother).__name__}, which no recipe calls; use label_smoothing_factor")
         if len(self.label_names) > 1:
             raise ValueError(
                 f"label_names={self.label_names}: a recipe takes one tensor of labels; name it in TrainingArguments(label_names=[...])"
@@ -285,8 +287,8 @@ class UEGRTrainer(Trainer):
     def _options(self, model: Any) -> dict[str, Any]:
         """The recipe's options, with what the arguments and the model's configuration say."""
         said = {}
-        if self.args.label_smoothing_factor:
-            said["label_smoothing"] = self.args.label_smoothing_factor
+        if self.label_smoother is not None:
+            said["label_smoothing"] = self.label_smoother.epsilon
         config = getattr(model, "config", None)
         problem, outputs = getattr(config, "problem_type", None), getattr(config, "num_labels", None)
         if problem == "regression" or (problem is None and outputs == 1):
