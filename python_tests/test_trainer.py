@@ -491,6 +491,35 @@ def test_a_step_of_ones_own_is_called(tmp_path):
     torch.testing.assert_close(found[0], 2 * found[1])
 
 
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("model", [Net, vit])
+def test_a_subclass_says_whether_its_loss_is_scaled(tmp_path, scaled, model):
+    found = []
+    for kind in (transformers.Trainer, UEGRTrainer):
+        said = type("Said", (kind,), {"loss_is_scaled_for_ga": scaled})
+        net = model()
+        more = {"recipe": "plain", "embedding": getattr(net, "embedding", None)} if kind is UEGRTrainer else {}
+        data = rows(10) if model is Net else pictures(10)
+        run = said(model=net, args=arguments(tmp_path, **ACCUMULATED), train_dataset=data, **more)
+        run.train()
+        found.append(torch.tensor(logged(run, "loss", "grad_norm")))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
+def test_ray_tunes_checkpoints_hold_the_recipe(tmp_path):
+    class Tunes(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                run._tune_save_checkpoint(str(tmp_path / "tune"))
+
+    run = ours(tmp_path, bert(), "roast", given={"callbacks": [Tunes()]})
+    run.train()
+    resumed = ours(tmp_path / "on", bert(), "roast")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "tune" / "checkpoint-2"))
+    state = torch.load(tmp_path / "tune" / "checkpoint-2" / "recipe.pt")
+    assert state["recipe"] == "RoAST" and resumed.state.global_step == 3
+
+
 def sharp(logits, labels):
     return nn.functional.cross_entropy(3 * logits, labels)
 
@@ -519,9 +548,9 @@ def test_multi_hot_labels_are_not_taken_for_probabilities(tmp_path):
 
 def test_labels_that_are_not_there(tmp_path):
     nameless = [{"input_ids": row["input_ids"]} for row in rows()]
-    with pytest.raises(ValueError, match=r"the batch has no 'labels' but \['input_ids'\]"):
+    with pytest.raises(ValueError, match=r"the batch has no tensor 'labels' but \['input_ids'\]"):
         ours(tmp_path, bert(), dataset=nameless).train()
-    with pytest.raises(ValueError, match="the batch has no 'target'"):
+    with pytest.raises(ValueError, match="the batch has no tensor 'target'"):
         ours(tmp_path, bert(), label_names=["target"], remove_unused_columns=False).train()
     target = [{**row, "target": row["labels"]} for row in rows()]
     model = Two()

@@ -188,10 +188,10 @@ class UEGRTrainer(Trainer):
 
     def _label_name(self, batch: dict[str, Any]) -> str:
         names = self.label_names if self.args.label_names is not None else ["labels", *self.label_names]
-        found = next((name for name in names if name in batch), None)
+        found = next((name for name in names if isinstance(batch.get(name), Tensor)), None)
         if found is None:
             raise ValueError(
-                f"the batch has no {names[0]!r} but {sorted(batch)}; give the dataset's labels that name, or name them in "
+                f"the batch has no tensor {names[0]!r} but {sorted(batch)}; give the dataset's labels that name, or name them in "
                 "TrainingArguments(label_names=[...])"
             )
         return str(found)
@@ -319,10 +319,15 @@ class UEGRTrainer(Trainer):
         self._saved = self.state.global_step, pathlib.Path(output_dir, STATE)
         self._save_recipe()
 
+    def _tune_save_checkpoint(self, checkpoint_dir: str) -> None:
+        super()._tune_save_checkpoint(checkpoint_dir)
+        self._saved = self.state.global_step, pathlib.Path(checkpoint_dir, f"checkpoint-{self.state.global_step}", STATE)
+        self._save_recipe()
+
     def _save_recipe(self) -> None:
-        """Writes the recipe's state into the last checkpoint, where that is of the present step."""
+        """Writes the recipe's state into the last checkpoint, where that is of the present step and still there."""
         step, path = self._saved
-        if self.args.should_save and self.recipe is not None and step == self.state.global_step:
+        if self.args.should_save and self.recipe is not None and step == self.state.global_step and path.parent.is_dir():
             aside = path.with_suffix(".tmp")
             torch.save(self.recipe.state_dict(), aside)
             aside.replace(path)
