@@ -259,28 +259,11 @@ def test_evaluation_and_prediction_are_the_trainers(tmp_path, smoothing):
         assert mine == pytest.approx(other, rel=1e-4)
 
 
-def test_a_compiled_model(tmp_path):
-    """Also where it was called, and compiled, before the recipe was there, and with a second recipe on the same object."""
-    more = {"eval_strategy": "steps", "eval_steps": 2}
-    compiled = more | {"torch_compile": True, "torch_compile_backend": "eager"}
-    given = {"eval_dataset": rows(4)}
-    both(tmp_path, Net, given=given, embedding=lambda model: model.embedding, **compiled)
-    found = []
-    for options in (compiled, more):
-        model = Net()
-        run = ours(tmp_path, model, "at", embedding=model.embedding, given=given, **options)
-        run.evaluate()
-        run.train()
-        run.train()
-        found.append(weights(model))
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
-
-
 def hooks(model):
     return sum(len(module._forward_hooks) for module in model.modules())
 
 
-BEST = {"max_steps": 9, "eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 1}
+BEST = {"max_steps": 9, "eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1}
 
 
 def test_training_again_on_the_same_object(tmp_path):
@@ -300,7 +283,7 @@ def test_training_again_on_the_same_object(tmp_path):
 
 
 def test_a_second_training_begins_a_recipe_of_its_own(tmp_path):
-    more = {"save_strategy": "steps", "save_steps": 3, "max_steps": 3}
+    more = {"save_strategy": "epoch", "max_steps": 3}
     run = ours(tmp_path / "0", bert(), "roast", **more)
     seen = []
     attach = run._attach
@@ -368,7 +351,7 @@ def test_a_search_over_hyperparameters(tmp_path, monkeypatch):
     named = transformers.trainer.HPSearchBackend.OPTUNA
     monkeypatch.setitem(transformers.trainer.ALL_HYPERPARAMETER_SEARCH_BACKENDS, named, Backend)
     monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
-    more = {"save_strategy": "steps", "save_steps": 3}
+    more = {"save_strategy": "epoch"}
     run = ours(tmp_path, None, "roast", given={"model_init": lambda: bert()}, **more)
     run.hyperparameter_search(hp_space=lambda trial: trial.params, n_trials=2, backend="optuna")
     assert (tmp_path / "run-0" / "checkpoint-3" / "recipe.pt").read_bytes() == left[0]
@@ -449,11 +432,16 @@ def test_what_a_recipe_cannot_honour_is_refused_at_construction(tmp_path, case):
 
 
 @pytest.mark.parametrize("size", ["cp_size", "sp_size", "tp_size"])
-def test_parallelism_within_a_sample_is_refused(tmp_path, size):
+def test_parallelism_within_a_sample_is_refused(tmp_path, monkeypatch, size):
+    accelerate = pytest.importorskip("accelerate", "1.12")
     args = arguments(tmp_path)
-    args.parallelism_config = type("ParallelismConfig", (), {"cp_size": 1, "sp_size": 1, "tp_size": 1, size: 2})()
-    with pytest.raises(ValueError, match=f"parallelism_config has {size}=2"):
+    args.parallelism_config = accelerate.ParallelismConfig(**{size: 2})
+    with pytest.raises(ValueError, match=f"parallelism_config has {size}=2: (context|sequence|tensor) parallelism"):
         UEGRTrainer(model=bert(), args=args, train_dataset=rows())
+    run = ours(tmp_path, bert())
+    monkeypatch.setattr(type(run.accelerator), "parallelism_config", args.parallelism_config)  # the launcher's
+    with pytest.raises(ValueError, match=f"parallelism_config has {size}=2"):
+        run.train()
 
 
 def test_data_parallel_is_refused(tmp_path):
@@ -548,9 +536,9 @@ def test_multi_hot_labels_are_not_taken_for_probabilities(tmp_path):
 
 def test_labels_that_are_not_there(tmp_path):
     nameless = [{"input_ids": row["input_ids"]} for row in rows()]
-    with pytest.raises(ValueError, match=r"the batch has no tensor 'labels' but \['input_ids'\]"):
+    with pytest.raises(ValueError, match=r"the batch has no 'labels' but \['input_ids'\]"):
         ours(tmp_path, bert(), dataset=nameless).train()
-    with pytest.raises(ValueError, match="the batch has no tensor 'target'"):
+    with pytest.raises(ValueError, match="the batch has no 'target'"):
         ours(tmp_path, bert(), label_names=["target"], remove_unused_columns=False).train()
     target = [{**row, "target": row["labels"]} for row in rows()]
     model = Two()

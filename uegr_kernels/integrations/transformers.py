@@ -10,6 +10,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
+from transformers.loss.loss_utils import LOSS_MAPPING, ForSequenceClassificationLoss
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils import import_utils, is_sagemaker_mp_enabled
 
@@ -30,7 +31,6 @@ STEP_IN_BACKWARD = {
     "galore_adafactor_layerwise": "galore_torch",
     "apollo_adamw_layerwise": "apollo_torch",
 }
-SENTENCES = ("ForSequenceClassification", "ForImageClassification", "ForVideoClassification", "ForAudioClassification")
 
 
 class UEGRTrainer(Trainer):
@@ -91,13 +91,13 @@ class UEGRTrainer(Trainer):
             raise ValueError("compute_loss_func has no say in a recipe's loss; leave it out, or use recipe_options")
         if args is None:
             return
+        self._check_parallelism(getattr(args, "parallelism_config", None))
         if args.ddp_static_graph:
             raise ValueError("ddp_static_graph=True wants one forward and one backward a step, and recipes make several; leave it out")
         if args.n_gpu > 1:
             raise ValueError(f"n_gpu={args.n_gpu}: nn.DataParallel splits a batch behind the recipe's back; launch with torchrun instead")
         if args.deepspeed:
             raise ValueError("deepspeed has a backward of its own, which recipes do not call; use DDP or FSDP")
-        self._check_parallelism(getattr(args, "parallelism_config", None))
         optim = getattr(args.optim, "value", args.optim)
         package = STEP_IN_BACKWARD.get(optim)
         if package is not None and getattr(import_utils, f"is_{package}_available")():
@@ -112,8 +112,8 @@ class UEGRTrainer(Trainer):
 
     def _check_parallelism(self, config: Any) -> None:
         for short, name in (("cp", "context"), ("sp", "sequence"), ("tp", "tensor")):
-            size = getattr(config, f"{short}_size", 1) or 1
-            if size > 1:
+            if getattr(config, f"{short}_enabled", False):
+                size = getattr(config, f"{short}_size", None)
                 raise ValueError(
                     f"parallelism_config has {short}_size={size}: {name} parallelism gives a process part of a sample's embedding or "
                     "model, and perturbations are of whole samples; use DDP or FSDP"
@@ -134,7 +134,7 @@ class UEGRTrainer(Trainer):
                 "regression; use transformers.Trainer, or another problem_type"
             )
         loss = getattr(model, "loss_type", None)
-        if loss is not None and loss not in SENTENCES:
+        if LOSS_MAPPING.get(loss, ForSequenceClassificationLoss) is not ForSequenceClassificationLoss:
             raise ValueError(
                 f"{type(model).__name__}'s loss is {loss}, and recipes train logits [N, C], one row for each sample; use a model for "
                 "sequence classification or regression, or transformers.Trainer"
@@ -191,7 +191,7 @@ class UEGRTrainer(Trainer):
         found = next((name for name in names if isinstance(batch.get(name), Tensor)), None)
         if found is None:
             raise ValueError(
-                f"the batch has no tensor {names[0]!r} but {sorted(batch)}; give the dataset's labels that name, or name them in "
+                f"the batch has no {names[0]!r} but {sorted(batch)}; give the dataset's labels that name, or name them in "
                 "TrainingArguments(label_names=[...])"
             )
         return str(found)
