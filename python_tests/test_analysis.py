@@ -175,6 +175,58 @@ def test_a_relative_attack_is_a_multiple_of_the_embeddings_norm():
     assert found[1].relative == pytest.approx(0.99)
 
 
+def test_a_relative_length_is_in_the_attacks_own_norm():
+    model = linear_model()
+    data = [(torch.tensor([[3], [7]]), torch.zeros(2, dtype=torch.int64))]
+    longest = model[0].weight[[3, 7]].abs().amax(1)
+    for norm, sizes in (("l2", model[0].weight[[3, 7]].norm(dim=1)), ("linf", longest)):
+        found = uk.analysis.accuracy_under_attack(model, model[0], data, [0.1], norm=norm)
+        assert [each.relative for each in found] == [0.0, pytest.approx((0.1 / sizes).mean().item())]
+
+
+def test_padding_and_rows_that_do_not_count():
+    class Masked(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = torch.nn.Embedding(9, 2), torch.nn.Linear(2, 2)
+
+        def forward(self, ids, attention_mask):
+            return self.head((self.embedding(ids) * attention_mask[..., None]).sum(1))
+
+    torch.manual_seed(0)
+    model, ids = Masked(), torch.randint(9, (6, 4))
+    mask, labels = (torch.arange(4) < torch.tensor([1, 2, 3, 4, 4, 2])[:, None]).long(), torch.arange(6) % 2
+    batch = {"ids": ids, "attention_mask": mask}
+    found = uk.analysis.accuracy_under_attack(model, model.embedding, [(batch, labels)], [0.1, 1.0], "pgd")
+    sizes = torch.stack([model.embedding(ids[i, : mask[i].sum()]).norm() for i in range(6)])
+    assert found[1].relative == pytest.approx((0.1 / sizes).mean().item())
+    longer = {"ids": torch.cat([ids, ids[:2]]), "attention_mask": torch.cat([mask, mask[:2]])}
+    ignored = torch.cat([labels, torch.tensor([-100, -100])])
+    assert uk.analysis.accuracy_under_attack(model, model.embedding, [(longer, ignored)], [0.1, 1.0], "pgd") == found
+
+
+def test_batches_that_cannot_be_attacked():
+    model = linear_model()
+    ids, labels = torch.arange(8)[:, None], torch.zeros(8, dtype=torch.int64)
+    for data, error, text in (
+        ([], ValueError, "batches holds none"),
+        ([(ids, labels - 100)], ValueError, "batches holds none"),
+        ([(ids[:0], labels[:0])], ValueError, "the batch is empty"),
+        ([(ids, labels[:3])], ValueError, "8 rows of logits for 3 labels"),
+        ([(ids, labels + 2)], ValueError, "labels hold 2; give classes from 0 to 1"),
+        ([(ids, labels.float())], ValueError, r"labels are torch.float32.*class indices \[N\]"),
+        ([(ids, labels[:, None])], ValueError, r"labels are torch.int64 of shape \(8, 1\)"),
+        ([(ids, labels.tolist())], TypeError, "labels are a list"),
+    ):
+        with pytest.raises(error, match=text):
+            uk.analysis.accuracy_under_attack(model, model[0], data)
+    with pytest.raises(ValueError, match="batches holds none"):
+        uk.analysis.cka(model, model, [(ids[:0], None)])
+    with pytest.raises(ValueError, match="norm='l3'"):
+        uk.analysis.accuracy_under_attack(model, model[0], [(ids, labels)], norm="l3")
+    assert not model[0]._forward_hooks
+
+
 def test_fgms_first_order(tmp_path):
     """L(e + delta) - L(e) = epsilon * |g| + O(epsilon^2), for PGD too."""
     model, data = encoder().double(), batches(1)
@@ -227,6 +279,19 @@ def test_a_plane_through_a_bowl(tmp_path):
     for surface in (False, True):
         for planes in (plane, {"one": plane, "other": plane}):
             assert uk.analysis.plot_loss_plane(planes, tmp_path / "plane.png", surface=surface).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_plane_under_autocast():
+    """It keeps casts of weights until its region ends: as without them."""
+    model = torch.nn.Linear(3, 2)
+    x = torch.ones(4, 3)
+    planes = []
+    for cache in (True, False):
+        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=cache):
+            before = model(x).detach()
+            planes.append(uk.analysis.loss_plane(model, lambda model: model(x).float().square().mean(), points=3).values)
+            assert torch.equal(model(x), before)
+    assert torch.equal(*planes) and planes[0].std() > 0
 
 
 def test_directions_are_as_long_as_each_filter_and_spare_biases():

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from uegr_kernels import AdaptiveDropout, BiStage
+from uegr_kernels import AdaptiveDropout, BiStage, recipes
 from uegr_kernels.models import MODELS, TextCNN
 
 N, T, WORDS, CLASSES = 5, 9, 30, 4
@@ -273,7 +273,9 @@ def test_dict_tuple_and_tensor_inputs():
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda z: z, lambda z: (z, "more"), lambda z: types.SimpleNamespace(logits=z)], ids=["tensor", "tuple", "object"]
+    "wrap",
+    [lambda z: z, lambda z: (z, "more"), lambda z: types.SimpleNamespace(logits=z), lambda z: {"loss": None, "logits": z}],
+    ids=["tensor", "tuple", "object", "dict"],
 )
 def test_outputs(wrap):
     class Wrapping(Small):
@@ -424,6 +426,30 @@ def test_unusual_embeddings(kind, frozen, twin, form):
     if frozen or kind is LookedUpWithoutGrad:
         del expected["embedding.weight"]
     assert_equal(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of passes that keep no graph
+@pytest.mark.parametrize("at_once", [None, 1])
+@pytest.mark.parametrize("form", ["backward", "loss"])
+def test_reentrant_checkpointing_behind_a_frozen_embedding(form, at_once):
+    class Block(Small):
+        reentrant = False
+
+        def classify(self, x, mask=None):
+            x = checkpoint(lambda x: torch.tanh(self.hidden(x)), x, use_reentrant=self.reentrant)
+            return self.output(x.mean(1))
+
+    model = Block().double()
+    model.embedding.requires_grad_(False)
+    stage = BiStage(model, model.embedding, epsilon=1.0, passes_at_once=at_once)
+    found = []
+    for model.reentrant in (False, True):
+        if form == "loss" and model.reentrant:  # whose first half is torch.autograd.grad
+            with pytest.raises(RuntimeError, match="use_reentrant=True"):
+                stage.loss(*batch())
+            return
+        found.append(walk(model, lambda: stage.backward(*batch()) if form == "backward" else stage.loss(*batch()).backward())[1])
+    assert_equal(found[1], found[0], rtol=1e-9, atol=1e-12)
 
 
 def test_recomputed_passes_keep_their_own_rates():
@@ -656,7 +682,99 @@ def test_under_ddp(process_group, options, form):
         assert len(reductions) == 1 and model.require_backward_grad_sync
 
 
+def test_a_static_graph_is_refused(process_group):
+    inner = Small()
+    model = nn.parallel.DistributedDataParallel(inner, static_graph=True)
+    for build in (BiStage, *(getattr(recipes, name) for name in recipes.NAMES)):
+        with pytest.raises(ValueError, match="static_graph=True"):
+            build(model, inner.embedding)
+    assert not inner.embedding._forward_hooks
+
+
 # Errors
+
+
+@pytest.mark.parametrize("kind", ["tensor", "list"])
+def test_texts_packed_by_their_lengths(kind):
+    """Copies of a batch are not sorted by length; the error says what is."""
+
+    class Packed(Small):
+        def __init__(self):
+            super().__init__()
+            self.reader = nn.LSTM(6, 8, batch_first=True)
+
+        def forward(self, ids, lengths):
+            packed = nn.utils.rnn.pack_padded_sequence(self.embedding(ids), lengths, batch_first=True)
+            return self.output(self.reader(packed)[1][0][0])
+
+    model = Packed().double()
+    ids, labels = batch()
+    lengths = [9, 7, 6, 2, 1]
+    inputs = ids, torch.tensor(lengths) if kind == "tensor" else lengths
+    for run in (BiStage(model, model.embedding).backward, BiStage(model, model.embedding).loss):
+        with pytest.raises(RuntimeError, match="(?s)lengths.*passes_at_once=1"):
+            run(inputs, labels)
+    found = BiStage(model, model.embedding, passes_at_once=1).backward(inputs, labels).loss
+    torch.testing.assert_close(found, recipes.at(model, model.embedding).backward(inputs, labels)["loss"])
+
+
+def test_an_encoder_decoder_is_told_which_embedding():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    sizes |= {"encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "vocab_size": WORDS, "eos_token_id": 2, "num_labels": CLASSES}
+    config = transformers.BartConfig(**sizes, dropout=0.0, pad_token_id=0, bos_token_id=1, decoder_start_token_id=2)
+    model = transformers.BartForSequenceClassification(config)
+    ids, labels = batch()
+    ids = torch.where(ids == 2, 3, ids)
+    ids[:, -1] = 2
+    with pytest.raises(RuntimeError, match=r"encoder-decoder: pass the encoder's embedding, model.get_encoder\(\)"):
+        BiStage(model, model.model.shared).backward({"input_ids": ids}, labels)
+    of_encoder = model.get_encoder().get_input_embeddings()
+    assert BiStage(model, of_encoder).backward({"input_ids": ids}, labels).loss.isfinite()
+    model.set_input_embeddings(nn.Embedding(WORDS, 8))  # one for both
+    with pytest.raises(RuntimeError, match="called twice.*encoder-decoder: pass the encoder's embedding.*of its own"):
+        BiStage(model, model.model.shared).backward({"input_ids": ids}, labels)
+
+
+@pytest.mark.parametrize("embedding", [True, False])
+def test_an_empty_batch(embedding):
+    model = Small() if embedding else nn.Linear(T, CLASSES)
+    stage = BiStage(model, model.embedding if embedding else None)
+    ids, labels = batch()
+    x = ids if embedding else ids.float()
+    for inputs in (x[:0], (x[:0],), {"ids" if embedding else "input": x[:0]}):
+        for run in (stage.backward, stage.loss):
+            with pytest.raises(ValueError, match="the batch is empty"):
+                run(inputs, labels[:0])
+    assert gradients(model) == {}
+
+
+def test_logits_and_labels_that_do_not_fit():
+    ids, labels = batch()
+
+    class Gives(Small):
+        give = staticmethod(lambda z: z)
+
+        def forward(self, ids):
+            return self.give(super().forward(ids))
+
+    for give, given, error, text in (
+        (lambda z: z[:, None].expand(-1, T, -1), labels, ValueError, r"logits of shape \[5, 9, 4\].*token classification"),
+        (lambda z: z[:, 0], labels, ValueError, r"logits of shape \[5\]; these methods take \[N, C\]"),
+        (lambda z: z.int(), labels, TypeError, "logits of torch.int32"),
+        (lambda z: {"out": z}, labels, TypeError, r"returned a dict with \['out'\]; return logits"),
+        (lambda z: z, labels[:4], ValueError, r"5 rows of logits for 4 labels"),
+        (lambda z: z, labels.tolist(), TypeError, "labels are a list"),
+        (lambda z: z, labels + 2, ValueError, "labels hold"),
+        (lambda z: z, labels.to("meta"), ValueError, "labels are on meta and the logits on cpu"),
+    ):
+        model = Gives()
+        model.give = give
+        stage = BiStage(model, model.embedding)
+        for run in (stage.backward, stage.loss):
+            with pytest.raises(error, match=text):
+                run(ids, given)
+        assert gradients(model) == {}
 
 
 @pytest.mark.parametrize(
@@ -716,15 +834,7 @@ class Constant(nn.Module):
         return 3
 
 
-def test_the_batch_must_come_first():
-    class TimeFirst(Small):
-        def forward(self, ids):
-            return self.classify(self.embedding(ids.T).transpose(0, 1))
-
-    model = TimeFirst()
-    with pytest.raises(ValueError, match="the batch must be the first dimension"):
-        BiStage(model, model.embedding).backward(*batch())
-
+def test_every_row_has_logits():
     class Fixed(Small):
         def forward(self, ids):
             return super().forward(ids)[:N]

@@ -220,6 +220,21 @@ def test_weights_mask_has_the_parameters_position_as_stream(backend):
         assert not torch.equal(torch.get_rng_state(), state)
 
 
+def test_autocast_sees_the_weights_inside_and_outside(backend):
+    """Its casts of weights are kept until the region ends."""
+    layer = torch.nn.Linear(3, 2)
+    x = torch.ones(1, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = layer(x).detach()
+        with perturbed_weights([layer.weight], 2.0, gradients=[torch.ones(2, 3)], backend=backend):
+            inside = layer(x).detach()
+        after = layer(x).detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        with perturbed_weights([layer.weight], 2.0, gradients=[torch.ones(2, 3)], backend=backend):
+            expected = layer(x).detach()
+    assert torch.equal(before, after) and torch.equal(inside, expected) and not torch.equal(inside, before)
+
+
 def test_weights_backward_inside(backend):
     layer, x = torch.nn.Linear(4, 3), torch.randn(2, 4)
     layer(x).square().sum().backward()

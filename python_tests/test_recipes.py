@@ -982,6 +982,35 @@ def test_arat_leaves_padding_out_of_its_features():
     torch.testing.assert_close(build("arat", model, layers="norm", **options).backward(inputs, labels)["invariance"], expected.detach())
 
 
+@pytest.mark.parametrize("random_start", [True, False])
+@pytest.mark.parametrize("stop_gradient", [True, False])
+@pytest.mark.parametrize("predictor", [True, False])
+def test_arat_as_if_ignored_rows_were_not_there(predictor, stop_gradient, random_start):
+    torch.manual_seed(3)
+    first = nn.Sequential(nn.Embedding(WORDS, D), nn.Flatten(), nn.Linear(T * D, 6), nn.Tanh(), nn.Linear(6, CLASSES)).double()
+    ids, labels = torch.randint(WORDS, (8, T)), torch.arange(8) % CLASSES
+    kept = torch.arange(8) < 5  # those before the others, so that they start at the same noise
+    results = []
+    for inputs, targets in ((ids, torch.where(kept, labels, -100)), (ids[kept], labels[kept])):
+        model = copy.deepcopy(first)
+        torch.manual_seed(4)
+        options = {"predictor": predictor, "stop_gradient": stop_gradient, "random_start": random_start, "balance_rows": 6, "steps": 2}
+        recipe = recipes.arat(model, model[0], **options)
+        torch.manual_seed(5)
+        losses, *_ = [recipe.backward(inputs, targets) for _ in range(3)]
+        remembered = len(recipe.recent)
+        recipe.epoch_end()
+        grads = {f"gradient {i}": p.grad for i, p in enumerate([*model.parameters(), *recipe.parameters()])}
+        results.append(losses | grads | {"accuracy": torch.tensor(recipe.accuracy), "remembered": torch.tensor(remembered)})
+    assert_equal(results[0], results[1], rtol=1e-9, atol=1e-12)
+
+
+def test_arat_where_every_row_is_ignored():
+    model = nn.Sequential(nn.Embedding(WORDS, D), nn.Flatten(), nn.Linear(T * D, 6), nn.Tanh(), nn.Linear(6, CLASSES))
+    loss = recipes.arat(model, model[0], steps=1).backward(batch()[0]["ids"], torch.full((N,), -100))["loss"]
+    assert loss.isnan()
+
+
 def test_arat_splits_the_norms_it_is_told_to():
     for options, kinds in (({}, [nn.BatchNorm1d]), ({"split_layer_norm": True}, [nn.BatchNorm1d, nn.LayerNorm]), ({"split": False}, [])):
         model = small()
@@ -1455,6 +1484,149 @@ def test_precision_and_frozen_embeddings(name, kind):
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     assert (model.embedding.weight.grad is None) == (kind == "frozen embedding" or name == "free_at")
+
+
+MOVING = [
+    ("sam", {"rho": 2.0}),
+    ("sam", {"rho": 2.0, "adaptive": True}),
+    ("awp", {"gamma": 0.9}),
+    ("awp", {"gamma": 0.9, "steps": 1}),
+    ("drop_attack", {"weights": "head.weight"}),
+    ("drop_attack_k", {"weights": ("head.weight", "convolution.weight")}),
+    ("free_at", {}),
+    ("weight_consolidation", {}),
+    ("weight_consolidation", {"form": "annealed", "gamma": 1.0}),
+    ("child_tuning_d", {"target": "update", "names": "*"}),
+    ("arat", {"steps": 1}),
+]
+
+
+@pytest.mark.parametrize("name, options", MOVING, ids=str)
+def test_autocast_sees_the_weights_where_they_are(name, options):
+    """Its casts of weights are kept until the region ends; as without them, whatever is called inside."""
+    results = []
+    for cache in (True, False):
+        torch.manual_seed(3)
+        model = Small()
+        recipe = build(name, model, sgd(model), **options)
+        losses = []
+        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=cache):
+            for step in range(2):
+                model(**batch(step)[0])  # every weight is cast once
+                losses.append(recipe.backward(*batch(step))["loss"])
+                losses.append(model.eval()(**batch(step)[0]).detach().sum())
+                model.train()
+                recipe.before_step()
+                losses.append(recipe.backward(*batch(step))["loss"])
+                recipe.before_step()
+                recipe.optimizer.step()
+                torch.clear_autocast_cache()  # a step of torch's does not
+                model(**batch(step)[0])
+                recipe.after_step()
+                losses.append(recipe.backward(*batch(step))["loss"])
+        results.append(losses)
+        recipe.close()
+    assert results[0] == results[1]
+
+
+class Blocks(nn.Module):
+    """A block behind the embedding that activation checkpointing recomputes."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.embedding, self.block, self.head = nn.Embedding(WORDS, D), nn.Linear(D, D), nn.Linear(D, CLASSES)
+        self.reentrant = reentrant
+
+    def forward(self, ids, attention_mask):
+        x = checkpoint(lambda x: self.block(x).tanh(), self.embedding(ids), use_reentrant=self.reentrant)
+        return self.head(x.mean(1))
+
+
+GRAD = ("pgd", "roast", "adv_embed", "sam", "awp", "arat")  # whose gradients that stop at the embedding torch refuses there
+
+
+@pytest.mark.parametrize("name", recipes.NAMES)
+def test_reentrant_checkpointing_behind_a_frozen_embedding(name):
+    results = []
+    for reentrant in (False, True):
+        torch.manual_seed(3)
+        model = Blocks(reentrant).double()
+        model.embedding.requires_grad_(False)
+        recipe = build(name, model, sgd(model))
+        torch.manual_seed(4)
+        if reentrant and name in GRAD:
+            with pytest.raises(RuntimeError, match="use_reentrant=True"):
+                recipe.backward(*batch())
+            return
+        recipe.backward(*batch())
+        results.append(state(model))
+    assert_equal(results[1], results[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["child_tuning_d", "roast"])
+def test_saliency_behind_reentrant_checkpointing_is_not_lost(name):
+    model = Blocks(True).double()
+    with pytest.raises(RuntimeError, match="use_reentrant=True"):
+        build(name, model, names=("block*", "head*")).prepare([batch()])
+
+
+@pytest.mark.parametrize("name", recipes.NAMES)
+def test_an_empty_batch(name):
+    model = small()
+    optimizer = sgd(model)
+    recipe = build(name, model, optimizer)
+    inputs, labels = batch()
+    before, drawn = state(model), torch.get_rng_state()
+    for empty in ({key: value[:0] for key, value in inputs.items()}, inputs["ids"][:0], (inputs["ids"][:0],)):
+        with pytest.raises(ValueError, match="the batch is empty"):
+            recipe.backward(empty, labels[:0])
+    with pytest.raises(ValueError, match="the batch is empty"):
+        recipe.backward(inputs["ids"][:0], labels)
+    if hasattr(recipe, "prepare"):
+        with pytest.raises(ValueError, match="the batch is empty"):
+            recipe.prepare([(inputs, labels), (inputs["ids"][:0], labels[:0])])
+        assert recipe.squares == [] and recipe.masks == []
+    assert_equal(state(model), before, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), drawn) or hasattr(recipe, "prepare")
+    recipe.backward(inputs, labels)  # and works again
+
+
+@pytest.mark.parametrize("name", recipes.NAMES)
+def test_mistakes_are_told_in_the_users_words(name):
+    class Tokens(Small):
+        def forward(self, ids, attention_mask=None):
+            return self.head(self.layer_norm(self.embedding(ids)))
+
+    model, (inputs, labels) = Tokens().double(), batch()
+    with pytest.raises(ValueError, match=r"logits of shape \[4, 7, 3\].*\[N, C\].*token classification"):
+        build(name, model, sgd(model)).backward(inputs, labels)
+    model = small()
+    for wrong, error, text in (
+        (labels[:3], ValueError, "4 rows of logits for 3 labels|labels are for 3 rows"),
+        (labels[:, None], ValueError, r"labels have shape \(4, 1\)"),
+        (labels + 1.0, TypeError, "labels"),
+        (labels + 7, ValueError, "labels hold"),
+        (labels.tolist(), TypeError, "labels are a list"),
+        (labels[0], ValueError, r"labels have shape \(\)"),
+    ):
+        with pytest.raises(error, match=text):
+            build(name, model, sgd(model)).backward(inputs, wrong)
+
+
+@pytest.mark.parametrize("name", recipes.NAMES)
+def test_dicts_with_logits(name):
+    class Named(Small):
+        def forward(self, ids, attention_mask=None):
+            return {"logits": super().forward(ids)}
+
+    results = []
+    for kind in (Small, Named):
+        torch.manual_seed(3)
+        model = kind().double()
+        recipe = build(name, model, sgd(model))
+        torch.manual_seed(4)
+        results.append(recipe.backward(*batch()))
+    assert_equal(results[1], results[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

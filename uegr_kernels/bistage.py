@@ -1,6 +1,7 @@
 """Algorithm 1's forward stage in one call: Eq. 2 to 6, composed of the operators' own functions."""
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -109,7 +110,7 @@ class BiStage:
         batch = self._runner.take(inputs, labels)
         with self._runner.without_sync():
             with self._runner.filled(Pass(batch, watched=True)) as walk:
-                clean = self._runner.call(inputs, walk)
+                clean = self._runner.call(walk)
                 # Its adversarial logits being constants, this loss has L_st's gradient.
                 half = uegr_loss(clean, clean.detach()[None], labels, return_parts=True, **self._loss)
                 (half.loss * scale).backward()
@@ -155,7 +156,7 @@ class BiStage:
         self._runner.check(1.0)
         batch = self._runner.take(inputs, labels)
         with self._runner.without_sync(), self._runner.filled(Pass(batch, watched=True)) as walk:
-            clean = self._runner.call(inputs, walk)
+            clean = self._runner.call(walk)
             half = uegr_loss(clean, clean.detach()[None], labels, **self._loss)
             walk.keep(*torch.autograd.grad(half, [walk.edge], retain_graph=True, allow_unused=True))
         delta = self._delta(walk)
@@ -184,11 +185,11 @@ class BiStage:
     def _adversarial(self, batch: Batch, delta: Tensor, group: range) -> tuple[Tensor, Pass]:
         """The logits [k*N, C] of k passes in one call, and the slot's content for its backward."""
         with self._rate(group), self._runner.filled(Pass(batch, delta, watched=False)) as walk:
-            return self._runner.call(batch.inputs, walk, len(group)), walk
+            return self._runner.call(walk, len(group)), walk
 
     def _delta(self, walk: Pass) -> Tensor:
         """Eq. 2, from the gradient that the clean pass left."""
-        return walk.ascended(lambda g: fgm_perturbation(g, mask=walk.mask, **self._perturbation))
+        return walk.ascended(functools.partial(fgm_perturbation, mask=walk.mask, **self._perturbation))
 
     def _groups(self) -> list[range]:
         """The passes of each call of the model."""

@@ -17,7 +17,7 @@ DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, AdaptiveDropou
 class Batch:
     """What the passes of one batch share: how many rows it has, and along which axes they lie.
 
-    inputs, labels  as they were given;  rows  N, one label each
+    inputs, labels  by name, or by position where not `by_name`;  rows  N, one label each;  mask  the inputs' `attention_mask`
     axis            of the embedding's output that is the batch; None: not found yet (`Runner.settle`)
     inputs_axis     of the inputs that is the batch;  length  of the embedding's output along its other axis
     relative        perturbations are measured in multiples of the L2 norm of a sample's embeddings
@@ -25,8 +25,11 @@ class Batch:
     """
 
     def __init__(self, inputs: Any, labels: Tensor, *, relative: bool) -> None:
-        self.inputs, self.labels, self.relative, self.keeps_output = inputs, labels, relative, relative
-        self.rows = len(labels)
+        self.labels, self.relative, self.keeps_output = labels, relative, relative
+        self.by_name = isinstance(inputs, Mapping)
+        self.inputs: dict[Any, Any] = dict(inputs if self.by_name else enumerate(inputs if isinstance(inputs, tuple | list) else (inputs,)))
+        self.mask: Tensor | None = inputs.get("attention_mask") if self.by_name else None
+        self.rows = labels.shape[0]
         self.axis: int | None = None
         self.inputs_axis, self.length = 0, -1
 
@@ -36,7 +39,7 @@ class Batch:
 
     def repeated(self, name: Any, value: Any, repeats: int) -> Any:
         """One input, of so many copies of the batch; a value without the batch's rows is passed on."""
-        if repeats == 1 or not isinstance(value, Tensor) or value.dim() == 0:
+        if not isinstance(value, Tensor) or value.dim() == 0:
             return value
         second = self.inputs_axis == 1 and value.dim() > 1 and value.shape[1] == self.rows and name != "attention_mask"
         if second and (value.shape[0] == self.length or value.shape[0] != self.rows):
@@ -93,7 +96,7 @@ class Pass:
     @property
     def mask(self) -> Tensor | None:
         """[N, T], nonzero where a token is real."""
-        return attention_mask(self.batch.inputs)
+        return self.batch.mask
 
     def ascended(self, step: Callable[[Tensor], Tensor], g: Tensor | None = None) -> Tensor:
         """A perturbation: step(g), in multiples of `unit`; g None: g_x."""
@@ -252,10 +255,11 @@ class Runner:
             raise TypeError(f"labels are a {type(labels).__name__}; give a tensor")
         if labels.dim() == 0:
             raise ValueError("labels have shape (); give one a row: class indices [N], or floats [N] or [N, C]")
-        tensors = [value for _, value in _items(inputs) if isinstance(value, Tensor) and value.dim()]
-        if len(labels) == 0 or (tensors and all(len(value) == 0 for value in tensors)):
+        batch = Batch(inputs, labels, relative=self.relative)
+        lengths = [value.shape[0] for value in batch.inputs.values() if isinstance(value, Tensor) and value.shape]
+        if not batch.rows or (lengths and not any(lengths)):
             raise ValueError(f"the batch is empty (labels have shape {tuple(labels.shape)}); leave it out")
-        return Batch(inputs, labels, relative=self.relative)
+        return batch
 
     def settle(self, batch: Batch, x: Tensor, given: list[Tensor]) -> None:
         """Finds the batch's axes from the embedding's output x and what it was called with; checks the mask."""
@@ -270,7 +274,8 @@ class Runner:
         doubtful, axis, inputs_axis = len(fits) == 2, fits[0], 0
         if not doubtful:
             batch.length = shape[1 - axis] if x.dim() > 2 else -1
-            inputs_axis = int(any(list(value.shape[:2]) == [batch.length, n] for value in _tensors(batch.inputs)))
+            turned = (batch.length, n)
+            inputs_axis = int(batch.length >= 0 and turned in [value.shape[:2] for value in _tensors(batch.inputs)])
             self._known = axis, inputs_axis
         else:
             batch.length = n
@@ -286,7 +291,7 @@ class Runner:
             elif as_inputs is not None:
                 inputs_axis = axis if as_inputs else 1 - axis
         batch.axis, batch.inputs_axis = axis, inputs_axis
-        mask = attention_mask(batch.inputs)
+        mask = batch.mask
         if mask is not None and (not isinstance(mask, Tensor) or mask.shape != batch.first(x).shape[:2] or mask.dim() != 2):
             its = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(
@@ -294,13 +299,15 @@ class Runner:
                 "nonzero where a token is real"
             )
 
-    def call(self, inputs: Any, walk: Pass, repeats: int = 1) -> Tensor:
+    def call(self, walk: Pass, repeats: int = 1) -> Tensor:
         """One call of the model on `repeats` copies of the batch; returns logits [repeats*N, C]."""
         batch, walk.repeats = walk.batch, repeats
         walk.differentiable = torch.is_grad_enabled() and (self.perturbs or self.embedding is not None)
-        values = {name: batch.repeated(name, value, repeats) for name, value in _items(inputs)}
+        values = batch.inputs
+        if repeats > 1:
+            values = {name: batch.repeated(name, value, repeats) for name, value in values.items()}
         if self.embedding is None:
-            name = _floating(inputs)
+            name, values = _floating(values), dict(values)
             walk.given = [values[name]]
             if batch.axis is None and walk.delta is not None:
                 self.settle(batch, values[name], walk.given)
@@ -309,7 +316,7 @@ class Runner:
                 values[name] = values[name].clamp(*self.input_range)
             walk.calls = 1
         try:
-            output = self.model(**values) if isinstance(inputs, Mapping) else self.model(*values.values())
+            output = self.model(**values) if batch.by_name else self.model(*values.values())
         except (RuntimeError, ValueError) as error:
             if repeats > 1:  # a note would do, from Python 3.11
                 remedy = "passes_at_once=1 calls the model on the batch as it is"
@@ -323,29 +330,26 @@ class Runner:
             )
         logits = _logits(output)
         _check_logits(logits, batch, repeats)
-        if batch.axis is None and walk.watched:
+        if batch.axis is None and walk.watched and self.perturbs:
             self.settle(batch, walk.seen, walk.given)
         return logits
 
-    @contextlib.contextmanager
-    def without_sync(self) -> Iterator[None]:
+    def without_sync(self) -> contextlib.AbstractContextManager[None]:
         """DDP's or FSDP's no_sync, or FSDP2's switch turned off and on; nothing for a plain model or inside the caller's no_sync."""
+        if not synchronises(self.model):
+            return contextlib.nullcontext()
         model: Any = self.model
-        if not synchronises(model):
-            yield
-        elif hasattr(model, "no_sync"):
-            with model.no_sync():
-                yield
-        else:
-            model.set_requires_gradient_sync(False)
-            try:
-                yield
-            finally:
-                model.set_requires_gradient_sync(True)
+        unsynchronised: contextlib.AbstractContextManager[None] = model.no_sync() if hasattr(model, "no_sync") else _switched_off(model)
+        return unsynchronised
 
 
-def attention_mask(inputs: Any) -> Tensor | None:
-    return inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+@contextlib.contextmanager
+def _switched_off(model: Any) -> Iterator[None]:
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
 
 
 def masked(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -444,26 +448,20 @@ def _kind(value: Any) -> str:
     return f"a {value.dtype} tensor" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
-def _items(inputs: Any) -> list[tuple[Any, Any]]:
-    if isinstance(inputs, Mapping):
-        return list(inputs.items())
-    return list(enumerate(inputs if isinstance(inputs, tuple | list) else (inputs,)))
-
-
-def _floating(inputs: Any) -> Any:
+def _floating(inputs: dict[Any, Any]) -> Any:
     """The name or position of the one floating input."""
-    names = [name for name, value in _items(inputs) if name != "attention_mask" and isinstance(value, Tensor) and value.is_floating_point()]
+    names = [name for name, value in inputs.items() if name != "attention_mask" and isinstance(value, Tensor) and value.is_floating_point()]
     if len(names) != 1:
         raise ValueError(f"embedding=None perturbs the one floating input, and here are {len(names)}; pass one, or name an embedding")
     return names[0]
 
 
-def _tensors(inputs: Any) -> list[Tensor]:
+def _tensors(inputs: dict[Any, Any]) -> list[Tensor]:
     """The inputs that can have a batch and a length."""
-    return [value for _, value in _items(inputs) if isinstance(value, Tensor) and value.dim() > 1]
+    return [value for value in inputs.values() if isinstance(value, Tensor) and value.dim() > 1]
 
 
-def _as_inputs(given: list[Tensor], inputs: Any) -> bool | None:
+def _as_inputs(given: list[Tensor], inputs: dict[Any, Any]) -> bool | None:
     """Whether what a module was called with has its first two axes in the order of the inputs; None: nobody can tell."""
     found = set()
     for x in given:
@@ -485,6 +483,8 @@ def _same_rows(x: Tensor, y: Tensor) -> bool:
 
 
 def _logits(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
     if isinstance(output, Mapping):
         logits = output.get("logits")
     else:
@@ -500,15 +500,16 @@ def _logits(output: Any) -> Tensor:
 
 def _check_logits(logits: Tensor, batch: Batch, repeats: int) -> None:
     """Raises, in words of the model and the labels, for logits that no loss here can take."""
-    if logits.dim() != 2 or not logits.shape[1]:
-        tokens = "; a label for every token (token classification) is none of the tasks here" if logits.dim() == 3 else ""
-        raise ValueError(f"the model gave logits of shape {list(logits.shape)}; these methods take [N, C], one row a sample{tokens}")
+    shape = logits.shape
+    if len(shape) != 2 or not shape[1]:
+        tokens = "; a label for every token (token classification) is none of the tasks here" if len(shape) == 3 else ""
+        raise ValueError(f"the model gave logits of shape {list(shape)}; these methods take [N, C], one row a sample{tokens}")
     if logits.dtype not in DTYPES:
         raise TypeError(f"the model gave logits of {logits.dtype}; return float32, bfloat16, float16 or float64")
-    if logits.shape[0] != repeats * batch.rows:
+    if shape[0] != repeats * batch.rows:
         times = f"{repeats} x " if repeats > 1 else ""
         raise ValueError(
-            f"the model gave {logits.shape[0]} rows of logits for {times}{batch.rows} labels of shape {tuple(batch.labels.shape)}; "
+            f"the model gave {shape[0]} rows of logits for {times}{batch.rows} labels of shape {tuple(batch.labels.shape)}; "
             "the batch must be the first dimension of the logits, the labels and every input tensor (the second of time-first inputs)"
         )
     if logits.device != batch.labels.device:

@@ -1,6 +1,7 @@
 """Accuracy under white-box attacks on the embeddings (UEGR Fig. 2b; METHODS 4)."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -8,18 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..passes import Pass, Runner, attention_mask
+from ..passes import Batch, Pass, Runner, masked
 from ..perturbation import fgm_perturbation, pgd_step
 from .watching import held, picture
 
 STRENGTHS = (0.01, 0.25, 0.5)  # weak, medium, strong
+IGNORED = -100  # a label that does not count, as in F.cross_entropy
 
 
 @dataclasses.dataclass(frozen=True)
 class Attacked:
     """Accuracy under one strength of an attack.
 
-    epsilon   radius of the ball;  relative  its mean share of ||e||, the norm of a sample's embeddings
+    epsilon   radius of the ball, as it was given
+    relative  its mean share of ||e||, the norm of a sample's embeddings: the attack's own, the largest |element| for "linf"
     accuracy  in [0, 1];  drop  from the clean accuracy;  relative_drop  the drop's share of it
     """
 
@@ -43,49 +46,52 @@ def accuracy_under_attack(
     restarts: int = 1,
     seed: int = 0,
     input_range: tuple[float, float] | None = None,
+    batch_axis: int | None = None,
 ) -> list[Attacked]:
     """Accuracy without (epsilon 0, first) and with an attack on the embedding's output, per sample, in eval mode with true labels.
 
-    batches   pairs (inputs, labels [N] int64); inputs and embedding as in `BiStage`
-    epsilons  radii; with `relative` multiples of each sample's ||e||
+    batches   pairs (inputs, labels [N] int64, of which -100 does not count); inputs and embedding as in `BiStage`
+    epsilons  radii; with `relative` multiples of each sample's ||e||_2 over its real tokens
     attack    "fgm": one step | "pgd": `steps` steps of 2.5*epsilon/steps on the ball, from 0 and from `restarts` - 1 random points; what
               counts is right under all
-    norm      "l2" or "linf"
+    norm      "l2", or, without `relative`, "linf"
+    input_range, batch_axis   as in `BiStage`
 
     Returns a list of `Attacked`, one more than epsilons. The model, its .grad and the random state are left as they were.
-    Raises ValueError for a wrong option, and where there is no batch.
+    Raises TypeError or ValueError for a wrong option or label, for an empty batch, and where there is none.
     """
     if attack not in ("fgm", "pgd"):
         raise ValueError(f"attack={attack!r} is not one of its values; use 'fgm' or 'pgd'")
     if steps < 1 or restarts < 1:
         raise ValueError(f"steps={steps}, restarts={restarts}: give 1 or more")
     radii = [0.0, *(float(epsilon) for epsilon in epsilons)]
+    fgm_perturbation(torch.zeros(1, 2, device="cpu"), 0.0, norm=norm, backend="reference")  # raises for a wrong norm
     right, count, shares = [0] * len(radii), 0, [0.0] * len(radii)
-    runner = Runner(model, embedding, input_range)
+    runner = Runner(model, embedding, input_range, batch_axis=batch_axis, relative=relative, norm=norm)
     generator = torch.Generator().manual_seed(seed)
     try:
         with held(model), torch.enable_grad():
             for inputs, labels in batches:
-                logits, clean = _seen(runner, inputs, labels, None)
-                size = clean.output.flatten(1).norm(dim=1, dtype=torch.float64).float()
-                unit = size.clamp(min=torch.finfo(torch.float32).tiny) if relative else torch.ones_like(size)
-                unit = unit.view(-1, *[1] * (clean.output.dim() - 1)).to(clean.output.dtype)
-                count += len(labels)
+                batch = runner.take(inputs, labels)
+                batch.keeps_output = True
+                if labels.dim() != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
+                    raise ValueError(f"labels are {labels.dtype} of shape {tuple(labels.shape)}; give class indices [N]")
+                counted = labels != IGNORED
+                logits, clean = _seen(runner, batch, None)
+                e = masked(clean.output, clean.mask).flatten(1).float()
+                size = torch.linalg.vector_norm(e, 2.0 if norm == "l2" else float("inf"), dim=1, dtype=torch.float64)[counted]
+                count += int(counted.sum())
                 for i, epsilon in enumerate(radii):
-                    survives = logits.argmax(1) == labels
-                    deltas = (
-                        _deltas(runner, inputs, labels, clean.gradient, epsilon, unit, attack, steps, norm, restarts, generator)
-                        if epsilon
-                        else ()
-                    )
-                    for delta in deltas:
-                        survives &= _logits(runner, inputs, delta).argmax(1) == labels
+                    survives = (logits.argmax(1) == labels) & counted
+                    for delta in _deltas(runner, clean, epsilon, attack, steps, norm, restarts, generator) if epsilon else ():
+                        survives &= _logits(runner, batch, delta).argmax(1) == labels
                     right[i] += int(survives.sum())
-                    shares[i] += float((epsilon * unit.flatten() / size.to(unit.dtype)).sum())
+                    share = torch.full_like(size, epsilon) if relative or not epsilon else epsilon / size
+                    shares[i] += float(share.sum())
     finally:
         runner.close()
     if not count:
-        raise ValueError("batches holds none; give pairs (inputs, labels)")
+        raise ValueError("batches holds none with labels that count; give pairs (inputs, labels)")
     clean_accuracy = right[0] / count
     return [
         Attacked(epsilon, share / count, n / count, clean_accuracy - n / count, 1 - n / max(right[0], 1))
@@ -103,32 +109,39 @@ def plot_accuracy_under_attack(series: dict[str, list[Attacked]], path: str | pa
     return pathlib.Path(path)
 
 
-def _deltas(runner, inputs, labels, gradient, epsilon, unit, attack, steps, norm, restarts, generator) -> list[Tensor]:  # type: ignore[no-untyped-def]
-    mask = attention_mask(inputs)
+def _deltas(
+    runner: Runner, clean: Pass, epsilon: float, attack: str, steps: int, norm: str, restarts: int, generator: torch.Generator
+) -> list[Tensor]:
+    options: dict[str, Any] = dict(norm=norm, mask=clean.mask)
     if attack == "fgm":
-        return [fgm_perturbation(gradient, epsilon, norm=norm, mask=mask) * unit]
+        return [clean.ascended(functools.partial(fgm_perturbation, epsilon=epsilon, **options))]
     found = []
     for restart in range(restarts):
-        delta = torch.zeros_like(gradient)
+        delta = torch.zeros_like(clean.gradient)
         if restart:
-            noise = torch.randn(gradient.shape, generator=generator).to(gradient)
-            delta = fgm_perturbation(noise, epsilon * torch.rand((), generator=generator).item(), norm=norm, mask=mask)
+            noise = torch.randn(delta.shape, generator=generator).to(delta)
+            length = epsilon * torch.rand((), generator=generator).item()
+            delta = clean.ascended(functools.partial(fgm_perturbation, epsilon=length, **options), noise)
         for _ in range(steps):
-            _, walk = _seen(runner, inputs, labels, delta * unit)
-            delta = pgd_step(delta, walk.gradient, step_size=2.5 * epsilon / steps, radius=epsilon, norm=norm, mask=mask)
-        found.append(delta * unit)
+            _, walk = _seen(runner, clean.batch, delta)
+            sizes: dict[str, Any] = dict(step_size=2.5 * epsilon / steps, radius=epsilon)
+            delta = walk.ascended(functools.partial(pgd_step, walk.measured(delta), **sizes, **options))
+        found.append(delta)
     return found
 
 
-def _seen(runner: Runner, inputs: Any, labels: Tensor, delta: Tensor | None) -> tuple[Tensor, Any]:
+def _seen(runner: Runner, batch: Batch, delta: Tensor | None) -> tuple[Tensor, Pass]:
     """Logits, and a pass that knows the gradient at the embedding; a sum over samples, so that none depends on its batch."""
-    with runner.filled(Pass(delta, watched=True)) as walk:
-        logits = runner.call(inputs, walk)
-        loss = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-        (walk.gradient,) = torch.autograd.grad(loss, [walk.edge])
+    with runner.filled(Pass(batch, delta, watched=True)) as walk:
+        logits = runner.call(walk)
+        wrong = batch.labels[((batch.labels < 0) | (batch.labels >= logits.shape[1])) & (batch.labels != IGNORED)]
+        if len(wrong):
+            raise ValueError(f"labels hold {wrong[0]}; give classes from 0 to {logits.shape[1] - 1}, or {IGNORED} for rows to leave out")
+        loss = torch.nn.functional.cross_entropy(logits.float(), batch.labels.long(), ignore_index=IGNORED, reduction="sum")
+        walk.keep(*torch.autograd.grad(loss, [walk.edge], allow_unused=True))
     return logits.detach(), walk
 
 
-def _logits(runner: Runner, inputs: Any, delta: Tensor) -> Tensor:
-    with torch.no_grad(), runner.filled(Pass(delta, watched=False)) as walk:
-        return runner.call(inputs, walk)
+def _logits(runner: Runner, batch: Batch, delta: Tensor) -> Tensor:
+    with torch.no_grad(), runner.filled(Pass(batch, delta, watched=False)) as walk:
+        return runner.call(walk)

@@ -57,7 +57,7 @@ def cka(
             for model, found in zip((model_a, model_b), features, strict=True):
                 with _listening(model, names, found, inputs, pooling):
                     call(model, inputs)
-    if names and not features[0][names[0]]:
+    if names and not sum(map(len, features[0][names[0]])):
         raise ValueError("batches holds none, or the model calls none of the layers; give pairs (inputs, labels)")
     return {name: linear_cka(torch.cat(features[0][name]), torch.cat(features[1][name])) for name in names}
 

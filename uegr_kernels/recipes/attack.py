@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..passes import Pass, attention_mask, check_count, masked
+from ..passes import Pass, check_count, masked
 from ..perturbation import fgm_perturbation, pgd_step
 from .recipe import PassRecipe, check_flag, check_number
 
@@ -48,13 +48,13 @@ class AttackRecipe(PassRecipe):
         pgd_step(row, row, step_size=0.0, radius=0.0, norm="linf" if norm == "max" else norm, per=per, backend="reference")
         super().__init__(model, embedding, optimizer, **options)
 
-    def _attack(self, inputs: Any, labels: Tensor, scale: float | Tensor, draw: Callable[[], Any], clean: Pass | None = None) -> Any:
+    def _attack(self, labels: Tensor, scale: float | Tensor, draw: Callable[[], Any], clean: Pass | None = None) -> Any:
         """delta after all steps, the first from the `clean` pass's gradient where one is given; None after no step."""
-        delta: Any = self._start(attention_mask(inputs)) if self.steps else None
+        delta: Any = self._start(self._batch.mask) if self.steps else None
         for step in range(self.steps):
             if step or clean is None:
                 with draw():
-                    clean = self._ascend(inputs, labels, scale, delta)
+                    clean = self._ascend(labels, scale, delta)
             options: dict[str, Any] = dict(step_size=self.step_size, radius=self.epsilon, norm=self.norm, per=self.per)
             delta = climb(clean, **options, backend=self.backend)
         return delta

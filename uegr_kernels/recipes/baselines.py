@@ -17,7 +17,7 @@ class Plain(PassRecipe):
     """
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
-        loss, _ = self._descend(inputs, labels, scale, last=True)
+        loss, _ = self._descend(labels, scale, last=True)
         return {"loss": loss, "clean_loss": loss}
 
 
@@ -29,7 +29,7 @@ class _Penalised(PassRecipe):
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         with self._pass() as walk:
-            parts = self._label_loss(self._runner.call(inputs, walk), labels)
+            parts = self._label_loss(self._runner.call(walk), labels)
             of_tensors = [whole(self._penalty(p)).to(parts.loss) for p in self.model.parameters() if p.requires_grad]
             penalty = self.weight * sum(of_tensors, torch.zeros_like(parts.loss))
             ((parts.loss + penalty) * scale).backward()

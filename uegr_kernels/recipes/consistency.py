@@ -1,5 +1,6 @@
 """R-Drop, R-AT and R-AT-SU: two passes held alike by the symmetric Kullback-Leibler divergence."""
 
+import functools
 from typing import Any
 
 import torch
@@ -42,14 +43,14 @@ class RDrop(PassRecipe):
         super().__init__(model, embedding, optimizer, **options)
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
-        return self._pair(inputs, labels, scale, None)
+        return self._pair(labels, scale, None)
 
-    def _pair(self, inputs: Any, labels: Tensor, scale: float | Tensor, delta: Tensor | None) -> dict[str, Tensor]:
+    def _pair(self, labels: Tensor, scale: float | Tensor, delta: Tensor | None) -> dict[str, Tensor]:
         """Two passes at delta and one backward of both, the last of the step."""
         with self._pass(delta) as walk:  # the pass that announces the backward to a synchronising wrapper comes first:
-            first = self._runner.call(inputs, walk)  # it may write into buffers that the other's graph has saved
+            first = self._runner.call(walk)  # it may write into buffers that the other's graph has saved
         with self._runner.without_sync(), self._pass(delta) as walk:
-            second = self._runner.call(inputs, walk)
+            second = self._runner.call(walk)
         parts = uegr_loss(first.detach(), [first, second], labels, return_parts=True, **self._loss_options, backend=self.backend)
         divergence = symmetric_divergence(first, second, labels, self.reduction, **self._loss_options)
         with self._pass(delta) as walk:  # for a model that recomputes its embedding
@@ -111,9 +112,10 @@ class RAT(RDrop):
         super().__init__(model, embedding, optimizer, **options)
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
-        clean, walk = self._descend(inputs, labels, scale, watched=True)
-        delta = walk.ascended(lambda g: fgm_perturbation(g, mask=walk.mask, **self._perturbation, backend=self.backend))
-        losses = self._pair(inputs, labels, scale, delta)
+        clean, walk = self._descend(labels, scale, watched=True)
+        options: dict[str, Any] = dict(mask=walk.mask, backend=self.backend, **self._perturbation)
+        delta = walk.ascended(functools.partial(fgm_perturbation, **options))
+        losses = self._pair(labels, scale, delta)
         return losses | {"loss": clean + losses["loss"], "clean_loss": clean}
 
 

@@ -60,7 +60,7 @@ class WeightConsolidation(Plain):
         if self.form != "penalty":
             return super()._backward(inputs, labels, scale)
         with self._pass() as walk:
-            parts = self._label_loss(self._runner.call(inputs, walk), labels)
+            parts = self._label_loss(self._runner.call(walk), labels)
             of_tensors = [whole(_squared_distance(p, p0)).to(parts.loss) for p, p0 in zip(self._weights, self.origin, strict=True)]
             penalty = self.kappa / 2 * sum(of_tensors, torch.zeros_like(parts.loss))
             ((parts.loss + penalty) * scale).backward()

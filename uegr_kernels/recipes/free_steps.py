@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..passes import attention_mask, check_count
+from ..passes import check_count
 from .attack import Start, climb, in_a_cube
 from .recipe import PassRecipe, check_choice, check_flag, check_number
 
@@ -55,13 +55,13 @@ class FreeLB(PassRecipe):
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         losses = []
-        delta: Any = in_a_cube(self.init_mag, attention_mask(inputs)) if self.init_mag else None
+        delta: Any = in_a_cube(self.init_mag, self._batch.mask) if self.init_mag else None
         radius = self.max_norm if self.max_norm > 0 else torch.finfo(torch.float32).max
         with self._draws(self.same_draw) as draw:
             for step in range(1, self.steps + 1):
                 last = step == self.steps
                 with draw():
-                    loss, walk = self._descend(inputs, labels, scale, delta, weight=1 / self.steps, watched=not last, last=last)
+                    loss, walk = self._descend(labels, scale, delta, weight=1 / self.steps, watched=not last, last=last)
                 losses.append(loss)
                 if not last:
                     delta = climb(walk, step_size=self.adv_lr, radius=radius, norm=self.norm, per="sample", backend=self.backend)
@@ -116,10 +116,10 @@ class FreeAT(PassRecipe):
         super().__init__(model, embedding, optimizer, **options)
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
-        optimizer, mask, losses = self._stepped(), attention_mask(inputs), []
+        optimizer, mask, losses = self._stepped(), self._batch.mask, []
         delta: Any = self._start(mask, len(labels))
         for _ in range(self.steps):
-            loss, walk = self._descend(inputs, labels, scale, delta, watched=True, last=True)
+            loss, walk = self._descend(labels, scale, delta, watched=True, last=True)
             losses.append(loss)
             self._update(optimizer, scale)
             delta = climb(walk, step_size=self.step_size, radius=self.epsilon, norm=self.norm, per="sample", backend=self.backend)
@@ -136,7 +136,7 @@ class FreeAT(PassRecipe):
             if self.delta is None or self.delta.shape[1:] != x.shape[1:]:
                 self.delta = None
                 return fresh(x)
-            return torch.cat([self.delta[:rows].to(x), fresh(x[len(self.delta) :])])  # a batch may be shorter or longer than the last
+            return torch.cat([self.delta[:rows].to(x), fresh(x)[len(self.delta) :]])  # a batch may be shorter or longer than the last
 
         return start
 

@@ -1,6 +1,7 @@
 """DropAttack: randomly masked attacks on the embeddings and on chosen weights, in one step or in K."""
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -63,7 +64,7 @@ class DropAttack(PassRecipe):
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         with self._hooked_gradients() as of_weights:
-            loss, clean = self._descend(inputs, labels, scale, watched=True)
+            loss, clean = self._descend(labels, scale, watched=True)
         g_x, g_w = clean.gradient, of_weights
         check_reached(g_w)
         options: dict[str, Any]
@@ -73,15 +74,15 @@ class DropAttack(PassRecipe):
             last = step == self.steps
             if self.attack_input:
                 options = dict(mask=clean.mask, seed=seeds[0], backend=self.backend, **self._perturbation)
-                delta = clean.ascended(lambda g, options=options: fgm_perturbation(g, **options), g_x)
+                delta = clean.ascended(functools.partial(fgm_perturbation, **options), g_x)
                 options = dict(weight=1 / self.steps, watched=not last, last=last and not self.weights)
-                of_this, walk = self._descend(inputs, labels, scale, delta, **options)
+                of_this, walk = self._descend(labels, scale, delta, **options)
                 of_input.append(of_this)
                 g_x = g_x if last else g_x + walk.gradient
             if self.weights:
                 options = dict(gradients=g_w, keep_probability=self.keep_probability_weights, seed=seeds[1], backend=self.backend)
                 with perturbed_weights(self.weights, self.epsilon_weights, **options), self._hooked_gradients() as of_weights:
-                    of_this, _ = self._descend(inputs, labels, scale, weight=1 / self.steps, last=last)
+                    of_this, _ = self._descend(labels, scale, weight=1 / self.steps, last=last)
                 of_weight.append(of_this)
                 g_w = [_added(before, new) for before, new in zip(g_w, of_weights, strict=True)]
         means = {"adversarial_loss": of_input, "weight_loss": of_weight}

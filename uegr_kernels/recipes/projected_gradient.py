@@ -55,10 +55,10 @@ class PGD(AttackRecipe):
             if self.clean_weight:
                 with draw():
                     options: dict[str, Any] = dict(weight=self.clean_weight, watched=self.first_step_from_clean)
-                    losses["clean_loss"], clean = self._descend(inputs, labels, scale, **options)
-            delta = self._attack(inputs, labels, scale, draw, clean if self.first_step_from_clean else None)
+                    losses["clean_loss"], clean = self._descend(labels, scale, **options)
+            delta = self._attack(labels, scale, draw, clean if self.first_step_from_clean else None)
             with draw():
-                losses["adversarial_loss"], _ = self._descend(inputs, labels, scale, delta, last=True)
+                losses["adversarial_loss"], _ = self._descend(labels, scale, delta, last=True)
         return {"loss": self.clean_weight * losses.get("clean_loss", 0.0) + losses["adversarial_loss"], **losses}
 
     def _start(self, mask: Tensor | None) -> Start | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..divergence import LossParts, uegr_loss
 from ..dropout import AdaptiveDropout
-from ..passes import Batch, Pass, Runner, buffers_held, dropout_rate, gradient_norms_held, random_state, replayed
+from ..passes import Pass, Runner, buffers_held, dropout_rate, gradient_norms_held, random_state, replayed
 
 
 class Recipe:
@@ -31,7 +31,7 @@ class Recipe:
 
     kept: tuple[str, ...] = ()  # attributes that a checkpoint carries
     _runner: Any  # what has the hook, and close()
-    _batch: Batch | None = None  # that the passes are over, while one is
+    _batch: Any = None  # the `Batch` that the passes are over, while one is
 
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
         if optimizer is not None and not (hasattr(optimizer, "param_groups") and hasattr(optimizer, "step")):
@@ -154,7 +154,6 @@ class PassRecipe(Recipe):
 
     def _descend(
         self,
-        inputs: Any,
         labels: Tensor,
         scale: float | Tensor,
         delta: Tensor | Callable[[Tensor], Tensor] | None = None,
@@ -168,33 +167,31 @@ class PassRecipe(Recipe):
         watched  keep the gradient at the embedding;  last  of the step, so that a wrapper synchronises
         """
         with contextlib.nullcontext() if last else self._runner.without_sync(), self._pass(delta, watched=watched) as walk:
-            parts = self._label_loss(self._runner.call(inputs, walk), labels)
+            parts = self._label_loss(self._runner.call(walk), labels)
             (parts.loss * weight * scale).backward()
         return parts.clean_loss, walk
 
     def _ascend(
-        self,
-        inputs: Any,
-        labels: Tensor,
-        scale: float | Tensor,
-        delta: Tensor | Callable[[Tensor], Tensor] | None = None,
-        *,
-        at: Tensor | None = None,
+        self, labels: Tensor, scale: float | Tensor, delta: Tensor | Callable[[Tensor], Tensor] | None = None, *, at: Tensor | None = None
     ) -> Pass:
         """One pass forward and back to the embedding alone, for the gradient there: .grad and buffers stay as they are."""
         with self._runner.without_sync(), buffers_held(self.model), self._pass(delta, watched=True, at=at) as walk:
-            parts = self._label_loss(self._runner.call(inputs, walk), labels)
+            parts = self._label_loss(self._runner.call(walk), labels)
             walk.keep(*torch.autograd.grad(parts.loss * scale, [walk.edge], allow_unused=True))
         return walk
 
     def _weight_gradients(
-        self, inputs: Any, labels: Tensor, scale: float | Tensor, weights: Sequence[Tensor], delta: Tensor | None = None, *, ascent: bool
+        self, labels: Tensor, scale: float | Tensor, weights: Sequence[Tensor], delta: Tensor | None = None, *, ascent: bool
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Loss and gradients by `weights` of one pass, beside .grad; an ascent pass leaves buffers alone."""
         held = buffers_held(self.model) if ascent else contextlib.nullcontext()
-        with self._runner.without_sync(), held, self._pass(delta) as walk:
-            parts = self._label_loss(self._runner.call(inputs, walk), labels)
-            gradients: list[Tensor | None] = list(torch.autograd.grad(parts.loss * scale, weights, allow_unused=True))
+        # Asked for the embedding's gradient too, reentrant checkpointing refuses; else it gives its weights none, without a word.
+        watched = self._runner.embedding is not None
+        with self._runner.without_sync(), held, self._pass(delta, watched=watched) as walk:
+            parts = self._label_loss(self._runner.call(walk), labels)
+            reached = [*weights, walk.edge] if watched else weights
+            found: Sequence[Tensor | None] = torch.autograd.grad(parts.loss * scale, reached, allow_unused=True)
+        gradients = list(found[: len(weights)])
         check_reached(gradients)
         return parts.clean_loss, gradients
 
@@ -202,7 +199,6 @@ class PassRecipe(Recipe):
     def _pass(
         self, delta: Tensor | Callable[[Tensor], Tensor] | None = None, *, watched: bool = False, at: Tensor | None = None
     ) -> Iterator[Pass]:
-        assert self._batch is not None
         with dropout_rate(self.model, self.dropout), self._runner.filled(Pass(self._batch, delta, watched=watched, at=at)) as walk:
             yield walk
 
@@ -292,8 +288,9 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 
 def write(weights: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Gives weights new values; autocast, which keeps casts of weights until its region ends, makes them anew."""
-    for weight, value in zip(weights, values, strict=True):
-        weight.detach().copy_(value)
+    with torch.no_grad():
+        for weight, value in zip(weights, values, strict=True):
+            weight.copy_(value)
     torch.clear_autocast_cache()
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.conv import _ConvNd as Convolution
 
-from ..passes import attention_mask, can_synchronise, check_count, synchronises
+from ..passes import Pass, can_synchronise, check_count, synchronises
 from .attack import AttackRecipe, Start, uniform_in_ball
 from .recipe import check_flag, check_number, device_of, plain_names, recomputed, summed_over_ranks
 
@@ -128,20 +128,19 @@ class ARAT(AttackRecipe):
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         self._start_alike()
-        mask = attention_mask(inputs)
         weight, adversarial_weight = self._weights()
         with self._draws(self.same_draw) as draw:
-            delta = self._attack(inputs, labels, scale, draw)
+            delta = self._attack(labels, scale, draw)
             held = self._runner.without_sync() if self.stop_gradient else contextlib.nullcontext()
             with held, draw(), self._clean(), self._pass() as walk:
-                clean, features = self._recorded(inputs, labels, walk, mask)
+                clean, features = self._recorded(labels, walk)
                 if self.stop_gradient:  # its graph goes before the other's comes
                     (clean.loss * weight * scale).backward()
                     features = [f.detach() for f in features]
             held = contextlib.nullcontext() if self.stop_gradient else self._runner.without_sync()
             with draw():
                 with held, self._pass(delta) as walk:
-                    adversarial, of_adversarial = self._recorded(inputs, labels, walk, mask)
+                    adversarial, of_adversarial = self._recorded(labels, walk)
                 invariance = self._invariance(of_adversarial, features)
                 term = adversarial_weight * adversarial.loss + self.invariance_weight * invariance
                 with self._pass(delta if self.stop_gradient else recomputed) as walk:
@@ -168,12 +167,14 @@ class ARAT(AttackRecipe):
             self.model.eval()
             with torch.no_grad(), self._runner.without_sync(), self._clean():
                 for inputs, labels in self.recent:
+                    self._batch = self._runner.take(inputs, labels)
                     with self._pass() as walk:
-                        guesses = self._runner.call(inputs, walk).argmax(1)
+                        guesses = self._runner.call(walk).argmax(1)
                     truth = labels.argmax(1) if labels.is_floating_point() else labels
-                    counted = truth != self._loss_options["ignore_index"]
-                    right, rows = right + ((guesses == truth) & counted).sum().item(), rows + counted.sum().item()
+                    counted = self._counted(labels)
+                    right, rows = right + int(((guesses == truth) & counted).sum()), rows + int(counted.sum())
         finally:
+            self._batch = None
             for module, training in modes:
                 module.training = training
         self.accuracy, self.recent = right / rows if rows else self.accuracy, []
@@ -208,17 +209,26 @@ class ARAT(AttackRecipe):
 
         return hook
 
-    def _recorded(self, inputs: Any, labels: Tensor, walk: Any, mask: Tensor | None) -> tuple[Any, list[Tensor]]:
-        """Losses of one call of the model, and the features of every layer [N, d]."""
+    def _counted(self, labels: Tensor) -> Tensor:
+        """[N] bool: the rows that are not ignored."""
+        if labels.is_floating_point():
+            return torch.ones(len(labels), dtype=torch.bool, device=labels.device)
+        counted: Tensor = labels != self._loss_options["ignore_index"]
+        return counted
+
+    def _recorded(self, labels: Tensor, walk: Pass) -> tuple[Any, list[Tensor]]:
+        """Losses of one call of the model, and the features of every layer [n, d] for the n rows that are not ignored."""
         self._features = {}
         try:
-            logits = self._runner.call(inputs, walk)
+            logits = self._runner.call(walk)
             outputs = self._features
         finally:
             self._features = None
         if len(outputs) < len(self._layers):
             raise RuntimeError("one of the layers was not called in this pass; name layers that the model always calls")
-        return self._label_loss(logits, labels), [_pooled(layer, outputs[i], mask) for i, layer in enumerate(self._layers)]
+        counted = self._counted(labels)
+        features = [_pooled(layer, outputs[i], walk)[counted] for i, layer in enumerate(self._layers)]
+        return self._label_loss(logits, labels), features
 
     def _invariance(self, adversarial: list[Tensor], clean: list[Tensor]) -> Tensor:
         self.predictors.train(len(clean[0]) > 1)  # a single row has no variance
@@ -247,7 +257,7 @@ class ARAT(AttackRecipe):
         if self.clean_weight is not None or self._regression:
             return
         self.recent.append([inputs, labels])
-        while sum(len(labels) for _, labels in self.recent[1:]) >= self.balance_rows:
+        while sum(int(self._counted(labels).sum()) for _, labels in self.recent[1:]) >= self.balance_rows:
             del self.recent[0]
 
 
@@ -280,13 +290,15 @@ def _predictor(width: int) -> nn.Module:
     return nn.Sequential(nn.Linear(width, narrow, bias=False), nn.BatchNorm1d(narrow), nn.ReLU(), nn.Linear(narrow, width))
 
 
-def _pooled(layer: nn.Module, output: Tensor, mask: Tensor | None) -> Tensor:
+def _pooled(layer: nn.Module, output: Tensor, walk: Pass) -> Tensor:
     """[N, d]: the mean over places after ReLU; over the real tokens where the places are tokens."""
-    x = output.relu()
+    x, batch, mask = output.relu(), walk.batch, walk.mask
     if x.dim() == 2:
         return x
     if isinstance(layer, CHANNELS_SECOND):
         return x.flatten(2).mean(2)
+    if list(x.shape[:2]) == [batch.length, batch.rows]:  # time-first, or both are as long
+        x = batch.first(x) if batch.length == batch.rows else x.transpose(0, 1)
     if mask is None or x.shape[:2] != mask.shape or x.dim() != 3:
         return x.flatten(1, -2).mean(1)
     real = (mask != 0).to(x.dtype)[..., None]

@@ -48,7 +48,7 @@ class SaliencyRecipe(PassRecipe):
         try:
             for inputs, labels in batches:
                 self._check(1.0, inputs, labels)
-                _, gradients = self._weight_gradients(inputs, labels, 1.0, self._masked, ascent=True)
+                _, gradients = self._weight_gradients(labels, 1.0, self._masked, ascent=True)
                 self._gather(gradients)
             if not self.squares:
                 raise ValueError("batches holds none; give pairs (inputs, labels)")

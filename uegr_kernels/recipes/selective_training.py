@@ -68,12 +68,12 @@ class RoAST(SaliencyRecipe):
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         with self._pass() as clean:  # first, as in R-Drop
             clean.batch.keeps_output |= self.detach_embedding
-            z0 = self._runner.call(inputs, clean)
+            z0 = self._runner.call(clean)
         at = clean.seen if self.detach_embedding else None
-        walk = self._ascend(inputs, labels, scale, tiny_noise(self.noise, clean.mask), at=at)
+        walk = self._ascend(labels, scale, tiny_noise(self.noise, clean.mask), at=at)
         delta = climb(walk, step_size=self.epsilon, radius=float("inf"), norm=self.norm, per="token", backend=self.backend)
         with self._runner.without_sync(), self._pass(delta, at=at) as walk:
-            z1 = self._runner.call(inputs, walk)
+            z1 = self._runner.call(walk)
         if self.form == "paper":
             parts = uegr_loss(z0, [z1], labels, return_parts=True, **self._loss_options, backend=self.backend)
             term, losses = parts.loss, {"clean_loss": parts.clean_loss, "adversarial_loss": parts.adversarial_loss}

@@ -1,5 +1,6 @@
 """One-step adversarial training on the embeddings: AT (FGM) and FGSM."""
 
+import functools
 from typing import Any
 
 import torch
@@ -42,11 +43,12 @@ class AT(PassRecipe):
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         losses = {}
         if self.clean_weight:
-            losses["clean_loss"], walk = self._descend(inputs, labels, scale, weight=self.clean_weight, watched=True)
+            losses["clean_loss"], walk = self._descend(labels, scale, weight=self.clean_weight, watched=True)
         else:
-            walk = self._ascend(inputs, labels, scale)
-        delta = walk.ascended(lambda g: fgm_perturbation(g, mask=walk.mask, **self._perturbation, backend=self.backend))
-        losses["adversarial_loss"], _ = self._descend(inputs, labels, scale, delta, last=True)
+            walk = self._ascend(labels, scale)
+        options: dict[str, Any] = dict(mask=walk.mask, backend=self.backend, **self._perturbation)
+        delta = walk.ascended(functools.partial(fgm_perturbation, **options))
+        losses["adversarial_loss"], _ = self._descend(labels, scale, delta, last=True)
         return {"loss": self.clean_weight * losses.get("clean_loss", 0.0) + losses["adversarial_loss"], **losses}
 
 

@@ -47,11 +47,11 @@ class SAM(PassRecipe):
         weights = [p for p in self.model.parameters() if p.requires_grad]
         with self._draws(self.same_draw) as draw:
             with draw():
-                clean, gradients = self._weight_gradients(inputs, labels, scale, weights, ascent=False)
+                clean, gradients = self._weight_gradients(labels, scale, weights, ascent=False)
             length, gradients = _adapted(self.rho, weights, gradients) if self.adaptive else (self.rho, gradients)
             moved = perturbed_weights(weights, length, gradients=gradients, per="all", backend=self.backend)
             with draw(), moved, buffers_held(self.model):
-                loss, _ = self._descend(inputs, labels, scale, last=True)
+                loss, _ = self._descend(labels, scale, last=True)
         return {"loss": loss, "clean_loss": clean}
 
 
@@ -109,14 +109,14 @@ class AWP(AttackRecipe):
         self.after_step()  # of a step that left it out
         self._gradients = []
         with self._draws(self.same_draw) as draw:
-            delta = self._attack(inputs, labels, scale, draw)
+            delta = self._attack(labels, scale, draw)
             if self.gamma and self.epoch >= self.warmup_epochs:
                 with draw():
-                    _, self._gradients = self._weight_gradients(inputs, labels, scale, self._weights, delta, ascent=True)
+                    _, self._gradients = self._weight_gradients(labels, scale, self._weights, delta, ascent=True)
                 if synchronises(self.model):  # ranks that step at different weights would part
                     summed_over_ranks(self.model, self._gradients)
             with draw(), self._perturbed():
-                loss, _ = self._descend(inputs, labels, scale, delta, last=True)
+                loss, _ = self._descend(labels, scale, delta, last=True)
         return {"loss": loss}
 
     def before_step(self) -> None:
