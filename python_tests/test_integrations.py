@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from test_frameworks import Sentences, bert, weights  # noqa: E402
+from test_trainer import Net, both, ours, rows  # noqa: E402
 
 from uegr_kernels.integrations.transformers import UEGRTrainer  # noqa: E402
 
@@ -190,10 +191,10 @@ torch.save(weights(run.model), f"{sys.argv[2]}/weights-{arguments.process_index}
 """
 
 
-def run_on_two(folder, *more):
+def run_on_two(folder, *more, script=WORKER):
     folder.mkdir()
-    script = folder / "worker.py"
-    script.write_text(WORKER)
+    worker = folder / "worker.py"
+    worker.write_text(script)
     here = pathlib.Path(__file__).parent
     command = [
         sys.executable,
@@ -201,7 +202,7 @@ def run_on_two(folder, *more):
         "torch.distributed.run",
         "--nproc-per-node=2",
         "--standalone",
-        str(script),
+        str(worker),
         str(here),
         str(folder),
         *more,
@@ -217,6 +218,48 @@ def test_two_processes_stay_alike_and_resume_exactly(tmp_path):
     assert torch.equal(first, second) and not torch.equal(first, weights(bert()))
     resumed, _ = run_on_two(tmp_path / "again", "2", str(tmp_path / "whole" / "checkpoint-2"))
     assert torch.equal(first, resumed)
+
+
+PLAIN = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_trainer import ACCUMULATED, IGNORED, Net, both, pictures, rows, vit, weights
+torch.set_num_threads(1)
+ignored = pictures(20, label=IGNORED)
+for model, dataset, more in (
+    (Net, rows(20), {}),
+    (vit, pictures(20), {}),
+    (vit, ignored, {}),
+    (vit, ignored, {"average_tokens_across_devices": False}),
+):
+    place = lambda model: getattr(model, "embedding", None)
+    run, _ = both(sys.argv[2], model, dataset, embedding=place, ddp_backend="gloo", **ACCUMULATED, **more)
+    assert type(run.model_wrapped).__name__ == "DistributedDataParallel"
+torch.save(weights(run.model), f"{sys.argv[2]}/weights-{run.args.process_index}.pt")
+"""
+
+
+def test_plain_is_the_trainer_on_two_processes(tmp_path):
+    """Labels counted over both, by process, or not at all; the last step of an epoch has fewer batches."""
+    first, second = run_on_two(tmp_path / "plain", script=PLAIN)
+    assert torch.equal(first, second)
+
+
+def test_a_compiled_model(tmp_path):
+    """Also where it was called, and compiled, before the recipe was there, and with a second recipe on the same object."""
+    more = {"eval_strategy": "steps", "eval_steps": 2}
+    compiled = more | {"torch_compile": True, "torch_compile_backend": "eager"}
+    given = {"eval_dataset": rows(4)}
+    both(tmp_path, Net, given=given, embedding=lambda model: model.embedding, **compiled)
+    found = []
+    for options in (compiled, more):
+        model = Net()
+        run = ours(tmp_path, model, "at", embedding=model.embedding, given=given, **options)
+        run.evaluate()
+        run.train()
+        run.train()
+        found.append(weights(model))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
 
 def test_a_lightning_module(tmp_path):
