@@ -470,7 +470,7 @@ def _tensors(inputs: dict[Any, Any]) -> list[Tensor]:
     return [value for value in inputs.values() if isinstance(value, Tensor) and value.dim() > 1]
 
 
-@torch.compiler.disable  # it looks at values
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it looks at values
 def _as_inputs(given: list[Tensor], inputs: dict[Any, Any]) -> bool | None:
     """Whether what a module was called with has its first two axes in the order of the inputs; None: nobody can tell."""
     found = set()
