@@ -205,6 +205,8 @@ def work(options: argparse.Namespace, output: Output) -> int:
         return fell or judge_probe(lines[0] if lines else output.lines[-1], asked, without_gpu)
 
     stop = None if options.build_only else probe("")
+    if stop and not found and output.lines[-1]["status"] == "killed":  # a first import from a cold disk can take that long
+        stop = probe("-again")
     buildable = found.get("cuda") and found.get("nvcc") and "cuda" in asked and found["backends"]["cuda"]
     if options.build_only or (stop and stop.status == WRONG_BACKEND and buildable):
         limit = 1800.0 if without_gpu else BUILD
@@ -222,7 +224,7 @@ def work(options: argparse.Namespace, output: Output) -> int:
     if stop is not None:
         output.keep({"stage": "end", "status": "stopped", "message": stop.reason})
         return stop.status
-    bad = [line for line in output.lines if line["status"] in ("failed", "crashed", "killed")]
+    bad = [line for line in output.lines if line["status"] in ("failed", "crashed", "killed") and line["stage"] != "probe"]
     return FAILED if bad else OK
 
 

@@ -24,13 +24,21 @@ def say(text: str) -> None:
 
 
 def show(line: dict) -> None:
-    """As the stage ends; the probe's is what the machine is and how fast it copies."""
+    """As the stage ends. What cannot be shown is in gpu.jsonl, and ends nothing."""
+    try:
+        say(words(line))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        say(f"{line['stage']} {line['status']} (its answer is not as expected: {type(error).__name__}: {error})")
+
+
+def words(line: dict) -> str:
+    """The probe's are what the machine is and how fast it copies, and come first."""
     result = line.get("result", {})
-    if "copy_gb_s" in result:
-        say(f"A copy moves {result['copy_gb_s']:,.0f} GB/s, bytes read plus bytes written.")
-        say(machine(result))
-    words = line["stage"], line["status"], seconds(line), line.get("message", "")[:WIDTH], brief(result)
-    say(" ".join(filter(None, words)))
+    facts = []
+    if "copy_rate" in result:
+        facts = [f"A copy moves {result['copy_rate']:,.0f} GB/s, bytes read plus bytes written.", machine(result)]
+    about = line["stage"], line["status"], seconds(line), line.get("message", "")[:WIDTH], brief(result)
+    return "\n".join([*facts, " ".join(filter(None, about))])
 
 
 def seconds(line: dict) -> str:
@@ -60,7 +68,10 @@ def brief(result: dict) -> str:
 
 def close(output: Output, status: int) -> str:
     """Writes gpu.md and gpu.png from gpu.jsonl; returns the table."""
-    text = table(latest(output.folder, output.run), output.run, status)
+    try:
+        text = table(latest(output.folder, output.run), output.run, status)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        text = f"No table: an answer in gpu.jsonl is not as expected ({type(error).__name__}: {error}). Exit status {status}."
     output.write("gpu.md", f"# GPU\n\n{text}\n".encode())
     try:
         subprocess.run([sys.executable, "-m", __name__, str(output.folder), output.run], cwd=ROOT, timeout=PICTURE, capture_output=True)
@@ -99,8 +110,8 @@ def measured(lines: list[dict]) -> list[dict]:
 def table(lines: list[dict], run: str, status: int) -> str:
     """At most LINES lines and CHARACTERS characters: the machine, what became of the stages, the figures of the cases."""
     texts = [cell(f"Stopped: {line['message']}") for line in lines if line["stage"] == "end"]
-    for result in [line["result"] for line in lines if "copy_gb_s" in line.get("result", {})][:1]:
-        texts.append(f"A copy moves {result['copy_gb_s']:,.0f} GB/s. {machine(result)}")
+    for result in [line["result"] for line in lines if "copy_rate" in line.get("result", {})][:1]:
+        texts.append(f"A copy moves {result['copy_rate']:,.0f} GB/s. {machine(result)}")
     passed = [line["stage"] for line in lines if line["status"] == "passed" and line["run"] == run]
     texts.append(f"Passed: {', '.join(passed) or 'nothing'}. Exit status {status}.")
     return fitted([*texts, *stage_rows(lines, run), *case_rows(lines)])
@@ -124,13 +135,15 @@ def case_rows(lines: list[dict]) -> list[str]:
     for case in measured(lines):
         for i, one in enumerate(case["contestants"]):
             name = case["case"] if i == 0 else ""
+            if one.get("missing", "").startswith("left out by"):
+                continue
             if "seconds" not in one:
                 rows.append(f"| {name} | {one['name']} | missing: {cell(one['missing'][:80])} | | |")
                 continue
             ratio = tables.cell(one["ours_over_this"]) if "ours_over_this" in one else ""
             share = f"{one['copy_share']:.0%}" if one["bytes"] else "-"
-            rows.append(f"| {name} | {one['name']} | {tables.cell(one['seconds'], 1e6)} | {ratio} | {share} |")
-            rows += [f"| | {one['name']}, {part} alone | {tables.cell(value, 1e6)} | | |" for part, value in one.get("parts", {}).items()]
+            parts = "".join(f", {part} {1e6 * value['median']:.4g}" for part, value in one.get("parts", {}).items())
+            rows.append(f"| {name} | {one['name']} | {tables.cell(one['seconds'], 1e6)}{parts} | {ratio} | {share} |")
     head = ["", "| case | | us (quartiles) | ours / this | of a copy |", "| --- | --- | --- | --- | --- |"]
     return [*head, *rows] if rows else []
 

@@ -84,7 +84,7 @@ def probe(no_gpu: str | None) -> dict:
         said["shared_memory"] = getattr(properties, "shared_memory_per_block_optin", None)
         said["capability"] = ".".join(map(str, torch.cuda.get_device_capability())) if torch.version.cuda else None
         answer(said)  # ahead of the first kernel
-        said["copy_gb_s"] = harness.spread(machine.Copy(2**30, "cuda")(5))["median"]
+        said["copy_rate"] = harness.spread(machine.Copy(2**30, "cuda")(5))["median"]
     return said
 
 
@@ -303,8 +303,8 @@ def bench(make: Callable[[Place], harness.Case], at: Place) -> dict:
         wait(at)
         return {"said": "compiled"}
     copy = machine.Copy(2**20 if at.small else 2**30, at.device)
-    rounds, without = (2, "torch") if at.small else (100, "" if at.compiled else "torch.compile")
-    line = harness.measure(case, rounds, copy, lambda: None, without or None, until=at.until, profiled=False)
+    without = None if at.compiled else "torch.compile"
+    line = harness.measure(case, 2 if at.small else 100, copy, lambda: None, without, until=at.until, profiled=False)
     nothing_wrong(line.get("error"))
     return line
 

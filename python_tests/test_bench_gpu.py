@@ -233,6 +233,22 @@ def test_the_probe_is_judged():
     assert gpu.judge_probe(said_before, ["cuda"], False) is None
 
 
+def test_a_probe_that_is_killed_is_tried_once_more(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "plan", list)
+    slow = f"""
+    if not os.path.exists({str(tmp_path / "warm")!r}):
+        open({str(tmp_path / "warm")!r}, "w")
+        time.sleep(60)
+    say({{'no_gpu': None, 'backends': {{}}}})
+    """
+    for program, status, last in ((slow, 0, "passed"), ("time.sleep(60)", 3, "killed")):
+        monkeypatch.setattr(gpu, "PROBE", stand_in("probe", program, 3.0))
+        assert gpu.main(["--output", str(tmp_path / last)]) == status
+        lines = gpu_report.read(tmp_path / last / "gpu.jsonl")
+        assert [(line["stage"], line["status"]) for line in lines[:2]] == [("probe", "killed"), ("probe-again", last)]
+    assert "the probe came to no answer (killed at its limit" in capsys.readouterr().out
+
+
 def built_on_the_spot(tmp_path, monkeypatch, why_not_after: str | None):
     """A run whose probe finds no library but nvcc, and a stand-in for the build."""
     after = tmp_path / "built"
@@ -398,7 +414,7 @@ def ran_case(name: str, contestants: int) -> dict:
     spread = {"median": 2e-6, "q1": 1e-6, "q3": 3e-6}
     figures = {"seconds": spread, "bytes": 100, "gb_s": 1.0, "copy_share": 0.5, "parts": {"forward": spread}}
     peers = [{"name": f"peer {i}", "ours_over_this": {"median": 0.5, "q1": 0.4, "q3": 0.6}} | figures for i in range(contestants)]
-    missing = {"name": "torch.compile", "missing": "left | out " * 20}
+    missing = {"name": "torch.compile", "missing": "no | memory " * 20}
     result = {"case": f"case {name}", "contestants": [{"name": "uegr_kernels"} | figures, *peers, missing]}
     return {"run": "r", "stage": name, "status": "passed", "seconds": 1.0, "result": result}
 
@@ -409,7 +425,7 @@ def test_the_closing_table_says_what_was_found_and_fits():
         "stage": "probe",
         "status": "passed",
         "seconds": 1.0,
-        "result": {"copy_gb_s": 4300.0, "gpu": "G", "torch": "2.11.0"},
+        "result": {"copy_rate": 4300.0, "gpu": "G", "torch": "2.11.0"},
     }
     failed = {"run": "r", "stage": "smoke-rank", "status": "failed", "seconds": 1.0, "message": "ours is wrong: x | y"}
     tests = {
@@ -423,13 +439,46 @@ def test_the_closing_table_says_what_was_found_and_fits():
     assert text.startswith("A copy moves 4,300 GB/s. gpu G; torch 2.11.0\nPassed: probe, bench-step. Exit status 1.")
     assert "| smoke-rank | failed | 1.0 s | ours is wrong: x / y |" in text
     assert "| tests-cuda (run q) | failed | 9.0 s | 45 of 46 tests passed, 1 failed: test_a |" in text
-    assert "| bench-step: case bench-step | uegr_kernels | 2 (1-3) |  | 50% |\n| | uegr_kernels, forward alone | 2 (1-3) | | |" in text
-    assert "|  | peer 0 | 2 (1-3) | 0.5 (0.4-0.6) | 50% |" in text
+    assert "| bench-step: case bench-step | uegr_kernels | 2 (1-3), forward 2 |  | 50% |" in text
+    assert "|  | peer 0 | 2 (1-3), forward 2 | 0.5 (0.4-0.6) | 50% |" in text
     everything = [probe, *({"run": "r", "stage": f"s{i}", "status": "killed", "message": "word " * 500} for i in range(90))]
     for lines in (everything, everything + [ran_case(f"c{i}", 5) for i in range(40)], [ran_case(f"c{i}", 12) for i in range(40)]):
         text = gpu_report.table(lines, "r", 1)
         assert len(text.splitlines()) <= 100 and len(text) <= 12_000
         assert re.search(r"\(\d+ lines more are in gpu.jsonl\)$", text)
+
+
+def test_the_table_of_a_whole_run_fits():
+    lines = []
+    for stage in (stage for wave in gpu.plan() for stage in wave.stages):
+        if re.match("bench|compiled|triton", stage.name):
+            line = ran_case(stage.name, 11 if stage.name == "triton-sweep" else 2)
+            line["result"]["contestants"].pop()  # none is missing
+        else:
+            result = {"expected": 46, "passed": 46} if stage.least_tests else {"said": "words " * 9} if "smoke" not in stage.name else {}
+            line = {"run": "r", "stage": stage.name, "status": "passed", "seconds": 99.9, "result": result}
+        lines.append(line)
+    text = gpu_report.table(lines, "r", 0)
+    assert "| triton-sweep" in text and "lines more" not in text and len(text.splitlines()) <= 100 and len(text) <= 12_000
+
+
+def test_a_case_goes_through_to_the_table_and_the_picture(tmp_path, monkeypatch, capsys):
+    facts = {"no_gpu": None, "gpu": "G", "copy_rate": 4300.0, "backends": {"auto": "cuda"}}
+    monkeypatch.setattr(gpu, "PROBE", stand_in("probe", f"say({facts!r})"))
+    case = gpu.case("bench-fgm", 60, "--device", "cpu", "--small", backend=None)
+    odd = stand_in("odd", "say({'contestants': [{'name': 1}], 'copy_rate': {}, 'case': 'odd'})")
+    monkeypatch.setattr(gpu, "plan", lambda: [alone(case), *odds])
+    for odds, printed in (
+        ([], "| bench-fgm: FGM, embeddings, 4 x 16 x 64 | uegr_kernels |"),
+        ([alone(odd)], "odd passed (its answer is not"),
+    ):
+        folder = tmp_path / f"{len(odds)} odd"
+        assert gpu.main(["--output", str(folder)]) == 0
+        out = capsys.readouterr().out
+        assert out.startswith("A copy moves 4,300 GB/s") and re.search(r"bench-fgm passed [\d.]+ s [\d.,]+ us, \d+% of a copy, ", out)
+        assert printed in out
+        assert len((folder / "gpu.md").read_text().splitlines()) <= 102
+        assert (folder / "gpu.png").exists() == bool(importlib.util.find_spec("matplotlib")) or odds
 
 
 def test_a_stage_left_out_leaves_an_earlier_runs_figures(tmp_path):
