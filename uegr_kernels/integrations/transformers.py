@@ -22,6 +22,7 @@ from ..selective import SelectiveAdamW
 SELECTIVE = ("uegr", "r_at_su", "child_tuning_f")  # whose update is a selection; the others' is AdamW's
 NEUTRAL = {"normalization": "constant", "keep_probability": 1.0}
 STATE = "recipe.pt"  # in a checkpoint's folder
+OWN = ("adaptive_dropout",)  # of the state, what every process has for itself: process 1's is in recipe_1.pt
 # Optimizers that step while a backward runs, and the package each needs, whose absence the Trainer reports itself.
 STEP_IN_BACKWARD = {
     "lomo": "lomo",
@@ -263,7 +264,7 @@ class UEGRTrainer(Trainer):
 
     def _forget(self) -> None:
         self._recipe_state: pathlib.Path | None = None  # to be loaded once the recipe is there
-        self._saved = -1, pathlib.Path()  # the last checkpoint's step, and the recipe's file in it
+        self._saved = -1, pathlib.Path()  # the last checkpoint's step and folder
         self._compared = False
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
@@ -306,7 +307,11 @@ class UEGRTrainer(Trainer):
         with torch.random.fork_rng():  # a resumed run, whose random state is restored by now, draws no seed of its own
             self.recipe = self._build_recipe(model, self.optimizer)
         if self._recipe_state is not None:
-            self.recipe.load_state_dict(torch.load(self._recipe_state, weights_only=True, map_location="cpu"))
+            state = torch.load(self._recipe_state, weights_only=True, map_location="cpu")
+            own = self._own_file(self._recipe_state.parent)
+            if own.exists():
+                state |= torch.load(own, weights_only=True, map_location="cpu")
+            self.recipe.load_state_dict(state)
             self._recipe_state = None
 
     def _detach(self) -> None:
@@ -316,21 +321,29 @@ class UEGRTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        self._saved = self.state.global_step, pathlib.Path(output_dir, STATE)
+        self._saved = self.state.global_step, pathlib.Path(output_dir)
+        self._saved[1].mkdir(parents=True, exist_ok=True)  # a process may be here before the one that saves the model
         self._save_recipe()
 
     def _tune_save_checkpoint(self, checkpoint_dir: str) -> None:
         super()._tune_save_checkpoint(checkpoint_dir)
-        self._saved = self.state.global_step, pathlib.Path(checkpoint_dir, f"checkpoint-{self.state.global_step}", STATE)
+        self._saved = self.state.global_step, pathlib.Path(checkpoint_dir, f"checkpoint-{self.state.global_step}")
         self._save_recipe()
 
     def _save_recipe(self) -> None:
         """Writes the recipe's state into the last checkpoint, where that is of the present step and still there."""
-        step, path = self._saved
-        if self.args.should_save and self.recipe is not None and step == self.state.global_step and path.parent.is_dir():
-            aside = path.with_suffix(".tmp")
-            torch.save(self.recipe.state_dict(), aside)
-            aside.replace(path)
+        step, folder = self._saved
+        if self.recipe is None or step != self.state.global_step or not folder.is_dir():
+            return
+        state = self.recipe.state_dict()
+        if self.args.should_save:
+            _write(state, folder / STATE)
+        own = {name: state[name] for name in OWN if name in state}
+        if own and self.args.process_index > 0:
+            _write(own, self._own_file(folder))
+
+    def _own_file(self, folder: pathlib.Path) -> pathlib.Path:
+        return folder / f"recipe_{self.args.process_index}.pt"
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         found = pathlib.Path(checkpoint, STATE) if checkpoint is not None else None
@@ -378,6 +391,13 @@ class _AroundTheStep(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._detach()
+
+
+def _write(state: dict[str, Any], path: pathlib.Path) -> None:
+    """Writes the file whole, or leaves the old one."""
+    aside = path.with_suffix(".tmp")
+    torch.save(state, aside)
+    aside.replace(path)
 
 
 def _embedding(model: Any, given: nn.Module | str | bool | None) -> nn.Module | None:
