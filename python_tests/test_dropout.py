@@ -468,7 +468,7 @@ def test_four_axes_have_no_units(backend, num_features):
     module = AdaptiveDropout(num_features, p=0.4, backend=backend)
     before = module.get_extra_state()
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         for width in (5, 7):
             torch.manual_seed(2)
             x = torch.rand(4, 6, width, width, requires_grad=True)
@@ -486,7 +486,7 @@ def test_a_width_that_changes(backend):
     model = nn.Sequential(nn.Dropout(0.4))
     replace_dropout(model, backend=backend)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         for _ in range(2):
             model(torch.ones(2, 5, requires_grad=True)).sum().backward()
     with pytest.warns(UserWarning, match=r"^0: the last axis had size 5 and now has another.*skip") as found:
@@ -499,7 +499,7 @@ def test_a_width_that_changes(backend):
     again = nn.Sequential(AdaptiveDropout(p=0.4, backend=backend))
     again.load_state_dict(model.state_dict())
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         for width in (5, 8):
             x = torch.ones(3, width)
             results = []
