@@ -495,7 +495,7 @@ def test_a_width_that_changes(backend):
             h.backward(10 * torch.rand(1000, 1) * torch.arange(width))  # norms that would have their say
             share = (h == 0).float().mean(0)
             assert ((share - 0.4).abs() < 5 * (0.24 / 1000) ** 0.5).all()
-    assert len(found) == 1
+    assert sum("last axis" in str(each.message) for each in found) == 1
     again = nn.Sequential(AdaptiveDropout(p=0.4, backend=backend))
     again.load_state_dict(model.state_dict())
     with warnings.catch_warnings():
