@@ -62,16 +62,16 @@ class AdaptiveDropout(nn.Module):
             return input
         self._check(input)
         backend = op.choose(self.backend, input.device, input.dtype)
-        if self._plain or input.dim() > MOST_AXES:
-            return F.dropout(input, self.p)
-        op.refuse_transforms(input)
-        if not self._ready(input):
+        if input.dim() > MOST_AXES or not self._ready(input):
             return F.dropout(input, self.p)
         # A call inside a backward is a recompute, which has to find the rates of its forward.
         fold = torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
+        norm = self.gradient_norm
+        if self._plain:  # the same operator on norms of 0: a recompute may be of the call before
+            norm, fold = torch.zeros_like(norm), False
         key = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=input.device)
         options = {"p": float(self.p), "max_p": float(self.max_p), "momentum": float(self.momentum), "fold": fold}
-        return op.adaptive_dropout(input, self.gradient_norm, self.pending, key, backend=backend, **options)
+        return op.adaptive_dropout(input, norm, self.pending, key, backend=backend, **options)
 
     def reset_parameters(self) -> None:
         """Forgets the gradients seen and the widths met, as if the module were new."""
@@ -144,27 +144,34 @@ class AdaptiveDropout(nn.Module):
             raise ValueError(f"input has shape {tuple(input.shape)}; give a last axis with the units")
 
     def _ready(self, input: Tensor) -> bool:
-        """Whether the state is that of the input's units, where they are; if not, the rate has turned plain."""
+        """Whether the state is that of the input's units, where they are; if not, the rate is plain."""
         norm, units = self.gradient_norm, input.shape[-1]
         if norm.shape[0] != units and norm.shape[0]:
-            if self.num_features is not None and not self._used:
-                raise ValueError(
-                    f"input of shape {tuple(input.shape)} has {units} units, the module {norm.shape[0]}; "
-                    "build it with num_features=None, or give every width a module of its own"
-                )
-            _warn(
-                f"{self._name or 'An AdaptiveDropout'}: the last axis had size {norm.shape[0]} and now has "
-                "another, so it is not one of units, and the plain rate p is used from now on; "
-                "`replace_dropout(model, skip=...)` leaves such modules alone"
-            )
-            self._plain = True
+            if not self._plain:
+                self._turn_plain(input)
             return False
+        op.refuse_transforms(input)
         if norm.shape[0] == 0 or norm.device != input.device or (input.dtype == torch.float64 and norm.dtype != torch.float64):
             self._follow(input)
         # A trace sets it without a look, which would have the next call traced anew.
         if torch.compiler.is_compiling() or not self._used:
             self._used = True
         return True
+
+    def _turn_plain(self, input: Tensor) -> None:
+        """The input has another width than those before it; ValueError where there were none, but `num_features`."""
+        known = self.gradient_norm.shape[0]
+        if self.num_features is not None and not self._used:
+            raise ValueError(
+                f"input of shape {tuple(input.shape)} has {input.shape[-1]} units, the module {known}; "
+                "build it with num_features=None, or give every width a module of its own"
+            )
+        _warn(
+            f"{self._name or 'An AdaptiveDropout'}: the last axis had size {known} and now has "
+            "another, so it is not one of units, and the plain rate p is used from now on; "
+            "`replace_dropout(model, skip=...)` leaves such modules alone"
+        )
+        self._plain = True
 
     @torch.compiler.disable(reason=SIZED)  # type: ignore[untyped-decorator]
     def _follow(self, input: Tensor) -> None:
