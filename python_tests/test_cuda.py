@@ -392,7 +392,7 @@ def test_auto_takes_what_each_gpu_runs_and_asks_it_once(machine):
         ("cudaErrorNoKernelImageForDevice", "13.0", ("8.0, 9.0a, 10.0+PTX", "a 8.6", "TORCH_CUDA_ARCH_LIST=8.6", "pip install")),
         ("cudaErrorInvalidDeviceFunction", "13.0", ("TORCH_CUDA_ARCH_LIST=8.6",)),
         ("cudaErrorNoDevice", "13.0", ("finds no GPU", "CUDA_VISIBLE_DEVICES")),
-        ("cudaErrorECCUncorrectable", "13.0", ("cudaErrorECCUncorrectable on GPU 0", "other CUDA programs")),
+        ("cudaErrorECCUncorrectable", "13.0", ("cudaErrorECCUncorrectable on GPU 0", "other programs")),
     ],
 )
 def test_what_the_probe_answers_is_a_sentence(machine, answer, driver, words):

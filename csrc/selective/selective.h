@@ -124,8 +124,9 @@ template <bool rescale, class T> HOST_DEVICE T drawn_factor(T g, T inverse, uint
 // theta on its way to `stepped`: factor b/p of it, and not at all where b is 0, whatever `stepped` is. Where there is no way, as between
 // infinities, `stepped` itself.
 template <class T> HOST_DEVICE T moved(T theta, T stepped, T factor) {
-    const T there = theta + factor * (stepped - theta);
-    return factor == 0 ? theta : there == there ? there : stepped;
+    T there = theta + factor * (stepped - theta);
+    there = there != there ? stepped : there;
+    return factor == 0 ? theta : there;
 }
 
 // The scalars of one tensor's AdamW line.
@@ -163,14 +164,16 @@ template <class T> struct SGD {
     // A buffer starts as -0.0, which no update leaves behind (+ 0): its first value is the gradient itself, without dampening.
     template <bool update, bool has_momentum> HOST_DEVICE void step(T& theta, T g, T factor, T& buffer) const {
         T fed = update ? g : g * factor;
-        fed = weight_decay == 0 ? fed : fed + weight_decay * theta; // 0 times an infinite theta would be NaN
+        using Bits = typename Float<T>::Bits;
+        const Bits decaying = weight_decay == 0 ? Bits(0) : ~Bits(0); // 0 times an infinite theta would be NaN
+        fed = fed + weight_decay * bit_cast<T>(bit_cast<Bits>(theta) & decaying);
         if (has_momentum) {
-            using Bits = typename Float<T>::Bits;
             const bool fresh = bit_cast<Bits>(buffer) == Bits(1) << (8 * sizeof(T) - 1);
             buffer = (fresh ? fed : buffer * momentum + complement * fed) + T(0);
             fed = nesterov ? fed + momentum * buffer : buffer;
         }
-        theta = update && factor == 0 ? theta : theta - (update ? factor * lr : lr) * fed;
+        if (update) fed = factor == 0 ? T(0) : fed;
+        theta = theta - (update ? factor * lr : lr) * fed;
     }
 };
 
