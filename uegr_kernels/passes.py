@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .core import checks
 from .dropout import AdaptiveDropout
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, AdaptiveDropout)
@@ -188,11 +189,8 @@ def attention_mask(inputs: Any) -> Tensor | None:
     return inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
 
 
-def check_count(name: str, value: Any, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r} is not an integer; pass one from {least}")
-    if value < least:
-        raise ValueError(f"{name}={value} is below {least}; pass an integer from {least}")
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    return checks.integer(name, value, least)
 
 
 def can_synchronise(model: nn.Module) -> bool:

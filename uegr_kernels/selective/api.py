@@ -1,11 +1,10 @@
 """What users call: the selective optimizers, and the selection by itself."""
 
 import dataclasses
-import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, overload
+from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.autograd import forward_ad
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
-from torch.utils.dlpack import from_dlpack, to_dlpack
+from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 from ..core import checks, memory, shards
 from . import op
@@ -58,7 +57,7 @@ class SelectiveOptimizer(Optimizer):
 
     operator: str
     numbers: tuple[str, ...]  # options of this optimizer's own that are numbers
-    fixed: dict[str, Any] = {}  # what every group has, a loaded one too
+    fixed: ClassVar[dict[str, Any]] = {}  # what every group has, a loaded one too
     flags: tuple[str, ...] = ("maximize", "capturable", "differentiable", "foreach", "fused")  # and that are True or False
     _roster: _Roster | None
     _places: memory.Places | None  # of the parameters whose memory was looked at last
@@ -638,7 +637,7 @@ class SelectiveAdamW(SelectiveOptimizer):
     operator = "selective_adamw_"
     numbers = ("eps",)
     # As torch.optim.Adam names it, so that each loads the other's checkpoints; one of Adam's goes on with decoupled decay.
-    fixed = {"decoupled_weight_decay": True}
+    fixed: ClassVar[dict[str, Any]] = {"decoupled_weight_decay": True}
     flags = (*SelectiveOptimizer.flags, "amsgrad")
 
     def __init__(
