@@ -564,7 +564,10 @@ def losses_of_one_tensor(backend, inplace_backward=False, reduction="mean"):
             lambda x: uegr_loss(clean, x * 1, labels, js_weight=0.4, **over),
             lambda x: torch_loss(clean, x, labels, 0.4, reduction),
         ),
-        "linear_pairwise_js": (lambda x: linear_pairwise_js(x, weight, bias, chunk_rows=2, **options), lambda x: by_torch(F.linear(x, weight, bias))),
+        "linear_pairwise_js": (
+            lambda x: linear_pairwise_js(x, weight, bias, chunk_rows=2, **options),
+            lambda x: by_torch(F.linear(x, weight, bias)),
+        ),
         "linear_uegr_loss": (
             lambda x: linear_uegr_loss(clean, x, weight, few, js_weight=0.4, **options),
             lambda x: torch_loss(F.linear(clean, weight), F.linear(x, weight), few, 0.4, reduction),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .core import checks
 from .core.backends import DTYPES
 from .dropout import AdaptiveDropout
 
@@ -359,11 +360,8 @@ def masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else torch.where((mask != 0).reshape(*mask.shape, *[1] * (x.dim() - mask.dim())), x, 0)
 
 
-def check_count(name: str, value: Any, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r} is not an integer; pass one from {least}")
-    if value < least:
-        raise ValueError(f"{name}={value} is below {least}; pass an integer from {least}")
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    return checks.integer(name, value, least)
 
 
 def can_synchronise(model: nn.Module) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .backends import DTYPES
+from .backends import DTYPES as DTYPES
 
 PLAIN = frozenset((float, int))  # types that are numbers at first sight
 LARGEST = sys.float_info.max
@@ -98,7 +98,9 @@ def refuse_transforms(name: str, tensors: Sequence[Tensor], advice: str, constan
         _refuse(name, tensors, advice, constants)
 
 
-@torch.compiler.disable(reason="uegr_kernels runs uncompiled under forward mode and torch.func; leave fullgraph out")
+@torch.compiler.disable(  # type: ignore[untyped-decorator]
+    reason="uegr_kernels runs uncompiled under forward mode and torch.func; leave fullgraph out"
+)
 def _refuse(name: str, tensors: Sequence[Tensor], advice: str, constants: Sequence[Tensor]) -> None:
     """Looks through every level of torch.func, which a compiler cannot: it leaves the function that gets here to Python."""
     _Transformed.apply(name, advice, *tensors, *constants)  # type: ignore[no-untyped-call]
@@ -116,7 +118,7 @@ def _tracked(tensor: Tensor) -> bool:
 
 
 class _Transformed(torch.autograd.Function):
-    """Computes nothing: PyTorch calls `jvp` where an argument has a tangent and `vmap` where one is batched, at every level of torch.func."""
+    """Computes nothing; at every level of torch.func PyTorch calls `jvp` where an argument has a tangent, `vmap` where one is batched."""
 
     @staticmethod
     def forward(name: str, advice: str, *tensors: Tensor) -> Tensor:
@@ -129,7 +131,9 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> NoReturn:
-        raise RuntimeError(f"{ctx.name} of uegr_kernels has no forward-mode derivative (torch.func.jvp, jacfwd, dual tensors): {ctx.advice}")
+        raise RuntimeError(
+            f"{ctx.name} of uegr_kernels has no forward-mode derivative (torch.func.jvp, jacfwd, dual tensors): {ctx.advice}"
+        )
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, name: str, advice: str, *_: Any) -> NoReturn:

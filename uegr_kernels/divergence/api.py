@@ -86,8 +86,9 @@ def uegr_loss(clean_logits: Tensor, adversarial_logits: Tensor | Sequence[Tensor
 
     Equivalent to `reference.uegr_loss([clean_logits, adversarial_logits], labels, ...)[0]`.
     """
-    options = {"js_weight": js_weight, "label_smoothing": label_smoothing, "ignore_index": ignore_index, "reduction": reduction}
-    options = _check_options(**options, task=task)
+    options = _check_options(
+        js_weight=js_weight, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction, task=task
+    )
     in_place, with_parts = checks.flag("inplace_backward", inplace_backward), checks.flag("return_parts", return_parts)
     _check_tensor("clean_logits", clean_logits, 2, "[N, C]")
     logits = [clean_logits, *_passes("adversarial_logits", adversarial_logits)]
@@ -158,8 +159,8 @@ def linear_uegr_loss(clean_hidden: Tensor, adversarial_hidden: Tensor, weight: T
 
     Equivalent to `reference.linear_uegr_loss(reference.uegr_loss_, [clean_hidden, adversarial_hidden], weight, bias, labels, ...)[0]`.
     """
-    options = {"js_weight": js_weight, "label_smoothing": label_smoothing, "ignore_index": ignore_index, "reduction": reduction}
-    options = _check_options(**options, task=task, chunk_rows=chunk_rows)
+    options = _check_options(js_weight=js_weight, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction,
+                             task=task, chunk_rows=chunk_rows)  # fmt: skip
     checks.flag("inplace_backward", inplace_backward)
     with_parts = checks.flag("return_parts", return_parts)
     _check_tensor("clean_hidden", clean_hidden, 2, "[N, H]")

@@ -253,7 +253,7 @@ class _Loss(torch.autograd.Function):
 
 
 class _TransformedLoss(torch.autograd.Function):
-    """The loss under torch.func.grad, vjp and jacrev: the gradients are outputs, so that a second derivative asks for theirs and is refused."""
+    """The loss under torch.func.grad, vjp and jacrev. The gradients are outputs: a second derivative asks for theirs, and is refused."""
 
     @staticmethod
     def forward(run: Callable[..., Fakes], labels: Tensor | None, *logits: Tensor) -> tuple[Tensor, ...]:
@@ -323,8 +323,8 @@ def linear_uegr_loss(
     """The loss of the logits hidden @ weight.T + bias in `dtype`, never whole, and its parts."""
     if transformed():  # what takes chunks apart is one operator, which torch.func cannot look into: here the logits exist whole
         with torch.autocast(weight.device.type, enabled=False):
-            operands = [weight.to(dtype), None if bias is None else bias.to(dtype)]
-            logits = [torch.nn.functional.linear(x.to(dtype), *operands) for x in hidden]
+            w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
+            logits = [torch.nn.functional.linear(x.to(dtype), w, b) for x in hidden]
         del options["chunk_rows"]
         return uegr_loss(logits, labels, in_place=False, reduction=reduction, backend=backend, **options)
     needs = [x is not None and torch.is_grad_enabled() and x.requires_grad for x in (*hidden, weight, bias)]

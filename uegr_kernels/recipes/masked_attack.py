@@ -16,6 +16,8 @@ from .recipe import PassRecipe, check_flag, check_number, check_reached, named_p
 class DropAttack(PassRecipe):
     """Adversarial training with randomly masked attacks on the embeddings and on weights (METHODS 1, DropAttack I and I&W).
 
+    Without `weights` it is the paper's variant (I), which attacks the input alone; with them (I&W), or the weights alone.
+
     epsilon, norm, per        the size of the input's attack, as in `fgm_perturbation`; per="all" is the whole batch's norm
     keep_probability          p, of an element of it to be attacked, in [0, 1]
     weights                   names of the parameters to attack together in a pass of their own, such as "lstm.weight_ih_l0"; * stands for
@@ -109,7 +111,8 @@ class DropAttack(PassRecipe):
 class DropAttackK(DropAttack):
     """DropAttack in K steps, with one mask for all of them (METHODS 1, DropAttack-K).
 
-    steps     K; each attacks along the mean of the gradients so far and replaces the perturbation before it
+    steps     K; each attacks along the clean gradient plus 1/K of that of every step before it, and its perturbation, of the full size,
+              takes the place of the one before
     the rest  as in `DropAttack`, which is K = 1
 
     The K input passes, and the K of the weights, count 1/K each. 1 + K forwards and backwards for (I), 1 + 2K for (I&W).

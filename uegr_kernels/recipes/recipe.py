@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core import checks
 from ..divergence import LossParts, uegr_loss
 from ..dropout import AdaptiveDropout
 from ..passes import Pass, Runner, buffers_held, dropout_rate, gradient_norms_held, random_state, replayed
@@ -267,23 +268,16 @@ def summed_over_ranks(model: nn.Module, tensors: Sequence[Tensor | None]) -> Non
                 torch.distributed.all_reduce(tensor, group=getattr(model, "process_group", None))
 
 
-def check_number(name: str, value: Any, low: float, high: float = math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a number")
-    if not (low <= value <= high and value < math.inf):
-        raise ValueError(
-            f"{name}={value!r} is out of range; give a finite number >= {low:g}" + ("" if high == math.inf else f" and <= {high:g}")
-        )
+def check_number(name: str, value: Any, low: float, high: float = math.inf) -> float:
+    return checks.number(name, value, low, high)
 
 
-def check_flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give True or False")
+def check_flag(name: str, value: Any) -> bool:
+    return checks.flag(name, value)
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is not one of its values; use {', '.join(map(repr, choices))}")
+    checks.choice(name, value, choices)
 
 
 def write(weights: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core import checks
 from ..selective import SelectiveAdamW, SelectiveSGD, select_gradients_, selection_probability
 from .recipe import check_whole
 
@@ -22,7 +23,7 @@ class Selection:
     """
 
     def __init__(self, model: nn.Module, optimizer: Any, options: dict[str, Any], seed: int | None, backend: str) -> None:
-        check_seed(seed)
+        seed = check_seed(seed)
         self.model, self.options, self.backend, self.given = model, options, backend, seed
         self.drawn = False  # here, and not agreed on with the other ranks yet
         self.state: dict[str, Any] = {"seed": seed, "step": 0}
@@ -73,6 +74,5 @@ def agreed(seed: int) -> int:
     return seeds[0]
 
 
-def check_seed(seed: int | None) -> None:
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise TypeError(f"seed={seed!r} is a {type(seed).__name__}; give an integer, or None to draw one")
+def check_seed(seed: int | None) -> int | None:
+    return None if seed is None else checks.integer("seed", seed)

@@ -59,7 +59,7 @@ class RoAST(SaliencyRecipe):
         self._selection: dict[str, Any] = dict(threshold=threshold, sharpness=sharpness, min_probability=min_probability)
         self._selection |= dict(normalization="rank", direction="salient", scope="global")
         selection_probability(torch.zeros(1, device="cpu"), **self._selection, backend="reference")  # raises for a wrong option
-        check_seed(seed)
+        seed = check_seed(seed)
         self.epsilon, self.kl_weight, self.noise, self.form, self.detach_embedding = epsilon, kl_weight, noise, form, detach_embedding
         super().__init__(model, embedding, optimizer, names=names, **options)
         self._drawn = seed is None

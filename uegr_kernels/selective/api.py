@@ -1,11 +1,10 @@
 """What users call: the selective optimizers, and the selection by itself."""
 
 import dataclasses
-import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, overload
+from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.autograd import forward_ad
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
-from torch.utils.dlpack import from_dlpack, to_dlpack
+from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 from ..core import checks, memory, shards
 from . import op
@@ -58,7 +57,7 @@ class SelectiveOptimizer(Optimizer):
 
     operator: str
     numbers: tuple[str, ...]  # options of this optimizer's own that are numbers
-    fixed: dict[str, Any] = {}  # what every group has, a loaded one too
+    fixed: ClassVar[dict[str, Any]] = {}  # what every group has, a loaded one too
     flags: tuple[str, ...] = ("maximize", "capturable", "differentiable", "foreach", "fused")  # and that are True or False
     _roster: _Roster | None
     _places: memory.Places | None  # of the parameters whose memory was looked at last
@@ -615,29 +614,30 @@ class SelectiveAdamW(SelectiveOptimizer):
 
     For every parameter tensor with gradient g, in float32 (float64 for float64 parameters), with a float32 or float64 state:
     s = g*g, s~ = normalise(s), p = 1/(1 + exp(2*sharpness*(s~ - threshold))), b ~ Bernoulli(p), theta = AdamW(theta, b*g/p).
+    Eq. 7 sums the squares of each sample's gradient; here the batch's is squared. Algorithm 1's line 11 is threshold = alpha/(2*beta).
 
     params  iterable of parameters, of (name, parameter) or of groups; float32, bfloat16, float16 or float64, any strides
     lr, betas, eps, weight_decay, amsgrad, maximize, capturable, differentiable  as in torch.optim.AdamW; lr may be a 1-element tensor
     threshold, sharpness  alpha and beta of Eq. 9: where p is 1/2, in units of s~, and how steep p is there (>= 0)
-    normalization  "minmax" | "range" (Eq. 8 to the letter) | "rank" | "constant" (p is keep_probability, no saliency)
-    direction  "printed": p falls with saliency (Eq. 9) | "salient": p rises
+    normalization  "minmax" | "range" (Eq. 8 to the letter) | "constant" (p is keep_probability, no saliency) | "rank": share of smaller s;
+        native backends rank by bins of |g|'s upper 16 bits (off by at most the share in its bin), above 2^20 elements by samples (~0.0006)
+    direction  "printed": p falls with saliency, Eq. 9 to the letter, against the paper's prose | "salient": p rises, as the prose has it
     scope  "tensor" | "global": statistics over one tensor, or over all tensors of the groups that say so
     statistics  "current" | "previous": of this step's gradient, or of the parameter's previous one (one visit to memory)
-    rescale  divide by p;  min_probability  floor of p in [0, 1], at least 2^-24;  keep_probability  in (0, 1]
+    rescale  divide by p;  min_probability  floor of p, at least 2^-24: E[b*g/p] = g up to 2^-24/p;  keep_probability  in (0, 1]
     target  "gradient": b*g/p feeds the moments | "update": g does, and the step is b/p times AdamW's
     state_dtype  None, or torch.bfloat16: moments rounded stochastically
     seed  any integer, modulo 2^64; None: drawn from torch's default CPU generator (pass one if only some ranks step)
     fused  True: GradScaler's scale and found_inf are handled inside the step;  foreach  accepted, no effect;  backend  see README
 
-    u has steps of 2^-24, so E[b*g/p] = g up to a relative 2^-24/p: for p below 2^-14 set a larger min_probability.
-    Algorithm 1's line 11 is threshold = alpha/(2*beta). Raises ValueError, TypeError, RuntimeError for bad options, at construction.
+    The default direction is the formula that the paper prints. Raises ValueError, TypeError, RuntimeError for bad options, when built.
     Equivalent to `selective.reference.selective_adamw_` and, with normalization="constant", to torch.optim.AdamW.
     """
 
     operator = "selective_adamw_"
     numbers = ("eps",)
     # As torch.optim.Adam names it, so that each loads the other's checkpoints; one of Adam's goes on with decoupled decay.
-    fixed = {"decoupled_weight_decay": True}
+    fixed: ClassVar[dict[str, Any]] = {"decoupled_weight_decay": True}
     flags = (*SelectiveOptimizer.flags, "amsgrad")
 
     def __init__(
@@ -712,7 +712,8 @@ class SelectiveAdamW(SelectiveOptimizer):
 class SelectiveSGD(SelectiveOptimizer):
     """SGD that updates a random selection of the elements, chosen by their squared gradient (UEGR, Eq. 7-9 and Algorithm 1 to the letter).
 
-    lr, momentum, dampening, weight_decay, nesterov  as in torch.optim.SGD; the keyword part as in SelectiveAdamW.
+    lr, momentum, dampening, weight_decay, nesterov  as in torch.optim.SGD; the keyword part as in SelectiveAdamW, normalization="rank"
+    included, which native backends take by bins of |g|'s upper 16 bits, and by samples above 2^20 elements.
     s and b act on the raw gradient; weight_decay*theta is added to b*g/p (target "gradient") or to g ("update"), then momentum.
     The state keeps `step` beside `momentum_buffer`: the masks are numbered by it.
     Raises ValueError, TypeError, RuntimeError for bad options, at construction.
@@ -796,7 +797,8 @@ def select_gradients_(
     params  tensors whose .grad is selected; one without a gradient is passed over. A parameter's stream is its position
     seed, step  integers: the mask depends on them, the stream and the element alone; step from 1, below 2^24
     saliency  a tensor s >= 0 for every parameter, of its shape, in the place of g*g (an accumulated Fisher estimate); None: g*g
-    The selection options are SelectiveAdamW's; statistics="previous" and target="update" need an optimizer.
+    The selection options are SelectiveAdamW's; statistics="previous" and target="update" need an optimizer. normalization="rank" is
+    exact on the reference; native backends rank by bins of |g|'s upper 16 bits, and by samples above 2^20 elements (help(SelectiveAdamW)).
     Raises, before anything has changed: ValueError for a bad option, shape or overlapping gradient, TypeError for a dtype,
     RuntimeError for a sparse gradient.
     Equivalent to `selective.reference.select_gradients_`.
@@ -868,7 +870,8 @@ def selection_probability(
     """The probability p with which each element of a gradient is selected (Eq. 7-9); for looking at, not for speed.
 
     grad  any shape; float32, bfloat16, float16, float64;  saliency  s >= 0 of the same shape in the place of g*g
-    The selection options are SelectiveAdamW's; on one tensor scope="global" equals "tensor".
+    The selection options are SelectiveAdamW's; on one tensor scope="global" equals "tensor". normalization="rank" is exact on the
+    reference; native backends rank by bins of |g|'s upper 16 bits, and by samples above 2^20 elements (help(SelectiveAdamW)).
     Returns p in [2^-24, 1], of grad's shape, float32 (float64 for float64); 1 where grad is not finite.
     Raises ValueError, TypeError, RuntimeError as select_gradients_.
     Equivalent to `selective.reference.selection_probability_`.
@@ -905,7 +908,8 @@ def selection_mask(
 
     grad  any shape; float32, bfloat16, float16, float64;  saliency  s >= 0 of the same shape in the place of g*g
     seed  any integer, modulo 2^64;  step  from 1, below 2^24;  stream  the parameter's number, in [0, 2^32)
-    The selection options are SelectiveAdamW's; on one tensor scope="global" equals "tensor".
+    The selection options are SelectiveAdamW's; on one tensor scope="global" equals "tensor". normalization="rank" is exact on the
+    reference; native backends rank by bins of |g|'s upper 16 bits, and by samples above 2^20 elements (help(SelectiveAdamW)).
     Returns a bool tensor of grad's shape. Raises ValueError, TypeError, RuntimeError as select_gradients_.
     Equivalent to `selective.reference.selection_mask_`.
     """
