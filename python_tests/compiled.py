@@ -1,7 +1,13 @@
 """Triton kernels compiled ahead of time for GPUs that are not here, and what the compilers made of them.
 
 Statements run as they stand, on small CPU tensors, with the Triton backend chosen; a launch compiles its kernel for a target in the place
-of running it. All of it happens in one process of its own, since this one may have decorated its kernels for the interpreter.
+of running it. All of it happens in processes of their own, since this one may have decorated its kernels for the interpreter, and there
+are several versions of Triton: the one that is installed, and 3.6.0, which torch 2.11 brings, in a folder of its own.
+
+    python python_tests/compiled.py --all FILE
+
+compiles the whole product (launches.py says of what) for every target with both, a line of FILE for each statement; what stands in FILE
+already is not done again.
 """
 
 import collections
@@ -17,7 +23,11 @@ import sys
 import tempfile
 import typing
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx1100")
+ROOT = pathlib.Path(__file__).parents[1]
+OLD = ROOT / "build/triton-3.6.0"  # `make` puts it there
+VERSIONS = {"installed": None, "3.6.0": OLD}
+MOST_SPILLED = 16  # bytes a kernel
 
 
 class Kernel(typing.NamedTuple):
@@ -26,7 +36,7 @@ class Kernel(typing.NamedTuple):
     name: str
     target: str
     registers: int
-    spilled: int  # registers, or bytes of stack and local memory
+    spilled: int  # bytes of stack and local memory; scalar registers that lie in vector registers do not count
     shared: int  # bytes
     memory: dict[str, int]
 
@@ -45,20 +55,33 @@ class Kernel(typing.NamedTuple):
 @functools.cache
 def kernels(*statements: str) -> dict[tuple[str, str], list[Kernel]]:
     """What each statement launches, by (statement, target). `import torch` and `import uegr_kernels as uk` are done already."""
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # a process for half of the targets each
-        halves = list(pool.map(lambda targets: _compiled(statements, targets), (TARGETS[::2], TARGETS[1::2])))
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        parts = list(pool.map(lambda target: _compiled(statements, target), TARGETS))
     found: dict[tuple[str, str], list[Kernel]] = {(statement, target): [] for statement in statements for target in TARGETS}
-    for statement, *fields in itertools.chain(*halves):
-        found[statement, fields[1]].append(Kernel(*fields))
+    for target, lines in zip(TARGETS, parts, strict=True):
+        for line in lines:
+            assert "error" not in line, f"{line['statement']} for {target}: {line['error']}"
+            found[line["statement"], target] = [Kernel(*fields) for fields in line["kernels"]]
     return found
 
 
-def _compiled(statements: tuple[str, ...], targets: tuple[str, ...]) -> list[list]:
+@functools.cache
+def usage(*statements: str) -> dict[tuple[str, str], list[dict[str, typing.Any]]]:
+    """By (version, target) what each statement launches, or why it cannot be compiled; without the kernels' instructions."""
+    every = [(name, target) for name, folder in VERSIONS.items() if folder is None or folder.exists() for target in TARGETS]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return dict(zip(every, pool.map(lambda one: _compiled(statements, one[1], one[0], code=False), every), strict=True))
+
+
+def _compiled(statements: tuple[str, ...], target: str, version: str = "installed", *, code: bool = True) -> list[dict[str, typing.Any]]:
+    folder = VERSIONS[version]
+    paths = [str(folder)] * (folder is not None) + [os.environ.get("PYTHONPATH", ""), str(ROOT)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__]
-    run = subprocess.run(command, input=json.dumps([statements, targets]), env=environment, capture_output=True, text=True)
+    run = subprocess.run(command, input=json.dumps([statements, target, code]), env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
+    return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
 
 
 def main() -> None:
@@ -74,8 +97,8 @@ def main() -> None:
         """A driver for a GPU that is not here: enough of one to compile for it."""
 
         def __init__(self, name: str):
-            cuda = name.startswith("sm_")
-            self.name, self.target = name, GPUTarget(*(("cuda", int(name[3:]), 32) if cuda else ("hip", name, 64)))
+            lanes = 64 if name.startswith("gfx9") else 32
+            self.name, self.target = name, GPUTarget(*(("cuda", int(name[3:])) if name.startswith("sm_") else ("hip", name)), lanes)
 
         def get_current_target(self):
             return self.target
@@ -95,36 +118,41 @@ def main() -> None:
 
     triton.JITFunction.run = compile_alone
     backends.choose = lambda *arguments: "triton"
-    statements, targets = json.load(sys.stdin)
-    found = []
+    statements, target, code = json.load(sys.stdin)
+    driver.set_active(Absent(target))
+    torch.version.hip = "absent" if target.startswith("gfx") else None
+    looked_at = functools.cache(lambda kernel: [kernel.name, target, *resources(kernel, target, code)])
     for statement in statements:
-        for target in targets:
-            driver.set_active(Absent(target))
-            torch.version.hip = "absent" if target.startswith("gfx") else None
-            seen.clear()
+        seen.clear()
+        line = {"statement": statement}
+        try:
             exec(statement, {"torch": torch, "uk": uk})
-            found += [[statement, kernel.name, target, *resources(kernel, target)] for kernel in dict.fromkeys(seen)]
-    print(json.dumps(found))
+            line["kernels"] = [looked_at(kernel) for kernel in dict.fromkeys(seen)]
+        except Exception as error:  # a compiler's may be any
+            while error.__cause__ is not None:
+                error = error.__cause__
+            line["error"] = f"{type(error).__name__}: {error}"
+        print(json.dumps(line), flush=True)
 
 
-def resources(kernel, target: str) -> tuple[int, int, int, dict[str, int]]:
-    """Registers, spilled, shared memory, memory instructions."""
+def resources(kernel, target: str, code: bool) -> tuple[int, int, int, dict[str, int]]:
+    """Registers, spilled, shared memory, and with `code` the memory instructions."""
     if target.startswith("gfx"):
         text = kernel.asm["amdgcn"]
-        spills = re.findall(r"\.(?:v|s)gpr_spill_count: (\d+)|ScratchSize: (\d+)", text)
-        assert len(spills) == 3, "the compiler's remarks have changed"
-        registers = int(re.search(r"\.vgpr_count: *(\d+)", text)[1])
-        memory = re.findall(r"^\s+((?:global|buffer|flat|scratch|ds)_\w+)", text, re.MULTILINE)
-        return registers, sum(int(a or b) for a, b in spills), kernel.metadata.shared, collections.Counter(memory)
+        registers, spilled = (int(re.search(rf"\.vgpr_{name}: *(\d+)", text)[1]) for name in ("count", "spill_count"))
+        scratch = int(re.search(r"ScratchSize: (\d+)", text)[1])
+        memory = re.findall(r"^\s+((?:global|buffer|flat|scratch|ds)_\w+)", text, re.MULTILINE) if code else ()
+        return registers, max(scratch, 4 * spilled), kernel.metadata.shared, collections.Counter(memory)
     import triton
 
     cuobjdump = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage, code = (subprocess.check_output([cuobjdump, option, file.name], text=True) for option in ("-res-usage", "-sass"))
+        usage = subprocess.check_output([cuobjdump, "-res-usage", file.name], text=True)
+        text = subprocess.check_output([cuobjdump, "-sass", file.name], text=True) if code else ""
     registers, stack, local = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
-    memory = re.findall(r"\b((?:LDG|STG|LDL|STL|LDS|STS|ATOM|ATOMG|ATOMS|RED|REDG|LD|ST)\.?[\w.]*)", code)
+    memory = re.findall(r"\b((?:LDG|STG|LDL|STL|LDS|STS|ATOM|ATOMG|ATOMS|RED|REDG|LD|ST)\.?[\w.]*)", text)
     return registers, stack + local, kernel.metadata.shared, collections.Counter(memory)
 
 

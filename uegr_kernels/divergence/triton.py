@@ -26,6 +26,7 @@ APART = tl.constexpr(1.0)  # of maxima, from where on rows are moved too
 AT_ONCE = tl.constexpr(1024)  # samples of a loop over all of them
 FEW = 3  # passes
 MOST_THREADS = 256  # with more one has too few registers
+VALUES = 36, 20  # of all passes in a thread, of 16 bits and of more, where passes are many
 COUNTED_BY_EACH = 4096  # labels up to which every program counts those that are not ignored
 
 
@@ -410,7 +411,7 @@ def targets(i, inside, soft, soft_stride, smoothing, C, FULL: tl.constexpr, AGAI
 
 @triton.jit
 def less_targets(g, of_t, i, label, smoothing, C, c):
-    """g - of_t * t for class indices. A block of t would come from no memory: compilers compute such a one whole in every thread."""
+    """g - of_t * t for class indices, without a block of t: one that comes from no memory may get a layout that every thread repeats."""
     if c.SMOOTH:
         return tl.where(i == label, g - of_t * smoothed(1.0, smoothing, C), g - of_t * smoothed(0.0, smoothing, C))
     else:
@@ -837,8 +838,14 @@ class Passes(typing.NamedTuple):
 
 
 def _run(passes: int, itemsize: int) -> int:
-    """Elements of a pass in a thread, neighbours: 128 bits, or 64 where many passes want registers."""
-    return 16 // itemsize if passes <= FEW or itemsize > 2 else 4
+    """Elements of a pass in a thread, neighbours: 128 bits, or fewer where many passes want registers, wide logits more of them."""
+    most = 16 // itemsize if passes <= FEW else max(VALUES[itemsize > 2] // passes, 1)
+    return 1 << most.bit_length() - 1
+
+
+def _registers(few: bool) -> dict[str, int]:
+    """What keeps NVIDIA's assembler from spilling a few of many passes' registers to reach a round number of them."""
+    return {} if few or torch.version.hip else {"maxnreg": 255}
 
 
 @functools.cache
@@ -920,7 +927,7 @@ def _evaluate(
     with triton_ops.on(first):
         loss_kernel[(programs,)](
             *((*passes, *into) if few else [None] * 6), table, labels, *label_strides, kept, loss, rows, samples, classes,
-            weight, smoothing, ignore_index, form, num_warps=warps,
+            weight, smoothing, ignore_index, form, num_warps=warps, **_registers(few),
         )  # fmt: skip
         if not (by_row or alone):
             add_up_kernel[(1,)](rows, loss, parts, samples, weight, DTYPE=triton_ops.DTYPES[dtype], num_warps=8)
