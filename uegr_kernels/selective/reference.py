@@ -241,8 +241,8 @@ def step_(
         line(theta, g, *working, **options, **({"step": step} if line is adamw_line else {}))
         if before is not None:
             moved = torch.lerp(before, theta.clone(), factor)
-            moved = torch.where(theta == before, before, moved)  # equal infinities have no difference
-            theta.copy_(torch.where(b, moved, before))
+            # An infinite difference, or none between infinities, leaves `theta` as it is.
+            theta.copy_(torch.where(b, torch.where(moved.isnan(), theta, moved), before))
         if theta is not param:
             param.copy_(theta)
         for k, (m, value) in enumerate(zip(states, working, strict=True)):
