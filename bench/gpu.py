@@ -133,7 +133,8 @@ def judge_probe(line: dict, asked: list[str], dry_run: bool) -> Stop | None:
     """Whether there is a GPU, and whether calls of the package there would be served by the backends that are to be measured."""
     result = line.get("result", {})
     if line["status"] != "passed" and "no_gpu" not in result:
-        return Stop(NO_GPU, f"the probe came to no answer ({line['message']})")
+        other = f"; start bench.gpu with a Python that has it, not with {sys.executable}" if "No module named" in line["message"] else ""
+        return Stop(NO_GPU, f"the probe came to no answer ({line['message']}){other}")
     if result["no_gpu"] and not dry_run:
         return Stop(NO_GPU, f"No GPU was found: {result['no_gpu']}")
     for backend in asked:

@@ -77,7 +77,9 @@ def close(output: Output, status: int) -> str:
         text = f"No table: an answer in gpu.jsonl is not as expected ({type(error).__name__}: {error}). Exit status {status}."
     try:
         output.write("gpu.md", f"# GPU\n\n{text}\n".encode(errors="backslashreplace"))
-        subprocess.run([sys.executable, "-m", __name__, str(output.folder), output.run], cwd=ROOT, timeout=PICTURE, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-m", __name__, str(output.folder.absolute()), output.run], cwd=ROOT, timeout=PICTURE, capture_output=True
+        )
     except (subprocess.TimeoutExpired, OSError) as error:  # the figures are there without them
         say(f"no gpu.md or no picture: {error}")
     return text

@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import pathlib
 import re
 import shutil
 import signal
@@ -17,7 +18,7 @@ import time
 import pytest
 import torch
 
-from bench import gpu, gpu_clusters, gpu_report, gpu_runner, gpu_stages, machine
+from bench import gpu, gpu_clusters, gpu_pytest, gpu_report, gpu_runner, gpu_stages, machine
 from bench.gpu_runner import ROOT, Output, Stage, Stop, Wave, alone, answer, run
 
 HERE = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -298,6 +299,8 @@ def test_the_probe_is_judged():
     assert gpu.judge_probe(none, ["cuda"], False) == Stop(3, "No GPU was found: no driver")
     assert gpu.judge_probe(none, ["cuda"], True) is None
     assert gpu.judge_probe({"status": "killed", "message": "killed at its limit"}, ["cuda"], False).status == 3
+    lacking = {"status": "failed", "message": "ModuleNotFoundError: No module named 'torch'"}
+    assert f"start bench.gpu with a Python that has it, not with {sys.executable}" in gpu.judge_probe(lacking, ["cuda"], False).reason
     said_before = {"status": "killed", "message": "killed", "result": found["result"]}  # the copy alone took too long
     assert gpu.judge_probe(said_before, ["cuda"], False) is None
 
@@ -568,13 +571,14 @@ def test_a_case_goes_through_to_the_table_and_the_picture(tmp_path, monkeypatch,
         ([], "| bench-fgm: FGM, embeddings, 4 x 16 x 64 | uegr_kernels |"),
         ([alone(odd)], "odd passed (its answer is not"),
     ):
-        folder = tmp_path / f"{len(odds)} odd"
+        monkeypatch.chdir(tmp_path)
+        folder = pathlib.Path(f"{len(odds)} odd")  # of where the user stands
         assert gpu.main(["--output", str(folder)]) == 0
         out = capsys.readouterr().out
         assert out.startswith("A copy moves 4,300 GB/s") and re.search(r"bench-fgm passed [\d.]+ s [\d.,]+ us, \d+% of a copy, ", out)
         assert printed in out
         assert len((folder / "gpu.md").read_text().splitlines()) <= 102
-        assert (folder / "gpu.png").exists() == bool(importlib.util.find_spec("matplotlib")) or odds
+        assert (folder / "gpu.png").exists() == bool(importlib.util.find_spec("matplotlib"))
 
 
 def test_a_stage_left_out_leaves_an_earlier_runs_figures(tmp_path):
@@ -659,6 +663,14 @@ sys.exit(pytest.main(sys.argv[1:]))
     result, cut = gpu_runner.answers(tmp_path / "answer")
     assert not cut and result["collected"] == result["expected"] >= stage.least_tests
     assert f"[{backend}" in done.stdout and {"cuda": "[triton", "triton": "[cuda"}[backend] not in done.stdout
+
+
+def test_a_worker_that_crashes_in_the_last_test_has_run_it(monkeypatch):
+    """Of such a test pytest-xdist reports the failure, and no end."""
+    answered = []
+    monkeypatch.setattr(gpu_pytest, "answer", lambda said: answered.append(dict(said)))
+    gpu_pytest.Count().pytest_runtest_logreport(pytest.TestReport("test", ("", None, ""), {}, "failed", "crashed", "???"))
+    assert answered[-1]["failed"] == ["test"]
 
 
 def test_tests_that_are_skipped_or_left_out_are_missed(tmp_path):
