@@ -33,7 +33,11 @@ MAIN = ("step", "previous", "bfloat16", "1e9", "loss-32000", "loss-128256", "dro
 MORE = ("loss-32000-float32", "loss-128256-float32", "dropout-float32")
 COMPILED = ("loss-32000", "loss-128256")
 TRITON = ("step", "loss-32000", "sweep")
-TRITON_ALONE = "; --stages tests-triton,triton measures Triton alone"
+# What to do where one of the two cannot be measured.
+ALONE = {
+    "cuda": "; --stages tests-triton,triton measures Triton alone",
+    "triton": "; --stages smoke,tests-cuda,bench,check,profile,compile,compiled measures CUDA alone",
+}
 
 
 COMPILED_KERNELS = {"TRITON_INTERPRET": "0"}
@@ -139,7 +143,7 @@ def judge_probe(line: dict, asked: list[str], dry_run: bool) -> Stop | None:
         return Stop(NO_GPU, f"No GPU was found: {result['no_gpu']}")
     for backend in asked:
         if reason := result["backends"][backend]:
-            return Stop(WRONG_BACKEND, f"{backend} was to be measured and cannot be: {reason}{TRITON_ALONE * (backend == 'cuda')}")
+            return Stop(WRONG_BACKEND, f"{backend} was to be measured and cannot be: {reason}{ALONE[backend]}")
     if not dry_run and "cuda" in asked and result["backends"]["auto"] != "cuda":
         return Stop(WRONG_BACKEND, f"cuda was to be measured, and the backend in use is {result['backends']['auto']}")
     return None
@@ -169,8 +173,9 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--build-only", action="store_true", help="build, see whether the library loads, and end; needs no GPU")
     parser.add_argument("--dry-run", action="store_true", help="build, load, collect the tests, run every case on the CPU; needs no GPU")
     options = parser.parse_args(arguments)
-    if options.budget is not None and not PROBE.limit + CLOSING <= options.budget < math.inf:
-        parser.error(f"--budget {options.budget:g} is too little for the probe; give {PROBE.limit + CLOSING:.0f} seconds or more")
+    least = PROBE.limit + CLOSING + 1  # the start takes a moment too
+    if options.budget is not None and not least <= options.budget < math.inf:
+        parser.error(f"--budget {options.budget:g} is too little for the probe; give {least:.0f} seconds or more")
     if options.build_only and (options.dry_run or options.stages is not None):
         parser.error("--build-only takes no --dry-run and no --stages: it runs no stage")
     try:
