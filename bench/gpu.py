@@ -22,6 +22,7 @@ BUDGET = 480.0  # seconds for all but a build
 BUILD = 120.0  # seconds that a build on the spot adds
 CLOSING = 8.0  # seconds kept for the table and the picture
 CASE = 12.0  # seconds of a benchmark case, its process's start included
+START, MOST = 8.0, 10.0  # seconds that a probe takes where the limits are right, and by which one that takes longer raises them at most
 TESTS = {"cuda": 40, "triton": 40}  # that python_tests/test_gpu.py has at least for each backend
 
 SMOKE = (
@@ -133,6 +134,16 @@ def chosen(waves: list[Wave], wanted: str) -> list[Wave]:
     return found
 
 
+def raised(waves: list[Wave], probed: float) -> list[Wave]:
+    """The limits for a machine on which processes start slowly: its probe took so many seconds. The budget stays."""
+    more = min(max(0.0, probed - START), MOST)
+    found = []
+    for wave in waves:
+        stages = tuple(dataclasses.replace(stage, limit=stage.limit + more) for stage in wave.stages)
+        found.append(dataclasses.replace(wave, stages=stages, limit=wave.limit + more * math.ceil(len(stages) / wave.at_once)))
+    return found
+
+
 def judge_probe(line: dict, asked: list[str], dry_run: bool) -> Stop | None:
     """Whether there is a GPU, and whether calls of the package there would be served by the backends that are to be measured."""
     result = line.get("result", {})
@@ -230,7 +241,8 @@ def work(options: argparse.Namespace, output: Output) -> int:
         run([alone(building(limit, found))], output, until, lambda *_: None, gpu_report.show)
         stop = probe("-after-build")
     if stop is None and not options.build_only:
-        stop = run(dry_plan() if options.dry_run else options.waves, output, until, judge, gpu_report.show)
+        probed = [line.get("seconds", 0.0) for line in output.lines if line["stage"].startswith("probe")][-1]
+        stop = run(dry_plan() if options.dry_run else raised(options.waves, probed), output, until, judge, gpu_report.show)
     if options.dry_run and stop is None:
         for stage in (stage for wave in options.waves for stage in wave.stages):
             command = " ".join(["python3" if word == sys.executable else word for word in stage.command])

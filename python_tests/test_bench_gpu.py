@@ -622,6 +622,21 @@ def test_the_limits_keep_the_promises():
         assert all(stage.limit <= wave.limit for stage in wave.stages) or len(wave.stages) > 1
 
 
+def test_where_processes_start_slowly_the_limits_are_higher(tmp_path, monkeypatch):
+    def limits(waves):
+        return [(wave.limit, *(stage.limit for stage in wave.stages)) for wave in waves]
+
+    waves = [alone(stand_in("a", GOOD, 12.0)), Wave(tuple(stand_in(name, GOOD, 5.0) for name in "bcd"), 11.0, at_once=2)]
+    assert limits(gpu.raised(waves, 6.0)) == limits(waves) == [(12.0, 12.0), (11.0, 5.0, 5.0, 5.0)]
+    assert limits(gpu.raised(waves, gpu.START + 3)) == [(15.0, 15.0), (17.0, 8.0, 8.0, 8.0)]
+    assert limits(gpu.raised(waves[:1], 1000.0)) == [(12.0 + gpu.MOST,) * 2]
+    monkeypatch.setattr(gpu, "START", -100.0)
+    monkeypatch.setattr(gpu, "PROBE", stand_in("probe", "say({'no_gpu': None, 'backends': {}})"))
+    monkeypatch.setattr(gpu, "plan", lambda: waves[:1])
+    assert gpu.main(["--output", str(tmp_path)]) == 0
+    assert [line["limit"] for line in gpu_report.read(tmp_path / "gpu.jsonl")] == [30.0, 12.0 + gpu.MOST]
+
+
 def test_every_case_of_the_plan_is_one():
     for wave in gpu.plan():
         for stage in wave.stages:
