@@ -797,6 +797,9 @@ def test_logits_and_labels_that_do_not_fit():
         ({"dropout": (0.3, 1.5)}, ValueError, r"in \[0, 1\]"),
         ({"input_range": (0.0, 1.0)}, ValueError, "embedding=None"),
         ({"embedding": None, "input_range": (1.0, 0.0)}, ValueError, "low < high"),
+        ({"embedding": None, "input_range": 1.0}, ValueError, r"input_range=1.0; pass \(low, high\)"),
+        ({"embedding": None, "input_range": ("0", "1")}, ValueError, "input_range=.*low < high"),
+        ({"dropout": [0.1, "0.2"]}, ValueError, "dropout=.*one rate in"),
         ({"embedding": nn.Embedding(2, 2)}, ValueError, "not a module of model"),
         ({"model": len}, TypeError, "nn.Module"),
         ({"backend": "fast"}, ValueError, "backend='fast'"),
@@ -817,6 +820,9 @@ def test_wrong_calls():
     stage = BiStage(model, model.embedding)
     for scale, text in ((0.0, "scale=0.0"), (-1.0, "scale=-1.0"), (float("nan"), "scale=nan"), (torch.ones(2), "0-d")):
         with pytest.raises(ValueError, match=text):
+            stage.backward(inputs, labels, scale=scale)
+    for scale in ("2", None, True):
+        with pytest.raises(TypeError, match=f"scale={scale!r}"):
             stage.backward(inputs, labels, scale=scale)
     for run in (stage.backward, stage.loss):
         with torch.no_grad(), pytest.raises(RuntimeError, match="gradients are disabled"):

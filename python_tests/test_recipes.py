@@ -1,5 +1,6 @@
 """Every recipe against the numbered steps of its method spelt out with torch's own functions, and what all of them promise."""
 
+import collections
 import contextlib
 import copy
 import datetime
@@ -1963,6 +1964,7 @@ def test_wrong_options(name):
         ("at", {"norm": "l3"}, ValueError, "norm='l3'"),
         ("at", {"clean_weight": "one"}, TypeError, "clean_weight='one'"),
         ("at", {"dropout": 1.5}, ValueError, "dropout=1.5"),
+        ("at", {"relative": 1}, TypeError, "relative=1"),
         ("pgd", {"steps": 0}, ValueError, "steps=0"),
         ("pgd", {"step_size": -1.0}, ValueError, "step_size=-1.0"),
         ("pgd", {"random_start": 1}, TypeError, "random_start=1"),
@@ -2269,12 +2271,67 @@ def test_a_copy_of_the_model_in_the_midst():
     for step in range(2):
         step_of(recipe, step)
         average.update_parameters(model)
-    recipe.close()
     plain = many()
     plain.load_state_dict(average.module.state_dict())
     ids = batch()[0]["ids"]
     assert torch.equal(plain.eval()(ids), average.eval()(ids))
-    assert type(pickle.loads(pickle.dumps(model)).dropout) is nn.Dropout
+    recipe.close()
+
+
+@pytest.mark.parametrize("name", recipes.NAMES)
+def test_copies_and_pickles_in_the_midst(name, tmp_path):
+    """They have the model's own modules, which no close() would give back to them, and train on."""
+    model = small()
+    model.dropout.register_forward_hook(noted)
+    recipe = build(name, model, sgd(model))
+    step_of(recipe)
+    torch.save(model, tmp_path / "model.pt")
+    copies = [copy.deepcopy(model), copy.copy(model.dropout), pickle.loads(pickle.dumps(model))]
+    copies.append(torch.load(tmp_path / "model.pt", weights_only=False))
+    assert [type(each) for each in (copies[0].dropout, copies[1], copies[2].dropout, copies[3].dropout)] == [nn.Dropout] * 4
+    ids = batch()[0]["ids"]
+    for each in (copies[0], *copies[2:]):
+        assert each.dropout.p == 0.3 and list(each.dropout._forward_hooks.values()) == [noted]
+        assert torch.equal(each.eval()(ids), model.eval()(ids))
+        step_of(build(name, each.train(), sgd(each)))
+    step_of(recipe)
+    recipe.close()
+    assert vars(model.dropout).keys() == vars(copies[1]).keys()
+
+
+def noted(module, args, output):
+    pass
+
+
+def test_the_state_after_close_is_the_last():
+    recipe = build("uegr", model := many(), sgd(model), seed=0)
+    step_of(recipe)
+    before = recipe.state_dict()
+    for _ in range(2):
+        recipe.close()
+        after = recipe.state_dict()["adaptive_dropout"]
+        assert_equal(after, before["adaptive_dropout"], rtol=0, atol=0)
+    assert after["dropout"].any()
+    build("uegr", many(), seed=0).load_state_dict(before)
+
+
+def test_free_at_does_not_step_ranks_apart(process_group):
+    model = small()
+    recipe = recipes.free_at(wrapped := nn.parallel.DistributedDataParallel(model), model.embedding, sgd(model))
+    before = state(model)
+    with wrapped.no_sync(), pytest.raises(RuntimeError, match="no_sync"):
+        recipe.backward(*batch())
+    assert_equal(state(model), before, rtol=0, atol=0)
+    recipe.backward(*batch())
+
+
+def test_arats_state_loads_with_weights_only_whatever_the_inputs_are(tmp_path):
+    recipe = build("arat", model := small(), sgd(model), steps=1)
+    inputs, labels = batch()
+    recipe.backward(collections.UserDict(inputs), labels)
+    torch.save(recipe.state_dict(), tmp_path / "recipe.pt")
+    kept = torch.load(tmp_path / "recipe.pt", weights_only=True)["recent"]
+    assert_equal(kept[0][0], inputs, rtol=0, atol=0)
 
 
 def test_lent_dropout_compiles():

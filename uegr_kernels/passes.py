@@ -1,8 +1,7 @@
 """How a model is called, by BiStage and by the recipes: inputs, logits, the hook on the embedding, and what is held while a pass runs."""
 
 import contextlib
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -180,14 +179,15 @@ class Runner:
             raise ValueError("embedding is not a module of model; pass the one the model calls, such as model.embedding, or None")
         if input_range is not None and embedding is not None:
             raise ValueError(f"input_range={input_range!r} clamps the input itself; leave it out, or pass embedding=None")
-        if input_range is not None and not (len(input_range) == 2 and input_range[0] < input_range[1]):
-            raise ValueError(f"input_range={input_range!r}; pass (low, high) with low < high")
-        if batch_axis is not None and (isinstance(batch_axis, bool) or not isinstance(batch_axis, int)):
-            raise TypeError(f"batch_axis={batch_axis!r} is a {type(batch_axis).__name__}; pass 0, 1 or None")
+        if input_range is not None:
+            ends = tuple(input_range) if isinstance(input_range, Iterable) else ()
+            if not (len(ends) == 2 and all(map(checks.is_number, ends)) and ends[0] < ends[1]):
+                raise ValueError(f"input_range={input_range!r}; pass (low, high) with low < high")
+        if batch_axis is not None:
+            batch_axis = checks.integer("batch_axis", batch_axis)
         if batch_axis not in (None, 0, 1):
             raise ValueError(f"batch_axis={batch_axis} is not one of its values; pass 0, 1 or None")
-        if not isinstance(relative, bool):
-            raise TypeError(f"relative={relative!r} is a {type(relative).__name__}; pass True or False")
+        relative = checks.flag("relative", relative)
         if relative and norm in ("", "linf"):
             why = "has no say where no embedding is perturbed" if not norm else f"measures L2 norms, and norm={norm!r} has none"
             raise ValueError(f"relative=True {why}; leave it out" + (", or pass norm='l2'" if norm else ""))
@@ -209,7 +209,7 @@ class Runner:
         if isinstance(scale, Tensor):
             if scale.dim() != 0:
                 raise ValueError(f"scale has shape {list(scale.shape)}; pass a 0-d tensor or a number")
-        elif not (math.isfinite(scale) and scale > 0):
+        elif checks.number("scale", scale) <= 0:
             raise ValueError(f"scale={scale!r} turns the perturbation's direction; pass a positive, finite number")
 
     def close(self) -> None:
@@ -281,12 +281,13 @@ class Runner:
         else:
             batch.length = n
             as_inputs = None if self._known else _as_inputs(given, batch.inputs)
-            if asked is None and self._known is None and as_inputs is None:
+            # For one text of one word the axes differ only in where copies go; `_perturb` tells if that guess was wrong.
+            if asked is None and self._known is None and as_inputs is None and n > 1:
                 raise ValueError(
                     f"the embedding's output is {shape} for {n} rows: either of its first two axes can be the batch; pass batch_axis=0, or "
                     "batch_axis=1 for a model that looks words up time-first"
                 )
-            axis = asked if asked is not None else self._known[0] if self._known else int(not as_inputs)
+            axis = asked if asked is not None else self._known[0] if self._known else int(as_inputs is False)
             if self._known and self._known[0] == axis:
                 inputs_axis = self._known[1]
             elif as_inputs is not None:
@@ -474,9 +475,11 @@ def _as_inputs(given: list[Tensor], inputs: dict[Any, Any]) -> bool | None:
     found = set()
     for x in given:
         for value in _tensors(inputs):
-            if x is value or x.is_set_to(value):
+            if x is value:
                 return True
-            if x.dim() > 1:
+            if x.dim() > 1 and x.shape[:2] != (1, 1):
+                if x.is_set_to(value):
+                    return True
                 if x.transpose(0, 1).is_set_to(value):
                     return False
                 straight, turned = _same_rows(x, value), _same_rows(x.transpose(0, 1), value)

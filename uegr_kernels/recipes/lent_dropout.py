@@ -1,6 +1,6 @@
 """A model's nn.Dropout modules, adaptive for as long as a recipe lives."""
 
-from typing import Any
+from typing import Any, SupportsIndex
 
 from torch import Tensor, nn
 
@@ -23,12 +23,18 @@ class LentDropout(AdaptiveDropout):
     set_extra_state = nn.Module.set_extra_state
     _load_from_state_dict = nn.Module._load_from_state_dict
 
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        """Makes copies and pickles of its own class: no `close()` would find them."""
+        own = {key: value for key, value in vars(self).items() if key not in [*self._lent, "_lent"]}
+        return object.__new__, (self._own,), own
+
 
 class AdaptedDropouts:
     """A model's nn.Dropout modules as AdaptiveDropout of the same p, from here to the last `close()`."""
 
     def __init__(self, model: nn.Module, backend: str) -> None:
         self.modules: dict[str, LentDropout] = {}
+        self._last: dict[str, Tensor] = {}  # state at `close()`
         for name, module in plain_names(model.named_modules()):
             # A subclass that does something else stays what it is.
             if getattr(type(module), "forward", None) is nn.Dropout.forward:
@@ -42,7 +48,7 @@ class AdaptedDropouts:
 
     def state_dict(self) -> dict[str, Tensor]:
         """AdaptiveDropout's extra state by module name."""
-        return {name: AdaptiveDropout.get_extra_state(module) for name, module in self.modules.items()}
+        return self._last | {name: AdaptiveDropout.get_extra_state(module) for name, module in self.modules.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name, module in self.modules.items():
@@ -56,6 +62,7 @@ class AdaptedDropouts:
 
     def close(self) -> None:
         """The modules are nn.Dropout again, with the p and the mode that they have now; does nothing the second time."""
+        self._last = self.state_dict()
         for module in self.modules.values():
             module._recipes -= 1
             if not module._recipes:
