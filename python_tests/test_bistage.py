@@ -695,7 +695,7 @@ def test_a_static_graph_is_refused(process_group):
 # Errors
 
 
-@pytest.mark.parametrize("kind", ["tensor", "list"])
+@pytest.mark.parametrize("kind", ["tensor", "list", "list, in any order"])
 def test_texts_packed_by_their_lengths(kind):
     """Copies of a batch are not sorted by length; the error says what is."""
 
@@ -705,7 +705,7 @@ def test_texts_packed_by_their_lengths(kind):
             self.reader = nn.LSTM(6, 8, batch_first=True)
 
         def forward(self, ids, lengths):
-            packed = nn.utils.rnn.pack_padded_sequence(self.embedding(ids), lengths, batch_first=True)
+            packed = nn.utils.rnn.pack_padded_sequence(self.embedding(ids), lengths, batch_first=True, enforce_sorted="any" not in kind)
             return self.output(self.reader(packed)[1][0][0])
 
     model = Packed().double()
@@ -713,10 +713,33 @@ def test_texts_packed_by_their_lengths(kind):
     lengths = [9, 7, 6, 2, 1]
     inputs = ids, torch.tensor(lengths) if kind == "tensor" else lengths
     for run in (BiStage(model, model.embedding).backward, BiStage(model, model.embedding).loss):
-        with pytest.raises(RuntimeError, match="(?s)lengths.*passes_at_once=1"):
+        # In any order torch packs as many texts as there are lengths, without a word.
+        error, text = (ValueError, "rows of logits for 2 x 5") if "any" in kind else (RuntimeError, "lengths")
+        with pytest.raises(error, match=f"(?s){text}.*passes_at_once=1"):
             run(inputs, labels)
     found = BiStage(model, model.embedding, passes_at_once=1).backward(inputs, labels).loss
     torch.testing.assert_close(found, recipes.at(model, model.embedding).backward(inputs, labels)["loss"])
+
+
+def test_bags_of_words_that_begin_at_offsets():
+    """Copies of the offsets are no offsets of copies."""
+
+    class Bags(Small):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.EmbeddingBag(WORDS, 6)
+
+        def forward(self, ids, offsets=None):
+            return self.output(self.hidden(self.embedding(ids, offsets)))
+
+    model = Bags().double()
+    ids, labels = batch()
+    bags = ids.flatten(), torch.arange(0, N * T, T)
+    expected = BiStage(model, model.embedding).backward(ids, labels).loss
+    torch.testing.assert_close(BiStage(model, model.embedding, passes_at_once=1).backward(bags, labels).loss, expected)
+    for run in (BiStage(model, model.embedding).backward, BiStage(model, model.embedding).loss):
+        with pytest.raises(ValueError, match="(?s)offsets.*passes_at_once=1"):
+            run(bags, labels)
 
 
 def test_an_encoder_decoder_is_told_which_embedding():

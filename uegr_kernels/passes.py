@@ -239,6 +239,8 @@ class Runner:
         if not isinstance(output, Tensor) or output.dtype not in DTYPES:
             raise TypeError(f"the embedding returned {_kind(output)}; pass the module whose output is the floating tensor to perturb")
         walk.given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if walk.repeats > 1 and isinstance(module, nn.EmbeddingBag) and all(value.dim() == 1 for value in walk.given):
+            raise ValueError("bags that begin at offsets cannot be repeated: copies of the offsets are no offsets of copies")
         if walk.batch.axis is None and walk.delta is not None:
             self.settle(walk.batch, output, walk.given)
         return walk.visit(output)
@@ -321,19 +323,19 @@ class Runner:
             walk.calls = 1
         try:
             output = self.model(**values) if batch.by_name else self.model(*values.values())
+            walk.forward = False
+            if walk.calls == 0:
+                raise RuntimeError(
+                    "the hook on the embedding did not run in this pass: the model does not call the embedding, or was compiled before "
+                    "the hook was there; pass the module that the model calls, and build this before compiling" + self._of_encoder()
+                )
+            logits = _logits(output)
+            _check_logits(logits, batch, repeats)
         except (RuntimeError, ValueError) as error:
             if repeats > 1:  # a note would do, from Python 3.11
                 remedy = "passes_at_once=1 calls the model on the batch as it is"
                 error.args = (f"{error}\n(in a call on {repeats} copies of the batch; {remedy})",)
             raise
-        walk.forward = False
-        if walk.calls == 0:
-            raise RuntimeError(
-                "the hook on the embedding did not run in this pass: the model does not call the embedding, or was compiled before the "
-                "hook was there; pass the module that the model calls, and build this before compiling" + self._of_encoder()
-            )
-        logits = _logits(output)
-        _check_logits(logits, batch, repeats)
         if batch.axis is None and walk.watched and self.perturbs:
             self.settle(batch, walk.seen, walk.given)
         return logits
