@@ -652,7 +652,8 @@ def process_group(tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"passes_at_once": 1}, {"dropout": (0.2, 0.4)}], ids=["batch", "one by one", "rates"])
 @pytest.mark.parametrize("form", ["backward", "loss"])
-def test_under_ddp(process_group, options, form):
+@pytest.mark.parametrize("inside", [False, True], ids=["outermost", "inside"])
+def test_under_ddp(process_group, options, form, inside):
     plain = Small(dropout=0.2).double()
     inner = copy.deepcopy(plain)
     reductions = []
@@ -665,7 +666,7 @@ def test_under_ddp(process_group, options, form):
 
     model = nn.parallel.DistributedDataParallel(inner)
     model.register_comm_hook(None, note)
-    stages = [BiStage(plain, plain.embedding, **options), BiStage(model, inner.embedding, **options)]
+    stages = [BiStage(plain, plain.embedding, **options), BiStage(nn.Sequential(model) if inside else model, inner.embedding, **options)]
 
     def run(stage):
         return stage.backward(*batch()) if form == "backward" else stage.loss(*batch()).backward()

@@ -1826,14 +1826,26 @@ def one_rank(rank, path):
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=patience)
     try:
         for name in recipes.NAMES:
-            one_recipe(name, rank)
+            for inside in (False, True):
+                one_recipe(name, rank, inside)
     finally:
         torch.distributed.destroy_process_group()
 
 
-def one_recipe(name, rank):
-    """Under DDP beside the same recipe on a plain model whose gradients are averaged by hand."""
-    given = {"arat": {"steps": 2}, "awp": {"epsilon": 0.5, "steps": 1}, "drop_attack_k": {"weights": "lstm.*", "steps": 2}}
+class Wrapper(nn.Module):
+    """Somebody's module around the model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inside = model
+
+    def forward(self, *args, **kwargs):
+        return self.inside(*args, **kwargs)
+
+
+def one_recipe(name, rank, inside):
+    """Under DDP, or with DDP inside another module, beside the same recipe on a plain model whose gradients are averaged by hand."""
+    given = {"arat": {"steps": 2}, "awp": {"epsilon": 0.5, "steps": 1}, "drop_attack_k": {"weights": "*lstm.*", "steps": 2}}
     options = given.get(name, {})
     plain = small()
     wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(plain))
@@ -1848,7 +1860,7 @@ def one_recipe(name, rank):
     torch.manual_seed(0)
     of_plain = build(name, plain, sgd(plain), **options)
     torch.manual_seed(rank)  # what the recipe draws when it is built must not part the ranks
-    recipe = getattr(recipes, name)(wrapped, inner.embedding, optimizer, **options)
+    recipe = getattr(recipes, name)(Wrapper(wrapped) if inside else wrapped, inner.embedding, optimizer, **options)
     for step in range(2):
         data = batch(2 * step + rank)
         optimizer.zero_grad()

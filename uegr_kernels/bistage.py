@@ -119,7 +119,7 @@ class BiStage:
             delta = self._delta(walk)
         groups = self._groups()
         # A wrapper that synchronises allows for one backward after each forward, not for several forwards first.
-        again = self.passes_at_once < self.passes or (len(groups) > 1 and walks.can_synchronise(self.model))
+        again = self.passes_at_once < self.passes or (len(groups) > 1 and bool(walks.synchronisers(self.model)))
         calls: list[Any] = []  # logits and the slot's content of each
         states = []
         for group in groups:

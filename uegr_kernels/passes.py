@@ -340,13 +340,13 @@ class Runner:
             self.settle(batch, walk.seen, walk.given)
         return logits
 
-    def without_sync(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def without_sync(self) -> Iterator[None]:
         """DDP's or FSDP's no_sync, or FSDP2's switch turned off and on; nothing for a plain model or inside the caller's no_sync."""
-        if not synchronises(self.model):
-            return contextlib.nullcontext()
-        model: Any = self.model
-        unsynchronised: contextlib.AbstractContextManager[None] = model.no_sync() if hasattr(model, "no_sync") else _switched_off(model)
-        return unsynchronised
+        with contextlib.ExitStack() as stack:
+            for part in filter(_exchanges, synchronisers(self.model)):
+                stack.enter_context(part.no_sync() if hasattr(part, "no_sync") else _switched_off(part))
+            yield
 
 
 @contextlib.contextmanager
@@ -367,16 +367,29 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
     return checks.integer(name, value, least)
 
 
-def can_synchronise(model: nn.Module) -> bool:
-    return hasattr(model, "no_sync") or hasattr(model, "set_requires_gradient_sync")
+def synchronisers(model: Any) -> list[Any]:
+    """The outermost of DDP's and FSDP's wrappers: the model itself, or those inside it; none where one process trains."""
+    if hasattr(model, "no_sync") or hasattr(model, "set_requires_gradient_sync"):
+        return [model]
+    return [part for child in model.children() for part in synchronisers(child)]
 
 
-def synchronises(model: Any) -> bool:
+def synchronises(model: nn.Module) -> bool:
     """Whether a backward now would exchange gradients: False for plain models and inside the caller's own no_sync."""
-    if not can_synchronise(model) or not getattr(model, "require_backward_grad_sync", True):
+    return any(map(_exchanges, synchronisers(model)))
+
+
+def ranks_of(model: nn.Module) -> Any:
+    """The process group that trains the model together; None: the default one."""
+    return next((getattr(part, "process_group", None) for part in synchronisers(model)), None)
+
+
+def _exchanges(part: Any) -> bool:
+    """Whether a wrapper's backward now would."""
+    if not getattr(part, "require_backward_grad_sync", True):
         return False
     # FSDP2's switch can be set by public means, not read.
-    states = [module._get_fsdp_state() for module in model.modules() if hasattr(module, "_get_fsdp_state")]
+    states = [module._get_fsdp_state() for module in part.modules() if hasattr(module, "_get_fsdp_state")]
     groups = [group for state in states for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group] if group]
     return not groups or any(group.reduce_grads for group in groups)
 

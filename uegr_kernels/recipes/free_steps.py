@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..passes import can_synchronise, check_count, synchronises
+from ..passes import check_count, synchronisers, synchronises
 from .attack import Start, climb, in_a_cube
 from .recipe import PassRecipe, check_choice, check_flag, check_number
 
@@ -118,7 +118,7 @@ class FreeAT(PassRecipe):
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         optimizer, mask, losses = self._stepped(), self._batch.mask, []
-        if can_synchronise(self.model) and not synchronises(self.model):
+        if synchronisers(self.model) and not synchronises(self.model):
             raise RuntimeError("free_at steps in every repeat, and inside no_sync each rank would step alone; call it outside")
         delta: Any = self._start(mask, len(labels))
         for _ in range(self.steps):

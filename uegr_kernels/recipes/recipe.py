@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..core import checks
 from ..divergence import LossParts, uegr_loss
 from ..dropout import AdaptiveDropout
-from ..passes import Pass, Runner, buffers_held, dropout_rate, gradient_norms_held, random_state, replayed
+from ..passes import Pass, Runner, buffers_held, dropout_rate, gradient_norms_held, random_state, ranks_of, replayed
 
 
 class Recipe:
@@ -265,7 +265,7 @@ def summed_over_ranks(model: nn.Module, tensors: Sequence[Tensor | None]) -> Non
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for tensor in tensors:
             if tensor is not None:
-                torch.distributed.all_reduce(tensor, group=getattr(model, "process_group", None))
+                torch.distributed.all_reduce(tensor, group=ranks_of(model))
 
 
 def check_number(name: str, value: Any, low: float, high: float = math.inf) -> float:

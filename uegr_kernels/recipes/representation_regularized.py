@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.conv import _ConvNd as Convolution
 
-from ..passes import Pass, can_synchronise, check_count, synchronises
+from ..passes import Pass, check_count, ranks_of, synchronisers, synchronises
 from .attack import AttackRecipe, Start, uniform_in_ball
 from .recipe import check_flag, check_number, device_of, plain_names, recomputed, summed_over_ranks
 
@@ -246,10 +246,10 @@ class ARAT(AttackRecipe):
 
     def _start_alike(self) -> None:
         """Rank 0's own modules become everyone's, once, as the wrapper does with the model's."""
-        if not self._alike and can_synchronise(self.model) and torch.distributed.is_available() and torch.distributed.is_initialized():
+        if not self._alike and synchronisers(self.model) and torch.distributed.is_available() and torch.distributed.is_initialized():
             with torch.no_grad():
                 for own in (*self.predictors.state_dict().values(), *self.clean_branch.state_dict().values()):
-                    torch.distributed.broadcast(own, group_src=0, group=getattr(self.model, "process_group", None))
+                    torch.distributed.broadcast(own, group_src=0, group=ranks_of(self.model))
         self._alike = True
 
     def _average_over_ranks(self) -> None:
