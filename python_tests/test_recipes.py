@@ -2249,14 +2249,19 @@ def test_a_dropout_that_does_something_else_stays():
             return x
 
     class Named(nn.Dropout):
-        pass
+        def set_rate(self, p):
+            self.p = p
 
     model = small()
     model.dropout, model.other = Named(0.2), Own(0.2)
     recipe = build("uegr", model)
     assert isinstance(model.dropout, uk.AdaptiveDropout) and type(model.other) is Own
+    model.dropout.set_rate(0.4)
+    recipe.backward(*batch())
+    assert recipe.state_dict()["adaptive_dropout"]["dropout"].shape == (3, 6)
+    assert type(copy.deepcopy(model).dropout) is Named
     recipe.close()
-    assert type(model.dropout) is Named
+    assert type(model.dropout) is Named and model.dropout.p == 0.4
 
 
 def test_the_state_of_other_dropouts_is_refused():
@@ -2267,6 +2272,7 @@ def test_the_state_of_other_dropouts_is_refused():
         (state, "of the dropouts .*'dropout', 'shared'.*the model's are .*'dropout'"),
         ({key: value for key, value in state.items() if key != "adaptive_dropout"}, "adaptive_dropout=False; build it so"),
         (state | {"adaptive_dropout": {"dropout": torch.zeros(2)}}, r"a floating tensor \[3, F\]"),
+        (state | {"adaptive_dropout": None}, "of the dropouts None"),
     ):
         with pytest.raises(ValueError, match=message):
             recipe.load_state_dict(wrong)

@@ -37,11 +37,13 @@ class AdaptedDropouts:
         self._last: dict[str, Tensor] = {}  # state at `close()`
         for name, module in plain_names(model.named_modules()):
             # A subclass that does something else stays what it is.
-            if getattr(type(module), "forward", None) is nn.Dropout.forward:
-                lent = vars(AdaptiveDropout(backend=backend)) | {"_own": type(module), "_recipes": 0, "_name": name}
+            own = type(module)
+            if getattr(own, "forward", None) is nn.Dropout.forward:
+                lent = vars(AdaptiveDropout(backend=backend)) | {"_own": own, "_recipes": 0, "_name": name}
                 lent = {key: value for key, value in lent.items() if key not in vars(module)}
                 vars(module).update(lent, _lent=list(lent))
-                module.__class__ = LentDropout
+                # What else a subclass has is there all the while.
+                module.__class__ = LentDropout if own is nn.Dropout else type("LentDropout", (LentDropout, own), {})
             if isinstance(module, LentDropout):
                 module._recipes += 1
                 self.modules[name] = module
@@ -57,7 +59,8 @@ class AdaptedDropouts:
     def why_not(self, state: Any) -> str | None:
         """None where `load_state_dict` takes the state, else why not."""
         if not isinstance(state, dict) or state.keys() != self.modules.keys():
-            return f"it is of the dropouts {list(state)}, the model's are {list(self.modules)}"
+            found = list(state) if isinstance(state, dict) else state
+            return f"it is of the dropouts {found}, the model's are {list(self.modules)}"
         return next((reason for name, module in self.modules.items() if (reason := module._why_not(state[name]))), None)
 
     def close(self) -> None:
