@@ -17,6 +17,7 @@ import pytest
 import scipy.stats
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
@@ -2163,6 +2164,19 @@ class Through(nn.Module):
 
     def forward(self, *args, **kwargs):
         return self.module(*args, **kwargs)
+
+
+def test_names_are_the_plain_models_whatever_wraps_its_parts():
+    def wrapped():
+        plain = small()
+        plain.layer_norm, plain.dropout = checkpoint_wrapper(plain.layer_norm), torch.compile(checkpoint_wrapper(plain.dropout))
+        return nn.Sequential(torch.compile(plain)), plain
+
+    outer, model = wrapped()
+    recipe = recipes.uegr(outer, model.embedding, seed=0)
+    assert list(recipe.adaptive_dropout) == ["0.dropout"]
+    outer, model = wrapped()
+    recipes.child_tuning_d(outer, model.embedding, names="0.layer_norm.weight")
 
 
 def test_lent_dropout_remembers_that_it_turned_plain():

@@ -254,8 +254,10 @@ def named_parameters(model: nn.Module, patterns: str | Sequence[str]) -> dict[st
 
 
 def plain_names(named: Any) -> Iterator[tuple[str, Any]]:
+    """Names without what wrappers add to them: DDP in front, torch.compile and activation checkpointing anywhere."""
     for name, value in named:
-        while name.startswith(("module.", "_orig_mod.")):  # DDP's and torch.compile's
+        name = ".".join(part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module"))
+        while name.startswith("module."):
             name = name.split(".", 1)[1]
         yield name, value
 
