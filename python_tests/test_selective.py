@@ -2458,7 +2458,10 @@ def test_a_step_in_forward_mode_is_refused(cls, differentiable):
     optimizer = cls([p], lr=0.1, seed=1, differentiable=differentiable)
     with torch.autograd.forward_ad.dual_level():
         p.grad = by_a_dual(torch.ones(4))
-        with torch.no_grad(), pytest.raises(RuntimeError, match=rf"the step of {cls.__name__} of uegr_kernels has no forward-mode derivative"):
+        with (
+            torch.no_grad(),
+            pytest.raises(RuntimeError, match=rf"the step of {cls.__name__} of uegr_kernels has no forward-mode derivative"),
+        ):
             optimizer.step()
         assert p.tolist() == [1.0] * 4 and not optimizer.state[p]
         p.grad = torch.ones(4)

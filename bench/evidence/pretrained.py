@@ -302,8 +302,8 @@ class Runs:
                 raise
 
     def _keep(self, run: Run, result: dict[str, Any]) -> None:
-        self.done[run.key] = result
-        line = {"settings": dataclasses.asdict(run), "result": _rounded(result), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        self.done[run.key] = result = _rounded(result)  # a share that was chosen is part of a key
+        line = {"settings": dataclasses.asdict(run), "result": result, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         with self.path.open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # another command may write there too
             file.write(json.dumps(line | self.about) + "\n")

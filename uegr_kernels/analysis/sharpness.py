@@ -14,13 +14,7 @@ Loss = Callable[[nn.Module], Tensor]
 
 
 def largest_eigenvalue(
-    model: nn.Module,
-    loss: Loss,
-    *,
-    iterations: int = 100,
-    tolerance: float = 1e-4,
-    seed: int = 0,
-    which: str = "magnitude",
+    model: nn.Module, loss: Loss, *, iterations: int = 100, tolerance: float = 1e-4, seed: int = 0, which: str = "magnitude"
 ) -> float:
     """Computes the eigenvalue of largest magnitude, with its sign, of the loss's Hessian in the trainable parameters, in eval mode.
 
@@ -79,12 +73,7 @@ def _hessian(model: nn.Module, loss: Loss) -> Callable[[list[Tensor]], list[Tens
 
 
 def _lanczos(
-    product: Callable[[list[Tensor]], list[Tensor]],
-    params: list[nn.Parameter],
-    iterations: int,
-    tolerance: float,
-    seed: int,
-    which: str,
+    product: Callable[[list[Tensor]], list[Tensor]], params: list[nn.Parameter], iterations: int, tolerance: float, seed: int, which: str
 ) -> float:
     """The wanted eigenvalue of a symmetric map, from the eigenvalues of its projection on the Krylov space of a random vector."""
     generator = torch.Generator().manual_seed(int(seed))

@@ -129,7 +129,9 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> NoReturn:
-        raise RuntimeError(f"{ctx.name} of uegr_kernels has no forward-mode derivative (torch.func.jvp, jacfwd, dual tensors): {ctx.advice}")
+        raise RuntimeError(
+            f"{ctx.name} of uegr_kernels has no forward-mode derivative (torch.func.jvp, jacfwd, dual tensors): {ctx.advice}"
+        )
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, name: str, advice: str, *_: Any) -> NoReturn:

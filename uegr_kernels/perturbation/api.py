@@ -104,7 +104,10 @@ def perturbed_weights(params: Iterable[Tensor], epsilon: float, *, gradients: Se
     checks.choice("per", per, ("tensor", "all"))
     if gradients is not None and len(gradients) != len(params):
         raise ValueError(f"gradients hold {len(gradients)} entries for {len(params)} params; give one each, None for none")
-    options = {"epsilon": checks.number("epsilon", epsilon, 0), "keep_probability": checks.number("keep_probability", keep_probability, 0, 1)}
+    options = {
+        "epsilon": checks.number("epsilon", epsilon, 0),
+        "keep_probability": checks.number("keep_probability", keep_probability, 0, 1),
+    }
     options |= {"step": checks.integer("step", step, 0, bits=32), "together": per == "all"}
     return _perturbed(params, gradients, None if seed is None else checks.signed_seed(seed), backend, options)
 

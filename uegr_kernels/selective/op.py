@@ -90,12 +90,7 @@ class Selection:
 
 
 CHOICES = {"normalization": NORMALIZATIONS, "direction": DIRECTIONS, "scope": SCOPES, "statistics": STATISTICS, "target": TARGETS}
-RANGES = {
-    "threshold": (-math.inf, math.inf),
-    "sharpness": (0, math.inf),
-    "min_probability": (0, 1),
-    "keep_probability": (0, 1),
-}
+RANGES = {"threshold": (-math.inf, math.inf), "sharpness": (0, math.inf), "min_probability": (0, 1), "keep_probability": (0, 1)}
 FIELDS = tuple(field.name for field in dataclasses.fields(Selection))
 make_selection = functools.lru_cache(maxsize=64, typed=True)(Selection)  # groups are read every step; their options rarely change
 
