@@ -178,7 +178,7 @@ def outcomes(run: Run, folder: pathlib.Path, checkpoint: pathlib.Path) -> dict[s
     start = training.Start(train, held[: run.held], model, encoded)
     watch = _one_mask if run.method == STATIC else None
     figures, model = training.run(settings, folder, checkpoint, device, start=start, stepped=watch)
-    found = {key: figures[key] for key in ("validation", "best_epoch", "steps", "loss", "seconds_per_step")}
+    found = {key: figures[key] for key in ("validation", "best_epoch", "steps", "loss", "processor_seconds_per_step")}
     found |= {key: figures[key] for key in ("share", "largest_inverse")} | {"passes": METHODS[run.method].passes}
     score = Scores(model, data, device, settings.model)
     if not run.final:
