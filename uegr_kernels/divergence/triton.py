@@ -26,7 +26,6 @@ APART = tl.constexpr(1.0)  # of maxima, from where on rows are moved too
 AT_ONCE = tl.constexpr(1024)  # samples of a loop over all of them
 FEW = 3  # passes
 MOST_THREADS = 256  # with more one has too few registers
-VALUES = 36, 20  # of all passes in a thread, of 16 bits and of more, where passes are many
 COUNTED_BY_EACH = 4096  # labels up to which every program counts those that are not ignored
 
 
@@ -838,9 +837,8 @@ class Passes(typing.NamedTuple):
 
 
 def _run(passes: int, itemsize: int) -> int:
-    """Elements of a pass in a thread, neighbours: 128 bits, or fewer where many passes want registers, wide logits more of them."""
-    most = 16 // itemsize if passes <= FEW else max(VALUES[itemsize > 2] // passes, 1)
-    return 1 << most.bit_length() - 1
+    """Elements of a pass in a thread, neighbours: 128 bits, or 64 where many passes want registers."""
+    return 16 // itemsize if passes <= FEW or itemsize > 2 else 4
 
 
 def _registers(few: bool) -> dict[str, int]:
