@@ -852,9 +852,10 @@ def _block(samples: int, classes: int, passes: int, itemsize: int, aligned: bool
     each = _run(passes, itemsize) if aligned else min(_run(passes, itemsize), 128 // lanes)  # a mask is as many scalar registers
     block = min(triton.next_power_of_2(classes), MOST_THREADS * each)
     run = min(each, block)
-    rows = max(1, min(triton.next_power_of_2(samples), MOST_THREADS * each // block))
+    held = each if passes <= FEW else min(each, 2)  # several samples in a thread have addresses of their own, by pass
+    rows = max(1, min(triton.next_power_of_2(samples), MOST_THREADS * held // block))
     form = {"R": rows, "W": block // run, "V": run, "ONE": classes <= block, "TAIL": classes % block != 0, "ALIGNED": aligned}
-    return form, max(rows * block // (lanes * each), 1)
+    return form, max(rows * block // (lanes * (held if rows > 1 else each)), 1)
 
 
 @functools.cache
