@@ -43,7 +43,8 @@ SIGNATURES = {
     "AdaptiveDropout": "(num_features=None, p=0.3, *, max_p=0.9, momentum=0.9, backend='auto')",
     "BiStage": (
         "(model, embedding, *, epsilon=0.1, passes=2, js_weight=0.01, norm='l2', per='sample', label_smoothing=0.0, ignore_index=-100, "
-        "task='classification', passes_at_once=None, dropout=None, input_range=None, batch_axis=None, relative=False, backend='auto')"
+        "task='classification', passes_at_once=None, dropout=None, input_range=None, "
+        "batch_axis=None, relative=False, backend='auto')"
     ),
     "BiStage.backward": "(self, inputs, labels, *, scale=1.0)",
     "BiStage.loss": "(self, inputs, labels)",
