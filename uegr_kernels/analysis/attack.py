@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..passes import Batch, Pass, Runner, masked
+from ..passes import Batch, Pass, Runner, check_count, masked
 from ..perturbation import fgm_perturbation, pgd_step
 from .watching import held, picture
 
@@ -65,8 +65,10 @@ def accuracy_under_attack(
     """
     if attack not in ("fgm", "pgd"):
         raise ValueError(f"attack={attack!r} is not one of its values; use 'fgm' or 'pgd'")
-    if steps < 1 or restarts < 1:
-        raise ValueError(f"steps={steps}, restarts={restarts}: give 1 or more")
+    check_count("steps", steps)
+    check_count("restarts", restarts)
+    if not isinstance(epsilons, Iterable):
+        raise TypeError(f"epsilons={epsilons!r} is a {type(epsilons).__name__}; give a list of radii")
     radii = [0.0, *(float(epsilon) for epsilon in epsilons)]
     fgm_perturbation(torch.zeros(1, 2, device="cpu"), 0.0, norm=norm, backend="reference")  # raises for a wrong norm
     outcomes: list[list[bool]] = [[] for _ in radii]
