@@ -49,7 +49,7 @@ class Kernel(typing.NamedTuple):
         """Global loads and stores of 128 bits."""
         if self.target.startswith("sm"):
             return self.count(r"LDG\..*\b128\b.*"), self.count(r"STG\..*\b128\b.*")
-        return self.count(r"(global|buffer)_load_dwordx4"), self.count(r"(global|buffer)_store_dwordx4")
+        return self.count(r"(global|buffer)_load_(dwordx4|b128)"), self.count(r"(global|buffer)_store_(dwordx4|b128)")
 
 
 @functools.cache
