@@ -186,8 +186,7 @@ class Runner:
             raise TypeError(f"batch_axis={batch_axis!r} is a {type(batch_axis).__name__}; pass 0, 1 or None")
         if batch_axis not in (None, 0, 1):
             raise ValueError(f"batch_axis={batch_axis} is not one of its values; pass 0, 1 or None")
-        if not isinstance(relative, bool):
-            raise TypeError(f"relative={relative!r} is a {type(relative).__name__}; pass True or False")
+        relative = checks.flag("relative", relative)
         if relative and norm in ("", "linf"):
             why = "has no say where no embedding is perturbed" if not norm else f"measures L2 norms, and norm={norm!r} has none"
             raise ValueError(f"relative=True {why}; leave it out" + (", or pass norm='l2'" if norm else ""))
