@@ -109,10 +109,6 @@ def parts_of(loss: Callable[..., Tensor], leaves: list[Tensor], *others: Tensor)
     return {"forward": forward, "backward": backward}
 
 
-def compiled(function: Callable) -> Callable:
-    return torch.compile(function, fullgraph=True, dynamic=False)
-
-
 def numbers(shape: tuple[int, ...], device: str, dtype: torch.dtype, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device).to(dtype)
 
@@ -151,7 +147,7 @@ def logits_case(
         if m > 2 and c != 32_000:
             fast = Contestant("torch.compile", None, missing="compiled for m = 2 and for 32,000 classes: each shape takes long")
         else:
-            fast = Contestant("torch.compile", step_of(compiled(plain), copies(), labels), must_move, may_fail=True)
+            fast = Contestant("torch.compile", step_of(peers.compiled(plain), copies(), labels), must_move, may_fail=True)
         return [first, fast, eager]
 
     def verify() -> str | None:
@@ -173,7 +169,7 @@ def divergence_case(c: int, n: int, device: str, dtype: torch.dtype = torch.floa
 
         return [
             Contestant("uegr_kernels", step(uk.pairwise_js), must_move),
-            Contestant("torch.compile", step(compiled(plain_divergence)), must_move, may_fail=True),
+            Contestant("torch.compile", step(peers.compiled(plain_divergence)), must_move, may_fail=True),
             Contestant("eager", step(plain_divergence), must_move, rounds=3),
             peers.library("Liger JSD, one side", "liger_kernel", lambda: step(peers.liger_jsd()), bytes=must_move),
         ]
@@ -199,7 +195,7 @@ def linear_case(m: int, c: int, n: int, h: int, device: str) -> Case:
 
         return [
             Contestant("uegr_kernels", step(ours_linear), must_move),
-            Contestant("torch.compile", step(compiled(plain_linear)), must_move, may_fail=True),
+            Contestant("torch.compile", step(peers.compiled(plain_linear)), must_move, may_fail=True),
             Contestant("eager", step(plain_linear), must_move, rounds=3),
         ]
 
@@ -224,7 +220,7 @@ def linear_divergence_case(c: int, n: int, h: int, device: str) -> Case:
 
         return [
             Contestant("uegr_kernels", step(uk.linear_pairwise_js), must_move),
-            Contestant("torch.compile", step(compiled(plain_linear_divergence)), must_move, may_fail=True),
+            Contestant("torch.compile", step(peers.compiled(plain_linear_divergence)), must_move, may_fail=True),
             Contestant("eager", step(plain_linear_divergence), must_move, rounds=3),
             peers.library("Liger fused linear JSD, one side", "liger_kernel", liger, bytes=must_move),
         ]

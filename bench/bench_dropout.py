@@ -7,7 +7,7 @@ import torch
 import uegr_kernels as uk
 from uegr_kernels.core import backends
 
-from . import shapes
+from . import peers, shapes
 from .harness import Case, Contestant
 from .machine import Step
 
@@ -36,7 +36,7 @@ def case(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str, bac
 
             return run
 
-        compiled = torch.compile(torch.nn.Dropout(P), fullgraph=True, dynamic=False)
+        compiled = peers.compiled(torch.nn.Dropout(P))
         return [
             Contestant("uegr_kernels", step(uk.AdaptiveDropout(shape[-1], P, backend=backend).to(device)), must_move),
             Contestant("torch", step(torch.nn.Dropout(P)), must_move),

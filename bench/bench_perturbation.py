@@ -6,7 +6,7 @@ from torch import Tensor
 import uegr_kernels as uk
 from uegr_kernels.core import backends
 
-from . import shapes
+from . import peers, shapes
 from .harness import Case, Contestant
 
 EPSILON = 0.1
@@ -44,7 +44,7 @@ def case(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str, bac
         found = [Contestant("uegr_kernels", lambda: ours(grad), must_move)]
         for peer, function in {"eager": plain, "eager, unguarded": shortest}.items():
             found.append(Contestant(peer, lambda function=function: function(grad), must_move))
-        compiled = torch.compile(plain, fullgraph=True, dynamic=False)
+        compiled = peers.compiled(plain)
         return [*found, Contestant("torch.compile", lambda: compiled(grad), must_move, may_fail=True)]
 
     def verify() -> str | None:

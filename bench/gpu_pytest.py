@@ -25,7 +25,7 @@ class Count:
             self.said["skipped"] += [] if excused else [f"{report.nodeid.split('::')[-1]} ({reason[:150]})"]
         elif report.when == "call":
             self.said["passed"] += 1
-        if report.when == "teardown":
+        if report.failed or report.when == "teardown":  # of a worker that crashed nothing else comes
             answer(self.said)
 
 

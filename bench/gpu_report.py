@@ -9,7 +9,7 @@ import sys
 from . import plot, tables
 from .gpu_runner import ROOT, Output
 
-LINES, CHARACTERS = 100, 12_000  # of the table at most
+LINES, CHARACTERS = 98, 12_000  # of the table at most: with its heading gpu.md has 100
 WIDTH = 300  # of a line's message
 PICTURE = 6.0  # seconds
 FACTS = ("gpu", "driver", "torch", "cuda", "triton", "python", "commit", "processors", "l2", "nvcc")
@@ -17,14 +17,17 @@ FACTS = ("gpu", "driver", "torch", "cuda", "triton", "python", "commit", "proces
 
 def say(text: str) -> None:
     """To whoever listens: a terminal or a pipe that is gone ends nothing."""
+    coding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
-        print(text, flush=True)
+        print(text.encode(coding, "backslashreplace").decode(coding), flush=True)
     except OSError:
         sys.stdout = open(os.devnull, "w")
 
 
 def show(line: dict) -> None:
     """As the stage ends. What cannot be shown is in gpu.jsonl, and ends nothing."""
+    if "not_kept" in line:
+        say(line["not_kept"])
     try:
         say(words(line))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -72,11 +75,13 @@ def close(output: Output, status: int) -> str:
         text = table(latest(output.folder, output.run), output.run, status)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         text = f"No table: an answer in gpu.jsonl is not as expected ({type(error).__name__}: {error}). Exit status {status}."
-    output.write("gpu.md", f"# GPU\n\n{text}\n".encode())
     try:
-        subprocess.run([sys.executable, "-m", __name__, str(output.folder), output.run], cwd=ROOT, timeout=PICTURE, capture_output=True)
-    except (subprocess.TimeoutExpired, OSError) as error:  # the figures are there without it
-        say(f"no picture: {error}")
+        output.write("gpu.md", f"# GPU\n\n{text}\n".encode(errors="backslashreplace"))
+        subprocess.run(
+            [sys.executable, "-m", __name__, str(output.folder.absolute()), output.run], cwd=ROOT, timeout=PICTURE, capture_output=True
+        )
+    except (subprocess.TimeoutExpired, OSError) as error:  # the figures are there without them
+        say(f"no gpu.md or no picture: {error}")
     return text
 
 
@@ -86,7 +91,17 @@ def latest(folder: pathlib.Path, run: str) -> list[dict]:
     for line in read(folder / "gpu.jsonl"):
         if line["stage"] not in stages or "seconds" in line or "seconds" not in stages[line["stage"]]:
             stages[line["stage"]] = line
-    return [line for line in stages.values() if line["run"] == run or "seconds" in line]
+    return [readable(line) for line in stages.values() if line["run"] == run or "seconds" in line]
+
+
+def readable(line: dict) -> dict:
+    """A line as it is, or without an answer that the table has no words for."""
+    try:
+        words(line), stage_rows([line], ""), case_rows([line])
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        without = {key: value for key, value in line.items() if key != "result"}
+        return without | {"message": f"its answer is not as expected ({type(error).__name__}: {error})"}
+    return line
 
 
 def read(path: pathlib.Path) -> list[dict]:
@@ -123,10 +138,10 @@ def stage_rows(lines: list[dict], run: str) -> list[str]:
     for line in lines:
         result = line.get("result", {})
         said = "" if "contestants" in result else brief(result)[:200]
-        if line["stage"] != "end" and (line["status"] != "passed" or said):
+        if line["stage"] != "end" and (line["status"] != "passed" or said or "message" in line):
             earlier = f" (run {line['run']})" if line["run"] != run else ""
             words = ". ".join(filter(None, (line.get("message", "")[:150], said)))
-            rows.append(f"| {line['stage']}{earlier} | {line['status']} | {seconds(line)} | {cell(words)} |")
+            rows.append(f"| {cell(line['stage'])}{earlier} | {line['status']} | {seconds(line)} | {cell(words)} |")
     return ["", "| stage | | | |", "| --- | --- | --- | --- |", *rows] if rows else []
 
 
@@ -134,7 +149,7 @@ def case_rows(lines: list[dict]) -> list[str]:
     rows = []
     for case in measured(lines):
         for i, one in enumerate(case["contestants"]):
-            name = case["case"] if i == 0 else ""
+            name = cell(case["case"]) if i == 0 else ""
             if one.get("missing", "").startswith("left out by"):
                 continue
             if "seconds" not in one:
@@ -155,7 +170,7 @@ def cell(text: str) -> str:
 def fitted(texts: list[str]) -> str:
     """As many of the lines as there is room for, and how many are left out."""
     room, kept = CHARACTERS - 80, []
-    for text in texts:
+    for text in (" ".join(text.splitlines()) for text in texts):
         room -= len(text) + 1
         if room < 0 or len(kept) == LINES - 1:
             return "\n".join([*kept, f"({len(texts) - len(kept)} lines more are in gpu.jsonl)"])

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import fcntl
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import tarfile
 import tempfile
 import time
 import uuid
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -23,6 +25,7 @@ ANSWER, MARK, END = "UEGR_GPU_ANSWER", "UEGR_GPU_STAGE", "UEGR_GPU_END"
 FILES = 6  # in the folder of results at most
 LOG = 200_000  # bytes kept of a stage's log
 GRACE = 1.0  # seconds between SIGTERM and SIGKILL, within the limit
+DEATH = 2.0  # seconds that a killed process has to go; one that waits for a driver may never
 FAILED, WRONG_BACKEND, TOO_FEW_TESTS = 1, 4, 5  # exit statuses
 
 
@@ -39,7 +42,8 @@ class Stage:
     environment: dict[str, str] = field(default_factory=dict)
     backend: str | None = None  # that it measures
     least_tests: int | None = None  # that it runs at least, where it runs tests
-    program: str | None = None  # that it needs
+    # Of other people, that it runs under. Where that ends badly before the stage has said `begun`, it does not work here.
+    program: str | None = None
     silent: bool = False  # other people's program, which does not answer
 
 
@@ -93,13 +97,34 @@ class Output:
             )
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.run, self.lines, self.logs = folder, time.strftime("%Y%m%d-%H%M%S", time.gmtime()), [], {}
-        with contextlib.suppress(FileNotFoundError, tarfile.ReadError), tarfile.open(folder / "logs.tar.gz") as archive:
-            self.logs = {member.name: archive.extractfile(member).read() for member in archive if member.isfile()}
+        broken = (FileNotFoundError, tarfile.TarError, EOFError, zlib.error)  # one that was copied in part: as far as it goes
+        with contextlib.suppress(*broken), tarfile.open(folder / "logs.tar.gz") as archive:
+            for member in filter(tarfile.TarInfo.isfile, archive):
+                self.logs[member.name] = archive.extractfile(member).read()
 
-    def keep(self, line: dict, log: bytes = b"") -> None:
-        """On the disk when this returns."""
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """No other process claims the folder meanwhile. ValueError: one has. OSError: it cannot be written to."""
+        with (self.folder / "gpu.jsonl").open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another run is writing to --output {self.folder}; name another folder, or wait for its end") from None
+            except OSError:  # a file system without locks
+                pass
+            yield
+
+    def keep(self, line: dict, log: bytes = b"") -> str | None:
+        """On the disk when this returns, or why not: a full disk ends nothing."""
         line = {"run": self.run} | line
         self.lines.append(line)
+        try:
+            self._put(line, log)
+        except OSError as error:
+            return f"{line['stage']} is not kept: {error}"
+        return None
+
+    def _put(self, line: dict, log: bytes) -> None:
         with (self.folder / "gpu.jsonl").open("ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
@@ -109,7 +134,7 @@ class Output:
             file.flush()
             os.fsync(file.fileno())
         if log:
-            self.logs[f"{self.run}-{line['stage']}.txt"] = shortened(log)
+            self.logs[f"{self.run}-{line['stage']}.txt"] = log
             packed = io.BytesIO()
             with tarfile.open(fileobj=packed, mode="w:gz") as archive:
                 for name, text in self.logs.items():
@@ -125,13 +150,24 @@ class Output:
         os.replace(aside, self.folder / name)
 
 
-def shortened(log: bytes) -> bytes:
-    half = LOG // 2
-    return log if len(log) <= LOG else log[:half] + b"\n[...]\n" + log[-half:]
+def shortened(path: pathlib.Path) -> bytes:
+    """A log, or LOG bytes of its beginning and its end."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        if size <= LOG:
+            return file.read()
+        first = file.read(LOG // 2)
+        file.seek(size - LOG // 2)
+        return first + b"\n[...]\n" + file.read(LOG // 2)
 
 
 def run(
-    waves: list[Wave], output: Output, until: float, judge: Callable[[Stage, dict], Stop | None], show: Callable[[dict], None]
+    waves: list[Wave],
+    output: Output,
+    until: float,
+    judge: Callable[[Stage, dict], Stop | None] = lambda *_: None,
+    show: Callable[[dict], None] = lambda _: None,
 ) -> Stop | None:
     """Runs the waves in their order; a line a stage goes to `output` and to `show`. `until`: by time.monotonic().
 
@@ -141,8 +177,8 @@ def run(
     stop: Stop | None = None
 
     def said(line: dict, log: bytes = b"") -> None:
-        output.keep(line, log)
-        show(line)
+        not_kept = output.keep(line, log)
+        show(line | ({"not_kept": not_kept} if not_kept else {}))
 
     for wave in waves:
         left = until - time.monotonic()
@@ -175,11 +211,14 @@ def run_wave(wave: Wave) -> Iterator[tuple[Stage, dict, bytes]]:
                     stage = waiting.pop(0)
                     if why_not := not_started(stage, end):
                         yield stage, {"stage": stage.name, "status": "left out", "message": why_not}, b""
-                    else:
+                        continue
+                    try:
                         running.append(Running(stage, pathlib.Path(folder), end))
+                    except (OSError, ValueError) as error:
+                        yield stage, {"stage": stage.name, "status": "failed", "message": f"it could not be started: {error}"}, b""
                 for each in [each for each in running if each.over()]:
                     running.remove(each)
-                    yield each.stage, each.line(), each.log.read_bytes()
+                    yield each.stage, each.line(), shortened(each.log)
                 time.sleep(0.02)
         finally:
             for each in running:
@@ -239,7 +278,8 @@ class Running:
             if not left:
                 break
             time.sleep(0.01)
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(DEATH)
         return len(behind)
 
     def line(self) -> dict:
@@ -249,6 +289,8 @@ class Running:
         line: dict = {"stage": self.stage.name, "status": "passed", "seconds": round(seconds, 2), "limit": self.stage.limit, "exit": code}
         if self.killed or self.asked:
             line |= {"status": "killed", "message": f"killed at its limit, after {seconds:.0f} s"}
+        elif code and self.stage.program and "begun" not in result:
+            line |= {"status": "left out", "message": f"{self.stage.program} does not work here: {self.last_words()}"}
         elif code < 0:
             line |= {"status": "crashed", "message": f"died by {signal.Signals(-code).name}: {self.last_words()}"}
         elif code:
@@ -260,17 +302,21 @@ class Running:
         return line | ({"result": result} if result else {})
 
     def last_words(self) -> str:
-        lines = self.log.read_bytes()[-4000:].decode(errors="replace").split("\n")
+        lines = shortened(self.log)[-4000:].decode(errors="replace").split("\n")
         return next((text.strip()[:300] for text in reversed(lines) if text.strip()), "it said nothing")
 
 
 def answers(path: pathlib.Path) -> tuple[dict, bool]:
     """What the whole lines of a file say, and whether one of them could not be read."""
     result, cut = {}, False
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    for text in path.read_text(errors="replace").split("\n") if path.exists() else []:
         try:
-            result |= json.loads(text)
-        except (ValueError, TypeError):
+            said = json.loads(text) if text else {}
+        except (ValueError, RecursionError):
+            said = None
+        if isinstance(said, dict):
+            result |= said
+        else:
             cut = True
     return result, cut
 
@@ -285,24 +331,28 @@ def marked(mark: bytes) -> set[int]:
     return found
 
 
+LIBC = ctypes.CDLL(None)
+
+
 def die_with_the_runner() -> None:
     """In a new process, before its program: the kernel kills it when the runner dies, however that happens (Linux)."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        LIBC.prctl(1, signal.SIGKILL)
 
 
 @contextlib.contextmanager
 def asked_to_stop() -> Iterator[None]:
-    """SIGTERM is a KeyboardInterrupt inside: stages are killed and what is known is written."""
+    """SIGTERM is a KeyboardInterrupt inside: stages are killed and what is known is written. A terminal that is gone ends nothing."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, interrupt), signal.SIGHUP: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def too_few(stage: Stage, line: dict) -> Stop | None:

@@ -1,6 +1,7 @@
 """`python -m bench.gpu_stages CASE`: one thing that a GPU is to show, in a process of its own; bench/gpu.py runs them all."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -72,7 +73,7 @@ def probe(no_gpu: str | None) -> dict:
     said: dict = {"no_gpu": no_gpu, "torch": torch.__version__, "cuda": torch.version.cuda}
     said |= {"hip": torch.version.hip, "python": platform.python_version(), "nvcc": shutil.which("nvcc"), "triton": None}
     if importlib.util.find_spec("triton"):
-        said["triton"] = importlib.metadata.version("triton")
+        said["triton"] = triton_version()
     said |= {"backends": {"cuda": unloaded()}, "commit": harness.environment("probe")["commit"]}
     if no_gpu is None:
         device = torch.device("cuda", 0)
@@ -94,12 +95,21 @@ def unloaded() -> str | None:
     return native.why_not_cuda() or (f"the CUDA library has no {', '.join(lacking)}" if lacking else None)
 
 
+def triton_version() -> str | None:
+    """Its distribution's, which has another name in ROCm's and nightly builds."""
+    for name in ("triton", "triton-rocm", "pytorch-triton-rocm", "pytorch-triton"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return "of an unknown version"
+
+
 def driver() -> str | None:
-    """The driver's version, by the tool that comes with it."""
+    """The driver's version, by the tool that comes with it, where it answers."""
     for command in (["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], ["rocm-smi", "--showdriverversion"]):
         if shutil.which(command[0]):
-            lines = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.split("\n")
-            return next((line.strip() for line in reversed(lines) if line.strip()), None)
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                lines = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=5).stdout.split("\n")
+                return next((line.strip() for line in reversed(lines) if line.strip()), None)
     return None
 
 
@@ -209,7 +219,9 @@ def capture(at: Place) -> None:
 
 
 def sanitized(at: Place) -> None:
-    """Every kernel on a little, for compute-sanitizer to look at."""
+    """Every kernel on a little, for compute-sanitizer to look at; where it does not know the GPU, nothing of torch's runs either."""
+    torch.ones(1, device=at.device).item()
+    answer({"begun": True})
     brain = {"state_dtype": BRAIN}
     for options in ({}, {"statistics": "previous"}, {"normalization": "rank"}, {"scope": "global"}, brain):
         p = torch.nn.Parameter(torch.ones(70_001, device=at.device))

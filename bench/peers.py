@@ -1,5 +1,6 @@
 """Other ways to do the same: steps written plainly, compiled or as others write them, and libraries that need not be installed."""
 
+import functools
 import importlib.util
 import inspect
 import math
@@ -26,6 +27,16 @@ def library(name: str, package: str, build: Callable[[], Step], **facts) -> Cont
         return Contestant(name, build(), **facts, may_fail=True)
     except Exception as error:
         return Contestant(name, None, missing=f"{type(error).__name__}: {str(error).strip()[:200]}")
+
+
+def compiled(function: Callable) -> Callable:
+    """By torch.compile, at the first call: the compiler's import takes seconds, which one that is left out need not take."""
+
+    @functools.cache
+    def made() -> Callable:
+        return torch.compile(function, fullgraph=True, dynamic=False)
+
+    return lambda *arguments: made()(*arguments)
 
 
 def bitsandbytes_adamw(params: list[Tensor]) -> torch.optim.Optimizer:

@@ -224,8 +224,15 @@ def test_batches_that_cannot_be_attacked():
             uk.analysis.accuracy_under_attack(model, model[0], data)
     with pytest.raises(ValueError, match="batches holds none"):
         uk.analysis.cka(model, model, [(ids[:0], None)])
-    with pytest.raises(ValueError, match="norm='l3'"):
-        uk.analysis.accuracy_under_attack(model, model[0], [(ids, labels)], norm="l3")
+    for options, error, text in (
+        ({"norm": "l3"}, ValueError, "norm='l3'"),
+        ({"steps": 0}, ValueError, "steps=0"),
+        ({"steps": 2.5}, TypeError, "steps=2.5"),
+        ({"restarts": "2"}, TypeError, "restarts='2'"),
+        ({"epsilons": 0.1}, TypeError, "epsilons=0.1"),
+    ):
+        with pytest.raises(error, match=text):
+            uk.analysis.accuracy_under_attack(model, model[0], [(ids, labels)], **options)
     assert not model[0]._forward_hooks
 
 

@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import pathlib
 import re
 import shutil
 import signal
@@ -17,7 +18,7 @@ import time
 import pytest
 import torch
 
-from bench import gpu, gpu_clusters, gpu_report, gpu_runner, gpu_stages, machine
+from bench import gpu, gpu_clusters, gpu_pytest, gpu_report, gpu_runner, gpu_stages, machine
 from bench.gpu_runner import ROOT, Output, Stage, Stop, Wave, alone, answer, run
 
 HERE = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -85,6 +86,73 @@ def test_a_stage_that_ends_badly_costs_the_others_nothing(tmp_path):
     with tarfile.open(tmp_path / "new" / "logs.tar.gz") as archive:
         logs = {name.split("-")[-1]: name for name in archive.getnames()}
         assert archive.extractfile(logs["failed.txt"]).read() == b"the reason\n"
+
+
+ODD = {
+    "deep": "open(os.environ['UEGR_GPU_ANSWER'], 'a').write('[' * 200_000 + chr(10))",
+    "pairs": "open(os.environ['UEGR_GPU_ANSWER'], 'a').write('[\"ab\"]' + chr(10))",
+    "surrogate": "say({'said': 'x' + chr(0xd800)})",
+    "types": "say({'expected': 'x', 'failed': 3, 'contestants': 5})",
+    "lines": "say({'said': 'a\\nb' + chr(0x2028) + 'c'})",
+    "raw": "open(os.environ['UEGR_GPU_ANSWER'], 'ab').write(b'{\"said\": \"a\\xe2\\x80\\xa8b\"}' + bytes([10]))",
+    "loud": "sys.stdout.buffer.write(bytes([255, 0, 10]) * 3_000_000); say({'said': 'loud'}); sys.exit(1)",
+}
+
+
+def test_odd_answers_and_a_command_that_is_not_there_cost_the_others_nothing(tmp_path, monkeypatch, capsys):
+    stages = [stand_in("first", GOOD), *(stand_in(name, program) for name, program in ODD.items())]
+    stages += [Stage("absent", (str(tmp_path / "no such program"),), 5.0), stand_in("last", GOOD)]
+    monkeypatch.setattr(gpu, "PROBE", stand_in("probe", "say({'no_gpu': None, 'backends': {}})"))
+    monkeypatch.setattr(gpu, "plan", lambda: list(map(alone, stages)))
+    assert gpu.main(["--output", str(tmp_path / "out")]) == 1
+    lines = {line["stage"]: line for line in gpu_report.read(tmp_path / "out" / "gpu.jsonl")}
+    failed = [name for name, line in lines.items() if line["status"] == "failed"]
+    assert failed == ["deep", "pairs", "loud", "absent"] and list(lines) == ["probe", *(stage.name for stage in stages)]
+    assert "it could not be started: " in lines["absent"]["message"] and "no such program" in lines["absent"]["message"]
+    assert lines["raw"]["result"] == {"said": "a\u2028b"}
+    text = (tmp_path / "out" / "gpu.md").read_text()
+    assert "| first | passed |" in text and "| types | passed |" in text and "its answer is not as expected" in text
+    assert text.splitlines() == text.split("\n")[:-1] and "| lines | passed |" in text
+    assert re.search(r"surrogate passed [\d.]+ s x\\ud800", capsys.readouterr().out)
+    with tarfile.open(tmp_path / "out" / "logs.tar.gz") as archive:
+        (loud,) = [member for member in archive if member.name.endswith("loud.txt")]
+        assert loud.size <= gpu_runner.LOG + 100
+
+
+def test_a_program_of_others_that_does_not_work_here_is_left_out(tmp_path):
+    """A sanitizer that knows no such GPU finds no mistake; one that has begun does."""
+    stages = {"cannot": "print('Device not supported'); sys.exit(4)", "finds": "say({'begun': True}); print('a race'); sys.exit(1)"}
+    stages = [stand_in(name, program, program=sys.executable, backend="cuda") for name, program in stages.items()]
+    lines, stop = ran(tmp_path, *map(alone, stages), alone(stand_in("after", GOOD)), judge=gpu.judge)
+    assert stop is None and lines["after"]["status"] == "passed"
+    assert lines["cannot"]["status"] == "left out" and lines["cannot"]["message"].endswith("does not work here: Device not supported")
+    assert lines["finds"]["status"] == "failed" and lines["finds"]["message"] == "a race"
+
+
+def test_a_stage_that_cannot_be_killed_is_left_behind(tmp_path, monkeypatch):
+    """As one that waits for a driver."""
+    killpg = os.killpg
+    monkeypatch.setattr(gpu_runner.os, "kill", lambda *_: None)
+    monkeypatch.setattr(gpu_runner.os, "killpg", lambda *_: None)
+    monkeypatch.setattr(gpu_runner, "DEATH", 0.1)
+    try:
+        lines, _ = ran(tmp_path, alone(stand_in("stays", "say({'pid': os.getpid()}); time.sleep(60)", 3.0)), alone(stand_in("after", GOOD)))
+        assert lines["stays"]["status"] == "killed" and lines["after"]["status"] == "passed"
+    finally:
+        monkeypatch.undo()
+        killpg(lines["stays"]["result"]["pid"], signal.SIGKILL)
+
+
+def test_a_full_disk_ends_nothing(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gpu_runner.Output, "_put", full)
+    monkeypatch.setattr(gpu, "PROBE", stand_in("probe", "say({'no_gpu': None, 'backends': {}})"))
+    monkeypatch.setattr(gpu, "plan", lambda: [alone(stand_in("good", GOOD))])
+    assert gpu.main(["--output", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "good is not kept: [Errno 28] No space left on device" in out and re.search(r"good passed [\d.]+ s good", out)
 
 
 def test_a_stage_that_hangs_is_killed_at_its_limit_with_all_it_started(tmp_path):
@@ -190,6 +258,8 @@ def test_another_backend_than_the_one_to_measure_stops_the_run_at_once(tmp_path)
     assert [lines[name]["status"] for name in ("right", "wrong", "beside", "after")] == ["passed", "passed", "left out", "left out"]
     assert lines["after"]["message"] == f"stopped: {stop.reason}"
     assert judged(stand_in("case", ""), {"status": "failed", "exit": 4, "message": "words"}) == Stop(4, "words")
+    usage = {"status": "failed", "exit": 4, "message": "ImportError while loading conftest"}  # pytest's own 4
+    assert judged(stand_in("tests", "", least_tests=40), usage).status == 5
 
 
 @pytest.mark.parametrize(
@@ -229,6 +299,8 @@ def test_the_probe_is_judged():
     assert gpu.judge_probe(none, ["cuda"], False) == Stop(3, "No GPU was found: no driver")
     assert gpu.judge_probe(none, ["cuda"], True) is None
     assert gpu.judge_probe({"status": "killed", "message": "killed at its limit"}, ["cuda"], False).status == 3
+    lacking = {"status": "failed", "message": "ModuleNotFoundError: No module named 'torch'"}
+    assert f"start bench.gpu with a Python that has it, not with {sys.executable}" in gpu.judge_probe(lacking, ["cuda"], False).reason
     said_before = {"status": "killed", "message": "killed", "result": found["result"]}  # the copy alone took too long
     assert gpu.judge_probe(said_before, ["cuda"], False) is None
 
@@ -297,6 +369,9 @@ sys.exit(gpu.main(["--output", {str(tmp_path / "out")!r}]))
     runner.stdout.close()
     try:
         stage = written(tmp_path / "pid")
+        runner.send_signal(signal.SIGHUP)  # as a connection that breaks does
+        time.sleep(0.5)
+        assert runner.poll() is None and alive(stage)
         runner.send_signal(signal.SIGTERM)
         assert runner.wait(30) == 130 and not alive(stage)
     finally:
@@ -346,6 +421,11 @@ def test_the_parent_imports_neither_torch_nor_the_package():
     [
         (["--stages", "smoke,nonsense,bench"], "--stages has nonsense; there are smoke, tests, bench, check, profile, compile"),
         (["--stages", "bench-nonsense"], "--stages has bench-nonsense; .* bench-step, bench-previous"),
+        (["--stages", ""], "--stages names no stage"),
+        (["--stages", " , "], "--stages names no stage"),
+        (["--budget", "0"], "--budget 0 is too little"),
+        (["--budget", "-1"], "--budget -1 is too little"),
+        (["--budget", "abc"], "invalid float value: 'abc'"),
         (["--budget", "5"], "--budget 5 is too little for the probe; give 33 seconds or more"),
         (["--budget", "nan"], "--budget nan is too little"),
         (["--budget", "inf"], "--budget inf is too little"),
@@ -368,6 +448,7 @@ def test_stages_are_chosen_by_name_or_first_word():
         return [stage.name for wave in gpu.chosen(gpu.plan(), wanted) for stage in wave.stages]
 
     assert names("bench-step,tests") == ["tests-cuda", "bench-step", "tests-triton"]
+    assert names(" bench-step, bench-fgm ,") == ["bench-step", "bench-fgm"]
     assert names("smoke") == [f"smoke-{name}" for name in gpu.SMOKE]
     assert names("compile") == [f"compile-{name}" for name in gpu.COMPILED]
     assert names("probe") == []
@@ -391,6 +472,24 @@ def test_a_folder_with_other_things_is_refused_and_left_alone(tmp_path, capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--output", str(tmp_path / "file")])
     assert "is a file; name a folder" in capsys.readouterr().err and (tmp_path / "file").read_text() == "theirs"
+
+
+def test_a_folder_that_another_run_writes_to_is_refused(tmp_path, capsys):
+    with Output(tmp_path).claimed(), pytest.raises(SystemExit) as error:
+        gpu.main(["--output", str(tmp_path)])
+    assert error.value.code == 2 and "another run is writing to --output" in capsys.readouterr().err
+    with Output(tmp_path).claimed():
+        pass
+
+
+def test_of_an_archive_of_logs_that_is_cut_off_the_rest_is_kept(tmp_path):
+    for name in ("first", "second"):
+        ran(tmp_path, alone(stand_in(name, f"print(os.urandom(100_000)); {GOOD}")))
+    whole = (tmp_path / "logs.tar.gz").read_bytes()
+    (tmp_path / "logs.tar.gz").write_bytes(whole[: len(whole) * 3 // 4])
+    assert [name.split("-")[-1] for name in Output(tmp_path).logs] == ["first.txt"]
+    (tmp_path / "logs.tar.gz").write_bytes(whole[:-9] + b"?" * 9)
+    assert len(Output(tmp_path).logs) >= 1
 
 
 def test_a_second_run_adds_to_the_first_and_the_folder_stays_small(tmp_path):
@@ -472,13 +571,14 @@ def test_a_case_goes_through_to_the_table_and_the_picture(tmp_path, monkeypatch,
         ([], "| bench-fgm: FGM, embeddings, 4 x 16 x 64 | uegr_kernels |"),
         ([alone(odd)], "odd passed (its answer is not"),
     ):
-        folder = tmp_path / f"{len(odds)} odd"
+        monkeypatch.chdir(tmp_path)
+        folder = pathlib.Path(f"{len(odds)} odd")  # of where the user stands
         assert gpu.main(["--output", str(folder)]) == 0
         out = capsys.readouterr().out
         assert out.startswith("A copy moves 4,300 GB/s") and re.search(r"bench-fgm passed [\d.]+ s [\d.,]+ us, \d+% of a copy, ", out)
         assert printed in out
         assert len((folder / "gpu.md").read_text().splitlines()) <= 102
-        assert (folder / "gpu.png").exists() == bool(importlib.util.find_spec("matplotlib")) or odds
+        assert (folder / "gpu.png").exists() == bool(importlib.util.find_spec("matplotlib"))
 
 
 def test_a_stage_left_out_leaves_an_earlier_runs_figures(tmp_path):
@@ -565,6 +665,14 @@ sys.exit(pytest.main(sys.argv[1:]))
     assert f"[{backend}" in done.stdout and {"cuda": "[triton", "triton": "[cuda"}[backend] not in done.stdout
 
 
+def test_a_worker_that_crashes_in_the_last_test_has_run_it(monkeypatch):
+    """Of such a test pytest-xdist reports the failure, and no end."""
+    answered = []
+    monkeypatch.setattr(gpu_pytest, "answer", lambda said: answered.append(dict(said)))
+    gpu_pytest.Count().pytest_runtest_logreport(pytest.TestReport("test", ("", None, ""), {}, "failed", "crashed", "???"))
+    assert answered[-1]["failed"] == ["test"]
+
+
 def test_tests_that_are_skipped_or_left_out_are_missed(tmp_path):
     """The plugin counts what ran; what was excused counts too."""
     (tmp_path / "conftest.py").write_text(
@@ -598,13 +706,31 @@ def test_tests_that_are_skipped_or_left_out_are_missed(tmp_path):
 
 @pytest.mark.parametrize("case", gpu_stages.CASES)
 def test_a_case_runs_on_the_cpu_at_a_small_size(monkeypatch, capsys, case):
-    monkeypatch.setattr(machine, "launches", lambda *_: pytest.fail("the profiler starts too slowly for a case of twelve seconds"))
-    answered = []
-    monkeypatch.setattr(gpu_stages, "answer", answered.append)
+    for module, slow in ((machine, "launches"), (torch, "compile")):
+        monkeypatch.setattr(module, slow, lambda *_, slow=slow, **__: pytest.fail(f"{slow} begins too slowly for a case of twelve seconds"))
+    answered = {}
+    monkeypatch.setattr(gpu_stages, "answer", answered.update)
     assert gpu_stages.main([case, "--device", "cpu", "--small", "--seconds", "0"]) == 0
-    assert answered[0]["backend"] in ("auto", "cpp", "triton", "reference")
+    assert answered["backend"] in ("auto", "cpp", "triton", "reference")
     if case.startswith("bench"):
-        assert answered[0]["contestants"][0]["samples"] >= 2 and json.dumps(answered[0], allow_nan=False)
+        assert answered["contestants"][0]["samples"] >= 2 and json.dumps(answered, allow_nan=False)
+
+
+def test_the_probe_knows_triton_by_any_name_and_waits_for_no_driver(monkeypatch):
+    def version(name):
+        if name != "pytorch-triton-rocm":
+            raise importlib.metadata.PackageNotFoundError
+        return "3.6.0"
+
+    monkeypatch.setattr(gpu_stages.importlib.metadata, "version", version)
+    assert gpu_stages.triton_version() == "3.6.0"
+
+    def hangs(*_, timeout, **__):
+        raise subprocess.TimeoutExpired("nvidia-smi", timeout)
+
+    monkeypatch.setattr(gpu_stages.shutil, "which", lambda name: name)
+    monkeypatch.setattr(gpu_stages.subprocess, "run", hangs)
+    assert gpu_stages.driver() is None
 
 
 def test_a_case_that_is_wrong_fails_and_says_so(monkeypatch, capsys):

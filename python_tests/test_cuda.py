@@ -466,7 +466,7 @@ def test_info_on_rocm_without_a_library_and_without_a_gpu(machine):
     machine(driver="0.0")
     text = program.info()
     assert "GPU           none: torch finds no GPU or no driver here" in text
-    assert re.search(r"^  cuda +not usable: no NVIDIA driver was found", text, re.MULTILINE)
+    assert re.search(r"^  cuda +not usable: no NVIDIA driver was found[^;]*; install one$", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -514,6 +514,18 @@ def test_the_probe_of_the_runtime_itself(tmp_path, monkeypatch):
     assert f"release {built}" in nvcc_version() and native.architectures() == ("8.0", "10.0+PTX")
     answers = ("cudaErrorInsufficientDriver",) if driver == "0.0" else ("cudaSuccess", "cudaErrorNoDevice", *native.NO_CODE)
     assert native.probe(0) in answers and native.probe(0) == native.probe(0)
+
+
+def test_asking_a_gpu_takes_memory_on_no_other(tmp_path):
+    if not shutil.which("c++") or sys.platform != "linux":
+        pytest.skip("needs a C++ compiler on Linux")
+    (tmp_path / "ask.cpp").write_text(
+        '#include "core/platform.h"\n#include "core/probe.cuh"\n'
+        "int main() { return uegr::probe_device(3) == cudaSuccess && devices_in_use == 1u << 3 ? 0 : 1; }\n"
+    )
+    flags = ("-std=c++17", "-pthread", "-DUSE_CUDA", "-DARCHITECTURES=8.0", "-Icsrc", "-Ipython_tests/cuda_on_host")
+    run("c++", *flags, tmp_path / "ask.cpp", "-o", tmp_path / "ask")
+    run(tmp_path / "ask")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -70,7 +70,7 @@ def _state(backend: str) -> str:
         state = f"usable on {' and '.join(usable)}"
     else:
         state = f"not usable: {reasons['cpu'] if backend == 'cpp' else next(reversed(reasons.values()))}"
-    if backend == "cuda":
+    if backend == "cuda" and usable:
         state += f"; float64 goes to {backends.choose('auto', OPERATOR, torch.device('cuda'), torch.float64)}"
     return state
 

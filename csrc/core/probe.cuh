@@ -3,23 +3,23 @@
 
 #include <atomic>
 #include <cuda_runtime.h>
+#include <thread>
 
 namespace uegr {
 
 static __global__ void nothing_kernel() {}
 
+// In a thread of its own: there the current device is nobody's (putting another one back would take memory on that one too), code may be
+// loaded while the caller captures a graph, and an error is not blamed on the next call.
 static cudaError_t ask_device(int device) {
-    int before = 0;
-    if (const cudaError_t error = cudaGetDevice(&before); error != cudaSuccess) return cudaGetLastError(), error;
-    // Code is loaded, which a graph's capture would forbid.
-    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-    cudaThreadExchangeStreamCaptureMode(&mode);
-    cudaError_t error = cudaSetDevice(device);
-    cudaFuncAttributes attributes;
-    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, nothing_kernel);
-    cudaSetDevice(before);
-    cudaThreadExchangeStreamCaptureMode(&mode);
-    cudaGetLastError(); // else the next call would be blamed
+    cudaError_t error = cudaSuccess;
+    std::thread([&] {
+        cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+        error = cudaThreadExchangeStreamCaptureMode(&mode);
+        if (error == cudaSuccess) error = cudaSetDevice(device);
+        cudaFuncAttributes attributes;
+        if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, nothing_kernel);
+    }).join();
     return error;
 }
 

@@ -121,12 +121,11 @@ template <bool rescale, class T> HOST_DEVICE T drawn_factor(T g, T inverse, uint
     return finite(g) ? drawn : T(1);
 }
 
-// theta on its way to `stepped`: factor b/p of it, and not at all where b is 0, whatever `stepped` is. Where there is no way, as between
-// infinities, `stepped` itself.
+// theta on its way to `stepped`: factor b/p of it, and not at all where b is 0, whatever `stepped` is; between equal infinities there is
+// no way to go.
 template <class T> HOST_DEVICE T moved(T theta, T stepped, T factor) {
-    T there = theta + factor * (stepped - theta);
-    there = there != there ? stepped : there;
-    return factor == 0 ? theta : there;
+    const bool stays = (factor == 0) | (stepped == theta);
+    return stays ? theta : theta + factor * (stepped - theta);
 }
 
 // The scalars of one tensor's AdamW line.

@@ -67,6 +67,8 @@ def accuracy_under_attack(
     if attack not in ("fgm", "pgd"):
         raise ValueError(f"attack={attack!r} is not one of its values; use 'fgm' or 'pgd'")
     steps, restarts = checks.integer("steps", steps, 1), checks.integer("restarts", restarts, 1)
+    if not isinstance(epsilons, Iterable):
+        raise TypeError(f"epsilons={epsilons!r} is a {type(epsilons).__name__}; give a list of radii")
     radii = [0.0, *(checks.number("epsilon", epsilon, 0) for epsilon in epsilons)]
     fgm_perturbation(torch.zeros(1, 2, device="cpu"), 0.0, norm=norm, backend="reference")  # raises for a wrong norm
     outcomes: list[list[bool]] = [[] for _ in radii]

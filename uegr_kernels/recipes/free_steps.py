@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..passes import check_count
+from ..passes import check_count, synchronisers, synchronises
 from .attack import Start, climb, in_a_cube
 from .recipe import PassRecipe, check_choice, check_flag, check_number
 
@@ -73,7 +73,8 @@ class FreeAT(PassRecipe):
     """Free adversarial training: every repeat of a batch both moves delta and updates the weights (METHODS 1, FreeAT).
 
     optimizer   needed: `backward` steps it in every repeat, with unscaled gradients, and leaves no gradient (.grad is None); an
-                optimizer.step() after it finds nothing to do. Under GradScaler do not call scaler.step for it
+                optimizer.step() after it finds nothing to do. Under GradScaler do not call scaler.step for it. RuntimeError inside
+                a wrapper's no_sync, where the ranks would step apart
     epsilon     radius of the ball; None: 0.1, or 4/255 with embedding=None
     steps       m, the repeats of a batch; None: 3, or 4 with embedding=None. Divide the epochs by it to keep the compute
     step_size   None: epsilon;  norm  "l2" or "linf"; None: "l2", or "linf" with embedding=None
@@ -117,6 +118,8 @@ class FreeAT(PassRecipe):
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         optimizer, mask, losses = self._stepped(), self._batch.mask, []
+        if synchronisers(self.model) and not synchronises(self.model):
+            raise RuntimeError("free_at steps in every repeat, and inside no_sync each rank would step alone; call it outside")
         delta: Any = self._start(mask, len(labels))
         for _ in range(self.steps):
             loss, walk = self._descend(labels, scale, delta, watched=True, last=True)

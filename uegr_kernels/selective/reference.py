@@ -241,7 +241,7 @@ def step_(
         line(theta, g, *working, **options, **({"step": step} if line is adamw_line else {}))
         if before is not None:
             moved = torch.lerp(before, theta.clone(), factor)
-            # Where there is no way to `theta`, as between infinities, `theta` itself.
+            # An infinite difference, or none between infinities, leaves `theta` as it is.
             theta.copy_(torch.where(b, torch.where(moved.isnan(), theta, moved), before))
         if theta is not param:
             param.copy_(theta)

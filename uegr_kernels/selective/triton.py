@@ -185,10 +185,10 @@ def round_stochastically(x, low16):
 def moved(theta, stepped, factor):
     """theta on its way to `stepped`: factor b/p of it, and not at all where b is 0, whatever `stepped` is.
 
-    Where there is no way, as between infinities, `stepped` itself.
+    Between equal infinities there is no way to go.
     """
-    there = theta + factor * (stepped - theta)
-    return tl.where(factor == 0, theta, tl.where(there == there, there, stepped))
+    stays = (factor == 0) | (stepped == theta)
+    return tl.where(stays, theta, theta + factor * (stepped - theta))
 
 
 @triton.jit
