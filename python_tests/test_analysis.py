@@ -528,6 +528,12 @@ def test_conflict_by_hand(tmp_path):
 
 NOT_NUMBERS = (None, "1", True, 1j, np.bool_(True), torch.tensor(1))
 TEXTS, WORDS, LABELS = torch.nn.Embedding(9, 4), torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, dtype=torch.long)
+
+
+def squares(model):
+    return model.weight.square().sum()
+
+
 NUMBERS = {  # name: a call, its integers, its other numbers
     "attack": (
         lambda **o: uk.analysis.accuracy_under_attack(
@@ -541,17 +547,9 @@ NUMBERS = {  # name: a call, its integers, its other numbers
         ["steps", "restarts", "seed"],
         ["epsilon"],
     ),
-    "eigenvalue": (
-        lambda **o: uk.analysis.largest_eigenvalue(torch.nn.Linear(2, 1), lambda m: m.weight.square().sum(), **o),
-        ["iterations", "seed"],
-        ["tolerance"],
-    ),
-    "trace": (
-        lambda **o: uk.analysis.hessian_trace(torch.nn.Linear(2, 1), lambda m: m.weight.square().sum(), **o),
-        ["samples", "seed"],
-        [],
-    ),
-    "plane": (lambda **o: uk.analysis.loss_plane(torch.nn.Linear(2, 1), lambda m: m.weight.sum(), **o), ["seed", "points"], ["span"]),
+    "eigenvalue": (lambda **o: uk.analysis.largest_eigenvalue(torch.nn.Linear(2, 1), squares, **o), ["iterations", "seed"], ["tolerance"]),
+    "trace": (lambda **o: uk.analysis.hessian_trace(torch.nn.Linear(2, 1), squares, **o), ["samples", "seed"], []),
+    "plane": (lambda **o: uk.analysis.loss_plane(torch.nn.Linear(2, 1), squares, **o), ["seed", "points"], ["span"]),
     "covariance": (
         lambda **o: uk.analysis.sgd_covariance(torch.eye(2), torch.eye(2), o.pop("lr", 0.1), **o),
         [],
@@ -577,4 +575,4 @@ def test_numbers_are_taken_by_one_rule(name):
 
 def test_curvature_needs_a_trainable_parameter():
     with pytest.raises(ValueError, match="no trainable parameter"):
-        uk.analysis.largest_eigenvalue(torch.nn.Linear(2, 1).requires_grad_(False), lambda m: m.weight.sum())
+        uk.analysis.largest_eigenvalue(torch.nn.Linear(2, 1).requires_grad_(False), squares)

@@ -4,7 +4,9 @@ import collections
 import contextlib
 import copy
 import datetime
+import fractions
 import gzip
+import inspect
 import math
 import pathlib
 import pickle
@@ -2403,3 +2405,31 @@ def test_the_models_here_train_with_lent_dropout(kind):
         assert losses["loss"].isfinite()
     states = recipe.state_dict()["adaptive_dropout"]
     assert "dropout" in states and all(each[0].any() and not each[2].any() for each in states.values())
+
+
+NUMBERS = [
+    (name, option)
+    for name in uk.recipes.NAMES
+    for option, parameter in inspect.signature(getattr(uk.recipes, name)).parameters.items()
+    if type(parameter.default) is float
+]
+
+
+@pytest.mark.parametrize("name, option", NUMBERS, ids=lambda value: value)
+def test_numbers_are_taken_by_one_rule(name, option):
+    """A fraction works as the same float does: what a recipe keeps is a number of Python's."""
+    losses = []
+    for value in (0.5, fractions.Fraction(1, 2), numpy.float32(0.5)):
+        torch.manual_seed(0)
+        embedding = nn.Embedding(9, 4)
+        model = nn.Sequential(embedding, nn.Flatten(), nn.Linear(8, 3))
+        recipe = getattr(uk.recipes, name)(model, embedding, torch.optim.SGD(model.parameters(), lr=0.1), **{option: value})
+        losses.append(recipe.backward(torch.tensor([[1, 2], [3, 4]]), torch.tensor([0, 1])))
+        recipe.before_step()
+        recipe.after_step()
+        recipe.close()
+    for loss in losses[1:]:
+        torch.testing.assert_close(loss, losses[0], equal_nan=True)
+    for bad in ("1", True, 1j, torch.tensor(0.5)):
+        with pytest.raises(TypeError, match=f"{option}="):
+            getattr(uk.recipes, name)(model, embedding, torch.optim.SGD(model.parameters(), lr=0.1), **{option: bad})

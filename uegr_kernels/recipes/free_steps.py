@@ -38,9 +38,9 @@ class FreeLB(PassRecipe):
         **options: Any,
     ) -> None:
         check_count("steps", steps)
-        check_number("adv_lr", adv_lr, 0)
-        check_number("init_mag", init_mag, 0)
-        check_number("max_norm", max_norm, -float("inf"))
+        adv_lr = check_number("adv_lr", adv_lr, 0)
+        init_mag = check_number("init_mag", init_mag, 0)
+        max_norm = check_number("max_norm", max_norm, -float("inf"))
         check_choice("norm", norm, ("l2", "max", "linf"))
         check_flag("same_draw", same_draw)
         self.steps, self.adv_lr, self.init_mag, self.max_norm, self.norm, self.same_draw = (
@@ -110,7 +110,7 @@ class FreeAT(PassRecipe):
         self.persistent = image if persistent is None else persistent
         self.delta: Tensor | None = None
         for name in ("epsilon", "step_size", "init_mag"):
-            check_number(name, getattr(self, name), 0)
+            setattr(self, name, check_number(name, getattr(self, name), 0))
         check_count("steps", self.steps)
         check_choice("norm", self.norm, ("l2", "linf"))
         check_flag("persistent", self.persistent)

@@ -78,9 +78,10 @@ class ARAT(AttackRecipe):
         same_draw: bool = False,
         **options: Any,
     ) -> None:
-        check_number("invariance_weight", invariance_weight, 0)
-        for name, value in (("clean_weight", clean_weight), ("adversarial_weight", adversarial_weight)):
-            check_number(name, 0.0 if value is None else value, 0)
+        invariance_weight = check_number("invariance_weight", invariance_weight, 0)
+        epsilon = check_number("epsilon", epsilon, 0)
+        given = (("clean_weight", clean_weight), ("adversarial_weight", adversarial_weight))
+        clean_weight, adversarial_weight = (None if value is None else check_number(name, value, 0) for name, value in given)
         flags = {"predictor": predictor, "stop_gradient": stop_gradient, "split": split, "split_layer_norm": split_layer_norm}
         flags["random_start"] = random_start
         for name, value in flags.items():
@@ -105,7 +106,7 @@ class ARAT(AttackRecipe):
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
         kind: dict[str, Any] = dict(device=device_of(model), dtype=dtype)
         self.predictors = nn.ModuleList(_predictor(width) for width in widths if predictor).to(**kind)
-        kinds = (BatchNorm,) * split + (nn.LayerNorm,) * split_layer_norm
+        kinds = (BatchNorm,) * bool(split) + (nn.LayerNorm,) * bool(split_layer_norm)
         self._split = [module for module in model.modules() if isinstance(module, kinds)]
         self.clean_branch = nn.ModuleList(copy.deepcopy(module) for module in self._split)
         self._hooks = [layer.register_forward_hook(functools.partial(self._features.keep, i)) for i, layer in enumerate(self._layers)]
