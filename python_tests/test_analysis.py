@@ -224,8 +224,15 @@ def test_batches_that_cannot_be_attacked():
             uk.analysis.accuracy_under_attack(model, model[0], data)
     with pytest.raises(ValueError, match="batches holds none"):
         uk.analysis.cka(model, model, [(ids[:0], None)])
-    with pytest.raises(ValueError, match="norm='l3'"):
-        uk.analysis.accuracy_under_attack(model, model[0], [(ids, labels)], norm="l3")
+    for options, error, text in (
+        ({"norm": "l3"}, ValueError, "norm='l3'"),
+        ({"steps": 0}, ValueError, "steps=0"),
+        ({"steps": 2.5}, TypeError, "steps=2.5"),
+        ({"restarts": "2"}, TypeError, "restarts='2'"),
+        ({"epsilons": 0.1}, TypeError, "epsilons=0.1"),
+    ):
+        with pytest.raises(error, match=text):
+            uk.analysis.accuracy_under_attack(model, model[0], [(ids, labels)], **options)
     assert not model[0]._forward_hooks
 
 
@@ -517,3 +524,55 @@ def test_conflict_by_hand(tmp_path):
     with pytest.raises(ValueError, match="2 gradients for 1 trainable parameters"):
         uk.analysis.gradient_conflict(model, [y, y], [y])
     assert uk.analysis.plot_gradient_conflict({"both": [found, same]}, tmp_path / "conflict.png").read_bytes()[:4] == b"\x89PNG"
+
+
+NOT_NUMBERS = (None, "1", True, 1j, np.bool_(True), torch.tensor(1))
+TEXTS, WORDS, LABELS = torch.nn.Embedding(9, 4), torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, dtype=torch.long)
+
+
+def squares(model):
+    return model.weight.square().sum()
+
+
+NUMBERS = {  # name: a call, its integers, its other numbers
+    "attack": (
+        lambda **o: uk.analysis.accuracy_under_attack(
+            torch.nn.Sequential(TEXTS, torch.nn.Flatten(), torch.nn.Linear(12, 2)),
+            TEXTS,
+            [(WORDS, LABELS)],
+            [o.pop("epsilon", 0.1)],
+            "pgd",
+            **o,
+        ),
+        ["steps", "restarts", "seed"],
+        ["epsilon"],
+    ),
+    "eigenvalue": (lambda **o: uk.analysis.largest_eigenvalue(torch.nn.Linear(2, 1), squares, **o), ["iterations", "seed"], ["tolerance"]),
+    "trace": (lambda **o: uk.analysis.hessian_trace(torch.nn.Linear(2, 1), squares, **o), ["samples", "seed"], []),
+    "plane": (lambda **o: uk.analysis.loss_plane(torch.nn.Linear(2, 1), squares, **o), ["seed", "points"], ["span"]),
+    "covariance": (
+        lambda **o: uk.analysis.sgd_covariance(torch.eye(2), torch.eye(2), o.pop("lr", 0.1), **o),
+        [],
+        ["lr", "momentum", "keep_probability"],
+    ),
+    "calibration": (lambda **o: uk.analysis.calibration_error(torch.eye(2), LABELS, **o), ["bins"], []),
+    "corrupted": (lambda **o: uk.analysis.corrupted(["ab"], **o), ["seed"], ["rate"]),
+}
+
+
+@pytest.mark.filterwarnings("error:overflow")
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_are_taken_by_one_rule(name):
+    call, integers, others = NUMBERS[name]
+    for option, good in [*((each, np.int64(2)) for each in integers), *((each, np.float32(0.5)) for each in others)]:
+        call(**{option: good})
+        for bad in NOT_NUMBERS:
+            with pytest.raises(TypeError, match=f"^{option}="):
+                call(**{option: bad})
+        with pytest.raises(TypeError if option in integers else ValueError, match=f"^{option}="):
+            call(**{option: float("nan")})
+
+
+def test_curvature_needs_a_trainable_parameter():
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        uk.analysis.largest_eigenvalue(torch.nn.Linear(2, 1).requires_grad_(False), squares)

@@ -3,6 +3,7 @@
 import copy
 import functools
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -240,6 +241,26 @@ def test_wrong_values(value, error):
     with pytest.raises(error, match=f"batch_axis={value!r}"):
         uk.analysis.accuracy_under_attack(model, model.embedding, [batch(4, 6, False, "batch")], batch_axis=value)
     assert not model.embedding._forward_hooks
+
+
+@pytest.mark.parametrize("axis", [numpy.int64(1), numpy.int8(1)], ids=repr)
+def test_numpys_integers(axis):
+    model = reader("turned")
+    losses = [uk.recipes.at(model, model.embedding, batch_axis=value).backward(*batch(5, 5, True, "turned")) for value in (axis, 1)]
+    assert losses[0] == losses[1]
+    assert "batch_axis=1," in repr(uk.BiStage(model, model.embedding, batch_axis=axis))
+
+
+@pytest.mark.parametrize("order", ["time", "turned"])
+def test_one_text_of_one_word(order):
+    """It lies both ways."""
+    results = []
+    for kind in ("batch", order):
+        model = reader(kind)
+        axis = {} if kind == "batch" else {"batch_axis": 1}
+        uk.BiStage(model, model.embedding, js_weight=1.0, **axis).backward(*batch(1, 1, True, kind))
+        results.append(gradients(model))
+    assert_alike(*results)
 
 
 def test_a_mask_that_does_not_fit_the_words():

@@ -652,7 +652,8 @@ def process_group(tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"passes_at_once": 1}, {"dropout": (0.2, 0.4)}], ids=["batch", "one by one", "rates"])
 @pytest.mark.parametrize("form", ["backward", "loss"])
-def test_under_ddp(process_group, options, form):
+@pytest.mark.parametrize("inside", [False, True], ids=["outermost", "inside"])
+def test_under_ddp(process_group, options, form, inside):
     plain = Small(dropout=0.2).double()
     inner = copy.deepcopy(plain)
     reductions = []
@@ -665,7 +666,7 @@ def test_under_ddp(process_group, options, form):
 
     model = nn.parallel.DistributedDataParallel(inner)
     model.register_comm_hook(None, note)
-    stages = [BiStage(plain, plain.embedding, **options), BiStage(model, inner.embedding, **options)]
+    stages = [BiStage(plain, plain.embedding, **options), BiStage(nn.Sequential(model) if inside else model, inner.embedding, **options)]
 
     def run(stage):
         return stage.backward(*batch()) if form == "backward" else stage.loss(*batch()).backward()
@@ -695,7 +696,7 @@ def test_a_static_graph_is_refused(process_group):
 # Errors
 
 
-@pytest.mark.parametrize("kind", ["tensor", "list"])
+@pytest.mark.parametrize("kind", ["tensor", "list", "list, in any order"])
 def test_texts_packed_by_their_lengths(kind):
     """Copies of a batch are not sorted by length; the error says what is."""
 
@@ -705,7 +706,7 @@ def test_texts_packed_by_their_lengths(kind):
             self.reader = nn.LSTM(6, 8, batch_first=True)
 
         def forward(self, ids, lengths):
-            packed = nn.utils.rnn.pack_padded_sequence(self.embedding(ids), lengths, batch_first=True)
+            packed = nn.utils.rnn.pack_padded_sequence(self.embedding(ids), lengths, batch_first=True, enforce_sorted="any" not in kind)
             return self.output(self.reader(packed)[1][0][0])
 
     model = Packed().double()
@@ -713,10 +714,33 @@ def test_texts_packed_by_their_lengths(kind):
     lengths = [9, 7, 6, 2, 1]
     inputs = ids, torch.tensor(lengths) if kind == "tensor" else lengths
     for run in (BiStage(model, model.embedding).backward, BiStage(model, model.embedding).loss):
-        with pytest.raises(RuntimeError, match="(?s)lengths.*passes_at_once=1"):
+        # In any order torch packs as many texts as there are lengths, without a word.
+        error, text = (ValueError, "rows of logits for 2 x 5") if "any" in kind else (RuntimeError, "lengths")
+        with pytest.raises(error, match=f"(?s){text}.*passes_at_once=1"):
             run(inputs, labels)
     found = BiStage(model, model.embedding, passes_at_once=1).backward(inputs, labels).loss
     torch.testing.assert_close(found, recipes.at(model, model.embedding).backward(inputs, labels)["loss"])
+
+
+def test_bags_of_words_that_begin_at_offsets():
+    """Copies of the offsets are no offsets of copies."""
+
+    class Bags(Small):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.EmbeddingBag(WORDS, 6)
+
+        def forward(self, ids, offsets=None):
+            return self.output(self.hidden(self.embedding(ids, offsets)))
+
+    model = Bags().double()
+    ids, labels = batch()
+    bags = ids.flatten(), torch.arange(0, N * T, T)
+    expected = BiStage(model, model.embedding).backward(ids, labels).loss
+    torch.testing.assert_close(BiStage(model, model.embedding, passes_at_once=1).backward(bags, labels).loss, expected)
+    for run in (BiStage(model, model.embedding).backward, BiStage(model, model.embedding).loss):
+        with pytest.raises(ValueError, match="(?s)offsets.*passes_at_once=1"):
+            run(bags, labels)
 
 
 def test_an_encoder_decoder_is_told_which_embedding():
@@ -797,6 +821,9 @@ def test_logits_and_labels_that_do_not_fit():
         ({"dropout": (0.3, 1.5)}, ValueError, r"in \[0, 1\]"),
         ({"input_range": (0.0, 1.0)}, ValueError, "embedding=None"),
         ({"embedding": None, "input_range": (1.0, 0.0)}, ValueError, "low < high"),
+        ({"embedding": None, "input_range": 1.0}, ValueError, r"input_range=1.0; pass \(low, high\)"),
+        ({"embedding": None, "input_range": ("0", "1")}, ValueError, "input_range=.*low < high"),
+        ({"dropout": [0.1, "0.2"]}, ValueError, "dropout=.*one rate in"),
         ({"embedding": nn.Embedding(2, 2)}, ValueError, "not a module of model"),
         ({"model": len}, TypeError, "nn.Module"),
         ({"backend": "fast"}, ValueError, "backend='fast'"),
@@ -817,6 +844,9 @@ def test_wrong_calls():
     stage = BiStage(model, model.embedding)
     for scale, text in ((0.0, "scale=0.0"), (-1.0, "scale=-1.0"), (float("nan"), "scale=nan"), (torch.ones(2), "0-d")):
         with pytest.raises(ValueError, match=text):
+            stage.backward(inputs, labels, scale=scale)
+    for scale in ("2", None, True):
+        with pytest.raises(TypeError, match=f"scale={scale!r}"):
             stage.backward(inputs, labels, scale=scale)
     for run in (stage.backward, stage.loss):
         with torch.no_grad(), pytest.raises(RuntimeError, match="gradients are disabled"):

@@ -545,6 +545,17 @@ def test_vmap_is_refused(backend):
         torch.func.vmap(lambda a: linear_pairwise_js(a, clean[0], backend=backend))(adversarial)
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_gradients_of_a_batch_of_gradients_are_theirs_one_by_one(backend, reduction):
+    clean, passes = torch.randn(3, 4, requires_grad=True), torch.randn(2, 3, 4, requires_grad=True)
+    loss = uegr_loss(clean, passes, torch.tensor([0, 1, 2]), reduction=reduction, backend=backend)
+    by_loss = torch.tensor([[1.0, 0.0, 0.5], [0.0, 2.0, 0.0]]) if reduction == "none" else torch.tensor([1.0, 2.0])
+    batched = torch.autograd.grad(loss, (clean, passes), by_loss, is_grads_batched=True, retain_graph=True)
+    for i, one in enumerate(by_loss):
+        for found, right in zip(batched, torch.autograd.grad(loss, (clean, passes), one, retain_graph=True), strict=True):
+            torch.testing.assert_close(found[i], right)
+
+
 def losses_of_one_tensor(backend, inplace_backward=False, reduction="mean"):
     """Each loss as a function of its adversarial logits or hidden states [3, 5, 7], and the same by PyTorch's functions."""
     clean, _, labels = batch(requires_grad=False)
@@ -644,6 +655,7 @@ def test_torch_func_reaches_every_tensor_but_labels(backend):
         torch.func.grad(lambda x, loss=loss: loss(x.detach()) + x.sum())(soft)
 
 
+@pytest.mark.filterwarnings("error")  # NumPy warns where a comparison overflows its narrow types
 def test_numpys_numbers_and_flags_are_taken(backend):
     clean, adversarial, labels = batch(requires_grad=False)
     plain = {"js_weight": 0.5, "label_smoothing": 0.25, "ignore_index": -100, "return_parts": True, "inplace_backward": False}

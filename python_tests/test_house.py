@@ -212,12 +212,12 @@ def bistage_imports(path, text):
 
 
 @rule(
-    "`recipes`, `analysis` and `integrations` use public names, as a user would; `recipes` use `core.checks` too",
+    "`recipes`, `analysis` and `integrations` use public names, as a user would; `recipes` and `analysis` use `core.checks` too",
     f"{PACKAGE}/(recipes|analysis|integrations)/.*",
     bad=[
         "uegr_kernels/recipes/weight_ascent.py | from ..core import philox",
         "uegr_kernels/analysis/cka.py | from ..selective.op import SCHEMAS",
-        "uegr_kernels/analysis/cka.py | from ..core import checks",
+        "uegr_kernels/integrations/transformers.py | from ..core import checks",
     ],
     good=[
         "uegr_kernels/recipes/weight_ascent.py | from .. import perturbed_weights\nfrom ..bistage import BiStage",
@@ -228,7 +228,7 @@ def recipes_import(path, text):
     allowed = ("public", "bistage", "recipes", "analysis", "integrations")
 
     def may(entry: Import) -> bool:
-        checks = path.parent.name == "recipes" and entry.module.startswith(f"{PACKAGE}.core.checks")
+        checks = path.parent.name in ("recipes", "analysis") and entry.module.startswith(f"{PACKAGE}.core.checks")
         return not entry.ours or entry.layer in allowed or checks
 
     return unless(may, path, text)

@@ -409,6 +409,7 @@ def test_derivatives_of_constants_are_refused(backend, name):
     torch.testing.assert_close(torch.func.jvp(lambda x: (x * run(x.detach())).sum(), (g,), (tangent,))[1], expected.sum())
 
 
+@pytest.mark.filterwarnings("error")  # NumPy warns where a comparison overflows its narrow types
 def test_numpys_numbers_are_taken(backend):
     g = gradient(2, 3, 4)
     plain = {"epsilon": 0.5, "keep_probability": 0.25, "seed": 3, "step": 2}

@@ -43,7 +43,8 @@ SIGNATURES = {
     "AdaptiveDropout": "(num_features=None, p=0.3, *, max_p=0.9, momentum=0.9, backend='auto')",
     "BiStage": (
         "(model, embedding, *, epsilon=0.1, passes=2, js_weight=0.01, norm='l2', per='sample', label_smoothing=0.0, ignore_index=-100, "
-        "task='classification', passes_at_once=None, dropout=None, input_range=None, backend='auto')"
+        "task='classification', passes_at_once=None, dropout=None, input_range=None, "
+        "batch_axis=None, relative=False, backend='auto')"
     ),
     "BiStage.backward": "(self, inputs, labels, *, scale=1.0)",
     "BiStage.loss": "(self, inputs, labels)",
@@ -270,7 +271,7 @@ def test_representations_show_the_selection():
     embedding = torch.nn.Embedding(3, 4)
     stage = uk.BiStage(torch.nn.Sequential(embedding, torch.nn.Flatten()), embedding, passes=3, dropout=[0.1, 0.2, 0.3])
     assert repr(stage).startswith("BiStage(Sequential, Embedding, epsilon=0.1, norm='l2', per='sample', backend='auto', js_weight=0.01, ")
-    assert "passes=3, passes_at_once=3, dropout=[0.1, 0.2, 0.3], input_range=None)" in repr(stage)
+    assert "passes=3, passes_at_once=3, dropout=[0.1, 0.2, 0.3], input_range=None, batch_axis=None, relative=False)" in repr(stage)
     stage.close()
     assert repr(stage).endswith(", closed)")
 

@@ -1,9 +1,12 @@
 """Every recipe against the numbered steps of its method spelt out with torch's own functions, and what all of them promise."""
 
+import collections
 import contextlib
 import copy
 import datetime
+import fractions
 import gzip
+import inspect
 import math
 import pathlib
 import pickle
@@ -16,6 +19,7 @@ import pytest
 import scipy.stats
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
@@ -1825,14 +1829,26 @@ def one_rank(rank, path):
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=patience)
     try:
         for name in recipes.NAMES:
-            one_recipe(name, rank)
+            for inside in (False, True):
+                one_recipe(name, rank, inside)
     finally:
         torch.distributed.destroy_process_group()
 
 
-def one_recipe(name, rank):
-    """Under DDP beside the same recipe on a plain model whose gradients are averaged by hand."""
-    given = {"arat": {"steps": 2}, "awp": {"epsilon": 0.5, "steps": 1}, "drop_attack_k": {"weights": "lstm.*", "steps": 2}}
+class Wrapper(nn.Module):
+    """Somebody's module around the model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inside = model
+
+    def forward(self, *args, **kwargs):
+        return self.inside(*args, **kwargs)
+
+
+def one_recipe(name, rank, inside):
+    """Under DDP, or with DDP inside another module, beside the same recipe on a plain model whose gradients are averaged by hand."""
+    given = {"arat": {"steps": 2}, "awp": {"epsilon": 0.5, "steps": 1}, "drop_attack_k": {"weights": "*lstm.*", "steps": 2}}
     options = given.get(name, {})
     plain = small()
     wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(plain))
@@ -1847,7 +1863,7 @@ def one_recipe(name, rank):
     torch.manual_seed(0)
     of_plain = build(name, plain, sgd(plain), **options)
     torch.manual_seed(rank)  # what the recipe draws when it is built must not part the ranks
-    recipe = getattr(recipes, name)(wrapped, inner.embedding, optimizer, **options)
+    recipe = getattr(recipes, name)(Wrapper(wrapped) if inside else wrapped, inner.embedding, optimizer, **options)
     for step in range(2):
         data = batch(2 * step + rank)
         optimizer.zero_grad()
@@ -1963,6 +1979,7 @@ def test_wrong_options(name):
         ("at", {"norm": "l3"}, ValueError, "norm='l3'"),
         ("at", {"clean_weight": "one"}, TypeError, "clean_weight='one'"),
         ("at", {"dropout": 1.5}, ValueError, "dropout=1.5"),
+        ("at", {"relative": 1}, TypeError, "relative=1"),
         ("pgd", {"steps": 0}, ValueError, "steps=0"),
         ("pgd", {"step_size": -1.0}, ValueError, "step_size=-1.0"),
         ("pgd", {"random_start": 1}, TypeError, "random_start=1"),
@@ -2151,6 +2168,19 @@ class Through(nn.Module):
         return self.module(*args, **kwargs)
 
 
+def test_names_are_the_plain_models_whatever_wraps_its_parts():
+    def wrapped():
+        plain = small()
+        plain.layer_norm, plain.dropout = checkpoint_wrapper(plain.layer_norm), torch.compile(checkpoint_wrapper(plain.dropout))
+        return nn.Sequential(torch.compile(plain)), plain
+
+    outer, model = wrapped()
+    recipe = recipes.uegr(outer, model.embedding, seed=0)
+    assert list(recipe.adaptive_dropout) == ["0.dropout"]
+    outer, model = wrapped()
+    recipes.child_tuning_d(outer, model.embedding, names="0.layer_norm.weight")
+
+
 def test_lent_dropout_remembers_that_it_turned_plain():
     class Attending(Small):
         """Drops its attention's probabilities, [N, T, T]."""
@@ -2235,14 +2265,19 @@ def test_a_dropout_that_does_something_else_stays():
             return x
 
     class Named(nn.Dropout):
-        pass
+        def set_rate(self, p):
+            self.p = p
 
     model = small()
     model.dropout, model.other = Named(0.2), Own(0.2)
     recipe = build("uegr", model)
     assert isinstance(model.dropout, uk.AdaptiveDropout) and type(model.other) is Own
+    model.dropout.set_rate(0.4)
+    recipe.backward(*batch())
+    assert recipe.state_dict()["adaptive_dropout"]["dropout"].shape == (3, 6)
+    assert type(copy.deepcopy(model).dropout) is Named
     recipe.close()
-    assert type(model.dropout) is Named
+    assert type(model.dropout) is Named and model.dropout.p == 0.4
 
 
 def test_the_state_of_other_dropouts_is_refused():
@@ -2253,6 +2288,7 @@ def test_the_state_of_other_dropouts_is_refused():
         (state, "of the dropouts .*'dropout', 'shared'.*the model's are .*'dropout'"),
         ({key: value for key, value in state.items() if key != "adaptive_dropout"}, "adaptive_dropout=False; build it so"),
         (state | {"adaptive_dropout": {"dropout": torch.zeros(2)}}, r"a floating tensor \[3, F\]"),
+        (state | {"adaptive_dropout": None}, "of the dropouts None"),
     ):
         with pytest.raises(ValueError, match=message):
             recipe.load_state_dict(wrong)
@@ -2269,12 +2305,67 @@ def test_a_copy_of_the_model_in_the_midst():
     for step in range(2):
         step_of(recipe, step)
         average.update_parameters(model)
-    recipe.close()
     plain = many()
     plain.load_state_dict(average.module.state_dict())
     ids = batch()[0]["ids"]
     assert torch.equal(plain.eval()(ids), average.eval()(ids))
-    assert type(pickle.loads(pickle.dumps(model)).dropout) is nn.Dropout
+    recipe.close()
+
+
+@pytest.mark.parametrize("name", recipes.NAMES)
+def test_copies_and_pickles_in_the_midst(name, tmp_path):
+    """They have the model's own modules, which no close() would give back to them, and train on."""
+    model = small()
+    model.dropout.register_forward_hook(noted)
+    recipe = build(name, model, sgd(model))
+    step_of(recipe)
+    torch.save(model, tmp_path / "model.pt")
+    copies = [copy.deepcopy(model), copy.copy(model.dropout), pickle.loads(pickle.dumps(model))]
+    copies.append(torch.load(tmp_path / "model.pt", weights_only=False))
+    assert [type(each) for each in (copies[0].dropout, copies[1], copies[2].dropout, copies[3].dropout)] == [nn.Dropout] * 4
+    ids = batch()[0]["ids"]
+    for each in (copies[0], *copies[2:]):
+        assert each.dropout.p == 0.3 and list(each.dropout._forward_hooks.values()) == [noted]
+        assert torch.equal(each.eval()(ids), model.eval()(ids))
+        step_of(build(name, each.train(), sgd(each)))
+    step_of(recipe)
+    recipe.close()
+    assert vars(model.dropout).keys() == vars(copies[1]).keys()
+
+
+def noted(module, args, output):
+    pass
+
+
+def test_the_state_after_close_is_the_last():
+    recipe = build("uegr", model := many(), sgd(model), seed=0)
+    step_of(recipe)
+    before = recipe.state_dict()
+    for _ in range(2):
+        recipe.close()
+        after = recipe.state_dict()["adaptive_dropout"]
+        assert_equal(after, before["adaptive_dropout"], rtol=0, atol=0)
+    assert after["dropout"].any()
+    build("uegr", many(), seed=0).load_state_dict(before)
+
+
+def test_free_at_does_not_step_ranks_apart(process_group):
+    model = small()
+    recipe = recipes.free_at(wrapped := nn.parallel.DistributedDataParallel(model), model.embedding, sgd(model))
+    before = state(model)
+    with wrapped.no_sync(), pytest.raises(RuntimeError, match="no_sync"):
+        recipe.backward(*batch())
+    assert_equal(state(model), before, rtol=0, atol=0)
+    recipe.backward(*batch())
+
+
+def test_arats_state_loads_with_weights_only_whatever_the_inputs_are(tmp_path):
+    recipe = build("arat", model := small(), sgd(model), steps=1)
+    inputs, labels = batch()
+    recipe.backward(collections.UserDict(inputs), labels)
+    torch.save(recipe.state_dict(), tmp_path / "recipe.pt")
+    kept = torch.load(tmp_path / "recipe.pt", weights_only=True)["recent"]
+    assert_equal(kept[0][0], inputs, rtol=0, atol=0)
 
 
 def test_lent_dropout_compiles():
@@ -2314,3 +2405,31 @@ def test_the_models_here_train_with_lent_dropout(kind):
         assert losses["loss"].isfinite()
     states = recipe.state_dict()["adaptive_dropout"]
     assert "dropout" in states and all(each[0].any() and not each[2].any() for each in states.values())
+
+
+NUMBERS = [
+    (name, option)
+    for name in uk.recipes.NAMES
+    for option, parameter in inspect.signature(getattr(uk.recipes, name)).parameters.items()
+    if type(parameter.default) is float
+]
+
+
+@pytest.mark.parametrize("name, option", NUMBERS, ids=lambda value: value)
+def test_numbers_are_taken_by_one_rule(name, option):
+    """A fraction works as the same float does: what a recipe keeps is a number of Python's."""
+    losses = []
+    for value in (0.5, fractions.Fraction(1, 2), numpy.float32(0.5)):
+        torch.manual_seed(0)
+        embedding = nn.Embedding(9, 4)
+        model = nn.Sequential(embedding, nn.Flatten(), nn.Linear(8, 3))
+        recipe = getattr(uk.recipes, name)(model, embedding, torch.optim.SGD(model.parameters(), lr=0.1), **{option: value})
+        losses.append(recipe.backward(torch.tensor([[1, 2], [3, 4]]), torch.tensor([0, 1])))
+        recipe.before_step()
+        recipe.after_step()
+        recipe.close()
+    for loss in losses[1:]:
+        torch.testing.assert_close(loss, losses[0], equal_nan=True)
+    for bad in ("1", True, 1j, torch.tensor(0.5)):
+        with pytest.raises(TypeError, match=f"{option}="):
+            getattr(uk.recipes, name)(model, embedding, torch.optim.SGD(model.parameters(), lr=0.1), **{option: bad})

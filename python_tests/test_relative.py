@@ -1,5 +1,6 @@
 """Lengths in multiples of each sample's embeddings: one sample at a time, the absolute length that this stands for."""
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -154,6 +155,8 @@ def test_wrong_values():
         uk.BiStage(model, model.embedding, norm="linf", relative=True)
     with pytest.raises(ValueError, match="norm='linf'"):
         uk.analysis.accuracy_under_attack(model, model.embedding, [], norm="linf", relative=True)
+    for flag in (numpy.True_, numpy.False_):
+        uk.recipes.at(model, model.embedding, relative=flag).close()
     for build in (uk.BiStage, uk.recipes.at, uk.recipes.plain):
         with pytest.raises(TypeError, match="relative='much'"):
             build(model, model.embedding, relative="much")

@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import gc
 import inspect
 import io
 import pickle
+import weakref
 
 import hypothesis
 import numpy as np
@@ -2062,6 +2064,7 @@ def test_select_gradients_names_a_bad_gradient_and_changes_none(backend, make, s
     assert params[0].grad.tolist() == [1.0, 1.0, 1.0]
 
 
+@pytest.mark.filterwarnings("error")  # NumPy warns where a comparison overflows its narrow types
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 def test_numpys_numbers_are_numbers(backend, cls):
     start, gradients = problem([(9, 5)])
@@ -2313,6 +2316,12 @@ def move_state(optimizer, params):
         value.data = value.data.clone()
 
 
+def turn_the_state_where_it_lies(optimizer, params):
+    state = optimizer.state[params[5]]
+    key = next(key for key in states_of(optimizer, params[5]) if key != "step" and "saliency" not in key)
+    state[key].data = state[key].as_strided((3, 5), (1, 3))
+
+
 def forget_state(optimizer, params):
     del optimizer.state[params[3]]
 
@@ -2325,6 +2334,10 @@ def replace_parameter(optimizer, params):
 
 def move_parameter(optimizer, params):
     params[3].data = params[3].detach() * 2
+
+
+def turn_parameter_where_it_lies(optimizer, params):
+    params[5].data = params[5].detach().as_strided((3, 5), (1, 3))
 
 
 def widen_parameter(optimizer, params):
@@ -2356,7 +2369,44 @@ def add_a_group(optimizer, params):
 
 
 EVENTS = [replace_state, turn_state, replace_dict, move_state, forget_state, replace_parameter, move_parameter, widen_parameter, skip_one]
-EVENTS += [keep_statistics, take_global_scope, save_and_load, add_a_group]
+EVENTS += [keep_statistics, take_global_scope, save_and_load, add_a_group, turn_the_state_where_it_lies, turn_parameter_where_it_lies]
+
+
+@pytest.mark.parametrize("count", [3, 70])
+def test_a_parameter_that_comes_to_overlap_itself_between_steps_is_refused(native, count):
+    params = as_parameters([torch.ones(3, 3)] * count)
+    optimizer = uk.SelectiveAdamW(params, seed=1, backend=native)
+    walk(optimizer, params, [[torch.ones(3, 3)] * count] * 3)
+    params[1].data = params[1].detach().as_strided((3, 3), (1, 1))
+    before = params[0].detach().clone()
+    with pytest.raises(ValueError, match="parameter 1 overlaps itself"):
+        optimizer.step()
+    assert torch.equal(params[0], before)
+
+
+@pytest.mark.parametrize("native", ["cpp"], indirect=True)  # on a GPU nobody looks at a count
+@pytest.mark.parametrize("count", [1, 70])
+def test_counts_that_float32_cannot_number_are_refused_in_every_step(native, count):
+    params = as_parameters([torch.ones(3)] * count)
+    optimizer = uk.SelectiveAdamW(params, seed=1, backend=native)
+    walk(optimizer, params, [[torch.ones(3)] * count] * 3)
+    optimizer.state[params[0]]["step"].fill_(2**24 - 2)
+    optimizer.step()
+    before = params[0].detach().clone()
+    with pytest.raises((RuntimeError, ValueError), match="is 1.67772e.07; give the number of steps taken|is 16777215.0; give"):
+        optimizer.step()
+    assert torch.equal(params[0], before)
+
+
+def test_nothing_is_left_of_an_optimizer_that_is_gone():
+    params = as_parameters([torch.ones(4)] * 70)
+    optimizer = uk.SelectiveAdamW(params, seed=1)
+    walk(optimizer, params, [[torch.ones(4)] * 70] * 2)
+    left = [weakref.ref(value) for p in params for value in optimizer.state[p].values()]
+    left += [weakref.ref(value._base) for value in optimizer.state[params[0]].values() if value._base is not None]
+    del optimizer
+    gc.collect()
+    assert not any(each() is not None for each in left)
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)

@@ -108,6 +108,7 @@ ACCUMULATED = {"gradient_accumulation_steps": 2}
 SAME = {
     "as it is": (bert, rows(), {}),
     "regression by the configuration": (lambda: bert(num_labels=1), rows(label=lambda i: torch.tensor(i / 7)), {}),
+    "regression of integers": (lambda: bert(num_labels=1), rows(label=torch.tensor), {}),
     "regression of two": (lambda: bert(num_labels=2, problem_type="regression"), rows(label=lambda i: torch.tensor([i / 7, -i / 9])), {}),
     "labels [N, 1]": (bert, rows(label=lambda i: torch.tensor([i % 3])), {}),
     "ignored labels": (bert, rows(label=IGNORED), {}),

@@ -293,7 +293,7 @@ def test_every_kernel_is_compiled():
 @pytest.mark.parametrize("name", ["step", "previous"])
 def test_the_whole_blocks_of_a_float32_step_are_read_and_written_by_128_bits(name, target):
     walk = next(kernel for kernel in launched(name, target) if kernel.name == "walk")
-    threads = 256 if target.startswith("gfx") else 128
+    threads = 256 if target.startswith("gfx9") else 128
     each = 1024 // 4 // threads  # 128-bit accesses of a thread to a list's block
     loads, stores = walk.wide
     assert loads >= 5 * each  # parameter, moments, gradient; the gradient of what is gathered

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import passes as walks
+from .core import checks
 from .core.backends import BACKENDS
 from .divergence import uegr_loss
 from .passes import Batch, Pass, Runner
@@ -82,7 +83,7 @@ class BiStage:
         walks.check_count("passes_at_once", passes if passes_at_once is None else passes_at_once)
         if dropout is not None and (not isinstance(dropout, Sequence) or isinstance(dropout, str)):
             raise TypeError(f"dropout={dropout!r} is not a sequence; pass one rate per pass, such as {[0.3] * passes}")
-        if dropout is not None and (len(dropout) != passes or not all(0 <= rate <= 1 for rate in dropout)):
+        if dropout is not None and (len(dropout) != passes or not all(checks.is_number(rate) and 0 <= rate <= 1 for rate in dropout)):
             raise ValueError(f"dropout={dropout!r} with passes={passes}; pass one rate in [0, 1] per pass, such as {[0.3] * passes}")
         self.model, self.embedding, self.passes, self.dropout, self.input_range = model, embedding, passes, dropout, input_range
         self.passes_at_once = min(passes_at_once or passes, passes)
@@ -118,7 +119,7 @@ class BiStage:
             delta = self._delta(walk)
         groups = self._groups()
         # A wrapper that synchronises allows for one backward after each forward, not for several forwards first.
-        again = self.passes_at_once < self.passes or (len(groups) > 1 and walks.can_synchronise(self.model))
+        again = self.passes_at_once < self.passes or (len(groups) > 1 and bool(walks.synchronisers(self.model)))
         calls: list[Any] = []  # logits and the slot's content of each
         states = []
         for group in groups:

@@ -1,8 +1,7 @@
 """How a model is called, by BiStage and by the recipes: inputs, logits, the hook on the embedding, and what is held while a pass runs."""
 
 import contextlib
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -180,14 +179,15 @@ class Runner:
             raise ValueError("embedding is not a module of model; pass the one the model calls, such as model.embedding, or None")
         if input_range is not None and embedding is not None:
             raise ValueError(f"input_range={input_range!r} clamps the input itself; leave it out, or pass embedding=None")
-        if input_range is not None and not (len(input_range) == 2 and input_range[0] < input_range[1]):
-            raise ValueError(f"input_range={input_range!r}; pass (low, high) with low < high")
-        if batch_axis is not None and (isinstance(batch_axis, bool) or not isinstance(batch_axis, int)):
-            raise TypeError(f"batch_axis={batch_axis!r} is a {type(batch_axis).__name__}; pass 0, 1 or None")
+        if input_range is not None:
+            ends = tuple(input_range) if isinstance(input_range, Iterable) else ()
+            if not (len(ends) == 2 and all(map(checks.is_number, ends)) and ends[0] < ends[1]):
+                raise ValueError(f"input_range={input_range!r}; pass (low, high) with low < high")
+        if batch_axis is not None:
+            batch_axis = checks.integer("batch_axis", batch_axis)
         if batch_axis not in (None, 0, 1):
             raise ValueError(f"batch_axis={batch_axis} is not one of its values; pass 0, 1 or None")
-        if not isinstance(relative, bool):
-            raise TypeError(f"relative={relative!r} is a {type(relative).__name__}; pass True or False")
+        relative = checks.flag("relative", relative)
         if relative and norm in ("", "linf"):
             why = "has no say where no embedding is perturbed" if not norm else f"measures L2 norms, and norm={norm!r} has none"
             raise ValueError(f"relative=True {why}; leave it out" + (", or pass norm='l2'" if norm else ""))
@@ -209,7 +209,7 @@ class Runner:
         if isinstance(scale, Tensor):
             if scale.dim() != 0:
                 raise ValueError(f"scale has shape {list(scale.shape)}; pass a 0-d tensor or a number")
-        elif not (math.isfinite(scale) and scale > 0):
+        elif checks.number("scale", scale) <= 0:
             raise ValueError(f"scale={scale!r} turns the perturbation's direction; pass a positive, finite number")
 
     def close(self) -> None:
@@ -239,6 +239,8 @@ class Runner:
         if not isinstance(output, Tensor) or output.dtype not in DTYPES:
             raise TypeError(f"the embedding returned {_kind(output)}; pass the module whose output is the floating tensor to perturb")
         walk.given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if walk.repeats > 1 and isinstance(module, nn.EmbeddingBag) and all(value.dim() == 1 for value in walk.given):
+            raise ValueError("bags that begin at offsets cannot be repeated: copies of the offsets are no offsets of copies")
         if walk.batch.axis is None and walk.delta is not None:
             self.settle(walk.batch, output, walk.given)
         return walk.visit(output)
@@ -281,12 +283,13 @@ class Runner:
         else:
             batch.length = n
             as_inputs = None if self._known else _as_inputs(given, batch.inputs)
-            if asked is None and self._known is None and as_inputs is None:
+            # For one text of one word the axes differ only in where copies go; `_perturb` tells if that guess was wrong.
+            if asked is None and self._known is None and as_inputs is None and n > 1:
                 raise ValueError(
                     f"the embedding's output is {shape} for {n} rows: either of its first two axes can be the batch; pass batch_axis=0, or "
                     "batch_axis=1 for a model that looks words up time-first"
                 )
-            axis = asked if asked is not None else self._known[0] if self._known else int(not as_inputs)
+            axis = asked if asked is not None else self._known[0] if self._known else int(as_inputs is False)
             if self._known and self._known[0] == axis:
                 inputs_axis = self._known[1]
             elif as_inputs is not None:
@@ -320,30 +323,30 @@ class Runner:
             walk.calls = 1
         try:
             output = self.model(**values) if batch.by_name else self.model(*values.values())
+            walk.forward = False
+            if walk.calls == 0:
+                raise RuntimeError(
+                    "the hook on the embedding did not run in this pass: the model does not call the embedding, or was compiled before "
+                    "the hook was there; pass the module that the model calls, and build this before compiling" + self._of_encoder()
+                )
+            logits = _logits(output)
+            _check_logits(logits, batch, repeats)
         except (RuntimeError, ValueError) as error:
             if repeats > 1:  # a note would do, from Python 3.11
                 remedy = "passes_at_once=1 calls the model on the batch as it is"
                 error.args = (f"{error}\n(in a call on {repeats} copies of the batch; {remedy})",)
             raise
-        walk.forward = False
-        if walk.calls == 0:
-            raise RuntimeError(
-                "the hook on the embedding did not run in this pass: the model does not call the embedding, or was compiled before the "
-                "hook was there; pass the module that the model calls, and build this before compiling" + self._of_encoder()
-            )
-        logits = _logits(output)
-        _check_logits(logits, batch, repeats)
         if batch.axis is None and walk.watched and self.perturbs:
             self.settle(batch, walk.seen, walk.given)
         return logits
 
-    def without_sync(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def without_sync(self) -> Iterator[None]:
         """DDP's or FSDP's no_sync, or FSDP2's switch turned off and on; nothing for a plain model or inside the caller's no_sync."""
-        if not synchronises(self.model):
-            return contextlib.nullcontext()
-        model: Any = self.model
-        unsynchronised: contextlib.AbstractContextManager[None] = model.no_sync() if hasattr(model, "no_sync") else _switched_off(model)
-        return unsynchronised
+        with contextlib.ExitStack() as stack:
+            for part in filter(_exchanges, synchronisers(self.model)):
+                stack.enter_context(part.no_sync() if hasattr(part, "no_sync") else _switched_off(part))
+            yield
 
 
 @contextlib.contextmanager
@@ -364,16 +367,29 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
     return checks.integer(name, value, least)
 
 
-def can_synchronise(model: nn.Module) -> bool:
-    return hasattr(model, "no_sync") or hasattr(model, "set_requires_gradient_sync")
+def synchronisers(model: Any) -> list[Any]:
+    """The outermost of DDP's and FSDP's wrappers: the model itself, or those inside it; none where one process trains."""
+    if hasattr(model, "no_sync") or hasattr(model, "set_requires_gradient_sync"):
+        return [model]
+    return [part for child in model.children() for part in synchronisers(child)]
 
 
-def synchronises(model: Any) -> bool:
+def synchronises(model: nn.Module) -> bool:
     """Whether a backward now would exchange gradients: False for plain models and inside the caller's own no_sync."""
-    if not can_synchronise(model) or not getattr(model, "require_backward_grad_sync", True):
+    return any(map(_exchanges, synchronisers(model)))
+
+
+def ranks_of(model: nn.Module) -> Any:
+    """The process group that trains the model together; None: the default one."""
+    return next((getattr(part, "process_group", None) for part in synchronisers(model)), None)
+
+
+def _exchanges(part: Any) -> bool:
+    """Whether a wrapper's backward now would."""
+    if not getattr(part, "require_backward_grad_sync", True):
         return False
     # FSDP2's switch can be set by public means, not read.
-    states = [module._get_fsdp_state() for module in model.modules() if hasattr(module, "_get_fsdp_state")]
+    states = [module._get_fsdp_state() for module in part.modules() if hasattr(module, "_get_fsdp_state")]
     groups = [group for state in states for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group] if group]
     return not groups or any(group.reduce_grads for group in groups)
 
@@ -474,9 +490,11 @@ def _as_inputs(given: list[Tensor], inputs: dict[Any, Any]) -> bool | None:
     found = set()
     for x in given:
         for value in _tensors(inputs):
-            if x is value or x.is_set_to(value):
+            if x is value:
                 return True
-            if x.dim() > 1:
+            if x.dim() > 1 and x.shape[:2] != (1, 1):
+                if x.is_set_to(value):
+                    return True
                 if x.transpose(0, 1).is_set_to(value):
                     return False
                 straight, turned = _same_rows(x, value), _same_rows(x.transpose(0, 1), value)

@@ -178,7 +178,7 @@ def outcomes(run: Run, folder: pathlib.Path, checkpoint: pathlib.Path) -> dict[s
     start = training.Start(train, held[: run.held], model, encoded)
     watch = _one_mask if run.method == STATIC else None
     figures, model = training.run(settings, folder, checkpoint, device, start=start, stepped=watch)
-    found = {key: figures[key] for key in ("validation", "best_epoch", "steps", "loss", "seconds_per_step")}
+    found = {key: figures[key] for key in ("validation", "best_epoch", "steps", "loss", "processor_seconds_per_step")}
     found |= {key: figures[key] for key in ("share", "largest_inverse")} | {"passes": METHODS[run.method].passes}
     score = Scores(model, data, device, settings.model)
     if not run.final:
@@ -302,8 +302,8 @@ class Runs:
                 raise
 
     def _keep(self, run: Run, result: dict[str, Any]) -> None:
-        self.done[run.key] = result
-        line = {"settings": dataclasses.asdict(run), "result": _rounded(result), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        self.done[run.key] = result = _rounded(result)  # a share that was chosen is part of a key
+        line = {"settings": dataclasses.asdict(run), "result": result, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         with self.path.open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # another command may write there too
             file.write(json.dumps(line | self.about) + "\n")

@@ -81,18 +81,18 @@ def described(data: str, rows: Rows, runs: dict[tuple[str, str], list[Run]], out
         tuned = "" if run.value is None else f"{METHODS[name].tuned} {run.value:g}"
         accuracies = [points(intervals.of_accuracy([pick(result) for result in results])) for pick in columns.values()]
         error = points(intervals.of_figures([result["calibration_error"] for result in results]))
-        seconds = statistics.median(result["seconds_per_step"] for result in results)
+        seconds = statistics.median(result["processor_seconds_per_step"] for result in results)
         share = statistics.fmean(result["share"] for result in results)
         inverse = max(result["largest_inverse"] for result in results)
         cost = [f"{seconds:.2f}", str(results[0]["passes"] * METHODS[name].times), f"{share:.2%}", f"{inverse:.3g}"]
         cells.append([name, CHOSEN_FOR[kind] if tuned else "", tuned, str(len(results)), *accuracies, error, *cost])
     heads = ["method", "chosen for", "at", "seeds", *columns, "calibration error"]
-    heads += ["seconds a step", "passes", "selected", "largest 1/p"]
+    heads += ["processor seconds a step", "passes", "selected", "largest 1/p"]
     parts = [
         f"## {data}",
         "Percent of texts that are right, with 95 % intervals (bootstrap over seeds and texts; with five seeds somewhat too "
         "narrow). FGM and PGD: strength in norms of a text's embeddings. Passes: forwards and backwards for each text "
-        "of plain training's. Seconds: with another run beside it.",
+        "of plain training's. Seconds of one processor, which other work on the machine lengthens less than the clock's.",
         table(heads, cells),
     ]
     if contrasts := _contrasts(rows):

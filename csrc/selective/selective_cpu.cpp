@@ -450,7 +450,8 @@ void step(Call<T, Line> call, const Tensors& params, const std::vector<const Ten
         step_views[i] = counts.next(i, 1, nullptr);
         double count;
         load(step_views[i], 0, 1, &count);
-        STD_TORCH_CHECK(count >= 0 && count < 4294967295.0, "steps[", i, "] is ", count, "; give a count in [0, 2^32 - 1)");
+        STD_TORCH_CHECK(count >= 0 && count < 16777215.0, "steps[", i, "] is ", count,
+                        "; give the number of steps taken, from 0 to 2^24 - 2");
     }
     if (skip) return;
     const auto tables = settle_statistics(call, scope_statistics);

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core import checks
 from ..passes import Batch, Pass, Runner, masked
 from ..perturbation import fgm_perturbation, pgd_step
 from .watching import held, picture
@@ -65,14 +66,15 @@ def accuracy_under_attack(
     """
     if attack not in ("fgm", "pgd"):
         raise ValueError(f"attack={attack!r} is not one of its values; use 'fgm' or 'pgd'")
-    if steps < 1 or restarts < 1:
-        raise ValueError(f"steps={steps}, restarts={restarts}: give 1 or more")
-    radii = [0.0, *(float(epsilon) for epsilon in epsilons)]
+    steps, restarts = checks.integer("steps", steps, 1), checks.integer("restarts", restarts, 1)
+    if not isinstance(epsilons, Iterable):
+        raise TypeError(f"epsilons={epsilons!r} is a {type(epsilons).__name__}; give a list of radii")
+    radii = [0.0, *(checks.number("epsilon", epsilon, 0) for epsilon in epsilons)]
     fgm_perturbation(torch.zeros(1, 2, device="cpu"), 0.0, norm=norm, backend="reference")  # raises for a wrong norm
     outcomes: list[list[bool]] = [[] for _ in radii]
     count, shares = 0, [0.0] * len(radii)
     runner = Runner(model, embedding, input_range, batch_axis=batch_axis, relative=relative, norm=norm)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(checks.signed_seed(seed))
     try:
         with held(model), torch.enable_grad():
             for inputs, labels in batches:

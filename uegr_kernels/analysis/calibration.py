@@ -5,6 +5,7 @@ import pathlib
 import torch
 from torch import Tensor
 
+from ..core import checks
 from .watching import picture
 
 
@@ -69,8 +70,7 @@ def _binned(logits: Tensor, labels: Tensor, bins: int) -> list[tuple[float, floa
     """Share of samples, accuracy and mean confidence by bin."""
     if logits.dim() != 2 or labels.shape != logits.shape[:1] or not len(labels):
         raise ValueError(f"logits have shape {tuple(logits.shape)}, labels {tuple(labels.shape)}; give [N, C] and [N], N above 0")
-    if bins < 1:
-        raise ValueError(f"bins={bins}: give 1 or more")
+    bins = checks.integer("bins", bins, 1)
     sure, guess = logits.double().softmax(1).max(1)
     at = (sure * bins).ceil().long().clamp(1, bins) - 1
     found = []

@@ -3,6 +3,8 @@
 import random
 from collections.abc import Iterable
 
+from ..core import checks
+
 KINDS = ("typos", "keyboard", "swaps", "drops")
 _ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 
@@ -36,8 +38,7 @@ def corrupted(texts: Iterable[str], kind: str = "typos", rate: float = 0.05, see
         raise TypeError("texts is one string; give a list of them")
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is not one of its values; use {', '.join(map(repr, KINDS))}")
-    if not 0 <= rate <= 1:
-        raise ValueError(f"rate={rate!r} is out of range; give a number in [0, 1]")
+    rate, seed = checks.number("rate", rate, 0, 1), checks.integer("seed", seed)
     return [_mistyped(text, kind, rate, random.Random(f"{seed} {kind} {text}")) for text in texts]
 
 

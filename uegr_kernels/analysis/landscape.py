@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..core import checks
 from .watching import held, moved, pictures
 
 
@@ -25,7 +26,7 @@ def random_directions(model: nn.Module, seed: int = 0) -> tuple[list[Tensor], li
 
     One seed gives models of one architecture the same draws, each normalised by its own weights.
     """
-    generator = torch.Generator().manual_seed(int(seed))
+    generator = torch.Generator().manual_seed(checks.signed_seed(seed))
 
     def direction() -> list[Tensor]:
         found = []
@@ -58,8 +59,9 @@ def loss_plane(
 
     The weights are restored bit for bit, also where `loss` raises. Raises ValueError for a wrong option.
     """
-    if points < 1 or not span > 0:
-        raise ValueError(f"points={points}, span={span}: give at least one point and a span above 0")
+    points, span = checks.integer("points", points, 1), checks.number("span", span)
+    if not span > 0:
+        raise ValueError(f"span={span} is out of range; give a number above 0")
     params = list(model.parameters())
     first, second = (list(d) for d in (random_directions(model, seed) if directions is None else directions))
     for d in (first, second):

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..core import checks
 from .watching import pictures
 
 
@@ -37,8 +38,11 @@ def sgd_covariance(
             raise ValueError(f"{name} has shape {tuple(matrix.shape)}; give [{d}, {d}]")
     if not torch.allclose(h, h.T):
         raise ValueError("hessian is not symmetric; give (H + H.T) / 2")
-    if not 0 <= momentum < 1 or not 0 < keep_probability <= 1 or (steps is not None and steps < 0):
-        raise ValueError(f"momentum={momentum}, keep_probability={keep_probability}, steps={steps}: give [0, 1), (0, 1] and 0 or more")
+    lr, momentum = checks.number("lr", lr), checks.number("momentum", momentum, 0, 1)
+    keep_probability = checks.number("keep_probability", keep_probability, 0, 1)
+    steps = None if steps is None else checks.integer("steps", steps, 0)
+    if momentum == 1 or keep_probability == 0:
+        raise ValueError(f"momentum={momentum}, keep_probability={keep_probability}: give one in [0, 1) and one in (0, 1]")
     start = torch.zeros_like(h) if initial is None else initial.double()
     values, basis = torch.linalg.eigh(h)
     if keep_probability == 1:

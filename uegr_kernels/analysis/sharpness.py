@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..core import checks
 from .watching import held
 
 Loss = Callable[[nn.Module], Tensor]
@@ -29,9 +30,9 @@ def largest_eigenvalue(
     one is returned. Warns (UserWarning) where the iterations ended above the tolerance, or before the two signs were told apart.
     Raises ValueError for a wrong option.
     """
-    _check(iterations=iterations)
-    if which not in ("magnitude", "algebraic"):
-        raise ValueError(f"which={which!r} is not one of its values; use 'magnitude', 'algebraic'")
+    iterations, tolerance = checks.integer("iterations", iterations, 1), checks.number("tolerance", tolerance, 0)
+    seed = checks.signed_seed(seed)
+    checks.choice("which", which, ("magnitude", "algebraic"))
     with held(model), torch.enable_grad():
         return _lanczos(_hessian(model, loss), _trainable(model), iterations, tolerance, seed, which)
 
@@ -42,8 +43,8 @@ def hessian_trace(model: nn.Module, loss: Loss, *, samples: int = 100, seed: int
     Returns the estimate and its standard error (NaN for one sample): the trace lies within two of them about 19 times in 20.
     model, loss, seed  as in `largest_eigenvalue`
     """
-    _check(samples=samples)
-    generator = torch.Generator().manual_seed(int(seed))
+    samples = checks.integer("samples", samples, 1)
+    generator = torch.Generator().manual_seed(checks.signed_seed(seed))
     with held(model), torch.enable_grad():
         product = _hessian(model, loss)
         found = []
@@ -55,7 +56,10 @@ def hessian_trace(model: nn.Module, loss: Loss, *, samples: int = 100, seed: int
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
+    params = [p for p in model.parameters() if p.requires_grad]
+    if not params:
+        raise ValueError("the model has no trainable parameter; set requires_grad where the curvature is asked for")
+    return params
 
 
 def _hessian(model: nn.Module, loss: Loss) -> Callable[[list[Tensor]], list[Tensor]]:
@@ -76,10 +80,8 @@ def _lanczos(
     product: Callable[[list[Tensor]], list[Tensor]], params: list[nn.Parameter], iterations: int, tolerance: float, seed: int, which: str
 ) -> float:
     """The wanted eigenvalue of a symmetric map, from the eigenvalues of its projection on the Krylov space of a random vector."""
-    generator = torch.Generator().manual_seed(int(seed))
+    generator = torch.Generator().manual_seed(seed)
     dtype = functools.reduce(torch.promote_types, [p.dtype for p in params], torch.float32)
-    if not params:
-        raise ValueError("the model has no trainable parameter; set requires_grad where the curvature is asked for")
     device, sizes = params[0].device, [p.numel() for p in params]
     size, epsilon = sum(sizes), torch.finfo(dtype).eps
     q = torch.cat([torch.randn(p.shape, generator=generator).flatten().to(device, dtype) for p in params])
@@ -132,9 +134,3 @@ def _lanczos(
 
 def _dot(a: list[Tensor], b: list[Tensor]) -> float:
     return sum((x.double() * y.double()).sum().item() for x, y in zip(a, b, strict=True))
-
-
-def _check(**counts: int) -> None:
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name}={value}: give 1 or more")

@@ -22,10 +22,16 @@ def is_number(value: Any) -> bool:
     return kind in PLAIN or (kind is not bool and isinstance(value, Real))
 
 
+def plain(value: Any) -> Any:
+    """A number of NumPy's as Python's, which compares with any other without an overflow in NumPy's narrow types; others as they are."""
+    return value.item() if hasattr(value, "item") else value
+
+
 def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
     """The value of a number of Python's or NumPy's, finite and in [low, high]."""
     if type(value) not in PLAIN and not is_number(value):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a number")
+    value = plain(value)
     if not (low <= value <= high and -LARGEST <= value <= LARGEST):
         least = "" if low == -math.inf else f" >= {low:g}"
         rule = f"finite number{least}" if high == math.inf else f"number in [{low:g}, {high:g}]"

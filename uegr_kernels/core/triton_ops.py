@@ -27,8 +27,8 @@ def on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def lanes() -> int:
-    """Threads of a warp."""
-    return 64 if torch.version.hip else 32
+    """Threads of a warp on the current GPU: of AMD's some have 64, some 32."""
+    return int(triton.runtime.driver.active.get_current_target().warp_size) if torch.version.hip else 32
 
 
 def to_device(values: list[Any] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -134,7 +134,9 @@ def _hand_out(
     """The kept gradients times that of the loss, where needed."""
     if grad_loss is None:
         return [None for _ in needs]
-    if _is_last(grad_loss):
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad_loss):  # is_grads_batched
+        gradients = reference.scale_gradients(gradients, grad_loss, grad_loss)
+    elif _is_last(grad_loss):
         _scale_(gradients, grad_loss, backend)
     else:
         gradients = torch.ops.uegr_kernels.scale_gradients.default(gradients, grad_loss, parts)

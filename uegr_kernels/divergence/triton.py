@@ -26,7 +26,6 @@ APART = tl.constexpr(1.0)  # of maxima, from where on rows are moved too
 AT_ONCE = tl.constexpr(1024)  # samples of a loop over all of them
 FEW = 3  # passes
 MOST_THREADS = 256  # with more one has too few registers
-VALUES = 36, 20  # of all passes in a thread, of 16 bits and of more, where passes are many
 COUNTED_BY_EACH = 4096  # labels up to which every program counts those that are not ignored
 
 
@@ -838,9 +837,8 @@ class Passes(typing.NamedTuple):
 
 
 def _run(passes: int, itemsize: int) -> int:
-    """Elements of a pass in a thread, neighbours: 128 bits, or fewer where many passes want registers, wide logits more of them."""
-    most = 16 // itemsize if passes <= FEW else max(VALUES[itemsize > 2] // passes, 1)
-    return 1 << most.bit_length() - 1
+    """Elements of a pass in a thread, neighbours: 128 bits, or 64 where many passes want registers."""
+    return 16 // itemsize if passes <= FEW or itemsize > 2 else 4
 
 
 def _registers(few: bool) -> dict[str, int]:
@@ -854,9 +852,10 @@ def _block(samples: int, classes: int, passes: int, itemsize: int, aligned: bool
     each = _run(passes, itemsize) if aligned else min(_run(passes, itemsize), 128 // lanes)  # a mask is as many scalar registers
     block = min(triton.next_power_of_2(classes), MOST_THREADS * each)
     run = min(each, block)
-    rows = max(1, min(triton.next_power_of_2(samples), MOST_THREADS * each // block))
+    held = each if passes <= FEW else min(each, 2)  # several samples in a thread have addresses of their own, by pass
+    rows = max(1, min(triton.next_power_of_2(samples), MOST_THREADS * held // block))
     form = {"R": rows, "W": block // run, "V": run, "ONE": classes <= block, "TAIL": classes % block != 0, "ALIGNED": aligned}
-    return form, max(rows * block // (lanes * each), 1)
+    return form, max(rows * block // (lanes * (held if rows > 1 else each)), 1)
 
 
 @functools.cache

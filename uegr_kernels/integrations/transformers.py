@@ -173,6 +173,8 @@ class UEGRTrainer(Trainer):
         labels = inputs.pop(name)
         if labels.dim() == 2 and labels.shape[1] == 1 and not labels.is_floating_point():
             labels = labels.view(-1)  # as Transformers' models do
+        if not labels.is_floating_point() and self._options(self._unwrapped(model)).get("task") == "regression":
+            labels = labels.float()  # as a squared error does
         share = self._share(labels, num_items_in_batch)
         scaler = self.accelerator.scaler
         with self.compute_loss_context_manager():

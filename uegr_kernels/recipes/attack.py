@@ -37,10 +37,10 @@ class AttackRecipe(PassRecipe):
         least_steps: int = 1,
         **options: Any,
     ) -> None:
-        check_number("epsilon", epsilon, 0)
+        epsilon = check_number("epsilon", epsilon, 0)
         check_count("steps", steps, least_steps)
         check_flag("same_draw", same_draw)
-        check_number("step_size", 0.0 if step_size is None else step_size, 0)
+        step_size = None if step_size is None else check_number("step_size", step_size, 0)
         self.epsilon, self.steps, self.same_draw = epsilon, steps, same_draw
         self.step_size = 2.5 * epsilon / max(steps, 1) if step_size is None else step_size
         self.norm, self.per = norm if steps else "", per

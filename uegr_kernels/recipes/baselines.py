@@ -23,7 +23,7 @@ class Plain(PassRecipe):
 
 class _Penalised(PassRecipe):
     def __init__(self, model: nn.Module, embedding: nn.Module | None, optimizer: Any = None, *, weight: float, **options: Any) -> None:
-        check_number("weight", weight, 0)
+        weight = check_number("weight", weight, 0)
         self.weight = weight
         super().__init__(model, embedding, optimizer, **options)
 

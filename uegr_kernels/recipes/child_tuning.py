@@ -70,10 +70,10 @@ class ChildTuningD(SaliencyRecipe, Plain):
         target: str = "gradient",
         **options: Any,
     ) -> None:
-        check_number("keep_probability", keep_probability, 0, 1)
+        keep_probability = check_number("keep_probability", keep_probability, 0, 1)
         if keep_probability == 0:
             raise ValueError("keep_probability=0 trains nothing; give a number in (0, 1]")
-        check_number("max_grad_norm", max_grad_norm, 0)
+        max_grad_norm = check_number("max_grad_norm", max_grad_norm, 0)
         check_choice("target", target, ("gradient", "update"))
         self.keep_probability, self.max_grad_norm, self.target = keep_probability, max_grad_norm, target
         self._before: list[Tensor] = []

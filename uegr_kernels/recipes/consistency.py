@@ -37,7 +37,7 @@ class RDrop(PassRecipe):
         reduction: str = "mean",
         **options: Any,
     ) -> None:
-        check_number("alpha", alpha, 0)
+        alpha = check_number("alpha", alpha, 0)
         check_choice("reduction", reduction, ("mean", "sum"))
         self.alpha, self.reduction = alpha, reduction
         super().__init__(model, embedding, optimizer, **options)

@@ -41,8 +41,8 @@ class WeightConsolidation(Plain):
         gamma: float = 5000.0,
         **options: Any,
     ) -> None:
-        for name, value in (("kappa", kappa), ("k", k), ("t0", t0), ("gamma", gamma)):
-            check_number(name, value, 0)
+        given = (("kappa", kappa), ("k", k), ("t0", t0), ("gamma", gamma))
+        kappa, k, t0, gamma = (check_number(name, value, 0) for name, value in given)
         check_choice("form", form, ("decoupled", "penalty", "annealed"))
         self.kappa, self.form, self.k, self.t0, self.gamma = kappa, form, k, t0, gamma
         super().__init__(model, embedding, optimizer, **options)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..passes import check_count
+from ..passes import check_count, synchronisers, synchronises
 from .attack import Start, climb, in_a_cube
 from .recipe import PassRecipe, check_choice, check_flag, check_number
 
@@ -38,9 +38,9 @@ class FreeLB(PassRecipe):
         **options: Any,
     ) -> None:
         check_count("steps", steps)
-        check_number("adv_lr", adv_lr, 0)
-        check_number("init_mag", init_mag, 0)
-        check_number("max_norm", max_norm, -float("inf"))
+        adv_lr = check_number("adv_lr", adv_lr, 0)
+        init_mag = check_number("init_mag", init_mag, 0)
+        max_norm = check_number("max_norm", max_norm, -float("inf"))
         check_choice("norm", norm, ("l2", "max", "linf"))
         check_flag("same_draw", same_draw)
         self.steps, self.adv_lr, self.init_mag, self.max_norm, self.norm, self.same_draw = (
@@ -73,7 +73,8 @@ class FreeAT(PassRecipe):
     """Free adversarial training: every repeat of a batch both moves delta and updates the weights (METHODS 1, FreeAT).
 
     optimizer   needed: `backward` steps it in every repeat, with unscaled gradients, and leaves no gradient (.grad is None); an
-                optimizer.step() after it finds nothing to do. Under GradScaler do not call scaler.step for it
+                optimizer.step() after it finds nothing to do. Under GradScaler do not call scaler.step for it. RuntimeError inside
+                a wrapper's no_sync, where the ranks would step apart
     epsilon     radius of the ball; None: 0.1, or 4/255 with embedding=None
     steps       m, the repeats of a batch; None: 3, or 4 with embedding=None. Divide the epochs by it to keep the compute
     step_size   None: epsilon;  norm  "l2" or "linf"; None: "l2", or "linf" with embedding=None
@@ -109,7 +110,7 @@ class FreeAT(PassRecipe):
         self.persistent = image if persistent is None else persistent
         self.delta: Tensor | None = None
         for name in ("epsilon", "step_size", "init_mag"):
-            check_number(name, getattr(self, name), 0)
+            setattr(self, name, check_number(name, getattr(self, name), 0))
         check_count("steps", self.steps)
         check_choice("norm", self.norm, ("l2", "linf"))
         check_flag("persistent", self.persistent)
@@ -117,6 +118,8 @@ class FreeAT(PassRecipe):
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         optimizer, mask, losses = self._stepped(), self._batch.mask, []
+        if synchronisers(self.model) and not synchronises(self.model):
+            raise RuntimeError("free_at steps in every repeat, and inside no_sync each rank would step alone; call it outside")
         delta: Any = self._start(mask, len(labels))
         for _ in range(self.steps):
             loss, walk = self._descend(labels, scale, delta, watched=True, last=True)

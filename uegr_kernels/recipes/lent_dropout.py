@@ -1,6 +1,6 @@
 """A model's nn.Dropout modules, adaptive for as long as a recipe lives."""
 
-from typing import Any
+from typing import Any, SupportsIndex
 
 from torch import Tensor, nn
 
@@ -23,26 +23,34 @@ class LentDropout(AdaptiveDropout):
     set_extra_state = nn.Module.set_extra_state
     _load_from_state_dict = nn.Module._load_from_state_dict
 
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        """Makes copies and pickles of its own class: no `close()` would find them."""
+        own = {key: value for key, value in vars(self).items() if key not in [*self._lent, "_lent"]}
+        return object.__new__, (self._own,), own
+
 
 class AdaptedDropouts:
     """A model's nn.Dropout modules as AdaptiveDropout of the same p, from here to the last `close()`."""
 
     def __init__(self, model: nn.Module, backend: str) -> None:
         self.modules: dict[str, LentDropout] = {}
+        self._last: dict[str, Tensor] = {}  # state at `close()`
         for name, module in plain_names(model.named_modules()):
             # A subclass that does something else stays what it is.
-            if getattr(type(module), "forward", None) is nn.Dropout.forward:
-                lent = vars(AdaptiveDropout(backend=backend)) | {"_own": type(module), "_recipes": 0, "_name": name}
+            own = type(module)
+            if getattr(own, "forward", None) is nn.Dropout.forward:
+                lent = vars(AdaptiveDropout(backend=backend)) | {"_own": own, "_recipes": 0, "_name": name}
                 lent = {key: value for key, value in lent.items() if key not in vars(module)}
                 vars(module).update(lent, _lent=list(lent))
-                module.__class__ = LentDropout
+                # What else a subclass has is there all the while.
+                module.__class__ = LentDropout if own is nn.Dropout else type("LentDropout", (LentDropout, own), {})
             if isinstance(module, LentDropout):
                 module._recipes += 1
                 self.modules[name] = module
 
     def state_dict(self) -> dict[str, Tensor]:
         """AdaptiveDropout's extra state by module name."""
-        return {name: AdaptiveDropout.get_extra_state(module) for name, module in self.modules.items()}
+        return self._last | {name: AdaptiveDropout.get_extra_state(module) for name, module in self.modules.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name, module in self.modules.items():
@@ -51,11 +59,13 @@ class AdaptedDropouts:
     def why_not(self, state: Any) -> str | None:
         """None where `load_state_dict` takes the state, else why not."""
         if not isinstance(state, dict) or state.keys() != self.modules.keys():
-            return f"it is of the dropouts {list(state)}, the model's are {list(self.modules)}"
+            found = list(state) if isinstance(state, dict) else state
+            return f"it is of the dropouts {found}, the model's are {list(self.modules)}"
         return next((reason for name, module in self.modules.items() if (reason := module._why_not(state[name]))), None)
 
     def close(self) -> None:
         """The modules are nn.Dropout again, with the p and the mode that they have now; does nothing the second time."""
+        self._last = self.state_dict()
         for module in self.modules.values():
             module._recipes -= 1
             if not module._recipes:

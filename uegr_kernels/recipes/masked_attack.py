@@ -50,8 +50,8 @@ class DropAttack(PassRecipe):
     ) -> None:
         self._perturbation: dict[str, Any] = dict(epsilon=epsilon, norm=norm, per=per, keep_probability=keep_probability)
         fgm_perturbation(torch.zeros(1, 2, device="cpu"), **self._perturbation, seed=0, backend="reference")  # raises for a wrong option
-        check_number("epsilon_weights", epsilon_weights, 0)
-        check_number("keep_probability_weights", keep_probability_weights, 0, 1)
+        epsilon_weights = check_number("epsilon_weights", epsilon_weights, 0)
+        keep_probability_weights = check_number("keep_probability_weights", keep_probability_weights, 0, 1)
         check_flag("attack_input", attack_input)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}; pass the nn.Module to train")

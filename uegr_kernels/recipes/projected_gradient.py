@@ -40,7 +40,7 @@ class PGD(AttackRecipe):
         first_step_from_clean: bool = False,
         **options: Any,
     ) -> None:
-        check_number("clean_weight", clean_weight, 0)
+        clean_weight = check_number("clean_weight", clean_weight, 0)
         check_flag("random_start", random_start)
         check_flag("first_step_from_clean", first_step_from_clean)
         if first_step_from_clean and (random_start or clean_weight == 0):
@@ -92,7 +92,7 @@ class AdvEmbed(PGD):
         same_draw: bool = False,
         **options: Any,
     ) -> None:
-        check_number("start", start, 0)
+        start = check_number("start", start, 0)
         self.start = start
         options |= dict(epsilon=epsilon, steps=steps, step_size=epsilon if step_size is None else step_size, norm=norm, per=per)
         from_clean = start == 0 and clean_weight != 0

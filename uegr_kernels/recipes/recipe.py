@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..core import checks
 from ..divergence import LossParts, uegr_loss
 from ..dropout import AdaptiveDropout
-from ..passes import Pass, Runner, buffers_held, dropout_rate, gradient_norms_held, random_state, replayed
+from ..passes import Pass, Runner, buffers_held, dropout_rate, gradient_norms_held, random_state, ranks_of, replayed
 
 
 class Recipe:
@@ -254,8 +254,10 @@ def named_parameters(model: nn.Module, patterns: str | Sequence[str]) -> dict[st
 
 
 def plain_names(named: Any) -> Iterator[tuple[str, Any]]:
+    """Names without what wrappers add to them: DDP in front, torch.compile and activation checkpointing anywhere."""
     for name, value in named:
-        while name.startswith(("module.", "_orig_mod.")):  # DDP's and torch.compile's
+        name = ".".join(part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module"))
+        while name.startswith("module."):
             name = name.split(".", 1)[1]
         yield name, value
 
@@ -265,7 +267,7 @@ def summed_over_ranks(model: nn.Module, tensors: Sequence[Tensor | None]) -> Non
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for tensor in tensors:
             if tensor is not None:
-                torch.distributed.all_reduce(tensor, group=getattr(model, "process_group", None))
+                torch.distributed.all_reduce(tensor, group=ranks_of(model))
 
 
 def check_number(name: str, value: Any, low: float, high: float = math.inf) -> float:

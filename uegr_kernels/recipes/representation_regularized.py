@@ -2,7 +2,8 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +12,25 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.conv import _ConvNd as Convolution
 
-from ..passes import Pass, can_synchronise, check_count, synchronises
+from ..passes import Pass, check_count, ranks_of, synchronisers, synchronises
 from .attack import AttackRecipe, Start, uniform_in_ball
 from .recipe import check_flag, check_number, device_of, plain_names, recomputed, summed_over_ranks
 
 CHANNELS_SECOND = (BatchNorm, Convolution)
+
+
+class _Features:
+    """What the hooks on the layers have of the recipe, which copies and pickles of the model take along.
+
+    seen  a layer's number: its output, while a pass that wants them is on
+    """
+
+    def __init__(self) -> None:
+        self.seen: dict[int, Tensor] | None = None
+
+    def keep(self, i: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.seen is not None:
+            self.seen[i] = output
 
 
 class ARAT(AttackRecipe):
@@ -63,9 +78,10 @@ class ARAT(AttackRecipe):
         same_draw: bool = False,
         **options: Any,
     ) -> None:
-        check_number("invariance_weight", invariance_weight, 0)
-        for name, value in (("clean_weight", clean_weight), ("adversarial_weight", adversarial_weight)):
-            check_number(name, 0.0 if value is None else value, 0)
+        invariance_weight = check_number("invariance_weight", invariance_weight, 0)
+        epsilon = check_number("epsilon", epsilon, 0)
+        given = (("clean_weight", clean_weight), ("adversarial_weight", adversarial_weight))
+        clean_weight, adversarial_weight = (None if value is None else check_number(name, value, 0) for name, value in given)
         flags = {"predictor": predictor, "stop_gradient": stop_gradient, "split": split, "split_layer_norm": split_layer_norm}
         flags["random_start"] = random_start
         for name, value in flags.items():
@@ -77,7 +93,7 @@ class ARAT(AttackRecipe):
         self.clean_weight, self.adversarial_weight, self.balance_rows = clean_weight, adversarial_weight, balance_rows
         self.accuracy: float | None = None
         self.recent: list[list[Any]] = []  # [inputs, labels] of the epoch's last batches
-        self._features: dict[int, Tensor] | None = None
+        self._features = _Features()
         self._alike = False  # own modules on all ranks
         options |= dict(epsilon=epsilon, steps=steps, step_size=epsilon / 4 if step_size is None else step_size, norm=norm, per=per)
         super().__init__(model, embedding, optimizer, same_draw=same_draw, **options)
@@ -90,10 +106,10 @@ class ARAT(AttackRecipe):
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
         kind: dict[str, Any] = dict(device=device_of(model), dtype=dtype)
         self.predictors = nn.ModuleList(_predictor(width) for width in widths if predictor).to(**kind)
-        kinds = (BatchNorm,) * split + (nn.LayerNorm,) * split_layer_norm
+        kinds = (BatchNorm,) * bool(split) + (nn.LayerNorm,) * bool(split_layer_norm)
         self._split = [module for module in model.modules() if isinstance(module, kinds)]
         self.clean_branch = nn.ModuleList(copy.deepcopy(module) for module in self._split)
-        self._hooks = [layer.register_forward_hook(self._keep(i)) for i, layer in enumerate(self._layers)]
+        self._hooks = [layer.register_forward_hook(functools.partial(self._features.keep, i)) for i, layer in enumerate(self._layers)]
         if optimizer is not None:  # a group of their own would be one that the learning rate's scheduler does not know
             last = optimizer.param_groups[-1]
             last["params"].extend(self.parameters())
@@ -203,13 +219,6 @@ class ARAT(AttackRecipe):
         finally:
             swap()
 
-    def _keep(self, i: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if self._features is not None:
-                self._features[i] = output
-
-        return hook
-
     def _counted(self, labels: Tensor) -> Tensor:
         """[N] bool: the rows that are not ignored."""
         if labels.is_floating_point():
@@ -219,12 +228,11 @@ class ARAT(AttackRecipe):
 
     def _recorded(self, labels: Tensor, walk: Pass) -> tuple[Any, list[Tensor]]:
         """Losses of one call of the model, and the features of every layer [n, d] for the n rows that are not ignored."""
-        self._features = {}
+        outputs = self._features.seen = {}
         try:
             logits = self._runner.call(walk)
-            outputs = self._features
         finally:
-            self._features = None
+            self._features.seen = None
         if len(outputs) < len(self._layers):
             raise RuntimeError("one of the layers was not called in this pass; name layers that the model always calls")
         counted = self._counted(labels)
@@ -239,10 +247,10 @@ class ARAT(AttackRecipe):
 
     def _start_alike(self) -> None:
         """Rank 0's own modules become everyone's, once, as the wrapper does with the model's."""
-        if not self._alike and can_synchronise(self.model) and torch.distributed.is_available() and torch.distributed.is_initialized():
+        if not self._alike and synchronisers(self.model) and torch.distributed.is_available() and torch.distributed.is_initialized():
             with torch.no_grad():
                 for own in (*self.predictors.state_dict().values(), *self.clean_branch.state_dict().values()):
-                    torch.distributed.broadcast(own, group_src=0, group=getattr(self.model, "process_group", None))
+                    torch.distributed.broadcast(own, group_src=0, group=ranks_of(self.model))
         self._alike = True
 
     def _average_over_ranks(self) -> None:
@@ -257,7 +265,8 @@ class ARAT(AttackRecipe):
     def _remember(self, inputs: Any, labels: Tensor) -> None:
         if self.clean_weight is not None or self._regression:
             return
-        self.recent.append([inputs, labels])
+        plain = dict(inputs) if isinstance(inputs, Mapping) else inputs  # a checkpoint is to load with weights_only
+        self.recent.append([plain, labels])
         while sum(int(self._counted(labels).sum()) for _, labels in self.recent[1:]) >= self.balance_rows:
             del self.recent[0]
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..passes import can_synchronise
+from ..passes import synchronisers
 from .recipe import PassRecipe, check_whole, named_parameters, summed_over_ranks
 
 
@@ -57,7 +57,7 @@ class SaliencyRecipe(PassRecipe):
             raise
         finally:
             self._batch = None
-        if can_synchronise(self.model):
+        if synchronisers(self.model):
             summed_over_ranks(self.model, self.squares)
         self._settle()
 

@@ -52,8 +52,8 @@ class RoAST(SaliencyRecipe):
         seed: int | None = None,
         **options: Any,
     ) -> None:
-        for name, value in (("epsilon", epsilon), ("kl_weight", kl_weight), ("noise", noise)):
-            check_number(name, value, 0)
+        given = (("epsilon", epsilon), ("kl_weight", kl_weight), ("noise", noise))
+        epsilon, kl_weight, noise = (check_number(name, value, 0) for name, value in given)
         check_choice("form", form, ("paper", "code"))
         check_flag("detach_embedding", detach_embedding)
         self._selection: dict[str, Any] = dict(threshold=threshold, sharpness=sharpness, min_probability=min_probability)

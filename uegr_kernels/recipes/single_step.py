@@ -36,7 +36,7 @@ class AT(PassRecipe):
     ) -> None:
         self._perturbation: dict[str, Any] = dict(epsilon=epsilon, norm=norm, per=per)
         fgm_perturbation(torch.zeros(1, 2, device="cpu"), **self._perturbation, backend="reference")  # raises for a wrong option
-        check_number("clean_weight", clean_weight, 0)
+        clean_weight = check_number("clean_weight", clean_weight, 0)
         self.clean_weight, self.norm = clean_weight, norm
         super().__init__(model, embedding, optimizer, **options)
 

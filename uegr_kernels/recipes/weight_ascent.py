@@ -37,7 +37,7 @@ class SAM(PassRecipe):
         same_draw: bool = True,
         **options: Any,
     ) -> None:
-        check_number("rho", rho, 0)
+        rho = check_number("rho", rho, 0)
         check_flag("adaptive", adaptive)
         check_flag("same_draw", same_draw)
         self.rho, self.adaptive, self.same_draw = rho, adaptive, same_draw
@@ -95,7 +95,7 @@ class AWP(AttackRecipe):
         same_draw: bool = False,
         **options: Any,
     ) -> None:
-        check_number("gamma", gamma, 0)
+        gamma = check_number("gamma", gamma, 0)
         check_count("warmup_epochs", warmup_epochs, 0)
         self.gamma, self.warmup_epochs, self.epoch = gamma, warmup_epochs, 0
         self._gradients: list[Tensor | None] = []

@@ -51,6 +51,11 @@ class _Packed(NamedTuple):
     parts: list[Tensor]
     addresses: list[int]  # of the parts, as long as they lie there
 
+    def stands_for(self, states: list[Tensor]) -> bool:
+        """Whether the states are the parts, still where and as they were."""
+        same = all(map(operator.is_, states, self.parts)) and list(map(Tensor.data_ptr, states)) == self.addresses
+        return same and all(map(Tensor.is_contiguous, states))
+
 
 class SelectiveOptimizer(Optimizer):
     """What SelectiveAdamW and SelectiveSGD share: groups, seed, streams, states, checkpoints. Not built by itself."""
@@ -97,7 +102,7 @@ class SelectiveOptimizer(Optimizer):
         if not 0.0 <= lr:
             raise ValueError(f"Invalid learning rate: {lr}")
         for name in ("lr", "weight_decay", *self.numbers):
-            if not isinstance(group[name], Tensor) and abs(group[name]) > 1e300:
+            if not isinstance(group[name], Tensor) and abs(checks.plain(group[name])) > 1e300:
                 raise ValueError(f"{name}={group[name]} is out of range; give a finite number")
         if not 0.0 <= group["weight_decay"]:
             raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
@@ -263,6 +268,8 @@ class SelectiveOptimizer(Optimizer):
             return False
         if self._places is None or self._places[0] != list(map(Tensor.data_ptr, roster.params)):
             return False
+        if self._places[2] != list(map(Tensor.stride, roster.params)):
+            return False
         needed, grads = self._needed(group), list(map(GRADIENT, roster.params))
         try:
             addresses = list(map(Tensor.data_ptr, grads))  # that of freed memory is 0
@@ -280,7 +287,7 @@ class SelectiveOptimizer(Optimizer):
         batch |= {"params": roster.params, "grads": grads, "states": states, "layout": roster.batch["layout"], "plan": roster.batch["plan"]}
         for key, now in found.items():
             packed = self._packed.get(key)
-            if packed is not None and all(map(operator.is_, now, packed.parts)) and list(map(Tensor.data_ptr, now)) == packed.addresses:
+            if packed is not None and packed.stands_for(now):
                 batch[key] = [packed.whole]
             elif all(map(operator.is_, now, roster.batch[key])):
                 batch[key] = now
@@ -410,8 +417,9 @@ class SelectiveOptimizer(Optimizer):
         whole = torch.full((sum(sizes),), value, dtype=dtype, device=device)
         parts = [part.view(shape) for part, shape in zip(whole.split(sizes), shapes, strict=True)]
         for state, part in zip(batch["states"], parts, strict=True):
-            # Views, whose version is the whole's. By DLPack they pass for another library's tensors, whose storage ends with them.
-            part.data = from_dlpack(to_dlpack(part))
+            # Views, whose version is the whole's. By DLPack they pass for another library's tensors, whose storage ends with them. Of an
+            # alias: a tensor that its own storage holds would never end.
+            part.data = from_dlpack(to_dlpack(part.detach()))
             state[key] = part
         batch[key] = [whole]
         self._packed[key] = _Packed(whole, parts, list(map(Tensor.data_ptr, parts)))
