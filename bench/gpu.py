@@ -22,6 +22,7 @@ BUDGET = 480.0  # seconds for all but a build
 BUILD = 120.0  # seconds that a build on the spot adds
 CLOSING = 8.0  # seconds kept for the table and the picture
 CASE = 12.0  # seconds of a benchmark case, its process's start included
+START, MOST = 8.0, 10.0  # seconds that a probe takes where the limits are right, and by which one that takes longer raises them at most
 TESTS = {"cuda": 40, "triton": 40}  # that python_tests/test_gpu.py has at least for each backend
 
 SMOKE = (
@@ -33,7 +34,11 @@ MAIN = ("step", "previous", "bfloat16", "1e9", "loss-32000", "loss-128256", "dro
 MORE = ("loss-32000-float32", "loss-128256-float32", "dropout-float32")
 COMPILED = ("loss-32000", "loss-128256")
 TRITON = ("step", "loss-32000", "sweep")
-TRITON_ALONE = "; --stages tests-triton,triton measures Triton alone"
+# What to do where one of the two cannot be measured.
+ALONE = {
+    "cuda": "; --stages tests-triton,triton measures Triton alone",
+    "triton": "; --stages smoke,tests-cuda,bench,check,profile,compile,compiled measures CUDA alone",
+}
 
 
 COMPILED_KERNELS = {"TRITON_INTERPRET": "0"}
@@ -129,6 +134,16 @@ def chosen(waves: list[Wave], wanted: str) -> list[Wave]:
     return found
 
 
+def raised(waves: list[Wave], probed: float) -> list[Wave]:
+    """The limits for a machine on which processes start slowly: its probe took so many seconds. The budget stays."""
+    more = min(max(0.0, probed - START), MOST)
+    found = []
+    for wave in waves:
+        stages = tuple(dataclasses.replace(stage, limit=stage.limit + more) for stage in wave.stages)
+        found.append(dataclasses.replace(wave, stages=stages, limit=wave.limit + more * math.ceil(len(stages) / wave.at_once)))
+    return found
+
+
 def judge_probe(line: dict, asked: list[str], dry_run: bool) -> Stop | None:
     """Whether there is a GPU, and whether calls of the package there would be served by the backends that are to be measured."""
     result = line.get("result", {})
@@ -139,7 +154,7 @@ def judge_probe(line: dict, asked: list[str], dry_run: bool) -> Stop | None:
         return Stop(NO_GPU, f"No GPU was found: {result['no_gpu']}")
     for backend in asked:
         if reason := result["backends"][backend]:
-            return Stop(WRONG_BACKEND, f"{backend} was to be measured and cannot be: {reason}{TRITON_ALONE * (backend == 'cuda')}")
+            return Stop(WRONG_BACKEND, f"{backend} was to be measured and cannot be: {reason}{ALONE[backend]}")
     if not dry_run and "cuda" in asked and result["backends"]["auto"] != "cuda":
         return Stop(WRONG_BACKEND, f"cuda was to be measured, and the backend in use is {result['backends']['auto']}")
     return None
@@ -169,8 +184,9 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--build-only", action="store_true", help="build, see whether the library loads, and end; needs no GPU")
     parser.add_argument("--dry-run", action="store_true", help="build, load, collect the tests, run every case on the CPU; needs no GPU")
     options = parser.parse_args(arguments)
-    if options.budget is not None and not PROBE.limit + CLOSING <= options.budget < math.inf:
-        parser.error(f"--budget {options.budget:g} is too little for the probe; give {PROBE.limit + CLOSING:.0f} seconds or more")
+    least = PROBE.limit + CLOSING + 1  # the start takes a moment too
+    if options.budget is not None and not least <= options.budget < math.inf:
+        parser.error(f"--budget {options.budget:g} is too little for the probe; give {least:.0f} seconds or more")
     if options.build_only and (options.dry_run or options.stages is not None):
         parser.error("--build-only takes no --dry-run and no --stages: it runs no stage")
     try:
@@ -225,7 +241,8 @@ def work(options: argparse.Namespace, output: Output) -> int:
         run([alone(building(limit, found))], output, until, lambda *_: None, gpu_report.show)
         stop = probe("-after-build")
     if stop is None and not options.build_only:
-        stop = run(dry_plan() if options.dry_run else options.waves, output, until, judge, gpu_report.show)
+        probed = [line.get("seconds", 0.0) for line in output.lines if line["stage"].startswith("probe")][-1]
+        stop = run(dry_plan() if options.dry_run else raised(options.waves, probed), output, until, judge, gpu_report.show)
     if options.dry_run and stop is None:
         for stage in (stage for wave in options.waves for stage in wave.stages):
             command = " ".join(["python3" if word == sys.executable else word for word in stage.command])

@@ -1,4 +1,9 @@
-"""Runs stages, each a process group with a limit of its own, and keeps what each found before the next one begins. Imports no torch."""
+"""Runs stages, each a process group with a limit of its own, and keeps what each found before the next one begins. Imports no torch.
+
+    run([alone(Stage("name", ("command", "argument"), 10.0))], Output(folder), time.monotonic() + 60)
+
+Any command can be a stage: it appends its answer, objects in JSON, a line each, to the file that UEGR_GPU_ANSWER names, or is `silent`.
+"""
 
 import contextlib
 import ctypes

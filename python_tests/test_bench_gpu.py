@@ -295,6 +295,9 @@ def test_the_probe_is_judged():
     unbuilt = {"status": "passed", "result": {"no_gpu": None, "backends": backends | {"cuda": "not built", "auto": "triton"}}}
     stop = gpu.judge_probe(unbuilt, ["cuda"], False)
     assert stop.status == 4 and "cannot be: not built; --stages tests-triton,triton" in stop.reason
+    without = {"status": "passed", "result": {"no_gpu": None, "backends": backends | {"triton": "not installed"}}}
+    stop = gpu.judge_probe(without, ["cuda", "triton"], False)
+    assert stop.status == 4 and "cannot be: not installed; --stages smoke,tests-cuda,bench" in stop.reason
     none = {"status": "passed", "result": {"no_gpu": "no driver", "backends": {"cuda": None}}}
     assert gpu.judge_probe(none, ["cuda"], False) == Stop(3, "No GPU was found: no driver")
     assert gpu.judge_probe(none, ["cuda"], True) is None
@@ -426,7 +429,7 @@ def test_the_parent_imports_neither_torch_nor_the_package():
         (["--budget", "0"], "--budget 0 is too little"),
         (["--budget", "-1"], "--budget -1 is too little"),
         (["--budget", "abc"], "invalid float value: 'abc'"),
-        (["--budget", "5"], "--budget 5 is too little for the probe; give 33 seconds or more"),
+        (["--budget", "5"], "--budget 5 is too little for the probe; give 34 seconds or more"),
         (["--budget", "nan"], "--budget nan is too little"),
         (["--budget", "inf"], "--budget inf is too little"),
         (["--build-only", "--dry-run"], "--build-only takes no --dry-run"),
@@ -443,6 +446,13 @@ def test_wrong_arguments_are_said_and_nothing_is_made(tmp_path, capsys, argument
     assert not (tmp_path / "new").exists()
 
 
+def test_the_least_budget_is_enough_for_the_probe(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "PROBE", stand_in("probe", "say({'no_gpu': None, 'backends': {}})", 5.0))
+    monkeypatch.setattr(gpu, "plan", lambda: [alone(stand_in("good", GOOD))])
+    assert gpu.main(["--budget", "14", "--output", str(tmp_path)]) == 0
+    assert [line["status"] for line in gpu_report.read(tmp_path / "gpu.jsonl")] == ["passed", "left out"]
+
+
 def test_stages_are_chosen_by_name_or_first_word():
     def names(wanted):
         return [stage.name for wave in gpu.chosen(gpu.plan(), wanted) for stage in wave.stages]
@@ -452,6 +462,11 @@ def test_stages_are_chosen_by_name_or_first_word():
     assert names("smoke") == [f"smoke-{name}" for name in gpu.SMOKE]
     assert names("compile") == [f"compile-{name}" for name in gpu.COMPILED]
     assert names("probe") == []
+    for backend, other in (("cuda", "triton"), ("triton", "cuda")):  # what is advised leaves nothing out, and brings nothing else
+        advised = re.search(r"--stages (\S+)", gpu.ALONE[backend])[1]
+        everything = [stage for wave in gpu.plan() for stage in wave.stages]
+        found = [stage.name for stage in everything if stage.backend == other or (stage.backend is None and other == "cuda")]
+        assert names(advised) == found
 
 
 # ---- The folder of results
@@ -607,6 +622,21 @@ def test_the_limits_keep_the_promises():
         assert all(stage.limit <= wave.limit for stage in wave.stages) or len(wave.stages) > 1
 
 
+def test_where_processes_start_slowly_the_limits_are_higher(tmp_path, monkeypatch):
+    def limits(waves):
+        return [(wave.limit, *(stage.limit for stage in wave.stages)) for wave in waves]
+
+    waves = [alone(stand_in("a", GOOD, 12.0)), Wave(tuple(stand_in(name, GOOD, 5.0) for name in "bcd"), 11.0, at_once=2)]
+    assert limits(gpu.raised(waves, 6.0)) == limits(waves) == [(12.0, 12.0), (11.0, 5.0, 5.0, 5.0)]
+    assert limits(gpu.raised(waves, gpu.START + 3)) == [(15.0, 15.0), (17.0, 8.0, 8.0, 8.0)]
+    assert limits(gpu.raised(waves[:1], 1000.0)) == [(12.0 + gpu.MOST,) * 2]
+    monkeypatch.setattr(gpu, "START", -100.0)
+    monkeypatch.setattr(gpu, "PROBE", stand_in("probe", "say({'no_gpu': None, 'backends': {}})"))
+    monkeypatch.setattr(gpu, "plan", lambda: waves[:1])
+    assert gpu.main(["--output", str(tmp_path)]) == 0
+    assert [line["limit"] for line in gpu_report.read(tmp_path / "gpu.jsonl")] == [30.0, 12.0 + gpu.MOST]
+
+
 def test_every_case_of_the_plan_is_one():
     for wave in gpu.plan():
         for stage in wave.stages:
@@ -706,8 +736,7 @@ def test_tests_that_are_skipped_or_left_out_are_missed(tmp_path):
 
 @pytest.mark.parametrize("case", gpu_stages.CASES)
 def test_a_case_runs_on_the_cpu_at_a_small_size(monkeypatch, capsys, case):
-    for module, slow in ((machine, "launches"), (torch, "compile")):
-        monkeypatch.setattr(module, slow, lambda *_, slow=slow, **__: pytest.fail(f"{slow} begins too slowly for a case of twelve seconds"))
+    monkeypatch.setattr(machine, "launches", lambda *_: pytest.fail("the profiler starts too slowly for a case of twelve seconds"))
     answered = {}
     monkeypatch.setattr(gpu_stages, "answer", answered.update)
     assert gpu_stages.main([case, "--device", "cpu", "--small", "--seconds", "0"]) == 0
