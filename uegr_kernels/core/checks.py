@@ -24,7 +24,7 @@ def is_number(value: Any) -> bool:
 
 def plain(value: Any) -> Any:
     """A number of NumPy's as Python's, which compares with any other without an overflow in NumPy's narrow types; others as they are."""
-    return value.item() if hasattr(value, "item") else value
+    return value.item() if type(value) not in PLAIN and hasattr(value, "item") else value
 
 
 def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
