@@ -536,7 +536,8 @@ def test_fake_tensors_of_a_gpu_are_served(monkeypatch, dtype):
     with FakeTensorMode():
         x = torch.empty(2, 3, 4, device="cuda", dtype=dtype)
         dropout = uk.AdaptiveDropout(4)
-        dropout.gradient_norm, dropout.pending = torch.empty(2, 4, device="cuda")  # a CPU build of torch cannot move a module
+        wide = torch.promote_types(dtype, torch.float32)
+        dropout.gradient_norm, dropout.pending = torch.empty(2, 4, device="cuda", dtype=wide)  # a CPU build of torch moves none
         for call in (
             lambda: uk.pairwise_js(x),
             lambda: uk.fgm_perturbation(x, 0.1),

@@ -2317,8 +2317,8 @@ def move_state(optimizer, params):
 
 
 def turn_the_state_where_it_lies(optimizer, params):
-    state = optimizer.state[params[5]]
-    key = next(key for key in states_of(optimizer, params[5]) if key != "step" and "saliency" not in key)
+    state = optimizer.state[params[-5]]
+    key = next(key for key in states_of(optimizer, params[-5]) if key != "step" and "saliency" not in key)
     state[key].data = state[key].as_strided((3, 5), (1, 3))
 
 
@@ -2337,7 +2337,7 @@ def move_parameter(optimizer, params):
 
 
 def turn_parameter_where_it_lies(optimizer, params):
-    params[5].data = params[5].detach().as_strided((3, 5), (1, 3))
+    params[-5].data = params[-5].detach().as_strided((3, 5), (1, 3))
 
 
 def widen_parameter(optimizer, params):

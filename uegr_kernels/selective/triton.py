@@ -894,9 +894,10 @@ def _moving(lists: dict[str, list[Tensor]], planes: list[int]) -> tuple[Any, ...
     `planes`: which of the tensors that are written have several axes. One with a single axis would be another object, or elsewhere.
     """
     addresses = [list(map(Tensor.data_ptr, tensors)) for name, tensors in lists.items() if name != "g"]
-    written = lists["theta"] or lists["g"]
-    contiguous = [list(map(Tensor.is_contiguous, tensors)) for tensors in (map(written.__getitem__, planes), lists["g"])]
-    strides = [] if all(map(all, contiguous)) else [t.stride() for tensors in (written, lists["g"]) for t in tensors]
+    written = [lists[name] for name in ("theta", "a", "b", "c") if lists[name]]
+    planar = [list(map(tensors.__getitem__, planes)) for tensors in written]
+    contiguous = [list(map(Tensor.is_contiguous, tensors)) for tensors in (*planar, lists["g"])]
+    strides = [] if all(map(all, contiguous)) else [t.stride() for tensors in (*written, lists["g"]) for t in tensors]
     return addresses, list(map(Tensor.numel, lists["g"])), list(map(DTYPE, lists["g"])), contiguous, strides
 
 
