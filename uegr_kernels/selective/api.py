@@ -39,6 +39,7 @@ class _Roster:
     batch: dict[str, Any]
     empty: list[Tensor]  # parameters without an element, which have no address
     kinds: list[Any]  # and their devices and dtypes
+    sizes: list[int] | None  # elements of the parameters, where all are contiguous
 
 
 class _Packed(NamedTuple):
@@ -50,11 +51,12 @@ class _Packed(NamedTuple):
     whole: Tensor
     parts: list[Tensor]
     addresses: list[int]  # of the parts, as long as they lie there
+    single: bool  # parts of one element each, which have one layout
 
     def stands_for(self, states: list[Tensor]) -> bool:
         """Whether the states are the parts, still where and as they were."""
         same = all(map(operator.is_, states, self.parts)) and list(map(Tensor.data_ptr, states)) == self.addresses
-        return same and all(map(Tensor.is_contiguous, states))
+        return same and (self.single or all(map(Tensor.is_contiguous, states)))
 
 
 class SelectiveOptimizer(Optimizer):
@@ -248,7 +250,9 @@ class SelectiveOptimizer(Optimizer):
             batch = batch | LEFT_OUT
             empty = [p for p in batch["params"] if p.numel() == 0]
             states = list(self.state.keys()), list(self.state.values())
-            self._roster = _Roster(list(group["params"]), *states, batch, empty, list(map(KIND, empty)))
+            params = list(group["params"])
+            sizes = list(map(Tensor.numel, params)) if all(map(Tensor.is_contiguous, params)) else None
+            self._roster = _Roster(params, *states, batch, empty, list(map(KIND, empty)), sizes)
 
     def _step_again(self) -> bool:
         """Steps as the last time, with the gradients of now; False, and nothing has changed, where anything else differs.
@@ -268,8 +272,11 @@ class SelectiveOptimizer(Optimizer):
             return False
         if self._places is None or self._places[0] != list(map(Tensor.data_ptr, roster.params)):
             return False
-        if self._places[2] != list(map(Tensor.stride, roster.params)):
-            return False
+        if roster.sizes is None:
+            if self._places[1:] != (list(map(SHAPE, roster.params)), list(map(Tensor.stride, roster.params))):
+                return False
+        elif not all(map(Tensor.is_contiguous, roster.params)) or list(map(Tensor.numel, roster.params)) != roster.sizes:
+            return False  # contiguous ones of as many elements are stepped alike, whatever their shape
         needed, grads = self._needed(group), list(map(GRADIENT, roster.params))
         try:
             addresses = list(map(Tensor.data_ptr, grads))  # that of freed memory is 0
@@ -278,7 +285,7 @@ class SelectiveOptimizer(Optimizer):
             return False
         if addresses.count(0) != len(roster.empty) or list(map(KIND, roster.empty)) != roster.kinds:
             return False
-        if list(map(SHAPE, grads)) != self._places[1] or not found.keys() <= roster.batch.keys():
+        if not found.keys() <= roster.batch.keys():
             return False
         self._check(group)
         batch = self._new_batch(group, roster.params[0].device, roster.params[0].dtype)
@@ -422,7 +429,7 @@ class SelectiveOptimizer(Optimizer):
             part.data = from_dlpack(to_dlpack(part.detach()))
             state[key] = part
         batch[key] = [whole]
-        self._packed[key] = _Packed(whole, parts, list(map(Tensor.data_ptr, parts)))
+        self._packed[key] = _Packed(whole, parts, list(map(Tensor.data_ptr, parts)), len(whole) == len(parts))
 
     def _fresh_state(self, key: str, p: Tensor, group: dict[str, Any]) -> Tensor:
         value, dtype, device = self._start(key, p, group)
