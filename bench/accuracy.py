@@ -1,12 +1,10 @@
 """Every method on real text: accuracy, accuracy under attack, cost (`python -m bench.accuracy --data DIR`)."""
 
 import argparse
-import concurrent.futures
 import contextlib
 import dataclasses
 import json
 import math
-import multiprocessing
 import pathlib
 import random
 import shlex
@@ -21,7 +19,7 @@ from tqdm import tqdm
 
 from uegr_kernels.models import MODELS
 
-from . import accuracy_report, harness, machine, training
+from . import accuracy_report, harness, jobs, machine, training
 from .accuracy_report import BASE
 from .evidence import pretrained
 from .training import DataError, Settings
@@ -160,29 +158,13 @@ class Runs:
         checkpoints = self.path.parent / "checkpoints"
         checkpoints.mkdir(exist_ok=True)
         bar = tqdm(total=len(missing), desc=what, unit="run", mininterval=1 if sys.stderr.isatty() else 60)
-        for settings, result in self._results(missing, checkpoints):
+        for settings, result in jobs.results(figures, [(one, self.data, checkpoints) for one in missing], self.jobs, self.threads):
             self._keep(settings, result)
             bar.set_postfix_str(f"{settings.data} {settings.model} {settings.method}", refresh=False)
             bar.update()
         bar.close()
         with contextlib.suppress(OSError):  # another command may have runs there
             checkpoints.rmdir()
-
-    def _results(self, missing: list[Settings], checkpoints: pathlib.Path) -> Iterator[tuple[Settings, dict[str, Any]]]:
-        """As they come."""
-        if self.jobs == 1:
-            with machine.threads(self.threads):
-                yield from ((settings, figures(settings, self.data, checkpoints)) for settings in missing)
-            return
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(self.jobs, context, torch.set_num_threads, (self.threads,)) as pool:
-            waiting = {pool.submit(figures, settings, self.data, checkpoints): settings for settings in missing}
-            try:
-                yield from ((waiting[future], future.result()) for future in concurrent.futures.as_completed(waiting))
-            except BaseException:
-                for worker in multiprocessing.active_children():
-                    worker.terminate()
-                raise
 
     def _keep(self, settings: Settings, result: dict[str, Any]) -> None:
         line = {
@@ -219,8 +201,7 @@ def list_of(value: Any) -> Any:
 
 def figures(settings: Settings, folder: pathlib.Path, checkpoints: pathlib.Path) -> dict[str, Any]:
     """A run in a process of its own; floats to six digits."""
-    name = f"{random.Random(key_of(settings)).getrandbits(64):016x}.pt"
-    result, _ = training.run(settings, folder, checkpoints / name)
+    result, _ = training.run(settings, folder, jobs.checkpoint(checkpoints, key_of(settings)))
     return {key: _rounded(value) for key, value in result.items()}
 
 

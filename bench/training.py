@@ -283,18 +283,11 @@ def _transformers(
     except (OSError, ValueError) as error:
         raise DataError(f"--models {settings.model}: no checkpoint with its tokenizer in that folder ({error})") from None
 
-    return model, lambda rows: _batches(tokenizer, data, rows, settings.length, device)
+    return model, lambda rows: tokenized(tokenizer, data, rows, settings.length, device)
 
 
-def tokenized(model: str, data: TextSet, rows: list[Row], length: int, device: torch.device) -> Batches:
-    """Batches of the rows for the checkpoint "hf:PATH", of texts of at most `length` tokens."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model.removeprefix("hf:"), local_files_only=True)
-    return _batches(tokenizer, data, rows, length, device)
-
-
-def _batches(tokenizer: Any, data: TextSet, rows: list[Row], length: int, device: torch.device) -> Batches:
+def tokenized(tokenizer: Any, data: TextSet, rows: list[Row], length: int, device: torch.device) -> Batches:
+    """Batches of the rows, of texts of at most `length` tokens."""
     columns = [list(column) for column in zip(*(row.texts for row in rows), strict=True)]
     tokens = tokenizer(*columns, truncation=True, max_length=length)
     labels = labels_of(rows, data)
@@ -485,12 +478,12 @@ def _selected(optimizer: torch.optim.Optimizer, model: nn.Module, before: int) -
 # Evaluation
 
 
-def outputs_of(model: nn.Module, batches: Batches, rows: int) -> tuple[Tensor, Tensor]:
+def outputs_of(model: nn.Module, batches: Batches, rows: int, size: int = 128) -> tuple[Tensor, Tensor]:
     """Logits [N, C] and labels [N] of all rows, in eval mode, on the CPU."""
     model.eval()
     outputs, truth = [], []
     with torch.no_grad():
-        for chosen in in_order(rows):
+        for chosen in in_order(rows, size):
             inputs, labels = batches(chosen)
             logits = model(**inputs)
             outputs.append(getattr(logits, "logits", logits).float().cpu())

@@ -5,19 +5,16 @@ and its line is written as soon as it ends, so the whole is made in pieces.
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
 import fcntl
 import importlib.util
 import json
-import multiprocessing
 import os
 import pathlib
-import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +23,7 @@ from tqdm import tqdm
 
 import uegr_kernels as uk
 
-from .. import harness, training
+from .. import harness, jobs, training
 from ..training import DataError, Row
 
 PROTOCOL = 1  # another one where anything changes what a run gives
@@ -180,7 +177,7 @@ def outcomes(run: Run, folder: pathlib.Path, checkpoint: pathlib.Path) -> dict[s
     figures, model = training.run(settings, folder, checkpoint, device, start=start, stepped=watch)
     found = {key: figures[key] for key in ("validation", "best_epoch", "steps", "loss", "processor_seconds_per_step")}
     found |= {key: figures[key] for key in ("share", "largest_inverse")} | {"passes": METHODS[run.method].passes}
-    score = Scores(model, data, device, settings.model)
+    score = Scores(model, data, device, folder_of(run.model))
     if not run.final:
         found["pgd"] = score.attacked("pgd", start.held[: run.attacked], run.length, STRENGTHS[MIDDLE : MIDDLE + 1])
         return found
@@ -208,38 +205,31 @@ def mistyped(rows: Sequence[Row], rate: float) -> list[Row]:
 class Scores:
     """What a trained model makes of texts, in batches of texts of about one length."""
 
-    def __init__(self, model: nn.Module, data: training.TextSet, device: torch.device, name: str) -> None:
-        self.model, self.data, self.device, self.name = model, data, device, name
+    def __init__(self, model: nn.Module, data: training.TextSet, device: torch.device, folder: pathlib.Path) -> None:
+        from transformers import AutoTokenizer
 
-    def batches(self, rows: Sequence[Row], length: int, size: int) -> Iterator[tuple[list[int], Any]]:
-        """Which rows, and the batch of them."""
+        self.model, self.data, self.device = model, data, device
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+    def sorted(self, rows: Sequence[Row], length: int) -> tuple[training.Batches, Tensor]:
+        """Batches of the rows by their length, and the place of each row among them."""
         order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i].texts)))
-        batch = training.tokenized(self.name, self.data, list(rows), length, self.device)
-        for first in range(0, len(rows), size):
-            chosen = order[first : first + size]
-            yield chosen, batch(chosen)
+        batches = training.tokenized(self.tokenizer, self.data, [rows[i] for i in order], length, self.device)
+        return batches, torch.tensor(order).argsort()
 
     def clean(self, rows: Sequence[Row], length: int) -> tuple[Tensor, Tensor, str]:
         """Logits [N, C], labels [N], and which texts are right."""
-        logits = torch.empty(len(rows), len(self.data.labels))
-        labels = torch.empty(len(rows), dtype=torch.int64)
-        self.model.eval()
-        with torch.no_grad():
-            for chosen, (inputs, truth) in self.batches(rows, length, 32):
-                logits[chosen] = self.model(**inputs).logits.float().cpu()
-                labels[chosen] = truth.cpu()
+        batches, places = self.sorted(rows, length)
+        logits, labels = (found[places] for found in training.outputs_of(self.model, batches, len(rows), 32))
         return logits, labels, digits(logits.argmax(1) == labels)
 
     def attacked(self, attack: str, rows: Sequence[Row], length: int, strengths: Sequence[float] = STRENGTHS) -> list[str]:
         """Which texts are right under each strength."""
-        found = torch.empty(len(strengths), len(rows), dtype=torch.bool)
-        for chosen, batch in self.batches(rows, length, 20):
-            seen = uk.analysis.accuracy_under_attack(
-                self.model, training.embedding_of(self.model), [batch], strengths, attack, STEPS, relative=True
-            )
-            for row, each in zip(found, seen[1:], strict=True):
-                row[chosen] = torch.tensor(each.outcomes)
-        return [digits(row) for row in found]
+        batches, places = self.sorted(rows, length)
+        each = map(batches, training.in_order(len(rows), 20))
+        embedding = training.embedding_of(self.model)
+        seen = uk.analysis.accuracy_under_attack(self.model, embedding, each, strengths, attack, STEPS, relative=True)
+        return [digits(torch.tensor(one.outcomes)[places]) for one in seen[1:]]
 
 
 def digits(right: Tensor) -> str:
@@ -280,26 +270,11 @@ class Runs:
         checkpoints = self.output / "checkpoints"
         checkpoints.mkdir(parents=True, exist_ok=True)
         with tqdm(total=len(missing), desc=what, unit="run", mininterval=1 if sys.stderr.isatty() else 60) as bar:
-            for run, result in self._results(missing, checkpoints):
+            calls = [(run, self.folder, jobs.checkpoint(checkpoints, run.key)) for run in missing]
+            for run, result in jobs.results(outcomes, calls, self.jobs, threads=1):
                 self._keep(run, result)
                 bar.set_postfix_str(f"{run.data} {run.method} {run.seed}", refresh=False)
                 bar.update()
-
-    def _results(self, missing: list[Run], checkpoints: pathlib.Path) -> Iterator[tuple[Run, dict[str, Any]]]:
-        arguments = [(run, self.folder, checkpoints / f"{random.Random(run.key).getrandbits(64):016x}.pt") for run in missing]
-        if self.jobs == 1:
-            torch.set_num_threads(1)
-            yield from ((each[0], outcomes(*each)) for each in arguments)
-            return
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(self.jobs, context, torch.set_num_threads, (1,)) as pool:
-            waiting = {pool.submit(outcomes, *each): each[0] for each in arguments}
-            try:
-                yield from ((waiting[future], future.result()) for future in concurrent.futures.as_completed(waiting))
-            except BaseException:
-                for worker in multiprocessing.active_children():
-                    worker.terminate()
-                raise
 
     def _keep(self, run: Run, result: dict[str, Any]) -> None:
         self.done[run.key] = result = _rounded(result)  # a share that was chosen is part of a key
