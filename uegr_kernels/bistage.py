@@ -79,8 +79,8 @@ class BiStage:
         relative: bool = False,
         backend: str = "auto",
     ) -> None:
-        walks.check_count("passes", passes)
-        walks.check_count("passes_at_once", passes if passes_at_once is None else passes_at_once)
+        checks.integer("passes", passes, 1)
+        checks.integer("passes_at_once", passes if passes_at_once is None else passes_at_once, 1)
         if dropout is not None and (not isinstance(dropout, Sequence) or isinstance(dropout, str)):
             raise TypeError(f"dropout={dropout!r} is not a sequence; pass one rate per pass, such as {[0.3] * passes}")
         if dropout is not None and (len(dropout) != passes or not all(checks.is_number(rate) and 0 <= rate <= 1 for rate in dropout)):

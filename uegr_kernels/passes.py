@@ -363,10 +363,6 @@ def masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else torch.where((mask != 0).reshape(*mask.shape, *[1] * (x.dim() - mask.dim())), x, 0)
 
 
-def check_count(name: str, value: Any, least: int = 1) -> int:
-    return checks.integer(name, value, least)
-
-
 def synchronisers(model: Any) -> list[Any]:
     """The outermost of DDP's and FSDP's wrappers: the model itself, or those inside it; none where one process trains."""
     if hasattr(model, "no_sync") or hasattr(model, "set_requires_gradient_sync"):

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..passes import Pass, check_count, masked
+from ..core import checks
+from ..passes import Pass, masked
 from ..perturbation import fgm_perturbation, pgd_step
-from .recipe import PassRecipe, check_flag, check_number
+from .recipe import PassRecipe
 
 Start = Callable[[Tensor], Tensor]  # from the embedding's output to the first delta
 
@@ -37,10 +38,10 @@ class AttackRecipe(PassRecipe):
         least_steps: int = 1,
         **options: Any,
     ) -> None:
-        epsilon = check_number("epsilon", epsilon, 0)
-        check_count("steps", steps, least_steps)
-        check_flag("same_draw", same_draw)
-        step_size = None if step_size is None else check_number("step_size", step_size, 0)
+        epsilon = checks.number("epsilon", epsilon, 0)
+        checks.integer("steps", steps, least_steps)
+        checks.flag("same_draw", same_draw)
+        step_size = None if step_size is None else checks.number("step_size", step_size, 0)
         self.epsilon, self.steps, self.same_draw = epsilon, steps, same_draw
         self.step_size = 2.5 * epsilon / max(steps, 1) if step_size is None else step_size
         self.norm, self.per = norm if steps else "", per

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .recipe import PassRecipe, check_number, whole
+from ..core import checks
+from .recipe import PassRecipe, whole
 
 
 class Plain(PassRecipe):
@@ -23,7 +24,7 @@ class Plain(PassRecipe):
 
 class _Penalised(PassRecipe):
     def __init__(self, model: nn.Module, embedding: nn.Module | None, optimizer: Any = None, *, weight: float, **options: Any) -> None:
-        weight = check_number("weight", weight, 0)
+        weight = checks.number("weight", weight, 0)
         self.weight = weight
         super().__init__(model, embedding, optimizer, **options)
 

@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..bistage import BiStage
+from ..core import checks
 from .lent_dropout import AdaptedDropouts
-from .recipe import Recipe, check_flag
+from .recipe import Recipe
 from .selection import OPTIONS, Selection
 
 
@@ -71,7 +72,7 @@ class UEGR(SelectiveUpdate, Recipe):
         **options: Any,
     ) -> None:
         super().__init__(model, optimizer)
-        check_flag("adaptive_dropout", adaptive_dropout)
+        checks.flag("adaptive_dropout", adaptive_dropout)
         selection = {name: options.pop(name) for name in OPTIONS if name in options}
         unknown = options.keys() - inspect.signature(BiStage).parameters.keys()
         if unknown:

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core import checks
 from .baselines import Plain
 from .bi_stage import SelectiveUpdate
-from .recipe import check_choice, check_number, write
+from .recipe import write
 from .saliency import SaliencyRecipe
 
 
@@ -70,11 +71,11 @@ class ChildTuningD(SaliencyRecipe, Plain):
         target: str = "gradient",
         **options: Any,
     ) -> None:
-        keep_probability = check_number("keep_probability", keep_probability, 0, 1)
+        keep_probability = checks.number("keep_probability", keep_probability, 0, 1)
         if keep_probability == 0:
             raise ValueError("keep_probability=0 trains nothing; give a number in (0, 1]")
-        max_grad_norm = check_number("max_grad_norm", max_grad_norm, 0)
-        check_choice("target", target, ("gradient", "update"))
+        max_grad_norm = checks.number("max_grad_norm", max_grad_norm, 0)
+        checks.choice("target", target, ("gradient", "update"))
         self.keep_probability, self.max_grad_norm, self.target = keep_probability, max_grad_norm, target
         self._before: list[Tensor] = []
         super().__init__(model, embedding, optimizer, names=names, **options)

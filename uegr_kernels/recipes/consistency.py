@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..core import checks
 from ..divergence import uegr_loss
 from ..perturbation import fgm_perturbation
 from .bi_stage import SelectiveUpdate
-from .recipe import PassRecipe, check_choice, check_number
+from .recipe import PassRecipe
 from .selection import OPTIONS
 
 
@@ -37,8 +38,8 @@ class RDrop(PassRecipe):
         reduction: str = "mean",
         **options: Any,
     ) -> None:
-        alpha = check_number("alpha", alpha, 0)
-        check_choice("reduction", reduction, ("mean", "sum"))
+        alpha = checks.number("alpha", alpha, 0)
+        checks.choice("reduction", reduction, ("mean", "sum"))
         self.alpha, self.reduction = alpha, reduction
         super().__init__(model, embedding, optimizer, **options)
 

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core import checks
 from .baselines import Plain
-from .recipe import check_choice, check_number, named_parameters, whole, write
+from .recipe import named_parameters, whole, write
 
 
 class WeightConsolidation(Plain):
@@ -42,8 +43,8 @@ class WeightConsolidation(Plain):
         **options: Any,
     ) -> None:
         given = (("kappa", kappa), ("k", k), ("t0", t0), ("gamma", gamma))
-        kappa, k, t0, gamma = (check_number(name, value, 0) for name, value in given)
-        check_choice("form", form, ("decoupled", "penalty", "annealed"))
+        kappa, k, t0, gamma = (checks.number(name, value, 0) for name, value in given)
+        checks.choice("form", form, ("decoupled", "penalty", "annealed"))
         self.kappa, self.form, self.k, self.t0, self.gamma = kappa, form, k, t0, gamma
         super().__init__(model, embedding, optimizer, **options)
         try:

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..passes import check_count, synchronisers, synchronises
+from ..core import checks
+from ..passes import synchronisers, synchronises
 from .attack import Start, climb, in_a_cube
-from .recipe import PassRecipe, check_choice, check_flag, check_number
+from .recipe import PassRecipe
 
 
 class FreeLB(PassRecipe):
@@ -37,12 +38,12 @@ class FreeLB(PassRecipe):
         same_draw: bool = True,
         **options: Any,
     ) -> None:
-        check_count("steps", steps)
-        adv_lr = check_number("adv_lr", adv_lr, 0)
-        init_mag = check_number("init_mag", init_mag, 0)
-        max_norm = check_number("max_norm", max_norm, -float("inf"))
-        check_choice("norm", norm, ("l2", "max", "linf"))
-        check_flag("same_draw", same_draw)
+        checks.integer("steps", steps, 1)
+        adv_lr = checks.number("adv_lr", adv_lr, 0)
+        init_mag = checks.number("init_mag", init_mag, 0)
+        max_norm = checks.number("max_norm", max_norm, -float("inf"))
+        checks.choice("norm", norm, ("l2", "max", "linf"))
+        checks.flag("same_draw", same_draw)
         self.steps, self.adv_lr, self.init_mag, self.max_norm, self.norm, self.same_draw = (
             steps,
             adv_lr,
@@ -110,10 +111,10 @@ class FreeAT(PassRecipe):
         self.persistent = image if persistent is None else persistent
         self.delta: Tensor | None = None
         for name in ("epsilon", "step_size", "init_mag"):
-            setattr(self, name, check_number(name, getattr(self, name), 0))
-        check_count("steps", self.steps)
-        check_choice("norm", self.norm, ("l2", "linf"))
-        check_flag("persistent", self.persistent)
+            setattr(self, name, checks.number(name, getattr(self, name), 0))
+        checks.integer("steps", self.steps, 1)
+        checks.choice("norm", self.norm, ("l2", "linf"))
+        checks.flag("persistent", self.persistent)
         super().__init__(model, embedding, optimizer, **options)
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:

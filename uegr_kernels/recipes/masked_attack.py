@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..passes import check_count
+from ..core import checks
 from ..perturbation import fgm_perturbation, perturbed_weights
-from .recipe import PassRecipe, check_flag, check_number, check_reached, named_parameters
+from .recipe import PassRecipe, check_reached, named_parameters
 
 
 class DropAttack(PassRecipe):
@@ -50,9 +50,9 @@ class DropAttack(PassRecipe):
     ) -> None:
         self._perturbation: dict[str, Any] = dict(epsilon=epsilon, norm=norm, per=per, keep_probability=keep_probability)
         fgm_perturbation(torch.zeros(1, 2, device="cpu"), **self._perturbation, seed=0, backend="reference")  # raises for a wrong option
-        epsilon_weights = check_number("epsilon_weights", epsilon_weights, 0)
-        keep_probability_weights = check_number("keep_probability_weights", keep_probability_weights, 0, 1)
-        check_flag("attack_input", attack_input)
+        epsilon_weights = checks.number("epsilon_weights", epsilon_weights, 0)
+        keep_probability_weights = checks.number("keep_probability_weights", keep_probability_weights, 0, 1)
+        checks.flag("attack_input", attack_input)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}; pass the nn.Module to train")
         self.weights = list(named_parameters(model, weights).values())
@@ -119,7 +119,7 @@ class DropAttackK(DropAttack):
     """
 
     def __init__(self, model: nn.Module, embedding: nn.Module | None, optimizer: Any = None, *, steps: int = 3, **options: Any) -> None:
-        check_count("steps", steps)
+        checks.integer("steps", steps, 1)
         self.steps = steps
         super().__init__(model, embedding, optimizer, **options)
 

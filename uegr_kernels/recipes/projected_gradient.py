@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..core import checks
 from .attack import AttackRecipe, Start, tiny_noise, uniform_in_ball
-from .recipe import check_flag, check_number
 
 
 class PGD(AttackRecipe):
@@ -40,9 +40,9 @@ class PGD(AttackRecipe):
         first_step_from_clean: bool = False,
         **options: Any,
     ) -> None:
-        clean_weight = check_number("clean_weight", clean_weight, 0)
-        check_flag("random_start", random_start)
-        check_flag("first_step_from_clean", first_step_from_clean)
+        clean_weight = checks.number("clean_weight", clean_weight, 0)
+        checks.flag("random_start", random_start)
+        checks.flag("first_step_from_clean", first_step_from_clean)
         if first_step_from_clean and (random_start or clean_weight == 0):
             raise ValueError("first_step_from_clean=True needs the clean pass's gradient; leave random_start out, and clean_weight above 0")
         self.clean_weight, self.random_start, self.first_step_from_clean = clean_weight, random_start, first_step_from_clean
@@ -92,7 +92,7 @@ class AdvEmbed(PGD):
         same_draw: bool = False,
         **options: Any,
     ) -> None:
-        start = check_number("start", start, 0)
+        start = checks.number("start", start, 0)
         self.start = start
         options |= dict(epsilon=epsilon, steps=steps, step_size=epsilon if step_size is None else step_size, norm=norm, per=per)
         from_clean = start == 0 and clean_weight != 0

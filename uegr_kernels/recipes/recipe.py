@@ -4,7 +4,6 @@ import contextlib
 import copy
 import fnmatch
 import inspect
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -140,7 +139,7 @@ class PassRecipe(Recipe):
             known = {p.name for p in given if p.kind is p.KEYWORD_ONLY and p.name != "least_steps"} | set(self.more_options)
             raise TypeError(f"{type(self).__name__} has no option {min(unknown)!r}; its options are {', '.join(sorted(known))}")
         super().__init__(model, optimizer)
-        check_number("dropout", 0.0 if dropout is None else dropout, 0, 1)
+        checks.number("dropout", 0.0 if dropout is None else dropout, 0, 1)
         AdaptiveDropout(1, backend=backend)  # raises for a wrong backend
         self.dropout, self.backend = dropout, backend
         self._loss_options: dict[str, Any] = dict(js_weight=0.0, label_smoothing=label_smoothing, ignore_index=ignore_index, task=task)
@@ -268,18 +267,6 @@ def summed_over_ranks(model: nn.Module, tensors: Sequence[Tensor | None]) -> Non
         for tensor in tensors:
             if tensor is not None:
                 torch.distributed.all_reduce(tensor, group=ranks_of(model))
-
-
-def check_number(name: str, value: Any, low: float, high: float = math.inf) -> float:
-    return checks.number(name, value, low, high)
-
-
-def check_flag(name: str, value: Any) -> bool:
-    return checks.flag(name, value)
-
-
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    checks.choice(name, value, choices)
 
 
 def write(weights: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.conv import _ConvNd as Convolution
 
-from ..passes import Pass, check_count, ranks_of, synchronisers, synchronises
+from ..core import checks
+from ..passes import Pass, ranks_of, synchronisers, synchronises
 from .attack import AttackRecipe, Start, uniform_in_ball
-from .recipe import check_flag, check_number, device_of, plain_names, recomputed, summed_over_ranks
+from .recipe import device_of, plain_names, recomputed, summed_over_ranks
 
 CHANNELS_SECOND = (BatchNorm, Convolution)
 
@@ -78,17 +79,17 @@ class ARAT(AttackRecipe):
         same_draw: bool = False,
         **options: Any,
     ) -> None:
-        invariance_weight = check_number("invariance_weight", invariance_weight, 0)
-        epsilon = check_number("epsilon", epsilon, 0)
+        invariance_weight = checks.number("invariance_weight", invariance_weight, 0)
+        epsilon = checks.number("epsilon", epsilon, 0)
         given = (("clean_weight", clean_weight), ("adversarial_weight", adversarial_weight))
-        clean_weight, adversarial_weight = (None if value is None else check_number(name, value, 0) for name, value in given)
+        clean_weight, adversarial_weight = (None if value is None else checks.number(name, value, 0) for name, value in given)
         flags = {"predictor": predictor, "stop_gradient": stop_gradient, "split": split, "split_layer_norm": split_layer_norm}
         flags["random_start"] = random_start
         for name, value in flags.items():
-            check_flag(name, value)
+            checks.flag(name, value)
         if (clean_weight is None) != (adversarial_weight is None):
             raise ValueError("clean_weight and adversarial_weight are balanced together; give both, or neither")
-        check_count("balance_rows", balance_rows)
+        checks.integer("balance_rows", balance_rows, 1)
         self.invariance_weight, self.stop_gradient, self.random_start = invariance_weight, stop_gradient, random_start
         self.clean_weight, self.adversarial_weight, self.balance_rows = clean_weight, adversarial_weight, balance_rows
         self.accuracy: float | None = None

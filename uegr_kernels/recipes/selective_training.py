@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core import checks
 from ..divergence import uegr_loss
 from ..selective import select_gradients_, selection_probability
 from .attack import climb, tiny_noise
 from .consistency import symmetric_divergence
-from .recipe import check_choice, check_flag, check_number, recomputed
+from .recipe import recomputed
 from .saliency import SaliencyRecipe
 from .selection import agreed, check_seed
 
@@ -53,9 +54,9 @@ class RoAST(SaliencyRecipe):
         **options: Any,
     ) -> None:
         given = (("epsilon", epsilon), ("kl_weight", kl_weight), ("noise", noise))
-        epsilon, kl_weight, noise = (check_number(name, value, 0) for name, value in given)
-        check_choice("form", form, ("paper", "code"))
-        check_flag("detach_embedding", detach_embedding)
+        epsilon, kl_weight, noise = (checks.number(name, value, 0) for name, value in given)
+        checks.choice("form", form, ("paper", "code"))
+        checks.flag("detach_embedding", detach_embedding)
         self._selection: dict[str, Any] = dict(threshold=threshold, sharpness=sharpness, min_probability=min_probability)
         self._selection |= dict(normalization="rank", direction="salient", scope="global")
         selection_probability(torch.zeros(1, device="cpu"), **self._selection, backend="reference")  # raises for a wrong option

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core import checks
 from ..perturbation import fgm_perturbation
-from .recipe import PassRecipe, check_number
+from .recipe import PassRecipe
 
 
 class AT(PassRecipe):
@@ -36,7 +37,7 @@ class AT(PassRecipe):
     ) -> None:
         self._perturbation: dict[str, Any] = dict(epsilon=epsilon, norm=norm, per=per)
         fgm_perturbation(torch.zeros(1, 2, device="cpu"), **self._perturbation, backend="reference")  # raises for a wrong option
-        clean_weight = check_number("clean_weight", clean_weight, 0)
+        clean_weight = checks.number("clean_weight", clean_weight, 0)
         self.clean_weight, self.norm = clean_weight, norm
         super().__init__(model, embedding, optimizer, **options)
 

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..passes import buffers_held, check_count, synchronises
+from ..core import checks
+from ..passes import buffers_held, synchronises
 from ..perturbation import perturbed_weights
 from .attack import AttackRecipe
-from .recipe import PassRecipe, check_flag, check_number, norm_of, summed_over_ranks, write
+from .recipe import PassRecipe, norm_of, summed_over_ranks, write
 
 
 class SAM(PassRecipe):
@@ -37,9 +38,9 @@ class SAM(PassRecipe):
         same_draw: bool = True,
         **options: Any,
     ) -> None:
-        rho = check_number("rho", rho, 0)
-        check_flag("adaptive", adaptive)
-        check_flag("same_draw", same_draw)
+        rho = checks.number("rho", rho, 0)
+        checks.flag("adaptive", adaptive)
+        checks.flag("same_draw", same_draw)
         self.rho, self.adaptive, self.same_draw = rho, adaptive, same_draw
         super().__init__(model, embedding, optimizer, **options)
 
@@ -95,8 +96,8 @@ class AWP(AttackRecipe):
         same_draw: bool = False,
         **options: Any,
     ) -> None:
-        gamma = check_number("gamma", gamma, 0)
-        check_count("warmup_epochs", warmup_epochs, 0)
+        gamma = checks.number("gamma", gamma, 0)
+        checks.integer("warmup_epochs", warmup_epochs, 0)
         self.gamma, self.warmup_epochs, self.epoch = gamma, warmup_epochs, 0
         self._gradients: list[Tensor | None] = []
         self._moved: contextlib.ExitStack | None = None
