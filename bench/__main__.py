@@ -1,4 +1,6 @@
-"""`python -m bench` lists the suites, `python -m bench SUITE` runs one, `python -m bench readme` puts the figures into README.md."""
+"""`python -m bench` lists the suites, `python -m bench SUITE` runs one, `python -m bench
+readme` puts the figures into README.md.
+"""
 
 import argparse
 import ast
@@ -17,30 +19,98 @@ SUITES = {path.stem.removeprefix("bench_"): path for path in sorted(HERE.glob("b
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 1 where something disagreed, 2 for wrong arguments, 130 for Ctrl-C."""
+    """Returns the exit status: 1 where something disagreed, 2 for wrong arguments, 130 for
+    Ctrl-C.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
-    top = argparse.ArgumentParser(prog="python -m bench", description="Times the operators beside their peers.")
+    top = argparse.ArgumentParser(
+        prog="python -m bench", description="Times the operators beside their peers."
+    )
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
     for name, path in SUITES.items():
-        suite = commands.add_parser(name, help=ast.get_docstring(ast.parse(path.read_text())), description=f"Runs the suite {name}.")
-        suite.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the tensors lie; default: cpu")
-        suite.add_argument("--quick", action="store_true", help="small sizes and few rounds, to see that it runs: a matter of seconds")
-        suite.add_argument("--output", metavar="DIR", type=pathlib.Path, help="default: bench/results, with --quick build/bench")
-        suite.add_argument("--rounds", metavar="N", type=_count, help="how often ours and each peer take turns; default 20, with --quick 3")
-        suite.add_argument("--threads", metavar="N", type=_count, help=f"default: torch's own, {torch.get_num_threads()} here")
-        suite.add_argument(
-            "--only", metavar="TEXT", default="", help="only the cases whose name contains TEXT; the others keep their results"
+        suite = commands.add_parser(
+            name,
+            help=ast.get_docstring(ast.parse(path.read_text())),
+            description=f"Runs the suite {name}.",
         )
-        suite.add_argument("--without", metavar="TEXT", help="no peers whose name contains TEXT: they are listed as missing")
-        suite.add_argument("--wait", metavar="SECONDS", type=float, help="for a busy machine to calm down; default 120, with --quick 0")
-    sharded_model.add_arguments(commands.add_parser("sharded", help="a model on paper of the step in sharded training, as a table"))
+        suite.add_argument(
+            "--device",
+            choices=("cpu", "cuda"),
+            default="cpu",
+            help="where the tensors lie; default: cpu",
+        )
+        suite.add_argument(
+            "--quick",
+            action="store_true",
+            help="small sizes and few rounds, to see that it runs: a matter of seconds",
+        )
+        suite.add_argument(
+            "--output",
+            metavar="DIR",
+            type=pathlib.Path,
+            help="default: bench/results, with --quick build/bench",
+        )
+        suite.add_argument(
+            "--rounds",
+            metavar="N",
+            type=_count,
+            help="how often ours and each peer take turns; default 20, with --quick 3",
+        )
+        suite.add_argument(
+            "--threads",
+            metavar="N",
+            type=_count,
+            help=f"default: torch's own, {torch.get_num_threads()} here",
+        )
+        suite.add_argument(
+            "--only",
+            metavar="TEXT",
+            default="",
+            help="only the cases whose name contains TEXT; the others keep their results",
+        )
+        suite.add_argument(
+            "--without",
+            metavar="TEXT",
+            help="no peers whose name contains TEXT: they are listed as missing",
+        )
+        suite.add_argument(
+            "--wait",
+            metavar="SECONDS",
+            type=float,
+            help="for a busy machine to calm down; default 120, with --quick 0",
+        )
+    sharded_model.add_arguments(
+        commands.add_parser(
+            "sharded", help="a model on paper of the step in sharded training, as a table"
+        )
+    )
     figures = commands.add_parser("readme", help="put the figures of bench/results into README.md")
-    figures.add_argument("--check", action="store_true", help="change nothing; exit status 1 where README.md does not agree")
+    figures.add_argument(
+        "--check",
+        action="store_true",
+        help="change nothing; exit status 1 where README.md does not agree",
+    )
     options = top.parse_args(arguments)
     if options.command is None:
-        print("\n".join(["Suites:", *(f"  {name:<14}{ast.get_docstring(ast.parse(path.read_text()))}" for name, path in SUITES.items())]))
-        print("Run one with `python -m bench SUITE`; `python -m bench SUITE --help` lists the options.")
-        print("`readme` in the place of SUITE updates README.md, `sharded` prints a model on paper; `make gpu` does what needs a GPU.")
+        print(
+            "\n".join(
+                [
+                    "Suites:",
+                    *(
+                        f"  {name:<14}{ast.get_docstring(ast.parse(path.read_text()))}"
+                        for name, path in SUITES.items()
+                    ),
+                ]
+            )
+        )
+        print(
+            "Run one with `python -m bench SUITE`; `python -m bench SUITE --help` lists the "
+            "options."
+        )
+        print(
+            "`readme` in the place of SUITE updates README.md, `sharded` prints a model on "
+            "paper; `make gpu` does what needs a GPU."
+        )
         return 0
     if options.command == "readme":
         return readme.update(options.check)
@@ -54,7 +124,10 @@ def main(arguments: list[str] | None = None) -> int:
         with machine.threads(options.threads):
             return run(options, shlex.join(["python", "-m", "bench", *arguments]))
     except KeyboardInterrupt:
-        print("\nStopped. The results of the finished cases are kept; --only TEXT runs the rest.", file=sys.stderr)
+        print(
+            "\nStopped. The results of the finished cases are kept; --only TEXT runs the rest.",
+            file=sys.stderr,
+        )
         return 130
 
 
@@ -66,34 +139,54 @@ def _count(text: str) -> int:
 
 def run(options: argparse.Namespace, command: str) -> int:
     rounds = options.rounds or (3 if options.quick else 20)
-    output = options.output or (HERE.parent / "build" / "bench" if options.quick else readme.RESULTS)
+    output = options.output or (
+        HERE.parent / "build" / "bench" if options.quick else readme.RESULTS
+    )
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"{options.command}-{options.device}.jsonl"
-    cases = importlib.import_module(f".{SUITES[options.command].stem}", __package__).cases(options.quick, options.device)
+    cases = importlib.import_module(f".{SUITES[options.command].stem}", __package__).cases(
+        options.quick, options.device
+    )
     chosen = [case for case in cases if options.only in case.name]
     if not chosen:
-        print(f"--only {options.only!r} matches none of: {', '.join(case.name for case in cases)}", file=sys.stderr)
+        print(
+            f"--only {options.only!r} matches none of: {', '.join(case.name for case in cases)}",
+            file=sys.stderr,
+        )
         return 2
     wait = (0.0 if options.quick else 120.0) if options.wait is None else options.wait
     if warning := machine.wait_until_quiet(wait):
         print(f"warning: {warning}", file=sys.stderr)
-    about = {"suite": options.command, "quick": options.quick, **harness.environment(command, options.device), "warning": warning}
+    about = {
+        "suite": options.command,
+        "quick": options.quick,
+        **harness.environment(command, options.device),
+        "warning": warning,
+    }
     size = 2**26 if options.quick else 2**28 if options.device == "cpu" else 2**30
     copy, lines, wrong = machine.Copy(size, options.device), [], []
     with harness.progress(rounds * len(chosen)) as tick:
         for case in chosen:
             tick(case.name, 0)
-            line = about | harness.measure(case, rounds, copy, lambda name=case.name: tick(name, 1), options.without)
+            line = about | harness.measure(
+                case, rounds, copy, lambda name=case.name: tick(name, 1), options.without
+            )
             if "contestants" not in line:
                 tick(case.name, rounds)
             lines.append(line)
             wrong += [f"{case.name}: {line[key]}" for key in ("error", "skipped") if key in line]
             everything = harness.keep(path, line, [each.name for each in cases])
-            path.with_suffix(".md").write_text(f"# {options.command}\n\n{table(everything)}\n\n{origins(everything)}\n")
+            path.with_suffix(".md").write_text(
+                f"# {options.command}\n\n{table(everything)}\n\n{origins(everything)}\n"
+            )
     drawn = plot.pictures(path, everything)
     written = ", ".join(map(str, [path, path.with_suffix(".md"), *drawn]))
     print(f"{table(lines)}\n\n{origins(lines)}\n\nWritten: {written}")
-    print("".join(f"\nno figure for {reason}" for reason in wrong), end="\n" if wrong else "", file=sys.stderr)
+    print(
+        "".join(f"\nno figure for {reason}" for reason in wrong),
+        end="\n" if wrong else "",
+        file=sys.stderr,
+    )
     return int(any("error" in line for line in lines))
 
 

@@ -9,18 +9,35 @@ from typing import Any
 
 from . import plot, training
 
-Found = dict[tuple, dict[str, Any]]  # figures of a study's runs, by what tells them apart; the seed stands last
+# figures of a study's runs, by what tells them apart; the seed stands last
+Found = dict[tuple, dict[str, Any]]
 Pick = Callable[[dict[str, Any]], float]
 TWINS = {"sst2": "mr"}  # the same sentences: in means over sets the two count as one
 BASE = "dropout"  # what every method is tested against
 SAME_POINT = (  # a method, and itself without a part
-    *(("at", "at_epsilon_0"), ("r_at", "r_at_epsilon_0"), ("uegr", "uegr_epsilon_0"), ("uegr", "uegr_all_selected")),
+    *(
+        ("at", "at_epsilon_0"),
+        ("r_at", "r_at_epsilon_0"),
+        ("uegr", "uegr_epsilon_0"),
+        ("uegr", "uegr_all_selected"),
+    ),
     ("uegr", "uegr_plain_dropout"),
     ("drop_attack", "drop_attack_epsilon_0"),
 )
-OWN_POINTS = (  # a method, and one that is tuned by itself: plain training for as many passes, or a simpler method
-    *(("at", "dropout_2x"), ("r_drop", "dropout_2x"), ("free_lb", "dropout_2x"), ("drop_attack", "dropout_2x")),
-    *(("r_at", "dropout_3x"), ("r_at_su", "dropout_3x"), ("uegr", "dropout_3x"), ("roast", "dropout_3x")),
+# a method, and one that is tuned by itself: plain training for as many passes, or a simpler method
+OWN_POINTS = (
+    *(
+        ("at", "dropout_2x"),
+        ("r_drop", "dropout_2x"),
+        ("free_lb", "dropout_2x"),
+        ("drop_attack", "dropout_2x"),
+    ),
+    *(
+        ("r_at", "dropout_3x"),
+        ("r_at_su", "dropout_3x"),
+        ("uegr", "dropout_3x"),
+        ("roast", "dropout_3x"),
+    ),
     *(("r_at_su", "r_at"), ("uegr", "r_at_su"), ("uegr", "at")),
 )
 MEDIUM = 1  # of training.STRENGTHS
@@ -40,10 +57,18 @@ def figure_of(key: str) -> Pick:
 
 
 PGD = under("pgd", MEDIUM)
-ATTACKS = {f"{attack.upper()} {e:g}": under(attack, i) for attack in ("fgm", "pgd") for i, e in enumerate(training.STRENGTHS)}
+ATTACKS = {
+    f"{attack.upper()} {e:g}": under(attack, i)
+    for attack in ("fgm", "pgd")
+    for i, e in enumerate(training.STRENGTHS)
+}
 COLUMNS = {"clean": accuracy} | ATTACKS
 HEADLINES = {"clean": accuracy, f"PGD-10 at {training.STRENGTHS[MEDIUM]:g}": PGD}
-USUAL = {"clean": accuracy, f"FGM {training.STRENGTHS[MEDIUM]:g}": under("fgm", MEDIUM), f"PGD {training.STRENGTHS[MEDIUM]:g}": PGD}
+USUAL = {
+    "clean": accuracy,
+    f"FGM {training.STRENGTHS[MEDIUM]:g}": under("fgm", MEDIUM),
+    f"PGD {training.STRENGTHS[MEDIUM]:g}": PGD,
+}
 
 
 def spread(values: list[float], scale: float = 100) -> str:
@@ -68,7 +93,13 @@ def over_sets(values: dict[str, float]) -> float:
 
 def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     heads = list(heads)
-    return "\n".join([f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|", *(f"| {' | '.join(row)} |" for row in rows)])
+    return "\n".join(
+        [
+            f"| {' | '.join(heads)} |",
+            "| --- " * len(heads) + "|",
+            *(f"| {' | '.join(row)} |" for row in rows),
+        ]
+    )
 
 
 def by_point(found: Found) -> dict[tuple, list[dict[str, Any]]]:
@@ -87,7 +118,9 @@ class Main:
 
     def __init__(self, found: Found) -> None:
         self.found = found
-        self.models, self.sets, self.methods, self.seeds = (list(dict.fromkeys(key[i] for key in found)) for i in range(4))
+        self.models, self.sets, self.methods, self.seeds = (
+            list(dict.fromkeys(key[i] for key in found)) for i in range(4)
+        )
 
     def values(self, model: str, data: str, name: str, pick: Pick) -> list[float]:
         return [pick(self.found[model, data, name, seed]) for seed in self.seeds]
@@ -97,10 +130,15 @@ class Main:
 
     def by_seed(self, model: str, name: str, pick: Pick) -> list[float]:
         """Each seed's mean over sets."""
-        return [over_sets({data: pick(self.found[model, data, name, seed]) for data in self.sets}) for seed in self.seeds]
+        return [
+            over_sets({data: pick(self.found[model, data, name, seed]) for data in self.sets})
+            for seed in self.seeds
+        ]
 
     def against(self, model: str, name: str, other: str, pick: Pick) -> tuple[list[float], float]:
-        """Differences by seed of the mean over sets, and the p of a paired t-test (two-sided; NaN where there is no spread)."""
+        """Differences by seed of the mean over sets, and the p of a paired t-test (two-sided;
+        NaN where there is no spread).
+        """
         from scipy.stats import ttest_rel
 
         mine, its = self.by_seed(model, name, pick), self.by_seed(model, other, pick)
@@ -118,33 +156,77 @@ def describe_main(found: Found, output: pathlib.Path) -> str:
     main, parts = Main(found), []
     medium = training.STRENGTHS[MEDIUM]
     for model in main.models:
-        heads = ["method", *COLUMNS, f"clean − {BASE}", "p", f"PGD {medium:g} − {BASE}", "p", "ms a step", "selected"]
+        heads = [
+            "method",
+            *COLUMNS,
+            f"clean − {BASE}",
+            "p",
+            f"PGD {medium:g} − {BASE}",
+            "p",
+            "ms a step",
+            "selected",
+        ]
         rows = []
         for name in main.methods:
             cells = [spread(main.by_seed(model, name, pick)) for pick in COLUMNS.values()]
             for pick in (accuracy, PGD):
                 cells += ["", ""] if name == BASE else _gap(main, model, name, BASE, pick)
-            milliseconds = statistics.median(main.everywhere(model, name, figure_of("seconds_per_step"))) * 1000
-            rows.append([name, *cells, f"{milliseconds:.1f}", f"{statistics.fmean(main.everywhere(model, name, figure_of('share'))):.2%}"])
+            milliseconds = (
+                statistics.median(main.everywhere(model, name, figure_of("seconds_per_step")))
+                * 1000
+            )
+            rows.append(
+                [
+                    name,
+                    *cells,
+                    f"{milliseconds:.1f}",
+                    f"{statistics.fmean(main.everywhere(model, name, figure_of('share'))):.2%}",
+                ]
+            )
         heads_of_pairs = ["method", "against", "clean", "p", f"PGD {medium:g}", "p"]
         same, own = (
-            table(heads_of_pairs, [[*pair, *_gap(main, model, *pair, accuracy), *_gap(main, model, *pair, PGD)] for pair in pairs])
-            for pairs in ([pair for pair in found if set(pair) <= set(main.methods)] for found in (SAME_POINT, OWN_POINTS))
+            table(
+                heads_of_pairs,
+                [
+                    [*pair, *_gap(main, model, *pair, accuracy), *_gap(main, model, *pair, PGD)]
+                    for pair in pairs
+                ],
+            )
+            for pairs in (
+                [pair for pair in found if set(pair) <= set(main.methods)]
+                for found in (SAME_POINT, OWN_POINTS)
+            )
         )
-        sets = [[name, *(spread(main.values(model, data, name, accuracy)) for data in main.sets)] for name in main.methods]
-        attacked = [[name, *(spread(main.values(model, data, name, PGD)) for data in main.sets)] for name in main.methods]
+        sets = [
+            [name, *(spread(main.values(model, data, name, accuracy)) for data in main.sets)]
+            for name in main.methods
+        ]
+        attacked = [
+            [name, *(spread(main.values(model, data, name, PGD)) for data in main.sets)]
+            for name in main.methods
+        ]
         picture = _main_picture(main, model, output / f"main-{model.replace('/', '-')}.png")
-        relative = [result["relative"][MEDIUM] for key, result in found.items() if key[0] == model and "relative" in result]
+        relative = [
+            result["relative"][MEDIUM]
+            for key, result in found.items()
+            if key[0] == model and "relative" in result
+        ]
         parts += [
-            f"### {model}: mean over {', '.join(main.sets)} and its standard deviation over {len(main.seeds)} seeds, in points",
+            f"### {model}: mean over {', '.join(main.sets)} and its standard deviation over "
+            f"{len(main.seeds)} seeds, in points",
             table(heads, rows),
             f"![{model}]({picture.name})",
-            f"The medium strength is {statistics.fmean(relative or [0]):.1%} of the norm of a text's embeddings. "
-            "ms a step: median, with other runs beside it. selected: in the last step of the last epoch. "
-            "p: paired t-test over seeds, two-sided, uncorrected for the number of rows: without any effect one in twenty has p < 0.05.",
-            "A method against itself without its attack, or without its selection: same point, so the difference is that part's.",
+            f"The medium strength is {statistics.fmean(relative or [0]):.1%} of the norm of a "
+            "text's embeddings. "
+            "ms a step: median, with other runs beside it. selected: in the last step of the last "
+            "epoch. "
+            "p: paired t-test over seeds, two-sided, uncorrected for the number of rows: without "
+            "any effect one in twenty has p < 0.05.",
+            "A method against itself without its attack, or without its selection: same point, so "
+            "the difference is that part's.",
             same,
-            "A method against another that is tuned by itself (learning rate and dropout too), or against plain training for as many "
+            "A method against another that is tuned by itself (learning rate and dropout too), or "
+            "against plain training for as many "
             "passes at the learning rate tuned for one:",
             own,
             "Clean, by set:",
@@ -166,32 +248,57 @@ PERSPECTIVES = {
 
 
 def _perspectives(main: Main, model: str) -> list[str]:
-    """UEGR Table III's metric where the sets were given: (s − s_base) / (1 − s_base) of each perspective, and their mean."""
+    """UEGR Table III's metric where the sets were given: (s − s_base) / (1 − s_base) of each
+    perspective, and their mean.
+    """
     if not all(
-        {"shifted", "adversarial", "calibration_error", "auroc"} <= result.keys() for key, result in main.found.items() if key[0] == model
+        {"shifted", "adversarial", "calibration_error", "auroc"} <= result.keys()
+        for key, result in main.found.items()
+        if key[0] == model
     ):
         return []
-    bases = {title: statistics.fmean(main.by_seed(model, BASE, pick)) for title, pick in PERSPECTIVES.items()}
+    bases = {
+        title: statistics.fmean(main.by_seed(model, BASE, pick))
+        for title, pick in PERSPECTIVES.items()
+    }
     rows = []
     for name in main.methods:
         gains = [
-            [(value - bases[title]) / (1 - bases[title]) if bases[title] < 1 else math.nan for value in main.by_seed(model, name, pick)]
+            [
+                (value - bases[title]) / (1 - bases[title]) if bases[title] < 1 else math.nan
+                for value in main.by_seed(model, name, pick)
+            ]
             for title, pick in PERSPECTIVES.items()
         ]
-        rows.append([name, *map(spread, gains), spread([statistics.fmean(each) for each in zip(*gains, strict=True)])])
-    return [f"Robustness relative to {BASE}, in percent of what is missing to perfection:", table(["method", *PERSPECTIVES, "mean"], rows)]
+        rows.append(
+            [
+                name,
+                *map(spread, gains),
+                spread([statistics.fmean(each) for each in zip(*gains, strict=True)]),
+            ]
+        )
+    return [
+        f"Robustness relative to {BASE}, in percent of what is missing to perfection:",
+        table(["method", *PERSPECTIVES, "mean"], rows),
+    ]
 
 
 def _main_picture(main: Main, model: str, path: pathlib.Path) -> pathlib.Path:
-    """Clean accuracy and accuracy under the medium PGD attack, each against the base, with the spread over seeds."""
+    """Clean accuracy and accuracy under the medium PGD attack, each against the base, with the
+    spread over seeds.
+    """
     figure = plot.figure(11, 0.3 * len(main.methods) + 1.5)
-    for axes, (title, pick) in zip(figure.subplots(1, 2, sharey=True), HEADLINES.items(), strict=True):
+    for axes, (title, pick) in zip(
+        figure.subplots(1, 2, sharey=True), HEADLINES.items(), strict=True
+    ):
         for i, name in enumerate(main.methods):
             gaps = [100 * gap for gap in main.against(model, name, BASE, pick)[0]]
             error = deviation(gaps)
             control = name.endswith(("_epsilon_0", "x", "_all_selected", "_plain_dropout"))
             colour = "C1" if name == "uegr" else "C7" if control else "C0"
-            axes.barh(i, statistics.fmean(gaps), xerr=error, color=colour, error_kw={"elinewidth": 1})
+            axes.barh(
+                i, statistics.fmean(gaps), xerr=error, color=colour, error_kw={"elinewidth": 1}
+            )
         axes.set_yticks(range(len(main.methods)), main.methods, fontsize=8)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set(title=title, xlabel=f"points above {BASE}: mean and standard deviation over seeds")
@@ -205,10 +312,17 @@ def means(found: Found) -> list[dict[str, Any]]:
     """Mean and standard deviation over seeds of every figure, by model, set and method."""
     rows = []
     for (model, data, name), results in by_point(found).items():
-        picks = {"test": accuracy} | {key: figure_of(key) for key in ("validation", "seconds_per_step", "share")} | ATTACKS
+        picks = (
+            {"test": accuracy}
+            | {key: figure_of(key) for key in ("validation", "seconds_per_step", "share")}
+            | ATTACKS
+        )
         values = {title: [pick(result) for result in results] for title, pick in picks.items()}
         values = {title: each for title, each in values.items() if not any(map(math.isnan, each))}
-        figures = {title: {"mean": round(statistics.fmean(each), 6), "sd": round(deviation(each), 6)} for title, each in values.items()}
+        figures = {
+            title: {"mean": round(statistics.fmean(each), 6), "sd": round(deviation(each), 6)}
+            for title, each in values.items()
+        }
         rows.append({"model": model, "set": data, "method": name, "seeds": len(results)} | figures)
     return rows
 
@@ -217,12 +331,24 @@ def summary(found: Found, cost: dict[str, dict]) -> str:
     """What a person gains and what it costs: the first model's rows, for the README."""
     main = Main(found)
     model, medium = main.models[0], training.STRENGTHS[MEDIUM]
-    heads = ["method", "clean", f"above {BASE}", "p", f"PGD-10 at {medium:g}", f"above {BASE}", "p", f"a step's time / {BASE}'s"]
+    heads = [
+        "method",
+        "clean",
+        f"above {BASE}",
+        "p",
+        f"PGD-10 at {medium:g}",
+        f"above {BASE}",
+        "p",
+        f"a step's time / {BASE}'s",
+    ]
     rows = []
     for name in main.methods:
         cells: list[str] = []
         for pick in (accuracy, PGD):
-            cells += [spread(main.by_seed(model, name, pick)), *(["", ""] if name == BASE else _gap(main, model, name, BASE, pick))]
+            cells += [
+                spread(main.by_seed(model, name, pick)),
+                *(["", ""] if name == BASE else _gap(main, model, name, BASE, pick)),
+            ]
         rows.append([name, *cells, _cost(cost, name)])
     return table(heads, rows)
 
@@ -240,14 +366,20 @@ def _cost(cost: dict[str, dict], name: str) -> str:
 def describe_passes(found: Found, output: pathlib.Path) -> str:
     groups = by_point(found)
     rows = [
-        [str(m), *_usual(results), f"{statistics.median(map(figure_of('seconds_per_step'), results)) * 1000:.1f}"]
+        [
+            str(m),
+            *_usual(results),
+            f"{statistics.median(map(figure_of('seconds_per_step'), results)) * 1000:.1f}",
+        ]
         for (m,), results in groups.items()
     ]
     figure = plot.figure(6, 4)
     axes = figure.subplots()
     for label, pick in HEADLINES.items():
         _line(axes, [m for (m,) in groups], groups.values(), pick, label)
-    axes.set(xlabel="m, adversarial passes", ylabel="accuracy, points", xticks=[m for (m,) in groups])
+    axes.set(
+        xlabel="m, adversarial passes", ylabel="accuracy, points", xticks=[m for (m,) in groups]
+    )
     axes.legend()
     figure.savefig(output / "passes.png", dpi=100)
     return f"{table(['m', *USUAL, 'ms a step'], rows)}\n\n![passes](passes.png)"
@@ -259,17 +391,41 @@ def describe_dropout(found: Found, output: pathlib.Path) -> str:
     figure = plot.figure(10, 4.2)
     parts = []
     for axes, (title, pick) in zip(figure.subplots(1, 2), HEADLINES.items(), strict=True):
-        grid = [[100 * statistics.fmean(map(pick, groups[first, second])) for second in rates] for first in rates]
-        plot.heat_map(axes, grid, rates, rates, title, "rate in the second adversarial pass", "rate in the first")
-        heads = [f"{title}; first pass's rate down, second's across", *(f"{rate:g}" for rate in rates)]
-        parts.append(table(heads, [[f"{first:g}", *(f"{value:.1f}" for value in row)] for first, row in zip(rates, grid, strict=True)]))
+        grid = [
+            [100 * statistics.fmean(map(pick, groups[first, second])) for second in rates]
+            for first in rates
+        ]
+        plot.heat_map(
+            axes,
+            grid,
+            rates,
+            rates,
+            title,
+            "rate in the second adversarial pass",
+            "rate in the first",
+        )
+        heads = [
+            f"{title}; first pass's rate down, second's across",
+            *(f"{rate:g}" for rate in rates),
+        ]
+        parts.append(
+            table(
+                heads,
+                [
+                    [f"{first:g}", *(f"{value:.1f}" for value in row)]
+                    for first, row in zip(rates, grid, strict=True)
+                ],
+            )
+        )
     figure.savefig(output / "dropout.png", dpi=100)
     seeds = len(next(iter(groups.values())))
     return "\n\n".join([*parts, f"Means of {seeds} seeds, in points. ![dropout](dropout.png)"])
 
 
 def describe_size(found: Found, output: pathlib.Path) -> str:
-    return _curves(found, output / "size.png", "texts:", "texts to train on", place="{:,}", xscale="log")
+    return _curves(
+        found, output / "size.png", "texts:", "texts to train on", place="{:,}", xscale="log"
+    )
 
 
 def describe_epsilon(found: Found, output: pathlib.Path) -> str:
@@ -280,19 +436,51 @@ def describe_selection(found: Found, output: pathlib.Path) -> str:
     rows = []
     for (kind, variant), results in by_point(found).items():
         options = json.loads(variant)
-        names = [options[key] if key in options else "-" for key in ("normalization", "direction", "target")]
+        names = [
+            options[key] if key in options else "-"
+            for key in ("normalization", "direction", "target")
+        ]
         names[0] += f" {options['keep_probability']:g}" if "keep_probability" in options else ""
-        share, inverse = (statistics.fmean(map(figure_of(key), results)) for key in ("share", "largest_inverse"))
-        rows.append(
-            [kind, *names, {True: "yes", False: "no"}.get(options.get("rescale"), "-"), *_usual(results), f"{share:.2%}", f"{inverse:.3g}"]
+        share, inverse = (
+            statistics.fmean(map(figure_of(key), results)) for key in ("share", "largest_inverse")
         )
-    return table(["optimizer", "normalization", "direction", "target", "rescale", *USUAL, "selected", "largest 1/p"], rows)
+        rows.append(
+            [
+                kind,
+                *names,
+                {True: "yes", False: "no"}.get(options.get("rescale"), "-"),
+                *_usual(results),
+                f"{share:.2%}",
+                f"{inverse:.3g}",
+            ]
+        )
+    return table(
+        [
+            "optimizer",
+            "normalization",
+            "direction",
+            "target",
+            "rescale",
+            *USUAL,
+            "selected",
+            "largest 1/p",
+        ],
+        rows,
+    )
 
 
 def describe_drop_attack(found: Found, output: pathlib.Path) -> str:
     control = "The row epsilon 0 is the control: the same passes without an attack."
     corner, across = "epsilon down, p across", "p, the share of elements attacked"
-    return _curves(found, output / "drop_attack.png", corner, across, row="{:g}", line="epsilon {:g}", note=control)
+    return _curves(
+        found,
+        output / "drop_attack.png",
+        corner,
+        across,
+        row="{:g}",
+        line="epsilon {:g}",
+        note=control,
+    )
 
 
 def _curves(
@@ -307,16 +495,30 @@ def _curves(
     xscale: str = "linear",
     note: str = "",
 ) -> str:
-    """Tables and a picture of runs by two things: a row and a line for each of the first, a column and a place for each of the second."""
+    """Tables and a picture of runs by two things: a row and a line for each of the first, a
+    column and a place for each of the second.
+    """
     groups = by_point(found)
     firsts, seconds = (list(dict.fromkeys(key[i] for key in groups)) for i in range(2))
     figure, parts = plot.figure(10, 4.2), []
     for axes, (title, pick) in zip(figure.subplots(1, 2), HEADLINES.items(), strict=True):
         for first in firsts:
-            _line(axes, seconds, [groups[first, second] for second in seconds], pick, line.format(first))
+            _line(
+                axes,
+                seconds,
+                [groups[first, second] for second in seconds],
+                pick,
+                line.format(first),
+            )
         axes.set(xscale=xscale, xlabel=across, ylabel="accuracy, points", title=title)
         axes.legend(fontsize=7)
-        rows = [[row.format(first), *(spread(list(map(pick, groups[first, second]))) for second in seconds)] for first in firsts]
+        rows = [
+            [
+                row.format(first),
+                *(spread(list(map(pick, groups[first, second]))) for second in seconds),
+            ]
+            for first in firsts
+        ]
         parts.append(table([f"{title}; {corner}", *map(place.format, seconds)], rows))
     figure.savefig(path, dpi=100)
     return "\n\n".join([*parts, *([note] if note else []), f"![{path.stem}]({path.name})"])
@@ -326,17 +528,36 @@ def _usual(results: list[dict[str, Any]]) -> list[str]:
     return [spread([pick(result) for result in results]) for pick in USUAL.values()]
 
 
-def _line(axes: Any, places: Iterable[float], groups: Iterable[list[dict[str, Any]]], pick: Pick, label: str) -> None:
+def _line(
+    axes: Any,
+    places: Iterable[float],
+    groups: Iterable[list[dict[str, Any]]],
+    pick: Pick,
+    label: str,
+) -> None:
     values = [[100 * pick(result) for result in results] for results in groups]
     errors = list(map(deviation, values))
-    axes.errorbar(list(places), list(map(statistics.fmean, values)), errors, marker="o", capsize=2, label=label)
+    axes.errorbar(
+        list(places),
+        list(map(statistics.fmean, values)),
+        errors,
+        marker="o",
+        capsize=2,
+        label=label,
+    )
 
 
 DESCRIBE = {
     "passes": ("The number of adversarial passes (UEGR Table V)", describe_passes),
     "dropout": ("Two dropout rates, one for each adversarial pass (UEGR Fig. 3)", describe_dropout),
     "size": ("The size of the training set (DropAttack Table 3)", describe_size),
-    "epsilon": ("Epsilon in training: one learning rate, the other options at their defaults", describe_epsilon),
-    "selection": ("Selection variants: the loss alone (no attack), one learning rate for each optimizer", describe_selection),
+    "epsilon": (
+        "Epsilon in training: one learning rate, the other options at their defaults",
+        describe_epsilon,
+    ),
+    "selection": (
+        "Selection variants: the loss alone (no attack), one learning rate for each optimizer",
+        describe_selection,
+    ),
     "drop_attack": ("DropAttack's epsilon and p (its Table 10)", describe_drop_attack),
 }

@@ -17,15 +17,27 @@ WORDS, CLASSES = 8000, 2
 
 
 def cases(quick: bool, device: str) -> list[Case]:
-    sizes = {"dimension": 32, "layers": 1, "heads": 2} if quick else {"dimension": 256, "layers": 4, "heads": 4}
+    sizes = (
+        {"dimension": 32, "layers": 1, "heads": 2}
+        if quick
+        else {"dimension": 256, "layers": 4, "heads": 4}
+    )
     batch = (4, 16) if quick else (16, 64)
-    return [case(f"small BERT, {batch[0]} x {batch[1]} words, m = {passes}", sizes, batch, passes, device) for passes in (2, 3)]
+    return [
+        case(
+            f"small BERT, {batch[0]} x {batch[1]} words, m = {passes}", sizes, batch, passes, device
+        )
+        for passes in (2, 3)
+    ]
 
 
 def case(name: str, sizes: dict, batch: tuple[int, int], passes: int, device: str) -> Case:
     torch.manual_seed(0)
     start = TextTransformer(WORDS, CLASSES, **sizes).to(device)
-    ids, labels = torch.randint(0, WORDS, batch).to(device), torch.randint(0, CLASSES, batch[:1]).to(device)
+    ids, labels = (
+        torch.randint(0, WORDS, batch).to(device),
+        torch.randint(0, CLASSES, batch[:1]).to(device),
+    )
     loss = nn.functional.cross_entropy
 
     def uegr(backend: str) -> Callable[[], object]:
@@ -65,8 +77,18 @@ def case(name: str, sizes: dict, batch: tuple[int, int], passes: int, device: st
         for backend in ("auto", "reference"):
             torch.manual_seed(1)
             model = copy.deepcopy(start)
-            losses.append(float(uk.BiStage(model, model.embedding, passes=passes, backend=backend).backward(ids, labels).loss))
-        return None if abs(losses[0] - losses[1]) < 1e-4 else f"the loss is {losses[0]} and {losses[1]}"
+            losses.append(
+                float(
+                    uk.BiStage(model, model.embedding, passes=passes, backend=backend)
+                    .backward(ids, labels)
+                    .loss
+                )
+            )
+        return (
+            None
+            if abs(losses[0] - losses[1]) < 1e-4
+            else (f"the loss is {losses[0]} and {losses[1]}")
+        )
 
     def breakdown() -> dict[str, float]:
         """Shares of a step, each part by itself, medians of ten."""
@@ -74,7 +96,10 @@ def case(name: str, sizes: dict, batch: tuple[int, int], passes: int, device: st
         optimizer = uk.SelectiveAdamW(model.parameters(), 1e-4, seed=0)
         x = model.embedding(ids)
         wide = ids.repeat(passes, 1)
-        clean, adversarial = (torch.randn(*shape, batch[0], CLASSES, device=device, requires_grad=True) for shape in ((), (passes,)))
+        clean, adversarial = (
+            torch.randn(*shape, batch[0], CLASSES, device=device, requires_grad=True)
+            for shape in ((), (passes,))
+        )
         loss(model(ids), labels).backward()
         parts: dict[str, Callable[[], object]] = {
             "clean pass": lambda: loss(model(ids), labels).backward(),
@@ -90,5 +115,11 @@ def case(name: str, sizes: dict, batch: tuple[int, int], passes: int, device: st
         return {part: round(value / sum(seconds.values()), 4) for part, value in seconds.items()}
 
     parameters = sum(p.numel() for p in start.parameters())
-    facts = {"model": "TextTransformer", **sizes, "batch": list(batch), "passes": passes, "parameters": parameters}
+    facts = {
+        "model": "TextTransformer",
+        **sizes,
+        "batch": list(batch),
+        "passes": passes,
+        "parameters": parameters,
+    }
     return Case(name, facts, 80 * parameters, verify, contestants, breakdown, device)

@@ -1,4 +1,6 @@
-"""The host's part of a Triton step over many tensors, every kernel replaced by a no-op, beside torch's fused AdamW."""
+"""The host's part of a Triton step over many tensors, every kernel replaced by a no-op, beside
+torch's fused AdamW.
+"""
 
 import os
 from collections.abc import Callable
@@ -13,7 +15,10 @@ from .harness import Case, Contestant
 def cases(quick: bool, device: str) -> list[Case]:
     tensors = 40 if quick else 400
     settings = {"defaults": {}, "previous": {"statistics": "previous"}}
-    return [case(f"{tensors} tensors: {name}", options, tensors, device) for name, options in settings.items()]
+    return [
+        case(f"{tensors} tensors: {name}", options, tensors, device)
+        for name, options in settings.items()
+    ]
 
 
 def case(name: str, options: dict, tensors: int, device: str) -> Case:
@@ -26,10 +31,13 @@ def case(name: str, options: dict, tensors: int, device: str) -> Case:
         from triton.runtime.jit import JITFunction
 
         params = [torch.nn.Parameter(torch.zeros(64, device=device)) for _ in range(tensors)]
-        gradients = [[torch.ones_like(p) for p in params] for _ in range(2)]  # gradients move at every step, as after zero_grad()
+        # gradients move at every step, as after zero_grad()
+        gradients = [[torch.ones_like(p) for p in params] for _ in range(2)]
         turn = [0]
 
-        def stepping(optimizer: torch.optim.Optimizer, *kernels: tuple[object, str]) -> Callable[[], object]:
+        def stepping(
+            optimizer: torch.optim.Optimizer, *kernels: tuple[object, str]
+        ) -> Callable[[], object]:
             def step() -> None:
                 turn[0] += 1
                 for p, grad in zip(params, gradients[turn[0] % 2], strict=True):
@@ -45,8 +53,14 @@ def case(name: str, options: dict, tensors: int, device: str) -> Case:
 
             return step
 
-        ours = stepping(uk.SelectiveAdamW(params, **options), (JITFunction, "run"), (InterpretedFunction, "run"))
-        fused = stepping(torch.optim.AdamW(params, fused=True), (torch, "_fused_adamw_"), (torch, "_foreach_add_"))
+        ours = stepping(
+            uk.SelectiveAdamW(params, **options), (JITFunction, "run"), (InterpretedFunction, "run")
+        )
+        fused = stepping(
+            torch.optim.AdamW(params, fused=True),
+            (torch, "_fused_adamw_"),
+            (torch, "_foreach_add_"),
+        )
         return [Contestant("uegr_kernels", ours), Contestant("torch fused", fused)]
 
     facts = {"tensors": tensors, "dtype": "float32", "backend": "triton"}

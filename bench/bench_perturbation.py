@@ -13,8 +13,16 @@ EPSILON = 0.1
 
 
 def cases(quick: bool, device: str) -> list[Case]:
-    batches = {"small": (4, 16, 64)} if quick else {"BERT-base's embeddings": (*shapes.BERT_BATCH, 768), "BERT-large's": (32, 512, 1024)}
-    return [case(name, shape, dtype, device) for name, shape in batches.items() for dtype in (torch.float32, torch.bfloat16)]
+    batches = (
+        {"small": (4, 16, 64)}
+        if quick
+        else {"BERT-base's embeddings": (*shapes.BERT_BATCH, 768), "BERT-large's": (32, 512, 1024)}
+    )
+    return [
+        case(name, shape, dtype, device)
+        for name, shape in batches.items()
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
 
 
 def plain(grad: Tensor) -> Tensor:
@@ -28,7 +36,9 @@ def shortest(grad: Tensor) -> Tensor:
     return EPSILON * grad / torch.linalg.vector_norm(grad, dim=(1, 2), keepdim=True)
 
 
-def case(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str, backend: str = "auto") -> Case:
+def case(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str, backend: str = "auto"
+) -> Case:
     """backend: of ours."""
     elements = torch.Size(shape).numel()
     must_move = 2 * dtype.itemsize * elements
@@ -45,13 +55,20 @@ def case(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str, bac
         for peer, function in {"eager": plain, "eager, unguarded": shortest}.items():
             found.append(Contestant(peer, lambda function=function: function(grad), must_move))
         compiled = peers.compiled(plain)
-        return [*found, Contestant("torch.compile", lambda: compiled(grad), must_move, may_fail=True)]
+        return [
+            *found,
+            Contestant("torch.compile", lambda: compiled(grad), must_move, may_fail=True),
+        ]
 
     def verify() -> str | None:
         grad = given()
         expected = plain(grad.double())
         gap = float((ours(grad) - expected).abs().max() / expected.abs().max())
-        return f"the perturbation by {gap:.1e} of its largest" if gap > (2**-8 if dtype == torch.bfloat16 else 1e-5) else None
+        return (
+            (f"the perturbation by {gap:.1e} of its largest")
+            if gap > (2**-8 if dtype == torch.bfloat16 else 1e-5)
+            else None
+        )
 
     chosen = backends.choose(backend, "perturbation.fgm_perturbation_", torch.device(device), dtype)
     facts = {"shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "backend": chosen}

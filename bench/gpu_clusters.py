@@ -1,4 +1,6 @@
-"""How many clusters of thread blocks a GPU holds at once, asked of CUDA's driver for an empty kernel."""
+"""How many clusters of thread blocks a GPU holds at once, asked of CUDA's driver for an empty
+kernel.
+"""
 
 import ctypes
 
@@ -13,7 +15,12 @@ DYNAMIC_SHARED, ANY_CLUSTER = 8, 14  # of CUfunction_attribute
 
 
 class Attribute(ctypes.Structure):
-    _fields_ = (("kind", ctypes.c_int), ("pad", ctypes.c_char * 4), ("cluster", ctypes.c_uint * 3), ("rest", ctypes.c_char * 52))
+    _fields_ = (
+        ("kind", ctypes.c_int),
+        ("pad", ctypes.c_char * 4),
+        ("cluster", ctypes.c_uint * 3),
+        ("rest", ctypes.c_char * 52),
+    )
 
 
 class Launch(ctypes.Structure):
@@ -28,7 +35,9 @@ class Launch(ctypes.Structure):
 
 
 def clusters() -> dict[str, int | str]:
-    """By size, the clusters of blocks of SHARED bytes that run at once, or the driver's word against it."""
+    """By size, the clusters of blocks of SHARED bytes that run at once, or the driver's word
+    against it.
+    """
     torch.zeros(1, device="cuda")  # makes the context
     if torch.version.cuda is None or torch.cuda.get_device_capability() < (9, 0):
         return {"all": "this GPU has no clusters"}
@@ -43,9 +52,13 @@ def clusters() -> dict[str, int | str]:
     found: dict[str, int | str] = {"above 8": f"CUDA error {refused}"} if refused else {}
     for size in SIZES:
         attribute = Attribute(CLUSTER, b"", (ctypes.c_uint * 3)(size, 1, 1))
-        launch = Launch((ctypes.c_uint * 3)(size * 64, 1, 1), (ctypes.c_uint * 3)(THREADS, 1, 1), SHARED)
+        launch = Launch(
+            (ctypes.c_uint * 3)(size * 64, 1, 1), (ctypes.c_uint * 3)(THREADS, 1, 1), SHARED
+        )
         launch.attributes, launch.count = ctypes.addressof(attribute), 1
         number = ctypes.c_int()
-        status = driver.cuOccupancyMaxActiveClusters(ctypes.byref(number), kernel, ctypes.byref(launch))
+        status = driver.cuOccupancyMaxActiveClusters(
+            ctypes.byref(number), kernel, ctypes.byref(launch)
+        )
         found[str(size)] = f"CUDA error {status}" if status else number.value
     return found

@@ -1,4 +1,6 @@
-"""A pytest plugin for the stages of bench/gpu.py: GPU_TESTS chooses a backend's tests, and every test that ran is counted as it ends."""
+"""A pytest plugin for the stages of bench/gpu.py: GPU_TESTS chooses a backend's tests, and
+every test that ran is counted as it ends.
+"""
 
 import os
 
@@ -19,13 +21,20 @@ class Count:
         if report.failed:
             self.said["failed"] += [report.nodeid] * (report.nodeid not in self.said["failed"])
         elif report.skipped:
-            reason = str(report.longrepr[2] if isinstance(report.longrepr, (tuple, list)) else report.longrepr)
+            reason = str(
+                report.longrepr[2]
+                if isinstance(report.longrepr, (tuple, list))
+                else report.longrepr
+            )
             excused = EXCUSED in reason
             self.said["excused"] += excused
-            self.said["skipped"] += [] if excused else [f"{report.nodeid.split('::')[-1]} ({reason[:150]})"]
+            self.said["skipped"] += (
+                [] if excused else [f"{report.nodeid.split('::')[-1]} ({reason[:150]})"]
+            )
         elif report.when == "call":
             self.said["passed"] += 1
-        if report.failed or report.when == "teardown":  # of a worker that crashed nothing else comes
+        # of a worker that crashed nothing else comes
+        if report.failed or report.when == "teardown":
             answer(self.said)
 
 
@@ -40,7 +49,9 @@ def kernels(item: pytest.Item) -> str:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that name no backend go with Triton's. What others leave out after this is missed: it was expected."""
+    """Tests that name no backend go with Triton's. What others leave out after this is missed:
+    it was expected.
+    """
     backend = os.environ["GPU_TESTS"]
     wanted = [item for item in items if kernels(item) == backend]
     config.hook.pytest_deselected(items=[item for item in items if item not in wanted])

@@ -1,4 +1,6 @@
-"""What a run on a GPU says: a line as each stage ends, a table at the end, a picture. Imports no torch."""
+"""What a run on a GPU says: a line as each stage ends, a table at the end, a picture. Imports
+no torch.
+"""
 
 import json
 import os
@@ -31,7 +33,10 @@ def show(line: dict) -> None:
     try:
         say(words(line))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        say(f"{line['stage']} {line['status']} (its answer is not as expected: {type(error).__name__}: {error})")
+        say(
+            f"{line['stage']} {line['status']} (its answer is not as expected: "
+            f"{type(error).__name__}: {error})"
+        )
 
 
 def words(line: dict) -> str:
@@ -39,8 +44,17 @@ def words(line: dict) -> str:
     result = line.get("result", {})
     facts = []
     if "copy_rate" in result:
-        facts = [f"A copy moves {result['copy_rate']:,.0f} GB/s, bytes read plus bytes written.", machine(result)]
-    about = line["stage"], line["status"], seconds(line), line.get("message", "")[:WIDTH], brief(result)
+        facts = [
+            f"A copy moves {result['copy_rate']:,.0f} GB/s, bytes read plus bytes written.",
+            machine(result),
+        ]
+    about = (
+        line["stage"],
+        line["status"],
+        seconds(line),
+        line.get("message", "")[:WIDTH],
+        brief(result),
+    )
     return "\n".join([*facts, " ".join(filter(None, about))])
 
 
@@ -57,7 +71,11 @@ def brief(result: dict) -> str:
     """The figures of a case, or the count of tests."""
     if "contestants" in result:
         first, *others = [one for one in result["contestants"] if "seconds" in one]
-        ratios = [f"{one['ours_over_this']['median']:.3f} of {one['name']}" for one in others if "ours_over_this" in one]
+        ratios = [
+            f"{one['ours_over_this']['median']:.3f} of {one['name']}"
+            for one in others
+            if "ours_over_this" in one
+        ]
         share = [f"{first['copy_share']:.0%} of a copy"] if first["bytes"] else []
         return ", ".join([f"{1e6 * first['seconds']['median']:,.1f} us", *share, *ratios])
     if "expected" in result:
@@ -65,7 +83,10 @@ def brief(result: dict) -> str:
         named = f": {', '.join(failed[:3])}" if failed else ""
         if "collected" in result:
             return f"{result['collected']} of {result['expected']} tests collected"
-        return f"{result.get('passed', 0)} of {result['expected']} tests passed, {len(failed)} failed{named}"
+        return (
+            f"{result.get('passed', 0)} of {result['expected']} tests passed, {len(failed)} "
+            f"failed{named}"
+        )
     return str(result.get("skipped") or result.get("said") or "")[:WIDTH]
 
 
@@ -74,11 +95,17 @@ def close(output: Output, status: int) -> str:
     try:
         text = table(latest(output.folder, output.run), output.run, status)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        text = f"No table: an answer in gpu.jsonl is not as expected ({type(error).__name__}: {error}). Exit status {status}."
+        text = (
+            f"No table: an answer in gpu.jsonl is not as expected ({type(error).__name__}: "
+            f"{error}). Exit status {status}."
+        )
     try:
         output.write("gpu.md", f"# GPU\n\n{text}\n".encode(errors="backslashreplace"))
         subprocess.run(
-            [sys.executable, "-m", __name__, str(output.folder.absolute()), output.run], cwd=ROOT, timeout=PICTURE, capture_output=True
+            [sys.executable, "-m", __name__, str(output.folder.absolute()), output.run],
+            cwd=ROOT,
+            timeout=PICTURE,
+            capture_output=True,
         )
     except (subprocess.TimeoutExpired, OSError) as error:  # the figures are there without them
         say(f"no gpu.md or no picture: {error}")
@@ -86,10 +113,16 @@ def close(output: Output, status: int) -> str:
 
 
 def latest(folder: pathlib.Path, run: str) -> list[dict]:
-    """The last line of each stage: of this run, or of an earlier one in the same folder that found something."""
+    """The last line of each stage: of this run, or of an earlier one in the same folder that
+    found something.
+    """
     stages: dict[str, dict] = {}
     for line in read(folder / "gpu.jsonl"):
-        if line["stage"] not in stages or "seconds" in line or "seconds" not in stages[line["stage"]]:
+        if (
+            line["stage"] not in stages
+            or "seconds" in line
+            or "seconds" not in stages[line["stage"]]
+        ):
             stages[line["stage"]] = line
     return [readable(line) for line in stages.values() if line["run"] == run or "seconds" in line]
 
@@ -100,7 +133,9 @@ def readable(line: dict) -> dict:
         words(line), stage_rows([line], ""), case_rows([line])
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         without = {key: value for key, value in line.items() if key != "result"}
-        return without | {"message": f"its answer is not as expected ({type(error).__name__}: {error})"}
+        return without | {
+            "message": f"its answer is not as expected ({type(error).__name__}: {error})"
+        }
     return line
 
 
@@ -118,12 +153,16 @@ def read(path: pathlib.Path) -> list[dict]:
 def measured(lines: list[dict]) -> list[dict]:
     """The results of cases, each under its stage's name."""
     return [
-        line["result"] | {"case": f"{line['stage']}: {line['result']['case']}"} for line in lines if "contestants" in line.get("result", {})
+        line["result"] | {"case": f"{line['stage']}: {line['result']['case']}"}
+        for line in lines
+        if "contestants" in line.get("result", {})
     ]
 
 
 def table(lines: list[dict], run: str, status: int) -> str:
-    """At most LINES lines and CHARACTERS characters: the machine, what became of the stages, the figures of the cases."""
+    """At most LINES lines and CHARACTERS characters: the machine, what became of the stages,
+    the figures of the cases.
+    """
     texts = [cell(f"Stopped: {line['message']}") for line in lines if line["stage"] == "end"]
     for result in [line["result"] for line in lines if "copy_rate" in line.get("result", {})][:1]:
         texts.append(f"A copy moves {result['copy_rate']:,.0f} GB/s. {machine(result)}")
@@ -141,7 +180,10 @@ def stage_rows(lines: list[dict], run: str) -> list[str]:
         if line["stage"] != "end" and (line["status"] != "passed" or said or "message" in line):
             earlier = f" (run {line['run']})" if line["run"] != run else ""
             words = ". ".join(filter(None, (line.get("message", "")[:150], said)))
-            rows.append(f"| {cell(line['stage'])}{earlier} | {line['status']} | {seconds(line)} | {cell(words)} |")
+            rows.append(
+                f"| {cell(line['stage'])}{earlier} | {line['status']} | {seconds(line)} | "
+                f"{cell(words)} |"
+            )
     return ["", "| stage | | | |", "| --- | --- | --- | --- |", *rows] if rows else []
 
 
@@ -153,13 +195,25 @@ def case_rows(lines: list[dict]) -> list[str]:
             if one.get("missing", "").startswith("left out by"):
                 continue
             if "seconds" not in one:
-                rows.append(f"| {name} | {one['name']} | missing: {cell(one['missing'][:80])} | | |")
+                rows.append(
+                    f"| {name} | {one['name']} | missing: {cell(one['missing'][:80])} | | |"
+                )
                 continue
             ratio = tables.cell(one["ours_over_this"]) if "ours_over_this" in one else ""
             share = f"{one['copy_share']:.0%}" if one["bytes"] else "-"
-            parts = "".join(f", {part} {1e6 * value['median']:.4g}" for part, value in one.get("parts", {}).items())
-            rows.append(f"| {name} | {one['name']} | {tables.cell(one['seconds'], 1e6)}{parts} | {ratio} | {share} |")
-    head = ["", "| case | | us (quartiles) | ours / this | of a copy |", "| --- | --- | --- | --- | --- |"]
+            parts = "".join(
+                f", {part} {1e6 * value['median']:.4g}"
+                for part, value in one.get("parts", {}).items()
+            )
+            rows.append(
+                f"| {name} | {one['name']} | {tables.cell(one['seconds'], 1e6)}{parts} | "
+                f"{ratio} | {share} |"
+            )
+    head = [
+        "",
+        "| case | | us (quartiles) | ours / this | of a copy |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     return [*head, *rows] if rows else []
 
 

@@ -1,8 +1,11 @@
-"""Runs stages, each a process group with a limit of its own, and keeps what each found before the next one begins. Imports no torch.
+"""Runs stages, each a process group with a limit of its own, and keeps what each found before the
+next one begins. Imports no torch.
 
-    run([alone(Stage("name", ("command", "argument"), 10.0))], Output(folder), time.monotonic() + 60)
+    run([alone(Stage("name", ("command", "argument"), 10.0))], Output(folder), time.monotonic() +
+    60)
 
-Any command can be a stage: it appends its answer, objects in JSON, a line each, to the file that UEGR_GPU_ANSWER names, or is `silent`.
+Any command can be a stage: it appends its answer, objects in JSON, a line each, to the file that
+UEGR_GPU_ANSWER names, or is `silent`.
 """
 
 import contextlib
@@ -25,7 +28,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 ROOT = pathlib.Path(__file__).parent.parent
-# Of a stage's environment: the file it answers in, what marks its processes, and when it is killed, by time.monotonic().
+# Of a stage's environment: the file it answers in, what marks its processes, and when it is killed,
+# by time.monotonic().
 ANSWER, MARK, END = "UEGR_GPU_ANSWER", "UEGR_GPU_STAGE", "UEGR_GPU_END"
 FILES = 6  # in the folder of results at most
 LOG = 200_000  # bytes kept of a stage's log
@@ -38,7 +42,8 @@ FAILED, WRONG_BACKEND, TOO_FEW_TESTS = 1, 4, 5  # exit statuses
 class Stage:
     """A command that is killed after `limit` seconds.
 
-    It answers in JSON, a line at a time, by `answer`; what it says under one key twice counts as said last.
+    It answers in JSON, a line at a time, by `answer`; what it says under one key twice counts as
+    said last.
     """
 
     name: str
@@ -47,14 +52,17 @@ class Stage:
     environment: dict[str, str] = field(default_factory=dict)
     backend: str | None = None  # that it measures
     least_tests: int | None = None  # that it runs at least, where it runs tests
-    # Of other people, that it runs under. Where that ends badly before the stage has said `begun`, it does not work here.
+    # Of other people, that it runs under. Where that ends badly before the stage has said `begun`,
+    # it does not work here.
     program: str | None = None
     silent: bool = False  # other people's program, which does not answer
 
 
 @dataclass(frozen=True)
 class Wave:
-    """Stages that run at the same time, `at_once` of them at most, and end within `limit` seconds in all."""
+    """Stages that run at the same time, `at_once` of them at most, and end within `limit`
+    seconds in all.
+    """
 
     stages: tuple[Stage, ...]
     limit: float
@@ -84,9 +92,11 @@ def answer(said: dict) -> None:
 
 
 class Output:
-    """A folder of results: gpu.jsonl, a line a stage, and logs.tar.gz; gpu.md and gpu.png are the report's.
+    """A folder of results: gpu.jsonl, a line a stage, and logs.tar.gz; gpu.md and gpu.png are the
+    report's.
 
-    What an earlier run left in gpu.jsonl and logs.tar.gz stays there. ValueError: the folder holds too much else.
+    What an earlier run left in gpu.jsonl and logs.tar.gz stays there. ValueError: the folder holds
+    too much else.
     """
 
     OURS = ("gpu.jsonl", "gpu.md", "gpu.png", "logs.tar.gz")
@@ -94,27 +104,43 @@ class Output:
     def __init__(self, folder: pathlib.Path):
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"--output {folder} is a file; name a folder")
-        others = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir()) if folder.exists() else []
+        others = (
+            sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
+            if folder.exists()
+            else []
+        )
         others = [name for name in others if name not in self.OURS]
         if len(others) > FILES - len(self.OURS) or any(name.endswith("/") for name in others):
             raise ValueError(
-                f"--output {folder} would hold more than {FILES} files, or folders: there is {', '.join(others[:9])}; name a new folder"
+                f"--output {folder} would hold more than {FILES} files, or folders: there is "
+                f"{', '.join(others[:9])}; name a new folder"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.run, self.lines, self.logs = folder, time.strftime("%Y%m%d-%H%M%S", time.gmtime()), [], {}
-        broken = (FileNotFoundError, tarfile.TarError, EOFError, zlib.error)  # one that was copied in part: as far as it goes
+        self.folder, self.run, self.lines, self.logs = (
+            folder,
+            time.strftime("%Y%m%d-%H%M%S", time.gmtime()),
+            [],
+            {},
+        )
+        # one that was copied in part: as far as it goes
+        broken = (FileNotFoundError, tarfile.TarError, EOFError, zlib.error)
         with contextlib.suppress(*broken), tarfile.open(folder / "logs.tar.gz") as archive:
             for member in filter(tarfile.TarInfo.isfile, archive):
                 self.logs[member.name] = archive.extractfile(member).read()
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
-        """No other process claims the folder meanwhile. ValueError: one has. OSError: it cannot be written to."""
+        """No other process claims the folder meanwhile. ValueError: one has. OSError: it
+        cannot be written to.
+        """
         with (self.folder / "gpu.jsonl").open("ab") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(f"another run is writing to --output {self.folder}; name another folder, or wait for its end") from None
+                raise ValueError(
+                    f"another run is writing to --output {self.folder}; name another "
+                    "folder, or wait for its end"
+                ) from None
             except OSError:  # a file system without locks
                 pass
             yield
@@ -174,9 +200,11 @@ def run(
     judge: Callable[[Stage, dict], Stop | None] = lambda *_: None,
     show: Callable[[dict], None] = lambda _: None,
 ) -> Stop | None:
-    """Runs the waves in their order; a line a stage goes to `output` and to `show`. `until`: by time.monotonic().
+    """Runs the waves in their order; a line a stage goes to `output` and to `show`. `until`: by
+    time.monotonic().
 
-    Where less time is left than a wave may take, it and all after it fall. `judge` looks at each line, and may stop the run.
+    Where less time is left than a wave may take, it and all after it fall. `judge` looks at each
+    line, and may stop the run.
     """
     reason: str | None = None
     stop: Stop | None = None
@@ -206,7 +234,9 @@ def run(
 
 
 def run_wave(wave: Wave) -> Iterator[tuple[Stage, dict, bytes]]:
-    """Yields each stage as it ends, with its line and its log. No process of a stage outlives it, nor the generator."""
+    """Yields each stage as it ends, with its line and its log. No process of a stage outlives
+    it, nor the generator.
+    """
     end = time.monotonic() + wave.limit
     waiting, running = list(wave.stages), []
     with tempfile.TemporaryDirectory(prefix="uegr-gpu-") as folder:
@@ -215,12 +245,24 @@ def run_wave(wave: Wave) -> Iterator[tuple[Stage, dict, bytes]]:
                 while waiting and len(running) < wave.at_once:
                     stage = waiting.pop(0)
                     if why_not := not_started(stage, end):
-                        yield stage, {"stage": stage.name, "status": "left out", "message": why_not}, b""
+                        yield (
+                            stage,
+                            {"stage": stage.name, "status": "left out", "message": why_not},
+                            b"",
+                        )
                         continue
                     try:
                         running.append(Running(stage, pathlib.Path(folder), end))
                     except (OSError, ValueError) as error:
-                        yield stage, {"stage": stage.name, "status": "failed", "message": f"it could not be started: {error}"}, b""
+                        yield (
+                            stage,
+                            {
+                                "stage": stage.name,
+                                "status": "failed",
+                                "message": f"it could not be started: {error}",
+                            },
+                            b"",
+                        )
                 for each in [each for each in running if each.over()]:
                     running.remove(each)
                     yield each.stage, each.line(), shortened(each.log)
@@ -233,18 +275,31 @@ def run_wave(wave: Wave) -> Iterator[tuple[Stage, dict, bytes]]:
 def not_started(stage: Stage, end: float) -> str | None:
     if stage.program and not shutil.which(stage.program):
         return f"{stage.program} was not found"
-    return None if time.monotonic() + 2 * GRACE < end else "the stages beside it took all the time they had together"
+    return (
+        None
+        if time.monotonic() + 2 * GRACE < end
+        else ("the stages beside it took all the time they had together")
+    )
 
 
 class Running:
     """A stage at work."""
 
     def __init__(self, stage: Stage, folder: pathlib.Path, end: float):
-        self.stage, self.log, self.answers = stage, folder / f"{stage.name}.txt", folder / f"{stage.name}.jsonl"
+        self.stage, self.log, self.answers = (
+            stage,
+            folder / f"{stage.name}.txt",
+            folder / f"{stage.name}.jsonl",
+        )
         self.mark, self.asked, self.killed = uuid.uuid4().hex, False, False
         self.started = time.monotonic()
         self.end = min(end, self.started + stage.limit)
-        given = {"PYTHONUNBUFFERED": "1", ANSWER: str(self.answers), MARK: self.mark, END: str(self.end)}
+        given = {
+            "PYTHONUNBUFFERED": "1",
+            ANSWER: str(self.answers),
+            MARK: self.mark,
+            END: str(self.end),
+        }
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 stage.command,
@@ -260,7 +315,8 @@ class Running:
     def over(self) -> bool:
         """Whether it has ended, by itself or by its limit; asks it to end, then makes it."""
         now = time.monotonic()
-        if os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):  # it keeps its number until it is waited for
+        # it keeps its number until it is waited for
+        if os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             return True
         if now >= self.end:
             self.killed = True
@@ -271,7 +327,9 @@ class Running:
         return False
 
     def kill(self) -> int:
-        """Ends all that is left of it, in its group or out of it; returns how many processes beside its first one that were."""
+        """Ends all that is left of it, in its group or out of it; returns how many processes
+        beside its first one that were.
+        """
         behind = marked(f"{MARK}={self.mark}".encode()) - {self.process.pid}
         for _ in range(100):
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -291,24 +349,43 @@ class Running:
         behind = self.kill()
         seconds, code = time.monotonic() - self.started, self.process.returncode
         result, cut = answers(self.answers)
-        line: dict = {"stage": self.stage.name, "status": "passed", "seconds": round(seconds, 2), "limit": self.stage.limit, "exit": code}
+        line: dict = {
+            "stage": self.stage.name,
+            "status": "passed",
+            "seconds": round(seconds, 2),
+            "limit": self.stage.limit,
+            "exit": code,
+        }
         if self.killed or self.asked:
             line |= {"status": "killed", "message": f"killed at its limit, after {seconds:.0f} s"}
         elif code and self.stage.program and "begun" not in result:
-            line |= {"status": "left out", "message": f"{self.stage.program} does not work here: {self.last_words()}"}
+            line |= {
+                "status": "left out",
+                "message": f"{self.stage.program} does not work here: {self.last_words()}",
+            }
         elif code < 0:
-            line |= {"status": "crashed", "message": f"died by {signal.Signals(-code).name}: {self.last_words()}"}
+            line |= {
+                "status": "crashed",
+                "message": f"died by {signal.Signals(-code).name}: {self.last_words()}",
+            }
         elif code:
             line |= {"status": "failed", "message": self.last_words()}
         elif cut or not (result or self.stage.silent):
-            line |= {"status": "failed", "message": "its last line of answer is cut off" if cut else "it ended without an answer"}
+            line |= {
+                "status": "failed",
+                "message": "its last line of answer is cut off"
+                if cut
+                else "it ended without an answer",
+            }
         if behind:
             line["left_behind"] = behind
         return line | ({"result": result} if result else {})
 
     def last_words(self) -> str:
         lines = shortened(self.log)[-4000:].decode(errors="replace").split("\n")
-        return next((text.strip()[:300] for text in reversed(lines) if text.strip()), "it said nothing")
+        return next(
+            (text.strip()[:300] for text in reversed(lines) if text.strip()), "it said nothing"
+        )
 
 
 def answers(path: pathlib.Path) -> tuple[dict, bool]:
@@ -327,7 +404,9 @@ def answers(path: pathlib.Path) -> tuple[dict, bool]:
 
 
 def marked(mark: bytes) -> set[int]:
-    """The living processes with a mark in their environment, whatever group or session they are in (Linux; elsewhere none is seen)."""
+    """The living processes with a mark in their environment, whatever group or session they
+    are in (Linux; elsewhere none is seen).
+    """
     found = set()
     for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
@@ -340,19 +419,26 @@ LIBC = ctypes.CDLL(None)
 
 
 def die_with_the_runner() -> None:
-    """In a new process, before its program: the kernel kills it when the runner dies, however that happens (Linux)."""
+    """In a new process, before its program: the kernel kills it when the runner dies, however
+    that happens (Linux).
+    """
     if sys.platform == "linux":
         LIBC.prctl(1, signal.SIGKILL)
 
 
 @contextlib.contextmanager
 def asked_to_stop() -> Iterator[None]:
-    """SIGTERM is a KeyboardInterrupt inside: stages are killed and what is known is written. A terminal that is gone ends nothing."""
+    """SIGTERM is a KeyboardInterrupt inside: stages are killed and what is known is written. A
+    terminal that is gone ends nothing.
+    """
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, interrupt), signal.SIGHUP: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
+    before = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, interrupt),
+        signal.SIGHUP: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    }
     try:
         yield
     finally:
@@ -361,16 +447,28 @@ def asked_to_stop() -> Iterator[None]:
 
 
 def too_few(stage: Stage, line: dict) -> Stop | None:
-    """Where a stage's tests came to their end, and some of those expected did not run, or fewer were there than there must be.
+    """Where a stage's tests came to their end, and some of those expected did not run, or fewer
+    were there than there must be.
 
     One that was killed or crashed has not come to its end: its line says how far it came.
     """
     if stage.least_tests is None or line["status"] not in ("passed", "failed"):
         return None
     result = line.get("result", {})
-    expected, finished = result.get("expected", 0), result.get("passed", 0) + len(result.get("failed", ())) + result.get("excused", 0)
+    expected, finished = (
+        result.get("expected", 0),
+        result.get("passed", 0) + len(result.get("failed", ())) + result.get("excused", 0),
+    )
     ran = result.get("collected", finished)
     reasons = "".join(f"; skipped: {reason}" for reason in result.get("skipped", ())[:3])
     if expected < stage.least_tests:
-        return Stop(TOO_FEW_TESTS, f"{stage.name}: {expected} tests were found, at least {stage.least_tests} are expected{reasons}")
-    return Stop(TOO_FEW_TESTS, f"{stage.name}: {ran} of {expected} tests ran{reasons}") if ran < expected else None
+        return Stop(
+            TOO_FEW_TESTS,
+            f"{stage.name}: {expected} tests were found, at least "
+            f"{stage.least_tests} are expected{reasons}",
+        )
+    return (
+        Stop(TOO_FEW_TESTS, f"{stage.name}: {ran} of {expected} tests ran{reasons}")
+        if ran < expected
+        else None
+    )

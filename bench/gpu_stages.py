@@ -1,4 +1,6 @@
-"""`python -m bench.gpu_stages CASE`: one thing that a GPU is to show, in a process of its own; bench/gpu.py runs them all."""
+"""`python -m bench.gpu_stages CASE`: one thing that a GPU is to show, in a process of its own;
+bench/gpu.py runs them all.
+"""
 
 import argparse
 import contextlib
@@ -21,7 +23,16 @@ from torch import Tensor
 import uegr_kernels as uk
 from uegr_kernels.core import backends, native
 
-from . import bench_divergence, bench_dropout, bench_perturbation, bench_selective, gpu_clusters, harness, machine, shapes
+from . import (
+    bench_divergence,
+    bench_dropout,
+    bench_perturbation,
+    bench_selective,
+    gpu_clusters,
+    harness,
+    machine,
+    shapes,
+)
 from .gpu_runner import END, WRONG_BACKEND, answer
 
 OPERATOR = "selective.selective_adamw_"
@@ -50,7 +61,10 @@ class Disagreement(Exception):
 
 
 def agree(found: Tensor, expected: Tensor, what: str, allowed: float = 1e-5) -> None:
-    gap = float((found.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-30))
+    gap = float(
+        (found.double() - expected.double()).abs().max()
+        / expected.double().abs().max().clamp_min(1e-30)
+    )
     if not gap <= allowed:
         raise Disagreement(f"{what} by {gap:.1e} of its largest")
 
@@ -71,19 +85,32 @@ def wait(at: Place) -> None:
 def probe(no_gpu: str | None) -> dict:
     """What the machine and the package have; `no_gpu`: the reason not to touch a GPU."""
     said: dict = {"no_gpu": no_gpu, "torch": torch.__version__, "cuda": torch.version.cuda}
-    said |= {"hip": torch.version.hip, "python": platform.python_version(), "nvcc": shutil.which("nvcc"), "triton": None}
+    said |= {
+        "hip": torch.version.hip,
+        "python": platform.python_version(),
+        "nvcc": shutil.which("nvcc"),
+        "triton": None,
+    }
     if importlib.util.find_spec("triton"):
         said["triton"] = triton_version()
     said |= {"backends": {"cuda": unloaded()}, "commit": harness.environment("probe")["commit"]}
     if no_gpu is None:
         device = torch.device("cuda", 0)
-        said["backends"] = {name: backends.why_not(name, OPERATOR, device) for name in ("cuda", "triton")}
+        said["backends"] = {
+            name: backends.why_not(name, OPERATOR, device) for name in ("cuda", "triton")
+        }
         said["backends"]["auto"] = backends.choose("auto", OPERATOR, device)
         properties = torch.cuda.get_device_properties(0)
-        said |= {"gpu": properties.name, "memory": properties.total_memory, "processors": properties.multi_processor_count}
+        said |= {
+            "gpu": properties.name,
+            "memory": properties.total_memory,
+            "processors": properties.multi_processor_count,
+        }
         said |= {"l2": getattr(properties, "L2_cache_size", None), "driver": driver()}
         said["shared_memory"] = getattr(properties, "shared_memory_per_block_optin", None)
-        said["capability"] = ".".join(map(str, torch.cuda.get_device_capability())) if torch.version.cuda else None
+        said["capability"] = (
+            ".".join(map(str, torch.cuda.get_device_capability())) if torch.version.cuda else None
+        )
         answer(said)  # ahead of the first kernel
         said["copy_rate"] = harness.spread(machine.Copy(2**30, "cuda")(5))["median"]
     return said
@@ -92,7 +119,9 @@ def probe(no_gpu: str | None) -> dict:
 def unloaded() -> str | None:
     """Why the CUDA library is not loaded, or what it lacks, or None; asks no GPU."""
     lacking = [name for name in OPERATORS if not native.has_kernel(name, "CUDA")]
-    return native.why_not_cuda() or (f"the CUDA library has no {', '.join(lacking)}" if lacking else None)
+    return native.why_not_cuda() or (
+        f"the CUDA library has no {', '.join(lacking)}" if lacking else None
+    )
 
 
 def triton_version() -> str | None:
@@ -105,10 +134,15 @@ def triton_version() -> str | None:
 
 def driver() -> str | None:
     """The driver's version, by the tool that comes with it, where it answers."""
-    for command in (["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], ["rocm-smi", "--showdriverversion"]):
+    for command in (
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+        ["rocm-smi", "--showdriverversion"],
+    ):
         if shutil.which(command[0]):
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                lines = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=5).stdout.split("\n")
+                lines = subprocess.run(
+                    command, capture_output=True, text=True, errors="replace", timeout=5
+                ).stdout.split("\n")
                 return next((line.strip() for line in reversed(lines) if line.strip()), None)
     return None
 
@@ -119,7 +153,10 @@ def driver() -> str | None:
 def clusters(at: Place) -> dict:
     """How many run at once, by size; no more than a fact."""
     found = {"all": "asked of a GPU alone"} if at.device == "cpu" else gpu_clusters.clusters()
-    return {"said": "clusters at once: " + ", ".join(f"{size}: {number}" for size, number in found.items())}
+    return {
+        "said": "clusters at once: "
+        + ", ".join(f"{size}: {number}" for size, number in found.items())
+    }
 
 
 def mask(at: Place) -> None:
@@ -140,22 +177,33 @@ def step(at: Place, dtype: torch.dtype = torch.float32, **options) -> None:
 def loss(at: Place, classes: int) -> None:
     classes = max(10, classes // (FACTOR if at.small else 1))
     for dtype in (torch.float32, BRAIN):
-        nothing_wrong(bench_divergence.logits_case(2, classes, 8, at.device, dtype, backend=at.backend).verify())
+        nothing_wrong(
+            bench_divergence.logits_case(
+                2, classes, 8, at.device, dtype, backend=at.backend
+            ).verify()
+        )
 
 
 def fgm(at: Place) -> None:
-    nothing_wrong(bench_perturbation.case("", (3, 70, 24), torch.float32, at.device, at.backend).verify())
+    nothing_wrong(
+        bench_perturbation.case("", (3, 70, 24), torch.float32, at.device, at.backend).verify()
+    )
 
 
 def pgd(at: Place) -> None:
     delta, g = torch.randn(2, 3, 70, 24, generator=torch.Generator().manual_seed(0)).to(at.device)
-    found, expected = (uk.pgd_step(delta, g, step_size=0.1, radius=0.3, backend=b) for b in (at.backend, "reference"))
+    found, expected = (
+        uk.pgd_step(delta, g, step_size=0.1, radius=0.3, backend=b)
+        for b in (at.backend, "reference")
+    )
     agree(found, expected, "the perturbation")
 
 
 def dropout(at: Place) -> None:
     for units in (24, 1001):
-        nothing_wrong(bench_dropout.case("", (40, units), torch.float32, at.device, at.backend).verify())
+        nothing_wrong(
+            bench_dropout.case("", (40, units), torch.float32, at.device, at.backend).verify()
+        )
 
 
 def captured(at: Place, function: Callable[[], object]) -> Callable[[], object]:
@@ -172,16 +220,22 @@ def graph(at: Place) -> None:
     """Replays between eager steps make what eager steps alone make."""
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=generator) for shape in ((5, 41), (1025,), (70_001,))]
-    gradients = [[torch.randn(p.shape, generator=generator).to(at.device) for p in start] for _ in range(5)]
+    gradients = [
+        [torch.randn(p.shape, generator=generator).to(at.device) for p in start] for _ in range(5)
+    ]
     results = []
     for replaying in (False, True):
         params = [torch.nn.Parameter(p.to(at.device)) for p in start]
         rate = torch.tensor(0.1, device=at.device)
-        optimizer = uk.SelectiveAdamW(params, rate, seed=1, capturable=True, threshold=0.5, backend=at.backend)
+        optimizer = uk.SelectiveAdamW(
+            params, rate, seed=1, capturable=True, threshold=0.5, backend=at.backend
+        )
         static = [torch.empty_like(p) for p in start]
         static = [g.to(at.device) for g in static]
 
-        def one(grads: list[Tensor], params: list = params, optimizer: torch.optim.Optimizer = optimizer) -> None:
+        def one(
+            grads: list[Tensor], params: list = params, optimizer: torch.optim.Optimizer = optimizer
+        ) -> None:
             for p, g in zip(params, grads, strict=True):
                 p.grad = g
             optimizer.step()
@@ -197,11 +251,17 @@ def graph(at: Place) -> None:
         wait(at)
         results.append([p.detach().cpu() for p in params])
     for i, (eager, replayed) in enumerate(zip(*results, strict=True)):
-        nothing_wrong(None if torch.equal(eager, replayed) else f"parameter {i} of replayed steps differs from that of eager steps")
+        nothing_wrong(
+            None
+            if torch.equal(eager, replayed)
+            else f"parameter {i} of replayed steps differs from that of eager steps"
+        )
 
 
 def capture(at: Place) -> None:
-    """A kernel's first call of the process stands in a graph: it is loaded while the graph is captured."""
+    """A kernel's first call of the process stands in a graph: it is loaded while the graph is
+    captured.
+    """
     g = torch.randn(3, 70, 24, generator=torch.Generator().manual_seed(0)).to(at.device)
     out: list[Tensor] = []
     replay = captured(at, lambda: out.append(uk.fgm_perturbation(g, 0.1, backend=at.backend)))
@@ -219,16 +279,26 @@ def capture(at: Place) -> None:
 
 
 def sanitized(at: Place) -> None:
-    """Every kernel on a little, for compute-sanitizer to look at; where it does not know the GPU, nothing of torch's runs either."""
+    """Every kernel on a little, for compute-sanitizer to look at; where it does not know the
+    GPU, nothing of torch's runs either.
+    """
     torch.ones(1, device=at.device).item()
     answer({"begun": True})
     brain = {"state_dtype": BRAIN}
-    for options in ({}, {"statistics": "previous"}, {"normalization": "rank"}, {"scope": "global"}, brain):
+    for options in (
+        {},
+        {"statistics": "previous"},
+        {"normalization": "rank"},
+        {"scope": "global"},
+        brain,
+    ):
         p = torch.nn.Parameter(torch.ones(70_001, device=at.device))
         p.grad = torch.randn_like(p)
         uk.SelectiveAdamW([p], seed=1, backend=at.backend, **options).step()
     for classes in (40, 2000, 20_000):
-        x = torch.randn(2, 8, classes // (FACTOR if at.small else 1) + 1, device=at.device, requires_grad=True)
+        x = torch.randn(
+            2, 8, classes // (FACTOR if at.small else 1) + 1, device=at.device, requires_grad=True
+        )
         uk.pairwise_js(x, backend=at.backend).backward()
     delta = torch.zeros_like(x.detach())
     uk.fgm_perturbation(delta + 1, 0.1, backend=at.backend)
@@ -241,11 +311,15 @@ def sanitized(at: Place) -> None:
 # ---- Benchmarks: the suites' cases, measured by the harness
 
 
-def adamw(at: Place, setting: str, tensors: shapes.Shapes, dtype: torch.dtype = torch.float32) -> harness.Case:
+def adamw(
+    at: Place, setting: str, tensors: shapes.Shapes, dtype: torch.dtype = torch.float32
+) -> harness.Case:
     if at.small:
         tensors = [(129, 65), (1000,)]
     kinds = ("fused", "foreach")
-    return bench_selective.adamw("step", tensors, setting, at.device, dtype, kinds=kinds, backend=at.backend)
+    return bench_selective.adamw(
+        "step", tensors, setting, at.device, dtype, kinds=kinds, backend=at.backend
+    )
 
 
 def logits(at: Place, classes: int, dtype: torch.dtype) -> harness.Case:
@@ -261,15 +335,25 @@ def dropped(at: Place, dtype: torch.dtype) -> harness.Case:
 
 
 def perturbed(at: Place) -> harness.Case:
-    return bench_perturbation.case("embeddings", (4, 16, 64) if at.small else (32, 512, 1024), torch.float32, at.device, at.backend)
+    return bench_perturbation.case(
+        "embeddings",
+        (4, 16, 64) if at.small else (32, 512, 1024),
+        torch.float32,
+        at.device,
+        at.backend,
+    )
 
 
 def sweep(at: Place) -> harness.Case:
-    """Warps and the bytes of a group of tensors in the Triton step; ours, the first, is the setting in use."""
+    """Warps and the bytes of a group of tensors in the Triton step; ours, the first, is the
+    setting in use.
+    """
     from uegr_kernels.core import triton_ops
 
     tensors = [(129, 65), (1000,)] if at.small else shapes.MODELS["BERT-large"]
-    case = bench_selective.case("settings of the Triton step", tensors, {}, at.device, kinds=("fused",), backend=at.backend)
+    case = bench_selective.case(
+        "settings of the Triton step", tensors, {}, at.device, kinds=("fused",), backend=at.backend
+    )
     before = triton_ops.WARPS, triton_ops.GROUP_BYTES
     every = [before, *((warps, group << 20) for warps in (2, 4, 8) for group in (8, 16, 24, 32))]
 
@@ -283,7 +367,10 @@ def sweep(at: Place) -> harness.Case:
 
             return step
 
-        named = {f"{warps} warps, {group >> 20} MiB": setting(warps, group) for warps, group in dict.fromkeys(every)}
+        named = {
+            f"{warps} warps, {group >> 20} MiB": setting(warps, group)
+            for warps, group in dict.fromkeys(every)
+        }
         return [harness.Contestant(name, step, ours.bytes) for name, step in named.items()]
 
     return dataclasses.replace(case, contestants=contestants)
@@ -316,7 +403,9 @@ def bench(make: Callable[[Place], harness.Case], at: Place) -> dict:
         return {"said": "compiled"}
     copy = machine.Copy(2**20 if at.small else 2**30, at.device)
     without = None if at.compiled else "torch.compile"
-    line = harness.measure(case, 2 if at.small else 100, copy, lambda: None, without, until=at.until, profiled=False)
+    line = harness.measure(
+        case, 2 if at.small else 100, copy, lambda: None, without, until=at.until, profiled=False
+    )
     nothing_wrong(line.get("error"))
     return line
 
@@ -328,7 +417,9 @@ PROFILED = ("step", "loss-32000", "dropout")
 
 
 def profile(at: Place) -> dict:
-    """How long each kernel of three cases takes; with counters, a profiler outside looks at one step of each."""
+    """How long each kernel of three cases takes; with counters, a profiler outside looks at
+    one step of each.
+    """
     found: list[str] = []
     for name in PROFILED:
         ours = BENCHES[name](at).contestants()[0].step
@@ -341,14 +432,25 @@ def profile(at: Place) -> dict:
             wait(at)
             torch.cuda.cudart().cudaProfilerStop()
             continue
-        activity = torch.profiler.ProfilerActivity.CUDA if at.device == "cuda" else torch.profiler.ProfilerActivity.CPU
+        activity = (
+            torch.profiler.ProfilerActivity.CUDA
+            if at.device == "cuda"
+            else torch.profiler.ProfilerActivity.CPU
+        )
         with torch.profiler.profile(activities=[activity]) as profiler:
             for _ in range(3):
                 ours()
             wait(at)
-        print(name, profiler.key_averages().table(row_limit=15, max_name_column_width=90), sep="\n", flush=True)
+        print(
+            name,
+            profiler.key_averages().table(row_limit=15, max_name_column_width=90),
+            sep="\n",
+            flush=True,
+        )
         events = sorted(profiler.key_averages(), key=lambda event: -event.device_time_total)
-        found += [f"{name}: {event.key[:40]} {event.device_time_total / 3:.1f} us" for event in events[:2]]
+        found += [
+            f"{name}: {event.key[:40]} {event.device_time_total / 3:.1f} us" for event in events[:2]
+        ]
     return {"said": "; ".join(found)}
 
 
@@ -396,16 +498,37 @@ def every_case(at: Place) -> Iterator[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns 0; 1 where ours is wrong; 2 for wrong arguments; 4 where another backend is in use than the one to be measured."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_stages", description="Runs one case of `python -m bench.gpu`.")
-    parser.add_argument("case", metavar="CASE", choices=("probe", "all", *CASES), help=f"probe, all, {', '.join(CASES)}")
+    """Returns 0; 1 where ours is wrong; 2 for wrong arguments; 4 where another backend is in
+    use than the one to be measured.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu_stages", description="Runs one case of `python -m bench.gpu`."
+    )
+    parser.add_argument(
+        "case",
+        metavar="CASE",
+        choices=("probe", "all", *CASES),
+        help=f"probe, all, {', '.join(CASES)}",
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--backend", choices=("auto", "cuda", "triton"), help="of ours; default: cuda, on the CPU auto")
+    parser.add_argument(
+        "--backend",
+        choices=("auto", "cuda", "triton"),
+        help="of ours; default: cuda, on the CPU auto",
+    )
     parser.add_argument("--small", action="store_true", help="sizes that take a moment on a CPU")
-    parser.add_argument("--seconds", type=float, default=6.0, help="of a benchmark by hand; default: %(default)s")
+    parser.add_argument(
+        "--seconds", type=float, default=6.0, help="of a benchmark by hand; default: %(default)s"
+    )
     parser.add_argument("--compiled", action="store_true", help="torch.compile among the peers")
-    parser.add_argument("--compile-alone", action="store_true", help="call torch.compile's peer once, for its cache")
-    parser.add_argument("--counters", action="store_true", help="run one step of each under a profiler of kernels such as ncu")
+    parser.add_argument(
+        "--compile-alone", action="store_true", help="call torch.compile's peer once, for its cache"
+    )
+    parser.add_argument(
+        "--counters",
+        action="store_true",
+        help="run one step of each under a profiler of kernels such as ncu",
+    )
     parser.add_argument("--no-gpu", action="store_true", help="of the probe: do not look for a GPU")
     options = parser.parse_args(arguments)
     why_none = "not looked for" if options.no_gpu else machine.no_gpu()
@@ -415,8 +538,20 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cuda" and why_none:
         parser.error(f"--device cuda needs a GPU: {why_none}; or use --device cpu")
     backend = options.backend or ("cuda" if options.device == "cuda" else "auto")
-    until = float(os.environ[END]) - CLOSING if END in os.environ else time.monotonic() + options.seconds
-    at = Place(options.device, backend, options.small, until, options.compiled, options.compile_alone, options.counters)
+    until = (
+        float(os.environ[END]) - CLOSING
+        if END in os.environ
+        else time.monotonic() + options.seconds
+    )
+    at = Place(
+        options.device,
+        backend,
+        options.small,
+        until,
+        options.compiled,
+        options.compile_alone,
+        options.counters,
+    )
     if options.case == "all":
         wrong = list(every_case(at))
         print("\n".join(wrong), flush=True)
@@ -435,13 +570,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def not_in_use(at: Place) -> str | None:
-    """Why calls would not be served by the backend that the case is to measure; "cuda" must be what "auto" takes too."""
+    """Why calls would not be served by the backend that the case is to measure; "cuda" must be
+    what "auto" takes too.
+    """
     if at.device == "cpu":
         return None
     if reason := backends.why_not(at.backend, OPERATOR, torch.device(at.device)):
         return f"{at.backend} was to be measured and cannot be: {reason}"
     found = backends.choose("auto", OPERATOR, torch.device(at.device))
-    return f"cuda was to be measured, and the backend in use is {found}" if at.backend == "cuda" != found else None
+    return (
+        (f"cuda was to be measured, and the backend in use is {found}")
+        if at.backend == "cuda" != found
+        else None
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Times ours beside its peers in alternation, counts bytes and memory, and keeps the results; README.md states the protocol."""
+"""Times ours beside its peers in alternation, counts bytes and memory, and keeps the results;
+README.md states the protocol.
+"""
 
 import contextlib
 import gc
@@ -27,41 +29,54 @@ ROOT = pathlib.Path(__file__).parent.parent
 SHORTEST = 0.01  # seconds a sample takes at least: shorter steps are repeated within one
 FEWEST = 3  # rounds, however late it is
 SHARE = 0.8  # of the free memory that a case may take
-PEERS = ("triton", "liger_kernel", "bitsandbytes", "deepspeed")  # packages whose versions are kept, where they are installed
+# packages whose versions are kept, where they are installed
+PEERS = ("triton", "liger_kernel", "bitsandbytes", "deepspeed")
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """One implementation at work on a case's tensors; `step` is None where it cannot run, and `missing` says why."""
+    """One implementation at work on a case's tensors; `step` is None where it cannot run, and
+    `missing` says why.
+    """
 
     name: str
     step: machine.Step | None
     bytes: int = 0  # that one step must move; 0: not stated
     rounds: int | None = None  # at most so many, for the very slow; None: all
     memory: int = 0  # bytes that it takes beside the case's
-    may_fail: bool = False  # other people's code that need not run here: an error of its first step is the reason why it is missing
+    # other people's code that need not run here: an error of its first step is the reason why it is
+    # missing
+    may_fail: bool = False
     missing: str = ""
     parts: dict[str, machine.Step] = field(default_factory=dict)  # of the step, timed apart
 
 
 @dataclass(frozen=True)
 class Case:
-    """What to time. `verify` returns what is wrong with ours on a small problem, or None; `contestants` builds them, ours first."""
+    """What to time. `verify` returns what is wrong with ours on a small problem, or None;
+    `contestants` builds them, ours first.
+    """
 
     name: str
     facts: dict  # copied into the result: sizes, dtype, options
     memory: int  # bytes the tensors take
     verify: Callable[[], str | None]
     contestants: Callable[[], list[Contestant]]
-    breakdown: Callable[[], dict[str, float]] | None = None  # shares of ours by part, measured apart
+    # shares of ours by part, measured apart
+    breakdown: Callable[[], dict[str, float]] | None = None
     device: str = "cpu"
     threads: int | None = None  # None: as many as the run has
 
 
 def spread(values: list[float]) -> dict:
     """Median and quartiles, to six digits."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return {name: float(f"{value:.6g}") for name, value in (("median", middle), ("q1", low), ("q3", high))}
+    low, middle, high = (
+        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    )
+    return {
+        name: float(f"{value:.6g}")
+        for name, value in (("median", middle), ("q1", low), ("q3", high))
+    }
 
 
 def measure(
@@ -74,17 +89,22 @@ def measure(
     until: float = math.inf,
     profiled: bool = True,
 ) -> dict:
-    """The case's result. A B A C A B A C ...: ours beside each peer in every round, the ratio taken from neighbours.
+    """The case's result. A B A C A B A C ...: ours beside each peer in every round, the ratio taken
+    from neighbours.
 
-    until: by time.monotonic(), no round begins after it, but for the first three. profiled: launches are counted.
+    until: by time.monotonic(), no round begins after it, but for the first three. profiled:
+    launches are counted.
     """
     line: dict = {"case": case.name, **case.facts, "rounds": rounds}
     gc.collect()
     if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()  # else a function is compiled for the shapes of eight cases and no more
+        # else a function is compiled for the shapes of eight cases and no more
+        torch.compiler.reset()
     room = SHARE * machine.free_memory(case.device)
     if case.memory > room:
-        return line | {"skipped": f"needs {case.memory / 1e9:.1f} GB, more than {SHARE:.0%} of what is free"}
+        return line | {
+            "skipped": f"needs {case.memory / 1e9:.1f} GB, more than {SHARE:.0%} of what is free"
+        }
     with machine.threads(case.threads):
         with machine.poisoned_memory():
             wrong = case.verify()
@@ -92,19 +112,33 @@ def measure(
             return line | {"error": f"ours and the reference disagree: {wrong}"}
         everyone = [_allowed(one, room - case.memory, without) for one in case.contestants()]
         return (
-            line | _alternate(everyone, rounds, copy, tick, until, profiled) | ({"breakdown": case.breakdown()} if case.breakdown else {})
+            line
+            | _alternate(everyone, rounds, copy, tick, until, profiled)
+            | ({"breakdown": case.breakdown()} if case.breakdown else {})
         )
 
 
 def _allowed(one: Contestant, room: float, without: str | None) -> Contestant:
     if one.memory > room:
-        return replace(one, step=None, missing=f"takes {one.memory / 1e9:.1f} GB beside the tensors, more than {SHARE:.0%} of what is free")
+        return replace(
+            one,
+            step=None,
+            missing=f"takes {one.memory / 1e9:.1f} GB beside the "
+            f"tensors, more than {SHARE:.0%} of what is free",
+        )
     if without and without in one.name and one.name != "uegr_kernels":
         return replace(one, step=None, missing=f"left out by --without {without}")
     return one
 
 
-def _alternate(everyone: list[Contestant], rounds: int, copy: machine.Copy, tick: Callable[[], None], until: float, profiled: bool) -> dict:
+def _alternate(
+    everyone: list[Contestant],
+    rounds: int,
+    copy: machine.Copy,
+    tick: Callable[[], None],
+    until: float,
+    profiled: bool,
+) -> dict:
     """What is found of the contestants, and how quiet the machine was meanwhile."""
     line: dict = {"load_before": os.getloadavg()}
     started, others, gigabytes = time.perf_counter(), machine.others_seconds(), copy()
@@ -116,7 +150,10 @@ def _alternate(everyone: list[Contestant], rounds: int, copy: machine.Copy, tick
         except Exception as error:
             if not one.may_fail:
                 raise
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no message'}"
+            reason = (
+                f"{type(error).__name__}: "
+                f"{(str(error).strip().splitlines() or ['no message'])[0][:200]}"
+            )
             everyone[i] = replace(one, step=None, missing=reason)
     ours, *peers = [one for one in everyone if one.step]
     times: dict[str, list[float]] = {one.name: [] for one in (ours, *peers)}
@@ -133,21 +170,38 @@ def _alternate(everyone: list[Contestant], rounds: int, copy: machine.Copy, tick
                 if peer:
                     ratios[peer.name].append(times[ours.name][-1] / times[peer.name][-1])
             tick()
-        parts = {one.name: {name: _several(step, copy.device) for name, step in one.parts.items()} for one in (ours, *peers) if one.parts}
+        parts = {
+            one.name: {name: _several(step, copy.device) for name, step in one.parts.items()}
+            for one in (ours, *peers)
+            if one.parts
+        }
     finally:
         gc.enable()
     line["copy_gb_s"] = spread(gigabytes + copy())
     line["load_after"] = os.getloadavg()
-    line["others_cpus"] = None if others is None else round((machine.others_seconds() - others) / (time.perf_counter() - started), 3)
+    line["others_cpus"] = (
+        None
+        if others is None
+        else round((machine.others_seconds() - others) / (time.perf_counter() - started), 3)
+    )
     line["contestants"] = []
     for one in everyone:
         if not one.step:
             line["contestants"].append({"name": one.name, "missing": one.missing})
             continue
         rate = one.bytes / statistics.median(times[one.name]) / 1e9
-        result = {"name": one.name, "seconds": spread(times[one.name]), "samples": len(times[one.name]), "repeats": repeats[one.name]}
+        result = {
+            "name": one.name,
+            "seconds": spread(times[one.name]),
+            "samples": len(times[one.name]),
+            "repeats": repeats[one.name],
+        }
         result |= {"ours_over_this": spread(ratios[one.name])} if one.name in ratios else {}
-        result |= {"bytes": one.bytes, "gb_s": round(rate, 3), "copy_share": round(rate / line["copy_gb_s"]["median"], 4)}
+        result |= {
+            "bytes": one.bytes,
+            "gb_s": round(rate, 3),
+            "copy_share": round(rate / line["copy_gb_s"]["median"], 4),
+        }
         result |= {"parts": parts[one.name]} if one.name in parts else {}
         line["contestants"].append(result | results[one.name])
     return line
@@ -176,25 +230,56 @@ def environment(command: str, device: str = "cpu") -> dict:
     with contextlib.suppress(OSError, StopIteration):
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    versions = {"uegr_kernels": uegr_kernels.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    versions = {
+        "uegr_kernels": uegr_kernels.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
     for package in PEERS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    here = {"cpu": cpu, "cpus": os.cpu_count(), "system": platform.system(), "isa": native.load()[0], "threads": torch.get_num_threads()}
+    here = {
+        "cpu": cpu,
+        "cpus": os.cpu_count(),
+        "system": platform.system(),
+        "isa": native.load()[0],
+        "threads": torch.get_num_threads(),
+    }
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         here |= {"gpu": properties.name, "gpu_memory": properties.total_memory}
         versions["cuda"] = torch.version.cuda or f"ROCm {torch.version.hip}"
     time_utc = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return {"device": device, "machine": here, "versions": versions, "commit": _commit(), "command": command, "time": time_utc}
+    return {
+        "device": device,
+        "machine": here,
+        "versions": versions,
+        "commit": _commit(),
+        "command": command,
+        "time": time_utc,
+    }
 
 
 def _commit() -> str | None:
     """The commit, with "+" where the package or the benches differ from it; None outside git."""
     git = ["git", "-C", str(ROOT)]
     try:
-        commit = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "csrc", "uegr_kernels", "setup.py", "bench/*.py"]).returncode
+        commit = subprocess.run(
+            [*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [
+                *git,
+                "diff",
+                "--quiet",
+                "HEAD",
+                "--",
+                "csrc",
+                "uegr_kernels",
+                "setup.py",
+                "bench/*.py",
+            ]
+        ).returncode
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + "+" * bool(changed)
@@ -205,7 +290,9 @@ def read(path: pathlib.Path) -> list[dict]:
 
 
 def keep(path: pathlib.Path, line: dict, names: list[str]) -> list[dict]:
-    """Puts a result in the place of the case's old one; the file is replaced whole. Cases that are no more go."""
+    """Puts a result in the place of the case's old one; the file is replaced whole. Cases that
+    are no more go.
+    """
     lines = {old["case"]: old for old in read(path)} | {line["case"]: line}
     ordered = [lines[name] for name in names if name in lines]
     aside = path.with_suffix(".tmp")
@@ -216,7 +303,9 @@ def keep(path: pathlib.Path, line: dict, names: list[str]) -> list[dict]:
 
 @contextlib.contextmanager
 def progress(total: int) -> Iterator[Callable[[str, int], None]]:
-    """Yields what moves a progress bar on by some rounds, under a name; without tqdm, or away from a terminal, there is no bar."""
+    """Yields what moves a progress bar on by some rounds, under a name; without tqdm, or away
+    from a terminal, there is no bar.
+    """
     if importlib.util.find_spec("tqdm") is None:
         yield lambda name, rounds: None
         return

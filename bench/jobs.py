@@ -1,4 +1,6 @@
-"""Training runs in processes of their own, for `bench.accuracy` and the evidence on a pre-trained model."""
+"""Training runs in processes of their own, for `bench.accuracy` and the evidence on a
+pre-trained model.
+"""
 
 import concurrent.futures
 import multiprocessing
@@ -12,17 +14,26 @@ import torch
 from . import machine
 
 
-def results(work: Callable[..., Any], calls: Sequence[tuple[Any, ...]], jobs: int, threads: int) -> Iterator[tuple[Any, Any]]:
-    """The first argument of each call with what `work` returned for it, as they come; `jobs` at a time, of so many threads each."""
+def results(
+    work: Callable[..., Any], calls: Sequence[tuple[Any, ...]], jobs: int, threads: int
+) -> Iterator[tuple[Any, Any]]:
+    """The first argument of each call with what `work` returned for it, as they come; `jobs`
+    at a time, of so many threads each.
+    """
     if jobs == 1:
         with machine.threads(threads):
             yield from ((call[0], work(*call)) for call in calls)
         return
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+        jobs, context, torch.set_num_threads, (threads,)
+    ) as pool:
         waiting = {pool.submit(work, *call): call[0] for call in calls}
         try:
-            yield from ((waiting[future], future.result()) for future in concurrent.futures.as_completed(waiting))
+            yield from (
+                (waiting[future], future.result())
+                for future in concurrent.futures.as_completed(waiting)
+            )
         except BaseException:
             for worker in multiprocessing.active_children():
                 worker.terminate()

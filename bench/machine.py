@@ -1,4 +1,6 @@
-"""What is measured of this machine, by device ("cpu" or "cuda"): time, bandwidth, memory, launches, and how quiet it is."""
+"""What is measured of this machine, by device ("cpu" or "cuda"): time, bandwidth, memory,
+launches, and how quiet it is.
+"""
 
 import contextlib
 import ctypes
@@ -23,9 +25,15 @@ Step = Callable[[], object]
 def no_gpu() -> str | None:
     """Why this machine cannot run a GPU's work, or None."""
     if torch.version.cuda is None and torch.version.hip is None:
-        return f"torch {torch.__version__} is built without CUDA and ROCm; install a GPU build of torch"
+        return (
+            f"torch {torch.__version__} is built without CUDA and ROCm; install a GPU build of "
+            "torch"
+        )
     if not torch.cuda.is_available():
-        return f"torch {torch.__version__} is built for GPUs but finds none; look at the driver (`nvidia-smi`, `rocm-smi`)"
+        return (
+            f"torch {torch.__version__} is built for GPUs but finds none; look at the driver "
+            "(`nvidia-smi`, `rocm-smi`)"
+        )
     return None
 
 
@@ -40,9 +48,11 @@ def sample(step: Step, repeats: int, device: str = "cpu") -> float:
 
 
 def on_gpu(step: Step) -> float:
-    """Seconds a step takes between two events in the GPU's queue, with none of its data in the second-level cache.
+    """Seconds a step takes between two events in the GPU's queue, with none of its data in the
+    second-level cache.
 
-    It is queued behind a pause ten times as long as the host takes to queue it, so that no kernel waits for the host.
+    It is queued behind a pause ten times as long as the host takes to queue it, so that no kernel
+    waits for the host.
     """
     host = host_seconds(step)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -67,14 +77,19 @@ def host_seconds(step: Step) -> float:
 
 @functools.cache
 def emptied_cache(device: str) -> torch.Tensor:
-    """What is read to drive everything else out of a GPU's second-level cache; nothing of it has to be written back."""
+    """What is read to drive everything else out of a GPU's second-level cache; nothing of it
+    has to be written back.
+    """
     return torch.zeros(2**26, device=device)
 
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
     """torch.empty gives NaN inside, so that a result which nobody wrote shows."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     torch.use_deterministic_algorithms(True, warn_only=True)  # what torch fills fresh memory under
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -85,19 +100,27 @@ def poisoned_memory() -> Iterator[None]:
 
 
 class Copy:
-    """Bandwidth of a plain copy of a tensor much larger than the caches: the bytes read plus the bytes written, per second."""
+    """Bandwidth of a plain copy of a tensor much larger than the caches: the bytes read plus
+    the bytes written, per second.
+    """
 
     def __init__(self, size: int, device: str = "cpu"):
-        self.source, self.target = torch.ones(size // 4, device=device), torch.zeros(size // 4, device=device)
+        self.source, self.target = (
+            torch.ones(size // 4, device=device),
+            torch.zeros(size // 4, device=device),
+        )
         self.size, self.device = size, device
 
     def __call__(self, times: int = 5) -> list[float]:
-        return [2 * self.size / sample(lambda: self.target.copy_(self.source), 1, self.device) / 1e9 for _ in range(times)]
+        return [
+            2 * self.size / sample(lambda: self.target.copy_(self.source), 1, self.device) / 1e9
+            for _ in range(times)
+        ]
 
 
 def peak_extra(step: Step, device: str = "cpu") -> int | None:
-    """Bytes by which memory in use peaks above its start during one step: the GPU's as PyTorch's allocator counts them, else the resident
-    set's (Linux; None elsewhere).
+    """Bytes by which memory in use peaks above its start during one step: the GPU's as PyTorch's
+    allocator counts them, else the resident set's (Linux; None elsewhere).
 
     Free heap memory is handed back first: what a step takes from it would not show.
     """
@@ -137,16 +160,22 @@ def free_memory(device: str = "cpu") -> float:
 def launches(step: Step, device: str = "cpu") -> int | None:
     """What one step starts, by torch's profiler.
 
-    On a GPU: kernels that it ran, without copies and fills; None where the profiler saw none. On the CPU: calls of operators ("aten::add_",
-    "uegr_kernels::uegr_loss") that no other operator made, and calls of graphs that torch.compile made.
+    On a GPU: kernels that it ran, without copies and fills; None where the profiler saw none. On
+    the CPU: calls of operators ("aten::add_", "uegr_kernels::uegr_loss") that no other operator
+    made, and calls of graphs that torch.compile made.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its notes on starting and stopping
-    activity = torch.profiler.ProfilerActivity.CUDA if device == "cuda" else torch.profiler.ProfilerActivity.CPU
+    activity = (
+        torch.profiler.ProfilerActivity.CUDA
+        if device == "cuda"
+        else torch.profiler.ProfilerActivity.CPU
+    )
     with torch.profiler.profile(activities=[activity]) as profiler:
         step()
         if device == "cuda":
             torch.cuda.synchronize()
-    events = profiler.profiler.kineto_results.events()  # as recorded: profiler.events() builds a tree, which takes minutes for a million
+    # as recorded: profiler.events() builds a tree, which takes minutes for a million
+    events = profiler.profiler.kineto_results.events()
     if device == "cuda":
         return sum(map(_is_kernel, events)) or None
     calls = [event for event in events if _is_call(event.name())]
@@ -154,12 +183,18 @@ def launches(step: Step, device: str = "cpu") -> int | None:
     outermost, thread, until = 0, None, 0
     for event in calls:
         if event.start_thread_id() != thread or event.start_ns() >= until:
-            outermost, thread, until = outermost + 1, event.start_thread_id(), event.start_ns() + event.duration_ns()
+            outermost, thread, until = (
+                outermost + 1,
+                event.start_thread_id(),
+                event.start_ns() + event.duration_ns(),
+            )
     return outermost
 
 
 def _is_kernel(event: Any) -> bool:
-    on_gpu = event.device_type() == torch.autograd.DeviceType.CUDA and not event.is_user_annotation()
+    on_gpu = (
+        event.device_type() == torch.autograd.DeviceType.CUDA and not event.is_user_annotation()
+    )
     return on_gpu and not event.name().startswith(("Memcpy", "Memset"))
 
 
@@ -169,22 +204,39 @@ def _is_call(name: str) -> bool:
 
 
 def others_seconds() -> float | None:
-    """CPU seconds that this machine has spent on anything but this process, hypervisor included (Linux; None elsewhere)."""
+    """CPU seconds that this machine has spent on anything but this process, hypervisor
+    included (Linux; None elsewhere).
+    """
     with contextlib.suppress(OSError):
-        user, nice, system, _, _, irq, softirq, steal = map(int, pathlib.Path("/proc/stat").read_text().split()[1:9])
+        user, nice, system, _, _, irq, softirq, steal = map(
+            int, pathlib.Path("/proc/stat").read_text().split()[1:9]
+        )
         own = os.times()
-        return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - own.user - own.system
+        return (
+            (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+            - own.user
+            - own.system
+        )
     return None
 
 
 def wait_until_quiet(seconds: float) -> str | None:
-    """Waits until the load average is low, `seconds` at most; returns a warning where it stays high."""
+    """Waits until the load average is low, `seconds` at most; returns a warning where it stays
+    high.
+    """
     until = time.monotonic() + seconds
     if seconds and os.getloadavg()[0] > BUSY:
-        print(f"load average {os.getloadavg()[0]:.2f}: waiting up to {seconds:.0f} s for {BUSY}", file=sys.stderr, flush=True)
+        print(
+            f"load average {os.getloadavg()[0]:.2f}: waiting up to {seconds:.0f} s for {BUSY}",
+            file=sys.stderr,
+            flush=True,
+        )
     while os.getloadavg()[0] > BUSY:
         if time.monotonic() >= until:
-            return f"the machine is busy (load average {os.getloadavg()[0]:.2f} before the run): ratios are in doubt, times more so"
+            return (
+                f"the machine is busy (load average {os.getloadavg()[0]:.2f} before the run): "
+                "ratios are in doubt, times more so"
+            )
         time.sleep(min(5, max(0, until - time.monotonic())))
     return None
 

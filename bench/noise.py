@@ -1,4 +1,6 @@
-"""SGD's covariance: simulated on a small quadratic, and measured over many runs of a small model on text, beside its closed forms."""
+"""SGD's covariance: simulated on a small quadratic, and measured over many runs of a small
+model on text, beside its closed forms.
+"""
 
 import dataclasses
 import functools
@@ -24,15 +26,23 @@ CASES: dict[str, dict[str, Any]] = {  # steps at each learning rate, then the op
     "0.2, selective, p = 0.3": {"rates": (0.2,), "keep_probability": 0.3},
 }
 EPSILON = 0.5  # of the attack on the small model
-PARAMETERS = 30  # of the small model at most: a covariance of selective SGD takes the fourth power of it
+# of the small model at most: a covariance of selective SGD takes the fourth power of it
+PARAMETERS = 30
 
 
-def quadratic(case: dict[str, Any], chains: int) -> tuple[dict[int, float], dict[int, float], float]:
-    """tr S by step of chains that start at 0: the closed form, the simulation by the optimizer itself, and the stationary closed form.
+def quadratic(
+    case: dict[str, Any], chains: int
+) -> tuple[dict[int, float], dict[int, float], float]:
+    """tr S by step of chains that start at 0: the closed form, the simulation by the optimizer
+    itself, and the stationary closed form.
 
     Each learning rate has its share of the steps.
     """
-    rates, momentum, keep = case["rates"], case.get("momentum", 0.0), case.get("keep_probability", 1.0)
+    rates, momentum, keep = (
+        case["rates"],
+        case.get("momentum", 0.0),
+        case.get("keep_probability", 1.0),
+    )
     theta = nn.Parameter(torch.zeros(chains, len(HESSIAN), dtype=torch.float64))
     optimizer = sgd([theta], rates[0], keep, momentum)
     generator, root = torch.Generator().manual_seed(0), torch.linalg.cholesky(NOISE)
@@ -42,22 +52,40 @@ def quadratic(case: dict[str, Any], chains: int) -> tuple[dict[int, float], dict
     for i, lr in enumerate(rates):
         optimizer.param_groups[0]["lr"] = lr
         for step in range(1, each + 1):
-            theta.grad = theta.detach() @ HESSIAN + torch.randn(theta.shape, generator=generator, dtype=theta.dtype) @ root.T
+            theta.grad = (
+                theta.detach() @ HESSIAN
+                + torch.randn(theta.shape, generator=generator, dtype=theta.dtype) @ root.T
+            )
             optimizer.step()
-            covariance = uk.analysis.sgd_covariance(HESSIAN, NOISE, lr, steps=step, initial=start, **options)
+            covariance = uk.analysis.sgd_covariance(
+                HESSIAN, NOISE, lr, steps=step, initial=start, **options
+            )
             closed[i * each + step] = covariance.trace().item()
             if step % EVERY == 0:
                 simulated[i * each + step] = torch.cov(theta.detach().T).trace().item()
         start = covariance
-    return closed, simulated, uk.analysis.sgd_covariance(HESSIAN, NOISE, rates[-1], **options).trace().item()
+    return (
+        closed,
+        simulated,
+        uk.analysis.sgd_covariance(HESSIAN, NOISE, rates[-1], **options).trace().item(),
+    )
 
 
-def sgd(parameters: list[nn.Parameter], lr: float, keep: float, momentum: float = 0.0) -> torch.optim.Optimizer:
+def sgd(
+    parameters: list[nn.Parameter], lr: float, keep: float, momentum: float = 0.0
+) -> torch.optim.Optimizer:
     """Plain, or selective with one probability for all and rescaling."""
     if keep == 1:
         return torch.optim.SGD(parameters, lr=lr, momentum=momentum)
     seed = int(torch.randint(2**62, ()))
-    return uk.SelectiveSGD(parameters, lr=lr, momentum=momentum, normalization="constant", keep_probability=keep, seed=seed)
+    return uk.SelectiveSGD(
+        parameters,
+        lr=lr,
+        momentum=momentum,
+        normalization="constant",
+        keep_probability=keep,
+        seed=seed,
+    )
 
 
 class Bag(TextClassifier):
@@ -91,7 +119,8 @@ Batch = tuple[dict[str, Tensor], Tensor]
 class Training:
     """How the small model's linear layer is trained by SGD, over batches drawn with replacement.
 
-    keep     the probability that an element is updated;  epsilon  of FGM, under which the loss is taken (AT); 0: the clean loss
+    keep     the probability that an element is updated;  epsilon  of FGM, under which the loss is
+        taken (AT); 0: the clean loss
     spread   standard deviation of the weights at the start
     The second half of the epochs runs at a tenth of the learning rate.
     """
@@ -119,7 +148,9 @@ def embed(model: Bag, batches: Callable[[Tensor], Batch], rows: int, epochs: int
     model.embedding.weight.requires_grad_(False)
 
 
-def chain(model: Bag, batches: Callable[[Tensor], Batch], rows: int, how: Training, seed: int) -> Tensor:
+def chain(
+    model: Bag, batches: Callable[[Tensor], Batch], rows: int, how: Training, seed: int
+) -> Tensor:
     """The weights [epochs + 1, D] of one run."""
     torch.manual_seed(seed)
     model.flat = how.spread * torch.randn(len(model.flat))
@@ -139,10 +170,14 @@ def chain(model: Bag, batches: Callable[[Tensor], Batch], rows: int, how: Traini
     return torch.stack(found)
 
 
-def by_epoch(model: Bag, chains: Tensor, train: Batch, test: Batch, how: Training) -> list[dict[str, float]]:
-    """What the closed forms say of each epoch, H and C taken at the chains' mean, beside what the chains [R, epochs + 1, D] did.
+def by_epoch(
+    model: Bag, chains: Tensor, train: Batch, test: Batch, how: Training
+) -> list[dict[str, float]]:
+    """What the closed forms say of each epoch, H and C taken at the chains' mean, beside what the
+    chains [R, epochs + 1, D] did.
 
-    H and C are whole matrices, of the loss that was trained on; `curvature` says how. "the same, attack fixed" is by power iteration.
+    H and C are whole matrices, of the loss that was trained on; `curvature` says how. "the same,
+    attack fixed" is by power iteration.
     """
     s = torch.eye(chains.shape[2], dtype=torch.float64) * how.spread**2
     start = MultivariateNormal(torch.zeros(len(s), dtype=torch.float64), s)
@@ -150,13 +185,18 @@ def by_epoch(model: Bag, chains: Tensor, train: Batch, test: Batch, how: Trainin
     model.flat = chains[:, 0].mean(0)
     h, c, g = curvature(model, *train, how)
     for epoch in range(how.epochs):
-        # The closed form is that at the minimum; away from it the selection scatters the mean gradient g too, by (1/p - 1) g g.
+        # The closed form is that at the minimum; away from it the selection scatters the mean
+        # gradient g too, by (1/p - 1) g g.
         noise = c + (1 - how.keep) * torch.diag(g * g)
-        s = uk.analysis.sgd_covariance(h, noise, how.rate(epoch), steps=steps, initial=s, keep_probability=how.keep)
+        s = uk.analysis.sgd_covariance(
+            h, noise, how.rate(epoch), steps=steps, initial=s, keep_probability=how.keep
+        )
         model.flat = chains[:, epoch + 1].mean(0)
         h, c, g = curvature(model, *train, how)
         told = uk.analysis.sgd_diagnostic(h, s)
-        (robust, plain), (robust_test, plain_test) = (errors(model, batch) for batch in (train, test))
+        (robust, plain), (robust_test, plain_test) = (
+            errors(model, batch) for batch in (train, test)
+        )
         texts = attacked(model, *train, how.epsilon)
         found.append(
             {
@@ -164,10 +204,14 @@ def by_epoch(model: Bag, chains: Tensor, train: Batch, test: Batch, how: Trainin
                 "tr S, measured": torch.cov(chains[:, epoch + 1].double().T).trace().item(),
                 "tr(HS)/2": told["excess_loss"],
                 "largest eigenvalue": torch.linalg.eigvalsh(h)[-1].item(),
-                "the same, attack fixed": uk.analysis.largest_eigenvalue(model, functools.partial(loss, texts, *train)),
+                "the same, attack fixed": uk.analysis.largest_eigenvalue(
+                    model, functools.partial(loss, texts, *train)
+                ),
                 "tr H": h.trace().item(),
                 "tr C": c.trace().item(),
-                "KL to the start": kl_divergence(MultivariateNormal(model.flat.double(), s), start).item(),
+                "KL to the start": kl_divergence(
+                    MultivariateNormal(model.flat.double(), s), start
+                ).item(),
                 "robust error, train": robust,
                 "robust gap": robust_test - robust,
                 "clean gap": plain_test - plain,
@@ -180,11 +224,15 @@ def loss(embedded: Tensor, inputs: dict[str, Tensor], labels: Tensor, model: Bag
     return F.cross_entropy(model.classify(embedded, inputs["attention_mask"]), labels)
 
 
-def at_embedding(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+def at_embedding(
+    model: nn.Module, inputs: dict[str, Tensor], labels: Tensor
+) -> tuple[Tensor, Tensor]:
     """The embedded words, and the loss's gradient at them."""
     with torch.enable_grad():
         embedded = model.embedding(inputs["ids"]).detach().requires_grad_()
-        total = F.cross_entropy(model.classify(embedded, inputs["attention_mask"]), labels, reduction="sum")
+        total = F.cross_entropy(
+            model.classify(embedded, inputs["attention_mask"]), labels, reduction="sum"
+        )
         (gradient,) = torch.autograd.grad(total, embedded)
     return embedded.detach(), gradient
 
@@ -195,10 +243,14 @@ def attacked(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, epsilo
     return embedded + uk.fgm_perturbation(gradient, epsilon, mask=inputs["attention_mask"])
 
 
-def curvature(model: Bag, inputs: dict[str, Tensor], labels: Tensor, how: Training) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the loss in the linear layer's weights: the Hessian, the covariance of a batch's gradient, and its mean, float64.
+def curvature(
+    model: Bag, inputs: dict[str, Tensor], labels: Tensor, how: Training
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the loss in the linear layer's weights: the Hessian, the covariance of a batch's gradient,
+    and its mean, float64.
 
-    The perturbation follows the weights, so the Hessian is that of the worst case: differences of gradients, and their symmetric part.
+    The perturbation follows the weights, so the Hessian is that of the worst case: differences of
+    gradients, and their symmetric part.
     """
     at, near = model.flat, 1e-2
     each = gradients(model, inputs, labels, how)
@@ -216,13 +268,17 @@ def curvature(model: Bag, inputs: dict[str, Tensor], labels: Tensor, how: Traini
 
 def gradients(model: Bag, inputs: dict[str, Tensor], labels: Tensor, how: Training) -> Tensor:
     """Of the loss at each text [N, D], float64."""
-    features = model.pool(attacked(model, inputs, labels, how.epsilon), inputs["attention_mask"]).double()
+    features = model.pool(
+        attacked(model, inputs, labels, how.epsilon), inputs["attention_mask"]
+    ).double()
     weights = {name: p.detach().double() for name, p in model.linear.named_parameters()}
 
     def of(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(torch.func.functional_call(model.linear, weights, (x,)), y)
 
-    found = torch.func.vmap(torch.func.grad(of), (None, 0, 0))(weights, features[:, None], labels[:, None])
+    found = torch.func.vmap(torch.func.grad(of), (None, 0, 0))(
+        weights, features[:, None], labels[:, None]
+    )
     return torch.cat([g.flatten(1) for g in found.values()], 1)
 
 

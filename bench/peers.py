@@ -1,4 +1,6 @@
-"""Other ways to do the same: steps written plainly, compiled or as others write them, and libraries that need not be installed."""
+"""Other ways to do the same: steps written plainly, compiled or as others write them, and
+libraries that need not be installed.
+"""
 
 import functools
 import importlib.util
@@ -16,11 +18,15 @@ from uegr_kernels.selective import reference
 from .harness import Contestant
 from .machine import Step
 
-DEFAULTS = {name: given.default for name, given in inspect.signature(uk.SelectiveAdamW).parameters.items()}
+DEFAULTS = {
+    name: given.default for name, given in inspect.signature(uk.SelectiveAdamW).parameters.items()
+}
 
 
 def library(name: str, package: str, build: Callable[[], Step], **facts) -> Contestant:
-    """A library's contestant, or the reason why there is none; whether it runs here, its first step shows."""
+    """A library's contestant, or the reason why there is none; whether it runs here, its first
+    step shows.
+    """
     if importlib.util.find_spec(package) is None:
         return Contestant(name, None, missing=f"{package} is not installed")
     try:
@@ -30,7 +36,9 @@ def library(name: str, package: str, build: Callable[[], Step], **facts) -> Cont
 
 
 def compiled(function: Callable) -> Callable:
-    """By torch.compile, at the first call: the compiler's import takes seconds, which one that is left out need not take."""
+    """By torch.compile, at the first call: the compiler's import takes seconds, which one that
+    is left out need not take.
+    """
 
     @functools.cache
     def made() -> Callable:
@@ -49,7 +57,11 @@ def deepspeed_adamw(params: list[Tensor]) -> torch.optim.Optimizer:
     from deepspeed.ops import adam
 
     on_cpu = params[0].device.type == "cpu"
-    return adam.DeepSpeedCPUAdam(params, 1e-5, adamw_mode=True) if on_cpu else adam.FusedAdam(params, 1e-5, adam_w_mode=True)
+    return (
+        adam.DeepSpeedCPUAdam(params, 1e-5, adamw_mode=True)
+        if on_cpu
+        else adam.FusedAdam(params, 1e-5, adam_w_mode=True)
+    )
 
 
 def liger_jsd() -> Callable[[Tensor], Tensor]:
@@ -66,18 +78,30 @@ def liger_jsd() -> Callable[[Tensor], Tensor]:
 
 
 def liger_linear_jsd() -> Callable[[Tensor, Tensor], Tensor]:
-    """Between two passes' hidden states [2, N, H] through a weight [C, H]; the gradient goes through the first pass alone."""
+    """Between two passes' hidden states [2, N, H] through a weight [C, H]; the gradient goes
+    through the first pass alone.
+    """
     from liger_kernel.transformers import LigerFusedLinearJSD
 
     divergence = LigerFusedLinearJSD()
-    return lambda hidden, weight: divergence(hidden[0], weight, hidden[1].detach(), weight.detach(), None)
+    return lambda hidden, weight: divergence(
+        hidden[0], weight, hidden[1].detach(), weight.detach(), None
+    )
 
 
-def five_passes(params: list[Tensor], adamw: Callable[[list[Tensor]], torch.optim.Optimizer], *, ranked: bool, salient: bool) -> Step:
-    """A selective step as one builds it around AdamW, each pass over all parameters and leaving a tensor for each.
+def five_passes(
+    params: list[Tensor],
+    adamw: Callable[[list[Tensor]], torch.optim.Optimizer],
+    *,
+    ranked: bool,
+    salient: bool,
+) -> Step:
+    """A selective step as one builds it around AdamW, each pass over all parameters and leaving a
+    tensor for each.
 
-    This is how RoAST's public code is described: score, normalise (there by rank over all parameters), probability, a stored mask of
-    Bernoulli draws over p, and AdamW on the masked gradient. There the first four run once an epoch; here, as in UEGR, at every step.
+    This is how RoAST's public code is described: score, normalise (there by rank over all
+    parameters), probability, a stored mask of Bernoulli draws over p, and AdamW on the masked
+    gradient. There the first four run once an epoch; here, as in UEGR, at every step.
     """
     twins = [p.detach() for p in params]  # the same memory; their gradients are the masked ones
     optimizer = adamw(twins)
@@ -85,7 +109,11 @@ def five_passes(params: list[Tensor], adamw: Callable[[list[Tensor]], torch.opti
 
     def step() -> None:
         scores = [p.grad.float().square() for p in params]
-        levels = ranks(scores) if ranked else [(s - s.amin()) / (s.amax() - s.amin()).clamp(min=1e-38) for s in scores]
+        levels = (
+            ranks(scores)
+            if ranked
+            else [(s - s.amin()) / (s.amax() - s.amin()).clamp(min=1e-38) for s in scores]
+        )
         probabilities = [torch.sigmoid(slope * (level - DEFAULTS["threshold"])) for level in levels]
         masks = [torch.bernoulli(p) / (p + 1e-12) for p in probabilities]
         for twin, p, mask in zip(twins, params, masks, strict=True):
@@ -100,19 +128,32 @@ def ranks(scores: list[Tensor]) -> list[Tensor]:
     flat = torch.cat([s.flatten() for s in scores])
     places = torch.empty_like(flat)
     places[flat.argsort()] = torch.linspace(0, 1, len(flat), device=flat.device)
-    return [part.view(s.shape) for part, s in zip(places.split([s.numel() for s in scores]), scores, strict=True)]
+    return [
+        part.view(s.shape)
+        for part, s in zip(places.split([s.numel() for s in scores]), scores, strict=True)
+    ]
 
 
 def compiled_reference(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, lr: float) -> Step:
-    """The reference's own functions under torch.compile on one tensor, with its default options; the step's number is a constant."""
+    """The reference's own functions under torch.compile on one tensor, with its default
+    options; the step's number is a constant.
+    """
     selection = types.SimpleNamespace(**DEFAULTS)
     beta1, beta2 = DEFAULTS["betas"]
-    line = {"lr": lr, "weight_decay": DEFAULTS["weight_decay"], "beta1": beta1, "beta2": beta2, "eps": DEFAULTS["eps"]}
+    line = {
+        "lr": lr,
+        "weight_decay": DEFAULTS["weight_decay"],
+        "beta1": beta1,
+        "beta2": beta2,
+        "eps": DEFAULTS["eps"],
+    }
     place = (0, 0, math.prod(p.shape), math.prod(p.shape))
 
     def step(theta: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
         selected, factor = reference.select(g, None, None, place, selection, seed=0, step=1)
-        reference.adamw_line(theta, torch.where(selected, g * factor, 0), exp_avg, exp_avg_sq, None, step=1, **line)
+        reference.adamw_line(
+            theta, torch.where(selected, g * factor, 0), exp_avg, exp_avg_sq, None, step=1, **line
+        )
 
     fast = torch.compile(step, dynamic=False)
     return lambda: fast(p, p.grad, exp_avg, exp_avg_sq)

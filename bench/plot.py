@@ -1,4 +1,6 @@
-"""Pictures of results: ratios as bars with their spread; time over size on log axes, with the time that the bytes take at a copy's rate."""
+"""Pictures of results: ratios as bars with their spread; time over size on log axes, with the
+time that the bytes take at a copy's rate.
+"""
 
 import importlib.util
 import pathlib
@@ -14,13 +16,28 @@ def pictures(path: pathlib.Path, lines: list[dict]) -> list[pathlib.Path]:
     if not measured or importlib.util.find_spec("matplotlib") is None:
         return []
     named = textwrap.fill(tables.missing(lines), 110)
-    return [_scaling(path, measured, named) if all("axis" in line for line in measured) else _ratios(path, measured, named)]
+    return [
+        _scaling(path, measured, named)
+        if all("axis" in line for line in measured)
+        else _ratios(path, measured, named)
+    ]
 
 
 def _ratios(path: pathlib.Path, lines: list[dict], missing: str) -> pathlib.Path:
     """A group of bars for each case, a colour for each peer."""
-    peers = list(dict.fromkeys(one["name"] for line in lines for one in line["contestants"] if "ours_over_this" in one))
-    bars = [[(one["name"], one["ours_over_this"]) for one in line["contestants"] if "ours_over_this" in one] for line in lines]
+    peers = list(
+        dict.fromkeys(
+            one["name"] for line in lines for one in line["contestants"] if "ours_over_this" in one
+        )
+    )
+    bars = [
+        [
+            (one["name"], one["ours_over_this"])
+            for one in line["contestants"]
+            if "ours_over_this" in one
+        ]
+        for line in lines
+    ]
     height = 0.17 * sum(map(len, bars)) + 0.15 * len(bars) + 1.8
     drawn = figure(10, height)
     axes = drawn.add_subplot()
@@ -28,7 +45,14 @@ def _ratios(path: pathlib.Path, lines: list[dict], missing: str) -> pathlib.Path
     for group in bars:
         for i, (peer, ratio) in enumerate(group):
             beyond = [[ratio["median"] - ratio["q1"]], [ratio["q3"] - ratio["median"]]]
-            axes.barh(place + i, ratio["median"], 0.9, xerr=beyond, color=f"C{peers.index(peer) % 10}", error_kw={"elinewidth": 1})
+            axes.barh(
+                place + i,
+                ratio["median"],
+                0.9,
+                xerr=beyond,
+                color=f"C{peers.index(peer) % 10}",
+                error_kw={"elinewidth": 1},
+            )
         centres.append(place + (len(group) - 1) / 2)
         place += len(group) + 1
     axes.set_yticks(centres, [tables.case_name(line) for line in lines], fontsize=8)
@@ -42,41 +66,85 @@ def _ratios(path: pathlib.Path, lines: list[dict], missing: str) -> pathlib.Path
         bbox_to_anchor=(0, 1),
         ncols=5,
     )
-    axes.set(xscale="log", xlabel=f"our time / the peer's (median, quartiles); left of the line ours is faster\n{missing}")
+    axes.set(
+        xscale="log",
+        xlabel="our time / the peer's (median, quartiles); left of the line "
+        f"ours is faster\n{missing}",
+    )
     axes.xaxis.label.set_size(8)
     drawn.suptitle(path.stem)
     return _written(drawn, path)
 
 
 def _scaling(path: pathlib.Path, lines: list[dict], missing: str) -> pathlib.Path:
-    """Time over size, a line for each contestant and number of threads, and below it the same by element."""
+    """Time over size, a line for each contestant and number of threads, and below it the same
+    by element.
+    """
     axes_names = list(dict.fromkeys(line["axis"] for line in lines))
     threads = list(dict.fromkeys(line["threads"] for line in lines))
     drawn = figure(5.5 * len(axes_names), 8.5)
-    for column, axis in zip(drawn.subplots(2, len(axes_names), squeeze=False).T, axes_names, strict=True):
+    for column, axis in zip(
+        drawn.subplots(2, len(axes_names), squeeze=False).T, axes_names, strict=True
+    ):
         found = [line for line in lines if line["axis"] == axis]
         for style, count in zip(("-", "--", ":"), threads, strict=False):
             some = [line for line in found if line["threads"] == count]
             ending = "" if count is None else f", {count} thread{'s' * (count > 1)}"
-            for i, name in enumerate(dict.fromkeys(one["name"] for line in some for one in line["contestants"])):
-                _curves(column, f"{name}{ending}", some, name, color=f"C{i}", linestyle=style, marker="o", markersize=3)
-            _curves(column, f"its bytes at a copy's rate{ending}", some, None, color="black", linestyle=style, linewidth=0.8)
-        column[0].set(xscale="log", yscale="log", xlabel="elements", ylabel="seconds a step", title=axis)
-        column[1].set(xscale="log", yscale="log", xlabel="elements", ylabel="nanoseconds an element")
+            for i, name in enumerate(
+                dict.fromkeys(one["name"] for line in some for one in line["contestants"])
+            ):
+                _curves(
+                    column,
+                    f"{name}{ending}",
+                    some,
+                    name,
+                    color=f"C{i}",
+                    linestyle=style,
+                    marker="o",
+                    markersize=3,
+                )
+            _curves(
+                column,
+                f"its bytes at a copy's rate{ending}",
+                some,
+                None,
+                color="black",
+                linestyle=style,
+                linewidth=0.8,
+            )
+        column[0].set(
+            xscale="log", yscale="log", xlabel="elements", ylabel="seconds a step", title=axis
+        )
+        column[1].set(
+            xscale="log", yscale="log", xlabel="elements", ylabel="nanoseconds an element"
+        )
         column[0].legend(fontsize=7)
     disturbed = sum(tables.disturbed(line) for line in lines)
-    warning = f"{disturbed} of {len(lines)} cases were disturbed by other programs" if disturbed else ""
+    warning = (
+        (f"{disturbed} of {len(lines)} cases were disturbed by other programs") if disturbed else ""
+    )
     drawn.suptitle("\n".join(filter(None, (path.stem, warning, missing))), fontsize=8)
     return _written(drawn, path)
 
 
 def _curves(column, label: str, lines: list[dict], name: str | None, **looks) -> None:
-    """A contestant's seconds over the elements, and its nanoseconds an element; without a name, those that our bytes take in a copy."""
+    """A contestant's seconds over the elements, and its nanoseconds an element; without a
+    name, those that our bytes take in a copy.
+    """
     points = []
     for line in lines:
         if name is None:
-            points.append((line["elements"], line["contestants"][0]["bytes"] / line["copy_gb_s"]["median"] / 1e9))
-        points += [(line["elements"], one["seconds"]["median"]) for one in line["contestants"] if one["name"] == name and "seconds" in one]
+            points.append(
+                (
+                    line["elements"],
+                    line["contestants"][0]["bytes"] / line["copy_gb_s"]["median"] / 1e9,
+                )
+            )
+        points += [
+            (line["elements"], one["seconds"]["median"])
+            for one in line["contestants"]
+            if one["name"] == name and "seconds" in one
+        ]
     if points:
         sizes, seconds = zip(*points, strict=True)
         column[0].plot(sizes, seconds, label=label, **looks)
@@ -95,13 +163,29 @@ def figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def heat_map(axes: Any, grid: list[list[float]], rows: list[float], columns: list[float], title: str, across: str, down: str) -> None:
+def heat_map(
+    axes: Any,
+    grid: list[list[float]],
+    rows: list[float],
+    columns: list[float],
+    title: str,
+    across: str,
+    down: str,
+) -> None:
     """A grid of numbers as colours, each with its value."""
     axes.imshow(grid, cmap="viridis", aspect="auto")
     middle = (min(map(min, grid)) + max(map(max, grid))) / 2
     for i, row in enumerate(grid):
         for j, value in enumerate(row):
-            axes.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=8, color="white" if value < middle else "black")
+            axes.text(
+                j,
+                i,
+                f"{value:.1f}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if value < middle else "black",
+            )
     axes.set_xticks(range(len(columns)), [f"{value:g}" for value in columns])
     axes.set_yticks(range(len(rows)), [f"{value:g}" for value in rows])
     axes.set(title=title, xlabel=across, ylabel=down)

@@ -1,4 +1,6 @@
-"""The figures in the READMEs: each block between two markers is what a function makes of bench/results, or of a formula's defaults."""
+"""The figures in the READMEs: each block between two markers is what a function makes of
+bench/results, or of a formula's defaults.
+"""
 
 import pathlib
 import re
@@ -10,7 +12,8 @@ from . import harness, sharded_model, tables
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results"
-HEADLINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # a suite's cases and peers in README.md; none named: all of them
+# a suite's cases and peers in README.md; none named: all of them
+HEADLINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "selective": (
         (
             "BERT-base: defaults (min-max)",
@@ -50,7 +53,9 @@ HEADLINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # a suite's c
 
 @dataclass(frozen=True)
 class Block:
-    """What `make` returns stands in `file`, between the marker with this name and the next `<!-- end of NAME -->`."""
+    """What `make` returns stands in `file`, between the marker with this name and the next
+    `<!-- end of NAME -->`.
+    """
 
     file: pathlib.Path
     name: str
@@ -71,8 +76,12 @@ def figures() -> str:
             continue
         cases, peers = HEADLINES.get(lines[0]["suite"], ((), ()))
         shown = [line for line in lines if line["case"] in cases] or lines
-        parts.append(f"### {lines[0]['suite']}, {lines[0]['device']}\n\n{tables.summary(shown, peers)}")
-        parts += [f"{line['case']}: {tables.breakdown(line)}." for line in shown if "breakdown" in line]
+        parts.append(
+            f"### {lines[0]['suite']}, {lines[0]['device']}\n\n{tables.summary(shown, peers)}"
+        )
+        parts += [
+            f"{line['case']}: {tables.breakdown(line)}." for line in shown if "breakdown" in line
+        ]
         folder = RESULTS.relative_to(HERE.parent)
         more = f"All {len(lines)} results: [{path.stem}.md]({folder}/{path.stem}.md)."
         parts.append(f"{tables.missing(lines)} {more}".strip())
@@ -87,7 +96,10 @@ def accuracy() -> str:
     folder = RESULTS / "accuracy"
     if not (folder / "summary.md").exists():
         return "no results yet"
-    pictures = [f"![{path.stem}]({path.relative_to(HERE.parent)})" for path in sorted(folder.glob("main-*.png"))[:1]]
+    pictures = [
+        f"![{path.stem}]({path.relative_to(HERE.parent)})"
+        for path in sorted(folder.glob("main-*.png"))[:1]
+    ]
     return "\n\n".join([(folder / "summary.md").read_text().strip(), *pictures])
 
 
@@ -99,17 +111,23 @@ BLOCKS = [
 
 
 def update(check: bool, blocks: list[Block] | None = None) -> int:
-    """Puts every block in its place, or, with `check`, changes nothing and returns 1 where one does not agree."""
+    """Puts every block in its place, or, with `check`, changes nothing and returns 1 where one
+    does not agree.
+    """
     wrong = 0
     for block in BLOCKS if blocks is None else blocks:
         before = block.file.read_text()
         made = block.make()
-        after, count = block.pattern.subn(lambda found, made=made: f"{found[1]}\n{made}\n\n{found[2]}", before)
+        after, count = block.pattern.subn(
+            lambda found, made=made: f"{found[1]}\n{made}\n\n{found[2]}", before
+        )
         if count != 1:
             print(f"{block.file} has {count} blocks named {block.name}, not one", file=sys.stderr)
             return 1
         if check and after != before:
-            print(f"{block.file}: the block {block.name} does not agree: run `python -m bench readme`")
+            print(
+                f"{block.file}: the block {block.name} does not agree: run `python -m bench readme`"
+            )
             wrong = 1
         elif not check:
             block.file.write_text(after)

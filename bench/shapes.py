@@ -7,16 +7,28 @@ def linear(outputs: int, inputs: int) -> Shapes:
     return [(outputs, inputs), (outputs,)]
 
 
-def textcnn(words: int = 30_000, dimension: int = 300, filters: int = 100, classes: int = 2) -> Shapes:
+def textcnn(
+    words: int = 30_000, dimension: int = 300, filters: int = 100, classes: int = 2
+) -> Shapes:
     """Convolutions of widths 3, 4, 5 over word vectors."""
-    convolutions = [shape for width in (3, 4, 5) for shape in [(filters, dimension, width), (filters,)]]
+    convolutions = [
+        shape for width in (3, 4, 5) for shape in [(filters, dimension, width), (filters,)]
+    ]
     return [(words, dimension), *convolutions, *linear(classes, 3 * filters)]
 
 
-def bert(hidden: int = 768, layers: int = 12, words: int = 30_522, positions: int = 512, types: int = 2) -> Shapes:
+def bert(
+    hidden: int = 768, layers: int = 12, words: int = 30_522, positions: int = 512, types: int = 2
+) -> Shapes:
     """BERT, or RoBERTa, for classification in two classes."""
     norm = [(hidden,), (hidden,)]
-    layer = [*linear(hidden, hidden) * 4, *norm, *linear(4 * hidden, hidden), *linear(hidden, 4 * hidden), *norm]
+    layer = [
+        *linear(hidden, hidden) * 4,
+        *norm,
+        *linear(4 * hidden, hidden),
+        *linear(hidden, 4 * hidden),
+        *norm,
+    ]
     embeddings = [(words, hidden), (positions, hidden), (types, hidden), *norm]
     return [*embeddings, *layer * layers, *linear(hidden, hidden), *linear(2, hidden)]
 

@@ -1,10 +1,13 @@
-"""A model on paper of the selective step in sharded training: arithmetic on constants that are arguments, nothing measured."""
+"""A model on paper of the selective step in sharded training: arithmetic on constants that are
+arguments, nothing measured.
+"""
 
 import argparse
 import math
 from dataclasses import dataclass, fields
 
-ELEMENT = 28  # bytes AdamW moves for one element in float32: parameter 4 + 4, gradient 4, two moments 8 + 8
+# bytes AdamW moves for one element in float32: parameter 4 + 4, gradient 4, two moments 8 + 8
+ELEMENT = 28
 SECOND_READ = 4  # of the gradient, where min-max is taken over this step's
 STATE = 16  # bytes an element lies in: parameter, gradient, two moments
 STATISTICS = 8  # bytes of one tensor's minimum and maximum in a collective
@@ -12,17 +15,21 @@ STATISTICS = 8  # bytes of one tensor's minimum and maximum in a collective
 
 @dataclass(frozen=True)
 class Training:
-    """Every constant, with where its default comes from; a data sheet's number is a limit, not a measurement."""
+    """Every constant, with where its default comes from; a data sheet's number is a limit, not
+    a measurement.
+    """
 
     parameters: float = 1e11  # the question
     gpus: float = 1024  # assumed
     tensors: float = 1000  # assumed: about 100 layers of ten
-    tokens: float = 4e6  # in a step: assumed, the order of what models of this size are trained with
+    # in a step: assumed, the order of what models of this size are trained with
+    tokens: float = 4e6
     passes: float = 2  # m, the method's default
     memory_bandwidth: float = 3.35e12  # bytes per second and GPU: data sheet of the H100 SXM5
     network_bandwidth: float = 5e10  # bytes per second and GPU: a port of 400 Gb/s
     latency: float = 1e-5  # seconds for one message between two GPUs: assumed
-    peak: float = 9.89e14  # operations per second and GPU: data sheet of the H100 SXM5, bfloat16 without sparsity
+    # operations per second and GPU: data sheet of the H100 SXM5, bfloat16 without sparsity
+    peak: float = 9.89e14
     utilization: float = 0.4  # of that peak: assumed
 
 
@@ -32,22 +39,31 @@ def step_bytes(given: Training, bytes_an_element: int) -> float:
 
 
 def collective_seconds(given: Training) -> float:
-    """An all-reduce of every tensor's minimum and maximum along a tree: up and down it in messages, all bytes over a GPU's port twice."""
+    """An all-reduce of every tensor's minimum and maximum along a tree: up and down it in
+    messages, all bytes over a GPU's port twice.
+    """
     hops = 2 * math.ceil(math.log2(given.gpus))
     return hops * given.latency + 2 * STATISTICS * given.tensors / given.network_bandwidth
 
 
 def passes_seconds(given: Training, passes: float) -> float:
-    """Forward and backward: 6 operations per parameter and token, as often as the batch passes through the model."""
-    return passes * 6 * given.parameters * given.tokens / (given.gpus * given.peak * given.utilization)
+    """Forward and backward: 6 operations per parameter and token, as often as the batch passes
+    through the model.
+    """
+    return (
+        passes * 6 * given.parameters * given.tokens / (given.gpus * given.peak * given.utilization)
+    )
 
 
 def table(given: Training) -> str:
-    """The model's quantities for AdamW and for the selective step with either kind of statistics."""
+    """The model's quantities for AdamW and for the selective step with either kind of
+    statistics.
+    """
     kinds = {  # bytes an element, collectives, passes
         "AdamW": (ELEMENT, 0, 1),
         'UEGR, `statistics="current"`': (ELEMENT + SECOND_READ, 1, 1 + given.passes),
-        'UEGR, `statistics="previous"`': (ELEMENT, 1, 1 + given.passes),  # behind the update, which waits for none
+        # behind the update, which waits for none
+        'UEGR, `statistics="previous"`': (ELEMENT, 1, 1 + given.passes),
     }
     rows: dict[str, list[str]] = {}
     for size, collectives, passes in kinds.values():
@@ -55,7 +71,8 @@ def table(given: Training) -> str:
         update, joining = moved / given.memory_bandwidth, collectives * collective_seconds(given)
         whole = passes_seconds(given, passes) + update + joining
         for name, text in {
-            "parameter, gradient, moments, GB a GPU": f"{STATE * given.parameters / given.gpus / 1e9:.3g}",
+            "parameter, gradient, moments, GB a "
+            "GPU": f"{STATE * given.parameters / given.gpus / 1e9:.3g}",
             "bytes an element of the step": f"{size}",
             "bytes of the step, GB a GPU": f"{moved / 1e9:.3g}",
             "its time at the memory's bandwidth, ms": f"{1e3 * update:.3g}",
@@ -77,7 +94,11 @@ def default_table() -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     for field in fields(Training):
         parser.add_argument(
-            f"--{field.name.replace('_', '-')}", type=_positive, default=field.default, metavar="X", help=f"{field.default:g}"
+            f"--{field.name.replace('_', '-')}",
+            type=_positive,
+            default=field.default,
+            metavar="X",
+            help=f"{field.default:g}",
         )
 
 

@@ -1,4 +1,6 @@
-"""The main cases at small sizes under pytest-benchmark: `pytest bench --benchmark-only`. Wrong results fail, no time does."""
+"""The main cases at small sizes under pytest-benchmark: `pytest bench --benchmark-only`. Wrong
+results fail, no time does.
+"""
 
 import importlib
 
@@ -9,11 +11,18 @@ from . import machine
 from .harness import Case, Contestant
 from .machine import Step
 
-pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed; run `pip install pytest-benchmark`")
+pytest.importorskip(
+    "pytest_benchmark",
+    reason="pytest-benchmark is not installed; run `pip install pytest-benchmark`",
+)
 
 DEVICE = "cpu" if machine.no_gpu() else "cuda"
 MAIN = {  # a suite's cases at the sizes of --quick
-    "selective": ("small BERT: defaults (min-max)", "small BERT: previous", "600 tensors of 64: defaults (min-max)"),
+    "selective": (
+        "small BERT: defaults (min-max)",
+        "small BERT: previous",
+        "600 tensors of 64: defaults (min-max)",
+    ),
     "divergence": (
         "UEGR loss, m = 2, N = 16, C = 1,000",
         "UEGR loss, m = 2, N = 16, C = 2",
@@ -29,13 +38,20 @@ MAIN = {  # a suite's cases at the sizes of --quick
 def main_cases() -> list[Case]:
     found = []
     for suite, names in MAIN.items():
-        cases = {case.name: case for case in importlib.import_module(f".bench_{suite}", __package__).cases(True, DEVICE)}
+        cases = {
+            case.name: case
+            for case in importlib.import_module(f".bench_{suite}", __package__).cases(True, DEVICE)
+        }
         found += [cases[name] for name in names]
     return found
 
 
 def parameters() -> list:
-    return [pytest.param(case, one, id=f"{case.name} / {one.name}") for case in main_cases() for one in case.contestants()]
+    return [
+        pytest.param(case, one, id=f"{case.name} / {one.name}")
+        for case in main_cases()
+        for one in case.contestants()
+    ]
 
 
 @pytest.mark.parametrize(("case", "contestant"), parameters())

@@ -1,4 +1,6 @@
-"""One training run on real text: a set, a model, a method, and what came of it. `python -m bench.accuracy` makes many."""
+"""One training run on real text: a set, a model, a method, and what came of it. `python -m
+bench.accuracy` makes many.
+"""
 
 import contextlib
 import dataclasses
@@ -26,7 +28,8 @@ from uegr_kernels.demo import UNKNOWN, Texts, encode, vocabulary, words_of
 from uegr_kernels.models import MODELS
 
 PAIR = " ||| "  # between the two texts of a pair
-# File stem of the test, columns of the text or texts, column of the label, metric (GLUE's; names, or numbers where there is no header).
+# File stem of the test, columns of the text or texts, column of the label, metric (GLUE's; names,
+# or numbers where there is no header).
 GLUE: dict[str, tuple[str, tuple[Any, ...], Any, str]] = {
     "cola": ("dev", (3,), 1, "matthews"),
     "sst-2": ("dev", ("sentence",), "label", "accuracy"),
@@ -53,7 +56,9 @@ class Row(NamedTuple):
 
 
 class TextSet(NamedTuple):
-    """A set as it is on disk; `metric` is accuracy, matthews or correlation (the mean of Pearson's and Spearman's: a regression)."""
+    """A set as it is on disk; `metric` is accuracy, matthews or correlation (the mean of
+    Pearson's and Spearman's: a regression).
+    """
 
     train: list[Row]
     test: list[Row]
@@ -68,11 +73,14 @@ class TextSet(NamedTuple):
 class Settings:
     """All that a run's figures depend on, beside the code.
 
-    method, options  a recipe and its options;  optimizer  adamw | sgd | selective_adamw | selective_sgd, with the options `selection`
-    examples  rows to train on, drawn by the seed; 0: all.  length  words of a text at most.  dropout  of the model; None: its own
+    method, options  a recipe and its options;  optimizer  adamw | sgd | selective_adamw |
+        selective_sgd, with the options `selection`
+    examples  rows to train on, drawn by the seed; 0: all.  length  words of a text at most.
+        dropout  of the model; None: its own
     final     evaluate on the test set; else the validation score is all there is
     attacked  rows of the test set under attack
-    shifted, adversarial, ood  other sets whose tests the model is scored on: with its own labels, or for the AUROC of telling them apart
+    shifted, adversarial, ood  other sets whose tests the model is scored on: with its own labels,
+        or for the AUROC of telling them apart
     """
 
     data: str
@@ -101,11 +109,19 @@ class Settings:
 def sets_in(folder: pathlib.Path) -> list[str]:
     """Names of the sets: folders with train.tsv.gz and test.tsv.gz, or in GLUE's format."""
     if not folder.is_dir():
-        raise DataError(f"--data {folder}: no such folder; name one that holds folders NAME/train.tsv.gz, NAME/test.tsv.gz")
-    found = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and (_own(path) or _glue(path))]
+        raise DataError(
+            f"--data {folder}: no such folder; name one that holds folders "
+            "NAME/train.tsv.gz, NAME/test.tsv.gz"
+        )
+    found = [
+        path.name
+        for path in sorted(folder.iterdir())
+        if path.is_dir() and (_own(path) or _glue(path))
+    ]
     if not found:
         raise DataError(
-            f"--data {folder}: no set; it must hold folders NAME/train.tsv.gz, NAME/test.tsv.gz, or GLUE's, NAME/train.tsv, dev.tsv"
+            f"--data {folder}: no set; it must hold folders NAME/train.tsv.gz, NAME/test.tsv.gz, "
+            "or GLUE's, NAME/train.tsv, dev.tsv"
         )
     return found
 
@@ -116,7 +132,9 @@ def _own(path: pathlib.Path) -> bool:
 
 def _glue(path: pathlib.Path) -> bool:
     known = GLUE.get(path.name.lower())
-    return known is not None and (path / "train.tsv").exists() and (path / f"{known[0]}.tsv").exists()
+    return (
+        known is not None and (path / "train.tsv").exists() and (path / f"{known[0]}.tsv").exists()
+    )
 
 
 @functools.lru_cache
@@ -125,13 +143,19 @@ def read(folder: pathlib.Path, name: str) -> TextSet:
     if _own(path):
         train, test = (_rows(path / f"{part}.tsv.gz") for part in ("train", "test"))
         labels = {row.label for row in train}
-        real = len(labels) > 20 and all(map(_number, train)) and not all(label.lstrip("-").isdecimal() for label in labels)
+        real = (
+            len(labels) > 20
+            and all(map(_number, train))
+            and not all(label.lstrip("-").isdecimal() for label in labels)
+        )
         metric = "correlation" if real else "accuracy"
         return TextSet(train, test, metric)
     if not _glue(path):
         raise DataError(f"{path}: no such set; there are {', '.join(sets_in(folder))}")
     stem, texts, label, metric = GLUE[name.lower()]
-    return TextSet(*(_columns(path / f"{part}.tsv", texts, label) for part in ("train", stem)), metric)
+    return TextSet(
+        *(_columns(path / f"{part}.tsv", texts, label) for part in ("train", stem)), metric
+    )
 
 
 @functools.lru_cache
@@ -155,7 +179,9 @@ def whole_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in kept.split("\n") if line]
     except ValueError as error:
-        raise DataError(f"{path} is no file of runs ({error}); move it away, or name another --output") from None
+        raise DataError(
+            f"{path} is no file of runs ({error}); move it away, or name another --output"
+        ) from None
 
 
 def digest(folder: pathlib.Path, name: str) -> str:
@@ -165,19 +191,27 @@ def digest(folder: pathlib.Path, name: str) -> str:
 
 
 def check(folder: pathlib.Path, name: str, others: Iterable[str] = ()) -> None:
-    """Raises DataError where a model of this set cannot be trained, or its test, or that of `others`, has labels that it does not know."""
+    """Raises DataError where a model of this set cannot be trained, or its test, or that of
+    `others`, has labels that it does not know.
+    """
     data = read(folder, name)
     if len(data.train) < 2:
-        raise DataError(f"{folder / name}: {len(data.train)} text to train on; two are needed at least")
+        raise DataError(
+            f"{folder / name}: {len(data.train)} text to train on; two are needed at least"
+        )
     if data.metric == "correlation":
         return
     if len(data.labels) < 2:
         raise DataError(f"{folder / name}: every label is {data.labels[0]!r}; two are needed")
-    for whose, rows in [(name, data.test), *((other, read_test(folder, other)) for other in others)]:
+    for whose, rows in [
+        (name, data.test),
+        *((other, read_test(folder, other)) for other in others),
+    ]:
         if unknown := {row.label for row in rows} - set(data.labels):
             known = ", ".join(data.labels[:10])
             raise DataError(
-                f"{folder / whose}: the test has the label {min(unknown)!r}, which {name}'s training set has not; it has {known}"
+                f"{folder / whose}: the test has the label {min(unknown)!r}, which {name}'s "
+                f"training set has not; it has {known}"
             )
 
 
@@ -187,7 +221,8 @@ def _lines(path: pathlib.Path) -> list[str]:
         text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
-    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]  # splitlines() knows other ends, which texts may hold
+    # splitlines() knows other ends, which texts may hold
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 
 def _rows(path: pathlib.Path) -> list[Row]:
@@ -203,7 +238,9 @@ def _rows(path: pathlib.Path) -> list[Row]:
 
 
 def _columns(path: pathlib.Path, texts: Sequence[Any], label: Any) -> list[Row]:
-    """GLUE's columns; a line that is too short is left out, as GLUE's own readers do (QQP has some)."""
+    """GLUE's columns; a line that is too short is left out, as GLUE's own readers do (QQP has
+    some).
+    """
     lines = [line.split("\t") for line in _lines(path)]
     if isinstance(label, str):
         head = lines.pop(0)
@@ -211,7 +248,11 @@ def _columns(path: pathlib.Path, texts: Sequence[Any], label: Any) -> list[Row]:
         if missing:
             raise DataError(f"{path}: no column {missing[0]!r}; its columns are {', '.join(head)}")
         texts, label = [head.index(name) for name in texts], head.index(label)
-    return [Row(line[label], tuple(line[i] for i in texts)) for line in lines if len(line) > max(*texts, label)]
+    return [
+        Row(line[label], tuple(line[i] for i in texts))
+        for line in lines
+        if len(line) > max(*texts, label)
+    ]
 
 
 def _number(row: Row) -> bool:
@@ -256,7 +297,9 @@ def build(settings: Settings, data: TextSet, train: list[Row], device: torch.dev
 
     index = vocabulary(map(words, train))
     dropout = {} if settings.dropout is None else {"dropout": settings.dropout}
-    model = MODELS[settings.model](len(index) + UNKNOWN + 1, outputs, dimension=DIMENSION, **dropout).to(device)
+    model = MODELS[settings.model](
+        len(index) + UNKNOWN + 1, outputs, dimension=DIMENSION, **dropout
+    ).to(device)
 
     def encoded(rows: list[Row]) -> Batches:
         texts = Texts(encode(map(words, rows), index).to(device), labels_of(rows, data).to(device))
@@ -277,30 +320,47 @@ def _transformers(
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         config = AutoConfig.from_pretrained(path, local_files_only=True, num_labels=outputs)
         for name, value in vars(config).items():  # each family has its own names for them
-            if settings.dropout is not None and ("dropout" in name or "pdrop" in name) and isinstance(value, float):
+            if (
+                settings.dropout is not None
+                and ("dropout" in name or "pdrop" in name)
+                and isinstance(value, float)
+            ):
                 setattr(config, name, settings.dropout)
-        model = AutoModelForSequenceClassification.from_pretrained(path, config=config, local_files_only=True).to(device)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            path, config=config, local_files_only=True
+        ).to(device)
     except (OSError, ValueError) as error:
-        raise DataError(f"--models {settings.model}: no checkpoint with its tokenizer in that folder ({error})") from None
+        raise DataError(
+            f"--models {settings.model}: no checkpoint with its tokenizer in that folder ({error})"
+        ) from None
 
     return model, lambda rows: tokenized(tokenizer, data, rows, settings.length, device)
 
 
-def tokenized(tokenizer: Any, data: TextSet, rows: list[Row], length: int, device: torch.device) -> Batches:
+def tokenized(
+    tokenizer: Any, data: TextSet, rows: list[Row], length: int, device: torch.device
+) -> Batches:
     """Batches of the rows, of texts of at most `length` tokens."""
     columns = [list(column) for column in zip(*(row.texts for row in rows), strict=True)]
     tokens = tokenizer(*columns, truncation=True, max_length=length)
     labels = labels_of(rows, data)
 
     def batch(chosen: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
-        padded = tokenizer.pad({key: [values[i] for i in chosen] for key, values in tokens.items()}, return_tensors="pt")
-        return {key: value.to(device) for key, value in padded.items()}, labels[torch.as_tensor(chosen)].to(device)
+        padded = tokenizer.pad(
+            {key: [values[i] for i in chosen] for key, values in tokens.items()},
+            return_tensors="pt",
+        )
+        return {key: value.to(device) for key, value in padded.items()}, labels[
+            torch.as_tensor(chosen)
+        ].to(device)
 
     return batch
 
 
 def embedding_of(model: nn.Module) -> nn.Module:
-    found: nn.Module = model.embedding if hasattr(model, "embedding") else model.get_input_embeddings()
+    found: nn.Module = (
+        model.embedding if hasattr(model, "embedding") else model.get_input_embeddings()
+    )
     return found
 
 
@@ -308,7 +368,9 @@ def embedding_of(model: nn.Module) -> nn.Module:
 
 
 class Start(NamedTuple):
-    """What a run starts from: rows to train on and to validate on, the model, and what turns rows into batches for it."""
+    """What a run starts from: rows to train on and to validate on, the model, and what turns
+    rows into batches for it.
+    """
 
     train: list[Row]
     held: list[Row]
@@ -335,11 +397,14 @@ def run(
     watch: Watch | None = None,
     stepped: Callable[[Any], None] | None = None,
 ) -> tuple[dict[str, Any], nn.Module]:
-    """Trains one model and evaluates it; returns the figures and the model at its best epoch by validation.
+    """Trains one model and evaluates it; returns the figures and the model at its best epoch by
+    validation.
 
-    checkpoint  where the state after each epoch is kept, and from which the run goes on; removed in the end
+    checkpoint  where the state after each epoch is kept, and from which the run goes on; removed in
+        the end
     start       None: the rows that the seed draws, and a new model
-    watch       called after each epoch with its number from 1, the model and the recipe, whose .optimizer steps
+    watch       called after each epoch with its number from 1, the model and the recipe, whose
+        .optimizer steps
     stepped     called after each step with the recipe
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -350,11 +415,24 @@ def run(
     recipe = make_recipe(settings, data, model, optimizer)
     batches, validation = encoded(train), encoded(held)
     steps = math.ceil(len(train) / settings.batch)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(_rate, total=steps * settings.epochs))
-    state: dict[str, Any] = {"epoch": 0, "best": -math.inf, "best_epoch": 0, "seconds": [], "cpu": []}
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, functools.partial(_rate, total=steps * settings.epochs)
+    )
+    state: dict[str, Any] = {
+        "epoch": 0,
+        "best": -math.inf,
+        "best_epoch": 0,
+        "seconds": [],
+        "cpu": [],
+    }
     if checkpoint and checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True, map_location=device)
-        for part, name in ((model, "model"), (optimizer, "optimizer"), (recipe, "recipe"), (schedule, "schedule")):
+        for part, name in (
+            (model, "model"),
+            (optimizer, "optimizer"),
+            (recipe, "recipe"),
+            (schedule, "schedule"),
+        ):
             part.load_state_dict(state[name])
         torch.set_rng_state(state["random"][0].cpu())
         torch.cuda.set_rng_state_all([each.cpu() for each in state["random"][1:]])
@@ -376,7 +454,11 @@ def run(
         recipe.epoch_end()
         value = score(*outputs_of(model, validation, len(held)), data.metric)
         if value > state["best"]:
-            state |= {"best": value, "best_epoch": epoch + 1, "weights": {key: t.clone() for key, t in model.state_dict().items()}}
+            state |= {
+                "best": value,
+                "best_epoch": epoch + 1,
+                "weights": {key: t.clone() for key, t in model.state_dict().items()},
+            }
         state["epoch"] = epoch + 1
         if watch:
             watch(epoch + 1, model, recipe)
@@ -391,7 +473,12 @@ def run(
             os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
     recipe.close()
     model.load_state_dict(state["weights"])
-    result = {"validation": state["best"], "best_epoch": state["best_epoch"], "steps": steps * settings.epochs, "loss": state["loss"]}
+    result = {
+        "validation": state["best"],
+        "best_epoch": state["best_epoch"],
+        "steps": steps * settings.epochs,
+        "loss": state["loss"],
+    }
     result |= {
         "seconds_per_step": statistics.median(state["seconds"]),
         "processor_seconds_per_step": statistics.median(state["cpu"]),
@@ -421,9 +508,16 @@ def stepper(settings: Settings, folder: pathlib.Path) -> Callable[[], object]:
 
 
 def step(
-    settings: Settings, recipe: Any, optimizer: Any, inputs: Any, labels: Tensor, count: bool = False
+    settings: Settings,
+    recipe: Any,
+    optimizer: Any,
+    inputs: Any,
+    labels: Tensor,
+    count: bool = False,
 ) -> tuple[dict[str, Tensor], int]:
-    """One step; returns its losses and, where told to count, how many elements of .grad were not 0 before the recipe's mask."""
+    """One step; returns its losses and, where told to count, how many elements of .grad were
+    not 0 before the recipe's mask.
+    """
     optimizer.zero_grad()
     losses = recipe.backward(inputs, labels)
     before = _nonzero(recipe.model) if count else 0
@@ -434,13 +528,20 @@ def step(
     return losses, before
 
 
-def make_recipe(settings: Settings, data: TextSet, model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+def make_recipe(
+    settings: Settings, data: TextSet, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Any:
     task = {"task": "regression"} if data.metric == "correlation" else {}
-    return getattr(uk.recipes, settings.method)(model, embedding_of(model), optimizer, **settings.options, **task)
+    return getattr(uk.recipes, settings.method)(
+        model, embedding_of(model), optimizer, **settings.options, **task
+    )
 
 
 def make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
-    parameters, rule = list(model.named_parameters()), {"lr": settings.lr, "weight_decay": WEIGHT_DECAY}
+    parameters, rule = (
+        list(model.named_parameters()),
+        {"lr": settings.lr, "weight_decay": WEIGHT_DECAY},
+    )
     if settings.optimizer == "selective_adamw":
         return uk.SelectiveAdamW(parameters, **rule, **settings.selection)
     if settings.optimizer == "selective_sgd":
@@ -467,8 +568,12 @@ def _nonzero(model: nn.Module) -> int:
     return sum(int(p.grad.count_nonzero()) for p in model.parameters() if p.grad is not None)
 
 
-def _selected(optimizer: torch.optim.Optimizer, model: nn.Module, before: int) -> tuple[float, float]:
-    """Share of elements that the last step updated, and its largest 1/p; of masked gradients what is left of those that were not 0."""
+def _selected(
+    optimizer: torch.optim.Optimizer, model: nn.Module, before: int
+) -> tuple[float, float]:
+    """Share of elements that the last step updated, and its largest 1/p; of masked gradients
+    what is left of those that were not 0.
+    """
     if isinstance(optimizer, uk.SelectiveAdamW | uk.SelectiveSGD):
         report = uk.analysis.selection_report(optimizer)
         return report.selected, report.largest_inverse
@@ -478,7 +583,9 @@ def _selected(optimizer: torch.optim.Optimizer, model: nn.Module, before: int) -
 # Evaluation
 
 
-def outputs_of(model: nn.Module, batches: Batches, rows: int, size: int = 128) -> tuple[Tensor, Tensor]:
+def outputs_of(
+    model: nn.Module, batches: Batches, rows: int, size: int = 128
+) -> tuple[Tensor, Tensor]:
     """Logits [N, C] and labels [N] of all rows, in eval mode, on the CPU."""
     model.eval()
     outputs, truth = [], []
@@ -495,10 +602,14 @@ def score(logits: Tensor, labels: Tensor, metric: str) -> float:
     if metric == "accuracy":
         return float((logits.argmax(1) == labels).float().mean())
     if metric == "matthews":  # Pearson's of two binary variables
-        return _finite(torch.corrcoef(torch.stack([logits.argmax(1).double(), labels.double()]))[0, 1])
+        return _finite(
+            torch.corrcoef(torch.stack([logits.argmax(1).double(), labels.double()]))[0, 1]
+        )
     from scipy.stats import pearsonr, spearmanr
 
-    return _finite((pearsonr(logits[:, 0], labels).statistic + spearmanr(logits[:, 0], labels).statistic) / 2)
+    return _finite(
+        (pearsonr(logits[:, 0], labels).statistic + spearmanr(logits[:, 0], labels).statistic) / 2
+    )
 
 
 def _finite(value: Any) -> float:
@@ -510,8 +621,15 @@ def in_order(rows: int, size: int = 128) -> Iterator[range]:
     return (range(first, min(first + size, rows)) for first in range(0, rows, size))
 
 
-def evaluate(model: nn.Module, settings: Settings, folder: pathlib.Path, encoded: Callable[[list[Row]], Batches]) -> dict[str, Any]:
-    """The metric on the test set; for classes also calibration, accuracy under FGM and PGD-10 on its first rows, and the other sets."""
+def evaluate(
+    model: nn.Module,
+    settings: Settings,
+    folder: pathlib.Path,
+    encoded: Callable[[list[Row]], Batches],
+) -> dict[str, Any]:
+    """The metric on the test set; for classes also calibration, accuracy under FGM and PGD-10
+    on its first rows, and the other sets.
+    """
     data = read(folder, settings.data)
     logits, labels = outputs_of(model, encoded(data.test), len(data.test))
     found: dict[str, Any] = {"test": score(logits, labels, data.metric)}
@@ -521,16 +639,27 @@ def evaluate(model: nn.Module, settings: Settings, folder: pathlib.Path, encoded
     for perspective in ("shifted", "adversarial"):
         if names := getattr(settings, perspective):
             tests = [read_test(folder, name) for name in names]
-            found[perspective] = statistics.fmean(score(*outputs_of(model, encoded(rows), len(rows)), "accuracy") for rows in tests)
+            found[perspective] = statistics.fmean(
+                score(*outputs_of(model, encoded(rows), len(rows)), "accuracy") for rows in tests
+            )
     if settings.ood:
-        others = [[row._replace(label=data.labels[0]) for row in read_test(folder, name)] for name in settings.ood]
-        scores = (uk.analysis.ood_auroc(logits, outputs_of(model, encoded(rows), len(rows))[0]) for rows in others)
+        others = [
+            [row._replace(label=data.labels[0]) for row in read_test(folder, name)]
+            for name in settings.ood
+        ]
+        scores = (
+            uk.analysis.ood_auroc(logits, outputs_of(model, encoded(rows), len(rows))[0])
+            for rows in others
+        )
         found["auroc"] = statistics.fmean(scores)
     if settings.attacked:
         rows = data.test[: settings.attacked]
         batches = encoded(rows)
         for attack in ("fgm", "pgd"):
-            seen = uk.analysis.accuracy_under_attack(model, embedding_of(model), map(batches, in_order(len(rows))), STRENGTHS, attack)
+            seen = uk.analysis.accuracy_under_attack(
+                model, embedding_of(model), map(batches, in_order(len(rows))), STRENGTHS, attack
+            )
             found["clean"], found[attack] = seen[0].accuracy, [each.accuracy for each in seen[1:]]
-        found["relative"] = [round(each.relative, 5) for each in seen[1:]]  # epsilon over the norm of a text's embeddings
+        # epsilon over the norm of a text's embeddings
+        found["relative"] = [round(each.relative, 5) for each in seen[1:]]
     return found

@@ -2,7 +2,8 @@
 
     python examples/stsb.py ../shared/data/stsb --recipe r_at
 
-The folder holds train.tsv.gz and test.tsv.gz: a header, then lines of score<TAB>sentence ||| sentence, scores from 0 to 5.
+The folder holds train.tsv.gz and test.tsv.gz: a header, then lines of score<TAB>sentence |||
+sentence, scores from 0 to 5.
 """
 
 import argparse
@@ -27,11 +28,20 @@ class Similarity(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(words, dimension, padding_idx=0)
         self.convolution = nn.Conv1d(dimension, dimension, 3, padding=1)
-        self.output = nn.Sequential(nn.Dropout(dropout), nn.Linear(4 * dimension, dimension), nn.ReLU(), nn.Linear(dimension, 1))
+        self.output = nn.Sequential(
+            nn.Dropout(dropout),
+            nn.Linear(4 * dimension, dimension),
+            nn.ReLU(),
+            nn.Linear(dimension, 1),
+        )
 
     def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
-        x = self.embedding(ids) * attention_mask[..., None]  # both sentences in one call, as an attack wants it
-        ends = [self.encode(half, mask) for half, mask in zip(x.chunk(2, 1), attention_mask.chunk(2, 1), strict=True)]
+        # both sentences in one call, as an attack wants it
+        x = self.embedding(ids) * attention_mask[..., None]
+        ends = [
+            self.encode(half, mask)
+            for half, mask in zip(x.chunk(2, 1), attention_mask.chunk(2, 1), strict=True)
+        ]
         return self.output(torch.cat([(ends[0] - ends[1]).abs(), ends[0] * ends[1]], 1))
 
     def encode(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -43,7 +53,10 @@ def read(path: pathlib.Path) -> list[tuple[float, list[list[str]]]]:
     with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
         next(file)
         lines = [line.rstrip("\n").split("\t", 1) for line in file]
-    return [(float(score), [re.findall(r"\w+", text.lower())[:LENGTH] for text in pair.split(" ||| ")]) for score, pair in lines]
+    return [
+        (float(score), [re.findall(r"\w+", text.lower())[:LENGTH] for text in pair.split(" ||| ")])
+        for score, pair in lines
+    ]
 
 
 def encoded(pairs: list, numbers: dict[str, int]) -> tuple[Tensor, Tensor]:
@@ -61,12 +74,18 @@ def correlations(model: nn.Module, ids: Tensor, scores: Tensor) -> tuple[float, 
     with torch.no_grad():
         guesses = torch.cat([model(part, (part != 0).float())[:, 0] for part in ids.split(256)])
     model.train()
-    return float(scipy.stats.pearsonr(guesses, scores).statistic), float(scipy.stats.spearmanr(guesses, scores).statistic)
+    return float(scipy.stats.pearsonr(guesses, scores).statistic), float(
+        scipy.stats.spearmanr(guesses, scores).statistic
+    )
 
 
 def main(argv: list[str] | None = None) -> tuple[float, float]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=pathlib.Path, help="the folder with train.tsv.gz and test.tsv.gz")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "data", type=pathlib.Path, help="the folder with train.tsv.gz and test.tsv.gz"
+    )
     parser.add_argument("--recipe", choices=uk.recipes.NAMES, default="at")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch", type=int, default=32)
@@ -81,17 +100,25 @@ def main(argv: list[str] | None = None) -> tuple[float, float]:
     (ids, scores), test = (encoded(part, numbers) for part in pairs)
     model = Similarity(len(numbers) + 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    recipe = getattr(uk.recipes, options.recipe)(model, model.embedding, optimizer, task="regression")
+    recipe = getattr(uk.recipes, options.recipe)(
+        model, model.embedding, optimizer, task="regression"
+    )
     for epoch in range(1, options.epochs + 1):
         for rows in torch.randperm(len(ids)).split(options.batch):
             optimizer.zero_grad()
-            losses = recipe.backward({"ids": ids[rows], "attention_mask": (ids[rows] != 0).float()}, scores[rows])
+            losses = recipe.backward(
+                {"ids": ids[rows], "attention_mask": (ids[rows] != 0).float()}, scores[rows]
+            )
             recipe.before_step()
             optimizer.step()
             recipe.after_step()
         recipe.epoch_end()
         pearson, spearman = correlations(model, *test)
-        print(f"epoch {epoch}: loss {losses['loss']:.3f}, test Pearson {pearson:.3f}, Spearman {spearman:.3f}", flush=True)
+        print(
+            f"epoch {epoch}: loss {losses['loss']:.3f}, test Pearson {pearson:.3f}, Spearman "
+            f"{spearman:.3f}",
+            flush=True,
+        )
     recipe.close()
     return pearson, spearman
 

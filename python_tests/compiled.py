@@ -1,13 +1,16 @@
-"""Triton kernels compiled ahead of time for GPUs that are not here, and what the compilers made of them.
+"""Triton kernels compiled ahead of time for GPUs that are not here, and what the compilers made of
+them.
 
-Statements run as they stand, on small CPU tensors, with the Triton backend chosen; a launch compiles its kernel for a target in the place
-of running it. All of it happens in processes of their own, since this one may have decorated its kernels for the interpreter, and there
-are several versions of Triton: the one that is installed, and 3.6.0, which torch 2.11 brings, in a folder of its own.
+Statements run as they stand, on small CPU tensors, with the Triton backend chosen; a launch
+compiles its kernel for a target in the place of running it. All of it happens in processes of their
+own, since this one may have decorated its kernels for the interpreter, and there are several
+versions of Triton: the one that is installed, and 3.6.0, which torch 2.11 brings, in a folder of
+its own.
 
     python python_tests/compiled.py --all FILE
 
-compiles the whole product (launches.py says of what) for every target with both, a line of FILE for each statement; what stands in FILE
-already is not done again.
+compiles the whole product (launches.py says of what) for every target with both, a line of FILE for
+each statement; what stands in FILE already is not done again.
 """
 
 import collections
@@ -31,12 +34,15 @@ MOST_SPILLED = 16  # bytes a kernel
 
 
 class Kernel(typing.NamedTuple):
-    """A compiled kernel. `memory`: how often each instruction that reads or writes memory stands in the code."""
+    """A compiled kernel. `memory`: how often each instruction that reads or writes memory
+    stands in the code.
+    """
 
     name: str
     target: str
     registers: int
-    spilled: int  # bytes of stack and local memory; scalar registers that lie in vector registers do not count
+    # bytes of stack and local memory; scalar registers that lie in vector registers do not count
+    spilled: int
     shared: int  # bytes
     memory: dict[str, int]
 
@@ -49,15 +55,21 @@ class Kernel(typing.NamedTuple):
         """Global loads and stores of 128 bits."""
         if self.target.startswith("sm"):
             return self.count(r"LDG\..*\b128\b.*"), self.count(r"STG\..*\b128\b.*")
-        return self.count(r"(global|buffer)_load_(dwordx4|b128)"), self.count(r"(global|buffer)_store_(dwordx4|b128)")
+        return self.count(r"(global|buffer)_load_(dwordx4|b128)"), self.count(
+            r"(global|buffer)_store_(dwordx4|b128)"
+        )
 
 
 @functools.cache
 def kernels(*statements: str) -> dict[tuple[str, str], list[Kernel]]:
-    """What each statement launches, by (statement, target). `import torch` and `import uegr_kernels as uk` are done already."""
+    """What each statement launches, by (statement, target). `import torch` and `import
+    uegr_kernels as uk` are done already.
+    """
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         parts = list(pool.map(lambda target: _compiled(statements, target), TARGETS))
-    found: dict[tuple[str, str], list[Kernel]] = {(statement, target): [] for statement in statements for target in TARGETS}
+    found: dict[tuple[str, str], list[Kernel]] = {
+        (statement, target): [] for statement in statements for target in TARGETS
+    }
     for target, lines in zip(TARGETS, parts, strict=True):
         for line in lines:
             assert "error" not in line, f"{line['statement']} for {target}: {line['error']}"
@@ -67,19 +79,40 @@ def kernels(*statements: str) -> dict[tuple[str, str], list[Kernel]]:
 
 @functools.cache
 def usage(*statements: str) -> dict[tuple[str, str], list[dict[str, typing.Any]]]:
-    """By (version, target) what each statement launches, or why it cannot be compiled; without the kernels' instructions."""
-    every = [(name, target) for name, folder in VERSIONS.items() if folder is None or folder.exists() for target in TARGETS]
+    """By (version, target) what each statement launches, or why it cannot be compiled; without
+    the kernels' instructions.
+    """
+    every = [
+        (name, target)
+        for name, folder in VERSIONS.items()
+        if folder is None or folder.exists()
+        for target in TARGETS
+    ]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        return dict(zip(every, pool.map(lambda one: _compiled(statements, one[1], one[0], code=False), every), strict=True))
+        return dict(
+            zip(
+                every,
+                pool.map(lambda one: _compiled(statements, one[1], one[0], code=False), every),
+                strict=True,
+            )
+        )
 
 
-def _compiled(statements: tuple[str, ...], target: str, version: str = "installed", *, code: bool = True) -> list[dict[str, typing.Any]]:
+def _compiled(
+    statements: tuple[str, ...], target: str, version: str = "installed", *, code: bool = True
+) -> list[dict[str, typing.Any]]:
     folder = VERSIONS[version]
     paths = [str(folder)] * (folder is not None) + [os.environ.get("PYTHONPATH", ""), str(ROOT)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__]
-    run = subprocess.run(command, input=json.dumps([statements, target, code]), env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        command,
+        input=json.dumps([statements, target, code]),
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
     return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
 
@@ -98,7 +131,12 @@ def main() -> None:
 
         def __init__(self, name: str):
             lanes = 64 if name.startswith("gfx9") else 32
-            self.name, self.target = name, GPUTarget(*(("cuda", int(name[3:])) if name.startswith("sm_") else ("hip", name)), lanes)
+            self.name, self.target = (
+                name,
+                GPUTarget(
+                    *(("cuda", int(name[3:])) if name.startswith("sm_") else ("hip", name)), lanes
+                ),
+            )
 
         def get_current_target(self):
             return self.target
@@ -121,7 +159,9 @@ def main() -> None:
     statements, target, code = json.load(sys.stdin)
     driver.set_active(Absent(target))
     torch.version.hip = "absent" if target.startswith("gfx") else None
-    looked_at = functools.cache(lambda kernel: [kernel.name, target, *resources(kernel, target, code)])
+    looked_at = functools.cache(
+        lambda kernel: [kernel.name, target, *resources(kernel, target, code)]
+    )
     for statement in statements:
         seen.clear()
         line = {"statement": statement}
@@ -136,24 +176,48 @@ def main() -> None:
 
 
 def compile_all(path: pathlib.Path) -> None:
-    """The whole product: a line of the file for each version, target, function and dtype; those that it has are not done again."""
+    """The whole product: a line of the file for each version, target, function and dtype;
+    those that it has are not done again.
+    """
     import launches
 
     known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {tuple(line[key] for key in ("version", "target", "function", "dtype")) for line in known}
+    done = {
+        tuple(line[key] for key in ("version", "target", "function", "dtype")) for line in known
+    }
     functions = [(family, name) for family, names in launches.FAMILIES.items() for name in names]
-    for (family, name), dtype, version, target in itertools.product(functions, launches.DTYPES, VERSIONS, TARGETS):
+    for (family, name), dtype, version, target in itertools.product(
+        functions, launches.DTYPES, VERSIONS, TARGETS
+    ):
         if (version, target, name, dtype) in done:
             continue
         calls = launches.product(family, name, dtype)
         found = _compiled(calls, target, version, code=False)
         assert len(found) == len(calls)
         every = {tuple(kernel[:5]) for line in found for kernel in line.get("kernels", ())}
-        line = {"version": version, "target": target, "function": name, "dtype": dtype, "calls": len(calls), "kernels": len(every)}
-        line |= {"most_registers": max(kernel[2] for kernel in every), "most_spilled": max(kernel[3] for kernel in every)}
-        above = [one["statement"] for one in found if any(kernel[3] > MOST_SPILLED for kernel in one.get("kernels", ()))]
+        line = {
+            "version": version,
+            "target": target,
+            "function": name,
+            "dtype": dtype,
+            "calls": len(calls),
+            "kernels": len(every),
+        }
+        line |= {
+            "most_registers": max(kernel[2] for kernel in every),
+            "most_spilled": max(kernel[3] for kernel in every),
+        }
+        above = [
+            one["statement"]
+            for one in found
+            if any(kernel[3] > MOST_SPILLED for kernel in one.get("kernels", ()))
+        ]
         line |= {"spilling": len(above), "first_spilling": above[:1]}
-        line |= {"errors": [[one["statement"], one["error"][:500]] for one in found if "error" in one][:3]}
+        line |= {
+            "errors": [[one["statement"], one["error"][:500]] for one in found if "error" in one][
+                :3
+            ]
+        }
         with path.open("a") as file:
             print(json.dumps(line), file=file, flush=True)
 
@@ -162,10 +226,21 @@ def resources(kernel, target: str, code: bool) -> tuple[int, int, int, dict[str,
     """Registers, spilled, shared memory, and with `code` the memory instructions."""
     if target.startswith("gfx"):
         text = kernel.asm["amdgcn"]
-        registers, spilled = (int(re.search(rf"\.vgpr_{name}: *(\d+)", text)[1]) for name in ("count", "spill_count"))
+        registers, spilled = (
+            int(re.search(rf"\.vgpr_{name}: *(\d+)", text)[1]) for name in ("count", "spill_count")
+        )
         scratch = int(re.search(r"ScratchSize: (\d+)", text)[1])
-        memory = re.findall(r"^\s+((?:global|buffer|flat|scratch|ds)_\w+)", text, re.MULTILINE) if code else ()
-        return registers, max(scratch, 4 * spilled), kernel.metadata.shared, collections.Counter(memory)
+        memory = (
+            re.findall(r"^\s+((?:global|buffer|flat|scratch|ds)_\w+)", text, re.MULTILINE)
+            if code
+            else ()
+        )
+        return (
+            registers,
+            max(scratch, 4 * spilled),
+            kernel.metadata.shared,
+            collections.Counter(memory),
+        )
     import triton
 
     cuobjdump = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -174,8 +249,12 @@ def resources(kernel, target: str, code: bool) -> tuple[int, int, int, dict[str,
         file.flush()
         usage = subprocess.check_output([cuobjdump, "-res-usage", file.name], text=True)
         text = subprocess.check_output([cuobjdump, "-sass", file.name], text=True) if code else ""
-    registers, stack, local = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
-    memory = re.findall(r"\b((?:LDG|STG|LDL|STL|LDS|STS|ATOM|ATOMG|ATOMS|RED|REDG|LD|ST)\.?[\w.]*)", text)
+    registers, stack, local = (
+        int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")
+    )
+    memory = re.findall(
+        r"\b((?:LDG|STG|LDL|STL|LDS|STS|ATOM|ATOMG|ATOMS|RED|REDG|LD|ST)\.?[\w.]*)", text
+    )
     return registers, stack + local, kernel.metadata.shared, collections.Counter(memory)
 
 

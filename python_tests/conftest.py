@@ -1,4 +1,6 @@
-"""Shared by all tests: the `backend` fixture, NaN-filled memory, seeds, and the one tolerance table."""
+"""Shared by all tests: the `backend` fixture, NaN-filled memory, seeds, and the one tolerance
+table.
+"""
 
 import collections
 import contextlib
@@ -6,7 +8,8 @@ import itertools
 import os
 import typing
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its interpreter runs the kernels on the CPU
+# before Triton is imported: its interpreter runs the kernels on the CPU
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import hypothesis
 import pytest
@@ -21,16 +24,36 @@ if os.environ["TRITON_INTERPRET"] == "1":
         interpreter.quicken()
 
 hypothesis.settings.register_profile(
-    "house", deadline=None, derandomize=True, database=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+    "house",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 hypothesis.settings.load_profile("house")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="what takes minutes too: compiles for GPUs, Transformers' Trainer, wheels")
-    parser.addoption("--triton", action="store_true", help="Triton's kernels too: many minutes on its interpreter, one for all compiles")
-    parser.addoption("--only-triton", action="store_true", help="these alone: what a run without either option leaves out")
-    parser.addoption("--every-case", action="store_true", help="on interpreted Triton kernels too, all combinations of a test's parameters")
+    parser.addoption(
+        "--long",
+        action="store_true",
+        help="what takes minutes too: compiles for GPUs, Transformers' Trainer, wheels",
+    )
+    parser.addoption(
+        "--triton",
+        action="store_true",
+        help="Triton's kernels too: many minutes on its interpreter, one for all compiles",
+    )
+    parser.addoption(
+        "--only-triton",
+        action="store_true",
+        help="these alone: what a run without either option leaves out",
+    )
+    parser.addoption(
+        "--every-case",
+        action="store_true",
+        help="on interpreted Triton kernels too, all combinations of a test's parameters",
+    )
 
 
 LONG = ("test_cuda", "test_triton", "test_integrations")
@@ -39,14 +62,25 @@ LONG = ("test_cuda", "test_triton", "test_integrations")
 def pytest_collection_modifyitems(config, items):
     """Leaves out what is long, unless it is asked for, by name or by option.
 
-    Triton's interpreter, as slow as it is, gets every value of each of a test's parameters, not all combinations.
+    Triton's interpreter, as slow as it is, gets every value of each of a test's parameters, not all
+    combinations.
     """
     named = any(argument.split("::")[0].endswith(".py") for argument in config.args)
     if not (named or config.getoption("--long") or config.getoption("--only-triton")):
-        long = [item for item in items if item.path.stem in LONG or "wheel" in getattr(item, "fixturenames", ())]
+        long = [
+            item
+            for item in items
+            if item.path.stem in LONG or "wheel" in getattr(item, "fixturenames", ())
+        ]
         items[:] = [item for item in items if item not in set(long)]
         config.hook.pytest_deselected(items=long)
-    slow = {item for item in items if item.path.stem == "test_triton_resources" or "[triton" in item.name or "-triton" in item.name}
+    slow = {
+        item
+        for item in items
+        if item.path.stem == "test_triton_resources"
+        or "[triton" in item.name
+        or "-triton" in item.name
+    }
     left_out = slow
     if config.getoption("--triton") or config.getoption("--only-triton"):
         left_out = set(items) - slow if config.getoption("--only-triton") else set()
@@ -56,7 +90,9 @@ def pytest_collection_modifyitems(config, items):
 
 
 def repeated(items):
-    """The tests on Triton each of whose parameters' values another one has too: the values of the longest list go along with all others."""
+    """The tests on Triton each of whose parameters' values another one has too: the values of
+    the longest list go along with all others.
+    """
     tests = collections.defaultdict(list)
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
@@ -64,20 +100,29 @@ def repeated(items):
             tests[item.function].append(item)
     left_out = set()
     for some in tests.values():
-        longest, *others = sorted(map(places, lists_of(some), itertools.repeat(some)), key=max, reverse=True) or [[]]
+        longest, *others = sorted(
+            map(places, lists_of(some), itertools.repeat(some)), key=max, reverse=True
+        ) or [[]]
         turns = collections.Counter()
         for list_ in others:
             size = max(list_) + 1
             turns[size] += 1  # lists of one length take turns of their own
             due = [(place + turns[size] * (place // size) + 1) % size for place in longest]
-            left_out |= {item for item, place, wanted in zip(some, list_, due, strict=True) if place != wanted}
+            left_out |= {
+                item
+                for item, place, wanted in zip(some, list_, due, strict=True)
+                if place != wanted
+            }
     return left_out
 
 
 def lists_of(some):
     """The names that each list of a test's parameters gives values to."""
     names = [mark.args[0] for mark in some[0].iter_markers("parametrize")]
-    names = [[name.strip() for name in each.split(",")] if isinstance(each, str) else list(each) for each in names]
+    names = [
+        [name.strip() for name in each.split(",")] if isinstance(each, str) else list(each)
+        for each in names
+    ]
     return [each for each in names if each not in (["backend"], ["native"])]
 
 
@@ -89,7 +134,9 @@ def places(names, some):
 
 
 def serve_or_skip(request: pytest.FixtureRequest) -> str:
-    """The backend of a fixture's parameter; skips with the reason where one of the test module's OPERATORS cannot be served."""
+    """The backend of a fixture's parameter; skips with the reason where one of the test
+    module's OPERATORS cannot be served.
+    """
     for operator in request.module.OPERATORS:
         reason = backends.why_not(request.param, operator, torch.device("cpu"))
         if reason is not None:
@@ -111,8 +158,13 @@ def native(request) -> str:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """torch.empty gives NaN (the largest integer for integers), so that a result nobody wrote shows."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    """torch.empty gives NaN (the largest integer for integers), so that a result nobody wrote
+    shows.
+    """
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     torch.use_deterministic_algorithms(True, warn_only=True)  # what torch fills fresh memory under
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
@@ -125,7 +177,9 @@ def fixed_seed():
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Small tensors on many threads wait for each other on a busy machine. A test of threads sets their number itself."""
+    """Small tensors on many threads wait for each other on a busy machine. A test of threads
+    sets their number itself.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -133,9 +187,11 @@ def one_thread():
 
 
 class Tolerance(typing.NamedTuple):
-    """Elements agree within `relative` of themselves plus `largest` of the tensor's largest magnitude.
+    """Elements agree within `relative` of themselves plus `largest` of the tensor's largest
+    magnitude.
 
-    A share of `strays` may be further away, by one unit in the last place (`ulp`, relative): two roundings of nearly equal numbers.
+    A share of `strays` may be further away, by one unit in the last place (`ulp`, relative): two
+    roundings of nearly equal numbers.
     """
 
     relative: float
@@ -145,23 +201,26 @@ class Tolerance(typing.NamedTuple):
 
 
 TOLERANCES = {
-    # p and g/p: z = 2*sharpness*(s~ - threshold) is rounded once at a size of up to 10, so exp(z) is off by 10 * 2^-24, and each of some
-    # five operations by 2^-24. A result in 16 bits is rounded once more, where nearly equal numbers may fall on two sides.
+    # p and g/p: z = 2*sharpness*(s~ - threshold) is rounded once at a size of up to 10, so exp(z)
+    # is off by 10 * 2^-24, and each of some five operations by 2^-24. A result in 16 bits is
+    # rounded once more, where nearly equal numbers may fall on two sides.
     "selection": {
         torch.float32: Tolerance(2e-6, 0.0),
         torch.float64: Tolerance(1e-14, 0.0),
         torch.bfloat16: Tolerance(2e-6, 0.0, strays=0.01, ulp=2**-7),
         torch.float16: Tolerance(2e-6, 0.0, strays=0.02, ulp=2**-9),
     },
-    # A rank by the shared histogram: 1/p of every bin may be kept in float32, whatever the gradient's dtype.
+    # A rank by the shared histogram: 1/p of every bin may be kept in float32, whatever the
+    # gradient's dtype.
     "rank": {
         torch.float32: Tolerance(2e-6, 0.0),
         torch.float64: Tolerance(2e-6, 0.0),
         torch.bfloat16: Tolerance(2e-6, 0.0, strays=0.01, ulp=2**-7),
         torch.float16: Tolerance(2e-6, 0.0, strays=0.02, ulp=2**-9),
     },
-    # Parameters and float32 states after a few steps: a moment that cancels keeps the error of what was added, so the largest counts;
-    # 1e-6 is the bound on a hundred steps of AdamW that the package promises. In float64 the same with 2^-53.
+    # Parameters and float32 states after a few steps: a moment that cancels keeps the error of what
+    # was added, so the largest counts; 1e-6 is the bound on a hundred steps of AdamW that the
+    # package promises. In float64 the same with 2^-53.
     "step": {
         torch.float32: Tolerance(2e-6, 1e-6),
         torch.float64: Tolerance(1e-14, 1e-14),
@@ -181,7 +240,9 @@ TOLERANCES = {
         torch.bfloat16: Tolerance(0.0, 1e-6, strays=0.05, ulp=2**-6),
         torch.float16: Tolerance(0.0, 1e-6, strays=0.1, ulp=2**-8),
     },
-    "equal": dict.fromkeys((torch.float32, torch.float64, torch.bfloat16, torch.float16), Tolerance(0.0, 0.0)),
+    "equal": dict.fromkeys(
+        (torch.float32, torch.float64, torch.bfloat16, torch.float16), Tolerance(0.0, 0.0)
+    ),
 }
 
 
@@ -195,13 +256,18 @@ def compare(
     scale: float = 1.0,
     row: torch.dtype | None = None,
 ) -> None:
-    """Fails with the first differing element and its coordinates where `actual` is not `expected` by the table's row for its dtype.
+    """Fails with the first differing element and its coordinates where `actual` is not `expected`
+    by the table's row for its dtype.
 
-    Non-finite elements must be the same ones. `ignore`: a bool tensor of elements that are not looked at. `scale` multiplies the bounds;
-    `row`: the dtype of another row.
+    Non-finite elements must be the same ones. `ignore`: a bool tensor of elements that are not
+    looked at. `scale` multiplies the bounds; `row`: the dtype of another row.
     """
-    assert actual.dtype == expected.dtype, f"{name}: dtype {actual.dtype}, expected {expected.dtype}"
-    assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    assert actual.dtype == expected.dtype, (
+        f"{name}: dtype {actual.dtype}, expected {expected.dtype}"
+    )
+    assert actual.shape == expected.shape, (
+        f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    )
     looked_at = torch.ones_like(expected, dtype=torch.bool) if ignore is None else ~ignore
     allowed = 0
     if expected.is_floating_point():
@@ -215,7 +281,11 @@ def compare(
         strays = (
             wrong
             & finite
-            & (gaps <= tolerance.ulp * (largest if tolerance.largest else e.abs()) + torch.finfo(expected.dtype).smallest_normal)
+            & (
+                gaps
+                <= tolerance.ulp * (largest if tolerance.largest else e.abs())
+                + torch.finfo(expected.dtype).smallest_normal
+            )
         )
         allowed = int(tolerance.strays * wrong.numel() + 1) if tolerance.strays else 0
         if strays.sum() <= allowed:
@@ -225,6 +295,8 @@ def compare(
     if wrong.any():
         at = tuple(wrong.nonzero()[0].tolist())
         raise AssertionError(
-            f"{name}: {int(wrong.sum())} of {wrong.numel()} elements differ; the first at {at}: {actual[at].item()!r}, "
-            f"expected {expected[at].item()!r}" + (f" (strays allowed: {allowed}, found: {int(strays.sum())})" if allowed else "")
+            f"{name}: {int(wrong.sum())} of {wrong.numel()} elements differ; the first at {at}: "
+            f"{actual[at].item()!r}, "
+            f"expected {expected[at].item()!r}"
+            + (f" (strays allowed: {allowed}, found: {int(strays.sum())})" if allowed else "")
         )

@@ -1,4 +1,6 @@
-"""Triton's interpreter, some fifteen times as fast: what it works out anew at every operation is worked out once."""
+"""Triton's interpreter, some fifteen times as fast: what it works out anew at every operation
+is worked out once.
+"""
 
 import math
 import types
@@ -33,7 +35,10 @@ def _make_types_once() -> None:
         if key not in made:
             made[key] = object.__new__(cls)
             build(made[key], element_ty, sizes)
-            made[key].of_tensors = core.tuple([core.constexpr(size) for size in sizes]), core.constexpr(math.prod(sizes))
+            made[key].of_tensors = (
+                core.tuple([core.constexpr(size) for size in sizes]),
+                core.constexpr(math.prod(sizes)),
+            )
         return made[key]
 
     def tensor(self, handle, type):
@@ -45,7 +50,11 @@ def _make_types_once() -> None:
             numpy_types[dtype.name] = numpy_type(dtype)
         return numpy_types[dtype.name]
 
-    core.block_type.__new__, core.block_type.__init__ = block_type, lambda self, element_ty, shape: None
+    core.block_type.__new__, core.block_type.__init__ = (
+        block_type,
+        lambda self, element_ty, shape: None,
+    )
     core.tensor.__init__ = tensor
     interpreter._get_np_dtype = cached_numpy_type
-    interpreter.TensorHandle.__post_init__ = lambda self: None  # a check of the interpreter's own sums
+    # a check of the interpreter's own sums
+    interpreter.TensorHandle.__post_init__ = lambda self: None

@@ -1,8 +1,10 @@
-"""What the public functions' kernels are compiled for: the values of every option, and a few statements in which all pairs of them meet.
+"""What the public functions' kernels are compiled for: the values of every option, and a few
+statements in which all pairs of them meet.
 
-Functions of a family share kernels. A family's rows are a covering array: each two values of two options that some function of the family
-takes stand together in a row, unless EXCLUDED says why they cannot, and each function stands beside every value of its options.
-A statement is a row of each family.
+Functions of a family share kernels. A family's rows are a covering array: each two values of two
+options that some function of the family takes stand together in a row, unless EXCLUDED says why
+they cannot, and each function stands beside every value of its options. A statement is a row of
+each family.
 """
 
 import functools
@@ -15,11 +17,18 @@ import uegr_kernels as uk
 
 Row = dict[str, Any]
 
-# By family its functions, and by option (or what the arguments are: dtype, sizes, layout) the values that may change a kernel.
+# By family its functions, and by option (or what the arguments are: dtype, sizes, layout) the
+# values that may change a kernel.
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 FAMILIES: dict[str, tuple[str, ...]] = {
     "losses": ("pairwise_js", "uegr_loss", "linear_pairwise_js", "linear_uegr_loss"),
-    "selection": ("SelectiveAdamW", "SelectiveSGD", "select_gradients_", "selection_probability", "selection_mask"),
+    "selection": (
+        "SelectiveAdamW",
+        "SelectiveSGD",
+        "select_gradients_",
+        "selection_probability",
+        "selection_mask",
+    ),
     "perturbation": ("fgm_perturbation", "pgd_step", "perturbed_weights"),
     "dropout": ("AdaptiveDropout",),
 }
@@ -66,24 +75,65 @@ VALUES: dict[str, dict[str, tuple[Any, ...]]] = {
         "dtype": DTYPES,
         "norm": ("l2", "linf"),
         "per": ("sample", "token", "all", "tensor"),
-        "size": ("whole", "parts", "odd"),  # of a sample: held by a program, several programs', not whole groups of four
+        # of a sample: held by a program, several programs', not whole groups of four
+        "size": ("whole", "parts", "odd"),
         "mask": (False, True),
         "keep_probability": (1.0, 0.5),
     },
-    "dropout": {"dtype": DTYPES, "num_features": (None, 1, 257, 3072), "backward": (True, False), "rows": (1, 64)},
+    "dropout": {
+        "dtype": DTYPES,
+        "num_features": (None, 1, 257, 3072),
+        "backward": (True, False),
+        "rows": (1, 64),
+    },
 }
-# Options that change no kernel, as they are arithmetic's numbers or nothing to a kernel, and arguments that a statement makes.
+# Options that change no kernel, as they are arithmetic's numbers or nothing to a kernel, and
+# arguments that a statement makes.
 SAME: dict[str, set[str]] = {
-    "losses": {"logits", "clean_logits", "adversarial_logits", "hidden", "clean_hidden", "adversarial_hidden", "weight", "js_weight",
-               "ignore_index"},
-    "selection": {"params", "grad", "seed", "step", "stream", "threshold", "sharpness", "eps", "weight_decay", "dampening", "foreach",
-                  "differentiable"},  # differentiable runs on the reference alone
-    "perturbation": {"grad", "gradients", "params", "delta", "epsilon", "step_size", "radius", "seed", "step"},
+    "losses": {
+        "logits",
+        "clean_logits",
+        "adversarial_logits",
+        "hidden",
+        "clean_hidden",
+        "adversarial_hidden",
+        "weight",
+        "js_weight",
+        "ignore_index",
+    },
+    # differentiable runs on the reference alone
+    "selection": {
+        "params",
+        "grad",
+        "seed",
+        "step",
+        "stream",
+        "threshold",
+        "sharpness",
+        "eps",
+        "weight_decay",
+        "dampening",
+        "foreach",
+        "differentiable",
+    },
+    "perturbation": {
+        "grad",
+        "gradients",
+        "params",
+        "delta",
+        "epsilon",
+        "step_size",
+        "radius",
+        "seed",
+        "step",
+    },
     "dropout": {"p", "max_p", "momentum"},
-}  # fmt: skip
+}
 # What the arguments have that is no option.
 ARGUMENTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "losses": {name: ("dtype", "passes", "classes", "rows", "backward") for name in FAMILIES["losses"]},
+    "losses": {
+        name: ("dtype", "passes", "classes", "rows", "backward") for name in FAMILIES["losses"]
+    },
     "selection": {name: ("dtype", "layout") for name in FAMILIES["selection"]},
     "perturbation": {name: ("dtype", "size") for name in FAMILIES["perturbation"]},
     "dropout": {"AdaptiveDropout": ("dtype", "backward", "rows")},
@@ -119,16 +169,18 @@ EXCLUDED: dict[str, list[Row]] = {
         {"nesterov": True, "momentum": 0},
         {"function": "selection_probability", "scope": "global"},
         {"function": "selection_mask", "scope": "global"},
-        *({"function": name, option: value}
-          for name in ("select_gradients_", "selection_probability", "selection_mask")
-          for option, value in (("statistics", "previous"), ("target", "update"))),
+        *(
+            {"function": name, option: value}
+            for name in ("select_gradients_", "selection_probability", "selection_mask")
+            for option, value in (("statistics", "previous"), ("target", "update"))
+        ),
     ],
     "perturbation": [
         *({"function": name, "per": "tensor"} for name in ("fgm_perturbation", "pgd_step")),
         *({"function": "perturbed_weights", "per": value} for value in ("sample", "token")),
     ],
     "dropout": [],
-}  # fmt: skip
+}
 
 
 def parameters(function: Callable[..., Any]) -> list[str]:
@@ -145,13 +197,20 @@ def options(family: str, name: str) -> tuple[str, ...]:
 
 
 def allowed(family: str, row: Row) -> bool:
-    return not any(all(row.get(key, ...) == value for key, value in some.items()) for some in EXCLUDED[family])
+    return not any(
+        all(row.get(key, ...) == value for key, value in some.items()) for some in EXCLUDED[family]
+    )
 
 
 def pairs(family: str) -> Iterator[tuple[tuple[str, Any], tuple[str, Any]]]:
-    """Everything that has to stand together: (option, value) twice; the function is an option of each."""
+    """Everything that has to stand together: (option, value) twice; the function is an option
+    of each.
+    """
     for name in FAMILIES[family]:
-        items: list[tuple[str, tuple[Any, ...]]] = [("function", (name,)), *((o, VALUES[family][o]) for o in options(family, name))]
+        items: list[tuple[str, tuple[Any, ...]]] = [
+            ("function", (name,)),
+            *((o, VALUES[family][o]) for o in options(family, name)),
+        ]
         for (a, some), (b, others) in itertools.combinations(items, 2):
             for x, y in itertools.product(some, others):
                 if allowed(family, {"function": name, a: x, b: y}):
@@ -164,12 +223,19 @@ def covered(row: Row) -> set[tuple[tuple[str, Any], tuple[str, Any]]]:
 
 @functools.cache
 def rows(family: str) -> list[Row]:
-    """A covering array, greedily: the next row is the one, of those begun with pairs still lacking, that has most of them."""
+    """A covering array, greedily: the next row is the one, of those begun with pairs still
+    lacking, that has most of them.
+    """
     lacking = dict.fromkeys(pairs(family))
     found: list[Row] = []
     while lacking:
         begun = list(itertools.islice(lacking, 0, None, max(len(lacking) // 8, 1)))
-        candidates = [row for pair in begun for name in FAMILIES[family] if (row := _completed(family, name, dict(pair), lacking))]
+        candidates = [
+            row
+            for pair in begun
+            for name in FAMILIES[family]
+            if (row := _completed(family, name, dict(pair), lacking))
+        ]
         row = max(candidates, key=lambda row: sum(pair in lacking for pair in covered(row)))
         found.append(row)
         for pair in covered(row):
@@ -178,23 +244,37 @@ def rows(family: str) -> list[Row]:
 
 
 def _completed(family: str, name: str, begun: Row, lacking: dict[Any, None]) -> Row | None:
-    """A row of a function with what is begun, each further value the one that meets most of what lacks; None where there is none."""
-    if begun.setdefault("function", name) != name or not {*begun} <= {"function", *options(family, name)}:
+    """A row of a function with what is begun, each further value the one that meets most of
+    what lacks; None where there is none.
+    """
+    if begun.setdefault("function", name) != name or not {*begun} <= {
+        "function",
+        *options(family, name),
+    }:
         return None
     row = dict(begun)
     for option in sorted(options(family, name), key=lambda option: -len(VALUES[family][option])):
         if option in row:
             continue
-        values = [value for value in VALUES[family][option] if allowed(family, row | {option: value})]
+        values = [
+            value for value in VALUES[family][option] if allowed(family, row | {option: value})
+        ]
         if not values:
             return None
-        row[option] = max(values, key=lambda value: sum(_pair(other, (option, value), family) in lacking for other in row.items()))
+        row[option] = max(
+            values,
+            key=lambda value: sum(
+                _pair(other, (option, value), family) in lacking for other in row.items()
+            ),
+        )
     order = ["function", *options(family, name)]
     row = {option: row[option] for option in order}
     return row if allowed(family, row) else None
 
 
-def _pair(a: tuple[str, Any], b: tuple[str, Any], family: str) -> tuple[tuple[str, Any], tuple[str, Any]]:
+def _pair(
+    a: tuple[str, Any], b: tuple[str, Any], family: str
+) -> tuple[tuple[str, Any], tuple[str, Any]]:
     order = ["function", *VALUES[family]]
     return (a, b) if order.index(a[0]) < order.index(b[0]) else (b, a)
 
@@ -214,7 +294,15 @@ def _loss(row: Row) -> str:
         "probabilities": f"torch.zeros({n}, {c}, dtype=torch.{row['dtype']})",
         "values": f"torch.zeros({n}, {c}, dtype=torch.{row['dtype']})",
     }.get(row.get("labels", ""))
-    given = _given(row, "label_smoothing", "reduction", "task", "return_parts", "inplace_backward", "chunk_rows")
+    given = _given(
+        row,
+        "label_smoothing",
+        "reduction",
+        "task",
+        "return_parts",
+        "inplace_backward",
+        "chunk_rows",
+    )
     if name.startswith("linear"):
         tensors = [f"torch.zeros({m}, {n}, 2, {grad})", f"torch.zeros({c}, 2, {grad})"]
         tensors = [f"torch.zeros({n}, 2, {grad})", *tensors] if labels else tensors
@@ -233,11 +321,28 @@ def _loss(row: Row) -> str:
 
 def _selection(row: Row) -> str:
     name, dtype = row["function"], row["dtype"]
-    shape = f"torch.zeros(64, 48, dtype=torch.{dtype}){'.t()' if row['layout'] == 'strided' else ''}"
-    lines = [f"ps = [torch.nn.Parameter({shape}) for _ in range(2)]", "for p in ps: p.grad = torch.zeros_like(p)"]
-    given = _given(row, "normalization", "direction", "scope", "statistics", "rescale", "min_probability", "keep_probability", "target")
+    shape = (
+        f"torch.zeros(64, 48, dtype=torch.{dtype}){'.t()' if row['layout'] == 'strided' else ''}"
+    )
+    lines = [
+        f"ps = [torch.nn.Parameter({shape}) for _ in range(2)]",
+        "for p in ps: p.grad = torch.zeros_like(p)",
+    ]
+    given = _given(
+        row,
+        "normalization",
+        "direction",
+        "scope",
+        "statistics",
+        "rescale",
+        "min_probability",
+        "keep_probability",
+        "target",
+    )
     if name.startswith("Selective"):
-        given += ", " + _given(row, "amsgrad", "momentum", "nesterov", "maximize", "capturable", "fused")
+        given += ", " + _given(
+            row, "amsgrad", "momentum", "nesterov", "maximize", "capturable", "fused"
+        )
         given += f", state_dtype={'torch.bfloat16' if row['state_dtype'] else None}, seed=1"
         given += f", lr={'torch.tensor(0.1)' if row['lr'] == 'tensor' else 0.1}"
         if row.get("betas") == "tensors":
@@ -258,9 +363,16 @@ def _perturbation(row: Row) -> str:
     name = row["function"]
     shape = {"whole": "4, 8, 64", "parts": "2, 8, 5120", "odd": "2, 3, 5"}[row["size"]]
     tensor = f"torch.zeros({shape}, dtype=torch.{row['dtype']})"
-    draws = f", keep_probability={row['keep_probability']}, seed=1" if "keep_probability" in row else ""
+    draws = (
+        (f", keep_probability={row['keep_probability']}, seed=1")
+        if "keep_probability" in row
+        else ""
+    )
     if name == "perturbed_weights":
-        return f"ws = [{tensor}, {tensor}]\nwith uk.{name}(ws, 0.1, gradients=ws, per={row['per']!r}{draws}): pass"
+        return (
+            f"ws = [{tensor}, {tensor}]\nwith uk.{name}(ws, 0.1, gradients=ws, "
+            f"per={row['per']!r}{draws}): pass"
+        )
     given = _given(row, "norm", "per") + draws
     given += f", mask=torch.ones({shape.rpartition(',')[0]})" if row["mask"] else ""
     if name == "pgd_step":
@@ -275,7 +387,12 @@ def _dropout(row: Row) -> str:
     return "\n".join((*lines, "d(h).sum().backward(); d(h)" if row["backward"] else "d(h)"))
 
 
-CODE = {"losses": _loss, "selection": _selection, "perturbation": _perturbation, "dropout": _dropout}
+CODE = {
+    "losses": _loss,
+    "selection": _selection,
+    "perturbation": _perturbation,
+    "dropout": _dropout,
+}
 
 
 def statements() -> list[str]:
@@ -286,26 +403,55 @@ def statements() -> list[str]:
 
 def calls() -> tuple[str, ...]:
     """The statements' parts, each of one dtype."""
-    return tuple(dict.fromkeys(part for statement in statements() for part in statement.split("\n\n")))
+    return tuple(
+        dict.fromkeys(part for statement in statements() for part in statement.split("\n\n"))
+    )
 
 
 # ---- The whole product.
 
-# What changes a kernel's own code; the other options, which choose among kernels or give them a pointer, keep their first value.
+# What changes a kernel's own code; the other options, which choose among kernels or give them a
+# pointer, keep their first value.
 CROSSED: dict[str, tuple[str, ...]] = {
     "losses": ("passes", "classes", "layout", "labels", "label_smoothing", "reduction", "task"),
-    "selection": ("layout", "normalization", "scope", "statistics", "rescale", "keep_probability", "target", "saliency", "amsgrad",
-                  "momentum", "nesterov", "state_dtype"),
+    "selection": (
+        "layout",
+        "normalization",
+        "scope",
+        "statistics",
+        "rescale",
+        "keep_probability",
+        "target",
+        "saliency",
+        "amsgrad",
+        "momentum",
+        "nesterov",
+        "state_dtype",
+    ),
     "perturbation": ("norm", "per", "size", "mask", "keep_probability"),
     "dropout": ("num_features", "rows"),
-}  # fmt: skip
-WITHOUT_EFFECT: list[Row] = [{"keep_probability": 0.5, "normalization": name} for name in ("minmax", "range", "rank")]
+}
+WITHOUT_EFFECT: list[Row] = [
+    {"keep_probability": 0.5, "normalization": name} for name in ("minmax", "range", "rank")
+]
 
 
 def product(family: str, name: str, dtype: str) -> tuple[str, ...]:
-    """A function's calls with every combination of the values of its CROSSED options, in one dtype."""
+    """A function's calls with every combination of the values of its CROSSED options, in one
+    dtype.
+    """
     crossed = [option for option in options(family, name) if option in CROSSED[family]]
-    first = {option: VALUES[family][option][0] for option in options(family, name)} | {"function": name, "dtype": dtype}
-    every = (first | dict(zip(crossed, some, strict=True)) for some in itertools.product(*(VALUES[family][o] for o in crossed)))
+    first = {option: VALUES[family][option][0] for option in options(family, name)} | {
+        "function": name,
+        "dtype": dtype,
+    }
+    every = (
+        first | dict(zip(crossed, some, strict=True))
+        for some in itertools.product(*(VALUES[family][o] for o in crossed))
+    )
     possible = (row for row in every if allowed(family, row))
-    return tuple(CODE[family](row) for row in possible if not any(some.items() <= row.items() for some in WITHOUT_EFFECT))
+    return tuple(
+        CODE[family](row)
+        for row in possible
+        if not any(some.items() <= row.items() for some in WITHOUT_EFFECT)
+    )

@@ -19,7 +19,15 @@ def stepped(gradients, groups=None, **options):
     return params, optimizer
 
 
-@pytest.mark.parametrize("options", [{}, {"threshold": 0.1}, {"normalization": "rank", "direction": "salient"}, {"normalization": "range"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"threshold": 0.1},
+        {"normalization": "rank", "direction": "salient"},
+        {"normalization": "range"},
+    ],
+)
 def test_the_share_is_that_of_the_elements_that_moved(options):
     torch.manual_seed(0)
     params, optimizer = stepped([torch.randn(300), torch.randn(20, 30)], **options)
@@ -34,7 +42,11 @@ def test_the_share_is_that_of_the_elements_that_moved(options):
 
 
 def test_ranges_and_quantiles_by_hand():
-    _, optimizer = stepped([torch.tensor([0.0, 1.0, 2.0, 3.0, float("nan")])], normalization="constant", keep_probability=0.5)
+    _, optimizer = stepped(
+        [torch.tensor([0.0, 1.0, 2.0, 3.0, float("nan")])],
+        normalization="constant",
+        keep_probability=0.5,
+    )
     (found,) = uk.analysis.selection_report(optimizer).parameters
     assert (found.s_min, found.s_max, found.largest_inverse) == (0.0, 9.0, 2.0)
     assert found.s_quantiles[2] == 4.0
@@ -54,7 +66,10 @@ def test_a_global_scope_spans_the_parameters():
 def test_names_groups_and_parameters_without_a_gradient(tmp_path):
     params, optimizer = stepped(
         [torch.ones(3), torch.randn(40)],
-        groups=lambda params: [{"params": [("bias", params[0])]}, {"params": [("weight", params[1])], "normalization": "rank"}],
+        groups=lambda params: [
+            {"params": [("bias", params[0])]},
+            {"params": [("weight", params[1])], "normalization": "rank"},
+        ],
     )
     report = uk.analysis.selection_report(optimizer)
     assert [found.name for found in report.parameters] == ["bias", "weight"]
@@ -63,7 +78,9 @@ def test_names_groups_and_parameters_without_a_gradient(tmp_path):
     picture = uk.analysis.plot_selection_report(report, tmp_path / "selection.png")
     assert picture.read_bytes()[:4] == b"\x89PNG"
     params[0].grad = None
-    assert [found.name for found in uk.analysis.selection_report(optimizer).parameters] == ["weight"]
+    assert [found.name for found in uk.analysis.selection_report(optimizer).parameters] == [
+        "weight"
+    ]
 
 
 def test_other_optimizers_are_refused():
@@ -83,7 +100,9 @@ def test_linear_cka_of_what_is_known():
     rotation = torch.linalg.qr(torch.randn(7, 7, dtype=torch.float64)).Q
     assert uk.analysis.linear_cka(x, x) == pytest.approx(1)
     assert uk.analysis.linear_cka(x, 3 * x @ rotation + 5) == pytest.approx(1)
-    basis = torch.linalg.qr(torch.cat([torch.ones(200, 1, dtype=torch.float64), features(1, p=8)], 1)).Q[:, 1:]
+    basis = torch.linalg.qr(
+        torch.cat([torch.ones(200, 1, dtype=torch.float64), features(1, p=8)], 1)
+    ).Q[:, 1:]
     assert uk.analysis.linear_cka(basis[:, :4], basis[:, 4:]) == pytest.approx(0, abs=1e-12)
     # One shared direction of two: ||Y'X||^2 = 1 against sqrt(2) * sqrt(2).
     assert uk.analysis.linear_cka(basis[:, :2], basis[:, 1:3]) == pytest.approx(0.5)
@@ -91,14 +110,25 @@ def test_linear_cka_of_what_is_known():
 
 def encoder(seed=0):
     torch.manual_seed(seed)
-    blocks = [torch.nn.Sequential(torch.nn.Linear(5, 5), torch.nn.Tanh(), torch.nn.Dropout(0.5)) for _ in range(3)]
-    model = torch.nn.Sequential(torch.nn.Embedding(20, 5), *blocks, torch.nn.Flatten(), torch.nn.Linear(20, 2))
+    blocks = [
+        torch.nn.Sequential(torch.nn.Linear(5, 5), torch.nn.Tanh(), torch.nn.Dropout(0.5))
+        for _ in range(3)
+    ]
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(20, 5), *blocks, torch.nn.Flatten(), torch.nn.Linear(20, 2)
+    )
     return model
 
 
 def batches(count=4):
     generator = torch.Generator().manual_seed(9)
-    return [(torch.randint(0, 20, (16, 4), generator=generator), torch.randint(0, 2, (16,), generator=generator)) for _ in range(count)]
+    return [
+        (
+            torch.randint(0, 20, (16, 4), generator=generator),
+            torch.randint(0, 2, (16,), generator=generator),
+        )
+        for _ in range(count)
+    ]
 
 
 def unchanged(model):
@@ -117,7 +147,9 @@ def test_cka_of_a_model_with_itself_and_with_another(tmp_path):
     model, other = encoder(), encoder(1)
     before = unchanged(model)
     same = uk.analysis.cka(model, model, batches())
-    assert list(same) == [str(i) for i in range(6)] and all(value == pytest.approx(1) for value in same.values())
+    assert list(same) == [str(i) for i in range(6)] and all(
+        value == pytest.approx(1) for value in same.values()
+    )
     differ = uk.analysis.cka(model, other, batches(), layers=["1", "3"], pooling="first")
     assert list(differ) == ["1", "3"] and all(0 <= value < 0.9 for value in differ.values())
     assert unchanged(model) == before
@@ -130,27 +162,41 @@ def test_cka_of_a_model_with_itself_and_with_another(tmp_path):
 
 
 def test_cka_takes_a_convolutions_channels_as_features():
-    """Texts of other lengths in other batches, padding left out: rotated channels are the same features."""
+    """Texts of other lengths in other batches, padding left out: rotated channels are the same
+    features.
+    """
     torch.manual_seed(0)
     model = uk.models.TextCNN(30, 2, dimension=6, filters=5)
     turned = copy.deepcopy(model)
     rotation = torch.linalg.qr(torch.randn(5, 5)).Q
     with torch.no_grad():
-        turned.convolutions[1].weight.copy_(torch.einsum("oc,cid->oid", rotation, model.convolutions[1].weight))
+        turned.convolutions[1].weight.copy_(
+            torch.einsum("oc,cid->oid", rotation, model.convolutions[1].weight)
+        )
         turned.convolutions[1].bias.copy_(rotation @ model.convolutions[1].bias)
-    data = [({"ids": ids, "attention_mask": ids != 0}, None) for ids in (torch.randint(1, 30, (20, n)) for n in (6, 9))]
+    data = [
+        ({"ids": ids, "attention_mask": ids != 0}, None)
+        for ids in (torch.randint(1, 30, (20, n)) for n in (6, 9))
+    ]
     data[0][0]["ids"][:, 4:] = 0
-    assert uk.analysis.cka(model, turned, data, ["convolutions.1"])["convolutions.1"] == pytest.approx(1, abs=1e-5)
+    assert uk.analysis.cka(model, turned, data, ["convolutions.1"])[
+        "convolutions.1"
+    ] == pytest.approx(1, abs=1e-5)
 
 
 # Attacks
 
 
 def linear_model():
-    """Logits (x . w, 0) over an embedding of one token, so that margin and attack are known: |w| = 5."""
+    """Logits (x . w, 0) over an embedding of one token, so that margin and attack are known:
+    |w| = 5.
+    """
     model = torch.nn.Sequential(torch.nn.Embedding(8, 2), torch.nn.Flatten(), torch.nn.Linear(2, 2))
     with torch.no_grad():
-        model[0].weight.copy_(torch.tensor([[3.0, 4.0]]) / 5 * torch.linspace(0.05, 0.75, 8)[:, None])  # distance to the border
+        # distance to the border
+        model[0].weight.copy_(
+            torch.tensor([[3.0, 4.0]]) / 5 * torch.linspace(0.05, 0.75, 8)[:, None]
+        )
         model[2].weight.copy_(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
         model[2].bias.zero_()
     return model
@@ -161,8 +207,11 @@ def test_an_attack_reaches_as_far_as_epsilon(attack, restarts):
     model = linear_model()
     before = unchanged(model)
     data = [(torch.arange(8)[:, None], torch.zeros(8, dtype=torch.int64))]
-    found = uk.analysis.accuracy_under_attack(model, model[0], data, [0.1, 0.4, 1.0], attack, restarts=restarts)
-    assert [each.accuracy for each in found] == [1.0, 7 / 8, 4 / 8, 0.0]  # distances 0.05, 0.15, ... 0.75
+    found = uk.analysis.accuracy_under_attack(
+        model, model[0], data, [0.1, 0.4, 1.0], attack, restarts=restarts
+    )
+    # distances 0.05, 0.15, ... 0.75
+    assert [each.accuracy for each in found] == [1.0, 7 / 8, 4 / 8, 0.0]
     assert [each.epsilon for each in found] == [0.0, 0.1, 0.4, 1.0]
     assert found[2].drop == 0.5 and found[2].relative_drop == 0.5
     assert unchanged(model) == before
@@ -182,7 +231,10 @@ def test_a_relative_length_is_in_the_attacks_own_norm():
     longest = model[0].weight[[3, 7]].abs().amax(1)
     for norm, sizes in (("l2", model[0].weight[[3, 7]].norm(dim=1)), ("linf", longest)):
         found = uk.analysis.accuracy_under_attack(model, model[0], data, [0.1], norm=norm)
-        assert [each.relative for each in found] == [0.0, pytest.approx((0.1 / sizes).mean().item())]
+        assert [each.relative for each in found] == [
+            0.0,
+            pytest.approx((0.1 / sizes).mean().item()),
+        ]
 
 
 def test_padding_and_rows_that_do_not_count():
@@ -196,15 +248,24 @@ def test_padding_and_rows_that_do_not_count():
 
     torch.manual_seed(0)
     model, ids = Masked(), torch.randint(9, (6, 4))
-    mask, labels = (torch.arange(4) < torch.tensor([1, 2, 3, 4, 4, 2])[:, None]).long(), torch.arange(6) % 2
+    mask, labels = (
+        (torch.arange(4) < torch.tensor([1, 2, 3, 4, 4, 2])[:, None]).long(),
+        torch.arange(6) % 2,
+    )
     batch = {"ids": ids, "attention_mask": mask}
-    found = uk.analysis.accuracy_under_attack(model, model.embedding, [(batch, labels)], [0.1, 1.0], "pgd")
+    found = uk.analysis.accuracy_under_attack(
+        model, model.embedding, [(batch, labels)], [0.1, 1.0], "pgd"
+    )
     sizes = torch.stack([model.embedding(ids[i, : mask[i].sum()]).norm() for i in range(6)])
     assert found[1].relative == pytest.approx((0.1 / sizes).mean().item())
     longer = {"ids": torch.cat([ids, ids[:2]]), "attention_mask": torch.cat([mask, mask[:2]])}
     ignored = torch.cat([labels, torch.tensor([-100, -100])])
-    beside = uk.analysis.accuracy_under_attack(model, model.embedding, [(longer, ignored)], [0.1, 1.0], "pgd")
-    assert [(each.accuracy, each.relative, each.drop) for each in beside] == [(each.accuracy, each.relative, each.drop) for each in found]
+    beside = uk.analysis.accuracy_under_attack(
+        model, model.embedding, [(longer, ignored)], [0.1, 1.0], "pgd"
+    )
+    assert [(each.accuracy, each.relative, each.drop) for each in beside] == [
+        (each.accuracy, each.relative, each.drop) for each in found
+    ]
 
 
 def test_batches_that_cannot_be_attacked():
@@ -243,12 +304,19 @@ def test_fgms_first_order(tmp_path):
     model.eval()
     e = model[0](ids).detach().requires_grad_()
     (g,) = torch.autograd.grad(loss(model[1:](e), labels, reduction="sum"), e)
-    moved = loss(model[1:](e + uk.fgm_perturbation(g, 1e-4)), labels, reduction="none") - loss(model[1:](e), labels, reduction="none")
+    moved = loss(model[1:](e + uk.fgm_perturbation(g, 1e-4)), labels, reduction="none") - loss(
+        model[1:](e), labels, reduction="none"
+    )
     torch.testing.assert_close(moved, 1e-4 * g.flatten(1).norm(dim=1), rtol=1e-3, atol=1e-9)
     found = uk.analysis.accuracy_under_attack(model, model[0], data, attack="pgd", steps=3)
     assert [each.epsilon for each in found] == [0.0, 0.01, 0.25, 0.5]
     for drop in (False, True):
-        assert uk.analysis.plot_accuracy_under_attack({"net": found}, tmp_path / "attack.png", drop=drop).read_bytes()[:4] == b"\x89PNG"
+        assert (
+            uk.analysis.plot_accuracy_under_attack(
+                {"net": found}, tmp_path / "attack.png", drop=drop
+            ).read_bytes()[:4]
+            == b"\x89PNG"
+        )
     with pytest.raises(ValueError, match="attack='cw' is not one of its values"):
         uk.analysis.accuracy_under_attack(model, model[0], data, attack="cw")
 
@@ -269,7 +337,14 @@ class Bowl(torch.nn.Module):
 
 
 def symmetric(values, seed=0):
-    basis = torch.linalg.qr(torch.randn(len(values), len(values), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).Q
+    basis = torch.linalg.qr(
+        torch.randn(
+            len(values),
+            len(values),
+            generator=torch.Generator().manual_seed(seed),
+            dtype=torch.float64,
+        )
+    ).Q
     return basis @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ basis.T
 
 
@@ -277,7 +352,9 @@ def test_a_plane_through_a_bowl(tmp_path):
     model = Bowl(symmetric([1.0, 2.0, 5.0]))
     directions = [[torch.eye(3, dtype=torch.float64)[:, i : i + 1]] for i in (0, 1)]
     before = unchanged(model)
-    plane = uk.analysis.loss_plane(model, model.loss, directions=tuple(directions), span=2.0, points=5)
+    plane = uk.analysis.loss_plane(
+        model, model.loss, directions=tuple(directions), span=2.0, points=5
+    )
     assert unchanged(model) == before
     w = model.weight.detach()
     for i, a in enumerate(plane.a):
@@ -287,7 +364,12 @@ def test_a_plane_through_a_bowl(tmp_path):
     assert plane.values[2, 2].item() == pytest.approx(model.loss().item())
     for surface in (False, True):
         for planes in (plane, {"one": plane, "other": plane}):
-            assert uk.analysis.plot_loss_plane(planes, tmp_path / "plane.png", surface=surface).read_bytes()[:4] == b"\x89PNG"
+            assert (
+                uk.analysis.plot_loss_plane(
+                    planes, tmp_path / "plane.png", surface=surface
+                ).read_bytes()[:4]
+                == b"\x89PNG"
+            )
 
 
 def test_a_plane_under_autocast():
@@ -298,7 +380,11 @@ def test_a_plane_under_autocast():
     for cache in (True, False):
         with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=cache):
             before = model(x).detach()
-            planes.append(uk.analysis.loss_plane(model, lambda model: model(x).float().square().mean(), points=3).values)
+            planes.append(
+                uk.analysis.loss_plane(
+                    model, lambda model: model(x).float().square().mean(), points=3
+                ).values
+            )
             assert torch.equal(model(x), before)
     assert torch.equal(*planes) and planes[0].std() > 0
 
@@ -310,9 +396,13 @@ def test_directions_are_as_long_as_each_filter_and_spare_biases():
             if p.dim() == 1:
                 assert not d.any()
             else:
-                torch.testing.assert_close(d.flatten(1).norm(dim=1), p.detach().flatten(1).norm(dim=1))
+                torch.testing.assert_close(
+                    d.flatten(1).norm(dim=1), p.detach().flatten(1).norm(dim=1)
+                )
     twice = [uk.analysis.random_directions(model, seed=4)[0][0] for _ in range(2)]
-    assert torch.equal(*twice) and not torch.equal(twice[0], uk.analysis.random_directions(model, seed=5)[0][0])
+    assert torch.equal(*twice) and not torch.equal(
+        twice[0], uk.analysis.random_directions(model, seed=5)[0][0]
+    )
 
 
 def test_weights_come_back_when_a_loss_raises():
@@ -327,7 +417,9 @@ def test_weights_come_back_when_a_loss_raises():
     assert unchanged(model) == before
 
 
-@pytest.mark.parametrize("values", [[1.0, 2.0, 5.0], [-7.0, 1.0, 3.0], [-2.0, -1.0, -0.5], [0.0, 0.0, 0.0]])
+@pytest.mark.parametrize(
+    "values", [[1.0, 2.0, 5.0], [-7.0, 1.0, 3.0], [-2.0, -1.0, -0.5], [0.0, 0.0, 0.0]]
+)
 def test_largest_eigenvalue_and_trace(values):
     model = Bowl(symmetric(values))
     before = unchanged(model)
@@ -344,16 +436,22 @@ def test_largest_eigenvalue_and_trace(values):
 def test_the_eigenvalue_of_largest_magnitude_is_numpys():
     signs = set()
     for seed in range(50):
-        square = torch.randn(64, 64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        square = torch.randn(
+            64, 64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
         values = np.linalg.eigvalsh(((square + square.T) / 2).numpy())
         expected = values[np.abs(values).argmax()]
         signs.add(expected > 0)
         model = Bowl((square + square.T) / 2)
-        assert uk.analysis.largest_eigenvalue(model, model.loss) == pytest.approx(expected, abs=1e-3)
+        assert uk.analysis.largest_eigenvalue(model, model.loss) == pytest.approx(
+            expected, abs=1e-3
+        )
     assert signs == {True, False}
     for low, high, expected in ((-5.0, 5.0, 5.0), (-5.0001, 5.0, -5.0001), (-4.9999, 5.0, 5.0)):
         model = Bowl(symmetric([low, *torch.linspace(-4, 4, 30).tolist(), high]))
-        assert uk.analysis.largest_eigenvalue(model, model.loss) == pytest.approx(expected, abs=1e-6)
+        assert uk.analysis.largest_eigenvalue(model, model.loss) == pytest.approx(
+            expected, abs=1e-6
+        )
 
 
 def test_an_eigenvalue_that_has_not_converged_says_so():
@@ -363,34 +461,49 @@ def test_an_eigenvalue_that_has_not_converged_says_so():
     def loss(model):
         return (d * model.weight.square()).sum() / 2
 
-    with pytest.warns(UserWarning, match=r"has not converged in 100 iterations.*give more iterations, or a larger tolerance"):
+    with pytest.warns(
+        UserWarning,
+        match=r"has not converged in 100 iterations.*give more "
+        r"iterations, or a larger tolerance",
+    ):
         assert uk.analysis.largest_eigenvalue(model, loss) == pytest.approx(1.0, abs=1e-3)
     model = Bowl(symmetric([-3.0, *torch.linspace(0, 5, 30).tolist()]))
     with pytest.warns(UserWarning, match="has not converged in 2 iterations"):
         uk.analysis.largest_eigenvalue(model, model.loss, iterations=2)
     with pytest.warns(UserWarning, match="the Hessian is not finite"):
-        assert np.isnan(uk.analysis.largest_eigenvalue(model, lambda model: model.loss() * torch.nan))
+        assert np.isnan(
+            uk.analysis.largest_eigenvalue(model, lambda model: model.loss() * torch.nan)
+        )
     with pytest.raises(ValueError, match="which='size' is not one of its values"):
         uk.analysis.largest_eigenvalue(model, model.loss, which="size")
 
 
 def test_curvature_of_a_network_is_autograds():
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+    model = torch.nn.Sequential(
+        torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)
+    ).double()
     x, y = torch.randn(20, 3, dtype=torch.float64), torch.randint(0, 2, (20,))
     names, weights = zip(*[(name, p.detach()) for name, p in model.named_parameters()], strict=True)
     sizes = [w.numel() for w in weights]
 
     def of_vector(vector):
-        parts = {name: part.view_as(w) for name, part, w in zip(names, vector.split(sizes), weights, strict=True)}
+        parts = {
+            name: part.view_as(w)
+            for name, part, w in zip(names, vector.split(sizes), weights, strict=True)
+        }
         return torch.nn.functional.cross_entropy(torch.func.functional_call(model, parts, (x,)), y)
 
-    hessian = torch.autograd.functional.hessian(of_vector, torch.cat([w.flatten() for w in weights]))
+    hessian = torch.autograd.functional.hessian(
+        of_vector, torch.cat([w.flatten() for w in weights])
+    )
 
     def loss(model):
         return torch.nn.functional.cross_entropy(model(x), y)
 
-    found = uk.analysis.largest_eigenvalue(model, loss, tolerance=1e-10, seed=np.int64(1), which="algebraic")
+    found = uk.analysis.largest_eigenvalue(
+        model, loss, tolerance=1e-10, seed=np.int64(1), which="algebraic"
+    )
     assert found == pytest.approx(torch.linalg.eigvalsh(hessian)[-1].item(), rel=1e-9)
     trace, error = uk.analysis.hessian_trace(model, loss, samples=300)
     assert abs(trace - hessian.trace().item()) <= 5 * error
@@ -423,32 +536,49 @@ START = symmetric([0.1, 0.2, 0.9], seed=2)
 @pytest.mark.parametrize(("momentum", "keep"), [(0.0, 1.0), (0.9, 1.0), (0.0, 0.4)])
 @pytest.mark.parametrize("steps", [0, 1, 7, 100])
 def test_a_finite_covariance_is_the_recursions(momentum, keep, steps):
-    found = uk.analysis.sgd_covariance(H, C, 0.2, momentum=momentum, steps=steps, initial=START, keep_probability=keep)
-    torch.testing.assert_close(found, recursion(H, C, 0.2, steps, START, momentum, keep), rtol=1e-9, atol=1e-12)
+    found = uk.analysis.sgd_covariance(
+        H, C, 0.2, momentum=momentum, steps=steps, initial=START, keep_probability=keep
+    )
+    torch.testing.assert_close(
+        found, recursion(H, C, 0.2, steps, START, momentum, keep), rtol=1e-9, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(("momentum", "keep"), [(0.0, 1.0), (0.9, 1.0), (0.0, 0.4)])
 def test_a_stationary_covariance_stays(momentum, keep):
     found = uk.analysis.sgd_covariance(H, C, 0.2, momentum=momentum, keep_probability=keep)
-    torch.testing.assert_close(found, recursion(H, C, 0.2, 4000, START, momentum, keep), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(
+        found, recursion(H, C, 0.2, 4000, START, momentum, keep), rtol=1e-8, atol=1e-10
+    )
     if not momentum and keep == 1:
         assert (found @ H + H @ found - 0.2 * H @ found @ H - 0.2 * C).abs().max() < 1e-12
 
 
 def test_covariances_by_hand():
     one = torch.ones(1, 1)
-    assert uk.analysis.sgd_covariance(one, one, 0.5).item() == pytest.approx(0.5 / 1.5)  # eta*c / (h*(2 - eta*h))
-    assert uk.analysis.sgd_covariance(2 * one, one, 0.1, keep_probability=0.5).item() == pytest.approx(0.0625)  # METHODS 4, simulated
-    assert uk.analysis.sgd_covariance(one, one, 0.2, keep_probability=0.5 * 0.6).item() == pytest.approx(0.2 / 0.3 / (2 - 0.2 / 0.3))
+    # eta*c / (h*(2 - eta*h))
+    assert uk.analysis.sgd_covariance(one, one, 0.5).item() == pytest.approx(0.5 / 1.5)
+    # METHODS 4, simulated
+    assert uk.analysis.sgd_covariance(
+        2 * one, one, 0.1, keep_probability=0.5
+    ).item() == pytest.approx(0.0625)
+    assert uk.analysis.sgd_covariance(
+        one, one, 0.2, keep_probability=0.5 * 0.6
+    ).item() == pytest.approx(0.2 / 0.3 / (2 - 0.2 / 0.3))
     mu, eta = 0.9, 0.1
     by_hand = eta * (1 + mu) / ((1 - mu) * (2 * (1 + mu) - eta))
     assert uk.analysis.sgd_covariance(one, one, eta, momentum=mu).item() == pytest.approx(by_hand)
-    assert uk.analysis.sgd_covariance(0 * one, one, 0.1, steps=30).item() == pytest.approx(0.3)  # flat: t * eta^2 * c
-    drop = uk.analysis.sgd_covariance(one, one, 0.1, steps=5, initial=uk.analysis.sgd_covariance(one, one, 0.5)).item()
+    # flat: t * eta^2 * c
+    assert uk.analysis.sgd_covariance(0 * one, one, 0.1, steps=30).item() == pytest.approx(0.3)
+    drop = uk.analysis.sgd_covariance(
+        one, one, 0.1, steps=5, initial=uk.analysis.sgd_covariance(one, one, 0.5)
+    ).item()
     assert drop == pytest.approx(0.9**10 * 0.5 / 1.5 + (1 - 0.9**10) * 0.1 / 1.9)
     told = uk.analysis.sgd_diagnostic(H, uk.analysis.sgd_covariance(H, C, 0.2))
     c = torch.linalg.eigh(H).eigenvectors.T @ C @ torch.linalg.eigh(H).eigenvectors
-    assert told["excess_loss"] == pytest.approx((0.2 * c.diagonal() / (2 - 0.2 * torch.linalg.eigvalsh(H))).sum().item() / 2)
+    assert told["excess_loss"] == pytest.approx(
+        (0.2 * c.diagonal() / (2 - 0.2 * torch.linalg.eigvalsh(H))).sum().item() / 2
+    )
 
 
 def test_a_simulation_agrees_with_selective_sgd():
@@ -465,7 +595,11 @@ def test_a_simulation_agrees_with_selective_sgd():
 
 def test_what_has_no_stationary_covariance_is_refused():
     one = torch.ones(1, 1)
-    for arguments in ({"lr": 2.1}, {"lr": 4.0, "momentum": 0.9}, {"lr": 1.1, "keep_probability": 0.5}):
+    for arguments in (
+        {"lr": 2.1},
+        {"lr": 4.0, "momentum": 0.9},
+        {"lr": 1.1, "keep_probability": 0.5},
+    ):
         with pytest.raises(ValueError, match="stationary"):
             uk.analysis.sgd_covariance(one, one, **arguments)
     assert uk.analysis.sgd_covariance(one, one, 3.7, momentum=0.9).item() > 0
@@ -477,10 +611,17 @@ def test_what_has_no_stationary_covariance_is_refused():
 
 def test_pictures_of_a_covariance(tmp_path):
     closed = {name: {t: 0.1 * t for t in range(5)} for name in ("plain", "momentum")}
-    path = uk.analysis.plot_sgd_covariance(closed, {"plain": {2: 0.21}}, tmp_path / "covariance.png")
+    path = uk.analysis.plot_sgd_covariance(
+        closed, {"plain": {2: 0.21}}, tmp_path / "covariance.png"
+    )
     assert path.read_bytes()[:4] == b"\x89PNG"
-    epochs = [uk.analysis.sgd_diagnostic(H, uk.analysis.sgd_covariance(H, C, 0.2, steps=t)) for t in (1, 5)]
-    path = uk.analysis.plot_sgd_diagnostic({"plain": epochs, "other": [{"robust gap": 0.1}]}, tmp_path / "diagnostic.png")
+    epochs = [
+        uk.analysis.sgd_diagnostic(H, uk.analysis.sgd_covariance(H, C, 0.2, steps=t))
+        for t in (1, 5)
+    ]
+    path = uk.analysis.plot_sgd_diagnostic(
+        {"plain": epochs, "other": [{"robust gap": 0.1}]}, tmp_path / "diagnostic.png"
+    )
     assert path.read_bytes()[:4] == b"\x89PNG"
 
 
@@ -493,9 +634,16 @@ def test_calibration_by_hand(tmp_path):
     labels = torch.tensor([0, 1, 0, 0])
     # The bin of 0.9 is half right, that of 0.6 wholly: (0.4 + 0.4) / 2.
     assert uk.analysis.calibration_error(logits, labels, bins=10) == pytest.approx(0.4)
-    assert uk.analysis.calibration_error(1e3 * logits, torch.zeros(4, dtype=torch.int64)) == pytest.approx(0)
+    assert uk.analysis.calibration_error(
+        1e3 * logits, torch.zeros(4, dtype=torch.int64)
+    ) == pytest.approx(0)
     for given in (logits, {"one": logits, "other": 2 * logits}):
-        assert uk.analysis.plot_calibration(given, labels, tmp_path / "calibration.png").read_bytes()[:4] == b"\x89PNG"
+        assert (
+            uk.analysis.plot_calibration(given, labels, tmp_path / "calibration.png").read_bytes()[
+                :4
+            ]
+            == b"\x89PNG"
+        )
     with pytest.raises(ValueError, match=r"give \[N, C\] and \[N\]"):
         uk.analysis.calibration_error(logits, labels[:2])
 
@@ -505,10 +653,17 @@ def test_auroc_by_hand(tmp_path):
     assert auroc(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0])) == 1
     assert auroc(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])) == 0
     assert auroc(torch.tensor([1.0, 1.0]), torch.tensor([1.0])) == 0.5
-    assert auroc(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 3.0])) == pytest.approx((0 + 0 + 1 + 0.5) / 4)
+    assert auroc(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 3.0])) == pytest.approx(
+        (0 + 0 + 1 + 0.5) / 4
+    )
     logits = torch.tensor([[0.0, 9.0], [9.0, 0.0]])
     assert auroc(logits, torch.tensor([[0.0, 1.0]])) == 1
-    assert uk.analysis.plot_ood_auroc(logits, {"other": torch.zeros(3, 2)}, tmp_path / "ood.png").read_bytes()[:4] == b"\x89PNG"
+    assert (
+        uk.analysis.plot_ood_auroc(
+            logits, {"other": torch.zeros(3, 2)}, tmp_path / "ood.png"
+        ).read_bytes()[:4]
+        == b"\x89PNG"
+    )
 
 
 def test_conflict_by_hand(tmp_path):
@@ -516,18 +671,31 @@ def test_conflict_by_hand(tmp_path):
     x, y = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]])
     found = uk.analysis.gradient_conflict(model, model(x).sum(), model(y).sum())
     assert found.cosine == pytest.approx(0.5**0.5) and found.opposed == 0
-    found = uk.analysis.gradient_conflict(model, model(y).sum(), -model(torch.tensor([[2.0, -1.0]])).sum())
+    found = uk.analysis.gradient_conflict(
+        model, model(y).sum(), -model(torch.tensor([[2.0, -1.0]])).sum()
+    )
     assert found.cosine == pytest.approx(-1 / 10**0.5) and found.opposed == 0.5
     same = uk.analysis.gradient_conflict(model, [y], [torch.tensor([[-2.0, 1.0]])])
     assert same == found
-    assert uk.analysis.gradient_conflict(model, [y], [y]) == uk.analysis.Conflict(pytest.approx(1), 0)
+    assert uk.analysis.gradient_conflict(model, [y], [y]) == uk.analysis.Conflict(
+        pytest.approx(1), 0
+    )
     with pytest.raises(ValueError, match="2 gradients for 1 trainable parameters"):
         uk.analysis.gradient_conflict(model, [y, y], [y])
-    assert uk.analysis.plot_gradient_conflict({"both": [found, same]}, tmp_path / "conflict.png").read_bytes()[:4] == b"\x89PNG"
+    assert (
+        uk.analysis.plot_gradient_conflict(
+            {"both": [found, same]}, tmp_path / "conflict.png"
+        ).read_bytes()[:4]
+        == b"\x89PNG"
+    )
 
 
 NOT_NUMBERS = (None, "1", True, 1j, np.bool_(True), torch.tensor(1))
-TEXTS, WORDS, LABELS = torch.nn.Embedding(9, 4), torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, dtype=torch.long)
+TEXTS, WORDS, LABELS = (
+    torch.nn.Embedding(9, 4),
+    torch.zeros(2, 3, dtype=torch.long),
+    torch.zeros(2, dtype=torch.long),
+)
 
 
 def squares(model):
@@ -547,15 +715,31 @@ NUMBERS = {  # name: a call, its integers, its other numbers
         ["steps", "restarts", "seed"],
         ["epsilon"],
     ),
-    "eigenvalue": (lambda **o: uk.analysis.largest_eigenvalue(torch.nn.Linear(2, 1), squares, **o), ["iterations", "seed"], ["tolerance"]),
-    "trace": (lambda **o: uk.analysis.hessian_trace(torch.nn.Linear(2, 1), squares, **o), ["samples", "seed"], []),
-    "plane": (lambda **o: uk.analysis.loss_plane(torch.nn.Linear(2, 1), squares, **o), ["seed", "points"], ["span"]),
+    "eigenvalue": (
+        lambda **o: uk.analysis.largest_eigenvalue(torch.nn.Linear(2, 1), squares, **o),
+        ["iterations", "seed"],
+        ["tolerance"],
+    ),
+    "trace": (
+        lambda **o: uk.analysis.hessian_trace(torch.nn.Linear(2, 1), squares, **o),
+        ["samples", "seed"],
+        [],
+    ),
+    "plane": (
+        lambda **o: uk.analysis.loss_plane(torch.nn.Linear(2, 1), squares, **o),
+        ["seed", "points"],
+        ["span"],
+    ),
     "covariance": (
         lambda **o: uk.analysis.sgd_covariance(torch.eye(2), torch.eye(2), o.pop("lr", 0.1), **o),
         [],
         ["lr", "momentum", "keep_probability"],
     ),
-    "calibration": (lambda **o: uk.analysis.calibration_error(torch.eye(2), LABELS, **o), ["bins"], []),
+    "calibration": (
+        lambda **o: uk.analysis.calibration_error(torch.eye(2), LABELS, **o),
+        ["bins"],
+        [],
+    ),
     "corrupted": (lambda **o: uk.analysis.corrupted(["ab"], **o), ["seed"], ["rate"]),
 }
 
@@ -564,7 +748,10 @@ NUMBERS = {  # name: a call, its integers, its other numbers
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_are_taken_by_one_rule(name):
     call, integers, others = NUMBERS[name]
-    for option, good in [*((each, np.int64(2)) for each in integers), *((each, np.float32(0.5)) for each in others)]:
+    for option, good in [
+        *((each, np.int64(2)) for each in integers),
+        *((each, np.float32(0.5)) for each in others),
+    ]:
         call(**{option: good})
         for bad in NOT_NUMBERS:
             with pytest.raises(TypeError, match=f"^{option}="):

@@ -1,4 +1,6 @@
-"""Models that look words up time-first: every method gives what it gives for a twin that is batch-first."""
+"""Models that look words up time-first: every method gives what it gives for a twin that is
+batch-first.
+"""
 
 import copy
 import functools
@@ -15,7 +17,8 @@ WORDS, D, CLASSES = 20, 5, 3
 
 
 class Reader(nn.Module):
-    """Embedding, LSTM, LayerNorm, the mean over the real tokens, linear; `order` says where the words lie.
+    """Embedding, LSTM, LayerNorm, the mean over the real tokens, linear; `order` says where the
+    words lie.
 
     "batch"  ids [N, T], looked up as they are;  "time"  ids [T, N], looked up as they are
     "turned"  ids [N, T], looked up as [T, N], as XLNet does
@@ -58,7 +61,13 @@ def gradients(model):
 def assert_alike(actual, expected):
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(actual[name], value, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            actual[name],
+            value,
+            rtol=1e-9,
+            atol=1e-12,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 def asked(order, n, length):
@@ -75,15 +84,39 @@ SHAPES = [(5, 5), (4, 6)]
 @pytest.mark.parametrize("name", uk.recipes.NAMES)
 def test_recipes(name, order, n, length, mask):
     results = []
-    more = {"seed": 0} if name in ("uegr", "r_at_su") else {"steps": 2} if name in ("pgd", "arat", "awp") else {}
-    more |= {"random_start": True} if name == "pgd" else {"persistent": True} if name == "free_at" else {}
+    more = (
+        {"seed": 0}
+        if name in ("uegr", "r_at_su")
+        else {"steps": 2}
+        if name in ("pgd", "arat", "awp")
+        else {}
+    )
+    more |= (
+        {"random_start": True}
+        if name == "pgd"
+        else {"persistent": True}
+        if name == "free_at"
+        else {}
+    )
     for kind in ("batch", order):
         model = reader(kind)
         options = more | asked(kind, n, length)
-        recipe = getattr(uk.recipes, name)(model, model.embedding, torch.optim.SGD(model.parameters(), lr=0.1), **options)
+        recipe = getattr(uk.recipes, name)(
+            model, model.embedding, torch.optim.SGD(model.parameters(), lr=0.1), **options
+        )
         torch.manual_seed(1)
         losses = [recipe.backward(*batch(n, length, mask, kind)) for _ in range(2)]
-        results.append(({f"{i} {key}": value for i, each in enumerate(losses) for key, value in each.items()}, gradients(model), model))
+        results.append(
+            (
+                {
+                    f"{i} {key}": value
+                    for i, each in enumerate(losses)
+                    for key, value in each.items()
+                },
+                gradients(model),
+                model,
+            )
+        )
     (losses, grads, model), (losses_turned, grads_turned, turned) = results
     assert_alike(losses_turned, losses)
     if name == "free_at":
@@ -95,15 +128,27 @@ def test_recipes(name, order, n, length, mask):
 @pytest.mark.parametrize("mask", [False, True], ids=["plain", "mask"])
 @pytest.mark.parametrize("n, length", SHAPES)
 @pytest.mark.parametrize("order", ["time", "turned"])
-@pytest.mark.parametrize("options", [{}, {"passes_at_once": 1}, {"per": "token"}, {"relative": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"passes_at_once": 1}, {"per": "token"}, {"relative": True}], ids=str
+)
 @pytest.mark.parametrize("form", ["backward", "loss"])
 def test_bi_stage(form, options, order, n, length, mask):
     results = []
     for kind in ("batch", order):
         model = reader(kind)
-        stage = uk.BiStage(model, model.embedding, passes=3, js_weight=1.0, epsilon=0.5, **options, **asked(kind, n, length))
+        stage = uk.BiStage(
+            model,
+            model.embedding,
+            passes=3,
+            js_weight=1.0,
+            epsilon=0.5,
+            **options,
+            **asked(kind, n, length),
+        )
         inputs, labels = batch(n, length, mask, kind)
-        stage.backward(inputs, labels) if form == "backward" else stage.loss(inputs, labels).backward()
+        stage.backward(inputs, labels) if form == "backward" else stage.loss(
+            inputs, labels
+        ).backward()
         results.append(gradients(model))
     assert_alike(*results)
 
@@ -111,14 +156,18 @@ def test_bi_stage(form, options, order, n, length, mask):
 @pytest.mark.parametrize("mask", [False, True], ids=["plain", "mask"])
 @pytest.mark.parametrize("n, length", SHAPES)
 @pytest.mark.parametrize("order", ["time", "turned"])
-@pytest.mark.parametrize("options", [{}, {"attack": "pgd", "steps": 2, "restarts": 2}, {"relative": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"attack": "pgd", "steps": 2, "restarts": 2}, {"relative": True}], ids=str
+)
 def test_accuracy_under_attack(options, order, n, length, mask):
     found = []
     for kind in ("batch", order):
         model = reader(kind)
         options = options | asked(kind, n, length)
         batches = [batch(n, length, mask, kind)]
-        attacked = uk.analysis.accuracy_under_attack(model, model.embedding, batches, (0.3, 1.0, 3.0), **options)
+        attacked = uk.analysis.accuracy_under_attack(
+            model, model.embedding, batches, (0.3, 1.0, 3.0), **options
+        )
         found.append([number for each in attacked for number in (each.relative, each.accuracy)])
     assert found[0] == pytest.approx(found[1])
     assert found[0][-1] < found[0][1]  # the strongest attack has an effect
@@ -128,7 +177,14 @@ def xlnet():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.XLNetConfig(
-        vocab_size=WORDS, d_model=8, n_layer=1, n_head=2, d_inner=8, dropout=0.0, summary_last_dropout=0.0, num_labels=CLASSES
+        vocab_size=WORDS,
+        d_model=8,
+        n_layer=1,
+        n_head=2,
+        d_inner=8,
+        dropout=0.0,
+        summary_last_dropout=0.0,
+        num_labels=CLASSES,
     )
     return transformers.XLNetForSequenceClassification(config).double()
 
@@ -137,10 +193,16 @@ def xlnet():
 @pytest.mark.parametrize("n, length", SHAPES)
 @pytest.mark.parametrize("form", ["backward", "loss"])
 def test_xlnet_by_hand(form, n, length, mask):
-    """Algorithm 1 in torch's words: the words' vectors are handed to the model, whose look-up plays no part."""
+    """Algorithm 1 in torch's words: the words' vectors are handed to the model, whose look-up
+    plays no part.
+    """
     model = xlnet()
     ids, labels = batch(n, length, False, "turned")
-    real = (torch.arange(length) >= torch.arange(n)[:, None]).long() if mask else torch.ones(n, length, dtype=torch.long)
+    real = (
+        (torch.arange(length) >= torch.arange(n)[:, None]).long()
+        if mask
+        else torch.ones(n, length, dtype=torch.long)
+    )
     twin, table = copy.deepcopy(model), model.get_input_embeddings()
     run = functools.partial(twin, attention_mask=real)
     x = twin.get_input_embeddings()(ids)
@@ -149,7 +211,8 @@ def test_xlnet_by_hand(form, n, length, mask):
     clean_loss.backward(retain_graph=True)
     g = x.grad * real[..., None]
     delta = 0.5 * F.normalize(g.flatten(1), dim=1).view_as(g)
-    adversarial_loss = F.cross_entropy(run(inputs_embeds=x + delta).logits, labels)  # the same in both passes: there is no dropout
+    # the same in both passes: there is no dropout
+    adversarial_loss = F.cross_entropy(run(inputs_embeds=x + delta).logits, labels)
     adversarial_loss.backward()
 
     inputs = {"input_ids": ids} | ({"attention_mask": real} if mask else {})
@@ -157,16 +220,22 @@ def test_xlnet_by_hand(form, n, length, mask):
     loss = stage.backward(inputs, labels).loss if form == "backward" else stage.loss(inputs, labels)
     if form == "loss":
         loss.backward()
-    torch.testing.assert_close(loss.detach(), (clean_loss + adversarial_loss).detach(), rtol=1e-9, atol=0)
-    assert_alike({name: p.grad for name, p in model.named_parameters() if p.grad is not None},
-                 {name: p.grad for name, p in twin.named_parameters() if p.grad is not None})  # fmt: skip
+    torch.testing.assert_close(
+        loss.detach(), (clean_loss + adversarial_loss).detach(), rtol=1e-9, atol=0
+    )
+    assert_alike(
+        {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
+        {name: p.grad for name, p in twin.named_parameters() if p.grad is not None},
+    )
 
 
 # What the axis is found by
 
 
 class Handled(Reader):
-    """Looks up what it has computed of the words, so that nobody can tell how they lie where there are as many as texts."""
+    """Looks up what it has computed of the words, so that nobody can tell how they lie where
+    there are as many as texts.
+    """
 
     def forward(self, ids, attention_mask=None):
         return super().forward(ids.flip(1), attention_mask)
@@ -176,13 +245,20 @@ def test_where_nothing_tells_the_option_is_asked_for():
     for order, axis in (("batch", 0), ("turned", 1)):
         torch.manual_seed(0)
         model = Handled(order).double()
-        for run in (uk.BiStage(model, model.embedding).backward, uk.recipes.free_lb(model, model.embedding).backward):
+        for run in (
+            uk.BiStage(model, model.embedding).backward,
+            uk.recipes.free_lb(model, model.embedding).backward,
+        ):
             with pytest.raises(ValueError, match=r"pass batch_axis=0, or batch_axis=1"):
                 run(*batch(5, 5, True, order))
             assert all(p.grad is None for p in model.parameters())
         with pytest.raises(ValueError, match="batch_axis"):
             uk.analysis.accuracy_under_attack(model, model.embedding, [batch(5, 5, True, order)])
-        told = uk.BiStage(model, model.embedding, batch_axis=axis).backward(*batch(5, 5, True, order)).loss
+        told = (
+            uk.BiStage(model, model.embedding, batch_axis=axis)
+            .backward(*batch(5, 5, True, order))
+            .loss
+        )
         stage = uk.BiStage(model, model.embedding)
         stage.backward(*batch(4, 6, True, order))  # leaves no doubt, and so none after it
         assert torch.equal(stage.backward(*batch(5, 5, True, order)).loss, told)
@@ -212,13 +288,21 @@ def test_words_given_time_first_are_known_from_an_earlier_batch():
     stage = uk.BiStage(model, model.embedding)
     stage.backward(*batch(4, 6, False, "time"))
     found = stage.backward(*batch(5, 5, False, "time")).loss
-    torch.testing.assert_close(found, uk.BiStage(twin, twin.embedding).backward(*batch(5, 5, False, "batch")).loss)
+    torch.testing.assert_close(
+        found, uk.BiStage(twin, twin.embedding).backward(*batch(5, 5, False, "batch")).loss
+    )
 
 
 @pytest.mark.parametrize(
     "options, inputs, rows, text",
     [
-        ({"batch_axis": 1}, (4, 6), 4, r"output is \[4, 6, 5\] and the labels are for 4 rows, which axis batch_axis=1 is not"),
+        (
+            {"batch_axis": 1},
+            (4, 6),
+            4,
+            r"output is \[4, 6, 5\] and the labels are for 4 rows, "
+            r"which axis batch_axis=1 is not",
+        ),
         ({}, (4, 6), 5, "the model gave 4 rows of logits for 5 labels"),
     ],
 )
@@ -226,27 +310,41 @@ def test_axes_and_labels_that_do_not_fit(options, inputs, rows, text):
     model = reader("batch")
     ids = batch(*inputs, False, "batch")[0]
     with pytest.raises(ValueError, match=text):
-        uk.BiStage(model, model.embedding, **options).backward(ids, torch.zeros(rows, dtype=torch.long))
+        uk.BiStage(model, model.embedding, **options).backward(
+            ids, torch.zeros(rows, dtype=torch.long)
+        )
     with pytest.raises(ValueError, match="labels are for 5 rows"):
-        uk.recipes.free_lb(model, model.embedding, **options).backward(ids, torch.zeros(5, dtype=torch.long))
+        uk.recipes.free_lb(model, model.embedding, **options).backward(
+            ids, torch.zeros(5, dtype=torch.long)
+        )
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("value, error", [(2, ValueError), (-1, ValueError), (True, TypeError), ("time", TypeError), (1.0, TypeError)])
+@pytest.mark.parametrize(
+    "value, error",
+    [(2, ValueError), (-1, ValueError), (True, TypeError), ("time", TypeError), (1.0, TypeError)],
+)
 def test_wrong_values(value, error):
     model = reader("batch")
     for build in (uk.BiStage, *(getattr(uk.recipes, name) for name in uk.recipes.NAMES)):
         with pytest.raises(error, match=f"batch_axis={value!r}"):
             build(model, model.embedding, batch_axis=value)
     with pytest.raises(error, match=f"batch_axis={value!r}"):
-        uk.analysis.accuracy_under_attack(model, model.embedding, [batch(4, 6, False, "batch")], batch_axis=value)
+        uk.analysis.accuracy_under_attack(
+            model, model.embedding, [batch(4, 6, False, "batch")], batch_axis=value
+        )
     assert not model.embedding._forward_hooks
 
 
 @pytest.mark.parametrize("axis", [numpy.int64(1), numpy.int8(1)], ids=repr)
 def test_numpys_integers(axis):
     model = reader("turned")
-    losses = [uk.recipes.at(model, model.embedding, batch_axis=value).backward(*batch(5, 5, True, "turned")) for value in (axis, 1)]
+    losses = [
+        uk.recipes.at(model, model.embedding, batch_axis=value).backward(
+            *batch(5, 5, True, "turned")
+        )
+        for value in (axis, 1)
+    ]
     assert losses[0] == losses[1]
     assert "batch_axis=1," in repr(uk.BiStage(model, model.embedding, batch_axis=axis))
 
@@ -285,7 +383,10 @@ def test_images_with_as_many_channels_as_there_are():
     model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten(), nn.Linear(36, CLASSES)).double()
     x, labels = torch.rand(3, 3, 4, 4, dtype=torch.float64), torch.arange(3)
     together = uk.recipes.at(model, None, epsilon=2.0).backward(x, labels)["loss"]
-    alone = [uk.recipes.at(model, None, epsilon=2.0).backward(x[i : i + 1], labels[i : i + 1])["loss"] for i in range(3)]
+    alone = [
+        uk.recipes.at(model, None, epsilon=2.0).backward(x[i : i + 1], labels[i : i + 1])["loss"]
+        for i in range(3)
+    ]
     torch.testing.assert_close(together, torch.stack(alone).mean())
     stage = uk.BiStage(model, None, epsilon=2.0)
     torch.testing.assert_close(stage.backward(x, labels).loss, together)
@@ -307,5 +408,7 @@ def test_other_inputs_of_time_first_models_are_repeated_along_their_own_axis():
         model.zero_grad()
         stage = uk.BiStage(model, model.embedding, passes_at_once=at_once)
         stage.backward((ids, start, lengths, torch.ones(2, 2)), labels)
-        results.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        results.append(
+            {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        )
     assert_alike(*results)

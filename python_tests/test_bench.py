@@ -16,19 +16,32 @@ README = harness.ROOT / "bench" / "README.md"
 
 def documented() -> dict[str, str]:
     """The keys in bench/README.md's table, and where they are found."""
-    rows = re.findall(r"^\| (`[^|]+) \| ([^|]+) \|", README.read_text().split("| key |")[1].split("\n\n")[0], re.MULTILINE)
+    rows = re.findall(
+        r"^\| (`[^|]+) \| ([^|]+) "
+        r"\|",
+        README.read_text().split("| key |")[1].split("\n\n")[0],
+        re.MULTILINE,
+    )
     return {key: where for keys, where in rows for key in re.findall(r"`([^`]+)`", keys)}
 
 
 def unlike_documented(line: dict, known: dict[str, str], needed: tuple[str, ...]) -> list[str]:
     """Keys that bench/README.md does not have, and those that it promises and the line lacks."""
     wrong = [f"{key} is not documented" for key in line if key not in known]
-    wrong += [f"{key} is missing" for key, where in known.items() if where in needed and key[0] != "." and key not in line]
+    wrong += [
+        f"{key} is missing"
+        for key, where in known.items()
+        if where in needed and key[0] != "." and key not in line
+    ]
     for one in line.get("contestants", []):
         wrong += [f".{key} is not documented" for key in one if f".{key}" not in known]
         parts = ("all", "those not run") if "missing" in one else ("all", "the rest")
         for key, where in known.items():
-            if key[0] == "." and (where == "all" or (where in parts and where in needed)) and key[1:] not in one:
+            if (
+                key[0] == "."
+                and (where == "all" or (where in parts and where in needed))
+                and key[1:] not in one
+            ):
                 wrong.append(f"{key} is missing of {one['name']}")
     return wrong
 
@@ -62,14 +75,20 @@ def test_without_arguments_the_suites_are_listed(capsys):
 def test_a_suite_writes_json_as_documented_and_a_table(tmp_path, monkeypatch, capsys, suite):
     if suite == "host":
         pytest.importorskip("triton", exc_type=ImportError)
-    monkeypatch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "1"))  # the host's suite sets it
+    # the host's suite sets it
+    monkeypatch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "1"))
     only, without = QUICK[suite]
-    assert ran(suite, "--quick", "--output", str(tmp_path), "--only", only, "--without", without) == 0
+    assert (
+        ran(suite, "--quick", "--output", str(tmp_path), "--only", only, "--without", without) == 0
+    )
     printed = capsys.readouterr().out
     lines = harness.read(tmp_path / f"{suite}-cpu.jsonl")
     assert lines
     for line in lines:
-        assert unlike_documented(line, documented(), ("all", "measured", "the rest", "those not run")) == []
+        assert (
+            unlike_documented(line, documented(), ("all", "measured", "the rest", "those not run"))
+            == []
+        )
         assert line["suite"] == suite and line["device"] == "cpu" and only in line["case"]
         ours = line["contestants"][0]
         assert ours["name"] == "uegr_kernels" and ours["launches"] >= 1 and ours["samples"] >= 2
@@ -97,7 +116,11 @@ def test_wrong_arguments_are_said(tmp_path, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_that_is_not_there_is_said(tmp_path, capsys):
     assert ran("selective", "--quick", "--device", "cuda", "--output", str(tmp_path / "new")) == 2
-    assert re.search(r"--device cuda needs a GPU: .*; .*; or use --device cpu", capsys.readouterr().err)
+    assert re.search(
+        r"--device cuda needs a GPU: .*; .*; or use --device "
+        r"cpu",
+        capsys.readouterr().err,
+    )
     assert not (tmp_path / "new").exists()
 
 
@@ -119,7 +142,13 @@ def some_case(**changes) -> harness.Case:
             harness.Contestant("absent", None, missing="it is not installed"),
         ]
 
-    facts = {"case": "some", "facts": {}, "memory": 8000, "verify": lambda: None, "contestants": contestants}
+    facts = {
+        "case": "some",
+        "facts": {},
+        "memory": 8000,
+        "verify": lambda: None,
+        "contestants": contestants,
+    }
     facts["name"] = facts.pop("case")
     return harness.Case(**(facts | changes))
 
@@ -132,7 +161,8 @@ def test_peers_that_cannot_run_are_named_with_the_reason():
     line = measured(some_case())
     found = {one["name"]: one for one in line["contestants"]}
     assert found["uegr_kernels"]["launches"] == 1 and found["slow"]["launches"] == 2
-    assert found["uegr_kernels"]["samples"] == 3 and found["slow"]["samples"] == 1  # beside "slow" once, then alone
+    # beside "slow" once, then alone
+    assert found["uegr_kernels"]["samples"] == 3 and found["slow"]["samples"] == 1
     assert found["fails"] == {"name": "fails", "missing": "RuntimeError: needs a GPU"}
     assert found["absent"] == {"name": "absent", "missing": "it is not installed"}
     assert found["large"]["missing"].startswith("takes 1000000000.0 GB beside the tensors")
@@ -144,14 +174,20 @@ def test_peers_that_cannot_run_are_named_with_the_reason():
 
 def test_a_case_too_large_is_listed_with_its_size():
     line = measured(some_case(memory=10**15))
-    assert line["skipped"] == "needs 1000000.0 GB, more than 80% of what is free" and "contestants" not in line
+    assert (
+        line["skipped"] == ("needs 1000000.0 GB, more than 80% of what is free")
+        and "contestants" not in line
+    )
     assert "skipped: needs 1000000.0 GB" in tables.table([line])
     assert "some (needs 1000000.0 GB" in tables.missing([line])
 
 
 def test_a_case_that_is_wrong_has_no_figures():
     line = measured(some_case(verify=lambda: "3 of 4 elements"))
-    assert line["error"] == "ours and the reference disagree: 3 of 4 elements" and "contestants" not in line
+    assert (
+        line["error"] == ("ours and the reference disagree: 3 of 4 elements")
+        and "contestants" not in line
+    )
     assert "3 of 4 elements" in tables.table([line])
 
 
@@ -186,7 +222,11 @@ def test_models_have_their_published_sizes():
 
 def test_every_suite_says_what_it_would_time():
     """Their full cases are built without their tensors."""
-    found = {name: bench.importlib.import_module(f"bench.bench_{name}").cases(False, "cpu") for name in QUICK if name != "host"}
+    found = {
+        name: bench.importlib.import_module(f"bench.bench_{name}").cases(False, "cpu")
+        for name in QUICK
+        if name != "host"
+    }
     for suite, cases in found.items():
         assert len({case.name for case in cases}) == len(cases), suite
         for case in cases:
@@ -195,11 +235,17 @@ def test_every_suite_says_what_it_would_time():
     for name in (*shapes.MODELS, "10,000 tensors of 64"):
         assert f"{name}: defaults (min-max)" in selective
     assert selective["7 B decoder: defaults (min-max)"].memory == 16 * 6_738_415_616
-    losses = {(case.facts["m"], case.facts["C"]) for case in found["divergence"] if case.name.startswith("UEGR")}
+    losses = {
+        (case.facts["m"], case.facts["C"])
+        for case in found["divergence"]
+        if case.name.startswith("UEGR")
+    }
     assert losses == {(m, c) for m in (2, 3, 4, 5) for c in (2, 1_000, 32_000, 128_256)}
     for suite in ("selective", "divergence", "perturbation", "dropout"):
         assert {case.facts["dtype"] for case in found[suite]} == {"float32", "bfloat16"}
-    assert {case.facts["elements"] for case in found["scaling"] if case.facts["axis"] == "one tensor"} == set(shapes.SIZES)
+    assert {
+        case.facts["elements"] for case in found["scaling"] if case.facts["axis"] == "one tensor"
+    } == set(shapes.SIZES)
 
 
 def test_the_step_in_five_passes_leaves_gradients_alone():
@@ -208,7 +254,9 @@ def test_the_step_in_five_passes_leaves_gradients_alone():
     for p in params:
         p.grad = torch.linspace(0, 1, p.numel()).view(p.shape)
     kept = [p.grad.clone() for p in params]
-    step = peers.five_passes(params, lambda twins: torch.optim.AdamW(twins, 1.0), ranked=True, salient=True)
+    step = peers.five_passes(
+        params, lambda twins: torch.optim.AdamW(twins, 1.0), ranked=True, salient=True
+    )
     step()
     assert all(torch.equal(p.grad, grad) for p, grad in zip(params, kept, strict=True))
     assert 0.1 < (params[0] != 0).float().mean() < 0.4  # about 1 - threshold of them are selected
@@ -227,12 +275,16 @@ def test_the_readmes_agree_with_the_results(capsys):
 
 def test_a_block_is_replaced_and_nothing_else(tmp_path, capsys):
     file = tmp_path / "README.md"
-    file.write_text("before\n<!-- some: generated by python -m bench readme -->\nold\n<!-- end of some -->\nafter\n")
+    file.write_text(
+        "before\n<!-- some: generated by python -m bench readme -->\nold\n<!-- end of "
+        "some -->\nafter\n"
+    )
     block = readme.Block(file, "some", lambda: "a \\1 table")
     assert readme.update(True, [block]) == 1 and "old" in file.read_text()
     assert readme.update(False, [block]) == 0
     assert file.read_text() == (
-        "before\n<!-- some: generated by python -m bench readme -->\n\na \\1 table\n\n<!-- end of some -->\nafter\n"
+        "before\n<!-- some: generated by python -m bench readme -->\n\na \\1 table\n\n<!-- end of "
+        "some -->\nafter\n"
     )
     assert readme.update(True, [block]) == 0
     assert readme.update(False, [readme.Block(file, "other", lambda: "")]) == 1
@@ -241,7 +293,12 @@ def test_a_block_is_replaced_and_nothing_else(tmp_path, capsys):
 
 def test_committed_results_have_documented_keys():
     known = documented()
-    lines = [(path, line) for path in readme.RESULTS.glob("*-*.jsonl") for line in harness.read(path) if "suite" in line]
+    lines = [
+        (path, line)
+        for path in readme.RESULTS.glob("*-*.jsonl")
+        for line in harness.read(path)
+        if "suite" in line
+    ]
     for path, line in lines:
         assert unlike_documented(line, known, ("all",)) == [], f"{path.name}: {line['case']}"
         assert line["suite"] in bench.SUITES and not line["quick"]
@@ -268,7 +325,8 @@ def test_the_model_of_sharded_training_is_arithmetic(capsys):
     assert math.isclose(sharded_model.collective_seconds(given), 6e-3 + 1.6e-3)
     assert sharded_model.passes_seconds(given, 3) == 4.5
     arguments = (
-        "--parameters 1e9 --gpus 8 --tensors 1e6 --tokens 1e6 --memory-bandwidth 1e12 --network-bandwidth 1e10 --latency 1e-3 --peak 1e15"
+        "--parameters 1e9 --gpus 8 --tensors 1e6 --tokens 1e6 --memory-bandwidth 1e12 "
+        "--network-bandwidth 1e10 --latency 1e-3 --peak 1e15"
     )
     assert bench.main(["sharded", *arguments.split(), "--utilization", "0.5"]) == 0
     printed = capsys.readouterr().out

@@ -1,4 +1,6 @@
-"""`python -m bench.gpu` without a GPU: the runner on stand-in stages, its plan, and every case at a small size on the CPU."""
+"""`python -m bench.gpu` without a GPU: the runner on stand-in stages, its plan, and every case
+at a small size on the CPU.
+"""
 
 import ctypes
 import importlib.metadata
@@ -29,7 +31,10 @@ HERE = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 def stand_in(name: str, lines: str, limit: float = 30.0, **more) -> Stage:
     """A stage that runs a few lines of Python; `say` is what a stage answers by."""
-    start = f"import sys, os, time, signal, subprocess\nsys.path.insert(0, {str(ROOT)!r})\nfrom bench.gpu_runner import answer as say\n"
+    start = (
+        f"import sys, os, time, signal, subprocess\nsys.path.insert(0, {str(ROOT)!r})\nfrom "
+        "bench.gpu_runner import answer as say\n"
+    )
     return Stage(name, (sys.executable, "-c", start + textwrap.dedent(lines)), limit, **more)
 
 
@@ -66,22 +71,39 @@ def test_a_stage_that_ends_badly_costs_the_others_nothing(tmp_path):
         "good": GOOD,
         "failed": "say({'half': 1}); print('the reason'); sys.exit(3)",
         "crashed": "say({'said': 'before'}); os.kill(os.getpid(), signal.SIGSEGV)",
-        "cut": "say({'said': 'whole'}); open(os.environ['UEGR_GPU_ANSWER'], 'a').write('{\"said\": ')",
+        "cut": "say({'said': 'whole'}); open(os.environ['UEGR_GPU_ANSWER'], 'a').write('{\"said\": "
+        "')",
         "silent": "pass",
         "list": "open(os.environ['UEGR_GPU_ANSWER'], 'a').write('[1, 2]\\n3\\n')",
         "last": GOOD,
     }
-    lines, stop = ran(tmp_path / "new", *(alone(stand_in(name, program)) for name, program in stages.items()))
+    lines, stop = ran(
+        tmp_path / "new", *(alone(stand_in(name, program)) for name, program in stages.items())
+    )
     assert stop is None and list(lines) == list(stages)
     assert [lines[name]["status"] for name in ("good", "last")] == ["passed", "passed"]
     of_the_run = {key: lines["failed"].pop(key) for key in ("run", "seconds")}
     assert 0 < of_the_run["seconds"] < 30
-    expected = {"stage": "failed", "status": "failed", "limit": 30.0, "exit": 3, "message": "the reason", "result": {"half": 1}}
+    expected = {
+        "stage": "failed",
+        "status": "failed",
+        "limit": 30.0,
+        "exit": 3,
+        "message": "the reason",
+        "result": {"half": 1},
+    }
     assert lines["failed"] == expected
     assert lines["crashed"]["status"] == "crashed" and "SIGSEGV" in lines["crashed"]["message"]
     assert lines["crashed"]["result"] == {"said": "before"}
-    assert lines["cut"]["status"] == "failed" and "cut off" in lines["cut"]["message"] and lines["cut"]["result"] == {"said": "whole"}
-    assert lines["silent"]["status"] == "failed" and lines["silent"]["message"] == "it ended without an answer"
+    assert (
+        lines["cut"]["status"] == "failed"
+        and "cut off" in lines["cut"]["message"]
+        and lines["cut"]["result"] == {"said": "whole"}
+    )
+    assert (
+        lines["silent"]["status"] == "failed"
+        and lines["silent"]["message"] == "it ended without an answer"
+    )
     assert lines["list"]["status"] == "failed" and "cut off" in lines["list"]["message"]
     with tarfile.open(tmp_path / "new" / "logs.tar.gz") as archive:
         logs = {name.split("-")[-1]: name for name in archive.getnames()}
@@ -94,12 +116,16 @@ ODD = {
     "surrogate": "say({'said': 'x' + chr(0xd800)})",
     "types": "say({'expected': 'x', 'failed': 3, 'contestants': 5})",
     "lines": "say({'said': 'a\\nb' + chr(0x2028) + 'c'})",
-    "raw": "open(os.environ['UEGR_GPU_ANSWER'], 'ab').write(b'{\"said\": \"a\\xe2\\x80\\xa8b\"}' + bytes([10]))",
-    "loud": "sys.stdout.buffer.write(bytes([255, 0, 10]) * 3_000_000); say({'said': 'loud'}); sys.exit(1)",
+    "raw": "open(os.environ['UEGR_GPU_ANSWER'], 'ab').write(b'{\"said\": \"a\\xe2\\x80\\xa8b\"}' + "
+    "bytes([10]))",
+    "loud": "sys.stdout.buffer.write(bytes([255, 0, 10]) * 3_000_000); say({'said': 'loud'}); "
+    "sys.exit(1)",
 }
 
 
-def test_odd_answers_and_a_command_that_is_not_there_cost_the_others_nothing(tmp_path, monkeypatch, capsys):
+def test_odd_answers_and_a_command_that_is_not_there_cost_the_others_nothing(
+    tmp_path, monkeypatch, capsys
+):
     stages = [stand_in("first", GOOD), *(stand_in(name, program) for name, program in ODD.items())]
     stages += [Stage("absent", (str(tmp_path / "no such program"),), 5.0), stand_in("last", GOOD)]
     monkeypatch.setattr(gpu, "PROBE", stand_in("probe", "say({'no_gpu': None, 'backends': {}})"))
@@ -107,11 +133,20 @@ def test_odd_answers_and_a_command_that_is_not_there_cost_the_others_nothing(tmp
     assert gpu.main(["--output", str(tmp_path / "out")]) == 1
     lines = {line["stage"]: line for line in gpu_report.read(tmp_path / "out" / "gpu.jsonl")}
     failed = [name for name, line in lines.items() if line["status"] == "failed"]
-    assert failed == ["deep", "pairs", "loud", "absent"] and list(lines) == ["probe", *(stage.name for stage in stages)]
-    assert "it could not be started: " in lines["absent"]["message"] and "no such program" in lines["absent"]["message"]
+    assert failed == ["deep", "pairs", "loud", "absent"] and list(lines) == [
+        "probe",
+        *(stage.name for stage in stages),
+    ]
+    assert ("it could not be started: ") in lines["absent"][
+        "message"
+    ] and "no such program" in lines["absent"]["message"]
     assert lines["raw"]["result"] == {"said": "a\u2028b"}
     text = (tmp_path / "out" / "gpu.md").read_text()
-    assert "| first | passed |" in text and "| types | passed |" in text and "its answer is not as expected" in text
+    assert (
+        "| first | passed |" in text
+        and "| types | passed |" in text
+        and ("its answer is not as expected") in text
+    )
     assert text.splitlines() == text.split("\n")[:-1] and "| lines | passed |" in text
     assert re.search(r"surrogate passed [\d.]+ s x\\ud800", capsys.readouterr().out)
     with tarfile.open(tmp_path / "out" / "logs.tar.gz") as archive:
@@ -121,11 +156,21 @@ def test_odd_answers_and_a_command_that_is_not_there_cost_the_others_nothing(tmp
 
 def test_a_program_of_others_that_does_not_work_here_is_left_out(tmp_path):
     """A sanitizer that knows no such GPU finds no mistake; one that has begun does."""
-    stages = {"cannot": "print('Device not supported'); sys.exit(4)", "finds": "say({'begun': True}); print('a race'); sys.exit(1)"}
-    stages = [stand_in(name, program, program=sys.executable, backend="cuda") for name, program in stages.items()]
-    lines, stop = ran(tmp_path, *map(alone, stages), alone(stand_in("after", GOOD)), judge=gpu.judge)
+    stages = {
+        "cannot": "print('Device not supported'); sys.exit(4)",
+        "finds": "say({'begun': True}); print('a race'); sys.exit(1)",
+    }
+    stages = [
+        stand_in(name, program, program=sys.executable, backend="cuda")
+        for name, program in stages.items()
+    ]
+    lines, stop = ran(
+        tmp_path, *map(alone, stages), alone(stand_in("after", GOOD)), judge=gpu.judge
+    )
     assert stop is None and lines["after"]["status"] == "passed"
-    assert lines["cannot"]["status"] == "left out" and lines["cannot"]["message"].endswith("does not work here: Device not supported")
+    assert lines["cannot"]["status"] == "left out" and lines["cannot"]["message"].endswith(
+        "does not work here: Device not supported"
+    )
     assert lines["finds"]["status"] == "failed" and lines["finds"]["message"] == "a race"
 
 
@@ -136,7 +181,11 @@ def test_a_stage_that_cannot_be_killed_is_left_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_runner.os, "killpg", lambda *_: None)
     monkeypatch.setattr(gpu_runner, "DEATH", 0.1)
     try:
-        lines, _ = ran(tmp_path, alone(stand_in("stays", "say({'pid': os.getpid()}); time.sleep(60)", 3.0)), alone(stand_in("after", GOOD)))
+        lines, _ = ran(
+            tmp_path,
+            alone(stand_in("stays", "say({'pid': os.getpid()}); time.sleep(60)", 3.0)),
+            alone(stand_in("after", GOOD)),
+        )
         assert lines["stays"]["status"] == "killed" and lines["after"]["status"] == "passed"
     finally:
         monkeypatch.undo()
@@ -152,22 +201,31 @@ def test_a_full_disk_ends_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "plan", lambda: [alone(stand_in("good", GOOD))])
     assert gpu.main(["--output", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "good is not kept: [Errno 28] No space left on device" in out and re.search(r"good passed [\d.]+ s good", out)
+    assert ("good is not kept: [Errno 28] No space left on device") in out and re.search(
+        r"good passed [\d.]+ s good", out
+    )
 
 
 def test_a_stage_that_hangs_is_killed_at_its_limit_with_all_it_started(tmp_path):
     program = """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     ignoring = 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)'
-    children = [subprocess.Popen([sys.executable, '-c', ignoring], start_new_session=away).pid for away in (False, True)]
+    command = [sys.executable, '-c', ignoring]
+    children = [subprocess.Popen(command, start_new_session=away).pid for away in (False, True)]
     say({'children': children})
     time.sleep(60)
     """
     started = time.monotonic()
     lines, _ = ran(tmp_path, alone(stand_in("hangs", program, 3.0)), alone(stand_in("after", GOOD)))
     assert time.monotonic() - started < 20
-    assert lines["hangs"]["status"] == "killed" and "at its limit" in lines["hangs"]["message"] and lines["after"]["status"] == "passed"
-    assert len(lines["hangs"]["result"]["children"]) == 2 and not any(map(alive, lines["hangs"]["result"]["children"]))
+    assert (
+        lines["hangs"]["status"] == "killed"
+        and "at its limit" in lines["hangs"]["message"]
+        and lines["after"]["status"] == "passed"
+    )
+    assert len(lines["hangs"]["result"]["children"]) == 2 and not any(
+        map(alive, lines["hangs"]["result"]["children"])
+    )
 
 
 def test_a_stage_that_heeds_sigterm_keeps_what_it_says_then(tmp_path):
@@ -176,7 +234,9 @@ def test_a_stage_that_heeds_sigterm_keeps_what_it_says_then(tmp_path):
     time.sleep(60)
     """
     lines, _ = ran(tmp_path, alone(stand_in("heeds", program, 3.0)))
-    assert lines["heeds"]["status"] == "killed" and lines["heeds"]["result"] == {"said": "last words"}
+    assert lines["heeds"]["status"] == "killed" and lines["heeds"]["result"] == {
+        "said": "last words"
+    }
 
 
 @pytest.mark.parametrize("away", [False, True], ids=["in its group", "in a session of its own"])
@@ -205,25 +265,45 @@ def test_the_last_stages_fall_at_the_budgets_end_and_say_so(tmp_path):
 
 def test_stages_of_a_wave_share_its_limit(tmp_path):
     sleeps = "time.sleep(60)"
-    stages = stand_in("one", sleeps), stand_in("two", GOOD), stand_in("three", sleeps), stand_in("four", GOOD)
+    stages = (
+        stand_in("one", sleeps),
+        stand_in("two", GOOD),
+        stand_in("three", sleeps),
+        stand_in("four", GOOD),
+    )
     lines, _ = ran(tmp_path, Wave(stages, 4.0, at_once=2))
-    assert [lines[name]["status"] for name in ("one", "two", "three", "four")] == ["killed", "passed", "killed", "left out"]
+    assert [lines[name]["status"] for name in ("one", "two", "three", "four")] == [
+        "killed",
+        "passed",
+        "killed",
+        "left out",
+    ]
     assert lines["four"]["message"] == "the stages beside it took all the time they had together"
 
 
 def test_a_program_that_is_not_there_is_named(tmp_path):
-    lines, _ = ran(tmp_path, alone(stand_in("needs", GOOD, program="no-such-program")), alone(stand_in("after", GOOD)))
-    assert lines["needs"]["status"] == "left out" and lines["needs"]["message"] == "no-such-program was not found"
+    lines, _ = ran(
+        tmp_path,
+        alone(stand_in("needs", GOOD, program="no-such-program")),
+        alone(stand_in("after", GOOD)),
+    )
+    assert (
+        lines["needs"]["status"] == "left out"
+        and lines["needs"]["message"] == "no-such-program was not found"
+    )
     assert lines["after"]["status"] == "passed"
 
 
 def test_what_ran_before_the_runner_is_killed_is_kept(tmp_path):
-    hangs = f"print(os.getpid(), file=open({str(tmp_path / 'pid')!r}, 'w'), flush=True); time.sleep(60)"
+    hangs = (
+        f"print(os.getpid(), file=open({str(tmp_path / 'pid')!r}, 'w'), flush=True); time.sleep(60)"
+    )
     program = f"""
 import pathlib, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "python_tests")!r}]
 from test_bench_gpu import GOOD, alone, ran, stand_in
-ran(pathlib.Path({str(tmp_path / "out")!r}), alone(stand_in("first", GOOD)), alone(stand_in("hangs", {hangs!r}, 60)), seconds=100)
+stages = alone(stand_in("first", GOOD)), alone(stand_in("hangs", {hangs!r}, 60))
+ran(pathlib.Path({str(tmp_path / "out")!r}), *stages, seconds=100)
 """
     runner = subprocess.Popen([sys.executable, "-c", program], env=os.environ | HERE)
     try:
@@ -250,22 +330,40 @@ def judged(stage: Stage, line: dict) -> Stop | None:
 def test_another_backend_than_the_one_to_measure_stops_the_run_at_once(tmp_path):
     waves = [
         alone(stand_in("right", "say({'backend': 'cuda'})", backend="cuda")),
-        Wave((stand_in("wrong", "say({'backend': 'triton'})", backend="cuda"), stand_in("beside", "time.sleep(60)")), 60, at_once=2),
+        Wave(
+            (
+                stand_in("wrong", "say({'backend': 'triton'})", backend="cuda"),
+                stand_in("beside", "time.sleep(60)"),
+            ),
+            60,
+            at_once=2,
+        ),
         alone(stand_in("after", GOOD)),
     ]
     lines, stop = ran(tmp_path, *waves, seconds=200, judge=gpu.judge)
     assert stop == Stop(4, "wrong was to measure cuda, and the backend in use is triton")
-    assert [lines[name]["status"] for name in ("right", "wrong", "beside", "after")] == ["passed", "passed", "left out", "left out"]
+    assert [lines[name]["status"] for name in ("right", "wrong", "beside", "after")] == [
+        "passed",
+        "passed",
+        "left out",
+        "left out",
+    ]
     assert lines["after"]["message"] == f"stopped: {stop.reason}"
-    assert judged(stand_in("case", ""), {"status": "failed", "exit": 4, "message": "words"}) == Stop(4, "words")
-    usage = {"status": "failed", "exit": 4, "message": "ImportError while loading conftest"}  # pytest's own 4
+    assert judged(
+        stand_in("case", ""), {"status": "failed", "exit": 4, "message": "words"}
+    ) == Stop(4, "words")
+    # pytest's own 4
+    usage = {"status": "failed", "exit": 4, "message": "ImportError while loading conftest"}
     assert judged(stand_in("tests", "", least_tests=40), usage).status == 5
 
 
 @pytest.mark.parametrize(
     ("result", "words"),
     [
-        ({"expected": 46, "passed": 40, "skipped": ["test_a (no reason)"]}, "40 of 46 tests ran; skipped: test_a (no reason)"),
+        (
+            {"expected": 46, "passed": 40, "skipped": ["test_a (no reason)"]},
+            "40 of 46 tests ran; skipped: test_a (no reason)",
+        ),
         ({"expected": 46, "passed": 45}, "45 of 46 tests ran"),
         ({"expected": 20, "passed": 20}, "20 tests were found, at least 40 are expected"),
         ({"expected": 46, "collected": 0}, "0 of 46 tests ran"),
@@ -282,29 +380,57 @@ def test_too_few_tests_stop_the_run(result, words):
 
 def test_tests_cut_short_by_a_limit_or_a_crash_stop_nothing():
     for status in ("killed", "crashed"):
-        assert judged(stand_in("tests", "", least_tests=40), {"status": status, "result": {"expected": 46, "passed": 3}}) is None
+        assert (
+            judged(
+                stand_in("tests", "", least_tests=40),
+                {"status": status, "result": {"expected": 46, "passed": 3}},
+            )
+            is None
+        )
 
 
 def test_the_probe_is_judged():
     backends = {"cuda": None, "triton": None, "auto": "cuda"}
     found = {"status": "passed", "result": {"no_gpu": None, "backends": backends}}
     assert gpu.judge_probe(found, ["cuda", "triton"], False) is None
-    other = {"status": "passed", "result": {"no_gpu": None, "backends": backends | {"auto": "triton"}}}
-    assert gpu.judge_probe(other, ["cuda"], False) == Stop(4, "cuda was to be measured, and the backend in use is triton")
+    other = {
+        "status": "passed",
+        "result": {"no_gpu": None, "backends": backends | {"auto": "triton"}},
+    }
+    assert gpu.judge_probe(other, ["cuda"], False) == Stop(
+        4, "cuda was to be measured, and the backend in use is triton"
+    )
     assert gpu.judge_probe(other, ["triton"], False) is None
-    unbuilt = {"status": "passed", "result": {"no_gpu": None, "backends": backends | {"cuda": "not built", "auto": "triton"}}}
+    unbuilt = {
+        "status": "passed",
+        "result": {"no_gpu": None, "backends": backends | {"cuda": "not built", "auto": "triton"}},
+    }
     stop = gpu.judge_probe(unbuilt, ["cuda"], False)
     assert stop.status == 4 and "cannot be: not built; --stages tests-triton,triton" in stop.reason
-    without = {"status": "passed", "result": {"no_gpu": None, "backends": backends | {"triton": "not installed"}}}
+    without = {
+        "status": "passed",
+        "result": {"no_gpu": None, "backends": backends | {"triton": "not installed"}},
+    }
     stop = gpu.judge_probe(without, ["cuda", "triton"], False)
-    assert stop.status == 4 and "cannot be: not installed; --stages smoke,tests-cuda,bench" in stop.reason
+    assert (
+        stop.status == 4
+        and ("cannot be: not installed; --stages smoke,tests-cuda,bench") in stop.reason
+    )
     none = {"status": "passed", "result": {"no_gpu": "no driver", "backends": {"cuda": None}}}
     assert gpu.judge_probe(none, ["cuda"], False) == Stop(3, "No GPU was found: no driver")
     assert gpu.judge_probe(none, ["cuda"], True) is None
-    assert gpu.judge_probe({"status": "killed", "message": "killed at its limit"}, ["cuda"], False).status == 3
+    assert (
+        gpu.judge_probe(
+            {"status": "killed", "message": "killed at its limit"}, ["cuda"], False
+        ).status
+        == 3
+    )
     lacking = {"status": "failed", "message": "ModuleNotFoundError: No module named 'torch'"}
-    assert f"start bench.gpu with a Python that has it, not with {sys.executable}" in gpu.judge_probe(lacking, ["cuda"], False).reason
-    said_before = {"status": "killed", "message": "killed", "result": found["result"]}  # the copy alone took too long
+    assert (
+        f"start bench.gpu with a Python that has it, not with {sys.executable}"
+    ) in gpu.judge_probe(lacking, ["cuda"], False).reason
+    # the copy alone took too long
+    said_before = {"status": "killed", "message": "killed", "result": found["result"]}
     assert gpu.judge_probe(said_before, ["cuda"], False) is None
 
 
@@ -320,7 +446,10 @@ def test_a_probe_that_is_killed_is_tried_once_more(tmp_path, monkeypatch, capsys
         monkeypatch.setattr(gpu, "PROBE", stand_in("probe", program, 3.0))
         assert gpu.main(["--output", str(tmp_path / last)]) == status
         lines = gpu_report.read(tmp_path / last / "gpu.jsonl")
-        assert [(line["stage"], line["status"]) for line in lines[:2]] == [("probe", "killed"), ("probe-again", last)]
+        assert [(line["stage"], line["status"]) for line in lines[:2]] == [
+            ("probe", "killed"),
+            ("probe-again", last),
+        ]
     assert "the probe came to no answer (killed at its limit" in capsys.readouterr().out
 
 
@@ -330,26 +459,50 @@ def built_on_the_spot(tmp_path, monkeypatch, why_not_after: str | None):
     facts = {"no_gpu": None, "cuda": "13.0", "nvcc": "/nvcc", "capability": "9.0"}
     program = f"""
     why = {why_not_after!r} if os.path.exists({str(after)!r}) else 'no library'
-    say({facts!r} | {{'backends': {{'cuda': why, 'triton': None, 'auto': 'triton' if why else 'cuda'}}}})
+    auto = 'triton' if why else 'cuda'
+    say({facts!r} | {{'backends': {{'cuda': why, 'triton': None, 'auto': auto}}}})
     """
     monkeypatch.setattr(gpu, "PROBE", stand_in("probe", program))
     building = f"open({str(after)!r}, 'w').write(os.environ['TORCH_CUDA_ARCH_LIST'])"
-    monkeypatch.setattr(gpu, "builder", lambda limit: stand_in("build", building, limit, silent=True))
-    monkeypatch.setattr(gpu, "plan", lambda: [alone(stand_in("bench-step", "say({'backend': 'cuda'})", backend="cuda"))])
+    monkeypatch.setattr(
+        gpu, "builder", lambda limit: stand_in("build", building, limit, silent=True)
+    )
+    monkeypatch.setattr(
+        gpu,
+        "plan",
+        lambda: [alone(stand_in("bench-step", "say({'backend': 'cuda'})", backend="cuda"))],
+    )
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     status = gpu.main(["--output", str(tmp_path / "out")])
-    return status, [(line["stage"], line["status"]) for line in gpu_report.read(tmp_path / "out" / "gpu.jsonl")]
+    return status, [
+        (line["stage"], line["status"]) for line in gpu_report.read(tmp_path / "out" / "gpu.jsonl")
+    ]
 
 
 def test_what_does_not_load_is_built_for_this_gpu_and_looked_at_anew(tmp_path, monkeypatch):
     found = built_on_the_spot(tmp_path, monkeypatch, None)
-    assert found == (0, [("probe", "passed"), ("build", "passed"), ("probe-after-build", "passed"), ("bench-step", "passed")])
+    assert found == (
+        0,
+        [
+            ("probe", "passed"),
+            ("build", "passed"),
+            ("probe-after-build", "passed"),
+            ("bench-step", "passed"),
+        ],
+    )
     assert (tmp_path / "built").read_text() == "9.0"
 
 
-def test_a_library_that_does_not_load_after_a_build_either_stops_the_run(tmp_path, monkeypatch, capsys):
+def test_a_library_that_does_not_load_after_a_build_either_stops_the_run(
+    tmp_path, monkeypatch, capsys
+):
     status, lines = built_on_the_spot(tmp_path, monkeypatch, "still none")
-    assert status == 4 and lines == [("probe", "passed"), ("build", "passed"), ("probe-after-build", "passed"), ("end", "stopped")]
+    assert status == 4 and lines == [
+        ("probe", "passed"),
+        ("build", "passed"),
+        ("probe-after-build", "passed"),
+        ("end", "stopped"),
+    ]
     assert "Stopped: cuda was to be measured and cannot be: still none" in capsys.readouterr().out
 
 
@@ -358,17 +511,22 @@ def test_a_library_that_does_not_load_after_a_build_either_stops_the_run(tmp_pat
 
 def test_a_run_that_is_asked_to_stop_ends_its_stages_and_keeps_what_it_has(tmp_path):
     """Nor does a terminal that is gone end it."""
-    hangs = f"print(os.getpid(), file=open({str(tmp_path / 'pid')!r}, 'w'), flush=True); time.sleep(60)"
+    hangs = (
+        f"print(os.getpid(), file=open({str(tmp_path / 'pid')!r}, 'w'), flush=True); time.sleep(60)"
+    )
     program = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "python_tests")!r}]
 from test_bench_gpu import GOOD, alone, gpu, stand_in
 gpu.PROBE = stand_in("probe", "say({{'no_gpu': None, 'backends': {{'auto': 'cuda'}}}})")
-gpu.plan = lambda: [alone(stand_in("first", GOOD)), alone(stand_in("hangs", {hangs!r}, 60)), alone(stand_in("after", GOOD))]
+hangs = stand_in("hangs", {hangs!r}, 60)
+gpu.plan = lambda: [alone(stand_in("first", GOOD)), alone(hangs), alone(stand_in("after", GOOD))]
 sys.exit(gpu.main(["--output", {str(tmp_path / "out")!r}]))
 """
     command = [sys.executable, "-c", program]
-    runner = subprocess.Popen(command, env=os.environ | HERE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    runner = subprocess.Popen(
+        command, env=os.environ | HERE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
     runner.stdout.close()
     try:
         stage = written(tmp_path / "pid")
@@ -381,7 +539,11 @@ sys.exit(gpu.main(["--output", {str(tmp_path / "out")!r}]))
         runner.kill()
         runner.wait()
     lines = gpu_report.read(tmp_path / "out" / "gpu.jsonl")
-    assert [(line["stage"], line["status"]) for line in lines] == [("probe", "passed"), ("first", "passed"), ("end", "stopped")]
+    assert [(line["stage"], line["status"]) for line in lines] == [
+        ("probe", "passed"),
+        ("first", "passed"),
+        ("end", "stopped"),
+    ]
     assert "Stopped: Ctrl-C or SIGTERM" in (tmp_path / "out" / "gpu.md").read_text()
 
 
@@ -390,40 +552,77 @@ def test_make_gpu_takes_the_environment_that_is_there_and_installs_nothing(tmp_p
     if not shutil.which("make"):
         pytest.skip("make is not installed")
     pythons = {name: tmp_path / name / "bin" / "python" for name in ("ours", "systems")}
-    for has, expected in (({"ours", "systems"}, "ours"), ({"systems"}, "systems"), (set(), "systems")):
+    for has, expected in (
+        ({"ours", "systems"}, "ours"),
+        ({"systems"}, "systems"),
+        (set(), "systems"),
+    ):
         for name, path in pythons.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(f'#!/bin/sh\nif [ "$1" = -c ]; then exit {int(name not in has)}; fi\necho {name} "$@"\n')
+            path.write_text(
+                f'#!/bin/sh\nif [ "$1" = -c ]; then exit {int(name not in has)}; '
+                f'fi\necho {name} "$@"\n'
+            )
             path.chmod(0o755)
-        command = ["make", "-s", "gpu", f"VENV={tmp_path / 'ours'}", f"PYTHON={pythons['systems']}", "ARGS=--budget 240"]
+        command = [
+            "make",
+            "-s",
+            "gpu",
+            f"VENV={tmp_path / 'ours'}",
+            f"PYTHON={pythons['systems']}",
+            "ARGS=--budget 240",
+        ]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.stdout == f"{expected} -m bench.gpu --budget 240\n", done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_the_command_says_so(tmp_path):
-    for arguments, status, words in (([], 3, "No GPU was found: torch"), (["--dry-run"], 4, "cuda was to be measured and cannot be")):
+    for arguments, status, words in (
+        ([], 3, "No GPU was found: torch"),
+        (["--dry-run"], 4, "cuda was to be measured and cannot be"),
+    ):
         if arguments and torch.version.cuda:
             continue  # there it builds
         command = [sys.executable, "-m", "bench.gpu", *arguments, "--output", str(tmp_path / "new")]
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | HERE, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | HERE, capture_output=True, text=True
+        )
         assert done.returncode == status, done.stdout + done.stderr
         assert words in done.stdout and f"Exit status {status}" in done.stdout
         lines = gpu_report.read(tmp_path / "new" / "gpu.jsonl")
-        assert lines[-1]["stage"] == "end" and words in lines[-1]["message"] and lines[0]["stage"] == "probe"
+        assert (
+            lines[-1]["stage"] == "end"
+            and words in lines[-1]["message"]
+            and lines[0]["stage"] == "probe"
+        )
         assert words in (tmp_path / "new" / "gpu.md").read_text()
 
 
 def test_the_parent_imports_neither_torch_nor_the_package():
-    program = "import sys, bench.gpu; print(sorted({'torch', 'uegr_kernels', 'numpy'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
+    program = (
+        "import sys, bench.gpu; print(sorted({'torch', 'uegr_kernels', 'numpy'} & "
+        "set(sys.modules)))"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+        ).stdout
+        == "[]\n"
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--stages", "smoke,nonsense,bench"], "--stages has nonsense; there are smoke, tests, bench, check, profile, compile"),
-        (["--stages", "bench-nonsense"], "--stages has bench-nonsense; .* bench-step, bench-previous"),
+        (
+            ["--stages", "smoke,nonsense,bench"],
+            "--stages has nonsense; there are smoke, tests, bench, check, profile, compile",
+        ),
+        (
+            ["--stages", "bench-nonsense"],
+            "--stages has bench-nonsense; .* bench-step, bench-previous",
+        ),
         (["--stages", ""], "--stages names no stage"),
         (["--stages", " , "], "--stages names no stage"),
         (["--budget", "0"], "--budget 0 is too little"),
@@ -447,10 +646,15 @@ def test_wrong_arguments_are_said_and_nothing_is_made(tmp_path, capsys, argument
 
 
 def test_the_least_budget_is_enough_for_the_probe(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "PROBE", stand_in("probe", "say({'no_gpu': None, 'backends': {}})", 5.0))
+    monkeypatch.setattr(
+        gpu, "PROBE", stand_in("probe", "say({'no_gpu': None, 'backends': {}})", 5.0)
+    )
     monkeypatch.setattr(gpu, "plan", lambda: [alone(stand_in("good", GOOD))])
     assert gpu.main(["--budget", "14", "--output", str(tmp_path)]) == 0
-    assert [line["status"] for line in gpu_report.read(tmp_path / "gpu.jsonl")] == ["passed", "left out"]
+    assert [line["status"] for line in gpu_report.read(tmp_path / "gpu.jsonl")] == [
+        "passed",
+        "left out",
+    ]
 
 
 def test_stages_are_chosen_by_name_or_first_word():
@@ -462,10 +666,15 @@ def test_stages_are_chosen_by_name_or_first_word():
     assert names("smoke") == [f"smoke-{name}" for name in gpu.SMOKE]
     assert names("compile") == [f"compile-{name}" for name in gpu.COMPILED]
     assert names("probe") == []
-    for backend, other in (("cuda", "triton"), ("triton", "cuda")):  # what is advised leaves nothing out, and brings nothing else
+    # what is advised leaves nothing out, and brings nothing else
+    for backend, other in (("cuda", "triton"), ("triton", "cuda")):
         advised = re.search(r"--stages (\S+)", gpu.ALONE[backend])[1]
         everything = [stage for wave in gpu.plan() for stage in wave.stages]
-        found = [stage.name for stage in everything if stage.backend == other or (stage.backend is None and other == "cuda")]
+        found = [
+            stage.name
+            for stage in everything
+            if stage.backend == other or (stage.backend is None and other == "cuda")
+        ]
         assert names(advised) == found
 
 
@@ -486,7 +695,10 @@ def test_a_folder_with_other_things_is_refused_and_left_alone(tmp_path, capsys):
     (tmp_path / "file").write_text("theirs")
     with pytest.raises(SystemExit):
         gpu.main(["--output", str(tmp_path / "file")])
-    assert "is a file; name a folder" in capsys.readouterr().err and (tmp_path / "file").read_text() == "theirs"
+    assert (
+        "is a file; name a folder" in capsys.readouterr().err
+        and (tmp_path / "file").read_text() == "theirs"
+    )
 
 
 def test_a_folder_that_another_run_writes_to_is_refused(tmp_path, capsys):
@@ -515,10 +727,16 @@ def test_a_second_run_adds_to_the_first_and_the_folder_stays_small(tmp_path):
     time.sleep(1.1)  # a run is named by its second
     ran(tmp_path, alone(stand_in("second", f"print('hello'); {GOOD}")))
     text = gpu_report.close(Output(tmp_path), 0)
-    assert [line["stage"] for line in gpu_report.read(tmp_path / "gpu.jsonl")] == ["first", "second"]
+    assert [line["stage"] for line in gpu_report.read(tmp_path / "gpu.jsonl")] == [
+        "first",
+        "second",
+    ]
     assert (tmp_path / "gpu.md").read_text() == f"# GPU\n\n{text}\n" and "second" in text
     with tarfile.open(tmp_path / "logs.tar.gz") as archive:
-        assert [member.split("-")[-1] for member in archive.getnames()] == ["first.txt", "second.txt"]
+        assert [member.split("-")[-1] for member in archive.getnames()] == [
+            "first.txt",
+            "second.txt",
+        ]
     names = [path.name for path in tmp_path.iterdir()]
     assert len(names) <= 6 and all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names)
     assert (tmp_path / "log").read_text() == "the user's own"
@@ -526,10 +744,22 @@ def test_a_second_run_adds_to_the_first_and_the_folder_stays_small(tmp_path):
 
 def ran_case(name: str, contestants: int) -> dict:
     spread = {"median": 2e-6, "q1": 1e-6, "q3": 3e-6}
-    figures = {"seconds": spread, "bytes": 100, "gb_s": 1.0, "copy_share": 0.5, "parts": {"forward": spread}}
-    peers = [{"name": f"peer {i}", "ours_over_this": {"median": 0.5, "q1": 0.4, "q3": 0.6}} | figures for i in range(contestants)]
+    figures = {
+        "seconds": spread,
+        "bytes": 100,
+        "gb_s": 1.0,
+        "copy_share": 0.5,
+        "parts": {"forward": spread},
+    }
+    peers = [
+        {"name": f"peer {i}", "ours_over_this": {"median": 0.5, "q1": 0.4, "q3": 0.6}} | figures
+        for i in range(contestants)
+    ]
     missing = {"name": "torch.compile", "missing": "no | memory " * 20}
-    result = {"case": f"case {name}", "contestants": [{"name": "uegr_kernels"} | figures, *peers, missing]}
+    result = {
+        "case": f"case {name}",
+        "contestants": [{"name": "uegr_kernels"} | figures, *peers, missing],
+    }
     return {"run": "r", "stage": name, "status": "passed", "seconds": 1.0, "result": result}
 
 
@@ -541,7 +771,13 @@ def test_the_closing_table_says_what_was_found_and_fits():
         "seconds": 1.0,
         "result": {"copy_rate": 4300.0, "gpu": "G", "torch": "2.11.0"},
     }
-    failed = {"run": "r", "stage": "smoke-rank", "status": "failed", "seconds": 1.0, "message": "ours is wrong: x | y"}
+    failed = {
+        "run": "r",
+        "stage": "smoke-rank",
+        "status": "failed",
+        "seconds": 1.0,
+        "message": "ours is wrong: x | y",
+    }
     tests = {
         "run": "q",
         "stage": "tests-cuda",
@@ -550,13 +786,27 @@ def test_the_closing_table_says_what_was_found_and_fits():
         "result": {"expected": 46, "passed": 45, "failed": ["test_a"]},
     }
     text = gpu_report.table([probe, failed, tests, ran_case("bench-step", 1)], "r", 1)
-    assert text.startswith("A copy moves 4,300 GB/s. gpu G; torch 2.11.0\nPassed: probe, bench-step. Exit status 1.")
+    assert text.startswith(
+        "A copy moves 4,300 GB/s. gpu G; torch 2.11.0\nPassed: probe, bench-step. Exit status 1."
+    )
     assert "| smoke-rank | failed | 1.0 s | ours is wrong: x / y |" in text
-    assert "| tests-cuda (run q) | failed | 9.0 s | 45 of 46 tests passed, 1 failed: test_a |" in text
+    assert (
+        "| tests-cuda (run q) | failed | 9.0 s | 45 of 46 tests passed, 1 failed: test_a |"
+    ) in text
     assert "| bench-step: case bench-step | uegr_kernels | 2 (1-3), forward 2 |  | 50% |" in text
     assert "|  | peer 0 | 2 (1-3), forward 2 | 0.5 (0.4-0.6) | 50% |" in text
-    everything = [probe, *({"run": "r", "stage": f"s{i}", "status": "killed", "message": "word " * 500} for i in range(90))]
-    for lines in (everything, everything + [ran_case(f"c{i}", 5) for i in range(40)], [ran_case(f"c{i}", 12) for i in range(40)]):
+    everything = [
+        probe,
+        *(
+            {"run": "r", "stage": f"s{i}", "status": "killed", "message": "word " * 500}
+            for i in range(90)
+        ),
+    ]
+    for lines in (
+        everything,
+        everything + [ran_case(f"c{i}", 5) for i in range(40)],
+        [ran_case(f"c{i}", 12) for i in range(40)],
+    ):
         text = gpu_report.table(lines, "r", 1)
         assert len(text.splitlines()) <= 100 and len(text) <= 12_000
         assert re.search(r"\(\d+ lines more are in gpu.jsonl\)$", text)
@@ -569,11 +819,28 @@ def test_the_table_of_a_whole_run_fits():
             line = ran_case(stage.name, 11 if stage.name == "triton-sweep" else 2)
             line["result"]["contestants"].pop()  # none is missing
         else:
-            result = {"expected": 46, "passed": 46} if stage.least_tests else {"said": "words " * 9} if "smoke" not in stage.name else {}
-            line = {"run": "r", "stage": stage.name, "status": "passed", "seconds": 99.9, "result": result}
+            result = (
+                {"expected": 46, "passed": 46}
+                if stage.least_tests
+                else {"said": "words " * 9}
+                if "smoke" not in stage.name
+                else {}
+            )
+            line = {
+                "run": "r",
+                "stage": stage.name,
+                "status": "passed",
+                "seconds": 99.9,
+                "result": result,
+            }
         lines.append(line)
     text = gpu_report.table(lines, "r", 0)
-    assert "| triton-sweep" in text and "lines more" not in text and len(text.splitlines()) <= 100 and len(text) <= 12_000
+    assert (
+        "| triton-sweep" in text
+        and "lines more" not in text
+        and len(text.splitlines()) <= 100
+        and len(text) <= 12_000
+    )
 
 
 def test_a_case_goes_through_to_the_table_and_the_picture(tmp_path, monkeypatch, capsys):
@@ -590,14 +857,22 @@ def test_a_case_goes_through_to_the_table_and_the_picture(tmp_path, monkeypatch,
         folder = pathlib.Path(f"{len(odds)} odd")  # of where the user stands
         assert gpu.main(["--output", str(folder)]) == 0
         out = capsys.readouterr().out
-        assert out.startswith("A copy moves 4,300 GB/s") and re.search(r"bench-fgm passed [\d.]+ s [\d.,]+ us, \d+% of a copy, ", out)
+        assert out.startswith("A copy moves 4,300 GB/s") and re.search(
+            r"bench-fgm passed [\d.]+ s "
+            r"[\d.,]+ us, \d+% of a "
+            r"copy, ",
+            out,
+        )
         assert printed in out
         assert len((folder / "gpu.md").read_text().splitlines()) <= 102
         assert (folder / "gpu.png").exists() == bool(importlib.util.find_spec("matplotlib"))
 
 
 def test_a_stage_left_out_leaves_an_earlier_runs_figures(tmp_path):
-    lines = [ran_case("bench-step", 1), {"run": "s", "stage": "bench-step", "status": "left out", "message": "no time"}]
+    lines = [
+        ran_case("bench-step", 1),
+        {"run": "s", "stage": "bench-step", "status": "left out", "message": "no time"},
+    ]
     lines += [{"run": "r", "stage": "end", "status": "stopped", "message": "old"}]
     (tmp_path / "gpu.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert gpu_report.latest(tmp_path, "s") == lines[:1]
@@ -610,13 +885,19 @@ def test_the_limits_keep_the_promises():
     """Eight minutes for everything; four for correctness and the main benchmarks."""
     waves = gpu.plan()
     names = [stage.name for wave in waves for stage in wave.stages]
-    assert len(set(names)) == len(names) and all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names)
+    assert len(set(names)) == len(names) and all(
+        re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names
+    )
     assert gpu.PROBE.limit + sum(wave.limit for wave in waves) + gpu.CLOSING <= gpu.BUDGET == 480
     fits, left = [], 240 - gpu.PROBE.limit - gpu.CLOSING
     for wave in waves:
         left -= wave.limit
         fits += [stage.name for stage in wave.stages] if left >= 0 else []
-    assert fits == [*(f"smoke-{name}" for name in gpu.SMOKE), "tests-cuda", *(f"bench-{name}" for name in gpu.MAIN)]
+    assert fits == [
+        *(f"smoke-{name}" for name in gpu.SMOKE),
+        "tests-cuda",
+        *(f"bench-{name}" for name in gpu.MAIN),
+    ]
     assert {"step", "previous", "bfloat16", "1e9", "loss-32000", "dropout", "fgm"} <= set(gpu.MAIN)
     for wave in waves:
         assert all(stage.limit <= wave.limit for stage in wave.stages) or len(wave.stages) > 1
@@ -626,7 +907,10 @@ def test_where_processes_start_slowly_the_limits_are_higher(tmp_path, monkeypatc
     def limits(waves):
         return [(wave.limit, *(stage.limit for stage in wave.stages)) for wave in waves]
 
-    waves = [alone(stand_in("a", GOOD, 12.0)), Wave(tuple(stand_in(name, GOOD, 5.0) for name in "bcd"), 11.0, at_once=2)]
+    waves = [
+        alone(stand_in("a", GOOD, 12.0)),
+        Wave(tuple(stand_in(name, GOOD, 5.0) for name in "bcd"), 11.0, at_once=2),
+    ]
     assert limits(gpu.raised(waves, 6.0)) == limits(waves) == [(12.0, 12.0), (11.0, 5.0, 5.0, 5.0)]
     assert limits(gpu.raised(waves, gpu.START + 3)) == [(15.0, 15.0), (17.0, 8.0, 8.0, 8.0)]
     assert limits(gpu.raised(waves[:1], 1000.0)) == [(12.0 + gpu.MOST,) * 2]
@@ -634,15 +918,22 @@ def test_where_processes_start_slowly_the_limits_are_higher(tmp_path, monkeypatc
     monkeypatch.setattr(gpu, "PROBE", stand_in("probe", "say({'no_gpu': None, 'backends': {}})"))
     monkeypatch.setattr(gpu, "plan", lambda: waves[:1])
     assert gpu.main(["--output", str(tmp_path)]) == 0
-    assert [line["limit"] for line in gpu_report.read(tmp_path / "gpu.jsonl")] == [30.0, 12.0 + gpu.MOST]
+    assert [line["limit"] for line in gpu_report.read(tmp_path / "gpu.jsonl")] == [
+        30.0,
+        12.0 + gpu.MOST,
+    ]
 
 
 def test_every_case_of_the_plan_is_one():
     for wave in gpu.plan():
         for stage in wave.stages:
             if "bench.gpu_stages" in stage.command:
-                assert stage.command[stage.command.index("bench.gpu_stages") + 1] in gpu_stages.CASES
-    assert {f"smoke-{name}" for name in gpu.SMOKE} == {name for name in gpu_stages.CASES if name.startswith("smoke")}
+                assert (
+                    stage.command[stage.command.index("bench.gpu_stages") + 1] in gpu_stages.CASES
+                )
+    assert {f"smoke-{name}" for name in gpu.SMOKE} == {
+        name for name in gpu_stages.CASES if name.startswith("smoke")
+    }
     assert not re.search("unknown", str(gpu.plan()))
 
 
@@ -664,49 +955,77 @@ def needs(names) -> set[str]:
             required = importlib.metadata.requires(name) or []
         except importlib.metadata.PackageNotFoundError:
             continue
-        waiting += [re.match("[A-Za-z0-9._-]+", text)[0] for text in required if "extra ==" not in text]
+        waiting += [
+            re.match("[A-Za-z0-9._-]+", text)[0] for text in required if "extra ==" not in text
+        ]
     return found
 
 
-@pytest.mark.parametrize("backend", gpu.TESTS, ids=lambda name: f"of_{name}")  # [triton] would be left out
-def test_gpu_tests_are_all_collected_where_nothing_is_installed_but_what_they_need(tmp_path, backend):
+# [triton] would be left out
+@pytest.mark.parametrize("backend", gpu.TESTS, ids=lambda name: f"of_{name}")
+def test_gpu_tests_are_all_collected_where_nothing_is_installed_but_what_they_need(
+    tmp_path, backend
+):
     allowed = needs(ALLOWED)
     owners = importlib.metadata.packages_distributions()
-    forbidden = {name for name, of in owners.items() if not any(re.sub("[-_.]+", "-", one).lower() in allowed for one in of)}
-    assert {name for name in ("scipy", "expecttest", "matplotlib") if importlib.util.find_spec(name)} <= forbidden
+    forbidden = {
+        name
+        for name, of in owners.items()
+        if not any(re.sub("[-_.]+", "-", one).lower() in allowed for one in of)
+    }
+    assert {
+        name for name in ("scipy", "expecttest", "matplotlib") if importlib.util.find_spec(name)
+    } <= forbidden
     program = f"""
 import sys
 from importlib.machinery import PathFinder
 find = PathFinder.find_spec
 absent = {sorted(forbidden - {"uegr_kernels"})!r}
-PathFinder.find_spec = classmethod(lambda cls, name, *rest: None if name in absent else find(name, *rest))
+PathFinder.find_spec = classmethod(
+    lambda cls, name, *rest: None if name in absent else find(name, *rest)
+)
 import pytest
 sys.exit(pytest.main(sys.argv[1:]))
 """
     stage = gpu.tests(backend, 60, "--collect-only")
     options = [word for word in stage.command[3:] if word not in ("--timeout", "60")]
     environment = (
-        os.environ | stage.environment | HERE | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", gpu_runner.ANSWER: str(tmp_path / "answer")}
+        os.environ
+        | stage.environment
+        | HERE
+        | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", gpu_runner.ANSWER: str(tmp_path / "answer")}
     )
-    done = subprocess.run([sys.executable, "-c", program, *options], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *options],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     result, cut = gpu_runner.answers(tmp_path / "answer")
     assert not cut and result["collected"] == result["expected"] >= stage.least_tests
-    assert f"[{backend}" in done.stdout and {"cuda": "[triton", "triton": "[cuda"}[backend] not in done.stdout
+    assert (
+        f"[{backend}" in done.stdout
+        and {"cuda": "[triton", "triton": "[cuda"}[backend] not in done.stdout
+    )
 
 
 def test_a_worker_that_crashes_in_the_last_test_has_run_it(monkeypatch):
     """Of such a test pytest-xdist reports the failure, and no end."""
     answered = []
     monkeypatch.setattr(gpu_pytest, "answer", lambda said: answered.append(dict(said)))
-    gpu_pytest.Count().pytest_runtest_logreport(pytest.TestReport("test", ("", None, ""), {}, "failed", "crashed", "???"))
+    gpu_pytest.Count().pytest_runtest_logreport(
+        pytest.TestReport("test", ("", None, ""), {}, "failed", "crashed", "???")
+    )
     assert answered[-1]["failed"] == ["test"]
 
 
 def test_tests_that_are_skipped_or_left_out_are_missed(tmp_path):
     """The plugin counts what ran; what was excused counts too."""
     (tmp_path / "conftest.py").write_text(
-        "def pytest_collection_modifyitems(config, items):\n    items[:] = [item for item in items if 'left_out' not in item.name]\n"
+        "def pytest_collection_modifyitems(config, items):\n    items[:] = [item for item in items "
+        "if 'left_out' not in item.name]\n"
     )
     (tmp_path / "test_some.py").write_text(
         "import pytest\n"
@@ -720,15 +1039,42 @@ def test_tests_that_are_skipped_or_left_out_are_missed(tmp_path):
     )
     for backend, more in (("cuda", 0), ("triton", 1)):
         file = tmp_path / f"{backend}.jsonl"
-        environment = os.environ | {"GPU_TESTS": backend, gpu_runner.ANSWER: str(file), "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.gpu_pytest", "-p", "no:cacheprovider", str(tmp_path)]
-        assert subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True).returncode == 1
+        environment = os.environ | {
+            "GPU_TESTS": backend,
+            gpu_runner.ANSWER: str(file),
+            "PYTHONPATH": str(ROOT),
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "bench.gpu_pytest",
+            "-p",
+            "no:cacheprovider",
+            str(tmp_path),
+        ]
+        assert (
+            subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True).returncode
+            == 1
+        )
         result, cut = gpu_runner.answers(file)
-        assert not cut and (result["expected"], result["passed"], result["excused"]) == (5 + more, 1 + more, 1)
+        assert not cut and (result["expected"], result["passed"], result["excused"]) == (
+            5 + more,
+            1 + more,
+            1,
+        )
         assert [name.split("::")[-1] for name in result["failed"]] == [f"test[fails-{backend}]"]
         assert len(result["skipped"]) == 1 and "no reason" in result["skipped"][0]
-        stop = gpu_runner.too_few(stand_in("tests", "", least_tests=1), {"status": "failed", "result": result})
-        assert stop.status == 5 and f"{3 + more} of {5 + more} tests ran; skipped: test[skips-{backend}]" in stop.reason
+        stop = gpu_runner.too_few(
+            stand_in("tests", "", least_tests=1), {"status": "failed", "result": result}
+        )
+        assert (
+            stop.status == 5
+            and (f"{3 + more} of {5 + more} tests ran; skipped: test[skips-{backend}]")
+            in stop.reason
+        )
 
 
 # ---- The cases, on the CPU
@@ -736,7 +1082,11 @@ def test_tests_that_are_skipped_or_left_out_are_missed(tmp_path):
 
 @pytest.mark.parametrize("case", gpu_stages.CASES)
 def test_a_case_runs_on_the_cpu_at_a_small_size(monkeypatch, capsys, case):
-    monkeypatch.setattr(machine, "launches", lambda *_: pytest.fail("the profiler starts too slowly for a case of twelve seconds"))
+    monkeypatch.setattr(
+        machine,
+        "launches",
+        lambda *_: pytest.fail("the profiler starts too slowly for a case of twelve seconds"),
+    )
     answered = {}
     monkeypatch.setattr(gpu_stages, "answer", answered.update)
     assert gpu_stages.main([case, "--device", "cpu", "--small", "--seconds", "0"]) == 0
@@ -763,9 +1113,17 @@ def test_the_probe_knows_triton_by_any_name_and_waits_for_no_driver(monkeypatch)
 
 
 def test_a_case_that_is_wrong_fails_and_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(gpu_stages.uk, "selection_mask", lambda g, *, backend, **_: g > (0 if backend == "reference" else 0.1))
+    monkeypatch.setattr(
+        gpu_stages.uk,
+        "selection_mask",
+        lambda g, *, backend, **_: g > (0 if backend == "reference" else 0.1),
+    )
     assert gpu_stages.main(["smoke-mask", "--device", "cpu", "--small"]) == 1
-    assert re.search(r"ours is wrong: \d+ of 4096 elements are selected otherwise", capsys.readouterr().out)
+    assert re.search(
+        r"ours is wrong: \d+ of 4096 elements are selected "
+        r"otherwise",
+        capsys.readouterr().out,
+    )
 
 
 def test_a_case_for_another_backend_than_the_one_in_use_is_not_run(monkeypatch, capsys):
@@ -791,7 +1149,9 @@ def test_the_empty_kernel_is_one(tmp_path):
     if not shutil.which("ptxas"):
         pytest.skip("ptxas, which comes with the CUDA toolkit, is not installed")
     (tmp_path / "nothing.ptx").write_bytes(gpu_clusters.PTX.rstrip(b"\0"))
-    subprocess.run(["ptxas", "-arch=sm_90", "nothing.ptx", "-o", "nothing.cubin"], cwd=tmp_path, check=True)
+    subprocess.run(
+        ["ptxas", "-arch=sm_90", "nothing.ptx", "-o", "nothing.cubin"], cwd=tmp_path, check=True
+    )
 
 
 # ---- The timer
@@ -802,7 +1162,11 @@ class Queue:
 
     def __init__(self, monkeypatch):
         self.calls, self.clock = [], 0.0
-        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.calls.append(("pause", cycles / machine.CLOCK)))
+        monkeypatch.setattr(
+            torch.cuda,
+            "_sleep",
+            lambda cycles: self.calls.append(("pause", cycles / machine.CLOCK)),
+        )
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: self.calls.append("wait"))
         monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: self)
         monkeypatch.setattr(machine.time, "perf_counter", lambda: self.clock)
@@ -829,7 +1193,10 @@ def test_a_step_on_a_gpu_waits_in_the_queue_until_the_host_is_through(monkeypatc
     queue = Queue(monkeypatch)
     assert machine.sample(queue.step, 2, "cuda") == 1.0
     pause = ("pause", pytest.approx(0.1))  # ten times the host's part
-    assert queue.calls == ["wait", "step", "wait", pause, "other data", "event", "step", "event", "wait"] * 2
+    assert (
+        queue.calls
+        == ["wait", "step", "wait", pause, "other data", "event", "step", "event", "wait"] * 2
+    )
     queue.calls.clear()
     machine.sample(lambda: None, 1, "cuda")
     assert ("pause", pytest.approx(machine.SHORTEST_PAUSE)) in queue.calls

@@ -1,4 +1,6 @@
-"""BiStage against the method's steps spelt out with torch's own functions, and every promise about hooks, rows, modes and errors."""
+"""BiStage against the method's steps spelt out with torch's own functions, and every promise
+about hooks, rows, modes and errors.
+"""
 
 import contextlib
 import copy
@@ -17,9 +19,13 @@ N, T, WORDS, CLASSES = 5, 9, 30, 4
 
 
 class Small(nn.Module):
-    """An embedding, a dropout and two linear layers over the mean; subclasses change how the embedding is used."""
+    """An embedding, a dropout and two linear layers over the mean; subclasses change how the
+    embedding is used.
+    """
 
-    def __init__(self, dropout: float = 0.0, classes: int = CLASSES, adaptive: bool = False) -> None:
+    def __init__(
+        self, dropout: float = 0.0, classes: int = CLASSES, adaptive: bool = False
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(WORDS, 6)
         self.hidden = nn.Linear(6, 8)
@@ -38,11 +44,17 @@ class Small(nn.Module):
 
 def batch(seed: int = 0, classes: int = CLASSES):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(1, WORDS, (N, T), generator=generator), torch.randint(0, classes, (N,), generator=generator)
+    return torch.randint(1, WORDS, (N, T), generator=generator), torch.randint(
+        0, classes, (N,), generator=generator
+    )
 
 
 def gradients(model):
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {
+        name: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
 
 
 def walk(model, run):
@@ -55,11 +67,28 @@ def walk(model, run):
 def assert_equal(actual, expected, **tolerance):
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(actual[name], value, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            actual[name], value, **tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
-def method(model, ids, labels, *, mask=None, epsilon=0.1, passes=2, js_weight=0.01, unit=None, one_by_one=False, rates=None, **options):
-    """METHODS' UEGR, steps 1 to 4, in torch's words: returns L_train and its parts after their backward."""
+def method(
+    model,
+    ids,
+    labels,
+    *,
+    mask=None,
+    epsilon=0.1,
+    passes=2,
+    js_weight=0.01,
+    unit=None,
+    one_by_one=False,
+    rates=None,
+    **options,
+):
+    """METHODS' UEGR, steps 1 to 4, in torch's words: returns L_train and its parts after their
+    backward.
+    """
     weights = torch.ones(ids.shape) if mask is None else mask
     x = model.embedding(ids)
     x.retain_grad()
@@ -83,10 +112,25 @@ def method(model, ids, labels, *, mask=None, epsilon=0.1, passes=2, js_weight=0.
     divergence = torch.zeros((), dtype=clean.dtype)
     for k in range(passes):
         for l in range(k):
-            middle = (logp[k].exp() + logp[l].exp()).log() - torch.log(torch.tensor(2.0, dtype=clean.dtype))
-            divergence = divergence + sum(F.kl_div(middle, q, log_target=True, reduction="batchmean") for q in (logp[k], logp[l])) / 2
+            middle = (logp[k].exp() + logp[l].exp()).log() - torch.log(
+                torch.tensor(2.0, dtype=clean.dtype)
+            )
+            divergence = (
+                divergence
+                + sum(
+                    F.kl_div(middle, q, log_target=True, reduction="batchmean")
+                    for q in (logp[k], logp[l])
+                )
+                / 2
+            )
     (adversarial_loss + js_weight * divergence).backward()
-    return clean_loss + adversarial_loss + js_weight * divergence, clean_loss, adversarial_loss, divergence, clean
+    return (
+        clean_loss + adversarial_loss + js_weight * divergence,
+        clean_loss,
+        adversarial_loss,
+        divergence,
+        clean,
+    )
 
 
 CASES = {
@@ -116,18 +160,33 @@ def test_it_is_the_method(case, form):
     mask = (ids != 0).double()
     inputs = {"ids": ids, "attention_mask": mask}
     stage = BiStage(model, model.embedding, **case)
-    run = (lambda: stage.backward(inputs, labels)) if form == "backward" else lambda: stage.loss(inputs, labels).backward()
+    run = (
+        (lambda: stage.backward(inputs, labels))
+        if form == "backward"
+        else lambda: stage.loss(inputs, labels).backward()
+    )
     result, actual = walk(model, run)
 
-    units = {"sign": torch.sign, "token": lambda g: F.normalize(g, dim=-1), "all": lambda g: F.normalize(g.flatten(), dim=0).view_as(g)}
+    units = {
+        "sign": torch.sign,
+        "token": lambda g: F.normalize(g, dim=-1),
+        "all": lambda g: F.normalize(g.flatten(), dim=0).view_as(g),
+    }
     unit = units.get("sign" if case.pop("norm", None) else case.pop("per", None))
     one_by_one = case.pop("passes_at_once", None) == 1
-    expected_parts, expected = walk(model, lambda: method(model, ids, labels, mask=mask, unit=unit, one_by_one=one_by_one, **case))
+    expected_parts, expected = walk(
+        model,
+        lambda: method(model, ids, labels, mask=mask, unit=unit, one_by_one=one_by_one, **case),
+    )
     assert_equal(actual, expected, rtol=1e-9, atol=1e-12)
     if form == "backward":
         for name, value in zip(result._fields, expected_parts, strict=True):
             torch.testing.assert_close(
-                getattr(result, name), value.detach(), rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
+                getattr(result, name),
+                value.detach(),
+                rtol=1e-9,
+                atol=1e-12,
+                msg=lambda text, name=name: f"{name}: {text}",
             )
             assert not getattr(result, name).requires_grad
 
@@ -137,7 +196,9 @@ def test_ignored_rows_and_no_dropout_leave_zero_divergence():
     result = BiStage(model, model.embedding).backward(*batch())
     assert result.divergence.item() == pytest.approx(0, abs=1e-12)
     assert result._fields == ("loss", "clean_loss", "adversarial_loss", "divergence", "logits")
-    assert result.loss.item() == pytest.approx((result.clean_loss + result.adversarial_loss + 0.01 * result.divergence).item())
+    assert result.loss.item() == pytest.approx(
+        (result.clean_loss + result.adversarial_loss + 0.01 * result.divergence).item()
+    )
 
 
 def test_regression_compares_outputs_by_squares():
@@ -172,8 +233,12 @@ def test_backward_equals_the_loss_for_every_model(name):
 def counted(model):
     """Rows that a model's first layer after the embedding walks forward and backward."""
     rows = types.SimpleNamespace(forward=[], backward=[])
-    model.hidden.register_forward_hook(lambda module, inputs, output: rows.forward.append(len(output)))
-    model.hidden.register_full_backward_hook(lambda module, gradient, outputs: rows.backward.append(len(outputs[0])))
+    model.hidden.register_forward_hook(
+        lambda module, inputs, output: rows.forward.append(len(output))
+    )
+    model.hidden.register_full_backward_hook(
+        lambda module, gradient, outputs: rows.backward.append(len(outputs[0]))
+    )
     return rows
 
 
@@ -193,7 +258,9 @@ def counted(model):
 def test_rows(passes, at_once, rates, forward, backward):
     model = Small()
     rows = counted(model)
-    BiStage(model, model.embedding, passes=passes, passes_at_once=at_once, dropout=rates).backward(*batch())
+    BiStage(model, model.embedding, passes=passes, passes_at_once=at_once, dropout=rates).backward(
+        *batch()
+    )
     assert rows.forward == [N * k for k in forward]
     assert rows.backward == [N * k for k in backward]
 
@@ -205,7 +272,14 @@ def test_passes_at_once_changes_memory_only(form):
 
     def run(at_once):
         stage = BiStage(model, model.embedding, passes=4, js_weight=1.0, passes_at_once=at_once)
-        result = walk(model, lambda: stage.backward(inputs, labels) if form == "backward" else stage.loss(inputs, labels).backward())[1]
+        result = walk(
+            model,
+            lambda: (
+                stage.backward(inputs, labels)
+                if form == "backward"
+                else stage.loss(inputs, labels).backward()
+            ),
+        )[1]
         stage.close()
         return result
 
@@ -237,12 +311,16 @@ def test_a_pass_runs_again_with_the_same_masks(adaptive):
     for at_once in (None, 1):
         torch.manual_seed(1)
         model = Small(dropout=0.2, adaptive=adaptive).double()
-        stage = BiStage(model, model.embedding, passes=3, js_weight=2.0, dropout=rates, passes_at_once=at_once)
+        stage = BiStage(
+            model, model.embedding, passes=3, js_weight=2.0, dropout=rates, passes_at_once=at_once
+        )
         for seed in range(3):  # adaptive rates need a gradient to have been seen
             torch.manual_seed(seed)
             model.zero_grad()
             result = stage.backward(*batch(seed))
-        norms = {name: getattr(model.dropout, name) for name in ("gradient_norm", "pending") if adaptive}
+        norms = {
+            name: getattr(model.dropout, name) for name in ("gradient_norm", "pending") if adaptive
+        }
         results.append((gradients(model), norms, result, torch.get_rng_state()))
     (grads, norms, result, state), (grads_again, norms_again, result_again, state_again) = results
     assert_equal(grads_again, grads, rtol=1e-9, atol=1e-12)
@@ -257,15 +335,25 @@ def test_dict_tuple_and_tensor_inputs():
     class Many(Small):
         def forward(self, ids, attention_mask=None, bias=None, options=None, table=None):
             assert options == "as is" and table.shape == (3, CLASSES)
-            assert len(ids) == len(bias) and (attention_mask is None or len(attention_mask) == len(ids))
+            assert len(ids) == len(bias) and (
+                attention_mask is None or len(attention_mask) == len(ids)
+            )
             return self.classify(self.look_up(ids)) + bias + table[0]
 
     model = Many().double()
     ids, labels = batch()
-    bias, table = torch.randn(N, CLASSES, dtype=torch.float64), torch.randn(3, CLASSES, dtype=torch.float64)
+    bias, table = (
+        torch.randn(N, CLASSES, dtype=torch.float64),
+        torch.randn(3, CLASSES, dtype=torch.float64),
+    )
     stage = BiStage(model, model.embedding)
     _, of_tuple = walk(model, lambda: stage.backward((ids, None, bias, "as is", table), labels))
-    _, of_dict = walk(model, lambda: stage.backward({"ids": ids, "bias": bias, "options": "as is", "table": table}, labels))
+    _, of_dict = walk(
+        model,
+        lambda: stage.backward(
+            {"ids": ids, "bias": bias, "options": "as is", "table": table}, labels
+        ),
+    )
     assert_equal(of_tuple, of_dict, rtol=0, atol=0)
     plain = Small().double()
     plain.load_state_dict(model.state_dict())
@@ -275,7 +363,12 @@ def test_dict_tuple_and_tensor_inputs():
 
 @pytest.mark.parametrize(
     "wrap",
-    [lambda z: z, lambda z: (z, "more"), lambda z: types.SimpleNamespace(logits=z), lambda z: {"loss": None, "logits": z}],
+    [
+        lambda z: z,
+        lambda z: (z, "more"),
+        lambda z: types.SimpleNamespace(logits=z),
+        lambda z: {"loss": None, "logits": z},
+    ],
     ids=["tensor", "tuple", "object", "dict"],
 )
 def test_outputs(wrap):
@@ -298,10 +391,14 @@ def test_attention_mask_keeps_padding_unperturbed():
     ids, labels = batch()
     mask = torch.ones(N, T)
     mask[:, 6:] = 0
-    BiStage(model, model.embedding, epsilon=2.0).backward({"ids": ids, "attention_mask": mask}, labels)
+    BiStage(model, model.embedding, epsilon=2.0).backward(
+        {"ids": ids, "attention_mask": mask}, labels
+    )
     delta = (model.seen.detach() - model.embedding(ids.repeat(2, 1)).detach()).unflatten(0, (2, N))
     assert torch.equal(delta[0], delta[1]) and delta[:, :, 6:].abs().max() == 0
-    torch.testing.assert_close(delta.flatten(2).norm(dim=2), torch.full((2, N), 2.0, dtype=torch.float64))
+    torch.testing.assert_close(
+        delta.flatten(2).norm(dim=2), torch.full((2, N), 2.0, dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("input_range", [None, (-0.5, 0.5)])
@@ -323,7 +420,9 @@ def test_no_embedding_perturbs_the_floating_input(input_range):
     leaf = x.clone().requires_grad_()
     (g,) = torch.autograd.grad(F.cross_entropy(model(leaf, None), labels), leaf)
     perturbed = x + 0.4 * F.normalize(g, dim=1)
-    torch.testing.assert_close(seen[1], (perturbed if input_range is None else perturbed.clamp(*input_range)).repeat(2, 1))
+    torch.testing.assert_close(
+        seen[1], (perturbed if input_range is None else perturbed.clamp(*input_range)).repeat(2, 1)
+    )
     assert not x.requires_grad and torch.equal(x.grad, torch.ones_like(x))
 
 
@@ -337,7 +436,12 @@ def test_scale_multiplies_the_gradient_only(scale):
     stage = BiStage(model, model.embedding)
     plain, expected = walk(model, lambda: stage.backward(inputs, labels))
     scaled, actual = walk(model, lambda: stage.backward(inputs, labels, scale=scale))
-    assert_equal(actual, {name: value * float(scale) for name, value in expected.items()}, rtol=1e-9, atol=1e-12)
+    assert_equal(
+        actual,
+        {name: value * float(scale) for name, value in expected.items()},
+        rtol=1e-9,
+        atol=1e-12,
+    )
     for before, after in zip(plain, scaled, strict=True):
         torch.testing.assert_close(after, before)
 
@@ -368,14 +472,19 @@ def test_autocast(dtype, at_once):
         result, actual = walk(model, lambda: stage.backward(inputs, labels, scale=64.0))
     assert result.logits.dtype == dtype and result.loss.dtype == torch.float32
     torch.testing.assert_close(result.loss, exact.loss, rtol=2e-2, atol=0)
-    assert_equal({name: value / 64 for name, value in actual.items()}, expected, rtol=0.1, atol=5e-3)
+    assert_equal(
+        {name: value / 64 for name, value in actual.items()}, expected, rtol=0.1, atol=5e-3
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_models(dtype):
     model = Small().to(dtype)
     assert BiStage(model, model.embedding).backward(*batch()).loss.dtype == torch.float32
-    assert all(gradient.dtype == dtype and gradient.isfinite().all() for gradient in gradients(model).values())
+    assert all(
+        gradient.dtype == dtype and gradient.isfinite().all()
+        for gradient in gradients(model).values()
+    )
 
 
 # The hook
@@ -423,13 +532,21 @@ def test_unusual_embeddings(kind, frozen, twin, form):
     options = {"epsilon": 1.0, "dropout": (0.5, 0.5) if kind is Recomputes else None}
     stages = [BiStage(each, each.embedding, **options) for each in (usual, model)]
     _, expected = walk(usual, lambda: stages[0].backward(*batch()))
-    _, actual = walk(model, lambda: stages[1].backward(*batch()) if form == "backward" else stages[1].loss(*batch()).backward())
+    _, actual = walk(
+        model,
+        lambda: (
+            stages[1].backward(*batch())
+            if form == "backward"
+            else stages[1].loss(*batch()).backward()
+        ),
+    )
     if frozen or kind is LookedUpWithoutGrad:
         del expected["embedding.weight"]
     assert_equal(actual, expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of passes that keep no graph
+# of passes that keep no graph
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("at_once", [None, 1])
 @pytest.mark.parametrize("form", ["backward", "loss"])
 def test_reentrant_checkpointing_behind_a_frozen_embedding(form, at_once):
@@ -449,7 +566,16 @@ def test_reentrant_checkpointing_behind_a_frozen_embedding(form, at_once):
             with pytest.raises(RuntimeError, match="use_reentrant=True"):
                 stage.loss(*batch())
             return
-        found.append(walk(model, lambda: stage.backward(*batch()) if form == "backward" else stage.loss(*batch()).backward())[1])
+        found.append(
+            walk(
+                model,
+                lambda: (
+                    stage.backward(*batch())
+                    if form == "backward"
+                    else stage.loss(*batch()).backward()
+                ),
+            )[1]
+        )
     assert_equal(found[1], found[0], rtol=1e-9, atol=1e-12)
 
 
@@ -457,8 +583,12 @@ def test_recomputed_passes_keep_their_own_rates():
     usual, model = Small(dropout=0.3).double(), Recomputes(dropout=0.3).double()
     model.load_state_dict(usual.state_dict())
     rates = (0.1, 0.7)
-    _, expected = walk(usual, lambda: BiStage(usual, usual.embedding, dropout=rates).backward(*batch()))
-    _, actual = walk(model, lambda: BiStage(model, model.embedding, dropout=rates).backward(*batch()))
+    _, expected = walk(
+        usual, lambda: BiStage(usual, usual.embedding, dropout=rates).backward(*batch())
+    )
+    _, actual = walk(
+        model, lambda: BiStage(model, model.embedding, dropout=rates).backward(*batch())
+    )
     assert_equal(actual, expected, rtol=1e-9, atol=1e-12)
 
 
@@ -490,7 +620,9 @@ def test_two_stages_on_one_model_do_not_disturb_each_other():
 
 
 class Calls(Small):
-    """Calls the embedding as often as it is told, in a pass of the given number, then fails if it is told to."""
+    """Calls the embedding as often as it is told, in a pass of the given number, then fails if
+    it is told to.
+    """
 
     times, at, fail, count = 1, 1, False, 0
 
@@ -498,7 +630,11 @@ class Calls(Small):
         self.count += 1
         if self.count != self.at:
             return super().forward(ids)
-        x = self.embedding.forward(ids) if self.times == 0 else [self.embedding(ids) for _ in range(self.times)].pop()
+        x = (
+            self.embedding.forward(ids)
+            if self.times == 0
+            else [self.embedding(ids) for _ in range(self.times)].pop()
+        )
         if self.fail:
             raise KeyError("of the model")
         return self.classify(x)
@@ -576,7 +712,9 @@ def test_the_mode_is_the_callers(training):
     ],
 )
 @pytest.mark.filterwarnings("ignore:dropout[23]d. Received a 3")
-@pytest.mark.parametrize("layer", [nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, AdaptiveDropout])
+@pytest.mark.parametrize(
+    "layer", [nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, AdaptiveDropout]
+)
 def test_rates_are_set_for_their_pass_and_restored(layer, options, seen):
     rates = []
     model = Small()
@@ -591,7 +729,9 @@ def test_rates_are_the_methods():
     model = TextCNN(WORDS, CLASSES, dimension=6, filters=5, dropout=0.2).double()
     stage = BiStage(model, model.embedding, dropout=(0.1, 0.6), js_weight=1.0)
     ids, labels = batch()
-    expected = walk(model, lambda: method(model, ids, labels, one_by_one=True, rates=(0.1, 0.6), js_weight=1.0))[1]
+    expected = walk(
+        model, lambda: method(model, ids, labels, one_by_one=True, rates=(0.1, 0.6), js_weight=1.0)
+    )[1]
     for run in (lambda: stage.backward(ids, labels), lambda: stage.loss(ids, labels).backward()):
         assert_equal(walk(model, run)[1], expected, rtol=1e-9, atol=1e-12)
 
@@ -609,7 +749,9 @@ class Synchronising(Small):
             self.set_requires_gradient_sync = lambda value: setattr(self, "sync", value)
         else:
             self.no_sync = self.without
-        self.hidden.weight.register_post_accumulate_grad_hook(lambda parameter: self.noted.append(self.sync))
+        self.hidden.weight.register_post_accumulate_grad_hook(
+            lambda parameter: self.noted.append(self.sync)
+        )
 
     @contextlib.contextmanager
     def without(self):
@@ -645,12 +787,18 @@ def test_only_the_last_backward_synchronises(switch, options, noted):
 
 @pytest.fixture
 def process_group(tmp_path):
-    torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
     yield
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("options", [{}, {"passes_at_once": 1}, {"dropout": (0.2, 0.4)}], ids=["batch", "one by one", "rates"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"passes_at_once": 1}, {"dropout": (0.2, 0.4)}],
+    ids=["batch", "one by one", "rates"],
+)
 @pytest.mark.parametrize("form", ["backward", "loss"])
 @pytest.mark.parametrize("inside", [False, True], ids=["outermost", "inside"])
 def test_under_ddp(process_group, options, form, inside):
@@ -666,7 +814,10 @@ def test_under_ddp(process_group, options, form, inside):
 
     model = nn.parallel.DistributedDataParallel(inner)
     model.register_comm_hook(None, note)
-    stages = [BiStage(plain, plain.embedding, **options), BiStage(nn.Sequential(model) if inside else model, inner.embedding, **options)]
+    stages = [
+        BiStage(plain, plain.embedding, **options),
+        BiStage(nn.Sequential(model) if inside else model, inner.embedding, **options),
+    ]
 
     def run(stage):
         return stage.backward(*batch()) if form == "backward" else stage.loss(*batch()).backward()
@@ -675,9 +826,16 @@ def test_under_ddp(process_group, options, form, inside):
         reductions.clear()
         _, expected = walk(plain, lambda: run(stages[0]))
         _, actual = walk(model, lambda: run(stages[1]))
-        assert_equal({name.removeprefix("module."): value for name, value in actual.items()}, expected, rtol=1e-9, atol=1e-12)
+        assert_equal(
+            {name.removeprefix("module."): value for name, value in actual.items()},
+            expected,
+            rtol=1e-9,
+            atol=1e-12,
+        )
         (reduced,) = reductions  # once, and the whole gradient
-        torch.testing.assert_close(reduced.norm(), torch.cat([gradient.flatten() for gradient in expected.values()]).norm())
+        torch.testing.assert_close(
+            reduced.norm(), torch.cat([gradient.flatten() for gradient in expected.values()]).norm()
+        )
     if form == "backward":
         with model.no_sync():
             stages[1].backward(*batch())
@@ -706,7 +864,9 @@ def test_texts_packed_by_their_lengths(kind):
             self.reader = nn.LSTM(6, 8, batch_first=True)
 
         def forward(self, ids, lengths):
-            packed = nn.utils.rnn.pack_padded_sequence(self.embedding(ids), lengths, batch_first=True, enforce_sorted="any" not in kind)
+            packed = nn.utils.rnn.pack_padded_sequence(
+                self.embedding(ids), lengths, batch_first=True, enforce_sorted="any" not in kind
+            )
             return self.output(self.reader(packed)[1][0][0])
 
     model = Packed().double()
@@ -715,11 +875,15 @@ def test_texts_packed_by_their_lengths(kind):
     inputs = ids, torch.tensor(lengths) if kind == "tensor" else lengths
     for run in (BiStage(model, model.embedding).backward, BiStage(model, model.embedding).loss):
         # In any order torch packs as many texts as there are lengths, without a word.
-        error, text = (ValueError, "rows of logits for 2 x 5") if "any" in kind else (RuntimeError, "lengths")
+        error, text = (
+            (ValueError, "rows of logits for 2 x 5") if "any" in kind else (RuntimeError, "lengths")
+        )
         with pytest.raises(error, match=f"(?s){text}.*passes_at_once=1"):
             run(inputs, labels)
     found = BiStage(model, model.embedding, passes_at_once=1).backward(inputs, labels).loss
-    torch.testing.assert_close(found, recipes.at(model, model.embedding).backward(inputs, labels)["loss"])
+    torch.testing.assert_close(
+        found, recipes.at(model, model.embedding).backward(inputs, labels)["loss"]
+    )
 
 
 def test_bags_of_words_that_begin_at_offsets():
@@ -737,7 +901,9 @@ def test_bags_of_words_that_begin_at_offsets():
     ids, labels = batch()
     bags = ids.flatten(), torch.arange(0, N * T, T)
     expected = BiStage(model, model.embedding).backward(ids, labels).loss
-    torch.testing.assert_close(BiStage(model, model.embedding, passes_at_once=1).backward(bags, labels).loss, expected)
+    torch.testing.assert_close(
+        BiStage(model, model.embedding, passes_at_once=1).backward(bags, labels).loss, expected
+    )
     for run in (BiStage(model, model.embedding).backward, BiStage(model, model.embedding).loss):
         with pytest.raises(ValueError, match="(?s)offsets.*passes_at_once=1"):
             run(bags, labels)
@@ -745,19 +911,40 @@ def test_bags_of_words_that_begin_at_offsets():
 
 def test_an_encoder_decoder_is_told_which_embedding():
     transformers = pytest.importorskip("transformers")
-    sizes = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    sizes |= {"encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "vocab_size": WORDS, "eos_token_id": 2, "num_labels": CLASSES}
-    config = transformers.BartConfig(**sizes, dropout=0.0, pad_token_id=0, bos_token_id=1, decoder_start_token_id=2)
+    sizes = {
+        "d_model": 8,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+    }
+    sizes |= {
+        "encoder_ffn_dim": 8,
+        "decoder_ffn_dim": 8,
+        "vocab_size": WORDS,
+        "eos_token_id": 2,
+        "num_labels": CLASSES,
+    }
+    config = transformers.BartConfig(
+        **sizes, dropout=0.0, pad_token_id=0, bos_token_id=1, decoder_start_token_id=2
+    )
     model = transformers.BartForSequenceClassification(config)
     ids, labels = batch()
     ids = torch.where(ids == 2, 3, ids)
     ids[:, -1] = 2
-    with pytest.raises(RuntimeError, match=r"encoder-decoder: pass the encoder's embedding, model.get_encoder\(\)"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"encoder-decoder: pass the encoder's embedding, "
+        r"model.get_encoder\(\)",
+    ):
         BiStage(model, model.model.shared).backward({"input_ids": ids}, labels)
     of_encoder = model.get_encoder().get_input_embeddings()
     assert BiStage(model, of_encoder).backward({"input_ids": ids}, labels).loss.isfinite()
     model.set_input_embeddings(nn.Embedding(WORDS, 8))  # one for both
-    with pytest.raises(RuntimeError, match="called twice.*encoder-decoder: pass the encoder's embedding.*of its own"):
+    with pytest.raises(
+        RuntimeError,
+        match="called twice.*encoder-decoder: pass the encoder's embedding.*of its own",
+    ):
         BiStage(model, model.model.shared).backward({"input_ids": ids}, labels)
 
 
@@ -784,8 +971,20 @@ def test_logits_and_labels_that_do_not_fit():
             return self.give(super().forward(ids))
 
     for give, given, error, text in (
-        (lambda z: z[:, None].expand(-1, T, -1), labels, ValueError, r"logits of shape \[5, 9, 4\].*token classification"),
-        (lambda z: z[:, 0], labels, ValueError, r"logits of shape \[5\]; these methods take \[N, C\]"),
+        (
+            lambda z: z[:, None].expand(-1, T, -1),
+            labels,
+            ValueError,
+            r"logits of shape \[5, 9, "
+            r"4\].*token classification",
+        ),
+        (
+            lambda z: z[:, 0],
+            labels,
+            ValueError,
+            r"logits of shape \[5\]; these methods take \[N, "
+            r"C\]",
+        ),
         (lambda z: z.int(), labels, TypeError, "logits of torch.int32"),
         (lambda z: {"out": z}, labels, TypeError, r"returned a dict with \['out'\]; return logits"),
         (lambda z: z, labels[:4], ValueError, r"5 rows of logits for 4 labels"),
@@ -821,7 +1020,12 @@ def test_logits_and_labels_that_do_not_fit():
         ({"dropout": (0.3, 1.5)}, ValueError, r"in \[0, 1\]"),
         ({"input_range": (0.0, 1.0)}, ValueError, "embedding=None"),
         ({"embedding": None, "input_range": (1.0, 0.0)}, ValueError, "low < high"),
-        ({"embedding": None, "input_range": 1.0}, ValueError, r"input_range=1.0; pass \(low, high\)"),
+        (
+            {"embedding": None, "input_range": 1.0},
+            ValueError,
+            r"input_range=1.0; pass \(low, "
+            r"high\)",
+        ),
         ({"embedding": None, "input_range": ("0", "1")}, ValueError, "input_range=.*low < high"),
         ({"dropout": [0.1, "0.2"]}, ValueError, "dropout=.*one rate in"),
         ({"embedding": nn.Embedding(2, 2)}, ValueError, "not a module of model"),
@@ -842,7 +1046,12 @@ def test_wrong_calls():
     model = Small()
     inputs, labels = batch()
     stage = BiStage(model, model.embedding)
-    for scale, text in ((0.0, "scale=0.0"), (-1.0, "scale=-1.0"), (float("nan"), "scale=nan"), (torch.ones(2), "0-d")):
+    for scale, text in (
+        (0.0, "scale=0.0"),
+        (-1.0, "scale=-1.0"),
+        (float("nan"), "scale=nan"),
+        (torch.ones(2), "0-d"),
+    ):
         with pytest.raises(ValueError, match=text):
             stage.backward(inputs, labels, scale=scale)
     for scale in ("2", None, True):
@@ -877,7 +1086,10 @@ def test_every_row_has_logits():
 
 def test_a_named_backend_reaches_the_operators():
     model = Small(dropout=0.2).double()
-    results = [walk(model, lambda b=b: BiStage(model, model.embedding, backend=b).backward(*batch()))[1] for b in ("auto", "reference")]
+    results = [
+        walk(model, lambda b=b: BiStage(model, model.embedding, backend=b).backward(*batch()))[1]
+        for b in ("auto", "reference")
+    ]
     assert_equal(*results, rtol=1e-9, atol=1e-12)
     with pytest.raises(RuntimeError, match="backend='cuda'"):
         BiStage(model, model.embedding, backend="cuda").backward(*batch())

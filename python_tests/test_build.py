@@ -1,4 +1,6 @@
-"""The build and what is done without it: which library is loaded, what it asks of torch, and what setup.py leaves where it cannot build."""
+"""The build and what is done without it: which library is loaded, what it asks of torch, and
+what setup.py leaves where it cannot build.
+"""
 
 import importlib.util
 import json
@@ -23,7 +25,9 @@ REINSTALL = "pip install --force-reinstall --no-deps ."
 
 
 def run(*command, **options) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=120, **options
+    )
 
 
 # ---- The library that is loaded
@@ -41,14 +45,20 @@ def test_exactly_one_library_is_loaded(library):
     maps = pathlib.Path("/proc/self/maps")
     if not maps.exists():
         pytest.skip("the system does not list what is loaded")
-    assert set(re.findall(r"\S*uegr_kernels_(?:baseline|avx2|avx512)\.so", maps.read_text())) == {str(library)}
+    assert set(re.findall(r"\S*uegr_kernels_(?:baseline|avx2|avx512)\.so", maps.read_text())) == {
+        str(library)
+    }
 
 
 @pytest.mark.parametrize("isa", native.ISAS[:-1])
 def test_environment_chooses_the_instruction_set(isa):
     if isa not in native.supported_isas() or isa not in native.built_isas():
         pytest.skip(f"no {isa} library that this processor runs")
-    done = run("-c", "from uegr_kernels.core import native; print(native.load())", env={**os.environ, "UEGR_KERNELS_ISA": isa})
+    done = run(
+        "-c",
+        "from uegr_kernels.core import native; print(native.load())",
+        env={**os.environ, "UEGR_KERNELS_ISA": isa},
+    )
     assert done.stdout.strip() == f"('{isa}', None)", done.stderr
 
 
@@ -56,13 +66,17 @@ SYSTEM = r"libc|libm|libstdc\+\+|libgcc_s|ld-linux[\w-]*"
 
 
 def symbols(file: pathlib.Path) -> list[tuple[str, str]]:
-    """What a library asks others for: the symbol, and the version of the system library it is from, or ""."""
+    """What a library asks others for: the symbol, and the version of the system library it is
+    from, or "".
+    """
     text = subprocess.run(["nm", "-D", file], capture_output=True, text=True, check=True).stdout
     return re.findall(r" U ([^\s@]+)@*(\S*)", text)
 
 
 def needed(file: pathlib.Path) -> list[str]:
-    text = subprocess.run(["readelf", "-d", file], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        ["readelf", "-d", file], capture_output=True, text=True, check=True
+    ).stdout
     assert "RPATH" not in text and "RUNPATH" not in text, "the path of the machine that built it"
     return re.findall(r"\(NEEDED\).*\[(.*)\]", text)
 
@@ -73,13 +87,27 @@ def test_libraries_ask_for_torchs_c_functions_and_the_system_only(library):
     for isa in native.built_isas():
         file = library.with_name(f"uegr_kernels_{isa}.so")
         asked = symbols(file)
-        others = [name for name, version in asked if not re.match(r"(GLIBC|GLIBCXX|CXXABI|GCC)_\d", version)]
-        assert any(name.startswith("aoti_torch_") for name in others), f"{file.name} does not use the stable ABI"
+        others = [
+            name
+            for name, version in asked
+            if not re.match(r"(GLIBC|GLIBCXX|CXXABI|GCC)_\d", version)
+        ]
+        assert any(name.startswith("aoti_torch_") for name in others), (
+            f"{file.name} does not use the stable ABI"
+        )
         strange = [name for name in others if not re.match(r"(aoti_)?torch_\w+$", name)]
-        assert not strange, f"{file.name} needs more than torch's C functions, which alone stay as they are: {strange}"
+        assert not strange, (
+            f"{file.name} needs more than torch's C functions, which alone stay "
+            "as "
+            f"they are: {strange}"
+        )
         libraries = needed(file)
         assert "libtorch_cpu.so" in libraries
-        assert [name for name in libraries if not re.match(rf"(libtorch|libtorch_cpu|{SYSTEM})\.so", name)] == []
+        assert [
+            name
+            for name in libraries
+            if not re.match(rf"(libtorch|libtorch_cpu|{SYSTEM})\.so", name)
+        ] == []
 
 
 def test_an_audit_finds_the_libraries_stable_from_the_oldest_torch_on(library):
@@ -87,7 +115,9 @@ def test_an_audit_finds_the_libraries_stable_from_the_oldest_torch_on(library):
         pytest.skip("torch-abi-audit is not installed")
     for isa in native.built_isas():
         file = library.with_name(f"uegr_kernels_{isa}.so")
-        done = run("-c", "from torch_abi_audit.cli import main; main()", "--check", "torch", "--json", file)
+        done = run(
+            "-c", "from torch_abi_audit.cli import main; main()", "--check", "torch", "--json", file
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         (found,) = json.loads(done.stdout)["bundled_libs"]
         assert found["torch"]["stable"] and not found["torch"]["unstable_symbols"]
@@ -124,7 +154,9 @@ def test_missing_library_gives_reason_and_remedy(no_libraries):
     assert "does not exist" in reason and REINSTALL in reason
     (no_libraries / "not_built.txt").write_text("the cat sat on the compiler (lift the cat)\n")
     isa, reason = native.load.__wrapped__()
-    assert "was not built: the cat sat on the compiler (lift the cat);" in reason and REINSTALL in reason
+    assert (
+        "was not built: the cat sat on the compiler (lift the cat);"
+    ) in reason and REINSTALL in reason
 
 
 def test_library_that_does_not_load_gives_reason_and_remedy(no_libraries):
@@ -161,7 +193,8 @@ def test_wrong_arguments_exit_with_2(arguments, capsys):
 # ---- setup.py, on a tree with a library of one function
 
 needs_setuptools = pytest.mark.skipif(
-    not importlib.util.find_spec("setuptools") or not importlib.util.find_spec("ninja"), reason="setuptools or ninja is not installed"
+    not importlib.util.find_spec("setuptools") or not importlib.util.find_spec("ninja"),
+    reason="setuptools or ninja is not installed",
 )
 
 
@@ -172,19 +205,30 @@ class Tree:
         self.root, self.libraries = root, root / "uegr_kernels/_lib"
         for folder in ("uegr_kernels", "csrc/core", "csrc/selective"):
             (root / folder).mkdir(parents=True)
-        for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "uegr_kernels/__init__.py"):
+        for name in (
+            "setup.py",
+            "pyproject.toml",
+            "MANIFEST.in",
+            "LICENSE",
+            "uegr_kernels/__init__.py",
+        ):
             shutil.copy(ROOT / name, root / name)
         (root / "README.md").write_text("a tree for tests\n")
         (root / "csrc/core/number.h").write_text("constexpr int number = 1;\n")
         (root / "csrc/library.cpp").write_text(
-            'int one();\nextern "C" __attribute__((visibility("default"))) int entry() { return one(); }\n'
+            'int one();\nextern "C" __attribute__((visibility("default"))) int entry() { return '
+            "one(); }\n"
         )
-        (root / "csrc/selective/selective_cpu.cpp").write_text('#include "core/number.h"\nint one() { return number; }\n')
+        (root / "csrc/selective/selective_cpu.cpp").write_text(
+            '#include "core/number.h"\nint one() { return number; }\n'
+        )
         (root / "csrc/bindings.cpp").write_text("int bindings = 1;\n")
 
     def setup(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
         inherited = {
-            key: value for key, value in os.environ.items() if not key.startswith("UEGR_KERNELS_") and key not in ("CXX", "CXXFLAGS")
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith("UEGR_KERNELS_") and key not in ("CXX", "CXXFLAGS")
         }
         return run("setup.py", *arguments, cwd=self.root, env=inherited | environment)
 
@@ -201,7 +245,10 @@ def tree(tmp_path) -> Tree:
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [
-        ({"CXX": "no-such-compiler"}, "no-such-compiler was not found (install g++, or name another in CXX)"),
+        (
+            {"CXX": "no-such-compiler"},
+            "no-such-compiler was not found (install g++, or name another in CXX)",
+        ),
         ({"UEGR_KERNELS_TORCH": "/no/such/torch"}, "no torch 2.11 or newer in /no/such/torch"),
         ({"UEGR_KERNELS_BUILD": "0"}, "UEGR_KERNELS_BUILD=0 forbade it"),
     ],
@@ -212,7 +259,9 @@ def test_setup_succeeds_without_what_it_needs_and_leaves_the_reason(tree, enviro
     (tree.libraries / "uegr_kernels_baseline.so").write_text("of an earlier build")
     done = tree.setup("build_ext", "--inplace", **environment)
     assert done.returncode == 0, done.stderr
-    assert len([line for line in done.stdout.splitlines() if line.startswith("uegr-kernels: ")]) == 1
+    assert (
+        len([line for line in done.stdout.splitlines() if line.startswith("uegr-kernels: ")]) == 1
+    )
     assert reason in done.stdout
     assert tree.built() == {"not_built.txt"}
     assert reason in (tree.libraries / "not_built.txt").read_text()
@@ -243,7 +292,11 @@ def test_setup_builds_again_what_a_header_changed_and_says_which_line_is_wrong(t
     done = tree.setup("build_ext", "--inplace")
     assert done.returncode == 0, done.stderr
     assert tree.built() == {"not_built.txt"}
-    assert re.search(r"number\.h:1:\d+: error: .*seven", (tree.libraries / "not_built.txt").read_text())
+    assert re.search(
+        r"number\.h:1:\d+: error: "
+        r".*seven",
+        (tree.libraries / "not_built.txt").read_text(),
+    )
 
 
 @needs_setuptools
@@ -255,7 +308,11 @@ def test_wheel_has_the_libraries_and_no_bindings(tree):
     assert f"-{uegr_kernels.__version__}-py3-none-" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
     assert not [name for name in names if "_bindings" in name]
-    assert [name for name in names if re.fullmatch(r"uegr_kernels/_lib/(uegr_kernels_baseline\.so|not_built\.txt)", name)]
+    assert [
+        name
+        for name in names
+        if re.fullmatch(r"uegr_kernels/_lib/(uegr_kernels_baseline\.so|not_built\.txt)", name)
+    ]
 
 
 @needs_setuptools
@@ -275,7 +332,13 @@ def test_source_distribution_has_the_headers(tree):
     assert done.returncode == 0, done.stderr
     (archive,) = (tree.root / "dist").iterdir()
     names = {name.split("/", 1)[1] for name in zipfile.ZipFile(archive).namelist()}
-    assert {"setup.py", "LICENSE", "csrc/core/number.h", "csrc/library.cpp", "csrc/bindings.cpp"} <= names
+    assert {
+        "setup.py",
+        "LICENSE",
+        "csrc/core/number.h",
+        "csrc/library.cpp",
+        "csrc/bindings.cpp",
+    } <= names
 
 
 # ---- Installed into an environment of its own, with the torch of another, and no network
@@ -290,15 +353,34 @@ class Environment:
     def __init__(self, python: str, root: pathlib.Path, wheel: pathlib.Path):
         self.python, self.root = root / "bin/python", root
         subprocess.run([python, "-m", "venv", "--without-pip", root], check=True)
-        install = ["-m", "pip", "--python", self.python, "install", "-q", "--no-deps", "--no-index", "--ignore-installed", wheel]
+        install = [
+            "-m",
+            "pip",
+            "--python",
+            self.python,
+            "install",
+            "-q",
+            "--no-deps",
+            "--no-index",
+            "--ignore-installed",
+            wheel,
+        ]
         done = run(*install, env=self.environment(), cwd=root)
         assert done.returncode == 0, done.stderr
-        own, others = (subprocess.check_output([which, "-c", PATHS], text=True).strip() for which in (self.python, python))
-        pathlib.Path(own, "others.pth").write_text(others)  # a folder named so is searched last, and its .pth files are not read
+        own, others = (
+            subprocess.check_output([which, "-c", PATHS], text=True).strip()
+            for which in (self.python, python)
+        )
+        # a folder named so is searched last, and its .pth files are not read
+        pathlib.Path(own, "others.pth").write_text(others)
 
     @staticmethod
     def environment() -> dict[str, str]:
-        return {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "UEGR_KERNELS_ISA")}
+        return {
+            key: value
+            for key, value in os.environ.items()
+            if key not in ("PYTHONPATH", "UEGR_KERNELS_ISA")
+        }
 
     def run(self, *command) -> subprocess.CompletedProcess:
         options = {"env": self.environment(), "capture_output": True, "text": True, "timeout": 500}
@@ -306,9 +388,15 @@ class Environment:
 
 
 def pythons() -> list[str]:
-    """This Python, and others that have a torch: python3.N on the path, and the ones that UEGR_KERNELS_TEST_PYTHONS names."""
+    """This Python, and others that have a torch: python3.N on the path, and the ones that
+    UEGR_KERNELS_TEST_PYTHONS names.
+    """
     on_path = [shutil.which(f"python3.{minor}") for minor in range(10, 16)]
-    return [sys.executable, *filter(None, on_path), *filter(None, os.environ.get("UEGR_KERNELS_TEST_PYTHONS", "").split(":"))]
+    return [
+        sys.executable,
+        *filter(None, on_path),
+        *filter(None, os.environ.get("UEGR_KERNELS_TEST_PYTHONS", "").split(":")),
+    ]
 
 
 def torch_of(python: str) -> str | None:
@@ -326,7 +414,17 @@ def wheel(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("wheel")
     build = ["build", "--build-temp", "build/inplace", "--build-lib", folder / "lib"]
     inplace = (ROOT / "build/inplace/build.ninja").read_text()
-    done = run("setup.py", "-q", *build, "bdist_wheel", "--bdist-dir", folder / "bdist", "--dist-dir", folder, cwd=ROOT)
+    done = run(
+        "setup.py",
+        "-q",
+        *build,
+        "bdist_wheel",
+        "--bdist-dir",
+        folder / "bdist",
+        "--dist-dir",
+        folder,
+        cwd=ROOT,
+    )
     (ROOT / "build/inplace/build.ninja").write_text(inplace)
     assert done.returncode == 0, done.stderr
     (wheel,) = folder.glob("*.whl")
@@ -335,38 +433,72 @@ def wheel(tmp_path_factory) -> pathlib.Path:
 
 @needs_setuptools
 def test_wheel_holds_libraries_that_are_loaded_and_no_module(wheel):
-    assert re.fullmatch(rf"uegr_kernels-{re.escape(uegr_kernels.__version__)}-py3-none-(linux|macosx|win)\w+\.whl", wheel.name)
+    assert re.fullmatch(
+        rf"uegr_kernels-{re.escape(uegr_kernels.__version__)}-py3-none-(linux|macosx|win)\w+\.whl",
+        wheel.name,
+    )
     names = set(zipfile.ZipFile(wheel).namelist())
-    binaries = {name for name in names if not name.endswith((".py", ".typed", ".txt")) and ".dist-info/" not in name}
+    binaries = {
+        name
+        for name in names
+        if not name.endswith((".py", ".typed", ".txt")) and ".dist-info/" not in name
+    }
     assert binaries - {"uegr_kernels/_lib/uegr_kernels_cuda.so"} == {
         f"uegr_kernels/_lib/uegr_kernels_{isa}.so" for isa in native.built_isas()
     }
-    assert {file.relative_to(ROOT).as_posix() for file in PACKAGE.rglob("*.py")} | {"uegr_kernels/py.typed"} <= names
+    assert {file.relative_to(ROOT).as_posix() for file in PACKAGE.rglob("*.py")} | {
+        "uegr_kernels/py.typed"
+    } <= names
     assert not [name for name in names if name.startswith(("python_tests", "bench", "csrc"))]
 
 
-def check_wheel(wheel: pathlib.Path, python: str, root: pathlib.Path, operators: list[str], which: str) -> None:
+def check_wheel(
+    wheel: pathlib.Path, python: str, root: pathlib.Path, operators: list[str], which: str
+) -> None:
     """Installs the wheel and runs some of the operators' tests there."""
     there = Environment(python, root, wheel)
-    shutil.copytree(ROOT / "python_tests", there.root / "python_tests", ignore=shutil.ignore_patterns("__pycache__"))
-    loaded = there.run("-c", "import uegr_kernels as uk; from uegr_kernels.core import native; print(uk.__file__, native.load())")
-    assert str(there.root) in loaded.stdout and "None)" in loaded.stdout, loaded.stdout + loaded.stderr
+    shutil.copytree(
+        ROOT / "python_tests",
+        there.root / "python_tests",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
+    loaded = there.run(
+        "-c",
+        "import uegr_kernels as uk; from uegr_kernels.core import native; "
+        "print(uk.__file__, native.load())",
+    )
+    assert str(there.root) in loaded.stdout and "None)" in loaded.stdout, (
+        loaded.stdout + loaded.stderr
+    )
     tests = [f"python_tests/test_{name}.py" for name in operators]
     done = there.run("-m", "pytest", "-q", "-k", which, "-p", "no:cacheprovider", *tests)
-    assert done.returncode == 0 and re.search(r"\d+ passed", done.stdout), done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == 0 and re.search(r"\d+ passed", done.stdout), (
+        done.stdout[-3000:] + done.stderr[-3000:]
+    )
 
 
 @needs_setuptools
 def test_wheel_works_in_an_environment_of_its_own(wheel, tmp_path):
-    check_wheel(wheel, sys.executable, tmp_path / "environment", ["perturbation", "dropout"], "cpp and bfloat16")
+    check_wheel(
+        wheel,
+        sys.executable,
+        tmp_path / "environment",
+        ["perturbation", "dropout"],
+        "cpp and bfloat16",
+    )
 
 
 @needs_setuptools
 def test_wheel_works_with_another_torch_and_another_python(wheel, tmp_path):
     here = f"{torch.__version__} {sys.version_info[:2]}"
-    others = {version: python for python in pythons() if (version := torch_of(python)) not in (None, here)}
+    others = {
+        version: python for python in pythons() if (version := torch_of(python)) not in (None, here)
+    }
     if not others:
-        pytest.skip(f"torch and Python are {here}, and no others are here (UEGR_KERNELS_TEST_PYTHONS can name some)")
+        pytest.skip(
+            f"torch and Python are {here}, and no others are here "
+            "(UEGR_KERNELS_TEST_PYTHONS can name some)"
+        )
     for version, python in others.items():
         operators = ["selective", "divergence", "perturbation", "dropout", "bistage"]
         check_wheel(wheel, python, tmp_path / version.split()[0], operators, "cpp")
@@ -394,14 +526,31 @@ def test_source_installs_without_a_compiler_and_runs_on_the_reference(tmp_path):
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, source / name)
     for name in ("csrc", "uegr_kernels"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("_lib", "__pycache__", "*.so"))
-    build = ["-m", "pip", "wheel", "-q", "--no-deps", "--no-index", "--no-build-isolation", "-w", tmp_path, source]
+        shutil.copytree(
+            ROOT / name, source / name, ignore=shutil.ignore_patterns("_lib", "__pycache__", "*.so")
+        )
+    build = [
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        "--no-build-isolation",
+        "-w",
+        tmp_path,
+        source,
+    ]
     done = run(*build, env=os.environ | {"CXX": "no-such-compiler", "UEGR_KERNELS_BUILD": ""})
     assert done.returncode == 0, done.stderr
     there = Environment(sys.executable, tmp_path / "environment", next(tmp_path.glob("*.whl")))
     done = there.run("-c", WITHOUT_LIBRARY)
     assert done.returncode == 0, done.stderr
     refusal, *report = done.stdout.splitlines()
-    assert "backend='cpp' cannot serve selective.selective_adamw_ on cpu" in refusal and REINSTALL in refusal
+    assert (
+        "backend='cpp' cannot serve selective.selective_adamw_ on cpu"
+    ) in refusal and REINSTALL in refusal
     assert "no-such-compiler was not found" in refusal
-    assert str(there.root) in done.stdout and any("cpp" in line and "not usable" in line for line in report)
+    assert str(there.root) in done.stdout and any(
+        "cpp" in line and "not usable" in line for line in report
+    )

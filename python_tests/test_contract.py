@@ -15,10 +15,24 @@ import uegr_kernels as uk
 hypothesis.settings.load_profile("house")  # what was just imported has loaded its own
 NEUTRAL = {"normalization": "constant", "keep_probability": 1.0}
 OURS = {
-    "AdamW": (uk.SelectiveAdamW, torch.optim.AdamW, theirs.optim_inputs_func_adamw, theirs.optim_error_inputs_func_adamw),
-    "SGD": (uk.SelectiveSGD, torch.optim.SGD, theirs.optim_inputs_func_sgd, theirs.optim_error_inputs_func_sgd),
+    "AdamW": (
+        uk.SelectiveAdamW,
+        torch.optim.AdamW,
+        theirs.optim_inputs_func_adamw,
+        theirs.optim_error_inputs_func_adamw,
+    ),
+    "SGD": (
+        uk.SelectiveSGD,
+        torch.optim.SGD,
+        theirs.optim_inputs_func_sgd,
+        theirs.optim_error_inputs_func_sgd,
+    ),
 }
-CASES = [pytest.param(name, given, id=f"{name}-{given.desc}") for name, (*_, inputs, _) in OURS.items() for given in inputs("cpu")]
+CASES = [
+    pytest.param(name, given, id=f"{name}-{given.desc}")
+    for name, (*_, inputs, _) in OURS.items()
+    for given in inputs("cpu")
+]
 ERRORS = [
     pytest.param(name, given, id=f"{name}-{given.error_regex[:40]}")
     for name, (*_, inputs) in OURS.items()
@@ -29,7 +43,9 @@ both = pytest.mark.parametrize("name", OURS)
 
 def net(dtype=torch.float32):
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(10, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).to(dtype)
+    return torch.nn.Sequential(torch.nn.Linear(10, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).to(
+        dtype
+    )
 
 
 def run(model, optimizer, steps, first=0):
@@ -47,7 +63,10 @@ def test_neutral_is_torchs_for_every_option_torch_lists(name, given, dtype):
     ours, torchs, *_ = OURS[name]
     models = net(dtype), net(dtype)
     options = copy.deepcopy(given.kwargs)
-    optimizers = ours(models[0].parameters(), **options, **NEUTRAL), torchs(models[1].parameters(), **copy.deepcopy(given.kwargs))
+    optimizers = (
+        ours(models[0].parameters(), **options, **NEUTRAL),
+        torchs(models[1].parameters(), **copy.deepcopy(given.kwargs)),
+    )
     for model, optimizer in zip(models, optimizers, strict=True):
         run(model, optimizer, 10)
     for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
@@ -103,7 +122,9 @@ def test_copies_pickles_and_files_go_on_alike(name, options):
     run(model, optimizer, 3, first=3)
     for other, its in pairs:
         run(other, its, 3, first=3)
-        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+        assert all(
+            torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True)
+        )
 
 
 @both
@@ -120,7 +141,8 @@ def test_hooks(name):
     run(model, optimizer, 1)
     optimizer.load_state_dict(optimizer.state_dict())
     assert seen == ["pre", "post", "saving", "saved", "loading", "loaded"]
-    torch.optim.AdamW(net().parameters())  # torch wraps `step` of a class once: hooks must not fire twice for it
+    # torch wraps `step` of a class once: hooks must not fire twice for it
+    torch.optim.AdamW(net().parameters())
     run(model, optimizer, 1)
     assert seen[6:] == ["pre", "post"]
 
@@ -156,14 +178,19 @@ def test_a_step_counter_that_is_a_number_loads(name):
     loaded.load_state_dict(saved)
     run(model, optimizer, 1, first=2)
     run(other, loaded, 1, first=2)
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True)
+    )
 
 
 @both
 def test_dtypes_in_one_group_step_each_as_alone(name):
     make = OURS[name][0]
     torch.manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(7).to(dtype)) for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)]
+    params = [
+        torch.nn.Parameter(torch.randn(7).to(dtype))
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    ]
     alone = copy.deepcopy(params)
     for p, q in zip(params, alone, strict=True):
         p.grad = torch.randn(7).to(p.dtype)
@@ -188,15 +215,23 @@ MAKE_SCHEDULER = {
     "CosineAnnealingWarmRestarts": lambda o: SCHEDULERS.CosineAnnealingWarmRestarts(o, 2),
     "CyclicLR": lambda o: SCHEDULERS.CyclicLR(o, 0.01, 0.1, 2),
     "OneCycleLR": lambda o: SCHEDULERS.OneCycleLR(o, 0.1, 8),
-    "SequentialLR": lambda o: SCHEDULERS.SequentialLR(o, [SCHEDULERS.ConstantLR(o), SCHEDULERS.ExponentialLR(o, 0.9)], [2]),
-    "ChainedScheduler": lambda o: SCHEDULERS.ChainedScheduler([SCHEDULERS.ConstantLR(o), SCHEDULERS.ExponentialLR(o, 0.9)]),
+    "SequentialLR": lambda o: SCHEDULERS.SequentialLR(
+        o, [SCHEDULERS.ConstantLR(o), SCHEDULERS.ExponentialLR(o, 0.9)], [2]
+    ),
+    "ChainedScheduler": lambda o: SCHEDULERS.ChainedScheduler(
+        [SCHEDULERS.ConstantLR(o), SCHEDULERS.ExponentialLR(o, 0.9)]
+    ),
     "ReduceLROnPlateau": lambda o: SCHEDULERS.ReduceLROnPlateau(o, patience=0),
     "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, 0.01),
 }
 
 
 def test_every_scheduler_of_torch_is_named_above():
-    found = {name for name, cls in vars(SCHEDULERS).items() if isinstance(cls, type) and issubclass(cls, SCHEDULERS.LRScheduler)}
+    found = {
+        name
+        for name, cls in vars(SCHEDULERS).items()
+        if isinstance(cls, type) and issubclass(cls, SCHEDULERS.LRScheduler)
+    }
     assert found - {"LRScheduler", "_LRScheduler"} == set(MAKE_SCHEDULER) - {"SWALR"}
 
 
@@ -206,7 +241,10 @@ def test_schedulers_drive_it_as_they_drive_torchs(name, scheduler):
     ours, torchs, *_ = OURS[name]
     models = net(torch.float64), net(torch.float64)
     momentum = {"momentum": 0.9} if name == "SGD" else {}
-    pair = ours(models[0].parameters(), lr=0.05, **momentum, **NEUTRAL), torchs(models[1].parameters(), lr=0.05, **momentum)
+    pair = (
+        ours(models[0].parameters(), lr=0.05, **momentum, **NEUTRAL),
+        torchs(models[1].parameters(), lr=0.05, **momentum),
+    )
     for model, optimizer in zip(models, pair, strict=True):
         schedule = MAKE_SCHEDULER[scheduler](optimizer)
         for i in range(6):
@@ -235,15 +273,21 @@ def test_one_optimizer_a_parameter_steps_inside_the_backward(name):
         for model in models:
             model(x).square().sum().backward()
         whole.step()
-    assert all(torch.equal(p, q) for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True))
+    assert all(
+        torch.equal(p, q)
+        for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True)
+    )
     assert all(p.grad is None for p in models[1].parameters())
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
-def test_zero_redundancy():  # it orders the parameters its own way: masks are others than without it
+# it orders the parameters its own way: masks are others than without it
+def test_zero_redundancy():
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
     try:
         models = net(), net()
         pair = (
@@ -252,13 +296,18 @@ def test_zero_redundancy():  # it orders the parameters its own way: masks are o
         )
         for model, optimizer in zip(models, pair, strict=True):
             run(model, optimizer, 3)
-        assert all(torch.equal(p, q) for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True))
+        assert all(
+            torch.equal(p, q)
+            for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True)
+        )
     finally:
         torch.distributed.destroy_process_group()
 
 
 def two(make):
-    """Two parameters with gradients, from `make`, which gives their tensors; and an optimizer of both."""
+    """Two parameters with gradients, from `make`, which gives their tensors; and an optimizer
+    of both.
+    """
     params = [torch.nn.Parameter(tensor) for tensor in make()]
     for p in params:
         p.grad = torch.ones_like(p)
@@ -290,7 +339,8 @@ def one_inside_the_other():
     return line, line[4:6]
 
 
-def behind_a_neighbour():  # the second lies in the first's span and shares nothing, the third shares
+# the second lies in the first's span and shares nothing, the third shares
+def behind_a_neighbour():
     block = torch.ones(6, 4)
     return block[:, :2], block[:2, 2:], block[4:, 1:3]
 
@@ -305,7 +355,11 @@ def test_parameters_side_by_side_in_one_storage_step(name, make):
 
 @both
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("make", [the_same, one_inside_the_other, overlapping_columns, behind_a_neighbour], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make",
+    [the_same, one_inside_the_other, overlapping_columns, behind_a_neighbour],
+    ids=lambda make: make.__name__,
+)
 def test_parameters_that_share_an_element_are_refused_and_nothing_changes(name, make, groups):
     params = two(make)
     optimizer = OURS[name][0](params if groups == 1 else [{"params": [p]} for p in params])
@@ -400,7 +454,9 @@ def test_overlaps_of_other_kinds_are_refused(name):
         optimizer.step()
     with pytest.raises(ValueError, match="parameter 0 overlaps itself: its elements share memory"):
         OURS[name][0](two(lambda: (torch.ones(10).as_strided((4, 3), (2, 1)),))).step()
-    OURS[name][0](two(lambda: (torch.ones(10).as_strided((3, 2), (2, 3)), block[:, :3], block[:, 4:].t()))).step()
+    OURS[name][0](
+        two(lambda: (torch.ones(10).as_strided((3, 2), (2, 3)), block[:, :3], block[:, 4:].t()))
+    ).step()
     assert bool((block[:, 3] == 1).all())
 
 
@@ -408,7 +464,9 @@ BAD_SECOND = {
     "freed state": lambda optimizer, p: optimizer.state[p]["step"].untyped_storage().resize_(0),
     "count": lambda optimizer, p: optimizer.state[p]["step"].fill_(float("nan")),
     "lr": lambda optimizer, p: optimizer.param_groups[1].update(lr=10**400),
-    "weight_decay": lambda optimizer, p: optimizer.param_groups[1].update(weight_decay=float("inf")),
+    "weight_decay": lambda optimizer, p: optimizer.param_groups[1].update(
+        weight_decay=float("inf")
+    ),
 }
 
 
@@ -436,7 +494,12 @@ def made(parameter, gradient, cls, count, **options):
     return [optimizer.state[p] for p in params]
 
 
-SELECTIONS = [{}, {"scope": "global", "statistics": "previous"}, {"normalization": "rank", "scope": "global"}, NEUTRAL]
+SELECTIONS = [
+    {},
+    {"scope": "global", "statistics": "previous"},
+    {"normalization": "rank", "scope": "global"},
+    NEUTRAL,
+]
 
 
 @both
@@ -446,10 +509,26 @@ SELECTIONS = [{}, {"scope": "global", "statistics": "previous"}, {"normalization
 def test_tensors_without_values_step(name, count, options, backend):
     ours, torchs, *_ = OURS[name]
     more = {"momentum": 0.9} if name == "SGD" else {"amsgrad": True}
-    on_meta = made(lambda: torch.empty(3, 2, device="meta"), torch.empty_like, ours, count, backend=backend, **options, **more)
+    on_meta = made(
+        lambda: torch.empty(3, 2, device="meta"),
+        torch.empty_like,
+        ours,
+        count,
+        backend=backend,
+        **options,
+        **more,
+    )
     like = made(lambda: torch.empty(3, 2, device="meta"), torch.empty_like, torchs, count, **more)
     with FakeTensorMode():
-        fake = made(lambda: torch.ones(3, 2), torch.ones_like, ours, count, backend=backend, **options, **more)
+        fake = made(
+            lambda: torch.ones(3, 2),
+            torch.ones_like,
+            ours,
+            count,
+            backend=backend,
+            **options,
+            **more,
+        )
     for state, fakes, theirs_ in zip(on_meta, fake, like, strict=True):
         assert state["step"].item() == 3 and fakes["step"].shape == ()
         for key, value in theirs_.items():
@@ -460,7 +539,11 @@ def test_tensors_without_values_step(name, count, options, backend):
 @both
 def test_fused_refuses_the_meta_device_as_torch_does(name):
     for cls in OURS[name][:2]:
-        with pytest.raises(RuntimeError, match="`fused=True` requires all the params to be floating point Tensors of supported devices"):
+        with pytest.raises(
+            RuntimeError,
+            match="`fused=True` requires all the params to be "
+            "floating point Tensors of supported devices",
+        ):
             made(lambda: torch.empty(3, device="meta"), torch.empty_like, cls, 2, fused=True)
 
 
@@ -468,7 +551,10 @@ def test_fused_refuses_the_meta_device_as_torch_does(name):
 def test_a_parameter_on_the_meta_device_leaves_the_others_their_step(name):
     results = []
     for cls, options in zip(OURS[name][:2], (NEUTRAL, {}), strict=True):
-        params = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3, device="meta"))]
+        params = [
+            torch.nn.Parameter(torch.ones(3)),
+            torch.nn.Parameter(torch.ones(3, device="meta")),
+        ]
         optimizer = cls(params, lr=0.1, **options)
         for p in params:
             p.grad = torch.full_like(p, 2.0)
@@ -489,7 +575,10 @@ def test_a_checkpoint_of_adam_loads_and_goes_to_adamw_as_decoupled():
     run(models[0], adam, 2)
     ours = uk.SelectiveAdamW(models[1].parameters(), **NEUTRAL)
     ours.load_state_dict(copy.deepcopy(adam.state_dict()))
-    assert ours.param_groups[0]["decoupled_weight_decay"] is True and ours.param_groups[0]["weight_decay"] == 0.1
+    assert (
+        ours.param_groups[0]["decoupled_weight_decay"] is True
+        and ours.param_groups[0]["weight_decay"] == 0.1
+    )
     theirs_ = torch.optim.AdamW(models[2].parameters())
     theirs_.load_state_dict(copy.deepcopy(ours.state_dict()))
     assert theirs_.param_groups[0]["decoupled_weight_decay"] is True
@@ -502,25 +591,38 @@ def test_a_checkpoint_of_adam_loads_and_goes_to_adamw_as_decoupled():
 
 
 @both
-@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"foreach": True, "capturable": True}, {"maximize": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"foreach": True}, {"foreach": True, "capturable": True}, {"maximize": True}],
+    ids=str,
+)
 @pytest.mark.parametrize("groups", [1, 2])
 def test_tensor_numbers_and_closures_are_torchs(name, options, groups):
-    """A tensor as lr (and betas), a closure, groups added later and groups without a gradient: the same steps, or the same refusal."""
+    """A tensor as lr (and betas), a closure, groups added later and groups without a gradient:
+    the same steps, or the same refusal.
+    """
     results = []
     for cls, more in zip(OURS[name][:2], (NEUTRAL, {}), strict=True):
         model = net(torch.float64)
         params = list(model.parameters())
         given = {"lr": torch.tensor(0.05, dtype=torch.float64), **options}
         if name == "AdamW":
-            given["betas"] = (torch.tensor(0.8, dtype=torch.float64), torch.tensor(0.9, dtype=torch.float64))
+            given["betas"] = (
+                torch.tensor(0.8, dtype=torch.float64),
+                torch.tensor(0.9, dtype=torch.float64),
+            )
         else:
             given |= {"momentum": 0.9}
             given.pop("capturable", None)
         try:
             optimizer = cls(params[:2] if groups == 2 else params, **given, **more)
             if groups == 2:
-                optimizer.add_param_group({"params": params[2:], "lr": torch.tensor(0.1, dtype=torch.float64)})
-                optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2, dtype=torch.float64))]})
+                optimizer.add_param_group(
+                    {"params": params[2:], "lr": torch.tensor(0.1, dtype=torch.float64)}
+                )
+                optimizer.add_param_group(
+                    {"params": [torch.nn.Parameter(torch.ones(2, dtype=torch.float64))]}
+                )
 
             def closure(model=model, optimizer=optimizer):
                 optimizer.zero_grad()
@@ -535,6 +637,7 @@ def test_tensor_numbers_and_closures_are_torchs(name, options, groups):
             results.append([str(error)])
     if results[1][0] == results[0][0] and isinstance(results[1][0], str):
         return  # the same words
-    if name == "AdamW" and "capturable" in options:  # torch's foreach asks for a GPU here, ours does not
+    # torch's foreach asks for a GPU here, ours does not
+    if name == "AdamW" and "capturable" in options:
         return
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)

@@ -1,4 +1,6 @@
-"""The generator, the choice of a backend and its error sentences; the compiled core through `uegr_kernels._bindings`."""
+"""The generator, the choice of a backend and its error sentences; the compiled core through
+`uegr_kernels._bindings`.
+"""
 
 import itertools
 import types
@@ -17,8 +19,15 @@ CPU = torch.device("cpu")
 
 # Random123, kat_vectors: philox4x32, ten rounds: counter, key, output.
 KNOWN_ANSWERS = [
-    pytest.param((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8), id="zeros"),
-    pytest.param((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD), id="ones"),
+    pytest.param(
+        (0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8), id="zeros"
+    ),
+    pytest.param(
+        (0xFFFFFFFF,) * 4,
+        (0xFFFFFFFF,) * 2,
+        (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
+        id="ones",
+    ),
     pytest.param(
         (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
         (0xA4093822, 0x299F31D0),
@@ -41,17 +50,21 @@ def test_philox_known_answers(counter, key, expected):
 
 
 def test_words_place_index_step_stream_and_seed_in_the_known_answers_counter():
-    # Counter (q low, q high, step, stream); here the step is a full 32-bit word, as the vector has it.
+    # Counter (q low, q high, step, stream); here the step is a full 32-bit word, as the vector has
+    # it.
     q = 0x85A308D3_243F6A88 % 2**61  # an element index is below 2^63
     place = {"seed": PI_SEED, "step": 0x13198A2E, "stream": 0x03707344}
-    expected = philox.philox4x32((q & 0xFFFFFFFF, q >> 32, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0))
+    expected = philox.philox4x32(
+        (q & 0xFFFFFFFF, q >> 32, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0)
+    )
     assert [word(4 * q + lane, **place) for lane in range(4)] == list(expected)
     zeros = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
     assert [word(lane, seed=0, step=0, stream=0) for lane in range(4)] == list(zeros)
 
 
 def test_words_past_two_to_the_33():
-    # Index 2^34 + 5 is lane 1 of q = 2^32 + 1, counter words (1, 1): neither q nor the index fits 32 bits.
+    # Index 2^34 + 5 is lane 1 of q = 2^32 + 1, counter words (1, 1): neither q nor the index fits
+    # 32 bits.
     lanes = philox.philox4x32((1, 1, 7, 3), (11, 0))
     assert word(2**34 + 5, seed=11, step=7, stream=3) == lanes[1]
     assert word(2**34 + 5, seed=11, step=7, stream=3) != word(5, seed=11, step=7, stream=3)
@@ -60,7 +73,14 @@ def test_words_past_two_to_the_33():
 def test_every_part_of_the_counter_and_key_changes_the_words():
     indices = torch.arange(64)
     base = {"seed": 5, "step": 1, "stream": 0}
-    variants = [{}, {"seed": 6}, {"seed": 5 + 2**32}, {"step": 2}, {"stream": 1}, {"rounding": True}]
+    variants = [
+        {},
+        {"seed": 6},
+        {"seed": 5 + 2**32},
+        {"step": 2},
+        {"stream": 1},
+        {"rounding": True},
+    ]
     drawn = {tuple(philox.words(indices, **(base | variant)).tolist()) for variant in variants}
     assert len(drawn) == len(variants)
 
@@ -69,24 +89,35 @@ def test_every_part_of_the_counter_and_key_changes_the_words():
 def test_a_seed_is_its_two_complement(seed):
     signed = seed - 2**64 if seed >= 2**63 else seed
     indices = torch.arange(9)
-    assert torch.equal(philox.words(indices, seed=seed, step=1, stream=0), philox.words(indices, seed=signed, step=1, stream=0))
+    assert torch.equal(
+        philox.words(indices, seed=seed, step=1, stream=0),
+        philox.words(indices, seed=signed, step=1, stream=0),
+    )
     in_tensor = philox.words(indices, seed=torch.tensor(signed), step=1, stream=0)
     assert torch.equal(philox.words(indices, seed=seed, step=1, stream=0), in_tensor)
 
 
 def test_rounding_words_are_the_known_answer_under_the_key_that_undoes_the_xor():
     seed = 0x9E3779B9
-    assert [word(lane, seed=seed, step=0, stream=0, rounding=True) for lane in range(4)] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert [word(lane, seed=seed, step=0, stream=0, rounding=True) for lane in range(4)] == [
+        0x6627E8D5,
+        0xE169C58D,
+        0xBC57AC4C,
+        0x9B00DBD8,
+    ]
 
 
 def test_uniform_has_steps_of_two_to_the_minus_24_and_stays_below_one():
     words = torch.tensor([0, 255, 256, 0xFFFFFFFF])
     assert philox.uniform(words).tolist() == [0.0, 0.0, 2.0**-24, 1 - 2.0**-24]
-    drawn = philox.uniform(philox.words(torch.arange(100_000), seed=3, step=1, stream=0), torch.float64)
+    drawn = philox.uniform(
+        philox.words(torch.arange(100_000), seed=3, step=1, stream=0), torch.float64
+    )
     assert stats.kstest(drawn.numpy(), "uniform").pvalue > 1e-9
 
 
-# Layouts: offset, run, stride; the expected indices are those of NumPy's slices of the whole tensor.
+# Layouts: offset, run, stride; the expected indices are those of NumPy's slices of the whole
+# tensor.
 LAYOUTS = [
     pytest.param((0, 12, 12), np.s_[:, :], id="whole"),
     pytest.param((4, 8, 8), np.s_[1:, :], id="rows"),
@@ -103,7 +134,11 @@ def test_element_indices(layout, part):
 
 def test_element_indices_of_nothing_and_past_32_bits():
     assert philox.element_indices(0, (0, 0, 0)).tolist() == []
-    assert philox.element_indices(3, (2**40 + 1, 2, 2**35)).tolist() == [2**40 + 1, 2**40 + 2, 2**40 + 1 + 2**35]
+    assert philox.element_indices(3, (2**40 + 1, 2, 2**35)).tolist() == [
+        2**40 + 1,
+        2**40 + 2,
+        2**40 + 1 + 2**35,
+    ]
 
 
 # why_not and choose
@@ -123,7 +158,11 @@ def test_why_not_names_the_reason_and_the_remedy(backend):
     reason = backends.why_not(backend, OPERATOR, away)
     assert reason is not None and ("use backend=" in reason or "install" in reason)
     dtype_reason = backends.why_not(backend, OPERATOR, CPU, torch.complex64)
-    assert dtype_reason is not None and "complex64" in dtype_reason and "backend='reference'" in dtype_reason
+    assert (
+        dtype_reason is not None
+        and "complex64" in dtype_reason
+        and "backend='reference'" in dtype_reason
+    )
 
 
 def test_cpp_on_another_device_names_both():
@@ -133,13 +172,19 @@ def test_cpp_on_another_device_names_both():
 
 def test_choose_gives_the_best_usable_backend_and_never_fails_for_auto():
     best = backends.choose("auto", OPERATOR, CPU, torch.float32)
-    assert best == ("cpp" if backends.why_not("cpp", OPERATOR, CPU, torch.float32) is None else "reference")
+    assert best == (
+        "cpp" if backends.why_not("cpp", OPERATOR, CPU, torch.float32) is None else "reference"
+    )
     assert backends.choose("auto", OPERATOR, torch.device("meta"), torch.float32) == "reference"
     assert backends.choose("reference", OPERATOR, CPU) == "reference"
 
 
 def test_choose_refuses_a_name_that_is_no_backend():
-    with pytest.raises(ValueError, match=r"backend='fast' is not a backend; use one of 'auto', 'reference', 'cpp', 'cuda', 'triton'"):
+    with pytest.raises(
+        ValueError,
+        match=r"backend='fast' is not a backend; use one of 'auto', "
+        r"'reference', 'cpp', 'cuda', 'triton'",
+    ):
         backends.choose("fast", OPERATOR, CPU)
 
 
@@ -148,7 +193,10 @@ def test_the_error_for_an_explicit_backend_is_its_why_not(backend):
     away = torch.device("meta")
     with pytest.raises(RuntimeError) as caught:
         backends.choose(backend, OPERATOR, away)
-    assert str(caught.value) == f"backend={backend!r} cannot serve {OPERATOR} on meta: {backends.why_not(backend, OPERATOR, away)}"
+    assert str(caught.value) == (
+        f"backend={backend!r} cannot serve {OPERATOR} on meta: "
+        f"{backends.why_not(backend, OPERATOR, away)}"
+    )
 
 
 def test_an_instruction_set_that_is_none_is_refused(monkeypatch):
@@ -173,17 +221,26 @@ def test_a_library_that_does_not_load_is_a_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(native, "LIBRARIES", tmp_path)
     (tmp_path / "uegr_kernels_baseline.so").write_text("this is no library")
     isa, reason = native.load.__wrapped__()
-    assert isa is None and "uegr_kernels_baseline.so does not load" in reason and "pip install" in reason
+    assert (
+        isa is None
+        and ("uegr_kernels_baseline.so does not load") in reason
+        and "pip install" in reason
+    )
 
 
 def test_every_operator_of_the_folder_exists():
     for name in op.SCHEMAS:
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"uegr_kernels::{name}", "CompositeExplicitAutograd")
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"uegr_kernels::{name}", "CompositeExplicitAutograd"
+        )
 
 
 # The compiled core over NumPy arrays; the module is built in development installs.
 
-FLOATS = [pytest.param("float", np.float32, id="float32"), pytest.param("double", np.float64, id="float64")]
+FLOATS = [
+    pytest.param("float", np.float32, id="float32"),
+    pytest.param("double", np.float64, id="float64"),
+]
 SPECIALS = [
     0.0,
     -0.0,
@@ -209,7 +266,8 @@ SPECIALS = [
 @pytest.fixture
 def bindings():
     return pytest.importorskip(
-        "uegr_kernels._bindings", reason="uegr_kernels._bindings is not built; run `python setup.py build_ext --inplace`"
+        "uegr_kernels._bindings",
+        reason="uegr_kernels._bindings is not built; run `python setup.py build_ext --inplace`",
     )
 
 
@@ -220,10 +278,16 @@ def test_compiled_philox_known_answers(bindings, counter, key, expected):
 
 def test_compiled_words_of_the_known_answers(bindings):
     begin, n, layout, step, seed = 0, 4, (0, 0, 4, 4), 0, 0
-    assert bindings.element_words(begin, n, layout, step, seed).tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert bindings.element_words(begin, n, layout, step, seed).tolist() == [
+        0x6627E8D5,
+        0xE169C58D,
+        0xBC57AC4C,
+        0x9B00DBD8,
+    ]
 
 
-# Layout: stream, offset, run, stride; begin; how many. What the vector lanes do with whole blocks, odd starts and runs of any length.
+# Layout: stream, offset, run, stride; begin; how many. What the vector lanes do with whole blocks,
+# odd starts and runs of any length.
 WORD_CASES = [
     pytest.param((0, 0, 1000, 1000), 0, 256, id="a block"),
     pytest.param((3, 0, 1000, 1000), 256, 256, id="the next"),
@@ -241,7 +305,12 @@ WORD_CASES = [
 @pytest.mark.parametrize("seed", [0, 5, 2**63 + 11, 2**64 - 1])
 @pytest.mark.parametrize(("layout", "begin", "n"), WORD_CASES)
 def test_compiled_words_are_the_references(bindings, layout, begin, n, seed):
-    expected = philox.words(philox.element_indices(begin + n, layout[1:])[begin:], seed=seed, step=2**24 - 1, stream=layout[0])
+    expected = philox.words(
+        philox.element_indices(begin + n, layout[1:])[begin:],
+        seed=seed,
+        step=2**24 - 1,
+        stream=layout[0],
+    )
     found = bindings.element_words(begin, n, layout, 2**24 - 1, seed)
     assert found.tolist() == expected.tolist()
 
@@ -249,23 +318,46 @@ def test_compiled_words_are_the_references(bindings, layout, begin, n, seed):
 def test_numbers_that_two_languages_spell_are_the_same(bindings):
     assert {name: i for i, name in enumerate(op.NORMALIZATIONS)} == bindings.NORMALIZATIONS
     assert {name: i for i, name in enumerate(REDUCTIONS)} == bindings.REDUCTIONS
-    assert bindings.RANK_BINS == op.reference.RANK_BINS and bindings.RANK_SAMPLED == op.reference.SAMPLED
-    strides = {1: 1, 2**20: 1, 2**20 + 1: 1, 2**21: 3, 3 * 2**20 - 1: 3, 3 * 2**20: 3, 2**22: 5, 2**33 + 7: 8193}
+    assert (
+        bindings.RANK_BINS == op.reference.RANK_BINS
+        and bindings.RANK_SAMPLED == op.reference.SAMPLED
+    )
+    strides = {
+        1: 1,
+        2**20: 1,
+        2**20 + 1: 1,
+        2**21: 3,
+        3 * 2**20 - 1: 3,
+        3 * 2**20: 3,
+        2**22: 5,
+        2**33 + 7: 8193,
+    }
     assert {size: bindings.rank_stride(size) for size in strides} == strides
 
 
 @pytest.mark.parametrize(("suffix", "dtype"), FLOATS)
 def test_power_of_two_is_numpys(bindings, suffix, dtype):
     reach = 125 if dtype == np.float32 else 1021
-    x = np.concatenate((np.linspace(-reach, reach, 200_001), np.arange(-reach, reach + 1), np.linspace(-1, 1, 10_001))).astype(dtype)
-    found, expected = getattr(bindings, f"power_of_two_{suffix}")(x), np.exp2(x.astype(np.longdouble))
+    x = np.concatenate(
+        (
+            np.linspace(-reach, reach, 200_001),
+            np.arange(-reach, reach + 1),
+            np.linspace(-1, 1, 10_001),
+        )
+    ).astype(dtype)
+    found, expected = (
+        getattr(bindings, f"power_of_two_{suffix}")(x),
+        np.exp2(x.astype(np.longdouble)),
+    )
     assert np.max(np.abs(found - expected) / expected) <= 2.5 * np.finfo(dtype).eps
     whole = x == np.round(x)
     np.testing.assert_array_equal(found[whole], expected[whole].astype(dtype))
 
 
 def ulps(found, expected, dtype):
-    """The largest error in units of the last place, relative to NumPy's longdouble; zeros must be zeros."""
+    """The largest error in units of the last place, relative to NumPy's longdouble; zeros must
+    be zeros.
+    """
     assert np.array_equal(found == 0, expected.astype(dtype) == 0)
     gaps = np.abs(found - expected)[expected != 0] / np.abs(expected)[expected != 0]
     return np.max(gaps) / np.finfo(dtype).eps
@@ -274,7 +366,9 @@ def ulps(found, expected, dtype):
 @pytest.mark.parametrize(("suffix", "dtype"), FLOATS)
 def test_exponential_is_numpys(bindings, suffix, dtype):
     low, high = (-87.3, 88) if dtype == np.float32 else (-708, 708)
-    x = np.concatenate((np.linspace(low, high, 400_001), np.linspace(-1, 1, 100_001), np.arange(low, high))).astype(dtype)
+    x = np.concatenate(
+        (np.linspace(low, high, 400_001), np.linspace(-1, 1, 100_001), np.arange(low, high))
+    ).astype(dtype)
     exponential = getattr(bindings, f"exponential_{suffix}")
     assert ulps(exponential(x), np.exp(x.astype(np.longdouble)), dtype) < 2
     special = exponential(np.array([0, -0.0, -np.inf, -1e30, -800, np.nan], dtype))
@@ -283,10 +377,14 @@ def test_exponential_is_numpys(bindings, suffix, dtype):
 
 @pytest.mark.parametrize(("suffix", "dtype"), FLOATS)
 def test_half_complement_and_its_logarithm_are_numpys(bindings, suffix, dtype):
-    t = np.concatenate((np.linspace(0, 40, 400_001), np.logspace(-30, 3, 100_001), [0])).astype(dtype)
+    t = np.concatenate((np.linspace(0, 40, 400_001), np.logspace(-30, 3, 100_001), [0])).astype(
+        dtype
+    )
     complement = getattr(bindings, f"half_complement_{suffix}")
     assert ulps(complement(-t), -np.expm1(-t.astype(np.longdouble)) / 2, dtype) < 2
-    np.testing.assert_array_equal(complement(np.array([0, -1e4, -np.inf, np.nan], dtype)), [0, 0.5, 0.5, np.nan])
+    np.testing.assert_array_equal(
+        complement(np.array([0, -1e4, -np.inf, np.nan], dtype)), [0, 0.5, 0.5, np.nan]
+    )
     u = np.concatenate((np.linspace(0, 0.5, 400_001), np.logspace(-30, -1, 100_001))).astype(dtype)
     logarithm = getattr(bindings, f"minus_log_of_complement_{suffix}")
     assert ulps(logarithm(u), -np.log1p(-u.astype(np.longdouble)), dtype) < 2
@@ -295,19 +393,31 @@ def test_half_complement_and_its_logarithm_are_numpys(bindings, suffix, dtype):
 
 @pytest.mark.parametrize(("suffix", "dtype"), FLOATS)
 def test_rank_bins_are_the_references(bindings, suffix, dtype):
-    x = np.abs(np.random.default_rng(0).standard_normal(20_000) * 10.0 ** np.random.default_rng(1).integers(-44, 38, 20_000)).astype(dtype)
+    x = np.abs(
+        np.random.default_rng(0).standard_normal(20_000)
+        * 10.0 ** np.random.default_rng(1).integers(-44, 38, 20_000)
+    ).astype(dtype)
     edges = (np.arange(0, 0x7F80, 17, dtype=np.uint32) << 16).view(np.float32).astype(dtype)
-    x = np.concatenate((x, edges, np.nextafter(edges, dtype(0)), np.nextafter(edges, dtype(np.inf))))
+    x = np.concatenate(
+        (x, edges, np.nextafter(edges, dtype(0)), np.nextafter(edges, dtype(np.inf)))
+    )
     if dtype == np.float64:
         x = np.concatenate((x, [1e300, 1e-300, np.finfo(np.float64).max]))
     x = x[np.isfinite(x)]
-    np.testing.assert_array_equal(getattr(bindings, f"rank_bin_{suffix}")(x), op.reference.bins(torch.from_numpy(x)).numpy())
+    np.testing.assert_array_equal(
+        getattr(bindings, f"rank_bin_{suffix}")(x), op.reference.bins(torch.from_numpy(x)).numpy()
+    )
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)]
+)
 def test_16_bit_conversions_are_torchs(bindings, name, dtype):
     every = torch.arange(2**16, dtype=torch.int32).to(torch.uint16)
-    found, expected = getattr(bindings, f"widen_{name}")(every.numpy()), every.view(dtype).float().numpy()
+    found, expected = (
+        getattr(bindings, f"widen_{name}")(every.numpy()),
+        every.view(dtype).float().numpy(),
+    )
     finite = np.isfinite(expected) | np.isinf(expected)
     np.testing.assert_array_equal(found[finite].view(np.uint32), expected[finite].view(np.uint32))
     assert np.isnan(found[~finite]).all()
@@ -333,10 +443,18 @@ def test_16_bit_conversions_are_torchs(bindings, name, dtype):
 
 def test_stochastic_cut_is_the_references(bindings):
     with np.errstate(over="ignore"):
-        x = np.concatenate((np.random.default_rng(0).standard_normal(5000), SPECIALS)).astype(np.float32)
+        x = np.concatenate((np.random.default_rng(0).standard_normal(5000), SPECIALS)).astype(
+            np.float32
+        )
     for word in (0, 1, 0x7FFF, 0x8000, 0xFFFF, 0x12345678):
-        found = torch.from_numpy(bindings.cut_bfloat16(x, word)).view(torch.bfloat16).float().numpy()
-        expected = op.reference.round_stochastically(torch.from_numpy(x), torch.tensor(word & 0xFFFF)).float().numpy()
+        found = (
+            torch.from_numpy(bindings.cut_bfloat16(x, word)).view(torch.bfloat16).float().numpy()
+        )
+        expected = (
+            op.reference.round_stochastically(torch.from_numpy(x), torch.tensor(word & 0xFFFF))
+            .float()
+            .numpy()
+        )
         np.testing.assert_array_equal(found, expected)
 
 
@@ -344,8 +462,11 @@ def test_stochastic_cut_is_the_references(bindings):
 @pytest.mark.parametrize("normalization", ["minmax", "range"])
 @pytest.mark.parametrize("salient", [False, True], ids=["printed", "salient"])
 @pytest.mark.parametrize("previous", [False, True], ids=["current", "previous"])
-def test_inverse_probability_is_the_references(bindings, suffix, dtype, normalization, salient, previous):
-    # Kept statistics, a span of 0, one whose reciprocal overflows, nothing finite, the largest float.
+def test_inverse_probability_is_the_references(
+    bindings, suffix, dtype, normalization, salient, previous
+):
+    # Kept statistics, a span of 0, one whose reciprocal overflows, nothing finite, the largest
+    # float.
     largest, least = np.finfo(dtype).max, np.finfo(dtype).tiny
     for low, high in (
         (0.5, 2.0),
@@ -356,26 +477,64 @@ def test_inverse_probability_is_the_references(bindings, suffix, dtype, normaliz
         (1.0, largest),
         (0.0, np.finfo(np.float64).max),
     ):
-        for threshold, sharpness, floor in ((0.8, 5.0, 0.0), (-1.0, 0.0, 0.0), (0.5, 60.0, 0.0), (0.3, 5.0, 0.25), (1e30, 1e30, 0.0)):
+        for threshold, sharpness, floor in (
+            (0.8, 5.0, 0.0),
+            (-1.0, 0.0, 0.0),
+            (0.5, 60.0, 0.0),
+            (0.3, 5.0, 0.25),
+            (1e30, 1e30, 0.0),
+        ):
             ends = np.clip([low, high], 0, largest) if low <= high else np.array([0.0, 1.0])
-            s = np.linspace(*ends, 101).astype(dtype) if ends[1] < largest else np.array([1.0, 1e10, largest / 2, largest], dtype)
+            s = (
+                np.linspace(*ends, 101).astype(dtype)
+                if ends[1] < largest
+                else np.array([1.0, 1e10, largest / 2, largest], dtype)
+            )
             if previous:
                 s = np.concatenate((s, np.array([0.0, 1e-30, 100.0, 1e30], dtype)))
-            chosen = {"threshold": threshold, "sharpness": sharpness, "normalization": normalization, "min_probability": floor}
-            statistics = {"direction": op.DIRECTIONS[salient], "statistics": op.STATISTICS[previous]}
-            selection = op.Selection(**chosen, **statistics, scope="tensor", rescale=True, keep_probability=1.0, target="gradient")
-            g, saliency = torch.ones(s.shape, dtype=getattr(torch, np.dtype(dtype).name)), torch.from_numpy(s)
-            expected = op.reference.inverse_probability(g, saliency, torch.tensor([low, high], dtype=torch.float64), selection).numpy()
+            chosen = {
+                "threshold": threshold,
+                "sharpness": sharpness,
+                "normalization": normalization,
+                "min_probability": floor,
+            }
+            statistics = {
+                "direction": op.DIRECTIONS[salient],
+                "statistics": op.STATISTICS[previous],
+            }
+            selection = op.Selection(
+                **chosen,
+                **statistics,
+                scope="tensor",
+                rescale=True,
+                keep_probability=1.0,
+                target="gradient",
+            )
+            g, saliency = (
+                torch.ones(s.shape, dtype=getattr(torch, np.dtype(dtype).name)),
+                torch.from_numpy(s),
+            )
+            expected = op.reference.inverse_probability(
+                g, saliency, torch.tensor([low, high], dtype=torch.float64), selection
+            ).numpy()
             number = op.NORMALIZATIONS.index(normalization)
-            found = getattr(bindings, f"inverse_probability_{suffix}")(s, low, high, threshold, sharpness, number, salient, previous, floor)
-            np.testing.assert_allclose(found, expected, rtol=max(1.0, sharpness / 5) * (2e-6 if dtype == np.float32 else 1e-14))
+            found = getattr(bindings, f"inverse_probability_{suffix}")(
+                s, low, high, threshold, sharpness, number, salient, previous, floor
+            )
+            np.testing.assert_allclose(
+                found,
+                expected,
+                rtol=max(1.0, sharpness / 5) * (2e-6 if dtype == np.float32 else 1e-14),
+            )
 
 
 class Item(types.SimpleNamespace):
     __hash__ = object.__hash__
 
 
-@pytest.mark.parametrize("sizes", [(4, 4), (13, 2, 2), (4, 2, 3), (2, 2, 2), (26, 4), (5,), ()], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(4, 4), (13, 2, 2), (4, 2, 3), (2, 2, 2), (26, 4), (5,), ()], ids=str
+)
 def test_what_is_left_of_a_tests_combinations_has_every_value(sizes):
     names = [f"list{i}" for i in range(len(sizes))]
     marks = [types.SimpleNamespace(args=(name,)) for name in names]
@@ -383,7 +542,13 @@ def test_what_is_left_of_a_tests_combinations_has_every_value(sizes):
     items = []
     for some in itertools.product(*values):
         params = {"backend": "triton", **dict(zip(names, some, strict=True))}
-        items.append(Item(function=None, callspec=types.SimpleNamespace(params=params), iter_markers=lambda name: marks))
+        items.append(
+            Item(
+                function=None,
+                callspec=types.SimpleNamespace(params=params),
+                iter_markers=lambda name: marks,
+            )
+        )
     left = [item for item in items if item not in conftest.repeated(items)]
     assert len(left) == max(sizes, default=1)
     for name, those in zip(names, values, strict=True):

@@ -1,4 +1,6 @@
-"""The CUDA kernels without a GPU: what nvcc and the disassembly say, and what they compute as their threads take turns on a host."""
+"""The CUDA kernels without a GPU: what nvcc and the disassembly say, and what they compute as
+their threads take turns on a host.
+"""
 
 import concurrent.futures
 import dataclasses
@@ -33,8 +35,12 @@ WORKERS = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
 
 
 def run(*command, **options) -> str:
-    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=500, **options)
-    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
+    done = subprocess.run(
+        [*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=500, **options
+    )
+    assert done.returncode == 0, (
+        f"{' '.join(map(str, command))}\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
+    )
     return done.stdout + done.stderr
 
 
@@ -56,12 +62,20 @@ class Kernel:
             target = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
             if target and int(target[1], 16) < address:
                 spans.append((int(target[1], 16), address))
-        inner = [(a, b) for a, b in spans if not any(a <= c and d <= b for c, d in spans if (a, b) != (c, d))]
-        return [[text for address, text in self.instructions if a <= address <= b] for a, b in inner]
+        inner = [
+            (a, b)
+            for a, b in spans
+            if not any(a <= c and d <= b for c, d in spans if (a, b) != (c, d))
+        ]
+        return [
+            [text for address, text in self.instructions if a <= address <= b] for a, b in inner
+        ]
 
     def element_loops(self) -> list[list[str]]:
         """Those that elements pass through: the ones with whole accesses."""
-        return [loop for loop in self.loops() if any(is_whole(text) for text in loop if is_global(text))]
+        return [
+            loop for loop in self.loops() if any(is_whole(text) for text in loop if is_global(text))
+        ]
 
 
 def opcode(text: str) -> str:
@@ -96,7 +110,9 @@ def short(mangled: str) -> str:
 
 
 def kept(name: str, command: list, sources: list[pathlib.Path], make) -> pathlib.Path:
-    """build/cuda_tests/NAME_HASH/, filled by make(folder) unless it was made of the same command and contents before."""
+    """build/cuda_tests/NAME_HASH/, filled by make(folder) unless it was made of the same
+    command and contents before.
+    """
     digest = hashlib.sha256(repr((list(map(str, command)), torch.__version__)).encode())
     for path in sources:
         digest.update(path.read_bytes())
@@ -113,14 +129,29 @@ def kept(name: str, command: list, sources: list[pathlib.Path], make) -> pathlib
 
 def compile_one(path: pathlib.Path, arch: str) -> pathlib.Path:
     """A folder with the compiler's report and the disassembly."""
-    flags = ["-std=c++17", "-O3", "-cubin", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v", f"-arch={arch}"]
+    flags = [
+        "-std=c++17",
+        "-O3",
+        "-cubin",
+        "-Werror",
+        "all-warnings",
+        "-Xcompiler",
+        "-Wall,-Wextra",
+        "-Xptxas",
+        "-v",
+        f"-arch={arch}",
+    ]
     command = ["nvcc", *flags, *DEFINITIONS, *INCLUDES, path]
 
     def make(folder: pathlib.Path) -> None:
         (folder / "report.txt").write_text(run(*command, "-o", folder / "cubin"))
-        (folder / "sass.txt").write_text(run(cuobjdump(), "-sass", folder / "cubin") if cuobjdump() else "")
+        (folder / "sass.txt").write_text(
+            run(cuobjdump(), "-sass", folder / "cubin") if cuobjdump() else ""
+        )
 
-    return kept(f"{path.stem}_{arch}", [*command, nvcc_version(), cuobjdump()], [*HEADERS, path], make)
+    return kept(
+        f"{path.stem}_{arch}", [*command, nvcc_version(), cuobjdump()], [*HEADERS, path], make
+    )
 
 
 @functools.cache
@@ -131,8 +162,13 @@ def nvcc_version() -> str:
 @functools.cache
 def compile_all() -> dict:
     """(operator, architecture) -> the compile, running; the longest first."""
-    jobs = sorted(((path, arch) for path in SOURCES.values() for arch in ARCHITECTURES), key=lambda job: -job[0].stat().st_size)
-    return {(path.parent.name, arch): WORKERS.submit(compile_one, path, arch) for path, arch in jobs}
+    jobs = sorted(
+        ((path, arch) for path in SOURCES.values() for arch in ARCHITECTURES),
+        key=lambda job: -job[0].stat().st_size,
+    )
+    return {
+        (path.parent.name, arch): WORKERS.submit(compile_one, path, arch) for path, arch in jobs
+    }
 
 
 @functools.cache
@@ -140,7 +176,10 @@ def kernels(operator: str, arch: str) -> dict[str, Kernel]:
     folder = compile_all()[operator, arch].result()
     report = (folder / "report.txt").read_text()
     entries = re.findall(
-        r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers", report, re.DOTALL
+        r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill "
+        r"stores.*?Used (\d+) registers",
+        report,
+        re.DOTALL,
     )
     listing = (folder / "sass.txt").read_text()
     code = {}
@@ -165,7 +204,9 @@ def arch(request) -> str:
 def read(arch):
     """Reads an operator's kernels, compiled for one architecture."""
     if not cuobjdump():
-        pytest.skip("cuobjdump, which comes with Triton and with the CUDA toolkit, is not installed")
+        pytest.skip(
+            "cuobjdump, which comes with Triton and with the CUDA toolkit, is not installed"
+        )
     return lambda operator: kernels(operator, arch)
 
 
@@ -181,7 +222,9 @@ def test_full_blocks_keep_to_registers_and_whole_accesses(read, operator):
     assert found, "no kernel is named full"
     for name, kernel in found.items():
         assert (kernel.stack, kernel.spilled) == (0, 0), f"{name} spills"
-        assert not [text for _, text in kernel.instructions if re.match(r"LDL|STL", opcode(text))], f"{name} uses local memory"
+        assert not [
+            text for _, text in kernel.instructions if re.match(r"LDL|STL", opcode(text))
+        ], f"{name} uses local memory"
         loops = kernel.element_loops()
         assert loops, f"{name} has no loop over elements"
         accesses = [text for loop in loops for text in loop if is_global(text)]
@@ -190,8 +233,11 @@ def test_full_blocks_keep_to_registers_and_whole_accesses(read, operator):
 
 
 def test_the_step_in_float32_is_light(read):
-    found = {name: kernel for name, kernel in read("selective").items() if name.startswith("step_full")}
-    assert len(found) == 7, found.keys()  # AdamW and SGD, target, AMSGrad or momentum; one pair has too many states
+    found = {
+        name: kernel for name, kernel in read("selective").items() if name.startswith("step_full")
+    }
+    # AdamW and SGD, target, AMSGrad or momentum; one pair has too many states
+    assert len(found) == 7, found.keys()
     for name, kernel in found.items():
         assert kernel.registers <= 48, f"{name}: {kernel.registers} registers"
         (loop,) = [loop for loop in kernel.element_loops() if count(loop, "STG")]
@@ -201,10 +247,14 @@ def test_the_step_in_float32_is_light(read):
 
 
 def test_the_loss_takes_two_special_functions_a_logit(read):
-    found = {name: kernel for name, kernel in read("divergence").items() if name.startswith("loss_full")}
-    assert len(found) == 6, found.keys()  # a warp, a block, a cluster; one or two passes in the pairs
+    found = {
+        name: kernel for name, kernel in read("divergence").items() if name.startswith("loss_full")
+    }
+    # a warp, a block, a cluster; one or two passes in the pairs
+    assert len(found) == 6, found.keys()
     for name, kernel in found.items():
-        # A loop takes 8 logits of a row, or of two. What runs once a row, logarithms in double above all, stands outside.
+        # A loop takes 8 logits of a row, or of two. What runs once a row, logarithms in double
+        # above all, stands outside.
         special = [(count(loop, "MUFU"), 8) for loop in kernel.loops() if count(loop, "MUFU")]
         reads = sum(count(loop, "LDG") > 0 for loop in kernel.element_loops())
         assert special and reads, name
@@ -220,39 +270,97 @@ def on_host() -> pathlib.Path:
     """The CUDA operators compiled for a CPU, under the name of the baseline's library."""
     if not shutil.which("c++") or sys.platform != "linux":
         pytest.skip("needs a C++ compiler on Linux")
-    flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"]
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-fno-math-errno",
+        "-Wno-unknown-pragmas",
+        "-U_FORTIFY_SOURCE",
+    ]
     stand_ins = ['-DLOOPS="loops_cuda.cuh"', '-DINSTRUCTIONS="instructions.h"']
-    definitions = [*DEFINITIONS, "-DHAS_CLUSTERS=1", "-DARCHITECTURES=8.0/9.0a/10.0+PTX", *stand_ins]
-    command = ["c++", *flags, *definitions, *INCLUDES, "-Ipython_tests/cuda_on_host", "-x", "c++", "-c"]
+    definitions = [
+        *DEFINITIONS,
+        "-DHAS_CLUSTERS=1",
+        "-DARCHITECTURES=8.0/9.0a/10.0+PTX",
+        *stand_ins,
+    ]
+    command = [
+        "c++",
+        *flags,
+        *definitions,
+        *INCLUDES,
+        "-Ipython_tests/cuda_on_host",
+        "-x",
+        "c++",
+        "-c",
+    ]
     host = ROOT / "python_tests/cuda_on_host"
     sources = [*SOURCES.values(), host / "library.cpp"]
 
     def make(folder: pathlib.Path) -> None:
         objects = [folder / f"{path.stem}.o" for path in sources]
-        list(WORKERS.map(lambda pair: run(*command, pair[0], "-o", pair[1]), zip(sources, objects, strict=True)))
-        link = ("-Wl,-Bsymbolic", "-Wl,-z,defs", "-Wl,--no-as-needed", f"-L{TORCH}/lib", "-ltorch_cpu")
+        list(
+            WORKERS.map(
+                lambda pair: run(*command, pair[0], "-o", pair[1]),
+                zip(sources, objects, strict=True),
+            )
+        )
+        link = (
+            "-Wl,-Bsymbolic",
+            "-Wl,-z,defs",
+            "-Wl,--no-as-needed",
+            f"-L{TORCH}/lib",
+            "-ltorch_cpu",
+        )
         run("c++", "-shared", *objects, "-o", folder / "uegr_kernels_baseline.so", *link)
 
     return kept("on_host", command, [*HEADERS, *sources, *sorted(host.glob("*.h"))], make)
 
 
 def test_every_function_of_both_sides_runs_on_a_host():
-    """A function for hosts and devices is called by what a host compiles: the CPU's sources, the CUDA sources above, the bindings."""
+    """A function for hosts and devices is called by what a host compiles: the CPU's sources,
+    the CUDA sources above, the bindings.
+    """
     headers = {path: path.read_text() for path in (ROOT / "csrc").rglob("*.h")}
     code = "\n".join(
-        [*headers.values(), *(path.read_text() for ending in ("cpp", "cu", "cuh") for path in (ROOT / "csrc").rglob(f"*.{ending}"))]
+        [
+            *headers.values(),
+            *(
+                path.read_text()
+                for ending in ("cpp", "cu", "cuh")
+                for path in (ROOT / "csrc").rglob(f"*.{ending}")
+            ),
+        ]
     )
-    names = {name for text in headers.values() for name in re.findall(r"(?:HOST_DEVICE|CALLED_ON_BOTH)\b[^;={}()\n]*?(\w+)\(", text)}
-    assert {"philox", "power_of_two", "drawn_factor", "add_log_ratios", "direction_factor", "dropped"} <= names
+    names = {
+        name
+        for text in headers.values()
+        for name in re.findall(r"(?:HOST_DEVICE|CALLED_ON_BOTH)\b[^;={}()\n]*?(\w+)\(", text)
+    }
+    assert {
+        "philox",
+        "power_of_two",
+        "drawn_factor",
+        "add_log_ratios",
+        "direction_factor",
+        "dropped",
+    } <= names
     for name in names:
-        definitions = len(re.findall(rf"(?:HOST_DEVICE|CALLED_ON_BOTH)\b[^;={{}}()\n]*?\b{name}\(", code))
+        definitions = len(
+            re.findall(rf"(?:HOST_DEVICE|CALLED_ON_BOTH)\b[^;={{}}()\n]*?\b{name}\(", code)
+        )
         assert len(re.findall(rf"\b{name}\b", code)) > definitions, f"nothing calls {name}"
 
 
-# A choice of each operator's own tests: every option, dtype and layout comes up in the random cases; float64 is not for these kernels.
+# A choice of each operator's own tests: every option, dtype and layout comes up in the random
+# cases; float64 is not for these kernels.
 CHOICES = {
-    "selective": "random_cases_agree or neutral_equals_torch or global_rank or (previous and strided) or nonfinite",
-    "divergence": "half_precision or parts or regression or as_labels or ignored or minus_infinity or literals or backward_writes",
+    "selective": "random_cases_agree or neutral_equals_torch or global_rank or (previous and "
+    "strided) or nonfinite",
+    "divergence": "half_precision or parts or regression or as_labels or ignored or minus_infinity "
+    "or literals or backward_writes",
     "perturbation": "not number_of_threads",  # which is for large tensors
     "dropout": "cpp",
 }
@@ -265,7 +373,9 @@ def pytest_on(library: pathlib.Path | None, *arguments, **variables) -> None:
         **variables,
         "CUDA_ON_HOST": str(library),
         "UEGR_KERNELS_ISA": "baseline",
-        "PYTHONPATH": f"{ROOT / 'python_tests/cuda_on_host'}{os.pathsep}{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        "PYTHONPATH": os.pathsep.join(
+            [f"{ROOT / 'python_tests/cuda_on_host'}", f"{ROOT}", os.environ.get("PYTHONPATH", "")]
+        ),
     }
     options = ("-q", "-x", "-p", "no:cacheprovider", *(("-p", "plugin") if library else ()))
     assert " passed" in run(sys.executable, "-m", "pytest", *options, *arguments, env=environment)
@@ -273,7 +383,12 @@ def pytest_on(library: pathlib.Path | None, *arguments, **variables) -> None:
 
 @pytest.mark.parametrize("operator", CHOICES)
 def test_what_they_compute_passes_the_tests_of_the_cpu(on_host, operator):
-    pytest_on(on_host, "-k", f"cpp and not float64 and ({CHOICES[operator]})", ROOT / f"python_tests/test_{operator}.py")
+    pytest_on(
+        on_host,
+        "-k",
+        f"cpp and not float64 and ({CHOICES[operator]})",
+        ROOT / f"python_tests/test_{operator}.py",
+    )
 
 
 def test_what_they_compute_of_long_rows_and_many_items(on_host):
@@ -282,11 +397,16 @@ def test_what_they_compute_of_long_rows_and_many_items(on_host):
 
 @pytest.mark.parametrize("on_gpu", [True, False], ids=["cuda", "cpp"])
 def test_what_would_stay_as_it_is_is_not_written(request, on_gpu):
-    pytest_on(request.getfixturevalue("on_host") if on_gpu else None, ROOT / "python_tests/cuda_on_host/unwritten.py")
+    pytest_on(
+        request.getfixturevalue("on_host") if on_gpu else None,
+        ROOT / "python_tests/cuda_on_host/unwritten.py",
+    )
 
 
 def test_a_gpu_that_the_library_has_no_code_for_is_served_by_others(on_host):
-    pytest_on(on_host, ROOT / "python_tests/cuda_on_host/without_code.py", CUDA_ON_HOST_REFUSES="code")
+    pytest_on(
+        on_host, ROOT / "python_tests/cuda_on_host/without_code.py", CUDA_ON_HOST_REFUSES="code"
+    )
 
 
 # ---- The package around them
@@ -296,32 +416,43 @@ def test_a_torch_without_cuda_never_loads_the_library(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(native, "LIBRARIES", tmp_path)
     (tmp_path / "uegr_kernels_cuda.so").write_text("no library")
-    assert native.why_not_cuda.__wrapped__() == "this torch is built without CUDA; install a CUDA build of torch"
+    assert native.why_not_cuda.__wrapped__() == (
+        "this torch is built without CUDA; install a CUDA build of torch"
+    )
 
 
 def test_a_missing_library_is_one_sentence_with_reason_and_remedy(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(native, "LIBRARIES", tmp_path)
     assert re.fullmatch(
-        r"the CUDA library was not built: .* \(install the CUDA toolkit, for nvcc\); .*pip install.*", native.why_not_cuda.__wrapped__()
+        r"the CUDA library was not built: .* \(install the CUDA toolkit, for nvcc\); .*pip "
+        r"install.*",
+        native.why_not_cuda.__wrapped__(),
     )
     (tmp_path / "cuda_not_built.txt").write_text("the cat sat on nvcc (lift the cat)\n")
-    assert "was not built: the cat sat on nvcc (lift the cat); " in native.why_not_cuda.__wrapped__()
+    assert (
+        "was not built: the cat sat on nvcc (lift the cat); "
+    ) in native.why_not_cuda.__wrapped__()
     (tmp_path / "uegr_kernels_cuda.so").write_text("no library")
     assert "does not load into torch" in native.why_not_cuda.__wrapped__()
 
 
 def test_float64_is_refused_with_a_reason():
-    reason = backends.why_not("cuda", "selective.selective_adamw_", torch.device("cuda"), torch.float64)
+    reason = backends.why_not(
+        "cuda", "selective.selective_adamw_", torch.device("cuda"), torch.float64
+    )
     assert "float64" in reason and "triton" in reason
 
 
-# A GPU as torch and the CUDA library describe it: name, architecture, what the library's probe answers.
+# A GPU as torch and the CUDA library describe it: name, architecture, what the library's probe
+# answers.
 H200 = ("NVIDIA H200", (9, 0), "cudaSuccess")
 V100 = ("Tesla V100", (7, 0), "cudaErrorNoKernelImageForDevice")
 L4 = ("NVIDIA L4", (8, 9), "cudaErrorUnsupportedPtxVersion")
 STEP = "selective.selective_adamw_"
-NO_LIBRARY = "the CUDA library was not built: nvcc was not found (install the CUDA toolkit); put that right"
+NO_LIBRARY = (
+    "the CUDA library was not built: nvcc was not found (install the CUDA toolkit); put that right"
+)
 
 
 @pytest.fixture
@@ -331,18 +462,34 @@ def machine(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     caches = (backends._why_not, native.why_not_gpu, native.why_not_triton)
 
-    def feign(*gpus, cuda="13.0", hip=None, no_library=None, driver="13.0", held=("8.0", "9.0a", "10.0+PTX"), names=None):
+    def feign(
+        *gpus,
+        cuda="13.0",
+        hip=None,
+        no_library=None,
+        driver="13.0",
+        held=("8.0", "9.0a", "10.0+PTX"),
+        names=None,
+    ):
         for cache in caches:
             cache.cache_clear()
         asked = []
 
         def probe(index):
             asked.append(index)
-            return gpus[index][2] if gpus else "cudaErrorInsufficientDriver" if driver == "0.0" else "cudaErrorNoDevice"
+            return (
+                gpus[index][2]
+                if gpus
+                else "cudaErrorInsufficientDriver"
+                if driver == "0.0"
+                else "cudaErrorNoDevice"
+            )
 
         def properties(index):
             name, (major, minor), _ = gpus[index]
-            return types.SimpleNamespace(name=name, major=major, minor=minor, gcnArchName=f"gfx{major}{minor:x}2:xnack-")
+            return types.SimpleNamespace(
+                name=name, major=major, minor=minor, gcnArchName=f"gfx{major}{minor:x}2:xnack-"
+            )
 
         cuda_of_torch = {
             "is_available": lambda: bool(gpus),
@@ -356,8 +503,17 @@ def machine(monkeypatch):
             monkeypatch.setattr(torch.cuda, name, answer)
         monkeypatch.setattr(torch.version, "cuda", cuda)
         monkeypatch.setattr(torch.version, "hip", hip)
-        without = "this torch is built without CUDA; install a CUDA build of torch" if cuda is None else no_library
-        library = {"why_not_cuda": without, "has_kernel": True, "architectures": held, "versions": (driver, "13.0")}
+        without = (
+            ("this torch is built without CUDA; install a CUDA build of torch")
+            if cuda is None
+            else no_library
+        )
+        library = {
+            "why_not_cuda": without,
+            "has_kernel": True,
+            "architectures": held,
+            "versions": (driver, "13.0"),
+        }
         for name, answer in library.items():
             monkeypatch.setattr(native, name, lambda *_, answer=answer: answer)
         monkeypatch.setattr(native, "probe", probe)
@@ -375,11 +531,17 @@ def gpu(index: int | None = None) -> torch.device:
 def test_auto_takes_what_each_gpu_runs_and_asks_it_once(machine):
     asked = machine(H200, V100, L4)
     for _ in range(2):
-        for operator in (STEP, "divergence.uegr_loss", "dropout.adaptive_dropout", "perturbation.pgd_step_"):
+        for operator in (
+            STEP,
+            "divergence.uegr_loss",
+            "dropout.adaptive_dropout",
+            "perturbation.pgd_step_",
+        ):
             for dtype in (torch.float32, torch.bfloat16):
                 taken = [backends.choose("auto", operator, gpu(i), dtype) for i in range(3)]
                 assert taken == ["cuda", "reference", "triton"]
-                assert backends.choose("auto", operator, gpu(), dtype) == "triton"  # the current one, which is the last
+                # the current one, which is the last
+                assert backends.choose("auto", operator, gpu(), dtype) == "triton"
     assert sorted(asked) == [0, 1, 2]
     assert backends.choose("auto", STEP, gpu(0), torch.float64) == "triton"
 
@@ -387,12 +549,24 @@ def test_auto_takes_what_each_gpu_runs_and_asks_it_once(machine):
 @pytest.mark.parametrize(
     ("answer", "driver", "words"),
     [
-        ("cudaErrorInsufficientDriver", "12.4", ("made for CUDA 12.4", "the 13.0 that", "update the driver")),
+        (
+            "cudaErrorInsufficientDriver",
+            "12.4",
+            ("made for CUDA 12.4", "the 13.0 that", "update the driver"),
+        ),
         ("cudaErrorInsufficientDriver", "0.0", ("no NVIDIA driver", "install one")),
-        ("cudaErrorNoKernelImageForDevice", "13.0", ("8.0, 9.0a, 10.0+PTX", "a 8.6", "TORCH_CUDA_ARCH_LIST=8.6", "pip install")),
+        (
+            "cudaErrorNoKernelImageForDevice",
+            "13.0",
+            ("8.0, 9.0a, 10.0+PTX", "a 8.6", "TORCH_CUDA_ARCH_LIST=8.6", "pip install"),
+        ),
         ("cudaErrorInvalidDeviceFunction", "13.0", ("TORCH_CUDA_ARCH_LIST=8.6",)),
         ("cudaErrorNoDevice", "13.0", ("finds no GPU", "CUDA_VISIBLE_DEVICES")),
-        ("cudaErrorECCUncorrectable", "13.0", ("cudaErrorECCUncorrectable on GPU 0", "other programs")),
+        (
+            "cudaErrorECCUncorrectable",
+            "13.0",
+            ("cudaErrorECCUncorrectable on GPU 0", "other programs"),
+        ),
     ],
 )
 def test_what_the_probe_answers_is_a_sentence(machine, answer, driver, words):
@@ -451,22 +625,43 @@ def test_info_says_of_each_gpu_what_runs_on_it_and_why(machine):
     lines = dict(re.findall(r"^(GPU \d|  \w+) +(.*)$", program.info(), re.MULTILINE))
     held, library = "(8.0, 9.0a, 10.0+PTX)", "the CUDA library holds"
     assert lines["GPU 0"] == f"NVIDIA H200, sm_90; {library} code for it {held}; auto takes cuda"
-    refused = re.escape(f"Tesla V100, sm_70; {library} no code for it {held}; auto takes reference;")
-    assert re.match(rf"{refused} not cuda: {library} .*; not triton: Triton supports", lines["GPU 1"])
-    assert lines["GPU 2"].startswith(f"NVIDIA L4, sm_89; {library} code for it {held}; auto takes triton; not cuda: ")
-    assert lines["  cuda"].startswith("usable on cuda:0;") and lines["  triton"] == "usable on cuda:0 and cuda:2"
+    refused = re.escape(
+        f"Tesla V100, sm_70; {library} no code for it {held}; auto takes reference;"
+    )
+    assert re.match(
+        rf"{refused} not cuda: {library} .*; not triton: Triton "
+        r"supports",
+        lines["GPU 1"],
+    )
+    assert lines["GPU 2"].startswith(
+        f"NVIDIA L4, sm_89; {library} code for it {held}; auto takes triton; not cuda: "
+    )
+    assert (
+        lines["  cuda"].startswith("usable on cuda:0;")
+        and lines["  triton"] == "usable on cuda:0 and cuda:2"
+    )
 
 
 def test_info_on_rocm_without_a_library_and_without_a_gpu(machine):
     machine(("AMD Instinct MI300X", (9, 4), None), cuda=None, hip="6.4")
     text = program.info()
-    assert "AMD Instinct MI300X, gfx942:xnack-; no CUDA library is loaded; auto takes triton; not cuda: this torch is built" in text
+    assert (
+        "AMD Instinct MI300X, gfx942:xnack-; no CUDA library is loaded; auto takes triton; not "
+        "cuda: this torch is built"
+    ) in text
     machine(H200, no_library=NO_LIBRARY)
-    assert f"NVIDIA H200, sm_90; no CUDA library is loaded; auto takes triton; not cuda: {NO_LIBRARY}" in program.info()
+    assert (
+        f"NVIDIA H200, sm_90; no CUDA library is loaded; auto takes triton; not cuda: {NO_LIBRARY}"
+    ) in program.info()
     machine(driver="0.0")
     text = program.info()
     assert "GPU           none: torch finds no GPU or no driver here" in text
-    assert re.search(r"^  cuda +not usable: no NVIDIA driver was found[^;]*; install one$", text, re.MULTILINE)
+    assert re.search(
+        r"^  cuda +not usable: no NVIDIA driver was found[^;]*; install "
+        r"one$",
+        text,
+        re.MULTILINE,
+    )
 
 
 @pytest.mark.parametrize(
@@ -489,16 +684,31 @@ def test_the_dispatchers_gpu_kernel_is_one_that_the_gpu_runs(machine, monkeypatc
     machine(V100, L4, no_library=NO_LIBRARY)
     kernels = {}
     monkeypatch.setattr(torch.library, "define", lambda *_: None)
-    monkeypatch.setattr(torch.library, "impl", lambda name, key, function: kernels.setdefault((name, key), function))
-    backends.define("step", "(Tensor[] x, *, int y) -> ()", lambda x, *, y: ("reference", y), lambda x, *, y: ("triton", y))
+    monkeypatch.setattr(
+        torch.library, "impl", lambda name, key, function: kernels.setdefault((name, key), function)
+    )
+    backends.define(
+        "step",
+        "(Tensor[] x, *, int y) -> ()",
+        lambda x, *, y: ("reference", y),
+        lambda x, *, y: ("triton", y),
+    )
     with FakeTensorMode():
         for overload in ("step", "step.fallback"):
             kernel = kernels[f"uegr_kernels::{overload}", "CUDA"]
-            assert [kernel([torch.empty(2, device=gpu(i))], y=7) for i in (0, 1)] == [("reference", 7), ("triton", 7)]
+            assert [kernel([torch.empty(2, device=gpu(i))], y=7) for i in (0, 1)] == [
+                ("reference", 7),
+                ("triton", 7),
+            ]
     kernels.clear()
     machine(H200)  # with the library loaded its own kernels are the dispatcher's
-    backends.define("step", "(Tensor[] x, *, int y) -> ()", lambda *_, **__: None, lambda *_, **__: None)
-    assert ("uegr_kernels::step", "CUDA") not in kernels and ("uegr_kernels::step.fallback", "CUDA") in kernels
+    backends.define(
+        "step", "(Tensor[] x, *, int y) -> ()", lambda *_, **__: None, lambda *_, **__: None
+    )
+    assert ("uegr_kernels::step", "CUDA") not in kernels and (
+        "uegr_kernels::step.fallback",
+        "CUDA",
+    ) in kernels
 
 
 def test_the_probe_of_the_runtime_itself(tmp_path, monkeypatch):
@@ -506,13 +716,35 @@ def test_the_probe_of_the_runtime_itself(tmp_path, monkeypatch):
         pytest.skip("nvcc is not installed: the CUDA sources are not compiled here")
     (tmp_path / "probe.cu").write_text('#include "core/probe.cuh"\n')
     words, names = build_cuda().architectures("8.0;10.0+PTX"), "-DARCHITECTURES=8.0/10.0+PTX"
-    flags = ("-shared", "-std=c++17", "-cudart", "static", "-Icsrc", "-Xcompiler", "-fPIC,-Wall,-Wextra", "-Werror", "all-warnings")
-    run("nvcc", *flags, names, *" ".join(words).split(), tmp_path / "probe.cu", "-o", tmp_path / "probe.so")
+    flags = (
+        "-shared",
+        "-std=c++17",
+        "-cudart",
+        "static",
+        "-Icsrc",
+        "-Xcompiler",
+        "-fPIC,-Wall,-Wextra",
+        "-Werror",
+        "all-warnings",
+    )
+    run(
+        "nvcc",
+        *flags,
+        names,
+        *" ".join(words).split(),
+        tmp_path / "probe.cu",
+        "-o",
+        tmp_path / "probe.so",
+    )
     library = native.load_functions(tmp_path / "probe.so")
     monkeypatch.setattr(native, "_cuda_library", lambda: library)
     driver, built = native.versions()
     assert f"release {built}" in nvcc_version() and native.architectures() == ("8.0", "10.0+PTX")
-    answers = ("cudaErrorInsufficientDriver",) if driver == "0.0" else ("cudaSuccess", "cudaErrorNoDevice", *native.NO_CODE)
+    answers = (
+        ("cudaErrorInsufficientDriver",)
+        if driver == "0.0"
+        else ("cudaSuccess", "cudaErrorNoDevice", *native.NO_CODE)
+    )
     assert native.probe(0) in answers and native.probe(0) == native.probe(0)
 
 
@@ -521,23 +753,33 @@ def test_asking_a_gpu_takes_memory_on_no_other(tmp_path):
         pytest.skip("needs a C++ compiler on Linux")
     (tmp_path / "ask.cpp").write_text(
         '#include "core/platform.h"\n#include "core/probe.cuh"\n'
-        "int main() { return uegr::probe_device(3) == cudaSuccess && devices_in_use == 1u << 3 ? 0 : 1; }\n"
+        "int main() { return uegr::probe_device(3) == cudaSuccess && devices_in_use == 1u << 3 ? 0 "
+        ": 1; }\n"
     )
-    flags = ("-std=c++17", "-pthread", "-DUSE_CUDA", "-DARCHITECTURES=8.0", "-Icsrc", "-Ipython_tests/cuda_on_host")
+    flags = (
+        "-std=c++17",
+        "-pthread",
+        "-DUSE_CUDA",
+        "-DARCHITECTURES=8.0",
+        "-Icsrc",
+        "-Ipython_tests/cuda_on_host",
+    )
     run("c++", *flags, tmp_path / "ask.cpp", "-o", tmp_path / "ask")
     run(tmp_path / "ask")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_fake_tensors_of_a_gpu_are_served(monkeypatch, dtype):
-    pytest.importorskip("triton")  # the reference needs more of a GPU than a CPU build of torch can feign
+    # the reference needs more of a GPU than a CPU build of torch can feign
+    pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     torch.compiler.reset()
     with FakeTensorMode():
         x = torch.empty(2, 3, 4, device="cuda", dtype=dtype)
         dropout = uk.AdaptiveDropout(4)
         wide = torch.promote_types(dtype, torch.float32)
-        dropout.gradient_norm, dropout.pending = torch.empty(2, 4, device="cuda", dtype=wide)  # a CPU build of torch moves none
+        # a CPU build of torch moves none
+        dropout.gradient_norm, dropout.pending = torch.empty(2, 4, device="cuda", dtype=wide)
         for call in (
             lambda: uk.pairwise_js(x),
             lambda: uk.fgm_perturbation(x, 0.1),
@@ -552,7 +794,13 @@ def test_fake_tensors_of_a_gpu_are_served(monkeypatch, dtype):
     ("names", "words"),
     [
         ("8.0", ["-gencode arch=compute_80,code=sm_80"]),
-        ("9.0a 10.0+PTX", [f"-gencode arch=compute_{code.split('_')[1]},code={code}" for code in ("sm_90a", "sm_100", "compute_100")]),
+        (
+            "9.0a 10.0+PTX",
+            [
+                f"-gencode arch=compute_{code.split('_')[1]},code={code}"
+                for code in ("sm_90a", "sm_100", "compute_100")
+            ],
+        ),
     ],
 )
 def test_the_build_takes_architectures_as_torch_does(names, words):
@@ -562,7 +810,9 @@ def test_the_build_takes_architectures_as_torch_does(names, words):
 
 
 def test_the_build_tells_the_library_what_it_holds_code_for(tmp_path):
-    text = build_cuda().ninja_text(tmp_path, tmp_path, tmp_path / "library.so", "nvcc", "8.0; 9.0a 10.0+PTX")
+    text = build_cuda().ninja_text(
+        tmp_path, tmp_path, tmp_path / "library.so", "nvcc", "8.0; 9.0a 10.0+PTX"
+    )
     assert " -DARCHITECTURES=8.0/9.0a/10.0+PTX " in text
 
 
@@ -570,7 +820,16 @@ def test_the_library_itself_compiles(tmp_path):
     if not shutil.which("nvcc"):
         pytest.skip("nvcc is not installed: the CUDA sources are not compiled here")
     flags = [*build_cuda().FLAGS.split(), "-DARCHITECTURES=8.0", "-arch=sm_80"]
-    run("nvcc", *flags, *DEFINITIONS[:1], *INCLUDES[1:], "-c", "csrc/library_cuda.cpp", "-o", tmp_path / "library.o")
+    run(
+        "nvcc",
+        *flags,
+        *DEFINITIONS[:1],
+        *INCLUDES[1:],
+        "-c",
+        "csrc/library_cuda.cpp",
+        "-o",
+        tmp_path / "library.o",
+    )
 
 
 def build_cuda() -> types.ModuleType:

@@ -1,4 +1,6 @@
-"""The demo on tiny data: what it prints and writes, malformed files, Ctrl-C and going on exactly; the models' indifference to padding."""
+"""The demo on tiny data: what it prints and writes, malformed files, Ctrl-C and going on
+exactly; the models' indifference to padding.
+"""
 
 import contextlib
 import gzip
@@ -19,7 +21,11 @@ STEPS = 6
 @pytest.fixture
 def sentences(tmp_path):
     """A file of 60 lines in which a word tells the label."""
-    rows = [f'{("dog", "cat")[i % 2]}\tthe {("barking", "purring")[i % 2]} animal number {i} sat "there\tquietly' for i in range(60)]
+    rows = [
+        f"{('dog', 'cat')[i % 2]}\tthe {('barking', 'purring')[i % 2]} animal number {i} sat "
+        '"there\tquietly'
+        for i in range(60)
+    ]
     path = tmp_path / "animals.tsv"
     path.write_text("label\ttext\n" + "\n".join(rows) + "\n", encoding="utf-8")
     return path
@@ -40,7 +46,10 @@ def assert_same_run(one, other):
         assert [a[name] for name in ("step", "losses", "shares", "accuracy")] == [
             b[name] for name in ("step", "losses", "shares", "accuracy")
         ]
-        assert torch.equal(a["random"], b["random"]) and len(a["seconds"]) == len(b["seconds"]) == STEPS
+        assert (
+            torch.equal(a["random"], b["random"])
+            and len(a["seconds"]) == len(b["seconds"]) == STEPS
+        )
         for name, value in a["model"].items():
             assert torch.equal(value, b["model"][name]), name
         for index, state in a["optimizer"]["state"].items():
@@ -51,15 +60,34 @@ def assert_same_run(one, other):
 @pytest.mark.parametrize("model", MODELS)
 def test_a_tiny_run(sentences, tmp_path, capfd, model):
     threads = torch.get_num_threads()
-    assert demo.main(arguments(sentences, tmp_path / "out", "--model", model, "--epsilon", "0.25", "--passes", "3")) == 0
+    assert (
+        demo.main(
+            arguments(
+                sentences, tmp_path / "out", "--model", model, "--epsilon", "0.25", "--passes", "3"
+            )
+        )
+        == 0
+    )
     printed = capfd.readouterr()
-    assert "60 texts" in printed.out and "2 classes: cat, dog." in printed.out and "48 to train on, 12 to test." in printed.out
-    assert "BiStage(epsilon=0.25, passes=3, js_weight=0.01)" in printed.out and "threshold=0.8" in printed.out
-    rows = [line for line in printed.out.splitlines() if line.startswith(("accuracy", "seconds", "parameters"))]
+    assert (
+        "60 texts" in printed.out
+        and "2 classes: cat, dog." in printed.out
+        and "48 to train on, 12 to test." in printed.out
+    )
+    assert (
+        "BiStage(epsilon=0.25, passes=3, js_weight=0.01)"
+    ) in printed.out and "threshold=0.8" in printed.out
+    rows = [
+        line
+        for line in printed.out.splitlines()
+        if line.startswith(("accuracy", "seconds", "parameters"))
+    ]
     assert len(rows) == 1 + len(demo.ATTACKS) + 2 and all(len(row.split()) >= 3 for row in rows)
     assert f"{STEPS}/{STEPS}" in printed.err and "Warning" not in printed.err
     assert (tmp_path / "out" / demo.PICTURE).read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([demo.CHECKPOINT, demo.PICTURE])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        [demo.CHECKPOINT, demo.PICTURE]
+    )
     arms = checkpoint(tmp_path / "out")["arms"]
     assert 0.9 < arms["UEGR"]["shares"][0] < 1 and not arms["AdamW"]["shares"]
     assert torch.get_num_threads() == threads
@@ -93,8 +121,13 @@ def test_gzip_carriage_returns_byte_order_mark_and_missing_header(sentences, tmp
         (tmp_path / name).write_bytes(content)
         assert demo.read_tsv(str(tmp_path / name)) == expected, name
     (tmp_path / "e.tsv").write_bytes(text.split(b"\n", 1)[1])
-    assert [example[:2] for example in demo.read_tsv(str(tmp_path / "e.tsv"))] == [example[:2] for example in expected]
-    assert expected[0].words == ("the", "barking", "animal", "number", "0", "sat", "there", "quietly") and expected[0].line == 2
+    assert [example[:2] for example in demo.read_tsv(str(tmp_path / "e.tsv"))] == [
+        example[:2] for example in expected
+    ]
+    assert (
+        expected[0].words == ("the", "barking", "animal", "number", "0", "sat", "there", "quietly")
+        and expected[0].line == 2
+    )
 
 
 def test_a_test_file_of_ones_own(sentences, tmp_path, capfd):
@@ -102,7 +135,8 @@ def test_a_test_file_of_ones_own(sentences, tmp_path, capfd):
     test = tmp_path / "test.tsv.gz"
     test.write_bytes(gzip.compress("".join(lines[1:11]).encode()))
     assert demo.main(arguments(sentences, tmp_path / "out", "--test", str(test))) == 0
-    assert "50 to train on, 10 to test." in capfd.readouterr().out  # the ten are out of the training
+    # the ten are out of the training
+    assert "50 to train on, 10 to test." in capfd.readouterr().out
     test.write_bytes(gzip.compress(b"dog\tx\nhorse\tx\n"))
     assert demo.main(arguments(sentences, tmp_path / "out", "--test", str(test))) == 2
     assert "line 2: the label 'horse' does not occur" in capfd.readouterr().err
@@ -153,7 +187,15 @@ def test_files_that_cannot_be_read(sentences, tmp_path, capfd):
 
 @pytest.mark.parametrize(
     "option, value",
-    [("--epochs", "0"), ("--steps", "-1"), ("--steps", "x"), ("--seed", "-1"), ("--epsilon", "nan"), ("--model", "bert"), ("--limit", "0")],
+    [
+        ("--epochs", "0"),
+        ("--steps", "-1"),
+        ("--steps", "x"),
+        ("--seed", "-1"),
+        ("--epsilon", "nan"),
+        ("--model", "bert"),
+        ("--limit", "0"),
+    ],
 )
 def test_wrong_options(option, value, capfd):
     assert demo.main([option, value]) == 2
@@ -167,7 +209,9 @@ def test_help(capfd):
 
 class TestStopping:
     @pytest.mark.parametrize("arm, step", [("AdamW", 1), ("AdamW", STEPS), ("UEGR", 4)])
-    def test_ctrl_c_and_resume_equal_a_run_that_was_not_interrupted(self, sentences, tmp_path, capfd, monkeypatch, arm, step):
+    def test_ctrl_c_and_resume_equal_a_run_that_was_not_interrupted(
+        self, sentences, tmp_path, capfd, monkeypatch, arm, step
+    ):
         whole = arguments(sentences, tmp_path / "whole")
         assert demo.main(whole) == 0
         share, rows = demo.share_selected, demo.rows_of_step
@@ -183,14 +227,23 @@ class TestStopping:
         monkeypatch.setattr(demo, "rows_of_step", interrupted)
         assert demo.main(arguments(sentences, tmp_path / "out")) == 130
         error = capfd.readouterr().err
-        assert f"Stopped in {arm} after step {step} of {STEPS}" in error and "--resume" in error and "Traceback" not in error
+        assert (
+            (f"Stopped in {arm} after step {step} of {STEPS}") in error
+            and "--resume" in error
+            and "Traceback" not in error
+        )
         assert checkpoint(tmp_path / "out")["arms"][arm]["step"] == step
         monkeypatch.setattr(demo, "rows_of_step", rows)
         assert demo.main(arguments(sentences, tmp_path / "out", "--resume")) == 0
         assert_same_run(checkpoint(tmp_path / "out"), checkpoint(tmp_path / "whole"))
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and share is demo.share_selected
+        assert (
+            signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            and share is demo.share_selected
+        )
 
-    def test_a_kill_costs_no_more_than_the_steps_since_the_last_save(self, sentences, tmp_path, capfd, monkeypatch):
+    def test_a_kill_costs_no_more_than_the_steps_since_the_last_save(
+        self, sentences, tmp_path, capfd, monkeypatch
+    ):
         assert demo.main(arguments(sentences, tmp_path / "whole")) == 0
         monkeypatch.setattr(demo, "SAVE_EVERY", 2)
         rows = demo.rows_of_step
@@ -221,10 +274,13 @@ class TestStopping:
         path = tmp_path / "checkpoint.pt"
         endless = (
             "import pathlib, sys, torch\nfrom uegr_kernels.demo import save_checkpoint\ni = 0\n"
-            "while True:\n    save_checkpoint(pathlib.Path(sys.argv[1]), {'weights': torch.full((1 << 20,), float(i))})\n"
+            "while True:\n    save_checkpoint(pathlib.Path(sys.argv[1]), {'weights': torch.full((1 "
+            "<< 20,), float(i))})\n"
             "    print(i, flush=True)\n    i += 1"
         )
-        process = subprocess.Popen([sys.executable, "-c", endless, str(path)], stdout=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, "-c", endless, str(path)], stdout=subprocess.PIPE
+        )
         done = -1
         for done in range(3):
             assert int(process.stdout.readline()) == done
@@ -252,7 +308,8 @@ class TestStopping:
         ):
             assert demo.main(arguments(sentences, out, "--resume", *more)) == 2
             assert text in capfd.readouterr().err
-        assert demo.main(arguments(sentences, out, "--resume")) == 0  # a finished run is shown again
+        # a finished run is shown again
+        assert demo.main(arguments(sentences, out, "--resume")) == 0
         assert capfd.readouterr().out.split("\n\n")[1] == finished.split("\n\n")[1]
         (out / demo.CHECKPOINT).write_bytes(b"PK what")
         assert demo.main(arguments(sentences, out, "--resume")) == 2
@@ -271,7 +328,9 @@ class TestStopping:
             "--epochs",
             "5000",
         ]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
         for line in process.stderr:  # universal newlines: every state of the bar is a line
             if "step/s" in line and "loss" in line:
                 break
@@ -289,13 +348,19 @@ class TestData:
         examples = demo.read_docstrings(lambda names, **options: names)
         assert len({example.label for example in examples}) == 4 and len(examples) == 80
         assert len({example.words for example in examples}) == 80
-        assert not any(word in ("numpy", "np", "torch", "python", "pytest") for example in examples for word in example.words)
+        assert not any(
+            word in ("numpy", "np", "torch", "python", "pytest")
+            for example in examples
+            for word in example.words
+        )
         assert demo.read_docstrings(lambda names, **options: names) == examples
 
     def test_equal_texts_stay_on_one_side(self):
         examples = [demo.Example("ab"[i % 2], (f"word{i // 4}", "same"), i) for i in range(80)]
         data = demo.prepare(examples, None, None, 64)
-        train, test = ({tuple(row) for row in texts.ids.tolist()} for texts in (data.train, data.test))
+        train, test = (
+            {tuple(row) for row in texts.ids.tolist()} for texts in (data.train, data.test)
+        )
         assert len(data.train.labels) + len(data.test.labels) == 80 and len(data.test.labels) == 16
         assert len(train) == 16 and train.isdisjoint(test)
 
@@ -303,13 +368,18 @@ class TestData:
         examples = [demo.Example("ab"[i % 2], ("one", "two", f"{i}"), i) for i in range(100)]
         data = demo.prepare(examples, None, 50, 3)
         assert len(data.train.labels) + len(data.test.labels) == 50
-        assert demo.prepare(examples, [demo.Example("a", ("new", "one", "two"))], 50, 2).test.ids.shape == (1, 2)
+        assert demo.prepare(
+            examples, [demo.Example("a", ("new", "one", "two"))], 50, 2
+        ).test.ids.shape == (1, 2)
 
     def test_chinese_words_are_characters(self):
         assert demo.words_of("学习 PyTorch_2很快!") == ("学", "习", "pytorch", "2", "很", "快")
 
     def test_each_epoch_visits_every_text_once(self):
-        epochs = [torch.cat([demo.rows_of_step(4 * epoch + i, 100, seed=1) for i in range(4)]) for epoch in range(2)]
+        epochs = [
+            torch.cat([demo.rows_of_step(4 * epoch + i, 100, seed=1) for i in range(4)])
+            for epoch in range(2)
+        ]
         assert all(sorted(rows.tolist()) == list(range(100)) for rows in epochs)
         assert not torch.equal(*epochs)
 

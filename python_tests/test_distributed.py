@@ -1,4 +1,6 @@
-"""The optimizers over several processes (gloo): masks and trajectories are those of one process that has everything."""
+"""The optimizers over several processes (gloo): masks and trajectories are those of one
+process that has everything.
+"""
 
 import functools
 import traceback
@@ -15,7 +17,9 @@ STEPS = 4
 
 
 def processes(world):
-    """Runs the test's body, a function of `rank, path`, in `world` processes; the first error of any is raised here."""
+    """Runs the test's body, a function of `rank, path`, in `world` processes; the first error
+    of any is raised here.
+    """
 
     def decorate(body):
         @functools.wraps(body)
@@ -23,7 +27,12 @@ def processes(world):
             context = torch.multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["torch", "uegr_kernels", __name__])
             errors = context.SimpleQueue()
-            workers = [context.Process(target=_work, args=(body.__name__, rank, world, str(tmp_path), errors)) for rank in range(world)]
+            workers = [
+                context.Process(
+                    target=_work, args=(body.__name__, rank, world, str(tmp_path), errors)
+                )
+                for rank in range(world)
+            ]
             for worker in workers:
                 worker.start()
             for worker in workers:
@@ -48,7 +57,9 @@ BODIES = {}
 def _work(name, rank, world, path, errors):
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", store=dist.FileStore(f"{path}/store", world), rank=rank, world_size=world)
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(f"{path}/store", world), rank=rank, world_size=world
+        )
         BODIES[name](rank, path)
         dist.barrier()
         dist.destroy_process_group()
@@ -60,7 +71,11 @@ def _work(name, rank, world, path, errors):
 def model():
     torch.manual_seed(0)
     return torch.nn.Sequential(
-        torch.nn.Embedding(13, 6), torch.nn.Flatten(), torch.nn.Linear(30, 7), torch.nn.ReLU(), torch.nn.Linear(7, 3)
+        torch.nn.Embedding(13, 6),
+        torch.nn.Flatten(),
+        torch.nn.Linear(30, 7),
+        torch.nn.ReLU(),
+        torch.nn.Linear(7, 3),
     )
 
 
@@ -81,7 +96,10 @@ def whole(tensor):
 def same(net, other, exactly=True):
     for (name, p), q in zip(net.named_parameters(), other.parameters(), strict=True):
         p = whole(p.detach())
-        assert torch.equal(p, q) if exactly else torch.allclose(p, q, atol=1e-6), (name, (p - q).abs().max())
+        assert torch.equal(p, q) if exactly else torch.allclose(p, q, atol=1e-6), (
+            name,
+            (p - q).abs().max(),
+        )
 
 
 ADAMW = functools.partial(uk.SelectiveAdamW, lr=0.05, threshold=0.3, seed=7)
@@ -133,7 +151,9 @@ def fsdp_equals_one_process():
         for p, q in zip(net.parameters(), alone.parameters(), strict=True):
             for key, value in other.state[q].items():
                 got = whole(optimizer.state[p][key])
-                assert got.dtype == value.dtype and torch.allclose(got.float(), value.float(), atol=1e-6), (options, key)
+                assert got.dtype == value.dtype and torch.allclose(
+                    got.float(), value.float(), atol=1e-6
+                ), (options, key)
 
 
 @processes(2)
@@ -162,7 +182,9 @@ def test_one_collective_joins_all_tensors_statistics(rank, path):
         net = shard(model())
         optimizer = ADAMW(net.parameters(), **options)
         train(net, optimizer, 1)
-        dist.all_reduce = lambda *args, **kwargs: (calls.append(args), all_reduce(*args, **kwargs))[1]
+        dist.all_reduce = lambda *args, **kwargs: (calls.append(args), all_reduce(*args, **kwargs))[
+            1
+        ]
         optimizer.step()
         dist.all_reduce = all_reduce
         assert len(calls) == (0 if options.get("normalization") == "constant" else 1), options
@@ -189,7 +211,10 @@ def test_placements(rank, path):
     for options in ({}, {"normalization": "rank"}, {"statistics": "previous"}, {"scope": "global"}):
         torch.manual_seed(0)
         wholes = [torch.nn.Parameter(torch.randn(shape)) for _, shape, _ in cases]
-        parts = [torch.nn.Parameter(distribute_tensor(p.detach().clone(), *case[::2])) for p, case in zip(wholes, cases, strict=True)]
+        parts = [
+            torch.nn.Parameter(distribute_tensor(p.detach().clone(), *case[::2]))
+            for p, case in zip(wholes, cases, strict=True)
+        ]
         make = functools.partial(uk.SelectiveSGD, lr=1.0, threshold=0.3, seed=3, **options)
         optimizers = make(wholes), make(parts)
         for _ in range(2):
@@ -207,9 +232,16 @@ def test_a_placement_that_cannot_be_stated_is_refused_and_changes_nothing(rank, 
     mesh = init_device_mesh("cpu", (2, 2))
     plain = torch.nn.Parameter(torch.ones(3))
     odd = torch.nn.Parameter(distribute_tensor(torch.ones(4, 6, 8), mesh, [Shard(1), Shard(2)]))
-    plain.grad, odd.grad = torch.ones(3), distribute_tensor(torch.ones(4, 6, 8), mesh, [Shard(1), Shard(2)])
+    plain.grad, odd.grad = (
+        torch.ones(3),
+        distribute_tensor(torch.ones(4, 6, 8), mesh, [Shard(1), Shard(2)]),
+    )
     optimizer = uk.SelectiveAdamW([plain, odd], seed=0)
-    with pytest.raises(ValueError, match=r"parameter 1 of shape \(4, 6, 8\) has placements .*shard it along one dimension"):
+    with pytest.raises(
+        ValueError,
+        match=r"parameter 1 of shape \(4, 6, 8\) has placements .*shard "
+        r"it along one dimension",
+    ):
         optimizer.step()
     assert not optimizer.state and bool((plain == 1).all())
 
@@ -218,7 +250,10 @@ def test_a_placement_that_cannot_be_stated_is_refused_and_changes_nothing(rank, 
 def test_a_gradient_in_other_placements_is_moved_and_a_plain_one_refused(rank, path):
     mesh = init_device_mesh("cpu", (2,))
     value = torch.arange(10.0).view(5, 2)
-    p, q = torch.nn.Parameter(distribute_tensor(value.clone(), mesh, [Shard(0)])), torch.nn.Parameter(value.clone())
+    p, q = (
+        torch.nn.Parameter(distribute_tensor(value.clone(), mesh, [Shard(0)])),
+        torch.nn.Parameter(value.clone()),
+    )
     p.grad, q.grad = distribute_tensor(value, mesh, [Replicate()]), value.clone()
     for x in (p, q):
         uk.SelectiveAdamW([x], seed=0).step()
@@ -260,10 +295,15 @@ def _resumed_on_two(rank, path):
     from torch.distributed.checkpoint.state_dict import set_state_dict
 
     net, alone = shard(model()), model()
-    optimizer, other = ADAMW(net.parameters(), **SAVED | {"seed": 1}), ADAMW(alone.parameters(), **SAVED)
+    optimizer, other = (
+        ADAMW(net.parameters(), **SAVED | {"seed": 1}),
+        ADAMW(alone.parameters(), **SAVED),
+    )
     found = checkpoint(net, optimizer)
     dcp.load(found, checkpoint_id=f"{path}/checkpoint")
-    set_state_dict(net, optimizer, model_state_dict=found["model"], optim_state_dict=found["optimizer"])
+    set_state_dict(
+        net, optimizer, model_state_dict=found["model"], optim_state_dict=found["optimizer"]
+    )
     assert optimizer.param_groups[0]["seed"] == 7
     train(net, optimizer, 3, first=3)
     train(alone, other, 6)
@@ -290,7 +330,9 @@ def learn(net, rank, steps=3):
     for step in range(steps):
         torch.manual_seed(1000 * rank + step)
         net.zero_grad()
-        torch.nn.functional.cross_entropy(net(torch.randint(13, (4, 5))), torch.randint(3, (4,))).backward()
+        torch.nn.functional.cross_entropy(
+            net(torch.randint(13, (4, 5))), torch.randint(3, (4,))
+        ).backward()
     return next(module for module in net.modules() if isinstance(module, uk.AdaptiveDropout))
 
 

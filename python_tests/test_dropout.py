@@ -1,4 +1,6 @@
-"""Adaptive dropout: masks, rates, what a backward leaves; state, checkpointing, compilers, bad input."""
+"""Adaptive dropout: masks, rates, what a backward leaves; state, checkpointing, compilers, bad
+input.
+"""
 
 import copy
 import io
@@ -20,7 +22,8 @@ from uegr_kernels.dropout import AdaptiveDropout, op, reference, replace_dropout
 
 OPERATORS = ("dropout.adaptive_dropout",)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# A result is rounded once, after 1 - r and a division in the rates' dtype, which is float32 but for .double() modules.
+# A result is rounded once, after 1 - r and a division in the rates' dtype, which is float32 but for
+# .double() modules.
 RELATIVE = {torch.float64: 1e-6, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 
 
@@ -33,7 +36,9 @@ def next_key():
 
 
 def uniform(shape, key):
-    return philox.uniform(philox.words(torch.arange(math.prod(shape)), seed=key, step=0, stream=0)).view(shape)
+    return philox.uniform(
+        philox.words(torch.arange(math.prod(shape)), seed=key, step=0, stream=0)
+    ).view(shape)
 
 
 def teach(module, norms):
@@ -51,7 +56,9 @@ def test_mask_and_scale(backend, dtype, shape):
     dropped = uniform(shape, next_key()) < torch.tensor(0.4)
     h = module(x)
     assert h.dtype == dtype and torch.equal(h == 0, dropped)
-    torch.testing.assert_close(h.double(), x.double().where(~dropped, 0) / 0.6, rtol=RELATIVE[dtype], atol=0)
+    torch.testing.assert_close(
+        h.double(), x.double().where(~dropped, 0) / 0.6, rtol=RELATIVE[dtype], atol=0
+    )
 
 
 def test_gradient_has_the_forwards_mask(backend):
@@ -89,13 +96,16 @@ def test_rates_follow_the_norms(backend):
     assert ((share - torch.tensor([0.0, 0.05, 0.1, 0.5])).abs() < 5 * (0.25 / 20000) ** 0.5).all()
     assert ((h.mean(0) - 1).abs() < 5 / 20000**0.5).all()
     module.p = 0.1
-    assert ((module(x) == 0).float().mean(0) - torch.tensor([0.0, 0.025, 0.05, 0.325])).abs().max() < 0.02
+    assert (
+        (module(x) == 0).float().mean(0) - torch.tensor([0.0, 0.025, 0.05, 0.325])
+    ).abs().max() < 0.02
 
 
 def test_moving_average(backend):
     module = AdaptiveDropout(3, momentum=0.75, backend=backend)
     teach(module, [1.0, 2.0, 0.0])
-    assert module.gradient_norm.tolist() == [1.0, 2.0, 0.0] and module.pending.count_nonzero() == 0  # the first one sets n
+    # the first one sets n
+    assert module.gradient_norm.tolist() == [1.0, 2.0, 0.0] and module.pending.count_nonzero() == 0
     teach(module, [5.0, 2.0, 4.0])
     assert module.gradient_norm.tolist() == [2.0, 2.0, 1.0]
     module(torch.ones(2, 3))  # nothing seen since
@@ -126,12 +136,19 @@ def test_norms_that_are_not_finite_are_dropped(backend, bad):
 def test_eval_is_the_identity(backend):
     module, x = AdaptiveDropout(p=0.9, backend=backend).eval(), torch.randn(3, 4)
     state = torch.get_rng_state()
-    assert module(x) is x and module.gradient_norm.numel() == 0 and torch.equal(torch.get_rng_state(), state)
+    assert (
+        module(x) is x
+        and module.gradient_norm.numel() == 0
+        and torch.equal(torch.get_rng_state(), state)
+    )
 
 
 @pytest.mark.parametrize(("p", "kept"), [(0.0, 1.0), (1.0, 0.0)])
 def test_extreme_rates(backend, p, kept):
-    module, x = AdaptiveDropout(p=p, max_p=1.0, backend=backend), torch.ones(50, 4, requires_grad=True)
+    module, x = (
+        AdaptiveDropout(p=p, max_p=1.0, backend=backend),
+        torch.ones(50, 4, requires_grad=True),
+    )
     h = module(x)
     h.sum().backward()
     assert (h == kept).all() and (x.grad == kept).all()
@@ -148,11 +165,15 @@ def test_seed_fixes_the_masks(backend):
 @pytest.mark.parametrize("layout", ["permuted", "sliced", "expanded"])
 def test_any_strides(backend, layout):
     dense = torch.rand(3, 4, 5)
-    x = {
-        "permuted": dense.permute(2, 1, 0).contiguous().permute(2, 1, 0),
-        "sliced": torch.stack((dense, dense), -1)[..., 1],
-        "expanded": dense[:1].expand(3, 4, 5),
-    }[layout].detach().requires_grad_()  # fmt: skip
+    x = (
+        {
+            "permuted": dense.permute(2, 1, 0).contiguous().permute(2, 1, 0),
+            "sliced": torch.stack((dense, dense), -1)[..., 1],
+            "expanded": dense[:1].expand(3, 4, 5),
+        }[layout]
+        .detach()
+        .requires_grad_()
+    )
     module, results = AdaptiveDropout(p=0.5, backend=backend), []
     for input in (x, x.detach().contiguous().requires_grad_()):
         module.pending.zero_()
@@ -167,23 +188,46 @@ def native_operators(native):
     return types.SimpleNamespace(**{name: op.kernel(name, native) for name in op.SCHEMAS})
 
 
-# Shapes: one unit, fewer and more than a block of 256 elements holds, rows that no block begins with; the last one sums in several parts.
+# Shapes: one unit, fewer and more than a block of 256 elements holds, rows that no block begins
+# with; the last one sums in several parts.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("wide", [False, True], ids=["rates float32", "rates float64"])
-@pytest.mark.parametrize("shape", [(0, 3), (1000, 1), (300, 7), (3, 256), (5, 7, 257), (2, 1030), (70, 40, 100)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(0, 3), (1000, 1), (300, 7), (3, 256), (5, 7, 257), (2, 1030), (70, 40, 100)], ids=str
+)
 def test_native_agrees_with_the_reference_from_any_number_of_threads(native, dtype, wide, shape):
-    operators, key, kind = native_operators(native), torch.tensor(-(2**63) + 5), torch.float64 if wide else torch.float32
-    h, rates, pending = torch.randn(shape).to(dtype), torch.rand(shape[-1], dtype=kind), torch.zeros(shape[-1], dtype=kind)
+    operators, key, kind = (
+        native_operators(native),
+        torch.tensor(-(2**63) + 5),
+        torch.float64 if wide else torch.float32,
+    )
+    h, rates, pending = (
+        torch.randn(shape).to(dtype),
+        torch.rand(shape[-1], dtype=kind),
+        torch.zeros(shape[-1], dtype=kind),
+    )
     h.view(-1)[5:6] = torch.inf
     rates[:1] = 1.0
     results = []
     for threads in (1, 2, 4)[: 3 if native == "cpp" else 1]:  # the interpreter has one
         torch.set_num_threads(threads)
-        results.append((operators.adaptive_dropout(h, rates, key, pending), *operators.adaptive_dropout_backward(h, rates, key)))
-    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
-    expected = reference.adaptive_dropout(h, rates, key, pending), *reference.adaptive_dropout_backward(h, rates, key)
+        results.append(
+            (
+                operators.adaptive_dropout(h, rates, key, pending),
+                *operators.adaptive_dropout_backward(h, rates, key),
+            )
+        )
+    assert all(
+        torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True)
+    )
+    expected = (
+        reference.adaptive_dropout(h, rates, key, pending),
+        *reference.adaptive_dropout_backward(h, rates, key),
+    )
     for a, b in zip(results[0], expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=2 * RELATIVE[a.dtype] if a is not results[0][2] else 1e-6, atol=0)
+        torch.testing.assert_close(
+            a, b, rtol=2 * RELATIVE[a.dtype] if a is not results[0][2] else 1e-6, atol=0
+        )
         assert torch.equal(a == 0, b == 0) or dtype in (torch.bfloat16, torch.float16)
 
 
@@ -195,8 +239,13 @@ def test_native_rates_are_the_references(native, dtype, fold, n, new):
     results = []
     for rates in (op.kernel("dropout_rates_", native), reference.dropout_rates_):
         torch.manual_seed(3)
-        norm, pending = n * torch.rand(1000, dtype=dtype), new * torch.rand(1000, 2, dtype=dtype)[:, 0]
-        results.append((rates(norm, pending, p=0.3, max_p=0.5, momentum=0.9, fold=fold), norm, pending))
+        norm, pending = (
+            n * torch.rand(1000, dtype=dtype),
+            new * torch.rand(1000, 2, dtype=dtype)[:, 0],
+        )
+        results.append(
+            (rates(norm, pending, p=0.3, max_p=0.5, momentum=0.9, fold=fold), norm, pending)
+        )
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6 if dtype == torch.float32 else 1e-14, atol=0)
 
@@ -205,12 +254,24 @@ H, R, K = torch.zeros(2, 3), torch.zeros(3), torch.tensor(0)
 RATES = {"p": 0.3, "max_p": 0.9, "momentum": 0.9, "fold": True}
 WRONG_CALLS = {
     "rates": (lambda o: o.adaptive_dropout(H, R[:2], K, R), "rates must have one number"),
-    "rates type": (lambda o: o.adaptive_dropout(H, R.half(), K, R), "rates must be float32 or float64"),
+    "rates type": (
+        lambda o: o.adaptive_dropout(H, R.half(), K, R),
+        "rates must be float32 or float64",
+    ),
     "bool": (lambda o: o.adaptive_dropout(H.bool(), R, K, R), "h is bool"),
     "key": (lambda o: o.adaptive_dropout_backward(H, R, R), "key must be an int64"),
-    "norms": (lambda o: o.dropout_rates_(R.clone(), R[:2].clone(), **RATES), "must have one axis of the same size"),
-    "norms type": (lambda o: o.dropout_rates_(R.clone(), R.double(), **RATES), "and the same dtype"),
-    "norms expanded": (lambda o: o.dropout_rates_(R[:1].expand(3), R.clone(), **RATES), "gradient_norm is expanded"),
+    "norms": (
+        lambda o: o.dropout_rates_(R.clone(), R[:2].clone(), **RATES),
+        "must have one axis of the same size",
+    ),
+    "norms type": (
+        lambda o: o.dropout_rates_(R.clone(), R.double(), **RATES),
+        "and the same dtype",
+    ),
+    "norms expanded": (
+        lambda o: o.dropout_rates_(R[:1].expand(3), R.clone(), **RATES),
+        "gradient_norm is expanded",
+    ),
 }
 
 
@@ -237,7 +298,9 @@ def test_activation_checkpointing(backend, reentrant):
 
         y = checkpoint(block, x, use_reentrant=reentrant) if checkpointed else block(x)
         y.sum().backward()
-        results.append((y.detach(), x.grad, linear.weight.grad, module.gradient_norm, module.pending))
+        results.append(
+            (y.detach(), x.grad, linear.weight.grad, module.gradient_norm, module.pending)
+        )
     for plain, again in zip(*results, strict=True):
         torch.testing.assert_close(again, plain)
 
@@ -253,8 +316,14 @@ def taught(norms=(1.0, 2.0, 3.0), num_features=None, **options):
 
 
 def assert_same_state(one, other):
-    assert torch.equal(one.gradient_norm, other.gradient_norm) and torch.equal(one.pending, other.pending)
-    assert one.gradient_norm.dtype == other.gradient_norm.dtype and one.gradient_norm.any() and one.pending.any()
+    assert torch.equal(one.gradient_norm, other.gradient_norm) and torch.equal(
+        one.pending, other.pending
+    )
+    assert (
+        one.gradient_norm.dtype == other.gradient_norm.dtype
+        and one.gradient_norm.any()
+        and one.pending.any()
+    )
 
 
 def test_state_dict(backend):
@@ -267,7 +336,10 @@ def test_state_dict(backend):
     fresh = AdaptiveDropout()
     fresh.load_state_dict(AdaptiveDropout().state_dict())
     assert fresh(torch.ones(2, 5)).shape == (2, 5)
-    with pytest.raises(RuntimeError, match="size mismatch for gradient_norm: 3 units in the state, num_features=4 here"):
+    with pytest.raises(
+        RuntimeError,
+        match="size mismatch for gradient_norm: 3 units in the state, num_features=4 here",
+    ):
         AdaptiveDropout(4).load_state_dict(module.state_dict())
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert torch.equal(twin.gradient_norm, module.gradient_norm) and repr(twin) == repr(module)
@@ -302,18 +374,38 @@ def test_a_checkpoint_of_the_plain_model_loads_strictly(num_features):
 def test_a_checkpoint_from_when_the_state_was_in_buffers(num_features):
     model = nn.Sequential(nn.Linear(3, 3), AdaptiveDropout(num_features))
     old = nn.Linear(3, 3).state_dict(prefix="0.")
-    old |= {"1.gradient_norm": torch.tensor([1.0, 2.0, 3.0]), "1.pending": torch.tensor([4.0, 0.0, 0.0])}
+    old |= {
+        "1.gradient_norm": torch.tensor([1.0, 2.0, 3.0]),
+        "1.pending": torch.tensor([4.0, 0.0, 0.0]),
+    }
     assert model.load_state_dict(old) == ([], [])
-    assert model[1].gradient_norm.tolist() == [1.0, 2.0, 3.0] and model[1].pending.tolist() == [4.0, 0.0, 0.0]
+    assert model[1].gradient_norm.tolist() == [1.0, 2.0, 3.0] and model[1].pending.tolist() == [
+        4.0,
+        0.0,
+        0.0,
+    ]
     with pytest.raises(RuntimeError, match="size mismatch for gradient_norm"):
         nn.Sequential(nn.Linear(3, 3), AdaptiveDropout(4)).load_state_dict(old)
 
 
-@pytest.mark.parametrize("state", [torch.zeros(2, 3), torch.zeros(3), torch.zeros(3, 3, dtype=torch.int64), {"gradient_norm": 1}, None])
+@pytest.mark.parametrize(
+    "state",
+    [
+        torch.zeros(2, 3),
+        torch.zeros(3),
+        torch.zeros(3, 3, dtype=torch.int64),
+        {"gradient_norm": 1},
+        None,
+    ],
+)
 def test_an_extra_state_of_another_kind_is_refused(state):
     module = taught()
     before = module.get_extra_state()
-    with pytest.raises(ValueError, match=r"the extra state of an AdaptiveDropout is a floating tensor \[3, F\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"the extra state of an AdaptiveDropout is a floating "
+        r"tensor \[3, F\]",
+    ):
         module.set_extra_state(state)
     with pytest.raises(RuntimeError, match="the extra state of an AdaptiveDropout"):
         module.load_state_dict({"_extra_state": state})
@@ -371,7 +463,11 @@ def assert_new(module, units):
     assert torch.equal(h == 0, expected)
     h.sum().backward()
     module(x)
-    assert module.gradient_norm.shape == (units,) and module.gradient_norm.isfinite().all() and module.gradient_norm.all()
+    assert (
+        module.gradient_norm.shape == (units,)
+        and module.gradient_norm.isfinite().all()
+        and module.gradient_norm.all()
+    )
 
 
 @pytest.mark.parametrize("num_features", [None, 4])
@@ -394,7 +490,8 @@ def test_from_the_meta_device(num_features):
 
 def test_to_empty_and_reset():
     module = taught()
-    twin = copy.deepcopy(module).to_empty(device="cpu")  # what is there is no worse than what would be
+    # what is there is no worse than what would be
+    twin = copy.deepcopy(module).to_empty(device="cpu")
     assert_same_state(twin, module)
     twin.reset_parameters()
     assert not twin.get_extra_state().any()
@@ -447,7 +544,8 @@ def test_the_state_stays_wide(backend):
     x = torch.ones(2, 3, dtype=torch.float16, requires_grad=True)
     module(x).backward(torch.full_like(x, 1000.0))  # its square overflows float16
     assert module.pending.tolist() == [2e6] * 3 and x.grad.dtype == torch.float16
-    for cast in (module.half, module.bfloat16, module.to_empty):  # nor do its values pass through 16 bits
+    # nor do its values pass through 16 bits
+    for cast in (module.half, module.bfloat16, module.to_empty):
         cast(**({"device": "cpu"} if cast == module.to_empty else {}))
         assert module.pending.tolist() == [2e6] * 3
     assert module.double().pending.dtype == torch.float64
@@ -489,10 +587,15 @@ def test_a_width_that_changes(backend):
         warnings.simplefilter("error", UserWarning)
         for _ in range(2):
             model(torch.ones(2, 5, requires_grad=True)).sum().backward()
-    with pytest.warns(UserWarning, match=r"^0: the last axis had size 5 and now has another.*skip") as found:
+    with pytest.warns(
+        UserWarning,
+        match=r"^0: the last axis had size 5 and now has "
+        r"another.*skip",
+    ) as found:
         for width in (7, 5, 9, 5, 5):
             h = model(torch.ones(1000, width, requires_grad=True))
-            h.backward(10 * torch.rand(1000, 1) * torch.arange(width))  # norms that would have their say
+            # norms that would have their say
+            h.backward(10 * torch.rand(1000, 1) * torch.arange(width))
             share = (h == 0).float().mean(0)
             assert ((share - 0.4).abs() < 5 * (0.24 / 1000) ** 0.5).all()
     assert sum("last axis" in str(each.message) for each in found) == 1
@@ -511,7 +614,9 @@ def test_a_width_that_changes(backend):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_recompute_of_what_came_before_the_change(backend, reentrant):
-    """XLNet drops two widths with one module: the first is recomputed after the second has turned the rate plain."""
+    """XLNet drops two widths with one module: the first is recomputed after the second has
+    turned the rate plain.
+    """
     results = []
     for checkpointed in (False, True):
         torch.manual_seed(2)
@@ -541,7 +646,8 @@ def test_a_width_that_changes_after_a_resume():
     module(torch.ones(2, 3))
     with pytest.warns(UserWarning, match="had size 3"):
         module(torch.ones(2, 4))
-    with pytest.raises(ValueError, match=r"input of shape \(2, 4\) has 4 units, the module 3"):  # the first call
+    # the first call
+    with pytest.raises(ValueError, match=r"input of shape \(2, 4\) has 4 units, the module 3"):
         AdaptiveDropout(3)(torch.ones(2, 4))
 
 
@@ -552,7 +658,9 @@ def test_compiled(backend, compiler, num_features):
     if num_features is None:
         module(torch.ones(1, 6))
     plain = copy.deepcopy(module)
-    compiled = torch.compile(lambda x: module(linear(x)) * 2, fullgraph=True, backend=compiler, dynamic=True)
+    compiled = torch.compile(
+        lambda x: module(linear(x)) * 2, fullgraph=True, backend=compiler, dynamic=True
+    )
     for n in (4, 5, 4):
         x = torch.randn(n, 6, requires_grad=True)
         h = compiled(x)
@@ -572,8 +680,13 @@ def test_compiled_sizes_itself(backend):
     for _ in range(3):
         compiled(torch.ones(4, 6, requires_grad=True)).backward(torch.ones(4, 6))
     assert module.gradient_norm.tolist() == [2.0] * 6 and module.pending.tolist() == [4.0] * 6
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="give num_features, or call it once before torch.compile"):
-        torch.compile(AdaptiveDropout(backend=backend), backend="aot_eager", fullgraph=True)(torch.ones(4, 6))
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported,
+        match="give num_features, or call it once before torch.compile",
+    ):
+        torch.compile(AdaptiveDropout(backend=backend), backend="aot_eager", fullgraph=True)(
+            torch.ones(4, 6)
+        )
 
 
 def test_compiled_after_inference_mode(backend):
@@ -615,13 +728,17 @@ def test_opcheck(requires_grad):
     torch.library.opcheck(operators.adaptive_dropout.default, (h, rates, key, pending))
     torch.library.opcheck(operators.adaptive_dropout_backward.default, (h.detach(), rates, key))
     options = {"p": 0.3, "max_p": 0.9, "momentum": 0.9, "fold": requires_grad}
-    torch.library.opcheck(operators.dropout_rates_.default, (torch.zeros(4), torch.ones(4)), options)
+    torch.library.opcheck(
+        operators.dropout_rates_.default, (torch.zeros(4), torch.ones(4)), options
+    )
 
 
 def test_double_backward_is_refused(backend):
     module, x = AdaptiveDropout(backend=backend), torch.ones(2, 3, requires_grad=True)
     gradient = torch.autograd.grad(module(x * 2).square().sum(), x, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="AdaptiveDropout of uegr_kernels has no second derivative"):
+    with pytest.raises(
+        RuntimeError, match="AdaptiveDropout of uegr_kernels has no second derivative"
+    ):
         gradient.sum().backward()
 
 
@@ -635,16 +752,31 @@ def dual(f):
 
 TRANSFORMS = {
     "jvp": (lambda f: lambda x: torch.func.jvp(f, (x,), (x,)), "has no forward-mode derivative"),
-    "jacfwd": (lambda f: torch.func.jacfwd(f, randomness="different"), "has no forward-mode derivative|does not run under torch.func.vmap"),
+    "jacfwd": (
+        lambda f: torch.func.jacfwd(f, randomness="different"),
+        "has no forward-mode derivative|does not run under torch.func.vmap",
+    ),
     "dual": (dual, "has no forward-mode derivative"),
     "grad": (lambda f: torch.func.grad(lambda x: f(x).sum()), "does not run under torch.func"),
     "vjp": (lambda f: lambda x: torch.func.vjp(f, x), "does not run under torch.func"),
     "jacrev": (lambda f: torch.func.jacrev(f), "does not run under torch.func"),
-    "hessian": (lambda f: torch.func.hessian(lambda x: f(x).square().sum()), "forward-mode|torch.func|randomness"),
-    "grad of grad": (lambda f: torch.func.grad(lambda x: torch.func.grad(lambda x: f(x).sum())(x).sum()), "does not run under torch.func"),
-    "vmap": (lambda f: torch.func.vmap(f, randomness="different"), "does not run under torch.func.vmap"),
-    "vmap of grad": (lambda f: torch.func.vmap(torch.func.grad(lambda x: f(x).sum()), randomness="different"), "torch.func"),
-}  # fmt: skip
+    "hessian": (
+        lambda f: torch.func.hessian(lambda x: f(x).square().sum()),
+        "forward-mode|torch.func|randomness",
+    ),
+    "grad of grad": (
+        lambda f: torch.func.grad(lambda x: torch.func.grad(lambda x: f(x).sum())(x).sum()),
+        "does not run under torch.func",
+    ),
+    "vmap": (
+        lambda f: torch.func.vmap(f, randomness="different"),
+        "does not run under torch.func.vmap",
+    ),
+    "vmap of grad": (
+        lambda f: torch.func.vmap(torch.func.grad(lambda x: f(x).sum()), randomness="different"),
+        "torch.func",
+    ),
+}
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
@@ -655,7 +787,9 @@ def test_transforms_are_refused(backend, transform, num_features):
     transformed, message = TRANSFORMS[transform]
     with pytest.raises(RuntimeError, match=message):
         transformed(module)(torch.ones(2, 4, 3))
-    assert torch.equal(module.get_extra_state(), before) and torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(module.get_extra_state(), before) and torch.equal(
+        torch.get_rng_state(), state
+    )
     module(torch.ones(2, 3))
 
 
@@ -667,23 +801,34 @@ def test_the_plain_rate_has_all_derivatives():
 
 
 def test_functional_calls():
-    """The state is no part of the parameters and buffers: a functional call updates the module's own."""
+    """The state is no part of the parameters and buffers: a functional call updates the
+    module's own.
+    """
     model = nn.Sequential(nn.Linear(3, 3), AdaptiveDropout(3, 0.5))
     weights = {"0.weight": torch.eye(3), "0.bias": torch.zeros(3)}
     for _ in range(2):
-        torch.func.functional_call(model, weights, torch.ones(4, 3, requires_grad=True)).backward(torch.ones(4, 3))
+        torch.func.functional_call(model, weights, torch.ones(4, 3, requires_grad=True)).backward(
+            torch.ones(4, 3)
+        )
     assert model[1].gradient_norm.tolist() == [2.0] * 3
     models = [copy.deepcopy(model) for _ in range(2)]
     stacked = torch.func.stack_module_state(models)
     base = copy.deepcopy(model).to("meta")
     with pytest.raises(RuntimeError, match="does not run under torch.func.vmap"):
-        torch.func.vmap(lambda p, b: torch.func.functional_call(base, (p, b), torch.ones(4, 3)), randomness="different")(*stacked)
+        torch.func.vmap(
+            lambda p, b: torch.func.functional_call(base, (p, b), torch.ones(4, 3)),
+            randomness="different",
+        )(*stacked)
     base.eval()
-    torch.func.vmap(lambda p, b: torch.func.functional_call(base, (p, b), torch.ones(4, 3)))(*stacked)
+    torch.func.vmap(lambda p, b: torch.func.functional_call(base, (p, b), torch.ones(4, 3)))(
+        *stacked
+    )
 
 
 def test_numbers_of_numpy():
-    module = AdaptiveDropout(numpy.int64(3), numpy.float32(0.5), max_p=numpy.float64(0.75), momentum=numpy.float32(0.5))
+    module = AdaptiveDropout(
+        numpy.int64(3), numpy.float32(0.5), max_p=numpy.float64(0.75), momentum=numpy.float32(0.5)
+    )
     assert repr(module) == "AdaptiveDropout(3, p=0.5, max_p=0.75, momentum=0.5, backend='auto')"
     assert module(torch.ones(2, 3)).shape == (2, 3)
 
@@ -693,19 +838,33 @@ def test_autocast(backend):
     with torch.autocast("cpu", torch.bfloat16):
         h = module(linear(torch.ones(8, 4)))
     h.float().square().sum().backward()
-    assert h.dtype == torch.bfloat16 and module.pending.dtype == torch.float32 and linear.weight.grad.isfinite().all()
+    assert (
+        h.dtype == torch.bfloat16
+        and module.pending.dtype == torch.float32
+        and linear.weight.grad.isfinite().all()
+    )
 
 
 def test_replace_dropout(backend):
     shared = nn.Dropout(0.25, inplace=True)
-    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1), nn.Sequential(shared, nn.Dropout2d(0.5)), shared)
+    model = nn.Sequential(
+        nn.Linear(4, 4), nn.Dropout(0.1), nn.Sequential(shared, nn.Dropout2d(0.5)), shared
+    )
     model[3].eval()
     assert replace_dropout(model, max_p=0.8, backend=backend) == 2
-    assert isinstance(model[1], AdaptiveDropout) and (model[1].p, model[1].max_p, model[1].training) == (0.1, 0.8, True)
+    assert isinstance(model[1], AdaptiveDropout) and (
+        model[1].p,
+        model[1].max_p,
+        model[1].training,
+    ) == (0.1, 0.8, True)
     assert model[2][0] is model[3] and (model[3].p, model[3].training) == (0.25, False)
     assert isinstance(model[2][1], nn.Dropout2d) and replace_dropout(model) == 0
     other = nn.ModuleDict({"a": nn.Dropout(0.1), "b": nn.Dropout(0.2)})
-    assert replace_dropout(other, p=0.3, num_features=5) == 2 and other["b"].p == 0.3 and other["b"].gradient_norm.shape == (5,)
+    assert (
+        replace_dropout(other, p=0.3, num_features=5) == 2
+        and other["b"].p == 0.3
+        and other["b"].gradient_norm.shape == (5,)
+    )
 
 
 @pytest.mark.parametrize(
@@ -721,12 +880,26 @@ def test_replace_dropout(backend):
 )
 def test_replace_dropout_skips_by_name(skip, kept):
     twice = nn.Dropout(0.3)
-    model = nn.ModuleDict({"attention": nn.ModuleDict({"drop": nn.Dropout(0.1), "twice": twice}), "out": nn.Dropout(0.2), "twice": twice})
-    before = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, nn.Dropout)]
+    model = nn.ModuleDict(
+        {
+            "attention": nn.ModuleDict({"drop": nn.Dropout(0.1), "twice": twice}),
+            "out": nn.Dropout(0.2),
+            "twice": twice,
+        }
+    )
+    before = [
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Dropout)
+    ]
     if "attention.twice" in kept:  # one module under two names, which stays one
         kept = sorted({*kept, "twice"})
     count = replace_dropout(model, skip=skip)
-    after = {name: module for name, module in model.named_modules(remove_duplicate=False) if not list(module.children())}
+    after = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if not list(module.children())
+    }
     assert sorted(name for name, module in after.items() if isinstance(module, nn.Dropout)) == kept
     assert sum(isinstance(module, AdaptiveDropout) for module in model.modules()) == count
     assert after["attention.twice"] is after["twice"] and sorted(after) == sorted(before)
@@ -742,27 +915,71 @@ def test_replaced_transformer_trains(backend):
 
 X = torch.zeros(2, 3)
 BAD_INPUT = {
-    "p": (lambda: AdaptiveDropout(p=1.5), ValueError, r"p=1.5 is out of range; give a number in \[0, 1\]"),
+    "p": (
+        lambda: AdaptiveDropout(p=1.5),
+        ValueError,
+        r"p=1.5 is out of range; give a number in "
+        r"\[0, 1\]",
+    ),
     "max_p": (lambda: AdaptiveDropout(max_p=-0.1), ValueError, "max_p=-0.1 is out of range"),
-    "momentum": (lambda: AdaptiveDropout(momentum=1.0), ValueError, r"momentum=1.0 is out of range; give a number in \[0, 1\)"),
+    "momentum": (
+        lambda: AdaptiveDropout(momentum=1.0),
+        ValueError,
+        r"momentum=1.0 is out of "
+        r"range; give a number in \[0, "
+        r"1\)",
+    ),
     "text": (lambda: AdaptiveDropout(p="0.5"), TypeError, "p='0.5' is a str"),
     "features": (lambda: AdaptiveDropout(0), ValueError, "num_features=0 is out of range"),
     "features type": (lambda: AdaptiveDropout(0.3), TypeError, "num_features=0.3 is a float"),
-    "backend": (lambda: AdaptiveDropout(backend="rocm"), ValueError, "backend='rocm' is not a backend"),
-    "absent backend": (lambda: AdaptiveDropout(backend="cuda")(X), RuntimeError, "backend='cuda' cannot serve dropout.adaptive_dropout"),
-    "width": (lambda: AdaptiveDropout(4)(X), ValueError, r"input of shape \(2, 3\) has 3 units, the module 4"),
+    "backend": (
+        lambda: AdaptiveDropout(backend="rocm"),
+        ValueError,
+        "backend='rocm' is not a backend",
+    ),
+    "absent backend": (
+        lambda: AdaptiveDropout(backend="cuda")(X),
+        RuntimeError,
+        "backend='cuda' cannot serve dropout.adaptive_dropout",
+    ),
+    "width": (
+        lambda: AdaptiveDropout(4)(X),
+        ValueError,
+        r"input of shape \(2, 3\) has 3 units, "
+        r"the module 4",
+    ),
     "no tensor": (lambda: AdaptiveDropout()([1.0]), TypeError, "input is a list"),
     "integers": (lambda: AdaptiveDropout()(X.long()), TypeError, "input is torch.int64"),
-    "complex": (lambda: AdaptiveDropout()(X.to(torch.complex64)), TypeError, "input is torch.complex64"),
+    "complex": (
+        lambda: AdaptiveDropout()(X.to(torch.complex64)),
+        TypeError,
+        "input is torch.complex64",
+    ),
     "sparse": (lambda: AdaptiveDropout()(X.to_sparse()), TypeError, "input is sparse"),
     "no axis": (lambda: AdaptiveDropout()(X[0, 0]), ValueError, r"input has shape \(\)"),
-    "elsewhere": (lambda: AdaptiveDropout(3)(X.to("meta")), ValueError, "input is on meta, the module's state on cpu"),
+    "elsewhere": (
+        lambda: AdaptiveDropout(3)(X.to("meta")),
+        ValueError,
+        "input is on meta, the module's state on cpu",
+    ),
     "no model": (lambda: replace_dropout([nn.Dropout()]), TypeError, "model is a list"),
-    "a dropout": (lambda: replace_dropout(nn.Dropout()), ValueError, "model is itself an nn.Dropout"),
-    "skip": (lambda: replace_dropout(nn.Sequential(nn.Dropout()), skip=(1,)), TypeError, "skip names 1, a int"),
+    "a dropout": (
+        lambda: replace_dropout(nn.Dropout()),
+        ValueError,
+        "model is itself an nn.Dropout",
+    ),
+    "skip": (
+        lambda: replace_dropout(nn.Sequential(nn.Dropout()), skip=(1,)),
+        TypeError,
+        "skip names 1, a int",
+    ),
     "option": (lambda: replace_dropout(nn.Sequential(nn.Dropout()), rate=0.5), TypeError, "rate"),
-    "option value": (lambda: replace_dropout(nn.Sequential(nn.Dropout()), p=2), ValueError, "p=2 is out of range"),
-}  # fmt: skip
+    "option value": (
+        lambda: replace_dropout(nn.Sequential(nn.Dropout()), p=2),
+        ValueError,
+        "p=2 is out of range",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)

@@ -1,4 +1,6 @@
-"""The evidence on a pre-trained model (`python -m bench.accuracy --model minilm`), on a small BERT made here."""
+"""The evidence on a pre-trained model (`python -m bench.accuracy --model minilm`), on a small
+BERT made here.
+"""
 
 import dataclasses
 import gzip
@@ -46,10 +48,26 @@ def checkpoint(tmp_path):
     transformers = pytest.importorskip("transformers")
     folder = tmp_path / "bert"
     folder.mkdir()
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *OTHERS, *" ".join(WORDS.values()).split()]
-    (folder / "vocab.txt").write_text("\n".join([*words, *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz")]))
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *OTHERS,
+        *" ".join(WORDS.values()).split(),
+    ]
+    (folder / "vocab.txt").write_text(
+        "\n".join([*words, *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz")])
+    )
     transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    config = transformers.BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    config = transformers.BertConfig(
+        vocab_size=60,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
     torch.manual_seed(0)
     transformers.BertForSequenceClassification(config).save_pretrained(folder)
     return folder
@@ -59,7 +77,14 @@ def checkpoint(tmp_path):
 def small(checkpoint):
     """What makes a run small."""
     return {
-        **{"model": str(checkpoint), "examples": 24, "held": 8, "epochs": 2, "length": 16, "lr": 5e-3},
+        **{
+            "model": str(checkpoint),
+            "examples": 24,
+            "held": 8,
+            "epochs": 2,
+            "length": 16,
+            "lr": 5e-3,
+        },
         **{"attacked": 6, "mistyped": 6},
     }
 
@@ -111,12 +136,23 @@ def test_every_setting_counts(small):
     run = pretrained.Run("sst2", "at", 0, 0.01)
     for field in dataclasses.fields(run):
         value = getattr(run, field.name)
-        other = not value if isinstance(value, bool) else 0.5 if value is None else f"{value}x" if isinstance(value, str) else value + 1
+        other = (
+            not value
+            if isinstance(value, bool)
+            else 0.5
+            if value is None
+            else f"{value}x"
+            if isinstance(value, str)
+            else value + 1
+        )
         assert dataclasses.replace(run, **{field.name: other}).key != run.key
 
 
 def test_runs_of_another_protocol_are_not_taken(data, small, tmp_path):
-    line = {"settings": dataclasses.asdict(pretrained.Run("sst2", "plain", 0, protocol=0)), "result": {}}
+    line = {
+        "settings": dataclasses.asdict(pretrained.Run("sst2", "plain", 0, protocol=0)),
+        "result": {},
+    }
     (tmp_path / "runs.jsonl").write_text(json.dumps(line) + "\n")
     assert not pretrained.Runs(data, tmp_path, 1, "here").done
 
@@ -142,7 +178,11 @@ def test_a_run_killed_midway_goes_on_to_the_same_outcomes(data, small, tmp_path)
     process.wait()
     assert kept.exists(), "it ended before it could be killed"
     found = [
-        json.loads(subprocess.check_output([*command, str(path)], env=environment, text=True).splitlines()[-1])
+        json.loads(
+            subprocess.check_output([*command, str(path)], env=environment, text=True).splitlines()[
+                -1
+            ]
+        )
         for path in (kept, tmp_path / "whole.pt")
     ]
     for result in found:
@@ -153,7 +193,9 @@ def test_a_run_killed_midway_goes_on_to_the_same_outcomes(data, small, tmp_path)
 def test_the_interval_of_one_seeds_accuracy_is_scipys():
     right = np.random.default_rng(1).random(300) < 0.8
     mine = intervals.of_accuracy(["".join("01"[int(each)] for each in right)])
-    its = stats.bootstrap((right,), np.mean, n_resamples=10_000, method="percentile", random_state=2)
+    its = stats.bootstrap(
+        (right,), np.mean, n_resamples=10_000, method="percentile", random_state=2
+    )
     assert mine.mean == right.mean()
     assert mine.low == pytest.approx(its.confidence_interval.low, abs=4e-3)
     assert mine.high == pytest.approx(its.confidence_interval.high, abs=4e-3)
@@ -162,7 +204,9 @@ def test_the_interval_of_one_seeds_accuracy_is_scipys():
 def test_the_interval_of_a_paired_difference_is_scipys():
     draw = np.random.default_rng(1)
     first, second = draw.random(300) < 0.8, draw.random(300) < 0.7
-    mine = intervals.of_difference(*(["".join("01"[int(each)] for each in one)] for one in (first, second)))
+    mine = intervals.of_difference(
+        *(["".join("01"[int(each)] for each in one)] for one in (first, second))
+    )
     its = stats.bootstrap(
         (first.astype(int), second.astype(int)),
         lambda a, b, axis: a.mean(axis) - b.mean(axis),
@@ -177,7 +221,9 @@ def test_the_interval_of_a_paired_difference_is_scipys():
 
 def test_the_interval_over_seeds_is_scipys():
     values = [0.5, 0.62, 0.55, 0.71, 0.58]
-    its = stats.bootstrap((values,), np.mean, n_resamples=10_000, method="percentile", random_state=2)
+    its = stats.bootstrap(
+        (values,), np.mean, n_resamples=10_000, method="percentile", random_state=2
+    )
     mine = intervals.of_figures(values)
     assert mine.low == pytest.approx(its.confidence_interval.low, abs=6e-3)
     assert mine.high == pytest.approx(its.confidence_interval.high, abs=6e-3)
@@ -210,7 +256,10 @@ def test_holm(p, corrected):
 
 def test_wrong_arguments_are_refused_in_words(data, tmp_path, capsys):
     common = ["--model", "minilm", "--data", str(data), "--output", str(tmp_path)]
-    for more, words in ((["--tiers", "7"], "there are 1, 2, 3"), (["--methods", "uegrr"], "uegr_all_selected")):
+    for more, words in (
+        (["--tiers", "7"], "there are 1, 2, 3"),
+        (["--methods", "uegrr"], "uegr_all_selected"),
+    ):
         assert accuracy.main([*common, *more]) == 2
         assert words in capsys.readouterr().err
 

@@ -1,4 +1,6 @@
-"""The optimizer where people train: Transformers' Trainer, Accelerate and Lightning, on a tiny model built here, with no network."""
+"""The optimizer where people train: Transformers' Trainer, Accelerate and Lightning, on a tiny
+model built here, with no network.
+"""
 
 import warnings
 
@@ -17,14 +19,26 @@ class Sentences(torch.utils.data.Dataset):
     def __getitem__(self, i):
         generator = torch.Generator().manual_seed(i)
         ids = torch.randint(1, 30, (6,), generator=generator)
-        return {"input_ids": ids, "attention_mask": torch.ones(6, dtype=torch.long), "labels": ids.sum() % 2}
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones(6, dtype=torch.long),
+            "labels": ids.sum() % 2,
+        }
 
 
 def bert():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 30}
-    return transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, num_labels=2))
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "vocab_size": 30,
+    }
+    return transformers.BertForSequenceClassification(
+        transformers.BertConfig(**sizes, num_labels=2)
+    )
 
 
 def trainer(folder, model, **kwargs):
@@ -40,14 +54,23 @@ def trainer(folder, model, **kwargs):
         "seed": 1,
         "use_cpu": True,
     } | kwargs.pop("arguments", {})
-    return transformers.Trainer(model=model, args=transformers.TrainingArguments(**arguments), train_dataset=Sentences(), **kwargs)
+    return transformers.Trainer(
+        model=model,
+        args=transformers.TrainingArguments(**arguments),
+        train_dataset=Sentences(),
+        **kwargs,
+    )
 
 
 def weights(model):
     return torch.cat([p.detach().float().flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize("arguments", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}], ids=lambda a: next(iter(a), "plain"))
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}],
+    ids=lambda a: next(iter(a), "plain"),
+)
 def test_trainer_resumes_exactly(tmp_path, arguments):
     pytest.importorskip("accelerate")
     how = {"optimizer_cls_and_kwargs": (uk.SelectiveAdamW, OPTIONS), "arguments": arguments}
@@ -78,7 +101,9 @@ def test_accelerate(precision):
     accelerate = pytest.importorskip("accelerate")
     model = torch.nn.Linear(4, 2)
     torch.nn.init.constant_(model.weight, 0.1)
-    accelerator = accelerate.Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=2)
+    accelerator = accelerate.Accelerator(
+        cpu=True, mixed_precision=precision, gradient_accumulation_steps=2
+    )
     optimizer = uk.SelectiveAdamW(model.parameters(), **OPTIONS)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
@@ -102,10 +127,14 @@ def lightning_module():
         def __init__(self):
             super().__init__()
             torch.manual_seed(0)
-            self.net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+            self.net = torch.nn.Sequential(
+                torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)
+            )
 
         def training_step(self, batch):
-            return torch.nn.functional.cross_entropy(self.net(batch["input_ids"].float() / 30), batch["labels"])
+            return torch.nn.functional.cross_entropy(
+                self.net(batch["input_ids"].float() / 30), batch["labels"]
+            )
 
         def configure_optimizers(self):
             return uk.SelectiveAdamW(self.parameters(), **OPTIONS)
@@ -117,11 +146,22 @@ def lightning_module():
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_lightning_clips_and_resumes_exactly(tmp_path, precision):
     lightning = pytest.importorskip("lightning")
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "devices": 1}
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+        "devices": 1,
+    }
 
     def fit(module, epochs, **kwargs):
         fitted = lightning.Trainer(
-            max_epochs=epochs, precision=precision, gradient_clip_val=0.5, default_root_dir=tmp_path, enable_checkpointing=False, **quiet
+            max_epochs=epochs,
+            precision=precision,
+            gradient_clip_val=0.5,
+            default_root_dir=tmp_path,
+            enable_checkpointing=False,
+            **quiet,
         )
         fitted.fit(module, torch.utils.data.DataLoader(Sentences(), batch_size=8), **kwargs)
         return fitted
@@ -137,7 +177,12 @@ def test_lightning_clips_and_resumes_exactly(tmp_path, precision):
 # Adaptive dropout in Transformers' models
 
 SIZES = {"vocab_size": 40, "num_labels": 3}
-SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32} | SIZES
+SMALL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+} | SIZES
 DROPS = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 FAMILIES = {
     "Bert": SMALL,
@@ -155,23 +200,37 @@ FAMILIES = {
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_uegr_trains_with_adaptive_dropout(family, attention):
-    """At texts of varying length: all rates move but those of attention's probabilities, and of XLNet's two widths, which are plain."""
+    """At texts of varying length: all rates move but those of attention's probabilities, and
+    of XLNet's two widths, which are plain.
+    """
     transformers = pytest.importorskip("transformers")
     config = getattr(transformers, f"{family}Config")(**FAMILIES[family])
-    config._attn_implementation = attention if family in ("Bert", "Roberta", "Albert", "Electra", "DistilBert", "GPT2") else "eager"
+    config._attn_implementation = (
+        attention
+        if family in ("Bert", "Roberta", "Albert", "Electra", "DistilBert", "GPT2")
+        else "eager"
+    )
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForSequenceClassification")(config)
     keys = model.state_dict().keys()
     dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
     optimizer = uk.SelectiveAdamW(model.parameters(), lr=1e-3)
     # XLNet has the length as the first axis inside: as many texts as words, one pass at a time.
-    recipe = uk.recipes.uegr(model, model.get_input_embeddings(), optimizer, passes_at_once=1 if family == "XLNet" else None)
+    recipe = uk.recipes.uegr(
+        model,
+        model.get_input_embeddings(),
+        optimizer,
+        passes_at_once=1 if family == "XLNet" else None,
+    )
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         for length in (5, 7, 6, 9):
             ids = torch.randint(1, 40, (length if family == "XLNet" else 4, length))
             optimizer.zero_grad()
-            losses = recipe.backward({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.randint(3, (len(ids),)))
+            losses = recipe.backward(
+                {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+                torch.randint(3, (len(ids),)),
+            )
             recipe.before_step()
             optimizer.step()
             assert all(loss.isfinite() for loss in losses.values())
@@ -179,10 +238,13 @@ def test_uegr_trains_with_adaptive_dropout(family, attention):
     states = recipe.state_dict()["adaptive_dropout"]
     twice = [f"transformer.layer.{i}.ff.dropout" for i in range(2)] if family == "XLNet" else []
     assert [name for name, state in states.items() if state[2].any()] == twice
-    assert [name for name in twice if sum(str(each.message).startswith(name) for each in warned) == 1] == twice
+    assert [
+        name for name in twice if sum(str(each.message).startswith(name) for each in warned) == 1
+    ] == twice
     assert sum("last axis" in str(each.message) for each in warned) == len(twice)
     still = {name for name, state in states.items() if not state[0].any()} - set(twice)
-    assert len(still) < len(dropouts) / 2 and all(not states[name].numel() for name in still), still  # with four axes, or unused
+    # with four axes, or unused
+    assert len(still) < len(dropouts) / 2 and all(not states[name].numel() for name in still), still
     assert all(state.isfinite().all() for state in states.values())
     recipe.close()
     assert [module for module in model.modules() if type(module) is torch.nn.Dropout] == dropouts
@@ -191,7 +253,9 @@ def test_uegr_trains_with_adaptive_dropout(family, attention):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_features", [None, 16])
 def test_from_pretrained(tmp_path, num_features, dtype):
-    """Of a plain checkpoint, whose model has no norms, and of its own; also saved before the first call."""
+    """Of a plain checkpoint, whose model has no norms, and of its own; also saved before the
+    first call.
+    """
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(**SMALL)
 
@@ -204,12 +268,18 @@ def test_from_pretrained(tmp_path, num_features, dtype):
         model.train()
         for _ in range(3):
             model(torch.randint(1, 40, (4, 6)), labels=torch.tensor([0, 1, 0, 2])).loss.backward()
-        assert model.dropout.gradient_norm.dtype == torch.float32 and model.dropout.gradient_norm.all()
+        assert (
+            model.dropout.gradient_norm.dtype == torch.float32 and model.dropout.gradient_norm.all()
+        )
         assert model.dropout.gradient_norm.isfinite().all()
 
     transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "plain")
-    model, found = Adaptive.from_pretrained(tmp_path / "plain", output_loading_info=True, dtype=dtype)
-    assert not found["unexpected_keys"] and all(key.endswith("._extra_state") for key in found["missing_keys"])
+    model, found = Adaptive.from_pretrained(
+        tmp_path / "plain", output_loading_info=True, dtype=dtype
+    )
+    assert not found["unexpected_keys"] and all(
+        key.endswith("._extra_state") for key in found["missing_keys"]
+    )
     x = torch.ones(200, 16)
     assert abs((model.dropout.train()(x) == 0).float().mean() - 0.1) < 0.03
     model.save_pretrained(tmp_path / "new")
@@ -219,7 +289,9 @@ def test_from_pretrained(tmp_path, num_features, dtype):
     again, found = Adaptive.from_pretrained(tmp_path / "own", output_loading_info=True, dtype=dtype)
     assert not any(found.values()), found
     assert again.state_dict().keys() == model.state_dict().keys()
-    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items()
+    )
     train(again)
 
 

@@ -8,7 +8,18 @@ import os
 import pytest
 import torch
 from conftest import compare
-from test_selective import ADAMW_CASES, DTYPES, OPTIMIZERS, SGD_CASES, SPREAD, as_parameters, noting_near_ties, problem, states_of, trained
+from test_selective import (
+    ADAMW_CASES,
+    DTYPES,
+    OPTIMIZERS,
+    SGD_CASES,
+    SPREAD,
+    as_parameters,
+    noting_near_ties,
+    problem,
+    states_of,
+    trained,
+)
 
 import uegr_kernels as uk
 from bench import machine
@@ -22,7 +33,10 @@ def gpu() -> torch.device:
     if machine.no_gpu():
         pytest.skip(f"no GPU: {machine.no_gpu()}")
     if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("Triton's kernels are interpreted in this process; run `TRITON_INTERPRET=0 python -m pytest -k gpu`")
+        pytest.skip(
+            "Triton's kernels are interpreted in this process; run `TRITON_INTERPRET=0 "
+            "python -m pytest -k gpu`"
+        )
     return torch.device("cuda")
 
 
@@ -41,7 +55,10 @@ def moved(tensors, device):
 
 CASES = [(uk.SelectiveAdamW, case.values[0], case.id) for case in ADAMW_CASES[::3]]
 CASES += [(uk.SelectiveSGD, case.values[0], case.id) for case in SGD_CASES[1::3]]
-CASES = [pytest.param(*case[:2], DTYPES[i % 4], id=f"{case[0].__name__} {case[2]}") for i, case in enumerate(CASES)]
+CASES = [
+    pytest.param(*case[:2], DTYPES[i % 4], id=f"{case[0].__name__} {case[2]}")
+    for i, case in enumerate(CASES)
+]
 
 
 @pytest.mark.parametrize(("cls", "options", "dtype"), CASES)
@@ -51,24 +68,47 @@ def test_gpu_steps_agree_with_the_reference(monkeypatch, gpu, kernels, cls, opti
     start, gradients = problem(SHAPES, dtype)
     if kernels == "cuda" and dtype == torch.float64:
         with pytest.raises(RuntimeError, match="float64"):
-            trained(cls, kernels, moved(start, gpu), [moved(grads, gpu) for grads in gradients], **options)
+            trained(
+                cls,
+                kernels,
+                moved(start, gpu),
+                [moved(grads, gpu) for grads in gradients],
+                **options,
+            )
         return
     with noting_near_ties(monkeypatch, histogram=ranked) as near:
         expected, other = trained(cls, "reference", start, gradients, **options)
-    params, optimizer = trained(cls, kernels, moved(start, gpu), [moved(grads, gpu) for grads in gradients], **options)
+    params, optimizer = trained(
+        cls, kernels, moved(start, gpu), [moved(grads, gpu) for grads in gradients], **options
+    )
     for i, (p, q) in enumerate(zip(params, expected, strict=True)):
-        found = {"parameter": (p, q)} | {key: (optimizer.state[p][key], value) for key, value in states_of(other, q).items()}
+        found = {"parameter": (p, q)} | {
+            key: (optimizer.state[p][key], value) for key, value in states_of(other, q).items()
+        }
         for name, (ours, value) in found.items():
             ignored = near[i] if ours.shape == q.shape else None
-            compare(ours.cpu(), value, "rank step" if ranked else "step", name=f"{name} of {i}", ignore=ignored, row=dtype)
+            compare(
+                ours.cpu(),
+                value,
+                "rank step" if ranked else "step",
+                name=f"{name} of {i}",
+                ignore=ignored,
+                row=dtype,
+            )
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
-@pytest.mark.parametrize("options", [{}, {"statistics": "previous"}, {"normalization": "rank"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"statistics": "previous"}, {"normalization": "rank"}], ids=str
+)
 def test_gpu_replays_between_eager_steps_equal_eager_steps(gpu, kernels, cls, options):
     start, gradients = problem(SHAPES, steps=5)
     gradients = [moved(grads, gpu) for grads in gradients]
-    options = SPREAD | options | {"lr": torch.tensor(0.1, device=gpu), "capturable": True, "backend": kernels}
+    options = (
+        SPREAD
+        | options
+        | {"lr": torch.tensor(0.1, device=gpu), "capturable": True, "backend": kernels}
+    )
     expected, _ = trained(cls, start=moved(start, gpu), gradients=gradients, **options)
 
     params = as_parameters(moved(start, gpu))
@@ -98,7 +138,9 @@ def test_gpu_replays_between_eager_steps_equal_eager_steps(gpu, kernels, cls, op
 def test_gpu_steady_steps_neither_wait_nor_take_more_memory(gpu, kernels, cls):
     start, gradients = problem(SHAPES, steps=4)
     gradients = [moved(grads, gpu) for grads in gradients]
-    params, optimizer = trained(cls, kernels, moved(start, gpu), gradients[:3], seed=1, capturable=True)
+    params, optimizer = trained(
+        cls, kernels, moved(start, gpu), gradients[:3], seed=1, capturable=True
+    )
     torch.cuda.synchronize()
     reserved = torch.cuda.memory_reserved()
     torch.cuda.set_sync_debug_mode("error")
@@ -113,14 +155,20 @@ def test_gpu_steady_steps_neither_wait_nor_take_more_memory(gpu, kernels, cls):
 
 def test_gpu_masks_equal_the_references(gpu, kernels):
     g = torch.randn(1 << 20)
-    found, expected = (uk.selection_mask(x, seed=3, step=7, backend=b).cpu() for x, b in ((g.to(gpu), kernels), (g, "reference")))
+    found, expected = (
+        uk.selection_mask(x, seed=3, step=7, backend=b).cpu()
+        for x, b in ((g.to(gpu), kernels), (g, "reference"))
+    )
     assert (found != expected).sum() <= 2  # u and p closer than 2^-22
 
 
-@pytest.mark.parametrize("classes", [10, 1003, 5000, 50_257, 128_256])  # a warp, a block, clusters, ragged rows
+# a warp, a block, clusters, ragged rows
+@pytest.mark.parametrize("classes", [10, 1003, 5000, 50_257, 128_256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gpu_losses_agree_with_the_reference(gpu, kernels, classes, dtype):
-    clean, adversarial = (torch.randn(*shape, 8, classes, device=gpu, dtype=dtype) for shape in ((), (2,)))
+    clean, adversarial = (
+        torch.randn(*shape, 8, classes, device=gpu, dtype=dtype) for shape in ((), (2,))
+    )
     labels = torch.randint(classes, (8,), device=gpu)
     found = []
     for backend in (kernels, "reference"):
@@ -138,8 +186,12 @@ def test_gpu_perturbations_agree_with_the_reference(gpu, kernels, norm, per):
     g, delta = torch.randn(2, 3, 70, 24, device=gpu)
     mask = torch.rand(3, 70, device=gpu) < 0.9
     for call in (
-        lambda b: uk.fgm_perturbation(g, 0.1, norm=norm, per=per, mask=mask, keep_probability=0.5, seed=4, backend=b),
-        lambda b: uk.pgd_step(delta, g, step_size=0.1, radius=0.3, norm=norm, per=per, mask=mask, backend=b),
+        lambda b: uk.fgm_perturbation(
+            g, 0.1, norm=norm, per=per, mask=mask, keep_probability=0.5, seed=4, backend=b
+        ),
+        lambda b: uk.pgd_step(
+            delta, g, step_size=0.1, radius=0.3, norm=norm, per=per, mask=mask, backend=b
+        ),
     ):
         torch.testing.assert_close(call(kernels), call("reference"), rtol=1e-5, atol=1e-7)
 
@@ -165,7 +217,12 @@ def test_gpu_tensors_past_32_bits(gpu, kernels):
         pytest.skip("the GPU has too little memory")
     p = torch.nn.Parameter(torch.zeros(n, device=gpu, dtype=torch.bfloat16))
     p.grad = torch.ones_like(p)
-    options = {"normalization": "constant", "state_dtype": torch.bfloat16, "seed": 1, "backend": kernels}
+    options = {
+        "normalization": "constant",
+        "state_dtype": torch.bfloat16,
+        "seed": 1,
+        "backend": kernels,
+    }
     uk.SelectiveAdamW([p], lr=1.0, weight_decay=0.0, **options).step()
     assert (p.detach()[[0, 2**31 - 1, 2**31, n - 1]] == -1).all()
 
@@ -176,4 +233,6 @@ def test_gpu_float64_is_left_to_others(gpu):
     optimizer = uk.SelectiveAdamW([p], seed=1)
     for step in (optimizer.step, torch.compile(optimizer.step)):
         step()
-    assert uk.pairwise_js(torch.randn(2, 3, 5, device=gpu, dtype=torch.float64)).dtype == torch.float64
+    assert (
+        uk.pairwise_js(torch.randn(2, 3, 5, device=gpu, dtype=torch.float64)).dtype == torch.float64
+    )

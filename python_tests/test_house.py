@@ -1,4 +1,6 @@
-"""The house's rules on who imports and includes whom and on what stands where. Each rule is shown to fail on a bad example first."""
+"""The house's rules on who imports and includes whom and on what stands where. Each rule is
+shown to fail on a bad example first.
+"""
 
 import ast
 import dataclasses
@@ -13,11 +15,25 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = "uegr_kernels"
-FOLDERS = {folder.name for folder in (ROOT / PACKAGE).iterdir() if folder.is_dir() and folder.name[0] != "_"}
+FOLDERS = {
+    folder.name
+    for folder in (ROOT / PACKAGE).iterdir()
+    if folder.is_dir() and folder.name[0] != "_"
+}
 OPERATORS = sorted(FOLDERS - {"core", "recipes", "analysis", "integrations"})
 OPERATOR = f"({'|'.join(OPERATORS)})"
 LAYERS = ("api", "op", "reference", "triton")
-MODULES = ("bistage", "recipes", "analysis", "integrations", "demo", "models", "core", "_bindings", "__main__")
+MODULES = (
+    "bistage",
+    "recipes",
+    "analysis",
+    "integrations",
+    "demo",
+    "models",
+    "core",
+    "_bindings",
+    "__main__",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +49,9 @@ RULES: list[Rule] = []
 
 
 def rule(sentence: str, files: str, *, bad: list[str], good: list[str]):
-    """Registers a function that yields what breaks the rule in one file; `bad` and `good` are examples, "path | text"."""
+    """Registers a function that yields what breaks the rule in one file; `bad` and `good` are
+    examples, "path | text".
+    """
 
     def register(check):
         RULES.append(Rule(sentence, files, check, tuple(bad), tuple(good)))
@@ -44,9 +62,22 @@ def rule(sentence: str, files: str, *, bad: list[str], good: list[str]):
 
 @functools.cache
 def tree_files() -> tuple[pathlib.PurePosixPath, ...]:
-    folders = {PACKAGE: (".py",), "python_tests": (".py",), "bench": (".py",), "csrc": (".h", ".cuh", ".cpp", ".cu")}
-    found = [file for folder, endings in folders.items() for file in sorted((ROOT / folder).rglob("*")) if file.suffix in endings]
-    return tuple(pathlib.PurePosixPath(file.relative_to(ROOT).as_posix()) for file in [ROOT / "setup.py", *found])
+    folders = {
+        PACKAGE: (".py",),
+        "python_tests": (".py",),
+        "bench": (".py",),
+        "csrc": (".h", ".cuh", ".cpp", ".cu"),
+    }
+    found = [
+        file
+        for folder, endings in folders.items()
+        for file in sorted((ROOT / folder).rglob("*"))
+        if file.suffix in endings
+    ]
+    return tuple(
+        pathlib.PurePosixPath(file.relative_to(ROOT).as_posix())
+        for file in [ROOT / "setup.py", *found]
+    )
 
 
 # ---- Python: what a file imports, and which layer a module belongs to
@@ -68,7 +99,9 @@ class Import:
 
     @property
     def layer(self) -> str:
-        """The package for a foreign module; for ours the operator's layer, the module's name, or "public"."""
+        """The package for a foreign module; for ours the operator's layer, the module's name,
+        or "public".
+        """
         words = self.module.split(".")
         if not self.ours:
             return words[0]
@@ -88,13 +121,17 @@ def imports(path: pathlib.PurePosixPath, text: str) -> list[Import]:
             start = ".".join([*above, *([node.module] if node.module else [])])
             found.extend(Import(f"{start}.{alias.name}", lazy) for alias in node.names)
         for child in ast.iter_child_nodes(node):
-            visit(child, lazy or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
+            visit(
+                child, lazy or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            )
 
     visit(ast.parse(text), False)
     return found
 
 
-def unless(allowed: Callable[[Import], bool], path: pathlib.PurePosixPath, text: str) -> Iterator[str]:
+def unless(
+    allowed: Callable[[Import], bool], path: pathlib.PurePosixPath, text: str
+) -> Iterator[str]:
     return (f"imports {entry.module}" for entry in imports(path, text) if not allowed(entry))
 
 
@@ -107,19 +144,35 @@ def standard(entry: Import) -> bool:
 
 
 @rule(
-    "`__init__` imports `api`, `bistage` and `recipes` only (anything else of ours inside a function, on demand)",
+    "`__init__` imports `api`, `bistage` and `recipes` only (anything else of ours inside a "
+    "function, on demand)",
     f"{PACKAGE}/__init__.py",
-    bad=["uegr_kernels/__init__.py | from .core import native", "uegr_kernels/__init__.py | from .selective.op import choose"],
-    good=["uegr_kernels/__init__.py | from .selective import SelectiveAdamW\nfrom .bistage import BiStage\nfrom . import recipes"],
+    bad=[
+        "uegr_kernels/__init__.py | from .core import native",
+        "uegr_kernels/__init__.py | from .selective.op import choose",
+    ],
+    good=[
+        "uegr_kernels/__init__.py | from .selective import SelectiveAdamW\nfrom .bistage import "
+        "BiStage\nfrom . import recipes"
+    ],
 )
 def init_imports(path, text):
-    return unless(lambda entry: entry.lazy or not entry.ours or entry.layer in ("public", "api", "bistage", "recipes"), path, text)
+    return unless(
+        lambda entry: (
+            entry.lazy or not entry.ours or entry.layer in ("public", "api", "bistage", "recipes")
+        ),
+        path,
+        text,
+    )
 
 
 @rule(
     "An operator's `__init__` re-exports its `api` and nothing else",
     f"{PACKAGE}/{OPERATOR}/__init__.py",
-    bad=["uegr_kernels/selective/__init__.py | from .op import choose", "uegr_kernels/selective/__init__.py | import torch"],
+    bad=[
+        "uegr_kernels/selective/__init__.py | from .op import choose",
+        "uegr_kernels/selective/__init__.py | import torch",
+    ],
     good=["uegr_kernels/selective/__init__.py | from .api import SelectiveAdamW"],
 )
 def operator_init_imports(path, text):
@@ -142,46 +195,88 @@ def operators_apart(path, text):
 @rule(
     "`api` imports its own `op` and `core`: it never goes past `op` to `reference` or `triton`",
     f"{PACKAGE}/{OPERATOR}/api.py",
-    bad=["uegr_kernels/selective/api.py | from . import reference", "uegr_kernels/selective/api.py | from .. import bistage"],
-    good=["uegr_kernels/selective/api.py | import torch\nfrom ..core import backends\nfrom . import op"],
+    bad=[
+        "uegr_kernels/selective/api.py | from . import reference",
+        "uegr_kernels/selective/api.py | from .. import bistage",
+    ],
+    good=[
+        "uegr_kernels/selective/api.py | import torch\nfrom ..core import backends\nfrom . "
+        "import op"
+    ],
 )
 def api_imports(path, text):
     return unless(lambda entry: not entry.ours or entry.layer in ("op", "core"), path, text)
 
 
 @rule(
-    "`op` imports `core` and its own `reference`, and its own `triton` at first use, inside a function",
+    "`op` imports `core` and its own `reference`, and its own `triton` at first use, inside a "
+    "function",
     f"{PACKAGE}/{OPERATOR}/op.py",
-    bad=["uegr_kernels/selective/op.py | from . import triton", "uegr_kernels/selective/op.py | from . import api"],
-    good=["uegr_kernels/selective/op.py | from ..core import backends\nfrom . import reference\ndef f():\n  from . import triton"],
+    bad=[
+        "uegr_kernels/selective/op.py | from . import triton",
+        "uegr_kernels/selective/op.py | from . import api",
+    ],
+    good=[
+        "uegr_kernels/selective/op.py | from ..core import backends\nfrom . import "
+        "reference\ndef f():\n  from . import triton"
+    ],
 )
 def op_imports(path, text):
     return unless(
-        lambda entry: not entry.ours or entry.layer in ("core", "reference") or (entry.layer == "triton" and entry.lazy), path, text
+        lambda entry: (
+            not entry.ours
+            or entry.layer in ("core", "reference")
+            or (entry.layer == "triton" and entry.lazy)
+        ),
+        path,
+        text,
     )
 
 
 @rule(
     "`reference` imports torch and `core.philox`, and no more than Python itself besides",
     f"{PACKAGE}/{OPERATOR}/reference.py",
-    bad=[f"uegr_kernels/selective/reference.py | {text}" for text in ("import numpy", "from ..core import backends", "from . import op")],
-    good=["uegr_kernels/selective/reference.py | import math\nimport torch\nfrom ..core import philox\nfrom ..core.philox import words"],
+    bad=[
+        f"uegr_kernels/selective/reference.py | {text}"
+        for text in ("import numpy", "from ..core import backends", "from . import op")
+    ],
+    good=[
+        "uegr_kernels/selective/reference.py | import math\nimport torch\nfrom ..core import "
+        "philox\nfrom ..core.philox import words"
+    ],
 )
 def reference_imports(path, text):
-    return unless(lambda entry: standard(entry) or entry.layer == "torch" or entry.module.startswith(f"{PACKAGE}.core.philox"), path, text)
+    return unless(
+        lambda entry: (
+            standard(entry)
+            or entry.layer == "torch"
+            or entry.module.startswith(f"{PACKAGE}.core.philox")
+        ),
+        path,
+        text,
+    )
 
 
 @rule(
-    "`triton.py` imports torch, triton and `core.triton_ops`, and no more than Python itself besides",
+    "`triton.py` imports torch, triton and `core.triton_ops`, and no more than Python itself "
+    "besides",
     f"{PACKAGE}/{OPERATOR}/triton.py",
-    bad=[f"uegr_kernels/selective/triton.py | {text}" for text in ("from . import reference", "from ..core import philox", "import numpy")],
-    good=["uegr_kernels/selective/triton.py | import torch\nimport triton.language as tl\nfrom ..core import triton_ops"],
+    bad=[
+        f"uegr_kernels/selective/triton.py | {text}"
+        for text in ("from . import reference", "from ..core import philox", "import numpy")
+    ],
+    good=[
+        "uegr_kernels/selective/triton.py | import torch\nimport triton.language as tl\nfrom "
+        "..core import triton_ops"
+    ],
 )
 def triton_imports(path, text):
     allowed = ("torch", "triton")
     return unless(
         lambda entry: (
-            standard(entry) or (not entry.ours and entry.layer in allowed) or entry.module.startswith(f"{PACKAGE}.core.triton_ops")
+            standard(entry)
+            or (not entry.ours and entry.layer in allowed)
+            or entry.module.startswith(f"{PACKAGE}.core.triton_ops")
         ),
         path,
         text,
@@ -191,7 +286,10 @@ def triton_imports(path, text):
 @rule(
     "`core` imports nothing of ours but `core`",
     f"{PACKAGE}/core/.*",
-    bad=["uegr_kernels/core/backends.py | from ..selective import op", "uegr_kernels/core/native.py | import uegr_kernels.bistage"],
+    bad=[
+        "uegr_kernels/core/backends.py | from ..selective import op",
+        "uegr_kernels/core/native.py | import uegr_kernels.bistage",
+    ],
     good=["uegr_kernels/core/backends.py | import torch\nfrom . import native"],
 )
 def core_imports(path, text):
@@ -205,14 +303,20 @@ def core_imports(path, text):
         "uegr_kernels/bistage.py | from .divergence import op",
         "uegr_kernels/bistage.py | from .selective.reference import selection_mask",
     ],
-    good=["uegr_kernels/bistage.py | from .core.backends import BACKENDS\nfrom .divergence import uegr_loss"],
+    good=[
+        "uegr_kernels/bistage.py | from .core.backends import BACKENDS\nfrom .divergence import "
+        "uegr_loss"
+    ],
 )
 def bistage_imports(path, text):
-    return unless(lambda entry: not entry.ours or entry.layer in ("public", "api", "core"), path, text)
+    return unless(
+        lambda entry: not entry.ours or entry.layer in ("public", "api", "core"), path, text
+    )
 
 
 @rule(
-    "`recipes`, `analysis` and `integrations` use public names, as a user would; `recipes` and `analysis` use `core.checks` too",
+    "`recipes`, `analysis` and `integrations` use public names, as a user would; `recipes` and "
+    "`analysis` use `core.checks` too",
     f"{PACKAGE}/(recipes|analysis|integrations)/.*",
     bad=[
         "uegr_kernels/recipes/weight_ascent.py | from ..core import philox",
@@ -220,31 +324,43 @@ def bistage_imports(path, text):
         "uegr_kernels/integrations/transformers.py | from ..core import checks",
     ],
     good=[
-        "uegr_kernels/recipes/weight_ascent.py | from .. import perturbed_weights\nfrom ..bistage import BiStage",
-        "uegr_kernels/recipes/recipe.py | from ..core import checks\nfrom ..core.checks import number",
+        "uegr_kernels/recipes/weight_ascent.py | from .. import perturbed_weights\nfrom ..bistage "
+        "import BiStage",
+        "uegr_kernels/recipes/recipe.py | from ..core import checks\nfrom ..core.checks import "
+        "number",
     ],
 )
 def recipes_import(path, text):
     allowed = ("public", "bistage", "recipes", "analysis", "integrations")
 
     def may(entry: Import) -> bool:
-        checks = path.parent.name in ("recipes", "analysis") and entry.module.startswith(f"{PACKAGE}.core.checks")
+        checks = path.parent.name in ("recipes", "analysis") and entry.module.startswith(
+            f"{PACKAGE}.core.checks"
+        )
         return not entry.ours or entry.layer in allowed or checks
 
     return unless(may, path, text)
 
 
 @rule(
-    "The package needs torch alone: anything else is imported inside a function (Triton by triton.py and core/triton_ops.py)",
+    "The package needs torch alone: anything else is imported inside a function (Triton by "
+    "triton.py and core/triton_ops.py)",
     f"{PACKAGE}/(?!integrations/|demo.py|.*triton(_ops)?.py).*",
     bad=[
         "uegr_kernels/analysis/cka.py | import matplotlib.pyplot as plt",
         "uegr_kernels/core/backends.py | try:\n  import triton\nexcept ImportError: ...",
     ],
-    good=["uegr_kernels/analysis/cka.py | import math\nimport torch\nfrom .. import BiStage\ndef plot_cka():\n  import matplotlib"],
+    good=[
+        "uegr_kernels/analysis/cka.py | import math\nimport torch\nfrom .. import BiStage\ndef "
+        "plot_cka():\n  import matplotlib"
+    ],
 )
 def torch_alone(path, text):
-    return unless(lambda entry: entry.lazy or standard(entry) or entry.ours or entry.layer == "torch", path, text)
+    return unless(
+        lambda entry: entry.lazy or standard(entry) or entry.ours or entry.layer == "torch",
+        path,
+        text,
+    )
 
 
 @rule(
@@ -254,7 +370,10 @@ def torch_alone(path, text):
         "python_tests/test_selective.py | from uegr_kernels.selective.api import x",
         "python_tests/test_divergence.py | from uegr_kernels.divergence import triton",
     ],
-    good=["python_tests/test_selective.py | import uegr_kernels as uk\nfrom uegr_kernels.selective import op, reference\nimport scipy"],
+    good=[
+        "python_tests/test_selective.py | import uegr_kernels as uk\nfrom uegr_kernels.selective "
+        "import op, reference\nimport scipy"
+    ],
 )
 def imports_of_tests(path, text):
     return unless(lambda entry: not entry.ours or entry.layer not in ("api", "triton"), path, text)
@@ -267,39 +386,77 @@ def imports_of_tests(path, text):
         "bench/bench_selective.py | from uegr_kernels.selective import op",
         "bench/bench_selective.py | from uegr_kernels.selective import triton",
     ],
-    good=["bench/bench_selective.py | import torch\nimport uegr_kernels as uk\nfrom uegr_kernels.selective import reference"],
+    good=[
+        "bench/bench_selective.py | import torch\nimport uegr_kernels as uk\nfrom "
+        "uegr_kernels.selective import reference"
+    ],
 )
 def imports_of_benches(path, text):
-    return unless(lambda entry: not entry.ours or entry.layer not in ("api", "op", "triton"), path, text)
+    return unless(
+        lambda entry: not entry.ours or entry.layer not in ("api", "op", "triton"), path, text
+    )
 
 
 @rule(
     "setup.py imports Python and setuptools: no torch, no network",
     "setup.py",
-    bad=["setup.py | import torch", "setup.py | def f():\n  import urllib.request", "setup.py | import requests"],
+    bad=[
+        "setup.py | import torch",
+        "setup.py | def f():\n  import urllib.request",
+        "setup.py | import requests",
+    ],
     good=["setup.py | import os\nfrom setuptools import setup"],
 )
 def setup_imports(path, text):
     network = ("urllib", "http", "socket", "ftplib", "ssl")
-    return unless(lambda entry: entry.layer == "setuptools" or (standard(entry) and entry.layer not in network), path, text)
+    return unless(
+        lambda entry: (
+            entry.layer == "setuptools" or (standard(entry) and entry.layer not in network)
+        ),
+        path,
+        text,
+    )
 
 
 # ---- Python: what stands where
 
-FORMULA = ("exp", "exp2", "expm1", "log", "log2", "log1p", "sqrt", "rsqrt", "sigmoid", "tanh", "softmax", "log_softmax")
+FORMULA = (
+    "exp",
+    "exp2",
+    "expm1",
+    "log",
+    "log2",
+    "log1p",
+    "sqrt",
+    "rsqrt",
+    "sigmoid",
+    "tanh",
+    "softmax",
+    "log_softmax",
+)
 
 
 def calls(text: str) -> Iterator[tuple[int, str]]:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Call):
-            name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id if isinstance(node.func, ast.Name) else ""
+            name = (
+                node.func.attr
+                if isinstance(node.func, ast.Attribute)
+                else node.func.id
+                if isinstance(node.func, ast.Name)
+                else ""
+            )
             yield node.lineno, name.removesuffix("_")
 
 
 @rule(
-    "No formula in `api` or `op`: mathematics stands in `reference`, `triton.py` and the headers, once in each language",
+    "No formula in `api` or `op`: mathematics stands in `reference`, `triton.py` and the headers, "
+    "once in each language",
     f"{PACKAGE}/{OPERATOR}/(api|op).py",
-    bad=["uegr_kernels/selective/api.py | p = torch.sigmoid(s)", "uegr_kernels/divergence/op.py | def f(x):\n  return x.sqrt_()"],
+    bad=[
+        "uegr_kernels/selective/api.py | p = torch.sigmoid(s)",
+        "uegr_kernels/divergence/op.py | def f(x):\n  return x.sqrt_()",
+    ],
     good=["uegr_kernels/selective/api.py | op.call('selective_adamw_', exp_avg)"],
 )
 def no_formula(path, text):
@@ -309,12 +466,17 @@ def no_formula(path, text):
 @rule(
     "Below `api` every argument is required: a default is written once, in the public signature",
     f"{PACKAGE}/{OPERATOR}/(op|reference|triton).py",
-    bad=["uegr_kernels/selective/op.py | def f(x, eps=1e-8): ...", "uegr_kernels/selective/reference.py | def f(x, *, eps=1e-8): ..."],
+    bad=[
+        "uegr_kernels/selective/op.py | def f(x, eps=1e-8): ...",
+        "uegr_kernels/selective/reference.py | def f(x, *, eps=1e-8): ...",
+    ],
     good=["uegr_kernels/selective/op.py | def f(x, *, eps): ..."],
 )
 def no_defaults(path, text):
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, (ast.FunctionDef, ast.Lambda)) and (node.args.defaults or any(node.args.kw_defaults)):
+        if isinstance(node, (ast.FunctionDef, ast.Lambda)) and (
+            node.args.defaults or any(node.args.kw_defaults)
+        ):
             yield f"line {node.lineno} gives {getattr(node, 'name', 'a lambda')} a default"
 
 
@@ -338,25 +500,45 @@ def environment(path, text):
 
 
 @rule(
-    "A wrong argument raises an error that names it: the package has no `assert`, and leaves the process to its caller",
+    "A wrong argument raises an error that names it: the package has no `assert`, and leaves the "
+    "process to its caller",
     f"{PACKAGE}/.*",
-    bad=["uegr_kernels/selective/api.py | assert lr >= 0", "uegr_kernels/core/native.py | import sys\nsys.exit('no library')"],
-    good=["uegr_kernels/selective/api.py | if lr < 0:\n  raise ValueError(lr)", "uegr_kernels/__main__.py | sys.exit(main())"],
+    bad=[
+        "uegr_kernels/selective/api.py | assert lr >= 0",
+        "uegr_kernels/core/native.py | import sys\nsys.exit('no library')",
+    ],
+    good=[
+        "uegr_kernels/selective/api.py | if lr < 0:\n  raise ValueError(lr)",
+        "uegr_kernels/__main__.py | sys.exit(main())",
+    ],
 )
 def errors(path, text):
-    yield from (f"line {node.lineno} asserts" for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Assert))
+    yield from (
+        f"line {node.lineno} asserts"
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Assert)
+    )
     if path.name not in ("__main__.py", "demo.py"):
-        yield from (f"line {line} calls exit" for line, name in calls(text) if name in ("exit", "quit"))
+        yield from (
+            f"line {line} calls exit" for line, name in calls(text) if name in ("exit", "quit")
+        )
 
 
 @rule(
     "The choice of a backend never catches an exception to mean no",
     f"{PACKAGE}/core/backends.py",
-    bad=["uegr_kernels/core/backends.py | try:\n  import triton\nexcept ImportError:\n  triton = None"],
+    bad=[
+        "uegr_kernels/core/backends.py | try:\n  import triton\nexcept ImportError:\n  triton = "
+        "None"
+    ],
     good=["uegr_kernels/core/backends.py | usable = find_spec('triton') is not None"],
 )
 def no_catching(path, text):
-    return (f"line {node.lineno} catches" for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Try))
+    return (
+        f"line {node.lineno} catches"
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Try)
+    )
 
 
 # ---- C++ and CUDA
@@ -374,45 +556,74 @@ def resolve(path: pathlib.PurePosixPath, header: str) -> str:
     """Where a quoted header lies: beside the file, or from csrc/; as a path from csrc/."""
     words = []
     name = header.strip('"')
-    for word in [*(path.parent.parts[1:] if name.startswith("..") or "/" not in name else []), *name.split("/")]:
+    for word in [
+        *(path.parent.parts[1:] if name.startswith("..") or "/" not in name else []),
+        *name.split("/"),
+    ]:
         words = words[:-1] if word == ".." else [*words, word]
     return "/".join(words)
 
 
-def unless_header(allowed: Callable[[str], bool], path: pathlib.PurePosixPath, text: str) -> Iterator[str]:
+def unless_header(
+    allowed: Callable[[str], bool], path: pathlib.PurePosixPath, text: str
+) -> Iterator[str]:
     """`allowed` sees <header> as it stands and "header" as a path from csrc/."""
-    seen = {header: header if header.startswith("<") else resolve(path, header) for header in includes(text)}
+    seen = {
+        header: header if header.startswith("<") else resolve(path, header)
+        for header in includes(text)
+    }
     return (f"includes {header}" for header, place in seen.items() if not allowed(place))
 
 
 @rule(
-    "An operator's header includes `core` except `tensor.h`, and the standard library: no torch, no CUDA, no other operator",
+    "An operator's header includes `core` except `tensor.h`, and the standard library: no torch, "
+    "no CUDA, no other operator",
     "csrc/(?!core/)[^/]+/[^/]+[.](h|cuh)",
     bad=[
         f"csrc/selective/selective.h | #include {header}"
-        for header in ("<cuda_runtime.h>", '"../core/tensor.h"', '"core/tensor.h"', "<torch/a.h>", '"../dropout/dropout.h"')
+        for header in (
+            "<cuda_runtime.h>",
+            '"../core/tensor.h"',
+            '"core/tensor.h"',
+            "<torch/a.h>",
+            '"../dropout/dropout.h"',
+        )
     ],
-    good=['csrc/selective/selective.h | #include <cmath>\n#include "../core/math.h"\n#include "core/philox.h"'],
+    good=[
+        'csrc/selective/selective.h | #include <cmath>\n#include "../core/math.h"\n#include '
+        '"core/philox.h"'
+    ],
 )
 def operator_header(path, text):
     return unless_header(
-        lambda place: bool(STANDARD_HEADER.fullmatch(place)) or (place.startswith("core/") and place != "core/tensor.h"), path, text
+        lambda place: (
+            bool(STANDARD_HEADER.fullmatch(place))
+            or (place.startswith("core/") and place != "core/tensor.h")
+        ),
+        path,
+        text,
     )
 
 
 @rule(
-    "`X_cpu.cpp` and `X_cuda.cu` include their own `X.h` and `core`: torch only through `tensor.h`, no other operator",
+    "`X_cpu.cpp` and `X_cuda.cu` include their own `X.h` and `core`: torch only through "
+    "`tensor.h`, no other operator",
     "csrc/(?!core/)[^/]+/[^/]+[.](cpp|cu)",
     bad=[
         f"csrc/selective/selective_cpu.cpp | #include {header}"
         for header in ("<torch/csrc/stable/ops.h>", '"../dropout/dropout.h"', "<ATen/ATen.h>")
     ],
-    good=['csrc/selective/selective_cpu.cpp | #include <vector>\n#include "../core/tensor.h"\n#include "selective.h"'],
+    good=[
+        "csrc/selective/selective_cpu.cpp | #include <vector>\n#include "
+        '"../core/tensor.h"\n#include "selective.h"'
+    ],
 )
 def operator_source(path, text):
     def allowed(place: str) -> bool:
         cuda = path.suffix == ".cu" and CUDA_HEADER.match(place)
-        return bool(STANDARD_HEADER.fullmatch(place) or cuda) or place.startswith(("core/", f"{path.parent.name}/"))
+        return bool(STANDARD_HEADER.fullmatch(place) or cuda) or place.startswith(
+            ("core/", f"{path.parent.name}/")
+        )
 
     return unless_header(allowed, path, text)
 
@@ -420,7 +631,10 @@ def operator_source(path, text):
 @rule(
     "`core/tensor.h` is the only file that includes torch",
     "csrc/(?!core/tensor.h).*",
-    bad=["csrc/core/loops_cpu.h | #include <torch/csrc/stable/ops.h>", "csrc/library.cpp | #include <c10/util/Half.h>"],
+    bad=[
+        "csrc/core/loops_cpu.h | #include <torch/csrc/stable/ops.h>",
+        "csrc/library.cpp | #include <c10/util/Half.h>",
+    ],
     good=['csrc/library.cpp | #include "core/tensor.h"'],
 )
 def one_torch(path, text):
@@ -430,7 +644,10 @@ def one_torch(path, text):
 @rule(
     "`bindings.cpp` includes no torch, not even through a header of ours",
     "csrc/bindings.cpp",
-    bad=['csrc/bindings.cpp | #include "core/tensor.h"', "csrc/bindings.cpp | #include <torch/extension.h>"],
+    bad=[
+        'csrc/bindings.cpp | #include "core/tensor.h"',
+        "csrc/bindings.cpp | #include <torch/extension.h>",
+    ],
     good=['csrc/bindings.cpp | #include <pybind11/numpy.h>\n#include "core/philox.h"'],
 )
 def bindings_without_torch(path, text):
@@ -439,42 +656,76 @@ def bindings_without_torch(path, text):
         place, content = todo.pop()
         for header in includes(content):
             if TORCH_HEADER.match(header):
-                yield f"includes {header}" if place == path else f"includes {place}, which includes {header}"
+                yield (
+                    f"includes {header}"
+                    if place == path
+                    else (f"includes {place}, which includes {header}")
+                )
             elif header.startswith('"') and (name := resolve(place, header)) not in seen:
                 seen.add(name)
                 file = ROOT / "csrc" / name
-                todo.append((pathlib.PurePosixPath("csrc", name), file.read_text() if file.exists() else ""))
+                todo.append(
+                    (pathlib.PurePosixPath("csrc", name), file.read_text() if file.exists() else "")
+                )
 
 
 @rule(
     "The CUDA runtime is included by .cu and .cuh files and `library_cuda.cpp` only",
     "csrc/.*[.](h|cpp)",
-    bad=["csrc/core/platform.h | #include <cuda_runtime.h>", "csrc/selective/selective_cpu.cpp | #include <cub/cub.cuh>"],
-    good=["csrc/library_cuda.cpp | #include <cuda_runtime.h>", "csrc/core/math.h | #include <cmath>"],
+    bad=[
+        "csrc/core/platform.h | #include <cuda_runtime.h>",
+        "csrc/selective/selective_cpu.cpp | #include <cub/cub.cuh>",
+    ],
+    good=[
+        "csrc/library_cuda.cpp | #include <cuda_runtime.h>",
+        "csrc/core/math.h | #include <cmath>",
+    ],
 )
 def cuda_runtime(path, text):
-    return (f"includes {header}" for header in includes(text) if CUDA_HEADER.match(header) and path.name != "library_cuda.cpp")
+    return (
+        f"includes {header}"
+        for header in includes(text)
+        if CUDA_HEADER.match(header) and path.name != "library_cuda.cpp"
+    )
 
 
 @rule(
     "`core/platform.h` is the only file that asks whether nvcc is compiling",
     "csrc/(?!core/platform.h).*",
-    bad=["csrc/core/math.h | #ifdef __CUDACC__", "csrc/selective/selective.h | #if defined(__CUDA_ARCH__)"],
+    bad=[
+        "csrc/core/math.h | #ifdef __CUDACC__",
+        "csrc/selective/selective.h | #if defined(__CUDA_ARCH__)",
+    ],
     good=["csrc/core/math.h | #ifdef __AVX512F__"],
 )
 def one_platform(path, text):
-    return (f"asks for {found}" for found in re.findall(r"__CUDACC__|__CUDA_ARCH__|__NVCC__|__HIPCC__", text))
+    return (
+        f"asks for {found}"
+        for found in re.findall(r"__CUDACC__|__CUDA_ARCH__|__NVCC__|__HIPCC__", text)
+    )
 
 
 @rule(
-    "No formula in `*_cpu.cpp` or `*_cuda.cu`: they differ in how elements arrive, the mathematics is the header's",
+    "No formula in `*_cpu.cpp` or `*_cuda.cu`: they differ in how elements arrive, the mathematics "
+    "is the header's",
     "csrc/.*_(cpu.cpp|cuda.cu)",
-    bad=["csrc/selective/selective_cpu.cpp | p = std::exp(x);", "csrc/dropout/dropout_cuda.cu | r = sqrtf(n);"],
-    good=["csrc/selective/selective_cpu.cpp | probability.inverse(s); // exp(z) is the header's\nexp_avg(x);"],
+    bad=[
+        "csrc/selective/selective_cpu.cpp | p = std::exp(x);",
+        "csrc/dropout/dropout_cuda.cu | r = sqrtf(n);",
+    ],
+    good=[
+        "csrc/selective/selective_cpu.cpp | probability.inverse(s); // exp(z) is the "
+        "header's\nexp_avg(x);"
+    ],
 )
 def no_formula_in_loops(path, text):
     code = re.sub(r"//.*|/\*.*?\*/", "", text)
-    return (f"calls {name}" for name in re.findall(r"\b(?:std::|_*)?((?:exp|exp2|expm1|log|log2|log1p|sqrt|rsqrt|pow|tanh)f?)\s*\(", code))
+    return (
+        f"calls {name}"
+        for name in re.findall(
+            r"\b(?:std::|_*)?((?:exp|exp2|expm1|log|log2|log1p|sqrt|rsqrt|pow|tanh)f?)\s*\(", code
+        )
+    )
 
 
 # ---- Any file
@@ -483,7 +734,10 @@ def no_formula_in_loops(path, text):
 @rule(
     "Philox's multipliers stand once in each language: core/philox.py and core/philox.h",
     f"({PACKAGE}|csrc)/(?!core/philox[.](py|h)).*",
-    bad=["uegr_kernels/selective/reference.py | x * 0xD2511F53", "csrc/core/loops_cpu.h | 0xcd9e8d57u"],
+    bad=[
+        "uegr_kernels/selective/reference.py | x * 0xD2511F53",
+        "csrc/core/loops_cpu.h | 0xcd9e8d57u",
+    ],
     good=["uegr_kernels/selective/reference.py | philox.words(x)"],
 )
 def one_generator(path, text):
@@ -516,35 +770,62 @@ def exact_math(path, text):
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.check.__name__)
 def test_rule_can_fail(rule):
-    for example, breaks in [*((example, True) for example in rule.bad), *((example, False) for example in rule.good)]:
+    for example, breaks in [
+        *((example, True) for example in rule.bad),
+        *((example, False) for example in rule.good),
+    ]:
         path, text = example.split(" | ", 1)
         assert re.fullmatch(rule.files, path), f"{path} is no file that the rule looks at"
-        assert bool(list(rule.check(pathlib.PurePosixPath(path), text))) == breaks, f"{example!r}: {rule.sentence}"
+        assert bool(list(rule.check(pathlib.PurePosixPath(path), text))) == breaks, (
+            f"{example!r}: {rule.sentence}"
+        )
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.check.__name__)
 def test_rule(rule):
-    files = [path for path in tree_files() if re.fullmatch(rule.files, str(path)) and path.name != "test_house.py"]
-    broken = [f"  {path} {what}" for path in files for what in rule.check(path, (ROOT / path).read_text())]
+    files = [
+        path
+        for path in tree_files()
+        if re.fullmatch(rule.files, str(path)) and path.name != "test_house.py"
+    ]
+    broken = [
+        f"  {path} {what}" for path in files for what in rule.check(path, (ROOT / path).read_text())
+    ]
     if broken:
         pytest.fail("\n".join([f"{rule.sentence}:", *broken]), pytrace=False)
 
 
 def test_folders_of_csrc_carry_the_packages_words():
     strangers = {folder.name for folder in (ROOT / "csrc").iterdir() if folder.is_dir()} - FOLDERS
-    assert not strangers, f"a folder is an operator (or core), with one name in csrc/ and {PACKAGE}/: {sorted(strangers)}"
+    assert not strangers, (
+        "a folder is an operator (or core), with one name in csrc/ and "
+        f"{PACKAGE}/: {sorted(strangers)}"
+    )
 
 
 def test_no_module_of_recipes_bears_a_recipes_name():
-    """`uk.recipes.sam` is what is called: an import of a module of that name would put the module there."""
+    """`uk.recipes.sam` is what is called: an import of a module of that name would put the
+    module there.
+    """
     modules = {path.stem for path in (ROOT / PACKAGE / "recipes").glob("*.py")}
-    named = re.findall(r"^from \S+ import \w+ as (\w+)$", (ROOT / PACKAGE / "recipes/__init__.py").read_text(), re.MULTILINE)
+    named = re.findall(
+        r"^from \S+ import \w+ as "
+        r"(\w+)$",
+        (ROOT / PACKAGE / "recipes/__init__.py").read_text(),
+        re.MULTILINE,
+    )
     assert len(named) > 20 and not modules & set(named)
 
 
 def test_no_built_binary_is_in_git():
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    built = [name for name in tracked if re.search(r"\.(so|o|a|pyd|dll|dylib|whl|pyc|cubin|fatbin)$", name)]
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    built = [
+        name
+        for name in tracked
+        if re.search(r"\.(so|o|a|pyd|dll|dylib|whl|pyc|cubin|fatbin)$", name)
+    ]
     assert not built, f"built binaries do not belong in git: {built}"

@@ -1,4 +1,6 @@
-"""UEGRTrainer: every recipe inside Transformers' Trainer, on a tiny model built here, with no network."""
+"""UEGRTrainer: every recipe inside Transformers' Trainer, on a tiny model built here, with no
+network.
+"""
 
 import os
 import pathlib
@@ -42,9 +44,17 @@ def trainer(folder, recipe="uegr", model=None, dataset=None, **kwargs):
 
 @pytest.mark.parametrize("recipe", uk.recipes.NAMES)
 def test_every_recipe_trains_and_resumes_exactly(tmp_path, recipe):
-    through = trainer(tmp_path / "whole", recipe, arguments={"num_train_epochs": 2, "max_steps": -1, "save_steps": 6})
+    through = trainer(
+        tmp_path / "whole",
+        recipe,
+        arguments={"num_train_epochs": 2, "max_steps": -1, "save_steps": 6},
+    )
     through.train()
-    resumed = trainer(tmp_path / "again", recipe, arguments={"num_train_epochs": 2, "max_steps": -1, "save_steps": 6})
+    resumed = trainer(
+        tmp_path / "again",
+        recipe,
+        arguments={"num_train_epochs": 2, "max_steps": -1, "save_steps": 6},
+    )
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
     assert torch.equal(weights(through.model), weights(resumed.model))
     assert not torch.equal(weights(through.model), weights(bert()))
@@ -53,7 +63,12 @@ def test_every_recipe_trains_and_resumes_exactly(tmp_path, recipe):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"gradient_accumulation_steps": 2}, {"bf16": True}, {"max_grad_norm": 0.0}, {"gradient_accumulation_steps": 2, "bf16": True}],
+    [
+        {"gradient_accumulation_steps": 2},
+        {"bf16": True},
+        {"max_grad_norm": 0.0},
+        {"gradient_accumulation_steps": 2, "bf16": True},
+    ],
     ids=lambda a: "-".join(a),
 )
 def test_uegr_resumes_exactly_under(tmp_path, arguments):
@@ -70,7 +85,9 @@ def test_losses_and_the_share_are_logged(tmp_path):
     logged = [entry for entry in run.state.log_history if "loss" in entry]
     assert len(logged) == 2
     for entry in logged:
-        assert entry["clean_loss"] > 0 and entry["adversarial_loss"] > 0 and entry["divergence"] >= 0
+        assert (
+            entry["clean_loss"] > 0 and entry["adversarial_loss"] > 0 and entry["divergence"] >= 0
+        )
         assert 0.1 < entry["share_selected"] < 1
         assert "epoch" in entry and "learning_rate" in entry
     assert type(run.optimizer.optimizer) is uk.SelectiveAdamW
@@ -80,10 +97,18 @@ def test_plain_is_transformers_own_trainer(tmp_path):
     """With one loss, one pass and the neutral selection, clipping included."""
     neutral = {"lr": 1e-2, "normalization": "constant", "keep_probability": 1.0}
     arguments = {"max_grad_norm": 0.2, "learning_rate": 1e-2}
-    ours = trainer(tmp_path / "ours", "plain", arguments=arguments, optimizer_cls_and_kwargs=(uk.SelectiveAdamW, neutral))
+    ours = trainer(
+        tmp_path / "ours",
+        "plain",
+        arguments=arguments,
+        optimizer_cls_and_kwargs=(uk.SelectiveAdamW, neutral),
+    )
     model = bert()
     theirs = transformers.Trainer(
-        model=model, args=ours.args, train_dataset=Sentences(), optimizer_cls_and_kwargs=(torch.optim.AdamW, {"lr": 1e-2})
+        model=model,
+        args=ours.args,
+        train_dataset=Sentences(),
+        optimizer_cls_and_kwargs=(torch.optim.AdamW, {"lr": 1e-2}),
     )
     for run in (ours, theirs):
         torch.manual_seed(5)
@@ -92,29 +117,45 @@ def test_plain_is_transformers_own_trainer(tmp_path):
 
 
 def test_accumulated_batches_are_one_larger_batch(tmp_path):
-    """Transformers' own Trainer adds them up for this model: it takes the loss for one that is divided already."""
+    """Transformers' own Trainer adds them up for this model: it takes the loss for one that is
+    divided already.
+    """
     found = []
     for size, accumulated in ((8, 1), (4, 2)):
         torch.manual_seed(0)
-        arguments = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated, "max_steps": 1, "max_grad_norm": 0.0}
+        arguments = {
+            "per_device_train_batch_size": size,
+            "gradient_accumulation_steps": accumulated,
+            "max_steps": 1,
+            "max_grad_norm": 0.0,
+        }
         run = trainer(tmp_path, "plain", arguments=arguments, recipe_options={"dropout": 0.0})
         run.train()
-        found.append((run.state.log_history[0].get("grad_norm"), run.state.log_history[-1]["train_loss"]))
+        found.append(
+            (run.state.log_history[0].get("grad_norm"), run.state.log_history[-1]["train_loss"])
+        )
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-4)
 
 
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 def test_fp16_autocast_with_a_scaler(tmp_path, monkeypatch, clip):
-    """The recipe sees gradients without the scaler's factor, clipped or not; Accelerate itself takes fp16 on a GPU alone."""
+    """The recipe sees gradients without the scaler's factor, clipped or not; Accelerate itself
+    takes fp16 on a GPU alone.
+    """
     seen = []
     for factor in (2.0, 2048.0):
         run = trainer(tmp_path, "child_tuning_f", arguments={"max_grad_norm": clip, "max_steps": 2})
-        run.accelerator.native_amp, run.accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=factor)
+        run.accelerator.native_amp, run.accelerator.scaler = (
+            True,
+            torch.amp.GradScaler("cpu", init_scale=factor),
+        )
         monkeypatch.setitem(run.accelerator.state._shared_state, "_mixed_precision", "fp16")
         attach = run._attach
 
         def watched(run=run):
-            seen.append(torch.cat([p.grad.flatten() for p in run.model.parameters() if p.grad is not None]))
+            seen.append(
+                torch.cat([p.grad.flatten() for p in run.model.parameters() if p.grad is not None])
+            )
 
         def attached(model, run=run, attach=attach, watched=watched):
             attach(model)
@@ -122,7 +163,8 @@ def test_fp16_autocast_with_a_scaler(tmp_path, monkeypatch, clip):
 
         run._attach = attached
         run.train()
-        assert run.accelerator.scaler._growth_tracker.item() == 2  # steps through the scaler, none of them skipped
+        # steps through the scaler, none of them skipped
+        assert run.accelerator.scaler._growth_tracker.item() == 2
     for one, other in zip(seen[:2], seen[2:], strict=True):
         torch.testing.assert_close(one, other, rtol=0.05, atol=1e-3 * one.abs().max().item())
 
@@ -133,7 +175,9 @@ def test_recipes_without_a_selective_update_have_plain_adamw(tmp_path):
         run = trainer(tmp_path, recipe, arguments={"learning_rate": 1e-2})
         run.train()
         found[recipe] = run
-        shares = [entry["share_selected"] for entry in run.state.log_history if "share_selected" in entry]
+        shares = [
+            entry["share_selected"] for entry in run.state.log_history if "share_selected" in entry
+        ]
         assert shares and all((share < 1) == (recipe == "r_at_su") for share in shares)
     assert not torch.equal(weights(found["r_at"].model), weights(found["r_at_su"].model))
     sgd = trainer(tmp_path, "plain", arguments={"optim": "sgd"})
@@ -142,7 +186,10 @@ def test_recipes_without_a_selective_update_have_plain_adamw(tmp_path):
 
 
 def test_label_smoothing_is_the_recipes(tmp_path):
-    runs = [trainer(tmp_path, "plain", arguments={"label_smoothing_factor": factor, "max_steps": 2}) for factor in (0.0, 0.4)]
+    runs = [
+        trainer(tmp_path, "plain", arguments={"label_smoothing_factor": factor, "max_steps": 2})
+        for factor in (0.0, 0.4)
+    ]
     for run in runs:
         torch.manual_seed(2)
         run.train()
@@ -161,7 +208,9 @@ def test_a_run_that_stops_within_an_epoch_goes_on_as_one_that_did_not(tmp_path, 
 
 
 def test_wrong_arguments(tmp_path):
-    with pytest.raises(ValueError, match="recipe='adversarial' is not a recipe; use one of 'plain'"):
+    with pytest.raises(
+        ValueError, match="recipe='adversarial' is not a recipe; use one of 'plain'"
+    ):
         trainer(tmp_path, "adversarial")
     with pytest.raises(TypeError, match="epsilo"):
         trainer(tmp_path, recipe_options={"epsilo": 1.0})
@@ -181,12 +230,17 @@ from test_frameworks import Sentences, bert, weights
 from uegr_kernels.integrations.transformers import UEGRTrainer
 torch.set_num_threads(1)
 arguments = transformers.TrainingArguments(
-    output_dir=sys.argv[2], max_steps=4, per_device_train_batch_size=4, gradient_accumulation_steps=int(sys.argv[3]), save_steps=2,
-    report_to=[], disable_tqdm=True, seed=1, use_cpu=True, ddp_backend="gloo", ddp_find_unused_parameters=False,
+    output_dir=sys.argv[2], max_steps=4, per_device_train_batch_size=4,
+    gradient_accumulation_steps=int(sys.argv[3]), save_steps=2, report_to=[],
+    disable_tqdm=True, seed=1, use_cpu=True, ddp_backend="gloo", ddp_find_unused_parameters=False,
 )
-run = UEGRTrainer(model=bert(), args=arguments, train_dataset=Sentences(), recipe="uegr", recipe_options={"dropout": [0.1, 0.3]})
+run = UEGRTrainer(
+    model=bert(), args=arguments, train_dataset=Sentences(),
+    recipe="uegr", recipe_options={"dropout": [0.1, 0.3]},
+)
 run.train(resume_from_checkpoint=sys.argv[4] if len(sys.argv) > 4 else None)
-assert type(run.model_wrapped).__name__ == "DistributedDataParallel" or torch.distributed.get_world_size() == 2
+wrapped = type(run.model_wrapped).__name__
+assert wrapped == "DistributedDataParallel" or torch.distributed.get_world_size() == 2
 torch.save(weights(run.model), f"{sys.argv[2]}/weights-{arguments.process_index}.pt")
 """
 
@@ -207,7 +261,10 @@ def run_on_two(folder, *more, script=WORKER):
         str(folder),
         *more,
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")])}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")]),
+    }
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"weights-{rank}.pt") for rank in (0, 1)]
@@ -233,20 +290,25 @@ for model, dataset, more in (
     (vit, ignored, {"average_tokens_across_devices": False}),
 ):
     place = lambda model: getattr(model, "embedding", None)
-    run, _ = both(sys.argv[2], model, dataset, embedding=place, ddp_backend="gloo", **ACCUMULATED, **more)
+    more |= ACCUMULATED | {"ddp_backend": "gloo"}
+    run, _ = both(sys.argv[2], model, dataset, embedding=place, **more)
     assert type(run.model_wrapped).__name__ == "DistributedDataParallel"
 torch.save(weights(run.model), f"{sys.argv[2]}/weights-{run.args.process_index}.pt")
 """
 
 
 def test_plain_is_the_trainer_on_two_processes(tmp_path):
-    """Labels counted over both, by process, or not at all; the last step of an epoch has fewer batches."""
+    """Labels counted over both, by process, or not at all; the last step of an epoch has fewer
+    batches.
+    """
     first, second = run_on_two(tmp_path / "plain", script=PLAIN)
     assert torch.equal(first, second)
 
 
 def test_a_compiled_model(tmp_path):
-    """Also where it was called, and compiled, before the recipe was there, and with a second recipe on the same object."""
+    """Also where it was called, and compiled, before the recipe was there, and with a second
+    recipe on the same object.
+    """
     more = {"eval_strategy": "steps", "eval_steps": 2}
     compiled = more | {"torch_compile": True, "torch_compile_backend": "eager"}
     given = {"eval_dataset": rows(4)}
@@ -270,7 +332,9 @@ def test_a_lightning_module(tmp_path):
         def __init__(self):
             super().__init__()
             self.automatic_optimization = False
-            self.net = torch.nn.Sequential(torch.nn.Embedding(30, 8), torch.nn.Flatten(), torch.nn.Linear(48, 2))
+            self.net = torch.nn.Sequential(
+                torch.nn.Embedding(30, 8), torch.nn.Flatten(), torch.nn.Linear(48, 2)
+            )
             self.recipe = uk.recipes.uegr(self.net, self.net[0], epsilon=0.1)
 
         def training_step(self, batch):
@@ -286,10 +350,19 @@ def test_a_lightning_module(tmp_path):
     torch.manual_seed(0)
     module = Module()
     before = weights(module.net)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    fitted = lightning.Trainer(max_epochs=2, accelerator="cpu", devices=1, default_root_dir=tmp_path, **quiet)
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    fitted = lightning.Trainer(
+        max_epochs=2, accelerator="cpu", devices=1, default_root_dir=tmp_path, **quiet
+    )
     fitted.fit(module, torch.utils.data.DataLoader(Sentences(), batch_size=8))
-    assert fitted.callback_metrics["divergence"] >= 0 and not torch.equal(weights(module.net), before)
+    assert fitted.callback_metrics["divergence"] >= 0 and not torch.equal(
+        weights(module.net), before
+    )
 
 
 def test_uegrs_adaptive_dropout_is_the_recipes_own(tmp_path):
@@ -300,8 +373,12 @@ def test_uegrs_adaptive_dropout_is_the_recipes_own(tmp_path):
     dropouts = [module for module in through.model.modules() if type(module) is torch.nn.Dropout]
     assert len(dropouts) == 5
     through.train()
-    assert [module for module in through.model.modules() if type(module) is torch.nn.Dropout] == dropouts
+    assert [
+        module for module in through.model.modules() if type(module) is torch.nn.Dropout
+    ] == dropouts
     saved = safetensors.torch.load_file(tmp_path / "checkpoint-2" / "model.safetensors")
     assert saved.keys() == bert().state_dict().keys()
-    state = torch.load(tmp_path / "checkpoint-2" / "recipe.pt", weights_only=True)["adaptive_dropout"]
+    state = torch.load(tmp_path / "checkpoint-2" / "recipe.pt", weights_only=True)[
+        "adaptive_dropout"
+    ]
     assert len(state) == 5 and state["dropout"].shape == (3, 16) and state["dropout"][0].all()

@@ -1,4 +1,6 @@
-"""The perturbations: literals, PyTorch's norms, Philox masks, exact restoring; compilers, bad input."""
+"""The perturbations: literals, PyTorch's norms, Philox masks, exact restoring; compilers, bad
+input.
+"""
 
 import math
 import types
@@ -12,30 +14,57 @@ from hypothesis import strategies as st
 from uegr_kernels.core import philox
 from uegr_kernels.perturbation import fgm_perturbation, op, perturbed_weights, pgd_step
 
-OPERATORS = ("perturbation.fgm_perturbation_", "perturbation.pgd_step_", "perturbation.perturb_weights_")
+OPERATORS = (
+    "perturbation.fgm_perturbation_",
+    "perturbation.pgd_step_",
+    "perturbation.perturb_weights_",
+)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# A result is rounded once from (nearly) exact arithmetic; compiled kernels may scale in float32 first.
+# A result is rounded once from (nearly) exact arithmetic; compiled kernels may scale in float32
+# first.
 RELATIVE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 
 
 def gradient(*shape, dtype=torch.float32, seed=0, scale=1.0):
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale).to(dtype)
+    return (
+        torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        * scale
+    ).to(dtype)
 
 
 def mask_of(shape, keep_probability, seed, step=0, stream=0):
     """The mask that SPEC 2 promises, from the generator whose known answers test_core.py holds."""
     indices = torch.arange(math.prod(shape))
-    return (philox.uniform(philox.words(indices, seed=seed, step=step, stream=stream), torch.float64) < keep_probability).view(shape)
+    return (
+        philox.uniform(philox.words(indices, seed=seed, step=step, stream=stream), torch.float64)
+        < keep_probability
+    ).view(shape)
 
 
 def test_literals(backend):
     g = torch.tensor([[3.0, 4.0], [0.0, -2.0], [0.0, 0.0]])
-    assert fgm_perturbation(g, 10.0, backend=backend).tolist() == [[6.0, 8.0], [0.0, -10.0], [0.0, 0.0]]
-    assert fgm_perturbation(g, 0.5, norm="linf", backend=backend).tolist() == [[0.5, 0.5], [0.0, -0.5], [0.0, 0.0]]
+    assert fgm_perturbation(g, 10.0, backend=backend).tolist() == [
+        [6.0, 8.0],
+        [0.0, -10.0],
+        [0.0, 0.0],
+    ]
+    assert fgm_perturbation(g, 0.5, norm="linf", backend=backend).tolist() == [
+        [0.5, 0.5],
+        [0.0, -0.5],
+        [0.0, 0.0],
+    ]
     # 6/5 of (3, 4)/5 has length 1.2, the ball 1: (0.6, 0.8).
-    stepped = pgd_step(torch.zeros(1, 2, dtype=torch.float64), g[:1].double(), step_size=1.2, radius=1.0, backend=backend)
+    stepped = pgd_step(
+        torch.zeros(1, 2, dtype=torch.float64),
+        g[:1].double(),
+        step_size=1.2,
+        radius=1.0,
+        backend=backend,
+    )
     torch.testing.assert_close(stepped, torch.tensor([[0.6, 0.8]], dtype=torch.float64))
-    stepped = pgd_step(torch.tensor([[0.25, 0.75]]), g[:1], step_size=0.5, radius=1.0, norm="linf", backend=backend)
+    stepped = pgd_step(
+        torch.tensor([[0.25, 0.75]]), g[:1], step_size=0.5, radius=1.0, norm="linf", backend=backend
+    )
     assert stepped.tolist() == [[0.75, 1.0]]
 
 
@@ -50,31 +79,52 @@ def test_fgm_has_its_norm_and_direction(backend, dtype, per, axes, norm):
         assert torch.equal(delta, torch.full_like(g, 0.3).copysign(g))
         return
     wide = g.double()
-    expected = torch.nn.functional.normalize(wide.reshape(-1, math.prod(g.shape[a] for a in axes))).view(g.shape) * 0.3
-    torch.testing.assert_close(delta.double(), expected, rtol=RELATIVE[dtype], atol=1e-12 if dtype == torch.float64 else 1e-7)
+    expected = (
+        torch.nn.functional.normalize(wide.reshape(-1, math.prod(g.shape[a] for a in axes))).view(
+            g.shape
+        )
+        * 0.3
+    )
+    torch.testing.assert_close(
+        delta.double(),
+        expected,
+        rtol=RELATIVE[dtype],
+        atol=1e-12 if dtype == torch.float64 else 1e-7,
+    )
 
 
 @pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e-20, 1e20, 1e37])
 def test_no_gradient_is_too_small_or_too_large(backend, scale):
     g = torch.full((2, 4), scale)
-    torch.testing.assert_close(fgm_perturbation(g, 1.0, backend=backend), torch.full((2, 4), 0.5), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        fgm_perturbation(g, 1.0, backend=backend), torch.full((2, 4), 0.5), rtol=1e-5, atol=0
+    )
     half = torch.full((1, 40000), 60000.0, dtype=torch.float16)  # its norm overflows float16
-    torch.testing.assert_close(fgm_perturbation(half, 2.0, backend=backend), torch.full_like(half, 0.01))
+    torch.testing.assert_close(
+        fgm_perturbation(half, 2.0, backend=backend), torch.full_like(half, 0.01)
+    )
 
 
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_a_norm_that_is_not_finite_gives_zero_for_its_group(backend, bad, norm):
     g = gradient(3, 4, 5)
-    good = {per: fgm_perturbation(g, 0.3, norm=norm, per=per, backend=backend) for per in ("sample", "token")}
+    good = {
+        per: fgm_perturbation(g, 0.3, norm=norm, per=per, backend=backend)
+        for per in ("sample", "token")
+    }
     g[1, 2, 3] = bad
     by_sample = fgm_perturbation(g, 0.3, norm=norm, backend=backend)
     assert by_sample[1].count_nonzero() == 0 and torch.equal(by_sample[::2], good["sample"][::2])
     by_token = fgm_perturbation(g, 0.3, norm=norm, per="token", backend=backend)
-    assert by_token[1, 2].count_nonzero() == 0 and torch.equal(by_token[1, :2], good["token"][1, :2])
+    assert by_token[1, 2].count_nonzero() == 0 and torch.equal(
+        by_token[1, :2], good["token"][1, :2]
+    )
     assert fgm_perturbation(g, 0.3, norm=norm, per="all", backend=backend).count_nonzero() == 0
     delta = gradient(3, 4, 5, seed=1)
-    assert torch.equal(pgd_step(delta, g, step_size=1.0, radius=1e3, norm=norm, backend=backend)[1], delta[1])
+    assert torch.equal(
+        pgd_step(delta, g, step_size=1.0, radius=1e3, norm=norm, backend=backend)[1], delta[1]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32], ids=str)
@@ -91,17 +141,24 @@ def test_mask_comes_before_the_norm(backend, dtype):
 
 
 @pytest.mark.parametrize("keep_probability", [0.0, 0.3, 0.7])
-@pytest.mark.parametrize(("seed", "step"), [(1, 0), (-5, 3), (2**64 - 5, 3), (12345678901234567890, 2**31)])
+@pytest.mark.parametrize(
+    ("seed", "step"), [(1, 0), (-5, 3), (2**64 - 5, 3), (12345678901234567890, 2**31)]
+)
 def test_random_mask_is_the_packages_philox(backend, keep_probability, seed, step):
     g = gradient(3, 5, 7)
     whole = fgm_perturbation(g, 0.5, backend=backend)
-    part = fgm_perturbation(g, 0.5, keep_probability=keep_probability, seed=seed, step=step, backend=backend)
-    assert torch.equal(part, whole * mask_of(g.shape, keep_probability, seed, step))  # after the norm, not rescaled
+    part = fgm_perturbation(
+        g, 0.5, keep_probability=keep_probability, seed=seed, step=step, backend=backend
+    )
+    # after the norm, not rescaled
+    assert torch.equal(part, whole * mask_of(g.shape, keep_probability, seed, step))
 
 
 def test_random_mask_literal(backend):
-    # Philox4x32-10 of key (0, 0), counter (0, 0, 0, 0): Random123's known answer 6627e8d5 e169c58d bc57ac4c 9b00dbd8.
-    u = [0x6627E8 * 2.0**-24, 0xE169C5 * 2.0**-24, 0xBC57AC * 2.0**-24, 0x9B00DB * 2.0**-24]  # 0.399, 0.881, 0.736, 0.605
+    # Philox4x32-10 of key (0, 0), counter (0, 0, 0, 0): Random123's known answer 6627e8d5 e169c58d
+    # bc57ac4c 9b00dbd8.
+    # 0.399, 0.881, 0.736, 0.605
+    u = [0x6627E8 * 2.0**-24, 0xE169C5 * 2.0**-24, 0xBC57AC * 2.0**-24, 0x9B00DB * 2.0**-24]
     for p in (0.39, 0.4, 0.7, u[2], math.nextafter(u[2], 1), 0.9):
         kept = fgm_perturbation(torch.ones(1, 4), 2.0, keep_probability=p, seed=0, backend=backend)
         assert kept.tolist() == [[float(x < p) for x in u]]
@@ -110,28 +167,44 @@ def test_random_mask_literal(backend):
 def test_a_seed_is_drawn_only_for_a_mask(backend):
     g = gradient(3, 5, 7)
     state = torch.get_rng_state()
-    for options in ({}, {"keep_probability": 1}, {"keep_probability": 1.0}, {"keep_probability": 0.5, "seed": 3}):
+    for options in (
+        {},
+        {"keep_probability": 1},
+        {"keep_probability": 1.0},
+        {"keep_probability": 0.5, "seed": 3},
+    ):
         fgm_perturbation(g, 0.5, backend=backend, **options)
     assert torch.equal(torch.get_rng_state(), state)
-    first, second = (fgm_perturbation(g, 0.5, keep_probability=0.5, backend=backend) for _ in range(2))
+    first, second = (
+        fgm_perturbation(g, 0.5, keep_probability=0.5, backend=backend) for _ in range(2)
+    )
     assert not torch.equal(first, second)
     torch.set_rng_state(state)
     assert torch.equal(fgm_perturbation(g, 0.5, keep_probability=0.5, backend=backend), first)
 
 
-@given(shape=st.lists(st.integers(0, 5), min_size=1, max_size=4), per=st.sampled_from(["sample", "token", "all"]),
-       norm=st.sampled_from(["l2", "linf"]), layout=st.sampled_from(["dense", "permuted", "sliced", "expanded"]))  # fmt: skip
+@given(
+    shape=st.lists(st.integers(0, 5), min_size=1, max_size=4),
+    per=st.sampled_from(["sample", "token", "all"]),
+    norm=st.sampled_from(["l2", "linf"]),
+    layout=st.sampled_from(["dense", "permuted", "sliced", "expanded"]),
+)
 def test_any_shape_and_strides(shape, per, norm, layout):
     dense = gradient(*shape)
     g = {
         "dense": lambda: dense,
-        "permuted": lambda: dense.permute(*range(dense.dim())[::-1]).contiguous().permute(*range(dense.dim())[::-1]),
+        "permuted": lambda: (
+            dense.permute(*range(dense.dim())[::-1]).contiguous().permute(*range(dense.dim())[::-1])
+        ),
         "sliced": lambda: torch.stack((dense, dense), -1)[..., 1],
         "expanded": lambda: dense[:1].expand(shape),
     }[layout]()
     delta = fgm_perturbation(g, 0.5, norm=norm, per=per, keep_probability=0.5, seed=7)
     assert delta.shape == g.shape and delta.is_contiguous()
-    assert torch.equal(delta, fgm_perturbation(g.contiguous(), 0.5, norm=norm, per=per, keep_probability=0.5, seed=7))
+    assert torch.equal(
+        delta,
+        fgm_perturbation(g.contiguous(), 0.5, norm=norm, per=per, keep_probability=0.5, seed=7),
+    )
     stepped = pgd_step(g, g, step_size=2.0, radius=0.5, norm=norm, per=per)
     assert stepped.shape == g.shape
     if norm == "l2":
@@ -149,14 +222,24 @@ def test_pgd_stays_in_the_ball_and_moves_inside_it(backend, dtype, per, axes):
     torch.testing.assert_close(free.double(), expected, rtol=RELATIVE[dtype], atol=RELATIVE[dtype])
     bound = pgd_step(delta, g, step_size=0.5, radius=0.25, per=per, backend=backend)
     lengths = torch.linalg.vector_norm(bound.double(), dim=axes)
-    torch.testing.assert_close(lengths, torch.full_like(lengths, 0.25), rtol=max(RELATIVE[dtype], 1e-6), atol=0)
-    torch.testing.assert_close(torch.linalg.vector_norm(expected, dim=axes, keepdim=True) * bound, expected * 0.25,
-                               rtol=2 * RELATIVE[dtype], atol=1e-2 * RELATIVE[dtype] + 1e-7, check_dtype=False)  # fmt: skip
+    torch.testing.assert_close(
+        lengths, torch.full_like(lengths, 0.25), rtol=max(RELATIVE[dtype], 1e-6), atol=0
+    )
+    torch.testing.assert_close(
+        torch.linalg.vector_norm(expected, dim=axes, keepdim=True) * bound,
+        expected * 0.25,
+        rtol=2 * RELATIVE[dtype],
+        atol=1e-2 * RELATIVE[dtype] + 1e-7,
+        check_dtype=False,
+    )
 
 
 def parameters(dtype=torch.float32):
     torch.manual_seed(3)
-    params = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in ((4, 5), (5,), (), (3, 2), (0, 3))]
+    params = [
+        torch.nn.Parameter(torch.randn(shape, dtype=dtype))
+        for shape in ((4, 5), (5,), (), (3, 2), (0, 3))
+    ]
     for i, param in enumerate(params):
         if i != 1:  # params[1] has no gradient
             param.grad = gradient(*param.shape, dtype=dtype, seed=i)
@@ -172,17 +255,29 @@ def test_weights_move_along_their_gradient_and_come_back(backend, dtype, per):
     before, versions = [p.detach().clone() for p in params], [p._version for p in params]
     grads = [(torch.zeros_like(p) if p.grad is None else p.grad).double().flatten() for p in params]
     if per == "all":
-        units = torch.nn.functional.normalize(torch.cat(grads), dim=0).split([len(g) for g in grads])
+        units = torch.nn.functional.normalize(torch.cat(grads), dim=0).split(
+            [len(g) for g in grads]
+        )
     else:
         units = [torch.nn.functional.normalize(g, dim=0) for g in grads]
     with perturbed_weights(params, 0.3, per=per, backend=backend) as nothing:
         assert nothing is None
         for p, unit, old in zip(params, units, before, strict=True):
             expected = torch.add(old.double(), unit.view(p.shape), alpha=0.3)
-            torch.testing.assert_close(p.detach().double(), expected, rtol=RELATIVE[dtype], atol=RELATIVE[dtype], equal_nan=True)
+            torch.testing.assert_close(
+                p.detach().double(),
+                expected,
+                rtol=RELATIVE[dtype],
+                atol=RELATIVE[dtype],
+                equal_nan=True,
+            )
         inside = [p._version for p in params]
     for i, (p, old) in enumerate(zip(params, before, strict=True)):
-        bits = (p.detach().contiguous().view(torch.uint8), old.view(torch.uint8)) if p.dim() else (p.detach(), old)
+        bits = (
+            (p.detach().contiguous().view(torch.uint8), old.view(torch.uint8))
+            if p.dim()
+            else (p.detach(), old)
+        )
         assert torch.equal(*bits)
         assert (p._version > inside[i] > versions[i]) if i != 1 else (p._version == versions[i])
 
@@ -200,10 +295,15 @@ def test_weights_come_back_after_an_exception(backend):
 
 def test_weights_gradients_given(backend):
     params, before = parameters(), [p.detach().clone() for p in parameters()]
-    with perturbed_weights(params, 1.0, gradients=[None, torch.ones(5), None, None, None], backend=backend):
+    with perturbed_weights(
+        params, 1.0, gradients=[None, torch.ones(5), None, None, None], backend=backend
+    ):
         torch.testing.assert_close(params[1].detach(), before[1] + 5**-0.5)
         assert torch.equal(params[0], before[0])
-    with perturbed_weights([], 1.0, backend=backend), perturbed_weights([torch.zeros(3)], 1.0, backend=backend):
+    with (
+        perturbed_weights([], 1.0, backend=backend),
+        perturbed_weights([torch.zeros(3)], 1.0, backend=backend),
+    ):
         pass  # nothing to move
 
 
@@ -215,7 +315,9 @@ def test_weights_mask_has_the_parameters_position_as_stream(backend):
     with perturbed_weights(params, 0.5, keep_probability=0.5, seed=11, step=2, backend=backend):
         for i, p in enumerate(params):
             if i != 1:
-                assert torch.equal(p, torch.where(mask_of(p.shape, 0.5, 11, 2, stream=i), whole[i], before[i]))
+                assert torch.equal(
+                    p, torch.where(mask_of(p.shape, 0.5, 11, 2, stream=i), whole[i], before[i])
+                )
     assert torch.equal(torch.get_rng_state(), state)
     with perturbed_weights(params, 0.5, keep_probability=0.5, backend=backend):
         assert not torch.equal(torch.get_rng_state(), state)
@@ -233,7 +335,11 @@ def test_autocast_sees_the_weights_inside_and_outside(backend):
     with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
         with perturbed_weights([layer.weight], 2.0, gradients=[torch.ones(2, 3)], backend=backend):
             expected = layer(x).detach()
-    assert torch.equal(before, after) and torch.equal(inside, expected) and not torch.equal(inside, before)
+    assert (
+        torch.equal(before, after)
+        and torch.equal(inside, expected)
+        and not torch.equal(inside, before)
+    )
 
 
 def test_weights_backward_inside(backend):
@@ -245,13 +351,16 @@ def test_weights_backward_inside(backend):
     with perturbed_weights(layer.parameters(), 0.1, backend=backend):
         got = torch.autograd.grad(layer(inputs).square().sum(), inputs)[0]
         stale = layer(inputs).square().sum()
-    torch.testing.assert_close(got, torch.autograd.grad(reference(layer, moved, inputs).square().sum(), inputs)[0])
+    torch.testing.assert_close(
+        got, torch.autograd.grad(reference(layer, moved, inputs).square().sum(), inputs)[0]
+    )
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         stale.backward()
 
 
-# Shapes: whole blocks, ends of blocks, groups of several pieces (16,384 elements each); the last one has too few groups for threads.
-# Triton's are smaller: its interpreter takes the time of the programs, one for each group that is not longer than 4,096.
+# Shapes: whole blocks, ends of blocks, groups of several pieces (16,384 elements each); the last
+# one has too few groups for threads. Triton's are smaller: its interpreter takes the time of the
+# programs, one for each group that is not longer than 4,096.
 SHAPES = {
     "cpp": [(), (0,), (1,), (1023,), (2, 0, 3), (3, 1025), (3, 4, 256), (4, 130, 129), (1, 40_001)],
     "triton": [(), (0,), (33,), (2, 0, 3), (2, 3, 64), (2, 3, 1367), (1, 17_001)],
@@ -261,7 +370,11 @@ SHAPES = {
 def laid_out(x, layout):
     if layout == "sliced":
         return torch.stack((x, x), -1)[..., 1]
-    return x.transpose(0, -1).contiguous().transpose(0, -1) if layout == "transposed" and x.dim() else x.contiguous()
+    return (
+        x.transpose(0, -1).contiguous().transpose(0, -1)
+        if layout == "transposed" and x.dim()
+        else x.contiguous()
+    )
 
 
 def alone_and_apart(backend, run):
@@ -270,7 +383,9 @@ def alone_and_apart(backend, run):
     for threads in (1, 2, 4)[: 3 if backend == "cpp" else 1]:
         torch.set_num_threads(threads)
         results.append(run())
-    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+    assert all(
+        torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True)
+    )
     return results[0]
 
 
@@ -278,7 +393,8 @@ def alone_and_apart(backend, run):
 @pytest.mark.parametrize("layout", ["dense", "sliced", "transposed"])
 def test_native_agrees_with_the_reference_from_any_number_of_threads(native, dtype, layout):
     tolerance = {"rtol": 2 * RELATIVE[dtype], "atol": 1e-15 if dtype == torch.float64 else 1e-7}
-    for shape in SHAPES[native] if native == "cpp" or layout == "dense" else SHAPES[native][4:5]:  # Triton gets dense copies
+    # Triton gets dense copies
+    for shape in SHAPES[native] if native == "cpp" or layout == "dense" else SHAPES[native][4:5]:
         g, delta = (laid_out(gradient(*shape, dtype=dtype, seed=seed), layout) for seed in (0, 1))
         mask = (torch.rand(shape[:2]) < 0.7).to(torch.int32) if len(shape) > 1 else None
         for norm in ("l2", "linf"):
@@ -287,10 +403,15 @@ def test_native_agrees_with_the_reference_from_any_number_of_threads(native, dty
                 drawn = options | {"keep_probability": 0.6, "seed": 5, "step": 2**32 - 1}
 
                 def run(backend, g=g, delta=delta, options=options, drawn=drawn):
-                    stepped = pgd_step(delta, g, step_size=0.3, radius=2.0, backend=backend, **options)
+                    stepped = pgd_step(
+                        delta, g, step_size=0.3, radius=2.0, backend=backend, **options
+                    )
                     return fgm_perturbation(g, 0.3, backend=backend, **drawn), stepped
 
-                found, expected = alone_and_apart(native, lambda run=run: run(native)), run("reference")
+                found, expected = (
+                    alone_and_apart(native, lambda run=run: run(native)),
+                    run("reference"),
+                )
                 assert torch.equal(found[0] == 0, expected[0] == 0)
                 for a, b in zip(found, expected, strict=True):
                     torch.testing.assert_close(a, b, **tolerance)
@@ -301,11 +422,20 @@ def test_native_weights_agree_with_the_reference_from_any_number_of_threads(nati
     shapes = [(300, 70), (0,), (), (1025,), (40_000,)]
 
     def run(backend):
-        params = [laid_out(gradient(*s, dtype=d, seed=1), "transposed") for s, d in zip(shapes, (*DTYPES, DTYPES[1]), strict=True)]
+        params = [
+            laid_out(gradient(*s, dtype=d, seed=1), "transposed")
+            for s, d in zip(shapes, (*DTYPES, DTYPES[1]), strict=True)
+        ]
         params.append(params[3])  # the same memory twice
         grads = [gradient(*p.shape, dtype=p.dtype, seed=i) for i, p in enumerate(params)]
         with perturbed_weights(
-            params, 0.3, gradients=grads, per="all" if together else "tensor", keep_probability=0.5, seed=9, backend=backend
+            params,
+            0.3,
+            gradients=grads,
+            per="all" if together else "tensor",
+            keep_probability=0.5,
+            seed=9,
+            backend=backend,
         ):
             return [p.clone() for p in params]
 
@@ -316,7 +446,8 @@ def test_native_weights_agree_with_the_reference_from_any_number_of_threads(nati
 @pytest.fixture
 def bindings():
     return pytest.importorskip(
-        "uegr_kernels._bindings", reason="uegr_kernels._bindings is not built; run `python setup.py build_ext --inplace`"
+        "uegr_kernels._bindings",
+        reason="uegr_kernels._bindings is not built; run `python setup.py build_ext --inplace`",
     )
 
 
@@ -327,15 +458,40 @@ def test_numbers_that_two_languages_spell_are_the_same(bindings):
 
 def test_compiled_factors(bindings):
     squares, norms = [0.0, 25.0, math.inf, math.nan, 1e-300], bindings.NORMS
-    assert bindings.direction_factor(squares, 10.0, norms["l2"]).tolist() == [0.0, 2.0, 0.0, 0.0, pytest.approx(1e151)]
-    assert bindings.direction_factor(squares, 10.0, norms["linf"]).tolist() == [0.0, 10.0, 0.0, 0.0, 10.0]
+    assert bindings.direction_factor(squares, 10.0, norms["l2"]).tolist() == [
+        0.0,
+        2.0,
+        0.0,
+        0.0,
+        pytest.approx(1e151),
+    ]
+    assert bindings.direction_factor(squares, 10.0, norms["linf"]).tolist() == [
+        0.0,
+        10.0,
+        0.0,
+        0.0,
+        10.0,
+    ]
     assert bindings.ball_factor(squares, 2.5).tolist() == [1.0, 0.5, 0.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize("p", [-1.0, 0.0, 2.0**-25, 2.0**-24, 0.3, 0.5, 1 - 2.0**-25, 1.0, 2.0, math.nan])
+@pytest.mark.parametrize(
+    "p", [-1.0, 0.0, 2.0**-25, 2.0**-24, 0.3, 0.5, 1 - 2.0**-25, 1.0, 2.0, math.nan]
+)
 def test_compiled_comparison_of_u_is_exact(bindings, p):
     words = torch.tensor(
-        [0, 255, 256, 511, 512, *((int(0.3 * 2**24) + i) * 256 for i in range(-2, 3)), 2**31 - 1, 2**31, 2**32 - 257, 2**32 - 1]
+        [
+            0,
+            255,
+            256,
+            511,
+            512,
+            *((int(0.3 * 2**24) + i) * 256 for i in range(-2, 3)),
+            2**31 - 1,
+            2**31,
+            2**32 - 257,
+            2**32 - 1,
+        ]
     )
     expected = ~(philox.uniform(words, torch.float64) >= p)
     assert bindings.uniform_below(words.numpy().astype("uint32"), p).tolist() == expected.tolist()
@@ -344,8 +500,13 @@ def test_compiled_comparison_of_u_is_exact(bindings, p):
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compiled(backend, compiler):
     def run(g, mask):
-        delta = fgm_perturbation(g * 2, 0.5, mask=mask, keep_probability=0.5, seed=5, backend=backend)
-        return pgd_step(delta, g, step_size=0.1, radius=0.4, norm="linf", per="token", backend=backend) + 1
+        delta = fgm_perturbation(
+            g * 2, 0.5, mask=mask, keep_probability=0.5, seed=5, backend=backend
+        )
+        return (
+            pgd_step(delta, g, step_size=0.1, radius=0.4, norm="linf", per="token", backend=backend)
+            + 1
+        )
 
     compiled = torch.compile(run, fullgraph=True, backend=compiler, dynamic=True)
     for n in (3, 4):
@@ -354,7 +515,11 @@ def test_compiled(backend, compiler):
 
 
 def test_compiled_draws_a_key(backend):
-    compiled = torch.compile(lambda g: fgm_perturbation(g, 0.5, keep_probability=0.5, backend=backend), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda g: fgm_perturbation(g, 0.5, keep_probability=0.5, backend=backend),
+        fullgraph=True,
+        backend="aot_eager",
+    )
     g = gradient(3, 5, 7)
     assert not torch.equal(compiled(g), compiled(g))
     torch.manual_seed(1)
@@ -366,14 +531,31 @@ def test_compiled_draws_a_key(backend):
 @pytest.mark.parametrize("norm", [0, 1])
 @pytest.mark.parametrize("per", [0, 1, 2])
 def test_opcheck(norm, per):
-    operators, g, mask, seed = torch.ops.uegr_kernels, gradient(5, 4, 3).permute(2, 1, 0), torch.ones(3, 4), torch.tensor(5)
+    operators, g, mask, seed = (
+        torch.ops.uegr_kernels,
+        gradient(5, 4, 3).permute(2, 1, 0),
+        torch.ones(3, 4),
+        torch.tensor(5),
+    )
     options = {"norm": norm, "per": per}
     fgm = options | {"epsilon": 0.5, "keep_probability": 0.5, "step": 1}
-    torch.library.opcheck(operators.fgm_perturbation_.default, (g, mask, seed, torch.zeros_like(g)), fgm)
+    torch.library.opcheck(
+        operators.fgm_perturbation_.default, (g, mask, seed, torch.zeros_like(g)), fgm
+    )
     pgd = options | {"step_size": 0.5, "radius": 1.0}
     torch.library.opcheck(operators.pgd_step_.default, (g, g, None, torch.zeros_like(g)), pgd)
-    weights = {"streams": [0, 3], "epsilon": 0.5, "together": per == 2, "keep_probability": 0.5, "step": 1}
-    torch.library.opcheck(operators.perturb_weights_.default, ([g.clone(), torch.zeros(3)], [g, torch.ones(3)], seed), weights)
+    weights = {
+        "streams": [0, 3],
+        "epsilon": 0.5,
+        "together": per == 2,
+        "keep_probability": 0.5,
+        "step": 1,
+    }
+    torch.library.opcheck(
+        operators.perturb_weights_.default,
+        ([g.clone(), torch.zeros(3)], [g, torch.ones(3)], seed),
+        weights,
+    )
 
 
 def entered(param, grad, backend):
@@ -383,7 +565,9 @@ def entered(param, grad, backend):
 
 CONSTANTS = {
     "fgm_perturbation": lambda x, backend: fgm_perturbation(x, 0.5, backend=backend),
-    "pgd_step": lambda x, backend: pgd_step(torch.zeros(2, 3, 4), x, step_size=1.0, radius=1.0, backend=backend),
+    "pgd_step": lambda x, backend: pgd_step(
+        torch.zeros(2, 3, 4), x, step_size=1.0, radius=1.0, backend=backend
+    ),
     "perturbed_weights": lambda x, backend: entered(torch.ones(2, 3, 4), x, backend),
 }
 
@@ -394,26 +578,50 @@ def test_derivatives_of_constants_are_refused(backend, name):
         return CONSTANTS[name](x, backend)
 
     g, tangent = gradient(2, 3, 4), torch.ones(2, 3, 4)
-    with pytest.raises(RuntimeError, match=f"{name} of uegr_kernels does not run under torch.func.vmap"):
+    with pytest.raises(
+        RuntimeError, match=f"{name} of uegr_kernels does not run under torch.func.vmap"
+    ):
         torch.func.vmap(run)(g[None])
-    for forward in (lambda: torch.func.jvp(run, (g,), (tangent,)), lambda: torch.func.jacfwd(run)(g), lambda: torch.func.linearize(run, g)):
-        with pytest.raises(RuntimeError, match=rf"{name} of uegr_kernels has no forward-mode derivative .*grad\.detach\(\)"):
+    for forward in (
+        lambda: torch.func.jvp(run, (g,), (tangent,)),
+        lambda: torch.func.jacfwd(run)(g),
+        lambda: torch.func.linearize(run, g),
+    ):
+        with pytest.raises(
+            RuntimeError,
+            match=rf"{name} of uegr_kernels has no forward-mode "
+            r"derivative .*grad\.detach\(\)",
+        ):
             forward()
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match=f"{name} of uegr_kernels has no forward-mode"):
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(RuntimeError, match=f"{name} of uegr_kernels has no forward-mode"),
+    ):
         run(torch.autograd.forward_ad.make_dual(g, tangent))
-    for backward in (lambda: torch.func.grad(lambda x: run(x).sum())(g), lambda: torch.func.vjp(run, g)):
-        with pytest.raises(RuntimeError, match=rf"{name} of uegr_kernels has no derivative: .*grad\.detach\(\)"):
+    for backward in (
+        lambda: torch.func.grad(lambda x: run(x).sum())(g),
+        lambda: torch.func.vjp(run, g),
+    ):
+        with pytest.raises(
+            RuntimeError,
+            match=rf"{name} of uegr_kernels has no derivative: "
+            r".*grad\.detach\(\)",
+        ):
             backward()
     expected = torch.func.grad(lambda x: (x * run(g)).sum())(g)
     torch.testing.assert_close(torch.func.grad(lambda x: (x * run(x.detach())).sum())(g), expected)
-    torch.testing.assert_close(torch.func.jvp(lambda x: (x * run(x.detach())).sum(), (g,), (tangent,))[1], expected.sum())
+    torch.testing.assert_close(
+        torch.func.jvp(lambda x: (x * run(x.detach())).sum(), (g,), (tangent,))[1], expected.sum()
+    )
 
 
 @pytest.mark.filterwarnings("error")  # NumPy warns where a comparison overflows its narrow types
 def test_numpys_numbers_are_taken(backend):
     g = gradient(2, 3, 4)
     plain = {"epsilon": 0.5, "keep_probability": 0.25, "seed": 3, "step": 2}
-    numpys = dict(zip(plain, (np.float32(0.5), np.float16(0.25), np.uint64(3), np.int32(2)), strict=True))
+    numpys = dict(
+        zip(plain, (np.float32(0.5), np.float16(0.25), np.uint64(3), np.int32(2)), strict=True)
+    )
     expected = fgm_perturbation(g, **plain, backend=backend)
     for name, value in numpys.items():
         assert torch.equal(fgm_perturbation(g, **plain | {name: value}, backend=backend), expected)
@@ -421,7 +629,9 @@ def test_numpys_numbers_are_taken(backend):
     assert torch.equal(moved, pgd_step(g, g, step_size=0.5, radius=1, backend=backend))
     found = []
     for options in (plain, numpys):
-        with perturbed_weights([weight := gradient(5)], gradients=[gradient(5)], **options, backend=backend):
+        with perturbed_weights(
+            [weight := gradient(5)], gradients=[gradient(5)], **options, backend=backend
+        ):
             found.append(weight.clone())
     assert torch.equal(*found)
 
@@ -436,17 +646,44 @@ def enter(*arguments, **options):
 
 
 WRONG_CALLS = {
-    "out shape": (lambda o: o.fgm_perturbation_(G, None, None, G[1:].clone(), **FGM), "grad and out must have the same shape"),
-    "out expanded": (lambda o: o.fgm_perturbation_(G, None, None, G[:1].expand(2, 4, 3), **FGM), "out is expanded"),
-    "mask": (lambda o: o.fgm_perturbation_(G, torch.ones(4), None, G.clone(), **FGM), "mask must have the gradient's first axes"),
-    "seed": (lambda o: o.fgm_perturbation_(G, None, torch.ones(()), G.clone(), **FGM), "seed must be an int64"),
-    "norm": (lambda o: o.fgm_perturbation_(G, None, None, G.clone(), **FGM | {"norm": 2}), "norm is 2"),
-    "per": (lambda o: o.fgm_perturbation_(G, None, None, G.clone(), **FGM | {"per": -1}), "per is -1"),
+    "out shape": (
+        lambda o: o.fgm_perturbation_(G, None, None, G[1:].clone(), **FGM),
+        "grad and out must have the same shape",
+    ),
+    "out expanded": (
+        lambda o: o.fgm_perturbation_(G, None, None, G[:1].expand(2, 4, 3), **FGM),
+        "out is expanded",
+    ),
+    "mask": (
+        lambda o: o.fgm_perturbation_(G, torch.ones(4), None, G.clone(), **FGM),
+        "mask must have the gradient's first axes",
+    ),
+    "seed": (
+        lambda o: o.fgm_perturbation_(G, None, torch.ones(()), G.clone(), **FGM),
+        "seed must be an int64",
+    ),
+    "norm": (
+        lambda o: o.fgm_perturbation_(G, None, None, G.clone(), **FGM | {"norm": 2}),
+        "norm is 2",
+    ),
+    "per": (
+        lambda o: o.fgm_perturbation_(G, None, None, G.clone(), **FGM | {"per": -1}),
+        "per is -1",
+    ),
     "bool": (lambda o: o.fgm_perturbation_(G.bool(), None, None, G.clone(), **FGM), "grad is bool"),
-    "delta": (lambda o: o.pgd_step_(G[0], G, None, G.clone(), step_size=1.0, radius=1.0, norm=0, per=0), "grad and delta must have"),
-    "streams": (lambda o: o.perturb_weights_([G.clone()], [G], None, streams=[], **WEIGHTS), "must be of one length"),
-    "weights": (lambda o: o.perturb_weights_([G + 1, G[0] + 1], [G, G], None, streams=[0, 1], **WEIGHTS), "grads and params must have"),
-}  # fmt: skip
+    "delta": (
+        lambda o: o.pgd_step_(G[0], G, None, G.clone(), step_size=1.0, radius=1.0, norm=0, per=0),
+        "grad and delta must have",
+    ),
+    "streams": (
+        lambda o: o.perturb_weights_([G.clone()], [G], None, streams=[], **WEIGHTS),
+        "must be of one length",
+    ),
+    "weights": (
+        lambda o: o.perturb_weights_([G + 1, G[0] + 1], [G, G], None, streams=[0, 1], **WEIGHTS),
+        "grads and params must have",
+    ),
+}
 FGM = {"epsilon": 1.0, "norm": 0, "per": 0, "keep_probability": 1.0, "step": 0}
 WEIGHTS = {"epsilon": 1.0, "together": False, "keep_probability": 1.0, "step": 0}
 
@@ -461,34 +698,114 @@ def test_native_operators_check_their_arguments(native, case):
 BAD_INPUT = {
     "no tensor": (lambda: fgm_perturbation([1.0], 0.1), TypeError, "grad is a list"),
     "integers": (lambda: fgm_perturbation(G.long(), 0.1), TypeError, "grad is torch.int64"),
-    "complex": (lambda: fgm_perturbation(G.to(torch.complex64), 0.1), TypeError, "grad is torch.complex64"),
+    "complex": (
+        lambda: fgm_perturbation(G.to(torch.complex64), 0.1),
+        TypeError,
+        "grad is torch.complex64",
+    ),
     "sparse": (lambda: fgm_perturbation(G.to_sparse(), 0.1), TypeError, "grad is sparse"),
     "negative": (lambda: fgm_perturbation(G, -0.1), ValueError, "epsilon=-0.1 is out of range"),
     "nan": (lambda: fgm_perturbation(G, math.nan), ValueError, "epsilon=nan is out of range"),
     "text": (lambda: fgm_perturbation(G, "0.1"), TypeError, "epsilon='0.1' is a str"),
-    "norm": (lambda: fgm_perturbation(G, 0.1, norm="l1"), ValueError, "norm='l1' is not one of its values; use 'l2', 'linf'"),
-    "per": (lambda: fgm_perturbation(G, 0.1, per="batch"), ValueError, "per='batch' is not one of its values"),
-    "mask shape": (lambda: fgm_perturbation(G, 0.1, mask=torch.ones(2, 3)), ValueError, r"mask has shape \(2, 3\) and grad \(2, 4, 3\)"),
-    "mask axes": (lambda: fgm_perturbation(G, 0.1, mask=torch.ones(2)), ValueError, r"mask has shape \(2,\)"),
+    "norm": (
+        lambda: fgm_perturbation(G, 0.1, norm="l1"),
+        ValueError,
+        "norm='l1' is not one of its values; use 'l2', 'linf'",
+    ),
+    "per": (
+        lambda: fgm_perturbation(G, 0.1, per="batch"),
+        ValueError,
+        "per='batch' is not one of its values",
+    ),
+    "mask shape": (
+        lambda: fgm_perturbation(G, 0.1, mask=torch.ones(2, 3)),
+        ValueError,
+        r"mask has shape \(2, 3\) and grad \(2, 4, 3\)",
+    ),
+    "mask axes": (
+        lambda: fgm_perturbation(G, 0.1, mask=torch.ones(2)),
+        ValueError,
+        r"mask has shape \(2,\)",
+    ),
     "mask type": (lambda: fgm_perturbation(G, 0.1, mask=[1]), TypeError, "mask is a list"),
-    "mask elsewhere": (lambda: fgm_perturbation(G, 0.1, mask=torch.ones(2, 4, device="meta")), ValueError, "mask is on meta"),
-    "probability": (lambda: fgm_perturbation(G, 0.1, keep_probability=1.5), ValueError, "keep_probability=1.5 is out of range"),
-    "seed": (lambda: fgm_perturbation(G, 0.1, keep_probability=0.5, seed=0.5), TypeError, "seed=0.5 is a float"),
+    "mask elsewhere": (
+        lambda: fgm_perturbation(G, 0.1, mask=torch.ones(2, 4, device="meta")),
+        ValueError,
+        "mask is on meta",
+    ),
+    "probability": (
+        lambda: fgm_perturbation(G, 0.1, keep_probability=1.5),
+        ValueError,
+        "keep_probability=1.5 is out of range",
+    ),
+    "seed": (
+        lambda: fgm_perturbation(G, 0.1, keep_probability=0.5, seed=0.5),
+        TypeError,
+        "seed=0.5 is a float",
+    ),
     "step": (lambda: fgm_perturbation(G, 0.1, step=-1), ValueError, "step=-1 is out of range"),
-    "backend": (lambda: fgm_perturbation(G, 0.1, backend="rocm"), ValueError, "backend='rocm' is not a backend"),
-    "absent backend": (lambda: fgm_perturbation(G, 0.1, backend="cuda"), RuntimeError, "backend='cuda' cannot serve perturbation.fgm"),
-    "shapes": (lambda: pgd_step(G, G[:1], step_size=1, radius=1), ValueError, r"grad has shape \(1, 4, 3\) and delta \(2, 4, 3\)"),
-    "dtypes": (lambda: pgd_step(G, G.double(), step_size=1, radius=1), TypeError, "grad is torch.float64 and delta torch.float32"),
-    "radius": (lambda: pgd_step(G, G, step_size=1, radius=-1), ValueError, "radius=-1 is out of range"),
+    "backend": (
+        lambda: fgm_perturbation(G, 0.1, backend="rocm"),
+        ValueError,
+        "backend='rocm' is not a backend",
+    ),
+    "absent backend": (
+        lambda: fgm_perturbation(G, 0.1, backend="cuda"),
+        RuntimeError,
+        "backend='cuda' cannot serve perturbation.fgm",
+    ),
+    "shapes": (
+        lambda: pgd_step(G, G[:1], step_size=1, radius=1),
+        ValueError,
+        r"grad has shape \(1, 4, 3\) and delta \(2, 4, 3\)",
+    ),
+    "dtypes": (
+        lambda: pgd_step(G, G.double(), step_size=1, radius=1),
+        TypeError,
+        "grad is torch.float64 and delta torch.float32",
+    ),
+    "radius": (
+        lambda: pgd_step(G, G, step_size=1, radius=-1),
+        ValueError,
+        "radius=-1 is out of range",
+    ),
     "one tensor": (lambda: perturbed_weights(P, 0.1), TypeError, "params is a tensor"),
-    "weights per": (lambda: perturbed_weights([P], 0.1, per="sample"), ValueError, "per='sample' is not one of its values; use 'tensor'"),
-    "too few": (lambda: perturbed_weights([P], 0.1, gradients=[]), ValueError, "gradients hold 0 entries for 1 params"),
-    "weights shape": (lambda: enter([P], 0.1, gradients=[G]), ValueError, r"gradients\[0\] has shape \(2, 4, 3\) and params\[0\] \(3,\)"),
-    "weights sparse": (lambda: enter([P], 0.1, gradients=[P.detach().to_sparse()]), TypeError, r"gradients\[0\] is sparse"),
-    "weights epsilon": (lambda: perturbed_weights([P], -1), ValueError, "epsilon=-1 is out of range"),
-    "weights probability": (lambda: perturbed_weights([P], 1, keep_probability=None), TypeError, "keep_probability=None is a NoneType"),
-    "weights backend": (lambda: enter([P], 1, gradients=[P.detach()], backend="cuda"), RuntimeError, "backend='cuda' cannot serve"),
-}  # fmt: skip
+    "weights per": (
+        lambda: perturbed_weights([P], 0.1, per="sample"),
+        ValueError,
+        "per='sample' is not one of its values; use 'tensor'",
+    ),
+    "too few": (
+        lambda: perturbed_weights([P], 0.1, gradients=[]),
+        ValueError,
+        "gradients hold 0 entries for 1 params",
+    ),
+    "weights shape": (
+        lambda: enter([P], 0.1, gradients=[G]),
+        ValueError,
+        r"gradients\[0\] has shape \(2, 4, 3\) and params\[0\] \(3,\)",
+    ),
+    "weights sparse": (
+        lambda: enter([P], 0.1, gradients=[P.detach().to_sparse()]),
+        TypeError,
+        r"gradients\[0\] is sparse",
+    ),
+    "weights epsilon": (
+        lambda: perturbed_weights([P], -1),
+        ValueError,
+        "epsilon=-1 is out of range",
+    ),
+    "weights probability": (
+        lambda: perturbed_weights([P], 1, keep_probability=None),
+        TypeError,
+        "keep_probability=None is a NoneType",
+    ),
+    "weights backend": (
+        lambda: enter([P], 1, gradients=[P.detach()], backend="cuda"),
+        RuntimeError,
+        "backend='cuda' cannot serve",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)

@@ -16,33 +16,45 @@ import torch
 import uegr_kernels as uk
 
 SELECTION = (
-    "threshold=0.8, sharpness=5.0, normalization='minmax', direction='printed', scope='tensor', statistics='current', "
+    "threshold=0.8, sharpness=5.0, normalization='minmax', direction='printed', scope='tensor', "
+    "statistics='current', "
     "rescale=True, min_probability=0.0, keep_probability=1.0, target='gradient'"
 )
 TORCHS = "maximize=False, foreach=None, capturable=False, differentiable=False, fused=None"
 OPTIMIZER = f"{SELECTION}, {TORCHS}, state_dtype=None, seed=None, backend='auto'"
 LOSS = (
-    "js_weight=0.01, label_smoothing=0.0, ignore_index=-100, reduction='mean', task='classification', return_parts=False, "
+    "js_weight=0.01, label_smoothing=0.0, ignore_index=-100, reduction='mean', "
+    "task='classification', return_parts=False, "
     "inplace_backward=False"
 )
 
-# Positional arguments in order; after the star the keywords, in any order. Everything takes `backend`.
+# Positional arguments in order; after the star the keywords, in any order. Everything takes
+# `backend`.
 SIGNATURES = {
-    "SelectiveAdamW": f"(params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, amsgrad=False, *, {OPTIMIZER})",
-    "SelectiveSGD": f"(params, lr=1e-3, momentum=0, dampening=0, weight_decay=0, nesterov=False, *, {OPTIMIZER})",
+    "SelectiveAdamW": "(params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, "
+    f"amsgrad=False, *, {OPTIMIZER})",
+    "SelectiveSGD": "(params, lr=1e-3, momentum=0, dampening=0, weight_decay=0, nesterov=False, "
+    f"*, {OPTIMIZER})",
     "select_gradients_": f"(params, *, seed, step, saliency=None, {SELECTION}, backend='auto')",
     "selection_probability": f"(grad, *, saliency=None, {SELECTION}, backend='auto')",
-    "selection_mask": f"(grad, *, seed, step, stream=0, saliency=None, {SELECTION}, backend='auto')",
+    "selection_mask": f"(grad, *, seed, step, stream=0, saliency=None, {SELECTION}, "
+    "backend='auto')",
     "pairwise_js": "(logits, *, reduction='mean', inplace_backward=False, backend='auto')",
     "uegr_loss": f"(clean_logits, adversarial_logits, labels, *, {LOSS}, backend='auto')",
-    "linear_pairwise_js": "(hidden, weight, bias=None, *, reduction='mean', chunk_rows=None, backend='auto')",
-    "linear_uegr_loss": f"(clean_hidden, adversarial_hidden, weight, labels, bias=None, *, {LOSS}, chunk_rows=None, backend='auto')",
-    "fgm_perturbation": "(grad, epsilon, *, norm='l2', per='sample', mask=None, keep_probability=None, seed=None, step=0, backend='auto')",
-    "pgd_step": "(delta, grad, *, step_size, radius, norm='l2', per='sample', mask=None, backend='auto')",
-    "perturbed_weights": "(params, epsilon, *, gradients=None, per='tensor', keep_probability=1.0, seed=None, step=0, backend='auto')",
+    "linear_pairwise_js": "(hidden, weight, bias=None, *, reduction='mean', chunk_rows=None, "
+    "backend='auto')",
+    "linear_uegr_loss": f"(clean_hidden, adversarial_hidden, weight, labels, bias=None, *, {LOSS}, "
+    "chunk_rows=None, backend='auto')",
+    "fgm_perturbation": "(grad, epsilon, *, norm='l2', per='sample', mask=None, "
+    "keep_probability=None, seed=None, step=0, backend='auto')",
+    "pgd_step": "(delta, grad, *, step_size, radius, norm='l2', per='sample', mask=None, "
+    "backend='auto')",
+    "perturbed_weights": "(params, epsilon, *, gradients=None, per='tensor', keep_probability=1.0, "
+    "seed=None, step=0, backend='auto')",
     "AdaptiveDropout": "(num_features=None, p=0.3, *, max_p=0.9, momentum=0.9, backend='auto')",
     "BiStage": (
-        "(model, embedding, *, epsilon=0.1, passes=2, js_weight=0.01, norm='l2', per='sample', label_smoothing=0.0, ignore_index=-100, "
+        "(model, embedding, *, epsilon=0.1, passes=2, js_weight=0.01, norm='l2', per='sample', "
+        "label_smoothing=0.0, ignore_index=-100, "
         "task='classification', passes_at_once=None, dropout=None, input_range=None, "
         "batch_axis=None, relative=False, backend='auto')"
     ),
@@ -51,7 +63,11 @@ SIGNATURES = {
     "BiStage.close": "(self)",
 }
 # Modules whose options are those of a function or of another module.
-FORMS = {"PairwiseJSLoss": "pairwise_js", "UEGRLoss": "uegr_loss", "replace_dropout": "AdaptiveDropout"}
+FORMS = {
+    "PairwiseJSLoss": "pairwise_js",
+    "UEGRLoss": "uegr_loss",
+    "replace_dropout": "AdaptiveDropout",
+}
 # What may be public besides: submodules, and what the promised names return.
 ALSO = {"BiStageResult", "LossParts", "recipes", "analysis"}
 
@@ -96,7 +112,9 @@ def test_module_forms_take_the_keywords_of_their_function(name):
     signature = inspect.signature(form)
     if name == "replace_dropout":
         assert next(iter(signature.parameters)) == "model"
-        model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.2), torch.nn.Sequential(torch.nn.Dropout(0.4)))
+        model = torch.nn.Sequential(
+            torch.nn.Linear(2, 2), torch.nn.Dropout(0.2), torch.nn.Sequential(torch.nn.Dropout(0.4))
+        )
         assert form(model, **options) == 2
         assert all(isinstance(module, uk.AdaptiveDropout) for module in (model[1], model[2][0]))
         with pytest.raises(TypeError):
@@ -117,7 +135,11 @@ def test_docstring(name):
 
 def test_nothing_else_is_public():
     promised_names = {name.split(".")[0] for name in (*SIGNATURES, *FORMS)} | ALSO
-    public = {name for name, value in vars(uk).items() if not name.startswith("_") and not isinstance(value, types.ModuleType)}
+    public = {
+        name
+        for name, value in vars(uk).items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType)
+    }
     assert public <= promised_names, f"public, but not promised: {sorted(public - promised_names)}"
 
 
@@ -127,7 +149,9 @@ def test_version():
 
 @pytest.mark.parametrize("name", ["SelectiveAdamW", "SelectiveSGD"])
 def test_optimizers_are_torchs(name):
-    assert issubclass(named(name), torch.optim.Optimizer) and not issubclass(named(name), (torch.optim.AdamW, torch.optim.SGD))
+    assert issubclass(named(name), torch.optim.Optimizer) and not issubclass(
+        named(name), (torch.optim.AdamW, torch.optim.SGD)
+    )
 
 
 @pytest.mark.parametrize("name", ["PairwiseJSLoss", "UEGRLoss", "AdaptiveDropout"])
@@ -146,16 +170,30 @@ CALLS = {
     "selection_mask": lambda b: uk.selection_mask(torch.ones(3), seed=1, step=1, backend=b),
     "select_gradients_": lambda b: uk.select_gradients_(with_gradient(), seed=1, step=1, backend=b),
     "pairwise_js": lambda b: uk.pairwise_js(torch.randn(2, 3, 4), backend=b),
-    "uegr_loss": lambda b: uk.uegr_loss(torch.randn(3, 4), torch.randn(2, 3, 4), torch.tensor([0, 1, 2]), backend=b),
+    "uegr_loss": lambda b: uk.uegr_loss(
+        torch.randn(3, 4), torch.randn(2, 3, 4), torch.tensor([0, 1, 2]), backend=b
+    ),
     "PairwiseJSLoss": lambda b: uk.PairwiseJSLoss(backend=b)(torch.randn(2, 3, 4)),
-    "UEGRLoss": lambda b: uk.UEGRLoss(backend=b)(torch.randn(3, 4), torch.randn(2, 3, 4), torch.tensor([0, 1, 2])),
-    "linear_pairwise_js": lambda b: uk.linear_pairwise_js(torch.randn(2, 3, 5), torch.randn(4, 5), backend=b),
+    "UEGRLoss": lambda b: uk.UEGRLoss(backend=b)(
+        torch.randn(3, 4), torch.randn(2, 3, 4), torch.tensor([0, 1, 2])
+    ),
+    "linear_pairwise_js": lambda b: uk.linear_pairwise_js(
+        torch.randn(2, 3, 5), torch.randn(4, 5), backend=b
+    ),
     "linear_uegr_loss": lambda b: uk.linear_uegr_loss(
-        torch.randn(3, 5), torch.randn(2, 3, 5), torch.randn(4, 5), torch.tensor([0, 1, 2]), backend=b
+        torch.randn(3, 5),
+        torch.randn(2, 3, 5),
+        torch.randn(4, 5),
+        torch.tensor([0, 1, 2]),
+        backend=b,
     ),
     "fgm_perturbation": lambda b: uk.fgm_perturbation(torch.randn(2, 3), 0.1, backend=b),
-    "pgd_step": lambda b: uk.pgd_step(torch.zeros(2, 3), torch.randn(2, 3), step_size=0.1, radius=0.1, backend=b),
-    "perturbed_weights": lambda b: uk.perturbed_weights(with_gradient(), 0.1, backend=b).__enter__(),
+    "pgd_step": lambda b: uk.pgd_step(
+        torch.zeros(2, 3), torch.randn(2, 3), step_size=0.1, radius=0.1, backend=b
+    ),
+    "perturbed_weights": lambda b: uk.perturbed_weights(
+        with_gradient(), 0.1, backend=b
+    ).__enter__(),
     "AdaptiveDropout": lambda b: uk.AdaptiveDropout(3, backend=b)(torch.randn(2, 3)),
     "replace_dropout": lambda b: replaced(b)(torch.randn(2, 3)),
     "BiStage": lambda b: bistage(b),
@@ -176,7 +214,9 @@ def replaced(backend: str) -> torch.nn.Module:
 
 def bistage(backend: str):
     model = torch.nn.Sequential(torch.nn.Embedding(5, 3), torch.nn.Flatten(), torch.nn.Linear(6, 2))
-    return uk.BiStage(model, model[0], backend=backend).backward(torch.tensor([[0, 1], [2, 3]]), torch.tensor([0, 1]))
+    return uk.BiStage(model, model[0], backend=backend).backward(
+        torch.tensor([[0, 1], [2, 3]]), torch.tensor([0, 1])
+    )
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -208,20 +248,32 @@ def test_a_compiled_step_is_one_graph_and_equals_the_eager_one(name, options):
     pair = model, copy.deepcopy(model)
 
     def make(model):
-        groups = [{"params": list(model[0].parameters()), "weight_decay": 0.0}, {"params": list(model[1].parameters()), "threshold": 0.3}]
+        groups = [
+            {"params": list(model[0].parameters()), "weight_decay": 0.0},
+            {"params": list(model[1].parameters()), "threshold": 0.3},
+        ]
         return named(name)(groups, lr=torch.tensor(0.1), threshold=0.5, seed=1, **options)
 
     optimizers = [make(model) for model in pair]
-    steps = torch.compile(optimizers[0].step, backend="aot_eager", fullgraph=True), optimizers[1].step
-    schedulers = [torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 20) for optimizer in optimizers]
+    steps = (
+        torch.compile(optimizers[0].step, backend="aot_eager", fullgraph=True),
+        optimizers[1].step,
+    )
+    schedulers = [
+        torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 20) for optimizer in optimizers
+    ]
     for _ in range(20):
         x = torch.randn(4, 8)
-        for model, optimizer, step, scheduler in zip(pair, optimizers, steps, schedulers, strict=True):
+        for model, optimizer, step, scheduler in zip(
+            pair, optimizers, steps, schedulers, strict=True
+        ):
             optimizer.zero_grad()
             model(x).square().mean().backward()
             step()
             scheduler.step()
-    assert all(torch.equal(p, q) for p, q in zip(*(model.parameters() for model in pair), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(*(model.parameters() for model in pair), strict=True)
+    )
     assert [optimizers[0].state[p]["step"].item() for p in pair[0].parameters()] == [20.0] * 4
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
@@ -240,20 +292,41 @@ def test_a_compiled_step_names_what_it_refuses_and_changes_nothing():
 
 
 def test_info_runs():
-    run = subprocess.run([sys.executable, "-m", "uegr_kernels", "info"], capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        [sys.executable, "-m", "uegr_kernels", "info"], capture_output=True, text=True, timeout=120
+    )
     assert run.returncode == 0, run.stderr
-    for word in (uk.__version__, torch.__version__, "reference", "cpp", "cuda", "triton", "threads"):
+    for word in (
+        uk.__version__,
+        torch.__version__,
+        "reference",
+        "cpp",
+        "cuda",
+        "triton",
+        "threads",
+    ):
         assert word in run.stdout.lower(), f"info does not say {word}"
 
 
 def test_unknown_command_says_what_there_is():
-    run = subprocess.run([sys.executable, "-m", "uegr_kernels", "imfo"], capture_output=True, text=True, timeout=120)
-    assert run.returncode != 0 and "Traceback" not in run.stderr and "info" in run.stderr and "demo" in run.stderr
+    run = subprocess.run(
+        [sys.executable, "-m", "uegr_kernels", "imfo"], capture_output=True, text=True, timeout=120
+    )
+    assert (
+        run.returncode != 0
+        and "Traceback" not in run.stderr
+        and "info" in run.stderr
+        and "demo" in run.stderr
+    )
 
 
 def test_representations_show_the_selection():
     p = torch.nn.Parameter(torch.zeros(2))
-    text = repr(uk.SelectiveAdamW([{"params": [p]}], threshold=0.25, normalization="rank", seed=7, backend="reference"))
+    text = repr(
+        uk.SelectiveAdamW(
+            [{"params": [p]}], threshold=0.25, normalization="rank", seed=7, backend="reference"
+        )
+    )
     assert text.startswith("SelectiveAdamW (\nbackend: reference\nParameter Group 0\n")
     for line in (
         "threshold: 0.25",
@@ -267,11 +340,24 @@ def test_representations_show_the_selection():
         assert f"\n    {line}\n" in text
     assert "\n    momentum: 0.9\n" in repr(uk.SelectiveSGD([p], momentum=0.9))
     assert repr(uk.UEGRLoss(js_weight=0.5)) == "UEGRLoss(js_weight=0.5)"
-    assert repr(uk.AdaptiveDropout(8, p=0.2)) == "AdaptiveDropout(8, p=0.2, max_p=0.9, momentum=0.9, backend='auto')"
+    assert repr(uk.AdaptiveDropout(8, p=0.2)) == (
+        "AdaptiveDropout(8, p=0.2, max_p=0.9, momentum=0.9, backend='auto')"
+    )
     embedding = torch.nn.Embedding(3, 4)
-    stage = uk.BiStage(torch.nn.Sequential(embedding, torch.nn.Flatten()), embedding, passes=3, dropout=[0.1, 0.2, 0.3])
-    assert repr(stage).startswith("BiStage(Sequential, Embedding, epsilon=0.1, norm='l2', per='sample', backend='auto', js_weight=0.01, ")
-    assert "passes=3, passes_at_once=3, dropout=[0.1, 0.2, 0.3], input_range=None, batch_axis=None, relative=False)" in repr(stage)
+    stage = uk.BiStage(
+        torch.nn.Sequential(embedding, torch.nn.Flatten()),
+        embedding,
+        passes=3,
+        dropout=[0.1, 0.2, 0.3],
+    )
+    assert repr(stage).startswith(
+        "BiStage(Sequential, Embedding, epsilon=0.1, norm='l2', "
+        "per='sample', backend='auto', js_weight=0.01, "
+    )
+    assert (
+        "passes=3, passes_at_once=3, dropout=[0.1, 0.2, 0.3], input_range=None, "
+        "batch_axis=None, relative=False)"
+    ) in repr(stage)
     stage.close()
     assert repr(stage).endswith(", closed)")
 
@@ -280,8 +366,14 @@ def test_version_is_semantic_and_stands_in_one_place():
     assert re.fullmatch(r"\d+\.\d+\.\d+(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?", uk.__version__)
     root = pathlib.Path(uk.__file__).parent.parent
     if (root / "pyproject.toml").exists():  # the wheel's name is tested with the build
-        assert 'version = { attr = "uegr_kernels.__version__" }' in (root / "pyproject.toml").read_text()
-        again = [file for file in (*root.glob("uegr_kernels/**/*.py"), root / "setup.py") if f'"{uk.__version__}"' in file.read_text()]
+        assert ('version = { attr = "uegr_kernels.__version__" }') in (
+            root / "pyproject.toml"
+        ).read_text()
+        again = [
+            file
+            for file in (*root.glob("uegr_kernels/**/*.py"), root / "setup.py")
+            if f'"{uk.__version__}"' in file.read_text()
+        ]
         assert again == [root / "uegr_kernels/__init__.py"]
 
 
@@ -291,4 +383,6 @@ def test_typed_for_users():
         found = getattr(uk, name)
         if inspect.isfunction(found):
             hints = typing.get_type_hints(found)
-            assert {*inspect.signature(found).parameters, "return"} <= hints.keys(), f"{name} leaves something without a type"
+            assert {*inspect.signature(found).parameters, "return"} <= hints.keys(), (
+                f"{name} leaves something without a type"
+            )

@@ -1,4 +1,6 @@
-"""Every recipe against the numbered steps of its method spelt out with torch's own functions, and what all of them promise."""
+"""Every recipe against the numbered steps of its method spelt out with torch's own functions,
+and what all of them promise.
+"""
 
 import collections
 import contextlib
@@ -36,7 +38,9 @@ LR = 0.1
 
 
 class Small(nn.Module):
-    """Embedding, LSTM, convolution, BatchNorm, mean over time (padding included), LayerNorm, dropout, linear."""
+    """Embedding, LSTM, convolution, BatchNorm, mean over time (padding included), LayerNorm,
+    dropout, linear.
+    """
 
     def __init__(self, dropout=0.0, classes=CLASSES):
         super().__init__()
@@ -50,7 +54,9 @@ class Small(nn.Module):
 
     def classify(self, x):
         x = self.lstm(x)[0].transpose(1, 2)
-        return self.head(self.dropout(self.layer_norm(self.batch_norm(self.convolution(x)).tanh().mean(2))))
+        return self.head(
+            self.dropout(self.layer_norm(self.batch_norm(self.convolution(x)).tanh().mean(2)))
+        )
 
     def forward(self, ids, attention_mask=None):
         return self.classify(self.embedding(ids))
@@ -79,14 +85,19 @@ def small(dropout=0.3, **options):
 
 def batch(seed=0):
     generator = torch.Generator().manual_seed(seed)
-    ids, labels = torch.randint(1, WORDS, (N, T), generator=generator), torch.randint(0, CLASSES, (N,), generator=generator)
+    ids, labels = (
+        torch.randint(1, WORDS, (N, T), generator=generator),
+        torch.randint(0, CLASSES, (N,), generator=generator),
+    )
     ids[1, 4:], ids[2, 2:] = 0, 0
     return {"ids": ids, "attention_mask": (ids != 0).long()}, labels
 
 
 def images(seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(N, 1, 6, 6, generator=generator, dtype=torch.float64), torch.randint(0, CLASSES, (N,), generator=generator)
+    return torch.rand(N, 1, 6, 6, generator=generator, dtype=torch.float64), torch.randint(
+        0, CLASSES, (N,), generator=generator
+    )
 
 
 def build(name, model, *more, **options):
@@ -102,18 +113,26 @@ def state(model):
     """All that a call may change in the model."""
     return {
         **{name: p.detach().clone() for name, p in model.state_dict().items()},
-        **{f"{name}'s gradient": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None},
+        **{
+            f"{name}'s gradient": p.grad.clone()
+            for name, p in model.named_parameters()
+            if p.grad is not None
+        },
     }
 
 
 def assert_equal(actual, expected, **tolerance):
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(actual[name], value, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            actual[name], value, **tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def assert_same_steps(model, run, restated, rtol=1e-9, atol=1e-12):
-    """Both leave the same gradients, weights, buffers and random state, and return the same losses."""
+    """Both leave the same gradients, weights, buffers and random state, and return the same
+    losses.
+    """
     twin = copy.deepcopy(model)
     torch.manual_seed(11)
     losses = run(model)
@@ -121,7 +140,12 @@ def assert_same_steps(model, run, restated, rtol=1e-9, atol=1e-12):
     torch.manual_seed(11)
     expected = restated(twin)
     assert torch.equal(torch.get_rng_state(), drawn), "other random numbers were drawn"
-    assert_equal(losses, {name: torch.as_tensor(loss).detach() for name, loss in expected.items()}, rtol=rtol, atol=atol)
+    assert_equal(
+        losses,
+        {name: torch.as_tensor(loss).detach() for name, loss in expected.items()},
+        rtol=rtol,
+        atol=atol,
+    )
     assert_equal(state(model), state(twin), rtol=rtol, atol=atol)
     assert not any(loss.requires_grad for loss in losses.values())
 
@@ -130,17 +154,29 @@ def assert_same_steps(model, run, restated, rtol=1e-9, atol=1e-12):
 
 
 class Steps:
-    """One batch and one model, in the words of METHODS: e, CE, N2; what a method's numbered steps are made of."""
+    """One batch and one model, in the words of METHODS: e, CE, N2; what a method's numbered
+    steps are made of.
+    """
 
     def __init__(self, model, inputs, labels, task="classification"):
         self.model, self.labels, self.task = model, labels, task
-        self.inputs, self.mask = (inputs["ids"], inputs["attention_mask"]) if isinstance(inputs, dict) else (inputs, None)
+        self.inputs, self.mask = (
+            (inputs["ids"], inputs["attention_mask"])
+            if isinstance(inputs, dict)
+            else (inputs, None)
+        )
 
     def embedded(self):
-        return self.model.embedding(self.inputs) if hasattr(self.model, "embedding") else self.inputs
+        return (
+            self.model.embedding(self.inputs) if hasattr(self.model, "embedding") else self.inputs
+        )
 
     def loss(self, logits):
-        return F.cross_entropy(logits, self.labels) if self.task == "classification" else F.mse_loss(logits, self.labels)
+        return (
+            F.cross_entropy(logits, self.labels)
+            if self.task == "classification"
+            else F.mse_loss(logits, self.labels)
+        )
 
     def clean(self, weight=1.0):
         """Loss of the clean pass, which goes backward, and g."""
@@ -185,10 +221,16 @@ def test_plain(name, weight):
             "l2": lambda: weight / 2 * sum((p**2).sum() for p in model.parameters()),
         }[name]()
         (loss + penalty).backward()
-        return {"loss": loss + penalty, "clean_loss": loss, **({} if name == "plain" else {"penalty": penalty})}
+        return {
+            "loss": loss + penalty,
+            "clean_loss": loss,
+            **({} if name == "plain" else {"penalty": penalty}),
+        }
 
     options = {} if name == "plain" else {"weight": weight}
-    assert_same_steps(small(), lambda model: build(name, model, **options).backward(*batch()), restated)
+    assert_same_steps(
+        small(), lambda model: build(name, model, **options).backward(*batch()), restated
+    )
 
 
 def test_l2_is_sgds_weight_decay():
@@ -197,7 +239,9 @@ def test_l2_is_sgds_weight_decay():
         torch.manual_seed(0)
         build(name, each, **options).backward(*batch())
         torch.optim.SGD(each.parameters(), lr=0.1, weight_decay=decay).step()
-    assert_equal(dict(model.named_parameters()), dict(twin.named_parameters()), rtol=1e-9, atol=1e-12)
+    assert_equal(
+        dict(model.named_parameters()), dict(twin.named_parameters()), rtol=1e-9, atol=1e-12
+    )
 
 
 def test_dropout_is_a_switch():
@@ -216,7 +260,9 @@ UNITS = {
 
 
 @pytest.mark.parametrize("clean_weight", [1.0, 0.5, 0.0])
-@pytest.mark.parametrize("name, kind", [("at", "l2"), ("at", "token"), ("at", "all"), ("fgsm", "linf")])
+@pytest.mark.parametrize(
+    "name, kind", [("at", "l2"), ("at", "token"), ("at", "all"), ("fgsm", "linf")]
+)
 def test_at(name, kind, clean_weight):
     def restated(model):
         steps = Steps(model, *batch())
@@ -227,10 +273,19 @@ def test_at(name, kind, clean_weight):
         else:
             g = steps.input_gradient(torch.zeros(N, T, D, dtype=torch.float64))
         losses["adversarial_loss"] = steps.adversarial(0.7 * UNITS[kind](g))
-        return {"loss": clean_weight * losses.get("clean_loss", 0) + losses["adversarial_loss"], **losses}
+        return {
+            "loss": clean_weight * losses.get("clean_loss", 0) + losses["adversarial_loss"],
+            **losses,
+        }
 
-    options = {"epsilon": 0.7, "clean_weight": clean_weight, **({"per": kind} if kind in ("token", "all") else {})}
-    assert_same_steps(small(), lambda model: build(name, model, **options).backward(*batch()), restated)
+    options = {
+        "epsilon": 0.7,
+        "clean_weight": clean_weight,
+        **({"per": kind} if kind in ("token", "all") else {}),
+    }
+    assert_same_steps(
+        small(), lambda model: build(name, model, **options).backward(*batch()), restated
+    )
 
 
 def test_fgsm_perturbs_by_epsilon():
@@ -245,7 +300,9 @@ def test_fgsm_perturbs_by_epsilon():
 def ball(delta, radius, kind):
     if kind in ("linf", "max"):
         return delta.clamp(-radius, radius)
-    return delta * (radius / delta.flatten(1).norm(dim=1)).clamp(max=1).view(-1, *[1] * (delta.dim() - 1))
+    return delta * (radius / delta.flatten(1).norm(dim=1)).clamp(max=1).view(
+        -1, *[1] * (delta.dim() - 1)
+    )
 
 
 @contextlib.contextmanager
@@ -275,7 +332,13 @@ def draw_of(drawn, same):
 )
 def test_pgd(options):
     def restated(model):
-        given = {"epsilon": 0.1, "steps": 3, "norm": "l2", "clean_weight": 1.0, "same_draw": False} | options
+        given = {
+            "epsilon": 0.1,
+            "steps": 3,
+            "norm": "l2",
+            "clean_weight": 1.0,
+            "same_draw": False,
+        } | options
         steps, losses, drawn = Steps(model, *batch()), {}, []
         delta = torch.zeros(N, T, D, dtype=torch.float64)
         if given["clean_weight"]:
@@ -289,9 +352,15 @@ def test_pgd(options):
             delta = ball(delta + size * UNITS[given["norm"]](g), given["epsilon"], given["norm"])
         with draw_of(drawn, given["same_draw"]):
             losses["adversarial_loss"] = steps.adversarial(delta)
-        return {"loss": given["clean_weight"] * losses.get("clean_loss", 0) + losses["adversarial_loss"], **losses}
+        return {
+            "loss": given["clean_weight"] * losses.get("clean_loss", 0)
+            + losses["adversarial_loss"],
+            **losses,
+        }
 
-    assert_same_steps(small(), lambda model: build("pgd", model, **options).backward(*batch()), restated)
+    assert_same_steps(
+        small(), lambda model: build("pgd", model, **options).backward(*batch()), restated
+    )
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
@@ -306,11 +375,17 @@ def test_random_start_is_in_the_ball(norm, per):
 
     model = Watching().double()
     inputs, labels = batch()
-    build("pgd", model, random_start=True, epsilon=0.3, norm=norm, per=per, steps=1).backward(inputs, labels)
+    build("pgd", model, random_start=True, epsilon=0.3, norm=norm, per=per, steps=1).backward(
+        inputs, labels
+    )
     delta = seen[1] - seen[0]
     kinds = {"sample": delta.flatten(1), "token": delta, "all": delta.flatten()}
     sizes = kinds[per].norm(dim=-1) if norm == "l2" else kinds[per].abs().amax(-1)
-    real = (inputs["attention_mask"] != 0) if per == "token" else torch.ones_like(sizes, dtype=torch.bool)
+    real = (
+        (inputs["attention_mask"] != 0)
+        if per == "token"
+        else torch.ones_like(sizes, dtype=torch.bool)
+    )
     assert sizes.max() <= 0.3 * (1 + 1e-6) and sizes[real].min() > 0
     assert delta[inputs["attention_mask"] == 0].abs().max() < 1e-12
 
@@ -328,12 +403,16 @@ def test_adv_embed(start):
         clean, g = steps.clean()
         if start:
             generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-            noise = steps.masked(torch.rand(N, T, D, dtype=torch.float64, generator=generator) * start)
+            noise = steps.masked(
+                torch.rand(N, T, D, dtype=torch.float64, generator=generator) * start
+            )
             g = steps.input_gradient(noise)
         adversarial = steps.adversarial((noise + 0.1 * per_token(g)).clamp(-0.1, 0.1))
         return {"loss": clean + adversarial, "clean_loss": clean, "adversarial_loss": adversarial}
 
-    assert_same_steps(small(), lambda model: build("adv_embed", model, start=start).backward(*batch()), restated)
+    assert_same_steps(
+        small(), lambda model: build("adv_embed", model, start=start).backward(*batch()), restated
+    )
 
 
 def cube(steps, size):
@@ -363,14 +442,26 @@ def test_free_lb(max_norm, same_draw, norm):
         return {"loss": sum(losses) / 3, "adversarial_loss": sum(losses) / 3}
 
     options = {"max_norm": max_norm, "same_draw": same_draw, "norm": norm}
-    assert_same_steps(small(), lambda model: build("free_lb", model, **options).backward(*batch()), restated)
+    assert_same_steps(
+        small(), lambda model: build("free_lb", model, **options).backward(*batch()), restated
+    )
 
 
 def test_one_pass_of_free_lb_without_a_start_is_plain_training():
     def free(model):
-        return {"loss": build("free_lb", model, steps=1, init_mag=0.0, max_norm=0.0).backward(*batch())["loss"]}
+        return {
+            "loss": build("free_lb", model, steps=1, init_mag=0.0, max_norm=0.0).backward(*batch())[
+                "loss"
+            ]
+        }
 
-    assert_same_steps(small(), free, lambda model: {"loss": build("plain", model).backward(*batch())["loss"]}, rtol=0, atol=0)
+    assert_same_steps(
+        small(),
+        free,
+        lambda model: {"loss": build("plain", model).backward(*batch())["loss"]},
+        rtol=0,
+        atol=0,
+    )
 
 
 def test_free_at_on_text():
@@ -389,7 +480,11 @@ def test_free_at_on_text():
 
     for scale in (1.0, torch.tensor(4.0)):
         assert_same_steps(
-            small(), lambda model, scale=scale: build("free_at", model, sgd(model), epsilon=0.2).backward(*batch(), scale=scale), restated
+            small(),
+            lambda model, scale=scale: build("free_at", model, sgd(model), epsilon=0.2).backward(
+                *batch(), scale=scale
+            ),
+            restated,
         )
 
 
@@ -426,7 +521,8 @@ def test_free_at_skips_updates_that_overflow():
     before = state(model)
     build("free_at", model, sgd(model)).backward(*batch(), scale=torch.tensor(2.0))
     assert_equal(
-        {k: v for k, v in state(model).items() if "batch_norm" not in k}, {k: v for k, v in before.items() if "batch_norm" not in k}
+        {k: v for k, v in state(model).items() if "batch_norm" not in k},
+        {k: v for k, v in before.items() if "batch_norm" not in k},
     )
 
 
@@ -447,19 +543,28 @@ def moved(weights, by):
 
 def masked_by(seed, keep, stream=0):
     """The public generator's mask of a tensor."""
-    return lambda x: reference.kept(x, torch.tensor(seed), keep_probability=keep, step=0, stream=stream)
+    return lambda x: reference.kept(
+        x, torch.tensor(seed), keep_probability=keep, step=0, stream=stream
+    )
 
 
 @pytest.mark.parametrize("keep", [0.5, 1.0])
-@pytest.mark.parametrize("weights", [(), ("lstm.weight_ih_l0", "conv*.weight"), ("batch_norm.weight",)], ids=str)
-@pytest.mark.parametrize("name, passes", [("drop_attack", 1), ("drop_attack_k", 1), ("drop_attack_k", 3)])
+@pytest.mark.parametrize(
+    "weights", [(), ("lstm.weight_ih_l0", "conv*.weight"), ("batch_norm.weight",)], ids=str
+)
+@pytest.mark.parametrize(
+    "name, passes", [("drop_attack", 1), ("drop_attack_k", 1), ("drop_attack_k", 3)]
+)
 def test_drop_attack(name, passes, weights, keep):
     def restated(model):
         steps = Steps(model, *batch())
         attacked = {
             (): [],
             ("batch_norm.weight",): [model.batch_norm.weight],
-            ("lstm.weight_ih_l0", "conv*.weight"): [model.lstm.weight_ih_l0, model.convolution.weight],
+            ("lstm.weight_ih_l0", "conv*.weight"): [
+                model.lstm.weight_ih_l0,
+                model.convolution.weight,
+            ],
         }[weights]
         e = steps.embedded()
         e.retain_grad()
@@ -476,19 +581,39 @@ def test_drop_attack(name, passes, weights, keep):
             g_x = g_x + steps.masked(delta.grad)
             of_input.append(loss)
             if attacked:
-                by = [2.0 * F.normalize(g.flatten(), dim=0).view_as(g) * masked_by(seeds[1], keep, i)(g) for i, g in enumerate(g_w)]
+                by = [
+                    2.0
+                    * F.normalize(g.flatten(), dim=0).view_as(g)
+                    * masked_by(seeds[1], keep, i)(g)
+                    for i, g in enumerate(g_w)
+                ]
                 with moved(attacked, by):
                     loss = steps.loss(model.classify(steps.embedded()))
-                    g_w = [g + new / passes for g, new in zip(g_w, of_weights(loss, attacked), strict=True)]
+                    g_w = [
+                        g + new / passes
+                        for g, new in zip(g_w, of_weights(loss, attacked), strict=True)
+                    ]
                     (loss / passes).backward()
                 of_weight.append(loss)
         losses = {"clean_loss": clean, "adversarial_loss": sum(of_input) / passes}
         losses |= {"weight_loss": sum(of_weight) / passes} if attacked else {}
         return {"loss": sum(losses.values()), **losses}
 
-    options = {"epsilon": 0.7, "keep_probability": keep, "weights": weights, "epsilon_weights": 2.0, "keep_probability_weights": keep}
+    options = {
+        "epsilon": 0.7,
+        "keep_probability": keep,
+        "weights": weights,
+        "epsilon_weights": 2.0,
+        "keep_probability_weights": keep,
+    }
     options |= {} if name == "drop_attack" else {"steps": passes}
-    assert_same_steps(small(), lambda model: build(name, model, **options).backward(*batch()), restated, rtol=1e-8, atol=1e-11)
+    assert_same_steps(
+        small(),
+        lambda model: build(name, model, **options).backward(*batch()),
+        restated,
+        rtol=1e-8,
+        atol=1e-11,
+    )
 
 
 def test_one_step_of_drop_attack_k_is_drop_attack():
@@ -533,7 +658,10 @@ def test_sam(adaptive, same_draw):
         statistics = {name: b.clone() for name, b in model.named_buffers()}
         scaled = [w.detach().abs() * x if adaptive else x for w, x in zip(weights, g, strict=True)]
         length = torch.cat([x.flatten() for x in scaled]).norm()
-        by = [(w.detach().abs() * x if adaptive else x) / length for w, x in zip(weights, scaled, strict=True)]
+        by = [
+            (w.detach().abs() * x if adaptive else x) / length
+            for w, x in zip(weights, scaled, strict=True)
+        ]
         with draw_of(drawn, same_draw), moved(weights, [0.3 * v for v in by]):
             loss = steps.loss(model.classify(steps.embedded()))
             loss.backward()
@@ -542,15 +670,27 @@ def test_sam(adaptive, same_draw):
         return {"loss": loss, "clean_loss": clean}
 
     options = {"rho": 0.3, "adaptive": adaptive, "same_draw": same_draw}
-    assert_same_steps(small(), lambda model: build("sam", model, **options).backward(*batch()), restated)
+    assert_same_steps(
+        small(), lambda model: build("sam", model, **options).backward(*batch()), restated
+    )
 
 
-@pytest.mark.parametrize("name, options", [("sam", {"rho": 0.0}), ("awp", {"gamma": 0.0}), ("awp", {"warmup_epochs": 1})], ids=str)
+@pytest.mark.parametrize(
+    "name, options",
+    [("sam", {"rho": 0.0}), ("awp", {"gamma": 0.0}), ("awp", {"warmup_epochs": 1})],
+    ids=str,
+)
 def test_without_a_perturbation_of_weights_it_is_plain_training(name, options):
     def none(model):
         return {"loss": build(name, model, **options).backward(*batch())["loss"]}
 
-    assert_same_steps(small(), none, lambda model: {"loss": build("plain", model).backward(*batch())["loss"]}, rtol=1e-12, atol=1e-14)
+    assert_same_steps(
+        small(),
+        none,
+        lambda model: {"loss": build("plain", model).backward(*batch())["loss"]},
+        rtol=1e-12,
+        atol=1e-14,
+    )
 
 
 @pytest.mark.parametrize("attack", [0, 2])
@@ -578,15 +718,22 @@ def test_awp(attack):
             steps = Steps(model, *batch(step))
             delta = torch.zeros(N, T, D, dtype=torch.float64)
             for _ in range(attack):
-                delta = ball(delta + 2.5 * 0.5 / attack * unit(steps.input_gradient(delta)), 0.5, "l2")
+                delta = ball(
+                    delta + 2.5 * 0.5 / attack * unit(steps.input_gradient(delta)), 0.5, "l2"
+                )
             statistics = {name: b.clone() for name, b in model.named_buffers()}
             proxy = copy.deepcopy(model)
-            state_of_proxy = [p for name, p in proxy.named_parameters() if p.dim() > 1 and "weight" in name]
+            state_of_proxy = [
+                p for name, p in proxy.named_parameters() if p.dim() > 1 and "weight" in name
+            ]
             loss = steps.loss(proxy.classify(proxy.embedding(steps.inputs) + delta))
             g = torch.autograd.grad(loss, state_of_proxy)
             assert all(torch.equal(b, statistics[name]) for name, b in model.named_buffers())
             ascent = [0.01 * x for x in g]
-            v = [0.2 * w.detach().norm() / (a.norm() + 1e-20) * a for w, a in zip(weights, ascent, strict=True)]
+            v = [
+                0.2 * w.detach().norm() / (a.norm() + 1e-20) * a
+                for w, a in zip(weights, ascent, strict=True)
+            ]
             optimizer.zero_grad()
             for w, x in zip(weights, v, strict=True):
                 w.data += x
@@ -638,8 +785,16 @@ def fisher(model, batches, weights, most):
     total = [torch.zeros_like(w) for w in weights]
     for inputs, labels in batches:
         steps = Steps(copy.deepcopy(model), inputs, labels)
-        twins = [dict(steps.model.named_parameters())[name] for name, w in model.named_parameters() if any(w is each for each in weights)]
-        for sum_of, g in zip(total, torch.autograd.grad(steps.loss(steps.model.classify(steps.embedded())), twins), strict=True):
+        twins = [
+            dict(steps.model.named_parameters())[name]
+            for name, w in model.named_parameters()
+            if any(w is each for each in weights)
+        ]
+        for sum_of, g in zip(
+            total,
+            torch.autograd.grad(steps.loss(steps.model.classify(steps.embedded())), twins),
+            strict=True,
+        ):
             sum_of += (g * min(1.0, most / (g.norm().item() + 1e-6))) ** 2 / len(batches)
     return total
 
@@ -652,8 +807,16 @@ def test_child_tuning_d(target, keep):
     chosen = [twin.lstm.weight_ih_l0, twin.lstm.weight_hh_l0, twin.convolution.weight]
     batches = [batch(i) for i in range(3)]
     make = {"lr": 0.01, "weight_decay": 0.1}
-    optimizers = torch.optim.AdamW(model.parameters(), **make), torch.optim.AdamW(twin.parameters(), **make)
-    options = {"names": ("lstm.weight*", "convolution.weight"), "keep_probability": keep, "target": target, "max_grad_norm": 0.05}
+    optimizers = (
+        torch.optim.AdamW(model.parameters(), **make),
+        torch.optim.AdamW(twin.parameters(), **make),
+    )
+    options = {
+        "names": ("lstm.weight*", "convolution.weight"),
+        "keep_probability": keep,
+        "target": target,
+        "max_grad_norm": 0.05,
+    }
     recipe = build("child_tuning_d", model, optimizers[0], **options)
     before = state(model)
     torch.manual_seed(1)
@@ -664,7 +827,9 @@ def test_child_tuning_d(target, keep):
     cut = numpy.percentile(torch.cat([f.flatten() for f in of_fisher]).numpy(), (1 - keep) * 100)
     masks = [f >= cut for f in of_fisher]
     if keep < 1:
-        assert sum(mask.sum() for mask in masks) / sum(mask.numel() for mask in masks) == pytest.approx(keep, abs=0.01)
+        assert sum(mask.sum() for mask in masks) / sum(
+            mask.numel() for mask in masks
+        ) == pytest.approx(keep, abs=0.01)
     for step in range(2):
         torch.manual_seed(step)
         optimizers[0].zero_grad()
@@ -697,9 +862,13 @@ def test_child_tuning_d_keeps_ties_and_makes_its_mask_of_the_first_epoch():
     assert torch.equal(model.embedding.weight.grad, gradient)
     recipe.epoch_end()
     (mask,) = recipe.masks
-    assert mask[gradient == 0].all() == (0.3 * mask.numel() > (gradient != 0).sum()) and mask[gradient.abs().argmax() // D].any()
+    assert (
+        mask[gradient == 0].all() == (0.3 * mask.numel() > (gradient != 0).sum())
+        and mask[gradient.abs().argmax() // D].any()
+    )
     default = build("child_tuning_d", model)
-    assert [id(p) for p in default._masked] == [id(p) for p in model.layer_norm.parameters()]  # "layer" is in their names
+    # "layer" is in their names
+    assert [id(p) for p in default._masked] == [id(p) for p in model.layer_norm.parameters()]
     assert len(build("child_tuning_d", Images())._masked) == len(list(Images().parameters()))
 
 
@@ -714,19 +883,37 @@ def test_roast(form, detached):
         delta = n + 0.3 * per_token(steps.input_gradient(n))
         h = steps.embedded()
         z1 = model.classify((h.detach() if detached else h) + delta)
-        clean, adversarial, between = steps.loss(z0), steps.loss(z1), divergence(z0, z1, "mean" if form == "paper" else "sum")
+        clean, adversarial, between = (
+            steps.loss(z0),
+            steps.loss(z1),
+            divergence(z0, z1, "mean" if form == "paper" else "sum"),
+        )
         loss = (clean + adversarial if form == "paper" else clean / 2) + 0.5 * between
         loss.backward()
         losses = {"loss": loss, "clean_loss": clean, "divergence": between}
         return losses | ({"adversarial_loss": adversarial} if form == "paper" else {})
 
-    options = {"epsilon": 0.3, "kl_weight": 0.5, "form": form, "detach_embedding": detached, "seed": 1}
-    assert_same_steps(small(), lambda model: build("roast", model, **options).backward(*batch()), restated)
+    options = {
+        "epsilon": 0.3,
+        "kl_weight": 0.5,
+        "form": form,
+        "detach_embedding": detached,
+        "seed": 1,
+    }
+    assert_same_steps(
+        small(), lambda model: build("roast", model, **options).backward(*batch()), restated
+    )
 
 
 def test_roast_masks_once_an_epoch_by_the_rank_of_the_last_one():
     model = small(0.0)
-    options = {"names": ("lstm.*", "convolution.*"), "threshold": 0.6, "sharpness": 4.0, "seed": 3, "backend": "reference"}
+    options = {
+        "names": ("lstm.*", "convolution.*"),
+        "threshold": 0.6,
+        "sharpness": 4.0,
+        "seed": 3,
+        "backend": "reference",
+    }
     recipe = build("roast", model, **options)
     chosen = [p for name, p in model.named_parameters() if name.startswith(("lstm", "convolution"))]
     sums, masks = [], []
@@ -742,14 +929,24 @@ def test_roast_masks_once_an_epoch_by_the_rank_of_the_last_one():
                 for total, g in zip(sums[-1], raw, strict=True):
                     total += g**2
             assert torch.equal(model.head.weight.grad, others)
-            masks[-1].append(torch.cat([(p.grad / g).flatten() for p, g in zip(chosen, raw, strict=True)]).nan_to_num(0))
+            masks[-1].append(
+                torch.cat(
+                    [(p.grad / g).flatten() for p, g in zip(chosen, raw, strict=True)]
+                ).nan_to_num(0)
+            )
         recipe.epoch_end()
-    assert torch.equal(masks[0][0], torch.ones_like(masks[0][0]) * (masks[0][0] != 0))  # the first epoch is trained whole
+    # the first epoch is trained whole
+    assert torch.equal(masks[0][0], torch.ones_like(masks[0][0]) * (masks[0][0] != 0))
     for epoch in (1, 2):
         saliency = torch.cat([total.flatten() for total in sums[epoch - 1]])
-        rank = torch.from_numpy(scipy.stats.rankdata(saliency.numpy(), "min").astype(float) - 1) / saliency.numel()
+        rank = (
+            torch.from_numpy(scipy.stats.rankdata(saliency.numpy(), "min").astype(float) - 1)
+            / saliency.numel()
+        )
         live = masks[epoch][0] != 0
-        torch.testing.assert_close(masks[epoch][0][live], 1 + torch.exp(-8.0 * (rank[live] - 0.6)), rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            masks[epoch][0][live], 1 + torch.exp(-8.0 * (rank[live] - 0.6)), rtol=1e-5, atol=0
+        )
         expected = torch.sigmoid(8.0 * (rank - 0.6)).mean()
         assert live.double().mean() == pytest.approx(expected.item(), abs=0.06)
         for later in masks[epoch][1:]:
@@ -798,7 +995,14 @@ def test_a_recomputed_embedding(name):
 @pytest.mark.parametrize("strength", [0.0, 2.0])
 def test_weight_consolidation(form, strength):
     make = {"lr": 0.02, "weight_decay": 0.1, "eps": 1e-6}
-    options = {"kappa": strength, "gamma": strength, "k": 0.5, "t0": 2, "form": form, "names": ("lstm.*", "embedding.*")}
+    options = {
+        "kappa": strength,
+        "gamma": strength,
+        "k": 0.5,
+        "t0": 2,
+        "form": form,
+        "names": ("lstm.*", "embedding.*"),
+    }
 
     def run(model):
         optimizer = torch.optim.AdamW(model.parameters(), **make)
@@ -812,14 +1016,20 @@ def test_weight_consolidation(form, strength):
         return {"clean_loss": losses["clean_loss"]}
 
     def restated(model):
-        chosen = [p for name, p in model.named_parameters() if name.startswith(("lstm", "embedding"))]
+        chosen = [
+            p for name, p in model.named_parameters() if name.startswith(("lstm", "embedding"))
+        ]
         origin = [p.detach().clone() for p in chosen]
         optimizer = torch.optim.AdamW(model.parameters(), **make)
         for step in range(1, 4):
             optimizer.zero_grad()
             steps = Steps(model, *batch(step - 1))
             loss = steps.loss(model.classify(steps.embedded()))
-            penalty = sum(((p - p0) ** 2).sum() for p, p0 in zip(chosen, origin, strict=True)) * strength / 2
+            penalty = (
+                sum(((p - p0) ** 2).sum() for p, p0 in zip(chosen, origin, strict=True))
+                * strength
+                / 2
+            )
             (loss + (penalty if form == "penalty" else 0)).backward()
             before = [p.detach().clone() for p in chosen]
             if form == "decoupled":
@@ -830,11 +1040,20 @@ def test_weight_consolidation(form, strength):
                 lam = 1 / (1 + math.exp(-0.5 * (step - 2)))
                 for p, p0, w in zip(chosen, origin, before, strict=True):
                     moments = optimizer.state[p]
-                    m, v = moments["exp_avg"] / (1 - 0.9**step), moments["exp_avg_sq"] / (1 - 0.999**step)
-                    p.data = w - 0.02 * lam * m / (v.sqrt() + 1e-6) - 0.02 * (1 - lam) * strength * (w - p0) - 0.02 * 0.1 * w
+                    m, v = (
+                        moments["exp_avg"] / (1 - 0.9**step),
+                        moments["exp_avg_sq"] / (1 - 0.999**step),
+                    )
+                    p.data = (
+                        w
+                        - 0.02 * lam * m / (v.sqrt() + 1e-6)
+                        - 0.02 * (1 - lam) * strength * (w - p0)
+                        - 0.02 * 0.1 * w
+                    )
         return {"clean_loss": loss}
 
-    # The convolution's bias, ahead of BatchNorm, has a gradient of nothing but rounding, which AdamW magnifies.
+    # The convolution's bias, ahead of BatchNorm, has a gradient of nothing but rounding, which
+    # AdamW magnifies.
     assert_same_steps(small(), run, restated, rtol=1e-7, atol=1e-8)
 
 
@@ -858,7 +1077,9 @@ class Twice(nn.Module):
     def features(self, x, norms):
         first = norms[0](self.first(x))
         second = norms[1](self.second(first.relu()))
-        return self.head(second.relu().mean((2, 3))), [f.relu().mean((2, 3)) for f in (first, second)]
+        return self.head(second.relu().mean((2, 3))), [
+            f.relu().mean((2, 3)) for f in (first, second)
+        ]
 
     def forward(self, x):
         return self.features(x, (self.first_norm, self.second_norm))[0]
@@ -872,22 +1093,47 @@ def test_arat(split, predictor, stop_gradient):
 
     def run(model):
         optimizer = sgd(model)
-        options = {"split": split, "predictor": predictor, "stop_gradient": stop_gradient, "random_start": False}
-        recipe = build("arat", model, optimizer, input_range=(0.0, 1.0), invariance_weight=2.0, steps=3, **options)
+        options = {
+            "split": split,
+            "predictor": predictor,
+            "stop_gradient": stop_gradient,
+            "random_start": False,
+        }
+        recipe = build(
+            "arat",
+            model,
+            optimizer,
+            input_range=(0.0, 1.0),
+            invariance_weight=2.0,
+            steps=3,
+            **options,
+        )
         losses = recipe.backward(x, labels)
-        assert {id(p) for p in recipe.parameters()} <= {id(p) for p in optimizer.param_groups[-1]["params"]}
+        assert {id(p) for p in recipe.parameters()} <= {
+            id(p) for p in optimizer.param_groups[-1]["params"]
+        }
         optimizer.step()
         own = recipe.parameters()
         assert all(p.grad is not None for p in own)
         recipe.after_step()
         assert all(p.grad is None for p in own)
         recipe.close()
-        assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
+        assert [id(p) for p in optimizer.param_groups[0]["params"]] == [
+            id(p) for p in model.parameters()
+        ]
         assert len(optimizer.state) <= len(list(model.parameters()))
         return losses | {f"own {i}": p.detach().sum() for i, p in enumerate(own)}
 
     def restated(model):
-        own = [nn.Sequential(nn.Linear(d, d // 4, bias=False), nn.BatchNorm1d(d // 4), nn.ReLU(), nn.Linear(d // 4, d)) for d in (4, 8)]
+        own = [
+            nn.Sequential(
+                nn.Linear(d, d // 4, bias=False),
+                nn.BatchNorm1d(d // 4),
+                nn.ReLU(),
+                nn.Linear(d // 4, d),
+            )
+            for d in (4, 8)
+        ]
         own = own if predictor else []
         for h in own:
             h.double()
@@ -897,32 +1143,54 @@ def test_arat(split, predictor, stop_gradient):
         for _ in range(3):
             statistics = copy.deepcopy(model.state_dict())
             delta.requires_grad_()
-            (g,) = torch.autograd.grad(F.cross_entropy(model((x + delta).clamp(0, 1)), labels), delta)
+            (g,) = torch.autograd.grad(
+                F.cross_entropy(model((x + delta).clamp(0, 1)), labels), delta
+            )
             delta = (delta + 2 / 255 * g.sign()).detach().clamp(-8 / 255, 8 / 255)
             model.load_state_dict(statistics)
         z, f = model.features(x, clean_norms)
         z_adversarial, f_adversarial = model.features((x + delta).clamp(0, 1), norms)
         f = [each.detach() for each in f] if stop_gradient else f
-        predicted = [h(each) for h, each in zip(own, f_adversarial, strict=True)] if own else f_adversarial
-        invariance = sum(1 - F.cosine_similarity(h, each).mean() for h, each in zip(predicted, f, strict=True)) / 2
+        predicted = (
+            [h(each) for h, each in zip(own, f_adversarial, strict=True)] if own else f_adversarial
+        )
+        invariance = (
+            sum(
+                1 - F.cosine_similarity(h, each).mean()
+                for h, each in zip(predicted, f, strict=True)
+            )
+            / 2
+        )
         clean, adversarial = F.cross_entropy(z, labels), F.cross_entropy(z_adversarial, labels)
         loss = 0.5 * clean + 0.5 * adversarial + 2.0 * invariance
         loss.backward()
-        extra = [*(p for h in own for p in h.parameters()), *(p for norm in clean_norms for p in norm.parameters() if split)]
+        extra = [
+            *(p for h in own for p in h.parameters()),
+            *(p for norm in clean_norms for p in norm.parameters() if split),
+        ]
         torch.optim.SGD([*model.parameters(), *extra], lr=LR).step()
-        losses = {"loss": loss, "clean_loss": clean, "adversarial_loss": adversarial, "invariance": invariance}
+        losses = {
+            "loss": loss,
+            "clean_loss": clean,
+            "adversarial_loss": adversarial,
+            "invariance": invariance,
+        }
         return losses | {f"own {i}": p.detach().sum() for i, p in enumerate(extra)}
 
     torch.manual_seed(3)
     model = Twice().double()
     if not predictor:
-        assert_same_steps(model, run, lambda twin: restated_without_draws(restated, twin), rtol=1e-8, atol=1e-10)
+        assert_same_steps(
+            model, run, lambda twin: restated_without_draws(restated, twin), rtol=1e-8, atol=1e-10
+        )
     else:
         assert_same_steps(model, run, restated, rtol=1e-8, atol=1e-10)
 
 
 def restated_without_draws(restated, twin):
-    """The restatement builds predictors that are not there; what it draws for them does not count."""
+    """The restatement builds predictors that are not there; what it draws for them does not
+    count.
+    """
     before = torch.get_rng_state()
     losses = restated(twin)
     torch.set_rng_state(before)
@@ -935,7 +1203,9 @@ def test_arat_balances_by_the_clean_branchs_accuracy():
     recipe = build("arat", model, sgd(model), steps=1, invariance_weight=0.0, balance_rows=6)
     for step in range(4):
         losses = recipe.backward(*images(step))
-        torch.testing.assert_close(losses["loss"], (losses["clean_loss"] + losses["adversarial_loss"]) / 2)
+        torch.testing.assert_close(
+            losses["loss"], (losses["clean_loss"] + losses["adversarial_loss"]) / 2
+        )
     assert len(recipe.recent) == 2  # of four rows each
     clean = copy.deepcopy(model)
     clean.first_norm, clean.second_norm = copy.deepcopy(list(recipe.clean_branch))
@@ -947,7 +1217,9 @@ def test_arat_balances_by_the_clean_branchs_accuracy():
     assert_equal(state(model), before, rtol=0, atol=0)
     recipe.accuracy = 0.75
     losses = recipe.backward(*images())
-    torch.testing.assert_close(losses["loss"], 0.25 * losses["clean_loss"] + 0.75 * losses["adversarial_loss"])
+    torch.testing.assert_close(
+        losses["loss"], 0.25 * losses["clean_loss"] + 0.75 * losses["adversarial_loss"]
+    )
     for given, other in zip(model.modules(), clean.modules(), strict=True):
         assert type(given) is type(other)
 
@@ -956,8 +1228,18 @@ def test_arat_without_invariance_and_branches_is_at_on_images():
     x, labels = images()
     results = []
     options = {"epsilon": 0.1, "norm": "linf", "input_range": (0.0, 1.0)}
-    alone = {"invariance_weight": 0.0, "split": False, "predictor": False, "random_start": False, "steps": 1, "step_size": 0.1}
-    for name, more in (("at", {}), ("arat", {**alone, "clean_weight": 1.0, "adversarial_weight": 1.0})):
+    alone = {
+        "invariance_weight": 0.0,
+        "split": False,
+        "predictor": False,
+        "random_start": False,
+        "steps": 1,
+        "step_size": 0.1,
+    }
+    for name, more in (
+        ("at", {}),
+        ("arat", {**alone, "clean_weight": 1.0, "adversarial_weight": 1.0}),
+    ):
         torch.manual_seed(3)
         model = Twice().double()
         losses = build(name, model, **options, **more).backward(x, labels)
@@ -970,7 +1252,11 @@ def test_arat_leaves_padding_out_of_its_features():
     class Tokens(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embedding, self.norm, self.head = nn.Embedding(WORDS, D), nn.LayerNorm(D), nn.Linear(D, CLASSES)
+            self.embedding, self.norm, self.head = (
+                nn.Embedding(WORDS, D),
+                nn.LayerNorm(D),
+                nn.Linear(D, CLASSES),
+            )
 
         def classify(self, x):
             return self.head(self.norm(x).tanh().mean(1))
@@ -984,10 +1270,21 @@ def test_arat_leaves_padding_out_of_its_features():
     e = steps.embedded().detach()
     delta = 0.3 * steps.input_gradient(torch.zeros_like(e)).sign()
     kept = inputs["attention_mask"][..., None]
-    of_clean, of_adversarial = ((model.norm(x).relu() * kept).sum(1) / kept.sum(1) for x in (e, e + delta))
+    of_clean, of_adversarial = (
+        (model.norm(x).relu() * kept).sum(1) / kept.sum(1) for x in (e, e + delta)
+    )
     expected = 1 - F.cosine_similarity(of_clean, of_adversarial).mean()
-    options = {"predictor": False, "random_start": False, "steps": 1, "epsilon": 0.3, "step_size": 0.3}
-    torch.testing.assert_close(build("arat", model, layers="norm", **options).backward(inputs, labels)["invariance"], expected.detach())
+    options = {
+        "predictor": False,
+        "random_start": False,
+        "steps": 1,
+        "epsilon": 0.3,
+        "step_size": 0.3,
+    }
+    torch.testing.assert_close(
+        build("arat", model, layers="norm", **options).backward(inputs, labels)["invariance"],
+        expected.detach(),
+    )
 
 
 @pytest.mark.parametrize("random_start", [True, False])
@@ -995,32 +1292,55 @@ def test_arat_leaves_padding_out_of_its_features():
 @pytest.mark.parametrize("predictor", [True, False])
 def test_arat_as_if_ignored_rows_were_not_there(predictor, stop_gradient, random_start):
     torch.manual_seed(3)
-    first = nn.Sequential(nn.Embedding(WORDS, D), nn.Flatten(), nn.Linear(T * D, 6), nn.Tanh(), nn.Linear(6, CLASSES)).double()
+    first = nn.Sequential(
+        nn.Embedding(WORDS, D), nn.Flatten(), nn.Linear(T * D, 6), nn.Tanh(), nn.Linear(6, CLASSES)
+    ).double()
     ids, labels = torch.randint(WORDS, (8, T)), torch.arange(8) % CLASSES
     kept = torch.arange(8) < 5  # those before the others, so that they start at the same noise
     results = []
     for inputs, targets in ((ids, torch.where(kept, labels, -100)), (ids[kept], labels[kept])):
         model = copy.deepcopy(first)
         torch.manual_seed(4)
-        options = {"predictor": predictor, "stop_gradient": stop_gradient, "random_start": random_start, "balance_rows": 6, "steps": 2}
+        options = {
+            "predictor": predictor,
+            "stop_gradient": stop_gradient,
+            "random_start": random_start,
+            "balance_rows": 6,
+            "steps": 2,
+        }
         recipe = recipes.arat(model, model[0], **options)
         torch.manual_seed(5)
         losses, *_ = [recipe.backward(inputs, targets) for _ in range(3)]
         remembered = len(recipe.recent)
         recipe.epoch_end()
-        grads = {f"gradient {i}": p.grad for i, p in enumerate([*model.parameters(), *recipe.parameters()])}
-        results.append(losses | grads | {"accuracy": torch.tensor(recipe.accuracy), "remembered": torch.tensor(remembered)})
+        grads = {
+            f"gradient {i}": p.grad
+            for i, p in enumerate([*model.parameters(), *recipe.parameters()])
+        }
+        results.append(
+            losses
+            | grads
+            | {"accuracy": torch.tensor(recipe.accuracy), "remembered": torch.tensor(remembered)}
+        )
     assert_equal(results[0], results[1], rtol=1e-9, atol=1e-12)
 
 
 def test_arat_where_every_row_is_ignored():
-    model = nn.Sequential(nn.Embedding(WORDS, D), nn.Flatten(), nn.Linear(T * D, 6), nn.Tanh(), nn.Linear(6, CLASSES))
-    loss = recipes.arat(model, model[0], steps=1).backward(batch()[0]["ids"], torch.full((N,), -100))["loss"]
+    model = nn.Sequential(
+        nn.Embedding(WORDS, D), nn.Flatten(), nn.Linear(T * D, 6), nn.Tanh(), nn.Linear(6, CLASSES)
+    )
+    loss = recipes.arat(model, model[0], steps=1).backward(
+        batch()[0]["ids"], torch.full((N,), -100)
+    )["loss"]
     assert loss.isnan()
 
 
 def test_arat_splits_the_norms_it_is_told_to():
-    for options, kinds in (({}, [nn.BatchNorm1d]), ({"split_layer_norm": True}, [nn.BatchNorm1d, nn.LayerNorm]), ({"split": False}, [])):
+    for options, kinds in (
+        ({}, [nn.BatchNorm1d]),
+        ({"split_layer_norm": True}, [nn.BatchNorm1d, nn.LayerNorm]),
+        ({"split": False}, []),
+    ):
         model = small()
         recipe = build("arat", model, steps=1, **options)
         assert [type(module) for module in recipe.clean_branch] == kinds
@@ -1028,13 +1348,24 @@ def test_arat_splits_the_norms_it_is_told_to():
         recipe.backward(*batch())
         assert all(p.grad is not None for p in recipe.parameters())
         assert all(p.grad is not None for p in model.parameters())
-        moved_buffers = [name for name, value in recipe.clean_branch.state_dict().items() if not torch.equal(value, before[name])]
-        assert all("running" in name or "tracked" in name for name in moved_buffers) and bool(moved_buffers) == bool(kinds)
+        moved_buffers = [
+            name
+            for name, value in recipe.clean_branch.state_dict().items()
+            if not torch.equal(value, before[name])
+        ]
+        assert all("running" in name or "tracked" in name for name in moved_buffers) and bool(
+            moved_buffers
+        ) == bool(kinds)
 
 
 def test_arat_finds_layers_in_any_model():
-    layers = [build("arat", model)._layers for model in (small(), nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)))]
-    assert [type(layer) for layer in layers[0]] == [nn.BatchNorm1d] and [layer.out_features for layer in layers[1]] == [3]
+    layers = [
+        build("arat", model)._layers
+        for model in (small(), nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)))
+    ]
+    assert [type(layer) for layer in layers[0]] == [nn.BatchNorm1d] and [
+        layer.out_features for layer in layers[1]
+    ] == [3]
     with pytest.raises(ValueError, match="nothing to hold alike"):
         build("arat", nn.Sequential(nn.Flatten()))
 
@@ -1042,7 +1373,10 @@ def test_arat_finds_layers_in_any_model():
 def divergence(first, second, reduction="mean"):
     log_p, log_q = first.log_softmax(-1), second.log_softmax(-1)
     kind = {"mean": "batchmean", "sum": "sum"}[reduction]
-    return (F.kl_div(log_q, log_p, log_target=True, reduction=kind) + F.kl_div(log_p, log_q, log_target=True, reduction=kind)) / 2
+    return (
+        F.kl_div(log_q, log_p, log_target=True, reduction=kind)
+        + F.kl_div(log_p, log_q, log_target=True, reduction=kind)
+    ) / 2
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -1058,23 +1392,48 @@ def test_r_drop_and_r_at(name, reduction):
         losses["clean_loss" if name == "r_drop" else "adversarial_loss"] = of_pair
         losses["divergence"] = divergence(*pair, reduction)
         (of_pair + 2.0 * losses["divergence"]).backward()
-        return {"loss": losses["clean_loss"] + losses.get("adversarial_loss", 0) + 2.0 * losses["divergence"], **losses}
+        return {
+            "loss": losses["clean_loss"]
+            + losses.get("adversarial_loss", 0)
+            + 2.0 * losses["divergence"],
+            **losses,
+        }
 
-    options = {"alpha": 2.0, "reduction": reduction} | ({} if name == "r_drop" else {"epsilon": 0.5})
+    options = {"alpha": 2.0, "reduction": reduction} | (
+        {} if name == "r_drop" else {"epsilon": 0.5}
+    )
     options |= {"seed": 0} if name == "r_at_su" else {}
-    assert_same_steps(small(), lambda model: build(name, model, **options).backward(*batch()), restated)
+    assert_same_steps(
+        small(), lambda model: build(name, model, **options).backward(*batch()), restated
+    )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_divergence_of_regression_and_of_ignored_rows(reduction):
     def restated(model, task, ignored):
         inputs, labels = batch()
-        labels = torch.linspace(-1, 1, N, dtype=torch.float64)[:, None] if task == "regression" else labels
+        labels = (
+            torch.linspace(-1, 1, N, dtype=torch.float64)[:, None]
+            if task == "regression"
+            else labels
+        )
         steps = Steps(model, inputs, labels, task)
         pair = [model.classify(steps.embedded()) for _ in range(2)]
-        loss = sum(F.mse_loss(z, labels) if task == "regression" else F.cross_entropy(z, labels, ignore_index=ignored) for z in pair) / 2
+        loss = (
+            sum(
+                F.mse_loss(z, labels)
+                if task == "regression"
+                else F.cross_entropy(z, labels, ignore_index=ignored)
+                for z in pair
+            )
+            / 2
+        )
         kept = labels.squeeze() != ignored
-        between = divergence(*(z[kept] for z in pair), reduction) if task != "regression" else F.mse_loss(*pair, reduction=reduction)
+        between = (
+            divergence(*(z[kept] for z in pair), reduction)
+            if task != "regression"
+            else F.mse_loss(*pair, reduction=reduction)
+        )
         (loss + between).backward()
         return {"loss": loss + between, "clean_loss": loss, "divergence": between}
 
@@ -1083,12 +1442,16 @@ def test_divergence_of_regression_and_of_ignored_rows(reduction):
     ignored = int(labels[0])
     assert_same_steps(
         small(classes=1),
-        lambda model: build("r_drop", model, task="regression", reduction=reduction).backward(inputs, values),
+        lambda model: build("r_drop", model, task="regression", reduction=reduction).backward(
+            inputs, values
+        ),
         lambda model: restated(model, "regression", -100),
     )
     assert_same_steps(
         small(),
-        lambda model: build("r_drop", model, ignore_index=ignored, reduction=reduction).backward(inputs, labels),
+        lambda model: build("r_drop", model, ignore_index=ignored, reduction=reduction).backward(
+            inputs, labels
+        ),
         lambda model: restated(model, "classification", ignored),
     )
 
@@ -1096,7 +1459,9 @@ def test_divergence_of_regression_and_of_ignored_rows(reduction):
 def test_masked_classes_add_nothing_to_the_divergence():
     class Masked(Small):
         def classify(self, x):
-            return torch.cat([super().classify(x), torch.full((len(x), 1), -torch.inf, dtype=x.dtype)], 1)
+            return torch.cat(
+                [super().classify(x), torch.full((len(x), 1), -torch.inf, dtype=x.dtype)], 1
+            )
 
     results = []
     for kind in (Small, Masked):
@@ -1136,7 +1501,18 @@ def test_uegr_without_divergence_and_selection_is_at():
     models = small(), small()
     for name, model, options in (
         ("at", models[0], {"epsilon": 0.5}),
-        ("uegr", models[1], {"epsilon": 0.5, "js_weight": 0.0, "passes": 1, "threshold": 1e6, "seed": 0, "adaptive_dropout": False}),
+        (
+            "uegr",
+            models[1],
+            {
+                "epsilon": 0.5,
+                "js_weight": 0.0,
+                "passes": 1,
+                "threshold": 1e6,
+                "seed": 0,
+                "adaptive_dropout": False,
+            },
+        ),
     ):
         optimizer = sgd(model)
         for step in range(2):
@@ -1155,7 +1531,9 @@ def test_drop_attack_with_everything_kept_is_at():
 
     model = small(0.0)  # the masks' seeds are drawn between the passes
     twin = copy.deepcopy(model)
-    assert_equal(attack(model), build("at", twin, epsilon=0.5).backward(*batch()), rtol=1e-12, atol=0)
+    assert_equal(
+        attack(model), build("at", twin, epsilon=0.5).backward(*batch()), rtol=1e-12, atol=0
+    )
     assert_equal(state(model), state(twin), rtol=1e-9, atol=1e-12)
 
 
@@ -1181,7 +1559,13 @@ def test_with_everything_kept_it_is_plain_adamw(name, options):
 @pytest.mark.parametrize("weights, times", [((), 2), (("lstm.*",), 3)], ids=str)
 def test_drop_attack_with_nothing_kept_is_plain_training_so_many_times(weights, times):
     _, plain = run("plain", small(0.0))
-    _, attacked = run("drop_attack", small(0.0), keep_probability=0.0, keep_probability_weights=0.0, weights=weights)
+    _, attacked = run(
+        "drop_attack",
+        small(0.0),
+        keep_probability=0.0,
+        keep_probability_weights=0.0,
+        weights=weights,
+    )
     assert_equal(attacked, {key: times * g for key, g in plain.items()}, rtol=1e-9, atol=1e-12)
 
 
@@ -1213,10 +1597,20 @@ def test_uegr_is_the_stage(adaptive):
 
     def run(model):
         plain = model.dropout
-        recipe = build("uegr", model, seed=0, **options, **({} if adaptive is None else {"adaptive_dropout": adaptive}))
+        recipe = build(
+            "uegr",
+            model,
+            seed=0,
+            **options,
+            **({} if adaptive is None else {"adaptive_dropout": adaptive}),
+        )
         results = [recipe.backward(*batch(step)) for step in range(3)]
         recipe.close()
-        assert model.dropout is plain and type(plain) is nn.Dropout and vars(plain).keys() == vars(nn.Dropout()).keys()
+        assert (
+            model.dropout is plain
+            and type(plain) is nn.Dropout
+            and vars(plain).keys() == vars(nn.Dropout()).keys()
+        )
         return results[-1]
 
     assert_same_steps(small(), run, stage)
@@ -1226,23 +1620,37 @@ def test_uegr_is_the_stage(adaptive):
 def test_the_update_is_selective(name):
     """The same masks inside SelectiveSGD's step and ahead of torch's SGD, from the same seed."""
     inside, outside = small(), small()
-    options = {"keep_probability": 0.4} if name == "child_tuning_f" else {"threshold": 0.05, "sharpness": 3.0}
+    options = (
+        {"keep_probability": 0.4}
+        if name == "child_tuning_f"
+        else {"threshold": 0.05, "sharpness": 3.0}
+    )
     optimizers = uk.SelectiveSGD(inside.parameters(), lr=LR, seed=5), sgd(outside)
     of_inside = build(name, inside, optimizers[0], **options)
     of_outside = build(name, outside, optimizers[1], seed=5, **options)
     assert options.items() <= optimizers[0].param_groups[0].items()
     masked = 0
     for step in range(2):
-        for model, recipe, optimizer in ((inside, of_inside, optimizers[0]), (outside, of_outside, optimizers[1])):
+        for model, recipe, optimizer in (
+            (inside, of_inside, optimizers[0]),
+            (outside, of_outside, optimizers[1]),
+        ):
             torch.manual_seed(step)
             optimizer.zero_grad()
             recipe.backward(*batch(step))
             recipe.before_step()
-            masked += model is outside and sum((p.grad == 0).sum() for p in (model.head.weight, model.lstm.weight_ih_l0))
+            masked += model is outside and sum(
+                (p.grad == 0).sum() for p in (model.head.weight, model.lstm.weight_ih_l0)
+            )
             optimizer.step()
             recipe.after_step()
     assert masked > 0
-    assert_equal(state(inside) | grads_apart(inside), state(outside) | grads_apart(inside), rtol=1e-9, atol=1e-12)
+    assert_equal(
+        state(inside) | grads_apart(inside),
+        state(outside) | grads_apart(inside),
+        rtol=1e-9,
+        atol=1e-12,
+    )
 
 
 def grads_apart(model):
@@ -1261,7 +1669,9 @@ def test_selection_with_adamw_defaults_to_a_drawn_seed():
 # Cost
 
 
-COSTS = {  # forwards, backwards, and how often those reach the parameters, where two of them may be walked in one call
+# forwards, backwards, and how often those reach the parameters, where two of them may be walked in
+# one call
+COSTS = {
     "plain": (1, 1, 1),
     "l1": (1, 1, 1),
     "l2": (1, 1, 1),
@@ -1334,7 +1744,9 @@ def test_cost_by_option(name, options, forwards):
 
 
 def test_names():
-    assert all(callable(getattr(recipes, name)) for name in recipes.NAMES) and len(set(recipes.NAMES)) == len(recipes.NAMES)
+    assert all(callable(getattr(recipes, name)) for name in recipes.NAMES) and len(
+        set(recipes.NAMES)
+    ) == len(recipes.NAMES)
     assert uk.recipes is recipes
 
 
@@ -1362,13 +1774,18 @@ def test_a_call_changes_gradients_and_statistics_only(name):
     hooks = len(model.embedding._forward_hooks)
     losses = recipe.backward(*batch())
     assert hooks <= 1 and "loss" in losses
-    assert all(loss.dim() == 0 and loss.isfinite() and not loss.requires_grad for loss in losses.values())
+    assert all(
+        loss.dim() == 0 and loss.isfinite() and not loss.requires_grad for loss in losses.values()
+    )
     assert [module.training for module in model.modules()] == modes
     after = state(model)
     for key, value in before.items():
         if not key.startswith("batch_norm.") or key.endswith(("weight", "bias")):
             assert torch.equal(after[key], value) or name == "free_at", key
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters()) or name == "free_at"
+    assert (
+        all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        or name == "free_at"
+    )
     recipe.close()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     with pytest.raises(RuntimeError, match="closed"):
@@ -1422,7 +1839,9 @@ def test_an_exception_leaves_the_model_as_it_was(name, where):
 
 @pytest.mark.parametrize("name", recipes.NAMES)
 def test_scale_and_earlier_gradients(name):
-    """scale multiplies the gradient only; what .grad held before is added to, and steers nothing (R5)."""
+    """scale multiplies the gradient only; what .grad held before is added to, and steers
+    nothing (R5).
+    """
     if name == "free_at":
         pytest.skip("it steps, and leaves no gradient")
     results = []
@@ -1433,13 +1852,16 @@ def test_scale_and_earlier_gradients(name):
         recipe = build(name, model)
         torch.manual_seed(4)
         losses = recipe.backward(*batch(), scale=scale)
-        results.append((losses, {key: (p.grad - start) / scale for key, p in model.named_parameters()}))
+        results.append(
+            (losses, {key: (p.grad - start) / scale for key, p in model.named_parameters()})
+        )
     for losses, gradients in results[1:]:
         assert_equal(losses, results[0][0], rtol=1e-9, atol=1e-12)
         assert_equal(gradients, results[0][1], rtol=1e-7, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", [name for name in recipes.NAMES if name not in ("sam", "awp")])  # which perturb the table itself
+# which perturb the table itself
+@pytest.mark.parametrize("name", [name for name in recipes.NAMES if name not in ("sam", "awp")])
 def test_padding_is_not_perturbed(name):
     """What a mask hides is the same in every pass, whatever the padding does to the loss (R3)."""
     seen = []
@@ -1474,7 +1896,9 @@ def test_zero_and_tiny_gradients(name):
     inputs, labels = batch()
     for factor in (0.0, 1e-25):
         model.zero_grad()
-        losses = build(name, model, sgd(model)).backward(inputs | {"factor": torch.full((N,), factor, dtype=torch.float64)}, labels)
+        losses = build(name, model, sgd(model)).backward(
+            inputs | {"factor": torch.full((N,), factor, dtype=torch.float64)}, labels
+        )
         assert all(loss.isfinite() for loss in losses.values())
         assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
@@ -1482,14 +1906,20 @@ def test_zero_and_tiny_gradients(name):
 @pytest.mark.parametrize("name", recipes.NAMES)
 @pytest.mark.parametrize("data", [batch, images], ids=["text", "images"])
 def test_regression(name, data):
-    """Squared error in the place of cross-entropy, squared differences in that of the divergences (R9)."""
+    """Squared error in the place of cross-entropy, squared differences in that of the
+    divergences (R9).
+    """
     model = small(0.0, classes=1) if data is batch else Images(1).double()
 
     def targets(step):
-        return data(step)[0], torch.randn(N, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        return data(step)[0], torch.randn(
+            N, dtype=torch.float64, generator=torch.Generator().manual_seed(step)
+        )
 
     inputs, values = targets(0)
-    expected = F.mse_loss(copy.deepcopy(model)(**inputs if isinstance(inputs, dict) else {"x": inputs})[:, 0], values).detach()
+    expected = F.mse_loss(
+        copy.deepcopy(model)(**inputs if isinstance(inputs, dict) else {"x": inputs})[:, 0], values
+    ).detach()
     losses, recipe = train(name, model, data=targets, task="regression")
     assert all(loss.isfinite() for each in losses for loss in each.values())
     torch.testing.assert_close(losses[0].get("clean_loss", expected), expected)
@@ -1506,7 +1936,9 @@ def test_precision_and_frozen_embeddings(name, kind):
         losses = build(name, model, sgd(model)).backward(*batch())
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-    assert (model.embedding.weight.grad is None) == (kind == "frozen embedding" or name == "free_at")
+    assert (model.embedding.weight.grad is None) == (
+        kind == "frozen embedding" or name == "free_at"
+    )
 
 
 MOVING = [
@@ -1526,7 +1958,9 @@ MOVING = [
 
 @pytest.mark.parametrize("name, options", MOVING, ids=str)
 def test_autocast_sees_the_weights_where_they_are(name, options):
-    """Its casts of weights are kept until the region ends; as without them, whatever is called inside."""
+    """Its casts of weights are kept until the region ends; as without them, whatever is called
+    inside.
+    """
     results = []
     for cache in (True, False):
         torch.manual_seed(3)
@@ -1557,15 +1991,22 @@ class Blocks(nn.Module):
 
     def __init__(self, reentrant):
         super().__init__()
-        self.embedding, self.block, self.head = nn.Embedding(WORDS, D), nn.Linear(D, D), nn.Linear(D, CLASSES)
+        self.embedding, self.block, self.head = (
+            nn.Embedding(WORDS, D),
+            nn.Linear(D, D),
+            nn.Linear(D, CLASSES),
+        )
         self.reentrant = reentrant
 
     def forward(self, ids, attention_mask):
-        x = checkpoint(lambda x: self.block(x).tanh(), self.embedding(ids), use_reentrant=self.reentrant)
+        x = checkpoint(
+            lambda x: self.block(x).tanh(), self.embedding(ids), use_reentrant=self.reentrant
+        )
         return self.head(x.mean(1))
 
 
-GRAD = ("pgd", "roast", "adv_embed", "sam", "awp", "arat")  # whose gradients that stop at the embedding torch refuses there
+# whose gradients that stop at the embedding torch refuses there
+GRAD = ("pgd", "roast", "adv_embed", "sam", "awp", "arat")
 
 
 @pytest.mark.parametrize("name", recipes.NAMES)
@@ -1600,7 +2041,11 @@ def test_an_empty_batch(name):
     recipe = build(name, model, optimizer)
     inputs, labels = batch()
     before, drawn = state(model), torch.get_rng_state()
-    for empty in ({key: value[:0] for key, value in inputs.items()}, inputs["ids"][:0], (inputs["ids"][:0],)):
+    for empty in (
+        {key: value[:0] for key, value in inputs.items()},
+        inputs["ids"][:0],
+        (inputs["ids"][:0],),
+    ):
         with pytest.raises(ValueError, match="the batch is empty"):
             recipe.backward(empty, labels[:0])
     with pytest.raises(ValueError, match="the batch is empty"):
@@ -1621,7 +2066,11 @@ def test_mistakes_are_told_in_the_users_words(name):
             return self.head(self.layer_norm(self.embedding(ids)))
 
     model, (inputs, labels) = Tokens().double(), batch()
-    with pytest.raises(ValueError, match=r"logits of shape \[4, 7, 3\].*\[N, C\].*token classification"):
+    with pytest.raises(
+        ValueError,
+        match=r"logits of shape \[4, 7, 3\].*\[N, C\].*token "
+        r"classification",
+    ):
         build(name, model, sgd(model)).backward(inputs, labels)
     model = small()
     for wrong, error, text in (
@@ -1653,7 +2102,9 @@ def test_dicts_with_logits(name):
 
 
 @pytest.mark.parametrize(
-    "name, options", [("free_lb", {}), ("roast", {}), ("sam", {}), ("arat", {"steps": 1})], ids=lambda value: str(value)
+    "name, options",
+    [("free_lb", {}), ("roast", {}), ("sam", {}), ("arat", {"steps": 1})],
+    ids=lambda value: str(value),
 )
 def test_a_model_compiled_after_the_recipe_was_built(name, options):
     results = []
@@ -1678,12 +2129,17 @@ def test_adaptive_dropout(name):
     model = Small(0.3)
     uk.replace_dropout(model)
     losses, _ = train(name, model)
-    assert all(loss.isfinite() for each in losses for loss in each.values()) and model.dropout.pending.isfinite().all()
+    assert (
+        all(loss.isfinite() for each in losses for loss in each.values())
+        and model.dropout.pending.isfinite().all()
+    )
     assert model.dropout.gradient_norm.max() > 0
 
 
 def test_ascents_leave_the_norms_alone():
-    """Nothing is dropped and next to nothing moved: each descent leaves what the plain loss leaves."""
+    """Nothing is dropped and next to nothing moved: each descent leaves what the plain loss
+    leaves.
+    """
     norms = []
     for each, given in (("plain", {}), ("sam", {"rho": 1e-9})):
         model = small(0.0)
@@ -1710,9 +2166,15 @@ def test_what_a_held_pass_leaves_is_dropped():
     assert all(torch.equal(tensor, value) for tensor, value in zip(before, values, strict=True))
 
 
-@pytest.mark.parametrize("name, options", [("free_lb", {"adv_lr": 0.0, "init_mag": 0.0}), ("sam", {"rho": 0.0})], ids=["free_lb", "sam"])
+@pytest.mark.parametrize(
+    "name, options",
+    [("free_lb", {"adv_lr": 0.0, "init_mag": 0.0}), ("sam", {"rho": 0.0})],
+    ids=["free_lb", "sam"],
+)
 def test_the_same_draw_of_adaptive_dropout(name, options):
-    """Later passes drop the units that the first one dropped, though there are gradient norms in between."""
+    """Later passes drop the units that the first one dropped, though there are gradient norms
+    in between.
+    """
     losses = []
     for each, given in (("plain", {}), (name, options)):
         model = small()
@@ -1727,7 +2189,11 @@ def test_the_same_draw_of_adaptive_dropout(name, options):
 def test_docstring(name):
     """One line that says what it is, and under 25 in all; the section of METHODS is named."""
     lines = getattr(recipes, name).__doc__.strip().splitlines()
-    assert lines[0].endswith((".", ")")) and len(lines) < 25 and (name == "plain" or "METHODS" in lines[0])
+    assert (
+        lines[0].endswith((".", ")"))
+        and len(lines) < 25
+        and (name == "plain" or "METHODS" in lines[0])
+    )
 
 
 def test_an_optimizer_given_later_selects_by_itself():
@@ -1738,7 +2204,10 @@ def test_an_optimizer_given_later_selects_by_itself():
     before = model.head.weight.grad.clone()
     recipe.before_step()
     assert torch.equal(model.head.weight.grad, before)
-    assert (recipe.optimizer.param_groups[0]["threshold"], recipe.optimizer.param_groups[0]["seed"]) == (0.05, 5)
+    assert (
+        recipe.optimizer.param_groups[0]["threshold"],
+        recipe.optimizer.param_groups[0]["seed"],
+    ) == (0.05, 5)
 
 
 @pytest.mark.parametrize("name", recipes.NAMES)
@@ -1771,13 +2240,17 @@ def test_at_on_images():
 
     torch.manual_seed(3)
     assert_same_steps(
-        Images().double(), lambda model: build("at", model, epsilon=2.0, input_range=(0.0, 1.0)).backward(x, labels), restated
+        Images().double(),
+        lambda model: build("at", model, epsilon=2.0, input_range=(0.0, 1.0)).backward(x, labels),
+        restated,
     )
 
 
 @pytest.fixture
 def process_group(tmp_path):
-    torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
     yield
     torch.distributed.destroy_process_group()
 
@@ -1792,13 +2265,18 @@ SHARDED = {  # what recipes of whole weights say to sharded ones
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
-@pytest.mark.parametrize("name", ["l1", "at", "pgd", "free_lb", "r_at_su", "weight_consolidation", *SHARDED])
+@pytest.mark.parametrize(
+    "name", ["l1", "at", "pgd", "free_lb", "r_at_su", "weight_consolidation", *SHARDED]
+)
 def test_sharded_parameters(process_group, name):
     plain, sharded = small(), small()
     mesh = torch.distributed.init_device_mesh("cpu", (1,))
     for module in (sharded.lstm, sharded.convolution, sharded):
         fully_shard(module, mesh=mesh)
-    options = {"drop_attack": {"weights": "lstm.*"}, "weight_consolidation": {"form": "penalty"}}.get(name, {})
+    options = {
+        "drop_attack": {"weights": "lstm.*"},
+        "weight_consolidation": {"form": "penalty"},
+    }.get(name, {})
 
     def train_one(model):
         optimizer = uk.SelectiveSGD(model.parameters(), lr=LR, seed=5)
@@ -1826,7 +2304,9 @@ def test_sharded_parameters(process_group, name):
 def one_rank(rank, path):
     torch.set_num_threads(1)
     store, patience = torch.distributed.FileStore(path, 2), datetime.timedelta(minutes=3)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=patience)
+    torch.distributed.init_process_group(
+        "gloo", store=store, rank=rank, world_size=2, timeout=patience
+    )
     try:
         for name in recipes.NAMES:
             for inside in (False, True):
@@ -1847,8 +2327,14 @@ class Wrapper(nn.Module):
 
 
 def one_recipe(name, rank, inside):
-    """Under DDP, or with DDP inside another module, beside the same recipe on a plain model whose gradients are averaged by hand."""
-    given = {"arat": {"steps": 2}, "awp": {"epsilon": 0.5, "steps": 1}, "drop_attack_k": {"weights": "*lstm.*", "steps": 2}}
+    """Under DDP, or with DDP inside another module, beside the same recipe on a plain model
+    whose gradients are averaged by hand.
+    """
+    given = {
+        "arat": {"steps": 2},
+        "awp": {"epsilon": 0.5, "steps": 1},
+        "drop_attack_k": {"weights": "*lstm.*", "steps": 2},
+    }
     options = given.get(name, {})
     plain = small()
     wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(plain))
@@ -1863,11 +2349,14 @@ def one_recipe(name, rank, inside):
     torch.manual_seed(0)
     of_plain = build(name, plain, sgd(plain), **options)
     torch.manual_seed(rank)  # what the recipe draws when it is built must not part the ranks
-    recipe = getattr(recipes, name)(Wrapper(wrapped) if inside else wrapped, inner.embedding, optimizer, **options)
+    recipe = getattr(recipes, name)(
+        Wrapper(wrapped) if inside else wrapped, inner.embedding, optimizer, **options
+    )
     for step in range(2):
         data = batch(2 * step + rank)
         optimizer.zero_grad()
-        # FreeAT steps by itself, AWP ascends with all ranks' gradients, ARAT has weights of its own, which step.
+        # FreeAT steps by itself, AWP ascends with all ranks' gradients, ARAT has weights of its
+        # own, which step.
         compared = name not in ("free_at", "awp") and not (name == "arat" and step)
         if compared:
             plain.load_state_dict(inner.state_dict())
@@ -1879,11 +2368,15 @@ def one_recipe(name, rank, inside):
         reductions.clear()
         torch.manual_seed(10 + rank)
         losses = recipe.backward(*data)
-        assert sum(reductions) == (3 if name == "free_at" else 1) * sum(p.numel() for p in inner.parameters()), (name, reductions)
+        assert sum(reductions) == (3 if name == "free_at" else 1) * sum(
+            p.numel() for p in inner.parameters()
+        ), (name, reductions)
         if compared:
             assert_equal(losses, expected, rtol=1e-9, atol=1e-12)
             gradient = torch.cat([p.grad.flatten() for p in inner.parameters()])
-            assert torch.allclose(gradient, expected_gradient / 2, rtol=1e-9, atol=1e-12), f"{name}: another gradient"
+            assert torch.allclose(gradient, expected_gradient / 2, rtol=1e-9, atol=1e-12), (
+                f"{name}: another gradient"
+            )
         recipe.before_step()
         optimizer.step()
         recipe.after_step()
@@ -1924,7 +2417,9 @@ def test_resume(name):
         recipe = build(name, model, optimizer)
         for step in range(4):
             if step == 2 and interrupted:
-                saved = copy.deepcopy([model.state_dict(), optimizer.state_dict(), recipe.state_dict()])
+                saved = copy.deepcopy(
+                    [model.state_dict(), optimizer.state_dict(), recipe.state_dict()]
+                )
                 random = torch.get_rng_state()
                 recipe.close()
                 model = small()
@@ -1983,14 +2478,24 @@ def test_wrong_options(name):
         ("pgd", {"steps": 0}, ValueError, "steps=0"),
         ("pgd", {"step_size": -1.0}, ValueError, "step_size=-1.0"),
         ("pgd", {"random_start": 1}, TypeError, "random_start=1"),
-        ("pgd", {"first_step_from_clean": True, "random_start": True}, ValueError, "first_step_from_clean"),
+        (
+            "pgd",
+            {"first_step_from_clean": True, "random_start": True},
+            ValueError,
+            "first_step_from_clean",
+        ),
         ("adv_embed", {"per": "word"}, ValueError, "per='word'"),
         ("free_at", {"steps": 0}, ValueError, "steps=0"),
         ("free_at", {"norm": "max"}, ValueError, "norm='max'"),
         ("free_lb", {"adv_lr": -1.0}, ValueError, "adv_lr=-1.0"),
         ("free_lb", {"same_draw": None}, TypeError, "same_draw=None"),
         ("drop_attack", {"keep_probability": 1.5}, ValueError, "keep_probability=1.5"),
-        ("drop_attack", {"weights": ("lstm.weight_ih",)}, ValueError, "'lstm.weight_ih' matches no trainable parameter"),
+        (
+            "drop_attack",
+            {"weights": ("lstm.weight_ih",)},
+            ValueError,
+            "'lstm.weight_ih' matches no trainable parameter",
+        ),
         ("drop_attack", {"attack_input": False}, ValueError, "attack_input=False"),
         ("drop_attack_k", {"steps": 0}, ValueError, "steps=0"),
         ("sam", {"rho": -0.1}, ValueError, "rho=-0.1"),
@@ -2031,11 +2536,16 @@ def test_wrong_values(name, options, error, text):
 
 def test_the_example_on_sentence_similarity(tmp_path, capsys):
     for part in ("train", "test"):
-        lines = [f"{score:.3f}\tA man eats {word} ||| A man eats rice\n" for score, word in zip((0, 1, 2, 5), "abcd", strict=True)]
+        lines = [
+            f"{score:.3f}\tA man eats {word} ||| A man eats rice\n"
+            for score, word in zip((0, 1, 2, 5), "abcd", strict=True)
+        ]
         with gzip.open(tmp_path / f"{part}.tsv.gz", "wt") as file:
             file.writelines(["label\ttext\n", *lines * 3])
     example = runpy.run_path(str(pathlib.Path(__file__).parent.parent / "examples" / "stsb.py"))
-    pearson, spearman = example["main"]([str(tmp_path), "--recipe", "r_at", "--epochs", "8", "--batch", "4"])
+    pearson, spearman = example["main"](
+        [str(tmp_path), "--recipe", "r_at", "--epochs", "8", "--batch", "4"]
+    )
     assert pearson > 0.9 and spearman > 0.9
     assert capsys.readouterr().out.startswith("epoch 1: loss ")
 
@@ -2043,7 +2553,9 @@ def test_the_example_on_sentence_similarity(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["child_tuning_d", "roast", "weight_consolidation"])
 def test_a_step_that_a_loss_scaler_skips_leaves_no_trace(name):
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Flatten(), torch.nn.Linear(12, 2))
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(9, 4), torch.nn.Flatten(), torch.nn.Linear(12, 2)
+    )
     ids, labels = torch.randint(0, 9, (8, 3)), torch.randint(0, 2, (8,))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     recipe = getattr(uk.recipes, name)(model, model[0], optimizer)
@@ -2071,7 +2583,9 @@ def test_a_step_that_a_loss_scaler_skips_leaves_no_trace(name):
 
 
 class Many(Small):
-    """Dropouts of several kinds and places: one module twice, one that is adaptive already, one that is out of the registry."""
+    """Dropouts of several kinds and places: one module twice, one that is adaptive already,
+    one that is out of the registry.
+    """
 
     def __init__(self):
         super().__init__(0.3)
@@ -2093,7 +2607,13 @@ def all_of(model):
     """Every module with its place, its class, and what it is made of."""
     named = model.named_modules(remove_duplicate=False)
     return [
-        (name, module, type(module), {key: value for key, value in vars(module).items() if key != "training"}) for name, module in named
+        (
+            name,
+            module,
+            type(module),
+            {key: value for key, value in vars(module).items() if key != "training"},
+        )
+        for name, module in named
     ]
 
 
@@ -2118,11 +2638,22 @@ def test_uegr_lends_adaptive_dropout_and_takes_it_back():
     model = many()
     before, keys = all_of(model), model.state_dict().keys()
     recipe = build("uegr", model, sgd(model), seed=0)
-    assert not any(type(module) is nn.Dropout for module in model.modules()) and type(model.channels) is nn.Dropout1d
-    assert isinstance(model.dropout, uk.AdaptiveDropout) and model.again is model.shared and (model.dropout.p, model.shared.p) == (0.3, 0.2)
+    assert (
+        not any(type(module) is nn.Dropout for module in model.modules())
+        and type(model.channels) is nn.Dropout1d
+    )
+    assert (
+        isinstance(model.dropout, uk.AdaptiveDropout)
+        and model.again is model.shared
+        and (model.dropout.p, model.shared.p) == (0.3, 0.2)
+    )
     for step in range(3):
         step_of(recipe, step)
-    assert model.dropout.gradient_norm.all() and model.shared.gradient_norm.shape == (D,) and model.own.gradient_norm.all()
+    assert (
+        model.dropout.gradient_norm.all()
+        and model.shared.gradient_norm.shape == (D,)
+        and model.own.gradient_norm.all()
+    )
     assert model.state_dict().keys() == keys and "own._extra_state" in keys
     assert set(recipe.state_dict()["adaptive_dropout"]) == {"dropout", "shared"}
     model.dropout.p = 0.4
@@ -2141,7 +2672,9 @@ def test_lent_dropout_is_resumed_exactly(wrapped, tmp_path):
 
     def train(first, last, start=None):
         model = many()
-        recipe = recipes.uegr(Through(model) if wrapped else model, model.embedding, sgd(model), seed=0)
+        recipe = recipes.uegr(
+            Through(model) if wrapped else model, model.embedding, sgd(model), seed=0
+        )
         if start is not None:
             model.load_state_dict(start["model"])
             recipe.load_state_dict(start["recipe"])
@@ -2153,7 +2686,9 @@ def test_lent_dropout_is_resumed_exactly(wrapped, tmp_path):
     torch.save(train(0, 2), tmp_path / "state.pt")
     again = train(2, 5, torch.load(tmp_path / "state.pt", weights_only=True))
     assert_equal(again["model"], whole["model"], rtol=0, atol=0)
-    assert_equal(again["recipe"]["adaptive_dropout"], whole["recipe"]["adaptive_dropout"], rtol=0, atol=0)
+    assert_equal(
+        again["recipe"]["adaptive_dropout"], whole["recipe"]["adaptive_dropout"], rtol=0, atol=0
+    )
     assert set(whole["recipe"]["adaptive_dropout"]) == {"dropout", "shared"}
 
 
@@ -2171,7 +2706,10 @@ class Through(nn.Module):
 def test_names_are_the_plain_models_whatever_wraps_its_parts():
     def wrapped():
         plain = small()
-        plain.layer_norm, plain.dropout = checkpoint_wrapper(plain.layer_norm), torch.compile(checkpoint_wrapper(plain.dropout))
+        plain.layer_norm, plain.dropout = (
+            checkpoint_wrapper(plain.layer_norm),
+            torch.compile(checkpoint_wrapper(plain.dropout)),
+        )
         return nn.Sequential(torch.compile(plain)), plain
 
     outer, model = wrapped()
@@ -2221,7 +2759,14 @@ def test_lent_dropout_remembers_that_it_turned_plain():
 
 @pytest.mark.parametrize(
     "options",
-    [{"js_weigth": 1.0}, {"passes": 0}, {"threshold": "high"}, {"backend": "rocm"}, {"adaptive_dropout": 1}, {"normalization": "max"}],
+    [
+        {"js_weigth": 1.0},
+        {"passes": 0},
+        {"threshold": "high"},
+        {"backend": "rocm"},
+        {"adaptive_dropout": 1},
+        {"normalization": "max"},
+    ],
     ids=lambda options: next(iter(options)),
 )
 def test_a_wrong_option_leaves_the_dropouts(options):
@@ -2286,7 +2831,10 @@ def test_the_state_of_other_dropouts_is_refused():
     recipe = build("uegr", model, seed=1)
     for wrong, message in (
         (state, "of the dropouts .*'dropout', 'shared'.*the model's are .*'dropout'"),
-        ({key: value for key, value in state.items() if key != "adaptive_dropout"}, "adaptive_dropout=False; build it so"),
+        (
+            {key: value for key, value in state.items() if key != "adaptive_dropout"},
+            "adaptive_dropout=False; build it so",
+        ),
         (state | {"adaptive_dropout": {"dropout": torch.zeros(2)}}, r"a floating tensor \[3, F\]"),
         (state | {"adaptive_dropout": None}, "of the dropouts None"),
     ):
@@ -2298,7 +2846,9 @@ def test_the_state_of_other_dropouts_is_refused():
 
 
 def test_a_copy_of_the_model_in_the_midst():
-    """As for an average of the weights: its keys are the plain model's, and in eval mode it is the same function."""
+    """As for an average of the weights: its keys are the plain model's, and in eval mode it is
+    the same function.
+    """
     model = many()
     recipe = build("uegr", model, sgd(model), seed=0)
     average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
@@ -2322,7 +2872,9 @@ def test_copies_and_pickles_in_the_midst(name, tmp_path):
     torch.save(model, tmp_path / "model.pt")
     copies = [copy.deepcopy(model), copy.copy(model.dropout), pickle.loads(pickle.dumps(model))]
     copies.append(torch.load(tmp_path / "model.pt", weights_only=False))
-    assert [type(each) for each in (copies[0].dropout, copies[1], copies[2].dropout, copies[3].dropout)] == [nn.Dropout] * 4
+    assert [
+        type(each) for each in (copies[0].dropout, copies[1], copies[2].dropout, copies[3].dropout)
+    ] == [nn.Dropout] * 4
     ids = batch()[0]["ids"]
     for each in (copies[0], *copies[2:]):
         assert each.dropout.p == 0.3 and list(each.dropout._forward_hooks.values()) == [noted]
@@ -2351,7 +2903,9 @@ def test_the_state_after_close_is_the_last():
 
 def test_free_at_does_not_step_ranks_apart(process_group):
     model = small()
-    recipe = recipes.free_at(wrapped := nn.parallel.DistributedDataParallel(model), model.embedding, sgd(model))
+    recipe = recipes.free_at(
+        wrapped := nn.parallel.DistributedDataParallel(model), model.embedding, sgd(model)
+    )
     before = state(model)
     with wrapped.no_sync(), pytest.raises(RuntimeError, match="no_sync"):
         recipe.backward(*batch())
@@ -2404,7 +2958,9 @@ def test_the_models_here_train_with_lent_dropout(kind):
         recipe.optimizer.step()
         assert losses["loss"].isfinite()
     states = recipe.state_dict()["adaptive_dropout"]
-    assert "dropout" in states and all(each[0].any() and not each[2].any() for each in states.values())
+    assert "dropout" in states and all(
+        each[0].any() and not each[2].any() for each in states.values()
+    )
 
 
 NUMBERS = [
@@ -2423,7 +2979,9 @@ def test_numbers_are_taken_by_one_rule(name, option):
         torch.manual_seed(0)
         embedding = nn.Embedding(9, 4)
         model = nn.Sequential(embedding, nn.Flatten(), nn.Linear(8, 3))
-        recipe = getattr(uk.recipes, name)(model, embedding, torch.optim.SGD(model.parameters(), lr=0.1), **{option: value})
+        recipe = getattr(uk.recipes, name)(
+            model, embedding, torch.optim.SGD(model.parameters(), lr=0.1), **{option: value}
+        )
         losses.append(recipe.backward(torch.tensor([[1, 2], [3, 4]]), torch.tensor([0, 1])))
         recipe.before_step()
         recipe.after_step()
@@ -2432,4 +2990,6 @@ def test_numbers_are_taken_by_one_rule(name, option):
         torch.testing.assert_close(loss, losses[0], equal_nan=True)
     for bad in ("1", True, 1j, torch.tensor(0.5)):
         with pytest.raises(TypeError, match=f"{option}="):
-            getattr(uk.recipes, name)(model, embedding, torch.optim.SGD(model.parameters(), lr=0.1), **{option: bad})
+            getattr(uk.recipes, name)(
+                model, embedding, torch.optim.SGD(model.parameters(), lr=0.1), **{option: bad}
+            )

@@ -1,4 +1,6 @@
-"""Lengths in multiples of each sample's embeddings: one sample at a time, the absolute length that this stands for."""
+"""Lengths in multiples of each sample's embeddings: one sample at a time, the absolute length
+that this stands for.
+"""
 
 import numpy
 import pytest
@@ -43,7 +45,8 @@ def small():
     torch.manual_seed(0)
     model = Small().double()
     with torch.no_grad():
-        model.embedding.weight.mul_(torch.arange(1, WORDS + 1)[:, None] / 5)  # long words and short ones
+        # long words and short ones
+        model.embedding.weight.mul_(torch.arange(1, WORDS + 1)[:, None] / 5)
     return model
 
 
@@ -60,7 +63,9 @@ def size(model, i):
 
 def gradients(model):
     """Of one's own, or, where the recipe steps, the weights."""
-    return torch.cat([(p.detach() if p.grad is None else p.grad).flatten() for p in model.parameters()])
+    return torch.cat(
+        [(p.detach() if p.grad is None else p.grad).flatten() for p in model.parameters()]
+    )
 
 
 @pytest.mark.parametrize("name", LENGTHS)
@@ -75,14 +80,20 @@ def test_recipes(name):
             factor = 1.0 if relative else size(model, i)
             given = {key: value * factor for key, value in lengths.items()}
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            recipe = getattr(uk.recipes, name)(model, model.embedding, optimizer, relative=relative, **given, **more)
+            recipe = getattr(uk.recipes, name)(
+                model, model.embedding, optimizer, relative=relative, **given, **more
+            )
             torch.manual_seed(i)
-            losses = recipe.backward({"ids": ids[i : i + 1], "attention_mask": mask[i : i + 1]}, labels[i : i + 1])
+            losses = recipe.backward(
+                {"ids": ids[i : i + 1], "attention_mask": mask[i : i + 1]}, labels[i : i + 1]
+            )
             results.append((losses["loss"], gradients(model)))
         torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["at", "pgd", "free_lb", "roast", "adv_embed", "uegr", "drop_attack"])
+@pytest.mark.parametrize(
+    "name", ["at", "pgd", "free_lb", "roast", "adv_embed", "uegr", "drop_attack"]
+)
 def test_every_sample_has_its_own_length(name):
     """Not the batch's: what is added to each is at most its share."""
     lengths, more = LENGTHS[name]
@@ -108,9 +119,16 @@ def test_bi_stage(form):
         results = []
         for relative in (True, False):
             model = small()
-            stage = uk.BiStage(model, model.embedding, epsilon=0.3 if relative else 0.3 * size(model, i), relative=relative)
+            stage = uk.BiStage(
+                model,
+                model.embedding,
+                epsilon=0.3 if relative else 0.3 * size(model, i),
+                relative=relative,
+            )
             inputs = {"ids": ids[i : i + 1], "attention_mask": mask[i : i + 1]}
-            stage.backward(inputs, labels[i : i + 1]) if form == "backward" else stage.loss(inputs, labels[i : i + 1]).backward()
+            stage.backward(inputs, labels[i : i + 1]) if form == "backward" else stage.loss(
+                inputs, labels[i : i + 1]
+            ).backward()
             results.append(gradients(model))
         torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
 
@@ -119,10 +137,18 @@ def test_a_sample_of_zeros_is_not_perturbed():
     model = small()
     with torch.no_grad():
         model.embedding.weight[0].zero_()
-    inputs, labels = {"ids": torch.zeros(2, T, dtype=torch.long), "attention_mask": torch.ones(2, T)}, torch.arange(2)
+    inputs, labels = (
+        {"ids": torch.zeros(2, T, dtype=torch.long), "attention_mask": torch.ones(2, T)},
+        torch.arange(2),
+    )
     for name in ("at", "pgd", "free_lb", "uegr"):
-        losses = getattr(uk.recipes, name)(model, model.embedding, relative=True).backward(inputs, labels)
-        torch.testing.assert_close(losses["adversarial_loss"], nn.functional.cross_entropy(model(**inputs), labels).detach())
+        losses = getattr(uk.recipes, name)(model, model.embedding, relative=True).backward(
+            inputs, labels
+        )
+        torch.testing.assert_close(
+            losses["adversarial_loss"],
+            nn.functional.cross_entropy(model(**inputs), labels).detach(),
+        )
 
 
 @pytest.mark.parametrize(
@@ -138,7 +164,10 @@ def test_a_sample_of_zeros_is_not_perturbed():
         ("drop_attack", {"norm": "linf"}, "norm='linf'"),
         ("arat", {}, "norm='linf'"),
         ("drop_attack", {"weights": "head.weight"}, "weights"),
-        *((name, {}, "no embedding is perturbed") for name in ("plain", "l1", "r_drop", "sam", "awp", "weight_consolidation")),
+        *(
+            (name, {}, "no embedding is perturbed")
+            for name in ("plain", "l1", "r_drop", "sam", "awp", "weight_consolidation")
+        ),
     ],
     ids=str,
 )

@@ -1,4 +1,6 @@
-"""The selective step: neutral options against torch.optim, literals and SciPy for the selection, every backend against the reference."""
+"""The selective step: neutral options against torch.optim, literals and SciPy for the
+selection, every backend against the reference.
+"""
 
 import contextlib
 import copy
@@ -21,7 +23,8 @@ from uegr_kernels.selective import op, reference
 OPERATORS = tuple(f"selective.{name}" for name in op.SCHEMAS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NEUTRAL = {"normalization": "constant", "keep_probability": 1.0}
-# Every gradient's s~ is spread over [0, 1] here, so p runs from 0.007 to 0.993: each option decides something.
+# Every gradient's s~ is spread over [0, 1] here, so p runs from 0.007 to 0.993: each option decides
+# something.
 SPREAD = {"threshold": 0.5, "seed": 7}
 OPTIMIZERS = [pytest.param(uk.SelectiveAdamW, id="adamw"), pytest.param(uk.SelectiveSGD, id="sgd")]
 
@@ -30,17 +33,23 @@ def dtype_id(dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def spread_gradient(shape, generator: torch.Generator, dtype=torch.float32, scale: float = 1.0) -> torch.Tensor:
+def spread_gradient(
+    shape, generator: torch.Generator, dtype=torch.float32, scale: float = 1.0
+) -> torch.Tensor:
     """Both signs, squares uniform over [0, scale^2], none of them 0."""
     sign = torch.randint(0, 2, shape, generator=generator) * 2 - 1
-    return ((torch.rand(shape, generator=generator) * 0.999 + 0.001).sqrt() * sign * scale).to(dtype)
+    return ((torch.rand(shape, generator=generator) * 0.999 + 0.001).sqrt() * sign * scale).to(
+        dtype
+    )
 
 
 def problem(shapes, dtype=torch.float32, steps: int = 3, seed: int = 0, scale: float = 1.0):
     """Starting values, and the gradients of every step."""
     generator = torch.Generator().manual_seed(seed)
     start = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-    return start, [[spread_gradient(shape, generator, dtype, scale) for shape in shapes] for _ in range(steps)]
+    return start, [
+        [spread_gradient(shape, generator, dtype, scale) for shape in shapes] for _ in range(steps)
+    ]
 
 
 def as_parameters(tensors) -> list[torch.nn.Parameter]:
@@ -63,13 +72,19 @@ def trained(cls, backend, start, gradients, **options):
 
 
 def states_of(optimizer, p) -> dict:
-    return {key: value for key, value in optimizer.state[p].items() if isinstance(value, torch.Tensor)}
+    return {
+        key: value for key, value in optimizer.state[p].items() if isinstance(value, torch.Tensor)
+    }
 
 
 def same_bits(a, b) -> bool:
     """Equal as torch.equal, NaN equal to NaN, for tensors or for nests of them."""
     if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and bool(((a == b) | (a != a) & (b != b)).all())
+        return (
+            a.dtype == b.dtype
+            and a.shape == b.shape
+            and bool(((a == b) | (a != a) & (b != b)).all())
+        )
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same_bits(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):
@@ -79,10 +94,11 @@ def same_bits(a, b) -> bool:
 
 @contextlib.contextmanager
 def noting_near_ties(monkeypatch, histogram: bool = False):
-    """What the reference decides inside this block: a bool tensor by stream of the elements whose u and p are so close that a kernel
-    may decide otherwise (SPEC 2: 2^-22 * max(1, sharpness)).
+    """What the reference decides inside this block: a bool tensor by stream of the elements whose u
+    and p are so close that a kernel may decide otherwise (SPEC 2: 2^-22 * max(1, sharpness)).
 
-    `histogram`: the reference ranks by the histogram that native kernels share, so that what is compared is the rest.
+    `histogram`: the reference ranks by the histogram that native kernels share, so that what is
+    compared is the rest.
     """
     near: dict[int, torch.Tensor] = {}
     select, normalise = reference.select, reference.normalise
@@ -90,7 +106,9 @@ def noting_near_ties(monkeypatch, histogram: bool = False):
     def noting(g, saliency, statistics, layout, selection, *, seed, step):
         inverse = reference.inverse_probability(g, saliency, statistics, selection)
         indices = reference.philox.element_indices(g.numel(), layout[1:])
-        u = reference.philox.uniform(reference.philox.words(indices, seed=seed, step=step, stream=layout[0]), torch.float64).view(g.shape)
+        u = reference.philox.uniform(
+            reference.philox.words(indices, seed=seed, step=step, stream=layout[0]), torch.float64
+        ).view(g.shape)
         close = (u - 1 / inverse.double()).abs() < 2.0**-22 * max(1.0, selection.sharpness)
         near[layout[0]] = near.get(layout[0], torch.zeros_like(close)) | close
         return select(g, saliency, statistics, layout, selection, seed=seed, step=step)
@@ -104,8 +122,15 @@ def noting_near_ties(monkeypatch, histogram: bool = False):
     def shared_histogram(parts):
         out = torch.zeros(1, reference.RANK_BINS, dtype=torch.int64)
         for part in parts:
-            options = {"layout": part["layout"], "sizes": [], "normalization": "rank", "grad_scale": part["grad_scale"]}
-            reference.selective_statistics_(part["grads"], part["saliencies"], [], [], **options, out=out)
+            options = {
+                "layout": part["layout"],
+                "sizes": [],
+                "normalization": "rank",
+                "grad_scale": part["grad_scale"],
+            }
+            reference.selective_statistics_(
+                part["grads"], part["saliencies"], [], [], **options, out=out
+            )
         return out
 
     with monkeypatch.context() as patch:
@@ -115,7 +140,8 @@ def noting_near_ties(monkeypatch, histogram: bool = False):
             patch.setattr(reference, "ordered_saliency", shared_histogram)
         yield near
     looked_at = sum(t.numel() for t in near.values())
-    assert sum(int(t.sum()) for t in near.values()) <= 5 + looked_at // 1000  # the exception must not swallow the rule
+    # the exception must not swallow the rule
+    assert sum(int(t.sum()) for t in near.values()) <= 5 + looked_at // 1000
 
 
 def probability(grad, **options) -> torch.Tensor:
@@ -129,7 +155,8 @@ ADAMW_OPTIONS = [
     pytest.param({}, id="defaults"),
     pytest.param({"weight_decay": 0.0}, id="no decay"),
     pytest.param({"weight_decay": 0.3, "betas": (0.6, 0.95), "eps": 1e-3}, id="decay, betas, eps"),
-    pytest.param({"amsgrad": True, "betas": (0.5, 0.6)}, id="amsgrad"),  # quick averages, so that the maximum is not the last
+    # quick averages, so that the maximum is not the last
+    pytest.param({"amsgrad": True, "betas": (0.5, 0.6)}, id="amsgrad"),
     pytest.param({"maximize": True, "weight_decay": 0.1}, id="maximize"),
     pytest.param({"lr": torch.tensor(0.02)}, id="tensor lr"),
     pytest.param({"lr": torch.tensor([[0.02]])}, id="tensor lr of two axes"),
@@ -148,11 +175,17 @@ NEUTRAL_SHAPES = [(31, 33), (7,), (), (0,), (1,)]
 
 
 def in_dtype(options: dict, dtype) -> dict:
-    """Tensor options in the arithmetic's dtype: torch computes with them in their own, kernels in the arithmetic's."""
+    """Tensor options in the arithmetic's dtype: torch computes with them in their own, kernels
+    in the arithmetic's.
+    """
 
     def converted(x):
         return (
-            tuple(map(converted, x)) if isinstance(x, tuple) else x.to(reference.compute_dtype(dtype)) if isinstance(x, torch.Tensor) else x
+            tuple(map(converted, x))
+            if isinstance(x, tuple)
+            else x.to(reference.compute_dtype(dtype))
+            if isinstance(x, torch.Tensor)
+            else x
         )
 
     return {key: converted(value) for key, value in options.items()}
@@ -168,12 +201,18 @@ def neutral_against_torch(cls, torch_class, backend, dtype, options, target):
     walk(other, expected, gradients)
     operation = "equal" if backend == "reference" and target == "gradient" else "trajectory"
     for i, (p, q) in enumerate(zip(params, expected, strict=True)):
-        scale = (
-            1.0 if q.numel() > 1 else 10.0
-        )  # a hundred steps may add up to next to nothing, and no larger element is there to compare with
+        # A hundred steps may add up to next to nothing, and no larger element is there to compare
+        # with.
+        scale = 1.0 if q.numel() > 1 else 10.0
         compare(p, q, operation, name=f"parameter {i}", scale=scale)
         for key, value in states_of(other, q).items():
-            compare(optimizer.state[p][key], value, "equal" if key == "step" else operation, name=f"{key} of parameter {i}", scale=scale)
+            compare(
+                optimizer.state[p][key],
+                value,
+                "equal" if key == "step" else operation,
+                name=f"{key} of parameter {i}",
+                scale=scale,
+            )
 
 
 @pytest.mark.parametrize("options", ADAMW_OPTIONS)
@@ -188,7 +227,9 @@ def test_roundings_of_a_hundred_steps_are_torchs(backend, options, target):
     """Steps of a few units in the parameter's last place, all rounded to the same side."""
     start, gradients = problem([(200,)] * 3, steps=100)
     start = [torch.ones(200), start[1], start[2] * 0.02]
-    params, _ = trained(uk.SelectiveAdamW, backend, start, gradients, **NEUTRAL, **options, target=target)
+    params, _ = trained(
+        uk.SelectiveAdamW, backend, start, gradients, **NEUTRAL, **options, target=target
+    )
     expected = as_parameters(start)
     walk(torch.optim.AdamW(expected, foreach=False, **options), expected, gradients)
     for i, (p, q) in enumerate(zip(params, expected, strict=True)):
@@ -202,7 +243,9 @@ def test_neutral_equals_torch_sgd(backend, dtype, options):
 
 
 @pytest.mark.parametrize(
-    ("cls", "torch_class"), [(uk.SelectiveAdamW, torch.optim.AdamW), (uk.SelectiveSGD, torch.optim.SGD)], ids=["adamw", "sgd"]
+    ("cls", "torch_class"),
+    [(uk.SelectiveAdamW, torch.optim.AdamW), (uk.SelectiveSGD, torch.optim.SGD)],
+    ids=["adamw", "sgd"],
 )
 def test_neutral_with_target_update_equals_torch(backend, cls, torch_class):
     neutral_against_torch(cls, torch_class, backend, torch.float32, {"weight_decay": 0.1}, "update")
@@ -212,11 +255,20 @@ def test_neutral_with_target_update_equals_torch(backend, cls, torch_class):
 @pytest.mark.parametrize(
     ("cls", "torch_class", "options"),
     [
-        pytest.param(uk.SelectiveAdamW, torch.optim.AdamW, {"lr": 0.05, "amsgrad": True}, id="adamw"),
-        pytest.param(uk.SelectiveSGD, torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}, id="sgd"),
+        pytest.param(
+            uk.SelectiveAdamW, torch.optim.AdamW, {"lr": 0.05, "amsgrad": True}, id="adamw"
+        ),
+        pytest.param(
+            uk.SelectiveSGD,
+            torch.optim.SGD,
+            {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1},
+            id="sgd",
+        ),
     ],
 )
-def test_neutral_16_bit_equals_a_float32_optimizer_rounded_after_each_step(backend, dtype, cls, torch_class, options):
+def test_neutral_16_bit_equals_a_float32_optimizer_rounded_after_each_step(
+    backend, dtype, cls, torch_class, options
+):
     start, gradients = problem(NEUTRAL_SHAPES, dtype, steps=3 if backend == "triton" else 20)
     params, optimizer = trained(cls, backend, start, gradients, **NEUTRAL, **options)
     wide = as_parameters([t.float() for t in start])
@@ -230,8 +282,15 @@ def test_neutral_16_bit_equals_a_float32_optimizer_rounded_after_each_step(backe
         assert p.dtype == dtype
         compare(p, q.to(dtype), operation, name=f"parameter {i}")
         for key, value in states_of(other, q).items():
-            # A parameter that rounds to the other side changes what weight decay feeds SGD's buffer, by one bit of 16.
-            compare(optimizer.state[p][key], value, "equal" if key == "step" else operation, name=key, row=dtype)
+            # A parameter that rounds to the other side changes what weight decay feeds SGD's
+            # buffer, by one bit of 16.
+            compare(
+                optimizer.state[p][key],
+                value,
+                "equal" if key == "step" else operation,
+                name=key,
+                row=dtype,
+            )
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
@@ -252,12 +311,26 @@ def test_lr_tensor_changed_in_place_between_steps_is_seen(backend, cls):
 HAND = torch.tensor([1.0, -2.0, 3.0, 5.0])  # s = 1, 4, 9, 25
 # s~ by hand, and p = 1/(1 + exp(d*10*(s~ - 0.8))) worked out in 64 bits.
 HAND_LITERALS = [
-    pytest.param("minmax", "printed", [0, 1 / 8, 1 / 3, 1], [0.9996646499, 0.9988304897, 0.9906840407, 0.1192029220], id="minmax-printed"),
     pytest.param(
-        "minmax", "salient", [0, 1 / 8, 1 / 3, 1], [0.0003353501305, 0.001169510265, 0.009315959345, 0.880797078], id="minmax-salient"
+        "minmax",
+        "printed",
+        [0, 1 / 8, 1 / 3, 1],
+        [0.9996646499, 0.9988304897, 0.9906840407, 0.1192029220],
+        id="minmax-printed",
     ),
     pytest.param(
-        "range", "printed", [1 / 24, 1 / 6, 3 / 8, 25 / 24], [0.9994913966, 0.9982270454, 0.985936373, 0.08191057716], id="range-printed"
+        "minmax",
+        "salient",
+        [0, 1 / 8, 1 / 3, 1],
+        [0.0003353501305, 0.001169510265, 0.009315959345, 0.880797078],
+        id="minmax-salient",
+    ),
+    pytest.param(
+        "range",
+        "printed",
+        [1 / 24, 1 / 6, 3 / 8, 25 / 24],
+        [0.9994913966, 0.9982270454, 0.985936373, 0.08191057716],
+        id="range-printed",
     ),
     pytest.param(
         "range",
@@ -266,9 +339,19 @@ HAND_LITERALS = [
         [0.0005086033765, 0.001772954595, 0.01406362704, 0.9180894228],
         id="range-salient",
     ),
-    pytest.param("rank", "printed", [0, 0.25, 0.5, 0.75], [0.9996646499, 0.9959298623, 0.9525741268, 0.6224593312], id="rank-printed"),
     pytest.param(
-        "rank", "salient", [0, 0.25, 0.5, 0.75], [0.0003353501305, 0.004070137716, 0.04742587318, 0.3775406688], id="rank-salient"
+        "rank",
+        "printed",
+        [0, 0.25, 0.5, 0.75],
+        [0.9996646499, 0.9959298623, 0.9525741268, 0.6224593312],
+        id="rank-printed",
+    ),
+    pytest.param(
+        "rank",
+        "salient",
+        [0, 0.25, 0.5, 0.75],
+        [0.0003353501305, 0.004070137716, 0.04742587318, 0.3775406688],
+        id="rank-salient",
     ),
 ]
 
@@ -279,15 +362,26 @@ def test_probability_by_hand(backend, dtype, normalization, direction, s, p):
     options = {"normalization": normalization, "direction": direction}
     found = uk.selection_probability(HAND.to(dtype), **options, backend=backend)
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    np.testing.assert_allclose(found.double().numpy(), p, rtol=4e-6)  # the literals have ten digits, float32's exp six
+    # the literals have ten digits, float32's exp six
+    np.testing.assert_allclose(found.double().numpy(), p, rtol=4e-6)
     selection = op.Selection(**(SELECTION_DEFAULTS | options))
-    np.testing.assert_allclose(reference.normalise(HAND, None, None, selection).numpy(), s, rtol=1e-6)
+    np.testing.assert_allclose(
+        reference.normalise(HAND, None, None, selection).numpy(), s, rtol=1e-6
+    )
 
 
 SELECTION_DEFAULTS = {
-    "threshold": 0.8, "sharpness": 5.0, "normalization": "minmax", "direction": "printed", "scope": "tensor", "statistics": "current",
-    "rescale": True, "min_probability": 0.0, "keep_probability": 1.0, "target": "gradient",
-}  # fmt: skip
+    "threshold": 0.8,
+    "sharpness": 5.0,
+    "normalization": "minmax",
+    "direction": "printed",
+    "scope": "tensor",
+    "statistics": "current",
+    "rescale": True,
+    "min_probability": 0.0,
+    "keep_probability": 1.0,
+    "target": "gradient",
+}
 
 
 def test_rank_is_scipys(backend):
@@ -295,7 +389,9 @@ def test_rank_is_scipys(backend):
     stats = pytest.importorskip("scipy.stats")
     ranks = (stats.rankdata((g.double() ** 2).numpy(), method="min") - 1) / g.numel()
     expected = 1 / (1 + np.exp(4 * (ranks - 0.5)))
-    found = uk.selection_probability(g, normalization="rank", threshold=0.5, sharpness=2.0, backend=backend)
+    found = uk.selection_probability(
+        g, normalization="rank", threshold=0.5, sharpness=2.0, backend=backend
+    )
     np.testing.assert_allclose(found.numpy(), expected, rtol=2e-6)
 
 
@@ -307,38 +403,57 @@ def test_rank_counts_finite_elements_only(backend):
 
 
 def test_rank_of_equal_values_is_one_value(backend):
-    found = uk.selection_probability(torch.full((100,), -2.5), normalization="rank", backend=backend)
+    found = uk.selection_probability(
+        torch.full((100,), -2.5), normalization="rank", backend=backend
+    )
     np.testing.assert_allclose(found.numpy(), 0.9996646499, rtol=4e-6)
 
 
 def test_constant_probability_is_keep_probability(backend):
-    found = uk.selection_probability(HAND, normalization="constant", keep_probability=0.375, backend=backend)
+    found = uk.selection_probability(
+        HAND, normalization="constant", keep_probability=0.375, backend=backend
+    )
     np.testing.assert_allclose(found.numpy(), 0.375, rtol=1e-7)
 
 
 def test_min_probability_is_a_floor(backend):
     options = {"direction": "salient", "backend": backend}
     found = uk.selection_probability(HAND, min_probability=0.005, **options)
-    np.testing.assert_allclose(found.numpy(), [0.005, 0.005, 0.009315959345, 0.880797078], rtol=4e-6)
+    np.testing.assert_allclose(
+        found.numpy(), [0.005, 0.005, 0.009315959345, 0.880797078], rtol=4e-6
+    )
     steep = uk.selection_probability(HAND, sharpness=1000.0, **options)
     assert steep[0].item() == 2.0**-24  # u's own step
-    constant = uk.selection_probability(HAND, normalization="constant", keep_probability=0.1, min_probability=0.25, backend=backend)
+    constant = uk.selection_probability(
+        HAND, normalization="constant", keep_probability=0.1, min_probability=0.25, backend=backend
+    )
     np.testing.assert_allclose(constant.numpy(), 0.25, rtol=1e-7)
 
 
 def test_sharpness_zero_is_a_coin(backend):
     for normalization in ("minmax", "range", "rank"):
-        assert uk.selection_probability(HAND, sharpness=0.0, normalization=normalization, backend=backend).tolist() == [0.5] * 4
+        assert (
+            uk.selection_probability(
+                HAND, sharpness=0.0, normalization=normalization, backend=backend
+            ).tolist()
+            == [0.5] * 4
+        )
 
 
 def test_readme_figures(backend):
-    heavy = torch.distributions.StudentT(3.0).sample((50_000,))  # most of its squares are next to nothing beside the largest
+    # most of its squares are next to nothing beside the largest
+    heavy = torch.distributions.StudentT(3.0).sample((50_000,))
     p = uk.selection_probability(heavy, backend=backend)
     assert abs(p.max().item() - 0.9997) < 5e-5 and p.median().item() > 0.999
     line_11 = uk.selection_mask(heavy, threshold=0.08, seed=1, step=1, backend=backend)
-    assert abs(uk.selection_probability(heavy, threshold=0.08, backend=backend).max().item() - 0.69) < 1e-4
+    assert (
+        abs(uk.selection_probability(heavy, threshold=0.08, backend=backend).max().item() - 0.69)
+        < 1e-4
+    )
     assert abs(line_11.float().mean().item() - 0.69) < 0.01
-    roast = uk.selection_mask(heavy, normalization="rank", direction="salient", seed=1, step=1, backend=backend)
+    roast = uk.selection_mask(
+        heavy, normalization="rank", direction="salient", seed=1, step=1, backend=backend
+    )
     assert abs(roast.float().mean().item() - 0.2127) < 0.005
     assert heavy[roast].abs().median() > 2 * heavy.abs().median()
 
@@ -354,27 +469,39 @@ def test_saliency_takes_the_place_of_the_squared_gradient(backend):
     uk.select_gradients_(g, seed=1, step=1, saliency=[HAND**2, HAND.flip(0) ** 2], backend=backend)
     for p, s in zip(g, (HAND, HAND.flip(0)), strict=True):
         kept = p.grad != 0
-        np.testing.assert_allclose(p.grad[kept].numpy(), 1 / probability(s)[kept].numpy(), rtol=4e-6)
+        np.testing.assert_allclose(
+            p.grad[kept].numpy(), 1 / probability(s)[kept].numpy(), rtol=4e-6
+        )
 
 
 def test_a_saliency_that_is_not_finite_is_selected_and_counts_nowhere(backend):
     for bad in (float("nan"), float("inf")):
         for normalization in ("minmax", "range", "rank"):
             saliency = torch.cat((HAND**2, torch.tensor([bad])))
-            p = uk.selection_probability(torch.ones(5), saliency=saliency, normalization=normalization, backend=backend)
-            expected = uk.selection_probability(torch.ones(4), saliency=HAND**2, normalization=normalization, backend=backend)
+            p = uk.selection_probability(
+                torch.ones(5), saliency=saliency, normalization=normalization, backend=backend
+            )
+            expected = uk.selection_probability(
+                torch.ones(4), saliency=HAND**2, normalization=normalization, backend=backend
+            )
             assert torch.equal(p[:4], expected) and p[4].item() == 1.0
 
 
 # Every backend against the reference.
 
-# The smallest, odd ones, one block and its neighbours, no axis, a transposed one: all of them in one call.
+# The smallest, odd ones, one block and its neighbours, no axis, a transposed one: all of them in
+# one call.
 AGREEMENT_SHAPES = [(), (0,), (1,), (3,), (5, 41), (1023,), (1024,), (1025,)]
-SMALL_SHAPES = [(0,), (5, 41), (1025,)]  # for interpreted kernels: a tail, and a whole block with a tail of one
+# for interpreted kernels: a tail, and a whole block with a tail of one
+SMALL_SHAPES = [(0,), (5, 41), (1025,)]
 
 
 def agreement_problem(native, dtype):
-    return problem(SMALL_SHAPES, dtype, steps=2) if native == "triton" else problem(AGREEMENT_SHAPES, dtype)
+    return (
+        problem(SMALL_SHAPES, dtype, steps=2)
+        if native == "triton"
+        else problem(AGREEMENT_SHAPES, dtype)
+    )
 
 
 # Which regime: each option at a value where it decides something, alone and where two of them meet.
@@ -384,25 +511,41 @@ SELECTION_CASES = [
     pytest.param({"normalization": "range"}, id="range"),
     pytest.param({"normalization": "range", "direction": "salient"}, id="range salient"),
     pytest.param({"normalization": "rank"}, id="rank"),
-    pytest.param({"normalization": "rank", "direction": "salient", "min_probability": 0.1}, id="rank salient with a floor"),
+    pytest.param(
+        {"normalization": "rank", "direction": "salient", "min_probability": 0.1},
+        id="rank salient with a floor",
+    ),
     pytest.param({"normalization": "constant", "keep_probability": 0.3}, id="constant"),
-    pytest.param({"normalization": "constant", "keep_probability": 0.3, "rescale": False}, id="constant not rescaled"),
+    pytest.param(
+        {"normalization": "constant", "keep_probability": 0.3, "rescale": False},
+        id="constant not rescaled",
+    ),
     pytest.param({"rescale": False}, id="not rescaled"),
     pytest.param({"min_probability": 0.25}, id="floor"),
     pytest.param({"sharpness": 40.0}, id="sharp"),  # 1/p up to its cap of 2^24
     pytest.param({"sharpness": 0.0}, id="coin"),
     pytest.param({"scope": "global"}, id="global"),
-    pytest.param({"scope": "global", "normalization": "range", "direction": "salient"}, id="global range"),
+    pytest.param(
+        {"scope": "global", "normalization": "range", "direction": "salient"}, id="global range"
+    ),
     pytest.param({"scope": "global", "normalization": "rank"}, id="global rank"),
 ]
 STEP_CASES = [
     *SELECTION_CASES,
     pytest.param({"statistics": "previous"}, id="previous"),
-    pytest.param({"statistics": "previous", "normalization": "range", "direction": "salient"}, id="previous range salient"),
+    pytest.param(
+        {"statistics": "previous", "normalization": "range", "direction": "salient"},
+        id="previous range salient",
+    ),
     pytest.param({"statistics": "previous", "scope": "global"}, id="previous global"),
     pytest.param({"target": "update"}, id="update"),
-    pytest.param({"target": "update", "rescale": False, "normalization": "rank"}, id="update not rescaled"),
-    pytest.param({"target": "update", "statistics": "previous", "scope": "global", "direction": "salient"}, id="update previous global"),
+    pytest.param(
+        {"target": "update", "rescale": False, "normalization": "rank"}, id="update not rescaled"
+    ),
+    pytest.param(
+        {"target": "update", "statistics": "previous", "scope": "global", "direction": "salient"},
+        id="update previous global",
+    ),
     pytest.param({"maximize": True}, id="maximize"),
     pytest.param({"weight_decay": 0.3, "target": "update"}, id="update with decay"),
 ]
@@ -410,15 +553,24 @@ ADAMW_CASES = [
     *STEP_CASES,
     pytest.param({"amsgrad": True, "betas": (0.5, 0.6)}, id="amsgrad"),
     pytest.param({"amsgrad": True, "betas": (0.5, 0.6), "target": "update"}, id="amsgrad update"),
-    pytest.param({"betas": (torch.tensor(0.7), torch.tensor(0.9)), "lr": torch.tensor(0.5)}, id="tensor betas and lr"),
+    pytest.param(
+        {"betas": (torch.tensor(0.7), torch.tensor(0.9)), "lr": torch.tensor(0.5)},
+        id="tensor betas and lr",
+    ),
 ]
 SGD_CASES = [
     *STEP_CASES,
     pytest.param({"momentum": 0.9}, id="momentum"),
     pytest.param({"momentum": 0.9, "dampening": 0.4}, id="dampening"),
-    pytest.param({"momentum": 0.9, "dampening": 0.4, "weight_decay": 0.2, "target": "update"}, id="dampening update"),
+    pytest.param(
+        {"momentum": 0.9, "dampening": 0.4, "weight_decay": 0.2, "target": "update"},
+        id="dampening update",
+    ),
     pytest.param({"momentum": 0.8, "nesterov": True, "weight_decay": 0.2}, id="nesterov"),
-    pytest.param({"momentum": 0.8, "nesterov": True, "target": "update", "statistics": "previous"}, id="nesterov update previous"),
+    pytest.param(
+        {"momentum": 0.8, "nesterov": True, "target": "update", "statistics": "previous"},
+        id="nesterov update previous",
+    ),
 ]
 
 
@@ -428,7 +580,9 @@ def sharpness_scale(options: dict) -> float:
 
 
 def agree(monkeypatch, cls, native, start, gradients, **options) -> None:
-    """Both backends over the same steps: parameters and all states, but for elements that came near a tie in some step."""
+    """Both backends over the same steps: parameters and all states, but for elements that came
+    near a tie in some step.
+    """
     options = SPREAD | {"lr": 0.3} | in_dtype(options, start[0].dtype)
     ranked = options.get("normalization") == "rank"
     table = {"operation": "rank step" if ranked else "step", "scale": sharpness_scale(options)}
@@ -438,7 +592,9 @@ def agree(monkeypatch, cls, native, start, gradients, **options) -> None:
     for i, (p, q) in enumerate(zip(params, expected, strict=True)):
         assert p.stride() == q.stride()
         # Once spoiled, infinity and NaN are the same.
-        compare(p, q, **table, name=f"parameter {i}", ignore=near[i] | ~p.isfinite() & ~q.isfinite())
+        compare(
+            p, q, **table, name=f"parameter {i}", ignore=near[i] | ~p.isfinite() & ~q.isfinite()
+        )
         assert optimizer.state[p].keys() == other.state[q].keys()
         for key, value in states_of(other, q).items():
             found = optimizer.state[p][key]
@@ -472,7 +628,9 @@ def test_sgd_agrees_with_the_reference(monkeypatch, native, dtype, options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("options", SELECTION_CASES)
 @pytest.mark.parametrize("with_saliency", [False, True], ids=["", "saliency"])
-def test_select_gradients_agrees_with_the_reference(monkeypatch, native, dtype, options, with_saliency):
+def test_select_gradients_agrees_with_the_reference(
+    monkeypatch, native, dtype, options, with_saliency
+):
     start, (grads, others, *_) = agreement_problem(native, dtype)
     saliency = [g.abs() for g in others] if with_saliency else None
     results, ties = [], {}
@@ -480,13 +638,24 @@ def test_select_gradients_agrees_with_the_reference(monkeypatch, native, dtype, 
         params = as_parameters(start)
         for p, g in zip(params, grads, strict=True):
             p.grad = g.clone()
-        with noting_near_ties(monkeypatch, histogram=options.get("normalization") == "rank") as near:
-            uk.select_gradients_(params, step=3, **SPREAD, **options, saliency=saliency, backend=backend)
+        with noting_near_ties(
+            monkeypatch, histogram=options.get("normalization") == "rank"
+        ) as near:
+            uk.select_gradients_(
+                params, step=3, **SPREAD, **options, saliency=saliency, backend=backend
+            )
         ties |= near
         results.append([p.grad for p in params])
     for i, (expected, found) in enumerate(zip(*results, strict=True)):
         operation = "rank" if options.get("normalization") == "rank" else "selection"
-        compare(found, expected, operation, name=f"gradient {i}", ignore=ties[i], scale=sharpness_scale(options))
+        compare(
+            found,
+            expected,
+            operation,
+            name=f"gradient {i}",
+            ignore=ties[i],
+            scale=sharpness_scale(options),
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -497,14 +666,28 @@ def test_probability_and_mask_agree_with_the_reference(monkeypatch, native, dtyp
         g, s = (spread_gradient(shape, generator, dtype) for _ in range(2))
         for saliency in (None, s.abs()):
             arguments = {"saliency": saliency, "threshold": 0.5} | options
-            with noting_near_ties(monkeypatch, histogram=options.get("normalization") == "rank") as near:
+            with noting_near_ties(
+                monkeypatch, histogram=options.get("normalization") == "rank"
+            ) as near:
                 expected = uk.selection_probability(g, **arguments, backend="reference")
-                mask = uk.selection_mask(g, seed=5, step=2, stream=9, **arguments, backend="reference")
+                mask = uk.selection_mask(
+                    g, seed=5, step=2, stream=9, **arguments, backend="reference"
+                )
             found = uk.selection_probability(g, **arguments, backend=native)
             compare(
-                found, expected, "rank" if options.get("normalization") == "rank" else "selection", name="p", scale=sharpness_scale(options)
+                found,
+                expected,
+                "rank" if options.get("normalization") == "rank" else "selection",
+                name="p",
+                scale=sharpness_scale(options),
             )
-            compare(uk.selection_mask(g, seed=5, step=2, stream=9, **arguments, backend=native), mask, "equal", name="b", ignore=near[9])
+            compare(
+                uk.selection_mask(g, seed=5, step=2, stream=9, **arguments, backend=native),
+                mask,
+                "equal",
+                name="b",
+                ignore=near[9],
+            )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -515,7 +698,10 @@ def test_the_shared_histograms_rank_is_off_by_at_most_the_share_of_the_bin(nativ
     assert share < 0.05
     options = {"normalization": "rank", "sharpness": 4.0, "threshold": 0.5}
     gap = (
-        (uk.selection_probability(g, **options, backend=native) - uk.selection_probability(g, **options, backend="reference"))
+        (
+            uk.selection_probability(g, **options, backend=native)
+            - uk.selection_probability(g, **options, backend="reference")
+        )
         .abs()
         .max()
         .item()
@@ -526,8 +712,11 @@ def test_the_shared_histograms_rank_is_off_by_at_most_the_share_of_the_bin(nativ
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("normalization", ["minmax", "range"])
 @pytest.mark.parametrize("scale", [1e-20, 1e-4, 1e4], ids=str)
-def test_small_and_large_gradients_agree_with_the_reference(monkeypatch, native, dtype, normalization, scale):
-    # At 1e-20 a float32 s is denormal: 1/(max - min) overflows. In float16 the gradient itself is 0 there, at 1e-4 it is denormal.
+def test_small_and_large_gradients_agree_with_the_reference(
+    monkeypatch, native, dtype, normalization, scale
+):
+    # At 1e-20 a float32 s is denormal: 1/(max - min) overflows. In float16 the gradient itself is 0
+    # there, at 1e-4 it is denormal.
     start, gradients = problem([(1025,), (3,)], dtype, steps=2, scale=scale)
     agree(
         monkeypatch,
@@ -542,7 +731,9 @@ def test_small_and_large_gradients_agree_with_the_reference(monkeypatch, native,
     g = gradients[0][0]
     options = {"normalization": normalization, "threshold": 0.5}
     compare(
-        uk.selection_probability(g, **options, backend=native), uk.selection_probability(g, **options, backend="reference"), "selection"
+        uk.selection_probability(g, **options, backend=native),
+        uk.selection_probability(g, **options, backend="reference"),
+        "selection",
     )
 
 
@@ -591,7 +782,11 @@ def test_strides_change_nothing(backend, cls, of_parameter, of_gradient):
     arranged = [[of_gradient(g) for g in grads] for grads in gradients]
     contiguous = [[g.contiguous() for g in grads] for grads in arranged]
     shape = arranged[0][0].shape
-    for options in ({"weight_decay": 0.1}, {"normalization": "rank"}, {"statistics": "previous", "target": "update"}):
+    for options in (
+        {"weight_decay": 0.1},
+        {"normalization": "rank"},
+        {"statistics": "previous", "target": "update"},
+    ):
         options = SPREAD | options | {"lr": 0.1, "backend": backend}
         expected = as_parameters([start[0].view(shape)])
         straight = cls(expected, **options)
@@ -615,9 +810,17 @@ def test_memory_between_the_elements_of_a_slice_is_untouched(backend, cls, dtype
     inside[2:7, 3:60:2] = True
     p = base[2:7, 3:60:2].requires_grad_()
     p.grad = gradient[2:7, 3:60:2]
-    optimizer = cls([p], lr=0.5, seed=1, backend=backend, **({"momentum": 0.9} if cls is uk.SelectiveSGD else {}))
+    optimizer = cls(
+        [p],
+        lr=0.5,
+        seed=1,
+        backend=backend,
+        **({"momentum": 0.9} if cls is uk.SelectiveSGD else {}),
+    )
     optimizer.step()
-    uk.select_gradients_([p], seed=1, step=1, backend=backend, normalization="constant", keep_probability=0.5)
+    uk.select_gradients_(
+        [p], seed=1, step=1, backend=backend, normalization="constant", keep_probability=0.5
+    )
     assert (base[~inside] == 77).all() and (gradient[~inside] == 55).all()
     assert (base[inside] != 77).all() and (gradient[inside] != 55).all()
 
@@ -636,7 +839,11 @@ def test_the_gradient_is_left_alone_and_versions_count(backend, cls):
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 def test_state_in_other_strides_than_the_parameter(backend, cls):
     start, gradients = problem([(6, 9)], steps=2)
-    options = SPREAD | {"lr": 0.1, "backend": backend} | ({"momentum": 0.9} if cls is uk.SelectiveSGD else {})
+    options = (
+        SPREAD
+        | {"lr": 0.1, "backend": backend}
+        | ({"momentum": 0.9} if cls is uk.SelectiveSGD else {})
+    )
     expected, straight = trained(cls, start=start, gradients=gradients, **options)
     params = as_parameters(start)
     optimizer = cls(params, **options)
@@ -658,13 +865,19 @@ def test_state_in_other_strides_than_the_parameter(backend, cls):
     ("cls", "options"),
     [
         pytest.param(uk.SelectiveAdamW, {}, id="adamw"),
-        pytest.param(uk.SelectiveAdamW, {"amsgrad": True, "betas": (0.5, 0.6), "statistics": "previous"}, id="amsgrad previous"),
+        pytest.param(
+            uk.SelectiveAdamW,
+            {"amsgrad": True, "betas": (0.5, 0.6), "statistics": "previous"},
+            id="amsgrad previous",
+        ),
         pytest.param(uk.SelectiveAdamW, {"target": "update"}, id="adamw update"),
         pytest.param(uk.SelectiveSGD, {"momentum": 0.9, "nesterov": True}, id="sgd"),
     ],
 )
 def test_bfloat16_states_agree_with_the_reference(monkeypatch, native, dtype, cls, options):
-    """Words are the same, so results are, but where the two float32 values lie on two sides of a rounding."""
+    """Words are the same, so results are, but where the two float32 values lie on two sides of
+    a rounding.
+    """
     start, gradients = agreement_problem(native, dtype)
     options = SPREAD | {"lr": 0.3, "state_dtype": torch.bfloat16} | options
     with noting_near_ties(monkeypatch) as near:
@@ -674,7 +887,13 @@ def test_bfloat16_states_agree_with_the_reference(monkeypatch, native, dtype, cl
         flipped = near[i].clone()
         for key, value in states_of(other, q).items():
             if value.dtype == torch.bfloat16:
-                compare(optimizer.state[p][key], value, "step", name=f"{key} of parameter {i}", ignore=near[i])
+                compare(
+                    optimizer.state[p][key],
+                    value,
+                    "step",
+                    name=f"{key} of parameter {i}",
+                    ignore=near[i],
+                )
                 flipped |= optimizer.state[p][key] != value
         compare(p, q, "step", name=f"parameter {i}", ignore=flipped)
 
@@ -682,17 +901,32 @@ def test_bfloat16_states_agree_with_the_reference(monkeypatch, native, dtype, cl
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 def test_bfloat16_states_are_unbiased(backend, cls):
     n = 10_000
-    options = {"lr": 0.1, "backend": backend} | ({"momentum": 0.9} if cls is uk.SelectiveSGD else {"amsgrad": True})
+    options = {"lr": 0.1, "backend": backend} | (
+        {"momentum": 0.9} if cls is uk.SelectiveSGD else {"amsgrad": True}
+    )
     start, gradient = torch.zeros(n), torch.full((n,), 1.2345678)
     exact, straight = trained(cls, start=[start], gradients=[[gradient]], **NEUTRAL, **options)
     for seed in (1, 2):
         rounded, optimizer = trained(
-            cls, start=[start], gradients=[[gradient]], **NEUTRAL, **options, state_dtype=torch.bfloat16, seed=seed
+            cls,
+            start=[start],
+            gradients=[[gradient]],
+            **NEUTRAL,
+            **options,
+            state_dtype=torch.bfloat16,
+            seed=seed,
         )
-        seen = [key for key, value in states_of(optimizer, rounded[0]).items() if value.dtype == torch.bfloat16]
+        seen = [
+            key
+            for key, value in states_of(optimizer, rounded[0]).items()
+            if value.dtype == torch.bfloat16
+        ]
         assert len(seen) == (1 if cls is uk.SelectiveSGD else 3)
         for key in seen:
-            values, mean = optimizer.state[rounded[0]][key].double(), straight.state[exact[0]][key].double()[0]
+            values, mean = (
+                optimizer.state[rounded[0]][key].double(),
+                straight.state[exact[0]][key].double()[0],
+            )
             assert values.unique().numel() == 2  # the two neighbours
             assert abs(values.mean() - mean) <= 5 * values.std() / n**0.5, key
     if cls is uk.SelectiveAdamW:  # low 16 bits of the word for one, high 16 for the other
@@ -701,21 +935,33 @@ def test_bfloat16_states_are_unbiased(backend, cls):
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
-@pytest.mark.parametrize("options", [{}, {"statistics": "previous"}, {"scope": "global"}, {"target": "update"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"statistics": "previous"}, {"scope": "global"}, {"target": "update"}], ids=str
+)
 def test_grad_scale_divides_and_found_inf_skips_everything(backend, cls, options):
     start, gradients = problem([(129,), (3, 4)], steps=3)
-    options = SPREAD | {"lr": 0.1, "fused": True, "backend": backend} | ({"momentum": 0.9} if cls is uk.SelectiveSGD else {}) | options
+    options = (
+        SPREAD
+        | {"lr": 0.1, "fused": True, "backend": backend}
+        | ({"momentum": 0.9} if cls is uk.SelectiveSGD else {})
+        | options
+    )
     expected, straight = trained(cls, start=start, gradients=gradients, **options)
     params = as_parameters(start)
     optimizer = cls(params, **options)
     for k, grads in enumerate(gradients):
         optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0**k), torch.tensor(0.0)
         walk(optimizer, params, [[g * 2.0**k for g in grads]])
-        before = copy.deepcopy(optimizer.state_dict()["state"]), [p.detach().clone() for p in params]
+        before = (
+            copy.deepcopy(optimizer.state_dict()["state"]),
+            [p.detach().clone() for p in params],
+        )
         optimizer.found_inf = torch.tensor(1.0)
         walk(optimizer, params, [[g * float("inf") for g in grads]])
         assert same_bits((optimizer.state_dict()["state"], [p.detach() for p in params]), before)
-    assert same_bits([*optimizer.state_dict()["state"].values()], [*straight.state_dict()["state"].values()])
+    assert same_bits(
+        [*optimizer.state_dict()["state"].values()], [*straight.state_dict()["state"].values()]
+    )
     assert same_bits(params, expected)
 
 
@@ -746,7 +992,9 @@ def test_grad_scaler(backend, fused):
     for scaled in (False, True):
         torch.manual_seed(0)
         model = torch.nn.Linear(5, 3)
-        optimizer = uk.SelectiveAdamW(model.parameters(), lr=0.1, seed=3, fused=fused, backend=backend)
+        optimizer = uk.SelectiveAdamW(
+            model.parameters(), lr=0.1, seed=3, fused=fused, backend=backend
+        )
         assert getattr(optimizer, "_step_supports_amp_scaling", False) == fused
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
         for k in range(4):
@@ -763,13 +1011,18 @@ def test_grad_scaler(backend, fused):
             scaler.update()
         if scaled:
             assert scaler.get_scale() == 512.0
-        results.append(([p.detach() for p in model.parameters()], [*optimizer.state_dict()["state"].values()]))
+        results.append(
+            ([p.detach() for p in model.parameters()], [*optimizer.state_dict()["state"].values()])
+        )
     assert same_bits(*results)
 
 
 SELECTIONS = [
     pytest.param({}, id="minmax"),
-    pytest.param({"normalization": "range", "direction": "salient", "rescale": False}, id="range salient not rescaled"),
+    pytest.param(
+        {"normalization": "range", "direction": "salient", "rescale": False},
+        id="range salient not rescaled",
+    ),
     pytest.param({"normalization": "rank", "min_probability": 0.2}, id="rank floor"),
     pytest.param({"normalization": "constant", "keep_probability": 0.4}, id="constant"),
 ]
@@ -779,16 +1032,36 @@ SELECTIONS = [
 @pytest.mark.parametrize(
     ("cls", "torch_class", "line"),
     [
-        pytest.param(uk.SelectiveAdamW, torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.2, "amsgrad": True}, id="adamw"),
-        pytest.param(uk.SelectiveSGD, torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.2, "momentum": 0.9, "nesterov": True}, id="sgd"),
-        # An element that the first step did not select has a buffer of 0, which is not a fresh one: dampening applies.
-        pytest.param(uk.SelectiveSGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.4}, id="sgd dampening"),
+        pytest.param(
+            uk.SelectiveAdamW,
+            torch.optim.AdamW,
+            {"lr": 0.1, "weight_decay": 0.2, "amsgrad": True},
+            id="adamw",
+        ),
+        pytest.param(
+            uk.SelectiveSGD,
+            torch.optim.SGD,
+            {"lr": 0.1, "weight_decay": 0.2, "momentum": 0.9, "nesterov": True},
+            id="sgd",
+        ),
+        # An element that the first step did not select has a buffer of 0, which is not a fresh one:
+        # dampening applies.
+        pytest.param(
+            uk.SelectiveSGD,
+            torch.optim.SGD,
+            {"lr": 0.1, "momentum": 0.9, "dampening": 0.4},
+            id="sgd dampening",
+        ),
     ],
 )
 @pytest.mark.parametrize("maximize", [False, True], ids=["", "maximize"])
-def test_target_gradient_is_torchs_step_on_selected_gradients(backend, cls, torch_class, line, options, maximize):
+def test_target_gradient_is_torchs_step_on_selected_gradients(
+    backend, cls, torch_class, line, options, maximize
+):
     start, gradients = problem([(31, 7), (), (5,)], steps=4)
-    params, optimizer = trained(cls, backend, start, gradients, maximize=maximize, **line, **SPREAD, **options)
+    params, optimizer = trained(
+        cls, backend, start, gradients, maximize=maximize, **line, **SPREAD, **options
+    )
     expected = as_parameters(start)
     other = torch_class(expected, foreach=False, maximize=maximize, **line)
     for k, grads in enumerate(gradients, 1):
@@ -807,22 +1080,40 @@ def test_target_gradient_is_torchs_step_on_selected_gradients(backend, cls, torc
 @pytest.mark.parametrize(
     ("cls", "torch_class", "line"),
     [
-        pytest.param(uk.SelectiveAdamW, torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.2}, id="adamw"),
-        pytest.param(uk.SelectiveSGD, torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.2, "momentum": 0.9}, id="sgd"),
+        pytest.param(
+            uk.SelectiveAdamW, torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.2}, id="adamw"
+        ),
+        pytest.param(
+            uk.SelectiveSGD,
+            torch.optim.SGD,
+            {"lr": 0.1, "weight_decay": 0.2, "momentum": 0.9},
+            id="sgd",
+        ),
     ],
 )
 def test_target_update_is_torchs_step_where_selected(backend, cls, torch_class, line, options):
-    """The plain gradient feeds the moments; the step of an element that was not selected is skipped, weight decay included."""
+    """The plain gradient feeds the moments; the step of an element that was not selected is
+    skipped, weight decay included.
+    """
     start, gradients = problem([(31, 7), (), (5,)], steps=1)
-    params, optimizer = trained(cls, backend, start, gradients, target="update", **line, **SPREAD, **options)
+    params, optimizer = trained(
+        cls, backend, start, gradients, target="update", **line, **SPREAD, **options
+    )
     stepped = as_parameters(start)
     other = torch_class(stepped, foreach=False, **line)
     walk(other, stepped, gradients)
     for i, (p, q) in enumerate(zip(params, stepped, strict=True)):
         for key, value in states_of(other, q).items():
-            compare(optimizer.state[p][key], value, "equal" if backend == "reference" else "step", name=key)
+            compare(
+                optimizer.state[p][key],
+                value,
+                "equal" if backend == "reference" else "step",
+                name=key,
+            )
         arguments = {"threshold": SPREAD["threshold"]} | options
-        b = uk.selection_mask(gradients[0][i], seed=SPREAD["seed"], step=1, stream=i, backend=backend, **arguments)
+        b = uk.selection_mask(
+            gradients[0][i], seed=SPREAD["seed"], step=1, stream=i, backend=backend, **arguments
+        )
         assert i != 0 or 0 < b.sum() < b.numel()
         assert torch.equal(p[~b], start[i][~b])
         share = (p - start[i])[b] / (q - start[i])[b]
@@ -831,10 +1122,12 @@ def test_target_update_is_torchs_step_where_selected(backend, cls, torch_class, 
             if options.get("rescale", True)
             else torch.ones_like(share)
         )
-        np.testing.assert_allclose(share.detach().numpy(), expected.numpy(), rtol=1e-3)  # differences of nearly equal numbers
+        # differences of nearly equal numbers
+        np.testing.assert_allclose(share.detach().numpy(), expected.numpy(), rtol=1e-3)
 
 
-STEEP = {"threshold": 0.8, "lr": 1.0, "seed": 5, "rescale": True}  # plain SGD with lr 1: the parameter moves by -g/p where selected
+# plain SGD with lr 1: the parameter moves by -g/p where selected
+STEEP = {"threshold": 0.8, "lr": 1.0, "seed": 5, "rescale": True}
 
 
 def inverse_by_sgd(backend, before, after, gradient) -> torch.Tensor:
@@ -845,7 +1138,10 @@ def inverse_by_sgd(backend, before, after, gradient) -> torch.Tensor:
 
 def assert_inverse(found, probabilities) -> None:
     """`found` (NaN: not selected) is 1/p; at least one element was selected."""
-    found, expected = found.double().flatten().numpy(), 1 / np.asarray(probabilities, dtype=float).ravel()
+    found, expected = (
+        found.double().flatten().numpy(),
+        1 / np.asarray(probabilities, dtype=float).ravel(),
+    )
     seen = ~np.isnan(found)
     assert seen.any()
     np.testing.assert_allclose(found[seen], expected[seen], rtol=1e-5)
@@ -854,9 +1150,20 @@ def assert_inverse(found, probabilities) -> None:
 @pytest.mark.parametrize(
     ("normalization", "first", "second"),
     [
-        # s: 1, 4, 9 -> minimum 1, maximum 9; then s: 0.25, 4, 25. s~, clamped: 0, 3/8, 1 twice (minmax); 1/8, 1/2, 1, then 1/32, 1/2, 1.
-        pytest.param("minmax", [0.9996646499, 0.9859363730, 0.1192029220], [0.9996646499, 0.9859363730, 0.1192029220], id="minmax"),
-        pytest.param("range", [0.9988304897, 0.9525741268, 0.1192029220], [0.9995417165, 0.9525741268, 0.1192029220], id="range"),
+        # s: 1, 4, 9 -> minimum 1, maximum 9; then s: 0.25, 4, 25. s~, clamped: 0, 3/8, 1 twice
+        # (minmax); 1/8, 1/2, 1, then 1/32, 1/2, 1.
+        pytest.param(
+            "minmax",
+            [0.9996646499, 0.9859363730, 0.1192029220],
+            [0.9996646499, 0.9859363730, 0.1192029220],
+            id="minmax",
+        ),
+        pytest.param(
+            "range",
+            [0.9988304897, 0.9525741268, 0.1192029220],
+            [0.9995417165, 0.9525741268, 0.1192029220],
+            id="range",
+        ),
     ],
 )
 def test_previous_statistics_by_hand(backend, normalization, first, second):
@@ -864,7 +1171,14 @@ def test_previous_statistics_by_hand(backend, normalization, first, second):
     seen = [set(), set()]
     for seed in (0, 4, 5, 6):  # each element is selected by one of them at least
         p = torch.nn.Parameter(torch.zeros(3))
-        optimizer = uk.SelectiveSGD([p], lr=1.0, statistics="previous", normalization=normalization, seed=seed, backend=backend)
+        optimizer = uk.SelectiveSGD(
+            [p],
+            lr=1.0,
+            statistics="previous",
+            normalization=normalization,
+            seed=seed,
+            backend=backend,
+        )
         for k, (g, expected) in enumerate(zip(gradients, (first, second), strict=True)):
             before, p.grad = p.detach().clone(), g
             if k == 0:
@@ -876,19 +1190,31 @@ def test_previous_statistics_by_hand(backend, normalization, first, second):
             for i in selected:
                 assert found[i].item() == pytest.approx(1 / expected[i], rel=1e-5)
             state = optimizer.state[p]
-            assert (state["saliency_min"].item(), state["saliency_max"].item()) == ((1.0, 9.0), (0.25, 25.0))[k]
+            assert (state["saliency_min"].item(), state["saliency_max"].item()) == (
+                (1.0, 9.0),
+                (0.25, 25.0),
+            )[k]
             assert state["saliency_min"].dtype == torch.float32 and state["saliency_min"].dim() == 0
     assert seen[1] == {0, 1, 2}
 
 
 @pytest.mark.parametrize("normalization", ["minmax", "range"])
-@pytest.mark.parametrize("first", [0.0, 2.0, float("nan")], ids=["zeros", "equal", "nothing finite"])
+@pytest.mark.parametrize(
+    "first", [0.0, 2.0, float("nan")], ids=["zeros", "equal", "nothing finite"]
+)
 def test_kept_statistics_without_a_span_give_saliency_zero(backend, normalization, first):
     """Whatever this step's gradient is: p is 0.99966 for every element."""
     g = torch.tensor([1.0, 3e4, -1e12, 1e30])
     for seed in range(3):
         p = torch.nn.Parameter(torch.zeros(4))
-        optimizer = uk.SelectiveSGD([p], lr=1.0, statistics="previous", normalization=normalization, seed=seed, backend=backend)
+        optimizer = uk.SelectiveSGD(
+            [p],
+            lr=1.0,
+            statistics="previous",
+            normalization=normalization,
+            seed=seed,
+            backend=backend,
+        )
         p.grad = torch.full((4,), first)
         optimizer.step()
         p.data.zero_()
@@ -903,7 +1229,9 @@ def test_previous_equals_current_on_the_first_step_and_when_gradients_repeat(bac
     for scope in ("tensor", "global"):
         options = SPREAD | {"scope": scope, "lr": 0.1, "backend": backend}
         current, _ = trained(cls, start=start, gradients=gradients * 3, **options)
-        previous, _ = trained(cls, start=start, gradients=gradients * 3, statistics="previous", **options)
+        previous, _ = trained(
+            cls, start=start, gradients=gradients * 3, statistics="previous", **options
+        )
         for p, q in zip(previous, current, strict=True):
             compare(p, q, "step")
 
@@ -936,48 +1264,91 @@ def test_global_scope_spans_groups_and_dtypes_with_the_same_normalization(backen
         p.grad = grads[name]
     optimizer.step()
     together = torch.cat([grads[name].double() for name in ("a", "b", "c")])
-    expected = {"a": probability(together, threshold=0.5)[:400], "b": probability(together, threshold=0.5)[400:800]}
-    expected |= {"c": probability(together, threshold=0.3)[800:], "alone": probability(grads["alone"], threshold=0.5)}
+    expected = {
+        "a": probability(together, threshold=0.5)[:400],
+        "b": probability(together, threshold=0.5)[400:800],
+    }
+    expected |= {
+        "c": probability(together, threshold=0.3)[800:],
+        "alone": probability(grads["alone"], threshold=0.5),
+    }
     for name, p in expected.items():
         found = (-params[name].detach().double() / grads[name].double()).numpy()
-        np.testing.assert_allclose(found[found != 0], 1 / p.numpy()[found != 0], rtol=1e-2 if name == "c" else 1e-5)
+        np.testing.assert_allclose(
+            found[found != 0], 1 / p.numpy()[found != 0], rtol=1e-2 if name == "c" else 1e-5
+        )
         assert 100 < (found != 0).sum() < 400
     for name, stream in (("a", 0), ("b", 1), ("alone", 2), ("c", 3), ("ranked", 4)):
         assert optimizer.state[params[name]]["step"] == 1, (name, stream)
 
 
 def test_global_rank_spans_tensors(backend):
-    grads = [torch.tensor([1.0, 5.0, 3.0]), torch.tensor([2.0, 4.0]), torch.tensor([6.0], dtype=torch.float64)]
+    grads = [
+        torch.tensor([1.0, 5.0, 3.0]),
+        torch.tensor([2.0, 4.0]),
+        torch.tensor([6.0], dtype=torch.float64),
+    ]
     ranks = [[0, 4 / 6, 2 / 6], [1 / 6, 3 / 6], [5 / 6]]
     for seed in range(5):
         params = [torch.nn.Parameter(torch.zeros_like(g)) for g in grads]
         for p, g in zip(params, grads, strict=True):
             p.grad = g.clone()
-        uk.select_gradients_(params, seed=seed, step=1, scope="global", normalization="rank", threshold=0.5, sharpness=0.5, backend=backend)
+        uk.select_gradients_(
+            params,
+            seed=seed,
+            step=1,
+            scope="global",
+            normalization="rank",
+            threshold=0.5,
+            sharpness=0.5,
+            backend=backend,
+        )
         for p, g, r in zip(params, grads, ranks, strict=True):
             kept = p.grad != 0
             expected = 1 + np.exp(np.array(r) - 0.5)
-            np.testing.assert_allclose((p.grad / g)[kept].numpy(), expected[kept.numpy()], rtol=2e-6)
+            np.testing.assert_allclose(
+                (p.grad / g)[kept].numpy(), expected[kept.numpy()], rtol=2e-6
+            )
 
 
 def test_global_previous_uses_kept_values_and_a_first_timers_current_ones(backend):
     p, q, r = (torch.nn.Parameter(torch.zeros(3)) for _ in range(3))
-    optimizer = uk.SelectiveSGD([p, q, r], lr=1.0, statistics="previous", scope="global", sharpness=0.5, seed=2, backend=backend)
+    optimizer = uk.SelectiveSGD(
+        [p, q, r],
+        lr=1.0,
+        statistics="previous",
+        scope="global",
+        sharpness=0.5,
+        seed=2,
+        backend=backend,
+    )
     p.grad, r.grad = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([20.0, 20.0, 30.0])
     optimizer.step()
     before = [t.detach().clone() for t in (p, q)]
     p.grad, q.grad, r.grad = torch.tensor([4.0, 0.5, 2.0]), torch.tensor([1.5, 10.0, 5.0]), None
-    optimizer.step()  # p keeps (1, 9), q comes with (2.25, 100), r has no gradient and no say: (1, 100)
-    for t, was, s in ((p, before[0], [15 / 99, 0.0, 3 / 99]), (q, before[1], [1.25 / 99, 1.0, 24 / 99])):
-        assert_inverse((was - t.detach()) / t.grad + torch.where(was == t, torch.nan, 0.0), 1 / (1 + np.exp(np.array(s) - 0.8)))
+    # p keeps (1, 9), q comes with (2.25, 100), r has no gradient and no say: (1, 100)
+    optimizer.step()
+    for t, was, s in (
+        (p, before[0], [15 / 99, 0.0, 3 / 99]),
+        (q, before[1], [1.25 / 99, 1.0, 24 / 99]),
+    ):
+        assert_inverse(
+            (was - t.detach()) / t.grad + torch.where(was == t, torch.nan, 0.0),
+            1 / (1 + np.exp(np.array(s) - 0.8)),
+        )
     assert optimizer.state[p]["saliency_max"] == 16 and optimizer.state[q]["saliency_max"] == 100
 
 
 def test_on_one_tensor_global_equals_tensor(backend):
     for normalization in ("minmax", "range", "rank"):
-        for function, arguments in ((uk.selection_probability, {}), (uk.selection_mask, {"seed": 1, "step": 1})):
+        for function, arguments in (
+            (uk.selection_probability, {}),
+            (uk.selection_mask, {"seed": 1, "step": 1}),
+        ):
             options = {"normalization": normalization, "backend": backend} | arguments
-            assert torch.equal(function(HAND, scope="global", **options), function(HAND, scope="tensor", **options))
+            assert torch.equal(
+                function(HAND, scope="global", **options), function(HAND, scope="tensor", **options)
+            )
 
 
 # Shards: a mask depends on the element's place in the unsharded tensor.
@@ -1003,12 +1374,24 @@ def test_a_shards_mask_is_its_part_of_the_whole(backend, normalization, part, la
             if normalization == "rank"
             else torch.tensor([[torch.inf, -torch.inf]]).double()
         )
-        run = {"layout": [6, 0, g.numel(), g.numel()], "sizes": [], "normalization": normalization, "grad_scale": None}
+        run = {
+            "layout": [6, 0, g.numel(), g.numel()],
+            "sizes": [],
+            "normalization": normalization,
+            "grad_scale": None,
+        }
         op.call("selective_statistics_", backend, [g], [], [], [], **run, out=scope)
-    selection = op.Selection(**(SELECTION_DEFAULTS | {"normalization": normalization, "threshold": 0.5, "keep_probability": 0.5}))
+    selection = op.Selection(
+        **(
+            SELECTION_DEFAULTS
+            | {"normalization": normalization, "threshold": 0.5, "keep_probability": 0.5}
+        )
+    )
     whole, shard = g.clone(), g[part].clone()
     common = {"scope_statistics": scope, "step": 3, "seed": -5, "selection": selection}
-    op.call("select_gradients_", backend, [whole], [], layout=[6, 0, g.numel(), g.numel()], **common)
+    op.call(
+        "select_gradients_", backend, [whole], [], layout=[6, 0, g.numel(), g.numel()], **common
+    )
     op.call("select_gradients_", backend, [shard], [], layout=[6, *layout], **common)
     assert (whole == 0).any() and (whole != 0).any()
     compare(shard, whole[part], "equal")
@@ -1016,12 +1399,27 @@ def test_a_shards_mask_is_its_part_of_the_whole(backend, normalization, part, la
 
 def test_far_element_indices(native):
     # Tensors of more than 2^33 elements do not fit here; their last shard does.
-    selection = op.Selection(**(SELECTION_DEFAULTS | {"normalization": "constant", "keep_probability": 0.5, "rescale": False}))
+    selection = op.Selection(
+        **(
+            SELECTION_DEFAULTS
+            | {"normalization": "constant", "keep_probability": 0.5, "rescale": False}
+        )
+    )
     for layout in ([2, 2**33 + 5, 1000, 1000], [2, 2**40 - 1, 7, 2**34 + 3]):
         results = []
         for backend in ("reference", native):
             g = torch.ones(1000)
-            op.call("select_gradients_", backend, [g], [], scope_statistics=None, layout=layout, step=1, seed=9, selection=selection)
+            op.call(
+                "select_gradients_",
+                backend,
+                [g],
+                [],
+                scope_statistics=None,
+                layout=layout,
+                step=1,
+                seed=9,
+                selection=selection,
+            )
             results.append(g)
         assert 400 < results[0].sum() < 600
         compare(results[1], results[0], "equal")
@@ -1036,7 +1434,11 @@ def test_statistics_are_the_references(native, dtype):
     layout = [x for i, g in enumerate(grads) for x in (i, 0, g.numel(), g.numel())]
     for rows in (1, len(grads)):
         for given in ([], saliencies):
-            for normalization, scale in (("minmax", None), ("rank", None), ("range", torch.tensor(4.0))):
+            for normalization, scale in (
+                ("minmax", None),
+                ("rank", None),
+                ("range", torch.tensor(4.0)),
+            ):
                 if normalization == "rank":
                     start = torch.zeros(rows, reference.RANK_BINS, dtype=torch.int64)
                 else:
@@ -1044,13 +1446,26 @@ def test_statistics_are_the_references(native, dtype):
                 found = []
                 for backend in ("reference", native):
                     out = start.clone()
-                    options = {"layout": layout, "sizes": [], "normalization": normalization, "grad_scale": scale}
-                    op.call("selective_statistics_", backend, grads, given, [], [], **options, out=out)
+                    options = {
+                        "layout": layout,
+                        "sizes": [],
+                        "normalization": normalization,
+                        "grad_scale": scale,
+                    }
+                    op.call(
+                        "selective_statistics_", backend, grads, given, [], [], **options, out=out
+                    )
                     found.append(out)
                 if given and normalization == "rank" and dtype in (torch.float32, torch.float64):
-                    assert (found[0].sum(-1) == found[1].sum(-1)).all()  # sqrt may round over a bin's edge
+                    # sqrt may round over a bin's edge
+                    assert (found[0].sum(-1) == found[1].sum(-1)).all()
                 else:
-                    compare(found[1], found[0], "equal", name=f"{normalization}, {rows} rows, saliency {bool(given)}")
+                    compare(
+                        found[1],
+                        found[0],
+                        "equal",
+                        name=f"{normalization}, {rows} rows, saliency {bool(given)}",
+                    )
 
 
 def test_a_large_ranks_histogram_takes_every_kth_element(native):
@@ -1058,7 +1473,8 @@ def test_a_large_ranks_histogram_takes_every_kth_element(native):
     g = spread_gradient((n,), torch.Generator().manual_seed(8), torch.bfloat16)
     found = []
     for backend in ("reference", native):
-        for layout, sizes in (([0, 0, n, n], whole), ([0, 1000, n, n], [5 * 2**20])):  # k = 3, and 5 for a shard of a larger one
+        # k = 3, and 5 for a shard of a larger one
+        for layout, sizes in (([0, 0, n, n], whole), ([0, 1000, n, n], [5 * 2**20])):
             out = torch.zeros(1, reference.RANK_BINS, dtype=torch.int64)
             op.call(
                 "selective_statistics_",
@@ -1086,12 +1502,19 @@ def test_a_large_ranks_histogram_takes_every_kth_element(native):
 @pytest.mark.parametrize("direction", ["printed", "salient"])
 def test_frequencies_match_p(backend, normalization, direction):
     g = spread_gradient((40_000,), torch.Generator().manual_seed(6))
-    options = {"normalization": normalization, "direction": direction, "threshold": 0.5, "sharpness": 3.0, "backend": backend}
+    options = {
+        "normalization": normalization,
+        "direction": direction,
+        "threshold": 0.5,
+        "sharpness": 3.0,
+        "backend": backend,
+    }
     p = uk.selection_probability(g, **options).double().numpy()
     b = uk.selection_mask(g, seed=21, step=1, **options).numpy()
     by_p = np.argsort(p).reshape(50, -1)
     deviations = (b[by_p].sum(1) - p[by_p].sum(1)) ** 2 / (p * (1 - p))[by_p].sum(1)
-    stats = pytest.importorskip("scipy.stats")  # not at the top: test_gpu.py imports this file where there is no SciPy
+    # not at the top: test_gpu.py imports this file where there is no SciPy
+    stats = pytest.importorskip("scipy.stats")
     assert stats.chi2.isf(1 - 1e-9, 50) < deviations.sum() < stats.chi2.isf(1e-9, 50)
 
 
@@ -1101,7 +1524,11 @@ def test_masks_are_uncorrelated_between_steps_streams_seeds_and_neighbours(backe
     options = {"normalization": "constant", "keep_probability": 0.5, "backend": backend}
 
     def mask(seed=1, step=1, stream=0):
-        return uk.selection_mask(g, seed=seed, step=step, stream=stream, **options).numpy().astype(float)
+        return (
+            uk.selection_mask(g, seed=seed, step=step, stream=stream, **options)
+            .numpy()
+            .astype(float)
+        )
 
     base, bound = mask(), 6 / n**0.5
     for other in (
@@ -1155,7 +1582,14 @@ def test_equal_gradients_have_saliency_zero(backend, dtype, value):
     for normalization in ("minmax", "range", "rank"):
         p = uk.selection_probability(g, normalization=normalization, backend=backend)
         np.testing.assert_allclose(p.double().numpy(), 0.99966465, rtol=1e-6)
-        params, optimizer = trained(uk.SelectiveAdamW, backend, [torch.ones_like(g)], [[g]], seed=1, normalization=normalization)
+        params, optimizer = trained(
+            uk.SelectiveAdamW,
+            backend,
+            [torch.ones_like(g)],
+            [[g]],
+            seed=1,
+            normalization=normalization,
+        )
         assert params[0].isfinite().all() and optimizer.state[params[0]]["step"] == 1
 
 
@@ -1163,7 +1597,9 @@ def test_a_zero_gradient_with_lr_zero_moves_nothing_and_makes_all_state(backend)
     start, gradients = problem([(9,), ()], steps=1)
     for options in ({}, {"statistics": "previous"}, {"normalization": "rank", "scope": "global"}):
         zeros = [[torch.zeros_like(g) for g in gradients[0]]]
-        params, optimizer = trained(uk.SelectiveAdamW, backend, start, zeros, lr=0.0, seed=1, **options)
+        params, optimizer = trained(
+            uk.SelectiveAdamW, backend, start, zeros, lr=0.0, seed=1, **options
+        )
         assert same_bits([p.detach() for p in params], start)
         assert all({"step", "exp_avg", "exp_avg_sq"} <= optimizer.state[p].keys() for p in params)
 
@@ -1172,7 +1608,15 @@ def test_a_zero_gradient_with_lr_zero_moves_nothing_and_makes_all_state(backend)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize(
-    "options", [{}, {"direction": "salient"}, {"normalization": "range"}, {"normalization": "rank"}, {"target": "update"}], ids=str
+    "options",
+    [
+        {},
+        {"direction": "salient"},
+        {"normalization": "range"},
+        {"normalization": "rank"},
+        {"target": "update"},
+    ],
+    ids=str,
 )
 def test_one_bad_element_spoils_itself_alone(backend, cls, bad, dtype, options):
     options = SPREAD | {"lr": 0.1, "backend": backend} | options
@@ -1188,15 +1632,24 @@ def test_one_bad_element_spoils_itself_alone(backend, cls, bad, dtype, options):
     if options.get("normalization") != "rank":  # a rank counts its elements
         expected, _ = trained(cls, start=start, gradients=[[harmless]], **options)
         compare(found[0][others], expected[0][others], "equal")
-    p = uk.selection_probability(spoiled, **{k: v for k, v in options.items() if k in op.FIELDS and k != "target"}, backend=backend)
+    p = uk.selection_probability(
+        spoiled,
+        **{k: v for k, v in options.items() if k in op.FIELDS and k != "target"},
+        backend=backend,
+    )
     without = {k: v for k, v in options.items() if k in op.FIELDS and k != "target"}
     assert p[at] == 1.0
-    compare(p[others], uk.selection_probability(spoiled[others], **without, backend=backend), "equal")
+    compare(
+        p[others], uk.selection_probability(spoiled[others], **without, backend=backend), "equal"
+    )
 
 
 def test_a_gradient_that_is_not_finite_passes_the_selection_unchanged(backend):
     g = torch.tensor([1.0, torch.nan, torch.inf, -torch.inf, 2.0])
-    for options in ({"normalization": "constant", "keep_probability": 1e-6}, {"direction": "salient", "sharpness": 100.0}):
+    for options in (
+        {"normalization": "constant", "keep_probability": 1e-6},
+        {"direction": "salient", "sharpness": 100.0},
+    ):
         p = torch.nn.Parameter(torch.zeros(5))
         p.grad = g.clone()
         uk.select_gradients_(p, seed=3, step=1, backend=backend, **options)
@@ -1215,16 +1668,23 @@ def test_a_nonfinite_second_moment_stops_the_step_as_torchs(backend, target, ams
     start = torch.linspace(-1, 1, len(huge))
     options = {"lr": 0.1, "weight_decay": 0.1, "amsgrad": amsgrad}
     gradients = [[huge], [huge.sign()], [huge.sign()]]
-    found, optimizer = trained(uk.SelectiveAdamW, backend, [start], gradients, target=target, **NEUTRAL, **options)
+    found, optimizer = trained(
+        uk.SelectiveAdamW, backend, [start], gradients, target=target, **NEUTRAL, **options
+    )
     expected = as_parameters([start])
     torchs = torch.optim.AdamW(expected, foreach=False, **options)
     walk(torchs, expected, gradients)
     second = "max_exp_avg_sq" if amsgrad else "exp_avg_sq"
-    assert optimizer.state[found[0]][second].isinf().tolist() == torchs.state[expected[0]][second].isinf().tolist()
+    assert (
+        optimizer.state[found[0]][second].isinf().tolist()
+        == torchs.state[expected[0]][second].isinf().tolist()
+    )
     assert optimizer.state[found[0]][second].isinf().sum() == 5
     assert found[0].isfinite().all()
     compare(found[0], expected[0], "step")
-    selected, _ = trained(uk.SelectiveAdamW, backend, [start], gradients, target=target, **SPREAD, **options)
+    selected, _ = trained(
+        uk.SelectiveAdamW, backend, [start], gradients, target=target, **SPREAD, **options
+    )
     assert selected[0].isfinite().all()
 
 
@@ -1244,7 +1704,9 @@ def test_a_nonfinite_second_moment_stops_the_step_as_torchs(backend, target, ams
 )
 def test_a_nonfinite_weight_ends_as_torchs(backend, cls, line, target, weight_decay):
     options = {"lr": 0.1, "weight_decay": weight_decay} | line
-    start = torch.tensor([torch.inf, -torch.inf, torch.nan, 1.0, -3e38, torch.inf, -torch.inf, 2.0, 0.0])
+    start = torch.tensor(
+        [torch.inf, -torch.inf, torch.nan, 1.0, -3e38, torch.inf, -torch.inf, 2.0, 0.0]
+    )
     bad = torch.tensor([1.0, 1.0, 1.0, torch.inf, 1.0, torch.inf, torch.inf, torch.nan, 0.0])
     gradients = [[bad], [torch.ones_like(bad)], [-torch.ones_like(bad)]]
     found, _ = trained(cls, backend, [start], gradients, target=target, **NEUTRAL, **options)
@@ -1260,9 +1722,19 @@ def test_a_nonfinite_weight_ends_as_torchs(backend, cls, line, target, weight_de
 def test_a_nonfinite_weight_that_is_not_selected_stays(backend, cls, weight_decay):
     start = torch.tensor([torch.inf, -torch.inf, torch.nan, 1.0] * 8)
     gradients = [[torch.ones(32)]]
-    options = {"normalization": "constant", "keep_probability": 0.3, "seed": 1, "lr": 0.1, "weight_decay": weight_decay}
+    options = {
+        "normalization": "constant",
+        "keep_probability": 0.3,
+        "seed": 1,
+        "lr": 0.1,
+        "weight_decay": weight_decay,
+    }
     found, _ = trained(cls, backend, [start], gradients, target="update", **options)
-    selected = uk.selection_mask(gradients[0][0], **{k: options[k] for k in ("normalization", "keep_probability", "seed")}, step=1)
+    selected = uk.selection_mask(
+        gradients[0][0],
+        **{k: options[k] for k in ("normalization", "keep_probability", "seed")},
+        step=1,
+    )
     assert 0 < selected.sum() < 32
     assert same_bits(found[0].detach()[~selected], start[~selected])
     infinite = selected & start.isinf()
@@ -1275,11 +1747,20 @@ def test_a_nonfinite_weight_that_is_not_selected_stays(backend, cls, weight_deca
 def test_nothing_finite_is_no_error(backend):
     g = torch.full((5,), torch.nan)
     for normalization in ("minmax", "range", "rank"):
-        assert uk.selection_probability(g, normalization=normalization, backend=backend).tolist() == [1.0] * 5
-        for options in ({}, {"scope": "global"}) if normalization == "rank" else ({}, {"statistics": "previous"}, {"scope": "global"}):
+        assert (
+            uk.selection_probability(g, normalization=normalization, backend=backend).tolist()
+            == [1.0] * 5
+        )
+        for options in (
+            ({}, {"scope": "global"})
+            if normalization == "rank"
+            else ({}, {"statistics": "previous"}, {"scope": "global"})
+        ):
             start, gradients = problem([(5,)], steps=2)
             params = as_parameters(start)
-            optimizer = uk.SelectiveSGD(params, seed=1, normalization=normalization, backend=backend, **options)
+            optimizer = uk.SelectiveSGD(
+                params, seed=1, normalization=normalization, backend=backend, **options
+            )
             walk(optimizer, params, [[g], gradients[0]])
             assert params[0].isnan().all()
 
@@ -1290,23 +1771,41 @@ def test_squares_that_overflow_are_the_largest_float(backend, dtype):
     g = torch.tensor([1.0, large, -large / 4, 0.0], dtype=dtype)  # s~: 0, 1, 1, 0
     for normalization in ("minmax", "range"):
         p = uk.selection_probability(g, normalization=normalization, backend=backend)
-        np.testing.assert_allclose(p.double().numpy(), [0.99966465, 0.11920292, 0.11920292, 0.99966465], rtol=1e-5)
-        equal = uk.selection_probability(torch.full((5,), large / 2, dtype=dtype), normalization=normalization, backend=backend)
-        np.testing.assert_allclose(equal.double().numpy(), 0.99966465, rtol=1e-6)  # all the largest: s~ is 0
-    found, _ = trained(uk.SelectiveSGD, backend, [torch.zeros_like(g)], [[g]], lr=1e-3, seed=1, rescale=False, statistics="previous")
+        np.testing.assert_allclose(
+            p.double().numpy(), [0.99966465, 0.11920292, 0.11920292, 0.99966465], rtol=1e-5
+        )
+        equal = uk.selection_probability(
+            torch.full((5,), large / 2, dtype=dtype), normalization=normalization, backend=backend
+        )
+        # all the largest: s~ is 0
+        np.testing.assert_allclose(equal.double().numpy(), 0.99966465, rtol=1e-6)
+    found, _ = trained(
+        uk.SelectiveSGD,
+        backend,
+        [torch.zeros_like(g)],
+        [[g]],
+        lr=1e-3,
+        seed=1,
+        rescale=False,
+        statistics="previous",
+    )
     assert found[0].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_denormal_gradients(backend, dtype):
     g = torch.tensor([1.0, -2.0, 3.0, 0.0], dtype=dtype) * torch.finfo(dtype).smallest_normal / 8
-    p = uk.selection_probability(g, normalization="rank", backend=backend)  # a rank tells denormals apart where their bins differ
+    # a rank tells denormals apart where their bins differ
+    p = uk.selection_probability(g, normalization="rank", backend=backend)
     if backend == "reference":
         assert p.isfinite().all()
     params, _ = trained(uk.SelectiveAdamW, backend, [torch.ones_like(g)], [[g]] * 3, lr=0.1, seed=1)
     assert params[0].isfinite().all()
-    if dtype in (torch.float32, torch.float64, torch.bfloat16):  # their squares are 0: nothing is salient
-        np.testing.assert_allclose(uk.selection_probability(g, backend=backend).double().numpy(), 0.99966465, rtol=1e-6)
+    # their squares are 0: nothing is salient
+    if dtype in (torch.float32, torch.float64, torch.bfloat16):
+        np.testing.assert_allclose(
+            uk.selection_probability(g, backend=backend).double().numpy(), 0.99966465, rtol=1e-6
+        )
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
@@ -1319,7 +1818,12 @@ def test_empty_tensors_and_no_tensors(backend, cls):
         {"scope": "global", "normalization": "rank"},
     ):
         params, optimizer = trained(
-            cls, backend, [torch.zeros(0), torch.zeros(3, 0)], [[torch.zeros(0), torch.zeros(3, 0)]] * 2, seed=1, **options
+            cls,
+            backend,
+            [torch.zeros(0), torch.zeros(3, 0)],
+            [[torch.zeros(0), torch.zeros(3, 0)]] * 2,
+            seed=1,
+            **options,
         )
         assert optimizer.state[params[0]]["step"] == 2
         alone = torch.nn.Parameter(torch.ones(2))
@@ -1335,7 +1839,10 @@ def test_one_element(backend):
     for normalization, p in (("minmax", 0.99966465), ("range", 0.99966465), ("rank", 0.99966465)):
         found = uk.selection_probability(g, normalization=normalization, backend=backend)
         assert found.shape == () and found.item() == pytest.approx(p, rel=1e-6)
-        assert uk.selection_mask(g, seed=1, step=1, normalization=normalization, backend=backend).shape == ()
+        assert (
+            uk.selection_mask(g, seed=1, step=1, normalization=normalization, backend=backend).shape
+            == ()
+        )
 
 
 # Seeds, steps, streams.
@@ -1356,7 +1863,13 @@ def test_manual_seed_fixes_the_seed_and_every_optimizer_has_its_own():
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 def test_nothing_is_drawn_where_nothing_is_random_or_a_seed_is_given(cls):
     before = torch.get_rng_state()
-    for options, seed in ((NEUTRAL, 0), ({"seed": 5}, 5), ({"seed": 0}, 0), ({"seed": -1}, 2**64 - 1), ({"seed": 2**64 + 3}, 3)):
+    for options, seed in (
+        (NEUTRAL, 0),
+        ({"seed": 5}, 5),
+        ({"seed": 0}, 0),
+        ({"seed": -1}, 2**64 - 1),
+        ({"seed": 2**64 + 3}, 3),
+    ):
         optimizer = cls([torch.nn.Parameter(torch.zeros(2))], **options)
         assert optimizer.param_groups[0]["seed"] == seed
     trained(cls, "auto", [torch.ones(9)], [[torch.ones(9)]], seed=4)
@@ -1381,7 +1894,9 @@ def test_a_group_added_after_a_load_is_the_uninterrupted_runs(cls):
     resumed.load_state_dict(optimizer.state_dict())
     for o in (optimizer, resumed):
         o.add_param_group({"params": [torch.nn.Parameter(torch.zeros(2))]})
-    assert [group["seed"] for group in resumed.param_groups] == [group["seed"] for group in optimizer.param_groups]
+    assert [group["seed"] for group in resumed.param_groups] == [
+        group["seed"] for group in optimizer.param_groups
+    ]
 
 
 @pytest.mark.parametrize("seed", [0, 3, -1, 2**63, 2**64 - 1, 2**64 + 3])
@@ -1391,20 +1906,32 @@ def test_seeds_are_modulo_two_to_the_64(backend, seed):
     mask = uk.selection_mask(g, seed=seed, step=1, **options)
     assert torch.equal(mask, uk.selection_mask(g, seed=seed % 2**64, step=1, **options))
     indices = torch.arange(500)
-    u = reference.philox.uniform(reference.philox.words(indices, seed=seed % 2**64, step=1, stream=0))
+    u = reference.philox.uniform(
+        reference.philox.words(indices, seed=seed % 2**64, step=1, stream=0)
+    )
     assert torch.equal(mask, u < 0.5)
 
 
 def test_a_groups_own_seed(backend):
     p, q, r = (torch.nn.Parameter(torch.zeros(500)) for _ in range(3))
     groups = [{"params": [p], "seed": 0}, {"params": [q], "seed": 2**64 + 3}, {"params": [r]}]
-    optimizer = uk.SelectiveSGD(groups, lr=1.0, normalization="constant", keep_probability=0.5, seed=9, backend=backend)
+    optimizer = uk.SelectiveSGD(
+        groups, lr=1.0, normalization="constant", keep_probability=0.5, seed=9, backend=backend
+    )
     assert [group["seed"] for group in optimizer.param_groups] == [0, 3, 9]
     for t in (p, q, r):
         t.grad = torch.ones(500)
     optimizer.step()
     for stream, (t, seed) in enumerate(((p, 0), (q, 3), (r, 9))):
-        mask = uk.selection_mask(t.grad, seed=seed, step=1, stream=stream, normalization="constant", keep_probability=0.5, backend=backend)
+        mask = uk.selection_mask(
+            t.grad,
+            seed=seed,
+            step=1,
+            stream=stream,
+            normalization="constant",
+            keep_probability=0.5,
+            backend=backend,
+        )
         assert torch.equal(t != 0, mask)
 
 
@@ -1412,7 +1939,13 @@ def test_a_groups_own_seed(backend):
 def test_streams_number_the_parameters_and_steps_count_those_with_a_gradient(backend, cls):
     params = [torch.nn.Parameter(torch.zeros(300)) for _ in range(5)]
     options = {"normalization": "constant", "keep_probability": 0.5}
-    optimizer = cls([{"params": params[:2]}, {"params": params[2:4]}], lr=1.0, seed=13, backend=backend, **options)
+    optimizer = cls(
+        [{"params": params[:2]}, {"params": params[2:4]}],
+        lr=1.0,
+        seed=13,
+        backend=backend,
+        **options,
+    )
     optimizer.add_param_group({"params": params[4]})
     g = torch.ones(300)
     counts = [0] * 5
@@ -1425,10 +1958,13 @@ def test_streams_number_the_parameters_and_steps_count_those_with_a_gradient(bac
             if i in with_gradient:
                 counts[i] += 1
             assert optimizer.state[p]["step"] == counts[i]
-            if counts[i] == 1 and i in with_gradient:  # later AdamW moves every element by its moments
+            # later AdamW moves every element by its moments
+            if counts[i] == 1 and i in with_gradient:
                 mask = uk.selection_mask(g, seed=13, step=1, stream=i, backend=backend, **options)
             elif i in with_gradient and cls is uk.SelectiveSGD:
-                mask = uk.selection_mask(g, seed=13, step=counts[i], stream=i, backend=backend, **options)
+                mask = uk.selection_mask(
+                    g, seed=13, step=counts[i], stream=i, backend=backend, **options
+                )
             elif i in with_gradient:
                 continue
             else:
@@ -1437,24 +1973,39 @@ def test_streams_number_the_parameters_and_steps_count_those_with_a_gradient(bac
 
 
 def test_masks_of_dtypes_and_saliency_share_the_words(backend):
-    options = {"normalization": "constant", "keep_probability": 0.5, "seed": 2, "step": 1, "backend": backend}
+    options = {
+        "normalization": "constant",
+        "keep_probability": 0.5,
+        "seed": 2,
+        "step": 1,
+        "backend": backend,
+    }
     expected = uk.selection_mask(torch.ones(100), **options)
     for dtype in DTYPES:
-        assert torch.equal(uk.selection_mask(torch.ones(100, dtype=dtype), saliency=torch.ones(100), **options), expected)
+        assert torch.equal(
+            uk.selection_mask(torch.ones(100, dtype=dtype), saliency=torch.ones(100), **options),
+            expected,
+        )
 
 
-@pytest.mark.skipif(not hasattr(torch.nn.Parameter, "grad_dtype"), reason="this torch has no Parameter.grad_dtype")
+@pytest.mark.skipif(
+    not hasattr(torch.nn.Parameter, "grad_dtype"), reason="this torch has no Parameter.grad_dtype"
+)
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 @pytest.mark.parametrize("of_parameter", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("of_gradient", DTYPES, ids=dtype_id)
-def test_a_gradient_of_another_dtype_is_taken_in_the_parameters_arithmetic(backend, cls, of_parameter, of_gradient):
+def test_a_gradient_of_another_dtype_is_taken_in_the_parameters_arithmetic(
+    backend, cls, of_parameter, of_gradient
+):
     """Beside one of the usual kind, in one call."""
     start, gradients = problem([(40,), (3, 5)], torch.bfloat16, steps=2)
     start = [t.to(of_parameter) for t in start]
     given = [[g.to(of_gradient), h.to(of_parameter)] for g, h in gradients]
     for scope in ("tensor", "global"):
         options = SPREAD | {"backend": backend, "scope": scope}
-        expected, _ = trained(cls, start=start, gradients=[[g.to(of_parameter), h] for g, h in given], **options)
+        expected, _ = trained(
+            cls, start=start, gradients=[[g.to(of_parameter), h] for g, h in given], **options
+        )
         params = as_parameters(start)
         params[0].grad_dtype = of_gradient
         walk(cls(params, **options), params, given)
@@ -1466,14 +2017,28 @@ def test_a_gradient_of_another_dtype_is_taken_in_the_parameters_arithmetic(backe
 
 STATEFUL = [
     pytest.param(uk.SelectiveAdamW, {}, id="adamw"),
-    pytest.param(uk.SelectiveAdamW, {"statistics": "previous", "amsgrad": True}, id="previous amsgrad"),
-    pytest.param(uk.SelectiveAdamW, {"state_dtype": torch.bfloat16, "target": "update"}, id="bfloat16 update"),
-    pytest.param(uk.SelectiveAdamW, {"state_dtype": torch.bfloat16, "normalization": "rank", "scope": "global"}, id="bfloat16 global rank"),
+    pytest.param(
+        uk.SelectiveAdamW, {"statistics": "previous", "amsgrad": True}, id="previous amsgrad"
+    ),
+    pytest.param(
+        uk.SelectiveAdamW, {"state_dtype": torch.bfloat16, "target": "update"}, id="bfloat16 update"
+    ),
+    pytest.param(
+        uk.SelectiveAdamW,
+        {"state_dtype": torch.bfloat16, "normalization": "rank", "scope": "global"},
+        id="bfloat16 global rank",
+    ),
     pytest.param(uk.SelectiveSGD, {}, id="sgd"),
     pytest.param(
-        uk.SelectiveSGD, {"momentum": 0.9, "dampening": 0.3, "statistics": "previous", "scope": "global"}, id="momentum previous global"
+        uk.SelectiveSGD,
+        {"momentum": 0.9, "dampening": 0.3, "statistics": "previous", "scope": "global"},
+        id="momentum previous global",
     ),
-    pytest.param(uk.SelectiveSGD, {"momentum": 0.9, "nesterov": True, "state_dtype": torch.bfloat16}, id="nesterov bfloat16"),
+    pytest.param(
+        uk.SelectiveSGD,
+        {"momentum": 0.9, "nesterov": True, "state_dtype": torch.bfloat16},
+        id="nesterov bfloat16",
+    ),
 ]
 
 
@@ -1485,7 +2050,10 @@ def everything(params, optimizer) -> tuple:
 def test_two_runs_with_one_seed_are_bit_identical_and_another_seed_is_not(backend, cls, options):
     start, gradients = problem([(700,), (3, 5)], steps=3)
     options = {"lr": 0.1, "threshold": 0.5, "backend": backend} | options
-    runs = [everything(*trained(cls, start=start, gradients=gradients, seed=seed, **options)) for seed in (5, 5, 6)]
+    runs = [
+        everything(*trained(cls, start=start, gradients=gradients, seed=seed, **options))
+        for seed in (5, 5, 6)
+    ]
     assert same_bits(runs[0], runs[1])
     assert not same_bits(runs[0], runs[2])
 
@@ -1513,14 +2081,20 @@ def test_a_resumed_run_equals_the_uninterrupted_one(backend, cls, options, dtype
 
 
 @pytest.mark.parametrize(("cls", "options"), STATEFUL)
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
+)
 def test_copies_go_on_alike(backend, cls, options, copied):
     start, gradients = problem([(70,), (3, 5)], torch.bfloat16, steps=4)
     params = as_parameters(start)
     optimizer = cls(params, lr=0.1, threshold=0.5, fused=True, backend=backend, **options)
     walk(optimizer, params, gradients[:2])
     others, other = copied((params, optimizer))
-    assert other.backend == backend and other._step_supports_amp_scaling and other.param_groups[0]["params"][0] is others[0]
+    assert (
+        other.backend == backend
+        and other._step_supports_amp_scaling
+        and other.param_groups[0]["params"][0] is others[0]
+    )
     walk(optimizer, params, gradients[2:])
     walk(other, others, gradients[2:])
     assert same_bits(everything(others, other), everything(params, optimizer))
@@ -1539,10 +2113,17 @@ def test_loading_into_a_fresh_copy_before_any_step_changes_nothing(backend):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"normalization": "rank"}, {"statistics": "previous"}, {"scope": "global"}, {"normalization": "rank", "scope": "global"}],
+    [
+        {},
+        {"normalization": "rank"},
+        {"statistics": "previous"},
+        {"scope": "global"},
+        {"normalization": "rank", "scope": "global"},
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("backend", ["reference", "cpp"], indirect=True)  # no host's thread computes in a Triton kernel
+# no host's thread computes in a Triton kernel
+@pytest.mark.parametrize("backend", ["reference", "cpp"], indirect=True)
 def test_the_number_of_threads_changes_nothing(backend, options):
     size = 40_000 if backend == "reference" else 300_000  # more than one thread's piece
     shapes = [(size,), (517, size // 500), (7,), (100, size // 100)]
@@ -1552,7 +2133,11 @@ def test_the_number_of_threads_changes_nothing(backend, options):
     try:
         for threads in (1, 2, 4):
             torch.set_num_threads(threads)
-            runs.append(everything(*trained(uk.SelectiveAdamW, backend, start, gradients, **SPREAD, **options)))
+            runs.append(
+                everything(
+                    *trained(uk.SelectiveAdamW, backend, start, gradients, **SPREAD, **options)
+                )
+            )
     finally:
         torch.set_num_threads(before)
     assert same_bits(runs[0], runs[1]) and same_bits(runs[0], runs[2])
@@ -1564,16 +2149,26 @@ def test_state_keys_and_dtypes(backend, dtype):
     kept = {"saliency_min", "saliency_max"}
     for cls, options, keys in (
         (uk.SelectiveAdamW, {}, {"exp_avg", "exp_avg_sq"}),
-        (uk.SelectiveAdamW, {"amsgrad": True, "statistics": "previous"}, {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"} | kept),
+        (
+            uk.SelectiveAdamW,
+            {"amsgrad": True, "statistics": "previous"},
+            {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"} | kept,
+        ),
         (uk.SelectiveSGD, {}, set()),
         (uk.SelectiveSGD, {"momentum": 0.5, "statistics": "previous"}, {"momentum_buffer"} | kept),
     ):
         for state_dtype in (None, torch.bfloat16):
             g = torch.ones(4, 3, dtype=dtype)
-            params, optimizer = trained(cls, backend, [g], [[g]], seed=1, state_dtype=state_dtype, **options)
+            params, optimizer = trained(
+                cls, backend, [g], [[g]], seed=1, state_dtype=state_dtype, **options
+            )
             state = optimizer.state[params[0]]
             assert state.keys() == keys | {"step"}
-            assert state["step"].dtype == torch.float32 and state["step"].shape == () and state["step"].device.type == "cpu"
+            assert (
+                state["step"].dtype == torch.float32
+                and state["step"].shape == ()
+                and state["step"].device.type == "cpu"
+            )
             for key in keys - kept:
                 assert state[key].dtype == (state_dtype or wide) and state[key].shape == g.shape
             for key in keys & kept:
@@ -1582,9 +2177,14 @@ def test_state_keys_and_dtypes(backend, dtype):
 
 def test_16_bit_parameters_keep_their_float32_moments_through_a_checkpoint(backend):
     for dtype in (torch.bfloat16, torch.float16):
-        for options in ({"statistics": "previous", "amsgrad": True}, {"state_dtype": torch.bfloat16}):
+        for options in (
+            {"statistics": "previous", "amsgrad": True},
+            {"state_dtype": torch.bfloat16},
+        ):
             start, gradients = problem([(70,)], dtype, steps=2)
-            params, optimizer = trained(uk.SelectiveAdamW, backend, start, gradients, seed=1, **options)
+            params, optimizer = trained(
+                uk.SelectiveAdamW, backend, start, gradients, seed=1, **options
+            )
             others = as_parameters(params)
             other = uk.SelectiveAdamW(others, seed=2, backend=backend, **options)
             other.load_state_dict(optimizer.state_dict())
@@ -1594,13 +2194,24 @@ def test_16_bit_parameters_keep_their_float32_moments_through_a_checkpoint(backe
 @pytest.mark.parametrize(
     ("cls", "torch_class", "options"),
     [
-        pytest.param(uk.SelectiveAdamW, torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.1}, id="adamw"),
-        pytest.param(uk.SelectiveAdamW, torch.optim.AdamW, {"lr": 0.1, "amsgrad": True}, id="amsgrad"),
+        pytest.param(
+            uk.SelectiveAdamW, torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.1}, id="adamw"
+        ),
+        pytest.param(
+            uk.SelectiveAdamW, torch.optim.AdamW, {"lr": 0.1, "amsgrad": True}, id="amsgrad"
+        ),
         pytest.param(uk.SelectiveSGD, torch.optim.SGD, {"lr": 0.1}, id="sgd"),
-        pytest.param(uk.SelectiveSGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.2}, id="momentum"),
+        pytest.param(
+            uk.SelectiveSGD,
+            torch.optim.SGD,
+            {"lr": 0.1, "momentum": 0.9, "dampening": 0.2},
+            id="momentum",
+        ),
     ],
 )
-@pytest.mark.parametrize("ours_first", [True, False], ids=["from ours to torch", "from torch to ours"])
+@pytest.mark.parametrize(
+    "ours_first", [True, False], ids=["from ours to torch", "from torch to ours"]
+)
 def test_checkpoints_go_both_ways(backend, cls, torch_class, options, ours_first):
     start, gradients = problem([(31,), (2, 3)], steps=6)
     expected = as_parameters(start)
@@ -1627,7 +2238,8 @@ def test_checkpoints_go_both_ways(backend, cls, torch_class, options, ours_first
     for p, q in zip(params, expected, strict=True):
         compare(p, q, "equal" if backend == "reference" else "trajectory")
     step = getattr(second.state[params[0]].get("step"), "item", lambda: None)()
-    assert step == {torch.optim.AdamW: 6, torch.optim.SGD: 3}[torch_class]  # torch's SGD neither counts nor minds a count
+    # torch's SGD neither counts nor minds a count
+    assert step == {torch.optim.AdamW: 6, torch.optim.SGD: 3}[torch_class]
 
 
 def test_keys_missing_from_a_loaded_group_keep_their_value():
@@ -1635,12 +2247,21 @@ def test_keys_missing_from_a_loaded_group_keep_their_value():
     params = as_parameters(start)
     theirs = torch.optim.AdamW([{"params": [params[0]]}, {"params": [params[1]], "lr": 0.5}])
     walk(theirs, params, gradients)
-    groups = [{"params": [params[0]], "threshold": 0.1}, {"params": [params[1]], "normalization": "rank", "direction": "salient"}]
+    groups = [
+        {"params": [params[0]], "threshold": 0.1},
+        {"params": [params[1]], "normalization": "rank", "direction": "salient"},
+    ]
     ours = uk.SelectiveAdamW(groups, seed=77)
     ours.load_state_dict(theirs.state_dict())
     a, b = ours.param_groups
     assert (a["threshold"], a["normalization"], a["seed"], a["lr"]) == (0.1, "minmax", 77, 1e-3)
-    assert (b["threshold"], b["normalization"], b["direction"], b["lr"], b["format"]) == (0.8, "rank", "salient", 0.5, 1)
+    assert (b["threshold"], b["normalization"], b["direction"], b["lr"], b["format"]) == (
+        0.8,
+        "rank",
+        "salient",
+        0.5,
+        1,
+    )
     ours.step()
 
 
@@ -1660,10 +2281,14 @@ def test_state_that_is_already_there_is_respected(backend):
     start, gradients = problem([(9,)], steps=1)
     params = as_parameters(start)
     optimizer = uk.SelectiveAdamW(params, lr=0.1, backend=backend, **NEUTRAL)
-    optimizer.state[params[0]].update(step=torch.tensor(4.0), exp_avg=torch.full((9,), 0.5), exp_avg_sq=torch.full((9,), 0.25))
+    optimizer.state[params[0]].update(
+        step=torch.tensor(4.0), exp_avg=torch.full((9,), 0.5), exp_avg_sq=torch.full((9,), 0.25)
+    )
     expected = as_parameters(start)
     other = torch.optim.AdamW(expected, lr=0.1, foreach=False)
-    other.state[expected[0]].update(step=torch.tensor(4.0), exp_avg=torch.full((9,), 0.5), exp_avg_sq=torch.full((9,), 0.25))
+    other.state[expected[0]].update(
+        step=torch.tensor(4.0), exp_avg=torch.full((9,), 0.5), exp_avg_sq=torch.full((9,), 0.25)
+    )
     walk(optimizer, params, gradients)
     walk(other, expected, gradients)
     compare(params[0], expected[0], "equal" if backend == "reference" else "step")
@@ -1693,13 +2318,19 @@ def test_closure(backend, cls):
 
 @pytest.mark.parametrize(
     "scheduler",
-    [lambda o: torch.optim.lr_scheduler.StepLR(o, 2), lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=10)],
+    [
+        lambda o: torch.optim.lr_scheduler.StepLR(o, 2),
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=10),
+    ],
     ids=["StepLR", "OneCycleLR"],
 )
 def test_schedulers(backend, scheduler):
     start, gradients = problem([(9,)], steps=6)
     results = []
-    for cls, options in ((torch.optim.AdamW, {"foreach": False}), (uk.SelectiveAdamW, NEUTRAL | {"backend": backend})):
+    for cls, options in (
+        (torch.optim.AdamW, {"foreach": False}),
+        (uk.SelectiveAdamW, NEUTRAL | {"backend": backend}),
+    ):
         params = as_parameters(start)
         optimizer = cls(params, lr=0.1, **options)
         schedule = scheduler(optimizer)
@@ -1716,15 +2347,26 @@ def test_options_per_group(backend):
         {"threshold": 0.3, "direction": "salient"},
         {"normalization": "rank", "rescale": False, "weight_decay": 0.0},
         {"statistics": "previous", "target": "update", "lr": 0.01, "maximize": True},
-        {"normalization": "constant", "keep_probability": 0.7, "amsgrad": True, "betas": (0.5, 0.6)},
+        {
+            "normalization": "constant",
+            "keep_probability": 0.7,
+            "amsgrad": True,
+            "betas": (0.5, 0.6),
+        },
     ]
     params = as_parameters(start)
     optimizer = uk.SelectiveAdamW(
-        [{"params": [p]} | options for p, options in zip(params, each, strict=True)], lr=0.1, seed=4, backend=backend
+        [{"params": [p]} | options for p, options in zip(params, each, strict=True)],
+        lr=0.1,
+        seed=4,
+        backend=backend,
     )
     walk(optimizer, params, gradients)
-    for i, options in enumerate(each):  # alone, at its own stream: behind parameters that have no gradient
-        alone = [torch.nn.Parameter(torch.zeros(1)) for _ in range(i)] + as_parameters(start[i : i + 1])
+    # alone, at its own stream: behind parameters that have no gradient
+    for i, options in enumerate(each):
+        alone = [torch.nn.Parameter(torch.zeros(1)) for _ in range(i)] + as_parameters(
+            start[i : i + 1]
+        )
         single = uk.SelectiveAdamW(alone, **({"lr": 0.1, "seed": 4, "backend": backend} | options))
         for grads in gradients:
             alone[i].grad = grads[i]
@@ -1734,7 +2376,8 @@ def test_options_per_group(backend):
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 def test_hooks_fire_once(cls):
-    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # torch wraps `step` once per class; ours must not be wrapped twice
+    # torch wraps `step` once per class; ours must not be wrapped twice
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     p = torch.nn.Parameter(torch.ones(2))
     optimizer = cls([p], seed=1)
     fired = []
@@ -1753,7 +2396,15 @@ def test_hooks_fire_once(cls):
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 @pytest.mark.parametrize(
-    "options", [{"foreach": True}, {"foreach": False}, {"fused": True}, {"fused": False}, {"capturable": True}], ids=str
+    "options",
+    [
+        {"foreach": True},
+        {"foreach": False},
+        {"fused": True},
+        {"fused": False},
+        {"capturable": True},
+    ],
+    ids=str,
 )
 def test_torchs_performance_options_are_taken_and_change_nothing(backend, cls, options):
     start, gradients = problem([(9,), ()], steps=2)
@@ -1777,7 +2428,13 @@ def test_distributed_checkpoint_of_a_fresh_optimizer():
     optimizer = uk.SelectiveAdamW(model.parameters(), seed=1, statistics="previous")
     found = get_optimizer_state_dict(model, optimizer)
     assert same_bits([p.detach() for p in model.parameters()], before)
-    assert found["state"]["weight"].keys() == {"step", "exp_avg", "exp_avg_sq", "saliency_min", "saliency_max"}
+    assert found["state"]["weight"].keys() == {
+        "step",
+        "exp_avg",
+        "exp_avg_sq",
+        "saliency_min",
+        "saliency_max",
+    }
 
 
 def through_two_steps(cls, start, gradients, lr, **options) -> torch.Tensor:
@@ -1794,18 +2451,32 @@ def through_two_steps(cls, start, gradients, lr, **options) -> torch.Tensor:
     ("cls", "options"),
     [
         pytest.param(uk.SelectiveAdamW, {"weight_decay": 0.1}, id="adamw"),
-        pytest.param(uk.SelectiveAdamW, {"weight_decay": 0.1, "target": "update"}, id="adamw update"),
+        pytest.param(
+            uk.SelectiveAdamW, {"weight_decay": 0.1, "target": "update"}, id="adamw update"
+        ),
         pytest.param(uk.SelectiveAdamW, {"amsgrad": True, "betas": (0.5, 0.6)}, id="amsgrad"),
         pytest.param(uk.SelectiveSGD, {"weight_decay": 0.1}, id="sgd"),
-        pytest.param(uk.SelectiveSGD, {"weight_decay": 0.1, "momentum": 0.9, "nesterov": True}, id="nesterov"),
-        pytest.param(uk.SelectiveSGD, {"momentum": 0.9, "dampening": 0.2, "target": "update", "maximize": True}, id="momentum update"),
+        pytest.param(
+            uk.SelectiveSGD, {"weight_decay": 0.1, "momentum": 0.9, "nesterov": True}, id="nesterov"
+        ),
+        pytest.param(
+            uk.SelectiveSGD,
+            {"momentum": 0.9, "dampening": 0.2, "target": "update", "maximize": True},
+            id="momentum update",
+        ),
     ],
 )
 def test_differentiable_steps_have_the_gradient_of_finite_differences(cls, options):
     (start,), gradients = problem([(6,)], torch.float64, steps=2)
-    leaves = [t.clone().requires_grad_() for t in (start, gradients[0][0], gradients[1][0], torch.tensor(0.1, dtype=torch.float64))]
-    selection = {"normalization": "constant", "keep_probability": 0.5, "seed": 3}  # p does not depend on g
-    assert torch.autograd.gradcheck(lambda p, g, h, lr: through_two_steps(cls, p, [g, h], lr, **selection, **options), leaves)
+    leaves = [
+        t.clone().requires_grad_()
+        for t in (start, gradients[0][0], gradients[1][0], torch.tensor(0.1, dtype=torch.float64))
+    ]
+    # p does not depend on g
+    selection = {"normalization": "constant", "keep_probability": 0.5, "seed": 3}
+    assert torch.autograd.gradcheck(
+        lambda p, g, h, lr: through_two_steps(cls, p, [g, h], lr, **selection, **options), leaves
+    )
     selected = uk.selection_mask(gradients[0][0], step=1, **selection)
     assert 0 < selected.sum() < 6
 
@@ -1813,7 +2484,10 @@ def test_differentiable_steps_have_the_gradient_of_finite_differences(cls, optio
 @pytest.mark.parametrize(
     ("cls", "torch_class", "rtol"),
     # torch takes the powers of beta in float32 where a step is differentiable.
-    [pytest.param(uk.SelectiveAdamW, torch.optim.AdamW, 1e-4, id="adamw"), pytest.param(uk.SelectiveSGD, torch.optim.SGD, 1e-12, id="sgd")],
+    [
+        pytest.param(uk.SelectiveAdamW, torch.optim.AdamW, 1e-4, id="adamw"),
+        pytest.param(uk.SelectiveSGD, torch.optim.SGD, 1e-12, id="sgd"),
+    ],
 )
 def test_differentiable_takes_p_and_b_as_constants(cls, torch_class, rtol):
     (start,), gradients = problem([(30,)], torch.float64, steps=2)
@@ -1822,7 +2496,8 @@ def test_differentiable_takes_p_and_b_as_constants(cls, torch_class, rtol):
     def gradients_of(cls, factors, **more):
         leaves = [t.clone().requires_grad_() for t in (start, *(g for (g,) in gradients))]
         selected = [
-            g * 1.0 if factor is None else torch.where(factor != 0, g * factor, 0) for g, factor in zip(leaves[1:], factors, strict=True)
+            g * 1.0 if factor is None else torch.where(factor != 0, g * factor, 0)
+            for g, factor in zip(leaves[1:], factors, strict=True)
         ]
         p = through_two_steps(cls, leaves[0], selected, **options, **more)
         return [p.detach(), *torch.autograd.grad((p * torch.linspace(1, 2, 30)).sum(), leaves)]
@@ -1851,15 +2526,27 @@ BAD_OPTIONS = [
     ({"lr": -1.0}, ValueError, "Invalid learning rate: -1.0"),
     ({"lr": torch.tensor([1.0, 2.0])}, ValueError, "Tensor lr must be 1-element"),
     ({"weight_decay": -1}, ValueError, "Invalid weight_decay value: -1"),
-    ({"fused": True, "foreach": True}, RuntimeError, "`fused` and `foreach` cannot be `True` together"),
-    ({"fused": True, "differentiable": True}, RuntimeError, "`fused` does not support `differentiable`"),
+    (
+        {"fused": True, "foreach": True},
+        RuntimeError,
+        "`fused` and `foreach` cannot be `True` together",
+    ),
+    (
+        {"fused": True, "differentiable": True},
+        RuntimeError,
+        "`fused` does not support `differentiable`",
+    ),
     ({"threshold": float("nan")}, ValueError, "threshold=nan"),
     ({"threshold": float("inf")}, ValueError, "threshold=inf"),
     ({"threshold": "high"}, TypeError, "threshold='high' is a str"),
     ({"threshold": True}, TypeError, "threshold=True is a bool"),
     ({"sharpness": -0.5}, ValueError, "sharpness=-0.5"),
     ({"sharpness": None}, TypeError, "sharpness=None is a NoneType"),
-    ({"normalization": "max"}, ValueError, "normalization='max' .*'minmax' or 'range' or 'rank' or 'constant'"),
+    (
+        {"normalization": "max"},
+        ValueError,
+        "normalization='max' .*'minmax' or 'range' or 'rank' or 'constant'",
+    ),
     ({"normalization": 0}, ValueError, "normalization=0 .*'minmax'"),
     ({"direction": "up"}, ValueError, "direction='up' .*'printed' or 'salient'"),
     ({"scope": "all"}, ValueError, "scope='all' .*'tensor' or 'global'"),
@@ -1869,8 +2556,16 @@ BAD_OPTIONS = [
     ({"rescale": 1}, TypeError, "rescale=1 is a int"),
     ({"min_probability": 1.5}, ValueError, r"min_probability=1.5 .*\[0, 1\]"),
     ({"keep_probability": 0.0}, ValueError, r"keep_probability=0.0 .*\(0, 1\]"),
-    ({"statistics": "previous", "normalization": "rank"}, ValueError, "statistics='previous'.*normalization='rank'"),
-    ({"statistics": "previous", "normalization": "constant"}, ValueError, "statistics='previous'.*normalization='constant'"),
+    (
+        {"statistics": "previous", "normalization": "rank"},
+        ValueError,
+        "statistics='previous'.*normalization='rank'",
+    ),
+    (
+        {"statistics": "previous", "normalization": "constant"},
+        ValueError,
+        "statistics='previous'.*normalization='constant'",
+    ),
     ({"state_dtype": torch.float16}, ValueError, "state_dtype=torch.float16"),
     ({"seed": 1.5}, TypeError, "seed=1.5 is a float"),
     ({"seed": True}, TypeError, "seed=True is a bool"),
@@ -1878,29 +2573,52 @@ BAD_OPTIONS = [
     ({"maximize": "yes"}, TypeError, "maximize='yes' is a str; give True or False"),
     ({"differentiable": None}, TypeError, "differentiable=None is a NoneType; give True or False"),
     ({"fused": "yes"}, TypeError, "fused='yes' is a str; give True or False"),
-    ({"backend": "gpu"}, ValueError, "backend='gpu' .*'auto', 'reference', 'cpp', 'cuda', 'triton'"),
+    (
+        {"backend": "gpu"},
+        ValueError,
+        "backend='gpu' .*'auto', 'reference', 'cpp', 'cuda', 'triton'",
+    ),
 ]
 ADAMW_ONLY = [
-    ({"lr": torch.tensor(1.0), "foreach": True}, ValueError, "lr as a Tensor is not supported for capturable=False and foreach=True"),
+    (
+        {"lr": torch.tensor(1.0), "foreach": True},
+        ValueError,
+        "lr as a Tensor is not supported for capturable=False and foreach=True",
+    ),
     ({"betas": 0.9}, TypeError, "betas=0.9 is no pair of numbers"),
     ({"betas": (0.9,)}, TypeError, r"betas=\(0.9,\) is no pair of numbers"),
     ({"amsgrad": "no"}, TypeError, "amsgrad='no' is a str; give True or False"),
     ({"betas": (1.0, 0.9)}, ValueError, "Invalid beta parameter at index 0: 1.0"),
     ({"betas": (0.9, -0.1)}, ValueError, "Invalid beta parameter at index 1: -0.1"),
-    ({"betas": (torch.tensor(0.9), 0.9)}, ValueError, "betas must be either both floats or both Tensors"),
+    (
+        {"betas": (torch.tensor(0.9), 0.9)},
+        ValueError,
+        "betas must be either both floats or both Tensors",
+    ),
     ({"eps": -1.0}, ValueError, "Invalid epsilon value: -1.0"),
 ]
 SGD_ONLY = [
     ({"momentum": float("nan")}, ValueError, "Invalid momentum value: nan"),
     ({"dampening": float("nan")}, ValueError, "Invalid dampening value: nan"),
-    ({"nesterov": "yes", "momentum": 0.5}, TypeError, "nesterov='yes' is a str; give True or False"),
+    (
+        {"nesterov": "yes", "momentum": 0.5},
+        TypeError,
+        "nesterov='yes' is a str; give True or False",
+    ),
     ({"momentum": -0.5}, ValueError, "Invalid momentum value: -0.5"),
     ({"nesterov": True}, ValueError, "Nesterov momentum requires a momentum and zero dampening"),
-    ({"nesterov": True, "momentum": 0.5, "dampening": 0.1}, ValueError, "Nesterov momentum requires a momentum and zero dampening"),
+    (
+        {"nesterov": True, "momentum": 0.5, "dampening": 0.1},
+        ValueError,
+        "Nesterov momentum requires a momentum and zero dampening",
+    ),
 ]
 CONSTRUCTIONS = [
     pytest.param(cls, *case, id=f"{cls.__name__} {case[0]}")
-    for cls, cases in ((uk.SelectiveAdamW, BAD_OPTIONS + ADAMW_ONLY), (uk.SelectiveSGD, BAD_OPTIONS + SGD_ONLY))
+    for cls, cases in (
+        (uk.SelectiveAdamW, BAD_OPTIONS + ADAMW_ONLY),
+        (uk.SelectiveSGD, BAD_OPTIONS + SGD_ONLY),
+    )
     for case in cases
 ]
 
@@ -1937,16 +2655,52 @@ def fine_parameter():
 
 # What a group may hold at the step, and the words of the error.
 BAD_STEPS = [
-    pytest.param(sparse_parameter, {}, RuntimeError, "parameter 1 has a sparse gradient.*to_dense", id="sparse"),
-    pytest.param(complex_parameter, {}, TypeError, "parameter 1 is torch.complex64.*not supported", id="complex"),
+    pytest.param(
+        sparse_parameter,
+        {},
+        RuntimeError,
+        "parameter 1 has a sparse gradient.*to_dense",
+        id="sparse",
+    ),
+    pytest.param(
+        complex_parameter,
+        {},
+        TypeError,
+        "parameter 1 is torch.complex64.*not supported",
+        id="complex",
+    ),
     pytest.param(fine_parameter, {"sharpness": -1.0}, ValueError, "sharpness=-1.0", id="sharpness"),
-    pytest.param(fine_parameter, {"normalization": "max"}, ValueError, "normalization='max'", id="normalization"),
-    pytest.param(fine_parameter, {"target": ["update"]}, ValueError, r"target=\['update'\]", id="not hashable"),
+    pytest.param(
+        fine_parameter,
+        {"normalization": "max"},
+        ValueError,
+        "normalization='max'",
+        id="normalization",
+    ),
+    pytest.param(
+        fine_parameter,
+        {"target": ["update"]},
+        ValueError,
+        r"target=\['update'\]",
+        id="not hashable",
+    ),
     pytest.param(fine_parameter, {"lr": "fast"}, (TypeError, ValueError), "lr.*fast", id="lr"),
-    pytest.param(fine_parameter, {"lr": torch.ones(2)}, (TypeError, ValueError, RuntimeError), "lr", id="lr of two elements"),
+    pytest.param(
+        fine_parameter,
+        {"lr": torch.ones(2)},
+        (TypeError, ValueError, RuntimeError),
+        "lr",
+        id="lr of two elements",
+    ),
     pytest.param(fine_parameter, {"seed": "x"}, TypeError, "seed='x' is a str", id="seed"),
     pytest.param(fine_parameter, {"maximize": "yes"}, TypeError, "maximize='yes'", id="maximize"),
-    pytest.param(fine_parameter, {"weight_decay": None}, (TypeError, ValueError), "weight_decay.*None", id="weight_decay"),
+    pytest.param(
+        fine_parameter,
+        {"weight_decay": None},
+        (TypeError, ValueError),
+        "weight_decay.*None",
+        id="weight_decay",
+    ),
 ]
 
 
@@ -1967,14 +2721,18 @@ def test_a_bad_second_group_changes_nothing(backend, cls, make, options, error, 
 def test_a_state_of_another_shape_is_named_and_changes_nothing(backend, cls):
     first, second = fine_parameter(), fine_parameter()
     options = {"momentum": 0.5} if cls is uk.SelectiveSGD else {}
-    optimizer = cls([{"params": [first]}, {"params": [second]}], lr=0.1, seed=1, backend=backend, **options)
+    optimizer = cls(
+        [{"params": [first]}, {"params": [second]}], lr=0.1, seed=1, backend=backend, **options
+    )
     optimizer.step()
     key = "momentum_buffer" if cls is uk.SelectiveSGD else "exp_avg_sq"
     optimizer.state[second][key] = torch.zeros(4)
     before = copy.deepcopy((first, optimizer.state[first]))
     with pytest.raises(ValueError, match=rf"parameter 1 has shape \(3,\) but its {key} \(4,\)"):
         optimizer.step()
-    assert same_bits((first.detach(), dict(optimizer.state[first])), (before[0].detach(), dict(before[1])))
+    assert same_bits(
+        (first.detach(), dict(optimizer.state[first])), (before[0].detach(), dict(before[1]))
+    )
 
 
 BAD_STATES = [
@@ -1994,14 +2752,27 @@ BAD_STATES = [
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize(("key", "value", "error", "message"), BAD_STATES, ids=lambda x: str(x)[:20] if isinstance(x, str) else None)
-def test_a_state_that_does_not_fit_is_named_and_changes_nothing(backend, cls, groups, key, value, error, message):
+@pytest.mark.parametrize(
+    ("key", "value", "error", "message"),
+    BAD_STATES,
+    ids=lambda x: str(x)[:20] if isinstance(x, str) else None,
+)
+def test_a_state_that_does_not_fit_is_named_and_changes_nothing(
+    backend, cls, groups, key, value, error, message
+):
     if groups == 1 and isinstance(value, torch.Tensor) and value.is_meta:
         pytest.skip("a single call with a meta tensor is a dry run of PyTorch's")
     params = [fine_parameter() for _ in range(3)]
     options = {"momentum": 0.5} if cls is uk.SelectiveSGD else {}
     split = [params] if groups == 1 else [params[:2], params[2:]]
-    optimizer = cls([{"params": part} for part in split], lr=0.1, seed=1, backend=backend, statistics="previous", **options)
+    optimizer = cls(
+        [{"params": part} for part in split],
+        lr=0.1,
+        seed=1,
+        backend=backend,
+        statistics="previous",
+        **options,
+    )
     walk(optimizer, params, [[torch.ones(3)] * 3] * 2)
     key = {"moment": "momentum_buffer" if cls is uk.SelectiveSGD else "exp_avg"}.get(key, key)
     before = copy.deepcopy([(p.detach(), dict(optimizer.state[p])) for p in params])
@@ -2016,7 +2787,9 @@ def test_sgd_refuses_an_expanded_parameter_before_anything_changes(backend):
     """What is written must not share memory with itself."""
     first, second = fine_parameter(), torch.zeros(1).expand(3).requires_grad_()
     second.grad = torch.ones(3)
-    optimizer = uk.SelectiveSGD([{"params": [first]}, {"params": [second]}], lr=0.1, seed=1, backend=backend)
+    optimizer = uk.SelectiveSGD(
+        [{"params": [first]}, {"params": [second]}], lr=0.1, seed=1, backend=backend
+    )
     with pytest.raises((ValueError, RuntimeError)):
         optimizer.step()
     assert first.tolist() == [0.0, 0.0, 0.0]
@@ -2032,7 +2805,10 @@ STATELESS_ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("options", "error", "message"), [pytest.param(*case, id=str(case[0])) for case in STATELESS_ERRORS])
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [pytest.param(*case, id=str(case[0])) for case in STATELESS_ERRORS],
+)
 def test_stateless_functions_name_a_bad_option(options, error, message):
     p = fine_parameter()
     with pytest.raises(error, match=message):
@@ -2046,21 +2822,62 @@ def test_stateless_functions_name_a_bad_option(options, error, message):
 
 
 BAD_SECOND_GRADIENTS = [
-    pytest.param(sparse_parameter, None, RuntimeError, r"params\[1\].grad is sparse.*to_dense", id="sparse"),
-    pytest.param(complex_parameter, None, TypeError, r"params\[1\].grad is torch.complex64; give float32", id="complex"),
-    pytest.param(fine_parameter, [torch.ones(3)], ValueError, "saliency has 1 tensors for 2 parameters", id="too few saliencies"),
     pytest.param(
-        fine_parameter, [torch.ones(3), torch.ones(4)], ValueError, r"params\[1\].grad has shape \(4,\).*\(3,\)", id="saliency's shape"
+        sparse_parameter,
+        None,
+        RuntimeError,
+        r"params\[1\].grad is "
+        r"sparse.*to_dense",
+        id="sparse",
     ),
-    pytest.param(fine_parameter, [torch.ones(3), torch.ones(3).long()], TypeError, r"saliency of params\[1\].grad", id="saliency's dtype"),
+    pytest.param(
+        complex_parameter,
+        None,
+        TypeError,
+        r"params\[1\].grad is torch.complex64; give "
+        r"float32",
+        id="complex",
+    ),
+    pytest.param(
+        fine_parameter,
+        [torch.ones(3)],
+        ValueError,
+        "saliency has 1 tensors for 2 parameters",
+        id="too few saliencies",
+    ),
+    pytest.param(
+        fine_parameter,
+        [torch.ones(3), torch.ones(4)],
+        ValueError,
+        r"params\[1\].grad has shape "
+        r"\(4,\).*\(3,\)",
+        id="saliency's shape",
+    ),
+    pytest.param(
+        fine_parameter,
+        [torch.ones(3), torch.ones(3).long()],
+        TypeError,
+        r"saliency of params\[1\].grad",
+        id="saliency's dtype",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("make", "saliency", "error", "message"), BAD_SECOND_GRADIENTS)
-def test_select_gradients_names_a_bad_gradient_and_changes_none(backend, make, saliency, error, message):
+def test_select_gradients_names_a_bad_gradient_and_changes_none(
+    backend, make, saliency, error, message
+):
     params = [fine_parameter(), make()]
     with pytest.raises(error, match=message):
-        uk.select_gradients_(params, seed=1, step=1, saliency=saliency, normalization="constant", keep_probability=0.1, backend=backend)
+        uk.select_gradients_(
+            params,
+            seed=1,
+            step=1,
+            saliency=saliency,
+            normalization="constant",
+            keep_probability=0.1,
+            backend=backend,
+        )
     assert params[0].grad.tolist() == [1.0, 1.0, 1.0]
 
 
@@ -2068,18 +2885,45 @@ def test_select_gradients_names_a_bad_gradient_and_changes_none(backend, make, s
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 def test_numpys_numbers_are_numbers(backend, cls):
     start, gradients = problem([(9, 5)])
-    plain = {"lr": 0.125, "weight_decay": 0.5, "threshold": 0.25, "sharpness": 2, "min_probability": 0.5, "seed": 2**63 + 1}
+    plain = {
+        "lr": 0.125,
+        "weight_decay": 0.5,
+        "threshold": 0.25,
+        "sharpness": 2,
+        "min_probability": 0.5,
+        "seed": 2**63 + 1,
+    }
     types = (np.float32, np.float16, np.float32, np.int64, np.float32, np.uint64)
     converted = {key: kind(value) for (key, value), kind in zip(plain.items(), types, strict=True)}
-    results = [trained(cls, backend, start, gradients, **options)[0][0] for options in (plain, converted)]
+    results = [
+        trained(cls, backend, start, gradients, **options)[0][0] for options in (plain, converted)
+    ]
     assert same_bits(*results)
-    masks = [uk.selection_mask(gradients[0][0], seed=kind(3), step=kind(1), stream=kind(2), backend=backend) for kind in (int, np.int64)]
+    masks = [
+        uk.selection_mask(
+            gradients[0][0], seed=kind(3), step=kind(1), stream=kind(2), backend=backend
+        )
+        for kind in (int, np.int64)
+    ]
     assert same_bits(*masks)
-    flags = {"rescale": False, "maximize": True} | ({"nesterov": True, "momentum": 0.5} if cls is uk.SelectiveSGD else {"amsgrad": True})
-    numpys = {name: np.bool_(value) if isinstance(value, bool) else np.float32(value) for name, value in flags.items()}
-    results = [trained(cls, backend, start, gradients, **options, seed=1)[0][0] for options in (flags, numpys)]
+    flags = {"rescale": False, "maximize": True} | (
+        {"nesterov": True, "momentum": 0.5} if cls is uk.SelectiveSGD else {"amsgrad": True}
+    )
+    numpys = {
+        name: np.bool_(value) if isinstance(value, bool) else np.float32(value)
+        for name, value in flags.items()
+    }
+    results = [
+        trained(cls, backend, start, gradients, **options, seed=1)[0][0]
+        for options in (flags, numpys)
+    ]
     assert same_bits(*results)
-    for wrong in ({"lr": True}, {"weight_decay": np.bool_(True)}, {"lr": np.array([0.1])}, {"threshold": np.bool_(True)}):
+    for wrong in (
+        {"lr": True},
+        {"weight_decay": np.bool_(True)},
+        {"lr": np.array([0.1])},
+        {"threshold": np.bool_(True)},
+    ):
         with pytest.raises(TypeError, match=f"{next(iter(wrong))}=.*; give a number"):
             cls([torch.nn.Parameter(torch.zeros(2))], **wrong)
 
@@ -2092,7 +2936,9 @@ def test_select_gradients_names_what_is_no_tensor(backend):
         ([first, second], [torch.ones(3), None], r"saliency\[1\] is None"),
     ):
         with pytest.raises(TypeError, match=message):
-            uk.select_gradients_(params, seed=1, step=1, saliency=saliency, threshold=-10.0, backend=backend)
+            uk.select_gradients_(
+                params, seed=1, step=1, saliency=saliency, threshold=-10.0, backend=backend
+            )
     assert first.grad.tolist() == second.grad.tolist() == [1.0] * 3
 
 
@@ -2100,12 +2946,17 @@ def test_select_gradients_refuses_an_expanded_gradient(backend):
     params = [fine_parameter(), torch.nn.Parameter(torch.zeros(3))]
     params[1].grad = torch.ones(1).expand(3)
     with pytest.raises(ValueError, match=r"params\[1\].grad is expanded.*clone"):
-        uk.select_gradients_(params, seed=1, step=1, normalization="constant", keep_probability=0.1, backend=backend)
+        uk.select_gradients_(
+            params, seed=1, step=1, normalization="constant", keep_probability=0.1, backend=backend
+        )
     assert params[0].grad.tolist() == [1.0, 1.0, 1.0]
 
 
 def test_looking_functions_name_a_bad_argument():
-    for function, more in ((uk.selection_probability, {}), (uk.selection_mask, {"seed": 1, "step": 1})):
+    for function, more in (
+        (uk.selection_probability, {}),
+        (uk.selection_mask, {"seed": 1, "step": 1}),
+    ):
         with pytest.raises(TypeError, match="grad is a list"):
             function([1.0], **more)
         with pytest.raises(TypeError, match=r"grad is torch\.int64"):
@@ -2136,23 +2987,37 @@ def test_looking_functions_name_a_bad_argument():
     ids=str,
 )
 @pytest.mark.parametrize("strided", [False, True], ids=["", "strided"])
-@pytest.mark.parametrize("native", ["cpp"], indirect=True)  # Triton's interpreter is made of temporaries
+# Triton's interpreter is made of temporaries
+@pytest.mark.parametrize("native", ["cpp"], indirect=True)
 def test_a_step_makes_no_temporary_of_a_parameters_size(native, cls, options, strided):
     n, tensors = 1000, 3  # 4 MB each
     start = [torch.zeros(n, n) for _ in range(tensors)]
     params = [torch.nn.Parameter(t.t() if strided else t) for t in start]
     for p in params:
         p.grad = torch.randn(n, n)
-    optimizer = cls(params, lr=0.1, seed=1, backend=native, **({"momentum": 0.9} if cls is uk.SelectiveSGD else {}), **options)
+    optimizer = cls(
+        params,
+        lr=0.1,
+        seed=1,
+        backend=native,
+        **({"momentum": 0.9} if cls is uk.SelectiveSGD else {}),
+        **options,
+    )
     torch.set_num_threads(2)
     optimizer.step()  # makes the states
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         reset_peak()
         resident = memory("VmRSS")
         optimizer.step()
         grown = memory("VmHWM") - resident
     allowed = 2**20 + 64 * tensors + (2**22 if options.get("normalization") == "rank" else 0)
-    allocated = sum(max(event.nbytes(), 0) for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+    allocated = sum(
+        max(event.nbytes(), 0)
+        for event in profile.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    )
     assert allocated < allowed, "what torch's allocator gave"
     assert grown < allowed + 2**20, "what the process grew by; the profiler's own records are in it"
 
@@ -2179,15 +3044,27 @@ def operator_arguments(name: str, dtype: torch.dtype, normalization: str) -> tup
     generator = torch.Generator().manual_seed(0)
 
     def tensors(dtype=dtype):
-        return [torch.rand(4, 6, generator=generator).t().to(dtype), torch.rand((), generator=generator).to(dtype)]
+        return [
+            torch.rand(4, 6, generator=generator).t().to(dtype),
+            torch.rand((), generator=generator).to(dtype),
+        ]
 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     layout = [0, 0, 24, 24, 1, 0, 1, 1]
-    selection = op.Selection(**(SELECTION_DEFAULTS | {"normalization": normalization, "keep_probability": 0.5})).arguments()
+    selection = op.Selection(
+        **(SELECTION_DEFAULTS | {"normalization": normalization, "keep_probability": 0.5})
+    ).arguments()
     previous = normalization == "minmax"
     if name in ("selective_adamw_", "selective_sgd_"):
-        kept = [[torch.full((), torch.nan, dtype=wide) for _ in range(2)] if previous else [] for _ in range(2)]
-        moments = [tensors(wide), tensors(wide), tensors(wide)] if name == "selective_adamw_" else [tensors(wide)]
+        kept = [
+            [torch.full((), torch.nan, dtype=wide) for _ in range(2)] if previous else []
+            for _ in range(2)
+        ]
+        moments = (
+            [tensors(wide), tensors(wide), tensors(wide)]
+            if name == "selective_adamw_"
+            else [tensors(wide)]
+        )
         more = {
             "scope_statistics": None,
             "layout": layout,
@@ -2196,23 +3073,51 @@ def operator_arguments(name: str, dtype: torch.dtype, normalization: str) -> tup
             "lr": 0.1,
             "lr_tensor": None,
         }
-        more |= {"weight_decay": 0.1, "maximize": False, "seed": 3} | selection | {"previous": previous}
+        more |= (
+            {"weight_decay": 0.1, "maximize": False, "seed": 3} | selection | {"previous": previous}
+        )
         if name == "selective_adamw_":
-            more |= {"beta1": 0.9, "beta2": 0.0, "beta1_tensor": None, "beta2_tensor": torch.tensor(0.9), "eps": 1e-8}
+            more |= {
+                "beta1": 0.9,
+                "beta2": 0.0,
+                "beta1_tensor": None,
+                "beta2_tensor": torch.tensor(0.9),
+                "eps": 1e-8,
+            }
         else:
             more |= {"momentum": 0.9, "dampening": 0.0, "nesterov": True}
         return (tensors(), tensors(), *moments, [torch.zeros(()) for _ in range(2)], *kept), more
     if name == "select_gradients_":
-        return (tensors(), tensors()), {"scope_statistics": None, "layout": layout, "step": 1, "seed": 3} | selection
+        return (tensors(), tensors()), {
+            "scope_statistics": None,
+            "layout": layout,
+            "step": 1,
+            "seed": 3,
+        } | selection
     if name == "selective_statistics_":
         rank = normalization == "rank"
-        out = torch.zeros(2, reference.RANK_BINS, dtype=torch.int64) if rank else torch.zeros(1, 2, dtype=torch.float64)
+        out = (
+            torch.zeros(2, reference.RANK_BINS, dtype=torch.int64)
+            if rank
+            else torch.zeros(1, 2, dtype=torch.float64)
+        )
         number = op.NORMALIZATIONS.index("rank" if rank else "minmax")
-        return (tensors(), [], [], []), {"layout": layout, "sizes": [], "normalization": number, "grad_scale": None, "out": out}
+        return (tensors(), [], [], []), {
+            "layout": layout,
+            "sizes": [],
+            "normalization": number,
+            "grad_scale": None,
+            "out": out,
+        }
     if name == "selection_probability_":
         return (tensors()[0], None), {"out": torch.zeros(6, 4, dtype=wide)} | selection
     out = torch.zeros(6, 4, dtype=torch.bool)
-    return (tensors()[0], tensors()[0]), {"out": out, "layout": layout[:4], "step": 1, "seed": 3} | selection
+    return (tensors()[0], tensors()[0]), {
+        "out": out,
+        "layout": layout[:4],
+        "step": 1,
+        "seed": 3,
+    } | selection
 
 
 @pytest.mark.parametrize("name", op.SCHEMAS)
@@ -2241,8 +3146,14 @@ def random_cases(draw):
         elif kind == "few values":
             g = torch.randint(-2, 3, shape, generator=generator).double()
         elif kind == "with specials":
-            special = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, 1e30, 1e-30], dtype=torch.float64)
-            g = torch.where(torch.rand(shape, generator=generator) < 0.2, special[torch.randint(0, 6, shape, generator=generator)], g)
+            special = torch.tensor(
+                [torch.nan, torch.inf, -torch.inf, 0.0, 1e30, 1e-30], dtype=torch.float64
+            )
+            g = torch.where(
+                torch.rand(shape, generator=generator) < 0.2,
+                special[torch.randint(0, 6, shape, generator=generator)],
+                g,
+            )
         elif kind == "wide":
             g = g * 10.0 ** torch.randint(-12, 12, shape, generator=generator)
         order = draw(st.permutations(range(len(shape))))
@@ -2262,11 +3173,14 @@ def random_cases(draw):
         "min_probability": draw(st.sampled_from([0.0, 0.2])),
         "keep_probability": draw(st.floats(0.01, 1)),
         "target": draw(st.sampled_from(op.TARGETS)),
-        "statistics": draw(st.sampled_from(op.STATISTICS)) if normalization in ("minmax", "range") else "current",
+        "statistics": draw(st.sampled_from(op.STATISTICS))
+        if normalization in ("minmax", "range")
+        else "current",
         "seed": draw(st.integers(-(2**63), 2**64)),
     }
     if selection["target"] == "update":
-        selection["min_probability"] = 0.2  # 1/p multiplies the rounding of a step that is a difference of parameters
+        # 1/p multiplies the rounding of a step that is a difference of parameters
+        selection["min_probability"] = 0.2
     return dtype, grads, selection
 
 
@@ -2292,7 +3206,8 @@ def random_case_agrees(native, case):
         agree(monkeypatch, uk.SelectiveSGD, native, start, gradients, **selection, lr=1.0)
 
 
-# ---- Many small parameters: their states lie in one tensor, and a step that finds everything as the last one did looks at it once
+# Many small parameters: their states lie in one tensor, and a step that finds everything as the
+# last one did looks at it once
 
 
 def replace_state(optimizer, params):
@@ -2303,12 +3218,16 @@ def replace_state(optimizer, params):
 
 def turn_state(optimizer, params):
     state = optimizer.state[params[0]]
-    key = next(key for key in states_of(optimizer, params[0]) if key != "step" and "saliency" not in key)
+    key = next(
+        key for key in states_of(optimizer, params[0]) if key != "step" and "saliency" not in key
+    )
     state[key] = state[key].as_strided((3, 5), (1, 3))
 
 
 def replace_dict(optimizer, params):
-    optimizer.state[params[3]] = {key: value.clone() for key, value in optimizer.state[params[3]].items()}
+    optimizer.state[params[3]] = {
+        key: value.clone() for key, value in optimizer.state[params[3]].items()
+    }
 
 
 def move_state(optimizer, params):
@@ -2318,7 +3237,9 @@ def move_state(optimizer, params):
 
 def turn_the_state_where_it_lies(optimizer, params):
     state = optimizer.state[params[-5]]
-    key = next(key for key in states_of(optimizer, params[-5]) if key != "step" and "saliency" not in key)
+    key = next(
+        key for key in states_of(optimizer, params[-5]) if key != "step" and "saliency" not in key
+    )
     state[key].data = state[key].as_strided((3, 5), (1, 3))
 
 
@@ -2368,8 +3289,25 @@ def add_a_group(optimizer, params):
     optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
 
 
-EVENTS = [replace_state, turn_state, replace_dict, move_state, forget_state, replace_parameter, move_parameter, widen_parameter, skip_one]
-EVENTS += [keep_statistics, take_global_scope, save_and_load, add_a_group, turn_the_state_where_it_lies, turn_parameter_where_it_lies]
+EVENTS = [
+    replace_state,
+    turn_state,
+    replace_dict,
+    move_state,
+    forget_state,
+    replace_parameter,
+    move_parameter,
+    widen_parameter,
+    skip_one,
+]
+EVENTS += [
+    keep_statistics,
+    take_global_scope,
+    save_and_load,
+    add_a_group,
+    turn_the_state_where_it_lies,
+    turn_parameter_where_it_lies,
+]
 
 
 @pytest.mark.parametrize("count", [3, 70])
@@ -2393,7 +3331,10 @@ def test_counts_that_float32_cannot_number_are_refused_in_every_step(native, cou
     optimizer.state[params[0]]["step"].fill_(2**24 - 2)
     optimizer.step()
     before = params[0].detach().clone()
-    with pytest.raises((RuntimeError, ValueError), match="is 1.67772e.07; give the number of steps taken|is 16777215.0; give"):
+    with pytest.raises(
+        (RuntimeError, ValueError),
+        match="is 1.67772e.07; give the number of steps taken|is 16777215.0; give",
+    ):
         optimizer.step()
     assert torch.equal(params[0], before)
 
@@ -2403,7 +3344,11 @@ def test_nothing_is_left_of_an_optimizer_that_is_gone():
     optimizer = uk.SelectiveAdamW(params, seed=1)
     walk(optimizer, params, [[torch.ones(4)] * 70] * 2)
     left = [weakref.ref(value) for p in params for value in optimizer.state[p].values()]
-    left += [weakref.ref(value._base) for value in optimizer.state[params[0]].values() if value._base is not None]
+    left += [
+        weakref.ref(value._base)
+        for value in optimizer.state[params[0]].values()
+        if value._base is not None
+    ]
     del optimizer
     gc.collect()
     assert not any(each() is not None for each in left)
@@ -2414,9 +3359,12 @@ def test_nothing_is_left_of_an_optimizer_that_is_gone():
 @pytest.mark.parametrize("statistics", ["current", "previous"])
 def test_many_small_parameters_step_as_few_do(native, cls, event, statistics):
     """The same parameters, beside a group that sends every step the long way."""
-    shapes = [(3, 5), (16,), (), (0, 2), (7,)] * (14 if native == "cpp" else 1)  # few are many enough where no states are shared
+    # few are many enough where no states are shared
+    shapes = [(3, 5), (16,), (), (0, 2), (7,)] * (14 if native == "cpp" else 1)
     start, gradients = problem(shapes, steps=6)
-    options = {**SPREAD, "statistics": statistics, "backend": native} | ({"momentum": 0.9} if cls is uk.SelectiveSGD else {})
+    options = {**SPREAD, "statistics": statistics, "backend": native} | (
+        {"momentum": 0.9} if cls is uk.SelectiveSGD else {}
+    )
     results = []
     for extra in ([], [{"params": [torch.nn.Parameter(torch.ones(1))]}]):
         params = as_parameters(start)
@@ -2436,7 +3384,9 @@ def test_many_small_parameters_step_as_few_do(native, cls, event, statistics):
 @pytest.mark.parametrize("statistics", ["current", "previous"])
 def test_a_missing_gradient_after_steps_in_global_scope(native, statistics):
     params = as_parameters([torch.ones(4)] * 3)
-    optimizer = uk.SelectiveAdamW(params, seed=1, scope="global", statistics=statistics, backend=native)
+    optimizer = uk.SelectiveAdamW(
+        params, seed=1, scope="global", statistics=statistics, backend=native
+    )
     walk(optimizer, params, [[torch.ones(4)] * 3] * 3)
     params[0].grad = None
     optimizer.step()
@@ -2446,7 +3396,8 @@ def test_a_missing_gradient_after_steps_in_global_scope(native, statistics):
     assert [optimizer.state[p]["step"].item() for p in params] == [3, 4, 4]
 
 
-@pytest.mark.parametrize("native", ["cpp"], indirect=True)  # Triton's kernels find a tensor each by a table
+# Triton's kernels find a tensor each by a table
+@pytest.mark.parametrize("native", ["cpp"], indirect=True)
 @pytest.mark.parametrize("statistics", ["current", "previous"])
 def test_many_small_parameters_have_states_side_by_side_each_of_its_own_size(native, statistics):
     params = as_parameters([torch.ones(2, 4)] * 70)
@@ -2476,9 +3427,15 @@ def test_many_small_parameters_have_states_side_by_side_each_of_its_own_size(nat
 def test_an_update_that_fails_is_never_tried_again(monkeypatch, backend, cls, steps_before):
     """Even where the failure comes after everything was written."""
     params = as_parameters([torch.ones(4), torch.ones(3)])
-    optimizer, expected = (cls(group, lr=0.1, seed=1, backend=backend) for group in (params, copy.deepcopy(params)))
+    optimizer, expected = (
+        cls(group, lr=0.1, seed=1, backend=backend) for group in (params, copy.deepcopy(params))
+    )
     walk(optimizer, params, [[torch.ones(4), torch.ones(3)]] * steps_before)
-    walk(expected, expected.param_groups[0]["params"], [[torch.ones(4), torch.ones(3)]] * (steps_before + 1))
+    walk(
+        expected,
+        expected.param_groups[0]["params"],
+        [[torch.ones(4), torch.ones(3)]] * (steps_before + 1),
+    )
     calls, real = [], op.call
 
     def failing(*args, **kwargs):
@@ -2510,7 +3467,11 @@ def test_a_step_in_forward_mode_is_refused(cls, differentiable):
         p.grad = by_a_dual(torch.ones(4))
         with (
             torch.no_grad(),
-            pytest.raises(RuntimeError, match=rf"the step of {cls.__name__} of uegr_kernels has no forward-mode derivative"),
+            pytest.raises(
+                RuntimeError,
+                match=rf"the step of {cls.__name__} of uegr_kernels has no "
+                r"forward-mode derivative",
+            ),
         ):
             optimizer.step()
         assert p.tolist() == [1.0] * 4 and not optimizer.state[p]
@@ -2522,7 +3483,9 @@ def test_a_step_in_forward_mode_is_refused(cls, differentiable):
 
 STATELESS = {
     "selection_probability": lambda x, backend: uk.selection_probability(x, backend=backend),
-    "selection_probability of a saliency": lambda x, backend: uk.selection_probability(torch.ones(4), saliency=x, backend=backend),
+    "selection_probability of a saliency": lambda x, backend: uk.selection_probability(
+        torch.ones(4), saliency=x, backend=backend
+    ),
     "selection_mask": lambda x, backend: uk.selection_mask(x, seed=1, step=1, backend=backend) * x,
 }
 
@@ -2533,12 +3496,22 @@ def test_derivatives_of_the_selection_are_refused(backend, name):
         return STATELESS[name](x, backend)
 
     x, said = torch.tensor([1.0, 2.0, 3.0, 4.0]), rf"{name.split(' of ')[0]} of uegr_kernels"
-    for forward in (lambda: torch.func.jvp(run, (x,), (x,)), lambda: torch.func.jacfwd(run)(x), lambda: torch.func.linearize(run, x)):
+    for forward in (
+        lambda: torch.func.jvp(run, (x,), (x,)),
+        lambda: torch.func.jacfwd(run)(x),
+        lambda: torch.func.linearize(run, x),
+    ):
         with pytest.raises(RuntimeError, match=f"{said} has no forward-mode derivative"):
             forward()
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match=f"{said} has no forward-mode derivative"):
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(RuntimeError, match=f"{said} has no forward-mode derivative"),
+    ):
         run(by_a_dual(torch.ones(4)))
-    for backward in (lambda: torch.func.grad(lambda x: run(x).sum())(x), lambda: torch.func.jacrev(run)(x)):
+    for backward in (
+        lambda: torch.func.grad(lambda x: run(x).sum())(x),
+        lambda: torch.func.jacrev(run)(x),
+    ):
         with pytest.raises(RuntimeError, match=rf"{said} has no derivative: .*grad\.detach\(\)"):
             backward()
     with pytest.raises(RuntimeError, match=f"{said} does not run under torch.func.vmap"):
@@ -2550,7 +3523,9 @@ def test_gradients_with_a_tangent_are_not_selected(backend):
     p = as_parameters([torch.ones(4)])[0]
     with torch.autograd.forward_ad.dual_level():
         p.grad = by_a_dual(torch.ones(4))
-        with pytest.raises(RuntimeError, match="select_gradients_ of uegr_kernels has no forward-mode derivative"):
+        with pytest.raises(
+            RuntimeError, match="select_gradients_ of uegr_kernels has no forward-mode derivative"
+        ):
             uk.select_gradients_([p], seed=1, step=1, backend=backend)
         assert p.grad.tolist() == [1.0] * 4
 
@@ -2564,11 +3539,15 @@ def test_gradients_with_a_tangent_are_not_selected(backend):
     ],
 )
 def test_a_refused_step_after_others_changes_nothing(native, cls, gradient, error, words):
-    many, bad = (64, 40) if native == "cpp" else (5, 3)  # few are many enough where no states are shared
+    # few are many enough where no states are shared
+    many, bad = (64, 40) if native == "cpp" else (5, 3)
     params = as_parameters([torch.ones(4)] * many)
     optimizer = cls(params, seed=1, lr=0.1, backend=native)
     walk(optimizer, params, [[torch.ones(4)] * many] * 3)
-    before = [p.detach().clone() for p in params], copy.deepcopy([states_of(optimizer, p) for p in params])
+    before = (
+        [p.detach().clone() for p in params],
+        copy.deepcopy([states_of(optimizer, p) for p in params]),
+    )
     if isinstance(gradient, str):
         params[bad].data = torch.ones(1).expand(4)
         before[0][bad] = torch.ones(4)
@@ -2583,23 +3562,54 @@ def test_a_refused_step_after_others_changes_nothing(native, cls, gradient, erro
     assert all(optimizer.state[p]["step"] == 4 for p in params)
 
 
-@pytest.mark.parametrize("native", ["cpp"], indirect=True)  # what the dispatcher finds for CPU tensors
+# what the dispatcher finds for CPU tensors
+@pytest.mark.parametrize("native", ["cpp"], indirect=True)
 def test_the_operators_take_a_single_tensor_for_many_states(native):
     """As the default kernel does, which is the reference."""
     start, (grads,) = problem([(3, 5), (16,), (1,)], steps=1)
     sizes = [g.numel() for g in grads]
     layout = [x for i, n in enumerate(sizes) for x in (i, 0, n, n)]
-    options = op.make_selection(0.5, 5.0, "minmax", "printed", "tensor", "current", True, 0.0, 1.0, "gradient").arguments()
-    options |= {"scope_statistics": None, "layout": layout, "grad_scale": None, "found_inf": None, "lr": 0.1, "lr_tensor": None}
-    options |= {"weight_decay": 0.0, "maximize": False, "seed": 3, "momentum": 0.9, "dampening": 0.0, "nesterov": False}
+    options = op.make_selection(
+        0.5, 5.0, "minmax", "printed", "tensor", "current", True, 0.0, 1.0, "gradient"
+    ).arguments()
+    options |= {
+        "scope_statistics": None,
+        "layout": layout,
+        "grad_scale": None,
+        "found_inf": None,
+        "lr": 0.1,
+        "lr_tensor": None,
+    }
+    options |= {
+        "weight_decay": 0.0,
+        "maximize": False,
+        "seed": 3,
+        "momentum": 0.9,
+        "dampening": 0.0,
+        "nesterov": False,
+    }
     operator, results = torch.ops.uegr_kernels.selective_sgd_.default, []
     for apart in (False, True):
-        params, buffer, steps = [p.clone() for p in start], torch.full((sum(sizes),), -0.0), torch.zeros(len(sizes))
-        buffers = [b.view_as(p) for b, p in zip(buffer.split(sizes), start, strict=True)] if apart else [buffer]
-        operator(params, grads, buffers, list(steps.unbind()) if apart else [steps], [], [], **options)
+        params, buffer, steps = (
+            [p.clone() for p in start],
+            torch.full((sum(sizes),), -0.0),
+            torch.zeros(len(sizes)),
+        )
+        buffers = (
+            [b.view_as(p) for b, p in zip(buffer.split(sizes), start, strict=True)]
+            if apart
+            else [buffer]
+        )
+        operator(
+            params, grads, buffers, list(steps.unbind()) if apart else [steps], [], [], **options
+        )
         results.append([*params, buffer, steps])
         if not apart:
-            with pytest.raises(RuntimeError, match="states has 31 elements in a single tensor; it must be contiguous and have 32"):
+            with pytest.raises(
+                RuntimeError,
+                match="states has 31 elements in a single tensor; it "
+                "must be contiguous and have 32",
+            ):
                 operator(params, grads, [buffer[:-1]], [steps], [], [], **options)
     assert same_bits(*results)
     assert torch.equal(results[0][-1], torch.ones(3))
@@ -2609,14 +3619,25 @@ def test_minus_zero_is_a_saliency_of_zero(backend):
     n = 5000 if backend == "triton" else 2**20 + 1  # one more than a rank looks at every element of
     g, s = torch.ones(n), torch.zeros(n)
     s[: n // 2] = 1
-    options = {"normalization": "rank", "direction": "salient", "threshold": 0.3, "backend": backend}
-    plus, minus = (uk.selection_probability(g, saliency=given, **options) for given in (s, s.where(s > 0, -0.0)))
+    options = {
+        "normalization": "rank",
+        "direction": "salient",
+        "threshold": 0.3,
+        "backend": backend,
+    }
+    plus, minus = (
+        uk.selection_probability(g, saliency=given, **options)
+        for given in (s, s.where(s > 0, -0.0))
+    )
     assert torch.equal(plus, minus) and plus[-1] < plus[0]
 
 
 def test_a_mask_may_be_of_step_zero(backend):
     g = torch.linspace(0, 1, 4000)
-    masks = [uk.selection_mask(g, seed=1, step=0, threshold=0.3, backend=name) for name in (backend, "reference")]
+    masks = [
+        uk.selection_mask(g, seed=1, step=0, threshold=0.3, backend=name)
+        for name in (backend, "reference")
+    ]
     assert torch.equal(*masks) and not masks[0].all()
 
 
@@ -2633,7 +3654,9 @@ def test_a_mask_may_be_of_step_zero(backend):
 )
 def test_the_kernel_refuses_numbers_it_cannot_state(native, wrong, message):
     out = torch.zeros(9, dtype=torch.bool)
-    options = op.make_selection(*(inspect.signature(uk.selection_mask).parameters[name].default for name in op.FIELDS)).arguments()
+    options = op.make_selection(
+        *(inspect.signature(uk.selection_mask).parameters[name].default for name in op.FIELDS)
+    ).arguments()
     options |= {"layout": [0, 0, 9, 9], "step": 1, "seed": 1} | wrong
     with pytest.raises(RuntimeError, match=message):
         torch.ops.uegr_kernels.selection_mask_.default(torch.ones(9), None, out=out, **options)

@@ -1,4 +1,6 @@
-"""Threads and instruction sets: the interpreter is free while an operator runs, steps run beside each other, and no result tells which."""
+"""Threads and instruction sets: the interpreter is free while an operator runs, steps run
+beside each other, and no result tells which.
+"""
 
 import os
 import pathlib
@@ -24,20 +26,49 @@ def parameter(n: int, seed: int) -> torch.nn.Parameter:
 
 
 def long_mask():
-    n, options = 1 << 22, {"threshold": 0.8, "sharpness": 5.0, "min_probability": 0.0, "keep_probability": 1.0, "normalization": 2}
-    options |= {"salient": True, "previous": False, "rescale": True, "target_update": False, "layout": [0, 0, n, n], "step": 1, "seed": 1}
-    return torch.ops.uegr_kernels.selection_mask_.default, (torch.randn(n), None), options | {"out": torch.zeros(n, dtype=torch.bool)}
+    n, options = (
+        1 << 22,
+        {
+            "threshold": 0.8,
+            "sharpness": 5.0,
+            "min_probability": 0.0,
+            "keep_probability": 1.0,
+            "normalization": 2,
+        },
+    )
+    options |= {
+        "salient": True,
+        "previous": False,
+        "rescale": True,
+        "target_update": False,
+        "layout": [0, 0, n, n],
+        "step": 1,
+        "seed": 1,
+    }
+    return (
+        torch.ops.uegr_kernels.selection_mask_.default,
+        (torch.randn(n), None),
+        options | {"out": torch.zeros(n, dtype=torch.bool)},
+    )
 
 
 def long_loss():
-    options = {"js_weight": 1.0, "label_smoothing": 0.0, "ignore_index": -100, "reduction": 0, "regression": False, "needs": [True]}
+    options = {
+        "js_weight": 1.0,
+        "label_smoothing": 0.0,
+        "ignore_index": -100,
+        "reduction": 0,
+        "regression": False,
+        "needs": [True],
+    }
     return torch.ops.uegr_kernels.uegr_loss_.default, ([torch.randn(4, 256, 4000)], None), options
 
 
 @pytest.mark.parametrize("make", [long_mask, long_loss])
 def test_python_goes_on_while_an_operator_runs(make):
-    # Nobody is made to give up the interpreter here: the other thread gets it from a call that gives it up by itself, or not at all. On a
-    # busy machine it may be late for one call, so there are many.
+    # Nobody is made to give up the interpreter here: the other thread gets it from a call that
+    # gives it up by itself, or not at all. On a busy machine it may be late for one call, so there
+    # are many.
     operator, args, options = make()
     ran, gate, before = threading.Event(), threading.Lock(), sys.getswitchinterval()
     gate.acquire()
@@ -66,7 +97,10 @@ def test_python_goes_on_while_an_operator_runs(make):
 def test_two_optimizers_step_in_two_threads():
     def problem(seed):
         ps = [parameter(n, seed + i) for i, n in enumerate((300_000, 70, 20_000))]
-        cls, options = ((uk.SelectiveAdamW, {"normalization": "rank"}), (uk.SelectiveSGD, {"momentum": 0.9, "threshold": 0.1}))[seed % 2]
+        cls, options = (
+            (uk.SelectiveAdamW, {"normalization": "rank"}),
+            (uk.SelectiveSGD, {"momentum": 0.9, "threshold": 0.1}),
+        )[seed % 2]
         return ps, cls(ps, lr=0.01, direction="salient", seed=seed, backend="cpp", **options)
 
     def train(optimizer, barrier=None):
@@ -80,7 +114,9 @@ def test_two_optimizers_step_in_two_threads():
     for _, optimizer in serial:
         train(optimizer)
     barrier = threading.Barrier(2)
-    threads = [threading.Thread(target=train, args=(optimizer, barrier)) for _, optimizer in problems]
+    threads = [
+        threading.Thread(target=train, args=(optimizer, barrier)) for _, optimizer in problems
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -88,16 +124,25 @@ def test_two_optimizers_step_in_two_threads():
     for (ps, optimizer), (expected_ps, other) in zip(problems, serial, strict=True):
         assert all(torch.equal(p, e) for p, e in zip(ps, expected_ps, strict=True))
         for p, e in zip(ps, expected_ps, strict=True):
-            assert all(torch.equal(value, other.state[e][key]) for key, value in optimizer.state[p].items())
+            assert all(
+                torch.equal(value, other.state[e][key]) for key, value in optimizer.state[p].items()
+            )
 
 
 def results() -> dict[str, torch.Tensor]:
-    """What the compiled operators make of the same arguments, by name; what stands before the colon is a row of the tolerance table."""
+    """What the compiled operators make of the same arguments, by name; what stands before the
+    colon is a row of the tolerance table.
+    """
     generator = torch.Generator().manual_seed(5)
     found: dict[str, torch.Tensor] = {}
     for normalization in ("minmax", "rank"):
         g = torch.randn(5000, generator=generator)
-        options = {"normalization": normalization, "threshold": 0.2, "direction": "salient", "backend": "cpp"}
+        options = {
+            "normalization": normalization,
+            "threshold": 0.2,
+            "direction": "salient",
+            "backend": "cpp",
+        }
         row = "selection" if normalization == "minmax" else "rank"
         found[f"{row}: p"] = uk.selection_probability(g, **options)
         found[f"equal: {row} mask"] = uk.selection_mask(g, seed=3, step=2, **options)
@@ -108,8 +153,14 @@ def results() -> dict[str, torch.Tensor]:
                 p.grad = torch.randn(3000, generator=generator).to(dtype)
                 optimizer.step()
             row = "step" if normalization == "minmax" else "rank step"
-            found |= {f"{row}: {dtype} {key}": value for key, value in {"p": p.detach(), **optimizer.state[p]}.items()}
-    logits = [torch.randn(*shape, 333, generator=generator, requires_grad=True) for shape in ((20,), (3, 20))]
+            found |= {
+                f"{row}: {dtype} {key}": value
+                for key, value in {"p": p.detach(), **optimizer.state[p]}.items()
+            }
+    logits = [
+        torch.randn(*shape, 333, generator=generator, requires_grad=True)
+        for shape in ((20,), (3, 20))
+    ]
     parts = uk.uegr_loss(*logits, torch.arange(20), js_weight=1.0, return_parts=True, backend="cpp")
     parts.loss.backward()
     found |= {f"step: {name}": value.detach() for name, value in parts._asdict().items()}
@@ -132,7 +183,10 @@ def test_every_instruction_set_gives_the_same(tmp_path):
     others = [isa for isa in native.supported_isas() if isa in native.built_isas() and isa != here]
     if not others:
         pytest.skip(f"no other library than {here} is built and runs on this processor")
-    code = "import sys, torch; sys.path.insert(0, sys.argv[1]); import test_threads; torch.save(test_threads.results(), sys.argv[2])"
+    code = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1]); import test_threads; "
+        "torch.save(test_threads.results(), sys.argv[2])"
+    )
     running = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(pathlib.Path(__file__).parent), str(tmp_path / isa)],
@@ -156,15 +210,20 @@ RACE = """
 import torch
 from uegr_kernels.core import native
 native.load()
-n, options = 1 << 20, {"threshold": 0.8, "sharpness": 5.0, "min_probability": 0.0, "keep_probability": 1.0, "normalization": 0}
-options |= {"salient": True, "previous": False, "rescale": True, "target_update": False, "step": 1, "seed": 1}
+n = 1 << 20
+options = {"threshold": 0.8, "sharpness": 5.0, "min_probability": 0.0, "keep_probability": 1.0}
+options |= {"normalization": 0, "scope_statistics": None, "layout": [0, 0, n, n] * 2}
+options |= {"salient": True, "previous": False, "rescale": True, "target_update": False}
+options |= {"step": 1, "seed": 1}
 g = torch.randn(n)
-torch.ops.uegr_kernels.select_gradients_.default([g, g], [], scope_statistics=None, layout=[0, 0, n, n] * 2, **options)
+torch.ops.uegr_kernels.select_gradients_.default([g, g], [], **options)
 """
 
 
 def test_sanitizers_see_the_cpp_threads():
-    """Under `make sanitize` only: that the library in use is built with the sanitizer, and that a race of the caller's own is seen."""
+    """Under `make sanitize` only: that the library in use is built with the sanitizer, and
+    that a race of the caller's own is seen.
+    """
     preloaded = os.environ.get("LD_PRELOAD", "")
     if "libtsan" not in preloaded and "libasan" not in preloaded:
         pytest.skip("no sanitizer is loaded; run `make sanitize`")

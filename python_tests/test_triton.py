@@ -1,4 +1,6 @@
-"""What is Triton's own: the generator in its language, tables and launches, and what the compilers make of the kernels."""
+"""What is Triton's own: the generator in its language, tables and launches, and what the
+compilers make of the kernels.
+"""
 
 import struct
 import weakref
@@ -23,20 +25,37 @@ from uegr_kernels.core import triton_ops  # noqa: E402
 
 @triton.jit
 def words_kernel(out, numbers, BLOCK: tl.constexpr, IN_ORDER: tl.constexpr):
-    first, offset, run, stride = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2), tl.load(numbers + 3)
+    first, offset, run, stride = (
+        tl.load(numbers),
+        tl.load(numbers + 1),
+        tl.load(numbers + 2),
+        tl.load(numbers + 3),
+    )
     stream, step, seed = tl.load(numbers + 4), tl.load(numbers + 5), tl.load(numbers + 6)
     if IN_ORDER:
         word = triton_ops.words_in_order(offset + first, seed, step, stream, BLOCK)
     else:
-        word = triton_ops.words(triton_ops.element_indices(first + tl.arange(0, BLOCK), offset, run, stride), seed, step, stream)
+        word = triton_ops.words(
+            triton_ops.element_indices(first + tl.arange(0, BLOCK), offset, run, stride),
+            seed,
+            step,
+            stream,
+        )
     tl.store(out + tl.arange(0, BLOCK), word.to(tl.int32, bitcast=True))
 
 
 def triton_words(first, n, layout, step, seed, in_order) -> list[int]:
-    """The words of local elements [first, first + n), by one call for four neighbours or by a call each."""
+    """The words of local elements [first, first + n), by one call for four neighbours or by a
+    call each.
+    """
     out = torch.zeros(max(triton.next_power_of_2(n), 4), dtype=torch.int32)
     stream, offset, run, stride = layout
-    words_kernel[(1,)](out, torch.tensor([first, offset, run, stride, stream, step, seed]), BLOCK=len(out), IN_ORDER=in_order)
+    words_kernel[(1,)](
+        out,
+        torch.tensor([first, offset, run, stride, stream, step, seed]),
+        BLOCK=len(out),
+        IN_ORDER=in_order,
+    )
     return (out[:n].long() & 0xFFFFFFFF).tolist()
 
 
@@ -44,14 +63,24 @@ def triton_words(first, n, layout, step, seed, in_order) -> list[int]:
 @pytest.mark.parametrize(("layout", "begin", "n"), WORD_CASES)
 def test_words_are_the_references(layout, begin, n, seed):
     _, offset, run, _ = layout
-    expected = philox.words(philox.element_indices(begin + n, layout[1:])[begin:], seed=seed, step=2**24 - 1, stream=layout[0])
+    expected = philox.words(
+        philox.element_indices(begin + n, layout[1:])[begin:],
+        seed=seed,
+        step=2**24 - 1,
+        stream=layout[0],
+    )
     for in_order in (False, True)[: 2 if run >= begin + n and offset % 4 == 0 else 1]:
         assert triton_words(begin, n, layout, 2**24 - 1, seed, in_order) == expected.tolist()
 
 
 def test_words_have_the_known_answers():
     for in_order in (False, True):
-        assert triton_words(0, 4, (0, 0, 4, 4), 0, 0, in_order) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+        assert triton_words(0, 4, (0, 0, 4, 4), 0, 0, in_order) == [
+            0x6627E8D5,
+            0xE169C58D,
+            0xBC57AC4C,
+            0x9B00DBD8,
+        ]
 
 
 # Tables on the way to the device, with events in the place of CUDA's.
@@ -81,18 +110,30 @@ def test_pinned_memory_is_not_written_while_a_copy_of_it_is_in_flight(monkeypatc
     upload.write(numbers(1, 2))
     assert len(upload.sources) == 1, "what is there already is not copied again"
     upload.write(numbers(3, 4))
-    assert [source.tolist() for source, _ in upload.sources] == [[1, 2], [3, 4]] and upload.target.tolist() == [3, 4]
+    assert [source.tolist() for source, _ in upload.sources] == [
+        [1, 2],
+        [3, 4],
+    ] and upload.target.tolist() == [3, 4]
     events[0].done = True
     upload.write(numbers(5, 6))
-    assert [source.tolist() for source, _ in upload.sources] == [[3, 4], [5, 6]], "the oldest free one is taken, and no other"
+    assert [source.tolist() for source, _ in upload.sources] == [[3, 4], [5, 6]], (
+        "the oldest free one is taken, and no other"
+    )
 
 
 def test_what_a_capture_copies_is_written_by_nobody_else(monkeypatch):
-    """Steps, one of them under capture; replaying it, that is its copy and its launches again, sees its own gradients."""
+    """Steps, one of them under capture; replaying it, that is its copy and its launches again,
+    sees its own gradients.
+    """
     selective = op._triton()
     p = torch.nn.Parameter(torch.zeros(3))
-    static, others = torch.tensor([1.0, -1.0, 2.0]), [torch.full((3,), value) for value in (3.0, 4.0)]
-    optimizer = uk.SelectiveSGD([p], lr=1.0, seed=1, normalization="constant", capturable=True, backend="triton")
+    static, others = (
+        torch.tensor([1.0, -1.0, 2.0]),
+        [torch.full((3,), value) for value in (3.0, 4.0)],
+    )
+    optimizer = uk.SelectiveSGD(
+        [p], lr=1.0, seed=1, normalization="constant", capturable=True, backend="triton"
+    )
 
     def step(grad: torch.Tensor) -> None:
         p.grad = grad
@@ -103,9 +144,17 @@ def test_what_a_capture_copies_is_written_by_nobody_else(monkeypatch):
     with monkeypatch.context() as patch:
         launch = selective.Plan.launch
         patch.setattr(triton_ops, "capturing", lambda device: True)
-        patch.setattr(selective.Plan, "launch", lambda plan, *rest: (launches.append((plan, *rest)), launch(plan, *rest)))
+        patch.setattr(
+            selective.Plan,
+            "launch",
+            lambda plan, *rest: (launches.append((plan, *rest)), launch(plan, *rest)),
+        )
         step(static)
-        copies = [(upload.target, source) for _, upload in selective.CAPTURED[p] for source, _ in upload.sources]
+        copies = [
+            (upload.target, source)
+            for _, upload in selective.CAPTURED[p]
+            for source, _ in upload.sources
+        ]
     assert len(copies) == 1 and p.tolist() == [-4.0, -2.0, -5.0]
     step(others[1])
     static.fill_(10.0)
@@ -132,7 +181,9 @@ def test_a_steady_step_makes_its_table_again_only_where_something_moved():
     assert plan() is first and first.upload.content is copied
     p.grad = torch.ones(5)
     optimizer.step()
-    assert plan() is first and first.upload.content != copied, "a gradient that moved changes the table's head alone"
+    assert plan() is first and first.upload.content != copied, (
+        "a gradient that moved changes the table's head alone"
+    )
     optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"].clone()
     optimizer.step()
     assert plan() is not first
@@ -158,7 +209,9 @@ def test_a_plan_made_under_capture_serves_no_other_step(monkeypatch):
 def launched_kernels(monkeypatch) -> list[str]:
     """The names of kernels in the order of their launches, which do nothing."""
     names: list[str] = []
-    monkeypatch.setattr(InterpretedFunction, "run", lambda self, *args, **kwargs: names.append(self.fn.__name__))
+    monkeypatch.setattr(
+        InterpretedFunction, "run", lambda self, *args, **kwargs: names.append(self.fn.__name__)
+    )
     return names
 
 
@@ -205,7 +258,9 @@ def test_perturbed_weights_launches_are_as_many_for_500_tensors_as_for_5(launche
     for count in (5, 500):
         weights = [torch.zeros(3) for _ in range(count)]
         launched_kernels.clear()
-        with uk.perturbed_weights(weights, 0.1, gradients=weights, keep_probability=0.5, seed=1, backend="triton"):
+        with uk.perturbed_weights(
+            weights, 0.1, gradients=weights, keep_probability=0.5, seed=1, backend="triton"
+        ):
             found.append(list(launched_kernels))
     assert found == [["part_kernel"] * 2] * 2
 
@@ -219,8 +274,16 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        fresh = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in known]
+        known = {
+            t.untyped_storage().data_ptr()
+            for t in tree_leaves((args, kwargs))
+            if isinstance(t, torch.Tensor)
+        }
+        fresh = [
+            t
+            for t in tree_leaves(result)
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in known
+        ]
         self.names += [str(function)] if fresh else []
         return result
 
@@ -246,8 +309,11 @@ def test_gradients_are_freed_when_the_user_drops_them():
     assert [gradient() for gradient in gradients] == [None] * 3
 
 
-# What is compiled ahead of time: statements that launch every kernel, in the variants that are most likely to spill.
-PARAMETER = "p = torch.nn.Parameter(torch.zeros(2048, dtype=torch.{})); p.grad = torch.zeros_like(p); "
+# What is compiled ahead of time: statements that launch every kernel, in the variants that are most
+# likely to spill.
+PARAMETER = (
+    "p = torch.nn.Parameter(torch.zeros(2048, dtype=torch.{})); p.grad = torch.zeros_like(p); "
+)
 ADAMW = "uk.SelectiveAdamW([p], seed=1, {}).step()"
 SGD = "uk.SelectiveSGD([p], seed=1, {}).step()"
 STEP = PARAMETER.format("float32") + ADAMW.format("")
@@ -256,15 +322,22 @@ STATEMENTS = {
     "step": STEP,
     "previous": PREVIOUS_STEP,
     "bfloat16": PARAMETER.format("bfloat16")
-    + ADAMW.format("state_dtype=torch.bfloat16, amsgrad=True, target='update', statistics='previous', capturable=True"),
+    + ADAMW.format(
+        "state_dtype=torch.bfloat16, amsgrad=True, target='update', "
+        "statistics='previous', capturable=True"
+    ),
     "float64": PARAMETER.format("float64") + ADAMW.format("amsgrad=True, lr=torch.tensor(0.1)"),
-    "strided rank": "p = torch.nn.Parameter(torch.zeros(8, 4, dtype=torch.float16).t()); p.grad = torch.zeros_like(p); "
-    + SGD.format("momentum=0.9, nesterov=True, normalization='rank'"),
+    "strided rank": "p = torch.nn.Parameter(torch.zeros(8, 4, dtype=torch.float16).t()); p.grad = "
+    "torch.zeros_like(p); " + SGD.format("momentum=0.9, nesterov=True, normalization='rank'"),
     "global": PARAMETER.format("float32") + SGD.format("scope='global', statistics='previous'"),
-    "global rank": PARAMETER.format("float32") + SGD.format("scope='global', normalization='rank', momentum=0.9, rescale=False"),
-    "gradients": PARAMETER.format("float32") + "uk.select_gradients_(p, seed=1, step=1, saliency=[p.grad.abs()])",
-    "probability": PARAMETER.format("bfloat16") + "uk.selection_probability(p.grad, normalization='range')",
-    "mask": PARAMETER.format("float32") + "uk.selection_mask(p.grad, seed=1, step=1, normalization='constant', keep_probability=0.5)",
+    "global rank": PARAMETER.format("float32")
+    + SGD.format("scope='global', normalization='rank', momentum=0.9, rescale=False"),
+    "gradients": PARAMETER.format("float32") + "uk.select_gradients_(p, seed=1, step=1, "
+    "saliency=[p.grad.abs()])",
+    "probability": PARAMETER.format("bfloat16") + "uk.selection_probability(p.grad, "
+    "normalization='range')",
+    "mask": PARAMETER.format("float32") + "uk.selection_mask(p.grad, seed=1, step=1, "
+    "normalization='constant', keep_probability=0.5)",
 }
 
 
@@ -278,15 +351,27 @@ def test_nothing_is_spilled(name, target):
     found = launched(name, target)
     assert found
     for kernel in found:
-        assert kernel.spilled == 0, f"{kernel.name}: {kernel.spilled} spilled with {kernel.registers} registers"
-        assert kernel.count(r"(LDL|STL|scratch).*") == 0, f"{kernel.name} uses local memory: {kernel.memory}"
+        assert kernel.spilled == 0, (
+            f"{kernel.name}: {kernel.spilled} spilled with {kernel.registers} registers"
+        )
+        assert kernel.count(r"(LDL|STL|scratch).*") == 0, (
+            f"{kernel.name} uses local memory: {kernel.memory}"
+        )
 
 
 def test_every_kernel_is_compiled():
     selective = op._triton()
-    functions = {name: value for name, value in vars(selective).items() if isinstance(value, triton.KernelInterface)}
-    every = {name for name, value in functions.items() if "program_id" in value.fn.__code__.co_names}
-    assert every | {"join"} == {kernel.name for name in STATEMENTS for kernel in launched(name, "sm_90")}
+    functions = {
+        name: value
+        for name, value in vars(selective).items()
+        if isinstance(value, triton.KernelInterface)
+    }
+    every = {
+        name for name, value in functions.items() if "program_id" in value.fn.__code__.co_names
+    }
+    assert every | {"join"} == {
+        kernel.name for name in STATEMENTS for kernel in launched(name, "sm_90")
+    }
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -299,4 +384,6 @@ def test_the_whole_blocks_of_a_float32_step_are_read_and_written_by_128_bits(nam
     assert loads >= 5 * each  # parameter, moments, gradient; the gradient of what is gathered
     assert stores == 3 * each
     # Only unmasked accesses say how long the cache is to keep them.
-    assert walk.count(r"(LDG|STG)\..*\.E[FL]\b(?!.*\b128\b).*") == 0, f"narrow accesses in whole blocks: {walk.memory}"
+    assert walk.count(r"(LDG|STG)\..*\.E[FL]\b(?!.*\b128\b).*") == 0, (
+        f"narrow accesses in whole blocks: {walk.memory}"
+    )

@@ -1,4 +1,6 @@
-"""Every public function's kernels, in all pairs of option values, compile and keep their registers: for each target, with both Tritons."""
+"""Every public function's kernels, in all pairs of option values, compile and keep their
+registers: for each target, with both Tritons.
+"""
 
 import itertools
 import re
@@ -16,13 +18,22 @@ FUNCTIONS = [(family, name) for family, names in launches.FAMILIES.items() for n
 def test_every_public_name_has_statements_or_a_reason():
     known = {name for _, name in FUNCTIONS} | set(launches.COMPOSED)
     unknown = sorted(set(uk.__all__) - known)
-    assert not unknown, f"put {unknown} into launches.FAMILIES, or into launches.COMPOSED with what they call"
+    assert not unknown, (
+        f"put {unknown} into launches.FAMILIES, or into launches.COMPOSED with what they call"
+    )
 
 
 @pytest.mark.parametrize(("family", "name"), FUNCTIONS)
 def test_every_option_has_values(family, name):
-    unknown = [p for p in launches.parameters(getattr(uk, name)) if p not in launches.VALUES[family] and p not in launches.SAME[family]]
-    assert not unknown, f"{name}: give {unknown} values in launches.VALUES, or a place in launches.SAME if they change no kernel"
+    unknown = [
+        p
+        for p in launches.parameters(getattr(uk, name))
+        if p not in launches.VALUES[family] and p not in launches.SAME[family]
+    ]
+    assert not unknown, (
+        f"{name}: give {unknown} values in launches.VALUES, or a place in "
+        "launches.SAME if they change no kernel"
+    )
 
 
 @pytest.mark.parametrize(("family", "name"), FUNCTIONS)
@@ -34,8 +45,13 @@ def test_every_pair_of_values_stands_in_a_statement(family, name):
     lacking = []
     for a, b in itertools.combinations(own, 2):
         for x, y in itertools.product(table[a], table[b]):
-            excluded = any({"function": name, a: x, b: y}.items() >= some.items() for some in launches.EXCLUDED[family])
-            if not excluded and not any(row.get(a, ...) == x and row.get(b, ...) == y for row in rows):
+            excluded = any(
+                {"function": name, a: x, b: y}.items() >= some.items()
+                for some in launches.EXCLUDED[family]
+            )
+            if not excluded and not any(
+                row.get(a, ...) == x and row.get(b, ...) == y for row in rows
+            ):
                 lacking.append((a, x, b, y))
     assert not lacking
 
@@ -58,7 +74,10 @@ def test_statements_are_calls_that_run(statement):
     exec(statement, {"torch": torch, "uk": uk})
 
 
-EVERY = [pytest.param(*one, id="-".join(("triton", *one))) for one in itertools.product(compiled.VERSIONS, compiled.TARGETS)]
+EVERY = [
+    pytest.param(*one, id="-".join(("triton", *one)))
+    for one in itertools.product(compiled.VERSIONS, compiled.TARGETS)
+]
 
 
 @pytest.mark.parametrize(("version", "target"), EVERY)
@@ -66,7 +85,10 @@ def test_every_statement_compiles_and_spills_next_to_nothing(version, target):
     pytest.importorskip("triton", reason="Triton is not installed; run `pip install triton`")
     folder = compiled.VERSIONS[version]
     if folder is not None and not folder.exists():
-        pytest.skip(f"Triton {version} is not in {folder}; `make {folder.relative_to(compiled.ROOT)}` puts it there")
+        pytest.skip(
+            f"Triton {version} is not in {folder}; `make "
+            f"{folder.relative_to(compiled.ROOT)}` puts it there"
+        )
     found = compiled.usage(*launches.calls())[version, target]
     assert [line["statement"] for line in found] == list(launches.calls())
     errors = [f"{line['error']} in\n{line['statement']}" for line in found if "error" in line]

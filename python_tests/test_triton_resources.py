@@ -1,4 +1,6 @@
-"""What compilers make of the forward stage's Triton kernels for GPUs that are not here: no spills, wide loads and stores."""
+"""What compilers make of the forward stage's Triton kernels for GPUs that are not here: no
+spills, wide loads and stores.
+"""
 
 import compiled
 import pytest
@@ -8,33 +10,52 @@ pytest.importorskip("triton", reason="Triton is not installed; run `pip install 
 
 def loss(m, n, c, dtype, labels="indices", call="", backward=""):
     """A statement that computes a UEGR loss, and what comes after."""
-    y = f"torch.zeros({n}, dtype=torch.long)" if labels == "indices" else f"torch.zeros({n}, {c}, dtype=torch.{dtype})"
-    x, z = (f"torch.zeros({shape}, {c}, dtype=torch.{dtype}, requires_grad=True)" for shape in (n, f"{m}, {n}"))
+    y = (
+        f"torch.zeros({n}, dtype=torch.long)"
+        if labels == "indices"
+        else (f"torch.zeros({n}, {c}, dtype=torch.{dtype})")
+    )
+    x, z = (
+        f"torch.zeros({shape}, {c}, dtype=torch.{dtype}, requires_grad=True)"
+        for shape in (n, f"{m}, {n}")
+    )
     return f"loss = uk.uegr_loss({x}, {z}, {y}, {call}); {backward}"
 
 
 G = "torch.zeros(16, 128, 768)"
 WEIGHTS = "[torch.zeros(768, 3), torch.zeros(5), torch.zeros(7, dtype=torch.bfloat16)]"
-# Losses: rows of whole 128 bits and others, one block and many, few passes and many; chain rules of all rows and of each. Not in float64:
-# on gfx942 those spill scalar registers.
+# Losses: rows of whole 128 bits and others, one block and many, few passes and many; chain rules of
+# all rows and of each. Not in float64: on gfx942 those spill scalar registers.
 STATEMENTS = {
     "loss m=2 float32": loss(2, 4, 32000, "float32", backward="(2 * loss).backward()"),
     "loss m=2 bfloat16, C odd, smoothed": loss(2, 4, 32003, "bfloat16", call="label_smoothing=0.1"),
-    "loss m=2 bfloat16, C=2": loss(2, 16, 2, "bfloat16", call="reduction='none'", backward="(2 * loss).sum().backward()"),
+    "loss m=2 bfloat16, C=2": loss(
+        2, 16, 2, "bfloat16", call="reduction='none'", backward="(2 * loss).sum().backward()"
+    ),
     "loss m=3 float16, soft labels": loss(3, 4, 3000, "float16", "soft"),
     "loss m=8 float32": loss(8, 4, 32000, "float32"),
     "loss m=8 bfloat16": loss(8, 4, 128256, "bfloat16", backward="(2 * loss).backward()"),
     "regression m=2 float32": loss(2, 4, 3, "float32", "values", "task='regression'"),
-    "fgm by sample": f"uk.fgm_perturbation({G}, 0.1, mask=torch.ones(16, 128), keep_probability=0.5, seed=1)",
-    "fgm by token": f"uk.fgm_perturbation({G}.bfloat16(), 0.1, norm='linf', per='token', keep_probability=0.5, seed=1)",
+    "fgm by sample": f"uk.fgm_perturbation({G}, 0.1, mask=torch.ones(16, 128), "
+    "keep_probability=0.5, seed=1)",
+    "fgm by token": f"uk.fgm_perturbation({G}.bfloat16(), 0.1, norm='linf', per='token', "
+    "keep_probability=0.5, seed=1)",
     "pgd by sample": f"uk.pgd_step({G}, {G}, step_size=0.1, radius=1.0)",
-    "pgd by token": f"uk.pgd_step({G}, {G}, step_size=0.1, radius=1.0, per='token', mask=torch.ones(16, 128))",
-    "weights": f"w = {WEIGHTS}\nwith uk.perturbed_weights(w, 0.1, gradients=w, keep_probability=0.5, seed=1): pass",
-    "dropout float32": "uk.AdaptiveDropout(3072)(torch.zeros(64, 3072, requires_grad=True)).sum().backward()",
-    "dropout bfloat16, odd": "uk.AdaptiveDropout(257)(torch.zeros(64, 257, dtype=torch.bfloat16, requires_grad=True)).sum().backward()",
+    "pgd by token": f"uk.pgd_step({G}, {G}, step_size=0.1, radius=1.0, per='token', "
+    "mask=torch.ones(16, 128))",
+    "weights": f"w = {WEIGHTS}\nwith uk.perturbed_weights(w, 0.1, gradients=w, "
+    "keep_probability=0.5, seed=1): pass",
+    "dropout float32": "uk.AdaptiveDropout(3072)(torch.zeros(64, 3072, "
+    "requires_grad=True)).sum().backward()",
+    "dropout bfloat16, odd": "uk.AdaptiveDropout(257)(torch.zeros(64, 257, dtype=torch.bfloat16, "
+    "requires_grad=True)).sum().backward()",
 }
 WIDE = {"loss m=2 float32": "loss_kernel", "dropout float32": "drop_kernel"}
-KERNELS = {"loss": {"loss_kernel", "add_up_kernel", "scale_kernel"}, "fgm": {"group_kernel", "part_kernel"}, "weights": {"part_kernel"}}
+KERNELS = {
+    "loss": {"loss_kernel", "add_up_kernel", "scale_kernel"},
+    "fgm": {"group_kernel", "part_kernel"},
+    "weights": {"part_kernel"},
+}
 KERNELS |= {"dropout": {"drop_kernel", "add_parts_kernel", "rates_kernel"}}
 
 
@@ -52,7 +73,12 @@ def test_nothing_is_spilled(found, name, target):
 
 @pytest.mark.parametrize("target", compiled.TARGETS)
 def test_every_kernel_is_compiled(found, target):
-    names = {kernel.name for (_, compiled_for), kernels in found.items() if compiled_for == target for kernel in kernels}
+    names = {
+        kernel.name
+        for (_, compiled_for), kernels in found.items()
+        if compiled_for == target
+        for kernel in kernels
+    }
     assert names == set().union(*KERNELS.values())
 
 

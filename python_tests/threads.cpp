@@ -1,5 +1,5 @@
-// torch's parallel_for on plain threads, preloaded in the place of torch's own: ThreadSanitizer, which is to look at our loops, does not
-// see the barriers of OpenMP.
+// torch's parallel_for on plain threads, preloaded in the place of torch's own: ThreadSanitizer,
+// which is to look at our loops, does not see the barriers of OpenMP.
 #include <algorithm>
 #include <cstdint>
 #include <thread>
@@ -15,10 +15,12 @@ extern "C" int32_t torch_get_num_threads(uint32_t* threads) {
     return 0;
 }
 
-extern "C" int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t grain, void (*part)(int64_t, int64_t, void*), void* context) {
+extern "C" int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t grain,
+                                      void (*part)(int64_t, int64_t, void*), void* context) {
     if (begin >= end) return 0;
     const int64_t size = end - begin, least = std::max<int64_t>(grain, 1);
-    const int64_t threads = within ? 1 : std::min(most_threads, (size + least - 1) / least), each = (size + threads - 1) / threads;
+    const int64_t threads = within ? 1 : std::min(most_threads, (size + least - 1) / least),
+                  each = (size + threads - 1) / threads;
     std::vector<std::thread> others;
     auto run = [=](int64_t first) {
         const bool before = within;

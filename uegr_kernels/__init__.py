@@ -1,13 +1,29 @@
-"""Fused selective optimizers and divergence losses for fine-tuning language models that generalise and withstand attack (UEGR)."""
+"""Fused selective optimizers and divergence losses for fine-tuning language models that
+generalise and withstand attack (UEGR).
+"""
 
 import typing
 
 from . import recipes
 from .bistage import BiStage, BiStageResult
-from .divergence import LossParts, PairwiseJSLoss, UEGRLoss, linear_pairwise_js, linear_uegr_loss, pairwise_js, uegr_loss
+from .divergence import (
+    LossParts,
+    PairwiseJSLoss,
+    UEGRLoss,
+    linear_pairwise_js,
+    linear_uegr_loss,
+    pairwise_js,
+    uegr_loss,
+)
 from .dropout import AdaptiveDropout, replace_dropout
 from .perturbation import fgm_perturbation, perturbed_weights, pgd_step
-from .selective import SelectiveAdamW, SelectiveSGD, select_gradients_, selection_mask, selection_probability
+from .selective import (
+    SelectiveAdamW,
+    SelectiveSGD,
+    select_gradients_,
+    selection_mask,
+    selection_probability,
+)
 
 
 def __getattr__(name: str) -> typing.Any:

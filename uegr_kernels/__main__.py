@@ -1,4 +1,6 @@
-"""`python -m uegr_kernels info | demo`: what runs on this machine, and the package's main job on real text."""
+"""`python -m uegr_kernels info | demo`: what runs on this machine, and the package's main job
+on real text.
+"""
 
 import argparse
 import importlib.metadata
@@ -18,15 +20,24 @@ OPERATOR = "selective.selective_adamw_"  # a backend has this operator before an
 
 def info() -> str:
     """Versions, processor, GPUs, and for each backend where it is usable or why it is not."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__, **{name: _version(name) for name in ("triton", "numpy")}}
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{name: _version(name) for name in ("triton", "numpy")},
+    }
     lines = {
         "uegr-kernels": f"{__version__}, in {pathlib.Path(__file__).parent}",
         "versions": _list(f"{name} {version}" for name, version in versions.items()),
-        "instructions": f"{native.load()[0] or 'none'} in use; the processor has {_list(native.supported_isas())}",
-        "libraries": f"built for {_list(native.built_isas())}; UEGR_KERNELS_ISA chooses another than the best",
-        "threads": f"{torch.get_num_threads()} on {os.cpu_count()} processors; torch.set_num_threads changes it",
+        "instructions": f"{native.load()[0] or 'none'} in use; the processor has "
+        f"{_list(native.supported_isas())}",
+        "libraries": f"built for {_list(native.built_isas())}; UEGR_KERNELS_ISA chooses another "
+        "than the best",
+        "threads": f"{torch.get_num_threads()} on {os.cpu_count()} processors; "
+        "torch.set_num_threads changes it",
     }
-    lines |= {f"GPU {i}": _gpu(i) for i in range(_gpus())} or {"GPU": f"none: {native.why_no_gpu()}"}
+    lines |= {f"GPU {i}": _gpu(i) for i in range(_gpus())} or {
+        "GPU": f"none: {native.why_no_gpu()}"
+    }
     lines |= {f"  {backend}": _state(backend) for backend in backends.BACKENDS}
     return "\n".join(f"{name:<14}{text}" for name, text in lines.items())
 
@@ -47,7 +58,9 @@ def _gpus() -> int:
 
 
 def _gpu(index: int) -> str:
-    """Name and architecture of a GPU, whether the CUDA library holds code for it, and which backend "auto" takes there, and why."""
+    """Name and architecture of a GPU, whether the CUDA library holds code for it, and which
+    backend "auto" takes there, and why.
+    """
     device, found = torch.device("cuda", index), torch.cuda.get_device_properties(index)
     architecture = found.gcnArchName if torch.version.hip else f"sm_{found.major}{found.minor}"
     code = "no CUDA library is loaded"
@@ -56,31 +69,45 @@ def _gpu(index: int) -> str:
         code = f"the CUDA library holds {held} for it ({', '.join(native.architectures())})"
     taken = backends.choose("auto", OPERATOR, device, torch.float32)
     better = backends.ORDER["cuda"][: backends.ORDER["cuda"].index(taken)]
-    refused = [f"; not {backend}: {backends.why_not(backend, OPERATOR, device, torch.float32)}" for backend in better]
+    refused = [
+        f"; not {backend}: {backends.why_not(backend, OPERATOR, device, torch.float32)}"
+        for backend in better
+    ]
     return f"{found.name}, {architecture}; {code}; auto takes {taken}{''.join(refused)}"
 
 
 def _state(backend: str) -> str:
     gpus = [f"cuda:{i}" for i in range(_gpus())]
-    reasons = {device: backends.why_not(backend, OPERATOR, torch.device(device)) for device in ("cpu", *(gpus or ["cuda"]))}
+    reasons = {
+        device: backends.why_not(backend, OPERATOR, torch.device(device))
+        for device in ("cpu", *(gpus or ["cuda"]))
+    }
     if not gpus:
         reasons["cuda"] = reasons["cuda"] or native.why_no_gpu()
     usable = [device for device, reason in reasons.items() if reason is None]
     if usable:
         state = f"usable on {' and '.join(usable)}"
     else:
-        state = f"not usable: {reasons['cpu'] if backend == 'cpp' else next(reversed(reasons.values()))}"
+        why = reasons["cpu"] if backend == "cpp" else next(reversed(reasons.values()))
+        state = f"not usable: {why}"
     if backend == "cuda" and usable:
-        state += f"; float64 goes to {backends.choose('auto', OPERATOR, torch.device('cuda'), torch.float64)}"
+        chosen = backends.choose("auto", OPERATOR, torch.device("cuda"), torch.float64)
+        state += f"; float64 goes to {chosen}"
     return state
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns its exit status (2 for wrong arguments)."""
-    parser = argparse.ArgumentParser(prog="python -m uegr_kernels", description="UEGR: robust fine-tuning, as PyTorch operators.")
+    parser = argparse.ArgumentParser(
+        prog="python -m uegr_kernels", description="UEGR: robust fine-tuning, as PyTorch operators."
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    commands.add_parser("info", help="versions, processor, GPUs, and which backends are usable or why not")
-    commands.add_parser("demo", help="fine-tune a text classifier; `demo --help` lists the options", add_help=False)
+    commands.add_parser(
+        "info", help="versions, processor, GPUs, and which backends are usable or why not"
+    )
+    commands.add_parser(
+        "demo", help="fine-tune a text classifier; `demo --help` lists the options", add_help=False
+    )
     if arguments is None:
         arguments = sys.argv[1:]
     if arguments[:1] == ["demo"]:  # its options are its own

@@ -35,28 +35,28 @@ class BiStageResult(NamedTuple):
 
 
 class BiStage:
-    """Algorithm 1's forward stage: L_train = L_st + L_adv + js_weight * L_div over clean and perturbed embeddings (Eq. 2-6).
+    """Computes L_train = L_st + L_adv + js_weight * L_div, Algorithm 1's first stage (Eq. 2-6).
 
-    model           nn.Module from inputs to logits [N, C]: a tensor, an object with `.logits`, a dict with "logits", or a tuple whose
-                    first item they are
-    embedding       nn.Module inside it whose output is perturbed; None: the one floating input itself
+    model           nn.Module from inputs to logits [N, C] (or what has them as `.logits`,
+                    ["logits"] or first item)
+    embedding       nn.Module in it whose output is perturbed; None: the one floating input itself
     epsilon, norm, per   the size of delta, as in `fgm_perturbation`
     passes          m >= 1 adversarial passes, each with its own dropout mask
     js_weight, label_smoothing, ignore_index, task   as in `uegr_loss`
-    passes_at_once  at most so many passes in one call of the model, to save memory; None: all m, as one batch of m*N rows
-    dropout         m rates in [0, 1], one per pass, for every nn.Dropout* and AdaptiveDropout; None: the layers' own
+    passes_at_once  at most so many in one call of the model, to save memory; None: all m
+    dropout         m rates in [0, 1], one per pass, for every dropout layer; None: the layers' own
     input_range     (low, high) to which the perturbed input is clamped; with embedding=None only
-    batch_axis      of the embedding's output that is the batch: 0, or 1 for models that look words up time-first; None: found by its
-                    length N, or, where both axes have that, by comparing what the embedding was called with to the inputs
-    relative        True: epsilon in multiples of the L2 norm of each sample's embeddings (real tokens, no gradient); not with "linf"
+    batch_axis      of the embedding's output: 0, or 1 for time-first models; None: found by N
+    relative        True: epsilon in multiples of the L2 norm of each sample's embeddings ("l2")
 
-    Inputs are a tensor, a dict for model(**inputs), whose `attention_mask` [N, T] masks the perturbation, or a tuple for model(*inputs).
-    Tensors whose first dimension is N are repeated for the passes; where the embedding is called time-first with the inputs themselves,
-    those whose second is. The model's mode is the caller's. Build it before `torch.compile`.
-    The embedding's output and the logits are float32, bfloat16, float16 or float64; the losses float32 (float64 for float64).
-    Raises TypeError or ValueError for wrong arguments, here and in a call (an empty batch, a batch_axis that cannot be found), RuntimeError
-    for a pass in which the embedding was not called exactly once, and for a backend that cannot serve the call.
-    Equivalent to: `uegr_loss` of the clean logits and those of m passes with `fgm_perturbation` added to the embedding's output.
+    Inputs are a tensor, a dict for model(**inputs), whose `attention_mask` [N, T] masks delta, or a
+    tuple for model(*inputs). Tensors whose first dimension is N are repeated for the passes, for
+    time-first models those whose second is. The model's mode is the caller's. Build it before
+    `torch.compile`. Embeddings and logits: float32, bfloat16, float16 or float64; losses float32
+    (float64 for float64). Raises TypeError or ValueError for wrong arguments, RuntimeError for a
+    pass in which the embedding was not called exactly once, or a backend that cannot serve.
+
+    Equivalent to `uegr_loss` of the clean logits and of m passes with `fgm_perturbation` added.
     """
 
     def __init__(
@@ -82,30 +82,57 @@ class BiStage:
         checks.integer("passes", passes, 1)
         checks.integer("passes_at_once", passes if passes_at_once is None else passes_at_once, 1)
         if dropout is not None and (not isinstance(dropout, Sequence) or isinstance(dropout, str)):
-            raise TypeError(f"dropout={dropout!r} is not a sequence; pass one rate per pass, such as {[0.3] * passes}")
-        if dropout is not None and (len(dropout) != passes or not all(checks.is_number(rate) and 0 <= rate <= 1 for rate in dropout)):
-            raise ValueError(f"dropout={dropout!r} with passes={passes}; pass one rate in [0, 1] per pass, such as {[0.3] * passes}")
-        self.model, self.embedding, self.passes, self.dropout, self.input_range = model, embedding, passes, dropout, input_range
+            raise TypeError(
+                f"dropout={dropout!r} is not a sequence; pass one rate per pass, such "
+                f"as {[0.3] * passes}"
+            )
+        if dropout is not None and (
+            len(dropout) != passes
+            or not all(checks.is_number(rate) and 0 <= rate <= 1 for rate in dropout)
+        ):
+            raise ValueError(
+                f"dropout={dropout!r} with passes={passes}; pass one rate in [0, 1] "
+                f"per pass, such as {[0.3] * passes}"
+            )
+        self.model, self.embedding, self.passes, self.dropout, self.input_range = (
+            model,
+            embedding,
+            passes,
+            dropout,
+            input_range,
+        )
         self.passes_at_once = min(passes_at_once or passes, passes)
-        self._perturbation: dict[str, Any] = dict(epsilon=epsilon, norm=norm, per=per, backend=backend)
+        self._perturbation: dict[str, Any] = dict(
+            epsilon=epsilon, norm=norm, per=per, backend=backend
+        )
         self._loss: dict[str, Any] = dict(
-            js_weight=js_weight, label_smoothing=label_smoothing, ignore_index=ignore_index, task=task, backend=backend
+            js_weight=js_weight,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            task=task,
+            backend=backend,
         )
         self._check_options()
-        self._runner = Runner(model, embedding, input_range, batch_axis=batch_axis, relative=relative, norm=norm)
+        self._runner = Runner(
+            model, embedding, input_range, batch_axis=batch_axis, relative=relative, norm=norm
+        )
 
-    def backward(self, inputs: Any, labels: Tensor, *, scale: float | Tensor = 1.0) -> BiStageResult:
-        """Adds scale * dL_train/dtheta to every parameter's .grad; each of the (1 + m) N rows goes forward and back once.
+    def backward(
+        self, inputs: Any, labels: Tensor, *, scale: float | Tensor = 1.0
+    ) -> BiStageResult:
+        """Adds scale * dL_train/dtheta to every parameter's .grad; each row goes back once.
 
         inputs  as the class says
         labels  [N] int64 or [N, C] probabilities; floats [N] or [N, C] with task="regression"
-        scale   positive number, or 0-d tensor (GradScaler's); multiplies the gradient, not what is returned
+        scale   positive number, or 0-d tensor (GradScaler's); multiplies the gradient, not what is
+            returned
 
-        With `passes_at_once` below m every pass runs first without a graph for its logits, then again with the same random state:
-        (1 + 2m) N rows forward, one graph alive, the same gradient. Under DDP and FSDP only the last backward synchronises, and none
-        inside the caller's no_sync; different rates then cost what passes_at_once=1 does. Raises RuntimeError where the embedding was not
-        called, or twice, in a pass.
-        Equivalent to: `(scale * stage.loss(inputs, labels)).backward()`.
+        With `passes_at_once` below m every pass runs first without a graph for its logits, then
+        again with the same random state: (1 + 2m) N rows forward, one graph alive, the same
+        gradient. Under DDP and FSDP only the last backward synchronises, and none inside the
+        caller's no_sync; different rates then cost what passes_at_once=1 does. Raises RuntimeError
+        where the embedding was not called, or twice, in a pass. Equivalent to: `(scale *
+        stage.loss(inputs, labels)).backward()`.
         """
         self._runner.check(scale)
         batch = self._runner.take(inputs, labels)
@@ -113,13 +140,19 @@ class BiStage:
             with self._runner.filled(Pass(batch, watched=True)) as walk:
                 clean = self._runner.call(walk)
                 # Its adversarial logits being constants, this loss has L_st's gradient.
-                half = uegr_loss(clean, clean.detach()[None], labels, return_parts=True, **self._loss)
+                half = uegr_loss(
+                    clean, clean.detach()[None], labels, return_parts=True, **self._loss
+                )
                 (half.loss * scale).backward()
-            clean = clean.detach().clone()  # a CUDA graph may write the next call's logits over the old
+            # a CUDA graph may write the next call's logits over the old
+            clean = clean.detach().clone()
             delta = self._delta(walk)
         groups = self._groups()
-        # A wrapper that synchronises allows for one backward after each forward, not for several forwards first.
-        again = self.passes_at_once < self.passes or (len(groups) > 1 and bool(walks.synchronisers(self.model)))
+        # A wrapper that synchronises allows for one backward after each forward, not for several
+        # forwards first.
+        again = self.passes_at_once < self.passes or (
+            len(groups) > 1 and bool(walks.synchronisers(self.model))
+        )
         calls: list[Any] = []  # logits and the slot's content of each
         states = []
         for group in groups:
@@ -129,30 +162,45 @@ class BiStage:
                     stack.enter_context(torch.no_grad())
                     states.append(walks.random_state(self.model))
                 calls.append(self._adversarial(batch, delta, group))
-        logits = torch.cat([logits.detach() for logits, _ in calls]).unflatten(0, (self.passes, -1)).requires_grad_()
+        logits = (
+            torch.cat([logits.detach() for logits, _ in calls])
+            .unflatten(0, (self.passes, -1))
+            .requires_grad_()
+        )
         parts = uegr_loss(clean, logits, labels, return_parts=True, **self._loss)
         (parts.loss * scale).backward()
-        # One backward per call, so that a recompute inside it finds that call's delta and dropout rate.
-        with walks.gradient_norms_held(self.model) if again else contextlib.nullcontext(lambda: None) as hold:
+        # One backward per call, so that a recompute inside it finds that call's delta and dropout
+        # rate.
+        with (
+            walks.gradient_norms_held(self.model)
+            if again
+            else contextlib.nullcontext(lambda: None) as hold
+        ):
             for i, group in enumerate(groups):
-                with self._runner.without_sync() if i + 1 < len(groups) else contextlib.nullcontext():
+                with (
+                    self._runner.without_sync() if i + 1 < len(groups) else contextlib.nullcontext()
+                ):
                     if again:
                         hold()
                         with walks.replayed(states[i]):
                             calls[i] = self._adversarial(batch, delta, group)
-                    (group_logits, walk), calls[i] = calls[i], None  # no graph outlives its backward
+                    # no graph outlives its backward
+                    (group_logits, walk), calls[i] = calls[i], None
                     with self._rate(group), self._runner.filled(walk):
                         group_logits.backward(logits.grad[group.start : group.stop].flatten(0, 1))
-        return BiStageResult(parts.loss.detach(), parts.clean_loss, parts.adversarial_loss, parts.divergence, clean)
+        return BiStageResult(
+            parts.loss.detach(), parts.clean_loss, parts.adversarial_loss, parts.divergence, clean
+        )
 
     def loss(self, inputs: Any, labels: Tensor) -> Tensor:
-        """L_train [], differentiable in the parameters, for those who call backward() themselves; delta is data.
+        """Returns L_train [], differentiable in the parameters, for a backward() of one's own.
 
         inputs, labels  as in `backward`
 
-        The clean pass is walked back to the embedding once more than in `backward`. All graphs live until the caller's backward(), or,
-        with `passes_at_once` below m, are made again in it one by one. A model that recomputes its embedding by activation
-        checkpointing, or recomputes dropout layers while `dropout` is set, needs `backward`.
+        delta is data. The clean pass is walked back to the embedding once more than in `backward`.
+        All graphs live until the caller's backward(), or, with `passes_at_once` below m, are made
+        again in it one by one. A model that recomputes its embedding by activation checkpointing,
+        or recomputes dropout layers while `dropout` is set, needs `backward`.
         """
         self._runner.check(1.0)
         batch = self._runner.take(inputs, labels)
@@ -165,19 +213,33 @@ class BiStage:
         def logits_of(group: range) -> Tensor:
             if self.passes_at_once == self.passes:
                 return self._adversarial(batch, delta, group)[0]
-            again: tuple[Tensor, Pass] = checkpoint(self._adversarial, batch, delta, group, use_reentrant=False)
+            again: tuple[Tensor, Pass] = checkpoint(
+                self._adversarial, batch, delta, group, use_reentrant=False
+            )
             return again[0]
 
-        logits = torch.cat([logits_of(group) for group in self._groups()]).unflatten(0, (self.passes, -1))
+        logits = torch.cat([logits_of(group) for group in self._groups()]).unflatten(
+            0, (self.passes, -1)
+        )
         loss: Tensor = uegr_loss(clean, logits, labels, **self._loss)
         return loss
 
     def __repr__(self) -> str:
         embedding = None if self.embedding is None else type(self.embedding).__name__
-        own = {"passes": self.passes, "passes_at_once": self.passes_at_once, "dropout": self.dropout, "input_range": self.input_range}
+        own = {
+            "passes": self.passes,
+            "passes_at_once": self.passes_at_once,
+            "dropout": self.dropout,
+            "input_range": self.input_range,
+        }
         own |= {"batch_axis": self._runner.batch_axis, "relative": self._runner.relative}
-        options = ", ".join(f"{name}={value!r}" for name, value in (self._perturbation | self._loss | own).items())
-        return f"BiStage({type(self.model).__name__}, {embedding}, {options}{', closed' if self._runner.closed else ''})"
+        options = ", ".join(
+            f"{name}={value!r}" for name, value in (self._perturbation | self._loss | own).items()
+        )
+        return (
+            f"BiStage({type(self.model).__name__}, {embedding}, "
+            f"{options}{', closed' if self._runner.closed else ''})"
+        )
 
     def close(self) -> None:
         """Removes the hook from the embedding; the BiStage cannot be used afterwards."""
@@ -190,21 +252,33 @@ class BiStage:
 
     def _delta(self, walk: Pass) -> Tensor:
         """Eq. 2, from the gradient that the clean pass left."""
-        return walk.ascended(functools.partial(fgm_perturbation, mask=walk.mask, **self._perturbation))
+        return walk.ascended(
+            functools.partial(fgm_perturbation, mask=walk.mask, **self._perturbation)
+        )
 
     def _groups(self) -> list[range]:
         """The passes of each call of the model."""
         size = 1 if self.dropout is not None and len(set(self.dropout)) > 1 else self.passes_at_once
-        return [range(first, min(first + size, self.passes)) for first in range(0, self.passes, size)]
+        return [
+            range(first, min(first + size, self.passes)) for first in range(0, self.passes, size)
+        ]
 
     def _rate(self, group: range) -> contextlib.AbstractContextManager[None]:
         """Every dropout layer at the rate of these passes."""
-        return walks.dropout_rate(self.model, None if self.dropout is None else self.dropout[group.start])
+        return walks.dropout_rate(
+            self.model, None if self.dropout is None else self.dropout[group.start]
+        )
 
     def _check_options(self) -> None:
-        """Each option is checked by the function it is for, on one row of zeros; a named backend waits for the model's device."""
+        """Each option is checked by the function it is for, on one row of zeros; a named
+        backend waits for the model's device.
+        """
         named = {"backend": "reference"} if self._loss["backend"] in BACKENDS else {}
         row = torch.zeros(1, 2, device="cpu")
-        labels = row if self._loss["task"] == "regression" else torch.zeros(1, dtype=torch.int64, device="cpu")
+        labels = (
+            row
+            if self._loss["task"] == "regression"
+            else torch.zeros(1, dtype=torch.int64, device="cpu")
+        )
         fgm_perturbation(row, **{**self._perturbation, **named})
         uegr_loss(row, row.expand(self.passes, 1, 2), labels, **{**self._loss, **named})

@@ -1,7 +1,8 @@
-"""Four small text classifiers, ids [N, T] -> logits [N, C], that the demo, the tests and the benchmarks share.
+"""Four small text classifiers, ids [N, T] -> logits [N, C], that the demo, the tests and the
+benchmarks share.
 
-Each has `.embedding`, the word embedding that attacks perturb, and `.classify`, everything after it. Index 0 is padding, at the
-end of a text, whose logits do not depend on how much there is of it.
+Each has `.embedding`, the word embedding that attacks perturb, and `.classify`, everything after
+it. Index 0 is padding, at the end of a text, whose logits do not depend on how much there is of it.
 """
 
 import torch
@@ -24,7 +25,8 @@ class TextClassifier(nn.Module):
     def __init__(self, words: int, dimension: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(words, dimension, padding_idx=PADDING)
-        # Word vectors of norm one whatever the dimension, so that an epsilon means the same in every model.
+        # Word vectors of norm one whatever the dimension, so that an epsilon means the same in
+        # every model.
         nn.init.normal_(self.embedding.weight, std=dimension**-0.5)
         with torch.no_grad():
             self.embedding.weight[PADDING].zero_()
@@ -39,9 +41,18 @@ class TextClassifier(nn.Module):
 
 
 class TextCNN(TextClassifier):
-    """Convolutions of widths 3, 4, 5 over the words, their maximum over time, dropout, linear (Kim, 2014)."""
+    """Convolutions of widths 3, 4, 5 over the words, their maximum over time, dropout, linear
+    (Kim, 2014).
+    """
 
-    def __init__(self, words: int, classes: int, dimension: int = 128, filters: int = 100, dropout: float = 0.3) -> None:
+    def __init__(
+        self,
+        words: int,
+        classes: int,
+        dimension: int = 128,
+        filters: int = 100,
+        dropout: float = 0.3,
+    ) -> None:
         super().__init__(words, dimension)
         self.convolutions = nn.ModuleList(nn.Conv1d(dimension, filters, width) for width in WIDTHS)
         self.dropout = nn.Dropout(dropout)
@@ -51,7 +62,8 @@ class TextCNN(TextClassifier):
         x = x.transpose(1, 2)  # [N, d, T]
         features = []
         for width, convolution in zip(WIDTHS, self.convolutions, strict=True):
-            # One window per word, the last ones reaching into zeros, and none that starts at padding.
+            # One window per word, the last ones reaching into zeros, and none that starts at
+            # padding.
             windows = F.relu(convolution(F.pad(x, (0, width - 1))))
             features.append((windows * mask[:, None]).amax(2))
         logits: Tensor = self.linear(self.dropout(torch.cat(features, 1)))
@@ -61,7 +73,9 @@ class TextCNN(TextClassifier):
 class BiLSTM(TextClassifier):
     """A bidirectional LSTM, the maximum of its outputs over time, dropout, linear."""
 
-    def __init__(self, words: int, classes: int, dimension: int = 128, hidden: int = 64, dropout: float = 0.3) -> None:
+    def __init__(
+        self, words: int, classes: int, dimension: int = 128, hidden: int = 64, dropout: float = 0.3
+    ) -> None:
         super().__init__(words, dimension)
         self.lstm = nn.LSTM(dimension, hidden, batch_first=True, bidirectional=True)
         self.dropout = nn.Dropout(dropout)
@@ -69,15 +83,26 @@ class BiLSTM(TextClassifier):
 
     def classify(self, x: Tensor, mask: Tensor) -> Tensor:
         states = _read(self.lstm, x, mask)
-        pooled = states.masked_fill(~mask[:, : states.shape[1], None], -2.0).amax(1)  # below tanh's range
+        # below tanh's range
+        pooled = states.masked_fill(~mask[:, : states.shape[1], None], -2.0).amax(1)
         logits: Tensor = self.linear(self.dropout(pooled))
         return logits
 
 
 class TextHAN(TextClassifier):
-    """Hierarchical attention: words are read and weighed within pieces of `piece` words, the pieces within the text (Yang et al., 2016)."""
+    """Hierarchical attention: words are read and weighed within pieces of `piece` words, the
+    pieces within the text (Yang et al., 2016).
+    """
 
-    def __init__(self, words: int, classes: int, dimension: int = 128, hidden: int = 64, dropout: float = 0.3, piece: int = 16) -> None:
+    def __init__(
+        self,
+        words: int,
+        classes: int,
+        dimension: int = 128,
+        hidden: int = 64,
+        dropout: float = 0.3,
+        piece: int = 16,
+    ) -> None:
         super().__init__(words, dimension)
         self.piece = piece
         self.word_reader = nn.GRU(dimension, hidden, batch_first=True, bidirectional=True)
@@ -92,33 +117,57 @@ class TextHAN(TextClassifier):
         missing = -length % self.piece
         x = F.pad(x, (0, 0, 0, missing)).reshape(-1, self.piece, dimension)
         mask = F.pad(mask, (0, missing)).reshape(-1, self.piece)
-        pieces = self.word_attention(self.word_reader(x)[0], mask).reshape(rows, -1, self.word_attention.size)
+        pieces = self.word_attention(self.word_reader(x)[0], mask).reshape(
+            rows, -1, self.word_attention.size
+        )
         mask = mask.any(1).reshape(rows, -1)
         states = _read(self.piece_reader, pieces, mask)
-        logits: Tensor = self.linear(self.dropout(self.piece_attention(states, mask[:, : states.shape[1]])))
+        logits: Tensor = self.linear(
+            self.dropout(self.piece_attention(states, mask[:, : states.shape[1]]))
+        )
         return logits
 
 
 class TextTransformer(TextClassifier):
-    """A small Transformer encoder over words and learned positions, the mean over words, dropout, linear."""
+    """A small Transformer encoder over words and learned positions, the mean over words,
+    dropout, linear.
+    """
 
     def __init__(
-        self, words: int, classes: int, dimension: int = 128, heads: int = 4, layers: int = 2, dropout: float = 0.1, longest: int = 512
+        self,
+        words: int,
+        classes: int,
+        dimension: int = 128,
+        heads: int = 4,
+        layers: int = 2,
+        dropout: float = 0.1,
+        longest: int = 512,
     ) -> None:
         super().__init__(words, dimension)
         self.position = nn.Parameter(torch.randn(longest, dimension) * dimension**-0.5)
-        layer = nn.TransformerEncoderLayer(dimension, heads, 2 * dimension, dropout, batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, layers, nn.LayerNorm(dimension), enable_nested_tensor=False)
+        layer = nn.TransformerEncoderLayer(
+            dimension, heads, 2 * dimension, dropout, batch_first=True, norm_first=True
+        )
+        self.encoder = nn.TransformerEncoder(
+            layer, layers, nn.LayerNorm(dimension), enable_nested_tensor=False
+        )
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(dimension, classes)
 
     def classify(self, x: Tensor, mask: Tensor) -> Tensor:
         if x.shape[1] > len(self.position):
-            raise ValueError(f"texts of {x.shape[1]} words; this model takes {len(self.position)}: build it with longest={x.shape[1]}")
+            raise ValueError(
+                f"texts of {x.shape[1]} words; this model takes {len(self.position)}: "
+                f"build it with longest={x.shape[1]}"
+            )
         weights = mask.to(x.dtype)[..., None]
         # Added to the scores rather than -inf, so that a text without words is not NaN.
-        states = self.encoder(x + self.position[: x.shape[1]], src_key_padding_mask=(weights[..., 0] - 1) * 1e4)
-        logits: Tensor = self.linear(self.dropout((states * weights).sum(1) / weights.sum(1).clamp(min=1)))
+        states = self.encoder(
+            x + self.position[: x.shape[1]], src_key_padding_mask=(weights[..., 0] - 1) * 1e4
+        )
+        logits: Tensor = self.linear(
+            self.dropout((states * weights).sum(1) / weights.sum(1).clamp(min=1))
+        )
         return logits
 
 
@@ -138,7 +187,9 @@ class _Attention(nn.Module):
 
 
 def _read(reader: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
-    """A recurrent network's outputs over each text's own length, so that neither direction reads padding."""
+    """A recurrent network's outputs over each text's own length, so that neither direction
+    reads padding.
+    """
     lengths = mask.sum(1).clamp(min=1).cpu()
     packed, _ = reader(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))
     return pad_packed_sequence(packed, batch_first=True)[0]

@@ -1,4 +1,6 @@
-"""How a model is called, by BiStage and by the recipes: inputs, logits, the hook on the embedding, and what is held while a pass runs."""
+"""How a model is called, by BiStage and by the recipes: inputs, logits, the hook on the
+embedding, and what is held while a pass runs.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,49 +19,77 @@ DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, AdaptiveDropou
 class Batch:
     """What the passes of one batch share: how many rows it has, and along which axes they lie.
 
-    inputs, labels  by name, or by position where not `by_name`;  rows  N, one label each;  mask  the inputs' `attention_mask`
-    axis            of the embedding's output that is the batch; None: not found yet (`Runner.settle`)
-    inputs_axis     of the inputs that is the batch;  length  of the embedding's output along its other axis
+    inputs, labels  by name, or by position where not `by_name`;  rows  N, one label each;  mask
+        the inputs' `attention_mask`
+    axis            of the embedding's output that is the batch; None: not found yet
+        (`Runner.settle`)
+    inputs_axis     of the inputs that is the batch;  length  of the embedding's output along its
+        other axis
     relative        perturbations are measured in multiples of the L2 norm of a sample's embeddings
-    keeps_output    what the embedding gave is read after the pass, in which the model may write into it
+    keeps_output    what the embedding gave is read after the pass, in which the model may write
+        into it
     """
 
     def __init__(self, inputs: Any, labels: Tensor, *, relative: bool) -> None:
         self.labels, self.relative, self.keeps_output = labels, relative, relative
         self.by_name = isinstance(inputs, Mapping)
-        self.inputs: dict[Any, Any] = dict(inputs if self.by_name else enumerate(inputs if isinstance(inputs, tuple | list) else (inputs,)))
+        self.inputs: dict[Any, Any] = dict(
+            inputs
+            if self.by_name
+            else enumerate(inputs if isinstance(inputs, tuple | list) else (inputs,))
+        )
         self.mask: Tensor | None = inputs.get("attention_mask") if self.by_name else None
         self.rows = labels.shape[0]
         self.axis: int | None = None
         self.inputs_axis, self.length = 0, -1
 
     def first(self, x: Tensor) -> Tensor:
-        """The embedding's output, or what has its axes, with the batch first; what is so already, as the model has it."""
+        """The embedding's output, or what has its axes, with the batch first; what is so
+        already, as the model has it.
+        """
         return x.transpose(0, 1) if self.axis == 1 else x
 
     def repeated(self, name: Any, value: Any, repeats: int) -> Any:
-        """One input, of so many copies of the batch; a value without the batch's rows is passed on."""
+        """One input, of so many copies of the batch; a value without the batch's rows is
+        passed on.
+        """
         if not isinstance(value, Tensor) or value.dim() == 0:
             return value
-        second = self.inputs_axis == 1 and value.dim() > 1 and value.shape[1] == self.rows and name != "attention_mask"
+        second = (
+            self.inputs_axis == 1
+            and value.dim() > 1
+            and value.shape[1] == self.rows
+            and name != "attention_mask"
+        )
         if second and (value.shape[0] == self.length or value.shape[0] != self.rows):
             return value.repeat(1, repeats, *[1] * (value.dim() - 2))
-        return value.repeat(repeats, *[1] * (value.dim() - 1)) if value.shape[0] == self.rows else value
+        return (
+            value.repeat(repeats, *[1] * (value.dim() - 1))
+            if value.shape[0] == self.rows
+            else value
+        )
 
 
 class Pass:
     """The slot's content while a pass runs: the hook reads what to perturb and writes what it saw.
 
     batch     that the pass is over
-    delta     added to the embedding's output, or a function from that output to it; None: nothing is added
+    delta     added to the embedding's output, or a function from that output to it; None: nothing
+        is added
     watched   keep the gradient at the embedding's output (perturbed, where there is a delta)
-    at        what takes the place of the embedding's output, delta apart, as another pass has `seen` it; None: the output itself
+    at        what takes the place of the embedding's output, delta apart, as another pass has
+        `seen` it; None: the output itself
 
     delta, output, gradient and unit have the batch first, whatever the model's order is.
     """
 
     def __init__(
-        self, batch: Batch, delta: Tensor | Callable[[Tensor], Tensor] | None = None, *, watched: bool, at: Tensor | None = None
+        self,
+        batch: Batch,
+        delta: Tensor | Callable[[Tensor], Tensor] | None = None,
+        *,
+        watched: bool,
+        at: Tensor | None = None,
     ) -> None:
         self.batch = batch
         self.delta: Any = delta
@@ -81,16 +111,23 @@ class Pass:
     def gradient(self) -> Tensor:
         """g_x that a watched pass's backward left [N, ...]."""
         if self._gradient is None:
-            raise RuntimeError("the loss does not depend on the embedding's output; pass the embedding that the logits are computed from")
+            raise RuntimeError(
+                "the loss does not depend on the embedding's output; pass the "
+                "embedding that the logits are computed from"
+            )
         return self.batch.first(self._gradient)
 
     @property
     def unit(self) -> Tensor | None:
-        """What lengths are multiples of: the L2 norm of each sample's real tokens [N, 1, ...]; None: of 1."""
+        """What lengths are multiples of: the L2 norm of each sample's real tokens [N, 1, ...];
+        None: of 1.
+        """
         if not self.batch.relative:
             return None
         x = masked(self.batch.first(self.seen if self.at is None else self.at), self.mask)
-        lengths: Tensor = torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+        lengths: Tensor = torch.linalg.vector_norm(
+            x.flatten(1), dim=1, dtype=torch.promote_types(x.dtype, torch.float32)
+        )
         return lengths.view(-1, *[1] * (x.dim() - 1))
 
     @property
@@ -122,13 +159,17 @@ class Pass:
         """x, or a copy where x is a leaf; its gradient will be kept."""
         x = self._reached(x)
         with torch.enable_grad():
-            x = x.clone() if x.is_leaf else x  # the next layer may write into it, and a leaf's .grad may hold earlier batches
-        x.register_hook(self.keep)  # unlike retain_grad it means x as it is here, whatever is written into it later
+            # the next layer may write into it, and a leaf's .grad may hold earlier batches
+            x = x.clone() if x.is_leaf else x
+        # unlike retain_grad it means x as it is here, whatever is written into it later
+        x.register_hook(self.keep)
         self.edge = self.edge or torch.autograd.graph.get_gradient_edge(x)
         return x
 
     def _reached(self, x: Tensor) -> Tensor:
-        """x where a gradient reaches it, else a copy that one does: reentrant checkpointing keeps no graph without."""
+        """x where a gradient reaches it, else a copy that one does: reentrant checkpointing
+        keeps no graph without.
+        """
         if x.requires_grad:
             return x
         with torch.enable_grad():  # a table looked up under no_grad has a g_x too
@@ -142,23 +183,28 @@ class Pass:
             self.delta = start if unit is None else (start * unit).to(start.dtype)
         if x.shape[1:] != self.delta.shape[1:] or x.shape[0] != self.repeats * len(self.delta):
             raise RuntimeError(
-                f"the embedding's output is {list(x.shape)}, batch first, in an adversarial pass of {self.repeats} x {len(self.delta)} "
-                f"rows and {list(self.delta.shape)} in the clean one; the model must look up the same tokens in every pass, and inputs "
-                "must have the batch as their first dimension, or be what the embedding is called with (batch_axis=1)"
+                f"the embedding's output is {list(x.shape)}, batch first, in an adversarial pass "
+                f"of {self.repeats} x {len(self.delta)} "
+                f"rows and {list(self.delta.shape)} in the clean one; the model must look up the "
+                "same tokens in every pass, and inputs "
+                "must have the batch as their first dimension, or be what the embedding is called "
+                "with (batch_axis=1)"
             )
         moved: Tensor = x.unflatten(0, (self.repeats, -1)) + self.delta.to(x.dtype)
         return self.batch.first(moved.flatten(0, 1))
 
 
 class Runner:
-    """Runs passes through a model, with one forward hook on the embedding from here to `close()`; it sleeps while no pass is on.
+    """Runs passes through a model, with one forward hook on the embedding from here to `close()`;
+    it sleeps while no pass is on.
 
-    model        nn.Module from inputs to logits [N, C]: a tensor, an object with `.logits`, a dict with "logits", or a tuple whose first
-                 item they are
+    model        nn.Module from inputs to logits [N, C]: a tensor, an object with `.logits`, a dict
+                 with "logits", or a tuple whose first item they are
     embedding    nn.Module inside it whose output is perturbed; None: the one floating input itself
     input_range  (low, high) to which the perturbed input is clamped; with embedding=None only
     batch_axis   of the embedding's output that is the batch, 0 or 1; None: found batch by batch
-    relative     lengths in multiples of the L2 norm of a sample's embeddings;  norm  that the perturbations have; "": there are none
+    relative     lengths in multiples of the L2 norm of a sample's embeddings;  norm  that the
+        perturbations have; "": there are none
 
     Raises TypeError or ValueError for wrong arguments.
     """
@@ -176,9 +222,15 @@ class Runner:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}; pass the nn.Module to train")
         if embedding is not None and all(module is not embedding for module in model.modules()):
-            raise ValueError("embedding is not a module of model; pass the one the model calls, such as model.embedding, or None")
+            raise ValueError(
+                "embedding is not a module of model; pass the one the model calls, "
+                "such as model.embedding, or None"
+            )
         if input_range is not None and embedding is not None:
-            raise ValueError(f"input_range={input_range!r} clamps the input itself; leave it out, or pass embedding=None")
+            raise ValueError(
+                f"input_range={input_range!r} clamps the input itself; leave it out, "
+                "or pass embedding=None"
+            )
         if input_range is not None:
             ends = tuple(input_range) if isinstance(input_range, Iterable) else ()
             if not (len(ends) == 2 and all(map(checks.is_number, ends)) and ends[0] < ends[1]):
@@ -189,28 +241,53 @@ class Runner:
             raise ValueError(f"batch_axis={batch_axis} is not one of its values; pass 0, 1 or None")
         relative = checks.flag("relative", relative)
         if relative and norm in ("", "linf"):
-            why = "has no say where no embedding is perturbed" if not norm else f"measures L2 norms, and norm={norm!r} has none"
-            raise ValueError(f"relative=True {why}; leave it out" + (", or pass norm='l2'" if norm else ""))
-        if any(isinstance(m, nn.parallel.DistributedDataParallel) and m.static_graph for m in model.modules()):
-            raise ValueError("static_graph=True makes DDP expect one forward and one backward a step; wrap the model without static_graph")
+            why = (
+                ("has no say where no embedding is perturbed")
+                if not norm
+                else f"measures L2 norms, and norm={norm!r} has none"
+            )
+            raise ValueError(
+                f"relative=True {why}; leave it out" + (", or pass norm='l2'" if norm else "")
+            )
+        if any(
+            isinstance(m, nn.parallel.DistributedDataParallel) and m.static_graph
+            for m in model.modules()
+        ):
+            raise ValueError(
+                "static_graph=True makes DDP expect one forward and one backward a "
+                "step; wrap the model without static_graph"
+            )
         self.model, self.embedding, self.input_range = model, embedding, input_range
         self.batch_axis, self.relative, self.perturbs = batch_axis, relative, bool(norm)
-        self._known: tuple[int, int] | None = None  # axis and inputs_axis of a batch that left no doubt
+        # axis and inputs_axis of a batch that left no doubt
+        self._known: tuple[int, int] | None = None
         self._slot: Pass | None = None
         self.closed = False
-        self._hook = None if embedding is None else embedding.register_forward_hook(self._on_embedding, with_kwargs=True)
+        self._hook = (
+            None
+            if embedding is None
+            else embedding.register_forward_hook(self._on_embedding, with_kwargs=True)
+        )
 
     def check(self, scale: float | Tensor) -> None:
         """Raises what stands against a call now."""
         if self.closed:
             raise RuntimeError("this is closed: its hook is off the embedding; build a new one")
         if not torch.is_grad_enabled():
-            raise RuntimeError("gradients are disabled here; call outside torch.no_grad() and torch.inference_mode()")
+            raise RuntimeError(
+                "gradients are disabled here; call outside torch.no_grad() and "
+                "torch.inference_mode()"
+            )
         if isinstance(scale, Tensor):
             if scale.dim() != 0:
-                raise ValueError(f"scale has shape {list(scale.shape)}; pass a 0-d tensor or a number")
+                raise ValueError(
+                    f"scale has shape {list(scale.shape)}; pass a 0-d tensor or a number"
+                )
         elif checks.number("scale", scale) <= 0:
-            raise ValueError(f"scale={scale!r} turns the perturbation's direction; pass a positive, finite number")
+            raise ValueError(
+                f"scale={scale!r} turns the perturbation's direction; pass a "
+                "positive, finite number"
+            )
 
     def close(self) -> None:
         if self._hook is not None:
@@ -226,21 +303,34 @@ class Runner:
         finally:
             self._slot = None
 
-    def _on_embedding(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def _on_embedding(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
         walk = self._slot
         if walk is None:
             return None
         walk.calls += walk.forward
         if walk.calls > 1:
             raise RuntimeError(
-                "the embedding was called twice in one pass, and delta is for one call; pass a module that is called once"
+                "the embedding was called twice in one pass, and delta is for one call; pass a "
+                "module that is called once"
                 + self._of_encoder(" of its own, with the decoder's weight if they are to share it")
             )
         if not isinstance(output, Tensor) or output.dtype not in DTYPES:
-            raise TypeError(f"the embedding returned {_kind(output)}; pass the module whose output is the floating tensor to perturb")
+            raise TypeError(
+                f"the embedding returned {_kind(output)}; pass the module whose output "
+                "is the floating tensor to perturb"
+            )
         walk.given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        if walk.repeats > 1 and isinstance(module, nn.EmbeddingBag) and all(value.dim() == 1 for value in walk.given):
-            raise ValueError("bags that begin at offsets cannot be repeated: copies of the offsets are no offsets of copies")
+        if (
+            walk.repeats > 1
+            and isinstance(module, nn.EmbeddingBag)
+            and all(value.dim() == 1 for value in walk.given)
+        ):
+            raise ValueError(
+                "bags that begin at offsets cannot be repeated: copies of the offsets "
+                "are no offsets of copies"
+            )
         if walk.batch.axis is None and walk.delta is not None:
             self.settle(walk.batch, output, walk.given)
         return walk.visit(output)
@@ -250,65 +340,101 @@ class Runner:
         config = getattr(getattr(self.model, "module", self.model), "config", None)
         if not getattr(config, "is_encoder_decoder", False):
             return ""
-        return f". This model is an encoder-decoder: pass the encoder's embedding, model.get_encoder().get_input_embeddings(){more}"
+        return (
+            ". This model is an encoder-decoder: pass the encoder's embedding, "
+            f"model.get_encoder().get_input_embeddings(){more}"
+        )
 
     def take(self, inputs: Any, labels: Tensor) -> Batch:
         """The batch for the passes to come; raises what is wrong with it by itself."""
         if not isinstance(labels, Tensor):
             raise TypeError(f"labels are a {type(labels).__name__}; give a tensor")
         if labels.dim() == 0:
-            raise ValueError("labels have shape (); give one a row: class indices [N], or floats [N] or [N, C]")
+            raise ValueError(
+                "labels have shape (); give one a row: class indices [N], or floats [N] or [N, C]"
+            )
         batch = Batch(inputs, labels, relative=self.relative)
-        lengths = [value.shape[0] for value in batch.inputs.values() if isinstance(value, Tensor) and value.shape]
+        lengths = [
+            value.shape[0]
+            for value in batch.inputs.values()
+            if isinstance(value, Tensor) and value.shape
+        ]
         if not batch.rows or (lengths and not any(lengths)):
-            raise ValueError(f"the batch is empty (labels have shape {tuple(labels.shape)}); leave it out")
+            raise ValueError(
+                f"the batch is empty (labels have shape {tuple(labels.shape)}); leave it out"
+            )
         return batch
 
     def settle(self, batch: Batch, x: Tensor, given: list[Tensor]) -> None:
-        """Finds the batch's axes from the embedding's output x and what it was called with; checks the mask."""
+        """Finds the batch's axes from the embedding's output x and what it was called with;
+        checks the mask.
+        """
         shape, n, asked = list(x.shape), batch.rows, self.batch_axis
-        fits = [axis for axis in (0, 1) if x.dim() > 2 * axis and shape[axis] == n]  # of [N, d] the second is no batch
+        # of [N, d] the second is no batch
+        fits = [axis for axis in (0, 1) if x.dim() > 2 * axis and shape[axis] == n]
         if not fits or asked not in (None, *fits):
             raise ValueError(
                 f"the embedding's output is {shape} and the labels are for {n} rows, which "
                 + ("its first two axes are not" if not fits else f"axis batch_axis={asked} is not")
-                + "; give one label a row, and an embedding whose output has the batch as its first axis, or as its second (batch_axis=1)"
+                + "; give one label a row, and an embedding whose output has the batch as its "
+                "first axis, or as its second (batch_axis=1)"
             )
         doubtful, axis, inputs_axis = len(fits) == 2, fits[0], 0
         if not doubtful:
             batch.length = shape[1 - axis] if x.dim() > 2 else -1
             turned = (batch.length, n)
-            inputs_axis = int(batch.length >= 0 and turned in [value.shape[:2] for value in _tensors(batch.inputs)])
+            inputs_axis = int(
+                batch.length >= 0
+                and turned in [value.shape[:2] for value in _tensors(batch.inputs)]
+            )
             self._known = axis, inputs_axis
         else:
             batch.length = n
             as_inputs = None if self._known else _as_inputs(given, batch.inputs)
-            # For one text of one word the axes differ only in where copies go; `_perturb` tells if that guess was wrong.
+            # For one text of one word the axes differ only in where copies go; `_perturb` tells if
+            # that guess was wrong.
             if asked is None and self._known is None and as_inputs is None and n > 1:
                 raise ValueError(
-                    f"the embedding's output is {shape} for {n} rows: either of its first two axes can be the batch; pass batch_axis=0, or "
+                    f"the embedding's output is {shape} for {n} rows: either of its first two axes "
+                    "can be the batch; pass batch_axis=0, or "
                     "batch_axis=1 for a model that looks words up time-first"
                 )
-            axis = asked if asked is not None else self._known[0] if self._known else int(as_inputs is False)
+            axis = (
+                asked
+                if asked is not None
+                else self._known[0]
+                if self._known
+                else int(as_inputs is False)
+            )
             if self._known and self._known[0] == axis:
                 inputs_axis = self._known[1]
             elif as_inputs is not None:
                 inputs_axis = axis if as_inputs else 1 - axis
         batch.axis, batch.inputs_axis = axis, inputs_axis
         mask = batch.mask
-        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != batch.first(x).shape[:2] or mask.dim() != 2):
+        if mask is not None and (
+            not isinstance(mask, Tensor)
+            or mask.shape != batch.first(x).shape[:2]
+            or mask.dim() != 2
+        ):
             its = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(
-                f"attention_mask is {its}, and the embedding's output, batch first, {tuple(batch.first(x).shape)}; give [N, T], "
+                f"attention_mask is {its}, and the embedding's output, batch first, "
+                f"{tuple(batch.first(x).shape)}; give [N, T], "
                 "nonzero where a token is real"
             )
         if mask is not None and mask.device != x.device:
-            raise ValueError(f"attention_mask is on {mask.device} and the embedding's output on {x.device}; move it with .to()")
+            raise ValueError(
+                f"attention_mask is on {mask.device} and the embedding's output on "
+                f"{x.device}; move it with .to()"
+            )
 
     def call(self, walk: Pass, repeats: int = 1) -> Tensor:
         """One call of the model on `repeats` copies of the batch; returns logits [repeats*N, C]."""
         batch, walk.repeats = walk.batch, repeats
-        walk.differentiable = torch.is_grad_enabled() and (self.perturbs or self.embedding is not None)
+        walk.differentiable = torch.is_grad_enabled() and (
+            self.perturbs or self.embedding is not None
+        )
         values = batch.inputs
         if repeats > 1:
             values = {name: batch.repeated(name, value, repeats) for name, value in values.items()}
@@ -326,8 +452,10 @@ class Runner:
             walk.forward = False
             if walk.calls == 0:
                 raise RuntimeError(
-                    "the hook on the embedding did not run in this pass: the model does not call the embedding, or was compiled before "
-                    "the hook was there; pass the module that the model calls, and build this before compiling" + self._of_encoder()
+                    "the hook on the embedding did not run in this pass: the model does not call "
+                    "the embedding, or was compiled before "
+                    "the hook was there; pass the module that the model calls, and build this "
+                    "before compiling" + self._of_encoder()
                 )
             logits = _logits(output)
             _check_logits(logits, batch, repeats)
@@ -342,10 +470,14 @@ class Runner:
 
     @contextlib.contextmanager
     def without_sync(self) -> Iterator[None]:
-        """DDP's or FSDP's no_sync, or FSDP2's switch turned off and on; nothing for a plain model or inside the caller's no_sync."""
+        """DDP's or FSDP's no_sync, or FSDP2's switch turned off and on; nothing for a plain
+        model or inside the caller's no_sync.
+        """
         with contextlib.ExitStack() as stack:
             for part in filter(_exchanges, synchronisers(self.model)):
-                stack.enter_context(part.no_sync() if hasattr(part, "no_sync") else _switched_off(part))
+                stack.enter_context(
+                    part.no_sync() if hasattr(part, "no_sync") else _switched_off(part)
+                )
             yield
 
 
@@ -360,18 +492,26 @@ def _switched_off(model: Any) -> Iterator[None]:
 
 def masked(x: Tensor, mask: Tensor | None) -> Tensor:
     """x [N, T, ...] where mask [N, T] is not zero, else 0; x for None."""
-    return x if mask is None else torch.where((mask != 0).reshape(*mask.shape, *[1] * (x.dim() - mask.dim())), x, 0)
+    return (
+        x
+        if mask is None
+        else torch.where((mask != 0).reshape(*mask.shape, *[1] * (x.dim() - mask.dim())), x, 0)
+    )
 
 
 def synchronisers(model: Any) -> list[Any]:
-    """The outermost of DDP's and FSDP's wrappers: the model itself, or those inside it; none where one process trains."""
+    """The outermost of DDP's and FSDP's wrappers: the model itself, or those inside it; none
+    where one process trains.
+    """
     if hasattr(model, "no_sync") or hasattr(model, "set_requires_gradient_sync"):
         return [model]
     return [part for child in model.children() for part in synchronisers(child)]
 
 
 def synchronises(model: nn.Module) -> bool:
-    """Whether a backward now would exchange gradients: False for plain models and inside the caller's own no_sync."""
+    """Whether a backward now would exchange gradients: False for plain models and inside the
+    caller's own no_sync.
+    """
     return any(map(_exchanges, synchronisers(model)))
 
 
@@ -385,15 +525,26 @@ def _exchanges(part: Any) -> bool:
     if not getattr(part, "require_backward_grad_sync", True):
         return False
     # FSDP2's switch can be set by public means, not read.
-    states = [module._get_fsdp_state() for module in part.modules() if hasattr(module, "_get_fsdp_state")]
-    groups = [group for state in states for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group] if group]
+    states = [
+        module._get_fsdp_state() for module in part.modules() if hasattr(module, "_get_fsdp_state")
+    ]
+    groups = [
+        group
+        for state in states
+        for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        if group
+    ]
     return not groups or any(group.reduce_grads for group in groups)
 
 
 @contextlib.contextmanager
 def dropout_rate(model: nn.Module, rate: float | None) -> Iterator[None]:
     """Every dropout layer at this rate; None: at its own."""
-    layers = [] if rate is None else [module for module in model.modules() if isinstance(module, DROPOUTS)]
+    layers = (
+        []
+        if rate is None
+        else [module for module in model.modules() if isinstance(module, DROPOUTS)]
+    )
     own = [layer.p for layer in layers]
     try:
         for layer in layers:
@@ -424,9 +575,11 @@ def replayed(states: dict[torch.device, Tensor]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def gradient_norms_held(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """Yields what takes the gradient norms pending in every AdaptiveDropout out of it, to be put back in the end.
+    """Yields what takes the gradient norms pending in every AdaptiveDropout out of it, to be put
+    back in the end.
 
-    A pass that runs again after another's backward would fold them in, and drop other units than the first time.
+    A pass that runs again after another's backward would fold them in, and drop other units than
+    the first time.
     """
     layers = [module for module in model.modules() if isinstance(module, AdaptiveDropout)]
     held = []
@@ -446,13 +599,17 @@ def gradient_norms_held(model: nn.Module) -> Iterator[Callable[[], None]]:
 
 @contextlib.contextmanager
 def buffers_held(model: nn.Module) -> Iterator[None]:
-    """What a pass writes into buffers and AdaptiveDropout's norms goes into copies that are dropped."""
+    """What a pass writes into buffers and AdaptiveDropout's norms goes into copies that are
+    dropped.
+    """
     owned = [(module, module._buffers) for module in model.modules() if module._buffers]
     layers = [module for module in model.modules() if isinstance(module, AdaptiveDropout)]
     norms = [(layer, layer.gradient_norm, layer.pending) for layer in layers]
     try:
         for module, buffers in owned:
-            module._buffers = {name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()}
+            module._buffers = {
+                name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()
+            }
         for layer, norm, pending in norms:
             layer.gradient_norm, layer.pending = norm.clone(), pending.clone()
         yield
@@ -469,9 +626,16 @@ def _kind(value: Any) -> str:
 
 def _floating(inputs: dict[Any, Any]) -> Any:
     """The name or position of the one floating input."""
-    names = [name for name, value in inputs.items() if name != "attention_mask" and isinstance(value, Tensor) and value.is_floating_point()]
+    names = [
+        name
+        for name, value in inputs.items()
+        if name != "attention_mask" and isinstance(value, Tensor) and value.is_floating_point()
+    ]
     if len(names) != 1:
-        raise ValueError(f"embedding=None perturbs the one floating input, and here are {len(names)}; pass one, or name an embedding")
+        raise ValueError(
+            "embedding=None perturbs the one floating input, and here are "
+            f"{len(names)}; pass one, or name an embedding"
+        )
     return names[0]
 
 
@@ -482,7 +646,9 @@ def _tensors(inputs: dict[Any, Any]) -> list[Tensor]:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # it looks at values
 def _as_inputs(given: list[Tensor], inputs: dict[Any, Any]) -> bool | None:
-    """Whether what a module was called with has its first two axes in the order of the inputs; None: nobody can tell."""
+    """Whether what a module was called with has its first two axes in the order of the inputs;
+    None: nobody can tell.
+    """
     found = set()
     for x in given:
         for value in _tensors(inputs):
@@ -512,11 +678,16 @@ def _logits(output: Any) -> Tensor:
     if isinstance(output, Mapping):
         logits = output.get("logits")
     else:
-        logits = output[0] if isinstance(output, tuple) and output and not hasattr(output, "logits") else getattr(output, "logits", output)
+        logits = (
+            output[0]
+            if isinstance(output, tuple) and output and not hasattr(output, "logits")
+            else getattr(output, "logits", output)
+        )
     if not isinstance(logits, Tensor):
         keys = f" with {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
         raise TypeError(
-            f"the model returned {_kind(output)}{keys}; return logits [N, C], an object with .logits, a dict with 'logits', or a tuple of "
+            f"the model returned {_kind(output)}{keys}; return logits [N, C], an object with "
+            ".logits, a dict with 'logits', or a tuple of "
             "them first"
         )
     return logits
@@ -526,23 +697,43 @@ def _check_logits(logits: Tensor, batch: Batch, repeats: int) -> None:
     """Raises, in words of the model and the labels, for logits that no loss here can take."""
     shape = logits.shape
     if len(shape) != 2 or not shape[1]:
-        tokens = "; a label for every token (token classification) is none of the tasks here" if len(shape) == 3 else ""
-        raise ValueError(f"the model gave logits of shape {list(shape)}; these methods take [N, C], one row a sample{tokens}")
+        tokens = (
+            ("; a label for every token (token classification) is none of the tasks here")
+            if len(shape) == 3
+            else ""
+        )
+        raise ValueError(
+            f"the model gave logits of shape {list(shape)}; these methods take [N, "
+            f"C], one row a sample{tokens}"
+        )
     if logits.dtype not in DTYPES:
-        raise TypeError(f"the model gave logits of {logits.dtype}; return float32, bfloat16, float16 or float64")
+        raise TypeError(
+            f"the model gave logits of {logits.dtype}; return float32, bfloat16, float16 or float64"
+        )
     if shape[0] != repeats * batch.rows:
         times = f"{repeats} x " if repeats > 1 else ""
         raise ValueError(
-            f"the model gave {shape[0]} rows of logits for {times}{batch.rows} labels of shape {tuple(batch.labels.shape)}; "
-            "the batch must be the first dimension of the logits, the labels and every input tensor (the second of time-first inputs)"
+            f"the model gave {shape[0]} rows of logits for {times}{batch.rows} labels of shape "
+            f"{tuple(batch.labels.shape)}; "
+            "the batch must be the first dimension of the logits, the labels and every input "
+            "tensor (the second of time-first inputs)"
         )
     if logits.device != batch.labels.device:
-        raise ValueError(f"labels are on {batch.labels.device} and the logits on {logits.device}; move them with .to()")
+        raise ValueError(
+            f"labels are on {batch.labels.device} and the logits on {logits.device}; "
+            "move them with .to()"
+        )
 
 
 def _get_state(device: torch.device) -> Tensor:
-    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+    return (
+        torch.get_rng_state()
+        if device.type == "cpu"
+        else torch.get_device_module(device).get_rng_state(device)
+    )
 
 
 def _set_state(device: torch.device, state: Tensor) -> None:
-    torch.set_rng_state(state) if device.type == "cpu" else torch.get_device_module(device).set_rng_state(state, device)
+    torch.set_rng_state(state) if device.type == "cpu" else torch.get_device_module(
+        device
+    ).set_rng_state(state, device)

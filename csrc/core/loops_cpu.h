@@ -1,4 +1,5 @@
-// Elements over threads on the CPU: blocks of words from the generator, blocks of elements from any strides and dtype, rows in vectors.
+// Elements over threads on the CPU: blocks of words from the generator, blocks of elements from any
+// strides and dtype, rows in vectors.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +16,7 @@
 
 namespace uegr {
 
-constexpr int block_size = 256;         // elements that pass through L1 together
+constexpr int block_size = 256; // elements that pass through L1 together
 constexpr int prefetch_distance = 768; // elements
 
 #if defined(__AVX512F__)
@@ -24,19 +25,27 @@ constexpr int philox_chains = 4;
 template <> inline Lanes multiply_low(Lanes a, Lanes b) {
     return (Lanes)_mm512_maskz_mul_epu32(255, (__m512i)a, (__m512i)b);
 } // unmasked: GCC 12 warns
-inline Lanes low_pairs(Lanes a, Lanes b) { return __builtin_shuffle(a, b, Lanes{0, 8, 1, 9, 2, 10, 3, 11}); }
-inline Lanes high_pairs(Lanes a, Lanes b) { return __builtin_shuffle(a, b, Lanes{4, 12, 5, 13, 6, 14, 7, 15}); }
+inline Lanes low_pairs(Lanes a, Lanes b) {
+    return __builtin_shuffle(a, b, Lanes{0, 8, 1, 9, 2, 10, 3, 11});
+}
+inline Lanes high_pairs(Lanes a, Lanes b) {
+    return __builtin_shuffle(a, b, Lanes{4, 12, 5, 13, 6, 14, 7, 15});
+}
 #elif defined(__AVX2__)
 typedef uint64_t Lanes __attribute__((vector_size(32)));
 constexpr int philox_chains = 2;
-template <> inline Lanes multiply_low(Lanes a, Lanes b) { return (Lanes)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
+template <> inline Lanes multiply_low(Lanes a, Lanes b) {
+    return (Lanes)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+}
 inline Lanes low_pairs(Lanes a, Lanes b) { return __builtin_shuffle(a, b, Lanes{0, 4, 1, 5}); }
 inline Lanes high_pairs(Lanes a, Lanes b) { return __builtin_shuffle(a, b, Lanes{2, 6, 3, 7}); }
 #else
 typedef uint64_t Lanes __attribute__((vector_size(16)));
 constexpr int philox_chains = 2;
 #ifdef __SSE2__
-template <> inline Lanes multiply_low(Lanes a, Lanes b) { return (Lanes)_mm_mul_epu32((__m128i)a, (__m128i)b); }
+template <> inline Lanes multiply_low(Lanes a, Lanes b) {
+    return (Lanes)_mm_mul_epu32((__m128i)a, (__m128i)b);
+}
 #endif
 inline Lanes low_pairs(Lanes a, Lanes b) { return __builtin_shuffle(a, b, Lanes{0, 2}); }
 inline Lanes high_pairs(Lanes a, Lanes b) { return __builtin_shuffle(a, b, Lanes{1, 3}); }
@@ -50,28 +59,35 @@ inline Words mixed(uint64_t q, uint32_t step, uint32_t stream, const RoundKeys& 
     Lanes first;
     for (int i = 0; i < lane_count; ++i) first[i] = q + i;
     const Counter<Lanes, uint64_t, uint64_t, uint64_t> start{first, q >> 32, step, stream};
-    const auto c = philox_round(philox_round(philox_round(start, keys.k0[0], keys.k1[0]), keys.k0[1], keys.k1[1]), keys.k0[2], keys.k1[2]);
+    const auto c = philox_round(
+        philox_round(philox_round(start, keys.k0[0], keys.k1[0]), keys.k0[1], keys.k1[1]),
+        keys.k0[2], keys.k1[2]);
     return {c.c0, c.c1, c.c2, c.c3};
 }
 
 // Element 4q + j has the j-th output of counter q.
 inline void store_words(uint32_t* words, const Words& c) {
-    const Lanes low = (c.c0 & 0xffffffffu) | (c.c1 << 32), high = (c.c2 & 0xffffffffu) | (c.c3 << 32);
+    const Lanes low = (c.c0 & 0xffffffffu) | (c.c1 << 32),
+                high = (c.c2 & 0xffffffffu) | (c.c3 << 32);
     const Lanes pairs[2] = {low_pairs(low, high), high_pairs(low, high)};
     memcpy(words, pairs, sizeof(pairs));
 }
 
-// At least the n words from the counter q on, within a block, several chains at a time: one chain's multiplications hide another's.
-inline void fill_words(uint32_t* words, int n, uint64_t q, uint32_t step, uint32_t stream, const RoundKeys& keys) {
+// At least the n words from the counter q on, within a block, several chains at a time: one chain's
+// multiplications hide another's.
+inline void fill_words(uint32_t* words, int n, uint64_t q, uint32_t step, uint32_t stream,
+                       const RoundKeys& keys) {
     constexpr int chains = philox_chains;
     for (int done = 0; 4 * done < n; done += chains * lane_count) {
         Words c[chains];
 #pragma GCC unroll 4
-        for (int i = 0; i < chains; ++i) c[i] = mixed(q + done + i * lane_count, step, stream, keys);
+        for (int i = 0; i < chains; ++i)
+            c[i] = mixed(q + done + i * lane_count, step, stream, keys);
 #pragma GCC unroll 10
         for (int round = 3; round < 10; ++round) {
 #pragma GCC unroll 4
-            for (int i = 0; i < chains; ++i) c[i] = philox_round(c[i], keys.k0[round], keys.k1[round]);
+            for (int i = 0; i < chains; ++i)
+                c[i] = philox_round(c[i], keys.k0[round], keys.k1[round]);
         }
 #pragma GCC unroll 4
         for (int i = 0; i < chains; ++i) store_words(words + 4 * (done + i * lane_count), c[i]);
@@ -90,35 +106,44 @@ template <class Element> inline void slices(int n, Element element) {
 inline void look_up(int n, const float* table, const int32_t* index, float* out) {
 #if defined(__AVX512F__)
     for (int i = 0; i < n; i += 16)
-        _mm512_storeu_ps(out + i, _mm512_mask_i32gather_ps(__m512{}, 65535, _mm512_loadu_si512(index + i), table, 4));
+        _mm512_storeu_ps(out + i, _mm512_mask_i32gather_ps(
+                                      __m512{}, 65535, _mm512_loadu_si512(index + i), table, 4));
 #else
     slices(n, [=](int i) { out[i] = table[index[i]]; });
 #endif
 }
 
-// Calls element(i) likewise, and asks on the way for the memory that lies a few blocks on: the hardware does not reach across pages, and
-// arithmetic between the accesses keeps it from running far enough ahead.
-template <class T, class Element> inline void block_loop(const T* const (&arrays)[4], int n, Element element) {
+// Calls element(i) likewise, and asks on the way for the memory that lies a few blocks on: the
+// hardware does not reach across pages, and arithmetic between the accesses keeps it from running
+// far enough ahead.
+template <class T, class Element>
+inline void block_loop(const T* const (&arrays)[4], int n, Element element) {
     for (int begin = 0; begin < n; begin += slice) {
         for (const T* array : arrays)
-            for (unsigned i = 0; i < slice; i += 64 / sizeof(T)) __builtin_prefetch(array + begin + prefetch_distance + i);
+            for (unsigned i = 0; i < slice; i += 64 / sizeof(T))
+                __builtin_prefetch(array + begin + prefetch_distance + i);
         for (int i = begin; i < begin + slice; ++i) element(i);
     }
 }
 
-// The words of elements [begin, begin + n), n <= block_size, at the start of what is returned; `words` holds 2 blocks and 4 more.
-inline const uint32_t* element_words(uint32_t* words, int64_t begin, int n, const Layout& at, uint32_t step, const RoundKeys& keys) {
+// The words of elements [begin, begin + n), n <= block_size, at the start of what is returned;
+// `words` holds 2 blocks and 4 more.
+inline const uint32_t* element_words(uint32_t* words, int64_t begin, int n, const Layout& at,
+                                     uint32_t step, const RoundKeys& keys) {
     const uint32_t stream = static_cast<uint32_t>(at.stream);
-    const int64_t index = at.offset + begin / at.run * at.stride + begin % at.run, within = at.run - begin % at.run;
+    const int64_t index = at.offset + begin / at.run * at.stride + begin % at.run,
+                  within = at.run - begin % at.run;
     if (index % block_size == 0 && within >= n) {
         fill_words(words, n, index / 4, step, stream, keys);
         return words;
     }
-    for (int done = 0; done < n;) { // run by run, each from the counter its first element belongs to
+    for (int done = 0;
+         done < n;) { // run by run, each from the counter its first element belongs to
         const int64_t l = begin + done, left = at.run - l % at.run;
         const int64_t from = at.offset + l / at.run * at.stride + l % at.run;
         const int skip = static_cast<int>(from % 4);
-        const int64_t wraps = 4 * ((int64_t(1) << 32) - (from / 4 & 0xffffffff)) - skip; // elements before the counter's low half does
+        const int64_t wraps = 4 * ((int64_t(1) << 32) - (from / 4 & 0xffffffff)) -
+                              skip; // elements before the counter's low half does
         const int64_t most = minimum(minimum<int64_t>(left, block_size - skip), wraps);
         const int count = static_cast<int>(minimum<int64_t>(most, n - done));
         uint32_t* fresh = words + block_size + 4;
@@ -129,7 +154,8 @@ inline const uint32_t* element_words(uint32_t* words, int64_t begin, int n, cons
     return words;
 }
 
-// Calls piece(done, offset, count, stride) for the runs along the last axis that make up elements [begin, begin + n).
+// Calls piece(done, offset, count, stride) for the runs along the last axis that make up elements
+// [begin, begin + n).
 template <class Piece> void walk(const View& view, int64_t begin, int n, Piece piece) {
     if (view.contiguous || view.dim == 0) return piece(0, begin, n, int64_t(1));
     const int last = view.dim - 1;
@@ -146,13 +172,15 @@ template <class Piece> void walk(const View& view, int64_t begin, int n, Piece p
     }
 }
 
-template <class T, class Source, class Widen> void load_as(const View& view, int64_t begin, int n, T* out, Widen widen) {
+template <class T, class Source, class Widen>
+void load_as(const View& view, int64_t begin, int n, T* out, Widen widen) {
     const Source* data = reinterpret_cast<const Source*>(view.data);
     walk(view, begin, n, [&](int done, int64_t offset, int count, int64_t stride) {
         if (stride == 1)
             for (int i = 0; i < count; ++i) out[done + i] = static_cast<T>(widen(data[offset + i]));
         else
-            for (int i = 0; i < count; ++i) out[done + i] = static_cast<T>(widen(data[offset + i * stride]));
+            for (int i = 0; i < count; ++i)
+                out[done + i] = static_cast<T>(widen(data[offset + i * stride]));
     });
 }
 
@@ -160,10 +188,18 @@ template <class T, class Source, class Widen> void load_as(const View& view, int
 template <class T> void load(const View& view, int64_t begin, int n, T* out) {
     switch (view.storage) {
     case Storage::float32: load_as<T, float>(view, begin, n, out, [](float x) { return x; }); break;
-    case Storage::bfloat16: load_as<T, uint16_t>(view, begin, n, out, [](uint16_t x) { return widen_bfloat16(x); }); break;
-    case Storage::float16: load_as<T, uint16_t>(view, begin, n, out, [](uint16_t x) { return widen_float16(x); }); break;
-    case Storage::float64: load_as<T, double>(view, begin, n, out, [](double x) { return x; }); break;
-    case Storage::boolean: load_as<T, uint8_t>(view, begin, n, out, [](uint8_t x) { return x; }); break;
+    case Storage::bfloat16:
+        load_as<T, uint16_t>(view, begin, n, out, [](uint16_t x) { return widen_bfloat16(x); });
+        break;
+    case Storage::float16:
+        load_as<T, uint16_t>(view, begin, n, out, [](uint16_t x) { return widen_float16(x); });
+        break;
+    case Storage::float64:
+        load_as<T, double>(view, begin, n, out, [](double x) { return x; });
+        break;
+    case Storage::boolean:
+        load_as<T, uint8_t>(view, begin, n, out, [](uint8_t x) { return x; });
+        break;
     }
 }
 
@@ -173,7 +209,8 @@ template <class T> void load_block(const View& view, int64_t begin, int n, T* ou
     for (int i = n; i < block_size; ++i) out[i] = 0;
 }
 
-template <class Target, class Narrow> void store_as(const View& view, int64_t begin, int n, Narrow narrow) {
+template <class Target, class Narrow>
+void store_as(const View& view, int64_t begin, int n, Narrow narrow) {
     Target* data = reinterpret_cast<Target*>(view.data);
     walk(view, begin, n, [&](int done, int64_t offset, int count, int64_t stride) {
         if (stride == 1)
@@ -183,22 +220,35 @@ template <class Target, class Narrow> void store_as(const View& view, int64_t be
     });
 }
 
-// Writes them back, 16-bit floats to nearest; a bfloat16 by its words, shifted right by `shift`, where there are some.
-template <class T> void store_block(const View& view, int64_t begin, int n, const T* x, const uint32_t* words = nullptr, int shift = 0) {
+// Writes them back, 16-bit floats to nearest; a bfloat16 by its words, shifted right by `shift`,
+// where there are some.
+template <class T>
+void store_block(const View& view, int64_t begin, int n, const T* x,
+                 const uint32_t* words = nullptr, int shift = 0) {
     auto single = [&](int i) { return static_cast<float>(x[i]); };
     switch (view.storage) {
     case Storage::float32: store_as<float>(view, begin, n, single); break;
     case Storage::bfloat16:
-        if (words) store_as<uint16_t>(view, begin, n, [&](int i) { return cut_bfloat16(single(i), words[i] >> shift & 0xffffu); });
+        if (words)
+            store_as<uint16_t>(view, begin, n, [&](int i) {
+                return cut_bfloat16(single(i), words[i] >> shift & 0xffffu);
+            });
         else store_as<uint16_t>(view, begin, n, [&](int i) { return round_bfloat16(single(i)); });
         break;
-    case Storage::float16: store_as<uint16_t>(view, begin, n, [&](int i) { return round_float16(single(i)); }); break;
-    case Storage::float64: store_as<double>(view, begin, n, [&](int i) { return static_cast<double>(x[i]); }); break;
-    case Storage::boolean: store_as<uint8_t>(view, begin, n, [&](int i) { return static_cast<uint8_t>(x[i] != 0); }); break;
+    case Storage::float16:
+        store_as<uint16_t>(view, begin, n, [&](int i) { return round_float16(single(i)); });
+        break;
+    case Storage::float64:
+        store_as<double>(view, begin, n, [&](int i) { return static_cast<double>(x[i]); });
+        break;
+    case Storage::boolean:
+        store_as<uint8_t>(view, begin, n, [&](int i) { return static_cast<uint8_t>(x[i] != 0); });
+        break;
     }
 }
 
-template <class T> constexpr Storage storage_of = sizeof(T) == 8 ? Storage::float64 : Storage::float32;
+template <class T>
+constexpr Storage storage_of = sizeof(T) == 8 ? Storage::float64 : Storage::float32;
 
 // Asks for a block's memory ahead of its turn: the arithmetic of the block before hides the wait.
 inline void prefetch_block(const View& view, int64_t begin) {
@@ -206,15 +256,18 @@ inline void prefetch_block(const View& view, int64_t begin) {
     for (int i = 0; i < block_size * bytes_of(view.storage); i += 64) __builtin_prefetch(from + i);
 }
 
-// The block itself where it lies in memory as the arithmetic wants it, else a copy of it in `scratch`. `granule`: what the caller's loops
-// round n up to.
-template <class T> T* block_at(const View& view, int64_t begin, int n, T* scratch, int granule = block_size) {
-    if (view.contiguous && view.storage == storage_of<T> && n % granule == 0) return reinterpret_cast<T*>(view.data) + begin;
+// The block itself where it lies in memory as the arithmetic wants it, else a copy of it in
+// `scratch`. `granule`: what the caller's loops round n up to.
+template <class T>
+T* block_at(const View& view, int64_t begin, int n, T* scratch, int granule = block_size) {
+    if (view.contiguous && view.storage == storage_of<T> && n % granule == 0)
+        return reinterpret_cast<T*>(view.data) + begin;
     load_block(view, begin, n, scratch);
     return scratch;
 }
 
-// A row in vectors of the instruction set's width: sums stay in registers and their order is the same for every row.
+// A row in vectors of the instruction set's width: sums stay in registers and their order is the
+// same for every row.
 template <class T> struct Vector;
 template <> struct Vector<float> {
     typedef float Type __attribute__((vector_size(sizeof(Lanes))));
@@ -234,14 +287,26 @@ template <> struct Float<Vector<double>::Type> {
 };
 // What the compiler would take two instructions for.
 #if defined(__AVX512F__)
-template <> inline Vector<float>::Type maximum(Vector<float>::Type a, Vector<float>::Type b) { return _mm512_maskz_max_ps(65535, a, b); }
-template <> inline Vector<float>::Type minimum(Vector<float>::Type a, Vector<float>::Type b) { return _mm512_maskz_min_ps(65535, a, b); }
+template <> inline Vector<float>::Type maximum(Vector<float>::Type a, Vector<float>::Type b) {
+    return _mm512_maskz_max_ps(65535, a, b);
+}
+template <> inline Vector<float>::Type minimum(Vector<float>::Type a, Vector<float>::Type b) {
+    return _mm512_maskz_min_ps(65535, a, b);
+}
 #elif defined(__AVX2__)
-template <> inline Vector<float>::Type maximum(Vector<float>::Type a, Vector<float>::Type b) { return _mm256_max_ps(a, b); }
-template <> inline Vector<float>::Type minimum(Vector<float>::Type a, Vector<float>::Type b) { return _mm256_min_ps(a, b); }
+template <> inline Vector<float>::Type maximum(Vector<float>::Type a, Vector<float>::Type b) {
+    return _mm256_max_ps(a, b);
+}
+template <> inline Vector<float>::Type minimum(Vector<float>::Type a, Vector<float>::Type b) {
+    return _mm256_min_ps(a, b);
+}
 #elif defined(__SSE2__)
-template <> inline Vector<float>::Type maximum(Vector<float>::Type a, Vector<float>::Type b) { return _mm_max_ps(a, b); }
-template <> inline Vector<float>::Type minimum(Vector<float>::Type a, Vector<float>::Type b) { return _mm_min_ps(a, b); }
+template <> inline Vector<float>::Type maximum(Vector<float>::Type a, Vector<float>::Type b) {
+    return _mm_max_ps(a, b);
+}
+template <> inline Vector<float>::Type minimum(Vector<float>::Type a, Vector<float>::Type b) {
+    return _mm_min_ps(a, b);
+}
 #endif
 template <class T> constexpr int width = sizeof(Lanes) / sizeof(T);
 
@@ -250,7 +315,9 @@ template <class T> typename Vector<T>::Type load_vector(const T* from) {
     memcpy(&v, from, sizeof(v));
     return v;
 }
-template <class T> void store_vector(T* to, typename Vector<T>::Type v) { memcpy(to, &v, sizeof(v)); }
+template <class T> void store_vector(T* to, typename Vector<T>::Type v) {
+    memcpy(to, &v, sizeof(v));
+}
 
 // The last vector of a row that lies in the caller's memory: `pad` stands where the row has ended.
 template <class T> typename Vector<T>::Type load_last(const T* from, int64_t count, T pad) {
@@ -259,7 +326,8 @@ template <class T> typename Vector<T>::Type load_last(const T* from, int64_t cou
     return v;
 }
 
-// Calls body(i, count) for the vectors of elements [begin, end), count being a constant but for the last one.
+// Calls body(i, count) for the vectors of elements [begin, end), count being a constant but for the
+// last one.
 template <class T, class Body> HOST_DEVICE void vectors(int64_t begin, int64_t end, Body body) {
     for (; begin + width<T> <= end; begin += width<T>) body(begin, width<T>);
     if (begin < end) body(begin, static_cast<int>(end - begin));
@@ -281,10 +349,12 @@ template <class T> struct Sum {
 };
 
 constexpr uintptr_t large_page = 1 << 21;
-inline char* large_page_after(const char* p) { return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(p) | (large_page - 1)) + 1); }
+inline char* large_page_after(const char* p) {
+    return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(p) | (large_page - 1)) + 1);
+}
 
-// Asks for large pages on the inside of large memory that nothing was written to yet: 4 KiB at a time its page faults outlast the
-// arithmetic.
+// Asks for large pages on the inside of large memory that nothing was written to yet: 4 KiB at a
+// time its page faults outlast the arithmetic.
 inline void expect_large_pages([[maybe_unused]] char* data, [[maybe_unused]] int64_t bytes) {
 #ifdef MADV_HUGEPAGE
     if (bytes < static_cast<int64_t>(large_page)) return;
@@ -293,7 +363,8 @@ inline void expect_large_pages([[maybe_unused]] char* data, [[maybe_unused]] int
 #endif
 }
 
-// Copies past the caches what nobody reads soon; `finish_streams` makes it visible to other threads.
+// Copies past the caches what nobody reads soon; `finish_streams` makes it visible to other
+// threads.
 inline void stream(char* to, const char* from, int64_t bytes) {
 #ifdef __SSE2__
     constexpr int64_t line = 64;
@@ -306,7 +377,8 @@ inline void stream(char* to, const char* from, int64_t bytes) {
         _mm512_stream_si512(reinterpret_cast<__m512i*>(to + done), _mm512_loadu_si512(from + done));
 #else
         for (int64_t i = done; i < done + line; i += 16)
-            _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+            _mm_stream_si128(reinterpret_cast<__m128i*>(to + i),
+                             _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
 #endif
     }
     memcpy(to + done, from + done, bytes - done);
@@ -314,7 +386,8 @@ inline void stream(char* to, const char* from, int64_t bytes) {
     memcpy(to, from, bytes);
 #endif
 }
-template <class T> void stream_vector(T* to, int count, typename Vector<T>::Type v) { // `to` is aligned
+template <class T>
+void stream_vector(T* to, int count, typename Vector<T>::Type v) { // `to` is aligned
     if (count < width<T>) memcpy(to, &v, count * sizeof(T));
 #if defined(__AVX512F__)
     else _mm512_stream_si512(reinterpret_cast<__m512i*>(to), reinterpret_cast<__m512i>(v));

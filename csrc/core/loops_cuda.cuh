@@ -1,4 +1,5 @@
-// What the CUDA sources share: launches, 128-bit accesses, sums over warps, blocks and clusters, waiting for another block.
+// What the CUDA sources share: launches, 128-bit accesses, sums over warps, blocks and clusters,
+// waiting for another block.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +21,8 @@ namespace uegr {
 inline void check_cuda(cudaError_t error, const char* what) {
     if (error == cudaSuccess) return;
     cudaGetLastError(); // else the next call would be blamed
-    throw std::runtime_error(std::string("CUDA: ") + what + " failed: " + cudaGetErrorString(error));
+    throw std::runtime_error(std::string("CUDA: ") + what +
+                             " failed: " + cudaGetErrorString(error));
 }
 
 struct Shape {
@@ -31,14 +33,17 @@ struct Shape {
 };
 
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), const Shape& shape, cudaStream_t stream, const Arguments&... arguments) {
+void launch(void (*kernel)(Parameters...), const Shape& shape, cudaStream_t stream,
+            const Arguments&... arguments) {
     if (shape.blocks == 0) return;
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(shape.blocks)), config.blockDim = dim3(shape.threads);
+    config.gridDim = dim3(static_cast<unsigned>(shape.blocks)),
+    config.blockDim = dim3(shape.threads);
     config.dynamicSmemBytes = shape.shared, config.stream = stream;
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = shape.cluster, attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    attribute.val.clusterDim.x = shape.cluster,
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
     config.attrs = &attribute, config.numAttrs = shape.cluster > 1;
     check_cuda(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), "a launch");
 }
@@ -50,21 +55,26 @@ inline int attribute_of_device(cudaDeviceAttr attribute) {
     return value;
 }
 
-// As many blocks as run at once, for kernels whose blocks take work until there is none; no more than `wanted`.
+// As many blocks as run at once, for kernels whose blocks take work until there is none; no more
+// than `wanted`.
 template <class Kernel> int64_t resident_blocks(Kernel kernel, int threads, int64_t wanted) {
     int each = 1;
-    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, 0), "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-    return minimum<int64_t>(wanted, static_cast<int64_t>(each > 0 ? each : 1) * attribute_of_device(cudaDevAttrMultiProcessorCount));
+    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, 0),
+               "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+    return minimum<int64_t>(wanted, static_cast<int64_t>(each > 0 ? each : 1) *
+                                        attribute_of_device(cudaDevAttrMultiProcessorCount));
 }
 
 // How many clusters of a launch run at once; 0 where the device refuses them.
 template <class Kernel> int active_clusters(Kernel kernel, const Shape& shape) {
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(shape.blocks)), config.blockDim = dim3(shape.threads);
+    config.gridDim = dim3(static_cast<unsigned>(shape.blocks)),
+    config.blockDim = dim3(shape.threads);
     config.dynamicSmemBytes = shape.shared;
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = shape.cluster, attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    attribute.val.clusterDim.x = shape.cluster,
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
     config.attrs = &attribute, config.numAttrs = 1;
     int clusters = 0;
     if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess) return clusters;
@@ -85,24 +95,32 @@ template <class T> struct alignas(16) Pack {
     static constexpr int count = 16 / sizeof(T);
     T x[count];
 };
-template <class T> DEVICE Pack<T> load_pack(const T* from) { return bit_cast<Pack<T>>(__ldg(reinterpret_cast<const float4*>(from))); }
+template <class T> DEVICE Pack<T> load_pack(const T* from) {
+    return bit_cast<Pack<T>>(__ldg(reinterpret_cast<const float4*>(from)));
+}
 // The same for what nobody reads again before it has left the cache.
-template <class T> DEVICE Pack<T> load_last(const T* from) { return bit_cast<Pack<T>>(__ldcs(reinterpret_cast<const float4*>(from))); }
-template <class T> DEVICE void store_last(T* to, const Pack<T>& pack) { __stcs(reinterpret_cast<float4*>(to), bit_cast<float4>(pack)); }
+template <class T> DEVICE Pack<T> load_last(const T* from) {
+    return bit_cast<Pack<T>>(__ldcs(reinterpret_cast<const float4*>(from)));
+}
+template <class T> DEVICE void store_last(T* to, const Pack<T>& pack) {
+    __stcs(reinterpret_cast<float4*>(to), bit_cast<float4>(pack));
+}
 
 constexpr int warp_size = 32;
 constexpr unsigned whole_warp = 0xffffffffu;
 
 template <class T, class Join> DEVICE T over_warp(T x, Join join) {
     UNROLL
-    for (int apart = warp_size / 2; apart > 0; apart /= 2) x = join(x, __shfl_xor_sync(whole_warp, x, apart));
+    for (int apart = warp_size / 2; apart > 0; apart /= 2)
+        x = join(x, __shfl_xor_sync(whole_warp, x, apart));
     return x;
 }
 template <class T> DEVICE T warp_sum(T x) {
     return over_warp(x, [](T a, T b) { return a + b; });
 }
 
-// Over a block of up to 32 warps, the same for all its threads and in the same order every time. `room`: 32 values in shared memory.
+// Over a block of up to 32 warps, the same for all its threads and in the same order every time.
+// `room`: 32 values in shared memory.
 template <class T, class Join> DEVICE T over_block(T x, T* room, T neutral, Join join) {
     x = over_warp(x, join);
     __syncthreads(); // the room may still be read
@@ -142,15 +160,21 @@ DEVICE char* dynamic_shared() {
 #endif
 }
 
-// The threads that share a row: what they add up is the same for all of them, and in the same order every time. `warps`: of a block.
+// The threads that share a row: what they add up is the same for all of them, and in the same order
+// every time. `warps`: of a block.
 struct WarpGroup {
     static constexpr int group_threads = warp_size;
     static constexpr bool spans_block = false;
 
     static DEVICE int index() { return threadIdx.x % warp_size; }
     static DEVICE int size() { return warp_size; }
-    static DEVICE int64_t first() { return static_cast<int64_t>(blockIdx.x) * (blockDim.x / warp_size) + threadIdx.x / warp_size; }
-    static DEVICE int64_t count() { return static_cast<int64_t>(gridDim.x) * (blockDim.x / warp_size); }
+    static DEVICE int64_t first() {
+        return static_cast<int64_t>(blockIdx.x) * (blockDim.x / warp_size) +
+               threadIdx.x / warp_size;
+    }
+    static DEVICE int64_t count() {
+        return static_cast<int64_t>(gridDim.x) * (blockDim.x / warp_size);
+    }
     static DEVICE void leave() {}
 
     DEVICE explicit WarpGroup(double*) {}
@@ -172,7 +196,8 @@ struct BlockGroup {
     DEVICE explicit BlockGroup(double* room) : room(room) {}
     template <int n, class T, class Join> DEVICE void join(T (&x)[n], T neutral, Join f) {
         UNROLL
-        for (int i = 0; i < n; ++i) x[i] = over_block(x[i], reinterpret_cast<T*>(room + 32), neutral, f);
+        for (int i = 0; i < n; ++i)
+            x[i] = over_block(x[i], reinterpret_cast<T*>(room + 32), neutral, f);
     }
 };
 struct ClusterGroup {
@@ -218,7 +243,8 @@ struct ClusterGroup {
     }
 };
 
-// What lies in shared memory, read anew each time: what the compiler would keep in registers from one round of a loop to the next.
+// What lies in shared memory, read anew each time: what the compiler would keep in registers from
+// one round of a loop to the next.
 template <class T> DEVICE T reread(const T& shared) {
     static_assert(sizeof(T) % 16 == 0 && alignof(T) == 16);
     Room<sizeof(T)> read;
@@ -230,7 +256,8 @@ template <class T> DEVICE T reread(const T& shared) {
     return bit_cast<T>(read);
 }
 
-// What a block has written, for those that wait for the mark; called by one thread after the block has met.
+// What a block has written, for those that wait for the mark; called by one thread after the block
+// has met.
 DEVICE void publish(uint32_t* mark) {
     __threadfence();
     atomicExch(mark, 1u);
@@ -239,7 +266,8 @@ DEVICE void await(const uint32_t* mark) {
     while (*const_cast<const volatile uint32_t*>(mark) == 0) {}
     __threadfence();
 }
-// Whether this is the last of those that count down to 0; what the others wrote before is seen then.
+// Whether this is the last of those that count down to 0; what the others wrote before is seen
+// then.
 DEVICE bool is_last(uint32_t* left, uint32_t by) {
     __threadfence();
     const bool last = atomicSub(left, by) == by;
@@ -250,7 +278,8 @@ DEVICE bool is_last(uint32_t* left, uint32_t by) {
 // A view that kernels read, its axes in a table beside them: 16 bytes.
 struct alignas(16) Slot {
     char* data = nullptr;
-    int32_t axes = -1; // where its number of axes, sizes and strides stand in the table; -1: contiguous
+    int32_t axes =
+        -1; // where its number of axes, sizes and strides stand in the table; -1: contiguous
     Storage storage = Storage::float32;
 };
 
@@ -270,7 +299,8 @@ struct AxesTable {
     }
 };
 
-// Where element l lies by its axes: their number, sizes and strides. Seldom asked for, long, and so once in each source.
+// Where element l lies by its axes: their number, sizes and strides. Seldom asked for, long, and so
+// once in each source.
 static __device__ NOT_INLINE int64_t strided_offset(const int64_t* axes, int64_t l) {
     const int64_t dim = axes[0];
     int64_t offset = 0;
@@ -281,7 +311,8 @@ static __device__ NOT_INLINE int64_t strided_offset(const int64_t* axes, int64_t
     return offset;
 }
 DEVICE char* place_of(const Slot& slot, const int64_t* axes, int64_t l) {
-    return slot.data + (slot.axes < 0 ? l : strided_offset(axes + slot.axes, l)) * bytes_of(slot.storage);
+    return slot.data +
+           (slot.axes < 0 ? l : strided_offset(axes + slot.axes, l)) * bytes_of(slot.storage);
 }
 
 // A number that an operator takes as such or as a tensor, which only the device reads.

@@ -1,4 +1,5 @@
-// Elementary functions and 16-bit conversions as plain arithmetic, so that loops over them vectorise.
+// Elementary functions and 16-bit conversions as plain arithmetic, so that loops over them
+// vectorise.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +17,8 @@ template <class To, class From> HOST_DEVICE To bit_cast(From from) {
     return to;
 }
 
-// The type of one element (loops_cpu.h has vectors of them), the unsigned integer of its width, its largest finite value, the bits of
-// infinity.
+// The type of one element (loops_cpu.h has vectors of them), the unsigned integer of its width, its
+// largest finite value, the bits of infinity.
 template <class T> struct Float;
 template <> struct Float<float> {
     using Element = float;
@@ -46,7 +47,8 @@ template <class T> HOST_DEVICE T minus_absolute(T x) {
 template <class T> HOST_DEVICE T minimum(T a, T b) { return a < b ? a : b; }
 template <class T> HOST_DEVICE T maximum(T a, T b) { return a > b ? a : b; }
 
-// 2^x for |x| < 126: x = k + r, |r| <= 1/2, minimax of degree 5 in r, under 2.5 ulp. Adding 1.5 * 2^23 rounds to an integer.
+// 2^x for |x| < 126: x = k + r, |r| <= 1/2, minimax of degree 5 in r, under 2.5 ulp. Adding 1.5 *
+// 2^23 rounds to an integer.
 HOST_DEVICE float power_of_two(float x) {
     if (float power = 0; has_power_of_two(x, power)) return power;
     float shifted = x + 12582912.0f;
@@ -81,9 +83,9 @@ HOST_DEVICE double power_of_two(double x) {
     return bit_cast<double>(bit_cast<uint64_t>(p) + (bit_cast<uint64_t>(shifted) << 52));
 }
 
-// e^x = scale * (1 + small) for x <= 88 (double: 708): x = k ln 2 + r, |r| <= ln(2)/2, scale = 2^k, small = e^r - 1, Cody and Waite's
-// two-part ln 2. Far below 0 scale is exactly 0; a NaN stays one; small is as exact as x where k = 0. The polynomials are minimax and
-// Taylor.
+// e^x = scale * (1 + small) for x <= 88 (double: 708): x = k ln 2 + r, |r| <= ln(2)/2, scale = 2^k,
+// small = e^r - 1, Cody and Waite's two-part ln 2. Far below 0 scale is exactly 0; a NaN stays one;
+// small is as exact as x where k = 0. The polynomials are minimax and Taylor.
 template <class T> HOST_DEVICE void split_exponential(T x, T& scale, T& small) {
     using Bits = typename Float<T>::Bits;
     if constexpr (sizeof(typename Float<T>::Element) == 4) {
@@ -92,7 +94,8 @@ template <class T> HOST_DEVICE void split_exponential(T x, T& scale, T& small) {
         T k = shifted - 12582912.0f;
         T r = (held - k * 0.693359375f) + k * 2.12194440e-4f;
         T square = r * r; // by pairs of terms: fewer of them wait for each other
-        T q = (square * 0.0013882522f + (r * 0.00836652f + 0.0416672f)) * square + (r * 0.16666543f + 0.49999997f);
+        T q = (square * 0.0013882522f + (r * 0.00836652f + 0.0416672f)) * square +
+              (r * 0.16666543f + 0.49999997f);
         small = r + square * q;
         scale = bit_cast<T>((bit_cast<Bits>(shifted) << 23) + 0x3f800000u);
     } else {
@@ -135,7 +138,8 @@ template <class T> HOST_DEVICE T half_complement(T x) {
     return (E(0.5) - half) - half * small;
 }
 
-// -log(1 - u) for 0 <= u <= 1/2, under 2 ulp, and exactly 0 for 0: no other argument occurs, so no exponent is taken apart.
+// -log(1 - u) for 0 <= u <= 1/2, under 2 ulp, and exactly 0 for 0: no other argument occurs, so no
+// exponent is taken apart.
 template <class T> HOST_DEVICE T minus_log_of_complement(T u) {
     if constexpr (sizeof(typename Float<T>::Element) == 4) { // minimax
         T q = u * 1.414553f - 1.6395996f;
@@ -154,7 +158,9 @@ template <class T> HOST_DEVICE T minus_log_of_complement(T u) {
     }
 }
 
-HOST_DEVICE float widen_bfloat16(uint16_t h) { return bit_cast<float>(static_cast<uint32_t>(h) << 16); }
+HOST_DEVICE float widen_bfloat16(uint16_t h) {
+    return bit_cast<float>(static_cast<uint32_t>(h) << 16);
+}
 
 // Cuts a float to bfloat16 after adding what rounds it; a NaN stays one, infinity itself.
 HOST_DEVICE uint16_t cut_bfloat16(float x, uint32_t rounding) {
@@ -177,13 +183,18 @@ HOST_DEVICE float widen_float16(uint16_t h) {
     return bit_cast<float>(bits | static_cast<uint32_t>(h & 0x8000u) << 16);
 }
 
-// To nearest, ties to even: by an integer carry where the result is normal, by a float addition where it is subnormal.
+// To nearest, ties to even: by an integer carry where the result is normal, by a float addition
+// where it is subnormal.
 HOST_DEVICE uint16_t round_float16(float x) {
     if (uint16_t h = 0; has_round_float16(x, h)) return h;
-    uint32_t sign = bit_cast<uint32_t>(x) >> 16 & 0x8000u, bits = bit_cast<uint32_t>(x) & 0x7fffffffu;
+    uint32_t sign = bit_cast<uint32_t>(x) >> 16 & 0x8000u,
+             bits = bit_cast<uint32_t>(x) & 0x7fffffffu;
     uint32_t normal = (bits + 0xfffu + (bits >> 13 & 1u) - 0x38000000u) >> 13;
     uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(bits) + 0.5f) - 0x3f000000u;
-    uint32_t h = bits < 0x38800000u ? subnormal : bits < 0x477ff000u ? normal : bits <= 0x7f800000u ? 0x7c00u : 0x7e00u;
+    uint32_t h = bits < 0x38800000u    ? subnormal
+                 : bits < 0x477ff000u  ? normal
+                 : bits <= 0x7f800000u ? 0x7c00u
+                                       : 0x7e00u;
     return static_cast<uint16_t>(h | sign);
 }
 

@@ -33,8 +33,8 @@
 #endif
 #endif
 
-// The instructions of a device that approximate, and flush what is subnormal; a test brings a host stand-ins for them, in the file
-// INSTRUCTIONS, so that what is made of them runs there too.
+// The instructions of a device that approximate, and flush what is subnormal; a test brings a host
+// stand-ins for them, in the file INSTRUCTIONS, so that what is made of them runs there too.
 #ifdef __CUDA_ARCH__
 #define HAS_INSTRUCTIONS 1
 namespace uegr::instruction {
@@ -110,7 +110,8 @@ HOST_DEVICE bool has_power_of_two([[maybe_unused]] float x, [[maybe_unused]] flo
 #endif
 }
 
-// e^x for x <= 88 within 3 ulp by the same instruction, 0 below -87: 2^(x log2 e) times e to what the product's rounding lost.
+// e^x for x <= 88 within 3 ulp by the same instruction, 0 below -87: 2^(x log2 e) times e to what
+// the product's rounding lost.
 HOST_DEVICE bool has_exponential([[maybe_unused]] float x, [[maybe_unused]] float& e) {
 #ifdef HAS_INSTRUCTIONS
     const float held = x < -88.2f ? -88.2f : x, exponent = held * 1.44269504f;
@@ -148,11 +149,12 @@ HOST_DEVICE bool has_widen_float16([[maybe_unused]] uint16_t h, [[maybe_unused]]
 #endif
 }
 
-// a/b to the last bit or one off, for b in [2^-126, 2^126] and a finite a; 0 for a larger b, infinity included. The operator branches on
-// a device.
+// a/b to the last bit or one off, for b in [2^-126, 2^126] and a finite a; 0 for a larger b,
+// infinity included. The operator branches on a device.
 HOST_DEVICE float quotient(float a, float b) {
 #ifdef HAS_INSTRUCTIONS
-    b = instruction::smaller(b, 3.402823466e38f); // times the 0 that infinity's reciprocal is, it would be NaN
+    b = instruction::smaller(
+        b, 3.402823466e38f); // times the 0 that infinity's reciprocal is, it would be NaN
     float inverse = instruction::reciprocal(b);
     inverse = fmaf(fmaf(-b, inverse, 1.0f), inverse, inverse);
     const float near = a * inverse;
@@ -163,7 +165,8 @@ HOST_DEVICE float quotient(float a, float b) {
 }
 HOST_DEVICE double quotient(double a, double b) { return a / b; }
 
-// A square root within 2 ulp, of no less than the smallest normal float; std::sqrt, which is exact, branches on a device.
+// A square root within 2 ulp, of no less than the smallest normal float; std::sqrt, which is exact,
+// branches on a device.
 HOST_DEVICE float near_root(float x) {
 #ifdef HAS_INSTRUCTIONS
     return instruction::square_root(instruction::larger(x, 0x1p-126f));

@@ -1,7 +1,8 @@
-// The losses of the forward stage, row by row: cross entropy and Jensen-Shannon divergence (Eq. 3-6) with their gradients.
+// The losses of the forward stage, row by row: cross entropy and Jensen-Shannon divergence (Eq.
+// 3-6) with their gradients.
 //
-// A row of logits x is held as e = exp(x - max) and the sum of e: p = e/sum, log p = (x - max) - log(sum). T is float, double, or a vector
-// of them.
+// A row of logits x is held as e = exp(x - max) and the sum of e: p = e/sum, log p = (x - max) -
+// log(sum). T is float, double, or a vector of them.
 #pragma once
 
 #include <cmath>
@@ -21,14 +22,15 @@ struct LossOptions {
     bool regression;
 };
 
-// What is far enough below a row's maximum that p is 0 while differences stay finite; and from where on a row is moved by its maximum
-// first, as this distance would be lost in it.
+// What is far enough below a row's maximum that p is 0 while differences stay finite; and from
+// where on a row is moved by its maximum first, as this distance would be lost in it.
 constexpr double far_below = 1e3, far_out = 1e6;
 
 constexpr double ln2 = 0.6931471805599453;
 
-// Adds log(p_k/M) and log(p_l/M), M = (p_k + p_l)/2, for d = log p_k - log p_l and u = (1 - r)/2, r = exp(-|d|).
-// The more probable side has a = ln 2 - log(1 + r) = -log(1 - u), the other a - |d|: no cancellation, and exactly 0 for d = 0.
+// Adds log(p_k/M) and log(p_l/M), M = (p_k + p_l)/2, for d = log p_k - log p_l and u = (1 - r)/2, r
+// = exp(-|d|). The more probable side has a = ln 2 - log(1 + r) = -log(1 - u), the other a - |d|:
+// no cancellation, and exactly 0 for d = 0.
 template <class T> HOST_DEVICE void add_log_ratios(T d, T u, T& of_k, T& of_l) {
     const T a = minus_log_of_complement(u);
     of_k = of_k + (a + minimum(d, T{}));
@@ -38,24 +40,26 @@ template <class T> HOST_DEVICE void add_log_ratios(T d, T u, T& of_k, T& of_l) {
 // A row's sums, in double.
 struct RowSums {
     double max = 0, sum = 0; // of x, of e
-    double pivot = 0;        // sum over the other passes of the log ratio at the most probable class, or 0
-    double kl = 0;           // of e * (the other passes' log ratios - pivot)
-    double label = 0;        // of t * (x - max) over the labels' t > 0
+    double pivot = 0; // sum over the other passes of the log ratio at the most probable class, or 0
+    double kl = 0; // of e * (the other passes' log ratios - pivot)
+    double label = 0; // of t * (x - max) over the labels' t > 0
     double log_sum = 0, inverse = 0;
 
     HOST_DEVICE void settle() { log_sum = std::log(sum), inverse = 1 / sum; }
 
     // -sum t log p, the t adding up to `mass`.
     HOST_DEVICE double cross_entropy(double mass) const { return mass * log_sum - label; }
-    // Whether one class holds much of p: then its log ratio is nearly the divergence, and only their difference is exact enough.
+    // Whether one class holds much of p: then its log ratio is nearly the divergence, and only
+    // their difference is exact enough.
     HOST_DEVICE bool dominated() const { return sum < 4; }
     // Sum over l of KL(P || M_l), less the pivot.
     HOST_DEVICE double from_pivot() const { return kl * inverse; }
     HOST_DEVICE double divergence() const { return pivot + from_pivot(); }
 };
 
-// log p_k - log p_l = (x_k - from_k) - (x_l - from_l) - gap. Logits are counted from their rows' maxima where those lie apart, as the
-// difference of two rows would lose more to rounding; not where they are close: there it is exact.
+// log p_k - log p_l = (x_k - from_k) - (x_l - from_l) - gap. Logits are counted from their rows'
+// maxima where those lie apart, as the difference of two rows would lose more to rounding; not
+// where they are close: there it is exact.
 struct PairDistance {
     double from_k = 0, from_l = 0, gap;
 
@@ -67,30 +71,38 @@ struct PairDistance {
     }
 };
 
-// JS summed over pairs from the sums of the divergences to the pairs' means; a pair's is in [0, ln 2], NaN stays.
+// JS summed over pairs from the sums of the divergences to the pairs' means; a pair's is in [0, ln
+// 2], NaN stays.
 HOST_DEVICE double pairs_divergence(double divergences, int64_t m) {
     const double most = static_cast<double>(m) * static_cast<double>(m - 1) / 2 * ln2;
     return minimum(most, maximum(0.0, divergences / 2));
 }
 
-// The gradient by a logit, e * of_e + w * of_w - t * of_t - floor, w = e * (sum of its log ratios - pivot): label_weight times that of the
-// cross entropy, p * mass - t, plus js_weight times that of the divergence, p (log ratios - KL)/2. With a class index t is 0 but for one
-// element, and smoothing adds `floor` to all.
+// The gradient by a logit, e * of_e + w * of_w - t * of_t - floor, w = e * (sum of its log ratios -
+// pivot): label_weight times that of the cross entropy, p * mass - t, plus js_weight times that of
+// the divergence, p (log ratios - KL)/2. With a class index t is 0 but for one element, and
+// smoothing adds `floor` to all.
 template <class T> struct GradientFactors {
     T of_e, of_w, of_t, floor;
 
-    HOST_DEVICE GradientFactors(const RowSums& row, double label_weight, double mass, double smoothed, double js_weight)
-        : of_e(static_cast<T>(row.inverse * (label_weight * mass - js_weight / 2 * row.from_pivot()))),
+    HOST_DEVICE GradientFactors(const RowSums& row, double label_weight, double mass,
+                                double smoothed, double js_weight)
+        : of_e(static_cast<T>(row.inverse *
+                              (label_weight * mass - js_weight / 2 * row.from_pivot()))),
           of_w(static_cast<T>(row.inverse * js_weight / 2)), of_t(static_cast<T>(label_weight)),
           floor(static_cast<T>(label_weight * smoothed)) {}
 
     template <class V> HOST_DEVICE V gradient(V e) const { return e * of_e - floor; }
-    template <class V> HOST_DEVICE V gradient(V e, V w) const { return e * of_e + (w * of_w - floor); }
+    template <class V> HOST_DEVICE V gradient(V e, V w) const {
+        return e * of_e + (w * of_w - floor);
+    }
     template <class V> HOST_DEVICE V labelled(V gradient, V t) const { return gradient - t * of_t; }
 };
 
 // t * (x - max) of a class; one with t = 0 adds nothing, not even where x = -inf.
-template <class V> HOST_DEVICE V label_term(V t, V y) { return t == typename Float<V>::Element(0) ? V{} : t * y; }
+template <class V> HOST_DEVICE V label_term(V t, V y) {
+    return t == typename Float<V>::Element(0) ? V{} : t * y;
+}
 
 // Regression: (x - y)^2 in the place of both, and its derivative by x.
 template <class V> HOST_DEVICE V squared(V x, V y) { return (x - y) * (x - y); }

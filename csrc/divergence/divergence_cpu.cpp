@@ -1,8 +1,9 @@
 // The losses on the CPU: checks and loops. The formulas are divergence.h's.
 //
-// The m+1 rows of one sample are read from memory once and stay in a thread's cache until their gradients are written: a visit for the
-// maximum, one for the exponentials, in which the row to be read next is asked for, one for the pairs, one for the gradients. Values are
-// kept by row and added up in the rows' order, so that they do not depend on the threads.
+// The m+1 rows of one sample are read from memory once and stay in a thread's cache until their
+// gradients are written: a visit for the maximum, one for the exponentials, in which the row to be
+// read next is asked for, one for the pairs, one for the gradients. Values are kept by row and
+// added up in the rows' order, so that they do not depend on the threads.
 #include <algorithm>
 #include <memory>
 #include <new>
@@ -13,9 +14,11 @@
 namespace uegr {
 namespace {
 
-constexpr int64_t span = 1024;           // elements whose sum is taken in T; whose gradient passes through L1 together
+constexpr int64_t span =
+    1024;           // elements whose sum is taken in T; whose gradient passes through L1 together
 constexpr int64_t worth_a_thread = 1 << 15; // logits
-constexpr int64_t worth_streaming = 1 << 23; // bytes of a fresh gradient: more than it pays to put into a cache
+constexpr int64_t worth_streaming =
+    1 << 23; // bytes of a fresh gradient: more than it pays to put into a cache
 
 // The N rows of one pass, in the caller's memory.
 struct Rows {
@@ -26,14 +29,18 @@ struct Rows {
 
     Rows() = default;
     Rows(const View& v, int64_t pass)
-        : storage(v.storage), row(v.strides[v.dim - 2]), column(v.strides[v.dim - 1]), classes(v.sizes[v.dim - 1]) {
+        : storage(v.storage), row(v.strides[v.dim - 2]), column(v.strides[v.dim - 1]),
+          classes(v.sizes[v.dim - 1]) {
         data = v.data && v.dim == 3 ? v.data + pass * v.strides[0] * bytes_of(storage) : v.data;
     }
     char* at(int64_t n) const { return data + n * row * bytes_of(storage); }
-    template <class T> bool direct() const { return storage == storage_of<T> && (column == 1 || classes == 1); }
+    template <class T> bool direct() const {
+        return storage == storage_of<T> && (column == 1 || classes == 1);
+    }
     View view(int64_t n) const {
         View v;
-        v.data = at(n), v.storage = storage, v.contiguous = column == 1, v.dim = 1, v.sizes = &classes, v.strides = &column;
+        v.data = at(n), v.storage = storage, v.contiguous = column == 1, v.dim = 1,
+        v.sizes = &classes, v.strides = &column;
         return v;
     }
     // Writes a gradient.
@@ -41,7 +48,10 @@ struct Rows {
         char* to = at(n) + begin * static_cast<int64_t>(sizeof(T));
         if (!direct<T>()) store_block(view(n), begin, static_cast<int>(count), x);
         else if (streamed) stream(to, reinterpret_cast<const char*>(x), count * sizeof(T));
-        else vectors<T>(0, count, [=](int64_t i, int some) { memcpy(to + i * sizeof(T), x + i, some * sizeof(T)); });
+        else
+            vectors<T>(0, count, [=](int64_t i, int some) {
+                memcpy(to + i * sizeof(T), x + i, some * sizeof(T));
+            });
     }
 };
 
@@ -63,7 +73,9 @@ struct Batch {
     bool labelled() const { return indices || soft.data; }
     int64_t index(int64_t n) const { return indices[n * index_stride]; }
     bool ignored(int64_t n) const { return indices && index(n) == options.ignore_index; }
-    double label_weight(int64_t pass) const { return !labelled() ? 0 : pass == 0 ? 1 : 1 / static_cast<double>(passes() - 1); }
+    double label_weight(int64_t pass) const {
+        return !labelled() ? 0 : pass == 0 ? 1 : 1 / static_cast<double>(passes() - 1);
+    }
 };
 
 // A thread at work on a batch.
@@ -85,8 +97,9 @@ template <class T> class Worker {
 
 public:
     explicit Worker(const Batch& b)
-        : batch(b), classes(b.classes), padded((classes + 15) / 16 * 16), passes(b.passes()), m(b.passes() - b.first),
-          lanes(static_cast<int>(std::min<int64_t>(width<T>, classes))), x(passes), sums(passes) {
+        : batch(b), classes(b.classes), padded((classes + 15) / 16 * 16), passes(b.passes()),
+          m(b.passes() - b.first), lanes(static_cast<int>(std::min<int64_t>(width<T>, classes))),
+          x(passes), sums(passes) {
         const int64_t needed = (2 * m + passes + 2) * padded;
         memory.reset(static_cast<T*>(::operator new(needed * sizeof(T), std::align_val_t{64})));
         staged = memory.get() + (2 * m + 1) * padded;
@@ -112,21 +125,29 @@ private:
     void clear(int64_t n) {
         std::fill(gradient, gradient + span, T(0));
         for (const Rows& into : batch.gradients)
-            for (int64_t at = 0; into.data && at < classes; at += span) into.put(n, at, std::min(span, classes - at), gradient);
+            for (int64_t at = 0; into.data && at < classes; at += span)
+                into.put(n, at, std::min(span, classes - at), gradient);
     }
 
     // The clean pass, written before the others are read, leaves its memory to them.
-    T* exponentials_of(int64_t pass) { return memory.get() + std::max<int64_t>(pass - batch.first, 0) * padded; }
+    T* exponentials_of(int64_t pass) {
+        return memory.get() + std::max<int64_t>(pass - batch.first, 0) * padded;
+    }
     T* products_of(int64_t pass) { return exponentials_of(pass) + m * padded; }
 
-    static void stage(const Rows& from, int64_t n, T* to) { uegr::load(from.view(n), 0, static_cast<int>(from.classes), to); }
+    static void stage(const Rows& from, int64_t n, T* to) {
+        uegr::load(from.view(n), 0, static_cast<int>(from.classes), to);
+    }
 
     T maximum_of(const T* row, int64_t begin, int64_t end) const {
         V most[4] = {V{} + lowest, V{} + lowest, V{} + lowest, V{} + lowest};
         int64_t i = begin;
         for (; i + 4 * width<T> <= end; i += 4 * width<T>)
-            for (int j = 0; j < 4; ++j) most[j] = maximum(load_vector(row + i + j * width<T>), most[j]);
-        vectors<T>(i, end, [&](int64_t i, int count) { most[0] = maximum(load(row, i, count, lowest), most[0]); });
+            for (int j = 0; j < 4; ++j)
+                most[j] = maximum(load_vector(row + i + j * width<T>), most[j]);
+        vectors<T>(i, end, [&](int64_t i, int count) {
+            most[0] = maximum(load(row, i, count, lowest), most[0]);
+        });
         most[0] = maximum(maximum(most[0], most[1]), maximum(most[2], most[3]));
         T each[width<T>], found = lowest;
         store_vector(each, most[0]);
@@ -139,16 +160,19 @@ private:
         Sum<T> total;
         for (int64_t at = 0; at < classes; at += span) {
             V block{};
-            vectors<T>(at, std::min(at + span, classes), [&](int64_t i, int count) { block += term(i, count); });
+            vectors<T>(at, std::min(at + span, classes),
+                       [&](int64_t i, int count) { block += term(i, count); });
             total.add(block);
         }
         return total.total(lanes);
     }
 
-    // Where the row to be read after a pass's begins, to be asked for meanwhile; some memory at hand where there is none or it is strided.
+    // Where the row to be read after a pass's begins, to be asked for meanwhile; some memory at
+    // hand where there is none or it is strided.
     const char* ahead(int64_t pass, int64_t n, int64_t next) const {
         const Rows& from = batch.logits[pass == passes ? 0 : pass];
-        return from.column == 1 ? from.at(pass == passes ? next : n) : reinterpret_cast<const char*>(staged);
+        return from.column == 1 ? from.at(pass == passes ? next : n)
+                                : reinterpret_cast<const char*>(staged);
     }
 
     // Reads a pass's row: its maximum, its exponentials and their sum.
@@ -183,16 +207,21 @@ private:
         const T max = static_cast<T>(row.max), *from = x[pass];
         const double smoothing = batch.options.label_smoothing;
         if (batch.indices) {
-            if (smoothing < 1) row.label = (1 - smoothing) * (static_cast<double>(from[batch.index(n)]) - row.max);
+            if (smoothing < 1)
+                row.label = (1 - smoothing) * (static_cast<double>(from[batch.index(n)]) - row.max);
             if (smoothing > 0)
-                row.label += smoothing / classes * sum([&](int64_t i, int count) { return load(from, i, count, max) - max; });
+                row.label += smoothing / classes * sum([&](int64_t i, int count) {
+                                 return load(from, i, count, max) - max;
+                             });
         } else {
-            row.label =
-                sum([&](int64_t i, int count) { return label_term(load(targets, i, count, T(0)), load(from, i, count, max) - max); });
+            row.label = sum([&](int64_t i, int count) {
+                return label_term(load(targets, i, count, T(0)), load(from, i, count, max) - max);
+            });
         }
     }
 
-    // The pairs: w = e * (sum of the log ratios) by pass, and its sum. Each loop is short enough for several of its rounds to be under way.
+    // The pairs: w = e * (sum of the log ratios) by pass, and its sum. Each loop is short enough
+    // for several of its rounds to be under way.
     void pair() {
         const T* e = exponentials_of(batch.first);
         T* w = products_of(batch.first);
@@ -200,16 +229,19 @@ private:
         for (int64_t k = 0; k < m; ++k) of[k].kl = 0, of[k].pivot = pivot(k);
         for (int64_t at = 0; at < classes; at += span) {
             const int64_t end = std::min(at + span, classes);
-            for (int64_t k = 0; k < m; ++k) start_ratios(k, at, std::min(at + span, padded), static_cast<T>(-of[k].pivot));
             for (int64_t k = 0; k < m; ++k)
-                for (int64_t l = k + 1; l < m; ++l) add_pair(k, l, at, end, w + k * padded, w + l * padded);
+                start_ratios(k, at, std::min(at + span, padded), static_cast<T>(-of[k].pivot));
+            for (int64_t k = 0; k < m; ++k)
+                for (int64_t l = k + 1; l < m; ++l)
+                    add_pair(k, l, at, end, w + k * padded, w + l * padded);
             for (int64_t k = 0; k < m; ++k) {
                 V total{};
-                vectors<T>(at, end, [&, from = e + k * padded, to = w + k * padded](int64_t i, int) {
-                    const V product = load_vector(from + i) * load_vector(to + i);
-                    store_vector(to + i, product);
-                    total += product;
-                });
+                vectors<T>(at, end,
+                           [&, from = e + k * padded, to = w + k * padded](int64_t i, int) {
+                               const V product = load_vector(from + i) * load_vector(to + i);
+                               store_vector(to + i, product);
+                               total += product;
+                           });
                 Sum<T> block;
                 block.add(total);
                 of[k].kl += block.total(lanes);
@@ -228,25 +260,30 @@ private:
         const T* e = exponentials_of(batch.first + k);
         int64_t block = 0;
         while (block + span < classes && maximum_of(e, block, block + span) < T(1)) block += span;
-        const int64_t likeliest = std::find(e + block, e + classes, T(1)) - e, at = likeliest / width<T> * width<T>;
+        const int64_t likeliest = std::find(e + block, e + classes, T(1)) - e,
+                      at = likeliest / width<T> * width<T>;
         T* w = products_of(batch.first);
         for (int64_t l = 0; l < m; ++l) start_ratios(l, at, at + width<T>, T(0));
         for (int64_t l = 0; l < m; ++l)
             if (l != k)
-                add_pair(std::min(k, l), std::max(k, l), at, std::min(at + width<T>, classes), w + std::min(k, l) * padded,
-                         w + std::max(k, l) * padded);
+                add_pair(std::min(k, l), std::max(k, l), at, std::min(at + width<T>, classes),
+                         w + std::min(k, l) * padded, w + std::max(k, l) * padded);
         return w[k * padded + likeliest];
     }
 
     void add_pair(int64_t k, int64_t l, int64_t at, int64_t end, T* of_k, T* of_l) {
         const RowSums &row_k = sums[batch.first + k], &row_l = sums[batch.first + l];
-        const T far_k = static_cast<T>(row_k.max - far_below), far_l = static_cast<T>(row_l.max - far_below);
+        const T far_k = static_cast<T>(row_k.max - far_below),
+                far_l = static_cast<T>(row_l.max - far_below);
         const PairDistance between(row_k, row_l);
-        const T from_k = static_cast<T>(between.from_k), from_l = static_cast<T>(between.from_l), gap = static_cast<T>(between.gap);
+        const T from_k = static_cast<T>(between.from_k), from_l = static_cast<T>(between.from_l),
+                gap = static_cast<T>(between.gap);
         vectors<T>(at, end,
-                   [=, x_k = x[batch.first + k], x_l = x[batch.first + l], d = difference - at, u = gradient - at](int64_t i, int count) {
-                       const V between = (maximum(V{} + far_k, load(x_k, i, count, lowest)) - from_k) -
-                                         (maximum(V{} + far_l, load(x_l, i, count, lowest)) - from_l) - gap;
+                   [=, x_k = x[batch.first + k], x_l = x[batch.first + l], d = difference - at,
+                    u = gradient - at](int64_t i, int count) {
+                       const V between =
+                           (maximum(V{} + far_k, load(x_k, i, count, lowest)) - from_k) -
+                           (maximum(V{} + far_l, load(x_l, i, count, lowest)) - from_l) - gap;
                        store_vector(d + i, between);
                        store_vector(u + i, half_complement(minus_absolute(between)));
                    });
@@ -262,29 +299,41 @@ private:
         if (!into.data) return;
         const LossOptions& o = batch.options;
         const bool in_pairs = pass >= batch.first && m > 1;
-        const double smoothed = batch.indices ? o.label_smoothing / static_cast<double>(classes) : 0;
-        const GradientFactors<T> factors(sums[pass], batch.unit * batch.label_weight(pass), mass, smoothed,
-                                         in_pairs ? batch.unit * o.js_weight : 0);
+        const double smoothed =
+            batch.indices ? o.label_smoothing / static_cast<double>(classes) : 0;
+        const GradientFactors<T> factors(sums[pass], batch.unit * batch.label_weight(pass), mass,
+                                         smoothed, in_pairs ? batch.unit * o.js_weight : 0);
         const T *e = exponentials_of(pass), *w = products_of(pass);
         auto part = [&](int64_t begin, int64_t end, auto out) {
             if (in_pairs)
-                vectors<T>(begin, end,
-                           [&](int64_t i, int count) { out(i, count, factors.gradient(load_vector(e + i), load_vector(w + i))); });
-            else vectors<T>(begin, end, [&](int64_t i, int count) { out(i, count, factors.gradient(load_vector(e + i))); });
+                vectors<T>(begin, end, [&](int64_t i, int count) {
+                    out(i, count, factors.gradient(load_vector(e + i), load_vector(w + i)));
+                });
+            else
+                vectors<T>(begin, end, [&](int64_t i, int count) {
+                    out(i, count, factors.gradient(load_vector(e + i)));
+                });
         };
         T* row = reinterpret_cast<T*>(into.at(n));
-        const bool straight = into.direct<T>() && !batch.soft.data && (!into.streamed || reinterpret_cast<uintptr_t>(row) % sizeof(V) == 0);
+        const bool straight = into.direct<T>() && !batch.soft.data &&
+                              (!into.streamed || reinterpret_cast<uintptr_t>(row) % sizeof(V) == 0);
         for (int64_t at = 0; at < classes; at += span) {
-            const int64_t end = std::min(at + span, classes), label = batch.indices ? batch.index(n) : -1;
+            const int64_t end = std::min(at + span, classes),
+                          label = batch.indices ? batch.index(n) : -1;
             const bool has_label = label >= at && label < end;
             if (straight && !has_label && into.streamed) {
                 part(at, end, [=](int64_t i, int count, V v) { stream_vector(row + i, count, v); });
             } else if (straight && !has_label) {
-                part(at, end, [=](int64_t i, int count, V v) { memcpy(row + i, &v, count * sizeof(T)); });
+                part(at, end,
+                     [=](int64_t i, int count, V v) { memcpy(row + i, &v, count * sizeof(T)); });
             } else {
-                part(at, end, [=, to = gradient - at](int64_t i, int, V v) { store_vector(to + i, v); });
-                for (int64_t i = at; batch.soft.data && i < end; ++i) gradient[i - at] = factors.labelled(gradient[i - at], targets[i]);
-                if (has_label) gradient[label - at] = factors.labelled(gradient[label - at], static_cast<T>(1 - o.label_smoothing));
+                part(at, end,
+                     [=, to = gradient - at](int64_t i, int, V v) { store_vector(to + i, v); });
+                for (int64_t i = at; batch.soft.data && i < end; ++i)
+                    gradient[i - at] = factors.labelled(gradient[i - at], targets[i]);
+                if (has_label)
+                    gradient[label - at] = factors.labelled(gradient[label - at],
+                                                            static_cast<T>(1 - o.label_smoothing));
                 into.put(n, at, end - at, gradient);
             }
         }
@@ -304,7 +353,8 @@ private:
             read(pass, n, next);
             if (!batch.labelled()) continue;
             compare(pass, n);
-            (pass ? found.adversarial : found.clean) += sums[pass].cross_entropy(mass) * batch.label_weight(pass);
+            (pass ? found.adversarial : found.clean) +=
+                sums[pass].cross_entropy(mass) * batch.label_weight(pass);
             if (pass < batch.first) write(pass, n, mass);
         }
         if (m > 1) {
@@ -317,27 +367,39 @@ private:
     }
 
     Values regression(int64_t n) {
-        for (int64_t pass = 0; pass < passes; ++pass) stage(batch.logits[pass], n, staged + pass * padded);
+        for (int64_t pass = 0; pass < passes; ++pass)
+            stage(batch.logits[pass], n, staged + pass * padded);
         if (batch.labelled()) stage(batch.soft, n, targets);
         auto distance = [&](const T* a, const T* b) {
-            return sum([&](int64_t i, int count) { return squared(load(a, i, count, T(0)), load(b, i, count, T(0))); }) / classes;
+            return sum([&](int64_t i, int count) {
+                       return squared(load(a, i, count, T(0)), load(b, i, count, T(0)));
+                   }) /
+                   classes;
         };
         Values found;
         for (int64_t k = 0; k < passes; ++k) {
             const T* own = staged + k * padded;
-            if (batch.labelled()) (k ? found.adversarial : found.clean) += distance(own, targets) * batch.label_weight(k);
-            for (int64_t l = k + 1; k >= batch.first && l < passes; ++l) found.divergence += distance(own, staged + l * padded);
+            if (batch.labelled())
+                (k ? found.adversarial : found.clean) +=
+                    distance(own, targets) * batch.label_weight(k);
+            for (int64_t l = k + 1; k >= batch.first && l < passes; ++l)
+                found.divergence += distance(own, staged + l * padded);
         }
         for (int64_t k = 0; k < passes; ++k) {
             if (!batch.gradients[k].data) continue;
             const T *own = staged + k * padded, unit = static_cast<T>(batch.unit / classes);
-            const T label = static_cast<T>(batch.label_weight(k)), weight = static_cast<T>(k < batch.first ? 0 : batch.options.js_weight);
+            const T label = static_cast<T>(batch.label_weight(k)),
+                    weight = static_cast<T>(k < batch.first ? 0 : batch.options.js_weight);
             for (int64_t at = 0; at < classes; at += span) {
                 const int64_t count = std::min(span, classes - at);
                 for (int64_t i = 0; i < count; ++i)
-                    gradient[i] = batch.labelled() ? label * squared_slope(own[at + i], targets[at + i]) : T(0);
+                    gradient[i] = batch.labelled()
+                                      ? label * squared_slope(own[at + i], targets[at + i])
+                                      : T(0);
                 for (int64_t l = batch.first; l < passes; ++l)
-                    for (int64_t i = 0; i < count; ++i) gradient[i] += weight * squared_slope(own[at + i], staged[l * padded + at + i]);
+                    for (int64_t i = 0; i < count; ++i)
+                        gradient[i] +=
+                            weight * squared_slope(own[at + i], staged[l * padded + at + i]);
                 for (int64_t i = 0; i < count; ++i) gradient[i] *= unit;
                 batch.gradients[k].put(n, at, count, gradient);
             }
@@ -348,16 +410,19 @@ private:
 
 template <class T> void work(Batch& batch) {
     const int64_t grain = std::max<int64_t>(1, worth_a_thread / (batch.passes() * batch.classes));
-    auto part = [&](int64_t begin, int64_t end) { std::make_unique<Worker<T>>(batch)->run(begin, end, batch.values.data()); };
+    auto part = [&](int64_t begin, int64_t end) {
+        std::make_unique<Worker<T>>(batch)->run(begin, end, batch.values.data());
+    };
     if (batch.samples == 0) return;
     if (batch.samples <= grain || torch::stable::get_num_threads() == 1) part(0, batch.samples);
     else torch::stable::parallel_for(0, batch.samples, grain, part);
 }
 
 // Checks everything before anything is written. The rows that count are counted.
-Batch make_batch(const Tensors& logits, const OptionalTensor& labels, const LossOptions& options, const std::vector<bool>& needs,
-                 int64_t& count) {
-    STD_TORCH_CHECK(!logits.empty() && logits.size() == needs.size(), "logits and needs must be lists of one length, not empty");
+Batch make_batch(const Tensors& logits, const OptionalTensor& labels, const LossOptions& options,
+                 const std::vector<bool>& needs, int64_t& count) {
+    STD_TORCH_CHECK(!logits.empty() && logits.size() == needs.size(),
+                    "logits and needs must be lists of one length, not empty");
     Batch batch;
     batch.options = options;
     batch.first = labels ? 1 : 0;
@@ -366,29 +431,36 @@ Batch make_batch(const Tensors& logits, const OptionalTensor& labels, const Loss
         const View v = view(x, "logits", false);
         STD_TORCH_CHECK(v.storage != Storage::boolean && x.scalar_type() == logits[0].scalar_type(),
                         "logits must be of one floating dtype");
-        for (int64_t pass = 0; pass < (v.dim == 3 ? v.sizes[0] : 1); ++pass) batch.logits.emplace_back(v, pass);
-        if (&x == &logits[0]) batch.samples = v.sizes[v.dim - 2], batch.classes = v.sizes[v.dim - 1];
-        STD_TORCH_CHECK(v.sizes[v.dim - 2] == batch.samples && v.sizes[v.dim - 1] == batch.classes, "logits must have the same N and C");
+        for (int64_t pass = 0; pass < (v.dim == 3 ? v.sizes[0] : 1); ++pass)
+            batch.logits.emplace_back(v, pass);
+        if (&x == &logits[0])
+            batch.samples = v.sizes[v.dim - 2], batch.classes = v.sizes[v.dim - 1];
+        STD_TORCH_CHECK(v.sizes[v.dim - 2] == batch.samples && v.sizes[v.dim - 1] == batch.classes,
+                        "logits must have the same N and C");
     }
-    STD_TORCH_CHECK(batch.classes >= 1 && batch.classes < int64_t(1) << 31, "logits have ", batch.classes, " classes; give 1 to 2^31 - 1");
+    STD_TORCH_CHECK(batch.classes >= 1 && batch.classes < int64_t(1) << 31, "logits have ",
+                    batch.classes, " classes; give 1 to 2^31 - 1");
     STD_TORCH_CHECK(!batch.logits.empty(), "logits hold no pass");
     count = batch.samples;
     if (!labels) return batch;
     STD_TORCH_CHECK(labels->is_cpu(), "labels are not on the CPU; move them");
     if (labels->scalar_type() == ScalarType::Long) {
-        STD_TORCH_CHECK(!options.regression && labels->dim() == 1 && labels->size(0) == batch.samples, "class indices must be [N]");
+        STD_TORCH_CHECK(!options.regression && labels->dim() == 1 &&
+                            labels->size(0) == batch.samples,
+                        "class indices must be [N]");
         batch.indices = static_cast<const int64_t*>(labels->const_data_ptr());
         batch.index_stride = labels->stride(0);
         for (int64_t n = 0; n < batch.samples; ++n) {
             const int64_t label = batch.index(n);
             count -= label == options.ignore_index;
-            STD_TORCH_CHECK(label == options.ignore_index || (label >= 0 && label < batch.classes), "labels hold ", label,
-                            "; give classes from 0 to ", batch.classes - 1, ", or ", options.ignore_index,
-                            " (ignore_index) for rows to leave out");
+            STD_TORCH_CHECK(label == options.ignore_index || (label >= 0 && label < batch.classes),
+                            "labels hold ", label, "; give classes from 0 to ", batch.classes - 1,
+                            ", or ", options.ignore_index, " (ignore_index) for rows to leave out");
         }
     } else {
         const View v = view(*labels, "labels", false);
-        STD_TORCH_CHECK(v.dim == 2 && v.sizes[0] == batch.samples && v.sizes[1] == batch.classes && v.storage != Storage::boolean,
+        STD_TORCH_CHECK(v.dim == 2 && v.sizes[0] == batch.samples && v.sizes[1] == batch.classes &&
+                            v.storage != Storage::boolean,
                         "labels that are no class indices must be floats [N, C]");
         batch.soft = Rows(v, 0);
     }
@@ -397,7 +469,8 @@ Batch make_batch(const Tensors& logits, const OptionalTensor& labels, const Loss
 
 // Runs a batch and returns the loss and its parts.
 std::pair<Tensor, Tensor> evaluate(Batch& batch, const Tensor& like, int64_t count) {
-    const bool by_row = batch.options.reduction == Reduction::none, mean = batch.options.reduction == Reduction::mean;
+    const bool by_row = batch.options.reduction == Reduction::none,
+               mean = batch.options.reduction == Reduction::mean;
     const bool wide = like.scalar_type() == ScalarType::Double;
     batch.unit = mean ? 1 / static_cast<double>(count) : 1;
     batch.values.resize(batch.samples);
@@ -406,24 +479,33 @@ std::pair<Tensor, Tensor> evaluate(Batch& batch, const Tensor& like, int64_t cou
     const int64_t rows = by_row ? batch.samples : 1;
     if (!by_row) {
         Values total;
-        for (const Values& v : batch.values) total.clean += v.clean, total.adversarial += v.adversarial, total.divergence += v.divergence;
+        for (const Values& v : batch.values)
+            total.clean += v.clean, total.adversarial += v.adversarial,
+                total.divergence += v.divergence;
         const double by = mean ? static_cast<double>(count) : 1;
         batch.values = {{total.clean / by, total.adversarial / by, total.divergence / by}};
     }
     const ScalarType type = wide ? ScalarType::Double : ScalarType::Float;
-    Tensor loss = by_row ? torch::stable::new_empty(like, {rows}, type) : torch::stable::new_empty(like, {}, type);
-    Tensor parts = by_row ? torch::stable::new_empty(like, {3, rows}, type) : torch::stable::new_empty(like, {3}, type);
+    Tensor loss = by_row ? torch::stable::new_empty(like, {rows}, type)
+                         : torch::stable::new_empty(like, {}, type);
+    Tensor parts = by_row ? torch::stable::new_empty(like, {3, rows}, type)
+                          : torch::stable::new_empty(like, {3}, type);
     auto fill = [&](auto* loss, auto* parts) {
         using T = std::remove_pointer_t<decltype(loss)>;
         for (int64_t n = 0; n < rows; ++n) {
             const Values& v = batch.values[n];
-            loss[n] = static_cast<T>(v.clean + v.adversarial + batch.options.js_weight * v.divergence);
+            loss[n] =
+                static_cast<T>(v.clean + v.adversarial + batch.options.js_weight * v.divergence);
             parts[n] = static_cast<T>(v.clean), parts[rows + n] = static_cast<T>(v.adversarial),
             parts[2 * rows + n] = static_cast<T>(v.divergence);
         }
     };
-    if (wide) fill(static_cast<double*>(loss.mutable_data_ptr()), static_cast<double*>(parts.mutable_data_ptr()));
-    else fill(static_cast<float*>(loss.mutable_data_ptr()), static_cast<float*>(parts.mutable_data_ptr()));
+    if (wide)
+        fill(static_cast<double*>(loss.mutable_data_ptr()),
+             static_cast<double*>(parts.mutable_data_ptr()));
+    else
+        fill(static_cast<float*>(loss.mutable_data_ptr()),
+             static_cast<float*>(parts.mutable_data_ptr()));
     return {loss, parts};
 }
 
@@ -432,20 +514,25 @@ void direct_gradients(Batch& batch, const Tensor& logits, const Tensor* into, bo
     const int64_t passes = logits.dim() == 3 ? logits.size(0) : 1;
     for (int64_t pass = 0; pass < passes; ++pass) {
         batch.gradients.push_back(into ? Rows(view(*into, "logits", true), pass) : Rows());
-        batch.gradients.back().streamed = fresh && logits.numel() * logits.element_size() >= worth_streaming;
+        batch.gradients.back().streamed =
+            fresh && logits.numel() * logits.element_size() >= worth_streaming;
     }
 }
 
 // What a kernel writes whole.
 Tensor fresh_memory(Tensor fresh) {
-    expect_large_pages(static_cast<char*>(fresh.mutable_data_ptr()), fresh.numel() * fresh.element_size());
+    expect_large_pages(static_cast<char*>(fresh.mutable_data_ptr()),
+                       fresh.numel() * fresh.element_size());
     return fresh;
 }
 
-#define LOSS_ARGUMENTS                                                                                                                     \
-    double js_weight, double label_smoothing, int64_t ignore_index, int64_t reduction, bool regression, std::vector<bool> needs
-#define LOSS_OPTIONS                                                                                                                       \
-    LossOptions { js_weight, label_smoothing, ignore_index, static_cast<Reduction>(reduction), regression }
+#define LOSS_ARGUMENTS                                                                             \
+    double js_weight, double label_smoothing, int64_t ignore_index, int64_t reduction,             \
+        bool regression, std::vector<bool> needs
+#define LOSS_OPTIONS                                                                               \
+    LossOptions {                                                                                  \
+        js_weight, label_smoothing, ignore_index, static_cast<Reduction>(reduction), regression    \
+    }
 
 // A tensor to be multiplied by the gradient of the loss, or its rows [.., N, C] by theirs: checked.
 struct Scaling {
@@ -453,10 +540,12 @@ struct Scaling {
     int64_t size, classes, samples, factors;
 
     Scaling(const Tensor& from, const Tensor& into, const Tensor& grad_loss)
-        : source(view(from, "gradients", false)), target(view(into, "gradients", true)), factor(view(grad_loss, "grad_loss", false)),
-          size(from.numel()), classes(source.dim ? source.sizes[source.dim - 1] : 1),
+        : source(view(from, "gradients", false)), target(view(into, "gradients", true)),
+          factor(view(grad_loss, "grad_loss", false)), size(from.numel()),
+          classes(source.dim ? source.sizes[source.dim - 1] : 1),
           samples(source.dim > 1 ? source.sizes[source.dim - 2] : 1), factors(grad_loss.numel()) {
-        STD_TORCH_CHECK(factors == 1 || (factor.dim == 1 && factor.sizes[0] == samples), "grad_loss must be () or [N]");
+        STD_TORCH_CHECK(factors == 1 || (factor.dim == 1 && factor.sizes[0] == samples),
+                        "grad_loss must be () or [N]");
     }
     template <class T> void run() const {
         if (size == 0) return;
@@ -468,7 +557,8 @@ struct Scaling {
                 const T scale = by[factors == 1 ? 0 : row % samples];
                 if (scale == 1 && source.data == target.data) continue;
                 for (int64_t at = row * classes; at < (row + 1) * classes; at += block_size) {
-                    const int count = static_cast<int>(std::min<int64_t>(block_size, (row + 1) * classes - at));
+                    const int count =
+                        static_cast<int>(std::min<int64_t>(block_size, (row + 1) * classes - at));
                     load_block(source, at, count, block);
                     for (int i = 0; i < block_size; ++i) block[i] *= scale;
                     store_block(target, at, count, block);
@@ -487,22 +577,27 @@ struct Scaling {
 
 } // namespace
 
-static std::tuple<Tensor, Tensor, Tensors> uegr_loss(Tensors logits, OptionalTensor labels, LOSS_ARGUMENTS) {
+static std::tuple<Tensor, Tensor, Tensors> uegr_loss(Tensors logits, OptionalTensor labels,
+                                                     LOSS_ARGUMENTS) {
     int64_t count;
     Batch batch = make_batch(logits, labels, LOSS_OPTIONS, needs, count);
     Tensors gradients;
     for (size_t i = 0; i < logits.size(); ++i) {
-        if (needs[i]) gradients.push_back(fresh_memory(torch::stable::new_empty(logits[i], logits[i].sizes())));
+        if (needs[i])
+            gradients.push_back(
+                fresh_memory(torch::stable::new_empty(logits[i], logits[i].sizes())));
         direct_gradients(batch, logits[i], needs[i] ? &gradients.back() : nullptr, true);
     }
     const auto [loss, parts] = evaluate(batch, logits[0], count);
     return {loss, parts, gradients};
 }
 
-static std::tuple<Tensor, Tensor> uegr_loss_(Tensors logits, OptionalTensor labels, LOSS_ARGUMENTS) {
+static std::tuple<Tensor, Tensor> uegr_loss_(Tensors logits, OptionalTensor labels,
+                                             LOSS_ARGUMENTS) {
     int64_t count;
     Batch batch = make_batch(logits, labels, LOSS_OPTIONS, needs, count);
-    for (size_t i = 0; i < logits.size(); ++i) direct_gradients(batch, logits[i], needs[i] ? &logits[i] : nullptr, false);
+    for (size_t i = 0; i < logits.size(); ++i)
+        direct_gradients(batch, logits[i], needs[i] ? &logits[i] : nullptr, false);
     return evaluate(batch, logits[0], count);
 }
 

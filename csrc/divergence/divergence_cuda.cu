@@ -1,20 +1,23 @@
 // The losses on a GPU: checks and launches. The formulas are divergence.h's.
 //
-// Bytes per logit: read once, its gradient written once, 8 in float32 and 4 in 16 bits. A group of threads has a sample: a warp up to 1,024
-// classes, a block while its shared memory holds the rows, on sm_90 and later a cluster of up to 16 blocks while theirs together does. A
-// thread takes 8 columns at a time and keeps what it needs of them in shared memory, where no other thread looks, so that only sums travel:
-// by shuffles within a warp, through shared memory within a block, through each other's shared memory within a cluster. They are added in
-// double and in the same order every time.
-// On chip: the clean pass is done first and leaves its memory; then x of both passes, whose place the products w take, and e: 16 bytes a
-// column. So 14,000 classes fit a block of 227 KB, 128,256 a cluster of 16. One instruction of the special-function unit makes a logit's
+// Bytes per logit: read once, its gradient written once, 8 in float32 and 4 in 16 bits. A group of
+// threads has a sample: a warp up to 1,024 classes, a block while its shared memory holds the rows,
+// on sm_90 and later a cluster of up to 16 blocks while theirs together does. A thread takes 8
+// columns at a time and keeps what it needs of them in shared memory, where no other thread looks,
+// so that only sums travel: by shuffles within a warp, through shared memory within a block,
+// through each other's shared memory within a cluster. They are added in double and in the same
+// order every time. On chip: the clean pass is done first and leaves its memory; then x of both
+// passes, whose place the products w take, and e: 16 bytes a column. So 14,000 classes fit a block
+// of 227 KB, 128,256 a cluster of 16. One instruction of the special-function unit makes a logit's
 // exponential, which is kept; the pairs' logarithms are polynomials.
-// 128 threads in warps of their own: four samples under way a block. 512 threads a block: 64 KB under way with two accesses of 128 bits
-// each. Rows that do not fit, more than two passes in the pairs, soft labels, regression, architectures without clusters: `sweep`, which
-// reads rows from memory for the maxima and sums, again for the pairs and for the gradients; no more samples are under way than the L2
-// holds, so that it has the last reads. Rows that no whole accesses cover: the same kernels by single elements (the name
-// says ragged; a block is a cluster of one there).
-// Values are kept by row and added up by one block in a fixed order. Nothing waits on the host: a label out of range makes its row's loss
-// NaN.
+// 128 threads in warps of their own: four samples under way a block. 512 threads a block: 64 KB
+// under way with two accesses of 128 bits each. Rows that do not fit, more than two passes in the
+// pairs, soft labels, regression, architectures without clusters: `sweep`, which reads rows from
+// memory for the maxima and sums, again for the pairs and for the gradients; no more samples are
+// under way than the L2 holds, so that it has the last reads. Rows that no whole accesses cover:
+// the same kernels by single elements (the name says ragged; a block is a cluster of one there).
+// Values are kept by row and added up by one block in a fixed order. Nothing waits on the host: a
+// label out of range makes its row's loss NaN.
 #include <algorithm>
 #include <tuple>
 #include <vector>
@@ -39,7 +42,9 @@ struct Rows {
     Storage storage = Storage::float32;
     int64_t row = 0, column = 1; // strides, in elements
 
-    DEVICE char* at(int64_t n, int64_t i) const { return data + (n * row + i * column) * bytes_of(storage); }
+    DEVICE char* at(int64_t n, int64_t i) const {
+        return data + (n * row + i * column) * bytes_of(storage);
+    }
     DEVICE float get(int64_t n, int64_t i) const { return value_at<float>(at(n, i), storage); }
     DEVICE void put(int64_t n, int64_t i, float x) const { put_value(at(n, i), storage, x); }
 };
@@ -58,14 +63,21 @@ struct Batch {
     HOST_DEVICE bool labelled() const { return indices || soft.data; }
     DEVICE int64_t index(int64_t n) const { return indices[n * index_stride]; }
     DEVICE bool ignored(int64_t n) const { return indices && index(n) == options.ignore_index; }
-    DEVICE double label_weight(int pass) const { return !labelled() ? 0 : pass == 0 ? 1 : 1 / static_cast<double>(passes - 1); }
-    DEVICE double unit() const { return options.reduction == Reduction::mean ? 1 / static_cast<double>(*count) : 1; }
+    DEVICE double label_weight(int pass) const {
+        return !labelled() ? 0 : pass == 0 ? 1 : 1 / static_cast<double>(passes - 1);
+    }
+    DEVICE double unit() const {
+        return options.reduction == Reduction::mean ? 1 / static_cast<double>(*count) : 1;
+    }
     DEVICE float target(int64_t n, int64_t i) const {
         const float share = static_cast<float>(1 - options.label_smoothing),
-                    floor = static_cast<float>(options.label_smoothing / static_cast<double>(classes));
+                    floor =
+                        static_cast<float>(options.label_smoothing / static_cast<double>(classes));
         return soft.get(n, i) * share + floor;
     }
-    DEVICE double smoothed() const { return indices ? options.label_smoothing / static_cast<double>(classes) : 0; }
+    DEVICE double smoothed() const {
+        return indices ? options.label_smoothing / static_cast<double>(classes) : 0;
+    }
 };
 
 template <class T> DEVICE T larger(T a, T b) { return a > b ? a : b; }
@@ -87,9 +99,12 @@ struct FullColumns {
         }
         const Pack<uint16_t> pack = load_last(reinterpret_cast<const uint16_t*>(at));
         UNROLL
-        for (int j = 0; j < columns; ++j) x[j] = from.storage == Storage::bfloat16 ? widen_bfloat16(pack.x[j]) : widen_float16(pack.x[j]);
+        for (int j = 0; j < columns; ++j)
+            x[j] = from.storage == Storage::bfloat16 ? widen_bfloat16(pack.x[j])
+                                                     : widen_float16(pack.x[j]);
     }
-    static DEVICE void store(const Rows& to, int64_t n, int64_t i, int64_t, const float (&x)[columns]) {
+    static DEVICE void store(const Rows& to, int64_t n, int64_t i, int64_t,
+                             const float (&x)[columns]) {
         char* at = to.data + (n * to.row + i) * bytes_of(to.storage);
         if (to.storage == Storage::float32) {
             Pack<float> low, high;
@@ -101,29 +116,40 @@ struct FullColumns {
         }
         Pack<uint16_t> pack;
         UNROLL
-        for (int j = 0; j < columns; ++j) pack.x[j] = to.storage == Storage::bfloat16 ? round_bfloat16(x[j]) : round_float16(x[j]);
+        for (int j = 0; j < columns; ++j)
+            pack.x[j] =
+                to.storage == Storage::bfloat16 ? round_bfloat16(x[j]) : round_float16(x[j]);
         store_last(reinterpret_cast<uint16_t*>(at), pack);
     }
 };
 struct RaggedColumns {
     static constexpr bool full = false;
-    template <class T, class F> static DEVICE void each(const Rows& rows, int64_t n, int64_t i, int64_t classes, F f) {
+    template <class T, class F>
+    static DEVICE void each(const Rows& rows, int64_t n, int64_t i, int64_t classes, F f) {
         T* at = reinterpret_cast<T*>(rows.data) + n * rows.row + i * rows.column;
         UNROLL
         for (int j = 0; j < columns; ++j)
             if (i + j < classes) f(at[j * rows.column], j);
     }
-    static DEVICE void load(const Rows& from, int64_t n, int64_t i, int64_t classes, float (&x)[columns]) {
+    static DEVICE void load(const Rows& from, int64_t n, int64_t i, int64_t classes,
+                            float (&x)[columns]) {
         UNROLL
         for (int j = 0; j < columns; ++j) x[j] = lowest;
-        if (from.storage == Storage::float32) return each<const float>(from, n, i, classes, [&](float v, int j) { x[j] = v; });
+        if (from.storage == Storage::float32)
+            return each<const float>(from, n, i, classes, [&](float v, int j) { x[j] = v; });
         const bool brain = from.storage == Storage::bfloat16;
-        each<const uint16_t>(from, n, i, classes, [&](uint16_t v, int j) { x[j] = brain ? widen_bfloat16(v) : widen_float16(v); });
+        each<const uint16_t>(from, n, i, classes, [&](uint16_t v, int j) {
+            x[j] = brain ? widen_bfloat16(v) : widen_float16(v);
+        });
     }
-    static DEVICE void store(const Rows& to, int64_t n, int64_t i, int64_t classes, const float (&x)[columns]) {
-        if (to.storage == Storage::float32) return each<float>(to, n, i, classes, [&](float& v, int j) { v = x[j]; });
+    static DEVICE void store(const Rows& to, int64_t n, int64_t i, int64_t classes,
+                             const float (&x)[columns]) {
+        if (to.storage == Storage::float32)
+            return each<float>(to, n, i, classes, [&](float& v, int j) { v = x[j]; });
         const bool brain = to.storage == Storage::bfloat16;
-        each<uint16_t>(to, n, i, classes, [&](uint16_t& v, int j) { v = brain ? round_bfloat16(x[j]) : round_float16(x[j]); });
+        each<uint16_t>(to, n, i, classes, [&](uint16_t& v, int j) {
+            v = brain ? round_bfloat16(x[j]) : round_float16(x[j]);
+        });
     }
 };
 
@@ -135,14 +161,20 @@ struct Kept {
     int64_t role_size; // in float4
     int stride; // threads of a block that keep some
 
-    DEVICE float4* at(int role, int turn) const { return base + role * role_size + 2 * turn * stride; }
+    DEVICE float4* at(int role, int turn) const {
+        return base + role * role_size + 2 * turn * stride;
+    }
     DEVICE void get(int role, int turn, float (&x)[columns]) const {
         const float4 low = at(role, turn)[0], high = at(role, turn)[stride];
-        x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w, x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+        x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w, x[4] = high.x, x[5] = high.y,
+        x[6] = high.z, x[7] = high.w;
     }
-    DEVICE float one(int role, int turn, int j) const { return reinterpret_cast<const float*>(at(role, turn) + j / 4 * stride)[j % 4]; }
+    DEVICE float one(int role, int turn, int j) const {
+        return reinterpret_cast<const float*>(at(role, turn) + j / 4 * stride)[j % 4];
+    }
     DEVICE void put(int role, int turn, const float (&x)[columns]) const {
-        at(role, turn)[0] = {x[0], x[1], x[2], x[3]}, at(role, turn)[stride] = {x[4], x[5], x[6], x[7]};
+        at(role, turn)[0] = {x[0], x[1], x[2], x[3]},
+                 at(role, turn)[stride] = {x[4], x[5], x[6], x[7]};
     }
 };
 
@@ -155,7 +187,9 @@ template <class Group, class Columns> struct Sample {
     // Calls f(turn, i) for the 8 columns from i on that are this thread's.
     template <class F> DEVICE void each(F f) {
         int turn = 0;
-        for (int64_t i = int64_t(columns) * Group::index(); i < batch.classes; i += int64_t(columns) * Group::size()) f(turn++, i);
+        for (int64_t i = int64_t(columns) * Group::index(); i < batch.classes;
+             i += int64_t(columns) * Group::size())
+            f(turn++, i);
     }
 
     // Reads a pass: x in `role`, its exponentials in `role_e`, which may be the same; its sums.
@@ -171,7 +205,8 @@ template <class Group, class Columns> struct Sample {
         });
         group.join(most, lowest, larger<float>);
         // A row far out is moved by its maximum, as the differences would be lost in it.
-        const float moved = absolute(most[0]) <= static_cast<float>(far_out) ? 0.0f : most[0], max = most[0] - moved;
+        const float moved = absolute(most[0]) <= static_cast<float>(far_out) ? 0.0f : most[0],
+                    max = most[0] - moved;
         const double smoothing = batch.options.label_smoothing;
         const int64_t label = batch.indices ? batch.index(n) : -1;
         double sums[3] = {}; // of e; of x - max; of the labels
@@ -202,7 +237,8 @@ template <class Group, class Columns> struct Sample {
         row.settle();
         if (batch.indices) { // smoothing 1 leaves no label, whatever its logit
             if (smoothing < 1) row.label = (1 - smoothing) * sums[2];
-            if (smoothing > 0) row.label += smoothing / static_cast<double>(batch.classes) * sums[1];
+            if (smoothing > 0)
+                row.label += smoothing / static_cast<double>(batch.classes) * sums[1];
             if (label < 0 || label >= batch.classes) row.label = NAN;
         }
         return row;
@@ -210,24 +246,31 @@ template <class Group, class Columns> struct Sample {
 
     // Two passes' products w in the place of x; their sums.
     DEVICE void pair(RowSums& k, RowSums& l) {
-        const float far_k = static_cast<float>(k.max - far_below), far_l = static_cast<float>(l.max - far_below);
+        const float far_k = static_cast<float>(k.max - far_below),
+                    far_l = static_cast<float>(l.max - far_below);
         const PairDistance between(k, l);
-        const float from_k = static_cast<float>(between.from_k), from_l = static_cast<float>(between.from_l),
+        const float from_k = static_cast<float>(between.from_k),
+                    from_l = static_cast<float>(between.from_l),
                     gap = static_cast<float>(between.gap);
         auto add_ratios = [&](float x_k, float x_l, float& of_k, float& of_l) {
             const float d = (maximum(far_k, x_k) - from_k) - (maximum(far_l, x_l) - from_l) - gap;
             add_log_ratios(d, half_complement(minus_absolute(d)), of_k, of_l);
         };
-        if (k.dominated() || l.dominated()) { // the log ratios at the first of the most probable classes
+        if (k.dominated() ||
+            l.dominated()) { // the log ratios at the first of the most probable classes
             float first[2] = {HUGE_VALF, HUGE_VALF}; // by the 8 columns they are in
             auto likeliest = [&](int side, auto f) {
                 each([&](int turn, int64_t i) {
                     for (int j = 0; j < columns; ++j)
-                        if (kept.one(2 * side + 1, turn, j) == 1) f(turn, j, static_cast<float>(i / columns));
+                        if (kept.one(2 * side + 1, turn, j) == 1)
+                            f(turn, j, static_cast<float>(i / columns));
                 });
             };
             UNROLL
-            for (int side = 0; side < 2; ++side) likeliest(side, [&](int, int, float chunk) { first[side] = minimum(chunk, first[side]); });
+            for (int side = 0; side < 2; ++side)
+                likeliest(side, [&](int, int, float chunk) {
+                    first[side] = minimum(chunk, first[side]);
+                });
             group.join(first, HUGE_VALF, smaller<float>);
             double pivots[2] = {};
             UNROLL
@@ -246,7 +289,8 @@ template <class Group, class Columns> struct Sample {
         double sums[2] = {};
         each([&](int turn, int64_t) {
             float x_k[columns], x_l[columns], e_k[columns], e_l[columns], of_k = 0, of_l = 0;
-            kept.get(0, turn, x_k), kept.get(2, turn, x_l), kept.get(1, turn, e_k), kept.get(3, turn, e_l);
+            kept.get(0, turn, x_k), kept.get(2, turn, x_l), kept.get(1, turn, e_k),
+                kept.get(3, turn, e_l);
             UNROLL
             for (int j = 0; j < columns; ++j) {
                 float ratio_k = -pivot_k, ratio_l = -pivot_l;
@@ -261,11 +305,13 @@ template <class Group, class Columns> struct Sample {
         k.kl = sums[0], l.kl = sums[1];
     }
 
-    DEVICE void write(int pass, const RowSums& row, int role_w, int role_e, double mass, bool in_pairs) {
+    DEVICE void write(int pass, const RowSums& row, int role_w, int role_e, double mass,
+                      bool in_pairs) {
         const Rows& into = batch.gradients[pass];
         if (!into.data) return;
         const double unit = batch.unit();
-        const GradientFactors<float> factors(row, unit * batch.label_weight(pass), mass, batch.smoothed(),
+        const GradientFactors<float> factors(row, unit * batch.label_weight(pass), mass,
+                                             batch.smoothed(),
                                              in_pairs ? unit * batch.options.js_weight : 0);
         const int64_t label = batch.indices ? batch.index(n) : -1;
         const float share = static_cast<float>(1 - batch.options.label_smoothing);
@@ -284,7 +330,10 @@ template <class Group, class Columns> struct Sample {
 
     DEVICE void clear() {
         for (int pass = 0; pass < batch.passes; ++pass)
-            if (batch.gradients[pass].data) each([&](int, int64_t i) { Columns::store(batch.gradients[pass], n, i, batch.classes, {}); });
+            if (batch.gradients[pass].data)
+                each([&](int, int64_t i) {
+                    Columns::store(batch.gradients[pass], n, i, batch.classes, {});
+                });
     }
 
     template <int m> DEVICE void run() {
@@ -304,16 +353,21 @@ template <class Group, class Columns> struct Sample {
                 divergence = pairs_divergence(rows[0].divergence() + rows[1].divergence(), 2);
                 UNROLL
                 for (int k = 0; k < 2; ++k) {
-                    if (batch.labelled()) adversarial += rows[k].cross_entropy(mass) * batch.label_weight(batch.first + k);
+                    if (batch.labelled())
+                        adversarial +=
+                            rows[k].cross_entropy(mass) * batch.label_weight(batch.first + k);
                     write(batch.first + k, rows[k], 2 * k, 2 * k + 1, mass, true);
                 }
             } else if (batch.passes > batch.first) {
                 const RowSums row = read(batch.first, 0, 0);
-                if (batch.labelled()) adversarial = row.cross_entropy(mass) * batch.label_weight(batch.first);
+                if (batch.labelled())
+                    adversarial = row.cross_entropy(mass) * batch.label_weight(batch.first);
                 write(batch.first, row, 0, 0, mass, false);
             }
         }
-        if (Group::index() == 0) batch.values[3 * n] = clean, batch.values[3 * n + 1] = adversarial, batch.values[3 * n + 2] = divergence;
+        if (Group::index() == 0)
+            batch.values[3 * n] = clean, batch.values[3 * n + 1] = adversarial,
+                             batch.values[3 * n + 2] = divergence;
     }
 };
 
@@ -322,8 +376,10 @@ template <class Group, class Columns, int m> DEVICE void over_samples(const Batc
     const int keepers = Group::spans_block ? blockDim.x : warp_size;
     constexpr int64_t roles = m == 2 ? 4 : 1;
     const int64_t own = Group::spans_block ? 0 : threadIdx.x / warp_size * roles * batch.kept;
-    const Kept kept{reinterpret_cast<float4*>(shared + (Group::spans_block ? room_bytes : 0) + own) + threadIdx.x % keepers,
-                    batch.kept / 16, keepers};
+    const Kept kept{
+        reinterpret_cast<float4*>(shared + (Group::spans_block ? room_bytes : 0) + own) +
+            threadIdx.x % keepers,
+        batch.kept / 16, keepers};
     Group group(reinterpret_cast<double*>(shared));
     for (int64_t n = Group::first(); n < batch.samples; n += Group::count()) {
         Sample<Group, Columns> sample{batch, group, kept, n};
@@ -332,19 +388,29 @@ template <class Group, class Columns, int m> DEVICE void over_samples(const Batc
     }
     Group::leave();
 }
-template <int m> __global__ void __launch_bounds__(warp_threads, 4) loss_full_warp(const __grid_constant__ Batch batch) {
+template <int m>
+__global__ void __launch_bounds__(warp_threads, 4)
+    loss_full_warp(const __grid_constant__ Batch batch) {
     over_samples<WarpGroup, FullColumns, m>(batch);
 }
-template <int m> __global__ void __launch_bounds__(warp_threads, 4) loss_ragged_warp(const __grid_constant__ Batch batch) {
+template <int m>
+__global__ void __launch_bounds__(warp_threads, 4)
+    loss_ragged_warp(const __grid_constant__ Batch batch) {
     over_samples<WarpGroup, RaggedColumns, m>(batch);
 }
-template <int m> __global__ void __launch_bounds__(block_threads, 1) loss_full_block(const __grid_constant__ Batch batch) {
+template <int m>
+__global__ void __launch_bounds__(block_threads, 1)
+    loss_full_block(const __grid_constant__ Batch batch) {
     over_samples<BlockGroup, FullColumns, m>(batch);
 }
-template <int m> __global__ void __launch_bounds__(block_threads, 1) loss_full_cluster(const __grid_constant__ Batch batch) {
+template <int m>
+__global__ void __launch_bounds__(block_threads, 1)
+    loss_full_cluster(const __grid_constant__ Batch batch) {
     over_samples<ClusterGroup, FullColumns, m>(batch);
 }
-template <int m> __global__ void __launch_bounds__(block_threads, 1) loss_ragged_cluster(const __grid_constant__ Batch batch) {
+template <int m>
+__global__ void __launch_bounds__(block_threads, 1)
+    loss_ragged_cluster(const __grid_constant__ Batch batch) {
     over_samples<ClusterGroup, RaggedColumns, m>(batch);
 }
 
@@ -368,7 +434,8 @@ struct Sweep {
         float most[1] = {lowest};
         each([&](int64_t i) { most[0] = maximum(batch.logits[pass].get(n, i), most[0]); });
         group.join(most, lowest, larger<float>);
-        const float shift = absolute(most[0]) <= static_cast<float>(far_out) ? 0.0f : most[0], max = most[0] - shift;
+        const float shift = absolute(most[0]) <= static_cast<float>(far_out) ? 0.0f : most[0],
+                    max = most[0] - shift;
         if (threadIdx.x == 0) moved[pass] = shift;
         __syncthreads();
         const double smoothing = batch.options.label_smoothing;
@@ -388,8 +455,10 @@ struct Sweep {
             row.settle();
             if (batch.soft.data) row.label = sums[2];
             if (batch.indices && smoothing < 1) row.label = (1 - smoothing) * sums[2];
-            if (batch.indices && smoothing > 0) row.label += smoothing / static_cast<double>(batch.classes) * sums[1];
-            if (batch.indices && (batch.index(n) < 0 || batch.index(n) >= batch.classes)) row.label = NAN;
+            if (batch.indices && smoothing > 0)
+                row.label += smoothing / static_cast<double>(batch.classes) * sums[1];
+            if (batch.indices && (batch.index(n) < 0 || batch.index(n) >= batch.classes))
+                row.label = NAN;
         }
         __syncthreads();
     }
@@ -401,7 +470,8 @@ struct Sweep {
             if (l == k) continue;
             const PairDistance between(rows[k], rows[l]);
             const float d = (x_k - static_cast<float>(between.from_k)) -
-                            (maximum(static_cast<float>(rows[l].max - far_below), x(l, i)) - static_cast<float>(between.from_l)) -
+                            (maximum(static_cast<float>(rows[l].max - far_below), x(l, i)) -
+                             static_cast<float>(between.from_l)) -
                             static_cast<float>(between.gap);
             add_log_ratios(d, half_complement(minus_absolute(d)), of_k, unused);
         }
@@ -420,7 +490,9 @@ struct Sweep {
         if (threadIdx.x == 0) rows[k].pivot = pivot;
         __syncthreads();
     }
-    DEVICE float e(int pass, int64_t i) const { return exponential(x(pass, i) - static_cast<float>(rows[pass].max)); }
+    DEVICE float e(int pass, int64_t i) const {
+        return exponential(x(pass, i) - static_cast<float>(rows[pass].max));
+    }
 
     DEVICE void classification() {
         double mass = batch.indices ? 1 : 0, clean = 0, adversarial = 0, divergence = 0;
@@ -441,27 +513,34 @@ struct Sweep {
         }
         __syncthreads();
         for (int pass = 0; pass < batch.passes; ++pass) {
-            if (batch.labelled()) (pass ? adversarial : clean) += rows[pass].cross_entropy(mass) * batch.label_weight(pass);
+            if (batch.labelled())
+                (pass ? adversarial : clean) +=
+                    rows[pass].cross_entropy(mass) * batch.label_weight(pass);
             if (pairs && pass >= batch.first) divergence += rows[pass].divergence();
         }
         const double unit = batch.unit();
-        each([&](int64_t i) { // in place, a class's logits are read before any of its gradients is written
+        each([&](int64_t i) { // in place, a class's logits are read before any of its gradients is
+                              // written
             float gradient[most_passes];
             for (int pass = 0; pass < batch.passes; ++pass) {
                 if (!batch.gradients[pass].data) continue;
                 const bool in_pairs = pairs && pass >= batch.first;
-                const GradientFactors<float> factors(rows[pass], unit * batch.label_weight(pass), mass, batch.smoothed(),
+                const GradientFactors<float> factors(rows[pass], unit * batch.label_weight(pass),
+                                                     mass, batch.smoothed(),
                                                      in_pairs ? unit * batch.options.js_weight : 0);
                 const float own = e(pass, i);
-                float g = in_pairs ? factors.gradient(own, own * ratios(pass, i)) : factors.gradient(own);
-                if (batch.indices && i == batch.index(n)) g = factors.labelled(g, static_cast<float>(1 - batch.options.label_smoothing));
+                float g =
+                    in_pairs ? factors.gradient(own, own * ratios(pass, i)) : factors.gradient(own);
+                if (batch.indices && i == batch.index(n))
+                    g = factors.labelled(g, static_cast<float>(1 - batch.options.label_smoothing));
                 if (batch.soft.data) g = factors.labelled(g, t(i));
                 gradient[pass] = g;
             }
             for (int pass = 0; pass < batch.passes; ++pass)
                 if (batch.gradients[pass].data) batch.gradients[pass].put(n, i, gradient[pass]);
         });
-        finish(clean, adversarial, pairs ? pairs_divergence(divergence, batch.passes - batch.first) : 0);
+        finish(clean, adversarial,
+               pairs ? pairs_divergence(divergence, batch.passes - batch.first) : 0);
     }
 
     DEVICE void regression() {
@@ -475,16 +554,21 @@ struct Sweep {
         };
         for (int k = 0; k < batch.passes; ++k) {
             auto own = [&](int64_t i) { return batch.logits[k].get(n, i); };
-            if (batch.labelled()) (k ? adversarial : clean) += distance(own, [&](int64_t i) { return t(i); }) * batch.label_weight(k);
+            if (batch.labelled())
+                (k ? adversarial : clean) +=
+                    distance(own, [&](int64_t i) { return t(i); }) * batch.label_weight(k);
             for (int l = k + 1; k >= batch.first && l < batch.passes; ++l)
                 divergence += distance(own, [&](int64_t i) { return batch.logits[l].get(n, i); });
         }
-        const float unit = static_cast<float>(batch.unit() / classes), js_weight = static_cast<float>(batch.options.js_weight);
+        const float unit = static_cast<float>(batch.unit() / classes),
+                    js_weight = static_cast<float>(batch.options.js_weight);
         each([&](int64_t i) {
             float gradient[most_passes];
             for (int k = 0; k < batch.passes; ++k) {
                 const float own = batch.logits[k].get(n, i);
-                float g = batch.labelled() ? static_cast<float>(batch.label_weight(k)) * squared_slope(own, t(i)) : 0.0f;
+                float g = batch.labelled()
+                              ? static_cast<float>(batch.label_weight(k)) * squared_slope(own, t(i))
+                              : 0.0f;
                 for (int l = batch.first; k >= batch.first && l < batch.passes; ++l)
                     g += js_weight * squared_slope(own, batch.logits[l].get(n, i));
                 gradient[k] = g * unit;
@@ -496,7 +580,9 @@ struct Sweep {
     }
 
     DEVICE void finish(double clean, double adversarial, double divergence) {
-        if (threadIdx.x == 0) batch.values[3 * n] = clean, batch.values[3 * n + 1] = adversarial, batch.values[3 * n + 2] = divergence;
+        if (threadIdx.x == 0)
+            batch.values[3 * n] = clean, batch.values[3 * n + 1] = adversarial,
+                             batch.values[3 * n + 2] = divergence;
     }
 };
 
@@ -509,7 +595,8 @@ __global__ void __launch_bounds__(sweep_threads) loss_sweep(const __grid_constan
         __syncthreads();
         if (batch.ignored(n)) {
             for (int pass = 0; pass < batch.passes; ++pass)
-                if (batch.gradients[pass].data) sweep.each([&](int64_t i) { batch.gradients[pass].put(n, i, 0.0f); });
+                if (batch.gradients[pass].data)
+                    sweep.each([&](int64_t i) { batch.gradients[pass].put(n, i, 0.0f); });
             sweep.finish(0, 0, 0);
         } else if (batch.options.regression) {
             sweep.regression();
@@ -521,15 +608,18 @@ __global__ void __launch_bounds__(sweep_threads) loss_sweep(const __grid_constan
 
 // --- Before and after the rows ---
 
-__global__ void __launch_bounds__(finish_threads) count_rows(const __grid_constant__ Batch batch, int64_t* count) {
+__global__ void __launch_bounds__(finish_threads)
+    count_rows(const __grid_constant__ Batch batch, int64_t* count) {
     __shared__ double room[64];
     double rows[1] = {};
-    for (int64_t n = threadIdx.x; n < batch.samples; n += blockDim.x) rows[0] += batch.ignored(n) ? 0 : 1;
+    for (int64_t n = threadIdx.x; n < batch.samples; n += blockDim.x)
+        rows[0] += batch.ignored(n) ? 0 : 1;
     BlockGroup(room).join(rows, 0.0, added<double>);
     if (threadIdx.x == 0) *count = static_cast<int64_t>(rows[0]);
 }
 
-__global__ void __launch_bounds__(finish_threads) finish_loss(const __grid_constant__ Batch batch, float* loss, float* parts) {
+__global__ void __launch_bounds__(finish_threads)
+    finish_loss(const __grid_constant__ Batch batch, float* loss, float* parts) {
     const bool by_row = batch.options.reduction == Reduction::none;
     __shared__ double room[64];
     double sums[3] = {};
@@ -546,7 +636,8 @@ __global__ void __launch_bounds__(finish_threads) finish_loss(const __grid_const
     }
     if (by_row) return;
     BlockGroup(room).join(sums, 0.0, added<double>);
-    const double by = batch.options.reduction == Reduction::mean ? static_cast<double>(*batch.count) : 1;
+    const double by =
+        batch.options.reduction == Reduction::mean ? static_cast<double>(*batch.count) : 1;
     UNROLL
     for (int k = 0; k < 3; ++k) sums[k] /= by;
     if (threadIdx.x == 0) put(0, 1, sums);
@@ -560,10 +651,13 @@ struct Scaling {
 };
 template <bool full, bool by_row> DEVICE void scale(const Scaling& s, const int64_t* axes) {
     constexpr int n = full ? columns : 1;
-    auto factor_of = [&](int64_t row) { return value_at<float>(place_of(s.factor, axes, row), s.factor.storage); };
+    auto factor_of = [&](int64_t row) {
+        return value_at<float>(place_of(s.factor, axes, row), s.factor.storage);
+    };
     const float of_all = by_row ? 1.0f : factor_of(0);
     if (!by_row && s.in_place && of_all == 1) return;
-    for (int64_t l = n * (int64_t(blockIdx.x) * blockDim.x + threadIdx.x); l < s.size; l += n * int64_t(gridDim.x) * blockDim.x) {
+    for (int64_t l = n * (int64_t(blockIdx.x) * blockDim.x + threadIdx.x); l < s.size;
+         l += n * int64_t(gridDim.x) * blockDim.x) {
         const float factor = by_row ? factor_of(s.by_row ? l / s.classes % s.samples : 0) : of_all;
         if (by_row && s.in_place && factor == 1) continue;
         if constexpr (full) {
@@ -581,13 +675,16 @@ template <bool full, bool by_row> DEVICE void scale(const Scaling& s, const int6
 struct Axes {
     int64_t at[28]; // of up to three views with up to four axes
 };
-__global__ void __launch_bounds__(block_threads) scale_full(const __grid_constant__ Scaling scaling, const __grid_constant__ Axes axes) {
+__global__ void __launch_bounds__(block_threads)
+    scale_full(const __grid_constant__ Scaling scaling, const __grid_constant__ Axes axes) {
     scale<true, false>(scaling, axes.at);
 }
-__global__ void __launch_bounds__(block_threads) scale_rows(const __grid_constant__ Scaling scaling, const __grid_constant__ Axes axes) {
+__global__ void __launch_bounds__(block_threads)
+    scale_rows(const __grid_constant__ Scaling scaling, const __grid_constant__ Axes axes) {
     scale<true, true>(scaling, axes.at);
 }
-__global__ void __launch_bounds__(block_threads) scale_ragged(const __grid_constant__ Scaling scaling, const __grid_constant__ Axes axes) {
+__global__ void __launch_bounds__(block_threads)
+    scale_ragged(const __grid_constant__ Scaling scaling, const __grid_constant__ Axes axes) {
     scale<false, true>(scaling, axes.at);
 }
 
@@ -595,7 +692,8 @@ __global__ void __launch_bounds__(block_threads) scale_ragged(const __grid_const
 
 View single(const Tensor& t, const char* name, bool written) {
     const View v = view(t, name, written);
-    STD_TORCH_CHECK(v.storage != Storage::boolean, name, " is bool; use float32, bfloat16, float16 or float64");
+    STD_TORCH_CHECK(v.storage != Storage::boolean, name,
+                    " is bool; use float32, bfloat16, float16 or float64");
     if (v.storage == Storage::float64) throw LeftToOthers();
     return v;
 }
@@ -607,36 +705,49 @@ Rows rows_of(const View& v, int64_t pass) {
 }
 bool covered(const Rows& rows, int64_t samples) { // by whole accesses
     const int64_t row_bytes = rows.row * bytes_of(rows.storage);
-    return !rows.data || (rows.column == 1 && reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && (row_bytes % 16 == 0 || samples <= 1));
+    return !rows.data || (rows.column == 1 && reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 &&
+                          (row_bytes % 16 == 0 || samples <= 1));
 }
 
 // Checks everything before anything is written.
-Batch make_batch(const Tensors& logits, const OptionalTensor& labels, const LossOptions& options, const std::vector<bool>& needs) {
-    STD_TORCH_CHECK(!logits.empty() && logits.size() == needs.size(), "logits and needs must be lists of one length, not empty");
+Batch make_batch(const Tensors& logits, const OptionalTensor& labels, const LossOptions& options,
+                 const std::vector<bool>& needs) {
+    STD_TORCH_CHECK(!logits.empty() && logits.size() == needs.size(),
+                    "logits and needs must be lists of one length, not empty");
     Batch batch;
     batch.options = options;
     batch.first = labels ? 1 : 0;
     for (const Tensor& x : logits) {
         STD_TORCH_CHECK(x.dim() == 2 || x.dim() == 3, "logits must be tensors [N, C] or [k, N, C]");
         const View v = single(x, "logits", false);
-        STD_TORCH_CHECK(x.scalar_type() == logits[0].scalar_type(), "logits must be of one floating dtype");
+        STD_TORCH_CHECK(x.scalar_type() == logits[0].scalar_type(),
+                        "logits must be of one floating dtype");
         const int64_t passes = v.dim == 3 ? v.sizes[0] : 1;
         if (batch.passes + passes > most_passes) throw LeftToOthers();
-        for (int64_t pass = 0; pass < passes; ++pass) batch.logits[batch.passes++] = rows_of(v, pass);
-        if (&x == &logits[0]) batch.samples = v.sizes[v.dim - 2], batch.classes = v.sizes[v.dim - 1];
-        STD_TORCH_CHECK(v.sizes[v.dim - 2] == batch.samples && v.sizes[v.dim - 1] == batch.classes, "logits must have the same N and C");
+        for (int64_t pass = 0; pass < passes; ++pass)
+            batch.logits[batch.passes++] = rows_of(v, pass);
+        if (&x == &logits[0])
+            batch.samples = v.sizes[v.dim - 2], batch.classes = v.sizes[v.dim - 1];
+        STD_TORCH_CHECK(v.sizes[v.dim - 2] == batch.samples && v.sizes[v.dim - 1] == batch.classes,
+                        "logits must have the same N and C");
     }
-    STD_TORCH_CHECK(batch.classes >= 1 && batch.classes < int64_t(1) << 31, "logits have ", batch.classes, " classes; give 1 to 2^31 - 1");
+    STD_TORCH_CHECK(batch.classes >= 1 && batch.classes < int64_t(1) << 31, "logits have ",
+                    batch.classes, " classes; give 1 to 2^31 - 1");
     STD_TORCH_CHECK(batch.passes > 0, "logits hold no pass");
     if (!labels) return batch;
-    STD_TORCH_CHECK(!on_gpu || labels->get_device_index() == logits[0].get_device_index(), "labels are on another device; move them");
+    STD_TORCH_CHECK(!on_gpu || labels->get_device_index() == logits[0].get_device_index(),
+                    "labels are on another device; move them");
     if (labels->scalar_type() == ScalarType::Long) {
-        STD_TORCH_CHECK(!options.regression && labels->dim() == 1 && labels->size(0) == batch.samples, "class indices must be [N]");
-        batch.indices = static_cast<const int64_t*>(labels->const_data_ptr()), batch.index_stride = labels->stride(0);
+        STD_TORCH_CHECK(!options.regression && labels->dim() == 1 &&
+                            labels->size(0) == batch.samples,
+                        "class indices must be [N]");
+        batch.indices = static_cast<const int64_t*>(labels->const_data_ptr()),
+        batch.index_stride = labels->stride(0);
         return batch;
     }
     const View v = view(*labels, "labels", false);
-    STD_TORCH_CHECK(v.dim == 2 && v.sizes[0] == batch.samples && v.sizes[1] == batch.classes && v.storage != Storage::boolean,
+    STD_TORCH_CHECK(v.dim == 2 && v.sizes[0] == batch.samples && v.sizes[1] == batch.classes &&
+                        v.storage != Storage::boolean,
                     "labels that are no class indices must be floats [N, C]");
     batch.soft = rows_of(v, 0);
     return batch;
@@ -650,11 +761,15 @@ void direct_gradients(Batch& batch, int& pass, const Tensor& logits, const Tenso
 }
 
 template <class Kernel> void allow_shared(Kernel kernel, size_t bytes) {
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), "cudaFuncSetAttribute");
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(bytes)),
+               "cudaFuncSetAttribute");
 }
 // More than the 8 blocks that every device with clusters takes; false where this one refuses them.
 template <class Kernel> bool allow_large_cluster(Kernel kernel) {
-    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess) return true;
+    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) ==
+        cudaSuccess)
+        return true;
     cudaGetLastError(); // else the next call would be blamed
     return false;
 }
@@ -662,8 +777,11 @@ template <class Kernel> bool allow_large_cluster(Kernel kernel) {
 // Runs rows that stay on chip; false where they do not.
 template <int m> bool run_on_chip(Batch& batch, bool full, cudaStream_t stream) {
     constexpr int64_t roles = m == 2 ? 4 : 1;
-    const int64_t chunks = (batch.classes + columns - 1) / columns, sms = attribute_of_device(cudaDevAttrMultiProcessorCount);
-    auto kept = [&](int64_t group, int64_t keepers) { return (chunks + group - 1) / group * keepers * columns * int64_t(sizeof(float)); };
+    const int64_t chunks = (batch.classes + columns - 1) / columns,
+                  sms = attribute_of_device(cudaDevAttrMultiProcessorCount);
+    auto kept = [&](int64_t group, int64_t keepers) {
+        return (chunks + group - 1) / group * keepers * columns * int64_t(sizeof(float));
+    };
     auto go = [&](auto kernel, const Shape& shape) {
         allow_shared(kernel, shape.shared);
         launch(kernel, shape, stream, batch);
@@ -682,12 +800,15 @@ template <int m> bool run_on_chip(Batch& batch, bool full, cudaStream_t stream) 
         batch.kept = kept(int64_t(cluster) * block_threads, block_threads);
         const int64_t bytes = static_cast<int64_t>(room_bytes) + roles * batch.kept;
         if (bytes > most) continue;
-        const Shape shape{minimum(batch.samples, 4 * sms) * cluster, block_threads, static_cast<size_t>(bytes), cluster};
+        const Shape shape{minimum(batch.samples, 4 * sms) * cluster, block_threads,
+                          static_cast<size_t>(bytes), cluster};
         if (cluster == 1) return go(full ? loss_full_block<m> : loss_ragged_cluster<m>, shape);
         const auto kernel = full ? loss_full_cluster<m> : loss_ragged_cluster<m>;
         allow_shared(kernel, shape.shared);
         // Some devices of sm_90 refuse large clusters, or all of them.
-        if ((cluster > portable_cluster && !allow_large_cluster(kernel)) || active_clusters(kernel, shape) == 0) return false;
+        if ((cluster > portable_cluster && !allow_large_cluster(kernel)) ||
+            active_clusters(kernel, shape) == 0)
+            return false;
         return go(kernel, shape);
     }
     return false;
@@ -709,18 +830,24 @@ std::pair<Tensor, Tensor> evaluate(Batch batch, const Tensor& like, cudaStream_t
     launch(count_rows, {1, finish_threads}, stream, batch, count);
     bool full = batch.classes % columns == 0;
     for (int pass = 0; pass < batch.passes; ++pass)
-        full &= covered(batch.logits[pass], batch.samples) && covered(batch.gradients[pass], batch.samples);
+        full &= covered(batch.logits[pass], batch.samples) &&
+                covered(batch.gradients[pass], batch.samples);
     const int m = batch.passes - batch.first;
-    const bool on_chip = batch.samples == 0 || (!batch.options.regression && !batch.soft.data && m <= 2 &&
-                                                (m == 2 ? run_on_chip<2>(batch, full, stream) : run_on_chip<1>(batch, full, stream)));
+    const bool on_chip =
+        batch.samples == 0 ||
+        (!batch.options.regression && !batch.soft.data && m <= 2 &&
+         (m == 2 ? run_on_chip<2>(batch, full, stream) : run_on_chip<1>(batch, full, stream)));
     if (!on_chip) {
         const int64_t sms = attribute_of_device(cudaDevAttrMultiProcessorCount);
         const int64_t in_cache =
-            attribute_of_device(cudaDevAttrL2CacheSize) / (batch.passes * batch.classes * bytes_of(batch.logits[0].storage) + 1);
-        const int64_t blocks = minimum(batch.samples, maximum((sms + 3) / 4, minimum(2 * sms, in_cache)));
+            attribute_of_device(cudaDevAttrL2CacheSize) /
+            (batch.passes * batch.classes * bytes_of(batch.logits[0].storage) + 1);
+        const int64_t blocks =
+            minimum(batch.samples, maximum((sms + 3) / 4, minimum(2 * sms, in_cache)));
         launch(loss_sweep, {blocks, sweep_threads}, stream, batch);
     }
-    launch(finish_loss, {1, finish_threads}, stream, batch, static_cast<float*>(loss.mutable_data_ptr()),
+    launch(finish_loss, {1, finish_threads}, stream, batch,
+           static_cast<float*>(loss.mutable_data_ptr()),
            static_cast<float*>(parts.mutable_data_ptr()));
     return {loss, parts};
 }
@@ -731,8 +858,10 @@ void scale_into(const Tensor& from, const Tensor& into, const Tensor& grad_loss,
                factor = view(grad_loss, "grad_loss", false);
     Scaling s{};
     s.size = from.numel(), s.classes = source.dim ? source.sizes[source.dim - 1] : 1;
-    s.samples = source.dim > 1 ? source.sizes[source.dim - 2] : 1, s.by_row = grad_loss.numel() != 1;
-    STD_TORCH_CHECK(!s.by_row || (factor.dim == 1 && factor.sizes[0] == s.samples), "grad_loss must be () or [N]");
+    s.samples = source.dim > 1 ? source.sizes[source.dim - 2] : 1,
+    s.by_row = grad_loss.numel() != 1;
+    STD_TORCH_CHECK(!s.by_row || (factor.dim == 1 && factor.sizes[0] == s.samples),
+                    "grad_loss must be () or [N]");
     STD_TORCH_CHECK(source.dim <= 3, "gradients must have at most 3 axes");
     if (s.size == 0 || !go) return;
     Axes axes{};
@@ -742,45 +871,60 @@ void scale_into(const Tensor& from, const Tensor& into, const Tensor& grad_loss,
         slot.data = v.data, slot.storage = v.storage;
         if (v.contiguous) return slot;
         slot.axes = at, axes.at[at++] = v.dim;
-        for (int d = 0; d < v.dim; ++d) axes.at[at + d] = v.sizes[d], axes.at[at + v.dim + d] = v.strides[d];
+        for (int d = 0; d < v.dim; ++d)
+            axes.at[at + d] = v.sizes[d], axes.at[at + v.dim + d] = v.strides[d];
         at += 2 * v.dim;
         return slot;
     };
-    s.from = slot(source), s.to = slot(target), s.factor = slot(factor), s.in_place = source.data == target.data;
+    s.from = slot(source), s.to = slot(target), s.factor = slot(factor),
+    s.in_place = source.data == target.data;
     const Place place(from);
     const cudaStream_t stream = static_cast<cudaStream_t>(place.stream);
-    const bool full = at == 0 && s.classes % columns == 0 && reinterpret_cast<uintptr_t>(s.from.data) % 16 == 0 &&
+    const bool full = at == 0 && s.classes % columns == 0 &&
+                      reinterpret_cast<uintptr_t>(s.from.data) % 16 == 0 &&
                       reinterpret_cast<uintptr_t>(s.to.data) % 16 == 0;
     const int64_t blocks = (s.size / (full ? columns : 1) + block_threads - 1) / block_threads;
     const int64_t most = 8 * attribute_of_device(cudaDevAttrMultiProcessorCount);
-    launch(!full ? scale_ragged : s.by_row ? scale_rows : scale_full, {minimum(blocks, most), block_threads}, stream, s, axes);
+    launch(!full      ? scale_ragged
+           : s.by_row ? scale_rows
+                      : scale_full,
+           {minimum(blocks, most), block_threads}, stream, s, axes);
 }
 
-#define LOSS_ARGUMENTS                                                                                                                     \
-    double js_weight, double label_smoothing, int64_t ignore_index, int64_t reduction, bool regression, std::vector<bool> needs
-#define LOSS_OPTIONS                                                                                                                       \
-    LossOptions { js_weight, label_smoothing, ignore_index, static_cast<Reduction>(reduction), regression }
+#define LOSS_ARGUMENTS                                                                             \
+    double js_weight, double label_smoothing, int64_t ignore_index, int64_t reduction,             \
+        bool regression, std::vector<bool> needs
+#define LOSS_OPTIONS                                                                               \
+    LossOptions {                                                                                  \
+        js_weight, label_smoothing, ignore_index, static_cast<Reduction>(reduction), regression    \
+    }
 
 } // namespace
 
-// What is left to others takes the operator in place, over copies: torch's dispatcher confuses tensors and lists that are returned
-// together.
-static std::tuple<Tensor, Tensor, Tensors> leave(Tensors logits, const OptionalTensor& labels, LOSS_ARGUMENTS) {
+// What is left to others takes the operator in place, over copies: torch's dispatcher confuses
+// tensors and lists that are returned together.
+static std::tuple<Tensor, Tensor, Tensors> leave(Tensors logits, const OptionalTensor& labels,
+                                                 LOSS_ARGUMENTS) {
     Tensors gradients;
     for (size_t i = 0; i < logits.size(); ++i)
         if (needs[i]) gradients.push_back(logits[i] = torch::stable::clone(logits[i]));
     StableIValue stack[8];
-    const auto given = std::make_tuple(logits, labels, js_weight, label_smoothing, ignore_index, reduction, regression, needs);
+    const auto given = std::make_tuple(logits, labels, js_weight, label_smoothing, ignore_index,
+                                       reduction, regression, needs);
     call_fallback("uegr_kernels::uegr_loss_", stack, given);
     const auto [loss, parts] = torch::stable::detail::unbox_to_tuple<Tensor, Tensor>(stack);
     return {loss, parts, gradients};
 }
 
-static std::tuple<Tensor, Tensor, Tensors> uegr_loss(Tensors logits, OptionalTensor labels, LOSS_ARGUMENTS) {
+static std::tuple<Tensor, Tensor, Tensors> uegr_loss(Tensors logits, OptionalTensor labels,
+                                                     LOSS_ARGUMENTS) {
     Batch batch;
     try {
         batch = make_batch(logits, labels, LOSS_OPTIONS, needs);
-    } catch (const LeftToOthers&) { return leave(logits, labels, js_weight, label_smoothing, ignore_index, reduction, regression, needs); }
+    } catch (const LeftToOthers&) {
+        return leave(logits, labels, js_weight, label_smoothing, ignore_index, reduction,
+                     regression, needs);
+    }
     const Place place(logits[0]);
     Tensors gradients;
     int pass = 0;
@@ -792,17 +936,21 @@ static std::tuple<Tensor, Tensor, Tensors> uegr_loss(Tensors logits, OptionalTen
     return {loss, parts, gradients};
 }
 
-static std::tuple<Tensor, Tensor> uegr_loss_(Tensors logits, OptionalTensor labels, LOSS_ARGUMENTS) {
+static std::tuple<Tensor, Tensor> uegr_loss_(Tensors logits, OptionalTensor labels,
+                                             LOSS_ARGUMENTS) {
     Batch batch = make_batch(logits, labels, LOSS_OPTIONS, needs);
     const Place place(logits[0]);
     int pass = 0;
-    for (size_t i = 0; i < logits.size(); ++i) direct_gradients(batch, pass, logits[i], needs[i] ? &logits[i] : nullptr);
+    for (size_t i = 0; i < logits.size(); ++i)
+        direct_gradients(batch, pass, logits[i], needs[i] ? &logits[i] : nullptr);
     return evaluate(batch, logits[0], static_cast<cudaStream_t>(place.stream));
 }
 
 static Tensors scale_gradients(Tensors gradients, Tensor grad_loss, Tensor) {
     Tensors scaled;
-    for (const Tensor& g : gradients) scaled.push_back(torch::stable::empty_like(g)), scale_into(g, scaled.back(), grad_loss, true);
+    for (const Tensor& g : gradients)
+        scaled.push_back(torch::stable::empty_like(g)),
+            scale_into(g, scaled.back(), grad_loss, true);
     return scaled;
 }
 

@@ -1,7 +1,8 @@
 // The perturbing operators on the CPU: checks, sums, loop. The formulas are perturbation.h's.
 //
-// A tensor is a row of groups that have one norm each (a sample, a token, all of it), a group a row of pieces of a fixed size. Sums of
-// squares are taken by piece and added in the pieces' order, so that threads do not show.
+// A tensor is a row of groups that have one norm each (a sample, a token, all of it), a group a row
+// of pieces of a fixed size. Sums of squares are taken by piece and added in the pieces' order, so
+// that threads do not show.
 #include <algorithm>
 #include <numeric>
 #include <vector>
@@ -13,7 +14,8 @@ namespace uegr {
 namespace {
 
 constexpr int64_t piece_size = 1 << 14;
-constexpr int64_t cached_size = 1 << 18; // elements that stay in a second-level cache from the norm to the step
+constexpr int64_t cached_size =
+    1 << 18; // elements that stay in a second-level cache from the norm to the step
 constexpr int64_t thread_size = 1 << 14; // elements that are worth a thread
 
 // One tensor of a call.
@@ -25,7 +27,8 @@ struct Entry {
     int64_t pieces() const { return (length + piece_size - 1) / piece_size; } // of a group
     int64_t groups() const { return size / length; }
     bool is_double() const {
-        return g.storage == Storage::float64 || out.storage == Storage::float64 || (x.data && x.storage == Storage::float64);
+        return g.storage == Storage::float64 || out.storage == Storage::float64 ||
+               (x.data && x.storage == Storage::float64);
     }
 };
 
@@ -57,9 +60,12 @@ struct Call {
         entries.push_back(e);
     }
     Piece piece(int64_t p) const {
-        const auto after = std::upper_bound(entries.begin(), entries.end(), p, [](int64_t p, const Entry& e) { return p < e.first_piece; });
+        const auto after =
+            std::upper_bound(entries.begin(), entries.end(), p,
+                             [](int64_t p, const Entry& e) { return p < e.first_piece; });
         const Entry& e = *(after - 1);
-        const int64_t group = (p - e.first_piece) / e.pieces(), within = (p - e.first_piece) % e.pieces() * piece_size;
+        const int64_t group = (p - e.first_piece) / e.pieces(),
+                      within = (p - e.first_piece) % e.pieces() * piece_size;
         const int64_t begin = group * e.length + within;
         return {e, e.first_group + group, begin, begin + std::min(piece_size, e.length - within)};
     }
@@ -98,7 +104,8 @@ template <class T> struct Worker {
         for (int64_t t = begin / call.token; t * call.token < begin + n; ++t) {
             if (call.real[t]) continue;
             if (block != g) block = static_cast<const T*>(memcpy(g, block, sizeof(g)));
-            const int64_t from = std::max(t * call.token - begin, int64_t(0)), to = std::min((t + 1) * call.token - begin, int64_t(n));
+            const int64_t from = std::max(t * call.token - begin, int64_t(0)),
+                          to = std::min((t + 1) * call.token - begin, int64_t(n));
             std::fill(g + from, g + to, T(0));
         }
         return block;
@@ -119,21 +126,27 @@ template <class T> struct Worker {
         return sum.total();
     }
 
-    // Calls use(begin, n, f): f(i) is element begin + i of x + b * step, in double; without x in T where that will do.
+    // Calls use(begin, n, f): f(i) is element begin + i of x + b * step, in double; without x in T
+    // where that will do.
     template <Norm norm, class Use> void move(const Piece& piece, Use use) {
         const double factor = call.direction_factors[piece.group];
-        if (!piece.e.x.data && fits_float(factor)) move_by<norm>(piece, static_cast<T>(factor), use);
+        if (!piece.e.x.data && fits_float(factor))
+            move_by<norm>(piece, static_cast<T>(factor), use);
         else move_by<norm>(piece, factor, use);
     }
 
-    template <Norm norm, class Factor, class Use> void move_by(const Piece& piece, Factor factor, Use use) {
+    template <Norm norm, class Factor, class Use>
+    void move_by(const Piece& piece, Factor factor, Use use) {
         const Entry& e = piece.e;
         const int32_t limit = call.limit;
         blocks(piece, [&](int64_t begin, int n) {
             const T* along = gradient(e, begin, n);
             auto step = [=](int i) { return step_along<norm, Factor>(along[i], factor); };
             if (!e.x.data && !call.random) return use(begin, n, step);
-            const uint32_t* drawn = call.random ? element_words(words, begin, n, {e.stream, 0, e.size, e.size}, call.step, keys) : words;
+            const uint32_t* drawn =
+                call.random
+                    ? element_words(words, begin, n, {e.stream, 0, e.size, e.size}, call.step, keys)
+                    : words;
             auto drawn_step = [=](int i) { return kept(step(i), drawn[i], limit); };
             if (!e.x.data) return use(begin, n, drawn_step);
             const T* from = block_at(e.x, begin, n, x);
@@ -143,7 +156,9 @@ template <class T> struct Worker {
 
     template <Norm norm> double moved_squares(const Piece& piece) {
         Sum sum;
-        move<norm>(piece, [&](int64_t, int, auto element) { sum.add_block([=](int i) { return square(element(i)); }); });
+        move<norm>(piece, [&](int64_t, int, auto element) {
+            sum.add_block([=](int i) { return square(element(i)); });
+        });
         return sum.total();
     }
 
@@ -151,13 +166,15 @@ template <class T> struct Worker {
         const View& to = piece.e.out;
         const double factor = call.ball_factors[piece.group], radius = call.radius;
         // A weight that does not move is left alone.
-        if (!call.projects && to.data == piece.e.x.data && call.direction_factors[piece.group] == 0) return;
+        if (!call.projects && to.data == piece.e.x.data && call.direction_factors[piece.group] == 0)
+            return;
         move<norm>(piece, [&](int64_t begin, int n, auto element) {
             const bool direct = to.contiguous && to.storage == storage_of<T> && n == block_size;
             T* result = direct ? reinterpret_cast<T*>(to.data) + begin : out;
             if (call.projects) {
 #pragma GCC ivdep
-                for (int i = 0; i < block_size; ++i) result[i] = static_cast<T>(projected<norm>(element(i), factor, radius));
+                for (int i = 0; i < block_size; ++i)
+                    result[i] = static_cast<T>(projected<norm>(element(i), factor, radius));
             } else {
 #pragma GCC ivdep // the result may lie where x lies, element by element
                 for (int i = 0; i < block_size; ++i) result[i] = static_cast<T>(element(i));
@@ -169,7 +186,8 @@ template <class T> struct Worker {
 
 template <Norm norm> void run(Call& call) {
     if (call.pieces == 0) return;
-    call.squares.resize(call.pieces), call.direction_factors.resize(call.groups), call.ball_factors.resize(call.groups, 1);
+    call.squares.resize(call.pieces), call.direction_factors.resize(call.groups),
+        call.ball_factors.resize(call.groups, 1);
     const bool projects = call.projects && norm == Norm::l2;
 
     struct Thread {
@@ -191,19 +209,29 @@ template <Norm norm> void run(Call& call) {
         else f(thread.single, piece);
     };
     auto sum_gradient = [&](Thread& thread, int64_t p) {
-        by_dtype(thread, p, [&](auto& worker, const Piece& piece) { call.squares[p] = worker.gradient_squares(piece); });
+        by_dtype(thread, p, [&](auto& worker, const Piece& piece) {
+            call.squares[p] = worker.gradient_squares(piece);
+        });
     };
     auto sum_moved = [&](Thread& thread, int64_t p) {
-        by_dtype(thread, p, [&](auto& worker, const Piece& piece) { call.squares[p] = worker.template moved_squares<norm>(piece); });
+        by_dtype(thread, p, [&](auto& worker, const Piece& piece) {
+            call.squares[p] = worker.template moved_squares<norm>(piece);
+        });
     };
     auto write = [&](Thread& thread, int64_t p) {
-        by_dtype(thread, p, [&](auto& worker, const Piece& piece) { worker.template write<norm>(piece); });
+        by_dtype(thread, p,
+                 [&](auto& worker, const Piece& piece) { worker.template write<norm>(piece); });
     };
-    auto direct = [&](int64_t group, double squares) { call.direction_factors[group] = direction_factor(squares, call.epsilon, norm); };
-    auto shrink = [&](int64_t group, double squares) { call.ball_factors[group] = ball_factor(squares, call.radius); };
+    auto direct = [&](int64_t group, double squares) {
+        call.direction_factors[group] = direction_factor(squares, call.epsilon, norm);
+    };
+    auto shrink = [&](int64_t group, double squares) {
+        call.ball_factors[group] = ball_factor(squares, call.radius);
+    };
 
     const Entry& first = call.entries[0];
-    if (call.entries.size() == 1 && first.length <= cached_size && call.groups >= static_cast<int64_t>(torch::stable::get_num_threads())) {
+    if (call.entries.size() == 1 && first.length <= cached_size &&
+        call.groups >= static_cast<int64_t>(torch::stable::get_num_threads())) {
         const int64_t pieces = first.pieces(); // every group on its own, while it is in cache
         parallel(0, call.groups, [&](Thread& thread, int64_t group) {
             auto each = [&](auto f) {
@@ -219,12 +247,14 @@ template <Norm norm> void run(Call& call) {
         const double all = call.together ? call.sum(0, call.pieces) : 0;
         for (const Entry& e : call.entries)
             for (int64_t i = 0; i < e.groups(); ++i)
-                set(e.first_group + i, call.together ? all : call.sum(e.first_piece + i * e.pieces(), e.pieces()));
+                set(e.first_group + i,
+                    call.together ? all : call.sum(e.first_piece + i * e.pieces(), e.pieces()));
     };
     parallel(0, call.pieces, sum_gradient), settle(direct);
     if (projects) parallel(0, call.pieces, sum_moved), settle(shrink);
     if (!call.in_order) return parallel(0, call.pieces, write);
-    for (const Entry& e : call.entries) parallel(e.first_piece, e.first_piece + e.groups() * e.pieces(), write);
+    for (const Entry& e : call.entries)
+        parallel(e.first_piece, e.first_piece + e.groups() * e.pieces(), write);
 }
 
 void run(Call& call) { call.norm == Norm::l2 ? run<Norm::l2>(call) : run<Norm::linf>(call); }
@@ -233,18 +263,22 @@ void run(Call& call) { call.norm == Norm::l2 ? run<Norm::l2>(call) : run<Norm::l
 
 View floats(const Tensor& t, const char* name, bool written) {
     const View v = view(t, name, written);
-    STD_TORCH_CHECK(v.storage != Storage::boolean, name, " is bool; use float32, bfloat16, float16 or float64");
+    STD_TORCH_CHECK(v.storage != Storage::boolean, name,
+                    " is bool; use float32, bfloat16, float16 or float64");
     return v;
 }
 
 void check_alike(const View& a, const View& b, const char* a_name, const char* b_name) {
-    STD_TORCH_CHECK(a.dim == b.dim && std::equal(a.sizes, a.sizes + a.dim, b.sizes), a_name, " and ", b_name, " must have the same shape");
+    STD_TORCH_CHECK(a.dim == b.dim && std::equal(a.sizes, a.sizes + a.dim, b.sizes), a_name,
+                    " and ", b_name, " must have the same shape");
 }
 
 void set_random(Call& call, const OptionalTensor& seed, double keep_probability, int64_t step) {
     if (!seed) return;
-    STD_TORCH_CHECK(seed->is_cpu() && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long, "seed must be an int64 on the CPU");
-    STD_TORCH_CHECK(keep_probability >= 0 && keep_probability <= 1, "keep_probability is ", keep_probability, "; give a number in [0, 1]");
+    STD_TORCH_CHECK(seed->is_cpu() && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long,
+                    "seed must be an int64 on the CPU");
+    STD_TORCH_CHECK(keep_probability >= 0 && keep_probability <= 1, "keep_probability is ",
+                    keep_probability, "; give a number in [0, 1]");
     call.random = true;
     call.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
     call.step = static_cast<uint32_t>(step);
@@ -264,14 +298,18 @@ Call make_call(Entry e, const OptionalTensor& mask, int64_t norm, int64_t per, d
     };
     e.size = count(0, e.g.dim);
     e.length =
-        static_cast<Per>(per) == Per::all ? e.size : count(static_cast<Per>(per) == Per::sample ? 1 : std::max(e.g.dim - 1, 0), e.g.dim);
+        static_cast<Per>(per) == Per::all
+            ? e.size
+            : count(static_cast<Per>(per) == Per::sample ? 1 : std::max(e.g.dim - 1, 0), e.g.dim);
     if (mask) {
         const View m = view(*mask, "mask", false);
-        STD_TORCH_CHECK(m.dim <= e.g.dim && std::equal(m.sizes, m.sizes + m.dim, e.g.sizes), "mask must have the gradient's first axes");
+        STD_TORCH_CHECK(m.dim <= e.g.dim && std::equal(m.sizes, m.sizes + m.dim, e.g.sizes),
+                        "mask must have the gradient's first axes");
         call.token = count(m.dim, e.g.dim);
         call.real.resize(count(0, m.dim));
         double values[block_size];
-        for (int64_t begin = 0; begin < static_cast<int64_t>(call.real.size()); begin += block_size) {
+        for (int64_t begin = 0; begin < static_cast<int64_t>(call.real.size());
+             begin += block_size) {
             const int n = static_cast<int>(std::min<int64_t>(block_size, call.real.size() - begin));
             load(m, begin, n, values);
             std::transform(values, values + n, &call.real[begin], [](double x) { return x != 0; });
@@ -283,8 +321,9 @@ Call make_call(Entry e, const OptionalTensor& mask, int64_t norm, int64_t per, d
 
 } // namespace
 
-static void fgm_perturbation_(Tensor grad, OptionalTensor mask, OptionalTensor seed, Tensor out, double epsilon, int64_t norm, int64_t per,
-                              double keep_probability, int64_t step) {
+static void fgm_perturbation_(Tensor grad, OptionalTensor mask, OptionalTensor seed, Tensor out,
+                              double epsilon, int64_t norm, int64_t per, double keep_probability,
+                              int64_t step) {
     Entry e;
     e.g = floats(grad, "grad", false), e.out = floats(out, "out", true);
     check_alike(e.g, e.out, "grad", "out");
@@ -293,19 +332,22 @@ static void fgm_perturbation_(Tensor grad, OptionalTensor mask, OptionalTensor s
     run(call);
 }
 
-static void pgd_step_(Tensor delta, Tensor grad, OptionalTensor mask, Tensor out, double step_size, double radius, int64_t norm,
-                      int64_t per) {
+static void pgd_step_(Tensor delta, Tensor grad, OptionalTensor mask, Tensor out, double step_size,
+                      double radius, int64_t norm, int64_t per) {
     Entry e;
-    e.g = floats(grad, "grad", false), e.x = floats(delta, "delta", false), e.out = floats(out, "out", true);
+    e.g = floats(grad, "grad", false), e.x = floats(delta, "delta", false),
+    e.out = floats(out, "out", true);
     check_alike(e.g, e.x, "grad", "delta"), check_alike(e.g, e.out, "grad", "out");
     Call call = make_call(e, mask, norm, per, step_size);
     call.projects = true, call.radius = radius;
     run(call);
 }
 
-static void perturb_weights_(Tensors params, Tensors grads, OptionalTensor seed, std::vector<int64_t> streams, double epsilon,
-                             bool together, double keep_probability, int64_t step) {
-    STD_TORCH_CHECK(grads.size() == params.size() && streams.size() == params.size(), "params, grads and streams must be of one length");
+static void perturb_weights_(Tensors params, Tensors grads, OptionalTensor seed,
+                             std::vector<int64_t> streams, double epsilon, bool together,
+                             double keep_probability, int64_t step) {
+    STD_TORCH_CHECK(grads.size() == params.size() && streams.size() == params.size(),
+                    "params, grads and streams must be of one length");
     Call call;
     call.epsilon = epsilon, call.together = together;
     set_random(call, seed, keep_probability, step);

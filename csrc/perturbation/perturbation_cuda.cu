@@ -1,11 +1,14 @@
 // The perturbing operators on a GPU: checks and launches. The formulas are perturbation.h's.
 //
-// A tensor is a row of groups that have one norm each (a sample, a token, all of it), a group a row of pieces of 2^14 elements, a piece a
-// block's work: 256 threads, 8 elements at a time. Sums of squares are double, taken by piece and added in the pieces' order, so that they
-// are the same every time. Bytes per element in float32: g read, once more from the L2 where it fits, and the result written: 8; the ball
-// of PGD reads g and delta a third time. Launches, whatever the number of tensors: squares of the pieces, factors of the groups, the step;
-// with a ball the moved squares and its factors between the last two. A weight that stands in a call twice is written in the list's order,
-// one launch for each of its places. What whole accesses do not cover passes element by element (the name says ragged).
+// A tensor is a row of groups that have one norm each (a sample, a token, all of it), a group a row
+// of pieces of 2^14 elements, a piece a block's work: 256 threads, 8 elements at a time. Sums of
+// squares are double, taken by piece and added in the pieces' order, so that they are the same
+// every time. Bytes per element in float32: g read, once more from the L2 where it fits, and the
+// result written: 8; the ball of PGD reads g and delta a third time. Launches, whatever the number
+// of tensors: squares of the pieces, factors of the groups, the step; with a ball the moved squares
+// and its factors between the last two. A weight that stands in a call twice is written in the
+// list's order, one launch for each of its places. What whole accesses do not cover passes element
+// by element (the name says ragged).
 #include <algorithm>
 #include <vector>
 
@@ -24,7 +27,9 @@ struct Entry {
     int64_t size = 0, length = 0, first_piece = 0, first_group = 0;
     int64_t stream = 0;
 
-    HOST_DEVICE int64_t pieces() const { return (length + piece_size - 1) / piece_size; } // of a group
+    HOST_DEVICE int64_t pieces() const {
+        return (length + piece_size - 1) / piece_size;
+    } // of a group
     HOST_DEVICE int64_t groups() const { return size / length; }
 };
 
@@ -33,7 +38,7 @@ struct Call {
     double epsilon = 0, radius = HUGE_VAL;
     bool projects = false;
     bool together = false; // one norm over all entries
-    Slot mask;             // of tokens of `token` elements each
+    Slot mask; // of tokens of `token` elements each
     int64_t token = 1;
     bool random = false;
     const int64_t* seed = nullptr; // on the device, or null for
@@ -44,7 +49,8 @@ struct Call {
     const int64_t* axes = nullptr;
     int count = 0;
     int64_t pieces = 0, groups = 0;
-    double *squares = nullptr, *direction_factors = nullptr, *ball_factors = nullptr; // by piece; by group
+    double *squares = nullptr, *direction_factors = nullptr,
+           *ball_factors = nullptr; // by piece; by group
 };
 
 struct Piece {
@@ -63,7 +69,8 @@ template <int64_t Entry::* first> DEVICE const Entry& entry_of(const Call& call,
 }
 DEVICE Piece piece_of(const Call& call, int64_t p) {
     const Entry e = entry_of<&Entry::first_piece>(call, p);
-    const int64_t group = (p - e.first_piece) / e.pieces(), within = (p - e.first_piece) % e.pieces() * piece_size;
+    const int64_t group = (p - e.first_piece) / e.pieces(),
+                  within = (p - e.first_piece) % e.pieces() * piece_size;
     const int64_t begin = group * e.length + within;
     return {e, e.first_group + group, begin, begin + minimum(piece_size, e.length - within)};
 }
@@ -74,15 +81,21 @@ template <int n> DEVICE void load(const Slot& from, const int64_t* axes, int64_t
         x[0] = value_at<float>(place_of(from, axes, l), from.storage);
     } else if (from.storage == Storage::float32) {
         const float* at = reinterpret_cast<const float*>(from.data) + l;
-        const float4 low = reinterpret_cast<const float4*>(at)[0], high = reinterpret_cast<const float4*>(at)[1];
-        x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w, x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+        const float4 low = reinterpret_cast<const float4*>(at)[0],
+                     high = reinterpret_cast<const float4*>(at)[1];
+        x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w, x[4] = high.x, x[5] = high.y,
+        x[6] = high.z, x[7] = high.w;
     } else {
-        const auto pack = bit_cast<Pack<uint16_t>>(*reinterpret_cast<const float4*>(from.data + 2 * l));
+        const auto pack =
+            bit_cast<Pack<uint16_t>>(*reinterpret_cast<const float4*>(from.data + 2 * l));
         UNROLL
-        for (int j = 0; j < n; ++j) x[j] = from.storage == Storage::bfloat16 ? widen_bfloat16(pack.x[j]) : widen_float16(pack.x[j]);
+        for (int j = 0; j < n; ++j)
+            x[j] = from.storage == Storage::bfloat16 ? widen_bfloat16(pack.x[j])
+                                                     : widen_float16(pack.x[j]);
     }
 }
-template <int n> DEVICE void store(const Slot& to, const int64_t* axes, int64_t l, const float (&x)[n]) {
+template <int n>
+DEVICE void store(const Slot& to, const int64_t* axes, int64_t l, const float (&x)[n]) {
     if constexpr (n == 1) {
         put_value(place_of(to, axes, l), to.storage, x[0]);
     } else if (to.storage == Storage::float32) {
@@ -91,23 +104,30 @@ template <int n> DEVICE void store(const Slot& to, const int64_t* axes, int64_t 
     } else {
         Pack<uint16_t> pack;
         UNROLL
-        for (int j = 0; j < n; ++j) pack.x[j] = to.storage == Storage::bfloat16 ? round_bfloat16(x[j]) : round_float16(x[j]);
+        for (int j = 0; j < n; ++j)
+            pack.x[j] =
+                to.storage == Storage::bfloat16 ? round_bfloat16(x[j]) : round_float16(x[j]);
         *reinterpret_cast<float4*>(to.data + 2 * l) = bit_cast<float4>(pack);
     }
 }
 
 // g with zeros where the mask has them.
-template <int n, bool masked> DEVICE void gradient(const Call& call, const Entry& e, int64_t l, float (&g)[n]) {
+template <int n, bool masked>
+DEVICE void gradient(const Call& call, const Entry& e, int64_t l, float (&g)[n]) {
     load(e.g, call.axes, l, g);
     if constexpr (masked) {
-        const bool real = !call.mask.data || value_at<float>(place_of(call.mask, call.axes, l / call.token), call.mask.storage) != 0;
+        const bool real =
+            !call.mask.data ||
+            value_at<float>(place_of(call.mask, call.axes, l / call.token), call.mask.storage) != 0;
         UNROLL
         for (int j = 0; j < n; ++j) g[j] = real ? g[j] : 0;
     }
 }
 
-// Calls use(l, y): y are the n elements from l on of x + b * step, in double; without x in float where that will do.
-template <int n, bool masked, Norm norm, class Use> DEVICE void move(const Call& call, const Piece& piece, Use use) {
+// Calls use(l, y): y are the n elements from l on of x + b * step, in double; without x in float
+// where that will do.
+template <int n, bool masked, Norm norm, class Use>
+DEVICE void move(const Call& call, const Piece& piece, Use use) {
     const Entry& e = piece.e;
     const double factor = call.direction_factors[piece.group];
     const bool single = !e.x.data && fits_float(factor);
@@ -119,18 +139,21 @@ template <int n, bool masked, Norm norm, class Use> DEVICE void move(const Call&
         if (e.x.data) load(e.x, call.axes, l, x);
         UNROLL
         for (int j = 0; j < n; ++j)
-            y[j] =
-                single ? static_cast<double>(step_along<norm>(g[j], static_cast<float>(factor))) : step_along<norm, double>(g[j], factor);
+            y[j] = single ? static_cast<double>(step_along<norm>(g[j], static_cast<float>(factor)))
+                          : step_along<norm, double>(g[j], factor);
         if (call.random) {
             UNROLL
             for (int j = 0; j < n; j += 4) {
-                const FourWords words = philox(static_cast<uint64_t>(l + j) / 4, call.step, static_cast<uint32_t>(e.stream), keys);
+                const FourWords words = philox(static_cast<uint64_t>(l + j) / 4, call.step,
+                                               static_cast<uint32_t>(e.stream), keys);
                 if constexpr (n == 1) {
-                    const uint32_t lower = l & 1 ? words.at[1] : words.at[0], upper = l & 1 ? words.at[3] : words.at[2];
+                    const uint32_t lower = l & 1 ? words.at[1] : words.at[0],
+                                   upper = l & 1 ? words.at[3] : words.at[2];
                     y[0] = uegr::kept(y[0], l & 2 ? upper : lower, call.limit);
                 } else {
                     UNROLL
-                    for (int i = 0; i < 4; ++i) y[j + i] = uegr::kept(y[j + i], words.at[i], call.limit);
+                    for (int i = 0; i < 4; ++i)
+                        y[j + i] = uegr::kept(y[j + i], words.at[i], call.limit);
                 }
             }
         }
@@ -168,47 +191,69 @@ template <int n, bool masked, Norm norm> DEVICE void sum_moved(const Call& call)
 template <int n, bool masked, Norm norm> DEVICE void write(const Call& call, int64_t first_piece) {
     const Piece piece = piece_of(call, first_piece + blockIdx.x);
     // A weight that does not move is left alone.
-    if (!call.projects && piece.e.out.data == piece.e.x.data && call.direction_factors[piece.group] == 0) return;
+    if (!call.projects && piece.e.out.data == piece.e.x.data &&
+        call.direction_factors[piece.group] == 0)
+        return;
     const double factor = call.projects && norm == Norm::l2 ? call.ball_factors[piece.group] : 1;
     move<n, masked, norm>(call, piece, [&](int64_t l, const double (&y)[n]) {
         float result[n];
         UNROLL
-        for (int j = 0; j < n; ++j) result[j] = static_cast<float>(call.projects ? projected<norm>(y[j], factor, call.radius) : y[j]);
+        for (int j = 0; j < n; ++j)
+            result[j] = static_cast<float>(
+                call.projects ? projected<norm>(y[j], factor, call.radius) : y[j]);
         store(piece.e.out, call.axes, l, result);
     });
 }
 
-__global__ void __launch_bounds__(threads) squares_full(const __grid_constant__ Call call) { sum_gradient<8, false>(call); }
-__global__ void __launch_bounds__(threads) squares_masked(const __grid_constant__ Call call) { sum_gradient<8, true>(call); }
-__global__ void __launch_bounds__(threads) squares_ragged(const __grid_constant__ Call call) { sum_gradient<1, true>(call); }
-template <Norm norm> __global__ void __launch_bounds__(threads) moved_full(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(threads) squares_full(const __grid_constant__ Call call) {
+    sum_gradient<8, false>(call);
+}
+__global__ void __launch_bounds__(threads) squares_masked(const __grid_constant__ Call call) {
+    sum_gradient<8, true>(call);
+}
+__global__ void __launch_bounds__(threads) squares_ragged(const __grid_constant__ Call call) {
+    sum_gradient<1, true>(call);
+}
+template <Norm norm>
+__global__ void __launch_bounds__(threads) moved_full(const __grid_constant__ Call call) {
     sum_moved<8, false, norm>(call);
 }
-template <Norm norm> __global__ void __launch_bounds__(threads) moved_masked(const __grid_constant__ Call call) {
+template <Norm norm>
+__global__ void __launch_bounds__(threads) moved_masked(const __grid_constant__ Call call) {
     sum_moved<8, true, norm>(call);
 }
-template <Norm norm> __global__ void __launch_bounds__(threads) moved_ragged(const __grid_constant__ Call call) {
+template <Norm norm>
+__global__ void __launch_bounds__(threads) moved_ragged(const __grid_constant__ Call call) {
     sum_moved<1, true, norm>(call);
 }
-template <Norm norm> __global__ void __launch_bounds__(threads) move_full(const __grid_constant__ Call call, int64_t first_piece) {
+template <Norm norm>
+__global__ void __launch_bounds__(threads)
+    move_full(const __grid_constant__ Call call, int64_t first_piece) {
     write<8, false, norm>(call, first_piece);
 }
-template <Norm norm> __global__ void __launch_bounds__(threads) move_masked(const __grid_constant__ Call call, int64_t first_piece) {
+template <Norm norm>
+__global__ void __launch_bounds__(threads)
+    move_masked(const __grid_constant__ Call call, int64_t first_piece) {
     write<8, true, norm>(call, first_piece);
 }
-template <Norm norm> __global__ void __launch_bounds__(threads) move_ragged(const __grid_constant__ Call call, int64_t first_piece) {
+template <Norm norm>
+__global__ void __launch_bounds__(threads)
+    move_ragged(const __grid_constant__ Call call, int64_t first_piece) {
     write<1, true, norm>(call, first_piece);
 }
 
-// The factor of each group from its pieces' sums, in their order; a warp for each, its lanes 32 apart.
-__global__ void __launch_bounds__(threads) find_factors(const __grid_constant__ Call call, bool of_ball) {
+// The factor of each group from its pieces' sums, in their order; a warp for each, its lanes 32
+// apart.
+__global__ void __launch_bounds__(threads)
+    find_factors(const __grid_constant__ Call call, bool of_ball) {
     const int64_t group = int64_t(blockIdx.x) * (threads / warp_size) + threadIdx.x / warp_size;
     if (group >= call.groups) return;
     const Entry& e = entry_of<&Entry::first_group>(call, group);
     const int64_t pieces = call.together ? call.pieces : e.pieces();
     const int64_t first = call.together ? 0 : e.first_piece + (group - e.first_group) * pieces;
     double total = 0;
-    for (int64_t p = threadIdx.x % warp_size; p < pieces; p += warp_size) total += call.squares[first + p];
+    for (int64_t p = threadIdx.x % warp_size; p < pieces; p += warp_size)
+        total += call.squares[first + p];
     total = warp_sum(total);
     if (threadIdx.x % warp_size != 0) return;
     if (of_ball) call.ball_factors[group] = ball_factor(total, call.radius);
@@ -225,17 +270,29 @@ struct Plan : AxesTable {
 
 bool covered(const Slot& s) { return s.axes < 0 && reinterpret_cast<uintptr_t>(s.data) % 16 == 0; }
 
-template <Norm norm> void run(Call& call, const std::vector<Entry>& entries, bool in_order, bool full, cudaStream_t stream) {
-    const Shape pieces{call.pieces, threads}, groups{(call.groups + threads / warp_size - 1) / (threads / warp_size), threads};
-    launch(!full ? squares_ragged : call.mask.data ? squares_masked : squares_full, pieces, stream, call);
+template <Norm norm>
+void run(Call& call, const std::vector<Entry>& entries, bool in_order, bool full,
+         cudaStream_t stream) {
+    const Shape pieces{call.pieces, threads},
+        groups{(call.groups + threads / warp_size - 1) / (threads / warp_size), threads};
+    launch(!full            ? squares_ragged
+           : call.mask.data ? squares_masked
+                            : squares_full,
+           pieces, stream, call);
     launch(find_factors, groups, stream, call, false);
     if (call.projects && norm == Norm::l2) {
-        launch(!full ? moved_ragged<norm> : call.mask.data ? moved_masked<norm> : moved_full<norm>, pieces, stream, call);
+        launch(!full            ? moved_ragged<norm>
+               : call.mask.data ? moved_masked<norm>
+                                : moved_full<norm>,
+               pieces, stream, call);
         launch(find_factors, groups, stream, call, true);
     }
-    const auto step = !full ? move_ragged<norm> : call.mask.data ? move_masked<norm> : move_full<norm>;
+    const auto step = !full            ? move_ragged<norm>
+                      : call.mask.data ? move_masked<norm>
+                                       : move_full<norm>;
     if (!in_order) return launch(step, pieces, stream, call, int64_t(0));
-    for (const Entry& e : entries) launch(step, {e.groups() * e.pieces(), threads}, stream, call, e.first_piece);
+    for (const Entry& e : entries)
+        launch(step, {e.groups() * e.pieces(), threads}, stream, call, e.first_piece);
 }
 
 void run(Plan& plan, const Tensor& like) {
@@ -253,16 +310,22 @@ void run(Plan& plan, const Tensor& like) {
     call.count = static_cast<int>(entries.size());
     const Place place(like);
     const cudaStream_t stream = static_cast<cudaStream_t>(place.stream);
-    const size_t entry_bytes = entries.size() * sizeof(Entry), axes_bytes = plan.axes.size() * sizeof(int64_t);
+    const size_t entry_bytes = entries.size() * sizeof(Entry),
+                 axes_bytes = plan.axes.size() * sizeof(int64_t);
     std::vector<char> bytes(entry_bytes + axes_bytes);
-    memcpy(bytes.data(), entries.data(), entry_bytes), memcpy(bytes.data() + entry_bytes, plan.axes.data(), axes_bytes);
-    Tensor table = torch::stable::new_empty(like, {static_cast<int64_t>(bytes.size())}, ScalarType::Byte);
+    memcpy(bytes.data(), entries.data(), entry_bytes),
+        memcpy(bytes.data() + entry_bytes, plan.axes.data(), axes_bytes);
+    Tensor table =
+        torch::stable::new_empty(like, {static_cast<int64_t>(bytes.size())}, ScalarType::Byte);
     upload(bytes, table, stream);
     call.entries = static_cast<const Entry*>(table.data_ptr());
-    call.axes = reinterpret_cast<const int64_t*>(static_cast<const char*>(table.data_ptr()) + entry_bytes);
-    Tensor sums = torch::stable::new_empty(like, {call.pieces + 2 * call.groups}, ScalarType::Double);
+    call.axes =
+        reinterpret_cast<const int64_t*>(static_cast<const char*>(table.data_ptr()) + entry_bytes);
+    Tensor sums =
+        torch::stable::new_empty(like, {call.pieces + 2 * call.groups}, ScalarType::Double);
     call.squares = static_cast<double*>(sums.mutable_data_ptr());
-    call.direction_factors = call.squares + call.pieces, call.ball_factors = call.direction_factors + call.groups;
+    call.direction_factors = call.squares + call.pieces,
+    call.ball_factors = call.direction_factors + call.groups;
     if (call.norm == Norm::l2) run<Norm::l2>(call, entries, plan.in_order, full, stream);
     else run<Norm::linf>(call, entries, plan.in_order, full, stream);
 }
@@ -271,19 +334,23 @@ void run(Plan& plan, const Tensor& like) {
 
 View floats(const Tensor& t, const char* name, bool written) {
     const View v = view(t, name, written);
-    STD_TORCH_CHECK(v.storage != Storage::boolean, name, " is bool; use float32, bfloat16, float16 or float64");
+    STD_TORCH_CHECK(v.storage != Storage::boolean, name,
+                    " is bool; use float32, bfloat16, float16 or float64");
     if (v.storage == Storage::float64) throw LeftToOthers();
     return v;
 }
 
 void check_alike(const View& a, const View& b, const char* a_name, const char* b_name) {
-    STD_TORCH_CHECK(a.dim == b.dim && std::equal(a.sizes, a.sizes + a.dim, b.sizes), a_name, " and ", b_name, " must have the same shape");
+    STD_TORCH_CHECK(a.dim == b.dim && std::equal(a.sizes, a.sizes + a.dim, b.sizes), a_name,
+                    " and ", b_name, " must have the same shape");
 }
 
 void set_random(Call& call, const OptionalTensor& seed, double keep_probability, int64_t step) {
     if (!seed) return;
-    STD_TORCH_CHECK(seed->numel() == 1 && seed->scalar_type() == ScalarType::Long, "seed must be an int64");
-    STD_TORCH_CHECK(keep_probability >= 0 && keep_probability <= 1, "keep_probability is ", keep_probability, "; give a number in [0, 1]");
+    STD_TORCH_CHECK(seed->numel() == 1 && seed->scalar_type() == ScalarType::Long,
+                    "seed must be an int64");
+    STD_TORCH_CHECK(keep_probability >= 0 && keep_probability <= 1, "keep_probability is ",
+                    keep_probability, "; give a number in [0, 1]");
     call.random = true;
     const int64_t* at = static_cast<const int64_t*>(seed->const_data_ptr());
     if (seed->is_cpu()) call.seed_value = *at;
@@ -293,7 +360,8 @@ void set_random(Call& call, const OptionalTensor& seed, double keep_probability,
 }
 
 // A call over one tensor, in groups by `per`, and its mask of the first axes.
-Plan make_plan(const View& g, const View& x, const View& out, const OptionalTensor& mask, int64_t norm, int64_t per, double epsilon) {
+Plan make_plan(const View& g, const View& x, const View& out, const OptionalTensor& mask,
+               int64_t norm, int64_t per, double epsilon) {
     STD_TORCH_CHECK(norm == 0 || norm == 1, "norm is ", norm, "; use 0 (l2) or 1 (linf)");
     STD_TORCH_CHECK(per >= 0 && per <= 2, "per is ", per, "; use 0 (sample), 1 (token) or 2 (all)");
     Plan plan;
@@ -306,10 +374,14 @@ Plan make_plan(const View& g, const View& x, const View& out, const OptionalTens
     Entry e;
     e.g = plan.slot(g), e.x = plan.slot(x), e.out = plan.slot(out);
     e.size = count(0, g.dim);
-    e.length = static_cast<Per>(per) == Per::all ? e.size : count(static_cast<Per>(per) == Per::sample ? 1 : std::max(g.dim - 1, 0), g.dim);
+    e.length =
+        static_cast<Per>(per) == Per::all
+            ? e.size
+            : count(static_cast<Per>(per) == Per::sample ? 1 : std::max(g.dim - 1, 0), g.dim);
     if (mask) {
         const View m = view(*mask, "mask", false);
-        STD_TORCH_CHECK(m.dim <= g.dim && std::equal(m.sizes, m.sizes + m.dim, g.sizes), "mask must have the gradient's first axes");
+        STD_TORCH_CHECK(m.dim <= g.dim && std::equal(m.sizes, m.sizes + m.dim, g.sizes),
+                        "mask must have the gradient's first axes");
         plan.call.token = std::max<int64_t>(count(m.dim, g.dim), 1);
         plan.call.mask = plan.slot(m);
     }
@@ -319,8 +391,9 @@ Plan make_plan(const View& g, const View& x, const View& out, const OptionalTens
 
 } // namespace
 
-static void fgm_perturbation_(Tensor grad, OptionalTensor mask, OptionalTensor seed, Tensor out, double epsilon, int64_t norm, int64_t per,
-                              double keep_probability, int64_t step) {
+static void fgm_perturbation_(Tensor grad, OptionalTensor mask, OptionalTensor seed, Tensor out,
+                              double epsilon, int64_t norm, int64_t per, double keep_probability,
+                              int64_t step) {
     const View g = floats(grad, "grad", false), to = floats(out, "out", true);
     check_alike(g, to, "grad", "out");
     Plan plan = make_plan(g, View(), to, mask, norm, per, epsilon);
@@ -328,18 +401,21 @@ static void fgm_perturbation_(Tensor grad, OptionalTensor mask, OptionalTensor s
     run(plan, grad);
 }
 
-static void pgd_step_(Tensor delta, Tensor grad, OptionalTensor mask, Tensor out, double step_size, double radius, int64_t norm,
-                      int64_t per) {
-    const View g = floats(grad, "grad", false), x = floats(delta, "delta", false), to = floats(out, "out", true);
+static void pgd_step_(Tensor delta, Tensor grad, OptionalTensor mask, Tensor out, double step_size,
+                      double radius, int64_t norm, int64_t per) {
+    const View g = floats(grad, "grad", false), x = floats(delta, "delta", false),
+               to = floats(out, "out", true);
     check_alike(g, x, "grad", "delta"), check_alike(g, to, "grad", "out");
     Plan plan = make_plan(g, x, to, mask, norm, per, step_size);
     plan.call.projects = true, plan.call.radius = radius;
     run(plan, grad);
 }
 
-static void perturb_weights_(Tensors params, Tensors grads, OptionalTensor seed, std::vector<int64_t> streams, double epsilon,
-                             bool together, double keep_probability, int64_t step) {
-    STD_TORCH_CHECK(grads.size() == params.size() && streams.size() == params.size(), "params, grads and streams must be of one length");
+static void perturb_weights_(Tensors params, Tensors grads, OptionalTensor seed,
+                             std::vector<int64_t> streams, double epsilon, bool together,
+                             double keep_probability, int64_t step) {
+    STD_TORCH_CHECK(grads.size() == params.size() && streams.size() == params.size(),
+                    "params, grads and streams must be of one length");
     Plan plan;
     plan.call.epsilon = epsilon, plan.call.together = together;
     set_random(plan.call, seed, keep_probability, step);

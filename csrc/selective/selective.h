@@ -27,8 +27,11 @@ struct SelectionOptions {
 // Every how many elements a rank over `size` of them takes.
 HOST_DEVICE int64_t rank_stride(int64_t size) { return size > rank_sampled ? (size >> 20) | 1 : 1; }
 
-// |g| converted to float32 toward zero, by its upper 16 bits: those of a positive float order as it does.
-HOST_DEVICE int rank_bin(float magnitude) { return static_cast<int>(bit_cast<uint32_t>(magnitude) >> 16); }
+// |g| converted to float32 toward zero, by its upper 16 bits: those of a positive float order as it
+// does.
+HOST_DEVICE int rank_bin(float magnitude) {
+    return static_cast<int>(bit_cast<uint32_t>(magnitude) >> 16);
+}
 HOST_DEVICE int rank_bin(double magnitude) {
     float rounded = static_cast<float>(magnitude);
     uint32_t bits = bit_cast<uint32_t>(rounded) - (rounded > magnitude ? 1 : 0);
@@ -37,26 +40,32 @@ HOST_DEVICE int rank_bin(double magnitude) {
 
 // s = g*g (Eq. 7); one that overflows counts as the largest float.
 template <class T> HOST_DEVICE T saliency(T g) { return g * g; }
-template <class T> HOST_DEVICE T root(T s) { return absolute(std::sqrt(s)); } // |g| of a given saliency; of -0, 0
+template <class T> HOST_DEVICE T root(T s) {
+    return absolute(std::sqrt(s));
+} // |g| of a given saliency; of -0, 0
 template <class T> HOST_DEVICE bool finite(T g) { return absolute(g) <= Float<T>::largest; }
 
 // Minimum and maximum of s over a scope; infinity and its negative where nothing is finite.
 struct Range {
     double low, high;
 };
-// From the bits of the least and the largest finite |g|, or of a given s: those of non-negative floats order as the floats do.
-template <class T> HOST_DEVICE Range range_of(typename Float<T>::Bits low, typename Float<T>::Bits high, bool given) {
+// From the bits of the least and the largest finite |g|, or of a given s: those of non-negative
+// floats order as the floats do.
+template <class T>
+HOST_DEVICE Range range_of(typename Float<T>::Bits low, typename Float<T>::Bits high, bool given) {
     constexpr T largest = Float<T>::largest;
     if (low >= Float<T>::infinity) return {HUGE_VAL, -HUGE_VAL};
     const T least = bit_cast<T>(low), most = bit_cast<T>(high);
-    return given ? Range{least, most} : Range{minimum(saliency(least), largest), minimum(saliency(most), largest)};
+    return given ? Range{least, most}
+                 : Range{minimum(saliency(least), largest), minimum(saliency(most), largest)};
 }
 
 constexpr double log2_e = 1.4426950408889634;
 
-// Eq. 8 and 9 with everything that is the same for all elements of a scope worked out, in powers of two:
-// z = d * 2*sharpness*log2(e) * (s~ - threshold) = (s - low) * up * scale + offset, held in [z_low, z_high].
-// z is monotone in s, so its values at the scope's ends bound it: an s that overflowed, or a NaN's, ends there too.
+// Eq. 8 and 9 with everything that is the same for all elements of a scope worked out, in powers of
+// two: z = d * 2*sharpness*log2(e) * (s~ - threshold) = (s - low) * up * scale + offset, held in
+// [z_low, z_high]. z is monotone in s, so its values at the scope's ends bound it: an s that
+// overflowed, or a NaN's, ends there too.
 template <class T> struct Probability {
     T low, up, scale, offset, z_low, z_high, largest_inverse;
 
@@ -68,16 +77,22 @@ template <class T> struct Probability {
         // A span below this has no reciprocal: s is scaled up by a power of two first.
         constexpr double tiny = sizeof(T) == 8 ? 0x1p-900 : 0x1p-100;
         const double steepness = (o.salient ? -2.0 : 2.0) * o.sharpness * log2_e;
-        const T least = static_cast<T>(minimum(s_min, largest)), most = static_cast<T>(minimum(s_max, largest));
+        const T least = static_cast<T>(minimum(s_min, largest)),
+                most = static_cast<T>(minimum(s_max, largest));
         const T span = most - least;
         low = o.normalization == Normalization::minmax ? least : T(0);
         up = span < tiny ? static_cast<T>(1 / tiny) : T(1);
         scale = span > 0 ? held(steepness / (static_cast<double>(span) * up)) : T(0);
         offset = held(-steepness * o.threshold);
-        // s~ at the ends: [0, 1] but for "range", which starts at s_min/span and is held in [0, 1] with last step's statistics alone.
+        // s~ at the ends: [0, 1] but for "range", which starts at s_min/span and is held in [0, 1]
+        // with last step's statistics alone.
         const bool reaches = o.normalization == Normalization::range && !o.previous && span > 0;
-        const double first = steepness * ((reaches ? static_cast<double>(least) / span : 0) - o.threshold);
-        const double last = steepness * ((reaches ? static_cast<double>(most) / span : span > 0 ? 1 : 0) - o.threshold);
+        const double first =
+            steepness * ((reaches ? static_cast<double>(least) / span : 0) - o.threshold);
+        const double last = steepness * ((reaches    ? static_cast<double>(most) / span
+                                          : span > 0 ? 1
+                                                     : 0) -
+                                         o.threshold);
         z_low = static_cast<T>(maximum(-100.0, minimum(100.0, minimum(first, last))));
         z_high = static_cast<T>(maximum(-100.0, minimum(100.0, maximum(first, last))));
         largest_inverse = static_cast<T>(1 / maximum(o.min_probability, 0x1p-24));
@@ -85,7 +100,8 @@ template <class T> struct Probability {
 
     // Finite, since 0 * inf is NaN.
     static CALLED_ON_BOTH T held(double x) {
-        return static_cast<T>(minimum(maximum(x, -static_cast<double>(Float<T>::largest)), static_cast<double>(Float<T>::largest)));
+        return static_cast<T>(minimum(maximum(x, -static_cast<double>(Float<T>::largest)),
+                                      static_cast<double>(Float<T>::largest)));
     }
 
     // 1/p = min(1 + exp(z), largest): no division.
@@ -96,7 +112,8 @@ template <class T> struct Probability {
 };
 
 // 1/p of a rank in [0, 1], and of normalization "constant".
-template <class T> HOST_DEVICE T inverse_of_rank(T rank, T steepness, T threshold, T largest_inverse) {
+template <class T>
+HOST_DEVICE T inverse_of_rank(T rank, T steepness, T threshold, T largest_inverse) {
     T z = steepness * (rank - threshold);
     return minimum(T(1) + power_of_two(maximum(minimum(z, T(100)), T(-100))), largest_inverse);
 }
@@ -109,20 +126,24 @@ struct RankCurve {
     float steepness, threshold, largest_inverse;
 
     CALLED_ON_BOTH explicit RankCurve(const SelectionOptions& o)
-        : steepness(static_cast<float>((o.salient ? -2.0 : 2.0) * o.sharpness * log2_e)), threshold(static_cast<float>(o.threshold)),
+        : steepness(static_cast<float>((o.salient ? -2.0 : 2.0) * o.sharpness * log2_e)),
+          threshold(static_cast<float>(o.threshold)),
           largest_inverse(static_cast<float>(1 / maximum(o.min_probability, 0x1p-24))) {}
-    HOST_DEVICE float inverse(float rank) const { return inverse_of_rank(rank, steepness, threshold, largest_inverse); }
+    HOST_DEVICE float inverse(float rank) const {
+        return inverse_of_rank(rank, steepness, threshold, largest_inverse);
+    }
 };
 
-// What an element is multiplied by: 1/p (or 1, without rescale) where u < p, that is u * 1/p < 1, without a division; else 0.
-// A g that is not finite has p = 1.
+// What an element is multiplied by: 1/p (or 1, without rescale) where u < p, that is u * 1/p < 1,
+// without a division; else 0. A g that is not finite has p = 1.
 template <bool rescale, class T> HOST_DEVICE T drawn_factor(T g, T inverse, uint32_t word) {
-    const T drawn = uniform_times_unit<T>(word) * inverse < uniform_unit ? (rescale ? inverse : T(1)) : T(0);
+    const T drawn =
+        uniform_times_unit<T>(word) * inverse < uniform_unit ? (rescale ? inverse : T(1)) : T(0);
     return finite(g) ? drawn : T(1);
 }
 
-// theta on its way to `stepped`: factor b/p of it, and not at all where b is 0, whatever `stepped` is; between equal infinities there is
-// no way to go.
+// theta on its way to `stepped`: factor b/p of it, and not at all where b is 0, whatever `stepped`
+// is; between equal infinities there is no way to go.
 template <class T> HOST_DEVICE T moved(T theta, T stepped, T factor) {
     const bool stays = (factor == 0) | (stepped == theta);
     return stays ? theta : theta + factor * (stepped - theta);
@@ -133,14 +154,18 @@ template <class T> struct AdamW {
     T beta1, beta2, complement1, complement2, decay, step_size, inverse_root, eps;
 
     AdamW() = default;
-    CALLED_ON_BOTH AdamW(double lr, double beta1_, double beta2_, double weight_decay, double eps_, double step)
-        : beta1(beta1_), beta2(beta2_), complement1(1 - beta1_), complement2(1 - beta2_), decay(1 - lr * weight_decay),
-          step_size(lr / (1 - std::pow(beta1_, step))), inverse_root(1 / std::sqrt(1 - std::pow(beta2_, step))), eps(eps_) {}
+    CALLED_ON_BOTH AdamW(double lr, double beta1_, double beta2_, double weight_decay, double eps_,
+                         double step)
+        : beta1(beta1_), beta2(beta2_), complement1(1 - beta1_), complement2(1 - beta2_),
+          decay(1 - lr * weight_decay), step_size(lr / (1 - std::pow(beta1_, step))),
+          inverse_root(1 / std::sqrt(1 - std::pow(beta2_, step))), eps(eps_) {}
 
-    // factor: b/p. target "gradient": g~ = b*g/p feeds the moments; "update": g does, and b/p multiplies the step.
-    // v and theta are rounded where torch.optim.AdamW rounds them: over many steps it shows. Adding 0 rounds a product that the compiler
-    // would fuse with the next addition.
-    template <bool update, bool amsgrad> HOST_DEVICE void step(T& theta, T g, T factor, T& m, T& v, T& v_max) const {
+    // factor: b/p. target "gradient": g~ = b*g/p feeds the moments; "update": g does, and b/p
+    // multiplies the step. v and theta are rounded where torch.optim.AdamW rounds them: over many
+    // steps it shows. Adding 0 rounds a product that the compiler would fuse with the next
+    // addition.
+    template <bool update, bool amsgrad>
+    HOST_DEVICE void step(T& theta, T g, T factor, T& m, T& v, T& v_max) const {
         const T fed = update ? g : g * factor;
         m = m + complement1 * (fed - m);
         v = (v * beta2 + T(0)) + complement2 * fed * fed;
@@ -157,14 +182,19 @@ template <class T> struct SGD {
     bool nesterov;
 
     SGD() = default;
-    CALLED_ON_BOTH SGD(double lr_, double momentum_, double dampening, double weight_decay_, bool nesterov_)
-        : lr(lr_), momentum(momentum_), complement(1 - dampening), weight_decay(weight_decay_), nesterov(nesterov_) {}
+    CALLED_ON_BOTH SGD(double lr_, double momentum_, double dampening, double weight_decay_,
+                       bool nesterov_)
+        : lr(lr_), momentum(momentum_), complement(1 - dampening), weight_decay(weight_decay_),
+          nesterov(nesterov_) {}
 
-    // A buffer starts as -0.0, which no update leaves behind (+ 0): its first value is the gradient itself, without dampening.
-    template <bool update, bool has_momentum> HOST_DEVICE void step(T& theta, T g, T factor, T& buffer) const {
+    // A buffer starts as -0.0, which no update leaves behind (+ 0): its first value is the gradient
+    // itself, without dampening.
+    template <bool update, bool has_momentum>
+    HOST_DEVICE void step(T& theta, T g, T factor, T& buffer) const {
         T fed = update ? g : g * factor;
         using Bits = typename Float<T>::Bits;
-        const Bits decaying = weight_decay == 0 ? Bits(0) : ~Bits(0); // 0 times an infinite theta would be NaN
+        const Bits decaying =
+            weight_decay == 0 ? Bits(0) : ~Bits(0); // 0 times an infinite theta would be NaN
         fed = fed + weight_decay * bit_cast<T>(bit_cast<Bits>(theta) & decaying);
         if (has_momentum) {
             const bool fresh = bit_cast<Bits>(buffer) == Bits(1) << (8 * sizeof(T) - 1);
@@ -177,13 +207,13 @@ template <class T> struct SGD {
 };
 
 // The selection options as an operator's last arguments, and the struct they make.
-#define SELECTION_ARGUMENTS                                                                                                                \
-    double threshold, double sharpness, int64_t normalization, bool salient, bool previous, bool rescale, double min_probability,          \
-        double keep_probability, bool target_update
-#define SELECTION_OPTIONS                                                                                                                  \
-    SelectionOptions {                                                                                                                     \
-        threshold, sharpness, static_cast<Normalization>(normalization), salient, previous, rescale, min_probability, keep_probability,    \
-            target_update                                                                                                                  \
+#define SELECTION_ARGUMENTS                                                                        \
+    double threshold, double sharpness, int64_t normalization, bool salient, bool previous,        \
+        bool rescale, double min_probability, double keep_probability, bool target_update
+#define SELECTION_OPTIONS                                                                          \
+    SelectionOptions {                                                                             \
+        threshold, sharpness, static_cast<Normalization>(normalization), salient, previous,        \
+            rescale, min_probability, keep_probability, target_update                              \
     }
 
 } // namespace uegr

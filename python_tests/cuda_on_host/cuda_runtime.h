@@ -1,5 +1,6 @@
-// As much of the CUDA runtime as the kernels use, on a host: the threads of a block (of a cluster, all its blocks) take turns on one
-// processor thread, each running until it has to wait for the others; blocks follow each other. For tests of what the kernels compute.
+// As much of the CUDA runtime as the kernels use, on a host: the threads of a block (of a cluster,
+// all its blocks) take turns on one processor thread, each running until it has to wait for the
+// others; blocks follow each other. For tests of what the kernels compute.
 #pragma once
 
 #include <algorithm>
@@ -70,7 +71,8 @@ struct Machine {
     static void enter();
     void resume(int i) {
         current = i;
-        threadIdx.x = static_cast<unsigned>(i % threads), blockIdx.x = first_block + static_cast<unsigned>(i / threads);
+        threadIdx.x = static_cast<unsigned>(i % threads),
+        blockIdx.x = first_block + static_cast<unsigned>(i / threads);
         Fiber& fiber = fibers[i];
         if (_setjmp(home)) return;
         if (fiber.begun) _longjmp(fiber.here, 1);
@@ -88,23 +90,29 @@ struct Machine {
         for (const unsigned round = meeting.round; meeting.round == round;) pause();
     }
     static void leave(Meeting& meeting) {
-        if (--meeting.members > 0 && meeting.arrived >= meeting.members) meeting.arrived = 0, ++meeting.round;
+        if (--meeting.members > 0 && meeting.arrived >= meeting.members)
+            meeting.arrived = 0, ++meeting.round;
     }
 
-    void run(unsigned grid, unsigned threads_, size_t shared, int cluster_, std::function<void()> kernel) {
+    void run(unsigned grid, unsigned threads_, size_t shared, int cluster_,
+             std::function<void()> kernel) {
         threads = static_cast<int>(threads_), cluster_size = cluster_, body = std::move(kernel);
         gridDim = dim3(grid), blockDim = dim3(threads_);
         const int all = threads * cluster_size, warps_each = (threads + 31) / 32;
         if (static_cast<int>(fibers.size()) < all) fibers.resize(all);
         slots.resize(all), dynamic.resize(cluster_size);
         for (first_block = 0; first_block < grid; first_block += cluster_size) {
-            warps.assign(cluster_size * warps_each, {}), blocks.assign(cluster_size, {}), cluster = {all, 0, 0};
-            for (auto& memory : dynamic) memory.assign(shared + 64, static_cast<char>(0xff)); // NaN, as nobody has written it
+            warps.assign(cluster_size * warps_each, {}), blocks.assign(cluster_size, {}),
+                cluster = {all, 0, 0};
+            for (auto& memory : dynamic)
+                memory.assign(shared + 64,
+                              static_cast<char>(0xff)); // NaN, as nobody has written it
             for (int i = 0; i < all; ++i) {
                 Fiber& fiber = fibers[i];
                 if (!fiber.stack) fiber.stack.reset(new char[stack_size]);
                 getcontext(&fiber.start);
-                fiber.start.uc_stack.ss_sp = fiber.stack.get(), fiber.start.uc_stack.ss_size = stack_size, fiber.start.uc_link = nullptr;
+                fiber.start.uc_stack.ss_sp = fiber.stack.get(),
+                fiber.start.uc_stack.ss_size = stack_size, fiber.start.uc_link = nullptr;
                 makecontext(&fiber.start, &Machine::enter, 0);
                 fiber.begun = fiber.done = false;
                 current = i;
@@ -123,7 +131,8 @@ inline void Machine::enter() {
     machine.body();
     const int me = machine.current;
     machine.fibers[me].done = true;
-    leave(machine.warps[machine.warp()]), leave(machine.blocks[machine.rank()]), leave(machine.cluster);
+    leave(machine.warps[machine.warp()]), leave(machine.blocks[machine.rank()]),
+        leave(machine.cluster);
     _longjmp(machine.home, 1);
 }
 
@@ -151,12 +160,18 @@ inline char* dynamic_shared(int rank) {
 
 } // namespace on_host
 
-inline void __syncthreads() { on_host::machine.meet(on_host::machine.blocks[on_host::machine.rank()]); }
-inline void __syncwarp(unsigned = ~0u) { on_host::machine.meet(on_host::machine.warps[on_host::machine.warp()]); }
+inline void __syncthreads() {
+    on_host::machine.meet(on_host::machine.blocks[on_host::machine.rank()]);
+}
+inline void __syncwarp(unsigned = ~0u) {
+    on_host::machine.meet(on_host::machine.warps[on_host::machine.warp()]);
+}
 inline void __threadfence() {}
 inline void __nanosleep(unsigned) {}
 template <class T> T __shfl_xor_sync(unsigned, T x, int apart) {
-    return on_host::exchange(x, [=](auto at, int lane, int count) { return (lane ^ apart) < count ? at(lane ^ apart) : at(lane); });
+    return on_host::exchange(x, [=](auto at, int lane, int count) {
+        return (lane ^ apart) < count ? at(lane ^ apart) : at(lane);
+    });
 }
 template <class T> T __reduce_min_sync(unsigned, T x) {
     return on_host::exchange(x, [](auto at, int, int count) {
@@ -178,7 +193,8 @@ inline void __cluster_barrier_arrive() {}
 inline void __cluster_barrier_wait() { on_host::machine.meet(on_host::machine.cluster); }
 // Only dynamic shared memory is a block's own here.
 template <class T> void* __cluster_map_shared_rank(T* shared, unsigned rank) {
-    char *own = on_host::dynamic_shared(on_host::machine.rank()), *other = on_host::dynamic_shared(static_cast<int>(rank));
+    char *own = on_host::dynamic_shared(on_host::machine.rank()),
+         *other = on_host::dynamic_shared(static_cast<int>(rank));
     return other + (reinterpret_cast<char*>(shared) - own);
 }
 
@@ -207,7 +223,10 @@ enum cudaMemcpyKind { cudaMemcpyHostToDevice };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
+enum cudaFuncAttribute {
+    cudaFuncAttributeMaxDynamicSharedMemorySize,
+    cudaFuncAttributeNonPortableClusterSizeAllowed
+};
 struct cudaLaunchAttribute {
     cudaLaunchAttributeID id;
     struct {
@@ -232,11 +251,15 @@ template <class Kernel> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, K
 }
 inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 12040, cudaSuccess; }
 inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
-inline const char* cudaGetErrorName(cudaError_t error) { return error == cudaSuccess ? "cudaSuccess" : "cudaErrorNoKernelImageForDevice"; }
-// The smaller the cache, the more groups; the smaller the shared memory, the shorter the rows that need clusters: 4,096 columns of two
-// passes and a block's sums fit.
+inline const char* cudaGetErrorName(cudaError_t error) {
+    return error == cudaSuccess ? "cudaSuccess" : "cudaErrorNoKernelImageForDevice";
+}
+// The smaller the cache, the more groups; the smaller the shared memory, the shorter the rows that
+// need clusters: 4,096 columns of two passes and a block's sums fit.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-    *value = attribute == cudaDevAttrL2CacheSize ? 3 << 19 : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 65 << 10 : 2;
+    *value = attribute == cudaDevAttrL2CacheSize                    ? 3 << 19
+             : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 65 << 10
+                                                                    : 2;
     return cudaSuccess;
 }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
@@ -244,10 +267,12 @@ inline unsigned devices_in_use = 0; // a bit each: to make a device current take
 inline cudaError_t cudaSetDevice(int device) { return devices_in_use |= 1u << device, cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "wrong"; }
-template <class Kernel> cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* count, Kernel, int, size_t) {
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* count, Kernel, int, size_t) {
     return *count = 2, cudaSuccess;
 }
-template <class Kernel> cudaError_t cudaOccupancyMaxActiveClusters(int* count, Kernel, const cudaLaunchConfig_t*) {
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* count, Kernel, const cudaLaunchConfig_t*) {
     return *count = is_refused("clusters") ? 0 : 1, cudaSuccess;
 }
 template <class Kernel> cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute attribute, int) {
@@ -257,15 +282,24 @@ template <class Kernel> cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribu
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
     return *status = cudaStreamCaptureStatusNone, cudaSuccess;
 }
-inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
-inline cudaError_t cudaMallocHost(void** at, size_t size) { return *at = malloc(size), cudaSuccess; }
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind, cudaStream_t) {
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) {
+    return cudaSuccess;
+}
+inline cudaError_t cudaMallocHost(void** at, size_t size) {
+    return *at = malloc(size), cudaSuccess;
+}
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind,
+                                   cudaStream_t) {
     return memcpy(to, from, size), cudaSuccess;
 }
-inline cudaError_t cudaMemsetAsync(void* to, int value, size_t size, cudaStream_t) { return memset(to, value, size), cudaSuccess; }
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t size, cudaStream_t) {
+    return memset(to, value, size), cudaSuccess;
+}
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments... arguments) {
     const int cluster = config->numAttrs ? static_cast<int>(config->attrs->val.clusterDim.x) : 1;
-    on_host::machine.run(config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes, cluster, [=] { kernel(arguments...); });
+    on_host::machine.run(config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes, cluster,
+                         [=] { kernel(arguments...); });
     return cudaSuccess;
 }

@@ -1,5 +1,5 @@
-// The approximate instructions of platform.h on a host: what is subnormal is flushed, and a result may be one off in its last place, as
-// theirs is; here every second one is.
+// The approximate instructions of platform.h on a host: what is subnormal is flushed, and a result
+// may be one off in its last place, as theirs is; here every second one is.
 #pragma once
 
 #include <cmath>

@@ -1,4 +1,6 @@
-"""What the CPU's tests have no reason to look at: rows for warps, blocks and clusters, tensors of many items. Run by test_cuda.py."""
+"""What the CPU's tests have no reason to look at: rows for warps, blocks and clusters, tensors
+of many items. Run by test_cuda.py.
+"""
 
 import pytest
 import torch
@@ -22,17 +24,26 @@ import uegr_kernels as uk
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_losses(classes, passes, dtype, in_place):
-    clean, adversarial = (3 * torch.randn(*shape, 3, classes).to(dtype) for shape in ((), (passes,)))
+    clean, adversarial = (
+        3 * torch.randn(*shape, 3, classes).to(dtype) for shape in ((), (passes,))
+    )
     adversarial[0, 1, 2] = 40  # a class that dominates its row
     labels = torch.tensor([1, -100, classes - 1])
     found = []
     for backend in ("cpp", "reference"):
         x, y = (t.clone().requires_grad_() for t in (clean, adversarial))
-        options = {"js_weight": 1.0, "label_smoothing": 0.1, "inplace_backward": in_place, "backend": backend}
+        options = {
+            "js_weight": 1.0,
+            "label_smoothing": 0.1,
+            "inplace_backward": in_place,
+            "backend": backend,
+        }
         loss = uk.uegr_loss(x * 1, y * 1, labels, **options)
         loss.backward()
         found.append((loss.detach(), x.grad, y.grad))
-    tolerance = {"rtol": 2e-2, "atol": 1e-4} if dtype == torch.bfloat16 else {"rtol": 2e-5, "atol": 1e-7}
+    tolerance = (
+        {"rtol": 2e-2, "atol": 1e-4} if dtype == torch.bfloat16 else {"rtol": 2e-5, "atol": 1e-7}
+    )
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, **tolerance)
 
@@ -62,7 +73,8 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_steps(options, dtype):
-    shapes = (70_000, 1023, 3, 4096, 1, 0, 200_003)  # some share a group, one is larger than the window, two have a tail
+    # some share a group, one is larger than the window, two have a tail
+    shapes = (70_000, 1023, 3, 4096, 1, 0, 200_003)
     start = [torch.randn(n).to(dtype) for n in shapes]
     found = []
     for backend in ("cpp", "reference"):
@@ -73,12 +85,18 @@ def test_steps(options, dtype):
             for p in params:
                 p.grad = torch.randn(p.shape, generator=generator).to(dtype)
             optimizer.step()
-        found.append([p.detach().float() for p in params] + [optimizer.state[p]["exp_avg"].float() for p in params])
+        found.append(
+            [p.detach().float() for p in params]
+            + [optimizer.state[p]["exp_avg"].float() for p in params]
+        )
     rank, coarse = "normalization" in options, dtype == torch.bfloat16 or "state_dtype" in options
     for a, b in zip(*found, strict=True):
         # A rank, and with it 1/p, is off by its bin's share, which the exact reference has not.
-        wrong = ~torch.isclose(a, b, rtol=0.2 if rank else 2e-2 if coarse else 1e-4, atol=1e-2 if rank else 1e-4)
-        assert wrong.sum() <= (0.05 * a.numel() + 2 if rank else 1 + 1e-5 * a.numel())  # u and p may be closer than their rounding
+        wrong = ~torch.isclose(
+            a, b, rtol=0.2 if rank else 2e-2 if coarse else 1e-4, atol=1e-2 if rank else 1e-4
+        )
+        # u and p may be closer than their rounding
+        assert wrong.sum() <= (0.05 * a.numel() + 2 if rank else 1 + 1e-5 * a.numel())
 
 
 def step_in_float64(backend):
@@ -89,7 +107,11 @@ def step_in_float64(backend):
 
 
 def mask_in_float64(backend):
-    return [uk.selection_mask(torch.linspace(-1, 1, 50, dtype=torch.float64), seed=1, step=2, backend=backend)]
+    return [
+        uk.selection_mask(
+            torch.linspace(-1, 1, 50, dtype=torch.float64), seed=1, step=2, backend=backend
+        )
+    ]
 
 
 def loss_of(shape, dtype):
@@ -102,7 +124,11 @@ def loss_of(shape, dtype):
 
 
 def perturbation_in_float64(backend):
-    return [uk.fgm_perturbation(torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4), 0.1, backend=backend)]
+    return [
+        uk.fgm_perturbation(
+            torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4), 0.1, backend=backend
+        )
+    ]
 
 
 def dropout_in_float64(backend):
@@ -113,7 +139,12 @@ def dropout_in_float64(backend):
     return [y.detach(), *torch.autograd.grad(y.square().sum(), x), dropout.pending]
 
 
-LEFT = [step_in_float64, mask_in_float64, loss_of((2, 4, 5), torch.float64), loss_of((33, 4, 5), torch.float32)]
+LEFT = [
+    step_in_float64,
+    mask_in_float64,
+    loss_of((2, 4, 5), torch.float64),
+    loss_of((33, 4, 5), torch.float32),
+]
 
 
 @pytest.mark.parametrize("call", [*LEFT, perturbation_in_float64, dropout_in_float64])

@@ -1,5 +1,6 @@
-"""What an operator would multiply by 1, or move by 0, it does not write: the memory may be read only. Run by test_cuda.py, for a write
-ends the process."""
+"""What an operator would multiply by 1, or move by 0, it does not write: the memory may be read
+only. Run by test_cuda.py, for a write ends the process.
+"""
 
 import ctypes
 import mmap
@@ -18,9 +19,16 @@ def read_only(values: torch.Tensor) -> torch.Tensor:
     """The values in pages that nobody may write."""
     memory = mmap.mmap(-1, -(-values.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
     KEPT.append(memory)
-    tensor = torch.frombuffer(memory, dtype=values.dtype, count=values.numel()).view(values.shape).copy_(values)
+    tensor = (
+        torch.frombuffer(memory, dtype=values.dtype, count=values.numel())
+        .view(values.shape)
+        .copy_(values)
+    )
     protect = ctypes.CDLL(None, use_errno=True).mprotect
-    assert protect(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(len(memory)), mmap.PROT_READ) == 0
+    assert (
+        protect(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(len(memory)), mmap.PROT_READ)
+        == 0
+    )
     return tensor
 
 
@@ -51,9 +59,22 @@ def test_gradients_that_are_all_selected():
     values = torch.randn(100)
     g = read_only(values)
     torch.ops.uegr_kernels.select_gradients_(
-        [g], [], scope_statistics=None, layout=[0, 0, 100, 100], step=1, seed=1, threshold=0.8, sharpness=5.0, normalization=3,
-        salient=False, previous=False, rescale=True, min_probability=0.0, keep_probability=1.0, target_update=False,
-    )  # fmt: skip
+        [g],
+        [],
+        scope_statistics=None,
+        layout=[0, 0, 100, 100],
+        step=1,
+        seed=1,
+        threshold=0.8,
+        sharpness=5.0,
+        normalization=3,
+        salient=False,
+        previous=False,
+        rescale=True,
+        min_probability=0.0,
+        keep_probability=1.0,
+        target_update=False,
+    )
     assert torch.equal(g, values)
 
 
@@ -63,7 +84,13 @@ def test_weights_that_do_not_move(size):
     values[0] = -0.0
     still, moving = torch.nn.Parameter(read_only(values)), torch.nn.Parameter(values.clone())
     arguments = [torch.zeros(size), torch.ones(size)], None
-    options = {"streams": [0, 1], "epsilon": 0.5, "together": False, "keep_probability": 1.0, "step": 0}
+    options = {
+        "streams": [0, 1],
+        "epsilon": 0.5,
+        "together": False,
+        "keep_probability": 1.0,
+        "step": 0,
+    }
     with torch.no_grad():
         torch.ops.uegr_kernels.perturb_weights_([still, moving], *arguments, **options)
     assert torch.equal(still, values) and torch.signbit(still[0])
@@ -75,7 +102,9 @@ def test_the_gradient_of_a_sum_of_rows_is_handed_out_as_it_is(monkeypatch):
     handed = []
     scale = torch.ops.uegr_kernels.scale_gradients_.default
     monkeypatch.setattr(
-        torch.ops.uegr_kernels.scale_gradients_, "default", lambda g, by: scale([*map(read_only, g)], by) or handed.append(by)
+        torch.ops.uegr_kernels.scale_gradients_,
+        "default",
+        lambda g, by: scale([*map(read_only, g)], by) or handed.append(by),
     )
     uk.pairwise_js(x * 1, reduction="none", backend="cpp").sum().backward()
     assert [by.tolist() for by in handed] == [[1.0] * 4]

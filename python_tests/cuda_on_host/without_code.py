@@ -1,4 +1,6 @@
-"""On a GPU for which the library holds no code every operator leaves its call to the overload `fallback`. Run by test_cuda.py."""
+"""On a GPU for which the library holds no code every operator leaves its call to the overload
+`fallback`. Run by test_cuda.py.
+"""
 
 import pytest
 import torch
@@ -14,7 +16,10 @@ def step(cls, **options):
         for _ in range(2):
             p.grad = p.detach().cos()
             optimizer.step()
-        return [p.detach(), *(state for state in optimizer.state[p].values() if isinstance(state, torch.Tensor))]
+        return [
+            p.detach(),
+            *(state for state in optimizer.state[p].values() if isinstance(state, torch.Tensor)),
+        ]
 
     return call
 
@@ -30,7 +35,11 @@ def selected(backend):
 def loss(backend):
     x, y = (torch.linspace(-3, 3, n).requires_grad_() for n in (20, 40))
     found = uk.uegr_loss(x.view(4, 5), y.view(2, 4, 5), torch.tensor([1, 0, 4, 2]), backend=backend)
-    return [found.detach(), *torch.autograd.grad(found * 2, (x, y), retain_graph=True), *torch.autograd.grad(found * 2, (x, y))]
+    return [
+        found.detach(),
+        *torch.autograd.grad(found * 2, (x, y), retain_graph=True),
+        *torch.autograd.grad(found * 2, (x, y)),
+    ]
 
 
 def loss_in_place(backend):
@@ -40,16 +49,26 @@ def loss_in_place(backend):
 
 
 def linear_loss(backend):
-    hidden, weight = torch.linspace(-1, 1, 24).view(2, 4, 3).requires_grad_(), torch.linspace(-2, 1, 15).view(5, 3).requires_grad_()
+    hidden, weight = (
+        torch.linspace(-1, 1, 24).view(2, 4, 3).requires_grad_(),
+        torch.linspace(-2, 1, 15).view(5, 3).requires_grad_(),
+    )
     found = uk.linear_pairwise_js(hidden, weight, backend=backend)
     return [found.detach(), *torch.autograd.grad(found * 2, (hidden, weight))]
 
 
 def perturbations(backend):
-    g, p = torch.linspace(-1, 1, 12).view(3, 4), torch.nn.Parameter(torch.linspace(0, 1, 12).view(3, 4))
+    g, p = (
+        torch.linspace(-1, 1, 12).view(3, 4),
+        torch.nn.Parameter(torch.linspace(0, 1, 12).view(3, 4)),
+    )
     with uk.perturbed_weights([p], 0.1, gradients=[g], backend=backend):
         moved = p.detach().clone()
-    return [uk.fgm_perturbation(g, 0.1, backend=backend), uk.pgd_step(g, g, step_size=0.1, radius=0.3, backend=backend), moved]
+    return [
+        uk.fgm_perturbation(g, 0.1, backend=backend),
+        uk.pgd_step(g, g, step_size=0.1, radius=0.3, backend=backend),
+        moved,
+    ]
 
 
 def dropout(backend):
@@ -75,7 +94,11 @@ def test_every_operator_is_the_references(call):
 
 
 def test_the_library_says_so(monkeypatch):
-    monkeypatch.setattr(native, "_cuda_library", lambda: native.load_functions(native.LIBRARIES / "uegr_kernels_baseline.so"))
+    monkeypatch.setattr(
+        native,
+        "_cuda_library",
+        lambda: native.load_functions(native.LIBRARIES / "uegr_kernels_baseline.so"),
+    )
     assert native.probe(0) == "cudaErrorNoKernelImageForDevice"
     assert native.architectures() == ("8.0", "9.0a", "10.0+PTX")
     assert native.versions() == ("12.4", "13.0")

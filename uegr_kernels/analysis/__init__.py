@@ -1,4 +1,6 @@
-"""Looking at a model or a run: what was selected, and what came of it. Imported on demand, as `uk.analysis`."""
+"""Looking at a model or a run: what was selected, and what came of it. Imported on demand, as
+`uk.analysis`.
+"""
 
 from .attack import Attacked, accuracy_under_attack, plot_accuracy_under_attack
 from .calibration import calibration_error, ood_auroc, plot_calibration, plot_ood_auroc

@@ -23,10 +23,11 @@ class Attacked:
     """Accuracy under one strength of an attack.
 
     epsilon   radius of the ball, as it was given
-    relative  its mean share of ||e||, the norm of a sample's embeddings: the attack's own, the largest |element| for "linf"
+    relative  its mean share of ||e||, the norm of a sample's embeddings: the attack's own, the
+        largest |element| for "linf"
     accuracy  in [0, 1];  drop  from the clean accuracy;  relative_drop  the drop's share of it
-    outcomes  of every sample, in the order of the batches: whether it is right (one whose label does not
-              count is not)
+    outcomes  of every sample, in the order of the batches: whether it is right (one whose label
+              does not count is not)
     """
 
     epsilon: float
@@ -52,28 +53,36 @@ def accuracy_under_attack(
     input_range: tuple[float, float] | None = None,
     batch_axis: int | None = None,
 ) -> list[Attacked]:
-    """Accuracy without (epsilon 0, first) and with an attack on the embedding's output, per sample, in eval mode with true labels.
+    """Accuracy without (epsilon 0, first) and with an attack on the embedding's output, per sample,
+    in eval mode with true labels.
 
-    batches   pairs (inputs, labels [N] int64, of which -100 does not count); inputs and embedding as in `BiStage`
+    batches   pairs (inputs, labels [N] int64, of which -100 does not count); inputs and embedding
+        as in `BiStage`
     epsilons  radii; with `relative` multiples of each sample's ||e||_2 over its real tokens
-    attack    "fgm": one step | "pgd": `steps` steps of 2.5*epsilon/steps on the ball, from 0 and from `restarts` - 1 random points; what
-              counts is right under all
+    attack    "fgm": one step | "pgd": `steps` steps of 2.5*epsilon/steps on the ball, from 0 and
+              from `restarts` - 1 random points; what counts is right under all
     norm      "l2", or, without `relative`, "linf"
     input_range, batch_axis   as in `BiStage`
 
-    Returns a list of `Attacked`, one more than epsilons. The model, its .grad and the random state are left as they were.
-    Raises TypeError or ValueError for a wrong option or label, for an empty batch, and where there is none.
+    Returns a list of `Attacked`, one more than epsilons. The model, its .grad and the random state
+    are left as they were. Raises TypeError or ValueError for a wrong option or label, for an empty
+    batch, and where there is none.
     """
     if attack not in ("fgm", "pgd"):
         raise ValueError(f"attack={attack!r} is not one of its values; use 'fgm' or 'pgd'")
     steps, restarts = checks.integer("steps", steps, 1), checks.integer("restarts", restarts, 1)
     if not isinstance(epsilons, Iterable):
-        raise TypeError(f"epsilons={epsilons!r} is a {type(epsilons).__name__}; give a list of radii")
+        raise TypeError(
+            f"epsilons={epsilons!r} is a {type(epsilons).__name__}; give a list of radii"
+        )
     radii = [0.0, *(checks.number("epsilon", epsilon, 0) for epsilon in epsilons)]
-    fgm_perturbation(torch.zeros(1, 2, device="cpu"), 0.0, norm=norm, backend="reference")  # raises for a wrong norm
+    # raises for a wrong norm
+    fgm_perturbation(torch.zeros(1, 2, device="cpu"), 0.0, norm=norm, backend="reference")
     outcomes: list[list[bool]] = [[] for _ in radii]
     count, shares = 0, [0.0] * len(radii)
-    runner = Runner(model, embedding, input_range, batch_axis=batch_axis, relative=relative, norm=norm)
+    runner = Runner(
+        model, embedding, input_range, batch_axis=batch_axis, relative=relative, norm=norm
+    )
     generator = torch.Generator().manual_seed(checks.signed_seed(seed))
     try:
         with held(model), torch.enable_grad():
@@ -81,18 +90,31 @@ def accuracy_under_attack(
                 batch = runner.take(inputs, labels)
                 batch.keeps_output = True
                 if labels.dim() != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
-                    raise ValueError(f"labels are {labels.dtype} of shape {tuple(labels.shape)}; give class indices [N]")
+                    raise ValueError(
+                        f"labels are {labels.dtype} of shape {tuple(labels.shape)}; "
+                        "give class indices [N]"
+                    )
                 counted = labels != IGNORED
                 logits, clean = _seen(runner, batch, None)
                 e = masked(clean.output, clean.mask).flatten(1).float()
-                size = torch.linalg.vector_norm(e, 2.0 if norm == "l2" else float("inf"), dim=1, dtype=torch.float64)[counted]
+                size = torch.linalg.vector_norm(
+                    e, 2.0 if norm == "l2" else float("inf"), dim=1, dtype=torch.float64
+                )[counted]
                 count += int(counted.sum())
                 for i, epsilon in enumerate(radii):
                     survives = (logits.argmax(1) == labels) & counted
-                    for delta in _deltas(runner, clean, epsilon, attack, steps, norm, restarts, generator) if epsilon else ():
+                    for delta in (
+                        _deltas(runner, clean, epsilon, attack, steps, norm, restarts, generator)
+                        if epsilon
+                        else ()
+                    ):
                         survives &= _logits(runner, batch, delta).argmax(1) == labels
                     outcomes[i] += survives.tolist()
-                    share = torch.full_like(size, epsilon) if relative or not epsilon else epsilon / size
+                    share = (
+                        torch.full_like(size, epsilon)
+                        if relative or not epsilon
+                        else epsilon / size
+                    )
                     shares[i] += float(share.sum())
     finally:
         runner.close()
@@ -101,23 +123,50 @@ def accuracy_under_attack(
     right = [sum(each) for each in outcomes]
     clean_accuracy = right[0] / count
     return [
-        Attacked(epsilon, share / count, n / count, clean_accuracy - n / count, 1 - n / max(right[0], 1), tuple(each))
+        Attacked(
+            epsilon,
+            share / count,
+            n / count,
+            clean_accuracy - n / count,
+            1 - n / max(right[0], 1),
+            tuple(each),
+        )
         for epsilon, n, share, each in zip(radii, right, shares, outcomes, strict=True)
     ]
 
 
-def plot_accuracy_under_attack(series: dict[str, list[Attacked]], path: str | pathlib.Path, *, drop: bool = False) -> pathlib.Path:
-    """Draws accuracy, or its drop, over epsilon, a line for each entry (name -> what `accuracy_under_attack` returned); returns `path`."""
+def plot_accuracy_under_attack(
+    series: dict[str, list[Attacked]], path: str | pathlib.Path, *, drop: bool = False
+) -> pathlib.Path:
+    """Draws accuracy, or its drop, over epsilon, a line for each entry (name -> what
+    `accuracy_under_attack` returned); returns `path`.
+    """
     with picture(path) as axes:
         for name, found in series.items():
-            axes.plot([each.epsilon for each in found], [each.drop if drop else each.accuracy for each in found], marker="o", label=name)
-        axes.set(xlabel="epsilon", ylabel="drop of accuracy" if drop else "accuracy", ylim=(None if drop else 0, 1.02))
+            axes.plot(
+                [each.epsilon for each in found],
+                [each.drop if drop else each.accuracy for each in found],
+                marker="o",
+                label=name,
+            )
+        axes.set(
+            xlabel="epsilon",
+            ylabel="drop of accuracy" if drop else "accuracy",
+            ylim=(None if drop else 0, 1.02),
+        )
         axes.legend()
     return pathlib.Path(path)
 
 
 def _deltas(
-    runner: Runner, clean: Pass, epsilon: float, attack: str, steps: int, norm: str, restarts: int, generator: torch.Generator
+    runner: Runner,
+    clean: Pass,
+    epsilon: float,
+    attack: str,
+    steps: int,
+    norm: str,
+    restarts: int,
+    generator: torch.Generator,
 ) -> list[Tensor]:
     options: dict[str, Any] = dict(norm=norm, mask=clean.mask)
     if attack == "fgm":
@@ -128,23 +177,36 @@ def _deltas(
         if restart:
             noise = torch.randn(delta.shape, generator=generator).to(delta)
             length = epsilon * torch.rand((), generator=generator).item()
-            delta = clean.ascended(functools.partial(fgm_perturbation, epsilon=length, **options), noise)
+            delta = clean.ascended(
+                functools.partial(fgm_perturbation, epsilon=length, **options), noise
+            )
         for _ in range(steps):
             _, walk = _seen(runner, clean.batch, delta)
             sizes: dict[str, Any] = dict(step_size=2.5 * epsilon / steps, radius=epsilon)
-            delta = walk.ascended(functools.partial(pgd_step, walk.measured(delta), **sizes, **options))
+            delta = walk.ascended(
+                functools.partial(pgd_step, walk.measured(delta), **sizes, **options)
+            )
         found.append(delta)
     return found
 
 
 def _seen(runner: Runner, batch: Batch, delta: Tensor | None) -> tuple[Tensor, Pass]:
-    """Logits, and a pass that knows the gradient at the embedding; a sum over samples, so that none depends on its batch."""
+    """Logits, and a pass that knows the gradient at the embedding; a sum over samples, so that
+    none depends on its batch.
+    """
     with runner.filled(Pass(batch, delta, watched=True)) as walk:
         logits = runner.call(walk)
-        wrong = batch.labels[((batch.labels < 0) | (batch.labels >= logits.shape[1])) & (batch.labels != IGNORED)]
+        wrong = batch.labels[
+            ((batch.labels < 0) | (batch.labels >= logits.shape[1])) & (batch.labels != IGNORED)
+        ]
         if len(wrong):
-            raise ValueError(f"labels hold {wrong[0]}; give classes from 0 to {logits.shape[1] - 1}, or {IGNORED} for rows to leave out")
-        loss = torch.nn.functional.cross_entropy(logits.float(), batch.labels.long(), ignore_index=IGNORED, reduction="sum")
+            raise ValueError(
+                f"labels hold {wrong[0]}; give classes from 0 to "
+                f"{logits.shape[1] - 1}, or {IGNORED} for rows to leave out"
+            )
+        loss = torch.nn.functional.cross_entropy(
+            logits.float(), batch.labels.long(), ignore_index=IGNORED, reduction="sum"
+        )
         walk.keep(*torch.autograd.grad(loss, [walk.edge], allow_unused=True))
     return logits.detach(), walk
 

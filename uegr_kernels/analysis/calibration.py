@@ -1,4 +1,6 @@
-"""What a model's confidence is worth: expected calibration error, and how well it tells another set's texts from its own."""
+"""What a model's confidence is worth: expected calibration error, and how well it tells
+another set's texts from its own.
+"""
 
 import pathlib
 
@@ -10,31 +12,43 @@ from .watching import picture
 
 
 def calibration_error(logits: Tensor, labels: Tensor, *, bins: int = 15) -> float:
-    """Expected calibration error (Guo et al. 2017): the mean over samples of |accuracy - confidence| of their bin, in [0, 1].
+    """Expected calibration error (Guo et al. 2017): the mean over samples of |accuracy -
+    confidence| of their bin, in [0, 1].
 
     logits [N, C];  labels [N] int64;  bins  equal bins of the largest probability over (0, 1]
     """
     return sum(abs(right - sure) * share for share, right, sure in _binned(logits, labels, bins))
 
 
-def plot_calibration(logits: Tensor | dict[str, Tensor], labels: Tensor, path: str | pathlib.Path, *, bins: int = 15) -> pathlib.Path:
-    """Draws accuracy over confidence (a reliability diagram), a line for each entry where logits are a dict; writes `path`, returns it."""
+def plot_calibration(
+    logits: Tensor | dict[str, Tensor], labels: Tensor, path: str | pathlib.Path, *, bins: int = 15
+) -> pathlib.Path:
+    """Draws accuracy over confidence (a reliability diagram), a line for each entry where
+    logits are a dict; writes `path`, returns it.
+    """
     series = logits if isinstance(logits, dict) else {"model": logits}
     with picture(path) as axes:
         axes.plot([0, 1], [0, 1], linestyle=":", color="grey")
         for name, each in series.items():
             found = [entry for entry in _binned(each, labels, bins) if entry[0] > 0]
             label = f"{name}: error {calibration_error(each, labels, bins=bins):.3f}"
-            axes.plot([sure for _, _, sure in found], [right for _, right, _ in found], marker="o", label=label)
+            axes.plot(
+                [sure for _, _, sure in found],
+                [right for _, right, _ in found],
+                marker="o",
+                label=label,
+            )
         axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
         axes.legend()
     return pathlib.Path(path)
 
 
 def ood_auroc(inside: Tensor, outside: Tensor) -> float:
-    """The chance that a sample of the model's own set is scored above one of another set; 0.5: it cannot tell them apart.
+    """The chance that a sample of the model's own set is scored above one of another set; 0.5: it
+    cannot tell them apart.
 
-    inside, outside  scores [N], or logits [N, C], whose score is the largest probability (Hendrycks and Gimpel 2017). Ties count a half.
+    inside, outside  scores [N], or logits [N, C], whose score is the largest probability (Hendrycks
+        and Gimpel 2017). Ties count a half.
     """
     scores = [_scores(x) for x in (inside, outside)]
     n, m = (len(score) for score in scores)
@@ -46,14 +60,26 @@ def ood_auroc(inside: Tensor, outside: Tensor) -> float:
     return ((below + up_to) / 2).mean().item() / m
 
 
-def plot_ood_auroc(inside: Tensor, outside: dict[str, Tensor], path: str | pathlib.Path, *, bins: int = 30) -> pathlib.Path:
-    """Draws the histograms of the scores, the model's own set and each other one (name -> as in `ood_auroc`); writes `path`, returns it."""
+def plot_ood_auroc(
+    inside: Tensor, outside: dict[str, Tensor], path: str | pathlib.Path, *, bins: int = 30
+) -> pathlib.Path:
+    """Draws the histograms of the scores, the model's own set and each other one (name -> as
+    in `ood_auroc`); writes `path`, returns it.
+    """
     own = _scores(inside)
     others = {name: _scores(x) for name, x in outside.items()}
     everything = torch.cat([own, *others.values()])
     span = (everything.min().item(), everything.max().item())
     with picture(path) as axes:
-        axes.hist(own.numpy(), bins, range=span, density=True, alpha=0.3, color="grey", label="its own set")
+        axes.hist(
+            own.numpy(),
+            bins,
+            range=span,
+            density=True,
+            alpha=0.3,
+            color="grey",
+            label="its own set",
+        )
         for name, scores in others.items():
             label = f"{name}: AUROC {ood_auroc(own, scores):.3f}"
             axes.hist(scores.numpy(), bins, range=span, density=True, histtype="step", label=label)
@@ -69,7 +95,10 @@ def _scores(x: Tensor) -> Tensor:
 def _binned(logits: Tensor, labels: Tensor, bins: int) -> list[tuple[float, float, float]]:
     """Share of samples, accuracy and mean confidence by bin."""
     if logits.dim() != 2 or labels.shape != logits.shape[:1] or not len(labels):
-        raise ValueError(f"logits have shape {tuple(logits.shape)}, labels {tuple(labels.shape)}; give [N, C] and [N], N above 0")
+        raise ValueError(
+            f"logits have shape {tuple(logits.shape)}, labels {tuple(labels.shape)}; "
+            "give [N, C] and [N], N above 0"
+        )
     bins = checks.integer("bins", bins, 1)
     sure, guess = logits.double().softmax(1).max(1)
     at = (sure * bins).ceil().long().clamp(1, bins) - 1
@@ -77,6 +106,10 @@ def _binned(logits: Tensor, labels: Tensor, bins: int) -> list[tuple[float, floa
     for k in range(bins):
         here = at == k
         count = int(here.sum())
-        right, mean = ((guess == labels)[here].double().mean().item(), sure[here].mean().item()) if count else (0.0, 0.0)
+        right, mean = (
+            ((guess == labels)[here].double().mean().item(), sure[here].mean().item())
+            if count
+            else (0.0, 0.0)
+        )
         found.append((count / len(labels), right, mean))
     return found

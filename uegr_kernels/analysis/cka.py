@@ -1,4 +1,6 @@
-"""Linear centred kernel alignment between the layers of two models (UEGR Fig. 2a; Kornblith et al. 2019)."""
+"""Linear centred kernel alignment between the layers of two models (UEGR Fig. 2a; Kornblith et
+al. 2019).
+"""
 
 import contextlib
 import pathlib
@@ -16,14 +18,21 @@ CHANNELS_SECOND = (BatchNorm, Convolution)
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:
-    """||Y^T X||^2 / (||X^T X|| ||Y^T Y||) of centred columns, in [0, 1]; 1 for x = y, up to rotation and scale.
+    """||Y^T X||^2 / (||X^T X|| ||Y^T Y||) of centred columns, in [0, 1]; 1 for x = y, up to
+    rotation and scale.
 
-    x [n, p], y [n, q]: n samples' features; give a few times more samples than features. NaN where one of them is constant.
+    x [n, p], y [n, q]: n samples' features; give a few times more samples than features. NaN where
+    one of them is constant.
     """
     if x.dim() != 2 or y.dim() != 2 or len(x) != len(y):
-        raise ValueError(f"x has shape {tuple(x.shape)} and y {tuple(y.shape)}; give [n, p] and [n, q] of the same samples")
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and y {tuple(y.shape)}; give [n, p] and "
+            "[n, q] of the same samples"
+        )
     x, y = (t.double() - t.double().mean(0) for t in (x, y))
-    between, own_x, own_y = (float(torch.linalg.matrix_norm(product)) for product in (y.T @ x, x.T @ x, y.T @ y))
+    between, own_x, own_y = (
+        float(torch.linalg.matrix_norm(product)) for product in (y.T @ x, x.T @ x, y.T @ y)
+    )
     return between**2 / (own_x * own_y) if own_x and own_y else float("nan")
 
 
@@ -38,11 +47,13 @@ def cka(
     """Linear CKA of each layer's features in the two models, on the same inputs, in eval mode.
 
     batches  pairs (inputs, labels); labels are not used. Inputs as in `BiStage`
-    layers   names of modules that both have; None: the members of their nn.ModuleLists, or where there are none the direct children
-    pooling  of outputs [N, T, d], a convolution's [N, d, T]: "mean" over the tokens (of `attention_mask`, where a dict has one) or the
-             "first" token
+    layers   names of modules that both have; None: the members of their nn.ModuleLists, or where
+        there are none the direct children
+    pooling  of outputs [N, T, d], a convolution's [N, d, T]: "mean" over the tokens (of
+             `attention_mask`, where a dict has one) or the "first" token
 
-    Returns the CKA by layer, in [0, 1], in order. The models are left as they were. Raises ValueError for an unknown layer or no batch.
+    Returns the CKA by layer, in [0, 1], in order. The models are left as they were. Raises
+    ValueError for an unknown layer or no batch.
     """
     if pooling not in ("mean", "first"):
         raise ValueError(f"pooling={pooling!r} is not one of its values; use 'mean' or 'first'")
@@ -50,7 +61,10 @@ def cka(
     for model, which in ((model_a, "model_a"), (model_b, "model_b")):
         missing = [name for name in names if name not in dict(model.named_modules())]
         if missing:
-            raise ValueError(f"layers: {which} has no {missing[0]!r}; name modules of both, such as {_blocks(model_a)[:3]}")
+            raise ValueError(
+                f"layers: {which} has no {missing[0]!r}; name modules of both, such "
+                f"as {_blocks(model_a)[:3]}"
+            )
     features: list[dict[str, list[Tensor]]] = [{name: [] for name in names} for _ in range(2)]
     with held(model_a), held(model_b), torch.no_grad():
         for inputs, _ in batches:
@@ -58,12 +72,19 @@ def cka(
                 with _listening(model, names, found, inputs, pooling):
                     call(model, inputs)
     if names and not sum(map(len, features[0][names[0]])):
-        raise ValueError("batches holds none, or the model calls none of the layers; give pairs (inputs, labels)")
-    return {name: linear_cka(torch.cat(features[0][name]), torch.cat(features[1][name])) for name in names}
+        raise ValueError(
+            "batches holds none, or the model calls none of the layers; give pairs (inputs, labels)"
+        )
+    return {
+        name: linear_cka(torch.cat(features[0][name]), torch.cat(features[1][name]))
+        for name in names
+    }
 
 
 def plot_cka(series: dict[str, dict[str, float]], path: str | pathlib.Path) -> pathlib.Path:
-    """Draws CKA over layers, or over epochs, a line for each entry (name -> {layer or epoch: CKA}); writes `path` and returns it."""
+    """Draws CKA over layers, or over epochs, a line for each entry (name -> {layer or epoch:
+    CKA}); writes `path` and returns it.
+    """
     with picture(path) as axes:
         for name, values in series.items():
             axes.plot([str(at) for at in values], list(values.values()), marker="o", label=name)
@@ -74,17 +95,32 @@ def plot_cka(series: dict[str, dict[str, float]], path: str | pathlib.Path) -> p
 
 
 def _blocks(model: nn.Module) -> list[str]:
-    members = [f"{name}.{i}" for name, module in model.named_modules() if isinstance(module, nn.ModuleList) for i in range(len(module))]
+    members = [
+        f"{name}.{i}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        for i in range(len(module))
+    ]
     return members or [name for name, _ in model.named_children()]
 
 
 @contextlib.contextmanager
-def _listening(model: nn.Module, names: Sequence[str], found: dict[str, list[Tensor]], inputs: Any, pooling: str) -> Iterator[None]:
+def _listening(
+    model: nn.Module,
+    names: Sequence[str],
+    found: dict[str, list[Tensor]],
+    inputs: Any,
+    pooling: str,
+) -> Iterator[None]:
     modules = dict(model.named_modules())
 
     def listen(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            first = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", output)
+            first = (
+                output[0]
+                if isinstance(output, tuple)
+                else getattr(output, "last_hidden_state", output)
+            )
             if isinstance(module, CHANNELS_SECOND) and first.dim() > 2:
                 first = first.flatten(2).transpose(1, 2)
             found[name].append(pooled(first, inputs, pooling).double().cpu())

@@ -12,7 +12,9 @@ from .watching import pictures
 
 @dataclasses.dataclass(frozen=True)
 class Conflict:
-    """cosine  of the two gradients, over all parameters;  opposed  share of the elements with opposite signs."""
+    """cosine  of the two gradients, over all parameters;  opposed  share of the elements with
+    opposite signs.
+    """
 
     cosine: float
     opposed: float
@@ -21,20 +23,32 @@ class Conflict:
 Gradients = Sequence[Tensor | None]
 
 
-def gradient_conflict(model: nn.Module, first: Tensor | Gradients, second: Tensor | Gradients) -> Conflict:
-    """Cosine of the gradients of two losses of one model, and the share of elements with opposite signs.
+def gradient_conflict(
+    model: nn.Module, first: Tensor | Gradients, second: Tensor | Gradients
+) -> Conflict:
+    """Cosine of the gradients of two losses of one model, and the share of elements with opposite
+    signs.
 
-    first, second  0-d losses, whose graphs are kept, or their gradients: a tensor or None for each trainable parameter, in order
+    first, second  0-d losses, whose graphs are kept, or their gradients: a tensor or None for each
+        trainable parameter, in order
 
-    A parameter that one of the losses does not depend on counts as 0 there. NaN where a gradient is 0 as a whole.
+    A parameter that one of the losses does not depend on counts as 0 there. NaN where a gradient is
+    0 as a whole.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     pair: list[Gradients] = []
     for of in (first, second):
-        gradients = torch.autograd.grad(of, params, retain_graph=True, allow_unused=True) if isinstance(of, Tensor) else of
+        gradients = (
+            torch.autograd.grad(of, params, retain_graph=True, allow_unused=True)
+            if isinstance(of, Tensor)
+            else of
+        )
         fits = (g is None or g.shape == p.shape for p, g in zip(params, gradients, strict=False))
         if len(gradients) != len(params) or not all(fits):
-            raise ValueError(f"{len(gradients)} gradients for {len(params)} trainable parameters; give one of its shape, or None, for each")
+            raise ValueError(
+                f"{len(gradients)} gradients for {len(params)} trainable parameters; "
+                "give one of its shape, or None, for each"
+            )
         pair.append(gradients)
     dot, opposite, squares = 0.0, 0, [0.0, 0.0]
     for a, b in zip(*pair, strict=True):
@@ -44,11 +58,17 @@ def gradient_conflict(model: nn.Module, first: Tensor | Gradients, second: Tenso
         for i, g in enumerate((a, b)):
             squares[i] += 0.0 if g is None else g.double().square().sum().item()
     length = (squares[0] * squares[1]) ** 0.5
-    return Conflict(dot / length if length else float("nan"), opposite / max(1, sum(p.numel() for p in params)))
+    return Conflict(
+        dot / length if length else float("nan"), opposite / max(1, sum(p.numel() for p in params))
+    )
 
 
-def plot_gradient_conflict(series: dict[str, Sequence[Conflict]], path: str | pathlib.Path) -> pathlib.Path:
-    """Draws cosine and opposed share, epoch by epoch (or step), a line for each entry; writes `path` and returns it."""
+def plot_gradient_conflict(
+    series: dict[str, Sequence[Conflict]], path: str | pathlib.Path
+) -> pathlib.Path:
+    """Draws cosine and opposed share, epoch by epoch (or step), a line for each entry; writes
+    `path` and returns it.
+    """
     with pictures(path, 2) as (cosines, shares):
         for name, found in series.items():
             at = range(1, len(found) + 1)

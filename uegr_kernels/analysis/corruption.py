@@ -11,9 +11,18 @@ _ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 
 def _neighbours() -> dict[str, str]:
     """The letters beside each letter on a QWERTY keyboard, whose rows stand half a key apart."""
-    places = {key: (row + 2 * i, y) for y, line in enumerate(_ROWS) for i, key in enumerate(line) for row in (y,)}
+    places = {
+        key: (row + 2 * i, y)
+        for y, line in enumerate(_ROWS)
+        for i, key in enumerate(line)
+        for row in (y,)
+    }
     return {
-        key: "".join(other for other, (u, v) in places.items() if other != key and abs(u - x) <= 2 and abs(v - y) <= 1)
+        key: "".join(
+            other
+            for other, (u, v) in places.items()
+            if other != key and abs(u - x) <= 2 and abs(v - y) <= 1
+        )
         for key, (x, y) in places.items()
     }
 
@@ -21,7 +30,9 @@ def _neighbours() -> dict[str, str]:
 NEIGHBOURS = _neighbours()
 
 
-def corrupted(texts: Iterable[str], kind: str = "typos", rate: float = 0.05, seed: int = 0) -> list[str]:
+def corrupted(
+    texts: Iterable[str], kind: str = "typos", rate: float = 0.05, seed: int = 0
+) -> list[str]:
     """Returns the texts with a share of their letters mistyped.
 
     texts  strings
@@ -37,7 +48,9 @@ def corrupted(texts: Iterable[str], kind: str = "typos", rate: float = 0.05, see
     if isinstance(texts, str):
         raise TypeError("texts is one string; give a list of them")
     if kind not in KINDS:
-        raise ValueError(f"kind={kind!r} is not one of its values; use {', '.join(map(repr, KINDS))}")
+        raise ValueError(
+            f"kind={kind!r} is not one of its values; use {', '.join(map(repr, KINDS))}"
+        )
     rate, seed = checks.number("rate", rate, 0, 1), checks.integer("seed", seed)
     return [_mistyped(text, kind, rate, random.Random(f"{seed} {kind} {text}")) for text in texts]
 
@@ -50,7 +63,11 @@ def _mistyped(text: str, kind: str, rate: float, draw: random.Random) -> str:
         if not text[i].isalpha() or u >= rate or i == moved:
             continue
         keys = NEIGHBOURS.get(text[i].lower(), "")
-        can = {"keyboard": bool(keys), "swaps": text[i + 1 : i + 2].isalpha(), "drops": i > 0 and text[i - 1].isalpha()}
+        can = {
+            "keyboard": bool(keys),
+            "swaps": text[i + 1 : i + 2].isalpha(),
+            "drops": i > 0 and text[i - 1].isalpha(),
+        }
         ways = [way for way in can if can[way] and kind in ("typos", way)]
         ways = ways or [way for way in ("swaps",) if can[way] and kind == "keyboard"]
         if not ways:

@@ -1,4 +1,6 @@
-"""What an optimizer's step selected: the range of s, the histogram of p, the share that was updated (Eq. 7-9)."""
+"""What an optimizer's step selected: the range of s, the histogram of p, the share that was
+updated (Eq. 7-9).
+"""
 
 import dataclasses
 import inspect
@@ -11,7 +13,9 @@ from torch import Tensor
 
 from ..selective import SelectiveAdamW, SelectiveSGD, selection_mask, selection_probability
 
-OPTIONS = tuple(inspect.signature(selection_probability).parameters.keys() - {"grad", "saliency", "backend"})
+OPTIONS = tuple(
+    inspect.signature(selection_probability).parameters.keys() - {"grad", "saliency", "backend"}
+)
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 BINS = 20  # of p, over [0, 1]
 
@@ -39,7 +43,9 @@ class ParameterSelection:
 
 @dataclasses.dataclass(frozen=True)
 class SelectionReport:
-    """The parameters that had a gradient in the last step, in the optimizer's order; `print` it for a table."""
+    """The parameters that had a gradient in the last step, in the optimizer's order; `print`
+    it for a table.
+    """
 
     parameters: tuple[ParameterSelection, ...]
 
@@ -47,43 +53,87 @@ class SelectionReport:
     def selected(self) -> float:
         """The share of all elements that were updated; NaN where there are none."""
         elements = sum(parameter.elements for parameter in self.parameters)
-        return sum(parameter.selected * parameter.elements for parameter in self.parameters) / elements if elements else float("nan")
+        return (
+            sum(parameter.selected * parameter.elements for parameter in self.parameters) / elements
+            if elements
+            else float("nan")
+        )
 
     @property
     def largest_inverse(self) -> float:
-        return max((each.largest_inverse for each in self.parameters if each.elements), default=float("nan"))
+        return max(
+            (each.largest_inverse for each in self.parameters if each.elements),
+            default=float("nan"),
+        )
 
     def __str__(self) -> str:
-        head = ("parameter", "elements", "least s", "median s", "largest s", "selected", "largest 1/p")
+        head = (
+            "parameter",
+            "elements",
+            "least s",
+            "median s",
+            "largest s",
+            "selected",
+            "largest 1/p",
+        )
         rows = [head]
         for each in self.parameters:
-            numbers = (f"{each.s_min:.3g}", f"{each.s_quantiles[QUANTILES.index(0.5)]:.3g}", f"{each.s_max:.3g}")
-            rows.append((each.name, f"{each.elements:,}", *numbers, f"{each.selected:.2%}", f"{each.largest_inverse:.4g}"))
+            numbers = (
+                f"{each.s_min:.3g}",
+                f"{each.s_quantiles[QUANTILES.index(0.5)]:.3g}",
+                f"{each.s_max:.3g}",
+            )
+            rows.append(
+                (
+                    each.name,
+                    f"{each.elements:,}",
+                    *numbers,
+                    f"{each.selected:.2%}",
+                    f"{each.largest_inverse:.4g}",
+                )
+            )
         elements = sum(each.elements for each in self.parameters)
-        rows.append(("all", f"{elements:,}", "", "", "", f"{self.selected:.2%}", f"{self.largest_inverse:.4g}"))
+        rows.append(
+            (
+                "all",
+                f"{elements:,}",
+                "",
+                "",
+                "",
+                f"{self.selected:.2%}",
+                f"{self.largest_inverse:.4g}",
+            )
+        )
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
-            "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+            "  ".join(
+                cell.ljust(width) if i == 0 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
             for row in rows
         )
 
 
 def selection_report(optimizer: Any) -> SelectionReport:
-    """What the optimizer's last step selected, by parameter; call it after `step()` and before `zero_grad()`.
+    """What the optimizer's last step selected, by parameter; call it after `step()` and before
+    `zero_grad()`.
 
-    optimizer  SelectiveAdamW or SelectiveSGD (or what wraps one as `.optimizer`), with the gradients of its last step
+    optimizer  SelectiveAdamW or SelectiveSGD (or what wraps one as `.optimizer`), with the
+        gradients of its last step
 
-    The masks are those of the step, drawn again; memory of a few times the largest parameter's is used, for scope="global" of all
-    parameters'. With statistics="previous", whose minima and maxima the step has replaced, p is of the present ones, and for
-    scope="global" the share is the mean of p.
-    Gradients that a GradScaler's fused step left scaled are reported so. Returns a `SelectionReport`. Raises TypeError for another
-    optimizer.
+    The masks are those of the step, drawn again; memory of a few times the largest parameter's is
+    used, for scope="global" of all parameters'. With statistics="previous", whose minima and maxima
+    the step has replaced, p is of the present ones, and for scope="global" the share is the mean of
+    p. Gradients that a GradScaler's fused step left scaled are reported so. Returns a
+    `SelectionReport`. Raises TypeError for another optimizer.
     """
     return SelectionReport(tuple(_describe(*found) for found in _selections(optimizer)))
 
 
 def share_selected(optimizer: Any) -> float | None:
-    """The share of elements that the last step updated; None for an optimizer that selects none, and where there is no gradient."""
+    """The share of elements that the last step updated; None for an optimizer that selects
+    none, and where there is no gradient.
+    """
     own = getattr(optimizer, "optimizer", optimizer)
     if not isinstance(own, SelectiveAdamW | SelectiveSGD):
         return None
@@ -95,27 +145,47 @@ def share_selected(optimizer: Any) -> float | None:
 
 
 def _selections(optimizer: Any) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
-    """Name, gradient, p and mask of every parameter with a gradient; no mask where only its probability is known."""
+    """Name, gradient, p and mask of every parameter with a gradient; no mask where only its
+    probability is known.
+    """
     optimizer = getattr(optimizer, "optimizer", optimizer)
     if not isinstance(optimizer, SelectiveAdamW | SelectiveSGD):
-        raise TypeError(f"optimizer is a {type(optimizer).__name__}; pass a SelectiveAdamW or SelectiveSGD")
+        raise TypeError(
+            f"optimizer is a {type(optimizer).__name__}; pass a SelectiveAdamW or SelectiveSGD"
+        )
     found, stream = [], 0
     for group in optimizer.param_groups:
-        options = {name: group[name] for name in OPTIONS} | {"statistics": "current", "target": "gradient"}
+        options = {name: group[name] for name in OPTIONS} | {
+            "statistics": "current",
+            "target": "gradient",
+        }
         for i, p in enumerate(group["params"]):
             step = int(optimizer.state.get(p, {}).get("step", 0))
             if p.grad is not None and step:
-                name = group["param_names"][i] if i < len(group.get("param_names", ())) else str(stream)
+                name = (
+                    group["param_names"][i]
+                    if i < len(group.get("param_names", ()))
+                    else str(stream)
+                )
                 found.append((name, stream, p.grad.detach(), options, group["seed"], step))
             stream += 1
-    wide: dict[tuple[Any, ...], dict[int, Tensor]] = {}  # by options: p of every parameter of a scope that spans them
+    # by options: p of every parameter of a scope that spans them
+    wide: dict[tuple[Any, ...], dict[int, Tensor]] = {}
     for name, stream, g, options, seed, step in found:
         if options["scope"] == "global" and options["normalization"] != "constant":
             key = tuple(options.items())
             if key not in wide:
-                members = {other: theirs for _, other, theirs, its, _, _ in found if _same_scope(its, options)}
-                together = torch.cat([theirs.flatten().to(g.device, torch.float64) for theirs in members.values()])
-                parts = selection_probability(together, **options).split([theirs.numel() for theirs in members.values()])
+                members = {
+                    other: theirs
+                    for _, other, theirs, its, _, _ in found
+                    if _same_scope(its, options)
+                }
+                together = torch.cat(
+                    [theirs.flatten().to(g.device, torch.float64) for theirs in members.values()]
+                )
+                parts = selection_probability(together, **options).split(
+                    [theirs.numel() for theirs in members.values()]
+                )
                 wide[key] = dict(zip(members, parts, strict=True))
             yield name, g, wide[key][stream].view_as(g), None
         else:
@@ -149,7 +219,9 @@ def _quantiles(s: Tensor) -> list[float]:
 
 
 def plot_selection_report(report: SelectionReport, path: str | pathlib.Path) -> pathlib.Path:
-    """Draws the share selected and the histogram of p of every parameter; writes `path` (PNG, or what its ending says) and returns it."""
+    """Draws the share selected and the histogram of p of every parameter; writes `path` (PNG,
+    or what its ending says) and returns it.
+    """
     from matplotlib.figure import Figure
 
     path = pathlib.Path(path)
@@ -159,10 +231,17 @@ def plot_selection_report(report: SelectionReport, path: str | pathlib.Path) -> 
     shares.barh(range(len(names)), [parameter.selected for parameter in report.parameters])
     shares.set(yticks=range(len(names)), yticklabels=names, xlabel="share selected", xlim=(0, 1))
     shares.invert_yaxis()
-    rows = [[count / max(1, sum(parameter.histogram)) for count in parameter.histogram] for parameter in report.parameters]
-    drawn = densities.imshow(rows or [[0.0]], aspect="auto", extent=(0, 1, len(names) - 0.5, -0.5), vmin=0, vmax=1)
+    rows = [
+        [count / max(1, sum(parameter.histogram)) for count in parameter.histogram]
+        for parameter in report.parameters
+    ]
+    drawn = densities.imshow(
+        rows or [[0.0]], aspect="auto", extent=(0, 1, len(names) - 0.5, -0.5), vmin=0, vmax=1
+    )
     densities.set(xlabel="p")
     figure.colorbar(drawn, ax=densities, label="share of the parameter's elements")
-    figure.suptitle(f"{report.selected:.1%} of all elements selected; largest 1/p {report.largest_inverse:.3g}")
+    figure.suptitle(
+        f"{report.selected:.1%} of all elements selected; largest 1/p {report.largest_inverse:.3g}"
+    )
     figure.savefig(path)
     return path

@@ -15,32 +15,49 @@ Loss = Callable[[nn.Module], Tensor]
 
 
 def largest_eigenvalue(
-    model: nn.Module, loss: Loss, *, iterations: int = 100, tolerance: float = 1e-4, seed: int = 0, which: str = "magnitude"
+    model: nn.Module,
+    loss: Loss,
+    *,
+    iterations: int = 100,
+    tolerance: float = 1e-4,
+    seed: int = 0,
+    which: str = "magnitude",
 ) -> float:
-    """Computes the eigenvalue of largest magnitude, with its sign, of the loss's Hessian in the trainable parameters, in eval mode.
+    """Computes the eigenvalue of largest magnitude, with its sign, of the loss's Hessian in the
+    trainable parameters, in eval mode.
 
-    loss        a function of the model that returns a 0-d tensor, twice differentiable: plain PyTorch, since the package's losses
-                refuse a second backward
+    loss        a function of the model that returns a 0-d tensor, twice differentiable: plain
+                PyTorch, since the package's losses refuse a second backward
     iterations  Hessian-vector products at most; each keeps a vector of the model's size
     tolerance   largest residual ||Hv - value v||, in multiples of the value, at which it stops
     seed        of the random start
     which       "magnitude"; or "algebraic": the most positive eigenvalue
 
-    By Lanczos' method with full reorthogonalisation (Ghorbani et al. 2019). Where values of both signs are as large, the positive
-    one is returned. Warns (UserWarning) where the iterations ended above the tolerance, or before the two signs were told apart.
-    Raises ValueError for a wrong option.
+    By Lanczos' method with full reorthogonalisation (Ghorbani et al. 2019). Where values of both
+    signs are as large, the positive one is returned. Warns (UserWarning) where the iterations ended
+    above the tolerance, or before the two signs were told apart. Raises ValueError for a wrong
+    option.
     """
-    iterations, tolerance = checks.integer("iterations", iterations, 1), checks.number("tolerance", tolerance, 0)
+    iterations, tolerance = (
+        checks.integer("iterations", iterations, 1),
+        checks.number("tolerance", tolerance, 0),
+    )
     seed = checks.signed_seed(seed)
     checks.choice("which", which, ("magnitude", "algebraic"))
     with held(model), torch.enable_grad():
-        return _lanczos(_hessian(model, loss), _trainable(model), iterations, tolerance, seed, which)
+        return _lanczos(
+            _hessian(model, loss), _trainable(model), iterations, tolerance, seed, which
+        )
 
 
-def hessian_trace(model: nn.Module, loss: Loss, *, samples: int = 100, seed: int = 0) -> tuple[float, float]:
-    """Estimates the trace of the loss's Hessian by Hutchinson's method: the mean of v.Hv over `samples` random signs v.
+def hessian_trace(
+    model: nn.Module, loss: Loss, *, samples: int = 100, seed: int = 0
+) -> tuple[float, float]:
+    """Estimates the trace of the loss's Hessian by Hutchinson's method: the mean of v.Hv over
+    `samples` random signs v.
 
-    Returns the estimate and its standard error (NaN for one sample): the trace lies within two of them about 19 times in 20.
+    Returns the estimate and its standard error (NaN for one sample): the trace lies within two of
+    them about 19 times in 20.
     model, loss, seed  as in `largest_eigenvalue`
     """
     samples = checks.integer("samples", samples, 1)
@@ -49,16 +66,24 @@ def hessian_trace(model: nn.Module, loss: Loss, *, samples: int = 100, seed: int
         product = _hessian(model, loss)
         found = []
         for _ in range(samples):
-            v = [torch.randint(0, 2, p.shape, generator=generator).mul_(2).sub_(1).to(p) for p in _trainable(model)]
+            v = [
+                torch.randint(0, 2, p.shape, generator=generator).mul_(2).sub_(1).to(p)
+                for p in _trainable(model)
+            ]
             found.append(_dot(v, product(v)))
     values = torch.tensor(found, dtype=torch.float64)
-    return values.mean().item(), (values.std() / samples**0.5).item() if samples > 1 else float("nan")
+    return values.mean().item(), (values.std() / samples**0.5).item() if samples > 1 else float(
+        "nan"
+    )
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
     params = [p for p in model.parameters() if p.requires_grad]
     if not params:
-        raise ValueError("the model has no trainable parameter; set requires_grad where the curvature is asked for")
+        raise ValueError(
+            "the model has no trainable parameter; set requires_grad where the "
+            "curvature is asked for"
+        )
     return params
 
 
@@ -70,21 +95,36 @@ def _hessian(model: nn.Module, loss: Loss) -> Callable[[list[Tensor]], list[Tens
     def product(v: list[Tensor]) -> list[Tensor]:
         if not kept:  # a linear loss
             return [torch.zeros_like(p) for p in params]
-        found = torch.autograd.grad([gradients[i] for i in kept], params, [v[i] for i in kept], retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(
+            [gradients[i] for i in kept],
+            params,
+            [v[i] for i in kept],
+            retain_graph=True,
+            allow_unused=True,
+        )
         return [torch.zeros_like(p) if t is None else t for p, t in zip(params, found, strict=True)]
 
     return product
 
 
 def _lanczos(
-    product: Callable[[list[Tensor]], list[Tensor]], params: list[nn.Parameter], iterations: int, tolerance: float, seed: int, which: str
+    product: Callable[[list[Tensor]], list[Tensor]],
+    params: list[nn.Parameter],
+    iterations: int,
+    tolerance: float,
+    seed: int,
+    which: str,
 ) -> float:
-    """The wanted eigenvalue of a symmetric map, from the eigenvalues of its projection on the Krylov space of a random vector."""
+    """The wanted eigenvalue of a symmetric map, from the eigenvalues of its projection on the
+    Krylov space of a random vector.
+    """
     generator = torch.Generator().manual_seed(seed)
     dtype = functools.reduce(torch.promote_types, [p.dtype for p in params], torch.float32)
     device, sizes = params[0].device, [p.numel() for p in params]
     size, epsilon = sum(sizes), torch.finfo(dtype).eps
-    q = torch.cat([torch.randn(p.shape, generator=generator).flatten().to(device, dtype) for p in params])
+    q = torch.cat(
+        [torch.randn(p.shape, generator=generator).flatten().to(device, dtype) for p in params]
+    )
     basis: list[Tensor] = []
     diagonal: list[float] = []
     beside: list[float] = []
@@ -108,7 +148,8 @@ def _lanczos(
         low, high = float(values[0]), float(values[-1])
         scale = max(abs(low), abs(high))
         rounding = 10 * size**0.5 * epsilon * scale
-        whole = length <= rounding or len(basis) == size  # the space holds all that the start can reach
+        # the space holds all that the start can reach
+        whole = length <= rounding or len(basis) == size
         residuals = (vectors[-1].abs() * (0.0 if whole else length)).tolist()
         near = max(tolerance * scale, rounding)
         if which == "algebraic":
@@ -124,8 +165,10 @@ def _lanczos(
     if which == "magnitude" and not apart:
         value = high
     warnings.warn(
-        f"largest_eigenvalue={value:.6g} has not converged in {len(basis)} iterations: eigenvalues from {low:.6g} (residual "
-        f"{residuals[0]:.2g}) to {high:.6g} (residual {residuals[-1]:.2g}), asked for {near:.2g} and, by magnitude, both signs told apart; "
+        f"largest_eigenvalue={value:.6g} has not converged in {len(basis)} iterations: eigenvalues "
+        f"from {low:.6g} (residual "
+        f"{residuals[0]:.2g}) to {high:.6g} (residual {residuals[-1]:.2g}), asked for {near:.2g} "
+        "and, by magnitude, both signs told apart; "
         "give more iterations, or a larger tolerance",
         stacklevel=3,
     )

@@ -49,7 +49,9 @@ def pooled(features: Tensor, inputs: Any, pooling: str) -> Tensor:
 
 @contextlib.contextmanager
 def moved(params: list[nn.Parameter]) -> Iterator[Callable[[list[Tensor]], None]]:
-    """Yields what puts the parameters at their start plus the given tensors; afterwards they are the start, bit for bit."""
+    """Yields what puts the parameters at their start plus the given tensors; afterwards they
+    are the start, bit for bit.
+    """
     start = [p.detach().clone() for p in params]
 
     def put(values: Iterable[Tensor]) -> None:
@@ -78,6 +80,8 @@ def pictures(path: str | pathlib.Path, count: int, **kwargs: Any) -> Iterator[li
 
     columns = 2 if count == 4 else max(1, min(3, count))
     rows = max(1, -(-count // columns))
-    figure = Figure(figsize=(6.4, 4.8) if count < 2 else (4.2 * columns, 3.5 * rows), layout="constrained")
+    figure = Figure(
+        figsize=(6.4, 4.8) if count < 2 else (4.2 * columns, 3.5 * rows), layout="constrained"
+    )
     yield [figure.add_subplot(rows, columns, i + 1, **kwargs) for i in range(count)]
     figure.savefig(path)

@@ -1,4 +1,6 @@
-"""The backends: their names, their order on a device, and the one function that decides and explains."""
+"""The backends: their names, their order on a device, and the one function that decides and
+explains.
+"""
 
 import functools
 import importlib.util
@@ -12,12 +14,17 @@ import torch
 from . import native
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
-ORDER = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}  # best first; ROCm calls itself cuda
+# best first; ROCm calls itself cuda
+ORDER = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def why_not(backend: str, operator: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
-    """None where `backend` can serve `operator` ("folder.name") on `device`, else why not and what to do, in a sentence."""
+def why_not(
+    backend: str, operator: str, device: torch.device, dtype: torch.dtype | None = None
+) -> str | None:
+    """None where `backend` can serve `operator` ("folder.name") on `device`, else why not and
+    what to do, in a sentence.
+    """
     interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
@@ -26,11 +33,16 @@ def why_not(backend: str, operator: str, device: torch.device, dtype: torch.dtyp
 
 
 @functools.cache
-def _why_not(backend: str, operator: str, device: torch.device, dtype: torch.dtype | None, interpreted: bool) -> str | None:
+def _why_not(
+    backend: str, operator: str, device: torch.device, dtype: torch.dtype | None, interpreted: bool
+) -> str | None:
     if backend == "reference":
         return None
     if dtype is not None and dtype not in DTYPES:
-        return f"its kernels take float32, bfloat16, float16 and float64, not {str(dtype).removeprefix('torch.')}; use backend='reference'"
+        return (
+            "its kernels take float32, bfloat16, float16 and float64, not "
+            f"{str(dtype).removeprefix('torch.')}; use backend='reference'"
+        )
     needed = "cpu" if backend == "cpp" or interpreted else "cuda"
     gpu = None
     if needed == "cuda":
@@ -58,8 +70,12 @@ def _why_no_gpu(backend: str) -> str | None:
     return native.why_no_gpu()
 
 
-def _reasons_there(backend: str, operator: str, gpu: int | None, dtype: torch.dtype | None) -> list[str]:
-    """The reasons against a backend for tensors where its kernels run, on a GPU or (None) the CPU."""
+def _reasons_there(
+    backend: str, operator: str, gpu: int | None, dtype: torch.dtype | None
+) -> list[str]:
+    """The reasons against a backend for tensors where its kernels run, on a GPU or (None) the
+    CPU.
+    """
     folder = operator.split(".")[0]
     found: list[str | None] = []
     if backend == "triton":
@@ -73,7 +89,10 @@ def _reasons_there(backend: str, operator: str, gpu: int | None, dtype: torch.dt
         found.append(native.why_not() or _why_no_kernel(operator, "C++", "CPU"))
     else:
         if dtype == torch.float64:
-            found.append("its kernels take float32, bfloat16 and float16, not float64; use backend='auto', 'triton' or 'reference'")
+            found.append(
+                "its kernels take float32, bfloat16 and float16, not float64; use "
+                "backend='auto', 'triton' or 'reference'"
+            )
         found.append(native.why_not_gpu(gpu or 0) or _why_no_kernel(operator, "CUDA", "CUDA"))
     return [reason for reason in found if reason is not None]
 
@@ -84,19 +103,28 @@ def _why_no_kernel(operator: str, language: str, key: str) -> str | None:
     return f"{operator} has no {language} kernel in this version; use backend='auto'"
 
 
-def choose(backend: str, operator: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
-    """The backend that serves the call: the best usable one for "auto", the named one or an error that says why not.
+def choose(
+    backend: str, operator: str, device: torch.device, dtype: torch.dtype | None = None
+) -> str:
+    """The backend that serves the call: the best usable one for "auto", the named one or an error
+    that says why not.
 
-    Raises ValueError for a name that is no backend, RuntimeError for a backend that cannot serve the call.
+    Raises ValueError for a name that is no backend, RuntimeError for a backend that cannot serve
+    the call.
     """
     if backend == "auto":
         order = ORDER.get(device.type, ("reference",))
         return next(name for name in order if why_not(name, operator, device, dtype) is None)
     if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is not a backend; use one of 'auto', {', '.join(map(repr, BACKENDS))}")
+        raise ValueError(
+            f"backend={backend!r} is not a backend; use one of 'auto', "
+            f"{', '.join(map(repr, BACKENDS))}"
+        )
     reason = why_not(backend, operator, device, dtype)
     if reason is not None:
-        raise RuntimeError(f"backend={backend!r} cannot serve {operator} on {device.type}: {reason}")
+        raise RuntimeError(
+            f"backend={backend!r} cannot serve {operator} on {device.type}: {reason}"
+        )
     return backend
 
 
@@ -107,23 +135,30 @@ def triton_kernels(package: str) -> ModuleType:
 
 
 def traced() -> bool:
-    """Whether a compiler, torch.func or a mode of fake tensors is looking, which see registered operators only and no values."""
+    """Whether a compiler, torch.func or a mode of fake tensors is looking, which see
+    registered operators only and no values.
+    """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def transformed() -> bool:
-    """Whether torch.func is transforming what runs (grad, vjp, jvp, vmap), outside of a compiler."""
+    """Whether torch.func is transforming what runs (grad, vjp, jvp, vmap), outside of a
+    compiler.
+    """
     return torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
 
 
-def define(name: str, schema: str, reference: Callable[..., Any], triton: Callable[..., Any]) -> None:
+def define(
+    name: str, schema: str, reference: Callable[..., Any], triton: Callable[..., Any]
+) -> None:
     """Defines an operator and what serves it beside the compiled kernels.
 
-    The reference is the default kernel, so that the operator exists on every device; Triton's is the CUDA one where the CUDA library is
-    not loaded, on GPUs that Triton supports. To the overload `fallback`, which has neither's compiled kernels, the CUDA library leaves
-    what it does not take, and everything on a GPU that it does not run on.
+    The reference is the default kernel, so that the operator exists on every device; Triton's is
+    the CUDA one where the CUDA library is not loaded, on GPUs that Triton supports. To the overload
+    `fallback`, which has neither's compiled kernels, the CUDA library leaves what it does not take,
+    and everything on a GPU that it does not run on.
     """
     has_triton = importlib.util.find_spec("triton") is not None
 
@@ -131,7 +166,10 @@ def define(name: str, schema: str, reference: Callable[..., Any], triton: Callab
         supported = native.why_not_triton(_device(args).index or 0) is None
         return (triton if supported else reference)(*args, **kwargs)
 
-    for overload, registered in ((name, has_triton and native.why_not_cuda() is not None), (f"{name}.fallback", has_triton)):
+    for overload, registered in (
+        (name, has_triton and native.why_not_cuda() is not None),
+        (f"{name}.fallback", has_triton),
+    ):
         torch.library.define(f"uegr_kernels::{overload}", schema)
         torch.library.impl(f"uegr_kernels::{overload}", "CompositeExplicitAutograd", reference)
         if registered:

@@ -1,4 +1,6 @@
-"""Arguments looked at before anything is done with them: one rule and one sentence for each kind."""
+"""Arguments looked at before anything is done with them: one rule and one sentence for each
+kind.
+"""
 
 import math
 import sys
@@ -23,7 +25,9 @@ def is_number(value: Any) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """A number of NumPy's as Python's, which compares with any other without an overflow in NumPy's narrow types; others as they are."""
+    """A number of NumPy's as Python's, which compares with any other without an overflow in
+    NumPy's narrow types; others as they are.
+    """
     return value.item() if type(value) not in PLAIN and hasattr(value, "item") else value
 
 
@@ -51,12 +55,16 @@ def integer(name: str, value: Any, low: float = -math.inf, *, bits: int | None =
 
 
 def signed_seed(value: Any) -> int:
-    """Any integer as the operators take a seed: its value modulo 2^64, as a two's complement of 64 bits."""
+    """Any integer as the operators take a seed: its value modulo 2^64, as a two's complement
+    of 64 bits.
+    """
     return (integer("seed", value) + 2**63) % 2**64 - 2**63
 
 
 def is_flag(value: Any) -> bool:
-    """Whether it is True or False, Python's or NumPy's; nobody has NumPy's before its module is imported, which is not done here."""
+    """Whether it is True or False, Python's or NumPy's; nobody has NumPy's before its module
+    is imported, which is not done here.
+    """
     numpy = sys.modules.get("numpy")
     return isinstance(value, bool) or (numpy is not None and isinstance(value, numpy.bool_))
 
@@ -71,15 +79,22 @@ def flag(name: str, value: Any) -> bool:
 def choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Raises ValueError for a word that is not one of the choices."""
     if value not in choices:
-        raise ValueError(f"{name}={value!r} is not one of its values; use {', '.join(map(repr, choices))}")
+        raise ValueError(
+            f"{name}={value!r} is not one of its values; use {', '.join(map(repr, choices))}"
+        )
 
 
 def tensor(name: str, x: Any, shape: str = "") -> None:
-    """Raises TypeError for what is no dense tensor of floating point; `shape` is what the caller wants, in words."""
+    """Raises TypeError for what is no dense tensor of floating point; `shape` is what the
+    caller wants, in words.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}; give a tensor{shape and ' '}{shape}")
     if x.layout != torch.strided:
-        raise TypeError(f"{name} is sparse ({x.layout}); give {name}.to_dense(), or build an embedding with sparse=False")
+        raise TypeError(
+            f"{name} is sparse ({x.layout}); give {name}.to_dense(), or build an "
+            "embedding with sparse=False"
+        )
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} is {x.dtype}; give float32, bfloat16, float16 or float64")
 
@@ -92,10 +107,14 @@ def same_placement(first: str, x: Tensor, name: str, y: Tensor) -> None:
         raise ValueError(f"{name} is on {y.device} and {first} on {x.device}; move one with .to()")
 
 
-def refuse_transforms(name: str, tensors: Sequence[Tensor], advice: str, constants: Sequence[Tensor] = ()) -> None:
-    """Raises RuntimeError for derivatives that a kernel cannot give, which would else come out as 0.
+def refuse_transforms(
+    name: str, tensors: Sequence[Tensor], advice: str, constants: Sequence[Tensor] = ()
+) -> None:
+    """Raises RuntimeError for derivatives that a kernel cannot give, which would else come out as
+    0.
 
-    tensors    must have no forward-mode tangent (torch.func.jvp, jacfwd, linearize, dual tensors) and not be under torch.func.vmap
+    tensors    must have no forward-mode tangent (torch.func.jvp, jacfwd, linearize, dual tensors)
+        and not be under torch.func.vmap
     constants  must not be differentiated by at all, neither by torch.func.grad, vjp and jacrev
 
     Outside of forward mode and torch.func, which is nearly always, this is two looks at flags.
@@ -108,7 +127,9 @@ def refuse_transforms(name: str, tensors: Sequence[Tensor], advice: str, constan
     reason="uegr_kernels runs uncompiled under forward mode and torch.func; leave fullgraph out"
 )
 def _refuse(name: str, tensors: Sequence[Tensor], advice: str, constants: Sequence[Tensor]) -> None:
-    """Looks through every level of torch.func, which a compiler cannot: it leaves the function that gets here to Python."""
+    """Looks through every level of torch.func, which a compiler cannot: it leaves the function
+    that gets here to Python.
+    """
     _Transformed.apply(name, advice, *tensors, *constants)  # type: ignore[no-untyped-call]
     if any(map(_tracked, constants)):
         raise RuntimeError(f"{name} of uegr_kernels has no derivative: {advice}")
@@ -124,7 +145,9 @@ def _tracked(tensor: Tensor) -> bool:
 
 
 class _Transformed(torch.autograd.Function):
-    """Computes nothing; at every level of torch.func PyTorch calls `jvp` where an argument has a tangent, `vmap` where one is batched."""
+    """Computes nothing; at every level of torch.func PyTorch calls `jvp` where an argument has
+    a tangent, `vmap` where one is batched.
+    """
 
     @staticmethod
     def forward(name: str, advice: str, *tensors: Tensor) -> Tensor:
@@ -138,9 +161,12 @@ class _Transformed(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> NoReturn:
         raise RuntimeError(
-            f"{ctx.name} of uegr_kernels has no forward-mode derivative (torch.func.jvp, jacfwd, dual tensors): {ctx.advice}"
+            f"{ctx.name} of uegr_kernels has no forward-mode derivative (torch.func.jvp, jacfwd, "
+            f"dual tensors): {ctx.advice}"
         )
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, name: str, advice: str, *_: Any) -> NoReturn:
-        raise RuntimeError(f"{name} of uegr_kernels does not run under torch.func.vmap; give the whole batch")
+        raise RuntimeError(
+            f"{name} of uegr_kernels does not run under torch.func.vmap; give the whole batch"
+        )

@@ -1,4 +1,6 @@
-"""Tensors' memory, looked at before it is written: whether it is there, and whether two of them share it."""
+"""Tensors' memory, looked at before it is written: whether it is there, and whether two of
+them share it.
+"""
 
 import torch
 from torch import Tensor
@@ -7,12 +9,24 @@ from . import shards
 
 
 def check_there(name: str, tensor: Tensor) -> None:
-    """Raises RuntimeError for a tensor whose storage was given back, in whole or in part (`untyped_storage().resize_`)."""
+    """Raises RuntimeError for a tensor whose storage was given back, in whole or in part
+    (`untyped_storage().resize_`).
+    """
     part = shards.local(tensor)
-    if not part.numel() or part.device.type == "meta" or isinstance(part, torch._subclasses.FakeTensor):
+    if (
+        not part.numel()
+        or part.device.type == "meta"
+        or isinstance(part, torch._subclasses.FakeTensor)
+    ):
         return
-    if part.untyped_storage().nbytes() < (part.storage_offset() + _reach(part)) * part.element_size():
-        raise RuntimeError(f"{name} of shape {tuple(tensor.shape)} has no memory: its storage was freed; restore it before the step")
+    if (
+        part.untyped_storage().nbytes()
+        < (part.storage_offset() + _reach(part)) * part.element_size()
+    ):
+        raise RuntimeError(
+            f"{name} of shape {tuple(tensor.shape)} has no memory: its storage was "
+            "freed; restore it before the step"
+        )
 
 
 Places = tuple[list[int], list[torch.Size], list[tuple[int, ...]]]
@@ -20,13 +34,19 @@ Places = tuple[list[int], list[torch.Size], list[tuple[int, ...]]]
 
 def places(tensors: list[Tensor]) -> Places:
     """Addresses (0 of fake tensors), shapes and strides."""
-    return [t.data_ptr() for t in tensors], [t.shape for t in tensors], [t.stride() for t in tensors]
+    return (
+        [t.data_ptr() for t in tensors],
+        [t.shape for t in tensors],
+        [t.stride() for t in tensors],
+    )
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether two of a tensor's indices name one element."""
     reach = 1
-    for stride, n in sorted((stride, n) for stride, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+    for stride, n in sorted(
+        (stride, n) for stride, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1
+    ):
         if stride < reach:
             return tensor.numel() > 0 and int(_marked([tensor], [0]).sum()) < tensor.numel()
         reach += (n - 1) * stride
@@ -35,7 +55,11 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 def shared(tensors: list[Tensor]) -> tuple[int, int] | None:
     """The positions of two tensors that have an element in common, if any do."""
-    spans = [(address, i) for i, address in enumerate(places(tensors)[0]) if address and tensors[i].numel()]
+    spans = [
+        (address, i)
+        for i, address in enumerate(places(tensors)[0])
+        if address and tensors[i].numel()
+    ]
     open_spans: list[tuple[int, int]] = []  # end, position
     for start, i in sorted(spans):
         open_spans = [span for span in open_spans if span[0] > start]
@@ -48,7 +72,9 @@ def shared(tensors: list[Tensor]) -> tuple[int, int] | None:
 
 def _reach(tensor: Tensor) -> int:
     """Elements from a tensor's first to its last, both counted."""
-    return 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return 1 + sum(
+        (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
 
 
 def _meet(a: Tensor, b: Tensor) -> bool:
@@ -64,7 +90,9 @@ def _meet(a: Tensor, b: Tensor) -> bool:
 
 def _marked(tensors: list[Tensor], starts: list[int]) -> Tensor:
     """How many of the tensors have an element at each place of their common span."""
-    marks = torch.zeros(max(start + _reach(t) for t, start in zip(tensors, starts, strict=True)), dtype=torch.uint8)
+    marks = torch.zeros(
+        max(start + _reach(t) for t, start in zip(tensors, starts, strict=True)), dtype=torch.uint8
+    )
     for t, start in zip(tensors, starts, strict=True):
         places = torch.arange(len(marks)).as_strided(t.shape, t.stride(), start).flatten()
         marks[places] += 1
@@ -72,7 +100,9 @@ def _marked(tensors: list[Tensor], starts: list[int]) -> Tensor:
 
 
 def _reached(distance: int, axes: list[tuple[int, int, int]]) -> bool:
-    """Whether a distance is a difference of two indices: an element of one tensor less one of the other along each axis."""
+    """Whether a distance is a difference of two indices: an element of one tensor less one of
+    the other along each axis.
+    """
     if not axes:
         return distance == 0
     (stride, n, m), *others = axes

@@ -9,12 +9,18 @@ import torch
 
 LIBRARIES = pathlib.Path(__file__).parent.parent / "_lib"
 ISAS = ("baseline", "avx2", "avx512")  # weakest first
-# torch says AVX2 only of a processor that has FMA too, AVX512 only of one with F, BW, DQ and VL; its own kernels use what setup.py does.
+# torch says AVX2 only of a processor that has FMA too, AVX512 only of one with F, BW, DQ and VL;
+# its own kernels use what setup.py does.
 SUPPORTED = {"AVX2": 1, "AVX512": 2}
 NO_CODE = {  # what the CUDA runtime calls code that a GPU does not run
     f"cudaError{name}"
     for name in (
-        *("NoKernelImageForDevice", "InvalidDeviceFunction", "InvalidKernelImage", "UnsupportedPtxVersion"),
+        *(
+            "NoKernelImageForDevice",
+            "InvalidDeviceFunction",
+            "InvalidKernelImage",
+            "UnsupportedPtxVersion",
+        ),
         *("InvalidPtx", "JitCompilerNotFound", "JitCompilationDisabled"),
     )
 }
@@ -38,41 +44,65 @@ def _library(isa: str) -> pathlib.Path:
 
 @functools.cache
 def load() -> tuple[str | None, str | None]:
-    """Loads exactly one library; returns (instruction set, None) or (None, the reason and the remedy in a sentence).
+    """Loads exactly one library; returns (instruction set, None) or (None, the reason and the
+    remedy in a sentence).
 
-    Raises ValueError where UEGR_KERNELS_ISA is no instruction set, RuntimeError where this processor lacks it.
+    Raises ValueError where UEGR_KERNELS_ISA is no instruction set, RuntimeError where this
+    processor lacks it.
     """
     wanted = os.environ.get("UEGR_KERNELS_ISA")
     if wanted is not None and wanted not in ISAS:
-        raise ValueError(f"UEGR_KERNELS_ISA={wanted!r} is not an instruction set; set it to one of {', '.join(ISAS)}, or unset it")
+        raise ValueError(
+            f"UEGR_KERNELS_ISA={wanted!r} is not an instruction set; set it to one of "
+            f"{', '.join(ISAS)}, or unset it"
+        )
     if wanted is not None and wanted not in supported_isas():
-        raise RuntimeError(f"UEGR_KERNELS_ISA={wanted} is more than this processor has ({supported_isas()[-1]}); choose that or unset it")
+        raise RuntimeError(
+            f"UEGR_KERNELS_ISA={wanted} is more than this processor has "
+            f"({supported_isas()[-1]}); choose that or unset it"
+        )
     usable = [isa for isa in supported_isas() if isa in built_isas()]
     isa = wanted or (usable[-1] if usable else "baseline")
     library, note = _library(isa), LIBRARIES / "not_built.txt"
     if not library.exists():
-        reason = note.read_text().strip() if note.exists() else f"{library} does not exist (install a C++17 compiler)"
+        reason = (
+            note.read_text().strip()
+            if note.exists()
+            else (f"{library} does not exist (install a C++17 compiler)")
+        )
         return None, f"the compiled library was not built: {reason}; put that right, {REMEDY}"
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
-        return None, f"{library.name} does not load into torch {torch.__version__}: {error}; install torch 2.11 or newer, {REMEDY}"
+        return None, (
+            f"{library.name} does not load into torch {torch.__version__}: {error}; "
+            f"install torch 2.11 or newer, {REMEDY}"
+        )
     return isa, None
 
 
 @functools.cache
 def why_not_cuda() -> str | None:
-    """None where the CUDA library is loaded, which it is for a CUDA build of torch alone; else the reason and the remedy in a sentence."""
+    """None where the CUDA library is loaded, which it is for a CUDA build of torch alone; else
+    the reason and the remedy in a sentence.
+    """
     if torch.version.cuda is None:
         return "this torch is built without CUDA; install a CUDA build of torch"
     library, note = LIBRARIES / "uegr_kernels_cuda.so", LIBRARIES / "cuda_not_built.txt"
     if not library.exists():
-        reason = note.read_text().strip() if note.exists() else f"{library} does not exist (install the CUDA toolkit, for nvcc)"
+        reason = (
+            note.read_text().strip()
+            if note.exists()
+            else (f"{library} does not exist (install the CUDA toolkit, for nvcc)")
+        )
         return f"the CUDA library was not built: {reason}; put that right, {REMEDY}"
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
-        return f"{library.name} does not load into torch {torch.__version__}: {error}; install torch 2.11 or newer, {REMEDY}"
+        return (
+            f"{library.name} does not load into torch {torch.__version__}: {error}; install "
+            f"torch 2.11 or newer, {REMEDY}"
+        )
     return None
 
 
@@ -99,21 +129,29 @@ def _cuda_library() -> ctypes.CDLL:
 def load_functions(path: pathlib.Path) -> ctypes.CDLL:
     """A CUDA library's functions that are no operators."""
     library = ctypes.CDLL(str(path))
-    library.uegr_kernels_probe.restype = library.uegr_kernels_architectures.restype = ctypes.c_char_p
+    library.uegr_kernels_probe.restype = library.uegr_kernels_architectures.restype = (
+        ctypes.c_char_p
+    )
     return library
 
 
 def probe(index: int) -> str:
-    """What the CUDA runtime says of the library's kernels on a GPU: "cudaSuccess" where they run."""
+    """What the CUDA runtime says of the library's kernels on a GPU: "cudaSuccess" where they
+    run.
+    """
     name: bytes = _cuda_library().uegr_kernels_probe(index)
     return name.decode()
 
 
 def versions() -> tuple[str, str]:
-    """The CUDA that the driver is made for ("0.0": no driver), and the one that the library is built with."""
+    """The CUDA that the driver is made for ("0.0": no driver), and the one that the library is
+    built with.
+    """
     driver, library = ctypes.c_int(), ctypes.c_int()
     _cuda_library().uegr_kernels_versions(ctypes.byref(driver), ctypes.byref(library))
-    known, built = (f"{number.value // 1000}.{number.value % 1000 // 10}" for number in (driver, library))
+    known, built = (
+        f"{number.value // 1000}.{number.value % 1000 // 10}" for number in (driver, library)
+    )
     return known, built
 
 
@@ -126,8 +164,8 @@ def architectures() -> tuple[str, ...]:
 def holds_code(capability: tuple[int, int]) -> bool:
     """Whether the CUDA library holds code that an architecture runs.
 
-    That of its major number and no newer, or PTX that is no newer; "a" is for one alone, "f" for one
-    major number.
+    That of its major number and no newer, or PTX that is no newer; "a" is for one alone, "f" for
+    one major number.
     """
     for name in architectures():
         number, _, ptx = name.partition("+")
@@ -145,7 +183,8 @@ def holds_code(capability: tuple[int, int]) -> bool:
 
 @functools.cache
 def why_not_gpu(index: int) -> str | None:
-    """None where the CUDA library's kernels run on a GPU, else the reason and the remedy in a sentence.
+    """None where the CUDA library's kernels run on a GPU, else the reason and the remedy in a
+    sentence.
 
     The GPU is asked once.
     """
@@ -170,22 +209,34 @@ def why_not_gpu(index: int) -> str | None:
         return f"CUDA answers {answer} on GPU {index}; see whether other programs run there"
     capability = torch.cuda.get_device_capability(index)
     least, here = (f"{major}.{minor}" for major, minor in (LEAST, capability))
-    missing = f"the CUDA library holds code for {', '.join(architectures())}, which GPU {index}, a {here}, does not run ({answer})"
+    missing = (
+        f"the CUDA library holds code for {', '.join(architectures())}, which GPU {index}, "
+        "a "
+        f"{here}, does not run ({answer})"
+    )
     if capability < LEAST:
-        return f"{missing}, and its kernels need {least} or newer; use backend='auto', 'triton' or 'reference'"
+        return (
+            f"{missing}, and its kernels need {least} or newer; use backend='auto', 'triton' "
+            "or "
+            "'reference'"
+        )
     return f"{missing}; set TORCH_CUDA_ARCH_LIST={here}, {REMEDY}"
 
 
 @functools.cache
 def why_not_triton(index: int) -> str | None:
     """None where Triton supports a GPU, else the reason and the remedy in a sentence."""
-    if torch.version.cuda is None or not torch.cuda.is_available():  # ROCm; a GPU that tensors only feign
+    # ROCm; a GPU that tensors only feign
+    if torch.version.cuda is None or not torch.cuda.is_available():
         return None
     capability = torch.cuda.get_device_capability(index)
     if capability >= LEAST:
         return None
     least, here = (f"{major}.{minor}" for major, minor in (LEAST, capability))
-    return f"Triton supports NVIDIA GPUs from {least} on, and GPU {index} is a {here}; use backend='auto' or 'reference'"
+    return (
+        f"Triton supports NVIDIA GPUs from {least} on, and GPU {index} is a {here}; use "
+        "backend='auto' or 'reference'"
+    )
 
 
 def why_not() -> str | None:
@@ -194,6 +245,8 @@ def why_not() -> str | None:
 
 
 def has_kernel(operator: str, dispatch_key: str) -> bool:
-    """Whether a compiled kernel stands behind `uegr_kernels::operator` for a dispatch key ("CPU", "CUDA")."""
+    """Whether a compiled kernel stands behind `uegr_kernels::operator` for a dispatch key
+    ("CPU", "CUDA").
+    """
     load() if dispatch_key == "CPU" else why_not_cuda()
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"uegr_kernels::{operator}", dispatch_key)

@@ -1,4 +1,6 @@
-"""Tensors of which this process holds a part (DTensor): where the part lies in the whole, and what the processes tell each other."""
+"""Tensors of which this process holds a part (DTensor): where the part lies in the whole, and
+what the processes tell each other.
+"""
 
 import functools
 import sys
@@ -12,7 +14,9 @@ Cut = tuple[Any, ...]  # a mesh and its dimensions over which a tensor is cut, o
 
 
 def sharded(tensor: Tensor) -> TypeGuard[Any]:
-    """Whether it is a DTensor. Nobody has one before its module is imported, which takes long and is not done here."""
+    """Whether it is a DTensor. Nobody has one before its module is imported, which takes long
+    and is not done here.
+    """
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -25,20 +29,29 @@ def local(tensor: Tensor) -> Tensor:
 def alike(grad: Tensor, p: Tensor) -> Tensor:
     """A gradient in its parameter's placements."""
     given: Any = grad
-    placed: Tensor = given.redistribute(p.device_mesh, p.placements) if sharded(p) and given.placements != p.placements else given
+    placed: Tensor = (
+        given.redistribute(p.device_mesh, p.placements)
+        if sharded(p) and given.placements != p.placements
+        else given
+    )
     return placed
 
 
 def cut(tensor: Tensor) -> Cut:
-    """The mesh, and its dimensions over which the parts of a tensor make up the whole; () where every process has it whole."""
+    """The mesh, and its dimensions over which the parts of a tensor make up the whole; ()
+    where every process has it whole.
+    """
     if not sharded(tensor):
         return ()
-    dims = tuple(dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate())
+    dims = tuple(
+        dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()
+    )
     return (tensor.device_mesh, dims) if dims else ()
 
 
 def layout(name: str, tensor: Any) -> tuple[int, int, int]:
-    """offset, run, stride of a DTensor's part: local element l is element offset + (l // run)*stride + l % run of the whole.
+    """offset, run, stride of a DTensor's part: local element l is element offset + (l //
+    run)*stride + l % run of the whole.
 
     Raises ValueError for a placement that these do not state.
     """
@@ -46,7 +59,8 @@ def layout(name: str, tensor: Any) -> tuple[int, int, int]:
         return _layout(tensor.shape, tensor.device_mesh, tensor.placements)
     except NotImplementedError:
         raise ValueError(
-            f"{name} of shape {tuple(tensor.shape)} has placements {tensor.placements}, whose parts are no evenly spaced runs of the "
+            f"{name} of shape {tuple(tensor.shape)} has placements {tensor.placements}, whose "
+            "parts are no evenly spaced runs of the "
             "whole; shard it along one dimension, or call full_tensor() on it"
         ) from None
 
@@ -55,14 +69,18 @@ def layout(name: str, tensor: Any) -> tuple[int, int, int]:
 def _layout(whole: torch.Size, mesh: Any, placements: tuple[Any, ...]) -> tuple[int, int, int]:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    if not all(placement.is_replicate() or _in_order(dim, mesh, placements, whole) for dim, placement in enumerate(placements)):
+    if not all(
+        placement.is_replicate() or _in_order(dim, mesh, placements, whole)
+        for dim, placement in enumerate(placements)
+    ):
         raise NotImplementedError
     part, first = compute_local_shape_and_global_offset(whole, mesh, placements)
     cut = [dim for dim, n in enumerate(part) if n != whole[dim]]
     if not cut or 0 in part:
         return 0, prod(part), prod(part)
     last = cut[-1]
-    rows = [dim for dim in range(last) if part[dim] != 1]  # below the outermost of them, all must be whole for the rows to be evenly spaced
+    # below the outermost of them, all must be whole for the rows to be evenly spaced
+    rows = [dim for dim in range(last) if part[dim] != 1]
     if any(dim in cut for dim in rows[1:]):
         raise NotImplementedError
     below = prod(whole[last + 1 :])
@@ -77,18 +95,30 @@ def _in_order(dim: int, mesh: Any, placements: tuple[Any, ...], whole: torch.Siz
     placement = placements[dim]
     if isinstance(placement, Shard):
         return True
-    factor = getattr(placement, "split_factor", 0)  # FSDP over tensor parallelism: cut by a later mesh dimension first
-    later = [other for other in range(dim + 1, len(placements)) if placements[other].is_shard(getattr(placement, "dim", None))]
+    # FSDP over tensor parallelism: cut by a later mesh dimension first
+    factor = getattr(placement, "split_factor", 0)
+    later = [
+        other
+        for other in range(dim + 1, len(placements))
+        if placements[other].is_shard(getattr(placement, "dim", None))
+    ]
     pieces = factor * mesh.size(dim)
-    return bool(factor) and prod(mesh.size(other) for other in later) == factor and whole[placement.dim] % pieces == 0
+    return (
+        bool(factor)
+        and prod(mesh.size(other) for other in later) == factor
+        and whole[placement.dim] % pieces == 0
+    )
 
 
 def join_(statistics: Tensor, cut: Cut) -> None:
-    """Joins every process's rows of [minimum, maximum], or of counts, in place: one collective for each dimension of the mesh that cuts."""
+    """Joins every process's rows of [minimum, maximum], or of counts, in place: one collective
+    for each dimension of the mesh that cuts.
+    """
     if not cut:
         return
     mesh, dims = cut
-    there = statistics.to(mesh.device_type)  # not always where the parts are: those may be offloaded
+    # not always where the parts are: those may be offloaded
+    there = statistics.to(mesh.device_type)
     for dim in dims:
         if statistics.is_floating_point():  # maxima both: the minimum changes its sign
             there[..., 0].neg_()

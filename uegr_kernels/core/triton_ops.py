@@ -1,4 +1,6 @@
-"""What the Triton kernels share: the generator (SPEC 2, by `tl.philox`), pointers out of tables, and the device they are launched on."""
+"""What the Triton kernels share: the generator (SPEC 2, by `tl.philox`), pointers out of
+tables, and the device they are launched on.
+"""
 
 import contextlib
 import ctypes
@@ -11,16 +13,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROUNDING_KEY = tl.constexpr(0x9E3779B9)  # xor-ed into the key's low word for the words that round 16-bit moments
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # as Triton asks, when a kernel is decorated
+# xor-ed into the key's low word for the words that round 16-bit moments
+ROUNDING_KEY = tl.constexpr(0x9E3779B9)
+# as Triton asks, when a kernel is decorated
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 WARPS = 4  # of an elementwise program
-GROUP_BYTES = 24 << 20  # of gradients between their statistics and their update: what stays in the second-level cache
+# of gradients between their statistics and their update: what stays in the second-level cache
+GROUP_BYTES = 24 << 20
 CAPTURED: list[Tensor] = []  # what replays of graphs copy to the device again
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float64: tl.float64}
+DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float64: tl.float64,
+}
 
 
 def on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Makes the tensor's GPU the current one, which is where Triton launches; nothing to do on the CPU, for the interpreter."""
+    """Makes the tensor's GPU the current one, which is where Triton launches; nothing to do on
+    the CPU, for the interpreter.
+    """
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
@@ -28,7 +40,11 @@ def on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def lanes() -> int:
     """Threads of a warp on the current GPU: of AMD's some have 64, some 32."""
-    return int(triton.runtime.driver.active.get_current_target().warp_size) if torch.version.hip else 32
+    return (
+        int(triton.runtime.driver.active.get_current_target().warp_size)
+        if torch.version.hip
+        else 32
+    )
 
 
 def to_device(values: list[Any] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -44,11 +60,15 @@ def to_device(values: list[Any] | Tensor, dtype: torch.dtype, device: torch.devi
 
 def expanded(tensor: Tensor) -> bool:
     """Whether elements share memory: such a tensor cannot be written."""
-    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return any(
+        stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
 
 
 def pieces(counts: list[int]) -> Tensor:
-    """(tensor, piece) of every piece, int32, where tensors have so many: what the programs of one launch take up."""
+    """(tensor, piece) of every piece, int32, where tensors have so many: what the programs of
+    one launch take up.
+    """
     many = torch.tensor(counts, dtype=torch.int64)
     tensor = torch.arange(len(counts)).repeat_interleave(many)
     piece = torch.arange(len(tensor)) - (many.cumsum(0) - many).repeat_interleave(many)
@@ -61,7 +81,9 @@ def capturing(device: torch.device) -> bool:
 
 
 def mark(device: torch.device, event: torch.cuda.Event | None) -> torch.cuda.Event | None:
-    """What says, when asked, whether the work given to the device so far is done: the event, or a new one; None on the CPU."""
+    """What says, when asked, whether the work given to the device so far is done: the event,
+    or a new one; None on the CPU.
+    """
     if device.type == "cuda":
         event = torch.cuda.Event() if event is None else event
         event.record()
@@ -69,15 +91,18 @@ def mark(device: torch.device, event: torch.cuda.Event | None) -> torch.cuda.Eve
 
 
 class Upload:
-    """Brings 64-bit numbers to `target` by an asynchronous copy from pinned memory that nobody writes while a copy of it is in flight.
+    """Brings 64-bit numbers to `target` by an asynchronous copy from pinned memory that nobody
+    writes while a copy of it is in flight.
 
-    A captured copy is made again at every replay, from the same memory: a step under capture writes an upload `apart`, once.
+    A captured copy is made again at every replay, from the same memory: a step under capture writes
+    an upload `apart`, once.
     """
 
     def __init__(self, size: int, device: torch.device):
         self.target = torch.empty(size, dtype=torch.int64, device=device)
         self.content = b""
-        self.sources: list[tuple[Tensor, torch.cuda.Event | None]] = []  # each with what says that its last copy is through
+        # each with what says that its last copy is through
+        self.sources: list[tuple[Tensor, torch.cuda.Event | None]] = []
         self.spare: Tensor | None = None  # for a capture, which should not allocate pinned memory
 
     def write(self, content: bytes) -> None:
@@ -92,7 +117,9 @@ class Upload:
         self.content = content
         if not capturing(self.target.device):
             copied = mark(self.target.device, copied)
-            self.spare = self._source() if self.spare is None and self.target.is_cuda else self.spare
+            self.spare = (
+                self._source() if self.spare is None and self.target.is_cuda else self.spare
+            )
         self.sources.append((source, copied))
 
     def apart(self) -> "Upload":
@@ -108,7 +135,9 @@ class Upload:
 
 @triton.jit
 def nearest(x, dtype: tl.constexpr):
-    """x in another dtype, rounded to nearest. Triton's interpreter cuts bfloat16 off and spoils its denormals: there it is done by hand."""
+    """x in another dtype, rounded to nearest. Triton's interpreter cuts bfloat16 off and
+    spoils its denormals: there it is done by hand.
+    """
     if INTERPRETED and dtype == tl.bfloat16 and x.dtype != tl.bfloat16:
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True).to(tl.int64)
         rounded = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
@@ -119,7 +148,9 @@ def nearest(x, dtype: tl.constexpr):
 
 @triton.jit
 def widened(x, dtype: tl.constexpr):
-    """What was read from memory in the arithmetic's dtype; by hand where the interpreter spoils denormals."""
+    """What was read from memory in the arithmetic's dtype; by hand where the interpreter
+    spoils denormals.
+    """
     if INTERPRETED and x.dtype == tl.bfloat16:
         x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return x.to(dtype)
@@ -133,26 +164,40 @@ def pointer(address, dtype: tl.constexpr):
 
 @triton.jit
 def aligned_pointer(address, dtype: tl.constexpr):
-    """The same, promised to be a multiple of 16 bytes: without a mask its accesses have 128 bits."""
+    """The same, promised to be a multiple of 16 bytes: without a mask its accesses have 128
+    bits.
+    """
     return tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
 
 
 @triton.jit
 def element_indices(local, offset, run, stride):
-    """The unsharded flat index of local elements: offset + (l // run) * stride + l % run, in 64 bits."""
+    """The unsharded flat index of local elements: offset + (l // run) * stride + l % run, in
+    64 bits.
+    """
     return offset + local // run * stride + local % run
 
 
 @triton.jit
 def four_words(q, seed, step, stream):
-    """The words of elements 4q to 4q + 3; `q` is a block of int64, the rest are scalars, the seed an int64."""
+    """The words of elements 4q to 4q + 3; `q` is a block of int64, the rest are scalars, the
+    seed an int64.
+    """
     low = q.to(tl.uint32)
-    return tl.philox(seed, low, (q >> 32).to(tl.uint32), tl.zeros_like(low) + step.to(tl.uint32), tl.zeros_like(low) + stream.to(tl.uint32))
+    return tl.philox(
+        seed,
+        low,
+        (q >> 32).to(tl.uint32),
+        tl.zeros_like(low) + step.to(tl.uint32),
+        tl.zeros_like(low) + stream.to(tl.uint32),
+    )
 
 
 @triton.jit
 def words_in_order(first, seed, step, stream, BLOCK: tl.constexpr):
-    """The words of `BLOCK` elements from the index `first` (int64, a multiple of 4) on: one call serves four neighbours."""
+    """The words of `BLOCK` elements from the index `first` (int64, a multiple of 4) on: one
+    call serves four neighbours.
+    """
     a, b, c, d = four_words(first // 4 + tl.arange(0, BLOCK // 4), seed, step, stream)
     return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [BLOCK])
 

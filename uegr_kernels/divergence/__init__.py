@@ -1,5 +1,21 @@
 """Losses of the forward stage: Jensen-Shannon divergence between passes, and L_train (Eq. 3-6)."""
 
-from .api import LossParts, PairwiseJSLoss, UEGRLoss, linear_pairwise_js, linear_uegr_loss, pairwise_js, uegr_loss
+from .api import (
+    LossParts,
+    PairwiseJSLoss,
+    UEGRLoss,
+    linear_pairwise_js,
+    linear_uegr_loss,
+    pairwise_js,
+    uegr_loss,
+)
 
-__all__ = ["LossParts", "PairwiseJSLoss", "UEGRLoss", "linear_pairwise_js", "linear_uegr_loss", "pairwise_js", "uegr_loss"]
+__all__ = [
+    "LossParts",
+    "PairwiseJSLoss",
+    "UEGRLoss",
+    "linear_pairwise_js",
+    "linear_uegr_loss",
+    "pairwise_js",
+    "uegr_loss",
+]

@@ -14,13 +14,16 @@ from . import op
 
 TASKS = ("classification", "regression")
 REVERSE_MODE = (
-    "differentiate by logits, hidden states and weights with backward(), torch.func.grad, vjp or jacrev, and give labels.detach(); or use "
+    "differentiate by logits, hidden states and weights with backward(), torch.func.grad, vjp or "
+    "jacrev, and give labels.detach(); or use "
     "a loss of plain PyTorch"
 )
 
 
 class LossParts(typing.NamedTuple):
-    """L_train, and detached and unweighted what it consists of: () each, or [N] with reduction="none"."""
+    """L_train, and detached and unweighted what it consists of: () each, or [N] with
+    reduction="none".
+    """
 
     loss: Tensor
     clean_loss: Tensor
@@ -29,19 +32,26 @@ class LossParts(typing.NamedTuple):
 
 
 def pairwise_js(
-    logits: Tensor | Sequence[Tensor], *, reduction: str = "mean", inplace_backward: bool = False, backend: str = "auto"
+    logits: Tensor | Sequence[Tensor],
+    *,
+    reduction: str = "mean",
+    inplace_backward: bool = False,
+    backend: str = "auto",
 ) -> Tensor:
-    """Jensen-Shannon divergence between the softmaxes of m passes, summed over the pairs (Eq. 4).
+    """Computes the Jensen-Shannon divergence of m passes' softmaxes, summed over pairs (Eq. 4).
 
-    logits            [m, N, C], or a sequence of m >= 2 tensors [N, C]; float32, bfloat16, float16 or float64; -inf masks a class
+    logits            [m, N, C], or a sequence of m >= 2 tensors [N, C]; float32, bfloat16, float16
+        or float64; -inf masks a class
     reduction         "mean" over the N rows, "sum" over them, or "none"
-    inplace_backward  True: the gradient is written over the logits in this call, whose values are undefined afterwards. They must come from
-                      an operation that does not save its output (a linear layer). One backward only; under torch.compile no effect
+    inplace_backward  True: the gradient is written over the logits in this call, whose values are
+                      undefined afterwards. They must come from an operation that does not save its
+                      output (a linear layer). One backward only; under torch.compile no effect
     backend           "auto", "reference", "cpp", "cuda" or "triton"
 
-    Returns () or, for "none", [N], float32 (float64 for float64 logits), in nats, in [0, m(m-1)/2 ln 2]; NaN for a row that is all -inf.
-    Raises TypeError or ValueError for wrong arguments, RuntimeError for a backend that cannot serve the call and for overlapping logits
-    with inplace_backward. It has no second derivative and does not run under torch.func.vmap.
+    Returns () or, for "none", [N], float32 (float64 for float64 logits), in nats, in [0, m(m-1)/2
+    ln 2]; NaN for a row that is all -inf. Raises TypeError or ValueError for wrong arguments,
+    RuntimeError for a backend that cannot serve the call and for overlapping logits with
+    inplace_backward. It has no second derivative and does not run under torch.func.vmap.
 
     Equivalent to `reference.uegr_loss([logits], None, js_weight=1, ...)[0]`.
     """
@@ -50,53 +60,111 @@ def pairwise_js(
     logits = _passes("logits", logits)
     checks.refuse_transforms("pairwise_js", logits, REVERSE_MODE)
     if sum(len(x) if x.dim() == 3 else 1 for x in logits) < 2:
-        raise ValueError(f"logits hold one pass (shape {_shape(logits)}), which has no pair; give [m, N, C] with m >= 2")
+        raise ValueError(
+            f"logits hold one pass (shape {_shape(logits)}), which has no pair; give "
+            "[m, N, C] with m >= 2"
+        )
     _check_alike(_named("logits", logits))
     if in_place and not op.traced():
         _check_apart(logits)
-    return op.uegr_loss(logits, None, reduction=reduction, in_place=in_place, backend=backend, **ONLY_PAIRS)[0]
+    return op.uegr_loss(
+        logits, None, reduction=reduction, in_place=in_place, backend=backend, **ONLY_PAIRS
+    )[0]
 
 
 @overload
-def uegr_loss(clean_logits: Tensor, adversarial_logits: Tensor | Sequence[Tensor], labels: Tensor, *, js_weight: float = ...,
-              label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ..., task: str = ...,
-              return_parts: Literal[False] = ..., inplace_backward: bool = ..., backend: str = ...) -> Tensor: ...  # fmt: skip
+def uegr_loss(
+    clean_logits: Tensor,
+    adversarial_logits: Tensor | Sequence[Tensor],
+    labels: Tensor,
+    *,
+    js_weight: float = ...,
+    label_smoothing: float = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    task: str = ...,
+    return_parts: Literal[False] = ...,
+    inplace_backward: bool = ...,
+    backend: str = ...,
+) -> Tensor: ...
 @overload
-def uegr_loss(clean_logits: Tensor, adversarial_logits: Tensor | Sequence[Tensor], labels: Tensor, *, js_weight: float = ...,
-              label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ..., task: str = ...,
-              return_parts: Literal[True], inplace_backward: bool = ..., backend: str = ...) -> LossParts: ...  # fmt: skip
-def uegr_loss(clean_logits: Tensor, adversarial_logits: Tensor | Sequence[Tensor], labels: Tensor, *, js_weight: float = 0.01,
-              label_smoothing: float = 0.0, ignore_index: int = -100, reduction: str = "mean", task: str = "classification",
-              return_parts: bool = False, inplace_backward: bool = False, backend: str = "auto") -> Tensor | LossParts:  # fmt: skip
-    """L_train = CE(clean) + mean over the passes of CE(adversarial) + js_weight * sum of their pairs' JS (Eq. 2-6).
+def uegr_loss(
+    clean_logits: Tensor,
+    adversarial_logits: Tensor | Sequence[Tensor],
+    labels: Tensor,
+    *,
+    js_weight: float = ...,
+    label_smoothing: float = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    task: str = ...,
+    return_parts: Literal[True],
+    inplace_backward: bool = ...,
+    backend: str = ...,
+) -> LossParts: ...
+def uegr_loss(
+    clean_logits: Tensor,
+    adversarial_logits: Tensor | Sequence[Tensor],
+    labels: Tensor,
+    *,
+    js_weight: float = 0.01,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    task: str = "classification",
+    return_parts: bool = False,
+    inplace_backward: bool = False,
+    backend: str = "auto",
+) -> Tensor | LossParts:
+    """Computes CE(clean) + mean CE(adversarial passes) + js_weight * JS of their pairs (Eq. 2-6).
 
     clean_logits        [N, C]  float32, bfloat16, float16 or float64; -inf masks a class
     adversarial_logits  [m, N, C], or a sequence of m tensors [N, C], of the same dtype
-    labels              [N] class indices, or [N, C] probabilities; for regression floats [N] (with C = 1) or [N, C]; they get no gradient
+    labels              [N] class indices, or [N, C] probabilities; for regression floats [N] (with
+        C = 1) or [N, C]; they get no gradient
     js_weight           lambda, >= 0
     label_smoothing     in [0, 1], as in torch.nn.functional.cross_entropy
-    ignore_index        rows with this label add 0 everywhere and do not count in the mean; with class indices only
-    reduction           "mean" over the rows that are not ignored (NaN where all are), "sum", or "none"
-    task                "classification", or "regression": squared error for CE, squared difference for JS, both means over C
-    return_parts        True: returns LossParts (loss, clean_loss, adversarial_loss, divergence), the last three detached and unweighted
+    ignore_index        rows with this label add 0 everywhere and do not count in the mean; with
+        class indices only
+    reduction           "mean" over the rows that are not ignored (NaN where all are), "sum", or
+        "none"
+    task                "classification", or "regression": squared error for CE, squared difference
+        for JS, both means over C
+    return_parts        True: returns LossParts (loss, clean_loss, adversarial_loss, divergence),
+        the last three detached and unweighted
     inplace_backward, backend   as for `pairwise_js`
 
-    Returns () or, for "none", [N], float32 (float64 for float64 logits), in nats, >= 0; inf where a label lies on a logit of -inf.
-    Raises as `pairwise_js` does, ValueError also for labels outside [0, C) on the CPU.
+    Returns () or, for "none", [N], float32 (float64 for float64 logits), in nats, >= 0; inf where a
+    label lies on a logit of -inf. Raises as `pairwise_js` does, ValueError also for labels outside
+    [0, C) on the CPU.
 
     Equivalent to `reference.uegr_loss([clean_logits, adversarial_logits], labels, ...)[0]`.
     """
     options = _check_options(
-        js_weight=js_weight, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction, task=task
+        js_weight=js_weight,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        task=task,
     )
-    in_place, with_parts = checks.flag("inplace_backward", inplace_backward), checks.flag("return_parts", return_parts)
+    in_place, with_parts = (
+        checks.flag("inplace_backward", inplace_backward),
+        checks.flag("return_parts", return_parts),
+    )
     _check_tensor("clean_logits", clean_logits, 2, "[N, C]")
     logits = [clean_logits, *_passes("adversarial_logits", adversarial_logits)]
     _check_alike({"clean_logits": clean_logits, **_named("adversarial_logits", logits[1:])})
     labels = _check_labels("uegr_loss", labels, logits, clean_logits.shape[-1], task, options)
     if in_place and not op.traced():
         _check_apart(logits)
-    loss, parts = op.uegr_loss(logits, labels, regression=task == "regression", in_place=in_place, backend=backend, **options)
+    loss, parts = op.uegr_loss(
+        logits,
+        labels,
+        regression=task == "regression",
+        in_place=in_place,
+        backend=backend,
+        **options,
+    )
     return _with_parts(loss, parts) if with_parts else loss
 
 
@@ -109,45 +177,101 @@ def linear_pairwise_js(
     chunk_rows: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """`pairwise_js(F.linear(hidden, weight, bias))` whose logits [m, N, C] never exist whole (Eq. 4).
+    """`pairwise_js(F.linear(hidden, weight, bias))` whose logits [m, N, C] never exist whole (Eq.
+    4).
 
     hidden      [m, N, H]  float32, bfloat16, float16 or float64
     weight      [C, H]     the classifier's
     bias        [C] or None
-    chunk_rows  of the N rows at a time, all passes of them; None: as many as keep the extra memory near 100 MB
+    chunk_rows  of the N rows at a time, all passes of them; None: as many as keep the extra memory
+        near 100 MB
     reduction, backend   as for `pairwise_js`
 
-    Under autocast the operands are cast as F.linear casts them. The gradients are computed with the loss, for `reduction="none"` in the
-    backward, from the logits once more. The weight's is summed in float32 for 16-bit operands. Returns and raises as `pairwise_js`.
+    Under autocast the operands are cast as F.linear casts them. The gradients are computed with the
+    loss, for `reduction="none"` in the backward, from the logits once more. The weight's is summed
+    in float32 for 16-bit operands. Returns and raises as `pairwise_js`.
 
-    Equivalent to `reference.linear_uegr_loss(reference.uegr_loss_, [hidden], weight, bias, None, ...)[0]`.
+    Equivalent to `reference.linear_uegr_loss(reference.uegr_loss_, [hidden], weight, bias, None,
+    ...)[0]`.
     """
     chunk_rows = _check_options(reduction=reduction, chunk_rows=chunk_rows)["chunk_rows"]
     _check_tensor("hidden", hidden, 3, "[m, N, H]")
     if len(hidden) < 2:
-        raise ValueError(f"hidden holds {len(hidden)} passes (shape {tuple(hidden.shape)}), too few for a pair; give [m, N, H] with m >= 2")
+        raise ValueError(
+            f"hidden holds {len(hidden)} passes (shape {tuple(hidden.shape)}), too "
+            "few for a pair; give [m, N, H] with m >= 2"
+        )
     dtype = _check_linear({"hidden": hidden}, weight, bias)
-    checks.refuse_transforms("linear_pairwise_js", [hidden, weight, *([] if bias is None else [bias])], REVERSE_MODE)
+    checks.refuse_transforms(
+        "linear_pairwise_js", [hidden, weight, *([] if bias is None else [bias])], REVERSE_MODE
+    )
     return op.linear_uegr_loss(
-        [hidden], weight, bias, None, reduction=reduction, dtype=dtype, chunk_rows=chunk_rows, backend=backend, **ONLY_PAIRS
+        [hidden],
+        weight,
+        bias,
+        None,
+        reduction=reduction,
+        dtype=dtype,
+        chunk_rows=chunk_rows,
+        backend=backend,
+        **ONLY_PAIRS,
     )[0]
 
 
 @overload
-def linear_uegr_loss(clean_hidden: Tensor, adversarial_hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = ..., *,
-                     js_weight: float = ..., label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ...,
-                     task: str = ..., return_parts: Literal[False] = ..., inplace_backward: bool = ...,
-                     chunk_rows: int | None = ..., backend: str = ...) -> Tensor: ...  # fmt: skip
+def linear_uegr_loss(
+    clean_hidden: Tensor,
+    adversarial_hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = ...,
+    *,
+    js_weight: float = ...,
+    label_smoothing: float = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    task: str = ...,
+    return_parts: Literal[False] = ...,
+    inplace_backward: bool = ...,
+    chunk_rows: int | None = ...,
+    backend: str = ...,
+) -> Tensor: ...
 @overload
-def linear_uegr_loss(clean_hidden: Tensor, adversarial_hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = ..., *,
-                     js_weight: float = ..., label_smoothing: float = ..., ignore_index: int = ..., reduction: str = ...,
-                     task: str = ..., return_parts: Literal[True], inplace_backward: bool = ...,
-                     chunk_rows: int | None = ..., backend: str = ...) -> LossParts: ...  # fmt: skip
-def linear_uegr_loss(clean_hidden: Tensor, adversarial_hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, *,
-                     js_weight: float = 0.01, label_smoothing: float = 0.0, ignore_index: int = -100, reduction: str = "mean",
-                     task: str = "classification", return_parts: bool = False, inplace_backward: bool = False,
-                     chunk_rows: int | None = None, backend: str = "auto") -> Tensor | LossParts:  # fmt: skip
-    """`uegr_loss` of the logits F.linear(hidden, weight, bias), which never exist whole (Eq. 2-6).
+def linear_uegr_loss(
+    clean_hidden: Tensor,
+    adversarial_hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = ...,
+    *,
+    js_weight: float = ...,
+    label_smoothing: float = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    task: str = ...,
+    return_parts: Literal[True],
+    inplace_backward: bool = ...,
+    chunk_rows: int | None = ...,
+    backend: str = ...,
+) -> LossParts: ...
+def linear_uegr_loss(
+    clean_hidden: Tensor,
+    adversarial_hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    js_weight: float = 0.01,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    task: str = "classification",
+    return_parts: bool = False,
+    inplace_backward: bool = False,
+    chunk_rows: int | None = None,
+    backend: str = "auto",
+) -> Tensor | LossParts:
+    """Computes `uegr_loss` of F.linear(hidden, weight, bias), which never exists whole (Eq. 2-6).
 
     clean_hidden        [N, H]     float32, bfloat16, float16 or float64
     adversarial_hidden  [m, N, H]  of the same dtype
@@ -157,17 +281,29 @@ def linear_uegr_loss(clean_hidden: Tensor, adversarial_hidden: Tensor, weight: T
 
     Returns and raises as `uegr_loss`; gradients and autocast as for `linear_pairwise_js`.
 
-    Equivalent to `reference.linear_uegr_loss(reference.uegr_loss_, [clean_hidden, adversarial_hidden], weight, bias, labels, ...)[0]`.
+    Equivalent to `reference.linear_uegr_loss(reference.uegr_loss_, [clean_hidden,
+    adversarial_hidden], weight, bias, labels, ...)[0]`.
     """
-    options = _check_options(js_weight=js_weight, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction,
-                             task=task, chunk_rows=chunk_rows)  # fmt: skip
+    options = _check_options(
+        js_weight=js_weight,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        task=task,
+        chunk_rows=chunk_rows,
+    )
     checks.flag("inplace_backward", inplace_backward)
     with_parts = checks.flag("return_parts", return_parts)
     _check_tensor("clean_hidden", clean_hidden, 2, "[N, H]")
     _check_tensor("adversarial_hidden", adversarial_hidden, 3, "[m, N, H]")
     if len(adversarial_hidden) < 1:
-        raise ValueError(f"adversarial_hidden of shape {tuple(adversarial_hidden.shape)} holds no pass; give [m, N, H] with m >= 1")
-    dtype = _check_linear({"clean_hidden": clean_hidden, "adversarial_hidden": adversarial_hidden}, weight, bias)
+        raise ValueError(
+            f"adversarial_hidden of shape {tuple(adversarial_hidden.shape)} holds no "
+            "pass; give [m, N, H] with m >= 1"
+        )
+    dtype = _check_linear(
+        {"clean_hidden": clean_hidden, "adversarial_hidden": adversarial_hidden}, weight, bias
+    )
     hidden = [clean_hidden, adversarial_hidden]
     tensors = [*hidden, weight] if bias is None else [*hidden, weight, bias]
     labels = _check_labels("linear_uegr_loss", labels, tensors, len(weight), task, options)
@@ -183,10 +319,17 @@ class _LossModule(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        known = {name for name, p in inspect.signature(type(self).function).parameters.items() if p.kind is p.KEYWORD_ONLY}
+        known = {
+            name
+            for name, p in inspect.signature(type(self).function).parameters.items()
+            if p.kind is p.KEYWORD_ONLY
+        }
         unknown = sorted(options.keys() - known)
         if unknown:
-            raise TypeError(f"{type(self).__name__} has no option {unknown[0]!r}; its options are {', '.join(sorted(known))}")
+            raise TypeError(
+                f"{type(self).__name__} has no option {unknown[0]!r}; its options are "
+                f"{', '.join(sorted(known))}"
+            )
         _check_options(**{name: value for name, value in options.items() if name != "backend"})
         self.options = options
 
@@ -204,25 +347,31 @@ class PairwiseJSLoss(_LossModule):
 
 
 class UEGRLoss(_LossModule):
-    """`uegr_loss` as a module: the same keywords, called with clean logits, adversarial logits and labels."""
+    """Computes `uegr_loss`, as a module: the same keywords, then clean, adversarial, labels."""
 
     function = staticmethod(uegr_loss)
 
-    def forward(self, clean_logits: Tensor, adversarial_logits: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor | LossParts:
-        loss: Tensor | LossParts = uegr_loss(clean_logits, adversarial_logits, labels, **self.options)
+    def forward(
+        self, clean_logits: Tensor, adversarial_logits: Tensor | Sequence[Tensor], labels: Tensor
+    ) -> Tensor | LossParts:
+        loss: Tensor | LossParts = uegr_loss(
+            clean_logits, adversarial_logits, labels, **self.options
+        )
         return loss
 
 
+# What uegr_loss is without labels.
 ONLY_PAIRS: dict[str, Any] = {
     "js_weight": 1.0,
     "label_smoothing": 0.0,
     "ignore_index": -100,
     "regression": False,
-}  # what uegr_loss is without labels
+}
 
 
 def _with_parts(loss: Tensor, parts: Tensor) -> LossParts:
-    return LossParts(loss, *parts.detach().clone().unbind())  # a copy: the backward keeps parts, which nobody may change
+    # a copy: the backward keeps parts, which nobody may change
+    return LossParts(loss, *parts.detach().clone().unbind())
 
 
 def _shape(tensors: Sequence[Tensor]) -> str:
@@ -234,7 +383,9 @@ def _named(name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 def _check_options(**options: Any) -> dict[str, Any]:
-    """The options but the task as Python's own numbers and flags; raises what is wrong with a value, takes any of them."""
+    """The options but the task as Python's own numbers and flags; raises what is wrong with a
+    value, takes any of them.
+    """
     if "reduction" in options and options["reduction"] not in op.REDUCTIONS:
         checks.choice("reduction", options["reduction"], op.REDUCTIONS)
     for name in ("return_parts", "inplace_backward"):
@@ -249,7 +400,10 @@ def _check_options(**options: Any) -> dict[str, Any]:
     if "task" in options:
         checks.choice("task", options["task"], TASKS)
         if options.pop("task") == "regression" and options.get("label_smoothing", 0) != 0:
-            raise ValueError(f"label_smoothing={options['label_smoothing']!r} means nothing for task='regression'; leave it 0")
+            raise ValueError(
+                f"label_smoothing={options['label_smoothing']!r} means nothing for "
+                "task='regression'; leave it 0"
+            )
     return options
 
 
@@ -258,7 +412,9 @@ def _check_tensor(name: str, x: Tensor, dims: int, shape: str) -> None:
     if x.dim() != dims:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; give {shape}")
     if x.shape[-1] < 1:
-        raise ValueError(f"{name} of shape {tuple(x.shape)} has an empty last axis; give at least one class")
+        raise ValueError(
+            f"{name} of shape {tuple(x.shape)} has an empty last axis; give at least one class"
+        )
 
 
 def _passes(name: str, logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -266,10 +422,15 @@ def _passes(name: str, logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
     if isinstance(logits, Tensor):
         _check_tensor(name, logits, 3, "[m, N, C], or a sequence of m tensors [N, C]")
         if len(logits) < 1:
-            raise ValueError(f"{name} of shape {tuple(logits.shape)} holds no pass; give at least one")
+            raise ValueError(
+                f"{name} of shape {tuple(logits.shape)} holds no pass; give at least one"
+            )
         return [logits]
     if not isinstance(logits, Sequence):
-        raise TypeError(f"{name} is a {type(logits).__name__}; give a tensor [m, N, C] or a sequence of m tensors [N, C]")
+        raise TypeError(
+            f"{name} is a {type(logits).__name__}; give a tensor [m, N, C] or a "
+            "sequence of m tensors [N, C]"
+        )
     if len(logits) < 1:
         raise ValueError(f"{name} is an empty sequence; give at least one tensor [N, C]")
     for i, x in enumerate(logits):
@@ -282,79 +443,138 @@ def _check_alike(tensors: dict[str, Tensor]) -> None:
     (first, x), *others = tensors.items()
     for name, y in others:
         if y.shape[-2:] != x.shape[-2:]:
-            raise ValueError(f"{name} has rows {tuple(y.shape[-2:])} and {first} {tuple(x.shape[-2:])}; give the same N and C")
+            raise ValueError(
+                f"{name} has rows {tuple(y.shape[-2:])} and {first} "
+                f"{tuple(x.shape[-2:])}; give the same N and C"
+            )
         checks.same_placement(first, x, name, y)
 
 
 def _check_apart(logits: Sequence[Tensor]) -> None:
     """Raises where two elements may share memory, which the gradient could not be written over."""
-    remedy = "inplace_backward=True could not write their gradients over them; give .contiguous() copies, or leave inplace_backward out"
+    remedy = (
+        "inplace_backward=True could not write their gradients over them; give .contiguous() "
+        "copies, or leave inplace_backward out"
+    )
     for i, x in enumerate(logits):
         if _overlaps(x.shape, x.stride()):
-            raise RuntimeError(f"logits of shape {tuple(x.shape)} and strides {x.stride()} overlap themselves: {remedy}")
+            raise RuntimeError(
+                f"logits of shape {tuple(x.shape)} and strides {x.stride()} overlap "
+                f"themselves: {remedy}"
+            )
         for y in logits[:i]:
             low, high = sorted((x, y), key=Tensor.data_ptr)
             gap = (high.data_ptr() - low.data_ptr()) // x.element_size()
-            reach = sum((size - 1) * stride for size, stride in zip(low.shape, low.stride(), strict=True))
-            interleaved = x.stride() == y.stride() and not _overlaps((2, *x.shape), (gap, *x.stride()))
+            reach = sum(
+                (size - 1) * stride for size, stride in zip(low.shape, low.stride(), strict=True)
+            )
+            interleaved = x.stride() == y.stride() and not _overlaps(
+                (2, *x.shape), (gap, *x.stride())
+            )
             if x.numel() and y.numel() and gap <= reach and not interleaved:
                 raise RuntimeError(f"two of the logits share memory: {remedy}")
 
 
 def _overlaps(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether elements may share memory: exact for every layout that slicing, permuting and expanding dense tensors give."""
+    """Whether elements may share memory: exact for every layout that slicing, permuting and
+    expanding dense tensors give.
+    """
     reach = 0
-    for stride, size in sorted((stride, size) for stride, size in zip(strides, shape, strict=True) if size > 1):
+    for stride, size in sorted(
+        (stride, size) for stride, size in zip(strides, shape, strict=True) if size > 1
+    ):
         if stride <= reach:
             return True
         reach += stride * (size - 1)
     return False
 
 
-def _check_labels(loss: str, labels: Tensor, tensors: list[Tensor], classes: int, task: str, options: dict[str, Any]) -> Tensor:
-    """The labels as the operators take them: int64 [N], or floating [N, C]; the first of the loss's other tensors has their rows."""
+def _check_labels(
+    loss: str,
+    labels: Tensor,
+    tensors: list[Tensor],
+    classes: int,
+    task: str,
+    options: dict[str, Any],
+) -> Tensor:
+    """The labels as the operators take them: int64 [N], or floating [N, C]; the first of the
+    loss's other tensors has their rows.
+    """
     rows, ignore_index = tensors[0], options["ignore_index"]
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels are a {type(labels).__name__}; give a tensor")
     if labels.layout != torch.strided or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels are {labels.dtype}, {labels.layout}; give dense class indices (int64) or floats")
+        raise TypeError(
+            f"labels are {labels.dtype}, {labels.layout}; give dense class indices "
+            "(int64) or floats"
+        )
     if labels.device != rows.device:
-        raise ValueError(f"labels are on {labels.device}, the other arguments on {rows.device}; move them with .to()")
+        raise ValueError(
+            f"labels are on {labels.device}, the other arguments on {rows.device}; "
+            "move them with .to()"
+        )
     checks.refuse_transforms(loss, tensors, REVERSE_MODE, constants=[labels])
     n, labels = rows.shape[0], labels.detach()
     if labels.is_floating_point():
         if labels.dim() == 1 and task == "classification":
-            raise TypeError(f"labels [N] are {labels.dtype}; give int64 class indices, probabilities [N, C], or task='regression'")
+            raise TypeError(
+                f"labels [N] are {labels.dtype}; give int64 class indices, "
+                "probabilities [N, C], or task='regression'"
+            )
         if labels.shape != (n, classes) and not (labels.shape == (n,) and classes == 1):
-            raise ValueError(f"labels have shape {tuple(labels.shape)}; give [N, C] = {(n, classes)}, or [N] where C is 1")
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)}; give [N, C] = "
+                f"{(n, classes)}, or [N] where C is 1"
+            )
         if task == "classification" and ignore_index >= 0:
-            raise ValueError(f"ignore_index={ignore_index} means nothing for labels [N, C]; leave it negative, or give class indices")
+            raise ValueError(
+                f"ignore_index={ignore_index} means nothing for labels [N, C]; leave "
+                "it negative, or give class indices"
+            )
         return labels.reshape(n, classes)
     if task == "regression":
-        raise TypeError(f"labels are {labels.dtype}; task='regression' takes floats, give labels.float()")
+        raise TypeError(
+            f"labels are {labels.dtype}; task='regression' takes floats, give labels.float()"
+        )
     if labels.shape != (n,):
-        raise ValueError(f"labels have shape {tuple(labels.shape)}; give class indices [N] = ({n},), or probabilities [N, C] as floats")
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}; give class indices [N] = "
+            f"({n},), or probabilities [N, C] as floats"
+        )
     return labels.long()
 
 
 def _check_linear(hidden: dict[str, Tensor], weight: Tensor, bias: Tensor | None) -> torch.dtype:
-    """The dtype of the logits: autocast's where it would cast F.linear's operands, else the operands' own, which then must agree."""
+    """The dtype of the logits: autocast's where it would cast F.linear's operands, else the
+    operands' own, which then must agree.
+    """
     _check_tensor("weight", weight, 2, "[C, H]")
     if bias is not None:
         _check_tensor("bias", bias, 1, "[C]")
         if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias has shape {tuple(bias.shape)}; give [C] = ({weight.shape[0]},) as weight has")
+            raise ValueError(
+                f"bias has shape {tuple(bias.shape)}; give [C] = ({weight.shape[0]},) as weight has"
+            )
     first, x = next(iter(hidden.items()))
     if len(weight) < 1:
-        raise ValueError(f"weight of shape {tuple(weight.shape)} has no class; give [C, H] with C >= 1")
+        raise ValueError(
+            f"weight of shape {tuple(weight.shape)} has no class; give [C, H] with C >= 1"
+        )
     for name, y in hidden.items():
         if y.shape[-1] != weight.shape[1]:
-            raise ValueError(f"{name} has H = {y.shape[-1]}, weight of shape {tuple(weight.shape)} {weight.shape[1]}; give the same H")
+            raise ValueError(
+                f"{name} has H = {y.shape[-1]}, weight of shape {tuple(weight.shape)} "
+                f"{weight.shape[1]}; give the same H"
+            )
         if y.shape[-2] != x.shape[-2]:
-            raise ValueError(f"{name} has {y.shape[-2]} rows and {first} {x.shape[-2]}; give the same N")
+            raise ValueError(
+                f"{name} has {y.shape[-2]} rows and {first} {x.shape[-2]}; give the same N"
+            )
     tensors = hidden | {"weight": weight} | ({} if bias is None else {"bias": bias})
     kind = x.device.type
-    cast = torch.is_autocast_enabled(kind) and all(y.dtype != torch.float64 for y in tensors.values())
+    cast = torch.is_autocast_enabled(kind) and all(
+        y.dtype != torch.float64 for y in tensors.values()
+    )
     for name, y in tensors.items():
         checks.same_placement(first, x, name, y.to(x.dtype) if cast else y)
     return torch.get_autocast_dtype(kind) if cast else x.dtype

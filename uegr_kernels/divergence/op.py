@@ -15,21 +15,27 @@ from . import reference
 
 _triton = functools.partial(backends.triton_kernels, __package__)
 
-# To the compiled kernels a reduction is its position here (csrc/divergence/divergence.h has the same order; a test compares).
+# To the compiled kernels a reduction is its position here (csrc/divergence/divergence.h has the
+# same order; a test compares).
 REDUCTIONS = ("mean", "sum", "none")
-# Bytes of a chunk's logits, counted in the arithmetic's dtype. The reference keeps many tensors of that size, the kernels work in place; a
-# GPU wants larger matrices.
+# Bytes of a chunk's logits, counted in the arithmetic's dtype. The reference keeps many tensors of
+# that size, the kernels work in place; a GPU wants larger matrices.
 ON_GPU = ("cuda", "triton")
 CHUNK_BYTES = {"reference": 9 << 20} | dict.fromkeys(ON_GPU, 512 << 20)
 NATIVE_CHUNK_BYTES = 48 << 20
 
-OPTIONS = "float js_weight, float label_smoothing, int ignore_index, int reduction, bool regression, bool[] needs"
-# Returned: the loss, its three parts, and the gradients by the logits (or by hidden, weight, bias) where `needs` asks, in order.
-# row_weights: the gradient by the losses of the rows; without it, reduction "none" gives no gradients, as they are not known yet.
+OPTIONS = (
+    "float js_weight, float label_smoothing, int ignore_index, int reduction, bool "
+    "regression, bool[] needs"
+)
+# Returned: the loss, its three parts, and the gradients by the logits (or by hidden, weight, bias)
+# where `needs` asks, in order. row_weights: the gradient by the losses of the rows; without it,
+# reduction "none" gives no gradients, as they are not known yet.
 SCHEMAS = {
     "uegr_loss": f"(Tensor[] logits, Tensor? labels, *, {OPTIONS}) -> (Tensor, Tensor, Tensor[])",
     "uegr_loss_": f"(Tensor(a!)[] logits, Tensor? labels, *, {OPTIONS}) -> (Tensor, Tensor)",
-    "linear_uegr_loss": "(Tensor[] hidden, Tensor weight, Tensor? bias, Tensor? labels, Tensor? row_weights, *, "
+    "linear_uegr_loss": "(Tensor[] hidden, Tensor weight, Tensor? bias, Tensor? labels, Tensor? "
+    "row_weights, *, "
     f"{OPTIONS}, ScalarType dtype, int? chunk_rows, str backend) -> (Tensor, Tensor, Tensor[])",
     "scale_gradients": "(Tensor[] gradients, Tensor grad_loss, Tensor parts) -> Tensor[]",
     "scale_gradients_": "(Tensor(a!)[] gradients, Tensor grad_loss) -> ()",
@@ -39,14 +45,15 @@ SCHEMAS = {
 def kernel(name: str, backend: str) -> Callable[..., Any]:
     """`uegr_loss` or `uegr_loss_` of a chosen backend; it takes the reduction by its name."""
     if backend in ("reference", "triton"):
-        found: Callable[..., Any] = getattr(reference if backend == "reference" else _triton(), name)
+        found: Callable[..., Any] = getattr(
+            reference if backend == "reference" else _triton(), name
+        )
         return found
     operator = getattr(torch.ops.uegr_kernels, name).default
 
     def run(*tensors: Any, reduction: str, **options: Any) -> Any:
-        with (
-            torch._C._AutoDispatchBelowAutograd()
-        ):  # what register_autograd puts before a kernel is Python and takes longer than a small loss
+        # what register_autograd puts before a kernel is Python and takes longer than a small loss
+        with torch._C._AutoDispatchBelowAutograd():
             try:
                 return operator(*tensors, reduction=REDUCTIONS.index(reduction), **options)
             except RuntimeError as error:
@@ -65,76 +72,159 @@ def _as_value_error(error: RuntimeError) -> Exception:
 
 
 def _check_range(labels: Tensor | None, classes: int, ignore_index: int) -> None:
-    """Raises for class indices outside [0, classes), where they can be looked at; the compiled kernels look themselves."""
-    if labels is None or labels.is_floating_point() or labels.device.type != "cpu" or type(labels) is not Tensor or traced():
+    """Raises for class indices outside [0, classes), where they can be looked at; the compiled
+    kernels look themselves.
+    """
+    if (
+        labels is None
+        or labels.is_floating_point()
+        or labels.device.type != "cpu"
+        or type(labels) is not Tensor
+        or traced()
+    ):
         return
     wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
     if len(wrong):
         value = wrong[0].item()
         raise ValueError(
-            f"labels hold {value}; give classes from 0 to {classes - 1}, or {ignore_index} (ignore_index) for rows to leave out"
+            f"labels hold {value}; give classes from 0 to {classes - 1}, or {ignore_index} "
+            "(ignore_index) for rows to leave out"
         )
 
 
-def _linear_uegr_loss(hidden: list[Tensor], weight: Tensor, bias: Tensor | None, labels: Tensor | None, row_weights: Tensor | None, *,
-                      reduction: int, needs: list[bool], chunk_rows: int | None, backend: str, dtype: torch.dtype,
-                      **options: Any) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+def _linear_uegr_loss(
+    hidden: list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    row_weights: Tensor | None,
+    *,
+    reduction: int,
+    needs: list[bool],
+    chunk_rows: int | None,
+    backend: str,
+    dtype: torch.dtype,
+    **options: Any,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The reference's chunks with the backend's rows, in the dtype that autocast decided above."""
     passes = sum(x.shape[0] if x.dim() == 3 else 1 for x in hidden)
     limit = CHUNK_BYTES.get(backend, NATIVE_CHUNK_BYTES)
-    chunk_rows = chunk_rows or max(1, limit // (passes * weight.shape[0] * reference.compute_dtype(dtype).itemsize))
+    chunk_rows = chunk_rows or max(
+        1, limit // (passes * weight.shape[0] * reference.compute_dtype(dtype).itemsize)
+    )
     with torch.autocast(weight.device.type, enabled=False):
         return reference.linear_uegr_loss(
-            kernel("uegr_loss_", backend), hidden, weight, bias, labels, row_weights, reduction=REDUCTIONS[reduction],
-            needs=_in_forward(needs, reduction, row_weights), dtype=dtype, chunk_rows=chunk_rows, **options
-        )  # fmt: skip
+            kernel("uegr_loss_", backend),
+            hidden,
+            weight,
+            bias,
+            labels,
+            row_weights,
+            reduction=REDUCTIONS[reduction],
+            needs=_in_forward(needs, reduction, row_weights),
+            dtype=dtype,
+            chunk_rows=chunk_rows,
+            **options,
+        )
 
 
 def _in_forward(needs: list[bool], reduction: int, row_weights: Tensor | None) -> list[bool]:
     return [need and (REDUCTIONS[reduction] != "none" or row_weights is not None) for need in needs]
 
 
-def _fake(first: Tensor, tensors: Sequence[Tensor | None], reduction: int, needs: list[bool], dtype: torch.dtype) -> Fakes:
+def _fake(
+    first: Tensor,
+    tensors: Sequence[Tensor | None],
+    reduction: int,
+    needs: list[bool],
+    dtype: torch.dtype,
+) -> Fakes:
     shape = first.shape[-2:-1] if REDUCTIONS[reduction] == "none" else ()
-    loss, parts = (first.new_empty(size, dtype=reference.compute_dtype(dtype)) for size in (shape, (3, *shape)))
-    return loss, parts, [x.new_empty(x.shape) for x, need in zip(tensors, needs, strict=True) if x is not None and need]
+    loss, parts = (
+        first.new_empty(size, dtype=reference.compute_dtype(dtype)) for size in (shape, (3, *shape))
+    )
+    return (
+        loss,
+        parts,
+        [
+            x.new_empty(x.shape)
+            for x, need in zip(tensors, needs, strict=True)
+            if x is not None and need
+        ],
+    )
 
 
-def _fake_loss(logits: list[Tensor], labels: Tensor | None, *, reduction: int, needs: list[bool], **_: Any) -> Fakes:
+def _fake_loss(
+    logits: list[Tensor], labels: Tensor | None, *, reduction: int, needs: list[bool], **_: Any
+) -> Fakes:
     return _fake(logits[0], logits, reduction, needs, logits[0].dtype)
 
 
-def _fake_linear(hidden: list[Tensor], weight: Tensor, bias: Tensor | None, labels: Tensor | None, row_weights: Tensor | None, *,
-                 reduction: int, needs: list[bool], dtype: torch.dtype, **_: Any) -> Fakes:  # fmt: skip
-    return _fake(hidden[0], [*hidden, weight, bias], reduction, _in_forward(needs, reduction, row_weights), dtype)
+def _fake_linear(
+    hidden: list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    row_weights: Tensor | None,
+    *,
+    reduction: int,
+    needs: list[bool],
+    dtype: torch.dtype,
+    **_: Any,
+) -> Fakes:
+    return _fake(
+        hidden[0],
+        [*hidden, weight, bias],
+        reduction,
+        _in_forward(needs, reduction, row_weights),
+        dtype,
+    )
 
 
 def _is_one(grad_loss: Tensor) -> bool:
-    """Whether it is known to be 1, as in `loss.backward()`; one can look on the CPU only, and not while tracing."""
-    visible = type(grad_loss) is Tensor and not torch.compiler.is_compiling() and grad_loss.device.type == "cpu" and grad_loss.dim() == 0
+    """Whether it is known to be 1, as in `loss.backward()`; one can look on the CPU only, and
+    not while tracing.
+    """
+    visible = (
+        type(grad_loss) is Tensor
+        and not torch.compiler.is_compiling()
+        and grad_loss.device.type == "cpu"
+        and grad_loss.dim() == 0
+    )
     return visible and grad_loss.item() == 1
 
 
 def _is_last(grad_loss: Tensor) -> bool:
-    """Whether no other backward can ask for the kept gradients, which may then be scaled where they lie and given away."""
+    """Whether no other backward can ask for the kept gradients, which may then be scaled where
+    they lie and given away.
+    """
     plain = type(grad_loss) is Tensor and not traced() and not torch.is_grad_enabled()
     return plain and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _scale_(gradients: list[Tensor], grad_loss: Tensor, backend: str) -> None:
     if not _is_one(grad_loss):
-        scale = _triton().scale_gradients_ if backend == "triton" else torch.ops.uegr_kernels.scale_gradients_.default
+        scale = (
+            _triton().scale_gradients_
+            if backend == "triton"
+            else torch.ops.uegr_kernels.scale_gradients_.default
+        )
         scale(gradients, grad_loss)
         torch.autograd.graph.increment_version(gradients)
 
 
 def _hand_out(
-    grad_loss: Tensor | None, gradients: list[Tensor], needs: list[bool], parts: Tensor | None, backend: str
+    grad_loss: Tensor | None,
+    gradients: list[Tensor],
+    needs: list[bool],
+    parts: Tensor | None,
+    backend: str,
 ) -> list[Tensor | None]:
     """The kept gradients times that of the loss, where needed."""
     if grad_loss is None:
         return [None for _ in needs]
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad_loss):  # is_grads_batched
+    # is_grads_batched
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad_loss):
         gradients = reference.scale_gradients(gradients, grad_loss, grad_loss)
     elif _is_last(grad_loss):
         _scale_(gradients, grad_loss, backend)
@@ -145,7 +235,9 @@ def _hand_out(
 
 
 def _keep(ctx: Any, parts: Tensor, gradients: list[Tensor]) -> None:
-    """Keeps the gradients, which have none themselves; a double backward finds its error through `parts`."""
+    """Keeps the gradients, which have none themselves; a double backward finds its error
+    through `parts`.
+    """
     ctx.mark_non_differentiable(*gradients)
     ctx.save_for_backward(parts, *gradients)
 
@@ -175,23 +267,36 @@ def _setup_linear(ctx: Any, inputs: Any, keyword_only_inputs: dict[str, Any], ou
 def _backward_linear(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if ctx.is_backward:
         _refuse_second_derivative()
-    if ctx.by_row and grad_loss is not None:  # what a row counts is known only now, so the chunks are walked again
+    # what a row counts is known only now, so the chunks are walked again
+    if ctx.by_row and grad_loss is not None:
         weight, bias, labels, *hidden = ctx.saved_tensors
-        gradients = torch.ops.uegr_kernels.linear_uegr_loss.default(hidden, weight, bias, labels, grad_loss, **ctx.options)[2]
+        gradients = torch.ops.uegr_kernels.linear_uegr_loss.default(
+            hidden, weight, bias, labels, grad_loss, **ctx.options
+        )[2]
         wanted = iter(gradients)
-        *of_hidden, of_weight, of_bias = (next(wanted) if need else None for need in ctx.options["needs"])
+        *of_hidden, of_weight, of_bias = (
+            next(wanted) if need else None for need in ctx.options["needs"]
+        )
     else:
         parts, *gradients = (None,) if ctx.by_row else ctx.saved_tensors
-        *of_hidden, of_weight, of_bias = _hand_out(grad_loss, gradients, ctx.options["needs"], parts, ctx.options["backend"])
+        *of_hidden, of_weight, of_bias = _hand_out(
+            grad_loss, gradients, ctx.options["needs"], parts, ctx.options["backend"]
+        )
     return of_hidden, of_weight, of_bias, None, None
 
 
 def _refuse_second_derivative(*_: Any) -> NoReturn:
-    raise RuntimeError("the losses of uegr_kernels have no second derivative; differentiate a loss of plain PyTorch twice")
+    raise RuntimeError(
+        "the losses of uegr_kernels have no second derivative; differentiate a loss "
+        "of plain PyTorch twice"
+    )
 
 
 def _refuse_vmap(*_: Any, **__: Any) -> NoReturn:
-    raise RuntimeError("the losses of uegr_kernels do not run under torch.func.vmap; give the whole batch as N rows and reduction='none'")
+    raise RuntimeError(
+        "the losses of uegr_kernels do not run under torch.func.vmap; give the "
+        "whole batch as N rows and reduction='none'"
+    )
 
 
 def _run(module: Callable[[], ModuleType], name: str, *tensors: Any, **options: Any) -> Any:
@@ -206,31 +311,54 @@ for _name, _schema in SCHEMAS.items():
         torch.library.define(f"uegr_kernels::{_name}", _schema)
         torch.library.impl(f"uegr_kernels::{_name}", "CompositeExplicitAutograd", _linear_uegr_loss)
     else:
-        backends.define(_name, _schema, functools.partial(_run, lambda: reference, _name), functools.partial(_run, _triton, _name))
+        backends.define(
+            _name,
+            _schema,
+            functools.partial(_run, lambda: reference, _name),
+            functools.partial(_run, _triton, _name),
+        )
     torch.library.register_vmap(f"uegr_kernels::{_name}", _refuse_vmap)
 
 torch.library.register_fake("uegr_kernels::uegr_loss", _fake_loss)
-torch.library.register_fake("uegr_kernels::uegr_loss_", lambda *tensors, **options: _fake_loss(*tensors, **options)[:2])
+torch.library.register_fake(
+    "uegr_kernels::uegr_loss_", lambda *tensors, **options: _fake_loss(*tensors, **options)[:2]
+)
 torch.library.register_fake("uegr_kernels::linear_uegr_loss", _fake_linear)
-torch.library.register_fake("uegr_kernels::scale_gradients", lambda gradients, *_: [torch.empty_like(g) for g in gradients])
+torch.library.register_fake(
+    "uegr_kernels::scale_gradients", lambda gradients, *_: [torch.empty_like(g) for g in gradients]
+)
 torch.library.register_fake("uegr_kernels::scale_gradients_", lambda *_: None)
-torch.library.register_autograd("uegr_kernels::uegr_loss", _backward_loss, setup_context=_setup_loss)
-torch.library.register_autograd("uegr_kernels::linear_uegr_loss", _backward_linear, setup_context=_setup_linear)
+torch.library.register_autograd(
+    "uegr_kernels::uegr_loss", _backward_loss, setup_context=_setup_loss
+)
+torch.library.register_autograd(
+    "uegr_kernels::linear_uegr_loss", _backward_linear, setup_context=_setup_linear
+)
 torch.library.register_autograd("uegr_kernels::scale_gradients", _refuse_second_derivative)
 
 
 class _Loss(torch.autograd.Function):
-    """What the registered autograd does, for kernels that are called directly: the reference, and gradients over the logits."""
+    """What the registered autograd does, for kernels that are called directly: the reference,
+    and gradients over the logits.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, labels: Tensor | None, backend: str, in_place: bool, needs: list[bool], options: dict[str, Any], *logits: Tensor
+        ctx: Any,
+        labels: Tensor | None,
+        backend: str,
+        in_place: bool,
+        needs: list[bool],
+        options: dict[str, Any],
+        *logits: Tensor,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.needs, ctx.in_place, ctx.spent, ctx.backend = needs, in_place, False, backend
         ctx.leaves = in_place and [x.is_leaf for x in logits]
         detached = [x.detach() for x in logits]
-        loss, parts, *gradients = kernel("uegr_loss_" if in_place else "uegr_loss", backend)(detached, labels, needs=needs, **options)
+        loss, parts, *gradients = kernel("uegr_loss_" if in_place else "uegr_loss", backend)(
+            detached, labels, needs=needs, **options
+        )
         if in_place:
             gradients = [[x for x, need in zip(detached, needs, strict=True) if need]]
             torch.autograd.graph.increment_version(gradients[0])
@@ -240,14 +368,18 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, _: Any) -> tuple[Any, ...]:
         if ctx.spent:
-            raise RuntimeError("inplace_backward=True hands its gradients out once; compute the loss again, or leave inplace_backward out")
+            raise RuntimeError(
+                "inplace_backward=True hands its gradients out once; compute the "
+                "loss again, or leave inplace_backward out"
+            )
         parts, *gradients = ctx.saved_tensors
         ctx.spent = ctx.in_place and grad_loss is not None and not torch.is_grad_enabled()
         if ctx.spent and grad_loss is not None:
             _scale_(gradients, grad_loss, ctx.backend)
             wanted = iter(gradients)  # a leaf and its .grad must not share memory
             gradients = [
-                (next(wanted).clone() if leaf else next(wanted)) if need else None for need, leaf in zip(ctx.needs, ctx.leaves, strict=True)
+                (next(wanted).clone() if leaf else next(wanted)) if need else None
+                for need, leaf in zip(ctx.needs, ctx.leaves, strict=True)
             ]
         else:
             gradients = _hand_out(grad_loss, gradients, ctx.needs, parts, ctx.backend)
@@ -255,10 +387,14 @@ class _Loss(torch.autograd.Function):
 
 
 class _TransformedLoss(torch.autograd.Function):
-    """The loss under torch.func.grad, vjp and jacrev. The gradients are outputs: a second derivative asks for theirs, and is refused."""
+    """The loss under torch.func.grad, vjp and jacrev. The gradients are outputs: a second
+    derivative asks for theirs, and is refused.
+    """
 
     @staticmethod
-    def forward(run: Callable[..., Fakes], labels: Tensor | None, *logits: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        run: Callable[..., Fakes], labels: Tensor | None, *logits: Tensor
+    ) -> tuple[Tensor, ...]:
         loss, parts, gradients = run(list(logits), labels)
         return loss, parts, *gradients
 
@@ -269,7 +405,9 @@ class _TransformedLoss(torch.autograd.Function):
         ctx.save_for_backward(*output[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, _: Any, *of_gradients: Tensor | None) -> tuple[Any, ...]:
+    def backward(
+        ctx: Any, grad_loss: Tensor | None, _: Any, *of_gradients: Tensor | None
+    ) -> tuple[Any, ...]:
         if any(g is not None for g in of_gradients):
             _refuse_second_derivative()
         parts, *gradients = ctx.saved_tensors
@@ -285,7 +423,13 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def uegr_loss(
-    logits: list[Tensor], labels: Tensor | None, *, in_place: bool, reduction: str, backend: str, **options: Any
+    logits: list[Tensor],
+    labels: Tensor | None,
+    *,
+    in_place: bool,
+    reduction: str,
+    backend: str,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """The loss, differentiable, and its parts; arguments as in SCHEMAS."""
     backend = choose(backend, logits[0].device, logits[0].dtype)
@@ -296,19 +440,36 @@ def uegr_loss(
     def run(reduction: str) -> tuple[Tensor, Tensor]:
         seen = traced()
         if seen and transformed():
-            every = functools.partial(kernel("uegr_loss", backend), reduction=reduction, needs=[True] * len(logits), **options)
+            every = functools.partial(
+                kernel("uegr_loss", backend),
+                reduction=reduction,
+                needs=[True] * len(logits),
+                **options,
+            )
             loss, parts, *_ = _TransformedLoss.apply(every, labels, *logits)  # type: ignore[no-untyped-call]
         elif seen and backend != "reference":
             number = REDUCTIONS.index(reduction)
-            loss, parts, _ = torch.ops.uegr_kernels.uegr_loss.default(logits, labels, reduction=number, needs=needs, **options)
+            loss, parts, _ = torch.ops.uegr_kernels.uegr_loss.default(
+                logits, labels, reduction=number, needs=needs, **options
+            )
         elif not any(needs):
-            loss, parts, _ = kernel("uegr_loss", backend)(logits, labels, reduction=reduction, needs=needs, **options)
+            loss, parts, _ = kernel("uegr_loss", backend)(
+                logits, labels, reduction=reduction, needs=needs, **options
+            )
         else:
-            given = (labels, backend, in_place and not seen, needs, options | {"reduction": reduction})
+            given = (
+                labels,
+                backend,
+                in_place and not seen,
+                needs,
+                options | {"reduction": reduction},
+            )
             loss, parts = _Loss.apply(*given, *logits)  # type: ignore[no-untyped-call]
         return loss, parts
 
-    return _divided_last(run, reduction, logits[0], labels, logits[0].dtype, options["ignore_index"])
+    return _divided_last(
+        run, reduction, logits[0], labels, logits[0].dtype, options["ignore_index"]
+    )
 
 
 def linear_uegr_loss(
@@ -323,31 +484,49 @@ def linear_uegr_loss(
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """The loss of the logits hidden @ weight.T + bias in `dtype`, never whole, and its parts."""
-    if transformed():  # what takes chunks apart is one operator, which torch.func cannot look into: here the logits exist whole
+    # what takes chunks apart is one operator, which torch.func cannot look into: here the logits
+    # exist whole
+    if transformed():
         with torch.autocast(weight.device.type, enabled=False):
             w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
             logits = [torch.nn.functional.linear(x.to(dtype), w, b) for x in hidden]
         del options["chunk_rows"]
-        return uegr_loss(logits, labels, in_place=False, reduction=reduction, backend=backend, **options)
-    needs = [x is not None and torch.is_grad_enabled() and x.requires_grad for x in (*hidden, weight, bias)]
+        return uegr_loss(
+            logits, labels, in_place=False, reduction=reduction, backend=backend, **options
+        )
+    needs = [
+        x is not None and torch.is_grad_enabled() and x.requires_grad
+        for x in (*hidden, weight, bias)
+    ]
     options |= {"needs": needs, "dtype": dtype, "backend": choose(backend, weight.device, dtype)}
     if options["backend"] in ("reference", "triton"):
         _check_range(labels, len(weight), options["ignore_index"])
 
     def run(reduction: str) -> tuple[Tensor, Tensor]:
         number = REDUCTIONS.index(reduction)
-        loss, parts, _ = torch.ops.uegr_kernels.linear_uegr_loss.default(hidden, weight, bias, labels, None, reduction=number, **options)
+        loss, parts, _ = torch.ops.uegr_kernels.linear_uegr_loss.default(
+            hidden, weight, bias, labels, None, reduction=number, **options
+        )
         return loss, parts
 
     return _divided_last(run, reduction, hidden[0], labels, dtype, options["ignore_index"])
 
 
 def _divided_last(
-    run: Callable[[str], tuple[Tensor, Tensor]], reduction: str, rows: Tensor, labels: Tensor | None, dtype: torch.dtype, ignore_index: int
+    run: Callable[[str], tuple[Tensor, Tensor]],
+    reduction: str,
+    rows: Tensor,
+    labels: Tensor | None,
+    dtype: torch.dtype,
+    ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
-    """A float16 gradient divided by N would vanish before the loss scale lifts it, so that mean is taken of the sum, outside."""
+    """A float16 gradient divided by N would vanish before the loss scale lifts it, so that
+    mean is taken of the sum, outside.
+    """
     if reduction != "mean" or dtype != torch.float16:
         return run(reduction)
     count = reference.kept_rows(labels, rows, ignore_index).sum()
-    loss, parts = (torch.where(count > 0, total / count.clamp(min=1), torch.nan) for total in run("sum"))
+    loss, parts = (
+        torch.where(count > 0, total / count.clamp(min=1), torch.nan) for total in run("sum")
+    )
     return loss, parts

@@ -1,7 +1,8 @@
-"""The losses of the forward stage with their gradients, in plain PyTorch: Eq. 3-6; the specification in code.
+"""The losses of the forward stage with their gradients, in plain PyTorch: Eq. 3-6; the
+specification in code.
 
-A row function takes rows [N, C] and returns a value per row [N] and its gradients [N, C]. `uegr_loss` and what follows have the
-operators' arguments (op.py).
+A row function takes rows [N, C] and returns a value per row [N] and its gradients [N, C].
+`uegr_loss` and what follows have the operators' arguments (op.py).
 """
 
 import itertools
@@ -19,19 +20,24 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def cross_entropy(log_p: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """-sum t log p, gradient p*sum(t) - t by the logits; a class with t = 0 adds nothing, not even where log p = -inf."""
+    """-sum t log p, gradient p*sum(t) - t by the logits; a class with t = 0 adds nothing, not
+    even where log p = -inf.
+    """
     return -torch.where(t == 0, 0, t * log_p).sum(-1), log_p.exp() * t.sum(-1, keepdim=True) - t
 
 
 def jensen_shannon(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """JS(P||Q) (Eq. 4), gradients p*(a - KL(P||M))/2 with a = log(p/M) by the logits of P, and the same of Q.
+    """JS(P||Q) (Eq. 4), gradients p*(a - KL(P||M))/2 with a = log(p/M) by the logits of P, and the
+    same of Q.
 
-    With d = log p - log q and r = exp(-|d|) the more probable side has a = ln 2 - log(1 + r), the other that minus |d|.
-    ln 2 - log(1 + r) = -log1p((r - 1)/2): no cancellation, and exactly 0 for d = 0.
+    With d = log p - log q and r = exp(-|d|) the more probable side has a = ln 2 - log(1 + r), the
+    other that minus |d|. ln 2 - log(1 + r) = -log1p((r - 1)/2): no cancellation, and exactly 0 for
+    d = 0.
     """
     p, q, d = log_p.exp(), log_q.exp(), log_p - log_q
     a = -torch.log1p(torch.expm1(-d.abs()) / 2)
-    a_p = torch.where(log_p == -math.inf, 0, a + d.clamp(max=0))  # a masked class has no share in its side's KL
+    # a masked class has no share in its side's KL
+    a_p = torch.where(log_p == -math.inf, 0, a + d.clamp(max=0))
     a_q = torch.where(log_q == -math.inf, 0, a - d.clamp(min=0))
     kl_p, kl_q = (p * a_p).sum(-1, keepdim=True), (q * a_q).sum(-1, keepdim=True)
     value = ((kl_p + kl_q) / 2).squeeze(-1).clamp(0, math.log(2))
@@ -65,17 +71,29 @@ def targets(labels: Tensor, rows: Tensor, keep: Tensor, label_smoothing: float) 
     return t * (1 - label_smoothing) + label_smoothing / rows.shape[-1] if label_smoothing else t
 
 
-def uegr_loss(logits: list[Tensor], labels: Tensor | None, *, js_weight: float, label_smoothing: float, ignore_index: int, reduction: str,
-              regression: bool, needs: list[bool]) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    """L_train (Eq. 6); its parts [3] or [3, N]: CE of the clean pass, of the others (Eq. 3), divergence (Eq. 4); gradients where needed.
+def uegr_loss(
+    logits: list[Tensor],
+    labels: Tensor | None,
+    *,
+    js_weight: float,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    regression: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """L_train (Eq. 6); its parts [3] or [3, N]: CE of the clean pass, of the others (Eq. 3),
+    divergence (Eq. 4); gradients where needed.
 
-    A tensor of logits is one pass [N, C] or several [k, N, C]. With labels the first pass is the clean one; without, the loss is
-    js_weight * divergence over all passes.
+    A tensor of logits is one pass [N, C] or several [k, N, C]. With labels the first pass is the
+    clean one; without, the loss is js_weight * divergence over all passes.
     """
     dtype = compute_dtype(logits[0].dtype)
     rows = [row.to(dtype) for x in logits for row in (x.unbind() if x.dim() == 3 else [x])]
     rows = rows if regression else [row.log_softmax(-1) for row in rows]
-    label_loss, pair_loss = (squared_error, squared_difference) if regression else (cross_entropy, jensen_shannon)
+    label_loss, pair_loss = (
+        (squared_error, squared_difference) if regression else (cross_entropy, jensen_shannon)
+    )
     keep = kept_rows(labels, rows[0], ignore_index)
     taken = [x.new_zeros(x.shape, dtype=dtype) for x in logits]
     gradients = [g for x in taken for g in (x.unbind() if x.dim() == 3 else [x])]
@@ -95,17 +113,27 @@ def uegr_loss(logits: list[Tensor], labels: Tensor | None, *, js_weight: float, 
         for i, gradient in zip((k, l), pair, strict=True):
             gradients[i].add_(gradient, alpha=js_weight)
     count = keep.sum() if reduction == "mean" else 1
-    losses = torch.stack((clean + adversarial + js_weight * divergence, clean, adversarial, divergence)).where(keep, 0)
+    losses = torch.stack(
+        (clean + adversarial + js_weight * divergence, clean, adversarial, divergence)
+    ).where(keep, 0)
     losses = losses if reduction == "none" else losses.sum(-1) / count
     for gradient in taken:
         gradient.div_(count).masked_fill_(~keep[:, None], 0)
-    return losses[0].clone(), losses[1:].clone(), [g.to(x.dtype) for g, x, need in zip(taken, logits, needs, strict=True) if need]
+    return (
+        losses[0].clone(),
+        losses[1:].clone(),
+        [g.to(x.dtype) for g, x, need in zip(taken, logits, needs, strict=True) if need],
+    )
 
 
-def uegr_loss_(logits: list[Tensor], labels: Tensor | None, *, needs: list[bool], **options: Any) -> tuple[Tensor, Tensor]:
+def uegr_loss_(
+    logits: list[Tensor], labels: Tensor | None, *, needs: list[bool], **options: Any
+) -> tuple[Tensor, Tensor]:
     """The same, the gradients over the logits that need one."""
     loss, parts, gradients = uegr_loss(logits, labels, needs=needs, **options)
-    for x, gradient in zip([x for x, need in zip(logits, needs, strict=True) if need], gradients, strict=True):
+    for x, gradient in zip(
+        [x for x, need in zip(logits, needs, strict=True) if need], gradients, strict=True
+    ):
         x.copy_(gradient)
     return loss, parts
 
@@ -122,32 +150,62 @@ def scale_gradients_(gradients: list[Tensor], grad_loss: Tensor) -> None:
         gradient.copy_(scale_gradients([gradient], grad_loss, grad_loss)[0])
 
 
-def linear_uegr_loss(kernel: Callable[..., tuple[Tensor, Tensor]], hidden: list[Tensor], weight: Tensor, bias: Tensor | None,
-                     labels: Tensor | None, row_weights: Tensor | None, *, ignore_index: int, reduction: str, needs: list[bool],
-                     dtype: torch.dtype, chunk_rows: int, **options: Any) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    """`uegr_loss` of the logits hidden @ weight.T + bias in `dtype`, `chunk_rows` of the N rows at a time.
+def linear_uegr_loss(
+    kernel: Callable[..., tuple[Tensor, Tensor]],
+    hidden: list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    row_weights: Tensor | None,
+    *,
+    ignore_index: int,
+    reduction: str,
+    needs: list[bool],
+    dtype: torch.dtype,
+    chunk_rows: int,
+    **options: Any,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """`uegr_loss` of the logits hidden @ weight.T + bias in `dtype`, `chunk_rows` of the N rows at
+    a time.
 
-    `kernel` is a `uegr_loss_`. Gradients for hidden, weight, bias where needed: of the reduced loss, or of sum(row_weights * loss).
+    `kernel` is a `uegr_loss_`. Gradients for hidden, weight, bias where needed: of the reduced
+    loss, or of sum(row_weights * loss).
     """
     wide = compute_dtype(dtype)
     w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
     *need_hidden, need_weight, need_bias = needs
     need_logits = [need or need_weight or need_bias for need in need_hidden]
-    d_hidden = [x.new_empty(x.shape) if need else None for x, need in zip(hidden, need_hidden, strict=True)]
+    d_hidden = [
+        x.new_empty(x.shape) if need else None for x, need in zip(hidden, need_hidden, strict=True)
+    ]
     d_weight = w.new_zeros(w.shape, dtype=wide) if need_weight else None
     d_bias = b.new_zeros(b.shape, dtype=wide) if b is not None and need_bias else None
     keep, losses, buffer = kept_rows(labels, hidden[0], ignore_index), [], w.new_empty(0)
     for at in range(0, max(len(keep), 1), chunk_rows):
         slices = [x[..., at : at + chunk_rows, :] for x in hidden]
         h = torch.cat([x.reshape(-1, x.shape[-1]) for x in slices]).to(dtype)
-        buffer = buffer[: len(h)] if at else h.new_empty(len(h), len(w))  # one for all chunks: they would lie side by side
+        # one for all chunks: they would lie side by side
+        buffer = buffer[: len(h)] if at else h.new_empty(len(h), len(w))
         z = torch.mm(h, w.T, out=buffer) if b is None else torch.addmm(b, h, w.T, out=buffer)
-        of_inputs = [part.view(*x.shape[:-1], len(w)) for x, part in zip(slices, z.split([x[..., 0].numel() for x in slices]), strict=True)]
-        loss, parts = kernel(of_inputs, None if labels is None else labels[at : at + chunk_rows], ignore_index=ignore_index,
-                             reduction="none", needs=need_logits, **options)  # fmt: skip
+        of_inputs = [
+            part.view(*x.shape[:-1], len(w))
+            for x, part in zip(slices, z.split([x[..., 0].numel() for x in slices]), strict=True)
+        ]
+        loss, parts = kernel(
+            of_inputs,
+            None if labels is None else labels[at : at + chunk_rows],
+            ignore_index=ignore_index,
+            reduction="none",
+            needs=need_logits,
+            **options,
+        )
         losses.append(torch.cat((loss[None], parts)))
         if row_weights is not None:
-            z.copy_((z.view(-1, len(loss), z.shape[-1]) * row_weights[at : at + chunk_rows, None]).view_as(z))
+            z.copy_(
+                (
+                    z.view(-1, len(loss), z.shape[-1]) * row_weights[at : at + chunk_rows, None]
+                ).view_as(z)
+            )
         for into, g in zip(d_hidden, of_inputs, strict=True):  # z holds the gradients now
             if into is not None:
                 into[..., at : at + chunk_rows, :] = g @ w
@@ -156,11 +214,17 @@ def linear_uegr_loss(kernel: Callable[..., tuple[Tensor, Tensor]], hidden: list[
         if d_bias is not None:
             d_bias += z.sum(0, dtype=wide)
     values = torch.cat(losses, -1)
-    count = keep.sum() if reduction == "mean" else torch.ones((), dtype=torch.int64, device=keep.device)
+    count = (
+        keep.sum() if reduction == "mean" else torch.ones((), dtype=torch.int64, device=keep.device)
+    )
     values = values if reduction == "none" else values.sum(-1) / count
     gradients = zip((*d_hidden, d_weight, d_bias), (*hidden, weight, bias), strict=True)
     return (
         values[0].clone(),
         values[1:].clone(),
-        [g.div_(count.clamp(min=1)).to(x.dtype) for g, x in gradients if g is not None and x is not None],
+        [
+            g.div_(count.clamp(min=1)).to(x.dtype)
+            for g, x in gradients
+            if g is not None and x is not None
+        ],
     )

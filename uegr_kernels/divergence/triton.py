@@ -1,7 +1,9 @@
-"""The losses in Triton (Eq. 3-6): a program takes a few samples at a time and visits their m+1 rows up to three times.
+"""The losses in Triton (Eq. 3-6): a program takes a few samples at a time and visits their m+1 rows
+up to three times.
 
-First for each row's maximum and sum of exponentials, then for the pairs' divergences, then for the gradients, by blocks of columns that
-registers hold; a row of one block is read once. Logarithms are to base 2.
+First for each row's maximum and sum of exponentials, then for the pairs' divergences, then for the
+gradients, by blocks of columns that registers hold; a row of one block is read once. Logarithms are
+to base 2.
 """
 
 import functools
@@ -19,8 +21,8 @@ from ..core.triton_ops import from_bits
 L2E = tl.constexpr(1.4426950408889634)  # log2(e)
 LN2 = tl.constexpr(0.6931471805599453)
 INFINITY = tl.constexpr(float("inf"))
-# What is far enough below a row's maximum that p is 0 while differences stay finite; and from where on a row is moved by its maximum
-# first, as this distance would be lost in it.
+# What is far enough below a row's maximum that p is 0 while differences stay finite; and from where
+# on a row is moved by its maximum first, as this distance would be lost in it.
 FAR_BELOW, FAR_OUT = tl.constexpr(1e3), tl.constexpr(1e6)
 APART = tl.constexpr(1.0)  # of maxima, from where on rows are moved too
 AT_ONCE = tl.constexpr(1024)  # samples of a loop over all of them
@@ -30,10 +32,14 @@ COUNTED_BY_EACH = 4096  # labels up to which every program counts those that are
 
 
 class Form(typing.NamedTuple):
-    """What a kernel is compiled for. A block is R samples and W * V columns, [R, W, V]; a thread holds whole runs of V."""
+    """What a kernel is compiled for. A block is R samples and W * V columns, [R, W, V]; a
+    thread holds whole runs of V.
+    """
 
     P: int  # passes
-    FEW: bool  # no more than a program's registers hold together: their addresses are arguments, else in a table
+    # no more than a program's registers hold together: their addresses are arguments, else in a
+    # table
+    FEW: bool
     STORAGE: tl.dtype  # of the logits
     FIRST: int  # of those in pairs: 1 with labels, else 0
     R: int
@@ -67,8 +73,9 @@ def exponential(y):
 def log_ratio(d, EXACT: tl.constexpr):
     """log2(p/M), M = (p + q)/2, of the more probable side, for d = log2(p/q); exactly 0 for 0.
 
-    With r = 2^-|d| it is 1 - log2(1 + r) = -log2(1 - u), u = (1 - r)/2 <= 1/2, by a minimax polynomial. Near 0, where u has lost digits
-    that count (EXACT), it is |d|/2 - log2(cosh(d ln(2)/2)), a series.
+    With r = 2^-|d| it is 1 - log2(1 + r) = -log2(1 - u), u = (1 - r)/2 <= 1/2, by a minimax
+    polynomial. Near 0, where u has lost digits that count (EXACT), it is |d|/2 - log2(cosh(d
+    ln(2)/2)), a series.
     """
     x = tl.abs(d)
     u = 0.5 - 0.5 * tl.exp2(-x)
@@ -122,7 +129,9 @@ def log_ratios(z, passes, c):
 
 @triton.jit
 def log_ratios_of(k, z, at, FULL: tl.constexpr, samples, passes, c):
-    """The same for pass k alone, whose logits are z, in a block of columns; with itself a pass has 0."""
+    """The same for pass k alone, whose logits are z, in a block of columns; with itself a pass
+    has 0.
+    """
     i, inside = columns(at, samples[-1], c)
     w = start(z.shape, k, passes, c)
     for l in range(c.FIRST, c.P):
@@ -135,7 +144,9 @@ def log_ratio_of(k, l, z, x, passes, c):
     """log2(p/M) of pass k beside pass l, whose logits are x."""
     _, bases, rests, totals, _, _ = passes
     other = shifted(x, pick(bases, l), pick(rests, l))
-    d = log_distance(z, other, pick(rests, k) - pick(rests, l), log_gap(pick(totals, k), pick(totals, l)))
+    d = log_distance(
+        z, other, pick(rests, k) - pick(rests, l), log_gap(pick(totals, k), pick(totals, l))
+    )
     return log_ratio(d, c.EXACT) + tl.minimum(d, 0.0)
 
 
@@ -153,7 +164,9 @@ def pivot(k, likeliest, samples, passes, c):
                 w += log_ratio_of(k, l, z, read_class(l, likeliest, samples, c), passes, c)
     else:
         for l in range(c.FIRST, c.P):
-            w += tl.where(l == k, 0.0, log_ratio_of(k, l, z, read_class(l, likeliest, samples, c), passes, c))
+            w += tl.where(
+                l == k, 0.0, log_ratio_of(k, l, z, read_class(l, likeliest, samples, c), passes, c)
+            )
     return tl.where(pick(passes[3], k) < 4, w, 0.0)
 
 
@@ -180,7 +193,9 @@ def log_gap(total, other):
 
 @triton.jit
 def log_distance(x, y, rest, ratio):
-    """log2(p/q), exactly 0 where a row is another one moved; rest, ratio: what their maxima and their sums differ by."""
+    """log2(p/q), exactly 0 where a row is another one moved; rest, ratio: what their maxima
+    and their sums differ by.
+    """
     return ((x - y) - rest) * L2E - ratio
 
 
@@ -231,7 +246,9 @@ def pick(values, k):
 
 @triton.jit
 def pairs_divergence(divergences, M: tl.constexpr):
-    """JS summed over pairs from the sums of the divergences to the pairs' means; a pair's is in [0, ln 2], NaN stays."""
+    """JS summed over pairs from the sums of the divergences to the pairs' means; a pair's is
+    in [0, ln 2], NaN stays.
+    """
     most: tl.constexpr = M * (M - 1) / 2 * LN2
     js = divergences * (LN2 / 2)
     js = tl.where(js < 0, 0.0, js)
@@ -279,7 +296,9 @@ def columns(at, C, c):
 
 @triton.jit
 def read(x, i, inside, stride, FILL: tl.constexpr, FULL: tl.constexpr, AGAIN: tl.constexpr, c):
-    """A block of the rows that begin at x, FILL past their end. AGAIN: it will be read once more."""
+    """A block of the rows that begin at x, FILL past their end. AGAIN: it will be read once
+    more.
+    """
     policy: tl.constexpr = "evict_last" if AGAIN else "evict_first"
     offsets = i if c.DENSE else i.to(tl.int64) * stride
     if FULL:
@@ -308,7 +327,11 @@ def place(rows, k, c):
         return rows[0][k], rows[1][k]
     else:
         table, row = rows
-        begin, row_stride, stride = tl.load(table + 3 * k), tl.load(table + 3 * k + 1), tl.load(table + 3 * k + 2)
+        begin, row_stride, stride = (
+            tl.load(table + 3 * k),
+            tl.load(table + 3 * k + 1),
+            tl.load(table + 3 * k + 2),
+        )
         if c.ALIGNED:
             return triton_ops.aligned_pointer(begin, c.STORAGE) + row * row_stride * c.V, stride
         else:
@@ -365,7 +388,9 @@ def class_of(x, top, i):
 
 @triton.jit
 def normalizer(row, stride, C, c):
-    """A row's maximum, a class that has it, and the sum of exp(x - maximum): NaN where all is -inf or something is no logit."""
+    """A row's maximum, a class that has it, and the sum of exp(x - maximum): NaN where all is
+    -inf or something is no logit.
+    """
     likeliest = tl.zeros([c.R, 1, 1], tl.int32)
     i, inside = columns(0, C, c)
     if c.ONE:
@@ -376,18 +401,26 @@ def normalizer(row, stride, C, c):
             likeliest = class_of(x, top, i)
     else:
         begin = tl.zeros([c.R, c.W, 1], tl.int32)  # of the block that has a run's maximum
-        highest = tl.full([c.R, c.W, 1], -1.7976931348623157e308 if c.DTYPE == tl.float64 else -3.4028234e38, c.DTYPE)
+        highest = tl.full(
+            [c.R, c.W, 1],
+            -1.7976931348623157e308 if c.DTYPE == tl.float64 else -3.4028234e38,
+            c.DTYPE,
+        )
         total = tl.zeros([c.R, c.W, 1], c.DTYPE)
         end = C // (c.W * c.V) * (c.W * c.V)
         for at in range(0, end, c.W * c.V):
             i, inside = columns(at, C, c)
             before = highest
-            highest, total = add_exponentials(read(row, i, inside, stride, -INFINITY, True, True, c), highest, total)
+            highest, total = add_exponentials(
+                read(row, i, inside, stride, -INFINITY, True, True, c), highest, total
+            )
             begin = tl.where(highest > before, at, begin)
         if c.TAIL:
             i, inside = columns(end, C, c)
             before = highest
-            highest, total = add_exponentials(read(row, i, inside, stride, -INFINITY, False, True, c), highest, total)
+            highest, total = add_exponentials(
+                read(row, i, inside, stride, -INFINITY, False, True, c), highest, total
+            )
             begin = tl.where(highest > before, end, begin)
         top = tl.max(highest, 1, keep_dims=True)
         total = tl.sum(total * exponential(highest - top), 1, keep_dims=True)
@@ -410,16 +443,24 @@ def targets(i, inside, soft, soft_stride, smoothing, C, FULL: tl.constexpr, AGAI
 
 @triton.jit
 def less_targets(g, of_t, i, label, smoothing, C, c):
-    """g - of_t * t for class indices, without a block of t: one that comes from no memory may get a layout that every thread repeats."""
+    """g - of_t * t for class indices, without a block of t: one that comes from no memory may
+    get a layout that every thread repeats.
+    """
     if c.SMOOTH:
-        return tl.where(i == label, g - of_t * smoothed(1.0, smoothing, C), g - of_t * smoothed(0.0, smoothing, C))
+        return tl.where(
+            i == label,
+            g - of_t * smoothed(1.0, smoothing, C),
+            g - of_t * smoothed(0.0, smoothing, C),
+        )
     else:
         return tl.where(i == label, g - of_t, g)
 
 
 @triton.jit
 def label_terms(t, y, inside, FULL: tl.constexpr):
-    """Sums over runs of t * y, y = x - max; of y alone without t, where all classes but the label's weigh the same."""
+    """Sums over runs of t * y, y = x - max; of y alone without t, where all classes but the
+    label's weigh the same.
+    """
     if t is not None:
         return over_runs(label_term(t, y))
     elif FULL:
@@ -430,7 +471,9 @@ def label_terms(t, y, inside, FULL: tl.constexpr):
 
 @triton.jit
 def add_block(at, FULL: tl.constexpr, sums, samples, passes, c):
-    """Adds a block to the sums: of soft labels t; by pass of `label_terms`; by pass of e * log ratios, e = exp(x - max)."""
+    """Adds a block to the sums: of soft labels t; by pass of `label_terms`; by pass of e * log
+    ratios, e = exp(x - max).
+    """
     _, _, soft, soft_stride, smoothing, C = samples
     tops, bases, rests, _, _, _ = passes
     masses, of_labels, of_pairs = sums
@@ -451,7 +494,9 @@ def add_block(at, FULL: tl.constexpr, sums, samples, passes, c):
         if c.P - c.FIRST > 1:
             w = log_ratios(z, passes, c)
             for k in tl.static_range(c.FIRST, c.P):
-                of_pairs = added(of_pairs, k, over_runs(exponential(z[k - c.FIRST] - rests[k]) * w[k - c.FIRST]))
+                of_pairs = added(
+                    of_pairs, k, over_runs(exponential(z[k - c.FIRST] - rests[k]) * w[k - c.FIRST])
+                )
     else:
         for k in range(c.P):
             x = read_pass(k, i, inside, FULL, True, samples, c)
@@ -482,7 +527,9 @@ def write_block(at, FULL: tl.constexpr, factors, into, there, keep, samples, pas
         for _ in tl.static_range(c.P):
             w = w + (tl.zeros([c.R, c.W, c.V], c.DTYPE),)
         for k in range(c.FIRST, c.P):
-            x = shifted(read_pass(k, i, inside, FULL, True, samples, c), pick(bases, k), pick(rests, k))
+            x = shifted(
+                read_pass(k, i, inside, FULL, True, samples, c), pick(bases, k), pick(rests, k)
+            )
             w = put(w, k - c.FIRST, log_ratios_of(k, x, at, FULL, samples, passes, c))
     for k in tl.static_range(c.P):
         if c.NEEDS >> k & 1:
@@ -517,7 +564,9 @@ def clear(into, there, C, c):
 
 @triton.jit
 def classify(samples, into, there, keep, unit, js_weight, c):
-    """The losses of some samples, their parts [R, 1, 1], and what `unit` times them has for gradients."""
+    """The losses of some samples, their parts [R, 1, 1], and what `unit` times them has for
+    gradients.
+    """
     rows, label, _, _, smoothing, C = samples
     BLOCK: tl.constexpr = c.W * c.V
     end = C // BLOCK * BLOCK
@@ -528,12 +577,19 @@ def classify(samples, into, there, keep, unit, js_weight, c):
             tops, likeliest, totals = tops + (top,), likeliest + (class_,), totals + (total,)
     else:
         for _ in tl.static_range(c.P):
-            tops, totals = tops + (tl.zeros([c.R, 1, 1], c.DTYPE),), totals + (tl.zeros([c.R, 1, 1], c.DTYPE),)
+            tops, totals = (
+                tops + (tl.zeros([c.R, 1, 1], c.DTYPE),),
+                totals + (tl.zeros([c.R, 1, 1], c.DTYPE),),
+            )
             likeliest = likeliest + (tl.zeros([c.R, 1, 1], tl.int32),)
         for k in range(c.P):
             begin, stride = place(rows, k, c)
             top, class_, total = normalizer(begin, stride, C, c)
-            tops, likeliest, totals = put(tops, k, top), put(likeliest, k, class_), put(totals, k, total)
+            tops, likeliest, totals = (
+                put(tops, k, top),
+                put(likeliest, k, class_),
+                put(totals, k, total),
+            )
     highest, lowest = tops[c.P - 1], tops[c.P - 1]
     for k in tl.static_range(c.FIRST, c.P):
         highest, lowest = tl.maximum(highest, tops[k]), tl.minimum(lowest, tops[k])
@@ -573,9 +629,16 @@ def classify(samples, into, there, keep, unit, js_weight, c):
                 of_label = over_row(of_labels[k])
             else:
                 begin, stride = place(rows, k, c)
-                of_label = tl.load(begin + label.to(tl.int64) * stride, mask=label >= 0, other=0.0).to(c.DTYPE) - tops[k]
+                of_label = (
+                    tl.load(begin + label.to(tl.int64) * stride, mask=label >= 0, other=0.0).to(
+                        c.DTYPE
+                    )
+                    - tops[k]
+                )
                 if c.SMOOTH:
-                    of_label = label_term(1 - smoothing, of_label) + smoothing / C * over_row(of_labels[k])
+                    of_label = label_term(1 - smoothing, of_label) + smoothing / C * over_row(
+                        of_labels[k]
+                    )
             cross_entropy = mass * tl.log2(totals[k]) * LN2 - of_label
             share = unit
             if k == 0:
@@ -601,7 +664,9 @@ def classify(samples, into, there, keep, unit, js_weight, c):
 
     if c.NEEDS:
         factors = (of_e, of_w, of_t)
-        if c.P - c.FIRST <= 1:  # else sums have waited: every thread has a label's logit before a gradient may be written over it
+        # else sums have waited: every thread has a label's logit before a gradient may be written
+        # over it
+        if c.P - c.FIRST <= 1:
             tl.debug_barrier()
         if c.ONE:
             write_block(0, not c.TAIL, factors, into, there, keep, samples, passes, c)
@@ -669,7 +734,9 @@ def regress(samples, into, there, unit, js_weight, c):
 
 @triton.jit
 def counted(labels, label_stride, count, ignore_index, N, c):
-    """What sums are divided by: the samples that are not ignored, or 1. A number: what a block of it meets would get its layout."""
+    """What sums are divided by: the samples that are not ignored, or 1. A number: what a block
+    of it meets would get its layout.
+    """
     if not c.MEAN:  # a branch each, as what stands after a return is compiled too
         return tl.full((), 1, c.DTYPE)
     elif c.KIND != "indices":
@@ -680,12 +747,26 @@ def counted(labels, label_stride, count, ignore_index, N, c):
         found = tl.zeros([AT_ONCE], tl.int32)
         for at in range(0, N, AT_ONCE):
             n = at + tl.arange(0, AT_ONCE)
-            found += tl.load(labels + n.to(tl.int64) * label_stride, mask=n < N, other=ignore_index) != ignore_index
+            found += (
+                tl.load(labels + n.to(tl.int64) * label_stride, mask=n < N, other=ignore_index)
+                != ignore_index
+            )
         return tl.sum(found, 0).to(c.DTYPE)
 
 
 @triton.jit
-def put_losses(loss, parts, at, apart, clean, adversarial, divergence, js_weight, there, WITH_LOSS: tl.constexpr):
+def put_losses(
+    loss,
+    parts,
+    at,
+    apart,
+    clean,
+    adversarial,
+    divergence,
+    js_weight,
+    there,
+    WITH_LOSS: tl.constexpr,
+):
     """Stores the three parts, `apart` elements apart, and the loss."""
     tl.store(parts + at, clean, mask=there)
     tl.store(parts + apart + at, adversarial, mask=there)
@@ -695,9 +776,30 @@ def put_losses(loss, parts, at, apart, clean, adversarial, divergence, js_weight
 
 
 @triton.jit(do_not_specialize=["N", "js_weight", "smoothing", "ignore_index"])
-def loss_kernel(logits, row_strides, strides, gradients, gradient_row_strides, gradient_strides, table, labels, label_row_stride,
-                label_stride, count, loss, parts, N, C, js_weight: tl.int64, smoothing: tl.int64, ignore_index: tl.int64, c):  # fmt: skip
-    """The losses of all samples, and the gradients. For `add_up`, where neither BY_ROW nor ALONE: the parts of rows, and their count."""
+def loss_kernel(
+    logits,
+    row_strides,
+    strides,
+    gradients,
+    gradient_row_strides,
+    gradient_strides,
+    table,
+    labels,
+    label_row_stride,
+    label_stride,
+    count,
+    loss,
+    parts,
+    N,
+    C,
+    js_weight: tl.int64,
+    smoothing: tl.int64,
+    ignore_index: tl.int64,
+    c,
+):
+    """The losses of all samples, and the gradients. For `add_up`, where neither BY_ROW nor
+    ALONE: the parts of rows, and their count.
+    """
     js_weight, smoothing = from_bits(js_weight).to(c.DTYPE), from_bits(smoothing).to(c.DTYPE)
     count = counted(labels, label_row_stride, count, ignore_index, N, c)
     UNIT: tl.constexpr = c.V if c.ALIGNED else 1  # of the row strides
@@ -728,7 +830,9 @@ def loss_kernel(logits, row_strides, strides, gradients, gradient_row_strides, g
         if c.REGRESSION:
             clean, adversarial, divergence = regress(samples, into, there, 1 / count, js_weight, c)
         elif c.KIND != "indices" or tl.max(keep.to(tl.int32)) > 0:
-            clean, adversarial, divergence = classify(samples, into, there, keep, 1 / count, js_weight, c)
+            clean, adversarial, divergence = classify(
+                samples, into, there, keep, 1 / count, js_weight, c
+            )
         else:
             clear(into, there, C, c)
         clean, adversarial = tl.where(keep, clean, 0.0), tl.where(keep, adversarial, 0.0)
@@ -738,10 +842,25 @@ def loss_kernel(logits, row_strides, strides, gradients, gradient_row_strides, g
             adversarial_total += tl.sum(adversarial, 0, keep_dims=True)
             divergence_total += tl.sum(divergence, 0, keep_dims=True)
         else:
-            put_losses(loss, parts, row, N.to(tl.int64), clean, adversarial, divergence, js_weight, there, c.BY_ROW)
+            put_losses(
+                loss,
+                parts,
+                row,
+                N.to(tl.int64),
+                clean,
+                adversarial,
+                divergence,
+                js_weight,
+                there,
+                c.BY_ROW,
+            )
     here = tl.zeros([1, 1, 1], tl.int64)
     if c.ALONE:
-        clean, adversarial, divergence = clean_total / count, adversarial_total / count, divergence_total / count
+        clean, adversarial, divergence = (
+            clean_total / count,
+            adversarial_total / count,
+            divergence_total / count,
+        )
         put_losses(loss, parts, here, 1, clean, adversarial, divergence, js_weight, None, True)
     elif not c.BY_ROW:
         if tl.program_id(0) == 0:
@@ -760,14 +879,38 @@ def add_up_kernel(rows, loss, parts, N, js_weight: tl.int64, DTYPE: tl.constexpr
         adversarial += tl.load(rows + size + n, mask=n < N, other=0.0)
         divergence += tl.load(rows + 2 * size + n, mask=n < N, other=0.0)
     count = tl.load(rows + 3 * size)
-    put_losses(loss, parts, 0, 1, tl.sum(clean, 0) / count, tl.sum(adversarial, 0) / count, tl.sum(divergence, 0) / count,
-               from_bits(js_weight).to(DTYPE), None, True)  # fmt: skip
+    put_losses(
+        loss,
+        parts,
+        0,
+        1,
+        tl.sum(clean, 0) / count,
+        tl.sum(adversarial, 0) / count,
+        tl.sum(divergence, 0) / count,
+        from_bits(js_weight).to(DTYPE),
+        None,
+        True,
+    )
 
 
 @triton.jit(do_not_specialize=["N"])
-def scale_kernel(gradients, row_strides, strides, scaled, scaled_row_strides, scaled_strides, factor, factor_stride, N, C, c,
-                 IN_PLACE: tl.constexpr):  # fmt: skip
-    """The gradients times that of the loss, one for all or one for each sample. In place, times 1 costs nothing."""
+def scale_kernel(
+    gradients,
+    row_strides,
+    strides,
+    scaled,
+    scaled_row_strides,
+    scaled_strides,
+    factor,
+    factor_stride,
+    N,
+    C,
+    c,
+    IN_PLACE: tl.constexpr,
+):
+    """The gradients times that of the loss, one for all or one for each sample. In place,
+    times 1 costs nothing.
+    """
     BLOCK: tl.constexpr = c.W * c.V
     blocks = tl.cdiv(C, BLOCK)
     pieces = tl.cdiv(N, c.R).to(tl.int64) * blocks
@@ -776,24 +919,79 @@ def scale_kernel(gradients, row_strides, strides, scaled, scaled_row_strides, sc
         if IN_PLACE:
             pieces = tl.where(by == 1, 0, pieces)
     for piece in range(tl.program_id(0), pieces, tl.num_programs(0)):
-        row = (tl.zeros([c.R, 1, 1], tl.int64) + piece // blocks) * c.R + tl.arange(0, c.R)[:, None, None]
+        row = (tl.zeros([c.R, 1, 1], tl.int64) + piece // blocks) * c.R + tl.arange(0, c.R)[
+            :, None, None
+        ]
         there, row = row < N, tl.minimum(row, N - 1)
         if c.BY_ROW:
             by = tl.load(factor + row * factor_stride)
         at = (piece % blocks).to(tl.int32) * BLOCK
         if at + BLOCK <= C:
-            scale_block(at, True, row, there, gradients, row_strides, strides, scaled, scaled_row_strides, scaled_strides, by, C, c)
+            scale_block(
+                at,
+                True,
+                row,
+                there,
+                gradients,
+                row_strides,
+                strides,
+                scaled,
+                scaled_row_strides,
+                scaled_strides,
+                by,
+                C,
+                c,
+            )
         else:
-            scale_block(at, False, row, there, gradients, row_strides, strides, scaled, scaled_row_strides, scaled_strides, by, C, c)
+            scale_block(
+                at,
+                False,
+                row,
+                there,
+                gradients,
+                row_strides,
+                strides,
+                scaled,
+                scaled_row_strides,
+                scaled_strides,
+                by,
+                C,
+                c,
+            )
 
 
 @triton.jit
-def scale_block(at, FULL: tl.constexpr, row, there, gradients, row_strides, strides, scaled, scaled_row_strides, scaled_strides, by, C, c):
+def scale_block(
+    at,
+    FULL: tl.constexpr,
+    row,
+    there,
+    gradients,
+    row_strides,
+    strides,
+    scaled,
+    scaled_row_strides,
+    scaled_strides,
+    by,
+    C,
+    c,
+):
     UNIT: tl.constexpr = c.V if c.ALIGNED else 1
     i, inside = columns(at, C, c)
     for k in tl.static_range(c.P):
-        g = read(gradients[k] + row * row_strides[k] * UNIT, i, inside, strides[k], 0.0, FULL, False, c)
-        write(scaled[k] + row * scaled_row_strides[k] * UNIT, i, inside, scaled_strides[k], there, g * by, FULL, c)
+        g = read(
+            gradients[k] + row * row_strides[k] * UNIT, i, inside, strides[k], 0.0, FULL, False, c
+        )
+        write(
+            scaled[k] + row * scaled_row_strides[k] * UNIT,
+            i,
+            inside,
+            scaled_strides[k],
+            there,
+            g * by,
+            FULL,
+            c,
+        )
 
 
 class Passes(typing.NamedTuple):
@@ -817,14 +1015,19 @@ class Passes(typing.NamedTuple):
     @property
     def addresses(self) -> list[tuple[int, int, int]]:
         """By pass its address and strides."""
-        return [(row.data_ptr(), down, along) for row, down, along in zip(self.rows, self.row_strides, self.strides, strict=True)]
+        return [
+            (row.data_ptr(), down, along)
+            for row, down, along in zip(self.rows, self.row_strides, self.strides, strict=True)
+        ]
 
     @property
     def dense(self) -> bool:
         return self.rows[0].shape[1] == 1 or all(stride == 1 for stride in self.strides)
 
     def aligned(self, run: int) -> bool:
-        """Whether all rows begin with whole runs of so many elements, and end with one, of 16 bytes or more."""
+        """Whether all rows begin with whole runs of so many elements, and end with one, of 16
+        bytes or more.
+        """
         return (
             self.dense
             and self.rows[0].shape[1] % run == 0
@@ -837,24 +1040,39 @@ class Passes(typing.NamedTuple):
 
 
 def _run(passes: int, itemsize: int) -> int:
-    """Elements of a pass in a thread, neighbours: 128 bits, or 64 where many passes want registers."""
+    """Elements of a pass in a thread, neighbours: 128 bits, or 64 where many passes want
+    registers.
+    """
     return 16 // itemsize if passes <= FEW or itemsize > 2 else 4
 
 
 def _registers(few: bool) -> dict[str, int]:
-    """What keeps NVIDIA's assembler from spilling a few of many passes' registers to reach a round number of them."""
+    """What keeps NVIDIA's assembler from spilling a few of many passes' registers to reach a
+    round number of them.
+    """
     return {} if few or torch.version.hip else {"maxnreg": 255}
 
 
 @functools.cache
-def _block(samples: int, classes: int, passes: int, itemsize: int, aligned: bool, lanes: int) -> tuple[dict[str, Any], int]:
+def _block(
+    samples: int, classes: int, passes: int, itemsize: int, aligned: bool, lanes: int
+) -> tuple[dict[str, Any], int]:
     """The part of a form that says what a block is, and its warps."""
-    each = _run(passes, itemsize) if aligned else min(_run(passes, itemsize), 128 // lanes)  # a mask is as many scalar registers
+    # a mask is as many scalar registers
+    each = _run(passes, itemsize) if aligned else min(_run(passes, itemsize), 128 // lanes)
     block = min(triton.next_power_of_2(classes), MOST_THREADS * each)
     run = min(each, block)
-    held = each if passes <= FEW else min(each, 2)  # several samples in a thread have addresses of their own, by pass
+    # several samples in a thread have addresses of their own, by pass
+    held = each if passes <= FEW else min(each, 2)
     rows = max(1, min(triton.next_power_of_2(samples), MOST_THREADS * held // block))
-    form = {"R": rows, "W": block // run, "V": run, "ONE": classes <= block, "TAIL": classes % block != 0, "ALIGNED": aligned}
+    form = {
+        "R": rows,
+        "W": block // run,
+        "V": run,
+        "ONE": classes <= block,
+        "TAIL": classes % block != 0,
+        "ALIGNED": aligned,
+    }
     return form, max(rows * block // (lanes * (held if rows > 1 else each)), 1)
 
 
@@ -872,7 +1090,9 @@ def _device(device: torch.device) -> tuple[int, int]:
 
 
 def _programs(form: dict[str, Any], passes: Passes, device: torch.device) -> int:
-    """How many programs share the samples. What is visited more than once is to stay in the cache until the last visit."""
+    """How many programs share the samples. What is visited more than once is to stay in the
+    cache until the last visit.
+    """
     samples, classes = passes.rows[0].shape
     tiles: int = triton.cdiv(samples, form["R"])
     if device.type == "cpu":  # the interpreter: a few, for their loops to go round
@@ -885,34 +1105,72 @@ def _programs(form: dict[str, Any], passes: Passes, device: torch.device) -> int
 
 
 def _evaluate(
-    logits, labels, gradients, *, js_weight, label_smoothing, ignore_index, reduction, regression, needs
+    logits,
+    labels,
+    gradients,
+    *,
+    js_weight,
+    label_smoothing,
+    ignore_index,
+    reduction,
+    regression,
+    needs,
 ) -> tuple[Tensor, Tensor]:
-    """The loss and its parts; writes the gradients of the logits that need them where `gradients` (by tensor) says."""
+    """The loss and its parts; writes the gradients of the logits that need them where
+    `gradients` (by tensor) says.
+    """
     first = logits[0]
     passes, into = Passes.of(logits), Passes.of(gradients)
     (samples, classes), count = passes.rows[0].shape, len(passes.rows)
     kind, label_strides = "none", (0, 0)
     if labels is not None:
-        kind, label_strides = ("soft", labels.stride()) if labels.is_floating_point() else ("indices", (labels.stride(0), 0))
-    involved = [passes, into] + ([Passes((labels,), label_strides[:1], label_strides[1:])] if kind == "soft" else [])
+        kind, label_strides = (
+            ("soft", labels.stride())
+            if labels.is_floating_point()
+            else ("indices", (labels.stride(0), 0))
+        )
+    involved = [passes, into] + (
+        [Passes((labels,), label_strides[:1], label_strides[1:])] if kind == "soft" else []
+    )
     run = _run(count, first.element_size())
     aligned = all(x.aligned(run) for x in involved)
     if aligned:
         passes, into = passes.in_runs(run), into.in_runs(run)
-        label_strides = (label_strides[0] // run if kind == "soft" else label_strides[0], label_strides[1])
-    block, warps = _block(samples, classes, count, first.element_size(), aligned, triton_ops.lanes())
+        label_strides = (
+            label_strides[0] // run if kind == "soft" else label_strides[0],
+            label_strides[1],
+        )
+    block, warps = _block(
+        samples, classes, count, first.element_size(), aligned, triton_ops.lanes()
+    )
     programs = _programs(block, passes, first.device)
     wide = first.dtype == torch.float64
     dtype, by_row = torch.float64 if wide else torch.float32, reduction == "none"
     alone = programs == 1 and not by_row
-    needed = [need for x, need in zip(logits, needs, strict=True) for _ in range(len(x) if x.dim() == 3 else 1)]
+    needed = [
+        need
+        for x, need in zip(logits, needs, strict=True)
+        for _ in range(len(x) if x.dim() == 3 else 1)
+    ]
     smooth = kind != "none" and label_smoothing > 0
     form = _form(
-        P=count, FEW=count <= FEW, STORAGE=triton_ops.DTYPES[first.dtype], FIRST=int(labels is not None), **block,
-        DENSE=all(x.dense for x in involved), DTYPE=triton_ops.DTYPES[dtype],
-        EXACT=first.dtype == dtype, REGRESSION=regression, KIND=kind, SMOOTH=smooth, SUMS=smooth or kind == "soft",
-        NEEDS=sum(need << k for k, need in enumerate(needed)), MEAN=reduction == "mean", BY_ROW=by_row, ALONE=alone,
-    )  # fmt: skip
+        P=count,
+        FEW=count <= FEW,
+        STORAGE=triton_ops.DTYPES[first.dtype],
+        FIRST=int(labels is not None),
+        **block,
+        DENSE=all(x.dense for x in involved),
+        DTYPE=triton_ops.DTYPES[dtype],
+        EXACT=first.dtype == dtype,
+        REGRESSION=regression,
+        KIND=kind,
+        SMOOTH=smooth,
+        SUMS=smooth or kind == "soft",
+        NEEDS=sum(need << k for k, need in enumerate(needed)),
+        MEAN=reduction == "mean",
+        BY_ROW=by_row,
+        ALONE=alone,
+    )
     kept = None
     if kind == "indices" and reduction == "mean" and samples > COUNTED_BY_EACH:
         kept = (labels != ignore_index).sum()
@@ -922,18 +1180,39 @@ def _evaluate(
     weight, smoothing = triton_ops.bits(js_weight), triton_ops.bits(label_smoothing)
     few, table = count <= FEW, None
     if not few:
-        table = triton_ops.to_device([x for part in (passes, into) for row in part.addresses for x in row], torch.int64, first.device)
+        table = triton_ops.to_device(
+            [x for part in (passes, into) for row in part.addresses for x in row],
+            torch.int64,
+            first.device,
+        )
     with triton_ops.on(first):
         loss_kernel[(programs,)](
-            *((*passes, *into) if few else [None] * 6), table, labels, *label_strides, kept, loss, rows, samples, classes,
-            weight, smoothing, ignore_index, form, num_warps=warps, **_registers(few),
-        )  # fmt: skip
+            *((*passes, *into) if few else [None] * 6),
+            table,
+            labels,
+            *label_strides,
+            kept,
+            loss,
+            rows,
+            samples,
+            classes,
+            weight,
+            smoothing,
+            ignore_index,
+            form,
+            num_warps=warps,
+            **_registers(few),
+        )
         if not (by_row or alone):
-            add_up_kernel[(1,)](rows, loss, parts, samples, weight, DTYPE=triton_ops.DTYPES[dtype], num_warps=8)
+            add_up_kernel[(1,)](
+                rows, loss, parts, samples, weight, DTYPE=triton_ops.DTYPES[dtype], num_warps=8
+            )
     return loss, parts
 
 
-def uegr_loss(logits: list[Tensor], labels: Tensor | None, *, needs: list[bool], **options) -> tuple[Tensor, Tensor, list[Tensor]]:
+def uegr_loss(
+    logits: list[Tensor], labels: Tensor | None, *, needs: list[bool], **options
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """As the reference's."""
     into = [x.new_empty(x.shape) if need else x for x, need in zip(logits, needs, strict=True)]
     loss, parts = _evaluate(logits, labels, into, needs=needs, **options)
@@ -957,9 +1236,14 @@ def scale_gradients_(gradients: list[Tensor], grad_loss: Tensor) -> None:
     _scale(gradients, gradients, grad_loss, in_place=True)
 
 
-def _scale(gradients: list[Tensor], scaled: list[Tensor], factor: Tensor, *, in_place: bool) -> None:
-    if len(gradients) > 1 and any(g.shape[-2:] != gradients[0].shape[-2:] or g.dtype != gradients[0].dtype for g in gradients):
-        for g, into in zip(gradients, scaled, strict=True):  # those of hidden states, weight and bias
+def _scale(
+    gradients: list[Tensor], scaled: list[Tensor], factor: Tensor, *, in_place: bool
+) -> None:
+    if len(gradients) > 1 and any(
+        g.shape[-2:] != gradients[0].shape[-2:] or g.dtype != gradients[0].dtype for g in gradients
+    ):
+        # those of hidden states, weight and bias
+        for g, into in zip(gradients, scaled, strict=True):
             _scale([g], [into], factor, in_place=in_place)
         return
     if not gradients or gradients[0].numel() == 0:
@@ -977,12 +1261,28 @@ def _scale_passes(passes: Passes, into: Passes, factor: Tensor, in_place: bool) 
     aligned = passes.aligned(run) and into.aligned(run)
     if aligned:
         passes, into = passes.in_runs(run), into.in_runs(run)
-    block, warps = _block(samples, classes, count, first.element_size(), aligned, triton_ops.lanes())
+    block, warps = _block(
+        samples, classes, count, first.element_size(), aligned, triton_ops.lanes()
+    )
     by_row = factor.dim() > 0
-    form = _form(P=count, **block, DENSE=passes.dense and into.dense, DTYPE=triton_ops.DTYPES[factor.dtype], BY_ROW=by_row)
+    form = _form(
+        P=count,
+        **block,
+        DENSE=passes.dense and into.dense,
+        DTYPE=triton_ops.DTYPES[factor.dtype],
+        BY_ROW=by_row,
+    )
     pieces = triton.cdiv(samples, block["R"]) * triton.cdiv(classes, block["W"] * block["V"])
     programs = min(pieces, 3 if first.device.type == "cpu" else 2**16)
     with triton_ops.on(first):
         scale_kernel[(programs,)](
-            *passes, *into, factor, factor.stride(0) if by_row else 0, samples, classes, form, IN_PLACE=in_place, num_warps=warps
+            *passes,
+            *into,
+            factor,
+            factor.stride(0) if by_row else 0,
+            samples,
+            classes,
+            form,
+            IN_PLACE=in_place,
+            num_warps=warps,
         )

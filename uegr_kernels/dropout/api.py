@@ -1,4 +1,6 @@
-"""What users call: the adaptive dropout module, and putting it in the place of a model's dropouts."""
+"""What users call: the adaptive dropout module, and putting it in the place of a model's
+dropouts.
+"""
 
 import fnmatch
 import warnings
@@ -12,15 +14,20 @@ from torch.nn import functional as F
 from . import op
 
 STATE = ("gradient_norm", "pending")
-SIZED = "an AdaptiveDropout has its size from the first input; give num_features, or call it once before torch.compile(fullgraph=True)"
-MOST_AXES = 3  # [rows, units], [rows, places, units]; what has more is a map or attention's probabilities
+SIZED = (
+    "an AdaptiveDropout has its size from the first input; give num_features, or call it once "
+    "before torch.compile(fullgraph=True)"
+)
+# [rows, units], [rows, places, units]; what has more is a map or attention's probabilities
+MOST_AXES = 3
 
 
 class AdaptiveDropout(nn.Module):
-    """Dropout that drops units with large gradients more often: r_j = clamp(p * n_j / mean(n), 0, max_p) (SPEC 1, adaptive dropout).
+    """Drops units with large gradients more often: r_j = clamp(p * n_j / mean(n), 0, max_p).
 
-    n_j is the moving average of the L2 norm of dL/dh_j over all other axes, h being the output and j an index of its last axis. Kept units
-    are scaled by 1/(1 - r_j); r_j = p until a gradient has been seen; in eval mode the module is the identity.
+    n_j is the moving average of the L2 norm of dL/dh_j over all other axes, h being the output and
+    j an index of its last axis. Kept units are scaled by 1/(1 - r_j); r_j = p until a gradient has
+    been seen; in eval mode the module is the identity.
 
     num_features  size of the last axis; None: taken from the first input, or from a state_dict
     p             mean rate, in [0, 1]; may be set at any time
@@ -33,17 +40,24 @@ class AdaptiveDropout(nn.Module):
     State, float32 (float64 for float64): gradient_norm [F], n; pending [F], squares of norms, which
     the next call outside a backward folds into n. It is extra state of a state_dict, which may lack
     it, and no buffers; each rank of DDP or FSDP has its own. Norms that are not finite are dropped.
-    Draws its key as nn.Dropout does, from torch's default generator of the input's device.
-    Raises TypeError or ValueError for wrong arguments and inputs, RuntimeError for a backend that
-    cannot serve the call, second and forward-mode derivatives, and torch.func's transforms.
-    Equivalent to `reference.adaptive_dropout(h, reference.dropout_rates_(gradient_norm, pending, ...), key, pending)`.
+    Draws its key as nn.Dropout does, from torch's default generator of the input's device. Raises
+    TypeError or ValueError for wrong arguments and inputs, RuntimeError for a backend that cannot
+    serve the call, second and forward-mode derivatives, and torch.func's transforms. Equivalent to
+    `reference.adaptive_dropout(h, reference.dropout_rates_(gradient_norm, pending, ...), key,
+    pending)`.
     """
 
     gradient_norm: Tensor
     pending: Tensor
 
     def __init__(
-        self, num_features: int | None = None, p: float = 0.3, *, max_p: float = 0.9, momentum: float = 0.9, backend: str = "auto"
+        self,
+        num_features: int | None = None,
+        p: float = 0.3,
+        *,
+        max_p: float = 0.9,
+        momentum: float = 0.9,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         if num_features is not None:
@@ -52,8 +66,17 @@ class AdaptiveDropout(nn.Module):
         if op.checks.number("momentum", momentum, 0, 1) == 1:
             raise ValueError(f"momentum={momentum!r} is out of range; give a number in [0, 1)")
         if backend != "auto" and backend not in op.backends.BACKENDS:
-            raise ValueError(f"backend={backend!r} is not a backend; use one of 'auto', {', '.join(map(repr, op.backends.BACKENDS))}")
-        self.num_features, self.p, self.max_p, self.momentum, self.backend = num_features, p, max_p, momentum, backend
+            raise ValueError(
+                f"backend={backend!r} is not a backend; use one of 'auto', "
+                f"{', '.join(map(repr, op.backends.BACKENDS))}"
+            )
+        self.num_features, self.p, self.max_p, self.momentum, self.backend = (
+            num_features,
+            p,
+            max_p,
+            momentum,
+            backend,
+        )
         self._name = ""  # in a model, for the warning
         self._make(num_features or 0, torch.float32, None)  # empty until the size is known
 
@@ -70,7 +93,12 @@ class AdaptiveDropout(nn.Module):
         if self._plain:  # the same operator on norms of 0: a recompute may be of the call before
             norm, fold = torch.zeros_like(norm), False
         key = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=input.device)
-        options = {"p": float(self.p), "max_p": float(self.max_p), "momentum": float(self.momentum), "fold": fold}
+        options = {
+            "p": float(self.p),
+            "max_p": float(self.max_p),
+            "momentum": float(self.momentum),
+            "fold": fold,
+        }
         return op.adaptive_dropout(input, norm, self.pending, key, backend=backend, **options)
 
     def reset_parameters(self) -> None:
@@ -78,14 +106,18 @@ class AdaptiveDropout(nn.Module):
         self._make(self.num_features or 0, self.gradient_norm.dtype, self.gradient_norm.device)
 
     def get_extra_state(self) -> Tensor:
-        """Returns the state, [3, F]: gradient_norm, pending, and ones where the rate is plain, else zeros."""
+        """Returns the state, [3, F]: gradient_norm, pending, and ones where the rate is plain,
+        else zeros.
+        """
         norm, pending = self.gradient_norm, self.pending
         if norm.is_meta:  # nothing was seen there, and a checkpoint wants values
             norm = pending = torch.zeros_like(norm, device="cpu")
         return torch.stack((norm, pending, torch.full_like(norm, float(self._plain))))
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Copies what `get_extra_state` gave to where the module is; ValueError where it does not fit."""
+        """Copies what `get_extra_state` gave to where the module is; ValueError where it does
+        not fit.
+        """
         reason = self._why_not(state)
         if reason is not None:
             raise ValueError(reason)
@@ -102,8 +134,16 @@ class AdaptiveDropout(nn.Module):
 
     def _why_not(self, state: Any) -> str | None:
         """None where `set_extra_state` takes the state, else why not."""
-        if not isinstance(state, Tensor) or state.dim() != 2 or len(state) != 3 or not state.is_floating_point():
-            return f"the extra state of an AdaptiveDropout is a floating tensor [3, F], and this is {state!r:.80}"
+        if (
+            not isinstance(state, Tensor)
+            or state.dim() != 2
+            or len(state) != 3
+            or not state.is_floating_point()
+        ):
+            return (
+                "the extra state of an AdaptiveDropout is a floating tensor [3, F], and this "
+                f"is {state!r:.80}"
+            )
         if self.num_features is not None and state.shape[1] not in (0, self.num_features):
             found = f"{state.shape[1]} units in the state, num_features={self.num_features} here"
             return f"size mismatch for gradient_norm: {found}"
@@ -117,7 +157,9 @@ class AdaptiveDropout(nn.Module):
         self._used = self._plain = False
 
     def _move(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """The state to where fn puts a tensor, its values kept; from the meta device they are zeros."""
+        """The state to where fn puts a tensor, its values kept; from the meta device they are
+        zeros.
+        """
         with torch.inference_mode(False), torch.no_grad():
             for name in STATE:
                 old = getattr(self, name)
@@ -141,17 +183,25 @@ class AdaptiveDropout(nn.Module):
         if input.dtype not in op.backends.DTYPES:
             raise TypeError(f"input is {input.dtype}; give float32, bfloat16, float16 or float64")
         if input.dim() == 0 or input.shape[-1] == 0:
-            raise ValueError(f"input has shape {tuple(input.shape)}; give a last axis with the units")
+            raise ValueError(
+                f"input has shape {tuple(input.shape)}; give a last axis with the units"
+            )
 
     def _ready(self, input: Tensor) -> bool:
-        """Whether the state is that of the input's units, where they are; if not, the rate is plain."""
+        """Whether the state is that of the input's units, where they are; if not, the rate is
+        plain.
+        """
         norm, units = self.gradient_norm, input.shape[-1]
         if norm.shape[0] != units and norm.shape[0]:
             if not self._plain:
                 self._turn_plain(input)
             return False
         op.refuse_transforms(input)
-        if norm.shape[0] == 0 or norm.device != input.device or (input.dtype == torch.float64 and norm.dtype != torch.float64):
+        if (
+            norm.shape[0] == 0
+            or norm.device != input.device
+            or (input.dtype == torch.float64 and norm.dtype != torch.float64)
+        ):
             self._follow(input)
         # A trace sets it without a look, which would have the next call traced anew.
         if torch.compiler.is_compiling() or not self._used:
@@ -159,11 +209,14 @@ class AdaptiveDropout(nn.Module):
         return True
 
     def _turn_plain(self, input: Tensor) -> None:
-        """The input has another width than those before it; ValueError where there were none, but `num_features`."""
+        """The input has another width than those before it; ValueError where there were none,
+        but `num_features`.
+        """
         known = self.gradient_norm.shape[0]
         if self.num_features is not None and not self._used:
             raise ValueError(
-                f"input of shape {tuple(input.shape)} has {input.shape[-1]} units, the module {known}; "
+                f"input of shape {tuple(input.shape)} has {input.shape[-1]} units, the module "
+                f"{known}; "
                 "build it with num_features=None, or give every width a module of its own"
             )
         _warn(
@@ -175,13 +228,17 @@ class AdaptiveDropout(nn.Module):
 
     @torch.compiler.disable(reason=SIZED)  # type: ignore[untyped-decorator]
     def _follow(self, input: Tensor) -> None:
-        """Makes the state, or moves it to where the input is; in a graph a backward could not write it."""
+        """Makes the state, or moves it to where the input is; in a graph a backward could not
+        write it.
+        """
         norm, double = self.gradient_norm, input.dtype == torch.float64
         dtype = torch.float64 if double else norm.dtype
         if not len(norm):
             self._make(input.shape[-1], torch.float64 if double else torch.float32, input.device)
         elif input.is_meta:
-            raise ValueError(f"input is on meta, the module's state on {norm.device}; move the module with .to()")
+            raise ValueError(
+                f"input is on meta, the module's state on {norm.device}; move the module with .to()"
+            )
         else:
             self._move(lambda tensor: torch.empty_like(tensor, dtype=dtype, device=input.device))
 
@@ -204,13 +261,18 @@ class AdaptiveDropout(nn.Module):
         if reason is not None:
             error_msgs.append(f"{key}: {reason}")
             del own[key]
-        super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(
+            own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         if key in missing_keys:  # a checkpoint of the model with nn.Dropout has none
             missing_keys.remove(key)
 
     def extra_repr(self) -> str:
         features = self.num_features or self.gradient_norm.numel() or None
-        return f"{features}, p={self.p}, max_p={self.max_p}, momentum={self.momentum}, backend={self.backend!r}"
+        return (
+            f"{features}, p={self.p}, max_p={self.max_p}, momentum={self.momentum}, "
+            f"backend={self.backend!r}"
+        )
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -220,27 +282,35 @@ def _warn(text: str) -> None:
 
 
 def replace_dropout(model: nn.Module, *, skip: Iterable[str] = (), **options: Any) -> int:
-    """Puts an `AdaptiveDropout` in the place of every nn.Dropout inside `model`; a module used in several places stays one module.
+    """Puts an `AdaptiveDropout` in the place of every nn.Dropout inside `model`.
 
     model    an nn.Module that is not itself an nn.Dropout
-    skip     patterns of names in `model.named_modules()`, `*` for anything; an nn.Dropout so named stays
-    options  AdaptiveDropout's arguments; without `p` each keeps the p of the nn.Dropout that it replaces
+    skip     patterns of names in `model.named_modules()`, `*` for anything; an nn.Dropout so named
+        stays
+    options  AdaptiveDropout's arguments; without `p` each keeps the p of the nn.Dropout that it
+        replaces
 
-    Returns how many nn.Dropout were replaced. Training or eval mode is kept. A module whose last axis
-    changes its size (attention's probabilities) keeps its plain rate, with one warning that names it.
-    Raises TypeError or ValueError before anything is replaced.
+    Returns how many nn.Dropout were replaced; one used in several places stays one. Training or
+    eval mode is kept. A module whose last axis changes its size (attention's probabilities) keeps
+    its plain rate, with one warning that names it. Raises TypeError or ValueError before anything
+    is replaced.
 
     Equivalent to setting each attribute by hand.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; give an nn.Module")
     if isinstance(model, nn.Dropout):
-        raise ValueError("model is itself an nn.Dropout, which cannot be replaced inside itself; build an AdaptiveDropout")
+        raise ValueError(
+            "model is itself an nn.Dropout, which cannot be replaced inside itself; "
+            "build an AdaptiveDropout"
+        )
     patterns = [skip] if isinstance(skip, str) else list(skip)
     for pattern in patterns:
         if not isinstance(pattern, str):
             kind = type(pattern).__name__
-            raise TypeError(f"skip names {pattern!r}, a {kind}; give patterns, such as '*attention*'")
+            raise TypeError(
+                f"skip names {pattern!r}, a {kind}; give patterns, such as '*attention*'"
+            )
     AdaptiveDropout(**options)  # raises for wrong options
     places = [
         (parent, name, f"{path}.{name}" if path else name, child)
@@ -248,12 +318,18 @@ def replace_dropout(model: nn.Module, *, skip: Iterable[str] = (), **options: An
         for name, child in parent._modules.items()
         if isinstance(child, nn.Dropout)
     ]
-    kept = {child for _, _, name, child in places if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
+    kept = {
+        child
+        for _, _, name, child in places
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    }
     replacements: dict[nn.Module, AdaptiveDropout] = {}
     for parent, attribute, name, child in places:
         if child not in kept:
             if child not in replacements:
-                replacements[child] = AdaptiveDropout(**{"p": child.p} | options).train(child.training)
+                replacements[child] = AdaptiveDropout(**{"p": child.p} | options).train(
+                    child.training
+                )
                 replacements[child]._name = name
             setattr(parent, attribute, replacements[child])
     return len(replacements)

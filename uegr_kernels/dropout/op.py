@@ -14,11 +14,13 @@ from . import reference
 
 _triton = functools.partial(backends.triton_kernels, __package__)
 
-# key: a 0-d int64 tensor on the input's device, which only kernels read. fold: the call is outside of a backward (SPEC 3).
+# key: a 0-d int64 tensor on the input's device, which only kernels read. fold: the call is outside
+# of a backward (SPEC 3).
 SCHEMAS = {
     "adaptive_dropout": "(Tensor h, Tensor rates, Tensor key, Tensor pending) -> Tensor",
     "adaptive_dropout_backward": "(Tensor grad, Tensor rates, Tensor key) -> (Tensor, Tensor)",
-    "dropout_rates_": "(Tensor(a!) gradient_norm, Tensor(b!) pending, *, float p, float max_p, float momentum, bool fold) -> Tensor",
+    "dropout_rates_": "(Tensor(a!) gradient_norm, Tensor(b!) pending, *, float p, float max_p, "
+    "float momentum, bool fold) -> Tensor",
 }
 
 
@@ -29,7 +31,9 @@ def _by_triton(name: str, *tensors: Tensor, **options: Any) -> Any:
 def kernel(name: str, backend: str) -> Callable[..., Any]:
     """An operator of a backend, by its arguments."""
     compiled = backend not in ("reference", "triton")
-    module = torch.ops.uegr_kernels if compiled else reference if backend == "reference" else _triton()
+    module = (
+        torch.ops.uegr_kernels if compiled else reference if backend == "reference" else _triton()
+    )
     found: Callable[..., Any] = getattr(module, name).default if compiled else getattr(module, name)
     return found
 
@@ -52,11 +56,16 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _refuse_double_backward(*_: Any) -> NoReturn:
-    raise RuntimeError("AdaptiveDropout of uegr_kernels has no second derivative; use torch.nn.Dropout where a gradient is differentiated")
+    raise RuntimeError(
+        "AdaptiveDropout of uegr_kernels has no second derivative; use "
+        "torch.nn.Dropout where a gradient is differentiated"
+    )
 
 
 def _refuse_vmap(*_: Any, **__: Any) -> NoReturn:
-    raise RuntimeError("AdaptiveDropout of uegr_kernels does not run under torch.func.vmap; give the whole batch")
+    raise RuntimeError(
+        "AdaptiveDropout of uegr_kernels does not run under torch.func.vmap; give the whole batch"
+    )
 
 
 for _name, _schema in SCHEMAS.items():
@@ -64,7 +73,10 @@ for _name, _schema in SCHEMAS.items():
     torch.library.register_vmap(f"uegr_kernels::{_name}", _refuse_vmap)
 
 torch.library.register_fake("uegr_kernels::adaptive_dropout", lambda h, *_: h.new_empty(h.shape))
-torch.library.register_fake("uegr_kernels::adaptive_dropout_backward", lambda g, rates, _: (g.new_empty(g.shape), torch.empty_like(rates)))
+torch.library.register_fake(
+    "uegr_kernels::adaptive_dropout_backward",
+    lambda g, rates, _: (g.new_empty(g.shape), torch.empty_like(rates)),
+)
 torch.library.register_fake("uegr_kernels::dropout_rates_", lambda n, *_, **__: torch.empty_like(n))
 torch.library.register_autograd("uegr_kernels::adaptive_dropout", _backward, setup_context=_setup)
 torch.library.register_autograd("uegr_kernels::adaptive_dropout_backward", _refuse_double_backward)
@@ -74,7 +86,9 @@ class _Dropout(torch.autograd.Function):
     """What the registered autograd does, for kernels that are called directly."""
 
     @staticmethod
-    def forward(ctx: Any, backend: str, h: Tensor, rates: Tensor, key: Tensor, pending: Tensor) -> Any:
+    def forward(
+        ctx: Any, backend: str, h: Tensor, rates: Tensor, key: Tensor, pending: Tensor
+    ) -> Any:
         _setup(ctx, (h, rates, key, pending), None)
         ctx.backend = backend
         return kernel("adaptive_dropout", backend)(h, rates, key, pending)
@@ -99,13 +113,19 @@ def refuse_transforms(h: Tensor) -> None:
     checks.refuse_transforms("AdaptiveDropout", [h], "use torch.nn.Dropout, or eval mode")
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
-            "AdaptiveDropout of uegr_kernels does not run under torch.func (grad, vjp, hessian), whose "
-            "gradients it cannot keep the norms of; use torch.autograd, torch.nn.Dropout, or eval mode"
+            "AdaptiveDropout of uegr_kernels does not run under torch.func (grad, vjp, hessian), "
+            "whose "
+            "gradients it cannot keep the norms of; use torch.autograd, torch.nn.Dropout, or eval "
+            "mode"
         )
 
 
-def adaptive_dropout(h: Tensor, gradient_norm: Tensor, pending: Tensor, key: Tensor, *, backend: str, **options: Any) -> Tensor:
-    """h dropped at the rates that n gives, differentiable; n and `pending` are updated. Arguments as in SCHEMAS, a chosen backend."""
+def adaptive_dropout(
+    h: Tensor, gradient_norm: Tensor, pending: Tensor, key: Tensor, *, backend: str, **options: Any
+) -> Tensor:
+    """h dropped at the rates that n gives, differentiable; n and `pending` are updated.
+    Arguments as in SCHEMAS, a chosen backend.
+    """
     traced = backends.traced()
     if backend in ("reference", "triton") and not traced:
         rates = kernel("dropout_rates_", backend)(gradient_norm, pending, **options)

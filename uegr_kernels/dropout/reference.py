@@ -1,7 +1,8 @@
-"""Adaptive dropout in plain PyTorch: rates from gradient norms, masks from Philox; the specification in code.
+"""Adaptive dropout in plain PyTorch: rates from gradient norms, masks from Philox; the
+specification in code.
 
-A unit j is an index of the last axis, n_j the moving average of ||dL/dh_j||_2 (h: the output), r_j = clamp(p * n_j / mean(n), 0, max_p).
-The functions have the operators' arguments (op.py).
+A unit j is an index of the last axis, n_j the moving average of ||dL/dh_j||_2 (h: the output), r_j
+= clamp(p * n_j / mean(n), 0, max_p). The functions have the operators' arguments (op.py).
 """
 
 import torch
@@ -10,8 +11,12 @@ from torch import Tensor
 from ..core import philox
 
 
-def dropout_rates_(gradient_norm: Tensor, pending: Tensor, *, p: float, max_p: float, momentum: float, fold: bool) -> Tensor:
-    """r [F]. With `fold` the root of what backwards left in `pending` goes into n before; the first one sets n. No branch on values."""
+def dropout_rates_(
+    gradient_norm: Tensor, pending: Tensor, *, p: float, max_p: float, momentum: float, fold: bool
+) -> Tensor:
+    """r [F]. With `fold` the root of what backwards left in `pending` goes into n before; the
+    first one sets n. No branch on values.
+    """
     n = gradient_norm
     if fold:
         new = pending.sqrt()

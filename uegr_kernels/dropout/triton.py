@@ -1,7 +1,8 @@
-"""Adaptive dropout in Triton: the mask is drawn again in the backward, which gathers the squares of every unit's gradient.
+"""Adaptive dropout in Triton: the mask is drawn again in the backward, which gathers the squares of
+every unit's gradient.
 
-A program takes a tile: some rows of some units (a unit: an index of the last axis). Squares are added in double, by part of the rows and
-then over the parts, in a fixed order.
+A program takes a tile: some rows of some units (a unit: an index of the last axis). Squares are
+added in double, by part of the rows and then over the parts, in a fixed order.
 """
 
 from typing import Any
@@ -24,7 +25,9 @@ PARTS = 256  # of the rows, at most
 
 @triton.jit
 def keep_scale(rate, dtype: tl.constexpr):
-    """What kept elements of a unit are multiplied by, 1/(1 - r), the difference taken in the rate's own type."""
+    """What kept elements of a unit are multiplied by, 1/(1 - r), the difference taken in the
+    rate's own type.
+    """
     return 1 / (1 - rate).to(dtype)
 
 
@@ -66,8 +69,22 @@ def words_of_tile(row, unit, units, key, IN_ORDER: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows", "size"])
-def drop_kernel(h, rates, rate_stride, key, out, squares, rows, units, size, R: tl.constexpr, U: tl.constexpr, DTYPE: tl.constexpr,
-                IN_ORDER: tl.constexpr, SQUARES: tl.constexpr):  # fmt: skip
+def drop_kernel(
+    h,
+    rates,
+    rate_stride,
+    key,
+    out,
+    squares,
+    rows,
+    units,
+    size,
+    R: tl.constexpr,
+    U: tl.constexpr,
+    DTYPE: tl.constexpr,
+    IN_ORDER: tl.constexpr,
+    SQUARES: tl.constexpr,
+):
     """Drops `size` rows of some units; with SQUARES their sums, [parts, units]."""
     key = tl.load(key)
     unit = tl.program_id(0) * U + tl.arange(0, U)[None, :]
@@ -80,12 +97,18 @@ def drop_kernel(h, rates, rate_stride, key, out, squares, rows, units, size, R: 
         there = (row < rows) & (unit < units)
         i = row * units + unit
         value = tl.load(h + i, mask=there, other=0.0)
-        result = dropped(value.to(DTYPE), words_of_tile(row, unit, units, key, IN_ORDER), rate, scale)
+        result = dropped(
+            value.to(DTYPE), words_of_tile(row, unit, units, key, IN_ORDER), rate, scale
+        )
         tl.store(out + i, triton_ops.nearest(result, out.dtype.element_ty), mask=there)
         if SQUARES:
             sums += value.to(tl.float64) * value.to(tl.float64)
     if SQUARES:
-        tl.store(squares + tl.program_id(1).to(tl.int64) * units + unit, tl.sum(sums, 0, keep_dims=True), mask=unit < units)
+        tl.store(
+            squares + tl.program_id(1).to(tl.int64) * units + unit,
+            tl.sum(sums, 0, keep_dims=True),
+            mask=unit < units,
+        )
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -95,13 +118,29 @@ def add_parts_kernel(squares, out, parts, units, U: tl.constexpr, P: tl.constexp
     sums = tl.zeros([P, U], tl.float64)
     for at in range(0, parts, P):
         part = at + tl.arange(0, P)[:, None]
-        sums += tl.load(squares + part.to(tl.int64) * units + unit, mask=(part < parts) & (unit < units), other=0.0)
-    tl.store(out + unit, tl.sum(sums, 0, keep_dims=True).to(out.dtype.element_ty), mask=unit < units)
+        sums += tl.load(
+            squares + part.to(tl.int64) * units + unit,
+            mask=(part < parts) & (unit < units),
+            other=0.0,
+        )
+    tl.store(
+        out + unit, tl.sum(sums, 0, keep_dims=True).to(out.dtype.element_ty), mask=unit < units
+    )
 
 
 @triton.jit(do_not_specialize=["p", "max_p", "momentum"])
-def rates_kernel(norm, norm_stride, pending, pending_stride, rates, units, p: tl.int64, max_p: tl.int64, momentum: tl.int64,
-                 FOLD: tl.constexpr):  # fmt: skip
+def rates_kernel(
+    norm,
+    norm_stride,
+    pending,
+    pending_stride,
+    rates,
+    units,
+    p: tl.int64,
+    max_p: tl.int64,
+    momentum: tl.int64,
+    FOLD: tl.constexpr,
+):
     """One program: what is pending goes into n, then the rates that n gives."""
     p, max_p, momentum = from_bits(p), from_bits(max_p), from_bits(momentum)
     new, seen = tl.zeros([AT_ONCE], tl.int32), tl.zeros([AT_ONCE], tl.int32)
@@ -109,7 +148,9 @@ def rates_kernel(norm, norm_stride, pending, pending_stride, rates, units, p: tl
         j = (at + tl.arange(0, AT_ONCE)).to(tl.int64)
         seen |= (tl.load(norm + j * norm_stride, mask=j < units, other=0.0) != 0).to(tl.int32)
         if FOLD:
-            new |= (tl.load(pending + j * pending_stride, mask=j < units, other=0.0) > 0).to(tl.int32)
+            new |= (tl.load(pending + j * pending_stride, mask=j < units, other=0.0) > 0).to(
+                tl.int32
+            )
     first, folds = tl.max(seen, 0) == 0, tl.max(new, 0) > 0
     total, seen = tl.zeros([AT_ONCE], tl.float64), tl.zeros([AT_ONCE], tl.int32)
     for at in range(0, units, AT_ONCE):
@@ -130,10 +171,15 @@ def rates_kernel(norm, norm_stride, pending, pending_stride, rates, units, p: tl
         tl.store(rates + j, rate, mask=j < units)
 
 
-def _drop(h: Tensor, name: str, rates: Tensor, key: Tensor, *, with_squares: bool) -> tuple[Tensor, Any]:
+def _drop(
+    h: Tensor, name: str, rates: Tensor, key: Tensor, *, with_squares: bool
+) -> tuple[Tensor, Any]:
     """h dropped, and the squares of every unit's elements."""
     if h.dtype not in triton_ops.DTYPES:
-        raise RuntimeError(f"{name} is {str(h.dtype).removeprefix('torch.')}; use float32, bfloat16, float16 or float64")
+        raise RuntimeError(
+            f"{name} is {str(h.dtype).removeprefix('torch.')}; use float32, "
+            "bfloat16, float16 or float64"
+        )
     if rates.dtype not in (torch.float32, torch.float64):
         raise RuntimeError("rates must be float32 or float64")
     if h.dim() == 0 or rates.shape != h.shape[-1:]:
@@ -141,7 +187,9 @@ def _drop(h: Tensor, name: str, rates: Tensor, key: Tensor, *, with_squares: boo
     if key.dtype != torch.int64 or key.numel() != 1:
         raise RuntimeError("key must be an int64")
     out = h.new_empty(h.shape)
-    squares = torch.zeros_like(rates, memory_format=torch.contiguous_format) if with_squares else None
+    squares = (
+        torch.zeros_like(rates, memory_format=torch.contiguous_format) if with_squares else None
+    )
     if h.numel() == 0:
         return out, squares
     h, units = h.contiguous(), h.shape[-1]
@@ -156,11 +204,26 @@ def _drop(h: Tensor, name: str, rates: Tensor, key: Tensor, *, with_squares: boo
     sums = h.new_empty(parts, units, dtype=torch.float64) if with_squares else None
     with triton_ops.on(h):
         drop_kernel[(triton.cdiv(units, tile), parts)](
-            h, rates, rates.stride(0), key, out, sums, rows, units, size, R=at_once, U=tile, DTYPE=triton_ops.DTYPES[dtype],
-            IN_ORDER=in_order, SQUARES=with_squares, num_warps=8 if at_once * tile >= 2048 else 1,
-        )  # fmt: skip
+            h,
+            rates,
+            rates.stride(0),
+            key,
+            out,
+            sums,
+            rows,
+            units,
+            size,
+            R=at_once,
+            U=tile,
+            DTYPE=triton_ops.DTYPES[dtype],
+            IN_ORDER=in_order,
+            SQUARES=with_squares,
+            num_warps=8 if at_once * tile >= 2048 else 1,
+        )
         if with_squares:
-            add_parts_kernel[(triton.cdiv(units, 32),)](sums, squares, parts, units, U=32, P=16, num_warps=2)
+            add_parts_kernel[(triton.cdiv(units, 32),)](
+                sums, squares, parts, units, U=32, P=16, num_warps=2
+            )
     return out, squares
 
 
@@ -177,20 +240,40 @@ def adaptive_dropout_backward(grad: Tensor, rates: Tensor, key: Tensor) -> tuple
     return _drop(grad, "grad", rates, key, with_squares=True)
 
 
-def dropout_rates_(gradient_norm: Tensor, pending: Tensor, *, p: float, max_p: float, momentum: float, fold: bool) -> Tensor:
-    """r [F]. With `fold` the root of what backwards left in `pending` goes into n before; the first one sets n."""
+def dropout_rates_(
+    gradient_norm: Tensor, pending: Tensor, *, p: float, max_p: float, momentum: float, fold: bool
+) -> Tensor:
+    """r [F]. With `fold` the root of what backwards left in `pending` goes into n before; the
+    first one sets n.
+    """
     if gradient_norm.dtype not in (torch.float32, torch.float64):
         raise RuntimeError("gradient_norm must be float32 or float64")
-    if gradient_norm.dim() != 1 or pending.shape != gradient_norm.shape or pending.dtype != gradient_norm.dtype:
-        raise RuntimeError("gradient_norm and pending must have one axis of the same size, and the same dtype")
+    if (
+        gradient_norm.dim() != 1
+        or pending.shape != gradient_norm.shape
+        or pending.dtype != gradient_norm.dtype
+    ):
+        raise RuntimeError(
+            "gradient_norm and pending must have one axis of the same size, and the same dtype"
+        )
     for x, name in ((gradient_norm, "gradient_norm"), (pending, "pending")):
         if len(x) > 1 and x.stride(0) == 0:
-            raise RuntimeError(f"{name} is expanded; give a tensor whose elements have memory of their own")
+            raise RuntimeError(
+                f"{name} is expanded; give a tensor whose elements have memory of their own"
+            )
     rates = gradient_norm.new_empty(gradient_norm.shape)
     if len(rates):
         numbers = (triton_ops.bits(x) for x in (p, max_p, momentum))
         with triton_ops.on(rates):
             rates_kernel[(1,)](
-                gradient_norm, gradient_norm.stride(0), pending, pending.stride(0), rates, len(rates), *numbers, FOLD=fold, num_warps=4
+                gradient_norm,
+                gradient_norm.stride(0),
+                pending,
+                pending.stride(0),
+                rates,
+                len(rates),
+                *numbers,
+                FOLD=fold,
+                num_warps=4,
             )
     return rates

@@ -19,11 +19,14 @@ from ..analysis.selection import share_selected
 from ..divergence import uegr_loss
 from ..selective import SelectiveAdamW
 
-SELECTIVE = ("uegr", "r_at_su", "child_tuning_f")  # whose update is a selection; the others' is AdamW's
+# whose update is a selection; the others' is AdamW's
+SELECTIVE = ("uegr", "r_at_su", "child_tuning_f")
 NEUTRAL = {"normalization": "constant", "keep_probability": 1.0}
 STATE = "recipe.pt"  # in a checkpoint's folder
-OWN = ("adaptive_dropout",)  # of the state, what every process has for itself: process 1's is in recipe_1.pt
-# Optimizers that step while a backward runs, and the package each needs, whose absence the Trainer reports itself.
+# of the state, what every process has for itself: process 1's is in recipe_1.pt
+OWN = ("adaptive_dropout",)
+# Optimizers that step while a backward runs, and the package each needs, whose absence the Trainer
+# reports itself.
 STEP_IN_BACKWARD = {
     "lomo": "lomo",
     "adalomo": "lomo",
@@ -35,27 +38,32 @@ STEP_IN_BACKWARD = {
 
 
 class UEGRTrainer(Trainer):
-    """Transformers' Trainer whose batches are a recipe's; accumulation, autocast, clipping, DDP and checkpoints are the Trainer's.
+    """Transformers' Trainer whose batches are a recipe's; accumulation, autocast, clipping, DDP and
+    checkpoints are the Trainer's.
 
     recipe          a name of `uk.recipes.NAMES`
     recipe_options  its options by name
-    embedding       the module whose output is perturbed, or its name in the model (with model_init); None: the model's
-                    get_input_embeddings(). For a model that takes pixels, whose one floating input is perturbed itself,
-                    pass embedding=False
+    embedding       the module whose output is perturbed, or its name in the model (with
+                    model_init); None: the model's get_input_embeddings(). For a model that takes
+                    pixels, whose one floating input is perturbed itself, pass embedding=False
 
-    optim="adamw_torch" and "adamw_torch_fused" (the default) mean SelectiveAdamW with the arguments' learning rate, betas,
-    epsilon and weight decay, which selects in the recipes of a selective update (uegr, r_at_su, child_tuning_f) and is AdamW in
-    the others. Any other `optim`, `optimizers=` and `optimizer_cls_and_kwargs=(uk.SelectiveAdamW, {"lr": ..., "threshold": ...})`
-    give what they give in the Trainer. A batch holds "labels", or what label_names calls them; the recipe's loss is taken of the
-    model's logits, with task="regression" where the model's configuration says so, and with label_smoothing_factor.
-    Accumulated batches count as one larger batch. docs/trainer.md lists what becomes of every argument.
-    Logs, beside the loss, the recipe's losses (L_st is `clean_loss`, L_adv `adversarial_loss`, L_div `divergence`), averaged over
-    the batches since the last log, and `share_selected`, of the step before the log. A checkpoint carries the recipe's state: a
-    resumed run equals the one that was not interrupted. Every call of `train` begins a recipe and closes it.
-    Raises ValueError for an unknown recipe, and for what a recipe cannot honour: an overridden compute_loss, compute_loss_func,
-    models for several labels or for tokens, ddp_static_graph, nn.DataParallel, DeepSpeed, context, sequence and tensor
-    parallelism, optimizers that step in the backward; TypeError or ValueError for wrong options. All of it at construction, and
-    once more when training begins. The first batch raises ValueError where the model's own loss is another one than the recipe's.
+    optim="adamw_torch" and "adamw_torch_fused" (the default) mean SelectiveAdamW with the
+    arguments' learning rate, betas, epsilon and weight decay, which selects in the recipes of a
+    selective update (uegr, r_at_su, child_tuning_f) and is AdamW in the others. Any other `optim`,
+    `optimizers=` and `optimizer_cls_and_kwargs=(uk.SelectiveAdamW, {"lr": ..., "threshold": ...})`
+    give what they give in the Trainer. A batch holds "labels", or what label_names calls them; the
+    recipe's loss is taken of the model's logits, with task="regression" where the model's
+    configuration says so, and with label_smoothing_factor. Accumulated batches count as one larger
+    batch. docs/trainer.md lists what becomes of every argument. Logs, beside the loss, the recipe's
+    losses (L_st is `clean_loss`, L_adv `adversarial_loss`, L_div `divergence`), averaged over the
+    batches since the last log, and `share_selected`, of the step before the log. A checkpoint
+    carries the recipe's state: a resumed run equals the one that was not interrupted. Every call of
+    `train` begins a recipe and closes it. Raises ValueError for an unknown recipe, and for what a
+    recipe cannot honour: an overridden compute_loss, compute_loss_func, models for several labels
+    or for tokens, ddp_static_graph, nn.DataParallel, DeepSpeed, context, sequence and tensor
+    parallelism, optimizers that step in the backward; TypeError or ValueError for wrong options.
+    All of it at construction, and once more when training begins. The first batch raises ValueError
+    where the model's own loss is another one than the recipe's.
     """
 
     def __init__(
@@ -67,10 +75,20 @@ class UEGRTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         if recipe not in recipes.NAMES:
-            raise ValueError(f"recipe={recipe!r} is not a recipe; use one of {', '.join(map(repr, recipes.NAMES))}")
+            raise ValueError(
+                f"recipe={recipe!r} is not a recipe; use one of "
+                f"{', '.join(map(repr, recipes.NAMES))}"
+            )
         if not (embedding is None or embedding is False or isinstance(embedding, nn.Module | str)):
-            raise TypeError(f"embedding is a {type(embedding).__name__}; pass a module of the model, its name, None or False")
-        self.recipe_name, self.recipe_options, self.embedding = recipe, dict(recipe_options or {}), embedding
+            raise TypeError(
+                f"embedding is a {type(embedding).__name__}; pass a module of the "
+                "model, its name, None or False"
+            )
+        self.recipe_name, self.recipe_options, self.embedding = (
+            recipe,
+            dict(recipe_options or {}),
+            embedding,
+        )
         self.recipe: Any = None
         self._forget()
         given = inspect.signature(Trainer).bind_partial(*args, **kwargs).arguments
@@ -85,30 +103,49 @@ class UEGRTrainer(Trainer):
         """Raises for what no recipe can honour, as far as it stands in the arguments."""
         if getattr(self.compute_loss, "__func__", None) is not Trainer.compute_loss:
             raise ValueError(
-                f"{type(self).__name__} overrides compute_loss, which a recipe would never call: its loss is of the model's logits "
+                f"{type(self).__name__} overrides compute_loss, which a recipe would never call: "
+                "its loss is of the model's logits "
                 "and labels; leave it out, use recipe_options, or train with transformers.Trainer"
             )
         if compute_loss_func is not None:
-            raise ValueError("compute_loss_func has no say in a recipe's loss; leave it out, or use recipe_options")
+            raise ValueError(
+                "compute_loss_func has no say in a recipe's loss; leave it out, or "
+                "use recipe_options"
+            )
         if args is None:
             return
         self._check_parallelism(getattr(args, "parallelism_config", None))
         if args.ddp_static_graph:
-            raise ValueError("ddp_static_graph=True wants one forward and one backward a step, and recipes make several; leave it out")
+            raise ValueError(
+                "ddp_static_graph=True wants one forward and one backward a step, and "
+                "recipes make several; leave it out"
+            )
         if args.n_gpu > 1:
-            raise ValueError(f"n_gpu={args.n_gpu}: nn.DataParallel splits a batch behind the recipe's back; launch with torchrun instead")
+            raise ValueError(
+                f"n_gpu={args.n_gpu}: nn.DataParallel splits a batch behind the "
+                "recipe's back; launch with torchrun instead"
+            )
         if args.deepspeed:
-            raise ValueError("deepspeed has a backward of its own, which recipes do not call; use DDP or FSDP")
+            raise ValueError(
+                "deepspeed has a backward of its own, which recipes do not call; use DDP or FSDP"
+            )
         optim = getattr(args.optim, "value", args.optim)
         package = STEP_IN_BACKWARD.get(optim)
         if package is not None and getattr(import_utils, f"is_{package}_available")():
-            raise ValueError(f"optim={optim!r} steps while a backward runs, and a recipe has several backwards a step; use another")
+            raise ValueError(
+                f"optim={optim!r} steps while a backward runs, and a recipe has "
+                "several backwards a step; use another"
+            )
         if self.recipe_name == "free_at" and (args.gradient_accumulation_steps > 1 or args.fp16):
-            raise ValueError("recipe='free_at' steps the optimizer itself; set gradient_accumulation_steps=1, and bf16 rather than fp16")
+            raise ValueError(
+                "recipe='free_at' steps the optimizer itself; set "
+                "gradient_accumulation_steps=1, and bf16 rather than fp16"
+            )
         smoothing = self.recipe_options.get("label_smoothing", args.label_smoothing_factor)
         if args.label_smoothing_factor and smoothing != args.label_smoothing_factor:
             raise ValueError(
-                f"label_smoothing_factor={args.label_smoothing_factor} and recipe_options' label_smoothing={smoothing} differ; give one"
+                f"label_smoothing_factor={args.label_smoothing_factor} and recipe_options' "
+                f"label_smoothing={smoothing} differ; give one"
             )
 
     def _check_parallelism(self, config: Any) -> None:
@@ -116,53 +153,84 @@ class UEGRTrainer(Trainer):
             if getattr(config, f"{short}_enabled", False):
                 size = getattr(config, f"{short}_size", None)
                 raise ValueError(
-                    f"parallelism_config has {short}_size={size}: {name} parallelism gives a process part of a sample's embedding or "
+                    f"parallelism_config has {short}_size={size}: {name} parallelism gives a "
+                    "process part of a sample's embedding or "
                     "model, and perturbations are of whole samples; use DDP or FSDP"
                 )
 
     def _check_model(self) -> None:
         """Raises for what no recipe can honour, as far as the model or the launcher brings it."""
         if self.is_deepspeed_enabled or is_sagemaker_mp_enabled():
-            raise ValueError("DeepSpeed and SageMaker's model parallelism have a backward of their own; use DDP or FSDP")
+            raise ValueError(
+                "DeepSpeed and SageMaker's model parallelism have a backward of their "
+                "own; use DDP or FSDP"
+            )
         self._check_parallelism(getattr(self.accelerator, "parallelism_config", None))
         model = self._unwrapped(self.model)
         if (getattr(model, "_tp_size", None) or 1) > 1:
-            raise ValueError(f"the model is sharded in {model._tp_size} by tensor parallelism; use DDP or FSDP")
+            raise ValueError(
+                f"the model is sharded in {model._tp_size} by tensor parallelism; use DDP or FSDP"
+            )
         problem = getattr(getattr(model, "config", None), "problem_type", None)
         if problem == "multi_label_classification":
             raise ValueError(
-                f"problem_type={problem!r} is trained with a sigmoid for each label, and recipes have one softmax over the classes, or "
+                f"problem_type={problem!r} is trained with a sigmoid for each label, and recipes "
+                "have one softmax over the classes, or "
                 "regression; use transformers.Trainer, or another problem_type"
             )
         loss = getattr(model, "loss_type", None)
-        if LOSS_MAPPING.get(loss, ForSequenceClassificationLoss) is not ForSequenceClassificationLoss:
+        if (
+            LOSS_MAPPING.get(loss, ForSequenceClassificationLoss)
+            is not ForSequenceClassificationLoss
+        ):
             raise ValueError(
-                f"{type(model).__name__}'s loss is {loss}, and recipes train logits [N, C], one row for each sample; use a model for "
+                f"{type(model).__name__}'s loss is {loss}, and recipes train logits [N, C], one "
+                "row for each sample; use a model for "
                 "sequence classification or regression, or transformers.Trainer"
             )
         if self.label_smoother is not None and type(self.label_smoother) is not LabelSmoother:
-            raise ValueError(f"label_smoother is a {type(self.label_smoother).__name__}, which no recipe calls; use label_smoothing_factor")
+            raise ValueError(
+                f"label_smoother is a {type(self.label_smoother).__name__}, which no "
+                "recipe calls; use label_smoothing_factor"
+            )
         if len(self.label_names) > 1:
             raise ValueError(
-                f"label_names={self.label_names}: a recipe takes one tensor of labels; name it in TrainingArguments(label_names=[...])"
+                f"label_names={self.label_names}: a recipe takes one tensor of labels; name it in "
+                "TrainingArguments(label_names=[...])"
             )
-        for name in {"labels", *self.label_names} & inspect.signature(type(model).forward).parameters.keys():
-            if inspect.signature(type(model).forward).parameters[name].default is inspect.Parameter.empty:
+        for name in {"labels", *self.label_names} & inspect.signature(
+            type(model).forward
+        ).parameters.keys():
+            if (
+                inspect.signature(type(model).forward).parameters[name].default
+                is inspect.Parameter.empty
+            ):
                 raise ValueError(
-                    f"{type(model).__name__}.forward cannot be called without {name!r}, as recipes call it; give it the default None, "
+                    f"{type(model).__name__}.forward cannot be called without {name!r}, as recipes "
+                    "call it; give it the default None, "
                     "with which the model returns logits and no loss"
                 )
 
-    def get_optimizer_cls_and_kwargs(self, args: Any, model: nn.Module | None = None) -> tuple[Any, dict[str, Any]]:
+    def get_optimizer_cls_and_kwargs(
+        self, args: Any, model: nn.Module | None = None
+    ) -> tuple[Any, dict[str, Any]]:
         """SelectiveAdamW where the arguments name torch's AdamW, else the Trainer's own choice."""
         if args.optim not in ("adamw_torch", "adamw_torch_fused"):
             theirs: tuple[Any, dict[str, Any]] = Trainer.get_optimizer_cls_and_kwargs(args, model)
             return theirs
-        options = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        options = {
+            "lr": args.learning_rate,
+            "betas": (args.adam_beta1, args.adam_beta2),
+            "eps": args.adam_epsilon,
+        }
         return SelectiveAdamW, options | ({} if self.recipe_name in SELECTIVE else NEUTRAL)
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """One batch: the recipe's passes fill .grad. Returns the loss, as much of it as the batch has in the accumulated ones."""
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """One batch: the recipe's passes fill .grad. Returns the loss, as much of it as the
+        batch has in the accumulated ones.
+        """
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()  # schedule-free optimizers hold two sets of weights
@@ -173,14 +241,19 @@ class UEGRTrainer(Trainer):
         labels = inputs.pop(name)
         if labels.dim() == 2 and labels.shape[1] == 1 and not labels.is_floating_point():
             labels = labels.view(-1)  # as Transformers' models do
-        if not labels.is_floating_point() and self._options(self._unwrapped(model)).get("task") == "regression":
+        if (
+            not labels.is_floating_point()
+            and self._options(self._unwrapped(model)).get("task") == "regression"
+        ):
             labels = labels.float()  # as a squared error does
         share = self._share(labels, num_items_in_batch)
         scaler = self.accelerator.scaler
         with self.compute_loss_context_manager():
             if not self._compared:
                 self._compare_losses(model, inputs, name, labels)
-            losses = self.recipe.backward(inputs, labels, scale=scaler.scale(share) if scaler is not None else share)
+            losses = self.recipe.backward(
+                inputs, labels, scale=scaler.scale(share) if scaler is not None else share
+            )
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
@@ -190,19 +263,24 @@ class UEGRTrainer(Trainer):
         return total
 
     def _label_name(self, batch: dict[str, Any]) -> str:
-        names = self.label_names if self.args.label_names is not None else ["labels", *self.label_names]
+        names = (
+            self.label_names if self.args.label_names is not None else ["labels", *self.label_names]
+        )
         found = next((name for name in names if isinstance(batch.get(name), Tensor)), None)
         if found is None:
             raise ValueError(
-                f"the batch has no {names[0]!r} but {sorted(batch)}; give the dataset's labels that name, or name them in "
+                f"the batch has no {names[0]!r} but {sorted(batch)}; give the dataset's labels "
+                "that name, or name them in "
                 "TrainingArguments(label_names=[...])"
             )
         return str(found)
 
     def _share(self, labels: Tensor, items: Any) -> Tensor:
-        """What the batch's loss counts for in the accumulated batches', as in Trainer.training_step and compute_loss.
+        """What the batch's loss counts for in the accumulated batches', as in Trainer.training_step
+        and compute_loss.
 
-        The Trainer gives a model whose forward takes **kwargs the number of labels in all of them, to divide a sum by.
+        The Trainer gives a model whose forward takes **kwargs the number of labels in all of them,
+        to divide a sum by.
         """
         share = torch.ones((), device=labels.device)
         counted = self.model_accepts_loss_kwargs and items is not None
@@ -211,17 +289,27 @@ class UEGRTrainer(Trainer):
             if self.args.average_tokens_across_devices:
                 share = share * self.accelerator.num_processes
         scaled = getattr(self, "loss_is_scaled_for_ga", None)
-        return share if (counted if scaled is None else scaled) else share / self.current_gradient_accumulation_steps
+        return (
+            share
+            if (counted if scaled is None else scaled)
+            else share / self.current_gradient_accumulation_steps
+        )
 
     @torch.no_grad()
-    def _compare_losses(self, model: nn.Module, inputs: dict[str, Any], name: str, labels: Tensor) -> None:
-        """Raises where the model computes another loss from the labels than the recipe, which never asks for it.
+    def _compare_losses(
+        self, model: nn.Module, inputs: dict[str, Any], name: str, labels: Tensor
+    ) -> None:
+        """Raises where the model computes another loss from the labels than the recipe, which never
+        asks for it.
 
-        Not where the Trainer does not ask for it either (label smoothing), or recipe_options say what the labels are.
+        Not where the Trainer does not ask for it either (label smoothing), or recipe_options say
+        what the labels are.
         """
         self._compared = True
         plain = self._unwrapped(model)
-        said = self.label_smoother is not None or not {"task", "ignore_index"}.isdisjoint(self.recipe_options)
+        said = self.label_smoother is not None or not {"task", "ignore_index"}.isdisjoint(
+            self.recipe_options
+        )
         if said or name not in inspect.signature(type(plain).forward).parameters:
             return
         modes = [(module, module.training) for module in model.modules()]
@@ -229,7 +317,9 @@ class UEGRTrainer(Trainer):
         problem = getattr(config, "problem_type", None)
         with torch.random.fork_rng():
             try:
-                output = (model if self.is_fsdp_enabled else plain.eval())(**inputs, **{name: labels})
+                output = (model if self.is_fsdp_enabled else plain.eval())(
+                    **inputs, **{name: labels}
+                )
             finally:
                 for module, training in modes:
                     module.training = training
@@ -246,13 +336,18 @@ class UEGRTrainer(Trainer):
         raise ValueError(
             f"{type(plain).__name__}'s own loss of the first batch is {theirs.item():.4g}"
             + (f" (problem_type {found!r})" if found is not None else "")
-            + f", and the recipe's, of the same logits and labels, {ours.item():.4g}: the recipe would drop the model's. Use "
-            "transformers.Trainer; or, to train on the recipe's, say what the labels are, as in recipe_options={'task': 'classification'}"
+            + f", and the recipe's, of the same logits and labels, {ours.item():.4g}: the recipe "
+            "would drop the model's. Use "
+            "transformers.Trainer; or, to train on the recipe's, say what the labels are, as in "
+            "recipe_options={'task': 'classification'}"
         )
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """One training, of one recipe: what an earlier one left is forgotten, and the model is itself again, whatever happens."""
-        self._check_arguments(self.args, self.compute_loss_func)  # again: a trial or the user may have changed them since
+        """One training, of one recipe: what an earlier one left is forgotten, and the model is
+        itself again, whatever happens.
+        """
+        # again: a trial or the user may have changed them since
+        self._check_arguments(self.args, self.compute_loss_func)
         self._check_model()
         self._forget()
         try:
@@ -261,7 +356,8 @@ class UEGRTrainer(Trainer):
             self._detach()
 
     def _load_best_model(self) -> None:
-        self._detach()  # the weights go into the user's model, without what the recipe has put there
+        # the weights go into the user's model, without what the recipe has put there
+        self._detach()
         super()._load_best_model()
 
     def _forget(self) -> None:
@@ -274,9 +370,18 @@ class UEGRTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             names = [name for name in self._sums if name != "loss"]
-            means = [self._sums[name].to(self.args.device, torch.float32) / self._counts[name] for name in names]
+            means = [
+                self._sums[name].to(self.args.device, torch.float32) / self._counts[name]
+                for name in names
+            ]
             if names:  # over all processes, as the loss
-                logs |= dict(zip(names, self.accelerator.reduce(torch.stack(means), "mean").tolist(), strict=True))
+                logs |= dict(
+                    zip(
+                        names,
+                        self.accelerator.reduce(torch.stack(means), "mean").tolist(),
+                        strict=True,
+                    )
+                )
             self._sums, self._counts = {}, {}
         super().log(logs, *args, **kwargs)
 
@@ -293,7 +398,10 @@ class UEGRTrainer(Trainer):
         if self.label_smoother is not None:
             said["label_smoothing"] = self.label_smoother.epsilon
         config = getattr(model, "config", None)
-        problem, outputs = getattr(config, "problem_type", None), getattr(config, "num_labels", None)
+        problem, outputs = (
+            getattr(config, "problem_type", None),
+            getattr(config, "num_labels", None),
+        )
         if problem == "regression" or (problem is None and outputs == 1):
             said["task"] = "regression"
         return said | self.recipe_options
@@ -301,12 +409,15 @@ class UEGRTrainer(Trainer):
     def _build_recipe(self, model: Any, optimizer: Any) -> Any:
         plain = self._unwrapped(model)
         embedding = _embedding(plain, self.embedding)
-        return getattr(recipes, self.recipe_name)(model, embedding, optimizer, **self._options(plain))
+        return getattr(recipes, self.recipe_name)(
+            model, embedding, optimizer, **self._options(plain)
+        )
 
     def _attach(self, model: nn.Module) -> None:
         """The recipe for the model as it is trained, wrapped or not."""
         self._detach()
-        with torch.random.fork_rng():  # a resumed run, whose random state is restored by now, draws no seed of its own
+        # a resumed run, whose random state is restored by now, draws no seed of its own
+        with torch.random.fork_rng():
             self.recipe = self._build_recipe(model, self.optimizer)
         if self._recipe_state is not None:
             state = torch.load(self._recipe_state, weights_only=True, map_location="cpu")
@@ -324,16 +435,22 @@ class UEGRTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         self._saved = self.state.global_step, pathlib.Path(output_dir)
-        self._saved[1].mkdir(parents=True, exist_ok=True)  # a process may be here before the one that saves the model
+        # a process may be here before the one that saves the model
+        self._saved[1].mkdir(parents=True, exist_ok=True)
         self._save_recipe()
 
     def _tune_save_checkpoint(self, checkpoint_dir: str) -> None:
         super()._tune_save_checkpoint(checkpoint_dir)
-        self._saved = self.state.global_step, pathlib.Path(checkpoint_dir, f"checkpoint-{self.state.global_step}")
+        self._saved = (
+            self.state.global_step,
+            pathlib.Path(checkpoint_dir, f"checkpoint-{self.state.global_step}"),
+        )
         self._save_recipe()
 
     def _save_recipe(self) -> None:
-        """Writes the recipe's state into the last checkpoint, where that is of the present step and still there."""
+        """Writes the recipe's state into the last checkpoint, where that is of the present
+        step and still there.
+        """
         step, folder = self._saved
         if self.recipe is None or step != self.state.global_step or not folder.is_dir():
             return
@@ -351,9 +468,13 @@ class UEGRTrainer(Trainer):
         found = pathlib.Path(checkpoint, STATE) if checkpoint is not None else None
         self._recipe_state = found if found is not None and found.exists() else None
         if self._recipe_state is not None:
-            self._attach(self.model_wrapped)  # a recipe with parameters of its own has them in the optimizer that was saved
+            # a recipe with parameters of its own has them in the optimizer that was saved
+            self._attach(self.model_wrapped)
         elif found is not None:
-            warnings.warn(f"{found} is not there: the recipe begins afresh with the checkpoint's weights", stacklevel=2)
+            warnings.warn(
+                f"{found} is not there: the recipe begins afresh with the checkpoint's weights",
+                stacklevel=2,
+            )
         super()._load_optimizer_and_scheduler(checkpoint)
 
 
@@ -365,7 +486,8 @@ class _AroundTheStep(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.recipe is not None:
-            self.trainer.recipe.before_step()  # the Trainer has unscaled: it takes the gradients' norm in every step
+            # the Trainer has unscaled: it takes the gradients' norm in every step
+            self.trainer.recipe.before_step()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.recipe is not None:
@@ -379,17 +501,23 @@ class _AroundTheStep(TrainerCallback):
         step = state.global_step + 1
         if args.logging_strategy == "epoch":
             return bool(step % max(1, state.max_steps // max(1, state.num_train_epochs)) == 0)
-        return bool((step == 1 and args.logging_first_step) or (state.logging_steps > 0 and step % state.logging_steps == 0))
+        return bool(
+            (step == 1 and args.logging_first_step)
+            or (state.logging_steps > 0 and step % state.logging_steps == 0)
+        )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.recipe is None:  # a resumed run has it
             self.trainer._attach(self.trainer.model_wrapped)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.recipe is not None and abs(state.epoch - round(state.epoch)) < 1e-6:  # not where a run stops within an epoch
-            with torch.random.fork_rng():  # a run resumed at this step has the random state that was saved
+        # not where a run stops within an epoch
+        if self.trainer.recipe is not None and abs(state.epoch - round(state.epoch)) < 1e-6:
+            # a run resumed at this step has the random state that was saved
+            with torch.random.fork_rng():
                 self.trainer.recipe.epoch_end()
-            self.trainer._save_recipe()  # a checkpoint of the epoch's last step is written before its end
+            # a checkpoint of the epoch's last step is written before its end
+            self.trainer._save_recipe()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._detach()
@@ -403,14 +531,19 @@ def _write(state: dict[str, Any], path: pathlib.Path) -> None:
 
 
 def _embedding(model: Any, given: nn.Module | str | bool | None) -> nn.Module | None:
-    """The module to perturb, None for the input itself; raises ValueError, saying what to pass, where the model does not tell."""
+    """The module to perturb, None for the input itself; raises ValueError, saying what to
+    pass, where the model does not tell.
+    """
     name = type(model).__name__
     if given is False:
         return None
     if isinstance(given, str):
         modules: dict[str, nn.Module] = dict(model.named_modules())
         if given not in modules:
-            raise ValueError(f"embedding={given!r} is no module of {name}; use one of {', '.join(filter(None, modules))}")
+            raise ValueError(
+                f"embedding={given!r} is no module of {name}; use one of "
+                f"{', '.join(filter(None, modules))}"
+            )
         return modules[given]
     if isinstance(given, nn.Module):
         return given
@@ -425,7 +558,8 @@ def _embedding(model: Any, given: nn.Module | str | bool | None) -> nn.Module | 
         found = None
     if found is None:
         raise ValueError(
-            f"{name} has no get_input_embeddings(); pass embedding=, the module whose output is perturbed (such as model.embedding) "
+            f"{name} has no get_input_embeddings(); pass embedding=, the module whose output is "
+            "perturbed (such as model.embedding) "
             "or its name, or embedding=False to perturb the one floating input itself"
         )
     embedding: nn.Module = found
@@ -433,8 +567,14 @@ def _embedding(model: Any, given: nn.Module | str | bool | None) -> nn.Module | 
 
 
 def _loss_and_logits(output: Any) -> tuple[Tensor | None, Tensor | None]:
-    """What a model that was given labels returned, as the Trainer reads it: a dict's "loss" and "logits", or a tuple's first two."""
+    """What a model that was given labels returned, as the Trainer reads it: a dict's "loss"
+    and "logits", or a tuple's first two.
+    """
     if isinstance(output, Mapping):
         return output.get("loss"), output.get("logits")
-    both = isinstance(output, tuple) and len(output) > 1 and all(isinstance(value, Tensor) for value in output[:2])
+    both = (
+        isinstance(output, tuple)
+        and len(output) > 1
+        and all(isinstance(value, Tensor) for value in output[:2])
+    )
     return (output[0], output[1]) if both else (None, None)

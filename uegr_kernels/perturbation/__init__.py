@@ -1,4 +1,6 @@
-"""Adversarial perturbations of embeddings and of weights (Eq. 2; PGD; DropAttack's random masks)."""
+"""Adversarial perturbations of embeddings and of weights (Eq. 2; PGD; DropAttack's random
+masks).
+"""
 
 from .api import fgm_perturbation, perturbed_weights, pgd_step
 

@@ -1,4 +1,6 @@
-"""What users call: perturbations of embeddings, and weights perturbed for the length of a `with`."""
+"""What users call: perturbations of embeddings, and weights perturbed for the length of a
+`with`.
+"""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,51 +15,88 @@ from . import op
 CONSTANT = "its result is a constant; give it tensors that are detached, such as grad.detach()"
 
 
-def fgm_perturbation(grad: Tensor, epsilon: float, *, norm: str = "l2", per: str = "sample", mask: Tensor | None = None,
-                     keep_probability: float | None = None, seed: int | None = None, step: int = 0,
-                     backend: str = "auto") -> Tensor:  # fmt: skip
-    """delta = epsilon * g/||g||_2 (Eq. 2), the step that raises the loss most within a ball.
+def fgm_perturbation(
+    grad: Tensor,
+    epsilon: float,
+    *,
+    norm: str = "l2",
+    per: str = "sample",
+    mask: Tensor | None = None,
+    keep_probability: float | None = None,
+    seed: int | None = None,
+    step: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    """Computes delta = epsilon * g/||g||_2 (Eq. 2), which raises the loss most within a ball.
 
-    grad              [B, ..., d]  gradient of the loss by the embeddings; float32, bfloat16, float16 or float64
+    grad              [B, ..., d]  gradient of the loss by the embeddings; float32, bfloat16,
+        float16 or float64
     epsilon           >= 0, in the embeddings' unit
     norm              "l2", or "linf": epsilon * sign(g)
-    per               one norm a "sample" (first axis), a "token" (all elements of the last axis), or for "all" elements
-    mask              [B, T], nonzero where a token is real, of any dtype: multiplies g before the norm is taken
-    keep_probability  None, or in [0, 1]: the elements with u < keep_probability stay, the rest is 0; nothing is rescaled (DropAttack)
-    seed, step        of that mask (stream 0); seed None: drawn from torch's default generator of grad's device, but for None and 1 above
+    per               one norm a "sample" (first axis), a "token" (all elements of the last axis),
+        or for "all" elements
+    mask              [B, T], nonzero where a token is real, of any dtype: multiplies g before the
+        norm is taken
+    keep_probability  None, or in [0, 1]: the elements with u < keep_probability stay, the rest is
+        0; nothing is rescaled (DropAttack)
+    seed, step        of that mask (stream 0); seed None: drawn from torch's default generator of
+        grad's device, but for None and 1 above
 
-    Returns delta, contiguous, of grad's shape and dtype, detached. A zero gradient gives 0, and so does a norm that is not finite, for its
-    sample (token, all). Raises TypeError or ValueError for wrong arguments, RuntimeError for a backend that cannot serve the call.
+    Returns delta, contiguous, of grad's shape and dtype, detached. A zero gradient gives 0, and so
+    does a norm that is not finite, for its sample (token, all). Raises TypeError or ValueError for
+    wrong arguments, RuntimeError for a backend that cannot serve the call.
 
     Equivalent to `reference.fgm_perturbation_(grad, mask, seed, delta, ...)`.
     """
     checks.tensor("grad", grad)
     _check_choices(norm, per)
     epsilon, step = checks.number("epsilon", epsilon, 0), checks.integer("step", step, 0, bits=32)
-    keep_probability = checks.number("keep_probability", 1.0 if keep_probability is None else keep_probability, 0, 1)
+    keep_probability = checks.number(
+        "keep_probability", 1.0 if keep_probability is None else keep_probability, 0, 1
+    )
     seed = None if seed is None else checks.signed_seed(seed)
-    checks.refuse_transforms("fgm_perturbation", [], CONSTANT, constants=[grad] if mask is None else [grad, mask])
+    checks.refuse_transforms(
+        "fgm_perturbation", [], CONSTANT, constants=[grad] if mask is None else [grad, mask]
+    )
     mask = _check_mask(mask, "grad", grad)
     backend = op.choose("fgm_perturbation_", backend, grad.device, grad.dtype)
     key = _key(seed, keep_probability, grad.device)
     delta = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
-    options = {"epsilon": epsilon, "norm": norm, "per": per, "keep_probability": keep_probability, "step": step}
-    op.call("fgm_perturbation_", backend, grad.detach(), mask, key, delta, written=[delta], **options)
+    options = {
+        "epsilon": epsilon,
+        "norm": norm,
+        "per": per,
+        "keep_probability": keep_probability,
+        "step": step,
+    }
+    op.call(
+        "fgm_perturbation_", backend, grad.detach(), mask, key, delta, written=[delta], **options
+    )
     return delta
 
 
-def pgd_step(delta: Tensor, grad: Tensor, *, step_size: float, radius: float, norm: str = "l2", per: str = "sample",
-             mask: Tensor | None = None, backend: str = "auto") -> Tensor:  # fmt: skip
-    """One step of projected gradient ascent: delta + step_size * g/||g||_2, then onto the ball of `radius`.
+def pgd_step(
+    delta: Tensor,
+    grad: Tensor,
+    *,
+    step_size: float,
+    radius: float,
+    norm: str = "l2",
+    per: str = "sample",
+    mask: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Takes a step of projected gradient ascent: delta + step_size * g/||g||_2, kept in the ball.
 
     delta      [B, ..., d]  the perturbation so far; float32, bfloat16, float16 or float64
     grad       gradient of the loss by it, of the same shape and dtype
     step_size, radius   >= 0, in the embeddings' unit
-    norm       "l2": the ball is ||delta||_2 <= radius; "linf": the step is step_size * sign(g), the ball |delta| <= radius
+    norm       "l2": the ball is ||delta||_2 <= radius; "linf": the step is step_size * sign(g), the
+        ball |delta| <= radius
     per, mask  as for `fgm_perturbation`; the ball has the same `per`
 
-    Returns the new delta, contiguous and detached. A gradient that is 0, or whose norm is not finite, makes no step. Raises as
-    `fgm_perturbation`.
+    Returns the new delta, contiguous and detached. A gradient that is 0, or whose norm is not
+    finite, makes no step. Raises as `fgm_perturbation`.
 
     Equivalent to `reference.pgd_step_(delta, grad, mask, out, ...)`.
     """
@@ -65,30 +104,56 @@ def pgd_step(delta: Tensor, grad: Tensor, *, step_size: float, radius: float, no
     checks.tensor("grad", grad)
     _check_alike("delta", delta, "grad", grad)
     _check_choices(norm, per)
-    options = {"step_size": checks.number("step_size", step_size, 0), "radius": checks.number("radius", radius, 0)}
-    checks.refuse_transforms("pgd_step", [], CONSTANT, constants=[delta, grad] if mask is None else [delta, grad, mask])
+    options = {
+        "step_size": checks.number("step_size", step_size, 0),
+        "radius": checks.number("radius", radius, 0),
+    }
+    checks.refuse_transforms(
+        "pgd_step", [], CONSTANT, constants=[delta, grad] if mask is None else [delta, grad, mask]
+    )
     mask = _check_mask(mask, "grad", grad)
     backend = op.choose("pgd_step_", backend, delta.device, delta.dtype)
     out = torch.empty(delta.shape, dtype=delta.dtype, device=delta.device)
-    op.call("pgd_step_", backend, delta.detach(), grad.detach(), mask, out, written=[out], norm=norm, per=per, **options)
+    op.call(
+        "pgd_step_",
+        backend,
+        delta.detach(),
+        grad.detach(),
+        mask,
+        out,
+        written=[out],
+        norm=norm,
+        per=per,
+        **options,
+    )
     return out
 
 
-def perturbed_weights(params: Iterable[Tensor], epsilon: float, *, gradients: Sequence[Tensor | None] | None = None, per: str = "tensor",
-                      keep_probability: float = 1.0, seed: int | None = None, step: int = 0,
-                      backend: str = "auto") -> contextlib.AbstractContextManager[None]:  # fmt: skip
-    """Context manager: inside the weights are theta + epsilon * g/||g||_2, afterwards what they were, bit for bit.
+def perturbed_weights(
+    params: Iterable[Tensor],
+    epsilon: float,
+    *,
+    gradients: Sequence[Tensor | None] | None = None,
+    per: str = "tensor",
+    keep_probability: float = 1.0,
+    seed: int | None = None,
+    step: int = 0,
+    backend: str = "auto",
+) -> contextlib.AbstractContextManager[None]:
+    """Moves weights to theta + epsilon * g/||g||_2 inside a `with`, and back bit for bit after it.
 
     params            tensors, on one device; those without a gradient are left alone
     epsilon           >= 0, in the weights' unit
     gradients         g by parameter, None for none; None: their `.grad`, as it is on entering
     per               one norm a "tensor", or over "all" of them
-    keep_probability  in [0, 1]: the elements with u < keep_probability move, the others stay; nothing is rescaled (DropAttack)
-    seed, step        of that mask, whose stream is the parameter's position; seed None: drawn from torch's default generator of the
-                      device, if keep_probability is below 1
+    keep_probability  in [0, 1]: the elements with u < keep_probability move, the others stay;
+        nothing is rescaled (DropAttack)
+    seed, step        of that mask, whose stream is the parameter's position; seed None: drawn from
+                      torch's default generator of the device, if keep_probability is below 1
 
-    Run the backward of the perturbed pass inside: leaving restores saved copies, also after an exception. Entering and leaving increase
-    the versions. A gradient that is 0, or whose norm is not finite, moves nothing. Raises as `fgm_perturbation`, before a weight changes.
+    Run the backward of the perturbed pass inside: leaving restores saved copies, also after an
+    exception. Entering and leaving increase the versions. A gradient that is 0, or whose norm is
+    not finite, moves nothing. Raises as `fgm_perturbation`, before a weight changes.
 
     Equivalent to `reference.perturb_weights_(params, gradients, seed, ...)` and copying back.
     """
@@ -99,24 +164,38 @@ def perturbed_weights(params: Iterable[Tensor], epsilon: float, *, gradients: Se
         checks.tensor(f"params[{i}]", param)
         if param.device != params[0].device:
             raise ValueError(
-                f"params[{i}] is on {param.device}, params[0] on {params[0].device}; perturb the devices' parameters one by one"
+                f"params[{i}] is on {param.device}, params[0] on {params[0].device}; perturb the "
+                "devices' parameters one by one"
             )
     checks.choice("per", per, ("tensor", "all"))
     if gradients is not None and len(gradients) != len(params):
-        raise ValueError(f"gradients hold {len(gradients)} entries for {len(params)} params; give one each, None for none")
+        raise ValueError(
+            f"gradients hold {len(gradients)} entries for {len(params)} params; give "
+            "one each, None for none"
+        )
     options = {
         "epsilon": checks.number("epsilon", epsilon, 0),
         "keep_probability": checks.number("keep_probability", keep_probability, 0, 1),
     }
     options |= {"step": checks.integer("step", step, 0, bits=32), "together": per == "all"}
-    return _perturbed(params, gradients, None if seed is None else checks.signed_seed(seed), backend, options)
+    return _perturbed(
+        params, gradients, None if seed is None else checks.signed_seed(seed), backend, options
+    )
 
 
 @contextlib.contextmanager
 def _perturbed(
-    params: list[Tensor], gradients: Sequence[Tensor | None] | None, seed: int | None, backend: str, options: dict[str, Any]
+    params: list[Tensor],
+    gradients: Sequence[Tensor | None] | None,
+    seed: int | None,
+    backend: str,
+    options: dict[str, Any],
 ) -> Iterator[None]:
-    given = {i: g for i, g in enumerate([param.grad for param in params] if gradients is None else gradients) if g is not None}
+    given = {
+        i: g
+        for i, g in enumerate([param.grad for param in params] if gradients is None else gradients)
+        if g is not None
+    }
     for i, grad in given.items():
         checks.tensor(f"gradients[{i}]", grad)
         _check_alike(f"params[{i}]", params[i], f"gradients[{i}]", grad)
@@ -125,12 +204,25 @@ def _perturbed(
         return
     checks.refuse_transforms("perturbed_weights", params, CONSTANT, constants=list(given.values()))
     streams = list(given)
-    weights, grads = [params[i].detach() for i in streams], [grad.detach() for grad in given.values()]  # they share memory and versions
+    # they share memory and versions
+    weights, grads = (
+        [params[i].detach() for i in streams],
+        [grad.detach() for grad in given.values()],
+    )
     backend = op.choose("perturb_weights_", backend, weights[0].device, weights[0].dtype)
     key = _key(seed, options["keep_probability"], weights[0].device)
     saved = [weight.clone() for weight in weights]
     try:
-        op.call("perturb_weights_", backend, weights, grads, key, written=weights, streams=streams, **options)
+        op.call(
+            "perturb_weights_",
+            backend,
+            weights,
+            grads,
+            key,
+            written=weights,
+            streams=streams,
+            **options,
+        )
         torch.clear_autocast_cache()  # it keeps casts of weights until its region ends
         yield
     finally:
@@ -142,7 +234,9 @@ def _perturbed(
 
 def _check_alike(first: str, x: Tensor, name: str, y: Tensor) -> None:
     if y.shape != x.shape:
-        raise ValueError(f"{name} has shape {tuple(y.shape)} and {first} {tuple(x.shape)}; give the same")
+        raise ValueError(
+            f"{name} has shape {tuple(y.shape)} and {first} {tuple(x.shape)}; give the same"
+        )
     checks.same_placement(first, x, name, y)
 
 
@@ -158,9 +252,14 @@ def _check_mask(mask: Tensor | None, name: str, x: Tensor) -> Tensor | None:
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask is a {type(mask).__name__}; give a tensor [B, T]")
     if mask.layout != torch.strided or mask.is_complex():
-        raise TypeError(f"mask is {mask.dtype}, {mask.layout}; give a dense tensor of bool, integers or floats")
+        raise TypeError(
+            f"mask is {mask.dtype}, {mask.layout}; give a dense tensor of bool, integers or floats"
+        )
     if mask.dim() != 2 or mask.shape != x.shape[:2]:
-        raise ValueError(f"mask has shape {tuple(mask.shape)} and {name} {tuple(x.shape)}; give [B, T], its first two axes")
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)} and {name} {tuple(x.shape)}; give "
+            "[B, T], its first two axes"
+        )
     if mask.device != x.device:
         raise ValueError(f"mask is on {mask.device} and {name} on {x.device}; move it with .to()")
     return mask.detach() != 0

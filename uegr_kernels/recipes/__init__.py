@@ -1,4 +1,6 @@
-"""Every method of the field by a name, with one interface: `uk.recipes.NAME(model, embedding, optimizer=None, **options)`."""
+"""Every method of the field by a name, with one interface: `uk.recipes.NAME(model, embedding,
+optimizer=None, **options)`.
+"""
 
 from .baselines import L1 as l1
 from .baselines import L2 as l2
@@ -24,8 +26,30 @@ from .weight_ascent import AWP as awp
 from .weight_ascent import SAM as sam
 
 NAMES = (
-    *("plain", "l1", "l2", "at", "fgsm", "pgd", "free_at", "free_lb", "r_drop", "r_at", "r_at_su", "uegr"),
-    *("drop_attack", "drop_attack_k", "child_tuning_f", "child_tuning_d", "roast", "adv_embed", "sam", "awp"),
+    *(
+        "plain",
+        "l1",
+        "l2",
+        "at",
+        "fgsm",
+        "pgd",
+        "free_at",
+        "free_lb",
+        "r_drop",
+        "r_at",
+        "r_at_su",
+        "uegr",
+    ),
+    *(
+        "drop_attack",
+        "drop_attack_k",
+        "child_tuning_f",
+        "child_tuning_d",
+        "roast",
+        "adv_embed",
+        "sam",
+        "awp",
+    ),
     *("weight_consolidation", "arat"),
 )
 __all__ = ["NAMES", *NAMES]

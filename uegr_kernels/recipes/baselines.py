@@ -23,7 +23,15 @@ class Plain(PassRecipe):
 
 
 class _Penalised(PassRecipe):
-    def __init__(self, model: nn.Module, embedding: nn.Module | None, optimizer: Any = None, *, weight: float, **options: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        embedding: nn.Module | None,
+        optimizer: Any = None,
+        *,
+        weight: float,
+        **options: Any,
+    ) -> None:
         weight = checks.number("weight", weight, 0)
         self.weight = weight
         super().__init__(model, embedding, optimizer, **options)
@@ -31,10 +39,18 @@ class _Penalised(PassRecipe):
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         with self._pass() as walk:
             parts = self._label_loss(self._runner.call(walk), labels)
-            of_tensors = [whole(self._penalty(p)).to(parts.loss) for p in self.model.parameters() if p.requires_grad]
+            of_tensors = [
+                whole(self._penalty(p)).to(parts.loss)
+                for p in self.model.parameters()
+                if p.requires_grad
+            ]
             penalty = self.weight * sum(of_tensors, torch.zeros_like(parts.loss))
             ((parts.loss + penalty) * scale).backward()
-        return {"loss": parts.clean_loss + penalty.detach(), "clean_loss": parts.clean_loss, "penalty": penalty.detach()}
+        return {
+            "loss": parts.clean_loss + penalty.detach(),
+            "clean_loss": parts.clean_loss,
+            "penalty": penalty.detach(),
+        }
 
     def _penalty(self, p: Tensor) -> Tensor:
         raise NotImplementedError
@@ -48,7 +64,13 @@ class L1(_Penalised):
     """
 
     def __init__(
-        self, model: nn.Module, embedding: nn.Module | None, optimizer: Any = None, *, weight: float = 1e-5, **options: Any
+        self,
+        model: nn.Module,
+        embedding: nn.Module | None,
+        optimizer: Any = None,
+        *,
+        weight: float = 1e-5,
+        **options: Any,
     ) -> None:
         super().__init__(model, embedding, optimizer, weight=weight, **options)
 
@@ -57,14 +79,22 @@ class L1(_Penalised):
 
 
 class L2(_Penalised):
-    """Ordinary training with an L2 penalty on the weights: L = CE + weight/2 * sum w^2 (METHODS 6.1).
+    """Ordinary training with an L2 penalty on the weights: L = CE + weight/2 * sum w^2 (METHODS
+    6.1).
 
-    weight  >= 0, over all trainable parameters, as torch.optim.SGD's weight_decay;  the common options (`PassRecipe`)
+    weight  >= 0, over all trainable parameters, as torch.optim.SGD's weight_decay;  the common
+        options (`PassRecipe`)
     1 forward, 1 backward. Losses: loss, clean_loss, penalty (weight/2 * sum w^2).
     """
 
     def __init__(
-        self, model: nn.Module, embedding: nn.Module | None, optimizer: Any = None, *, weight: float = 1e-4, **options: Any
+        self,
+        model: nn.Module,
+        embedding: nn.Module | None,
+        optimizer: Any = None,
+        *,
+        weight: float = 1e-4,
+        **options: Any,
     ) -> None:
         super().__init__(model, embedding, optimizer, weight=weight, **options)
 

@@ -14,7 +14,9 @@ from .selection import OPTIONS, Selection
 
 
 class SelectiveUpdate:
-    """What the recipes with a selective update add to a recipe: `_selection`, applied in `before_step` and kept in checkpoints."""
+    """What the recipes with a selective update add to a recipe: `_selection`, applied in
+    `before_step` and kept in checkpoints.
+    """
 
     _selection: Selection
     model: nn.Module
@@ -44,7 +46,8 @@ class SelectiveUpdate:
 
 
 class UEGR(SelectiveUpdate, Recipe):
-    """Bi-stage training (METHODS 1 and 2, UEGR): `BiStage` fills .grad, and the update goes to a random selection of the elements.
+    """Bi-stage training (METHODS 1 and 2, UEGR): `BiStage` fills .grad, and the update goes to a
+    random selection of the elements.
 
     adaptive_dropout  True: until `close()` the model's nn.Dropout modules are `AdaptiveDropout` of
                       the same p; their state is in this state_dict, by name, not in the model's
@@ -52,9 +55,10 @@ class UEGR(SelectiveUpdate, Recipe):
     options           `BiStage`'s (epsilon, passes, js_weight, norm, per, dropout, passes_at_once,
                       task, ...) and the selection's (threshold, sharpness, normalization, ...)
 
-    A SelectiveAdamW or SelectiveSGD given as the optimizer selects inside its step, by its own options and those named here; for any
-    other optimizer, or none, `before_step` selects .grad. 1 + passes forwards and backwards, counted in batches.
-    Losses: loss, clean_loss, adversarial_loss, divergence.
+    A SelectiveAdamW or SelectiveSGD given as the optimizer selects inside its step, by its own
+    options and those named here; for any other optimizer, or none, `before_step` selects .grad. 1 +
+    passes forwards and backwards, counted in batches. Losses: loss, clean_loss, adversarial_loss,
+    divergence.
     """
 
     kept: tuple[str, ...] = ("selection",)
@@ -77,12 +81,16 @@ class UEGR(SelectiveUpdate, Recipe):
         unknown = options.keys() - inspect.signature(BiStage).parameters.keys()
         if unknown:
             raise TypeError(
-                f"UEGR has no option {min(unknown)!r}; its options are those of BiStage and the selection, adaptive_dropout and seed"
+                f"UEGR has no option {min(unknown)!r}; its options are those of BiStage and the "
+                "selection, adaptive_dropout and seed"
             )
         self._runner = BiStage(model, embedding, backend=backend, **options)
         self._select(selection, seed, backend)
         if adaptive_dropout:
-            self._adapted, self.kept = AdaptedDropouts(model, backend), ("selection", "adaptive_dropout")
+            self._adapted, self.kept = (
+                AdaptedDropouts(model, backend),
+                ("selection", "adaptive_dropout"),
+            )
 
     @property
     def adaptive_dropout(self) -> dict[str, Tensor]:

@@ -1,4 +1,6 @@
-"""Child-Tuning: gradients of a random part of the elements (F), or of the part that matters to the task (D)."""
+"""Child-Tuning: gradients of a random part of the elements (F), or of the part that matters to
+the task (D).
+"""
 
 import math
 from collections.abc import Sequence
@@ -15,14 +17,17 @@ from .saliency import SaliencyRecipe
 
 
 class ChildTuningF(SelectiveUpdate, Plain):
-    """Ordinary training with a random part of the gradient, drawn anew in every step (METHODS 1, Child-Tuning-F).
+    """Ordinary training with a random part of the gradient, drawn anew in every step (METHODS 1,
+    Child-Tuning-F).
 
     keep_probability  p_F, in (0, 1]: g * mask(p_F)/p_F for every element of every parameter
-    rescale, target   of the selection, as in SelectiveAdamW (target="update" needs one);  seed  as in `UEGR`
+    rescale, target   of the selection, as in SelectiveAdamW (target="update" needs one);  seed  as
+        in `UEGR`
     the common options  (`PassRecipe`)
 
-    A SelectiveAdamW or SelectiveSGD given as the optimizer selects inside its step, whose normalization becomes "constant"; for any
-    other, `before_step` selects .grad. 1 forward, 1 backward. Losses: loss, clean_loss.
+    A SelectiveAdamW or SelectiveSGD given as the optimizer selects inside its step, whose
+    normalization becomes "constant"; for any other, `before_step` selects .grad. 1 forward, 1
+    backward. Losses: loss, clean_loss.
     """
 
     kept = ("selection",)
@@ -41,22 +46,29 @@ class ChildTuningF(SelectiveUpdate, Plain):
         **options: Any,
     ) -> None:
         super().__init__(model, embedding, optimizer, backend=backend, **options)
-        selection = dict(normalization="constant", keep_probability=keep_probability, rescale=rescale, target=target)
+        selection = dict(
+            normalization="constant",
+            keep_probability=keep_probability,
+            rescale=rescale,
+            target=target,
+        )
         self._select(selection, seed, backend)
 
 
 class ChildTuningD(SaliencyRecipe, Plain):
-    """Ordinary training of the elements with the largest Fisher information, the same for the whole run (METHODS 1, Child-Tuning-D).
+    """Ordinary training of the elements with the largest Fisher information, the same for the whole
+    run (METHODS 1, Child-Tuning-D).
 
     keep_probability  p_D, the share that is trained, in (0, 1]; ties at the cut are trained
-    names             of the parameters that this is about, as in `SaliencyRecipe`; the others are always trained
+    names             of the parameters that this is about, as in `SaliencyRecipe`; the others are
+        always trained
     max_grad_norm     each tensor's gradient is clipped to it before it is squared
-    target            "gradient": g * M feeds the optimizer, and weight decay acts on every element; "update": the step of an element
-                      that is not trained is undone, decay included
+    target            "gradient": g * M feeds the optimizer, and weight decay acts on every element;
+                      "update": the step of an element that is not trained is undone, decay included
     the common options  (`PassRecipe`)
 
-    Call `prepare(batches)` before training, or the first epoch trains everything and makes the mask. 1 forward, 1 backward.
-    Losses: loss, clean_loss.
+    Call `prepare(batches)` before training, or the first epoch trains everything and makes the
+    mask. 1 forward, 1 backward. Losses: loss, clean_loss.
     """
 
     def __init__(
@@ -76,7 +88,11 @@ class ChildTuningD(SaliencyRecipe, Plain):
             raise ValueError("keep_probability=0 trains nothing; give a number in (0, 1]")
         max_grad_norm = checks.number("max_grad_norm", max_grad_norm, 0)
         checks.choice("target", target, ("gradient", "update"))
-        self.keep_probability, self.max_grad_norm, self.target = keep_probability, max_grad_norm, target
+        self.keep_probability, self.max_grad_norm, self.target = (
+            keep_probability,
+            max_grad_norm,
+            target,
+        )
         self._before: list[Tensor] = []
         super().__init__(model, embedding, optimizer, names=names, **options)
 
@@ -90,7 +106,13 @@ class ChildTuningD(SaliencyRecipe, Plain):
     def after_step(self) -> None:
         """With target="update", undoes the step where nothing is to be trained."""
         if self._before:  # nothing to undo without a before_step
-            write(self._masked, [torch.where(*each) for each in zip(self.masks, self._masked, self._before, strict=True)])
+            write(
+                self._masked,
+                [
+                    torch.where(*each)
+                    for each in zip(self.masks, self._masked, self._before, strict=True)
+                ],
+            )
         self._before = []
 
     def _gather_step(self, gradients: Sequence[Tensor | None]) -> None:
@@ -102,9 +124,14 @@ class ChildTuningD(SaliencyRecipe, Plain):
         return clipped.square()
 
     def _mask(self, saliency: list[Tensor]) -> list[Tensor]:
-        """Where the saliency is at least its (1 - p_D) percentile over all tensors, interpolated linearly."""
+        """Where the saliency is at least its (1 - p_D) percentile over all tensors,
+        interpolated linearly.
+        """
         together = torch.cat([s.flatten() for s in saliency])
         position = (together.numel() - 1) * (1 - self.keep_probability)
-        low, high = (together.kthvalue(math.floor(position) + 1).values, together.kthvalue(math.ceil(position) + 1).values)
+        low, high = (
+            together.kthvalue(math.floor(position) + 1).values,
+            together.kthvalue(math.ceil(position) + 1).values,
+        )
         cut = low + (high - low) * (position - math.floor(position))
         return [s >= cut for s in saliency]

@@ -19,11 +19,13 @@ class RDrop(PassRecipe):
     """Two passes with a dropout draw each, held alike (METHODS 1, R-Drop).
 
     alpha      weight of the divergence
-    reduction  of the divergence: "mean" over the batch, or "sum" over it, as in the public code: alpha then grows with the batch
+    reduction  of the divergence: "mean" over the batch, or "sum" over it, as in the public code:
+        alpha then grows with the batch
     the common options  (`PassRecipe`)
 
-    L = (CE(z1) + CE(z2))/2 + alpha * (KL(P1||P2) + KL(P2||P1))/2; task="regression": squared errors, squared difference of the outputs.
-    2 forwards and backwards. Losses: loss, clean_loss (the mean of both), divergence.
+    L = (CE(z1) + CE(z2))/2 + alpha * (KL(P1||P2) + KL(P2||P1))/2; task="regression": squared
+    errors, squared difference of the outputs. 2 forwards and backwards. Losses: loss, clean_loss
+    (the mean of both), divergence.
     """
 
     _of_pair = "clean_loss"
@@ -46,27 +48,53 @@ class RDrop(PassRecipe):
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         return self._pair(labels, scale, None)
 
-    def _pair(self, labels: Tensor, scale: float | Tensor, delta: Tensor | None) -> dict[str, Tensor]:
+    def _pair(
+        self, labels: Tensor, scale: float | Tensor, delta: Tensor | None
+    ) -> dict[str, Tensor]:
         """Two passes at delta and one backward of both, the last of the step."""
-        with self._pass(delta) as walk:  # the pass that announces the backward to a synchronising wrapper comes first:
-            first = self._runner.call(walk)  # it may write into buffers that the other's graph has saved
+        # the pass that announces the backward to a synchronising wrapper comes first:
+        with self._pass(delta) as walk:
+            # it may write into buffers that the other's graph has saved
+            first = self._runner.call(walk)
         with self._runner.without_sync(), self._pass(delta) as walk:
             second = self._runner.call(walk)
-        parts = uegr_loss(first.detach(), [first, second], labels, return_parts=True, **self._loss_options, backend=self.backend)
-        divergence = symmetric_divergence(first, second, labels, self.reduction, **self._loss_options)
+        parts = uegr_loss(
+            first.detach(),
+            [first, second],
+            labels,
+            return_parts=True,
+            **self._loss_options,
+            backend=self.backend,
+        )
+        divergence = symmetric_divergence(
+            first, second, labels, self.reduction, **self._loss_options
+        )
         with self._pass(delta) as walk:  # for a model that recomputes its embedding
             walk.forward = False
             ((parts.loss + self.alpha * divergence) * scale).backward()
         loss = parts.adversarial_loss + self.alpha * divergence.detach()
-        return {"loss": loss, self._of_pair: parts.adversarial_loss, "divergence": divergence.detach()}
+        return {
+            "loss": loss,
+            self._of_pair: parts.adversarial_loss,
+            "divergence": divergence.detach(),
+        }
 
 
 def symmetric_divergence(
-    first: Tensor, second: Tensor, labels: Tensor, reduction: str, *, task: str, ignore_index: int, **unused: Any
+    first: Tensor,
+    second: Tensor,
+    labels: Tensor,
+    reduction: str,
+    *,
+    task: str,
+    ignore_index: int,
+    **unused: Any,
 ) -> Tensor:
-    """(KL(P||Q) + KL(Q||P))/2 of two passes' logits [N, C], over the rows that are not ignored; mean squared difference for regression.
+    """(KL(P||Q) + KL(Q||P))/2 of two passes' logits [N, C], over the rows that are not ignored;
+    mean squared difference for regression.
 
-    KL(P||Q) + KL(Q||P) = sum (p - q)(log p - log q), so it is exactly 0 for equal logits; a class that both mask with -inf adds nothing.
+    KL(P||Q) + KL(Q||P) = sum (p - q)(log p - log q), so it is exactly 0 for equal logits; a class
+    that both mask with -inf adds nothing.
     """
     if not labels.is_floating_point():
         kept = (labels != ignore_index)[:, None]
@@ -85,13 +113,14 @@ def symmetric_divergence(
 
 
 class RAT(RDrop):
-    """R-Drop on adversarial examples: a clean pass, and two perturbed ones held alike (METHODS 1, R-AT).
+    """R-Drop on adversarial examples: a clean pass, and two perturbed ones held alike (METHODS 1,
+    R-AT).
 
     epsilon, norm, per  the size of delta, as in `fgm_perturbation`
     alpha, reduction    as in `RDrop`;  the common options  (`PassRecipe`)
 
-    L = CE(F(e)) + (CE(z1) + CE(z2))/2 + alpha * (KL(P1||P2) + KL(P2||P1))/2, z_k = F(e + delta; w, u_k). 3 forwards and backwards.
-    Losses: loss, clean_loss, adversarial_loss, divergence.
+    L = CE(F(e)) + (CE(z1) + CE(z2))/2 + alpha * (KL(P1||P2) + KL(P2||P1))/2, z_k = F(e + delta; w,
+    u_k). 3 forwards and backwards. Losses: loss, clean_loss, adversarial_loss, divergence.
     """
 
     _of_pair = "adversarial_loss"
@@ -108,7 +137,8 @@ class RAT(RDrop):
         **options: Any,
     ) -> None:
         self._perturbation: dict[str, Any] = dict(epsilon=epsilon, norm=norm, per=per)
-        fgm_perturbation(torch.zeros(1, 2, device="cpu"), **self._perturbation, backend="reference")  # raises for a wrong option
+        # raises for a wrong option
+        fgm_perturbation(torch.zeros(1, 2, device="cpu"), **self._perturbation, backend="reference")
         self.norm = norm
         super().__init__(model, embedding, optimizer, **options)
 

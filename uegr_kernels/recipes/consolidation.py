@@ -1,4 +1,6 @@
-"""Weight consolidation: weights drawn back to the pre-trained ones, as L2-SP or with RecAdam's annealing."""
+"""Weight consolidation: weights drawn back to the pre-trained ones, as L2-SP or with RecAdam's
+annealing.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,18 +14,22 @@ from .recipe import named_parameters, whole, write
 
 
 class WeightConsolidation(Plain):
-    """Ordinary training whose weights are drawn back to those at construction, w0 (METHODS 1, Weight consolidation).
+    """Ordinary training whose weights are drawn back to those at construction, w0 (METHODS 1,
+    Weight consolidation).
 
     kappa      strength; what counts is lr * kappa * steps, of order 1
-    names      of the pre-trained parameters, such as "bert.*"; None: all trainable ones. A new head is best left out
-    form       "decoupled": w <- w - lr * kappa * (w - w0), with the optimizer's lr, ahead of its step
-               "penalty": L = CE + kappa/2 * ||w - w0||^2
-               "annealed": RecAdam, w <- w - lam * (the optimizer's step) - lr * (1 - lam) * gamma * (w - w0) - lr * weight_decay * w with
-               lam = 1/(1 + exp(-k (t - t0))), for AdamW's step number t; lr * gamma must be below 1
+    names      of the pre-trained parameters, such as "bert.*"; None: all trainable ones. A new head
+        is best left out
+    form       "decoupled": w <- w - lr * kappa * (w - w0), with the optimizer's lr, ahead of its
+               step "penalty": L = CE + kappa/2 * ||w - w0||^2 "annealed": RecAdam, w <- w - lam *
+               (the optimizer's step) - lr * (1 - lam) * gamma * (w - w0) - lr * weight_decay * w
+               with lam = 1/(1 + exp(-k (t - t0))), for AdamW's step number t; lr * gamma must be
+               below 1
     k, t0, gamma   of "annealed"
     the common options  (`PassRecipe`)
 
-    "decoupled" and "annealed" need the optimizer. 1 forward, 1 backward. Losses: loss, clean_loss, and "penalty" in that form.
+    "decoupled" and "annealed" need the optimizer. 1 forward, 1 backward. Losses: loss, clean_loss,
+    and "penalty" in that form.
     """
 
     kept = ("origin", "steps")
@@ -52,7 +58,11 @@ class WeightConsolidation(Plain):
         except BaseException:
             self.close()
             raise
-        self._weights = [p for p in model.parameters() if p.requires_grad] if names is None else list(of_names.values())
+        self._weights = (
+            [p for p in model.parameters() if p.requires_grad]
+            if names is None
+            else list(of_names.values())
+        )
         self.origin = [p.detach().clone() for p in self._weights]
         self.steps = 0
         self._before: list[Tensor] = []
@@ -62,10 +72,17 @@ class WeightConsolidation(Plain):
             return super()._backward(inputs, labels, scale)
         with self._pass() as walk:
             parts = self._label_loss(self._runner.call(walk), labels)
-            of_tensors = [whole(_squared_distance(p, p0)).to(parts.loss) for p, p0 in zip(self._weights, self.origin, strict=True)]
+            of_tensors = [
+                whole(_squared_distance(p, p0)).to(parts.loss)
+                for p, p0 in zip(self._weights, self.origin, strict=True)
+            ]
             penalty = self.kappa / 2 * sum(of_tensors, torch.zeros_like(parts.loss))
             ((parts.loss + penalty) * scale).backward()
-        return {"loss": parts.clean_loss + penalty.detach(), "clean_loss": parts.clean_loss, "penalty": penalty.detach()}
+        return {
+            "loss": parts.clean_loss + penalty.detach(),
+            "clean_loss": parts.clean_loss,
+            "penalty": penalty.detach(),
+        }
 
     def before_step(self) -> None:
         """Draws the weights back, or keeps them for `after_step`."""
@@ -80,7 +97,10 @@ class WeightConsolidation(Plain):
         else:
             for group in self.optimizer.param_groups:
                 if group["lr"] * self.gamma >= 1:
-                    raise ValueError(f"lr={float(group['lr'])} times gamma={self.gamma} is 1 or more, which diverges; lower one of them")
+                    raise ValueError(
+                        f"lr={float(group['lr'])} times gamma={self.gamma} is 1 or "
+                        "more, which diverges; lower one of them"
+                    )
             self.steps += 1
             self._before = [p.detach().clone() for p, _, _ in groups]
 
@@ -88,17 +108,35 @@ class WeightConsolidation(Plain):
         """Anneals the optimizer's step, where that is the form."""
         if not self._before:
             return
-        lam = torch.sigmoid(torch.tensor(self.k * (self.steps - self.t0), dtype=torch.float64)).item()
+        lam = torch.sigmoid(
+            torch.tensor(self.k * (self.steps - self.t0), dtype=torch.float64)
+        ).item()
         for (p, p0, group), before in zip(self._groups(), self._before, strict=True):
-            decay = group["lr"] * group.get("weight_decay", 0.0) * before if group.get("decoupled_weight_decay") else 0.0
+            decay = (
+                group["lr"] * group.get("weight_decay", 0.0) * before
+                if group.get("decoupled_weight_decay")
+                else 0.0
+            )
             step = p.detach() - before + decay
-            write([p], [before + lam * step - (1 - lam) * self.gamma * group["lr"] * (before - p0) - decay])
+            write(
+                [p],
+                [
+                    before
+                    + lam * step
+                    - (1 - lam) * self.gamma * group["lr"] * (before - p0)
+                    - decay
+                ],
+            )
         self._before = []
 
     def _groups(self) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
         """Weights, where they came from, and the optimizer's group they are in."""
         groups = {id(p): group for group in self._stepped().param_groups for p in group["params"]}
-        return [(p, p0, groups[id(p)]) for p, p0 in zip(self._weights, self.origin, strict=True) if id(p) in groups]
+        return [
+            (p, p0, groups[id(p)])
+            for p, p0 in zip(self._weights, self.origin, strict=True)
+            if id(p) in groups
+        ]
 
 
 def _squared_distance(p: Tensor, p0: Tensor) -> Tensor:

@@ -12,16 +12,20 @@ from .recipe import PassRecipe
 
 
 class FreeLB(PassRecipe):
-    """Free large-batch adversarial training: K passes along an ascending delta, one update from all of them (METHODS 1, FreeLB).
+    """Free large-batch adversarial training: K passes along an ascending delta, one update from all
+    of them (METHODS 1, FreeLB).
 
     steps      K, the passes, each with weight 1/K
-    adv_lr     size of a step of delta;  init_mag  delta_0 is U(-1, 1) * init_mag / sqrt(L d) on the L real tokens
+    adv_lr     size of a step of delta;  init_mag  delta_0 is U(-1, 1) * init_mag / sqrt(L d) on the
+        L real tokens
     max_norm   radius of the ball; 0: no projection
-    norm       "l2"; "max": the gradient is divided by its largest |element|, the ball is |delta| <= max_norm; "linf": its sign is taken
+    norm       "l2"; "max": the gradient is divided by its largest |element|, the ball is |delta| <=
+        max_norm; "linf": its sign is taken
     same_draw  one dropout draw for all passes of a batch
     the common options  (`PassRecipe`)
 
-    K forwards, K backwards, no clean pass. Losses: loss, adversarial_loss (the mean over the passes).
+    K forwards, K backwards, no clean pass. Losses: loss, adversarial_loss (the mean over the
+    passes).
     """
 
     def __init__(
@@ -62,28 +66,43 @@ class FreeLB(PassRecipe):
             for step in range(1, self.steps + 1):
                 last = step == self.steps
                 with draw():
-                    loss, walk = self._descend(labels, scale, delta, weight=1 / self.steps, watched=not last, last=last)
+                    loss, walk = self._descend(
+                        labels, scale, delta, weight=1 / self.steps, watched=not last, last=last
+                    )
                 losses.append(loss)
                 if not last:
-                    delta = climb(walk, step_size=self.adv_lr, radius=radius, norm=self.norm, per="sample", backend=self.backend)
+                    delta = climb(
+                        walk,
+                        step_size=self.adv_lr,
+                        radius=radius,
+                        norm=self.norm,
+                        per="sample",
+                        backend=self.backend,
+                    )
         mean = torch.stack(losses).mean()
         return {"loss": mean, "adversarial_loss": mean}
 
 
 class FreeAT(PassRecipe):
-    """Free adversarial training: every repeat of a batch both moves delta and updates the weights (METHODS 1, FreeAT).
+    """Free adversarial training: every repeat of a batch both moves delta and updates the weights
+    (METHODS 1, FreeAT).
 
-    optimizer   needed: `backward` steps it in every repeat, with unscaled gradients, and leaves no gradient (.grad is None); an
-                optimizer.step() after it finds nothing to do. Under GradScaler do not call scaler.step for it. RuntimeError inside
-                a wrapper's no_sync, where the ranks would step apart
+    optimizer   needed: `backward` steps it in every repeat, with unscaled gradients, and leaves no
+                gradient (.grad is None); an optimizer.step() after it finds nothing to do. Under
+                GradScaler do not call scaler.step for it. RuntimeError inside a wrapper's no_sync,
+                where the ranks would step apart
     epsilon     radius of the ball; None: 0.1, or 4/255 with embedding=None
-    steps       m, the repeats of a batch; None: 3, or 4 with embedding=None. Divide the epochs by it to keep the compute
+    steps       m, the repeats of a batch; None: 3, or 4 with embedding=None. Divide the epochs by
+        it to keep the compute
     step_size   None: epsilon;  norm  "l2" or "linf"; None: "l2", or "linf" with embedding=None
-    init_mag    length of a random start on the real tokens, as in `FreeLB`; None: epsilon, or 0 with embedding=None
-    persistent  delta goes on with the next batch; None: False, or True with embedding=None (positions of texts hold other words)
+    init_mag    length of a random start on the real tokens, as in `FreeLB`; None: epsilon, or 0
+        with embedding=None
+    persistent  delta goes on with the next batch; None: False, or True with embedding=None
+        (positions of texts hold other words)
     the common options  (`PassRecipe`)
 
-    m forwards, m backwards, m updates; each repeat has a dropout draw of its own. Losses: loss, adversarial_loss, the mean over them.
+    m forwards, m backwards, m updates; each repeat has a dropout draw of its own. Losses: loss,
+    adversarial_loss, the mean over them.
     """
 
     kept = ("delta",)
@@ -120,16 +139,28 @@ class FreeAT(PassRecipe):
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         optimizer, mask, losses = self._stepped(), self._batch.mask, []
         if synchronisers(self.model) and not synchronises(self.model):
-            raise RuntimeError("free_at steps in every repeat, and inside no_sync each rank would step alone; call it outside")
+            raise RuntimeError(
+                "free_at steps in every repeat, and inside no_sync each rank would "
+                "step alone; call it outside"
+            )
         delta: Any = self._start(mask, len(labels))
         for _ in range(self.steps):
             loss, walk = self._descend(labels, scale, delta, watched=True, last=True)
             losses.append(loss)
             self._update(optimizer, scale)
-            delta = climb(walk, step_size=self.step_size, radius=self.epsilon, norm=self.norm, per="sample", backend=self.backend)
+            delta = climb(
+                walk,
+                step_size=self.step_size,
+                radius=self.epsilon,
+                norm=self.norm,
+                per="sample",
+                backend=self.backend,
+            )
         if self.persistent:
             delta = walk.measured(delta)
-            self.delta = delta if self.delta is None else torch.cat([delta, self.delta[len(delta) :]])
+            self.delta = (
+                delta if self.delta is None else torch.cat([delta, self.delta[len(delta) :]])
+            )
         mean = torch.stack(losses).mean()
         return {"loss": mean, "adversarial_loss": mean}
 
@@ -140,16 +171,25 @@ class FreeAT(PassRecipe):
             if self.delta is None or self.delta.shape[1:] != x.shape[1:]:
                 self.delta = None
                 return fresh(x)
-            return torch.cat([self.delta[:rows].to(x), fresh(x)[len(self.delta) :]])  # a batch may be shorter or longer than the last
+            # a batch may be shorter or longer than the last
+            return torch.cat([self.delta[:rows].to(x), fresh(x)[len(self.delta) :]])
 
         return start
 
     def _update(self, optimizer: Any, scale: float | Tensor) -> None:
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [
+            p.grad
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
         if isinstance(scale, Tensor) or scale != 1:
             for gradient in gradients:
                 gradient.div_(scale)
-        if not isinstance(scale, Tensor) or all(gradient.isfinite().all() for gradient in gradients):  # as GradScaler does
+        # as GradScaler does
+        if not isinstance(scale, Tensor) or all(
+            gradient.isfinite().all() for gradient in gradients
+        ):
             optimizer.step()
             torch.clear_autocast_cache()  # the next repeat is in the caller's autocast region too
         optimizer.zero_grad(set_to_none=True)

@@ -9,7 +9,8 @@ from .recipe import plain_names
 
 
 class LentDropout(AdaptiveDropout):
-    """An nn.Dropout that is an AdaptiveDropout for a while, of which the model's state_dict says nothing.
+    """An nn.Dropout that is an AdaptiveDropout for a while, of which the model's state_dict says
+    nothing.
 
     The module is the model's own and changes its class: its hooks, its p and mode, and whoever
     refers to it, have one module all along.
@@ -30,7 +31,9 @@ class LentDropout(AdaptiveDropout):
 
 
 class AdaptedDropouts:
-    """A model's nn.Dropout modules as AdaptiveDropout of the same p, from here to the last `close()`."""
+    """A model's nn.Dropout modules as AdaptiveDropout of the same p, from here to the last
+    `close()`.
+    """
 
     def __init__(self, model: nn.Module, backend: str) -> None:
         self.modules: dict[str, LentDropout] = {}
@@ -39,18 +42,28 @@ class AdaptedDropouts:
             # A subclass that does something else stays what it is.
             own = type(module)
             if getattr(own, "forward", None) is nn.Dropout.forward:
-                lent = vars(AdaptiveDropout(backend=backend)) | {"_own": own, "_recipes": 0, "_name": name}
+                lent = vars(AdaptiveDropout(backend=backend)) | {
+                    "_own": own,
+                    "_recipes": 0,
+                    "_name": name,
+                }
                 lent = {key: value for key, value in lent.items() if key not in vars(module)}
                 vars(module).update(lent, _lent=list(lent))
                 # What else a subclass has is there all the while.
-                module.__class__ = LentDropout if own is nn.Dropout else type("LentDropout", (LentDropout, own), {})
+                module.__class__ = (
+                    LentDropout
+                    if own is nn.Dropout
+                    else type("LentDropout", (LentDropout, own), {})
+                )
             if isinstance(module, LentDropout):
                 module._recipes += 1
                 self.modules[name] = module
 
     def state_dict(self) -> dict[str, Tensor]:
         """AdaptiveDropout's extra state by module name."""
-        return self._last | {name: AdaptiveDropout.get_extra_state(module) for name, module in self.modules.items()}
+        return self._last | {
+            name: AdaptiveDropout.get_extra_state(module) for name, module in self.modules.items()
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name, module in self.modules.items():
@@ -61,10 +74,19 @@ class AdaptedDropouts:
         if not isinstance(state, dict) or state.keys() != self.modules.keys():
             found = list(state) if isinstance(state, dict) else state
             return f"it is of the dropouts {found}, the model's are {list(self.modules)}"
-        return next((reason for name, module in self.modules.items() if (reason := module._why_not(state[name]))), None)
+        return next(
+            (
+                reason
+                for name, module in self.modules.items()
+                if (reason := module._why_not(state[name]))
+            ),
+            None,
+        )
 
     def close(self) -> None:
-        """The modules are nn.Dropout again, with the p and the mode that they have now; does nothing the second time."""
+        """The modules are nn.Dropout again, with the p and the mode that they have now; does
+        nothing the second time.
+        """
         self._last = self.state_dict()
         for module in self.modules.values():
             module._recipes -= 1

@@ -1,4 +1,6 @@
-"""What all recipes share: the one interface, and one pass forward and back. A recipe is then the order of its passes."""
+"""What all recipes share: the one interface, and one pass forward and back. A recipe is then
+the order of its passes.
+"""
 
 import contextlib
 import copy
@@ -13,20 +15,32 @@ from torch import Tensor, nn
 from ..core import checks
 from ..divergence import LossParts, uegr_loss
 from ..dropout import AdaptiveDropout
-from ..passes import Pass, Runner, buffers_held, dropout_rate, gradient_norms_held, random_state, ranks_of, replayed
+from ..passes import (
+    Pass,
+    Runner,
+    buffers_held,
+    dropout_rate,
+    gradient_norms_held,
+    random_state,
+    ranks_of,
+    replayed,
+)
 
 
 class Recipe:
     """A training method with the interface that all have, so that one loop trains with any of them.
 
     backward(inputs, labels, *, scale=1.0)  fills .grad; returns the named losses
-    before_step(), after_step()             around the optimizer's step; before_step after unscaling and clipping
+    before_step(), after_step()             around the optimizer's step; before_step after unscaling
+        and clipping
     epoch_end()                             after the last step of an epoch
-    state_dict(), load_state_dict(state)    what a resumed run needs besides the model's and the optimizer's
+    state_dict(), load_state_dict(state)    what a resumed run needs besides the model's and the
+        optimizer's
     close()                                 takes the hooks off the model
 
-    Weights, modes and hooks are after a call what they were before it, also where an exception passes through: a .grad that was None is
-    then None again; one that was there may hold more, and wants zero_grad().
+    Weights, modes and hooks are after a call what they were before it, also where an exception
+    passes through: a .grad that was None is then None again; one that was there may hold more, and
+    wants zero_grad().
     """
 
     kept: tuple[str, ...] = ()  # attributes that a checkpoint carries
@@ -34,19 +48,30 @@ class Recipe:
     _batch: Any = None  # the `Batch` that the passes are over, while one is
 
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
-        if optimizer is not None and not (hasattr(optimizer, "param_groups") and hasattr(optimizer, "step")):
-            raise TypeError(f"optimizer is a {type(optimizer).__name__}; pass the torch optimizer that steps, or None")
+        if optimizer is not None and not (
+            hasattr(optimizer, "param_groups") and hasattr(optimizer, "step")
+        ):
+            raise TypeError(
+                f"optimizer is a {type(optimizer).__name__}; pass the torch optimizer "
+                "that steps, or None"
+            )
         self.model, self.optimizer = model, optimizer
 
-    def backward(self, inputs: Any, labels: Tensor, *, scale: float | Tensor = 1.0) -> dict[str, Tensor]:
-        """Adds scale * the gradient of the method's loss to every parameter's .grad; returns its losses.
+    def backward(
+        self, inputs: Any, labels: Tensor, *, scale: float | Tensor = 1.0
+    ) -> dict[str, Tensor]:
+        """Adds scale * the gradient of the method's loss to every parameter's .grad; returns its
+        losses.
 
-        inputs  a tensor, a dict for model(**inputs), whose `attention_mask` keeps padding unperturbed, or a tuple for model(*inputs)
+        inputs  a tensor, a dict for model(**inputs), whose `attention_mask` keeps padding
+            unperturbed, or a tuple for model(*inputs)
         labels  [N] int64 or [N, C] probabilities; floats [N] or [N, C] with task="regression"
-        scale   positive number, or 0-d tensor (GradScaler's); multiplies the gradient, not what is returned
+        scale   positive number, or 0-d tensor (GradScaler's); multiplies the gradient, not what is
+            returned
 
-        Returns the losses by name, 0-d, detached and unscaled: "loss", what is minimised, and its parts. Under DDP and FSDP the last
-        backward synchronises, and none inside the caller's no_sync. Raises as `BiStage.backward`.
+        Returns the losses by name, 0-d, detached and unscaled: "loss", what is minimised, and its
+        parts. Under DDP and FSDP the last backward synchronises, and none inside the caller's
+        no_sync. Raises as `BiStage.backward`.
         """
         self._check(scale, inputs, labels)
         without = [p for p in self.model.parameters() if p.grad is None]
@@ -60,7 +85,9 @@ class Recipe:
             self._batch = None
 
     def before_step(self) -> None:
-        """What the method does to the gradients or weights ahead of the optimizer's step, after unscaling and clipping."""
+        """What the method does to the gradients or weights ahead of the optimizer's step,
+        after unscaling and clipping.
+        """
 
     def after_step(self) -> None:
         """What the method does after the optimizer's step."""
@@ -69,14 +96,21 @@ class Recipe:
         """What the method does after the last step of an epoch."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs besides the model's and the optimizer's: numbers, tensors, lists and dicts of them."""
+        """What a resumed run needs besides the model's and the optimizer's: numbers, tensors,
+        lists and dicts of them.
+        """
         return {"recipe": type(self).__name__} | {name: getattr(self, name) for name in self.kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over a copy of what `state_dict` gave; raises ValueError for another recipe's, before anything has changed."""
-        if state.get("recipe") != type(self).__name__ or state.keys() - {"recipe"} != set(self.kept):
+        """Takes over a copy of what `state_dict` gave; raises ValueError for another recipe's,
+        before anything has changed.
+        """
+        if state.get("recipe") != type(self).__name__ or state.keys() - {"recipe"} != set(
+            self.kept
+        ):
             raise ValueError(
-                f"the state is of recipe {state.get('recipe')!r} with {sorted(state.keys() - {'recipe'})}, this is {type(self).__name__!r} "
+                f"the state is of recipe {state.get('recipe')!r} with "
+                f"{sorted(state.keys() - {'recipe'})}, this is {type(self).__name__!r} "
                 f"with {sorted(self.kept)}; load it into the recipe that gave it"
             )
         for name in self.kept:
@@ -95,7 +129,10 @@ class Recipe:
     def _stepped(self) -> Any:
         """The optimizer, where the method cannot do without."""
         if self.optimizer is None:
-            raise RuntimeError(f"{type(self).__name__} needs the optimizer; pass it, or set .optimizer before the first step")
+            raise RuntimeError(
+                f"{type(self).__name__} needs the optimizer; pass it, or set "
+                ".optimizer before the first step"
+            )
         return self.optimizer
 
 
@@ -103,16 +140,19 @@ class PassRecipe(Recipe):
     """A recipe that is made of passes through the model.
 
     task, label_smoothing, ignore_index   as in `uegr_loss`
-    dropout      rate of every nn.Dropout* and AdaptiveDropout in the recipe's passes, 0 for none; None: the layers' own
+    dropout      rate of every nn.Dropout* and AdaptiveDropout in the recipe's passes, 0 for none;
+        None: the layers' own
     input_range  (low, high) to which the perturbed input is clamped; with embedding=None only
     batch_axis   of the embedding's output that is the batch, as in `BiStage`
-    relative     True: every length of a perturbation of the embeddings (epsilon, steps, radii, random starts) is in multiples of the L2
-                 norm of each sample's embeddings (real tokens, no gradient). ValueError with norm="linf", and where there is no such
+    relative     True: every length of a perturbation of the embeddings (epsilon, steps, radii,
+                 random starts) is in multiples of the L2 norm of each sample's embeddings (real
+                 tokens, no gradient). ValueError with norm="linf", and where there is no such
                  perturbation
     backend      of the operators
 
-    model and embedding are as in `BiStage`; embedding=None perturbs the one floating input. The model's mode is the caller's in every
-    pass. Build the recipe before `torch.compile`. Raises TypeError or ValueError for wrong options, before anything has changed.
+    model and embedding are as in `BiStage`; embedding=None perturbs the one floating input. The
+    model's mode is the caller's in every pass. Build the recipe before `torch.compile`. Raises
+    TypeError or ValueError for wrong options, before anything has changed.
     """
 
     more_options: tuple[str, ...] = ()  # that are in no signature
@@ -135,18 +175,31 @@ class PassRecipe(Recipe):
         **unknown: Any,
     ) -> None:
         if unknown:
-            given = [p for kind in type(self).__mro__[:-1] for p in inspect.signature(kind).parameters.values()]
-            known = {p.name for p in given if p.kind is p.KEYWORD_ONLY and p.name != "least_steps"} | set(self.more_options)
-            raise TypeError(f"{type(self).__name__} has no option {min(unknown)!r}; its options are {', '.join(sorted(known))}")
+            given = [
+                p
+                for kind in type(self).__mro__[:-1]
+                for p in inspect.signature(kind).parameters.values()
+            ]
+            known = {
+                p.name for p in given if p.kind is p.KEYWORD_ONLY and p.name != "least_steps"
+            } | set(self.more_options)
+            raise TypeError(
+                f"{type(self).__name__} has no option {min(unknown)!r}; its options "
+                f"are {', '.join(sorted(known))}"
+            )
         super().__init__(model, optimizer)
         checks.number("dropout", 0.0 if dropout is None else dropout, 0, 1)
         AdaptiveDropout(1, backend=backend)  # raises for a wrong backend
         self.dropout, self.backend = dropout, backend
-        self._loss_options: dict[str, Any] = dict(js_weight=0.0, label_smoothing=label_smoothing, ignore_index=ignore_index, task=task)
+        self._loss_options: dict[str, Any] = dict(
+            js_weight=0.0, label_smoothing=label_smoothing, ignore_index=ignore_index, task=task
+        )
         row = torch.zeros(1, 2, device="cpu")
         labels = row if task == "regression" else torch.zeros(1, dtype=torch.int64, device="cpu")
         uegr_loss(row, row[None], labels, **self._loss_options, backend="reference")
-        self._runner = Runner(model, embedding, input_range, batch_axis=batch_axis, relative=relative, norm=self.norm)
+        self._runner = Runner(
+            model, embedding, input_range, batch_axis=batch_axis, relative=relative, norm=self.norm
+        )
 
     def _check(self, scale: float | Tensor, inputs: Any, labels: Tensor) -> None:
         self._runner.check(scale)
@@ -162,49 +215,85 @@ class PassRecipe(Recipe):
         watched: bool = False,
         last: bool = False,
     ) -> tuple[Tensor, Pass]:
-        """One pass forward and back: adds scale * weight * the gradient of its loss to .grad; returns the loss and what was seen.
+        """One pass forward and back: adds scale * weight * the gradient of its loss to .grad;
+        returns the loss and what was seen.
 
-        watched  keep the gradient at the embedding;  last  of the step, so that a wrapper synchronises
+        watched  keep the gradient at the embedding;  last  of the step, so that a wrapper
+            synchronises
         """
-        with contextlib.nullcontext() if last else self._runner.without_sync(), self._pass(delta, watched=watched) as walk:
+        with (
+            contextlib.nullcontext() if last else self._runner.without_sync(),
+            self._pass(delta, watched=watched) as walk,
+        ):
             parts = self._label_loss(self._runner.call(walk), labels)
             (parts.loss * weight * scale).backward()
         return parts.clean_loss, walk
 
     def _ascend(
-        self, labels: Tensor, scale: float | Tensor, delta: Tensor | Callable[[Tensor], Tensor] | None = None, *, at: Tensor | None = None
+        self,
+        labels: Tensor,
+        scale: float | Tensor,
+        delta: Tensor | Callable[[Tensor], Tensor] | None = None,
+        *,
+        at: Tensor | None = None,
     ) -> Pass:
-        """One pass forward and back to the embedding alone, for the gradient there: .grad and buffers stay as they are."""
-        with self._runner.without_sync(), buffers_held(self.model), self._pass(delta, watched=True, at=at) as walk:
+        """One pass forward and back to the embedding alone, for the gradient there: .grad and
+        buffers stay as they are.
+        """
+        with (
+            self._runner.without_sync(),
+            buffers_held(self.model),
+            self._pass(delta, watched=True, at=at) as walk,
+        ):
             parts = self._label_loss(self._runner.call(walk), labels)
             walk.keep(*torch.autograd.grad(parts.loss * scale, [walk.edge], allow_unused=True))
         return walk
 
     def _weight_gradients(
-        self, labels: Tensor, scale: float | Tensor, weights: Sequence[Tensor], delta: Tensor | None = None, *, ascent: bool
+        self,
+        labels: Tensor,
+        scale: float | Tensor,
+        weights: Sequence[Tensor],
+        delta: Tensor | None = None,
+        *,
+        ascent: bool,
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """Loss and gradients by `weights` of one pass, beside .grad; an ascent pass leaves buffers alone."""
+        """Loss and gradients by `weights` of one pass, beside .grad; an ascent pass leaves
+        buffers alone.
+        """
         held = buffers_held(self.model) if ascent else contextlib.nullcontext()
-        # Asked for the embedding's gradient too, reentrant checkpointing refuses; else it gives its weights none, without a word.
+        # Asked for the embedding's gradient too, reentrant checkpointing refuses; else it gives its
+        # weights none, without a word.
         watched = self._runner.embedding is not None
         with self._runner.without_sync(), held, self._pass(delta, watched=watched) as walk:
             parts = self._label_loss(self._runner.call(walk), labels)
             reached = [*weights, walk.edge] if watched else weights
-            found: Sequence[Tensor | None] = torch.autograd.grad(parts.loss * scale, reached, allow_unused=True)
+            found: Sequence[Tensor | None] = torch.autograd.grad(
+                parts.loss * scale, reached, allow_unused=True
+            )
         gradients = list(found[: len(weights)])
         check_reached(gradients)
         return parts.clean_loss, gradients
 
     @contextlib.contextmanager
     def _pass(
-        self, delta: Tensor | Callable[[Tensor], Tensor] | None = None, *, watched: bool = False, at: Tensor | None = None
+        self,
+        delta: Tensor | Callable[[Tensor], Tensor] | None = None,
+        *,
+        watched: bool = False,
+        at: Tensor | None = None,
     ) -> Iterator[Pass]:
-        with dropout_rate(self.model, self.dropout), self._runner.filled(Pass(self._batch, delta, watched=watched, at=at)) as walk:
+        with (
+            dropout_rate(self.model, self.dropout),
+            self._runner.filled(Pass(self._batch, delta, watched=watched, at=at)) as walk,
+        ):
             yield walk
 
     @contextlib.contextmanager
     def _draws(self, same: bool) -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]]:
-        """Yields what each pass runs in: with `same`, every pass after the first finds the random state that the first found."""
+        """Yields what each pass runs in: with `same`, every pass after the first finds the
+        random state that the first found.
+        """
         if not same:
             yield contextlib.nullcontext
             return
@@ -225,8 +314,17 @@ class PassRecipe(Recipe):
             yield draw
 
     def _label_loss(self, logits: Tensor, labels: Tensor) -> LossParts:
-        """`.clean_loss`: the loss of these logits; `.loss`: what has its gradient (the other pass in it being a constant)."""
-        return uegr_loss(logits, logits.detach()[None], labels, return_parts=True, **self._loss_options, backend=self.backend)
+        """`.clean_loss`: the loss of these logits; `.loss`: what has its gradient (the other
+        pass in it being a constant).
+        """
+        return uegr_loss(
+            logits,
+            logits.detach()[None],
+            labels,
+            return_parts=True,
+            **self._loss_options,
+            backend=self.backend,
+        )
 
     @property
     def _regression(self) -> bool:
@@ -238,24 +336,45 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def named_parameters(model: nn.Module, patterns: str | Sequence[str]) -> dict[str, nn.Parameter]:
-    """The trainable parameters whose names match one of the patterns (`*` stands for anything); wrappers' prefixes do not count.
+    """The trainable parameters whose names match one of the patterns (`*` stands for anything);
+    wrappers' prefixes do not count.
 
     Raises ValueError for a pattern that matches none.
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    trainable = {name: parameter for name, parameter in plain_names(model.named_parameters()) if parameter.requires_grad}
+    trainable = {
+        name: parameter
+        for name, parameter in plain_names(model.named_parameters())
+        if parameter.requires_grad
+    }
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise TypeError(f"{pattern!r} is a {type(pattern).__name__}; name parameters, such as 'lstm.weight_ih_l0' or '*layer*'")
+            raise TypeError(
+                f"{pattern!r} is a {type(pattern).__name__}; name parameters, such as "
+                "'lstm.weight_ih_l0' or '*layer*'"
+            )
         if not fnmatch.filter(trainable, pattern):
-            raise ValueError(f"{pattern!r} matches no trainable parameter; name some of {', '.join(trainable)}, with * for anything")
-    return {name: parameter for name, parameter in trainable.items() if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
+            raise ValueError(
+                f"{pattern!r} matches no trainable parameter; name some of "
+                f"{', '.join(trainable)}, with * for anything"
+            )
+    return {
+        name: parameter
+        for name, parameter in trainable.items()
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    }
 
 
 def plain_names(named: Any) -> Iterator[tuple[str, Any]]:
-    """Names without what wrappers add to them: DDP in front, torch.compile and activation checkpointing anywhere."""
+    """Names without what wrappers add to them: DDP in front, torch.compile and activation
+    checkpointing anywhere.
+    """
     for name, value in named:
-        name = ".".join(part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module"))
+        name = ".".join(
+            part
+            for part in name.split(".")
+            if part not in ("_orig_mod", "_checkpoint_wrapped_module")
+        )
         while name.startswith("module."):
             name = name.split(".", 1)[1]
         yield name, value
@@ -270,7 +389,9 @@ def summed_over_ranks(model: nn.Module, tensors: Sequence[Tensor | None]) -> Non
 
 
 def write(weights: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Gives weights new values; autocast, which keeps casts of weights until its region ends, makes them anew."""
+    """Gives weights new values; autocast, which keeps casts of weights until its region ends,
+    makes them anew.
+    """
     with torch.no_grad():
         for weight, value in zip(weights, values, strict=True):
             weight.copy_(value)
@@ -278,10 +399,13 @@ def write(weights: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 
 def check_reached(gradients: Sequence[Tensor | None]) -> None:
-    """Raises where none of the weights that a method perturbs or masks has a gradient of its own."""
+    """Raises where none of the weights that a method perturbs or masks has a gradient of its
+    own.
+    """
     if gradients and all(gradient is None for gradient in gradients):
         raise RuntimeError(
-            "the loss gives none of the weights to perturb or mask a gradient; name weights that it depends on, and train whole ones "
+            "the loss gives none of the weights to perturb or mask a gradient; name weights that "
+            "it depends on, and train whole ones "
             "(DDP), not those that FSDP shards"
         )
 
@@ -289,7 +413,9 @@ def check_reached(gradients: Sequence[Tensor | None]) -> None:
 def check_whole(parameters: Sequence[Tensor], remedy: str) -> None:
     """Raises for sharded parameters, which have no whole tensor to mask."""
     if any(hasattr(parameter, "full_tensor") for parameter in parameters):
-        raise TypeError(f"the parameters are sharded (DTensor), and this masks whole ones; {remedy}")
+        raise TypeError(
+            f"the parameters are sharded (DTensor), and this masks whole ones; {remedy}"
+        )
 
 
 def whole(x: Tensor) -> Tensor:
@@ -298,13 +424,20 @@ def whole(x: Tensor) -> Tensor:
 
 
 def norm_of(tensor: Tensor) -> Tensor:
-    length: Tensor = torch.linalg.vector_norm(tensor.detach(), dtype=torch.promote_types(tensor.dtype, torch.float32))
+    length: Tensor = torch.linalg.vector_norm(
+        tensor.detach(), dtype=torch.promote_types(tensor.dtype, torch.float32)
+    )
     return length
 
 
 def recomputed(x: Tensor) -> Tensor:
-    """In the place of a delta while two passes go backward at once: nobody could tell whose embedding is computed again."""
-    raise RuntimeError("the embedding was computed again in the backward of two passes at once; leave it out of the checkpointed part")
+    """In the place of a delta while two passes go backward at once: nobody could tell whose
+    embedding is computed again.
+    """
+    raise RuntimeError(
+        "the embedding was computed again in the backward of two passes at once; "
+        "leave it out of the checkpointed part"
+    )
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -312,4 +445,8 @@ def _moved(value: Any, device: torch.device) -> Any:
         return value.to(device)
     if isinstance(value, dict):
         return {key: _moved(entry, device) for key, entry in value.items()}
-    return type(value)(_moved(entry, device) for entry in value) if isinstance(value, list | tuple) else value
+    return (
+        type(value)(_moved(entry, device) for entry in value)
+        if isinstance(value, list | tuple)
+        else value
+    )

@@ -1,4 +1,6 @@
-"""ARAT: adversarial and clean representations held alike, asymmetrically, with a BatchNorm branch for each."""
+"""ARAT: adversarial and clean representations held alike, asymmetrically, with a BatchNorm
+branch for each.
+"""
 
 import contextlib
 import copy
@@ -21,7 +23,8 @@ CHANNELS_SECOND = (BatchNorm, Convolution)
 
 
 class _Features:
-    """What the hooks on the layers have of the recipe, which copies and pickles of the model take along.
+    """What the hooks on the layers have of the recipe, which copies and pickles of the model take
+    along.
 
     seen  a layer's number: its output, while a pass that wants them is on
     """
@@ -37,20 +40,27 @@ class _Features:
 class ARAT(AttackRecipe):
     """Asymmetrically representation-regularised adversarial training (METHODS 1, ARAT).
 
-    invariance_weight  c of L = w' CE(z') + w CE(z) + c/#layers * sum over layers of (1 - cos(h(f'), sg(f)))
-    layers             names of the modules whose outputs f, after ReLU and averaging over places, are held alike: BatchNorm, LayerNorm,
-                       convolution or linear; None: the last four BatchNorms, or, where there are none, LayerNorms, convolutions, ...
-    predictor          h between the two, one a layer;  stop_gradient  sg, the clean side is a constant
-    split              every BatchNorm has a branch for clean inputs; the model keeps the adversarial one, which it is tested with
+    invariance_weight  c of L = w' CE(z') + w CE(z) + c/#layers * sum over layers of (1 - cos(h(f'),
+        sg(f)))
+    layers             names of the modules whose outputs f, after ReLU and averaging over places,
+                       are held alike: BatchNorm, LayerNorm, convolution or linear; None: the last
+                       four BatchNorms, or, where there are none, LayerNorms, convolutions, ...
+    predictor          h between the two, one a layer;  stop_gradient  sg, the clean side is a
+        constant
+    split              every BatchNorm has a branch for clean inputs; the model keeps the
+        adversarial one, which it is tested with
     split_layer_norm   every LayerNorm as well
-    clean_weight, adversarial_weight   w and w'; None: 1 - acc and acc, of the clean branch in eval mode on the epoch's last
-                       `balance_rows` rows, from the end of the first epoch; before that, and for regression, 0.5
-    epsilon, steps, step_size, norm, per, same_draw   of the attack, as in `PGD`;  random_start  uniform in the ball
+    clean_weight, adversarial_weight   w and w'; None: 1 - acc and acc, of the clean branch in eval
+                       mode on the epoch's last `balance_rows` rows, from the end of the first
+                       epoch; before that, and for regression, 0.5
+    epsilon, steps, step_size, norm, per, same_draw   of the attack, as in `PGD`;  random_start
+        uniform in the ball
     the common options  (`PassRecipe`)
 
-    h and the clean branch have parameters of their own, `parameters()`; until `close()` they are in the last group of an optimizer given
-    here, so build the recipe before a checkpoint of the optimizer is loaded.
-    2 + K forwards, 2 backwards and K that stop at the input. Losses: loss, clean_loss, adversarial_loss, invariance.
+    h and the clean branch have parameters of their own, `parameters()`; until `close()` they are in
+    the last group of an optimizer given here, so build the recipe before a checkpoint of the
+    optimizer is loaded. 2 + K forwards, 2 backwards and K that stop at the input. Losses: loss,
+    clean_loss, adversarial_loss, invariance.
     """
 
     kept = ("own_modules", "accuracy", "recent")
@@ -82,21 +92,44 @@ class ARAT(AttackRecipe):
         invariance_weight = checks.number("invariance_weight", invariance_weight, 0)
         epsilon = checks.number("epsilon", epsilon, 0)
         given = (("clean_weight", clean_weight), ("adversarial_weight", adversarial_weight))
-        clean_weight, adversarial_weight = (None if value is None else checks.number(name, value, 0) for name, value in given)
-        flags = {"predictor": predictor, "stop_gradient": stop_gradient, "split": split, "split_layer_norm": split_layer_norm}
+        clean_weight, adversarial_weight = (
+            None if value is None else checks.number(name, value, 0) for name, value in given
+        )
+        flags = {
+            "predictor": predictor,
+            "stop_gradient": stop_gradient,
+            "split": split,
+            "split_layer_norm": split_layer_norm,
+        }
         flags["random_start"] = random_start
         for name, value in flags.items():
             checks.flag(name, value)
         if (clean_weight is None) != (adversarial_weight is None):
-            raise ValueError("clean_weight and adversarial_weight are balanced together; give both, or neither")
+            raise ValueError(
+                "clean_weight and adversarial_weight are balanced together; give both, or neither"
+            )
         checks.integer("balance_rows", balance_rows, 1)
-        self.invariance_weight, self.stop_gradient, self.random_start = invariance_weight, stop_gradient, random_start
-        self.clean_weight, self.adversarial_weight, self.balance_rows = clean_weight, adversarial_weight, balance_rows
+        self.invariance_weight, self.stop_gradient, self.random_start = (
+            invariance_weight,
+            stop_gradient,
+            random_start,
+        )
+        self.clean_weight, self.adversarial_weight, self.balance_rows = (
+            clean_weight,
+            adversarial_weight,
+            balance_rows,
+        )
         self.accuracy: float | None = None
         self.recent: list[list[Any]] = []  # [inputs, labels] of the epoch's last batches
         self._features = _Features()
         self._alike = False  # own modules on all ranks
-        options |= dict(epsilon=epsilon, steps=steps, step_size=epsilon / 4 if step_size is None else step_size, norm=norm, per=per)
+        options |= dict(
+            epsilon=epsilon,
+            steps=steps,
+            step_size=epsilon / 4 if step_size is None else step_size,
+            norm=norm,
+            per=per,
+        )
         super().__init__(model, embedding, optimizer, same_draw=same_draw, **options)
         try:
             self._layers = _layers(model, layers)
@@ -106,12 +139,18 @@ class ARAT(AttackRecipe):
             raise
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
         kind: dict[str, Any] = dict(device=device_of(model), dtype=dtype)
-        self.predictors = nn.ModuleList(_predictor(width) for width in widths if predictor).to(**kind)
+        self.predictors = nn.ModuleList(_predictor(width) for width in widths if predictor).to(
+            **kind
+        )
         kinds = (BatchNorm,) * bool(split) + (nn.LayerNorm,) * bool(split_layer_norm)
         self._split = [module for module in model.modules() if isinstance(module, kinds)]
         self.clean_branch = nn.ModuleList(copy.deepcopy(module) for module in self._split)
-        self._hooks = [layer.register_forward_hook(functools.partial(self._features.keep, i)) for i, layer in enumerate(self._layers)]
-        if optimizer is not None:  # a group of their own would be one that the learning rate's scheduler does not know
+        self._hooks = [
+            layer.register_forward_hook(functools.partial(self._features.keep, i))
+            for i, layer in enumerate(self._layers)
+        ]
+        # a group of their own would be one that the learning rate's scheduler does not know
+        if optimizer is not None:
             last = optimizer.param_groups[-1]
             last["params"].extend(self.parameters())
             if "param_names" in last:
@@ -124,7 +163,10 @@ class ARAT(AttackRecipe):
     @property
     def own_modules(self) -> dict[str, dict[str, Any]]:
         """Predictors and clean branch, for checkpoints."""
-        return {"predictors": self.predictors.state_dict(), "clean_branch": self.clean_branch.state_dict()}
+        return {
+            "predictors": self.predictors.state_dict(),
+            "clean_branch": self.clean_branch.state_dict(),
+        }
 
     @own_modules.setter
     def own_modules(self, state: dict[str, dict[str, Any]]) -> None:
@@ -163,11 +205,21 @@ class ARAT(AttackRecipe):
                 term = adversarial_weight * adversarial.loss + self.invariance_weight * invariance
                 with self._pass(delta if self.stop_gradient else recomputed) as walk:
                     walk.forward = False
-                    ((term if self.stop_gradient else term + weight * clean.loss) * scale).backward()
+                    (
+                        (term if self.stop_gradient else term + weight * clean.loss) * scale
+                    ).backward()
         self._average_over_ranks()
         self._remember(inputs, labels)
-        losses = {"clean_loss": clean.clean_loss, "adversarial_loss": adversarial.clean_loss, "invariance": invariance.detach()}
-        loss = weight * clean.clean_loss + adversarial_weight * adversarial.clean_loss + self.invariance_weight * losses["invariance"]
+        losses = {
+            "clean_loss": clean.clean_loss,
+            "adversarial_loss": adversarial.clean_loss,
+            "invariance": invariance.detach(),
+        }
+        loss = (
+            weight * clean.clean_loss
+            + adversarial_weight * adversarial.clean_loss
+            + self.invariance_weight * losses["invariance"]
+        )
         return {"loss": loss, **losses}
 
     def after_step(self) -> None:
@@ -190,7 +242,10 @@ class ARAT(AttackRecipe):
                         guesses = self._runner.call(walk).argmax(1)
                     truth = labels.argmax(1) if labels.is_floating_point() else labels
                     counted = self._counted(labels)
-                    right, rows = right + int(((guesses == truth) & counted).sum()), rows + int(counted.sum())
+                    right, rows = (
+                        right + int(((guesses == truth) & counted).sum()),
+                        rows + int(counted.sum()),
+                    )
         finally:
             self._batch = None
             for module, training in modes:
@@ -198,7 +253,9 @@ class ARAT(AttackRecipe):
         self.accuracy, self.recent = right / rows if rows else self.accuracy, []
 
     def _start(self, mask: Tensor | None) -> Start | None:
-        return uniform_in_ball(self.epsilon, self.norm, self.per, mask) if self.random_start else None
+        return (
+            uniform_in_ball(self.epsilon, self.norm, self.per, mask) if self.random_start else None
+        )
 
     def _weights(self) -> tuple[float, float]:
         if self.clean_weight is not None and self.adversarial_weight is not None:
@@ -207,7 +264,9 @@ class ARAT(AttackRecipe):
 
     @contextlib.contextmanager
     def _clean(self) -> Iterator[None]:
-        """The model with its clean branch: each BatchNorm with the parameters and statistics of the other."""
+        """The model with its clean branch: each BatchNorm with the parameters and statistics
+        of the other.
+        """
 
         def swap() -> None:
             for module, other in zip(self._split, self.clean_branch, strict=True):
@@ -228,29 +287,53 @@ class ARAT(AttackRecipe):
         return counted
 
     def _recorded(self, labels: Tensor, walk: Pass) -> tuple[Any, list[Tensor]]:
-        """Losses of one call of the model, and the features of every layer [n, d] for the n rows that are not ignored."""
+        """Losses of one call of the model, and the features of every layer [n, d] for the n
+        rows that are not ignored.
+        """
         outputs = self._features.seen = {}
         try:
             logits = self._runner.call(walk)
         finally:
             self._features.seen = None
         if len(outputs) < len(self._layers):
-            raise RuntimeError("one of the layers was not called in this pass; name layers that the model always calls")
+            raise RuntimeError(
+                "one of the layers was not called in this pass; name layers that "
+                "the model always calls"
+            )
         counted = self._counted(labels)
-        features = [_pooled(layer, outputs[i], walk)[counted] for i, layer in enumerate(self._layers)]
+        features = [
+            _pooled(layer, outputs[i], walk)[counted] for i, layer in enumerate(self._layers)
+        ]
         return self._label_loss(logits, labels), features
 
     def _invariance(self, adversarial: list[Tensor], clean: list[Tensor]) -> Tensor:
         self.predictors.train(len(clean[0]) > 1)  # a single row has no variance
-        predicted = [h(f) for h, f in zip(self.predictors, adversarial, strict=True)] if len(self.predictors) else adversarial
-        pairs = [(h, f, torch.promote_types(f.dtype, torch.float32)) for h, f in zip(predicted, clean, strict=True)]
-        return torch.stack([1 - F.cosine_similarity(h.to(wide), f.to(wide), dim=1).mean() for h, f, wide in pairs]).mean()
+        predicted = (
+            [h(f) for h, f in zip(self.predictors, adversarial, strict=True)]
+            if len(self.predictors)
+            else adversarial
+        )
+        pairs = [
+            (h, f, torch.promote_types(f.dtype, torch.float32))
+            for h, f in zip(predicted, clean, strict=True)
+        ]
+        return torch.stack(
+            [1 - F.cosine_similarity(h.to(wide), f.to(wide), dim=1).mean() for h, f, wide in pairs]
+        ).mean()
 
     def _start_alike(self) -> None:
         """Rank 0's own modules become everyone's, once, as the wrapper does with the model's."""
-        if not self._alike and synchronisers(self.model) and torch.distributed.is_available() and torch.distributed.is_initialized():
+        if (
+            not self._alike
+            and synchronisers(self.model)
+            and torch.distributed.is_available()
+            and torch.distributed.is_initialized()
+        ):
             with torch.no_grad():
-                for own in (*self.predictors.state_dict().values(), *self.clean_branch.state_dict().values()):
+                for own in (
+                    *self.predictors.state_dict().values(),
+                    *self.clean_branch.state_dict().values(),
+                ):
                     torch.distributed.broadcast(own, group_src=0, group=ranks_of(self.model))
         self._alike = True
 
@@ -266,9 +349,13 @@ class ARAT(AttackRecipe):
     def _remember(self, inputs: Any, labels: Tensor) -> None:
         if self.clean_weight is not None or self._regression:
             return
-        plain = dict(inputs) if isinstance(inputs, Mapping) else inputs  # a checkpoint is to load with weights_only
+        # a checkpoint is to load with weights_only
+        plain = dict(inputs) if isinstance(inputs, Mapping) else inputs
         self.recent.append([plain, labels])
-        while sum(int(self._counted(labels).sum()) for _, labels in self.recent[1:]) >= self.balance_rows:
+        while (
+            sum(int(self._counted(labels).sum()) for _, labels in self.recent[1:])
+            >= self.balance_rows
+        ):
             del self.recent[0]
 
 
@@ -277,14 +364,21 @@ def _layers(model: nn.Module, names: Sequence[str] | None) -> list[nn.Module]:
         modules = dict(plain_names(model.named_modules()))
         for name in [names] if isinstance(names, str) else names:
             if name not in modules or not name:
-                raise ValueError(f"layers names {name!r}, which is no module of model; name some of {', '.join(filter(None, modules))}")
+                raise ValueError(
+                    f"layers names {name!r}, which is no module of model; name some "
+                    f"of {', '.join(filter(None, modules))}"
+                )
         return [modules[name] for name in ([names] if isinstance(names, str) else names)]
     for kind in (BatchNorm, nn.LayerNorm, Convolution, nn.Linear):
         found: list[nn.Module] = [module for module in model.modules() if isinstance(module, kind)]
-        found = found[:-1] or found if kind is nn.Linear else found  # not the logits, where there is anything else
+        # not the logits, where there is anything else
+        found = found[:-1] or found if kind is nn.Linear else found
         if found:
             return found[-4:]
-    raise ValueError("model has no BatchNorm, LayerNorm, convolution or linear layer; ARAT has nothing to hold alike")
+    raise ValueError(
+        "model has no BatchNorm, LayerNorm, convolution or linear layer; ARAT has "
+        "nothing to hold alike"
+    )
 
 
 def _width(layer: nn.Module) -> int:
@@ -293,12 +387,20 @@ def _width(layer: nn.Module) -> int:
     for name in ("num_features", "out_channels", "out_features"):
         if isinstance(layer, (BatchNorm, Convolution, nn.Linear)) and hasattr(layer, name):
             return int(getattr(layer, name))
-    raise ValueError(f"layers names a {type(layer).__name__}; name BatchNorm, LayerNorm, convolution or linear layers")
+    raise ValueError(
+        f"layers names a {type(layer).__name__}; name BatchNorm, LayerNorm, "
+        "convolution or linear layers"
+    )
 
 
 def _predictor(width: int) -> nn.Module:
     narrow = max(1, width // 4)
-    return nn.Sequential(nn.Linear(width, narrow, bias=False), nn.BatchNorm1d(narrow), nn.ReLU(), nn.Linear(narrow, width))
+    return nn.Sequential(
+        nn.Linear(width, narrow, bias=False),
+        nn.BatchNorm1d(narrow),
+        nn.ReLU(),
+        nn.Linear(narrow, width),
+    )
 
 
 def _pooled(layer: nn.Module, output: Tensor, walk: Pass) -> Tensor:

@@ -1,4 +1,6 @@
-"""What the recipes share that mask gradients by squared gradients gathered over an epoch: Child-Tuning-D and RoAST."""
+"""What the recipes share that mask gradients by squared gradients gathered over an epoch:
+Child-Tuning-D and RoAST.
+"""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,10 +13,11 @@ from .recipe import PassRecipe, check_whole, named_parameters, summed_over_ranks
 
 
 class SaliencyRecipe(PassRecipe):
-    """A recipe that multiplies the gradients of `names` by masks made of their squares, gathered batch by batch.
+    """A recipe that multiplies the gradients of `names` by masks made of their squares, gathered
+    batch by batch.
 
-    names  of the parameters, such as "*layer*"; None: those with "layer" or "transformer.h" in the name, or, where there are none, all
-           but the embedding's. The others are always updated
+    names  of the parameters, such as "*layer*"; None: those with "layer" or "transformer.h" in the
+           name, or, where there are none, all but the embedding's. The others are always updated
     """
 
     kept: tuple[str, ...] = ("squares", "batches", "masks", "epoch")
@@ -30,7 +33,11 @@ class SaliencyRecipe(PassRecipe):
     ) -> None:
         super().__init__(model, embedding, optimizer, **options)
         try:
-            self._masked = _encoder(model, embedding) if names is None else list(named_parameters(model, names).values())
+            self._masked = (
+                _encoder(model, embedding)
+                if names is None
+                else list(named_parameters(model, names).values())
+            )
         except BaseException:
             self.close()
             raise
@@ -39,10 +46,11 @@ class SaliencyRecipe(PassRecipe):
         self.masks: list[Tensor] = []
 
     def prepare(self, batches: Iterable[tuple[Any, Tensor]]) -> None:
-        """Makes the first masks before training, from one pass over (inputs, labels): the method as it is published.
+        """Makes the first masks before training, from one pass over (inputs, labels): the method as
+        it is published.
 
-        The model's mode is the caller's; .grad and buffers stay as they are. Without it the first epoch is trained whole, and its
-        gradients make the masks.
+        The model's mode is the caller's; .grad and buffers stay as they are. Without it the first
+        epoch is trained whole, and its gradients make the masks.
         """
         before, self.squares, self.batches = (self.squares, self.batches), [], 0
         try:
@@ -64,7 +72,8 @@ class SaliencyRecipe(PassRecipe):
     def before_step(self) -> None:
         """Masks the gradients, and gathers their squares for the next masks."""
         self._gather_step([p.grad for p in self._masked])
-        for p, mask in zip(self._masked, self.masks, strict=False):  # no masks yet in the first epoch
+        # no masks yet in the first epoch
+        for p, mask in zip(self._masked, self.masks, strict=False):
             if p.grad is not None:
                 p.grad.mul_(mask)
 
@@ -83,7 +92,8 @@ class SaliencyRecipe(PassRecipe):
         for total, gradient in zip(self.squares, gradients, strict=True):
             if gradient is not None:
                 square = self._square(gradient.detach().to(total.dtype))
-                total.add_(torch.where(square.isfinite(), square, 0))  # a step that a loss scaler skips must not spoil an epoch's masks
+                # a step that a loss scaler skips must not spoil an epoch's masks
+                total.add_(torch.where(square.isfinite(), square, 0))
         self.batches += 1
 
     def _square(self, gradient: Tensor) -> Tensor:

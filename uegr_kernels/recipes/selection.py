@@ -1,4 +1,6 @@
-"""The selective update of a recipe: inside the step of a SelectiveAdamW or SelectiveSGD, or on .grad ahead of any other optimizer's."""
+"""The selective update of a recipe: inside the step of a SelectiveAdamW or SelectiveSGD, or on
+.grad ahead of any other optimizer's.
+"""
 
 import inspect
 from typing import Any
@@ -10,7 +12,9 @@ from ..core import checks
 from ..selective import SelectiveAdamW, SelectiveSGD, select_gradients_, selection_probability
 from .recipe import check_whole
 
-OPTIONS = tuple(inspect.signature(selection_probability).parameters.keys() - {"grad", "saliency", "backend"})
+OPTIONS = tuple(
+    inspect.signature(selection_probability).parameters.keys() - {"grad", "saliency", "backend"}
+)
 
 
 class Selection:
@@ -18,17 +22,27 @@ class Selection:
 
     options  of the selection, by name;  seed  as in SelectiveAdamW
 
-    A SelectiveAdamW or SelectiveSGD selects inside its own step: it is given the options (and the seed), in every group.
-    Raises TypeError or ValueError for a wrong option, before anything has changed.
+    A SelectiveAdamW or SelectiveSGD selects inside its own step: it is given the options (and the
+    seed), in every group. Raises TypeError or ValueError for a wrong option, before anything has
+    changed.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Any, options: dict[str, Any], seed: int | None, backend: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        options: dict[str, Any],
+        seed: int | None,
+        backend: str,
+    ) -> None:
         seed = check_seed(seed)
         self.model, self.options, self.backend, self.given = model, options, backend, seed
         self.drawn = False  # here, and not agreed on with the other ranks yet
         self.state: dict[str, Any] = {"seed": seed, "step": 0}
         self._bind(optimizer)
-        certain = options.get("normalization") == "constant" and options.get("keep_probability", 1.0) == 1
+        certain = (
+            options.get("normalization") == "constant" and options.get("keep_probability", 1.0) == 1
+        )
         if seed is None and not self.inside and not certain:
             self.state["seed"], self.drawn = int(torch.randint(-(2**63), 2**63 - 1, ())), True
 
@@ -40,18 +54,30 @@ class Selection:
         if self.drawn:
             self.state["seed"], self.drawn = agreed(self.state["seed"]), False
         params = self._params()
-        check_whole(params, "pass a SelectiveAdamW or SelectiveSGD as the optimizer, which selects shards inside its step")
+        check_whole(
+            params,
+            "pass a SelectiveAdamW or SelectiveSGD as the optimizer, which selects "
+            "shards inside its step",
+        )
         self.state["step"] += 1
-        select_gradients_(params, seed=self.state["seed"] or 0, step=self.state["step"], **self.options, backend=self.backend)
+        select_gradients_(
+            params,
+            seed=self.state["seed"] or 0,
+            step=self.state["step"],
+            **self.options,
+            backend=self.backend,
+        )
 
     def _bind(self, optimizer: Any) -> None:
         self.optimizer = optimizer
         own = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
         self.inside = isinstance(own, SelectiveAdamW | SelectiveSGD)
         if not self.inside:
-            selection_probability(torch.zeros(1, device="cpu"), **self.options, backend="reference")  # raises for a wrong option
+            # raises for a wrong option
+            selection_probability(torch.zeros(1, device="cpu"), **self.options, backend="reference")
             return
-        type(own)([torch.zeros(1, requires_grad=True, device="cpu")], seed=0, **self.options)  # as this does
+        # as this does
+        type(own)([torch.zeros(1, requires_grad=True, device="cpu")], seed=0, **self.options)
         given = self.options if self.given is None else self.options | {"seed": self.given % 2**64}
         own.defaults.update(given)
         for group in own.param_groups:

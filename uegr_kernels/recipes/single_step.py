@@ -14,13 +14,15 @@ from .recipe import PassRecipe
 class AT(PassRecipe):
     """Adversarial training with one L2 step on the embeddings, FGM (METHODS 1, AT).
 
-    epsilon, norm, per  the size of delta, as in `fgm_perturbation`; per="all" is the whole batch's norm, as in attacks on the table
-    clean_weight        of L1 in L = clean_weight * L1 + L2; 0 is the min-max form, with nothing but delta taken from the clean pass
+    epsilon, norm, per  the size of delta, as in `fgm_perturbation`; per="all" is the whole batch's
+        norm, as in attacks on the table
+    clean_weight        of L1 in L = clean_weight * L1 + L2; 0 is the min-max form, with nothing but
+        delta taken from the clean pass
     the common options  (`PassRecipe`)
 
-    L1 = CE(F(e; w, u1), y), delta = epsilon * g/||g||, L2 = CE(F(e + delta; w, u2), y). 2 forwards, 2 backwards.
-    Losses: loss, clean_loss, adversarial_loss.
-    Equivalent to: `BiStage(model, embedding, passes=1)`, one pass at a time.
+    L1 = CE(F(e; w, u1), y), delta = epsilon * g/||g||, L2 = CE(F(e + delta; w, u2), y). 2 forwards,
+    2 backwards. Losses: loss, clean_loss, adversarial_loss. Equivalent to: `BiStage(model,
+    embedding, passes=1)`, one pass at a time.
     """
 
     def __init__(
@@ -36,7 +38,8 @@ class AT(PassRecipe):
         **options: Any,
     ) -> None:
         self._perturbation: dict[str, Any] = dict(epsilon=epsilon, norm=norm, per=per)
-        fgm_perturbation(torch.zeros(1, 2, device="cpu"), **self._perturbation, backend="reference")  # raises for a wrong option
+        # raises for a wrong option
+        fgm_perturbation(torch.zeros(1, 2, device="cpu"), **self._perturbation, backend="reference")
         clean_weight = checks.number("clean_weight", clean_weight, 0)
         self.clean_weight, self.norm = clean_weight, norm
         super().__init__(model, embedding, optimizer, **options)
@@ -44,19 +47,26 @@ class AT(PassRecipe):
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         losses = {}
         if self.clean_weight:
-            losses["clean_loss"], walk = self._descend(labels, scale, weight=self.clean_weight, watched=True)
+            losses["clean_loss"], walk = self._descend(
+                labels, scale, weight=self.clean_weight, watched=True
+            )
         else:
             walk = self._ascend(labels, scale)
         options: dict[str, Any] = dict(mask=walk.mask, backend=self.backend, **self._perturbation)
         delta = walk.ascended(functools.partial(fgm_perturbation, **options))
         losses["adversarial_loss"], _ = self._descend(labels, scale, delta, last=True)
-        return {"loss": self.clean_weight * losses.get("clean_loss", 0.0) + losses["adversarial_loss"], **losses}
+        return {
+            "loss": self.clean_weight * losses.get("clean_loss", 0.0) + losses["adversarial_loss"],
+            **losses,
+        }
 
 
 class FGSM(AT):
-    """Adversarial training with one sign step on the embeddings, FGSM: AT with delta = epsilon * sign(g) (METHODS 1, FGSM).
+    """Adversarial training with one sign step on the embeddings, FGSM: AT with delta = epsilon *
+    sign(g) (METHODS 1, FGSM).
 
-    epsilon  of every element, so that delta's L2 length is epsilon * sqrt(T d): far smaller than AT's;  the rest as in `AT`
+    epsilon  of every element, so that delta's L2 length is epsilon * sqrt(T d): far smaller than
+        AT's;  the rest as in `AT`
     """
 
     def __init__(

@@ -15,16 +15,18 @@ from .recipe import PassRecipe, norm_of, summed_over_ranks, write
 
 
 class SAM(PassRecipe):
-    """Sharpness-aware minimisation: the gradient at the worst weights nearby (METHODS 1, AdvWeight: SAM).
+    """Sharpness-aware minimisation: the gradient at the worst weights nearby (METHODS 1, AdvWeight:
+    SAM).
 
     rho        length of the weights' perturbation, over all trainable parameters together
     adaptive   True: ASAM, each element's share grows with its square
     same_draw  both passes with the same dropout masks
     the common options  (`PassRecipe`)
 
-    eps_w = rho * g1/||g1||, L = CE(F(e; w + eps_w)). The clean gradient is not added, the second pass leaves BatchNorm's statistics
-    alone, and the weights are restored bit for bit. Under DDP each rank ascends on its own data. 2 forwards, 2 backwards.
-    Losses: loss (at the perturbed weights), clean_loss.
+    eps_w = rho * g1/||g1||, L = CE(F(e; w + eps_w)). The clean gradient is not added, the second
+    pass leaves BatchNorm's statistics alone, and the weights are restored bit for bit. Under DDP
+    each rank ascends on its own data. 2 forwards, 2 backwards. Losses: loss (at the perturbed
+    weights), clean_loss.
     """
 
     def __init__(
@@ -49,33 +51,52 @@ class SAM(PassRecipe):
         with self._draws(self.same_draw) as draw:
             with draw():
                 clean, gradients = self._weight_gradients(labels, scale, weights, ascent=False)
-            length, gradients = _adapted(self.rho, weights, gradients) if self.adaptive else (self.rho, gradients)
-            moved = perturbed_weights(weights, length, gradients=gradients, per="all", backend=self.backend)
+            length, gradients = (
+                _adapted(self.rho, weights, gradients) if self.adaptive else (self.rho, gradients)
+            )
+            moved = perturbed_weights(
+                weights, length, gradients=gradients, per="all", backend=self.backend
+            )
             with draw(), moved, buffers_held(self.model):
                 loss, _ = self._descend(labels, scale, last=True)
         return {"loss": loss, "clean_loss": clean}
 
 
-def _adapted(rho: float, weights: Sequence[Tensor], gradients: list[Tensor | None]) -> tuple[float, list[Tensor | None]]:
-    """ASAM's rho * w^2 g / || |w| g || as a length and a direction w^2 g, which `perturbed_weights` divides by its norm."""
-    scaled = [None if g is None else w.detach() * g for w, g in zip(weights, gradients, strict=True)]
-    directions = [None if g is None else w.detach() * g for w, g in zip(weights, scaled, strict=True)]
-    sizes = [torch.stack([norm_of(x) for x in xs if x is not None]).norm().item() for xs in (scaled, directions)]
+def _adapted(
+    rho: float, weights: Sequence[Tensor], gradients: list[Tensor | None]
+) -> tuple[float, list[Tensor | None]]:
+    """ASAM's rho * w^2 g / || |w| g || as a length and a direction w^2 g, which
+    `perturbed_weights` divides by its norm.
+    """
+    scaled = [
+        None if g is None else w.detach() * g for w, g in zip(weights, gradients, strict=True)
+    ]
+    directions = [
+        None if g is None else w.detach() * g for w, g in zip(weights, scaled, strict=True)
+    ]
+    sizes = [
+        torch.stack([norm_of(x) for x in xs if x is not None]).norm().item()
+        for xs in (scaled, directions)
+    ]
     length = rho * sizes[1] / sizes[0] if 0 < sizes[0] < float("inf") else 0.0
     return (length if length < float("inf") else 0.0), directions
 
 
 class AWP(AttackRecipe):
-    """Adversarial weight perturbation: the step is taken at weights moved against the loss (METHODS 1, AdvWeight: AWP).
+    """Adversarial weight perturbation: the step is taken at weights moved against the loss (METHODS
+    1, AdvWeight: AWP).
 
-    gamma          each tensor moves by gamma * its own norm; those of two or more dimensions with "weight" in the name
+    gamma          each tensor moves by gamma * its own norm; those of two or more dimensions with
+        "weight" in the name
     warmup_epochs  so many epochs without it, counted by `epoch_end`
     steps          K of a PGD attack on the input that training is at; 0: the clean input
-    epsilon, step_size, norm, per, same_draw   of that attack, as in `PGD`;  the common options  (`PassRecipe`)
+    epsilon, step_size, norm, per, same_draw   of that attack, as in `PGD`;  the common options
+        (`PassRecipe`)
 
-    v = gamma * ||w||/||g|| * g, L = CE(F(x_adv; w + v)). `backward` restores w bit for bit; `before_step` goes to w + v again, where the
-    optimizer steps (and decays), and `after_step` puts that step on w. Under DDP v is of all ranks' data. 2 + K forwards, 2 backwards
-    and K that stop at the embedding. Losses: loss (at the perturbed weights).
+    v = gamma * ||w||/||g|| * g, L = CE(F(x_adv; w + v)). `backward` restores w bit for bit;
+    `before_step` goes to w + v again, where the optimizer steps (and decays), and `after_step` puts
+    that step on w. Under DDP v is of all ranks' data. 2 + K forwards, 2 backwards and K that stop
+    at the embedding. Losses: loss (at the perturbed weights).
     """
 
     kept = ("epoch",)
@@ -102,9 +123,21 @@ class AWP(AttackRecipe):
         self._gradients: list[Tensor | None] = []
         self._moved: contextlib.ExitStack | None = None
         self._at: list[Tensor] = []
-        options |= dict(epsilon=epsilon, steps=steps, step_size=step_size, norm=norm, per=per, same_draw=same_draw, least_steps=0)
+        options |= dict(
+            epsilon=epsilon,
+            steps=steps,
+            step_size=step_size,
+            norm=norm,
+            per=per,
+            same_draw=same_draw,
+            least_steps=0,
+        )
         super().__init__(model, embedding, optimizer, **options)
-        self._weights = [p for name, p in model.named_parameters() if p.requires_grad and p.dim() > 1 and "weight" in name]
+        self._weights = [
+            p
+            for name, p in model.named_parameters()
+            if p.requires_grad and p.dim() > 1 and "weight" in name
+        ]
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         self.after_step()  # of a step that left it out
@@ -113,7 +146,9 @@ class AWP(AttackRecipe):
             delta = self._attack(labels, scale, draw)
             if self.gamma and self.epoch >= self.warmup_epochs:
                 with draw():
-                    _, self._gradients = self._weight_gradients(labels, scale, self._weights, delta, ascent=True)
+                    _, self._gradients = self._weight_gradients(
+                        labels, scale, self._weights, delta, ascent=True
+                    )
                 if synchronises(self.model):  # ranks that step at different weights would part
                     summed_over_ranks(self.model, self._gradients)
             with draw(), self._perturbed():
@@ -133,7 +168,10 @@ class AWP(AttackRecipe):
             return
         steps = [weight.detach() - at for weight, at in zip(self._weights, self._at, strict=True)]
         self._leave()
-        write(self._weights, [weight.detach() + step for weight, step in zip(self._weights, steps, strict=True)])
+        write(
+            self._weights,
+            [weight.detach() + step for weight, step in zip(self._weights, steps, strict=True)],
+        )
 
     def epoch_end(self) -> None:
         self.epoch += 1
@@ -153,8 +191,12 @@ class AWP(AttackRecipe):
         if not self._gradients:
             return stack
         try:
-            for weight, gradient, length in zip(self._weights, self._gradients, _lengths(self._weights), strict=True):
-                moved = perturbed_weights([weight], self.gamma * length, gradients=[gradient], backend=self.backend)
+            for weight, gradient, length in zip(
+                self._weights, self._gradients, _lengths(self._weights), strict=True
+            ):
+                moved = perturbed_weights(
+                    [weight], self.gamma * length, gradients=[gradient], backend=self.backend
+                )
                 stack.enter_context(moved)
         except BaseException:
             stack.close()

@@ -17,7 +17,8 @@ from . import reference
 
 _triton = functools.partial(backends.triton_kernels, __package__)
 
-# To the compiled kernels a normalisation is its position here (csrc/selective/selective.h has the same order; a test compares).
+# To the compiled kernels a normalisation is its position here (csrc/selective/selective.h has the
+# same order; a test compares).
 NORMALIZATIONS = ("minmax", "range", "rank", "constant")
 DIRECTIONS = ("printed", "salient")
 SCOPES = ("tensor", "global")
@@ -44,7 +45,10 @@ class Selection:
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if not isinstance(value, str) or value not in choices:
-                raise ValueError(f"{name}={value!r} is not one of its values; use {' or '.join(map(repr, choices))}")
+                raise ValueError(
+                    f"{name}={value!r} is not one of its values; use "
+                    f"{' or '.join(map(repr, choices))}"
+                )
         for name, (low, high) in RANGES.items():
             object.__setattr__(self, name, checks.number(name, getattr(self, name), low, high))
         if self.keep_probability == 0:
@@ -52,7 +56,8 @@ class Selection:
         object.__setattr__(self, "rescale", checks.flag("rescale", self.rescale))
         if self.statistics == "previous" and self.normalization in ("rank", "constant"):
             raise ValueError(
-                f"statistics='previous' keeps a minimum and a maximum, for which normalization={self.normalization!r} has no use; "
+                "statistics='previous' keeps a minimum and a maximum, for which "
+                f"normalization={self.normalization!r} has no use; "
                 "give statistics='current', or normalization='minmax' or 'range'"
             )
 
@@ -62,7 +67,9 @@ class Selection:
         return self.normalization != "constant" or self.keep_probability != 1
 
     def arguments(self) -> dict[str, Any]:
-        """As the operators take it; the scope is settled above them, by the statistics they are handed."""
+        """As the operators take it; the scope is settled above them, by the statistics they
+        are handed.
+        """
         return {
             "threshold": self.threshold,
             "sharpness": self.sharpness,
@@ -78,7 +85,10 @@ class Selection:
     @classmethod
     def of(cls, arguments: dict[str, Any]) -> "Selection":
         """The inverse of `arguments`."""
-        named = {name: arguments[name] for name in ("threshold", "sharpness", "rescale", "min_probability", "keep_probability")}
+        named = {
+            name: arguments[name]
+            for name in ("threshold", "sharpness", "rescale", "min_probability", "keep_probability")
+        }
         return cls(
             normalization=NORMALIZATIONS[arguments["normalization"]],
             direction=DIRECTIONS[arguments["salient"]],
@@ -89,46 +99,74 @@ class Selection:
         )
 
 
-CHOICES = {"normalization": NORMALIZATIONS, "direction": DIRECTIONS, "scope": SCOPES, "statistics": STATISTICS, "target": TARGETS}
-RANGES = {"threshold": (-math.inf, math.inf), "sharpness": (0, math.inf), "min_probability": (0, 1), "keep_probability": (0, 1)}
+CHOICES = {
+    "normalization": NORMALIZATIONS,
+    "direction": DIRECTIONS,
+    "scope": SCOPES,
+    "statistics": STATISTICS,
+    "target": TARGETS,
+}
+RANGES = {
+    "threshold": (-math.inf, math.inf),
+    "sharpness": (0, math.inf),
+    "min_probability": (0, 1),
+    "keep_probability": (0, 1),
+}
 FIELDS = tuple(field.name for field in dataclasses.fields(Selection))
-make_selection = functools.lru_cache(maxsize=64, typed=True)(Selection)  # groups are read every step; their options rarely change
+# groups are read every step; their options rarely change
+make_selection = functools.lru_cache(maxsize=64, typed=True)(Selection)
 
 OPTIONS = (
-    "float threshold, float sharpness, int normalization, bool salient, bool previous, bool rescale, "
+    "float threshold, float sharpness, int normalization, bool salient, bool previous, bool "
+    "rescale, "
     "float min_probability, float keep_probability, bool target_update"
 )
-# A list of states has a tensor by parameter, or for several of them a single one with their elements one after another.
-# layout: per tensor stream, offset, run, stride. scope_statistics: [1 or T, 2] float64 minimum and maximum of s, or
-# [1 or T, RANK_BINS] int64 counts, over a wider scope than the tensor; None: over each tensor.
+# A list of states has a tensor by parameter, or for several of them a single one with their
+# elements one after another. layout: per tensor stream, offset, run, stride. scope_statistics: [1
+# or T, 2] float64 minimum and maximum of s, or [1 or T, RANK_BINS] int64 counts, over a wider scope
+# than the tensor; None: over each tensor.
 STEP = (
-    "Tensor({}!)[] steps, Tensor({}!)[] saliency_mins, Tensor({}!)[] saliency_maxs, *, Tensor? scope_statistics, int[] layout, "
-    "Tensor? grad_scale, Tensor? found_inf, float lr, Tensor? lr_tensor, float weight_decay, bool maximize, int seed, "
+    "Tensor({}!)[] steps, Tensor({}!)[] saliency_mins, Tensor({}!)[] saliency_maxs, *, Tensor? "
+    "scope_statistics, int[] layout, "
+    "Tensor? grad_scale, Tensor? found_inf, float lr, Tensor? lr_tensor, float weight_decay, bool "
+    "maximize, int seed, "
 )
 SCHEMAS = {
-    "selective_adamw_": "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "selective_adamw_": "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] "
+    "exp_avg_sqs, "
     + "Tensor(d!)[] max_exp_avg_sqs, "
     + STEP.format(*"efg")
     + f"float beta1, float beta2, Tensor? beta1_tensor, Tensor? beta2_tensor, float eps, {OPTIONS}",
     "selective_sgd_": "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
     + STEP.format(*"cde")
     + f"float momentum, float dampening, bool nesterov, {OPTIONS}",
-    "select_gradients_": "Tensor(a!)[] grads, Tensor[] saliencies, *, Tensor? scope_statistics, int[] layout, int step, int seed, "
-    + OPTIONS,
-    # Joins into `out`: one row for all tensors together, or a row each. Minima and maxima stand for tensors that have them (not NaN).
-    # sizes: elements of the unsharded tensors; empty: as they are.
-    "selective_statistics_": "Tensor[] grads, Tensor[] saliencies, Tensor[] saliency_mins, Tensor[] saliency_maxs, *, int[] layout, "
+    "select_gradients_": "Tensor(a!)[] grads, Tensor[] saliencies, *, Tensor? scope_statistics, "
+    "int[] layout, int step, int seed, " + OPTIONS,
+    # Joins into `out`: one row for all tensors together, or a row each. Minima and maxima stand for
+    # tensors that have them (not NaN). sizes: elements of the unsharded tensors; empty: as they
+    # are.
+    "selective_statistics_": "Tensor[] grads, Tensor[] saliencies, Tensor[] saliency_mins, "
+    "Tensor[] saliency_maxs, *, int[] layout, "
     + "int[] sizes, int normalization, Tensor? grad_scale, Tensor(a!) out",
     "selection_probability_": f"Tensor grad, Tensor? saliency, *, Tensor(a!) out, {OPTIONS}",
-    "selection_mask_": f"Tensor grad, Tensor? saliency, *, Tensor(a!) out, int[] layout, int step, int seed, {OPTIONS}",
+    "selection_mask_": "Tensor grad, Tensor? saliency, *, Tensor(a!) out, int[] layout, int step, "
+    f"int seed, {OPTIONS}",
 }
 
 # Which of the positional arguments an operator writes into.
-WRITTEN = {name: [i for i, text in enumerate(schema.split("*,")[0].split(", ")) if "!" in text] for name, schema in SCHEMAS.items()}
+WRITTEN = {
+    name: [i for i, text in enumerate(schema.split("*,")[0].split(", ")) if "!" in text]
+    for name, schema in SCHEMAS.items()
+}
 
 
 def _register(name: str, schema: str) -> None:
-    backends.define(name, f"({schema}) -> ()", functools.partial(_run, lambda: reference, name), functools.partial(_run, _triton, name))
+    backends.define(
+        name,
+        f"({schema}) -> ()",
+        functools.partial(_run, lambda: reference, name),
+        functools.partial(_run, _triton, name),
+    )
     for overload in (name, f"{name}.fallback"):
         torch.library.register_fake(f"uegr_kernels::{overload}", lambda *args, **kwargs: None)
 
@@ -137,16 +175,33 @@ def _run(module: Callable[[], ModuleType], name: str, *args: Any, **kwargs: Any)
     """The function `name` of a module, by an operator's arguments."""
     if "steps" in SCHEMAS[name]:
         params, grads, *moments, steps, low, high = args
-        for i, g in enumerate(grads):  # a mixture is dispatched to the default kernel: the compiled ones never see it
+        # a mixture is dispatched to the default kernel: the compiled ones never see it
+        for i, g in enumerate(grads):
             if g.layout is not torch.strided or g.device != params[i].device:
-                raise RuntimeError(f"grads[{i}] is {g.layout} on {g.device}; make it dense, on {params[i].device}")
-        for state in (state for states in (*moments, steps, low, high) for state in states if state.layout is not torch.strided):
-            raise RuntimeError(f"a state of shape {tuple(state.shape)} is {state.layout}; make it dense")
+                raise RuntimeError(
+                    f"grads[{i}] is {g.layout} on {g.device}; make it dense, on {params[i].device}"
+                )
+        for state in (
+            state
+            for states in (*moments, steps, low, high)
+            for state in states
+            if state.layout is not torch.strided
+        ):
+            raise RuntimeError(
+                f"a state of shape {tuple(state.shape)} is {state.layout}; make it dense"
+            )
         one = [p.new_empty(()) for p in params[:1]] * len(params)
-        args = params, grads, *(_apart(m, params) for m in moments), *(_apart(s, one) for s in (steps, low, high))
+        args = (
+            params,
+            grads,
+            *(_apart(m, params) for m in moments),
+            *(_apart(s, one) for s in (steps, low, high)),
+        )
     if "salient" in kwargs:
         selection = Selection.of(kwargs)
-        kwargs = {key: value for key, value in kwargs.items() if key not in selection.arguments()} | {"selection": selection}
+        kwargs = {
+            key: value for key, value in kwargs.items() if key not in selection.arguments()
+        } | {"selection": selection}
     else:
         kwargs["normalization"] = NORMALIZATIONS[kwargs["normalization"]]
     if "steps" in SCHEMAS[name] and module is _triton:
@@ -161,7 +216,8 @@ def _apart(states: list[Tensor], alike: list[Tensor]) -> list[Tensor]:
     sizes = [one.numel() for one in alike]
     if not states[0].is_contiguous() or states[0].numel() != sum(sizes):
         raise RuntimeError(
-            f"a list of states has {states[0].numel()} elements in a single tensor; it must be contiguous and have {sum(sizes)}"
+            f"a list of states has {states[0].numel()} elements in a single tensor; it must be "
+            f"contiguous and have {sum(sizes)}"
         )
     return [part.view_as(one) for part, one in zip(states[0].split(sizes), alike, strict=True)]
 
@@ -173,8 +229,9 @@ for _name, _schema in SCHEMAS.items():
 def call(name: str, backend: str, *tensors: Any, **options: Any) -> Any:
     """Runs the operator on a chosen backend ("reference", "cpp", "cuda" or "triton").
 
-    Arguments as in SCHEMAS, with the options as one `selection`, a normalisation by its name. What is returned may be the option `plan` of
-    the next call whose tensors, the gradients aside, are the same objects: they are not looked at as closely again.
+    Arguments as in SCHEMAS, with the options as one `selection`, a normalisation by its name. What
+    is returned may be the option `plan` of the next call whose tensors, the gradients aside, are
+    the same objects: they are not looked at as closely again.
     """
     known = {"plan": options.pop("plan")} if "plan" in options else {}
     plan = None
@@ -189,16 +246,22 @@ def call(name: str, backend: str, *tensors: Any, **options: Any) -> Any:
             del arguments["selection"]
         else:
             arguments = options | {"normalization": NORMALIZATIONS.index(options["normalization"])}
-        overload = "fallback" if backend == "reference" else "default"  # traced: the operator without compiled kernels
+        # traced: the operator without compiled kernels
+        overload = "fallback" if backend == "reference" else "default"
         getattr(getattr(torch.ops.uegr_kernels, name), overload)(*tensors, **arguments)
-    # Kernels registered outside PyTorch leave the versions alone, and autograd would miss a stale graph.
+    # Kernels registered outside PyTorch leave the versions alone, and autograd would miss a stale
+    # graph.
     written = [tensors[i] for i in WRITTEN[name]] + ([options["out"]] if "out" in options else [])
-    torch.autograd.graph.increment_version([t for group in written for t in (group if isinstance(group, list) else [group])])
+    torch.autograd.graph.increment_version(
+        [t for group in written for t in (group if isinstance(group, list) else [group])]
+    )
     return plan
 
 
 def _valueless(tensors: Tensor | list[Tensor]) -> bool:
-    """Whether there is nothing to compute: on the meta device and among fake tensors, which the operators' fakes are for."""
+    """Whether there is nothing to compute: on the meta device and among fake tensors, which
+    the operators' fakes are for.
+    """
     first = tensors if isinstance(tensors, Tensor) else tensors[0] if tensors else None
     return first is not None and (first.is_meta or isinstance(first, FakeTensor))
 
@@ -211,7 +274,11 @@ def choose(name: str, backend: str, device: torch.device, dtype: torch.dtype) ->
 
 def no_statistics(rows: int, normalization: str, device: torch.device) -> Tensor:
     """Statistics of nothing, for the statistics operator to join others to."""
-    sizes, dtype = ((rows, reference.RANK_BINS), torch.int64) if normalization == "rank" else ((rows, 2), torch.float64)
+    sizes, dtype = (
+        ((rows, reference.RANK_BINS), torch.int64)
+        if normalization == "rank"
+        else ((rows, 2), torch.float64)
+    )
     return _emptied(torch.empty(sizes, dtype=dtype, device=device))
 
 
@@ -222,12 +289,21 @@ def _emptied(statistics: Tensor) -> Tensor:
     return statistics
 
 
-def scope_statistics(parts: list[dict[str, Any]], normalization: str, *, rows: int, cut: shards.Cut, room: dict[Any, Tensor]) -> Tensor:
-    """The statistics of s over the tensors of all parts together (rows=1), or of each tensor of the only part, as the operators take them.
+def scope_statistics(
+    parts: list[dict[str, Any]],
+    normalization: str,
+    *,
+    rows: int,
+    cut: shards.Cut,
+    room: dict[Any, Tensor],
+) -> Tensor:
+    """The statistics of s over the tensors of all parts together (rows=1), or of each tensor of the
+    only part, as the operators take them.
 
-    A part has `grads`, `saliencies`, `layout`, `sizes`, `grad_scale`, a chosen `backend`, and `kept`: None, or lists of the minima and
-    maxima that stand for the tensors (NaN: nothing kept yet). cut: the processes that hold the rest of the tensors (core.shards). The
-    memory is `room`'s, which keeps it.
+    A part has `grads`, `saliencies`, `layout`, `sizes`, `grad_scale`, a chosen `backend`, and
+    `kept`: None, or lists of the minima and maxima that stand for the tensors (NaN: nothing kept
+    yet). cut: the processes that hold the rest of the tensors (core.shards). The memory is
+    `room`'s, which keeps it.
     """
     home = parts[0]["grads"][0].device
     key = normalization, home, rows, cut
@@ -236,20 +312,41 @@ def scope_statistics(parts: list[dict[str, Any]], normalization: str, *, rows: i
     out = _emptied(room[key])
     for part in parts:
         into = out.to(part["grads"][0].device)
-        options = {"layout": part["layout"], "sizes": part["sizes"], "normalization": normalization, "grad_scale": part["grad_scale"]}
-        call("selective_statistics_", part["backend"], part["grads"], part["saliencies"], *(part["kept"] or ([], [])), **options, out=into)
+        options = {
+            "layout": part["layout"],
+            "sizes": part["sizes"],
+            "normalization": normalization,
+            "grad_scale": part["grad_scale"],
+        }
+        call(
+            "selective_statistics_",
+            part["backend"],
+            part["grads"],
+            part["saliencies"],
+            *(part["kept"] or ([], [])),
+            **options,
+            out=into,
+        )
         out = into.to(home)
     shards.join_(out, cut)
     return out
 
 
-def joint_statistics(cuts: dict[shards.Cut, list[dict[str, Any]]], normalization: str, room: dict[Any, Tensor]) -> Tensor:
-    """The statistics over all parts of all cuts together. The reference alone ranks exactly; where a compiled kernel or another process
-    takes part, all share its histogram."""
+def joint_statistics(
+    cuts: dict[shards.Cut, list[dict[str, Any]]], normalization: str, room: dict[Any, Tensor]
+) -> Tensor:
+    """The statistics over all parts of all cuts together. The reference alone ranks exactly; where
+    a compiled kernel or another process takes part, all share its histogram.
+    """
     exactly = normalization == "rank" and list(cuts) == [()] and not torch.compiler.is_compiling()
-    if exactly and all(part["backend"] == "reference" and not _valueless(part["grads"]) for part in cuts[()]):
+    if exactly and all(
+        part["backend"] == "reference" and not _valueless(part["grads"]) for part in cuts[()]
+    ):
         return reference.ordered_saliency(cuts[()])
-    found = [scope_statistics(parts, normalization, rows=1, cut=cut, room=room) for cut, parts in cuts.items()]
+    found = [
+        scope_statistics(parts, normalization, rows=1, cut=cut, room=room)
+        for cut, parts in cuts.items()
+    ]
     if len(found) == 1:
         return found[0]
     rows = torch.cat([row.to(found[0].device) for row in found])

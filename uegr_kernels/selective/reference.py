@@ -1,6 +1,8 @@
-"""The selective step in plain PyTorch: Eq. 7-9 and Algorithm 1, lines 10-13; the specification in code.
+"""The selective step in plain PyTorch: Eq. 7-9 and Algorithm 1, lines 10-13; the specification in
+code.
 
-The functions that end with `_` have the operators' arguments (op.py), the selection as one object; the rest is the mathematics.
+The functions that end with `_` have the operators' arguments (op.py), the selection as one object;
+the rest is the mathematics.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +13,8 @@ from torch import Tensor
 
 from ..core import philox
 
-Place = tuple[int, int, int, int]  # stream, offset, run, stride of a tensor's elements in the unsharded one
+# stream, offset, run, stride of a tensor's elements in the unsharded one
+Place = tuple[int, int, int, int]
 Number = float | Tensor
 
 SMALLEST_PROBABILITY = 2.0**-24  # the step of u
@@ -27,7 +30,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def magnitude(g: Tensor, saliency: Tensor | None) -> tuple[Tensor, Tensor]:
     """|g|, or the root of a given saliency, 0 where not finite; and which elements are finite."""
     finite = g.isfinite() if saliency is None else g.isfinite() & saliency.isfinite()
-    return torch.where(finite, g.abs() if saliency is None else saliency.to(g.dtype).sqrt(), 0), finite
+    return torch.where(
+        finite, g.abs() if saliency is None else saliency.to(g.dtype).sqrt(), 0
+    ), finite
 
 
 def square(g: Tensor, saliency: Tensor | None) -> Tensor:
@@ -39,43 +44,66 @@ def square(g: Tensor, saliency: Tensor | None) -> Tensor:
 def bins(magnitudes: Tensor) -> Tensor:
     """The histogram's bin: the upper 16 bits of the float32 below or at the magnitude."""
     rounded = magnitudes.float()
-    rounded = torch.where(rounded > magnitudes, torch.nextafter(rounded, torch.zeros_like(rounded)), rounded)
+    rounded = torch.where(
+        rounded > magnitudes, torch.nextafter(rounded, torch.zeros_like(rounded)), rounded
+    )
     return rounded.view(torch.int32).long() >> 16
 
 
 def histogram(magnitudes: Tensor, finite: Tensor, layout: Place, size: int) -> Tensor:
     """Counts by bin, over every k-th element of a large tensor, each counting k times."""
     every = size // SAMPLED | 1 if size > SAMPLED else 1
-    taken = finite & (philox.element_indices(finite.numel(), layout[1:], finite.device).view(finite.shape) % every == 0)
+    taken = finite & (
+        philox.element_indices(finite.numel(), layout[1:], finite.device).view(finite.shape) % every
+        == 0
+    )
     return torch.bincount(bins(magnitudes[taken]), minlength=RANK_BINS) * every
 
 
 def extremes(g: Tensor, saliency: Tensor | None) -> Tensor:
-    """Minimum and maximum of s over the finite elements, in double; (inf, -inf) where there is none, so that max - min is negative."""
+    """Minimum and maximum of s over the finite elements, in double; (inf, -inf) where there is
+    none, so that max - min is negative.
+    """
     s = square(g, saliency)[magnitude(g, saliency)[1]].double()
     return torch.stack((s.amin(), s.amax())) if s.numel() else s.new_tensor((torch.inf, -torch.inf))
 
 
-def normalise(g: Tensor, saliency: Tensor | None, statistics: Tensor | None, selection: Any) -> Tensor:
-    """s~ (Eq. 8). `statistics`: (min, max) or a histogram; None: this tensor's own, the rank then exact."""
+def normalise(
+    g: Tensor, saliency: Tensor | None, statistics: Tensor | None, selection: Any
+) -> Tensor:
+    """s~ (Eq. 8). `statistics`: (min, max) or a histogram; None: this tensor's own, the rank
+    then exact.
+    """
     s = square(g, saliency)
     if selection.normalization == "rank":
         magnitudes, finite = magnitude(g, saliency)
         if statistics is None:
             ordered = s[finite].sort().values
-            return (torch.searchsorted(ordered, s.contiguous()) / max(ordered.numel(), 1)).to(s.dtype)
+            return (torch.searchsorted(ordered, s.contiguous()) / max(ordered.numel(), 1)).to(
+                s.dtype
+            )
         if statistics.is_floating_point():  # every finite s of the scope, in order
-            return (torch.searchsorted(statistics, s.double().contiguous()) / max(statistics.numel(), 1)).to(s.dtype)
+            return (
+                torch.searchsorted(statistics, s.double().contiguous()) / max(statistics.numel(), 1)
+            ).to(s.dtype)
         below = statistics.cumsum(0) - statistics
         return (below / statistics.sum().clamp(min=1))[bins(magnitudes)].to(s.dtype)
-    low, high = (extremes(g, saliency) if statistics is None else statistics).to(s.device, s.dtype).clamp(max=torch.finfo(s.dtype).max)
+    low, high = (
+        (extremes(g, saliency) if statistics is None else statistics)
+        .to(s.device, s.dtype)
+        .clamp(max=torch.finfo(s.dtype).max)
+    )
     span = high - low
-    scaled = torch.where(span > 0, ((s - low) if selection.normalization == "minmax" else s) / span, 0)
+    scaled = torch.where(
+        span > 0, ((s - low) if selection.normalization == "minmax" else s) / span, 0
+    )
     return scaled.clamp(0, 1) if selection.statistics == "previous" else scaled
 
 
 def ordered_saliency(batches: list[dict[str, Any]]) -> Tensor:
-    """Every finite s of all tensors in order, in double: what an exact rank over a wider scope needs."""
+    """Every finite s of all tensors in order, in double: what an exact rank over a wider scope
+    needs.
+    """
     found = []
     for batch in batches:
         for i, grad in enumerate(batch["grads"]):
@@ -85,8 +113,12 @@ def ordered_saliency(batches: list[dict[str, Any]]) -> Tensor:
     return torch.cat(found).sort().values
 
 
-def inverse_probability(g: Tensor, saliency: Tensor | None, statistics: Tensor | None, selection: Any) -> Tensor:
-    """1/p = min(1 + exp(z), 1/smallest) with z = d * 2*sharpness*(s~ - threshold) (Eq. 9): no division; 1 where not finite."""
+def inverse_probability(
+    g: Tensor, saliency: Tensor | None, statistics: Tensor | None, selection: Any
+) -> Tensor:
+    """1/p = min(1 + exp(z), 1/smallest) with z = d * 2*sharpness*(s~ - threshold) (Eq. 9): no
+    division; 1 where not finite.
+    """
     if selection.normalization == "constant":
         inverse = torch.full_like(g, 1 / selection.keep_probability)
     else:
@@ -98,22 +130,35 @@ def inverse_probability(g: Tensor, saliency: Tensor | None, statistics: Tensor |
 
 
 def draw(inverse: Tensor, layout: Place, *, seed: int, step: int) -> Tensor:
-    """b: u < p, which is u * (1/p) < 1 without a division. `layout`: stream, offset, run, stride."""
+    """b: u < p, which is u * (1/p) < 1 without a division. `layout`: stream, offset, run,
+    stride.
+    """
     indices = philox.element_indices(inverse.numel(), layout[1:], inverse.device)
     word = philox.words(indices, seed=seed, step=step, stream=layout[0]).view(inverse.shape)
     return philox.uniform(word, inverse.dtype) * inverse < 1
 
 
 def select(
-    g: Tensor, saliency: Tensor | None, statistics: Tensor | None, layout: Place, selection: Any, *, seed: int, step: int
+    g: Tensor,
+    saliency: Tensor | None,
+    statistics: Tensor | None,
+    layout: Place,
+    selection: Any,
+    *,
+    seed: int,
+    step: int,
 ) -> tuple[Tensor, Tensor]:
     """b, and the factor of a selected element: 1/p, or 1 without `rescale`."""
     inverse = inverse_probability(g, saliency, statistics, selection)
-    return draw(inverse, layout, seed=seed, step=step), inverse if selection.rescale else torch.ones_like(inverse)
+    return draw(
+        inverse, layout, seed=seed, step=step
+    ), inverse if selection.rescale else torch.ones_like(inverse)
 
 
 def round_stochastically(x: Tensor, word: Tensor) -> Tensor:
-    """bfloat16 whose mean over a uniform 16-bit word is x: add the word below the kept bits, then cut."""
+    """bfloat16 whose mean over a uniform 16-bit word is x: add the word below the kept bits,
+    then cut.
+    """
     x = x.float()
     cut = (x.view(torch.int32) + word.to(torch.int32)) & -65536
     return torch.where(x.isfinite(), cut.view(torch.float32), x).bfloat16()
@@ -139,14 +184,19 @@ def adamw_line(
     exp_avg.lerp_(g, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)  # type: ignore[arg-type]  # takes a tensor too
     if max_exp_avg_sq is not None:
-        max_exp_avg_sq.copy_(torch.maximum(max_exp_avg_sq.clone(), exp_avg_sq.clone()))  # clones: autograd keeps both
+        # clones: autograd keeps both
+        max_exp_avg_sq.copy_(torch.maximum(max_exp_avg_sq.clone(), exp_avg_sq.clone()))
     second = exp_avg_sq if max_exp_avg_sq is None else max_exp_avg_sq
     denominator = (second.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
     step_size = lr / (1 - beta1**step)
     if isinstance(step_size, Tensor) and step_size.requires_grad:
         theta.addcdiv_(exp_avg.clone(), denominator / -step_size)
     else:
-        theta.addcdiv_(exp_avg.clone() if exp_avg.requires_grad else exp_avg, denominator, value=-float(step_size))
+        theta.addcdiv_(
+            exp_avg.clone() if exp_avg.requires_grad else exp_avg,
+            denominator,
+            value=-float(step_size),
+        )
 
 
 def sgd_line(
@@ -164,7 +214,8 @@ def sgd_line(
     if weight_decay != 0:
         g = g.add(theta, alpha=weight_decay)
     if momentum_buffer is not None:
-        # A buffer starts as -0.0, which no update leaves behind (+ 0.0): its first value is g itself, without dampening.
+        # A buffer starts as -0.0, which no update leaves behind (+ 0.0): its first value is g
+        # itself, without dampening.
         fresh = (momentum_buffer == 0) & momentum_buffer.signbit()
         moved = (momentum_buffer * momentum).add(g, alpha=1 - dampening)
         momentum_buffer.copy_(torch.where(fresh, g, moved) + 0.0)
@@ -177,7 +228,9 @@ def sgd_line(
 
 def layouts(layout: list[int]) -> list[Place]:
     """The flat list of stream, offset, run, stride by tensor."""
-    return [(layout[i], layout[i + 1], layout[i + 2], layout[i + 3]) for i in range(0, len(layout), 4)]
+    return [
+        (layout[i], layout[i + 1], layout[i + 2], layout[i + 3]) for i in range(0, len(layout), 4)
+    ]
 
 
 def unscaled(grad: Tensor, grad_scale: Tensor | None) -> Tensor:
@@ -187,8 +240,14 @@ def unscaled(grad: Tensor, grad_scale: Tensor | None) -> Tensor:
 
 
 def row(statistics: Tensor | None, i: int) -> Tensor | None:
-    """Tensor i's row of the scope's statistics: its own, or the one for all; the ordered s of a scope (one axis) has no rows."""
-    return statistics if statistics is None or statistics.dim() == 1 else statistics[min(i, len(statistics) - 1)]
+    """Tensor i's row of the scope's statistics: its own, or the one for all; the ordered s of
+    a scope (one axis) has no rows.
+    """
+    return (
+        statistics
+        if statistics is None or statistics.dim() == 1
+        else statistics[min(i, len(statistics) - 1)]
+    )
 
 
 def step_(
@@ -211,11 +270,15 @@ def step_(
     selection: Any,
     **options: Any,
 ) -> None:
-    """Algorithm 1, lines 10-13, on every tensor; `moments`: a tuple of states for `line` by tensor. Nothing where `found_inf` is set."""
+    """Algorithm 1, lines 10-13, on every tensor; `moments`: a tuple of states for `line` by
+    tensor. Nothing where `found_inf` is set.
+    """
     if found_inf is not None and found_inf.item():
         return
     options["lr"] = lr if lr_tensor is None else lr_tensor.reshape(())
-    for i, (param, grad, states, place) in enumerate(zip(params, grads, moments, layouts(layout), strict=True)):
+    for i, (param, grad, states, place) in enumerate(
+        zip(params, grads, moments, layouts(layout), strict=True)
+    ):
         dtype = compute_dtype(param.dtype)
         g = unscaled(grad.to(dtype), grad_scale)
         steps[i] += 1
@@ -223,15 +286,24 @@ def step_(
         with torch.no_grad():  # p and b are constants
             statistics = row(scope_statistics, i)
             if selection.statistics == "previous":
-                kept, this = torch.stack((saliency_mins[i], saliency_maxs[i])).to(g.device), extremes(g, None)
-                statistics = torch.where(kept.isnan(), this.to(kept.dtype), kept) if statistics is None else statistics
+                kept, this = (
+                    torch.stack((saliency_mins[i], saliency_maxs[i])).to(g.device),
+                    extremes(g, None),
+                )
+                statistics = (
+                    torch.where(kept.isnan(), this.to(kept.dtype), kept)
+                    if statistics is None
+                    else statistics
+                )
                 saliency_mins[i].copy_(this[0])
                 saliency_maxs[i].copy_(this[1])
             b, factor = select(g, None, statistics, place, selection, seed=seed, step=step)
             word = None
             if any(m is not None and m.dtype == torch.bfloat16 for m in states):
                 indices = philox.element_indices(g.numel(), place[1:], g.device)
-                word = philox.words(indices, seed=seed, step=step, stream=place[0], rounding=True).view(g.shape)
+                word = philox.words(
+                    indices, seed=seed, step=step, stream=place[0], rounding=True
+                ).view(g.shape)
         g = -g if maximize else g
         if selection.target == "gradient":
             g = torch.where(b, g * factor, 0)
@@ -247,7 +319,11 @@ def step_(
             param.copy_(theta)
         for k, (m, value) in enumerate(zip(states, working, strict=True)):
             if m is not None and value is not None and m is not value:
-                m.copy_(value if word is None else round_stochastically(value, word & 0xFFFF if k == 0 else word >> 16))
+                m.copy_(
+                    value
+                    if word is None
+                    else round_stochastically(value, word & 0xFFFF if k == 0 else word >> 16)
+                )
 
 
 def selective_adamw_(
@@ -264,13 +340,22 @@ def selective_adamw_(
     **options: Any,
 ) -> None:
     """AdamW on g~ (target "gradient"), or AdamW's step where b ("update")."""
-    betas = [beta if tensor is None else tensor.reshape(()) for beta, tensor in ((beta1, beta1_tensor), (beta2, beta2_tensor))]
+    betas = [
+        beta if tensor is None else tensor.reshape(())
+        for beta, tensor in ((beta1, beta1_tensor), (beta2, beta2_tensor))
+    ]
     largest: Sequence[Tensor | None] = max_exp_avg_sqs or [None] * len(params)
     moments = [*zip(exp_avgs, exp_avg_sqs, largest, strict=True)]
     step_(adamw_line, params, grads, moments, *kept, beta1=betas[0], beta2=betas[1], **options)
 
 
-def selective_sgd_(params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor], *kept: list[Tensor], **options: Any) -> None:
+def selective_sgd_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    *kept: list[Tensor],
+    **options: Any,
+) -> None:
     """SGD on g~ (target "gradient"), or SGD's step where b ("update")."""
     buffers: Sequence[Tensor | None] = momentum_buffers or [None] * len(params)
     step_(sgd_line, params, grads, [(buffer,) for buffer in buffers], *kept, **options)
@@ -289,7 +374,15 @@ def select_gradients_(
     """g <- b*g/p."""
     for i, (grad, place) in enumerate(zip(grads, layouts(layout), strict=True)):
         g = grad.to(compute_dtype(grad.dtype))
-        b, factor = select(g, saliencies[i] if saliencies else None, row(scope_statistics, i), place, selection, seed=seed, step=step)
+        b, factor = select(
+            g,
+            saliencies[i] if saliencies else None,
+            row(scope_statistics, i),
+            place,
+            selection,
+            seed=seed,
+            step=step,
+        )
         grad.copy_(torch.where(b, g * factor, 0))
 
 
@@ -305,12 +398,16 @@ def selective_statistics_(
     grad_scale: Tensor | None,
     out: Tensor,
 ) -> None:
-    """Joins (min, max) or the histogram of s into `out`: one row for all tensors, or a row each. What is kept stands for its tensor."""
+    """Joins (min, max) or the histogram of s into `out`: one row for all tensors, or a row
+    each. What is kept stands for its tensor.
+    """
     for i, (grad, place) in enumerate(zip(grads, layouts(layout), strict=True)):
         g = unscaled(grad, grad_scale)
         saliency, into = saliencies[i] if saliencies else None, out[min(i, len(out) - 1)]
         if normalization == "rank":
-            into += histogram(*magnitude(g, saliency), place, sizes[i] if sizes else g.numel()).to(out.device)
+            into += histogram(*magnitude(g, saliency), place, sizes[i] if sizes else g.numel()).to(
+                out.device
+            )
         else:
             low, high = extremes(g, saliency).to(out.device)
             if mins:
@@ -319,12 +416,23 @@ def selective_statistics_(
             into.copy_(torch.stack((torch.minimum(into[0], low), torch.maximum(into[1], high))))
 
 
-def selection_probability_(grad: Tensor, saliency: Tensor | None, *, out: Tensor, selection: Any) -> None:
+def selection_probability_(
+    grad: Tensor, saliency: Tensor | None, *, out: Tensor, selection: Any
+) -> None:
     """p of every element."""
     out.copy_(1 / inverse_probability(grad.to(out.dtype), saliency, None, selection))
 
 
-def selection_mask_(grad: Tensor, saliency: Tensor | None, *, out: Tensor, layout: list[int], step: int, seed: int, selection: Any) -> None:
+def selection_mask_(
+    grad: Tensor,
+    saliency: Tensor | None,
+    *,
+    out: Tensor,
+    layout: list[int],
+    step: int,
+    seed: int,
+    selection: Any,
+) -> None:
     """b of every element."""
     g = grad.to(compute_dtype(grad.dtype))
     out.copy_(select(g, saliency, None, layouts(layout)[0], selection, seed=seed, step=step)[0])
