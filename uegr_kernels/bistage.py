@@ -9,11 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import passes as walks
+from .batch_axis import Batch
 from .core import checks
 from .core.backends import BACKENDS
 from .divergence import uegr_loss
-from .passes import Batch, Pass, Runner
+from .passes import (
+    Pass,
+    Runner,
+    dropout_rate,
+    gradient_norms_held,
+    random_state,
+    replayed,
+    synchronisers,
+)
 from .perturbation import fgm_perturbation
 
 
@@ -137,8 +145,8 @@ class BiStage:
         self._runner.check(scale)
         batch = self._runner.take(inputs, labels)
         with self._runner.without_sync():
-            with self._runner.filled(Pass(batch, watched=True)) as walk:
-                clean = self._runner.call(walk)
+            with self._runner.filled(Pass(batch, watched=True)) as pass_:
+                clean = self._runner.call(pass_)
                 # Its adversarial logits being constants, this loss has L_st's gradient.
                 half = uegr_loss(
                     clean, clean.detach()[None], labels, return_parts=True, **self._loss
@@ -146,12 +154,12 @@ class BiStage:
                 (half.loss * scale).backward()
             # a CUDA graph may write the next call's logits over the old
             clean = clean.detach().clone()
-            delta = self._delta(walk)
+            delta = self._delta(pass_)
         groups = self._groups()
         # A wrapper that synchronises allows for one backward after each forward, not for several
         # forwards first.
         again = self.passes_at_once < self.passes or (
-            len(groups) > 1 and bool(walks.synchronisers(self.model))
+            len(groups) > 1 and bool(synchronisers(self.model))
         )
         calls: list[Any] = []  # logits and the slot's content of each
         states = []
@@ -160,7 +168,7 @@ class BiStage:
                 if again:
                     stack.enter_context(self._runner.without_sync())
                     stack.enter_context(torch.no_grad())
-                    states.append(walks.random_state(self.model))
+                    states.append(random_state(self.model))
                 calls.append(self._adversarial(batch, delta, group))
         logits = (
             torch.cat([logits.detach() for logits, _ in calls])
@@ -172,7 +180,7 @@ class BiStage:
         # One backward per call, so that a recompute inside it finds that call's delta and dropout
         # rate.
         with (
-            walks.gradient_norms_held(self.model)
+            gradient_norms_held(self.model)
             if again
             else contextlib.nullcontext(lambda: None) as hold
         ):
@@ -182,11 +190,11 @@ class BiStage:
                 ):
                     if again:
                         hold()
-                        with walks.replayed(states[i]):
+                        with replayed(states[i]):
                             calls[i] = self._adversarial(batch, delta, group)
                     # no graph outlives its backward
-                    (group_logits, walk), calls[i] = calls[i], None
-                    with self._rate(group), self._runner.filled(walk):
+                    (group_logits, pass_), calls[i] = calls[i], None
+                    with self._rate(group), self._runner.filled(pass_):
                         group_logits.backward(logits.grad[group.start : group.stop].flatten(0, 1))
         return BiStageResult(
             parts.loss.detach(), parts.clean_loss, parts.adversarial_loss, parts.divergence, clean
@@ -197,18 +205,20 @@ class BiStage:
 
         inputs, labels  as in `backward`
 
-        delta is data. The clean pass is walked back to the embedding once more than in `backward`.
+        delta is data. The clean pass runs back to the embedding once more than in `backward`.
         All graphs live until the caller's backward(), or, with `passes_at_once` below m, are made
         again in it one by one. A model that recomputes its embedding by activation checkpointing,
         or recomputes dropout layers while `dropout` is set, needs `backward`.
         """
         self._runner.check(1.0)
         batch = self._runner.take(inputs, labels)
-        with self._runner.without_sync(), self._runner.filled(Pass(batch, watched=True)) as walk:
-            clean = self._runner.call(walk)
+        with self._runner.without_sync(), self._runner.filled(Pass(batch, watched=True)) as pass_:
+            clean = self._runner.call(pass_)
             half = uegr_loss(clean, clean.detach()[None], labels, **self._loss)
-            walk.keep(*torch.autograd.grad(half, [walk.edge], retain_graph=True, allow_unused=True))
-        delta = self._delta(walk)
+            pass_.keep(
+                *torch.autograd.grad(half, [pass_.edge], retain_graph=True, allow_unused=True)
+            )
+        delta = self._delta(pass_)
 
         def logits_of(group: range) -> Tensor:
             if self.passes_at_once == self.passes:
@@ -232,7 +242,7 @@ class BiStage:
             "dropout": self.dropout,
             "input_range": self.input_range,
         }
-        own |= {"batch_axis": self._runner.batch_axis, "relative": self._runner.relative}
+        own |= {"batch_axis": self._runner.axes.asked, "relative": self._runner.relative}
         options = ", ".join(
             f"{name}={value!r}" for name, value in (self._perturbation | self._loss | own).items()
         )
@@ -247,13 +257,13 @@ class BiStage:
 
     def _adversarial(self, batch: Batch, delta: Tensor, group: range) -> tuple[Tensor, Pass]:
         """The logits [k*N, C] of k passes in one call, and the slot's content for its backward."""
-        with self._rate(group), self._runner.filled(Pass(batch, delta, watched=False)) as walk:
-            return self._runner.call(walk, len(group)), walk
+        with self._rate(group), self._runner.filled(Pass(batch, delta, watched=False)) as pass_:
+            return self._runner.call(pass_, len(group)), pass_
 
-    def _delta(self, walk: Pass) -> Tensor:
+    def _delta(self, pass_: Pass) -> Tensor:
         """Eq. 2, from the gradient that the clean pass left."""
-        return walk.ascended(
-            functools.partial(fgm_perturbation, mask=walk.mask, **self._perturbation)
+        return pass_.ascended(
+            functools.partial(fgm_perturbation, mask=pass_.mask, **self._perturbation)
         )
 
     def _groups(self) -> list[range]:
@@ -265,9 +275,7 @@ class BiStage:
 
     def _rate(self, group: range) -> contextlib.AbstractContextManager[None]:
         """Every dropout layer at the rate of these passes."""
-        return walks.dropout_rate(
-            self.model, None if self.dropout is None else self.dropout[group.start]
-        )
+        return dropout_rate(self.model, None if self.dropout is None else self.dropout[group.start])
 
     def _check_options(self) -> None:
         """Each option is checked by the function it is for, on one row of zeros; a named

@@ -1,5 +1,5 @@
-"""How a model is called, by BiStage and by the recipes: inputs, logits, the hook on the
-embedding, and what is held while a pass runs.
+"""Passes through a model, for BiStage and the recipes: the hook on the embedding, the logits, and
+what is held while a pass runs.
 """
 
 import contextlib
@@ -9,65 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .batch_axis import Batch, BatchAxis
 from .core import checks
 from .core.backends import DTYPES
 from .dropout import AdaptiveDropout
+from .perturbation import masked
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, AdaptiveDropout)
-
-
-class Batch:
-    """What the passes of one batch share: how many rows it has, and along which axes they lie.
-
-    inputs, labels  by name, or by position where not `by_name`;  rows  N, one label each;  mask
-        the inputs' `attention_mask`
-    axis            of the embedding's output that is the batch; None: not found yet
-        (`Runner.settle`)
-    inputs_axis     of the inputs that is the batch;  length  of the embedding's output along its
-        other axis
-    relative        perturbations are measured in multiples of the L2 norm of a sample's embeddings
-    keeps_output    what the embedding gave is read after the pass, in which the model may write
-        into it
-    """
-
-    def __init__(self, inputs: Any, labels: Tensor, *, relative: bool) -> None:
-        self.labels, self.relative, self.keeps_output = labels, relative, relative
-        self.by_name = isinstance(inputs, Mapping)
-        self.inputs: dict[Any, Any] = dict(
-            inputs
-            if self.by_name
-            else enumerate(inputs if isinstance(inputs, tuple | list) else (inputs,))
-        )
-        self.mask: Tensor | None = inputs.get("attention_mask") if self.by_name else None
-        self.rows = labels.shape[0]
-        self.axis: int | None = None
-        self.inputs_axis, self.length = 0, -1
-
-    def first(self, x: Tensor) -> Tensor:
-        """The embedding's output, or what has its axes, with the batch first; what is so
-        already, as the model has it.
-        """
-        return x.transpose(0, 1) if self.axis == 1 else x
-
-    def repeated(self, name: Any, value: Any, repeats: int) -> Any:
-        """One input, of so many copies of the batch; a value without the batch's rows is
-        passed on.
-        """
-        if not isinstance(value, Tensor) or value.dim() == 0:
-            return value
-        second = (
-            self.inputs_axis == 1
-            and value.dim() > 1
-            and value.shape[1] == self.rows
-            and name != "attention_mask"
-        )
-        if second and (value.shape[0] == self.length or value.shape[0] != self.rows):
-            return value.repeat(1, repeats, *[1] * (value.dim() - 2))
-        return (
-            value.repeat(repeats, *[1] * (value.dim() - 1))
-            if value.shape[0] == self.rows
-            else value
-        )
 
 
 class Pass:
@@ -235,10 +183,7 @@ class Runner:
             ends = tuple(input_range) if isinstance(input_range, Iterable) else ()
             if not (len(ends) == 2 and all(map(checks.is_number, ends)) and ends[0] < ends[1]):
                 raise ValueError(f"input_range={input_range!r}; pass (low, high) with low < high")
-        if batch_axis is not None:
-            batch_axis = checks.integer("batch_axis", batch_axis)
-        if batch_axis not in (None, 0, 1):
-            raise ValueError(f"batch_axis={batch_axis} is not one of its values; pass 0, 1 or None")
+        axes = BatchAxis(batch_axis)
         relative = checks.flag("relative", relative)
         if relative and norm in ("", "linf"):
             why = (
@@ -258,9 +203,7 @@ class Runner:
                 "step; wrap the model without static_graph"
             )
         self.model, self.embedding, self.input_range = model, embedding, input_range
-        self.batch_axis, self.relative, self.perturbs = batch_axis, relative, bool(norm)
-        # axis and inputs_axis of a batch that left no doubt
-        self._known: tuple[int, int] | None = None
+        self.axes, self.relative, self.perturbs = axes, relative, bool(norm)
         self._slot: Pass | None = None
         self.closed = False
         self._hook = (
@@ -295,22 +238,22 @@ class Runner:
         self.closed = True
 
     @contextlib.contextmanager
-    def filled(self, walk: Pass) -> Iterator[Pass]:
+    def filled(self, pass_: Pass) -> Iterator[Pass]:
         """The pass is on: its forward, and its backward where that may recompute the embedding."""
-        self._slot = walk
+        self._slot = pass_
         try:
-            yield walk
+            yield pass_
         finally:
             self._slot = None
 
     def _on_embedding(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        walk = self._slot
-        if walk is None:
+        pass_ = self._slot
+        if pass_ is None:
             return None
-        walk.calls += walk.forward
-        if walk.calls > 1:
+        pass_.calls += pass_.forward
+        if pass_.calls > 1:
             raise RuntimeError(
                 "the embedding was called twice in one pass, and delta is for one call; pass a "
                 "module that is called once"
@@ -321,19 +264,19 @@ class Runner:
                 f"the embedding returned {_kind(output)}; pass the module whose output "
                 "is the floating tensor to perturb"
             )
-        walk.given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        pass_.given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         if (
-            walk.repeats > 1
+            pass_.repeats > 1
             and isinstance(module, nn.EmbeddingBag)
-            and all(value.dim() == 1 for value in walk.given)
+            and all(value.dim() == 1 for value in pass_.given)
         ):
             raise ValueError(
                 "bags that begin at offsets cannot be repeated: copies of the offsets "
                 "are no offsets of copies"
             )
-        if walk.batch.axis is None and walk.delta is not None:
-            self.settle(walk.batch, output, walk.given)
-        return walk.visit(output)
+        if pass_.batch.axis is None and pass_.delta is not None:
+            self.axes.settle(pass_.batch, output, pass_.given)
+        return pass_.visit(output)
 
     def _of_encoder(self, more: str = "") -> str:
         """Words on which embedding to pass, for a Transformers model that has two."""
@@ -365,74 +308,10 @@ class Runner:
             )
         return batch
 
-    def settle(self, batch: Batch, x: Tensor, given: list[Tensor]) -> None:
-        """Finds the batch's axes from the embedding's output x and what it was called with;
-        checks the mask.
-        """
-        shape, n, asked = list(x.shape), batch.rows, self.batch_axis
-        # of [N, d] the second is no batch
-        fits = [axis for axis in (0, 1) if x.dim() > 2 * axis and shape[axis] == n]
-        if not fits or asked not in (None, *fits):
-            raise ValueError(
-                f"the embedding's output is {shape} and the labels are for {n} rows, which "
-                + ("its first two axes are not" if not fits else f"axis batch_axis={asked} is not")
-                + "; give one label a row, and an embedding whose output has the batch as its "
-                "first axis, or as its second (batch_axis=1)"
-            )
-        doubtful, axis, inputs_axis = len(fits) == 2, fits[0], 0
-        if not doubtful:
-            batch.length = shape[1 - axis] if x.dim() > 2 else -1
-            turned = (batch.length, n)
-            inputs_axis = int(
-                batch.length >= 0
-                and turned in [value.shape[:2] for value in _tensors(batch.inputs)]
-            )
-            self._known = axis, inputs_axis
-        else:
-            batch.length = n
-            as_inputs = None if self._known else _as_inputs(given, batch.inputs)
-            # For one text of one word the axes differ only in where copies go; `_perturb` tells if
-            # that guess was wrong.
-            if asked is None and self._known is None and as_inputs is None and n > 1:
-                raise ValueError(
-                    f"the embedding's output is {shape} for {n} rows: either of its first two axes "
-                    "can be the batch; pass batch_axis=0, or "
-                    "batch_axis=1 for a model that looks words up time-first"
-                )
-            axis = (
-                asked
-                if asked is not None
-                else self._known[0]
-                if self._known
-                else int(as_inputs is False)
-            )
-            if self._known and self._known[0] == axis:
-                inputs_axis = self._known[1]
-            elif as_inputs is not None:
-                inputs_axis = axis if as_inputs else 1 - axis
-        batch.axis, batch.inputs_axis = axis, inputs_axis
-        mask = batch.mask
-        if mask is not None and (
-            not isinstance(mask, Tensor)
-            or mask.shape != batch.first(x).shape[:2]
-            or mask.dim() != 2
-        ):
-            its = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(
-                f"attention_mask is {its}, and the embedding's output, batch first, "
-                f"{tuple(batch.first(x).shape)}; give [N, T], "
-                "nonzero where a token is real"
-            )
-        if mask is not None and mask.device != x.device:
-            raise ValueError(
-                f"attention_mask is on {mask.device} and the embedding's output on "
-                f"{x.device}; move it with .to()"
-            )
-
-    def call(self, walk: Pass, repeats: int = 1) -> Tensor:
+    def call(self, pass_: Pass, repeats: int = 1) -> Tensor:
         """One call of the model on `repeats` copies of the batch; returns logits [repeats*N, C]."""
-        batch, walk.repeats = walk.batch, repeats
-        walk.differentiable = torch.is_grad_enabled() and (
+        batch, pass_.repeats = pass_.batch, repeats
+        pass_.differentiable = torch.is_grad_enabled() and (
             self.perturbs or self.embedding is not None
         )
         values = batch.inputs
@@ -440,17 +319,17 @@ class Runner:
             values = {name: batch.repeated(name, value, repeats) for name, value in values.items()}
         if self.embedding is None:
             name, values = _floating(values), dict(values)
-            walk.given = [values[name]]
-            if batch.axis is None and walk.delta is not None:
-                self.settle(batch, values[name], walk.given)
-            values[name] = walk.visit(values[name])
-            if walk.delta is not None and self.input_range is not None:
+            pass_.given = [values[name]]
+            if batch.axis is None and pass_.delta is not None:
+                self.axes.settle(batch, values[name], pass_.given)
+            values[name] = pass_.visit(values[name])
+            if pass_.delta is not None and self.input_range is not None:
                 values[name] = values[name].clamp(*self.input_range)
-            walk.calls = 1
+            pass_.calls = 1
         try:
             output = self.model(**values) if batch.by_name else self.model(*values.values())
-            walk.forward = False
-            if walk.calls == 0:
+            pass_.forward = False
+            if pass_.calls == 0:
                 raise RuntimeError(
                     "the hook on the embedding did not run in this pass: the model does not call "
                     "the embedding, or was compiled before "
@@ -464,8 +343,8 @@ class Runner:
                 remedy = "passes_at_once=1 calls the model on the batch as it is"
                 error.args = (f"{error}\n(in a call on {repeats} copies of the batch; {remedy})",)
             raise
-        if batch.axis is None and walk.watched and self.perturbs:
-            self.settle(batch, walk.seen, walk.given)
+        if batch.axis is None and pass_.watched and self.perturbs:
+            self.axes.settle(batch, pass_.seen, pass_.given)
         return logits
 
     @contextlib.contextmanager
@@ -488,15 +367,6 @@ def _switched_off(model: Any) -> Iterator[None]:
         yield
     finally:
         model.set_requires_gradient_sync(True)
-
-
-def masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x [N, T, ...] where mask [N, T] is not zero, else 0; x for None."""
-    return (
-        x
-        if mask is None
-        else torch.where((mask != 0).reshape(*mask.shape, *[1] * (x.dim() - mask.dim())), x, 0)
-    )
 
 
 def synchronisers(model: Any) -> list[Any]:
@@ -637,39 +507,6 @@ def _floating(inputs: dict[Any, Any]) -> Any:
             f"{len(names)}; pass one, or name an embedding"
         )
     return names[0]
-
-
-def _tensors(inputs: dict[Any, Any]) -> list[Tensor]:
-    """The inputs that can have a batch and a length."""
-    return [value for value in inputs.values() if isinstance(value, Tensor) and value.dim() > 1]
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # it looks at values
-def _as_inputs(given: list[Tensor], inputs: dict[Any, Any]) -> bool | None:
-    """Whether what a module was called with has its first two axes in the order of the inputs;
-    None: nobody can tell.
-    """
-    found = set()
-    for x in given:
-        for value in _tensors(inputs):
-            if x is value:
-                return True
-            if x.dim() > 1 and x.shape[:2] != (1, 1):
-                if x.is_set_to(value):
-                    return True
-                if x.transpose(0, 1).is_set_to(value):
-                    return False
-                straight, turned = _same_rows(x, value), _same_rows(x.transpose(0, 1), value)
-                if straight != turned:
-                    found.add(straight)
-    return found.pop() if len(found) == 1 else None
-
-
-def _same_rows(x: Tensor, y: Tensor) -> bool:
-    """Whether the rows of one begin as those of the other do, whatever shape they have."""
-    x, y = x.flatten(1), y.to(x.device).flatten(1)
-    shared = min(x.shape[1], y.shape[1])
-    return len(x) == len(y) and bool((x[:, :shared] == y[:, :shared]).all())
 
 
 def _logits(output: Any) -> Tensor:

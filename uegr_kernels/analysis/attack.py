@@ -1,4 +1,4 @@
-"""Accuracy under white-box attacks on the embeddings (UEGR Fig. 2b; METHODS 4)."""
+"""Accuracy under white-box attacks on the embeddings (UEGR Fig. 2b; docs/methods.md, section 4)."""
 
 import dataclasses
 import functools
@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..batch_axis import Batch
 from ..core import checks
-from ..passes import Batch, Pass, Runner, masked
-from ..perturbation import fgm_perturbation, pgd_step
+from ..passes import Pass, Runner
+from ..perturbation import fgm_perturbation, masked, pgd_step
 from .watching import held, picture
 
 STRENGTHS = (0.01, 0.25, 0.5)  # weak, medium, strong
@@ -181,10 +182,10 @@ def _deltas(
                 functools.partial(fgm_perturbation, epsilon=length, **options), noise
             )
         for _ in range(steps):
-            _, walk = _seen(runner, clean.batch, delta)
+            _, pass_ = _seen(runner, clean.batch, delta)
             sizes: dict[str, Any] = dict(step_size=2.5 * epsilon / steps, radius=epsilon)
-            delta = walk.ascended(
-                functools.partial(pgd_step, walk.measured(delta), **sizes, **options)
+            delta = pass_.ascended(
+                functools.partial(pgd_step, pass_.measured(delta), **sizes, **options)
             )
         found.append(delta)
     return found
@@ -194,8 +195,8 @@ def _seen(runner: Runner, batch: Batch, delta: Tensor | None) -> tuple[Tensor, P
     """Logits, and a pass that knows the gradient at the embedding; a sum over samples, so that
     none depends on its batch.
     """
-    with runner.filled(Pass(batch, delta, watched=True)) as walk:
-        logits = runner.call(walk)
+    with runner.filled(Pass(batch, delta, watched=True)) as pass_:
+        logits = runner.call(pass_)
         wrong = batch.labels[
             ((batch.labels < 0) | (batch.labels >= logits.shape[1])) & (batch.labels != IGNORED)
         ]
@@ -207,10 +208,10 @@ def _seen(runner: Runner, batch: Batch, delta: Tensor | None) -> tuple[Tensor, P
         loss = torch.nn.functional.cross_entropy(
             logits.float(), batch.labels.long(), ignore_index=IGNORED, reduction="sum"
         )
-        walk.keep(*torch.autograd.grad(loss, [walk.edge], allow_unused=True))
-    return logits.detach(), walk
+        pass_.keep(*torch.autograd.grad(loss, [pass_.edge], allow_unused=True))
+    return logits.detach(), pass_
 
 
 def _logits(runner: Runner, batch: Batch, delta: Tensor) -> Tensor:
-    with torch.no_grad(), runner.filled(Pass(batch, delta, watched=False)) as walk:
-        return runner.call(walk)
+    with torch.no_grad(), runner.filled(Pass(batch, delta, watched=False)) as pass_:
+        return runner.call(pass_)

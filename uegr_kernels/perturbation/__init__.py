@@ -2,6 +2,6 @@
 masks).
 """
 
-from .api import fgm_perturbation, perturbed_weights, pgd_step
+from .api import fgm_perturbation, masked, perturbed_weights, pgd_step
 
-__all__ = ["fgm_perturbation", "perturbed_weights", "pgd_step"]
+__all__ = ["fgm_perturbation", "masked", "perturbed_weights", "pgd_step"]

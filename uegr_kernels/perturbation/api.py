@@ -14,6 +14,8 @@ from . import op
 
 CONSTANT = "its result is a constant; give it tensors that are detached, such as grad.detach()"
 
+masked = op.reference.masked
+
 
 def fgm_perturbation(
     grad: Tensor,

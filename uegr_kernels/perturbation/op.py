@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core import backends as backends
-from . import reference
+from . import reference as reference
 
 _triton = functools.partial(backends.triton_kernels, __package__)
 

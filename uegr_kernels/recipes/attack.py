@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core import checks
-from ..passes import Pass, masked
-from ..perturbation import fgm_perturbation, pgd_step
+from ..passes import Pass
+from ..perturbation import fgm_perturbation, masked, pgd_step
 from .recipe import PassRecipe
 
 Start = Callable[[Tensor], Tensor]  # from the embedding's output to the first delta
@@ -88,7 +88,7 @@ class AttackRecipe(PassRecipe):
 
 
 def climb(
-    walk: Pass, *, step_size: float, radius: float, norm: str, per: str, backend: str
+    pass_: Pass, *, step_size: float, radius: float, norm: str, per: str, backend: str
 ) -> Tensor:
     """`pgd_step` from a pass's delta along its gradient, with one norm more.
 
@@ -96,12 +96,12 @@ def climb(
     """
 
     def step(g: Tensor) -> Tensor:
-        delta = torch.zeros_like(g) if walk.delta is None else walk.measured(walk.delta)
+        delta = torch.zeros_like(g) if pass_.delta is None else pass_.measured(pass_.delta)
         if norm != "max":
             options: dict[str, Any] = dict(step_size=step_size, radius=radius, norm=norm, per=per)
-            return pgd_step(delta, g, mask=walk.mask, **options, backend=backend)
+            return pgd_step(delta, g, mask=pass_.mask, **options, backend=backend)
         wide = torch.promote_types(g.dtype, torch.float32)
-        masked_g = masked(g.to(wide), walk.mask)
+        masked_g = masked(g.to(wide), pass_.mask)
         axes = {"sample": tuple(range(1, g.dim())), "token": (-1,), "all": tuple(range(g.dim()))}[
             per
         ]
@@ -109,7 +109,7 @@ def climb(
         direction = torch.where((largest > 0) & largest.isfinite(), masked_g / largest, 0)
         return (delta.to(wide) + step_size * direction).clamp(-radius, radius).to(delta.dtype)
 
-    return walk.ascended(step)
+    return pass_.ascended(step)
 
 
 def drawn_apart() -> Callable[[Tensor], torch.Generator]:

@@ -37,8 +37,8 @@ class _Penalised(PassRecipe):
         super().__init__(model, embedding, optimizer, **options)
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
-        with self._pass() as walk:
-            parts = self._label_loss(self._runner.call(walk), labels)
+        with self._pass() as pass_:
+            parts = self._label_loss(self._runner.call(pass_), labels)
             of_tensors = [
                 whole(self._penalty(p)).to(parts.loss)
                 for p in self.model.parameters()

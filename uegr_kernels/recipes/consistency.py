@@ -53,11 +53,11 @@ class RDrop(PassRecipe):
     ) -> dict[str, Tensor]:
         """Two passes at delta and one backward of both, the last of the step."""
         # the pass that announces the backward to a synchronising wrapper comes first:
-        with self._pass(delta) as walk:
+        with self._pass(delta) as pass_:
             # it may write into buffers that the other's graph has saved
-            first = self._runner.call(walk)
-        with self._runner.without_sync(), self._pass(delta) as walk:
-            second = self._runner.call(walk)
+            first = self._runner.call(pass_)
+        with self._runner.without_sync(), self._pass(delta) as pass_:
+            second = self._runner.call(pass_)
         parts = uegr_loss(
             first.detach(),
             [first, second],
@@ -69,8 +69,8 @@ class RDrop(PassRecipe):
         divergence = symmetric_divergence(
             first, second, labels, self.reduction, **self._loss_options
         )
-        with self._pass(delta) as walk:  # for a model that recomputes its embedding
-            walk.forward = False
+        with self._pass(delta) as pass_:  # for a model that recomputes its embedding
+            pass_.forward = False
             ((parts.loss + self.alpha * divergence) * scale).backward()
         loss = parts.adversarial_loss + self.alpha * divergence.detach()
         return {
@@ -143,9 +143,9 @@ class RAT(RDrop):
         super().__init__(model, embedding, optimizer, **options)
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
-        clean, walk = self._descend(labels, scale, watched=True)
-        options: dict[str, Any] = dict(mask=walk.mask, backend=self.backend, **self._perturbation)
-        delta = walk.ascended(functools.partial(fgm_perturbation, **options))
+        clean, pass_ = self._descend(labels, scale, watched=True)
+        options: dict[str, Any] = dict(mask=pass_.mask, backend=self.backend, **self._perturbation)
+        delta = pass_.ascended(functools.partial(fgm_perturbation, **options))
         losses = self._pair(labels, scale, delta)
         return losses | {"loss": clean + losses["loss"], "clean_loss": clean}
 

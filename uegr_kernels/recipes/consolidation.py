@@ -70,8 +70,8 @@ class WeightConsolidation(Plain):
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         if self.form != "penalty":
             return super()._backward(inputs, labels, scale)
-        with self._pass() as walk:
-            parts = self._label_loss(self._runner.call(walk), labels)
+        with self._pass() as pass_:
+            parts = self._label_loss(self._runner.call(pass_), labels)
             of_tensors = [
                 whole(_squared_distance(p, p0)).to(parts.loss)
                 for p, p0 in zip(self._weights, self.origin, strict=True)

@@ -66,13 +66,13 @@ class FreeLB(PassRecipe):
             for step in range(1, self.steps + 1):
                 last = step == self.steps
                 with draw():
-                    loss, walk = self._descend(
+                    loss, pass_ = self._descend(
                         labels, scale, delta, weight=1 / self.steps, watched=not last, last=last
                     )
                 losses.append(loss)
                 if not last:
                     delta = climb(
-                        walk,
+                        pass_,
                         step_size=self.adv_lr,
                         radius=radius,
                         norm=self.norm,
@@ -145,11 +145,11 @@ class FreeAT(PassRecipe):
             )
         delta: Any = self._start(mask, len(labels))
         for _ in range(self.steps):
-            loss, walk = self._descend(labels, scale, delta, watched=True, last=True)
+            loss, pass_ = self._descend(labels, scale, delta, watched=True, last=True)
             losses.append(loss)
             self._update(optimizer, scale)
             delta = climb(
-                walk,
+                pass_,
                 step_size=self.step_size,
                 radius=self.epsilon,
                 norm=self.norm,
@@ -157,7 +157,7 @@ class FreeAT(PassRecipe):
                 backend=self.backend,
             )
         if self.persistent:
-            delta = walk.measured(delta)
+            delta = pass_.measured(delta)
             self.delta = (
                 delta if self.delta is None else torch.cat([delta, self.delta[len(delta) :]])
             )

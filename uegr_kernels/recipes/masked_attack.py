@@ -107,9 +107,9 @@ class DropAttack(PassRecipe):
                 options = dict(
                     weight=1 / self.steps, watched=not last, last=last and not self.weights
                 )
-                of_this, walk = self._descend(labels, scale, delta, **options)
+                of_this, pass_ = self._descend(labels, scale, delta, **options)
                 of_input.append(of_this)
-                g_x = g_x if last else g_x + walk.gradient
+                g_x = g_x if last else g_x + pass_.gradient
             if self.weights:
                 options = dict(
                     gradients=g_w,

@@ -223,11 +223,11 @@ class PassRecipe(Recipe):
         """
         with (
             contextlib.nullcontext() if last else self._runner.without_sync(),
-            self._pass(delta, watched=watched) as walk,
+            self._pass(delta, watched=watched) as pass_,
         ):
-            parts = self._label_loss(self._runner.call(walk), labels)
+            parts = self._label_loss(self._runner.call(pass_), labels)
             (parts.loss * weight * scale).backward()
-        return parts.clean_loss, walk
+        return parts.clean_loss, pass_
 
     def _ascend(
         self,
@@ -243,11 +243,11 @@ class PassRecipe(Recipe):
         with (
             self._runner.without_sync(),
             buffers_held(self.model),
-            self._pass(delta, watched=True, at=at) as walk,
+            self._pass(delta, watched=True, at=at) as pass_,
         ):
-            parts = self._label_loss(self._runner.call(walk), labels)
-            walk.keep(*torch.autograd.grad(parts.loss * scale, [walk.edge], allow_unused=True))
-        return walk
+            parts = self._label_loss(self._runner.call(pass_), labels)
+            pass_.keep(*torch.autograd.grad(parts.loss * scale, [pass_.edge], allow_unused=True))
+        return pass_
 
     def _weight_gradients(
         self,
@@ -265,9 +265,9 @@ class PassRecipe(Recipe):
         # Asked for the embedding's gradient too, reentrant checkpointing refuses; else it gives its
         # weights none, without a word.
         watched = self._runner.embedding is not None
-        with self._runner.without_sync(), held, self._pass(delta, watched=watched) as walk:
-            parts = self._label_loss(self._runner.call(walk), labels)
-            reached = [*weights, walk.edge] if watched else weights
+        with self._runner.without_sync(), held, self._pass(delta, watched=watched) as pass_:
+            parts = self._label_loss(self._runner.call(pass_), labels)
+            reached = [*weights, pass_.edge] if watched else weights
             found: Sequence[Tensor | None] = torch.autograd.grad(
                 parts.loss * scale, reached, allow_unused=True
             )
@@ -285,9 +285,9 @@ class PassRecipe(Recipe):
     ) -> Iterator[Pass]:
         with (
             dropout_rate(self.model, self.dropout),
-            self._runner.filled(Pass(self._batch, delta, watched=watched, at=at)) as walk,
+            self._runner.filled(Pass(self._batch, delta, watched=watched, at=at)) as pass_,
         ):
-            yield walk
+            yield pass_
 
     @contextlib.contextmanager
     def _draws(self, same: bool) -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]]:

@@ -192,19 +192,19 @@ class ARAT(AttackRecipe):
         with self._draws(self.same_draw) as draw:
             delta = self._attack(labels, scale, draw)
             held = self._runner.without_sync() if self.stop_gradient else contextlib.nullcontext()
-            with held, draw(), self._clean(), self._pass() as walk:
-                clean, features = self._recorded(labels, walk)
+            with held, draw(), self._clean(), self._pass() as pass_:
+                clean, features = self._recorded(labels, pass_)
                 if self.stop_gradient:  # its graph goes before the other's comes
                     (clean.loss * weight * scale).backward()
                     features = [f.detach() for f in features]
             held = contextlib.nullcontext() if self.stop_gradient else self._runner.without_sync()
             with draw():
-                with held, self._pass(delta) as walk:
-                    adversarial, of_adversarial = self._recorded(labels, walk)
+                with held, self._pass(delta) as pass_:
+                    adversarial, of_adversarial = self._recorded(labels, pass_)
                 invariance = self._invariance(of_adversarial, features)
                 term = adversarial_weight * adversarial.loss + self.invariance_weight * invariance
-                with self._pass(delta if self.stop_gradient else recomputed) as walk:
-                    walk.forward = False
+                with self._pass(delta if self.stop_gradient else recomputed) as pass_:
+                    pass_.forward = False
                     (
                         (term if self.stop_gradient else term + weight * clean.loss) * scale
                     ).backward()
@@ -238,8 +238,8 @@ class ARAT(AttackRecipe):
             with torch.no_grad(), self._runner.without_sync(), self._clean():
                 for inputs, labels in self.recent:
                     self._batch = self._runner.take(inputs, labels)
-                    with self._pass() as walk:
-                        guesses = self._runner.call(walk).argmax(1)
+                    with self._pass() as pass_:
+                        guesses = self._runner.call(pass_).argmax(1)
                     truth = labels.argmax(1) if labels.is_floating_point() else labels
                     counted = self._counted(labels)
                     right, rows = (
@@ -286,13 +286,13 @@ class ARAT(AttackRecipe):
         counted: Tensor = labels != self._loss_options["ignore_index"]
         return counted
 
-    def _recorded(self, labels: Tensor, walk: Pass) -> tuple[Any, list[Tensor]]:
+    def _recorded(self, labels: Tensor, pass_: Pass) -> tuple[Any, list[Tensor]]:
         """Losses of one call of the model, and the features of every layer [n, d] for the n
         rows that are not ignored.
         """
         outputs = self._features.seen = {}
         try:
-            logits = self._runner.call(walk)
+            logits = self._runner.call(pass_)
         finally:
             self._features.seen = None
         if len(outputs) < len(self._layers):
@@ -302,7 +302,7 @@ class ARAT(AttackRecipe):
             )
         counted = self._counted(labels)
         features = [
-            _pooled(layer, outputs[i], walk)[counted] for i, layer in enumerate(self._layers)
+            _pooled(layer, outputs[i], pass_)[counted] for i, layer in enumerate(self._layers)
         ]
         return self._label_loss(logits, labels), features
 
@@ -403,9 +403,9 @@ def _predictor(width: int) -> nn.Module:
     )
 
 
-def _pooled(layer: nn.Module, output: Tensor, walk: Pass) -> Tensor:
+def _pooled(layer: nn.Module, output: Tensor, pass_: Pass) -> Tensor:
     """[N, d]: the mean over places after ReLU; over the real tokens where the places are tokens."""
-    x, batch, mask = output.relu(), walk.batch, walk.mask
+    x, batch, mask = output.relu(), pass_.batch, pass_.mask
     if x.dim() == 2:
         return x
     if isinstance(layer, CHANNELS_SECOND):

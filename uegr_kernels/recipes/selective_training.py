@@ -86,17 +86,17 @@ class RoAST(SaliencyRecipe):
             clean.batch.keeps_output |= self.detach_embedding
             z0 = self._runner.call(clean)
         at = clean.seen if self.detach_embedding else None
-        walk = self._ascend(labels, scale, tiny_noise(self.noise, clean.mask), at=at)
+        pass_ = self._ascend(labels, scale, tiny_noise(self.noise, clean.mask), at=at)
         delta = climb(
-            walk,
+            pass_,
             step_size=self.epsilon,
             radius=float("inf"),
             norm=self.norm,
             per="token",
             backend=self.backend,
         )
-        with self._runner.without_sync(), self._pass(delta, at=at) as walk:
-            z1 = self._runner.call(walk)
+        with self._runner.without_sync(), self._pass(delta, at=at) as pass_:
+            z1 = self._runner.call(pass_)
         if self.form == "paper":
             parts = uegr_loss(
                 z0, [z1], labels, return_parts=True, **self._loss_options, backend=self.backend
@@ -111,8 +111,8 @@ class RoAST(SaliencyRecipe):
         divergence = symmetric_divergence(
             z0, z1, labels, "mean" if self.form == "paper" else "sum", **self._loss_options
         )
-        with self._pass(recomputed) as walk:
-            walk.forward = False
+        with self._pass(recomputed) as pass_:
+            pass_.forward = False
             ((term + self.kl_weight * divergence) * scale).backward()
         of_labels = sum(losses.values()) / (1 if self.form == "paper" else 2)
         return {

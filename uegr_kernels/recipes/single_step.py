@@ -47,13 +47,13 @@ class AT(PassRecipe):
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         losses = {}
         if self.clean_weight:
-            losses["clean_loss"], walk = self._descend(
+            losses["clean_loss"], pass_ = self._descend(
                 labels, scale, weight=self.clean_weight, watched=True
             )
         else:
-            walk = self._ascend(labels, scale)
-        options: dict[str, Any] = dict(mask=walk.mask, backend=self.backend, **self._perturbation)
-        delta = walk.ascended(functools.partial(fgm_perturbation, **options))
+            pass_ = self._ascend(labels, scale)
+        options: dict[str, Any] = dict(mask=pass_.mask, backend=self.backend, **self._perturbation)
+        delta = pass_.ascended(functools.partial(fgm_perturbation, **options))
         losses["adversarial_loss"], _ = self._descend(labels, scale, delta, last=True)
         return {
             "loss": self.clean_weight * losses.get("clean_loss", 0.0) + losses["adversarial_loss"],
