@@ -522,7 +522,7 @@ def step(
     losses = recipe.backward(inputs, labels)
     before = _nonzero(recipe.model) if count else 0
     recipe.before_step()
-    if settings.method != "free_at":  # which steps by itself
+    if not recipe.steps_itself:
         optimizer.step()
     recipe.after_step()
     return losses, before

@@ -167,8 +167,7 @@ class Runner:
         relative: bool = False,
         norm: str = "",
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model is a {type(model).__name__}; pass the nn.Module to train")
+        check_model(model)
         if embedding is not None and all(module is not embedding for module in model.modules()):
             raise ValueError(
                 "embedding is not a module of model; pass the one the model calls, "
@@ -358,6 +357,12 @@ class Runner:
                     part.no_sync() if hasattr(part, "no_sync") else _switched_off(part)
                 )
             yield
+
+
+def check_model(model: Any) -> None:
+    """Raises TypeError for what is no nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; pass the nn.Module to train")
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .backends import BACKENDS
 from .backends import DTYPES as DTYPES
 
 PLAIN = frozenset((float, int))  # types that are numbers at first sight
@@ -81,6 +82,15 @@ def choice(name: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(
             f"{name}={value!r} is not one of its values; use {', '.join(map(repr, choices))}"
+        )
+
+
+def backend(value: Any) -> None:
+    """Raises ValueError for what is not the name of a backend."""
+    if value != "auto" and value not in BACKENDS:
+        raise ValueError(
+            f"backend={value!r} is not a backend; use one of 'auto', "
+            f"{', '.join(map(repr, BACKENDS))}"
         )
 
 

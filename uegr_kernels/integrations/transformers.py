@@ -14,13 +14,12 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForSequenceClassification
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils import import_utils, is_sagemaker_mp_enabled
 
-from .. import recipes
 from ..analysis.selection import share_selected
 from ..divergence import uegr_loss
+from ..recipes.registry import RECIPES
 from ..selective import SelectiveAdamW
 
-# whose update is a selection; the others' is AdamW's
-SELECTIVE = ("uegr", "r_at_su", "child_tuning_f")
+# of a SelectiveAdamW that is AdamW
 NEUTRAL = {"normalization": "constant", "keep_probability": 1.0}
 STATE = "recipe.pt"  # in a checkpoint's folder
 # of the state, what every process has for itself: process 1's is in recipe_1.pt
@@ -74,10 +73,9 @@ class UEGRTrainer(Trainer):
         embedding: nn.Module | str | bool | None = None,
         **kwargs: Any,
     ) -> None:
-        if recipe not in recipes.NAMES:
+        if recipe not in RECIPES:
             raise ValueError(
-                f"recipe={recipe!r} is not a recipe; use one of "
-                f"{', '.join(map(repr, recipes.NAMES))}"
+                f"recipe={recipe!r} is not a recipe; use one of {', '.join(map(repr, RECIPES))}"
             )
         if not (embedding is None or embedding is False or isinstance(embedding, nn.Module | str)):
             raise TypeError(
@@ -136,9 +134,11 @@ class UEGRTrainer(Trainer):
                 f"optim={optim!r} steps while a backward runs, and a recipe has "
                 "several backwards a step; use another"
             )
-        if self.recipe_name == "free_at" and (args.gradient_accumulation_steps > 1 or args.fp16):
+        if RECIPES[self.recipe_name].steps_itself and (
+            args.gradient_accumulation_steps > 1 or args.fp16
+        ):
             raise ValueError(
-                "recipe='free_at' steps the optimizer itself; set "
+                f"recipe={self.recipe_name!r} steps the optimizer itself; set "
                 "gradient_accumulation_steps=1, and bf16 rather than fp16"
             )
         smoothing = self.recipe_options.get("label_smoothing", args.label_smoothing_factor)
@@ -223,7 +223,8 @@ class UEGRTrainer(Trainer):
             "betas": (args.adam_beta1, args.adam_beta2),
             "eps": args.adam_epsilon,
         }
-        return SelectiveAdamW, options | ({} if self.recipe_name in SELECTIVE else NEUTRAL)
+        selects = RECIPES[self.recipe_name].selects_update
+        return SelectiveAdamW, options | ({} if selects else NEUTRAL)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -409,9 +410,7 @@ class UEGRTrainer(Trainer):
     def _build_recipe(self, model: Any, optimizer: Any) -> Any:
         plain = self._unwrapped(model)
         embedding = _embedding(plain, self.embedding)
-        return getattr(recipes, self.recipe_name)(
-            model, embedding, optimizer, **self._options(plain)
-        )
+        return RECIPES[self.recipe_name](model, embedding, optimizer, **self._options(plain))
 
     def _attach(self, model: nn.Module) -> None:
         """The recipe for the model as it is trained, wrapped or not."""

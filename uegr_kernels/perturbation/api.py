@@ -94,7 +94,8 @@ def pgd_step(
     grad       gradient of the loss by it, of the same shape and dtype
     step_size, radius   >= 0, in the embeddings' unit
     norm       "l2": the ball is ||delta||_2 <= radius; "linf": the step is step_size * sign(g), the
-        ball |delta| <= radius
+        ball |delta| <= radius; "max": the step is step_size * g/max |g|, the ball that of "linf",
+        in plain PyTorch alone
     per, mask  as for `fgm_perturbation`; the ball has the same `per`
 
     Returns the new delta, contiguous and detached. A gradient that is 0, or whose norm is not
@@ -105,7 +106,7 @@ def pgd_step(
     checks.tensor("delta", delta)
     checks.tensor("grad", grad)
     _check_alike("delta", delta, "grad", grad)
-    _check_choices(norm, per)
+    _check_choices(norm, per, (*op.NORMS, "max"))
     options = {
         "step_size": checks.number("step_size", step_size, 0),
         "radius": checks.number("radius", radius, 0),
@@ -114,8 +115,14 @@ def pgd_step(
         "pgd_step", [], CONSTANT, constants=[delta, grad] if mask is None else [delta, grad, mask]
     )
     mask = _check_mask(mask, "grad", grad)
-    backend = op.choose("pgd_step_", backend, delta.device, delta.dtype)
     out = torch.empty(delta.shape, dtype=delta.dtype, device=delta.device)
+    if norm == "max":
+        _check_plain(backend)
+        op.reference.pgd_step_(
+            delta.detach(), grad.detach(), mask, out, norm=norm, per=per, **options
+        )
+        return out
+    backend = op.choose("pgd_step_", backend, delta.device, delta.dtype)
     op.call(
         "pgd_step_",
         backend,
@@ -242,10 +249,20 @@ def _check_alike(first: str, x: Tensor, name: str, y: Tensor) -> None:
     checks.same_placement(first, x, name, y)
 
 
-def _check_choices(norm: str, per: str) -> None:
-    if norm not in op.NORMS or per not in op.PERS:
-        checks.choice("norm", norm, op.NORMS)
+def _check_choices(norm: str, per: str, norms: Sequence[str] = op.NORMS) -> None:
+    if norm not in norms or per not in op.PERS:
+        checks.choice("norm", norm, norms)
         checks.choice("per", per, op.PERS)
+
+
+def _check_plain(backend: str) -> None:
+    """Raises for a backend other than the reference, which alone has pgd_step's norm "max"."""
+    checks.backend(backend)
+    if backend not in ("auto", "reference"):
+        raise RuntimeError(
+            f"backend={backend!r} cannot serve pgd_step with norm='max': its kernels take 'l2' and "
+            "'linf'; use backend='auto'"
+        )
 
 
 def _check_mask(mask: Tensor | None, name: str, x: Tensor) -> Tensor | None:

@@ -44,17 +44,17 @@ def norms(g: Tensor) -> Tensor:
 
 
 def direction(g: Tensor, length: Tensor, norm: str) -> Tensor:
-    """g/||g|| or sign(g); 0 where the norm is 0 or not finite. No constant is added to the
+    """g/length or sign(g); 0 where the norm is 0 or not finite. No constant is added to the
     norm: it would shrink small gradients.
     """
     return torch.where(
-        (length > 0) & length.isfinite(), g / length if norm == "l2" else g.sign(), 0
+        (length > 0) & length.isfinite(), g.sign() if norm == "linf" else g / length, 0
     )
 
 
 def project(delta: Tensor, radius: float, norm: str) -> Tensor:
     """The nearest point of the ball: delta * min(1, radius/||delta||), or every element clamped."""
-    if norm == "linf":
+    if norm != "l2":
         return delta.clamp(-radius, radius)
     return torch.where(norms(delta) > radius, delta * (radius / norms(delta)), delta)
 
@@ -105,10 +105,11 @@ def pgd_step_(
     norm: str,
     per: str,
 ) -> None:
-    """delta + step_size * g/||g|| (or sign(g)), projected on the ball."""
+    """delta + step_size * g/||g|| (or sign(g), or g/max |g|), projected on the ball."""
     g = rows(masked(grad, mask), per)
+    length = g.abs().amax(1, keepdim=True) if norm == "max" and g.numel() else norms(g)
     out.copy_(
-        project(rows(delta, per) + step_size * direction(g, norms(g), norm), radius, norm).view(
+        project(rows(delta, per) + step_size * direction(g, length, norm), radius, norm).view(
             delta.shape
         )
     )

@@ -18,6 +18,7 @@ from .masked_attack import DropAttack as drop_attack
 from .masked_attack import DropAttackK as drop_attack_k
 from .projected_gradient import PGD as pgd
 from .projected_gradient import AdvEmbed as adv_embed
+from .registry import NAMES, RECIPES
 from .representation_regularized import ARAT as arat
 from .selective_training import RoAST as roast
 from .single_step import AT as at
@@ -25,31 +26,4 @@ from .single_step import FGSM as fgsm
 from .weight_ascent import AWP as awp
 from .weight_ascent import SAM as sam
 
-NAMES = (
-    *(
-        "plain",
-        "l1",
-        "l2",
-        "at",
-        "fgsm",
-        "pgd",
-        "free_at",
-        "free_lb",
-        "r_drop",
-        "r_at",
-        "r_at_su",
-        "uegr",
-    ),
-    *(
-        "drop_attack",
-        "drop_attack_k",
-        "child_tuning_f",
-        "child_tuning_d",
-        "roast",
-        "adv_embed",
-        "sam",
-        "awp",
-    ),
-    *("weight_consolidation", "arat"),
-)
 __all__ = ["NAMES", *NAMES]

@@ -1,16 +1,19 @@
 """The plain baselines: the loss alone, and with an L1 or L2 penalty on the weights."""
 
+import dataclasses
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..core import checks
+from . import options
 from .recipe import PassRecipe, whole
 
 
 class Plain(PassRecipe):
-    """Ordinary training, the baseline of every table: L = CE(F(e; w, u), y).
+    """Trains as usual, the baseline of every table: L = CE(F(e; w, u), y).
+
+    See docs/methods.md, "Plain, L1 and L2".
 
     The common options (`PassRecipe`) alone; dropout=0.0 is the tables' "no dropout".
     1 forward, 1 backward. Losses: loss, clean_loss.
@@ -22,19 +25,9 @@ class Plain(PassRecipe):
         return {"loss": loss, "clean_loss": loss}
 
 
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class _Penalised(PassRecipe):
-    def __init__(
-        self,
-        model: nn.Module,
-        embedding: nn.Module | None,
-        optimizer: Any = None,
-        *,
-        weight: float,
-        **options: Any,
-    ) -> None:
-        weight = checks.number("weight", weight, 0)
-        self.weight = weight
-        super().__init__(model, embedding, optimizer, **options)
+    weight: float = options.number(0.0)
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         with self._pass() as pass_:
@@ -56,47 +49,34 @@ class _Penalised(PassRecipe):
         raise NotImplementedError
 
 
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class L1(_Penalised):
-    """Ordinary training with an L1 penalty on the weights: L = CE + weight * sum |w| (METHODS 6.1).
+    """Trains with an L1 penalty on the weights: L = CE + weight * sum |w|.
+
+    See docs/methods.md, "Plain, L1 and L2".
 
     weight  >= 0, over all trainable parameters;  the common options (`PassRecipe`)
     1 forward, 1 backward. Losses: loss, clean_loss, penalty (weight * sum |w|).
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        embedding: nn.Module | None,
-        optimizer: Any = None,
-        *,
-        weight: float = 1e-5,
-        **options: Any,
-    ) -> None:
-        super().__init__(model, embedding, optimizer, weight=weight, **options)
+    weight: float = options.number(1e-5)
 
     def _penalty(self, p: Tensor) -> Tensor:
         return p.abs().sum(dtype=torch.promote_types(p.dtype, torch.float32))
 
 
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class L2(_Penalised):
-    """Ordinary training with an L2 penalty on the weights: L = CE + weight/2 * sum w^2 (METHODS
-    6.1).
+    """Trains with an L2 penalty on the weights: L = CE + weight/2 * sum w^2.
+
+    See docs/methods.md, "Plain, L1 and L2".
 
     weight  >= 0, over all trainable parameters, as torch.optim.SGD's weight_decay;  the common
         options (`PassRecipe`)
     1 forward, 1 backward. Losses: loss, clean_loss, penalty (weight/2 * sum w^2).
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        embedding: nn.Module | None,
-        optimizer: Any = None,
-        *,
-        weight: float = 1e-4,
-        **options: Any,
-    ) -> None:
-        super().__init__(model, embedding, optimizer, weight=weight, **options)
+    weight: float = options.number(1e-4)
 
     def _penalty(self, p: Tensor) -> Tensor:
         return p.square().sum(dtype=torch.promote_types(p.dtype, torch.float32)) / 2

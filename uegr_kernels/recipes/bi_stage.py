@@ -1,53 +1,23 @@
 """UEGR: the forward stage by BiStage, and the selective update."""
 
 import inspect
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ..bistage import BiStage
 from ..core import checks
 from .lent_dropout import AdaptedDropouts
-from .recipe import Recipe
-from .selection import OPTIONS, Selection
+from .selection import SelectiveUpdate, selection_of
+
+# what BiStage is built with beside a model and an embedding
+STAGE_OPTIONS = inspect.signature(BiStage).parameters.keys() - {"model", "embedding"}
 
 
-class SelectiveUpdate:
-    """What the recipes with a selective update add to a recipe: `_selection`, applied in
-    `before_step` and kept in checkpoints.
-    """
+class UEGR(SelectiveUpdate):
+    """Trains bi-stage: `BiStage` fills .grad, and the update goes to a random selection.
 
-    _selection: Selection
-    model: nn.Module
-    optimizer: Any
-    close: Callable[[], None]
-
-    def _select(self, options: dict[str, Any], seed: int | None, backend: str) -> None:
-        """Sets the selection up; closes the recipe where an option is wrong."""
-        try:
-            self._selection = Selection(self.model, self.optimizer, options, seed, backend)
-        except BaseException:
-            self.close()
-            raise
-
-    @property
-    def selection(self) -> dict[str, Any]:
-        """Seed and step of the masks, for checkpoints."""
-        return dict(self._selection.state)
-
-    @selection.setter
-    def selection(self, state: dict[str, Any]) -> None:
-        self._selection.load(state)
-
-    def before_step(self) -> None:
-        """Selects the gradients (Eq. 7-9), but where the optimizer selects inside its step."""
-        self._selection.before_step(self.optimizer)
-
-
-class UEGR(SelectiveUpdate, Recipe):
-    """Bi-stage training (METHODS 1 and 2, UEGR): `BiStage` fills .grad, and the update goes to a
-    random selection of the elements.
+    See docs/methods.md, "UEGR" and "UEGR in detail".
 
     adaptive_dropout  True: until `close()` the model's nn.Dropout modules are `AdaptiveDropout` of
                       the same p; their state is in this state_dict, by name, not in the model's
@@ -61,8 +31,7 @@ class UEGR(SelectiveUpdate, Recipe):
     divergence.
     """
 
-    kept: tuple[str, ...] = ("selection",)
-    _adapted: AdaptedDropouts | None = None
+    passes: ClassVar[int] = 3
 
     def __init__(
         self,
@@ -75,22 +44,18 @@ class UEGR(SelectiveUpdate, Recipe):
         backend: str = "auto",
         **options: Any,
     ) -> None:
-        super().__init__(model, optimizer)
         checks.flag("adaptive_dropout", adaptive_dropout)
-        selection = {name: options.pop(name) for name in OPTIONS if name in options}
-        unknown = options.keys() - inspect.signature(BiStage).parameters.keys()
-        if unknown:
-            raise TypeError(
-                f"UEGR has no option {min(unknown)!r}; its options are those of BiStage and the "
-                "selection, adaptive_dropout and seed"
-            )
-        self._runner = BiStage(model, embedding, backend=backend, **options)
-        self._select(selection, seed, backend)
+        self.seed = None if seed is None else checks.integer("seed", seed)
+        self.backend = backend
+        self._selected, self._stage_options = selection_of(options)
+        self._adapted: AdaptedDropouts | None = None
+        super().__init__(model, embedding, optimizer)
         if adaptive_dropout:
-            self._adapted, self.kept = (
-                AdaptedDropouts(model, backend),
-                ("selection", "adaptive_dropout"),
-            )
+            self._adapted = AdaptedDropouts(model, backend)
+
+    @classmethod
+    def option_names(cls) -> set[str]:
+        return super().option_names() | STAGE_OPTIONS | {"adaptive_dropout", "seed"}
 
     @property
     def adaptive_dropout(self) -> dict[str, Tensor]:
@@ -116,6 +81,12 @@ class UEGR(SelectiveUpdate, Recipe):
         super().close()
         if self._adapted is not None:
             self._adapted.close()
+
+    def _make_runner(self) -> BiStage:
+        return BiStage(self.model, self.embedding, backend=self.backend, **self._stage_options)
+
+    def _names_kept(self) -> tuple[str, ...]:
+        return self.kept if self._adapted is None else (*self.kept, "adaptive_dropout")
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         result: dict[str, Tensor] = self._runner.backward(inputs, labels, scale=scale)._asdict()

@@ -2,23 +2,26 @@
 the task (D).
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..core import checks
+from . import options
 from .baselines import Plain
-from .bi_stage import SelectiveUpdate
 from .recipe import write
 from .saliency import SaliencyRecipe
+from .selection import TARGETS, SelectiveUpdate
 
 
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class ChildTuningF(SelectiveUpdate, Plain):
-    """Ordinary training with a random part of the gradient, drawn anew in every step (METHODS 1,
-    Child-Tuning-F).
+    """Trains with a random part of the gradient, drawn anew in every step.
+
+    See docs/methods.md, "Child-Tuning-F".
 
     keep_probability  p_F, in (0, 1]: g * mask(p_F)/p_F for every element of every parameter
     rescale, target   of the selection, as in SelectiveAdamW (target="update" needs one);  seed  as
@@ -30,34 +33,27 @@ class ChildTuningF(SelectiveUpdate, Plain):
     backward. Losses: loss, clean_loss.
     """
 
-    kept = ("selection",)
+    sets_selection: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        model: nn.Module,
-        embedding: nn.Module | None,
-        optimizer: Any = None,
-        *,
-        keep_probability: float = 0.3,
-        rescale: bool = True,
-        target: str = "gradient",
-        seed: int | None = None,
-        backend: str = "auto",
-        **options: Any,
-    ) -> None:
-        super().__init__(model, embedding, optimizer, backend=backend, **options)
-        selection = dict(
-            normalization="constant",
-            keep_probability=keep_probability,
-            rescale=rescale,
-            target=target,
-        )
-        self._select(selection, seed, backend)
+    keep_probability: float = options.positive_share(0.3)
+    rescale: bool = options.flag(True)
+    target: str = options.choice("gradient", TARGETS)
+    seed: int | None = options.integer(None)
+
+    def _selection_options(self) -> dict[str, Any]:
+        return {
+            "normalization": "constant",
+            "keep_probability": self.keep_probability,
+            "rescale": self.rescale,
+            "target": self.target,
+        }
 
 
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class ChildTuningD(SaliencyRecipe, Plain):
-    """Ordinary training of the elements with the largest Fisher information, the same for the whole
-    run (METHODS 1, Child-Tuning-D).
+    """Trains the elements with the largest Fisher information, the same for the whole run.
+
+    See docs/methods.md, "Child-Tuning-D".
 
     keep_probability  p_D, the share that is trained, in (0, 1]; ties at the cut are trained
     names             of the parameters that this is about, as in `SaliencyRecipe`; the others are
@@ -71,30 +67,10 @@ class ChildTuningD(SaliencyRecipe, Plain):
     mask. 1 forward, 1 backward. Losses: loss, clean_loss.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        embedding: nn.Module | None,
-        optimizer: Any = None,
-        *,
-        keep_probability: float = 0.3,
-        names: str | Sequence[str] | None = None,
-        max_grad_norm: float = 1.0,
-        target: str = "gradient",
-        **options: Any,
-    ) -> None:
-        keep_probability = checks.number("keep_probability", keep_probability, 0, 1)
-        if keep_probability == 0:
-            raise ValueError("keep_probability=0 trains nothing; give a number in (0, 1]")
-        max_grad_norm = checks.number("max_grad_norm", max_grad_norm, 0)
-        checks.choice("target", target, ("gradient", "update"))
-        self.keep_probability, self.max_grad_norm, self.target = (
-            keep_probability,
-            max_grad_norm,
-            target,
-        )
-        self._before: list[Tensor] = []
-        super().__init__(model, embedding, optimizer, names=names, **options)
+    keep_probability: float = options.positive_share(0.3)
+    max_grad_norm: float = options.number(1.0)
+    target: str = options.choice("gradient", TARGETS)
+    _before: list[Tensor] = dataclasses.field(init=False, default_factory=list)
 
     def before_step(self) -> None:
         """Masks the gradients."""
@@ -104,7 +80,7 @@ class ChildTuningD(SaliencyRecipe, Plain):
             self._before = [p.detach().clone() for p in self._masked]
 
     def after_step(self) -> None:
-        """With target="update", undoes the step where nothing is to be trained."""
+        """Undoes the step where nothing is to be trained, with target="update"."""
         if self._before:  # nothing to undo without a before_step
             write(
                 self._masked,
@@ -124,7 +100,7 @@ class ChildTuningD(SaliencyRecipe, Plain):
         return clipped.square()
 
     def _mask(self, saliency: list[Tensor]) -> list[Tensor]:
-        """Where the saliency is at least its (1 - p_D) percentile over all tensors,
+        """Returns where the saliency is at least its (1 - p_D) percentile over all tensors,
         interpolated linearly.
         """
         together = torch.cat([s.flatten() for s in saliency])

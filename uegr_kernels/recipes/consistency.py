@@ -1,22 +1,24 @@
 """R-Drop, R-AT and R-AT-SU: two passes held alike by the symmetric Kullback-Leibler divergence."""
 
-import functools
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core import checks
-from ..divergence import uegr_loss
-from ..perturbation import fgm_perturbation
-from .bi_stage import SelectiveUpdate
+from . import options
+from .attack import StepRecipe
 from .recipe import PassRecipe
-from .selection import OPTIONS
+from .selection import SelectiveUpdate, selection_of
 
 
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class RDrop(PassRecipe):
-    """Two passes with a dropout draw each, held alike (METHODS 1, R-Drop).
+    """Trains two passes with a dropout draw each, held alike.
+
+    See docs/methods.md, "R-Drop".
 
     alpha      weight of the divergence
     reduction  of the divergence: "mean" over the batch, or "sum" over it, as in the public code:
@@ -28,22 +30,12 @@ class RDrop(PassRecipe):
     (the mean of both), divergence.
     """
 
-    _of_pair = "clean_loss"
+    _of_pair: ClassVar[str] = "clean_loss"
 
-    def __init__(
-        self,
-        model: nn.Module,
-        embedding: nn.Module | None,
-        optimizer: Any = None,
-        *,
-        alpha: float = 1.0,
-        reduction: str = "mean",
-        **options: Any,
-    ) -> None:
-        alpha = checks.number("alpha", alpha, 0)
-        checks.choice("reduction", reduction, ("mean", "sum"))
-        self.alpha, self.reduction = alpha, reduction
-        super().__init__(model, embedding, optimizer, **options)
+    passes: ClassVar[int] = 2
+
+    alpha: float = options.number(1.0)
+    reduction: str = options.choice("mean", ("mean", "sum"))
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         return self._pair(labels, scale, None)
@@ -51,23 +43,16 @@ class RDrop(PassRecipe):
     def _pair(
         self, labels: Tensor, scale: float | Tensor, delta: Tensor | None
     ) -> dict[str, Tensor]:
-        """Two passes at delta and one backward of both, the last of the step."""
+        """Runs two passes at delta and one backward of both, the last of the step."""
         # the pass that announces the backward to a synchronising wrapper comes first:
         with self._pass(delta) as pass_:
             # it may write into buffers that the other's graph has saved
             first = self._runner.call(pass_)
         with self._runner.without_sync(), self._pass(delta) as pass_:
             second = self._runner.call(pass_)
-        parts = uegr_loss(
-            first.detach(),
-            [first, second],
-            labels,
-            return_parts=True,
-            **self._loss_options,
-            backend=self.backend,
-        )
+        parts = self._loss_of(first.detach(), [first, second], labels)
         divergence = symmetric_divergence(
-            first, second, labels, self.reduction, **self._loss_options
+            first, second, labels, self.reduction, task=self.task, ignore_index=self.ignore_index
         )
         with self._pass(delta) as pass_:  # for a model that recomputes its embedding
             pass_.forward = False
@@ -81,17 +66,10 @@ class RDrop(PassRecipe):
 
 
 def symmetric_divergence(
-    first: Tensor,
-    second: Tensor,
-    labels: Tensor,
-    reduction: str,
-    *,
-    task: str,
-    ignore_index: int,
-    **unused: Any,
+    first: Tensor, second: Tensor, labels: Tensor, reduction: str, *, task: str, ignore_index: int
 ) -> Tensor:
-    """(KL(P||Q) + KL(Q||P))/2 of two passes' logits [N, C], over the rows that are not ignored;
-    mean squared difference for regression.
+    """Returns (KL(P||Q) + KL(Q||P))/2 of two passes' logits [N, C], over the rows that are not
+    ignored; for regression the mean squared difference.
 
     KL(P||Q) + KL(Q||P) = sum (p - q)(log p - log q), so it is exactly 0 for equal logits; a class
     that both mask with -inf adds nothing.
@@ -112,9 +90,11 @@ def symmetric_divergence(
     return total if reduction == "sum" else total / rows
 
 
-class RAT(RDrop):
-    """R-Drop on adversarial examples: a clean pass, and two perturbed ones held alike (METHODS 1,
-    R-AT).
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
+class RAT(StepRecipe, RDrop):
+    """Trains as `RDrop` does, on adversarial examples beside a clean pass.
+
+    See docs/methods.md, "R-AT".
 
     epsilon, norm, per  the size of delta, as in `fgm_perturbation`
     alpha, reduction    as in `RDrop`;  the common options  (`PassRecipe`)
@@ -123,41 +103,23 @@ class RAT(RDrop):
     u_k). 3 forwards and backwards. Losses: loss, clean_loss, adversarial_loss, divergence.
     """
 
-    _of_pair = "adversarial_loss"
+    _of_pair: ClassVar[str] = "adversarial_loss"
 
-    def __init__(
-        self,
-        model: nn.Module,
-        embedding: nn.Module | None,
-        optimizer: Any = None,
-        *,
-        epsilon: float = 0.1,
-        norm: str = "l2",
-        per: str = "sample",
-        **options: Any,
-    ) -> None:
-        self._perturbation: dict[str, Any] = dict(epsilon=epsilon, norm=norm, per=per)
-        # raises for a wrong option
-        fgm_perturbation(torch.zeros(1, 2, device="cpu"), **self._perturbation, backend="reference")
-        self.norm = norm
-        super().__init__(model, embedding, optimizer, **options)
+    passes: ClassVar[int] = 3
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         clean, pass_ = self._descend(labels, scale, watched=True)
-        options: dict[str, Any] = dict(mask=pass_.mask, backend=self.backend, **self._perturbation)
-        delta = pass_.ascended(functools.partial(fgm_perturbation, **options))
-        losses = self._pair(labels, scale, delta)
+        losses = self._pair(labels, scale, self._step(pass_))
         return losses | {"loss": clean + losses["loss"], "clean_loss": clean}
 
 
 class RATSU(SelectiveUpdate, RAT):
-    """R-AT's loss with UEGR's selective update (METHODS 1, R-AT-SU).
+    """Trains with R-AT's loss and UEGR's selective update.
+
+    See docs/methods.md, "R-AT-SU".
 
     seed, and the selection's options  as in `UEGR`;  the rest  as in `RAT`
     """
-
-    kept = ("selection",)
-    more_options = OPTIONS
 
     def __init__(
         self,
@@ -166,9 +128,12 @@ class RATSU(SelectiveUpdate, RAT):
         optimizer: Any = None,
         *,
         seed: int | None = None,
-        backend: str = "auto",
         **options: Any,
     ) -> None:
-        selection = {name: options.pop(name) for name in OPTIONS if name in options}
-        super().__init__(model, embedding, optimizer, backend=backend, **options)
-        self._select(selection, seed, backend)
+        self.seed = None if seed is None else checks.integer("seed", seed)
+        self._selected, others = selection_of(options)
+        super().__init__(model, embedding, optimizer, **others)
+
+    @classmethod
+    def option_names(cls) -> set[str]:
+        return super().option_names() | {"seed"}

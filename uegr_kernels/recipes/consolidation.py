@@ -2,20 +2,23 @@
 annealing.
 """
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..core import checks
+from . import options
 from .baselines import Plain
 from .recipe import named_parameters, whole, write
 
 
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class WeightConsolidation(Plain):
-    """Ordinary training whose weights are drawn back to those at construction, w0 (METHODS 1,
-    Weight consolidation).
+    """Trains weights that are drawn back to those at construction, w0.
+
+    See docs/methods.md, "Weight consolidation".
 
     kappa      strength; what counts is lr * kappa * steps, of order 1
     names      of the pre-trained parameters, such as "bert.*"; None: all trainable ones. A new head
@@ -32,40 +35,28 @@ class WeightConsolidation(Plain):
     and "penalty" in that form.
     """
 
-    kept = ("origin", "steps")
+    kept: ClassVar[tuple[str, ...]] = ("origin", "steps")
 
-    def __init__(
-        self,
-        model: nn.Module,
-        embedding: nn.Module | None,
-        optimizer: Any = None,
-        *,
-        kappa: float = 10.0,
-        names: str | Sequence[str] | None = None,
-        form: str = "decoupled",
-        k: float = 0.1,
-        t0: float = 500,
-        gamma: float = 5000.0,
-        **options: Any,
-    ) -> None:
-        given = (("kappa", kappa), ("k", k), ("t0", t0), ("gamma", gamma))
-        kappa, k, t0, gamma = (checks.number(name, value, 0) for name, value in given)
-        checks.choice("form", form, ("decoupled", "penalty", "annealed"))
-        self.kappa, self.form, self.k, self.t0, self.gamma = kappa, form, k, t0, gamma
-        super().__init__(model, embedding, optimizer, **options)
-        try:
-            of_names = {} if names is None else named_parameters(model, names)
-        except BaseException:
-            self.close()
-            raise
-        self._weights = (
-            [p for p in model.parameters() if p.requires_grad]
-            if names is None
-            else list(of_names.values())
-        )
+    kappa: float = options.number(10.0)
+    names: str | Sequence[str] | None = None
+    form: str = options.choice("decoupled", ("decoupled", "penalty", "annealed"))
+    k: float = options.number(0.1)
+    t0: float = options.number(500)
+    gamma: float = options.number(5000.0)
+    _weights: list[nn.Parameter] = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.origin = [p.detach().clone() for p in self._weights]
         self.steps = 0
         self._before: list[Tensor] = []
+
+    def _settle_options(self) -> None:
+        super()._settle_options()
+        if self.names is None:
+            self._weights = [p for p in self.model.parameters() if p.requires_grad]
+        else:
+            self._weights = list(named_parameters(self.model, self.names).values())
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         if self.form != "penalty":
@@ -130,7 +121,7 @@ class WeightConsolidation(Plain):
         self._before = []
 
     def _groups(self) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
-        """Weights, where they came from, and the optimizer's group they are in."""
+        """Returns the weights, where they came from, and the optimizer's group they are in."""
         groups = {id(p): group for group in self._stepped().param_groups for p in group["params"]}
         return [
             (p, p0, groups[id(p)])

@@ -1,19 +1,23 @@
 """FreeAT and FreeLB: every pass along an ascending perturbation adds to an update."""
 
-from typing import Any
+import dataclasses
+import math
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..core import checks
 from ..passes import synchronisers, synchronises
-from .attack import Start, climb, in_a_cube
+from . import options
+from .attack import Start, climb, uniform_cube_start
 from .recipe import PassRecipe
 
 
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class FreeLB(PassRecipe):
-    """Free large-batch adversarial training: K passes along an ascending delta, one update from all
-    of them (METHODS 1, FreeLB).
+    """Trains with one update from K passes along an ascending delta, free large-batch training.
+
+    See docs/methods.md, "FreeLB".
 
     steps      K, the passes, each with weight 1/K
     adv_lr     size of a step of delta;  init_mag  delta_0 is U(-1, 1) * init_mag / sqrt(L d) on the
@@ -28,39 +32,21 @@ class FreeLB(PassRecipe):
     passes).
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        embedding: nn.Module | None,
-        optimizer: Any = None,
-        *,
-        steps: int = 3,
-        adv_lr: float = 0.1,
-        init_mag: float = 0.1,
-        max_norm: float = 0.0,
-        norm: str = "l2",
-        same_draw: bool = True,
-        **options: Any,
-    ) -> None:
-        checks.integer("steps", steps, 1)
-        adv_lr = checks.number("adv_lr", adv_lr, 0)
-        init_mag = checks.number("init_mag", init_mag, 0)
-        max_norm = checks.number("max_norm", max_norm, -float("inf"))
-        checks.choice("norm", norm, ("l2", "max", "linf"))
-        checks.flag("same_draw", same_draw)
-        self.steps, self.adv_lr, self.init_mag, self.max_norm, self.norm, self.same_draw = (
-            steps,
-            adv_lr,
-            init_mag,
-            max_norm,
-            norm,
-            same_draw,
-        )
-        super().__init__(model, embedding, optimizer, **options)
+    passes: ClassVar[int] = 3
+
+    steps: int = options.integer(3, 1)
+    adv_lr: float = options.number(0.1)
+    init_mag: float = options.number(0.1)
+    max_norm: float = options.number(0.0, -math.inf)
+    norm: str = options.choice("l2", ("l2", "max", "linf"))
+    same_draw: bool = options.flag(True)
+
+    def _input_norm(self) -> str:
+        return self.norm
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         losses = []
-        delta: Any = in_a_cube(self.init_mag, self._batch.mask) if self.init_mag else None
+        delta: Any = uniform_cube_start(self.init_mag, self._batch.mask) if self.init_mag else None
         radius = self.max_norm if self.max_norm > 0 else torch.finfo(torch.float32).max
         with self._draws(self.same_draw) as draw:
             for step in range(1, self.steps + 1):
@@ -83,9 +69,25 @@ class FreeLB(PassRecipe):
         return {"loss": mean, "adversarial_loss": mean}
 
 
+T = TypeVar("T")
+
+
+class FreeSettings(NamedTuple):
+    """Holds FreeAT's options as they are used."""
+
+    epsilon: float
+    steps: int
+    step_size: float
+    norm: str
+    init_mag: float
+    persistent: bool
+
+
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class FreeAT(PassRecipe):
-    """Free adversarial training: every repeat of a batch both moves delta and updates the weights
-    (METHODS 1, FreeAT).
+    """Trains for free: every repeat of a batch both moves delta and updates the weights.
+
+    See docs/methods.md, "FreeAT".
 
     optimizer   needed: `backward` steps it in every repeat, with unscaled gradients, and leaves no
                 gradient (.grad is None); an optimizer.step() after it finds nothing to do. Under
@@ -105,58 +107,58 @@ class FreeAT(PassRecipe):
     adversarial_loss, the mean over them.
     """
 
-    kept = ("delta",)
+    kept: ClassVar[tuple[str, ...]] = ("delta",)
 
-    def __init__(
-        self,
-        model: nn.Module,
-        embedding: nn.Module | None,
-        optimizer: Any = None,
-        *,
-        epsilon: float | None = None,
-        steps: int | None = None,
-        step_size: float | None = None,
-        norm: str | None = None,
-        init_mag: float | None = None,
-        persistent: bool | None = None,
-        **options: Any,
-    ) -> None:
-        image = embedding is None
-        self.epsilon = (4 / 255 if image else 0.1) if epsilon is None else epsilon
-        self.steps = (4 if image else 3) if steps is None else steps
-        self.step_size = self.epsilon if step_size is None else step_size
-        self.norm = ("linf" if image else "l2") if norm is None else norm
-        self.init_mag = (0.0 if image else self.epsilon) if init_mag is None else init_mag
-        self.persistent = image if persistent is None else persistent
-        self.delta: Tensor | None = None
-        for name in ("epsilon", "step_size", "init_mag"):
-            setattr(self, name, checks.number(name, getattr(self, name), 0))
-        checks.integer("steps", self.steps, 1)
-        checks.choice("norm", self.norm, ("l2", "linf"))
-        checks.flag("persistent", self.persistent)
-        super().__init__(model, embedding, optimizer, **options)
+    steps_itself: ClassVar[bool] = True
+    passes: ClassVar[int] = 3
+
+    epsilon: float | None = options.number(None)
+    steps: int | None = options.integer(None, 1)
+    step_size: float | None = options.number(None)
+    norm: str | None = options.choice(None, options.NORMS)
+    init_mag: float | None = options.number(None)
+    persistent: bool | None = options.flag(None)
+    delta: Tensor | None = dataclasses.field(init=False, default=None)
+    _settings: FreeSettings = dataclasses.field(init=False)
+
+    def _settle_options(self) -> None:
+        super()._settle_options()
+        images = self.embedding is None
+        epsilon = _given(self.epsilon, 4 / 255 if images else 0.1)
+        self._settings = FreeSettings(
+            epsilon=epsilon,
+            steps=_given(self.steps, 4 if images else 3),
+            step_size=_given(self.step_size, epsilon),
+            norm=_given(self.norm, "linf" if images else "l2"),
+            init_mag=_given(self.init_mag, 0.0 if images else epsilon),
+            persistent=_given(self.persistent, images),
+        )
+
+    def _input_norm(self) -> str:
+        return self._settings.norm
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         optimizer, mask, losses = self._stepped(), self._batch.mask, []
+        settings = self._settings
         if synchronisers(self.model) and not synchronises(self.model):
             raise RuntimeError(
                 "free_at steps in every repeat, and inside no_sync each rank would "
                 "step alone; call it outside"
             )
         delta: Any = self._start(mask, len(labels))
-        for _ in range(self.steps):
+        for _ in range(settings.steps):
             loss, pass_ = self._descend(labels, scale, delta, watched=True, last=True)
             losses.append(loss)
             self._update(optimizer, scale)
             delta = climb(
                 pass_,
-                step_size=self.step_size,
-                radius=self.epsilon,
-                norm=self.norm,
+                step_size=settings.step_size,
+                radius=settings.epsilon,
+                norm=settings.norm,
                 per="sample",
                 backend=self.backend,
             )
-        if self.persistent:
+        if settings.persistent:
             delta = pass_.measured(delta)
             self.delta = (
                 delta if self.delta is None else torch.cat([delta, self.delta[len(delta) :]])
@@ -165,7 +167,8 @@ class FreeAT(PassRecipe):
         return {"loss": mean, "adversarial_loss": mean}
 
     def _start(self, mask: Tensor | None, rows: int) -> Start:
-        fresh = in_a_cube(self.init_mag, mask) if self.init_mag else torch.zeros_like
+        size = self._settings.init_mag
+        fresh = uniform_cube_start(size, mask) if size else torch.zeros_like
 
         def start(x: Tensor) -> Tensor:
             if self.delta is None or self.delta.shape[1:] != x.shape[1:]:
@@ -193,3 +196,7 @@ class FreeAT(PassRecipe):
             optimizer.step()
             torch.clear_autocast_cache()  # the next repeat is in the caller's autocast region too
         optimizer.zero_grad(set_to_none=True)
+
+
+def _given(value: T | None, default: T) -> T:
+    return default if value is None else value

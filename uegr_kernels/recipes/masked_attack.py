@@ -3,21 +3,24 @@ in K.
 """
 
 import contextlib
-import functools
+import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..core import checks
-from ..perturbation import fgm_perturbation, perturbed_weights
-from .recipe import PassRecipe, check_reached, named_parameters
+from ..perturbation import perturbed_weights
+from . import options
+from .attack import StepRecipe
+from .recipe import check_reached, named_parameters
 
 
-class DropAttack(PassRecipe):
-    """Adversarial training with randomly masked attacks on the embeddings and on weights (METHODS
-    1, DropAttack I and I&W).
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
+class DropAttack(StepRecipe):
+    """Trains against randomly masked attacks on the embeddings and on weights.
+
+    See docs/methods.md, "DropAttack I and I&W".
 
     Without `weights` it is the paper's variant (I), which attacks the input alone; with them (I&W),
     or the weights alone.
@@ -38,89 +41,64 @@ class DropAttack(PassRecipe):
     weight_loss.
     """
 
-    steps = 1
+    passes: ClassVar[int] = 2
 
-    def __init__(
-        self,
-        model: nn.Module,
-        embedding: nn.Module | None,
-        optimizer: Any = None,
-        *,
-        epsilon: float = 0.44,  # the paper's 5 of a batch of 128, by sample
-        norm: str = "l2",
-        per: str = "sample",
-        keep_probability: float = 0.5,
-        weights: str | Sequence[str] = (),
-        epsilon_weights: float = 5.0,
-        keep_probability_weights: float = 0.5,
-        attack_input: bool = True,
-        **options: Any,
-    ) -> None:
-        self._perturbation: dict[str, Any] = dict(
-            epsilon=epsilon, norm=norm, per=per, keep_probability=keep_probability
-        )
-        # raises for a wrong option
-        fgm_perturbation(
-            torch.zeros(1, 2, device="cpu"), **self._perturbation, seed=0, backend="reference"
-        )
-        epsilon_weights = checks.number("epsilon_weights", epsilon_weights, 0)
-        keep_probability_weights = checks.number(
-            "keep_probability_weights", keep_probability_weights, 0, 1
-        )
-        checks.flag("attack_input", attack_input)
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model is a {type(model).__name__}; pass the nn.Module to train")
-        self.weights = list(named_parameters(model, weights).values())
-        if not attack_input and not self.weights:
+    steps: int = dataclasses.field(init=False, default=1)
+    epsilon: float = options.number(0.44)  # the paper's 5 of a batch of 128, by sample
+    keep_probability: float = options.number(0.5, 0, 1)
+    weights: str | Sequence[str] = ()
+    epsilon_weights: float = options.number(5.0)
+    keep_probability_weights: float = options.number(0.5, 0, 1)
+    attack_input: bool = options.flag(True)
+    _attacked: list[nn.Parameter] = dataclasses.field(init=False)
+
+    def _settle_options(self) -> None:
+        super()._settle_options()
+        self._attacked = list(named_parameters(self.model, self.weights).values())
+        if not self.attack_input and not self._attacked:
             raise ValueError(
                 "attack_input=False attacks nothing without weights; name some, or leave it True"
             )
-        if options.get("relative") is True and self.weights:
+        if self.relative and self._attacked:
             raise ValueError(
                 "relative=True measures the embeddings, and weights have none; leave "
                 "one of relative and weights out"
             )
-        self.epsilon_weights, self.keep_probability_weights, self.attack_input = (
-            epsilon_weights,
-            keep_probability_weights,
-            attack_input,
-        )
-        self.norm = norm
-        super().__init__(model, embedding, optimizer, **options)
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         with self._hooked_gradients() as of_weights:
             loss, clean = self._descend(labels, scale, watched=True)
         g_x, g_w = clean.gradient, of_weights
         check_reached(g_w)
-        options: dict[str, Any]
         # of both masks, which all steps share
         seeds = [int(torch.randint(2**62, ())) for _ in range(2)]
         of_input, of_weight = [], []
         for step in range(1, self.steps + 1):
             last = step == self.steps
             if self.attack_input:
-                options = dict(
-                    mask=clean.mask, seed=seeds[0], backend=self.backend, **self._perturbation
+                delta = self._step(
+                    clean, g_x, keep_probability=self.keep_probability, seed=seeds[0]
                 )
-                delta = clean.ascended(functools.partial(fgm_perturbation, **options), g_x)
-                options = dict(
-                    weight=1 / self.steps, watched=not last, last=last and not self.weights
+                of_this, pass_ = self._descend(
+                    labels,
+                    scale,
+                    delta,
+                    weight=1 / self.steps,
+                    watched=not last,
+                    last=last and not self._attacked,
                 )
-                of_this, pass_ = self._descend(labels, scale, delta, **options)
                 of_input.append(of_this)
                 g_x = g_x if last else g_x + pass_.gradient
-            if self.weights:
-                options = dict(
+            if self._attacked:
+                moved = perturbed_weights(
+                    self._attacked,
+                    self.epsilon_weights,
                     gradients=g_w,
                     keep_probability=self.keep_probability_weights,
                     seed=seeds[1],
                     backend=self.backend,
                 )
-                with (
-                    perturbed_weights(self.weights, self.epsilon_weights, **options),
-                    self._hooked_gradients() as of_weights,
-                ):
+                with moved, self._hooked_gradients() as of_weights:
                     of_this, _ = self._descend(labels, scale, weight=1 / self.steps, last=last)
                 of_weight.append(of_this)
                 g_w = [_added(before, new) for before, new in zip(g_w, of_weights, strict=True)]
@@ -136,14 +114,14 @@ class DropAttack(PassRecipe):
         """Yields the attacked weights' gradients of the backward inside, and of nothing that
         .grad held before.
         """
-        gradients: list[Tensor | None] = [None] * len(self.weights)
+        gradients: list[Tensor | None] = [None] * len(self._attacked)
 
         def keep(i: int, gradient: Tensor) -> None:
             gradients[i] = gradient.clone()  # .grad may take the tensor itself, and then grows
 
         handles = [
             weight.register_hook(lambda gradient, i=i: keep(i, gradient))
-            for i, weight in enumerate(self.weights)
+            for i, weight in enumerate(self._attacked)
         ]
         try:
             yield gradients
@@ -152,8 +130,11 @@ class DropAttack(PassRecipe):
                 handle.remove()
 
 
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class DropAttackK(DropAttack):
-    """DropAttack in K steps, with one mask for all of them (METHODS 1, DropAttack-K).
+    """Trains as `DropAttack` does in K steps, with one mask for all of them.
+
+    See docs/methods.md, "DropAttack-K".
 
     steps     K; each attacks along the clean gradient plus 1/K of that of every step before it, and
               its perturbation, of the full size, takes the place of the one before
@@ -163,18 +144,9 @@ class DropAttackK(DropAttack):
     (I), 1 + 2K for (I&W).
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        embedding: nn.Module | None,
-        optimizer: Any = None,
-        *,
-        steps: int = 3,
-        **options: Any,
-    ) -> None:
-        checks.integer("steps", steps, 1)
-        self.steps = steps
-        super().__init__(model, embedding, optimizer, **options)
+    passes: ClassVar[int] = 4
+
+    steps: int = options.integer(3, 1)
 
 
 def _added(before: Tensor | None, new: Tensor | None) -> Tensor | None:

@@ -1,16 +1,19 @@
 """PGD-K and AdvEmbed: projected gradient ascent on the embeddings."""
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..core import checks
-from .attack import AttackRecipe, Start, tiny_noise, uniform_in_ball
+from . import options
+from .attack import AttackRecipe, Start, tiny_noise_start, uniform_ball_start
 
 
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class PGD(AttackRecipe):
-    """Adversarial training with K steps of projected gradient ascent on the embeddings, PGD-K
-    (METHODS 1, PGD-K).
+    """Trains on embeddings perturbed by K steps of projected gradient ascent, PGD-K.
+
+    See docs/methods.md, "PGD-K".
 
     epsilon, norm, per     radius, and whose norm, as in `pgd_step`
     steps, step_size       K, and the size of one; None: 2.5 * epsilon / K
@@ -25,55 +28,28 @@ class PGD(AttackRecipe):
     first_step_from_clean. Losses: loss, clean_loss, adversarial_loss.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        embedding: nn.Module | None,
-        optimizer: Any = None,
-        *,
-        epsilon: float = 0.1,
-        steps: int = 3,
-        step_size: float | None = None,
-        norm: str = "l2",
-        per: str = "sample",
-        clean_weight: float = 1.0,
-        random_start: bool = False,
-        same_draw: bool = False,
-        first_step_from_clean: bool = False,
-        **options: Any,
-    ) -> None:
-        clean_weight = checks.number("clean_weight", clean_weight, 0)
-        checks.flag("random_start", random_start)
-        checks.flag("first_step_from_clean", first_step_from_clean)
-        if first_step_from_clean and (random_start or clean_weight == 0):
+    passes: ClassVar[int] = 5
+
+    clean_weight: float = options.number(1.0)
+    random_start: bool = options.flag(False)
+    first_step_from_clean: bool = options.flag(False)
+
+    def _settle_options(self) -> None:
+        super()._settle_options()
+        if self.first_step_from_clean and (self.random_start or self.clean_weight == 0):
             raise ValueError(
                 "first_step_from_clean=True needs the clean pass's gradient; leave "
                 "random_start out, and clean_weight above 0"
             )
-        self.clean_weight, self.random_start, self.first_step_from_clean = (
-            clean_weight,
-            random_start,
-            first_step_from_clean,
-        )
-        steps_options: dict[str, Any] = dict(
-            epsilon=epsilon,
-            steps=steps,
-            step_size=step_size,
-            norm=norm,
-            per=per,
-            same_draw=same_draw,
-        )
-        super().__init__(model, embedding, optimizer, **steps_options, **options)
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         losses, clean = {}, None
         with self._draws(self.same_draw) as draw:
             if self.clean_weight:
                 with draw():
-                    options: dict[str, Any] = dict(
-                        weight=self.clean_weight, watched=self.first_step_from_clean
+                    losses["clean_loss"], clean = self._descend(
+                        labels, scale, weight=self.clean_weight, watched=self.first_step_from_clean
                     )
-                    losses["clean_loss"], clean = self._descend(labels, scale, **options)
             delta = self._attack(labels, scale, draw, clean if self.first_step_from_clean else None)
             with draw():
                 losses["adversarial_loss"], _ = self._descend(labels, scale, delta, last=True)
@@ -83,14 +59,16 @@ class PGD(AttackRecipe):
         }
 
     def _start(self, mask: Tensor | None) -> Start | None:
-        return (
-            uniform_in_ball(self.epsilon, self.norm, self.per, mask) if self.random_start else None
-        )
+        if not self.random_start:
+            return None
+        return uniform_ball_start(self.epsilon, self.norm, self.per, mask)
 
 
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class AdvEmbed(PGD):
-    """Adversarial training with one step per token on the embeddings, AdvEmbed (METHODS 1,
-    AdvEmbed).
+    """Trains as `PGD` does, with one step per token on the embeddings, AdvEmbed.
+
+    See docs/methods.md, "AdvEmbed".
 
     epsilon, norm, per  0.1, and g divided by its largest |element| of each token; or as in `PGD`
     steps, step_size    1, of epsilon
@@ -102,41 +80,20 @@ class AdvEmbed(PGD):
     adversarial_loss.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        embedding: nn.Module | None,
-        optimizer: Any = None,
-        *,
-        epsilon: float = 0.1,
-        steps: int = 1,
-        step_size: float | None = None,
-        norm: str = "max",
-        per: str = "token",
-        start: float = 1e-5,
-        clean_weight: float = 1.0,
-        same_draw: bool = False,
-        **options: Any,
-    ) -> None:
-        start = checks.number("start", start, 0)
-        self.start = start
-        options |= dict(
-            epsilon=epsilon,
-            steps=steps,
-            step_size=epsilon if step_size is None else step_size,
-            norm=norm,
-            per=per,
-        )
-        from_clean = start == 0 and clean_weight != 0
-        super().__init__(
-            model,
-            embedding,
-            optimizer,
-            clean_weight=clean_weight,
-            same_draw=same_draw,
-            first_step_from_clean=from_clean,
-            **options,
-        )
+    passes: ClassVar[int] = 3
+
+    steps: int = options.integer(1, 1)
+    norm: str = options.choice("max", options.ASCENT_NORMS)
+    per: str = options.choice("token", options.PERS)
+    start: float = options.number(1e-5)
+    first_step_from_clean: bool = dataclasses.field(init=False, default=False)
+
+    def _settle_options(self) -> None:
+        self.first_step_from_clean = self.start == 0 and self.clean_weight != 0
+        super()._settle_options()
+
+    def _default_step_size(self) -> float:
+        return self.epsilon
 
     def _start(self, mask: Tensor | None) -> Start | None:
-        return None if self.start == 0 else tiny_noise(self.start, mask)
+        return None if self.start == 0 else tiny_noise_start(self.start, mask)

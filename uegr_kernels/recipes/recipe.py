@@ -4,31 +4,32 @@ the order of its passes.
 
 import contextlib
 import copy
+import dataclasses
 import fnmatch
-import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..core import checks
 from ..divergence import LossParts, uegr_loss
-from ..dropout import AdaptiveDropout
 from ..passes import (
     Pass,
     Runner,
     buffers_held,
+    check_model,
     dropout_rate,
     gradient_norms_held,
     random_state,
     ranks_of,
     replayed,
 )
+from . import options
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class Recipe:
-    """A training method with the interface that all have, so that one loop trains with any of them.
+    """Trains by a method, with the interface that all have, so that one loop trains with any.
 
     backward(inputs, labels, *, scale=1.0)  fills .grad; returns the named losses
     before_step(), after_step()             around the optimizer's step; before_step after unscaling
@@ -43,19 +44,55 @@ class Recipe:
     wants zero_grad().
     """
 
-    kept: tuple[str, ...] = ()  # attributes that a checkpoint carries
-    _runner: Any  # what has the hook, and close()
-    _batch: Any = None  # the `Batch` that the passes are over, while one is
+    # What a class says of its method, without a model:
+    steps_itself: ClassVar[bool] = False  # `backward` steps the optimizer
+    selects_update: ClassVar[bool] = False  # the update goes to a random selection of elements
+    sets_selection: ClassVar[bool] = False  # by options of its own, not the optimizer's
+    passes: ClassVar[int] = 1  # through the model, of a batch with the default options
+    kept: ClassVar[tuple[str, ...]] = ()  # attributes that a checkpoint carries
 
-    def __init__(self, model: nn.Module, optimizer: Any) -> None:
-        if optimizer is not None and not (
-            hasattr(optimizer, "param_groups") and hasattr(optimizer, "step")
+    model: nn.Module
+    embedding: nn.Module | None
+    optimizer: Any = None
+    _runner: Any = dataclasses.field(init=False)  # what has the hook, and close()
+    # the `Batch` that the passes are over, while one is
+    _batch: Any = dataclasses.field(init=False, default=None)
+
+    __signature__ = options.Signature()
+
+    def __new__(cls, *positional: Any, **given: Any) -> "Recipe":
+        known = cls.option_names()
+        unknown = given.keys() - known - {"model", "embedding", "optimizer"}
+        if unknown:
+            raise TypeError(
+                f"{cls.__name__} has no option {min(unknown)!r}; its options "
+                f"are {', '.join(sorted(known))}"
+            )
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        options.check_values(self)
+        check_model(self.model)
+        if self.optimizer is not None and not (
+            hasattr(self.optimizer, "param_groups") and hasattr(self.optimizer, "step")
         ):
             raise TypeError(
-                f"optimizer is a {type(optimizer).__name__}; pass the torch optimizer "
+                f"optimizer is a {type(self.optimizer).__name__}; pass the torch optimizer "
                 "that steps, or None"
             )
-        self.model, self.optimizer = model, optimizer
+        self._settle_options()
+        self._runner = self._make_runner()
+
+    @classmethod
+    def option_names(cls) -> set[str]:
+        """Returns the names of the keywords that the recipe is built with."""
+        return options.names_of(cls)
+
+    def _settle_options(self) -> None:
+        """Checks what the options say together, before the model has a hook."""
+
+    def _make_runner(self) -> Any:
+        raise NotImplementedError
 
     def backward(
         self, inputs: Any, labels: Tensor, *, scale: float | Tensor = 1.0
@@ -85,40 +122,44 @@ class Recipe:
             self._batch = None
 
     def before_step(self) -> None:
-        """What the method does to the gradients or weights ahead of the optimizer's step,
+        """Does to the gradients or weights what the method wants ahead of the optimizer's step,
         after unscaling and clipping.
         """
 
     def after_step(self) -> None:
-        """What the method does after the optimizer's step."""
+        """Does what the method wants after the optimizer's step."""
 
     def epoch_end(self) -> None:
-        """What the method does after the last step of an epoch."""
+        """Does what the method wants after the last step of an epoch."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs besides the model's and the optimizer's: numbers, tensors,
-        lists and dicts of them.
+        """Returns what a resumed run needs besides the model's and the optimizer's: numbers,
+        tensors, lists and dicts of them.
         """
-        return {"recipe": type(self).__name__} | {name: getattr(self, name) for name in self.kept}
+        return {"recipe": type(self).__name__} | {
+            name: getattr(self, name) for name in self._names_kept()
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a copy of what `state_dict` gave; raises ValueError for another recipe's,
         before anything has changed.
         """
-        if state.get("recipe") != type(self).__name__ or state.keys() - {"recipe"} != set(
-            self.kept
-        ):
+        names = self._names_kept()
+        if state.get("recipe") != type(self).__name__ or state.keys() - {"recipe"} != set(names):
             raise ValueError(
                 f"the state is of recipe {state.get('recipe')!r} with "
                 f"{sorted(state.keys() - {'recipe'})}, this is {type(self).__name__!r} "
-                f"with {sorted(self.kept)}; load it into the recipe that gave it"
+                f"with {sorted(names)}; load it into the recipe that gave it"
             )
-        for name in self.kept:
+        for name in names:
             setattr(self, name, _moved(copy.deepcopy(state[name]), device_of(self.model)))
 
     def close(self) -> None:
         """Removes the hooks from the model; the recipe cannot be used afterwards."""
         self._runner.close()
+
+    def _names_kept(self) -> tuple[str, ...]:
+        return self.kept
 
     def _check(self, scale: float | Tensor, inputs: Any, labels: Tensor) -> None:
         """Raises what stands against a call now."""
@@ -127,7 +168,7 @@ class Recipe:
         raise NotImplementedError
 
     def _stepped(self) -> Any:
-        """The optimizer, where the method cannot do without."""
+        """Returns the optimizer, where the method cannot do without."""
         if self.optimizer is None:
             raise RuntimeError(
                 f"{type(self).__name__} needs the optimizer; pass it, or set "
@@ -136,8 +177,9 @@ class Recipe:
         return self.optimizer
 
 
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class PassRecipe(Recipe):
-    """A recipe that is made of passes through the model.
+    """Trains by passes through the model.
 
     task, label_smoothing, ignore_index   as in `uegr_loss`
     dropout      rate of every nn.Dropout* and AdaptiveDropout in the recipe's passes, 0 for none;
@@ -155,51 +197,36 @@ class PassRecipe(Recipe):
     TypeError or ValueError for wrong options, before anything has changed.
     """
 
-    more_options: tuple[str, ...] = ()  # that are in no signature
-    norm = ""  # of the perturbation of the embeddings; "": there is none
+    task: str = options.choice("classification", ("classification", "regression"))
+    label_smoothing: float = options.number(0.0, 0, 1)
+    ignore_index: int = options.integer(-100, -(2**63), bits=63)
+    dropout: float | None = options.number(None, 0, 1)
+    input_range: tuple[float, float] | None = None
+    batch_axis: int | None = None
+    relative: bool = options.flag(False)
+    backend: str = options.backend()
 
-    def __init__(
-        self,
-        model: nn.Module,
-        embedding: nn.Module | None,
-        optimizer: Any = None,
-        *,
-        task: str = "classification",
-        label_smoothing: float = 0.0,
-        ignore_index: int = -100,
-        dropout: float | None = None,
-        input_range: tuple[float, float] | None = None,
-        batch_axis: int | None = None,
-        relative: bool = False,
-        backend: str = "auto",
-        **unknown: Any,
-    ) -> None:
-        if unknown:
-            given = [
-                p
-                for kind in type(self).__mro__[:-1]
-                for p in inspect.signature(kind).parameters.values()
-            ]
-            known = {
-                p.name for p in given if p.kind is p.KEYWORD_ONLY and p.name != "least_steps"
-            } | set(self.more_options)
-            raise TypeError(
-                f"{type(self).__name__} has no option {min(unknown)!r}; its options "
-                f"are {', '.join(sorted(known))}"
+    def _settle_options(self) -> None:
+        super()._settle_options()
+        if self._regression and self.label_smoothing != 0:
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing!r} means nothing for "
+                "task='regression'; leave it 0"
             )
-        super().__init__(model, optimizer)
-        checks.number("dropout", 0.0 if dropout is None else dropout, 0, 1)
-        AdaptiveDropout(1, backend=backend)  # raises for a wrong backend
-        self.dropout, self.backend = dropout, backend
-        self._loss_options: dict[str, Any] = dict(
-            js_weight=0.0, label_smoothing=label_smoothing, ignore_index=ignore_index, task=task
+
+    def _make_runner(self) -> Runner:
+        return Runner(
+            self.model,
+            self.embedding,
+            self.input_range,
+            batch_axis=self.batch_axis,
+            relative=self.relative,
+            norm=self._input_norm(),
         )
-        row = torch.zeros(1, 2, device="cpu")
-        labels = row if task == "regression" else torch.zeros(1, dtype=torch.int64, device="cpu")
-        uegr_loss(row, row[None], labels, **self._loss_options, backend="reference")
-        self._runner = Runner(
-            model, embedding, input_range, batch_axis=batch_axis, relative=relative, norm=self.norm
-        )
+
+    def _input_norm(self) -> str:
+        """Returns the norm of the embeddings' perturbation; "": they are not perturbed."""
+        return ""
 
     def _check(self, scale: float | Tensor, inputs: Any, labels: Tensor) -> None:
         self._runner.check(scale)
@@ -314,21 +341,30 @@ class PassRecipe(Recipe):
             yield draw
 
     def _label_loss(self, logits: Tensor, labels: Tensor) -> LossParts:
-        """`.clean_loss`: the loss of these logits; `.loss`: what has its gradient (the other
-        pass in it being a constant).
+        """Returns the loss of one pass's logits: `.clean_loss` is its value, and `.loss` has its
+        gradient (the other pass in it being a constant).
         """
+        return self._loss_of(logits, logits.detach()[None], labels)
+
+    def _loss_of(
+        self, clean: Tensor, others: Tensor | Sequence[Tensor], labels: Tensor
+    ) -> LossParts:
+        """Returns the loss of a pass's logits plus the mean of those of others'."""
         return uegr_loss(
-            logits,
-            logits.detach()[None],
+            clean,
+            others,
             labels,
+            js_weight=0.0,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+            task=self.task,
             return_parts=True,
-            **self._loss_options,
             backend=self.backend,
         )
 
     @property
     def _regression(self) -> bool:
-        return bool(self._loss_options["task"] == "regression")
+        return self.task == "regression"
 
 
 def device_of(model: nn.Module) -> torch.device:

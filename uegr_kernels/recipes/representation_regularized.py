@@ -4,9 +4,10 @@ branch for each.
 
 import contextlib
 import copy
+import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,9 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.conv import _ConvNd as Convolution
 
-from ..core import checks
 from ..passes import Pass, ranks_of, synchronisers, synchronises
-from .attack import AttackRecipe, Start, uniform_in_ball
+from . import options
+from .attack import AttackRecipe, Start, uniform_ball_start
 from .recipe import device_of, plain_names, recomputed, summed_over_ranks
 
 CHANNELS_SECOND = (BatchNorm, Convolution)
@@ -37,8 +38,11 @@ class _Features:
             self.seen[i] = output
 
 
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class ARAT(AttackRecipe):
-    """Asymmetrically representation-regularised adversarial training (METHODS 1, ARAT).
+    """Trains with adversarial and clean representations held alike, asymmetrically.
+
+    See docs/methods.md, "ARAT".
 
     invariance_weight  c of L = w' CE(z') + w CE(z) + c/#layers * sum over layers of (1 - cos(h(f'),
         sg(f)))
@@ -63,86 +67,38 @@ class ARAT(AttackRecipe):
     clean_loss, adversarial_loss, invariance.
     """
 
-    kept = ("own_modules", "accuracy", "recent")
+    kept: ClassVar[tuple[str, ...]] = ("own_modules", "accuracy", "recent")
 
-    def __init__(
-        self,
-        model: nn.Module,
-        embedding: nn.Module | None,
-        optimizer: Any = None,
-        *,
-        invariance_weight: float = 30.0,
-        layers: Sequence[str] | None = None,
-        predictor: bool = True,
-        stop_gradient: bool = True,
-        split: bool = True,
-        split_layer_norm: bool = False,
-        clean_weight: float | None = None,
-        adversarial_weight: float | None = None,
-        balance_rows: int = 1000,
-        epsilon: float = 8 / 255,
-        steps: int = 10,
-        step_size: float | None = None,
-        norm: str = "linf",
-        per: str = "sample",
-        random_start: bool = True,
-        same_draw: bool = False,
-        **options: Any,
-    ) -> None:
-        invariance_weight = checks.number("invariance_weight", invariance_weight, 0)
-        epsilon = checks.number("epsilon", epsilon, 0)
-        given = (("clean_weight", clean_weight), ("adversarial_weight", adversarial_weight))
-        clean_weight, adversarial_weight = (
-            None if value is None else checks.number(name, value, 0) for name, value in given
-        )
-        flags = {
-            "predictor": predictor,
-            "stop_gradient": stop_gradient,
-            "split": split,
-            "split_layer_norm": split_layer_norm,
-        }
-        flags["random_start"] = random_start
-        for name, value in flags.items():
-            checks.flag(name, value)
-        if (clean_weight is None) != (adversarial_weight is None):
-            raise ValueError(
-                "clean_weight and adversarial_weight are balanced together; give both, or neither"
-            )
-        checks.integer("balance_rows", balance_rows, 1)
-        self.invariance_weight, self.stop_gradient, self.random_start = (
-            invariance_weight,
-            stop_gradient,
-            random_start,
-        )
-        self.clean_weight, self.adversarial_weight, self.balance_rows = (
-            clean_weight,
-            adversarial_weight,
-            balance_rows,
-        )
+    passes: ClassVar[int] = 12
+
+    invariance_weight: float = options.number(30.0)
+    layers: str | Sequence[str] | None = None
+    predictor: bool = options.flag(True)
+    stop_gradient: bool = options.flag(True)
+    split: bool = options.flag(True)
+    split_layer_norm: bool = options.flag(False)
+    clean_weight: float | None = options.number(None)
+    adversarial_weight: float | None = options.number(None)
+    balance_rows: int = options.integer(1000, 1)
+    epsilon: float = options.number(8 / 255)
+    steps: int = options.integer(10, 1)
+    norm: str = options.choice("linf", options.ASCENT_NORMS)
+    random_start: bool = options.flag(True)
+    _layers: list[nn.Module] = dataclasses.field(init=False)
+    _widths: list[int] = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.accuracy: float | None = None
         self.recent: list[list[Any]] = []  # [inputs, labels] of the epoch's last batches
         self._features = _Features()
-        self._alike = False  # own modules on all ranks
-        options |= dict(
-            epsilon=epsilon,
-            steps=steps,
-            step_size=epsilon / 4 if step_size is None else step_size,
-            norm=norm,
-            per=per,
-        )
-        super().__init__(model, embedding, optimizer, same_draw=same_draw, **options)
-        try:
-            self._layers = _layers(model, layers)
-            widths = [_width(layer) for layer in self._layers]
-        except BaseException:
-            self.close()
-            raise
+        self._synchronised = False  # own modules on all ranks
+        model, optimizer = self.model, self.optimizer
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-        kind: dict[str, Any] = dict(device=device_of(model), dtype=dtype)
-        self.predictors = nn.ModuleList(_predictor(width) for width in widths if predictor).to(
-            **kind
+        self.predictors = nn.ModuleList(_predictor(width) for width in self._widths).to(
+            device=device_of(model), dtype=dtype
         )
-        kinds = (BatchNorm,) * bool(split) + (nn.LayerNorm,) * bool(split_layer_norm)
+        kinds = (BatchNorm,) * self.split + (nn.LayerNorm,) * self.split_layer_norm
         self._split = [module for module in model.modules() if isinstance(module, kinds)]
         self.clean_branch = nn.ModuleList(copy.deepcopy(module) for module in self._split)
         self._hooks = [
@@ -155,6 +111,19 @@ class ARAT(AttackRecipe):
             last["params"].extend(self.parameters())
             if "param_names" in last:
                 last["param_names"].extend(f"arat.{i}" for i in range(len(self.parameters())))
+
+    def _settle_options(self) -> None:
+        super()._settle_options()
+        if (self.clean_weight is None) != (self.adversarial_weight is None):
+            raise ValueError(
+                "clean_weight and adversarial_weight are balanced together; give both, or neither"
+            )
+        self._layers = _layers(self.model, self.layers)
+        widths = [_width(layer) for layer in self._layers]
+        self._widths = widths if self.predictor else []
+
+    def _default_step_size(self) -> float:
+        return self.epsilon / 4
 
     def parameters(self) -> list[nn.Parameter]:
         """The predictors' and the clean branch's: what the optimizer needs besides the model's."""
@@ -187,7 +156,7 @@ class ARAT(AttackRecipe):
         super().close()
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
-        self._start_alike()
+        self._synchronise_own()
         weight, adversarial_weight = self._weights()
         with self._draws(self.same_draw) as draw:
             delta = self._attack(labels, scale, draw)
@@ -253,9 +222,9 @@ class ARAT(AttackRecipe):
         self.accuracy, self.recent = right / rows if rows else self.accuracy, []
 
     def _start(self, mask: Tensor | None) -> Start | None:
-        return (
-            uniform_in_ball(self.epsilon, self.norm, self.per, mask) if self.random_start else None
-        )
+        if not self.random_start:
+            return None
+        return uniform_ball_start(self.epsilon, self.norm, self.per, mask)
 
     def _weights(self) -> tuple[float, float]:
         if self.clean_weight is not None and self.adversarial_weight is not None:
@@ -283,7 +252,7 @@ class ARAT(AttackRecipe):
         """[N] bool: the rows that are not ignored."""
         if labels.is_floating_point():
             return torch.ones(len(labels), dtype=torch.bool, device=labels.device)
-        counted: Tensor = labels != self._loss_options["ignore_index"]
+        counted: Tensor = labels != self.ignore_index
         return counted
 
     def _recorded(self, labels: Tensor, pass_: Pass) -> tuple[Any, list[Tensor]]:
@@ -321,10 +290,10 @@ class ARAT(AttackRecipe):
             [1 - F.cosine_similarity(h.to(wide), f.to(wide), dim=1).mean() for h, f, wide in pairs]
         ).mean()
 
-    def _start_alike(self) -> None:
+    def _synchronise_own(self) -> None:
         """Rank 0's own modules become everyone's, once, as the wrapper does with the model's."""
         if (
-            not self._alike
+            not self._synchronised
             and synchronisers(self.model)
             and torch.distributed.is_available()
             and torch.distributed.is_initialized()
@@ -335,7 +304,7 @@ class ARAT(AttackRecipe):
                     *self.clean_branch.state_dict().values(),
                 ):
                     torch.distributed.broadcast(own, group_src=0, group=ranks_of(self.model))
-        self._alike = True
+        self._synchronised = True
 
     def _average_over_ranks(self) -> None:
         """What the wrapper does not know of is averaged here, when it averages its own."""
@@ -359,7 +328,7 @@ class ARAT(AttackRecipe):
             del self.recent[0]
 
 
-def _layers(model: nn.Module, names: Sequence[str] | None) -> list[nn.Module]:
+def _layers(model: nn.Module, names: str | Sequence[str] | None) -> list[nn.Module]:
     if names is not None:
         modules = dict(plain_names(model.named_modules()))
         for name in [names] if isinstance(names, str) else names:

@@ -2,8 +2,9 @@
 Child-Tuning-D and RoAST.
 """
 
+import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,38 +13,32 @@ from ..passes import synchronisers
 from .recipe import PassRecipe, check_whole, named_parameters, summed_over_ranks
 
 
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class SaliencyRecipe(PassRecipe):
-    """A recipe that multiplies the gradients of `names` by masks made of their squares, gathered
+    """Trains with the gradients of `names` multiplied by masks made of their squares, gathered
     batch by batch.
 
     names  of the parameters, such as "*layer*"; None: those with "layer" or "transformer.h" in the
            name, or, where there are none, all but the embedding's. The others are always updated
     """
 
-    kept: tuple[str, ...] = ("squares", "batches", "masks", "epoch")
+    kept: ClassVar[tuple[str, ...]] = ("squares", "batches", "masks", "epoch")
 
-    def __init__(
-        self,
-        model: nn.Module,
-        embedding: nn.Module | None,
-        optimizer: Any = None,
-        *,
-        names: str | Sequence[str] | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(model, embedding, optimizer, **options)
-        try:
-            self._masked = (
-                _encoder(model, embedding)
-                if names is None
-                else list(named_parameters(model, names).values())
-            )
-        except BaseException:
-            self.close()
-            raise
+    names: str | Sequence[str] | None = None
+    _masked: list[Tensor] = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.names is None:
+            self._masked = _encoder(self.model, self.embedding)
         self.squares: list[Tensor] = []  # sums over the batches of an epoch
         self.batches, self.epoch = 0, 0
         self.masks: list[Tensor] = []
+
+    def _settle_options(self) -> None:
+        super()._settle_options()
+        if self.names is not None:
+            self._masked = list(named_parameters(self.model, self.names).values())
 
     def prepare(self, batches: Iterable[tuple[Any, Tensor]]) -> None:
         """Makes the first masks before training, from one pass over (inputs, labels): the method as
@@ -100,7 +95,7 @@ class SaliencyRecipe(PassRecipe):
         return gradient.square()
 
     def _settle(self) -> None:
-        """New masks of `squares`, which then are gathered anew."""
+        """Makes new masks of `squares`, which then are gathered anew."""
         self.masks = self._mask(self.squares)
         self.squares, self.batches = [], 0
 

@@ -2,29 +2,89 @@
 .grad ahead of any other optimizer's.
 """
 
+import dataclasses
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..core import checks
 from ..selective import SelectiveAdamW, SelectiveSGD, select_gradients_, selection_probability
-from .recipe import check_whole
+from .recipe import Recipe, check_whole
 
-OPTIONS = tuple(
+OPTIONS = frozenset(
     inspect.signature(selection_probability).parameters.keys() - {"grad", "saliency", "backend"}
 )
+TARGETS = ("gradient", "update")
+# what means something to an optimizer only, and the value that changes nothing
+WITH_STATE = {"statistics": "current", "target": "gradient"}
+
+
+def selection_of(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the selection's options among those given, and the others."""
+    chosen = {name: value for name, value in options.items() if name in OPTIONS}
+    return chosen, {name: value for name, value in options.items() if name not in OPTIONS}
+
+
+class SelectiveUpdate(Recipe):
+    """Trains with an update of selected elements: `before_step` applies `_selection`, which
+    checkpoints carry.
+    """
+
+    selects_update: ClassVar[bool] = True
+    kept: ClassVar[tuple[str, ...]] = ("selection",)
+
+    seed: int | None
+    backend: str
+    _selected: dict[str, Any]  # the selection's options that were given
+
+    @classmethod
+    def option_names(cls) -> set[str]:
+        return super().option_names() | (set() if cls.sets_selection else OPTIONS)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._selection = Selection(
+            self.model, self.optimizer, self._selection_options(), self.seed, self.backend
+        )
+
+    @property
+    def selection(self) -> dict[str, Any]:
+        """Seed and step of the masks, for checkpoints."""
+        return dataclasses.asdict(self._selection.state)
+
+    @selection.setter
+    def selection(self, state: dict[str, Any]) -> None:
+        self._selection.load(state)
+
+    def before_step(self) -> None:
+        """Selects the gradients (Eq. 7-9), but where the optimizer selects inside its step."""
+        self._selection.before_step(self.optimizer)
+
+    def _settle_options(self) -> None:
+        super()._settle_options()
+        check_selection(self.optimizer, self._selection_options())
+
+    def _selection_options(self) -> dict[str, Any]:
+        return self._selected
+
+
+@dataclasses.dataclass
+class MaskState:
+    """Holds what the masks of a step depend on."""
+
+    seed: int | None
+    step: int = 0
 
 
 class Selection:
     """Selects the gradients of one optimizer's parameters, in its order, once a step.
 
-    options  of the selection, by name;  seed  as in SelectiveAdamW
+    options  of the selection, by name, as `check_selection` lets them pass;  seed  as in
+        SelectiveAdamW
 
     A SelectiveAdamW or SelectiveSGD selects inside its own step: it is given the options (and the
-    seed), in every group. Raises TypeError or ValueError for a wrong option, before anything has
-    changed.
+    seed), in every group.
     """
 
     def __init__(
@@ -35,56 +95,53 @@ class Selection:
         seed: int | None,
         backend: str,
     ) -> None:
-        seed = check_seed(seed)
         self.model, self.options, self.backend, self.given = model, options, backend, seed
         self.drawn = False  # here, and not agreed on with the other ranks yet
-        self.state: dict[str, Any] = {"seed": seed, "step": 0}
+        self.state = MaskState(seed)
         self._bind(optimizer)
         certain = (
             options.get("normalization") == "constant" and options.get("keep_probability", 1.0) == 1
         )
-        if seed is None and not self.inside and not certain:
-            self.state["seed"], self.drawn = int(torch.randint(-(2**63), 2**63 - 1, ())), True
+        if seed is None and _selecting(optimizer) is None and not certain:
+            self.state.seed, self.drawn = int(torch.randint(-(2**63), 2**63 - 1, ())), True
 
     def before_step(self, optimizer: Any) -> None:
+        """Selects .grad, where the optimizer does not select inside its step."""
         if optimizer is not self.optimizer:  # given later
+            check_selection(optimizer, self.options)
             self._bind(optimizer)
-        if self.inside:
+        if _selecting(optimizer) is not None:
             return
-        if self.drawn:
-            self.state["seed"], self.drawn = agreed(self.state["seed"]), False
+        if self.drawn and self.state.seed is not None:
+            self.state.seed, self.drawn = agreed(self.state.seed), False
         params = self._params()
         check_whole(
             params,
             "pass a SelectiveAdamW or SelectiveSGD as the optimizer, which selects "
             "shards inside its step",
         )
-        self.state["step"] += 1
+        self.state.step += 1
+        stateless = {key: value for key, value in self.options.items() if key not in WITH_STATE}
         select_gradients_(
             params,
-            seed=self.state["seed"] or 0,
-            step=self.state["step"],
-            **self.options,
+            seed=self.state.seed or 0,
+            step=self.state.step,
+            **stateless,
             backend=self.backend,
         )
 
+    def load(self, state: dict[str, Any]) -> None:
+        """Takes over a state as a checkpoint has it."""
+        self.state, self.drawn = MaskState(**state), False
+
     def _bind(self, optimizer: Any) -> None:
         self.optimizer = optimizer
-        own = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
-        self.inside = isinstance(own, SelectiveAdamW | SelectiveSGD)
-        if not self.inside:
-            # raises for a wrong option
-            selection_probability(torch.zeros(1, device="cpu"), **self.options, backend="reference")
-            return
-        # as this does
-        type(own)([torch.zeros(1, requires_grad=True, device="cpu")], seed=0, **self.options)
-        given = self.options if self.given is None else self.options | {"seed": self.given % 2**64}
-        own.defaults.update(given)
-        for group in own.param_groups:
-            group.update(given)
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.state, self.drawn = dict(state), False
+        own = _selecting(optimizer)
+        if own is not None:
+            given = {} if self.given is None else {"seed": self.given % 2**64}
+            own.defaults.update(self.options | given)
+            for group in own.param_groups:
+                group.update(self.options | given)
 
     def _params(self) -> list[Tensor]:
         if self.optimizer is None:
@@ -92,13 +149,26 @@ class Selection:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
 
+def check_selection(optimizer: Any, options: dict[str, Any]) -> None:
+    """Raises TypeError or ValueError for an option that the update by this optimizer, or by any
+    other ahead of whose step .grad is selected, cannot have.
+    """
+    own = _selecting(optimizer)
+    if own is not None:
+        type(own)([torch.zeros(1, requires_grad=True, device="cpu")], seed=0, **options)
+        return
+    selection_probability(torch.zeros(1, device="cpu"), **options, backend="reference")
+
+
 def agreed(seed: int) -> int:
-    """Rank 0's drawn seed, for every rank."""
+    """Returns rank 0's drawn seed, on every rank."""
     seeds = [seed]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(seeds, src=0)
     return seeds[0]
 
 
-def check_seed(seed: int | None) -> int | None:
-    return None if seed is None else checks.integer("seed", seed)
+def _selecting(optimizer: Any) -> SelectiveAdamW | SelectiveSGD | None:
+    """Returns the optimizer, or the one inside Accelerate's wrapper, if it selects by itself."""
+    own = getattr(optimizer, "optimizer", optimizer)
+    return own if isinstance(own, SelectiveAdamW | SelectiveSGD) else None

@@ -1,23 +1,27 @@
 """RoAST: adversarial embeddings held alike, and a selective update with one mask an epoch."""
 
+import dataclasses
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..core import checks
-from ..divergence import uegr_loss
-from ..selective import select_gradients_, selection_probability
-from .attack import climb, tiny_noise
+from ..selective import select_gradients_
+from . import options
+from .attack import climb, tiny_noise_start
 from .consistency import symmetric_divergence
 from .recipe import recomputed
 from .saliency import SaliencyRecipe
-from .selection import agreed, check_seed
+from .selection import agreed
 
 
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class RoAST(SaliencyRecipe):
-    """Adversarial perturbation and selective training with one mask an epoch (METHODS 1, RoAST).
+    """Trains on perturbed embeddings, with one mask of the gradients an epoch.
+
+    See docs/methods.md, "RoAST".
 
     epsilon                of every token: delta = epsilon * g / max |g|, from a start U(0, 1) *
         noise in a pass of its own
@@ -38,69 +42,47 @@ class RoAST(SaliencyRecipe):
     activation checkpointing raises. Losses: loss, clean_loss, adversarial_loss (paper), divergence.
     """
 
-    kept = (*SaliencyRecipe.kept, "seed")
-    norm = "max"
+    kept: ClassVar[tuple[str, ...]] = (*SaliencyRecipe.kept, "seed")
 
-    def __init__(
-        self,
-        model: nn.Module,
-        embedding: nn.Module | None,
-        optimizer: Any = None,
-        *,
-        epsilon: float = 0.1,
-        kl_weight: float = 0.01,
-        noise: float = 1e-5,
-        threshold: float = 0.9,
-        sharpness: float = 10.0,
-        min_probability: float = 0.0,
-        names: str | Sequence[str] | None = None,
-        form: str = "paper",
-        detach_embedding: bool = False,
-        seed: int | None = None,
-        **options: Any,
-    ) -> None:
-        given = (("epsilon", epsilon), ("kl_weight", kl_weight), ("noise", noise))
-        epsilon, kl_weight, noise = (checks.number(name, value, 0) for name, value in given)
-        checks.choice("form", form, ("paper", "code"))
-        checks.flag("detach_embedding", detach_embedding)
-        self._selection: dict[str, Any] = dict(
-            threshold=threshold, sharpness=sharpness, min_probability=min_probability
-        )
-        self._selection |= dict(normalization="rank", direction="salient", scope="global")
-        # raises for a wrong option
-        selection_probability(torch.zeros(1, device="cpu"), **self._selection, backend="reference")
-        seed = check_seed(seed)
-        self.epsilon, self.kl_weight, self.noise, self.form, self.detach_embedding = (
-            epsilon,
-            kl_weight,
-            noise,
-            form,
-            detach_embedding,
-        )
-        super().__init__(model, embedding, optimizer, names=names, **options)
-        self._drawn = seed is None
-        self.seed = int(torch.randint(2**62, ())) if seed is None else seed
+    passes: ClassVar[int] = 3
+
+    epsilon: float = options.number(0.1)
+    kl_weight: float = options.number(0.01)
+    noise: float = options.number(1e-5)
+    threshold: float = options.number(0.9, -math.inf)
+    sharpness: float = options.number(10.0)
+    min_probability: float = options.number(0.0, 0, 1)
+    form: str = options.choice("paper", ("paper", "code"))
+    detach_embedding: bool = options.flag(False)
+    seed: int | None = options.integer(None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._drawn = self.seed is None
+        if self.seed is None:
+            self.seed = int(torch.randint(2**62, ()))
+
+    def _input_norm(self) -> str:
+        return "max"
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         with self._pass() as clean:  # first, as in R-Drop
             clean.batch.keeps_output |= self.detach_embedding
             z0 = self._runner.call(clean)
         at = clean.seen if self.detach_embedding else None
-        pass_ = self._ascend(labels, scale, tiny_noise(self.noise, clean.mask), at=at)
+        pass_ = self._ascend(labels, scale, tiny_noise_start(self.noise, clean.mask), at=at)
         delta = climb(
             pass_,
             step_size=self.epsilon,
-            radius=float("inf"),
-            norm=self.norm,
+            radius=torch.finfo(torch.float32).max,
+            norm="max",
             per="token",
             backend=self.backend,
         )
         with self._runner.without_sync(), self._pass(delta, at=at) as pass_:
             z1 = self._runner.call(pass_)
         if self.form == "paper":
-            parts = uegr_loss(
-                z0, [z1], labels, return_parts=True, **self._loss_options, backend=self.backend
-            )
+            parts = self._loss_of(z0, [z1], labels)
             term, losses = (
                 parts.loss,
                 {"clean_loss": parts.clean_loss, "adversarial_loss": parts.adversarial_loss},
@@ -109,7 +91,12 @@ class RoAST(SaliencyRecipe):
             parts = self._label_loss(z0, labels)
             term, losses = parts.loss / 2, {"clean_loss": parts.clean_loss}
         divergence = symmetric_divergence(
-            z0, z1, labels, "mean" if self.form == "paper" else "sum", **self._loss_options
+            z0,
+            z1,
+            labels,
+            "mean" if self.form == "paper" else "sum",
+            task=self.task,
+            ignore_index=self.ignore_index,
         )
         with self._pass(recomputed) as pass_:
             pass_.forward = False
@@ -128,16 +115,25 @@ class RoAST(SaliencyRecipe):
             self.batches = 1  # the first batch of an epoch is not gathered
 
     def _mask(self, saliency: list[Tensor]) -> list[Tensor]:
-        """Bernoulli(p)/p, p of the rank over all tensors together; fixed by the seed and the
-        epoch.
+        """Returns Bernoulli(p)/p, p of the rank over all tensors together; fixed by the seed and
+        the epoch.
         """
-        if self._drawn:
+        if self._drawn and self.seed is not None:
             self.seed, self._drawn = agreed(self.seed), False
         holders = [torch.empty_like(s) for s in saliency]
         for holder in holders:
             holder.grad = torch.ones_like(holder)
-        options: dict[str, Any] = dict(
-            seed=self.seed, step=self.epoch + 1, **self._selection, backend=self.backend
+        select_gradients_(
+            holders,
+            seed=self.seed or 0,
+            step=self.epoch + 1,
+            saliency=saliency,
+            threshold=self.threshold,
+            sharpness=self.sharpness,
+            min_probability=self.min_probability,
+            normalization="rank",
+            direction="salient",
+            scope="global",
+            backend=self.backend,
         )
-        select_gradients_(holders, saliency=saliency, **options)
         return [holder.grad for holder in holders if holder.grad is not None]

@@ -1,18 +1,19 @@
 """One-step adversarial training on the embeddings: AT (FGM) and FGSM."""
 
-import functools
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..core import checks
-from ..perturbation import fgm_perturbation
-from .recipe import PassRecipe
+from . import options
+from .attack import StepRecipe
 
 
-class AT(PassRecipe):
-    """Adversarial training with one L2 step on the embeddings, FGM (METHODS 1, AT).
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
+class AT(StepRecipe):
+    """Trains on clean embeddings and on ones perturbed by one L2 step, FGM.
+
+    See docs/methods.md, "AT".
 
     epsilon, norm, per  the size of delta, as in `fgm_perturbation`; per="all" is the whole batch's
         norm, as in attacks on the table
@@ -25,24 +26,9 @@ class AT(PassRecipe):
     embedding, passes=1)`, one pass at a time.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        embedding: nn.Module | None,
-        optimizer: Any = None,
-        *,
-        epsilon: float = 0.1,
-        norm: str = "l2",
-        per: str = "sample",
-        clean_weight: float = 1.0,
-        **options: Any,
-    ) -> None:
-        self._perturbation: dict[str, Any] = dict(epsilon=epsilon, norm=norm, per=per)
-        # raises for a wrong option
-        fgm_perturbation(torch.zeros(1, 2, device="cpu"), **self._perturbation, backend="reference")
-        clean_weight = checks.number("clean_weight", clean_weight, 0)
-        self.clean_weight, self.norm = clean_weight, norm
-        super().__init__(model, embedding, optimizer, **options)
+    passes: ClassVar[int] = 2
+
+    clean_weight: float = options.number(1.0)
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         losses = {}
@@ -52,8 +38,7 @@ class AT(PassRecipe):
             )
         else:
             pass_ = self._ascend(labels, scale)
-        options: dict[str, Any] = dict(mask=pass_.mask, backend=self.backend, **self._perturbation)
-        delta = pass_.ascended(functools.partial(fgm_perturbation, **options))
+        delta = self._step(pass_)
         losses["adversarial_loss"], _ = self._descend(labels, scale, delta, last=True)
         return {
             "loss": self.clean_weight * losses.get("clean_loss", 0.0) + losses["adversarial_loss"],
@@ -61,22 +46,15 @@ class AT(PassRecipe):
         }
 
 
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class FGSM(AT):
-    """Adversarial training with one sign step on the embeddings, FGSM: AT with delta = epsilon *
-    sign(g) (METHODS 1, FGSM).
+    """Trains as `AT` does, with one sign step, FGSM: delta = epsilon * sign(g).
+
+    See docs/methods.md, "FGSM".
 
     epsilon  of every element, so that delta's L2 length is epsilon * sqrt(T d): far smaller than
         AT's;  the rest as in `AT`
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        embedding: nn.Module | None,
-        optimizer: Any = None,
-        *,
-        epsilon: float = 0.01,
-        norm: str = "linf",
-        **options: Any,
-    ) -> None:
-        super().__init__(model, embedding, optimizer, epsilon=epsilon, norm=norm, **options)
+    epsilon: float = options.number(0.01)
+    norm: str = options.choice("linf", options.NORMS)

@@ -1,22 +1,25 @@
 """SAM and AWP: the gradient at weights moved against the loss."""
 
 import contextlib
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..core import checks
 from ..passes import buffers_held, synchronises
 from ..perturbation import perturbed_weights
+from . import options
 from .attack import AttackRecipe
 from .recipe import PassRecipe, norm_of, summed_over_ranks, write
 
 
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class SAM(PassRecipe):
-    """Sharpness-aware minimisation: the gradient at the worst weights nearby (METHODS 1, AdvWeight:
-    SAM).
+    """Trains with the gradient at the worst weights nearby, sharpness-aware minimisation.
+
+    See docs/methods.md, "AdvWeight: SAM".
 
     rho        length of the weights' perturbation, over all trainable parameters together
     adaptive   True: ASAM, each element's share grows with its square
@@ -29,22 +32,11 @@ class SAM(PassRecipe):
     weights), clean_loss.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        embedding: nn.Module | None,
-        optimizer: Any = None,
-        *,
-        rho: float = 0.05,
-        adaptive: bool = False,
-        same_draw: bool = True,
-        **options: Any,
-    ) -> None:
-        rho = checks.number("rho", rho, 0)
-        checks.flag("adaptive", adaptive)
-        checks.flag("same_draw", same_draw)
-        self.rho, self.adaptive, self.same_draw = rho, adaptive, same_draw
-        super().__init__(model, embedding, optimizer, **options)
+    passes: ClassVar[int] = 2
+
+    rho: float = options.number(0.05)
+    adaptive: bool = options.flag(False)
+    same_draw: bool = options.flag(True)
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         weights = [p for p in self.model.parameters() if p.requires_grad]
@@ -65,7 +57,7 @@ class SAM(PassRecipe):
 def _adapted(
     rho: float, weights: Sequence[Tensor], gradients: list[Tensor | None]
 ) -> tuple[float, list[Tensor | None]]:
-    """ASAM's rho * w^2 g / || |w| g || as a length and a direction w^2 g, which
+    """Returns ASAM's rho * w^2 g / || |w| g || as a length and a direction w^2 g, which
     `perturbed_weights` divides by its norm.
     """
     scaled = [
@@ -82,9 +74,11 @@ def _adapted(
     return (length if length < float("inf") else 0.0), directions
 
 
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class AWP(AttackRecipe):
-    """Adversarial weight perturbation: the step is taken at weights moved against the loss (METHODS
-    1, AdvWeight: AWP).
+    """Trains by steps taken at weights moved against the loss, adversarial weight perturbation.
+
+    See docs/methods.md, "AdvWeight: AWP".
 
     gamma          each tensor moves by gamma * its own norm; those of two or more dimensions with
         "weight" in the name
@@ -99,43 +93,23 @@ class AWP(AttackRecipe):
     at the embedding. Losses: loss (at the perturbed weights).
     """
 
-    kept = ("epoch",)
+    kept: ClassVar[tuple[str, ...]] = ("epoch",)
 
-    def __init__(
-        self,
-        model: nn.Module,
-        embedding: nn.Module | None,
-        optimizer: Any = None,
-        *,
-        gamma: float = 0.01,
-        warmup_epochs: int = 0,
-        steps: int = 0,
-        epsilon: float = 0.1,
-        step_size: float | None = None,
-        norm: str = "l2",
-        per: str = "sample",
-        same_draw: bool = False,
-        **options: Any,
-    ) -> None:
-        gamma = checks.number("gamma", gamma, 0)
-        checks.integer("warmup_epochs", warmup_epochs, 0)
-        self.gamma, self.warmup_epochs, self.epoch = gamma, warmup_epochs, 0
-        self._gradients: list[Tensor | None] = []
-        self._moved: contextlib.ExitStack | None = None
-        self._at: list[Tensor] = []
-        options |= dict(
-            epsilon=epsilon,
-            steps=steps,
-            step_size=step_size,
-            norm=norm,
-            per=per,
-            same_draw=same_draw,
-            least_steps=0,
-        )
-        super().__init__(model, embedding, optimizer, **options)
+    passes: ClassVar[int] = 2
+
+    gamma: float = options.number(0.01)
+    warmup_epochs: int = options.integer(0, 0)
+    steps: int = options.integer(0, 0)
+    epoch: int = dataclasses.field(init=False, default=0)
+    _gradients: list[Tensor | None] = dataclasses.field(init=False, default_factory=list)
+    _moved: contextlib.ExitStack | None = dataclasses.field(init=False, default=None)
+    _at: list[Tensor] = dataclasses.field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._weights = [
             p
-            for name, p in model.named_parameters()
+            for name, p in self.model.named_parameters()
             if p.requires_grad and p.dim() > 1 and "weight" in name
         ]
 
@@ -186,7 +160,7 @@ class AWP(AttackRecipe):
             moved.close()
 
     def _perturbed(self) -> contextlib.ExitStack:
-        """The weights at w + v until it is closed; each tensor has an epsilon of its own."""
+        """Moves the weights to w + v until it is closed; each tensor has an epsilon of its own."""
         stack = contextlib.ExitStack()
         if not self._gradients:
             return stack
@@ -205,5 +179,5 @@ class AWP(AttackRecipe):
 
 
 def _lengths(tensors: Sequence[Tensor]) -> list[float]:
-    """L2 norms, fetched from the device in one go."""
+    """Returns L2 norms, fetched from the device in one go."""
     return torch.stack([norm_of(tensor) for tensor in tensors]).tolist() if tensors else []
