@@ -139,11 +139,7 @@ class BiStage:
         with self._runner.without_sync():
             with self._runner.filled(Pass(batch, watched=True)) as walk:
                 clean = self._runner.call(walk)
-                # Its adversarial logits being constants, this loss has L_st's gradient.
-                half = uegr_loss(
-                    clean, clean.detach()[None], labels, return_parts=True, **self._loss
-                )
-                (half.loss * scale).backward()
+                (uegr_loss(clean, None, labels, **self._loss) * scale).backward()
             # a CUDA graph may write the next call's logits over the old
             clean = clean.detach().clone()
             delta = self._delta(walk)
@@ -206,8 +202,10 @@ class BiStage:
         batch = self._runner.take(inputs, labels)
         with self._runner.without_sync(), self._runner.filled(Pass(batch, watched=True)) as walk:
             clean = self._runner.call(walk)
-            half = uegr_loss(clean, clean.detach()[None], labels, **self._loss)
-            walk.keep(*torch.autograd.grad(half, [walk.edge], retain_graph=True, allow_unused=True))
+            alone = uegr_loss(clean, None, labels, **self._loss)
+            walk.keep(
+                *torch.autograd.grad(alone, [walk.edge], retain_graph=True, allow_unused=True)
+            )
         delta = self._delta(walk)
 
         def logits_of(group: range) -> Tensor:
