@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+import uegr_kernels as uk
 from uegr_kernels.models import MODELS
 
 from . import accuracy_report, harness, jobs, machine, training

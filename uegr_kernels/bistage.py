@@ -147,11 +147,7 @@ class BiStage:
         with self._runner.without_sync():
             with self._runner.filled(Pass(batch, watched=True)) as pass_:
                 clean = self._runner.call(pass_)
-                # Its adversarial logits being constants, this loss has L_st's gradient.
-                half = uegr_loss(
-                    clean, clean.detach()[None], labels, return_parts=True, **self._loss
-                )
-                (half.loss * scale).backward()
+                (uegr_loss(clean, None, labels, **self._loss) * scale).backward()
             # a CUDA graph may write the next call's logits over the old
             clean = clean.detach().clone()
             delta = self._delta(pass_)
@@ -214,9 +210,9 @@ class BiStage:
         batch = self._runner.take(inputs, labels)
         with self._runner.without_sync(), self._runner.filled(Pass(batch, watched=True)) as pass_:
             clean = self._runner.call(pass_)
-            half = uegr_loss(clean, clean.detach()[None], labels, **self._loss)
+            alone = uegr_loss(clean, None, labels, **self._loss)
             pass_.keep(
-                *torch.autograd.grad(half, [pass_.edge], retain_graph=True, allow_unused=True)
+                *torch.autograd.grad(alone, [pass_.edge], retain_graph=True, allow_unused=True)
             )
         delta = self._delta(pass_)
 

@@ -75,7 +75,7 @@ def pairwise_js(
 @overload
 def uegr_loss(
     clean_logits: Tensor,
-    adversarial_logits: Tensor | Sequence[Tensor],
+    adversarial_logits: Tensor | Sequence[Tensor] | None,
     labels: Tensor,
     *,
     js_weight: float = ...,
@@ -90,7 +90,7 @@ def uegr_loss(
 @overload
 def uegr_loss(
     clean_logits: Tensor,
-    adversarial_logits: Tensor | Sequence[Tensor],
+    adversarial_logits: Tensor | Sequence[Tensor] | None,
     labels: Tensor,
     *,
     js_weight: float = ...,
@@ -104,7 +104,7 @@ def uegr_loss(
 ) -> LossParts: ...
 def uegr_loss(
     clean_logits: Tensor,
-    adversarial_logits: Tensor | Sequence[Tensor],
+    adversarial_logits: Tensor | Sequence[Tensor] | None,
     labels: Tensor,
     *,
     js_weight: float = 0.01,
@@ -119,7 +119,8 @@ def uegr_loss(
     """Computes CE(clean) + mean CE(adversarial passes) + js_weight * JS of their pairs (Eq. 2-6).
 
     clean_logits        [N, C]  float32, bfloat16, float16 or float64; -inf masks a class
-    adversarial_logits  [m, N, C], or a sequence of m tensors [N, C], of the same dtype
+    adversarial_logits  [m, N, C], or a sequence of m tensors [N, C], of the same dtype; None: no
+        adversarial passes, the loss is that of the clean logits alone
     labels              [N] class indices, or [N, C] probabilities; for regression floats [N] (with
         C = 1) or [N, C]; they get no gradient
     js_weight           lambda, >= 0
@@ -152,7 +153,9 @@ def uegr_loss(
         checks.flag("return_parts", return_parts),
     )
     _check_tensor("clean_logits", clean_logits, 2, "[N, C]")
-    logits = [clean_logits, *_passes("adversarial_logits", adversarial_logits)]
+    logits = [clean_logits]
+    if adversarial_logits is not None:
+        logits += _passes("adversarial_logits", adversarial_logits)
     _check_alike({"clean_logits": clean_logits, **_named("adversarial_logits", logits[1:])})
     labels = _check_labels("uegr_loss", labels, logits, clean_logits.shape[-1], task, options)
     if in_place and not op.traced():
@@ -221,7 +224,7 @@ def linear_pairwise_js(
 @overload
 def linear_uegr_loss(
     clean_hidden: Tensor,
-    adversarial_hidden: Tensor,
+    adversarial_hidden: Tensor | None,
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None = ...,
@@ -239,7 +242,7 @@ def linear_uegr_loss(
 @overload
 def linear_uegr_loss(
     clean_hidden: Tensor,
-    adversarial_hidden: Tensor,
+    adversarial_hidden: Tensor | None,
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None = ...,
@@ -256,7 +259,7 @@ def linear_uegr_loss(
 ) -> LossParts: ...
 def linear_uegr_loss(
     clean_hidden: Tensor,
-    adversarial_hidden: Tensor,
+    adversarial_hidden: Tensor | None,
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None = None,
@@ -274,7 +277,7 @@ def linear_uegr_loss(
     """Computes `uegr_loss` of F.linear(hidden, weight, bias), which never exists whole (Eq. 2-6).
 
     clean_hidden        [N, H]     float32, bfloat16, float16 or float64
-    adversarial_hidden  [m, N, H]  of the same dtype
+    adversarial_hidden  [m, N, H]  of the same dtype; None: no adversarial passes
     weight, bias, chunk_rows       as for `linear_pairwise_js`
     inplace_backward    no effect: these logits are nobody else's
     labels and the rest            as for `uegr_loss`
@@ -295,16 +298,17 @@ def linear_uegr_loss(
     checks.flag("inplace_backward", inplace_backward)
     with_parts = checks.flag("return_parts", return_parts)
     _check_tensor("clean_hidden", clean_hidden, 2, "[N, H]")
-    _check_tensor("adversarial_hidden", adversarial_hidden, 3, "[m, N, H]")
-    if len(adversarial_hidden) < 1:
-        raise ValueError(
-            f"adversarial_hidden of shape {tuple(adversarial_hidden.shape)} holds no "
-            "pass; give [m, N, H] with m >= 1"
-        )
-    dtype = _check_linear(
-        {"clean_hidden": clean_hidden, "adversarial_hidden": adversarial_hidden}, weight, bias
-    )
-    hidden = [clean_hidden, adversarial_hidden]
+    named = {"clean_hidden": clean_hidden}
+    if adversarial_hidden is not None:
+        _check_tensor("adversarial_hidden", adversarial_hidden, 3, "[m, N, H]")
+        if len(adversarial_hidden) < 1:
+            raise ValueError(
+                f"adversarial_hidden of shape {tuple(adversarial_hidden.shape)} holds no "
+                "pass; give [m, N, H] with m >= 1"
+            )
+        named["adversarial_hidden"] = adversarial_hidden
+    dtype = _check_linear(named, weight, bias)
+    hidden = list(named.values())
     tensors = [*hidden, weight] if bias is None else [*hidden, weight, bias]
     labels = _check_labels("linear_uegr_loss", labels, tensors, len(weight), task, options)
     options |= {"regression": task == "regression", "dtype": dtype, "backend": backend}
@@ -352,7 +356,10 @@ class UEGRLoss(_LossModule):
     function = staticmethod(uegr_loss)
 
     def forward(
-        self, clean_logits: Tensor, adversarial_logits: Tensor | Sequence[Tensor], labels: Tensor
+        self,
+        clean_logits: Tensor,
+        adversarial_logits: Tensor | Sequence[Tensor] | None,
+        labels: Tensor,
     ) -> Tensor | LossParts:
         loss: Tensor | LossParts = uegr_loss(
             clean_logits, adversarial_logits, labels, **self.options

@@ -31,7 +31,7 @@ class _Penalised(PassRecipe):
 
     def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         with self._pass() as pass_:
-            parts = self._label_loss(self._runner.call(pass_), labels)
+            parts = self._loss_of(self._runner.call(pass_), labels)
             of_tensors = [
                 whole(self._penalty(p)).to(parts.loss)
                 for p in self.model.parameters()

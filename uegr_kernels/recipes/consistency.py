@@ -50,7 +50,7 @@ class RDrop(PassRecipe):
             first = self._runner.call(pass_)
         with self._runner.without_sync(), self._pass(delta) as pass_:
             second = self._runner.call(pass_)
-        parts = self._loss_of(first.detach(), [first, second], labels)
+        parts = self._loss_of(first.detach(), labels, [first, second])
         divergence = symmetric_divergence(
             first, second, labels, self.reduction, task=self.task, ignore_index=self.ignore_index
         )

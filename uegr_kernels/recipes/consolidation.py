@@ -62,7 +62,7 @@ class WeightConsolidation(Plain):
         if self.form != "penalty":
             return super()._backward(inputs, labels, scale)
         with self._pass() as pass_:
-            parts = self._label_loss(self._runner.call(pass_), labels)
+            parts = self._loss_of(self._runner.call(pass_), labels)
             of_tensors = [
                 whole(_squared_distance(p, p0)).to(parts.loss)
                 for p, p0 in zip(self._weights, self.origin, strict=True)

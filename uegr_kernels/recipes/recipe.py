@@ -252,7 +252,7 @@ class PassRecipe(Recipe):
             contextlib.nullcontext() if last else self._runner.without_sync(),
             self._pass(delta, watched=watched) as pass_,
         ):
-            parts = self._label_loss(self._runner.call(pass_), labels)
+            parts = self._loss_of(self._runner.call(pass_), labels)
             (parts.loss * weight * scale).backward()
         return parts.clean_loss, pass_
 
@@ -272,7 +272,7 @@ class PassRecipe(Recipe):
             buffers_held(self.model),
             self._pass(delta, watched=True, at=at) as pass_,
         ):
-            parts = self._label_loss(self._runner.call(pass_), labels)
+            parts = self._loss_of(self._runner.call(pass_), labels)
             pass_.keep(*torch.autograd.grad(parts.loss * scale, [pass_.edge], allow_unused=True))
         return pass_
 
@@ -293,7 +293,7 @@ class PassRecipe(Recipe):
         # weights none, without a word.
         watched = self._runner.embedding is not None
         with self._runner.without_sync(), held, self._pass(delta, watched=watched) as pass_:
-            parts = self._label_loss(self._runner.call(pass_), labels)
+            parts = self._loss_of(self._runner.call(pass_), labels)
             reached = [*weights, pass_.edge] if watched else weights
             found: Sequence[Tensor | None] = torch.autograd.grad(
                 parts.loss * scale, reached, allow_unused=True
@@ -340,16 +340,10 @@ class PassRecipe(Recipe):
 
             yield draw
 
-    def _label_loss(self, logits: Tensor, labels: Tensor) -> LossParts:
-        """Returns the loss of one pass's logits: `.clean_loss` is its value, and `.loss` has its
-        gradient (the other pass in it being a constant).
-        """
-        return self._loss_of(logits, logits.detach()[None], labels)
-
     def _loss_of(
-        self, clean: Tensor, others: Tensor | Sequence[Tensor], labels: Tensor
+        self, clean: Tensor, labels: Tensor, others: Sequence[Tensor] | None = None
     ) -> LossParts:
-        """Returns the loss of a pass's logits plus the mean of those of others'."""
+        """Returns the loss of a pass's logits, plus the mean of those of `others`."""
         return uegr_loss(
             clean,
             others,

@@ -273,7 +273,7 @@ class ARAT(AttackRecipe):
         features = [
             _pooled(layer, outputs[i], pass_)[counted] for i, layer in enumerate(self._layers)
         ]
-        return self._label_loss(logits, labels), features
+        return self._loss_of(logits, labels), features
 
     def _invariance(self, adversarial: list[Tensor], clean: list[Tensor]) -> Tensor:
         self.predictors.train(len(clean[0]) > 1)  # a single row has no variance

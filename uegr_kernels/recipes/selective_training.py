@@ -82,13 +82,13 @@ class RoAST(SaliencyRecipe):
         with self._runner.without_sync(), self._pass(delta, at=at) as pass_:
             z1 = self._runner.call(pass_)
         if self.form == "paper":
-            parts = self._loss_of(z0, [z1], labels)
+            parts = self._loss_of(z0, labels, [z1])
             term, losses = (
                 parts.loss,
                 {"clean_loss": parts.clean_loss, "adversarial_loss": parts.adversarial_loss},
             )
         else:
-            parts = self._label_loss(z0, labels)
+            parts = self._loss_of(z0, labels)
             term, losses = parts.loss / 2, {"clean_loss": parts.clean_loss}
         divergence = symmetric_divergence(
             z0,
