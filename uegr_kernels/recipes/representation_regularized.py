@@ -44,8 +44,7 @@ class ARAT(AttackRecipe):
 
     See docs/methods.md, "ARAT".
 
-    invariance_weight  c of L = w' CE(z') + w CE(z) + c/#layers * sum over layers of (1 - cos(h(f'),
-        sg(f)))
+    invariance_weight  c of L = w' CE(z') + w CE(z) + c * mean over layers of 1 - cos(h(f'), sg(f))
     layers             names of the modules whose outputs f, after ReLU and averaging over places,
                        are held alike: BatchNorm, LayerNorm, convolution or linear; None: the last
                        four BatchNorms, or, where there are none, LayerNorms, convolutions, ...
