@@ -46,12 +46,8 @@ class Operator(Generic[P, R]):
         backends.define(self.name, arguments, by_reference, by_triton)
         for overload in (name, f"{name}.fallback"):
             torch.library.register_fake(overload, functools.partial(self.by_schema, fake))
-
-        def refuse_vmap(*_: Any, **__: Any) -> NoReturn:
-            raise RuntimeError(no_vmap)
-
         if no_vmap is not None:
-            torch.library.register_vmap(name, refuse_vmap)
+            refuse_vmap(self.name, no_vmap)
         packet = getattr(torch.ops.uegr_kernels, self.name)
         self.default, self.fallback = packet.default, packet.fallback
         self.written = [  # positions, and names of keywords
@@ -122,3 +118,12 @@ class Operator(Generic[P, R]):
 
 def writes_only(*_: Any, **__: Any) -> None:
     """Returns nothing: the fake of an operator that only writes into its arguments."""
+
+
+def refuse_vmap(operator: str, sentence: str) -> None:
+    """Makes an operator raise RuntimeError with the sentence under torch.func.vmap."""
+
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise RuntimeError(sentence)
+
+    torch.library.register_vmap(f"uegr_kernels::{operator}", refuse)
