@@ -296,7 +296,7 @@ def test_a_clean_pass_alone(native):
         "regression": False,
         "needs": [True],
     }
-    loss, _, (gradient,) = op.kernel("uegr_loss", native)([clean], labels, **options)
+    loss, _, (gradient,) = op.kernel(op.uegr_loss, native)([clean], labels, **options)
     torch.testing.assert_close(loss, F.cross_entropy(clean.requires_grad_(), labels))
     torch.testing.assert_close(
         gradient,

@@ -185,7 +185,8 @@ def test_any_strides(backend, layout):
 
 
 def native_operators(native):
-    return types.SimpleNamespace(**{name: op.kernel(name, native) for name in op.SCHEMAS})
+    operators = (op.adaptive_dropout, op.adaptive_dropout_backward, op.dropout_rates_)
+    return types.SimpleNamespace(**{each.name: each.kernel(native) for each in operators})
 
 
 # Shapes: one unit, fewer and more than a block of 256 elements holds, rows that no block begins
@@ -237,7 +238,7 @@ def test_native_agrees_with_the_reference_from_any_number_of_threads(native, dty
 @pytest.mark.parametrize("new", [0.0, 1.0], ids=["nothing new", "new"])
 def test_native_rates_are_the_references(native, dtype, fold, n, new):
     results = []
-    for rates in (op.kernel("dropout_rates_", native), reference.dropout_rates_):
+    for rates in (op.dropout_rates_.kernel(native), reference.dropout_rates_):
         torch.manual_seed(3)
         norm, pending = (
             n * torch.rand(1000, dtype=dtype),

@@ -77,12 +77,13 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Raises ValueError for a word that is not one of the choices."""
-    if value not in choices:
+def choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """Returns a word that is one of the choices; ValueError for what is not."""
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(
             f"{name}={value!r} is not one of its values; use {', '.join(map(repr, choices))}"
         )
+    return value
 
 
 def backend(value: Any) -> None:

@@ -1,7 +1,6 @@
 """What users call: the losses of UEGR's forward stage, from logits or from hidden states."""
 
 import inspect
-import math
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
@@ -9,7 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from ..core import checks
+from ..core import backends, checks
 from . import op
 
 TASKS = ("classification", "regression")
@@ -55,7 +54,7 @@ def pairwise_js(
 
     Equivalent to `reference.uegr_loss([logits], None, js_weight=1, ...)[0]`.
     """
-    _check_options(reduction=reduction)
+    checks.choice("reduction", reduction, op.REDUCTIONS)
     in_place = checks.flag("inplace_backward", inplace_backward)
     logits = _passes("logits", logits)
     checks.refuse_transforms("pairwise_js", logits, REVERSE_MODE)
@@ -65,10 +64,10 @@ def pairwise_js(
             "[m, N, C] with m >= 2"
         )
     _check_alike(_named("logits", logits))
-    if in_place and not op.traced():
+    if in_place and not backends.traced():
         _check_apart(logits)
-    return op.uegr_loss(
-        logits, None, reduction=reduction, in_place=in_place, backend=backend, **ONLY_PAIRS
+    return op.loss_and_parts(
+        logits, None, ONLY_PAIRS, reduction=reduction, in_place=in_place, backend=backend
     )[0]
 
 
@@ -141,32 +140,22 @@ def uegr_loss(
 
     Equivalent to `reference.uegr_loss([clean_logits, adversarial_logits], labels, ...)[0]`.
     """
+    checks.choice("reduction", reduction, op.REDUCTIONS)
     options = _check_options(
-        js_weight=js_weight,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        task=task,
+        js_weight=js_weight, label_smoothing=label_smoothing, ignore_index=ignore_index, task=task
     )
-    in_place, with_parts = (
-        checks.flag("inplace_backward", inplace_backward),
-        checks.flag("return_parts", return_parts),
-    )
+    in_place = checks.flag("inplace_backward", inplace_backward)
+    with_parts = checks.flag("return_parts", return_parts)
     _check_tensor("clean_logits", clean_logits, 2, "[N, C]")
     logits = [clean_logits]
     if adversarial_logits is not None:
         logits += _passes("adversarial_logits", adversarial_logits)
     _check_alike({"clean_logits": clean_logits, **_named("adversarial_logits", logits[1:])})
-    labels = _check_labels("uegr_loss", labels, logits, clean_logits.shape[-1], task, options)
-    if in_place and not op.traced():
+    labels = _check_labels("uegr_loss", labels, logits, clean_logits.shape[-1], options)
+    if in_place and not backends.traced():
         _check_apart(logits)
-    loss, parts = op.uegr_loss(
-        logits,
-        labels,
-        regression=task == "regression",
-        in_place=in_place,
-        backend=backend,
-        **options,
+    loss, parts = op.loss_and_parts(
+        logits, labels, options, reduction=reduction, in_place=in_place, backend=backend
     )
     return _with_parts(loss, parts) if with_parts else loss
 
@@ -197,7 +186,8 @@ def linear_pairwise_js(
     Equivalent to `reference.linear_uegr_loss(reference.uegr_loss_, [hidden], weight, bias, None,
     ...)[0]`.
     """
-    chunk_rows = _check_options(reduction=reduction, chunk_rows=chunk_rows)["chunk_rows"]
+    checks.choice("reduction", reduction, op.REDUCTIONS)
+    chunk_rows = _check_chunk(chunk_rows)
     _check_tensor("hidden", hidden, 3, "[m, N, H]")
     if len(hidden) < 2:
         raise ValueError(
@@ -208,16 +198,16 @@ def linear_pairwise_js(
     checks.refuse_transforms(
         "linear_pairwise_js", [hidden, weight, *([] if bias is None else [bias])], REVERSE_MODE
     )
-    return op.linear_uegr_loss(
+    return op.linear_loss_and_parts(
         [hidden],
         weight,
         bias,
         None,
+        ONLY_PAIRS,
         reduction=reduction,
         dtype=dtype,
         chunk_rows=chunk_rows,
         backend=backend,
-        **ONLY_PAIRS,
     )[0]
 
 
@@ -287,14 +277,11 @@ def linear_uegr_loss(
     Equivalent to `reference.linear_uegr_loss(reference.uegr_loss_, [clean_hidden,
     adversarial_hidden], weight, bias, labels, ...)[0]`.
     """
+    checks.choice("reduction", reduction, op.REDUCTIONS)
     options = _check_options(
-        js_weight=js_weight,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        task=task,
-        chunk_rows=chunk_rows,
+        js_weight=js_weight, label_smoothing=label_smoothing, ignore_index=ignore_index, task=task
     )
+    chunk_rows = _check_chunk(chunk_rows)
     checks.flag("inplace_backward", inplace_backward)
     with_parts = checks.flag("return_parts", return_parts)
     _check_tensor("clean_hidden", clean_hidden, 2, "[N, H]")
@@ -310,9 +297,18 @@ def linear_uegr_loss(
     dtype = _check_linear(named, weight, bias)
     hidden = list(named.values())
     tensors = [*hidden, weight] if bias is None else [*hidden, weight, bias]
-    labels = _check_labels("linear_uegr_loss", labels, tensors, len(weight), task, options)
-    options |= {"regression": task == "regression", "dtype": dtype, "backend": backend}
-    loss, parts = op.linear_uegr_loss(hidden, weight, bias, labels, **options)
+    labels = _check_labels("linear_uegr_loss", labels, tensors, len(weight), options)
+    loss, parts = op.linear_loss_and_parts(
+        hidden,
+        weight,
+        bias,
+        labels,
+        options,
+        reduction=reduction,
+        dtype=dtype,
+        chunk_rows=chunk_rows,
+        backend=backend,
+    )
     return _with_parts(loss, parts) if with_parts else loss
 
 
@@ -324,18 +320,23 @@ class _LossModule(nn.Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()
         known = {
-            name
+            name: p.default
             for name, p in inspect.signature(type(self).function).parameters.items()
             if p.kind is p.KEYWORD_ONLY
         }
-        unknown = sorted(options.keys() - known)
+        unknown = sorted(options.keys() - known.keys())
         if unknown:
             raise TypeError(
                 f"{type(self).__name__} has no option {unknown[0]!r}; its options are "
                 f"{', '.join(sorted(known))}"
             )
-        _check_options(**{name: value for name, value in options.items() if name != "backend"})
+        self._check(known | options)
         self.options = options
+
+    def _check(self, options: dict[str, Any]) -> None:
+        """Raises what is wrong with a value. The backend waits for the tensors' device."""
+        checks.choice("reduction", options["reduction"], op.REDUCTIONS)
+        checks.flag("inplace_backward", options["inplace_backward"])
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
@@ -366,14 +367,19 @@ class UEGRLoss(_LossModule):
         )
         return loss
 
+    def _check(self, options: dict[str, Any]) -> None:
+        super()._check(options)
+        checks.flag("return_parts", options["return_parts"])
+        _check_options(
+            js_weight=options["js_weight"],
+            label_smoothing=options["label_smoothing"],
+            ignore_index=options["ignore_index"],
+            task=options["task"],
+        )
+
 
 # What uegr_loss is without labels.
-ONLY_PAIRS: dict[str, Any] = {
-    "js_weight": 1.0,
-    "label_smoothing": 0.0,
-    "ignore_index": -100,
-    "regression": False,
-}
+ONLY_PAIRS = op.Options(js_weight=1.0, label_smoothing=0.0, ignore_index=-100, regression=False)
 
 
 def _with_parts(loss: Tensor, parts: Tensor) -> LossParts:
@@ -389,29 +395,25 @@ def _named(name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
     return {name if len(tensors) == 1 else f"{name}[{i}]": x for i, x in enumerate(tensors)}
 
 
-def _check_options(**options: Any) -> dict[str, Any]:
-    """The options but the task as Python's own numbers and flags; raises what is wrong with a
-    value, takes any of them.
-    """
-    if "reduction" in options and options["reduction"] not in op.REDUCTIONS:
-        checks.choice("reduction", options["reduction"], op.REDUCTIONS)
-    for name in ("return_parts", "inplace_backward"):
-        if name in options:
-            options[name] = checks.flag(name, options[name])
-    for name, largest in (("js_weight", math.inf), ("label_smoothing", 1)):
-        if name in options:
-            options[name] = checks.number(name, options[name], 0, largest)
-    for name, least in (("ignore_index", -(2**63)), ("chunk_rows", 1)):
-        if name in options and (options[name] is not None or name == "ignore_index"):
-            options[name] = checks.integer(name, options[name], least, bits=63)
-    if "task" in options:
-        checks.choice("task", options["task"], TASKS)
-        if options.pop("task") == "regression" and options.get("label_smoothing", 0) != 0:
-            raise ValueError(
-                f"label_smoothing={options['label_smoothing']!r} means nothing for "
-                "task='regression'; leave it 0"
-            )
+def _check_options(
+    *, js_weight: float, label_smoothing: float, ignore_index: int, task: str
+) -> op.Options:
+    """The options as the operators take them, Python's own numbers."""
+    options = op.Options(
+        js_weight=checks.number("js_weight", js_weight, 0),
+        label_smoothing=checks.number("label_smoothing", label_smoothing, 0, 1),
+        ignore_index=checks.integer("ignore_index", ignore_index, -(2**63), bits=63),
+        regression=checks.choice("task", task, TASKS) == "regression",
+    )
+    if options.regression and options.label_smoothing != 0:
+        raise ValueError(
+            f"label_smoothing={label_smoothing!r} means nothing for task='regression'; leave it 0"
+        )
     return options
+
+
+def _check_chunk(chunk_rows: int | None) -> int | None:
+    return None if chunk_rows is None else checks.integer("chunk_rows", chunk_rows, 1, bits=63)
 
 
 def _check_tensor(name: str, x: Tensor, dims: int, shape: str) -> None:
@@ -497,17 +499,12 @@ def _overlaps(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 
 def _check_labels(
-    loss: str,
-    labels: Tensor,
-    tensors: list[Tensor],
-    classes: int,
-    task: str,
-    options: dict[str, Any],
+    loss: str, labels: Tensor, tensors: list[Tensor], classes: int, options: op.Options
 ) -> Tensor:
     """The labels as the operators take them: int64 [N], or floating [N, C]; the first of the
     loss's other tensors has their rows.
     """
-    rows, ignore_index = tensors[0], options["ignore_index"]
+    rows, ignore_index, regression = tensors[0], options.ignore_index, options.regression
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels are a {type(labels).__name__}; give a tensor")
     if labels.layout != torch.strided or labels.is_complex() or labels.dtype == torch.bool:
@@ -523,7 +520,7 @@ def _check_labels(
     checks.refuse_transforms(loss, tensors, REVERSE_MODE, constants=[labels])
     n, labels = rows.shape[0], labels.detach()
     if labels.is_floating_point():
-        if labels.dim() == 1 and task == "classification":
+        if labels.dim() == 1 and not regression:
             raise TypeError(
                 f"labels [N] are {labels.dtype}; give int64 class indices, "
                 "probabilities [N, C], or task='regression'"
@@ -533,13 +530,13 @@ def _check_labels(
                 f"labels have shape {tuple(labels.shape)}; give [N, C] = "
                 f"{(n, classes)}, or [N] where C is 1"
             )
-        if task == "classification" and ignore_index >= 0:
+        if not regression and ignore_index >= 0:
             raise ValueError(
                 f"ignore_index={ignore_index} means nothing for labels [N, C]; leave "
                 "it negative, or give class indices"
             )
         return labels.reshape(n, classes)
-    if task == "regression":
+    if regression:
         raise TypeError(
             f"labels are {labels.dtype}; task='regression' takes floats, give labels.float()"
         )

@@ -1,19 +1,15 @@
-"""The loss operators: schemas, fakes, autograd, and the choice of a backend."""
+"""The loss operators: schemas, fakes, autograd, and the losses that they make up."""
 
 import functools
 from collections.abc import Callable, Sequence
-from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from ..core import backends as backends
-from ..core.backends import traced as traced
-from ..core.backends import transformed
+from ..core import backends
+from ..core.operator import Operator, P, R, refuse_vmap, writes_only
 from . import reference
-
-_triton = functools.partial(backends.triton_kernels, __package__)
 
 # To the compiled kernels a reduction is its position here (csrc/divergence/divergence.h has the
 # same order; a test compares).
@@ -28,41 +24,104 @@ OPTIONS = (
     "float js_weight, float label_smoothing, int ignore_index, int reduction, bool "
     "regression, bool[] needs"
 )
-# Returned: the loss, its three parts, and the gradients by the logits (or by hidden, weight, bias)
-# where `needs` asks, in order. row_weights: the gradient by the losses of the rows; without it,
-# reduction "none" gives no gradients, as they are not known yet.
-SCHEMAS = {
-    "uegr_loss": f"(Tensor[] logits, Tensor? labels, *, {OPTIONS}) -> (Tensor, Tensor, Tensor[])",
-    "uegr_loss_": f"(Tensor(a!)[] logits, Tensor? labels, *, {OPTIONS}) -> (Tensor, Tensor)",
-    "linear_uegr_loss": "(Tensor[] hidden, Tensor weight, Tensor? bias, Tensor? labels, Tensor? "
-    "row_weights, *, "
-    f"{OPTIONS}, ScalarType dtype, int? chunk_rows, str backend) -> (Tensor, Tensor, Tensor[])",
-    "scale_gradients": "(Tensor[] gradients, Tensor grad_loss, Tensor parts) -> Tensor[]",
-    "scale_gradients_": "(Tensor(a!)[] gradients, Tensor grad_loss) -> ()",
-}
+NO_VMAP = (
+    "the losses of uegr_kernels do not run under torch.func.vmap; give the "
+    "whole batch as N rows and reduction='none'"
+)
+
+Results = tuple[Tensor, Tensor, list[Tensor]]
 
 
-def kernel(name: str, backend: str) -> Callable[..., Any]:
-    """`uegr_loss` or `uegr_loss_` of a chosen backend; it takes the reduction by its name."""
+class Options(NamedTuple):
+    """Holds the options of a loss, but for its reduction."""
+
+    js_weight: float
+    label_smoothing: float
+    ignore_index: int
+    regression: bool
+
+
+def _fake(
+    first: Tensor,
+    tensors: Sequence[Tensor | None],
+    reduction: str,
+    needs: list[bool],
+    dtype: torch.dtype,
+) -> Results:
+    shape = first.shape[-2:-1] if reduction == "none" else ()
+    loss, parts = (
+        first.new_empty(size, dtype=reference.compute_dtype(dtype)) for size in (shape, (3, *shape))
+    )
+    gradients = [
+        x.new_empty(x.shape)
+        for x, need in zip(tensors, needs, strict=True)
+        if x is not None and need
+    ]
+    return loss, parts, gradients
+
+
+def _fake_loss(
+    logits: list[Tensor], labels: Tensor | None, *, reduction: str, needs: list[bool], **_: Any
+) -> Results:
+    return _fake(logits[0], logits, reduction, needs, logits[0].dtype)
+
+
+def _fake_loss_(*tensors: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    return _fake_loss(*tensors, **options)[:2]
+
+
+# With labels the first pass of the logits is the clean one, which may be all; without, all are
+# compared in pairs. Returned: the loss, its three parts, and the gradients by the logits where
+# `needs` asks, in order.
+uegr_loss = Operator(
+    __package__,
+    f"uegr_loss(Tensor[] logits, Tensor? labels, *, {OPTIONS}) -> (Tensor, Tensor, Tensor[])",
+    reference.uegr_loss,
+    fake=_fake_loss,
+    words={"reduction": REDUCTIONS},
+    no_vmap=NO_VMAP,
+)
+uegr_loss_ = Operator(
+    __package__,
+    f"uegr_loss_(Tensor(a!)[] logits, Tensor? labels, *, {OPTIONS}) -> (Tensor, Tensor)",
+    reference.uegr_loss_,
+    fake=_fake_loss_,
+    words={"reduction": REDUCTIONS},
+    no_vmap=NO_VMAP,
+)
+scale_gradients = Operator(
+    __package__,
+    "scale_gradients(Tensor[] gradients, Tensor grad_loss, Tensor parts) -> Tensor[]",
+    reference.scale_gradients,
+    fake=lambda gradients, *_: [torch.empty_like(g) for g in gradients],
+    words={},
+    no_vmap=NO_VMAP,
+)
+scale_gradients_ = Operator(
+    __package__,
+    "scale_gradients_(Tensor(a!)[] gradients, Tensor grad_loss) -> ()",
+    reference.scale_gradients_,
+    fake=writes_only,
+    words={},
+    no_vmap=NO_VMAP,
+)
+
+
+def kernel(operator: Operator[P, R], backend: str) -> Callable[P, R]:
+    """Returns an operator's function of a chosen backend, past what register_autograd puts
+    before it, which is Python and takes longer than a small loss.
+    """
     if backend in ("reference", "triton"):
-        found: Callable[..., Any] = getattr(
-            reference if backend == "reference" else _triton(), name
-        )
-        return found
-    operator = getattr(torch.ops.uegr_kernels, name).default
+        return operator.kernel(backend)
 
-    def run(*tensors: Any, reduction: str, **options: Any) -> Any:
-        # what register_autograd puts before a kernel is Python and takes longer than a small loss
+    def run(*tensors: P.args, **options: P.kwargs) -> R:
         with torch._C._AutoDispatchBelowAutograd():
             try:
-                return operator(*tensors, reduction=REDUCTIONS.index(reduction), **options)
+                return operator.registered(*tensors, **options)
             except RuntimeError as error:
                 raise _as_value_error(error) from None
 
     return run
-
-
-Fakes = tuple[Tensor, Tensor, list[Tensor]]
 
 
 def _as_value_error(error: RuntimeError) -> Exception:
@@ -71,25 +130,8 @@ def _as_value_error(error: RuntimeError) -> Exception:
     return ValueError("".join(found).splitlines()[0]) if found[0] else error
 
 
-def _check_range(labels: Tensor | None, classes: int, ignore_index: int) -> None:
-    """Raises for class indices outside [0, classes), where they can be looked at; the compiled
-    kernels look themselves.
-    """
-    if (
-        labels is None
-        or labels.is_floating_point()
-        or labels.device.type != "cpu"
-        or type(labels) is not Tensor
-        or traced()
-    ):
-        return
-    wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
-    if len(wrong):
-        value = wrong[0].item()
-        raise ValueError(
-            f"labels hold {value}; give classes from 0 to {classes - 1}, or {ignore_index} "
-            "(ignore_index) for rows to leave out"
-        )
+def _in_forward(needs: list[bool], reduction: int, row_weights: Tensor | None) -> list[bool]:
+    return [need and (REDUCTIONS[reduction] != "none" or row_weights is not None) for need in needs]
 
 
 def _linear_uegr_loss(
@@ -105,7 +147,7 @@ def _linear_uegr_loss(
     backend: str,
     dtype: torch.dtype,
     **options: Any,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+) -> Results:
     """The reference's chunks with the backend's rows, in the dtype that autocast decided above."""
     passes = sum(x.shape[0] if x.dim() == 3 else 1 for x in hidden)
     limit = CHUNK_BYTES.get(backend, NATIVE_CHUNK_BYTES)
@@ -114,7 +156,7 @@ def _linear_uegr_loss(
     )
     with torch.autocast(weight.device.type, enabled=False):
         return reference.linear_uegr_loss(
-            kernel("uegr_loss_", backend),
+            kernel(uegr_loss_, backend),
             hidden,
             weight,
             bias,
@@ -128,38 +170,6 @@ def _linear_uegr_loss(
         )
 
 
-def _in_forward(needs: list[bool], reduction: int, row_weights: Tensor | None) -> list[bool]:
-    return [need and (REDUCTIONS[reduction] != "none" or row_weights is not None) for need in needs]
-
-
-def _fake(
-    first: Tensor,
-    tensors: Sequence[Tensor | None],
-    reduction: int,
-    needs: list[bool],
-    dtype: torch.dtype,
-) -> Fakes:
-    shape = first.shape[-2:-1] if REDUCTIONS[reduction] == "none" else ()
-    loss, parts = (
-        first.new_empty(size, dtype=reference.compute_dtype(dtype)) for size in (shape, (3, *shape))
-    )
-    return (
-        loss,
-        parts,
-        [
-            x.new_empty(x.shape)
-            for x, need in zip(tensors, needs, strict=True)
-            if x is not None and need
-        ],
-    )
-
-
-def _fake_loss(
-    logits: list[Tensor], labels: Tensor | None, *, reduction: int, needs: list[bool], **_: Any
-) -> Fakes:
-    return _fake(logits[0], logits, reduction, needs, logits[0].dtype)
-
-
 def _fake_linear(
     hidden: list[Tensor],
     weight: Tensor,
@@ -171,14 +181,22 @@ def _fake_linear(
     needs: list[bool],
     dtype: torch.dtype,
     **_: Any,
-) -> Fakes:
-    return _fake(
-        hidden[0],
-        [*hidden, weight, bias],
-        reduction,
-        _in_forward(needs, reduction, row_weights),
-        dtype,
-    )
+) -> Results:
+    wanted = _in_forward(needs, reduction, row_weights)
+    return _fake(hidden[0], [*hidden, weight, bias], REDUCTIONS[reduction], wanted, dtype)
+
+
+# Composed of the others, with gradients by hidden, weight and bias. row_weights: the gradient by
+# the losses of the rows; without it, reduction "none" gives no gradients, as they are not known
+# yet.
+torch.library.define(
+    "uegr_kernels::linear_uegr_loss",
+    "(Tensor[] hidden, Tensor weight, Tensor? bias, Tensor? labels, Tensor? row_weights, *, "
+    f"{OPTIONS}, ScalarType dtype, int? chunk_rows, str backend) -> (Tensor, Tensor, Tensor[])",
+)
+torch.library.impl("uegr_kernels::linear_uegr_loss", "CompositeExplicitAutograd", _linear_uegr_loss)
+torch.library.register_fake("uegr_kernels::linear_uegr_loss", _fake_linear)
+refuse_vmap("linear_uegr_loss", NO_VMAP)
 
 
 def _is_one(grad_loss: Tensor) -> bool:
@@ -198,19 +216,8 @@ def _is_last(grad_loss: Tensor) -> bool:
     """Whether no other backward can ask for the kept gradients, which may then be scaled where
     they lie and given away.
     """
-    plain = type(grad_loss) is Tensor and not traced() and not torch.is_grad_enabled()
+    plain = type(grad_loss) is Tensor and not backends.traced() and not torch.is_grad_enabled()
     return plain and not torch._C._autograd._get_current_graph_task_keep_graph()
-
-
-def _scale_(gradients: list[Tensor], grad_loss: Tensor, backend: str) -> None:
-    if not _is_one(grad_loss):
-        scale = (
-            _triton().scale_gradients_
-            if backend == "triton"
-            else torch.ops.uegr_kernels.scale_gradients_.default
-        )
-        scale(gradients, grad_loss)
-        torch.autograd.graph.increment_version(gradients)
 
 
 def _hand_out(
@@ -226,10 +233,10 @@ def _hand_out(
     # is_grads_batched
     if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad_loss):
         gradients = reference.scale_gradients(gradients, grad_loss, grad_loss)
-    elif _is_last(grad_loss):
-        _scale_(gradients, grad_loss, backend)
-    else:
-        gradients = torch.ops.uegr_kernels.scale_gradients.default(gradients, grad_loss, parts)
+    elif not _is_last(grad_loss):
+        gradients = scale_gradients.default(gradients, grad_loss, parts)
+    elif not _is_one(grad_loss):
+        scale_gradients_(backend, gradients, grad_loss)
     wanted = iter(gradients)
     return [next(wanted) if need else None for need in needs]
 
@@ -292,42 +299,6 @@ def _refuse_second_derivative(*_: Any) -> NoReturn:
     )
 
 
-def _refuse_vmap(*_: Any, **__: Any) -> NoReturn:
-    raise RuntimeError(
-        "the losses of uegr_kernels do not run under torch.func.vmap; give the "
-        "whole batch as N rows and reduction='none'"
-    )
-
-
-def _run(module: Callable[[], ModuleType], name: str, *tensors: Any, **options: Any) -> Any:
-    """The function `name` of a module, by an operator's arguments."""
-    if "reduction" in options:
-        options["reduction"] = REDUCTIONS[options["reduction"]]
-    return getattr(module(), name)(*tensors, **options)
-
-
-for _name, _schema in SCHEMAS.items():
-    if _name == "linear_uegr_loss":  # composed of the others
-        torch.library.define(f"uegr_kernels::{_name}", _schema)
-        torch.library.impl(f"uegr_kernels::{_name}", "CompositeExplicitAutograd", _linear_uegr_loss)
-    else:
-        backends.define(
-            _name,
-            _schema,
-            functools.partial(_run, lambda: reference, _name),
-            functools.partial(_run, _triton, _name),
-        )
-    torch.library.register_vmap(f"uegr_kernels::{_name}", _refuse_vmap)
-
-torch.library.register_fake("uegr_kernels::uegr_loss", _fake_loss)
-torch.library.register_fake(
-    "uegr_kernels::uegr_loss_", lambda *tensors, **options: _fake_loss(*tensors, **options)[:2]
-)
-torch.library.register_fake("uegr_kernels::linear_uegr_loss", _fake_linear)
-torch.library.register_fake(
-    "uegr_kernels::scale_gradients", lambda gradients, *_: [torch.empty_like(g) for g in gradients]
-)
-torch.library.register_fake("uegr_kernels::scale_gradients_", lambda *_: None)
 torch.library.register_autograd(
     "uegr_kernels::uegr_loss", _backward_loss, setup_context=_setup_loss
 )
@@ -338,8 +309,8 @@ torch.library.register_autograd("uegr_kernels::scale_gradients", _refuse_second_
 
 
 class _Loss(torch.autograd.Function):
-    """What the registered autograd does, for kernels that are called directly: the reference,
-    and gradients over the logits.
+    """Does what the registered autograd does, for kernels that are called directly: the
+    reference, and gradients over the logits.
     """
 
     @staticmethod
@@ -348,21 +319,26 @@ class _Loss(torch.autograd.Function):
         labels: Tensor | None,
         backend: str,
         in_place: bool,
+        reduction: str,
         needs: list[bool],
-        options: dict[str, Any],
+        options: Options,
         *logits: Tensor,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.needs, ctx.in_place, ctx.spent, ctx.backend = needs, in_place, False, backend
         ctx.leaves = in_place and [x.is_leaf for x in logits]
         detached = [x.detach() for x in logits]
-        loss, parts, *gradients = kernel("uegr_loss_" if in_place else "uegr_loss", backend)(
-            detached, labels, needs=needs, **options
-        )
         if in_place:
-            gradients = [[x for x, need in zip(detached, needs, strict=True) if need]]
-            torch.autograd.graph.increment_version(gradients[0])
-        ctx.save_for_backward(parts, *gradients[0])
+            loss, parts = kernel(uegr_loss_, backend)(
+                detached, labels, reduction=reduction, needs=needs, **options._asdict()
+            )
+            gradients = [x for x, need in zip(detached, needs, strict=True) if need]
+            torch.autograd.graph.increment_version(gradients)
+        else:
+            loss, parts, gradients = kernel(uegr_loss, backend)(
+                detached, labels, reduction=reduction, needs=needs, **options._asdict()
+            )
+        ctx.save_for_backward(parts, *gradients)
         return loss, parts
 
     @staticmethod
@@ -375,7 +351,8 @@ class _Loss(torch.autograd.Function):
         parts, *gradients = ctx.saved_tensors
         ctx.spent = ctx.in_place and grad_loss is not None and not torch.is_grad_enabled()
         if ctx.spent and grad_loss is not None:
-            _scale_(gradients, grad_loss, ctx.backend)
+            if not _is_one(grad_loss):
+                scale_gradients_(ctx.backend, gradients, grad_loss)
             wanted = iter(gradients)  # a leaf and its .grad must not share memory
             gradients = [
                 (next(wanted).clone() if leaf else next(wanted)) if need else None
@@ -383,17 +360,17 @@ class _Loss(torch.autograd.Function):
             ]
         else:
             gradients = _hand_out(grad_loss, gradients, ctx.needs, parts, ctx.backend)
-        return None, None, None, None, None, *gradients
+        return None, None, None, None, None, None, *gradients
 
 
 class _TransformedLoss(torch.autograd.Function):
-    """The loss under torch.func.grad, vjp and jacrev. The gradients are outputs: a second
-    derivative asks for theirs, and is refused.
+    """Computes the loss under torch.func.grad, vjp and jacrev. The gradients are outputs: a
+    second derivative asks for theirs, and is refused.
     """
 
     @staticmethod
     def forward(
-        run: Callable[..., Fakes], labels: Tensor | None, *logits: Tensor
+        run: Callable[..., Results], labels: Tensor | None, *logits: Tensor
     ) -> tuple[Tensor, ...]:
         loss, parts, gradients = run(list(logits), labels)
         return loss, parts, *gradients
@@ -416,100 +393,117 @@ class _TransformedLoss(torch.autograd.Function):
         return None, None, *reference.scale_gradients(gradients, grad_loss, parts)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that serves the losses (core.backends.choose)."""
-    return backends.choose(backend, "divergence.uegr_loss", device, dtype)
-
-
-def uegr_loss(
+def loss_and_parts(
     logits: list[Tensor],
     labels: Tensor | None,
+    options: Options,
     *,
-    in_place: bool,
     reduction: str,
+    in_place: bool,
     backend: str,
-    **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The loss, differentiable, and its parts; arguments as in SCHEMAS."""
-    backend = choose(backend, logits[0].device, logits[0].dtype)
+    """Returns the loss, differentiable, and its parts; logits and labels as `uegr_loss` above."""
+    backend = uegr_loss.choose(backend, logits[0].device, logits[0].dtype)
     if backend in ("reference", "triton"):
-        _check_range(labels, logits[0].shape[-1], options["ignore_index"])
+        _check_range(labels, logits[0].shape[-1], options.ignore_index)
     needs = [torch.is_grad_enabled() and x.requires_grad for x in logits]
 
     def run(reduction: str) -> tuple[Tensor, Tensor]:
-        seen = traced()
-        if seen and transformed():
+        traced = backends.traced()
+        if traced and backends.transformed():
             every = functools.partial(
-                kernel("uegr_loss", backend),
+                kernel(uegr_loss, backend),
                 reduction=reduction,
                 needs=[True] * len(logits),
-                **options,
+                **options._asdict(),
             )
             loss, parts, *_ = _TransformedLoss.apply(every, labels, *logits)  # type: ignore[no-untyped-call]
-        elif seen and backend != "reference":
-            number = REDUCTIONS.index(reduction)
-            loss, parts, _ = torch.ops.uegr_kernels.uegr_loss.default(
-                logits, labels, reduction=number, needs=needs, **options
+        elif traced and backend != "reference":
+            loss, parts, _ = uegr_loss.registered(
+                logits, labels, reduction=reduction, needs=needs, **options._asdict()
             )
         elif not any(needs):
-            loss, parts, _ = kernel("uegr_loss", backend)(
-                logits, labels, reduction=reduction, needs=needs, **options
+            loss, parts, _ = kernel(uegr_loss, backend)(
+                logits, labels, reduction=reduction, needs=needs, **options._asdict()
             )
         else:
-            given = (
-                labels,
-                backend,
-                in_place and not seen,
-                needs,
-                options | {"reduction": reduction},
-            )
+            given = (labels, backend, in_place and not traced, reduction, needs, options)
             loss, parts = _Loss.apply(*given, *logits)  # type: ignore[no-untyped-call]
         return loss, parts
 
-    return _divided_last(
-        run, reduction, logits[0], labels, logits[0].dtype, options["ignore_index"]
-    )
+    return _divided_last(run, reduction, logits[0], labels, logits[0].dtype, options.ignore_index)
 
 
-def linear_uegr_loss(
+def linear_loss_and_parts(
     hidden: list[Tensor],
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor | None,
+    options: Options,
     *,
     reduction: str,
     dtype: torch.dtype,
+    chunk_rows: int | None,
     backend: str,
-    **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of the logits hidden @ weight.T + bias in `dtype`, never whole, and its parts."""
+    """Returns the loss of the logits hidden @ weight.T + bias in `dtype`, which are never whole,
+    and its parts.
+    """
     # what takes chunks apart is one operator, which torch.func cannot look into: here the logits
     # exist whole
-    if transformed():
+    if backends.transformed():
         with torch.autocast(weight.device.type, enabled=False):
             w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
             logits = [torch.nn.functional.linear(x.to(dtype), w, b) for x in hidden]
-        del options["chunk_rows"]
-        return uegr_loss(
-            logits, labels, in_place=False, reduction=reduction, backend=backend, **options
+        return loss_and_parts(
+            logits, labels, options, reduction=reduction, in_place=False, backend=backend
         )
     needs = [
         x is not None and torch.is_grad_enabled() and x.requires_grad
         for x in (*hidden, weight, bias)
     ]
-    options |= {"needs": needs, "dtype": dtype, "backend": choose(backend, weight.device, dtype)}
-    if options["backend"] in ("reference", "triton"):
-        _check_range(labels, len(weight), options["ignore_index"])
+    chosen = uegr_loss.choose(backend, weight.device, dtype)
+    if chosen in ("reference", "triton"):
+        _check_range(labels, len(weight), options.ignore_index)
 
     def run(reduction: str) -> tuple[Tensor, Tensor]:
-        number = REDUCTIONS.index(reduction)
         loss, parts, _ = torch.ops.uegr_kernels.linear_uegr_loss.default(
-            hidden, weight, bias, labels, None, reduction=number, **options
+            hidden,
+            weight,
+            bias,
+            labels,
+            None,
+            reduction=REDUCTIONS.index(reduction),
+            needs=needs,
+            dtype=dtype,
+            chunk_rows=chunk_rows,
+            backend=chosen,
+            **options._asdict(),
         )
         return loss, parts
 
-    return _divided_last(run, reduction, hidden[0], labels, dtype, options["ignore_index"])
+    return _divided_last(run, reduction, hidden[0], labels, dtype, options.ignore_index)
+
+
+def _check_range(labels: Tensor | None, classes: int, ignore_index: int) -> None:
+    """Raises for class indices outside [0, classes), where they can be looked at; the compiled
+    kernels look themselves.
+    """
+    if (
+        labels is None
+        or labels.is_floating_point()
+        or labels.device.type != "cpu"
+        or type(labels) is not Tensor
+        or backends.traced()
+    ):
+        return
+    wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
+    if len(wrong):
+        value = wrong[0].item()
+        raise ValueError(
+            f"labels hold {value}; give classes from 0 to {classes - 1}, or {ignore_index} "
+            "(ignore_index) for rows to leave out"
+        )
 
 
 def _divided_last(

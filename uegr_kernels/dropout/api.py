@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..core import backends, checks
 from . import op
 
 STATE = ("gradient_norm", "pending")
@@ -61,14 +62,14 @@ class AdaptiveDropout(nn.Module):
     ) -> None:
         super().__init__()
         if num_features is not None:
-            num_features = op.checks.integer("num_features", num_features, 1)
-        p, max_p = op.checks.number("p", p, 0, 1), op.checks.number("max_p", max_p, 0, 1)
-        if op.checks.number("momentum", momentum, 0, 1) == 1:
+            num_features = checks.integer("num_features", num_features, 1)
+        p, max_p = checks.number("p", p, 0, 1), checks.number("max_p", max_p, 0, 1)
+        if checks.number("momentum", momentum, 0, 1) == 1:
             raise ValueError(f"momentum={momentum!r} is out of range; give a number in [0, 1)")
-        if backend != "auto" and backend not in op.backends.BACKENDS:
+        if backend != "auto" and backend not in backends.BACKENDS:
             raise ValueError(
                 f"backend={backend!r} is not a backend; use one of 'auto', "
-                f"{', '.join(map(repr, op.backends.BACKENDS))}"
+                f"{', '.join(map(repr, backends.BACKENDS))}"
             )
         self.num_features, self.p, self.max_p, self.momentum, self.backend = (
             num_features,
@@ -84,7 +85,7 @@ class AdaptiveDropout(nn.Module):
         if not self.training:
             return input
         self._check(input)
-        backend = op.choose(self.backend, input.device, input.dtype)
+        backend = op.adaptive_dropout.choose(self.backend, input.device, input.dtype)
         if input.dim() > MOST_AXES or not self._ready(input):
             return F.dropout(input, self.p)
         # A call inside a backward is a recompute, which has to find the rates of its forward.
@@ -93,13 +94,17 @@ class AdaptiveDropout(nn.Module):
         if self._plain:  # the same operator on norms of 0: a recompute may be of the call before
             norm, fold = torch.zeros_like(norm), False
         key = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=input.device)
-        options = {
-            "p": float(self.p),
-            "max_p": float(self.max_p),
-            "momentum": float(self.momentum),
-            "fold": fold,
-        }
-        return op.adaptive_dropout(input, norm, self.pending, key, backend=backend, **options)
+        return op.dropped(
+            input,
+            norm,
+            self.pending,
+            key,
+            p=float(self.p),
+            max_p=float(self.max_p),
+            momentum=float(self.momentum),
+            fold=fold,
+            backend=backend,
+        )
 
     def reset_parameters(self) -> None:
         """Forgets the gradients seen and the widths met, as if the module were new."""
@@ -180,7 +185,7 @@ class AdaptiveDropout(nn.Module):
             raise TypeError(f"input is a {type(input).__name__}; give a tensor")
         if input.layout != torch.strided:
             raise TypeError(f"input is sparse ({input.layout}); give input.to_dense()")
-        if input.dtype not in op.backends.DTYPES:
+        if input.dtype not in backends.DTYPES:
             raise TypeError(f"input is {input.dtype}; give float32, bfloat16, float16 or float64")
         if input.dim() == 0 or input.shape[-1] == 0:
             raise ValueError(

@@ -4,7 +4,6 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,18 +60,20 @@ def fgm_perturbation(
         "fgm_perturbation", [], CONSTANT, constants=[grad] if mask is None else [grad, mask]
     )
     mask = _check_mask(mask, "grad", grad)
-    backend = op.choose("fgm_perturbation_", backend, grad.device, grad.dtype)
+    backend = op.fgm_perturbation_.choose(backend, grad.device, grad.dtype)
     key = _key(seed, keep_probability, grad.device)
     delta = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
-    options = {
-        "epsilon": epsilon,
-        "norm": norm,
-        "per": per,
-        "keep_probability": keep_probability,
-        "step": step,
-    }
-    op.call(
-        "fgm_perturbation_", backend, grad.detach(), mask, key, delta, written=[delta], **options
+    op.fgm_perturbation_(
+        backend,
+        grad.detach(),
+        mask,
+        key,
+        delta,
+        epsilon=epsilon,
+        norm=norm,
+        per=per,
+        keep_probability=keep_probability,
+        step=step,
     )
     return delta
 
@@ -107,10 +108,8 @@ def pgd_step(
     checks.tensor("grad", grad)
     _check_alike("delta", delta, "grad", grad)
     _check_choices(norm, per, (*op.NORMS, "max"))
-    options = {
-        "step_size": checks.number("step_size", step_size, 0),
-        "radius": checks.number("radius", radius, 0),
-    }
+    step_size = checks.number("step_size", step_size, 0)
+    radius = checks.number("radius", radius, 0)
     checks.refuse_transforms(
         "pgd_step", [], CONSTANT, constants=[delta, grad] if mask is None else [delta, grad, mask]
     )
@@ -119,21 +118,27 @@ def pgd_step(
     if norm == "max":
         _check_plain(backend)
         op.reference.pgd_step_(
-            delta.detach(), grad.detach(), mask, out, norm=norm, per=per, **options
+            delta.detach(),
+            grad.detach(),
+            mask,
+            out,
+            step_size=step_size,
+            radius=radius,
+            norm=norm,
+            per=per,
         )
         return out
-    backend = op.choose("pgd_step_", backend, delta.device, delta.dtype)
-    op.call(
-        "pgd_step_",
+    backend = op.pgd_step_.choose(backend, delta.device, delta.dtype)
+    op.pgd_step_(
         backend,
         delta.detach(),
         grad.detach(),
         mask,
         out,
-        written=[out],
+        step_size=step_size,
+        radius=radius,
         norm=norm,
         per=per,
-        **options,
     )
     return out
 
@@ -182,13 +187,15 @@ def perturbed_weights(
             f"gradients hold {len(gradients)} entries for {len(params)} params; give "
             "one each, None for none"
         )
-    options = {
-        "epsilon": checks.number("epsilon", epsilon, 0),
-        "keep_probability": checks.number("keep_probability", keep_probability, 0, 1),
-    }
-    options |= {"step": checks.integer("step", step, 0, bits=32), "together": per == "all"}
     return _perturbed(
-        params, gradients, None if seed is None else checks.signed_seed(seed), backend, options
+        params,
+        gradients,
+        None if seed is None else checks.signed_seed(seed),
+        backend,
+        epsilon=checks.number("epsilon", epsilon, 0),
+        keep_probability=checks.number("keep_probability", keep_probability, 0, 1),
+        step=checks.integer("step", step, 0, bits=32),
+        together=per == "all",
     )
 
 
@@ -198,7 +205,11 @@ def _perturbed(
     gradients: Sequence[Tensor | None] | None,
     seed: int | None,
     backend: str,
-    options: dict[str, Any],
+    *,
+    epsilon: float,
+    keep_probability: float,
+    step: int,
+    together: bool,
 ) -> Iterator[None]:
     given = {
         i: g
@@ -214,23 +225,22 @@ def _perturbed(
     checks.refuse_transforms("perturbed_weights", params, CONSTANT, constants=list(given.values()))
     streams = list(given)
     # they share memory and versions
-    weights, grads = (
-        [params[i].detach() for i in streams],
-        [grad.detach() for grad in given.values()],
-    )
-    backend = op.choose("perturb_weights_", backend, weights[0].device, weights[0].dtype)
-    key = _key(seed, options["keep_probability"], weights[0].device)
+    weights = [params[i].detach() for i in streams]
+    grads = [grad.detach() for grad in given.values()]
+    backend = op.perturb_weights_.choose(backend, weights[0].device, weights[0].dtype)
+    key = _key(seed, keep_probability, weights[0].device)
     saved = [weight.clone() for weight in weights]
     try:
-        op.call(
-            "perturb_weights_",
+        op.perturb_weights_(
             backend,
             weights,
             grads,
             key,
-            written=weights,
             streams=streams,
-            **options,
+            epsilon=epsilon,
+            together=together,
+            keep_probability=keep_probability,
+            step=step,
         )
         torch.clear_autocast_cache()  # it keeps casts of weights until its region ends
         yield

@@ -1,0 +1,129 @@
+"""What every op.py needs of an operator: its definition, and its call on a chosen backend."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, NoReturn, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import backends
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Operator(Generic[P, R]):
+    """Defines `uegr_kernels::<name>`, and calls it on a backend that `choose` gave.
+
+    package    the folder's, `__package__` in its op.py
+    schema     "name(arguments) -> results", as PyTorch writes it
+    reference  reference.py's function of that name; the folder's Triton kernels have one too, with
+        the same arguments
+    fake       what the results are like, by the same arguments
+    words      for each option that the schema has as a number, the words whose positions it counts
+    no_vmap    the sentence of the error under torch.func.vmap; None: as PyTorch does without a rule
+
+    A call takes and checks by types the reference's arguments, with words. Only the schema, and so
+    the compiled kernels, have numbers.
+    """
+
+    def __init__(
+        self,
+        package: str,
+        schema: str,
+        reference: Callable[P, R],
+        *,
+        fake: Callable[..., Any],
+        words: Mapping[str, tuple[str, ...]],
+        no_vmap: str | None,
+    ) -> None:
+        self.package, self.reference, self.words = package, reference, words
+        self.name = schema.partition("(")[0]
+        name, arguments = f"uegr_kernels::{self.name}", schema.removeprefix(self.name)
+        by_reference = functools.partial(self.by_schema, reference)
+        by_triton = functools.partial(self.by_schema, self._by_triton)
+        backends.define(self.name, arguments, by_reference, by_triton)
+        for overload in (name, f"{name}.fallback"):
+            torch.library.register_fake(overload, functools.partial(self.by_schema, fake))
+        if no_vmap is not None:
+            refuse_vmap(self.name, no_vmap)
+        packet = getattr(torch.ops.uegr_kernels, self.name)
+        self.default, self.fallback = packet.default, packet.fallback
+        self.written = [  # positions, and names of keywords
+            argument.name if argument.kwarg_only else position
+            for position, argument in enumerate(self.default._schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def choose(self, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+        """Returns the backend that serves the operator (core.backends.choose)."""
+        folder = self.package.rpartition(".")[2]
+        return backends.choose(backend, f"{folder}.{self.name}", device, dtype)
+
+    def kernel(self, backend: str) -> Callable[P, R]:
+        """Returns the operator's function of a chosen backend, by the reference's arguments."""
+        if backend == "reference":
+            return self.reference
+        if backend == "triton":
+            found: Callable[P, R] = getattr(backends.triton_kernels(self.package), self.name)
+            return found
+        return self.registered
+
+    def registered(self, *tensors: P.args, **options: P.kwargs) -> R:
+        """Calls the operator through PyTorch's dispatcher, which compilers and torch.func see."""
+        result: R = self.default(*tensors, **self._in_numbers(options))
+        return result
+
+    def __call__(self, backend: str, /, *tensors: P.args, **options: P.kwargs) -> R:
+        """Runs an operator that writes into its arguments, and increases their versions.
+
+        Through the dispatcher while a compiler or torch.func looks, else directly.
+        """
+        if backends.traced():
+            return self.registered(*tensors, **options)
+        result = self.kernel(backend)(*tensors, **options)
+        if backend != "reference":  # autograd would miss a stale graph
+            torch.autograd.graph.increment_version(self._written(tensors, options))
+        return result
+
+    def by_schema(self, function: Callable[..., Any], *tensors: Any, **options: Any) -> Any:
+        """Calls a function that takes words by the schema's arguments.
+
+        Raises RuntimeError for a number that stands for no word.
+        """
+        return function(*tensors, **self._in_words(options))
+
+    def _by_triton(self, *tensors: Any, **options: Any) -> Any:
+        return getattr(backends.triton_kernels(self.package), self.name)(*tensors, **options)
+
+    def _in_numbers(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        named = {name: words for name, words in self.words.items() if name in options}
+        return {**options} | {name: words.index(options[name]) for name, words in named.items()}
+
+    def _in_words(self, options: dict[str, Any]) -> dict[str, Any]:
+        named = {name: words for name, words in self.words.items() if name in options}
+        for name, words in named.items():
+            number = options[name]
+            if not 0 <= number < len(words):
+                known = ", ".join(f"{i} ({word})" for i, word in enumerate(words))
+                raise RuntimeError(f"{name} is {number}; use {known}")
+        return options | {name: words[options[name]] for name, words in named.items()}
+
+    def _written(self, tensors: tuple[Any, ...], options: Mapping[str, Any]) -> list[Tensor]:
+        found = (options[at] if isinstance(at, str) else tensors[at] for at in self.written)
+        return [x for some in found for x in (some if isinstance(some, list) else [some])]
+
+
+def writes_only(*_: Any, **__: Any) -> None:
+    """Returns nothing: the fake of an operator that only writes into its arguments."""
+
+
+def refuse_vmap(operator: str, sentence: str) -> None:
+    """Makes an operator raise RuntimeError with the sentence under torch.func.vmap."""
+
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise RuntimeError(sentence)
+
+    torch.library.register_vmap(f"uegr_kernels::{operator}", refuse)
