@@ -19,6 +19,15 @@ from hypothesis import strategies as st
 
 import uegr_kernels as uk
 from uegr_kernels.selective import op, reference
+from uegr_kernels.selective.options import (
+    DIRECTIONS,
+    FIELDS,
+    NORMALIZATIONS,
+    SCOPES,
+    STATISTICS,
+    TARGETS,
+    Selection,
+)
 
 OPERATORS = tuple(f"selective.{name}" for name in op.SCHEMAS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -105,39 +114,40 @@ def noting_near_ties(monkeypatch, histogram: bool = False):
 
     def noting(g, saliency, statistics, layout, selection, *, seed, step):
         inverse = reference.inverse_probability(g, saliency, statistics, selection)
-        indices = reference.philox.element_indices(g.numel(), layout[1:])
+        indices = layout.indices(g.numel(), g.device)
         u = reference.philox.uniform(
-            reference.philox.words(indices, seed=seed, step=step, stream=layout[0]), torch.float64
+            reference.philox.words(indices, seed=seed, step=step, stream=layout.stream),
+            torch.float64,
         ).view(g.shape)
         close = (u - 1 / inverse.double()).abs() < 2.0**-22 * max(1.0, selection.sharpness)
-        near[layout[0]] = near.get(layout[0], torch.zeros_like(close)) | close
+        near[layout.stream] = near.get(layout.stream, torch.zeros_like(close)) | close
         return select(g, saliency, statistics, layout, selection, seed=seed, step=step)
 
     def by_histogram(g, saliency, statistics, selection):
         if selection.normalization == "rank" and statistics is None:
             n = g.numel()
-            statistics = reference.histogram(*reference.magnitude(g, saliency), (0, 0, n, n), n)
+            statistics = reference.histogram(
+                *reference.magnitude(g, saliency), reference.Layout(0, 0, n, n), n
+            )
         return normalise(g, saliency, statistics, selection)
 
     def shared_histogram(parts):
         out = torch.zeros(1, reference.RANK_BINS, dtype=torch.int64)
         for part in parts:
             options = {
-                "layout": part["layout"],
+                "layout": part.layout,
                 "sizes": [],
                 "normalization": "rank",
-                "grad_scale": part["grad_scale"],
+                "grad_scale": part.grad_scale,
             }
-            reference.selective_statistics_(
-                part["grads"], part["saliencies"], [], [], **options, out=out
-            )
+            reference.selective_statistics_(part.grads, part.saliencies, [], [], **options, out=out)
         return out
 
     with monkeypatch.context() as patch:
         patch.setattr(reference, "select", noting)
         if histogram:
             patch.setattr(reference, "normalise", by_histogram)
-            patch.setattr(reference, "ordered_saliency", shared_histogram)
+            patch.setattr(op, "exact_ranks", shared_histogram)
         yield near
     looked_at = sum(t.numel() for t in near.values())
     # the exception must not swallow the rule
@@ -364,24 +374,10 @@ def test_probability_by_hand(backend, dtype, normalization, direction, s, p):
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     # the literals have ten digits, float32's exp six
     np.testing.assert_allclose(found.double().numpy(), p, rtol=4e-6)
-    selection = op.Selection(**(SELECTION_DEFAULTS | options))
+    selection = Selection(**options)
     np.testing.assert_allclose(
         reference.normalise(HAND, None, None, selection).numpy(), s, rtol=1e-6
     )
-
-
-SELECTION_DEFAULTS = {
-    "threshold": 0.8,
-    "sharpness": 5.0,
-    "normalization": "minmax",
-    "direction": "printed",
-    "scope": "tensor",
-    "statistics": "current",
-    "rescale": True,
-    "min_probability": 0.0,
-    "keep_probability": 1.0,
-    "target": "gradient",
-}
 
 
 def test_rank_is_scipys(backend):
@@ -1380,37 +1376,28 @@ def test_a_shards_mask_is_its_part_of_the_whole(backend, normalization, part, la
             "normalization": normalization,
             "grad_scale": None,
         }
-        op.call("selective_statistics_", backend, [g], [], [], [], **run, out=scope)
-    selection = op.Selection(
-        **(
-            SELECTION_DEFAULTS
-            | {"normalization": normalization, "threshold": 0.5, "keep_probability": 0.5}
-        )
+        op.selective_statistics_(backend, [g], [], [], [], **run, out=scope)
+    selection = Selection(
+        **{"normalization": normalization, "threshold": 0.5, "keep_probability": 0.5}
     )
     whole, shard = g.clone(), g[part].clone()
     common = {"scope_statistics": scope, "step": 3, "seed": -5, "selection": selection}
-    op.call(
-        "select_gradients_", backend, [whole], [], layout=[6, 0, g.numel(), g.numel()], **common
-    )
-    op.call("select_gradients_", backend, [shard], [], layout=[6, *layout], **common)
+    op.select_gradients_(backend, [whole], [], layout=[6, 0, g.numel(), g.numel()], **common)
+    op.select_gradients_(backend, [shard], [], layout=[6, *layout], **common)
     assert (whole == 0).any() and (whole != 0).any()
     compare(shard, whole[part], "equal")
 
 
 def test_far_element_indices(native):
     # Tensors of more than 2^33 elements do not fit here; their last shard does.
-    selection = op.Selection(
-        **(
-            SELECTION_DEFAULTS
-            | {"normalization": "constant", "keep_probability": 0.5, "rescale": False}
-        )
+    selection = Selection(
+        **{"normalization": "constant", "keep_probability": 0.5, "rescale": False}
     )
     for layout in ([2, 2**33 + 5, 1000, 1000], [2, 2**40 - 1, 7, 2**34 + 3]):
         results = []
         for backend in ("reference", native):
             g = torch.ones(1000)
-            op.call(
-                "select_gradients_",
+            op.select_gradients_(
                 backend,
                 [g],
                 [],
@@ -1452,9 +1439,7 @@ def test_statistics_are_the_references(native, dtype):
                         "normalization": normalization,
                         "grad_scale": scale,
                     }
-                    op.call(
-                        "selective_statistics_", backend, grads, given, [], [], **options, out=out
-                    )
+                    op.selective_statistics_(backend, grads, given, [], [], **options, out=out)
                     found.append(out)
                 if given and normalization == "rank" and dtype in (torch.float32, torch.float64):
                     # sqrt may round over a bin's edge
@@ -1476,8 +1461,7 @@ def test_a_large_ranks_histogram_takes_every_kth_element(native):
         # k = 3, and 5 for a shard of a larger one
         for layout, sizes in (([0, 0, n, n], whole), ([0, 1000, n, n], [5 * 2**20])):
             out = torch.zeros(1, reference.RANK_BINS, dtype=torch.int64)
-            op.call(
-                "selective_statistics_",
+            op.selective_statistics_(
                 backend,
                 [g],
                 [],
@@ -1634,10 +1618,10 @@ def test_one_bad_element_spoils_itself_alone(backend, cls, bad, dtype, options):
         compare(found[0][others], expected[0][others], "equal")
     p = uk.selection_probability(
         spoiled,
-        **{k: v for k, v in options.items() if k in op.FIELDS and k != "target"},
+        **{k: v for k, v in options.items() if k in FIELDS and k != "target"},
         backend=backend,
     )
-    without = {k: v for k, v in options.items() if k in op.FIELDS and k != "target"}
+    without = {k: v for k, v in options.items() if k in FIELDS and k != "target"}
     assert p[at] == 1.0
     compare(
         p[others], uk.selection_probability(spoiled[others], **without, backend=backend), "equal"
@@ -2796,7 +2780,7 @@ def test_sgd_refuses_an_expanded_parameter_before_anything_changes(backend):
 
 
 STATELESS_ERRORS = [
-    *[(o, e, m) for o, e, m in BAD_OPTIONS if o.keys() <= {*op.FIELDS, "backend", "seed"}],
+    *[(o, e, m) for o, e, m in BAD_OPTIONS if o.keys() <= {*FIELDS, "backend", "seed"}],
     ({"statistics": "previous"}, ValueError, "statistics='previous' needs an optimizer's state"),
     ({"target": "update"}, ValueError, "target='update' needs an optimizer's state"),
     ({"step": -1}, ValueError, r"step=-1 .*\[0, 2\^24\)"),
@@ -3051,9 +3035,7 @@ def operator_arguments(name: str, dtype: torch.dtype, normalization: str) -> tup
 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     layout = [0, 0, 24, 24, 1, 0, 1, 1]
-    selection = op.Selection(
-        **(SELECTION_DEFAULTS | {"normalization": normalization, "keep_probability": 0.5})
-    ).arguments()
+    selection = Selection(**{"normalization": normalization, "keep_probability": 0.5}).numbers()
     previous = normalization == "minmax"
     if name in ("selective_adamw_", "selective_sgd_"):
         kept = [
@@ -3101,7 +3083,7 @@ def operator_arguments(name: str, dtype: torch.dtype, normalization: str) -> tup
             if rank
             else torch.zeros(1, 2, dtype=torch.float64)
         )
-        number = op.NORMALIZATIONS.index("rank" if rank else "minmax")
+        number = NORMALIZATIONS.index("rank" if rank else "minmax")
         return (tensors(), [], [], []), {
             "layout": layout,
             "sizes": [],
@@ -3162,18 +3144,18 @@ def random_cases(draw):
         if shape and draw(st.booleans()):
             g = sliced(g)
         grads.append(g)
-    normalization = draw(st.sampled_from(op.NORMALIZATIONS))
+    normalization = draw(st.sampled_from(NORMALIZATIONS))
     selection = {
         "threshold": draw(st.floats(-2, 2)),
         "sharpness": draw(st.sampled_from([0.0, 0.5, 5.0, 60.0])),
         "normalization": normalization,
-        "direction": draw(st.sampled_from(op.DIRECTIONS)),
-        "scope": draw(st.sampled_from(op.SCOPES)),
+        "direction": draw(st.sampled_from(DIRECTIONS)),
+        "scope": draw(st.sampled_from(SCOPES)),
         "rescale": draw(st.booleans()),
         "min_probability": draw(st.sampled_from([0.0, 0.2])),
         "keep_probability": draw(st.floats(0.01, 1)),
-        "target": draw(st.sampled_from(op.TARGETS)),
-        "statistics": draw(st.sampled_from(op.STATISTICS))
+        "target": draw(st.sampled_from(TARGETS)),
+        "statistics": draw(st.sampled_from(STATISTICS))
         if normalization in ("minmax", "range")
         else "current",
         "seed": draw(st.integers(-(2**63), 2**64)),
@@ -3436,17 +3418,17 @@ def test_an_update_that_fails_is_never_tried_again(monkeypatch, backend, cls, st
         expected.param_groups[0]["params"],
         [[torch.ones(4), torch.ones(3)]] * (steps_before + 1),
     )
-    calls, real = [], op.call
+    calls, real = [], getattr(op, optimizer.operator)
 
     def failing(*args, **kwargs):
         real(*args, **kwargs)
         calls.append(args[0])
         raise RuntimeError("the launch failed")
 
-    monkeypatch.setattr(op, "call", failing)
+    monkeypatch.setattr(op, optimizer.operator, failing)
     with pytest.raises(RuntimeError, match="the launch failed"):
         walk(optimizer, params, [[torch.ones(4), torch.ones(3)]])
-    monkeypatch.setattr(op, "call", real)
+    monkeypatch.setattr(op, optimizer.operator, real)
     assert len(calls) == 1
     for p, q in zip(params, expected.param_groups[0]["params"], strict=True):
         assert optimizer.state[p]["step"] == steps_before + 1 and torch.equal(p, q)
@@ -3569,9 +3551,9 @@ def test_the_operators_take_a_single_tensor_for_many_states(native):
     start, (grads,) = problem([(3, 5), (16,), (1,)], steps=1)
     sizes = [g.numel() for g in grads]
     layout = [x for i, n in enumerate(sizes) for x in (i, 0, n, n)]
-    options = op.make_selection(
+    options = Selection(
         0.5, 5.0, "minmax", "printed", "tensor", "current", True, 0.0, 1.0, "gradient"
-    ).arguments()
+    ).numbers()
     options |= {
         "scope_statistics": None,
         "layout": layout,
@@ -3654,9 +3636,9 @@ def test_a_mask_may_be_of_step_zero(backend):
 )
 def test_the_kernel_refuses_numbers_it_cannot_state(native, wrong, message):
     out = torch.zeros(9, dtype=torch.bool)
-    options = op.make_selection(
-        *(inspect.signature(uk.selection_mask).parameters[name].default for name in op.FIELDS)
-    ).arguments()
+    options = Selection(
+        *(inspect.signature(uk.selection_mask).parameters[name].default for name in FIELDS)
+    ).numbers()
     options |= {"layout": [0, 0, 9, 9], "step": 1, "seed": 1} | wrong
     with pytest.raises(RuntimeError, match=message):
         torch.ops.uegr_kernels.selection_mask_.default(torch.ones(9), None, out=out, **options)
