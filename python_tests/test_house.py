@@ -412,11 +412,11 @@ def torch_alone(path, text):
     "Tests import public names, `reference` by name, and what `core`, `op` and `options` hold",
     "python_tests/.*",
     bad=[
-        "python_tests/test_selective.py | from uegr_kernels.selective.optimizers import x",
+        "python_tests/test_core.py | from uegr_kernels.selective.optimizers import x",
         "python_tests/test_divergence.py | from uegr_kernels.divergence import triton",
     ],
     good=[
-        "python_tests/test_selective.py | import uegr_kernels as uk\nfrom uegr_kernels.selective "
+        "python_tests/test_core.py | import uegr_kernels as uk\nfrom uegr_kernels.selective "
         "import op, reference\nimport scipy"
     ],
 )
