@@ -3,15 +3,18 @@ last one did looks at it once.
 """
 
 import copy
+import dataclasses
 import gc
 import io
+import pathlib
+import sys
 import weakref
 
 import pytest
 import torch
 
 import uegr_kernels as uk
-from uegr_kernels.selective import op
+from uegr_kernels.selective import op, reference
 
 from .problems import OPTIMIZERS, SPREAD, as_parameters, problem, same_bits, states_of, walk
 
@@ -258,6 +261,135 @@ def test_an_update_that_fails_is_never_tried_again(monkeypatch, backend, cls, st
         assert optimizer.state[p]["step"] == steps_before + 1 and torch.equal(p, q)
     walk(optimizer, params, [[torch.ones(4), torch.ones(3)]])
     assert all(optimizer.state[p]["step"] == steps_before + 2 for p in params)
+
+
+# Where a launch fails midway: the tensors that were reached have taken the step, once, and the
+# others are as they were.
+
+
+def only_the_first(count, real, failures):
+    """An operator of which only the first tensors are reached before it raises."""
+
+    def failing(backend, *lists, common, own, plan):
+        failures.append(len(lists[0]))
+        reached = dataclasses.replace(common, layout=common.layout[: 4 * count])
+        real(backend, *(tensors[:count] for tensors in lists), common=reached, own=own, plan=None)
+        raise RuntimeError("the launch failed")
+
+    return failing
+
+
+def everything_of(optimizer):
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return [[p.detach().clone(), copy.deepcopy(states_of(optimizer, p))] for p in params]
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("statistics", ["current", "previous"])
+@pytest.mark.parametrize("steps_before", [1, 3])
+def test_a_launch_that_fails_midway_is_raised_once_and_taken_once(
+    monkeypatch, backend, cls, statistics, steps_before
+):
+    start, gradients = problem([(4,), (3, 5), (2,), ()], steps=steps_before + 2)
+    options = {**SPREAD, "lr": 0.1, "statistics": statistics, "backend": backend}
+    optimizer, expected = (cls(as_parameters(start), **options) for _ in range(2))
+    for one in (optimizer, expected):
+        walk(one, one.param_groups[0]["params"], gradients[:steps_before])
+    failures, before = [], everything_of(optimizer)
+    with monkeypatch.context() as patch:
+        real = getattr(op, optimizer.operator)
+        patch.setattr(op, optimizer.operator, only_the_first(2, real, failures))
+        with pytest.raises(RuntimeError, match="the launch failed"):
+            walk(optimizer, optimizer.param_groups[0]["params"], [gradients[steps_before]])
+    assert failures == [4]
+    walk(expected, expected.param_groups[0]["params"], [[*gradients[steps_before][:2], None, None]])
+    assert same_bits(everything_of(optimizer)[:2], everything_of(expected)[:2])
+    assert same_bits(everything_of(optimizer)[2:], before[2:])
+    for one in (optimizer, expected):  # and it goes on from there
+        walk(one, one.param_groups[0]["params"], [gradients[-1]])
+    assert same_bits(everything_of(optimizer), everything_of(expected))
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("steps_before", [0, 3])
+def test_a_second_call_that_fails_leaves_the_first_ones_step(
+    monkeypatch, backend, cls, steps_before
+):
+    """Of parameters of two dtypes, which are two calls."""
+    params = as_parameters([torch.ones(4), torch.ones(3).double()])
+    optimizer = cls(params, lr=0.1, seed=1, backend=backend)
+    gradients = [torch.ones(4), torch.ones(3).double()]
+    walk(optimizer, params, [gradients] * steps_before)
+    before, calls, real = everything_of(optimizer), [], getattr(op, optimizer.operator)
+
+    def failing(*args, **kwargs):
+        calls.append(args[1][0].dtype)
+        if calls[-1] == torch.float64:
+            raise RuntimeError("the launch failed")
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(op, optimizer.operator, failing)
+        with pytest.raises(RuntimeError, match="the launch failed"):
+            walk(optimizer, params, [gradients])
+    assert calls == [torch.float32, torch.float64]
+    assert optimizer.state[params[0]]["step"] == steps_before + 1
+    assert torch.equal(params[1], before[1][0])
+    assert optimizer.state[params[1]]["step"] == steps_before
+    walk(optimizer, params, [gradients])
+    assert [int(optimizer.state[p]["step"]) for p in params] == [steps_before + 2, steps_before + 1]
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_an_update_rule_that_fails_on_the_second_tensor_is_called_once_for_each(monkeypatch, cls):
+    """Inside of the reference, whose tensors follow one another."""
+    params = as_parameters([torch.ones(4), torch.full((3,), 2.0), torch.ones(2)])
+    optimizer = cls(params, lr=0.1, seed=1, backend="reference")
+    gradients = [torch.ones(4), torch.ones(3), torch.ones(2)]
+    walk(optimizer, params, [gradients])
+    before = everything_of(optimizer)
+    rule = "adamw_update_rule" if cls is uk.SelectiveAdamW else "sgd_update_rule"
+    sizes, real = [], getattr(reference, rule)
+
+    def failing(theta, *args, **kwargs):
+        sizes.append(theta.numel())
+        if theta.numel() == 3:
+            raise RuntimeError("the launch failed")
+        return real(theta, *args, **kwargs)
+
+    monkeypatch.setattr(reference, rule, failing)
+    with pytest.raises(RuntimeError, match="the launch failed"):
+        walk(optimizer, params, [gradients])
+    assert sizes == [4, 3]
+    assert optimizer.state[params[0]]["step"] == 2 and not torch.equal(params[0], before[0][0])
+    assert torch.equal(params[1], before[1][0])
+    assert same_bits(everything_of(optimizer)[2], before[2])
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("options", [{}, {"statistics": "previous"}, {"scope": "global"}], ids=str)
+@pytest.mark.parametrize("native", ["cpp"], indirect=True)
+def test_a_cached_steps_calls_in_python_are_as_many_for_many_tensors_as_for_few(
+    native, cls, options
+):
+    package, counts = str(pathlib.Path(uk.__file__).parent), []
+    for count in (100, 400):
+        params = as_parameters([torch.ones(4)] * count)
+        optimizer = cls(params, seed=1, backend=native, **options)
+        walk(optimizer, params, [[torch.ones(4)] * count] * 3)
+        calls = []
+
+        def note(frame, event, _, calls=calls):
+            if event == "call" and frame.f_code.co_filename.startswith(package):
+                calls.append(frame.f_code.co_name)
+
+        sys.setprofile(note)
+        try:
+            optimizer.step()
+        finally:
+            sys.setprofile(None)
+        counts.append(calls)
+    assert counts[0] == counts[1] and len(counts[0]) < 70
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
