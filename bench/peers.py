@@ -147,11 +147,11 @@ def compiled_reference(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, lr: float
         "beta2": beta2,
         "eps": DEFAULTS["eps"],
     }
-    place = (0, 0, math.prod(p.shape), math.prod(p.shape))
+    layout = reference.Layout(0, 0, math.prod(p.shape), math.prod(p.shape))
 
     def step(theta: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
-        selected, factor = reference.select(g, None, None, place, selection, seed=0, step=1)
-        reference.adamw_line(
+        selected, factor = reference.select(g, None, None, layout, selection, seed=0, step=1)
+        reference.adamw_update_rule(
             theta, torch.where(selected, g * factor, 0), exp_avg, exp_avg_sq, None, step=1, **line
         )
 

@@ -13,7 +13,7 @@ from scipy import stats
 
 from uegr_kernels.core import backends, native, philox
 from uegr_kernels.divergence.op import REDUCTIONS
-from uegr_kernels.selective import op  # defines the operators that are asked about
+from uegr_kernels.selective import op, options  # op defines the operators that are asked about
 
 CPU = torch.device("cpu")
 
@@ -316,7 +316,7 @@ def test_compiled_words_are_the_references(bindings, layout, begin, n, seed):
 
 
 def test_numbers_that_two_languages_spell_are_the_same(bindings):
-    assert {name: i for i, name in enumerate(op.NORMALIZATIONS)} == bindings.NORMALIZATIONS
+    assert {name: i for i, name in enumerate(options.NORMALIZATIONS)} == bindings.NORMALIZATIONS
     assert {name: i for i, name in enumerate(REDUCTIONS)} == bindings.REDUCTIONS
     assert (
         bindings.RANK_BINS == op.reference.RANK_BINS
@@ -499,10 +499,10 @@ def test_inverse_probability_is_the_references(
                 "min_probability": floor,
             }
             statistics = {
-                "direction": op.DIRECTIONS[salient],
-                "statistics": op.STATISTICS[previous],
+                "direction": options.DIRECTIONS[salient],
+                "statistics": options.STATISTICS[previous],
             }
-            selection = op.Selection(
+            selection = options.Selection(
                 **chosen,
                 **statistics,
                 scope="tensor",
@@ -517,7 +517,7 @@ def test_inverse_probability_is_the_references(
             expected = op.reference.inverse_probability(
                 g, saliency, torch.tensor([low, high], dtype=torch.float64), selection
             ).numpy()
-            number = op.NORMALIZATIONS.index(normalization)
+            number = options.NORMALIZATIONS.index(normalization)
             found = getattr(bindings, f"inverse_probability_{suffix}")(
                 s, low, high, threshold, sharpness, number, salient, previous, floor
             )

@@ -8,11 +8,9 @@ import os
 import pytest
 import torch
 from conftest import compare
-from test_selective import (
-    ADAMW_CASES,
+from test_selective.problems import (
     DTYPES,
     OPTIMIZERS,
-    SGD_CASES,
     SPREAD,
     as_parameters,
     noting_near_ties,
@@ -20,6 +18,7 @@ from test_selective import (
     states_of,
     trained,
 )
+from test_selective.test_agreement import ADAMW_CASES, SGD_CASES
 
 import uegr_kernels as uk
 from bench import machine

@@ -22,7 +22,10 @@ FOLDERS = {
 }
 OPERATORS = sorted(FOLDERS - {"core", "recipes", "analysis", "integrations"})
 OPERATOR = f"({'|'.join(OPERATORS)})"
-LAYERS = ("api", "op", "reference", "triton")
+# An operator's public files, what stands between them and `op`, and the rest.
+PUBLIC = ("api", "optimizers", "functional")
+BETWEEN = ("batch", "state", "cached_step")
+LAYERS = (*PUBLIC, *BETWEEN, "options", "op", "reference", "triton")
 MODULES = (
     "bistage",
     "recipes",
@@ -144,8 +147,8 @@ def standard(entry: Import) -> bool:
 
 
 @rule(
-    "`__init__` imports `api`, `bistage` and `recipes` only (anything else of ours inside a "
-    "function, on demand)",
+    "`__init__` imports the operators, `bistage` and `recipes` only (anything else of ours inside "
+    "a function, on demand)",
     f"{PACKAGE}/__init__.py",
     bad=[
         "uegr_kernels/__init__.py | from .core import native",
@@ -159,7 +162,7 @@ def standard(entry: Import) -> bool:
 def init_imports(path, text):
     return unless(
         lambda entry: (
-            entry.lazy or not entry.ours or entry.layer in ("public", "api", "bistage", "recipes")
+            entry.lazy or not entry.ours or entry.layer in ("public", *PUBLIC, "bistage", "recipes")
         ),
         path,
         text,
@@ -167,54 +170,94 @@ def init_imports(path, text):
 
 
 @rule(
-    "An operator's `__init__` re-exports its `api` and nothing else",
+    "An operator's `__init__` re-exports its `api`, or `optimizers` and `functional`, and nothing "
+    "else",
     f"{PACKAGE}/{OPERATOR}/__init__.py",
     bad=[
         "uegr_kernels/selective/__init__.py | from .op import choose",
+        "uegr_kernels/selective/__init__.py | from .options import Selection",
         "uegr_kernels/selective/__init__.py | import torch",
     ],
-    good=["uegr_kernels/selective/__init__.py | from .api import SelectiveAdamW"],
+    good=[
+        "uegr_kernels/divergence/__init__.py | from .api import uegr_loss",
+        "uegr_kernels/selective/__init__.py | from .optimizers import SelectiveAdamW",
+    ],
 )
 def operator_init_imports(path, text):
-    return unless(lambda entry: own(path, entry) and entry.layer == "api", path, text)
+    return unless(lambda entry: own(path, entry) and entry.layer in PUBLIC, path, text)
 
 
 @rule(
     "An operator never imports another operator: `bistage` is the only place where they meet",
     f"{PACKAGE}/{OPERATOR}/.*",
     bad=[
-        "uegr_kernels/selective/api.py | from ..divergence import pairwise_js",
+        "uegr_kernels/selective/optimizers.py | from ..divergence import pairwise_js",
         "uegr_kernels/selective/op.py | def f():\n  from ..divergence import op",
     ],
-    good=["uegr_kernels/selective/api.py | from . import op"],
+    good=["uegr_kernels/selective/optimizers.py | from . import op"],
 )
 def operators_apart(path, text):
     return unless(lambda entry: entry.operator is None or own(path, entry), path, text)
 
 
 @rule(
-    "`api` imports its own `op` and `core`: it never goes past `op` to `reference` or `triton`",
-    f"{PACKAGE}/{OPERATOR}/api.py",
+    "The public files (`api`, `optimizers`, `functional`) import their own `op`, what leads to it "
+    "(`options`, `batch`, `state`, `cached_step`) and `core`: they never go past `op` to "
+    "`reference` or `triton`",
+    f"{PACKAGE}/{OPERATOR}/({'|'.join(PUBLIC)}).py",
     bad=[
-        "uegr_kernels/selective/api.py | from . import reference",
-        "uegr_kernels/selective/api.py | from .. import bistage",
+        "uegr_kernels/divergence/api.py | from . import reference",
+        "uegr_kernels/selective/optimizers.py | from . import reference",
+        "uegr_kernels/selective/functional.py | from . import optimizers",
+        "uegr_kernels/selective/functional.py | from .. import bistage",
     ],
     good=[
-        "uegr_kernels/selective/api.py | import torch\nfrom ..core import backends\nfrom . "
-        "import op"
+        "uegr_kernels/selective/optimizers.py | import torch\nfrom ..core import backends\nfrom . "
+        "import op\nfrom .batch import Batch"
     ],
 )
-def api_imports(path, text):
-    return unless(lambda entry: not entry.ours or entry.layer in ("op", "core"), path, text)
+def public_imports(path, text):
+    allowed = (*BETWEEN, "options", "op", "core")
+    return unless(lambda entry: not entry.ours or entry.layer in allowed, path, text)
 
 
 @rule(
-    "`op` imports `core` and its own `reference`, and its own `triton` at first use, inside a "
-    "function",
+    "`batch`, `state` and `cached_step` stand between the public files and `op`: each imports "
+    "`op`, `options`, `core` and those named before it",
+    f"{PACKAGE}/{OPERATOR}/({'|'.join(BETWEEN)}).py",
+    bad=[
+        "uegr_kernels/selective/batch.py | from .state import Packed",
+        "uegr_kernels/selective/state.py | from .optimizers import SelectiveAdamW",
+        "uegr_kernels/selective/batch.py | from . import reference",
+    ],
+    good=["uegr_kernels/selective/state.py | from ..core import memory\nfrom .batch import Batch"],
+)
+def imports_between(path, text):
+    allowed = (*BETWEEN[: BETWEEN.index(path.stem)], "options", "op", "core")
+    return unless(lambda entry: not entry.ours or entry.layer in allowed, path, text)
+
+
+@rule(
+    "`options` imports `core.checks` alone",
+    f"{PACKAGE}/{OPERATOR}/options.py",
+    bad=[
+        "uegr_kernels/selective/options.py | from . import op",
+        "uegr_kernels/selective/options.py | from ..core import memory",
+    ],
+    good=["uegr_kernels/selective/options.py | import dataclasses\nfrom ..core import checks"],
+)
+def options_imports(path, text):
+    allowed = f"{PACKAGE}.core.checks"
+    return unless(lambda entry: not entry.ours or entry.module.startswith(allowed), path, text)
+
+
+@rule(
+    "`op` imports `core`, its own `options` and `reference`, and its own `triton` at first use, "
+    "inside a function",
     f"{PACKAGE}/{OPERATOR}/op.py",
     bad=[
         "uegr_kernels/selective/op.py | from . import triton",
-        "uegr_kernels/selective/op.py | from . import api",
+        "uegr_kernels/selective/op.py | from . import batch",
     ],
     good=[
         "uegr_kernels/selective/op.py | from ..core import backends\nfrom . import "
@@ -225,7 +268,7 @@ def op_imports(path, text):
     return unless(
         lambda entry: (
             not entry.ours
-            or entry.layer in ("core", "reference")
+            or entry.layer in ("core", "options", "reference")
             or (entry.layer == "triton" and entry.lazy)
         ),
         path,
@@ -234,7 +277,8 @@ def op_imports(path, text):
 
 
 @rule(
-    "`reference` imports torch and `core.philox`, and no more than Python itself besides",
+    "`reference` imports torch, `core.philox` and the classes of `options`, and no more than "
+    "Python itself besides",
     f"{PACKAGE}/{OPERATOR}/reference.py",
     bad=[
         f"uegr_kernels/selective/reference.py | {text}"
@@ -242,7 +286,7 @@ def op_imports(path, text):
     ],
     good=[
         "uegr_kernels/selective/reference.py | import math\nimport torch\nfrom ..core import "
-        "philox\nfrom ..core.philox import words"
+        "philox\nfrom ..core.philox import words\nfrom .options import Selection"
     ],
 )
 def reference_imports(path, text):
@@ -250,6 +294,7 @@ def reference_imports(path, text):
         lambda entry: (
             standard(entry)
             or entry.layer == "torch"
+            or entry.layer == "options"
             or entry.module.startswith(f"{PACKAGE}.core.philox")
         ),
         path,
@@ -310,7 +355,7 @@ def core_imports(path, text):
 )
 def bistage_imports(path, text):
     return unless(
-        lambda entry: not entry.ours or entry.layer in ("public", "api", "core"), path, text
+        lambda entry: not entry.ours or entry.layer in ("public", *PUBLIC, "core"), path, text
     )
 
 
@@ -364,19 +409,21 @@ def torch_alone(path, text):
 
 
 @rule(
-    "Tests import public names, `reference` by name, and the tables that `core` and `op` hold",
+    "Tests import public names, `reference` by name, and what `core`, `op` and `options` hold",
     "python_tests/.*",
     bad=[
-        "python_tests/test_selective.py | from uegr_kernels.selective.api import x",
+        "python_tests/test_core.py | from uegr_kernels.selective.optimizers import x",
         "python_tests/test_divergence.py | from uegr_kernels.divergence import triton",
     ],
     good=[
-        "python_tests/test_selective.py | import uegr_kernels as uk\nfrom uegr_kernels.selective "
+        "python_tests/test_core.py | import uegr_kernels as uk\nfrom uegr_kernels.selective "
         "import op, reference\nimport scipy"
     ],
 )
 def imports_of_tests(path, text):
-    return unless(lambda entry: not entry.ours or entry.layer not in ("api", "triton"), path, text)
+    return unless(
+        lambda entry: not entry.ours or entry.layer not in (*PUBLIC, *BETWEEN, "triton"), path, text
+    )
 
 
 @rule(
@@ -393,7 +440,7 @@ def imports_of_tests(path, text):
 )
 def imports_of_benches(path, text):
     return unless(
-        lambda entry: not entry.ours or entry.layer not in ("api", "op", "triton"), path, text
+        lambda entry: not entry.ours or entry.layer in ("public", "reference", *MODULES), path, text
     )
 
 
@@ -450,22 +497,23 @@ def calls(text: str) -> Iterator[tuple[int, str]]:
 
 
 @rule(
-    "No formula in `api` or `op`: mathematics stands in `reference`, `triton.py` and the headers, "
-    "once in each language",
-    f"{PACKAGE}/{OPERATOR}/(api|op).py",
+    "No formula outside of `reference`: mathematics stands in `reference`, `triton.py` and the "
+    "headers, once in each language",
+    f"{PACKAGE}/{OPERATOR}/(?!reference|triton).*.py",
     bad=[
-        "uegr_kernels/selective/api.py | p = torch.sigmoid(s)",
+        "uegr_kernels/selective/functional.py | p = torch.sigmoid(s)",
         "uegr_kernels/divergence/op.py | def f(x):\n  return x.sqrt_()",
     ],
-    good=["uegr_kernels/selective/api.py | op.call('selective_adamw_', exp_avg)"],
+    good=["uegr_kernels/selective/optimizers.py | op.selective_adamw_(exp_avg)"],
 )
 def no_formula(path, text):
     return (f"line {line} calls {name}" for line, name in calls(text) if name in FORMULA)
 
 
 @rule(
-    "Below `api` every argument is required: a default is written once, in the public signature",
-    f"{PACKAGE}/{OPERATOR}/(op|reference|triton).py",
+    "Below the public files every argument is required: a default is written once, in the public "
+    "signature or in `options`",
+    f"{PACKAGE}/{OPERATOR}/({'|'.join(BETWEEN)}|op|reference|triton).py",
     bad=[
         "uegr_kernels/selective/op.py | def f(x, eps=1e-8): ...",
         "uegr_kernels/selective/reference.py | def f(x, *, eps=1e-8): ...",
@@ -504,11 +552,11 @@ def environment(path, text):
     "process to its caller",
     f"{PACKAGE}/.*",
     bad=[
-        "uegr_kernels/selective/api.py | assert lr >= 0",
+        "uegr_kernels/selective/optimizers.py | assert lr >= 0",
         "uegr_kernels/core/native.py | import sys\nsys.exit('no library')",
     ],
     good=[
-        "uegr_kernels/selective/api.py | if lr < 0:\n  raise ValueError(lr)",
+        "uegr_kernels/selective/optimizers.py | if lr < 0:\n  raise ValueError(lr)",
         "uegr_kernels/__main__.py | sys.exit(main())",
     ],
 )

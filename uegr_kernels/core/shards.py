@@ -26,8 +26,8 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if sharded(tensor) else tensor
 
 
-def alike(grad: Tensor, p: Tensor) -> Tensor:
-    """A gradient in its parameter's placements."""
+def match_placement(grad: Tensor, p: Tensor) -> Tensor:
+    """Returns a gradient in its parameter's placements."""
     given: Any = grad
     placed: Tensor = (
         given.redistribute(p.device_mesh, p.placements)

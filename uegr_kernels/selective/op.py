@@ -1,10 +1,9 @@
-"""The selecting operators: their options, schemas, fakes, and the choice of a backend."""
+"""The selecting operators: their schemas, fakes, and the choice of a backend."""
 
 import dataclasses
 import functools
-import math
+import itertools
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,109 +11,17 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..core import backends as backends
-from ..core import checks, shards
 from . import reference
+from .options import (
+    NORMALIZATIONS,
+    AdamWOptions,
+    Selection,
+    SelectionNumbers,
+    SGDOptions,
+    StepOptions,
+)
 
 _triton = functools.partial(backends.triton_kernels, __package__)
-
-# To the compiled kernels a normalisation is its position here (csrc/selective/selective.h has the
-# same order; a test compares).
-NORMALIZATIONS = ("minmax", "range", "rank", "constant")
-DIRECTIONS = ("printed", "salient")
-SCOPES = ("tensor", "global")
-STATISTICS = ("current", "previous")
-TARGETS = ("gradient", "update")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Selection:
-    """The ten selection options (SPEC 1), checked here and nowhere else."""
-
-    threshold: float
-    sharpness: float
-    normalization: str
-    direction: str
-    scope: str
-    statistics: str
-    rescale: bool
-    min_probability: float
-    keep_probability: float
-    target: str
-
-    def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            if not isinstance(value, str) or value not in choices:
-                raise ValueError(
-                    f"{name}={value!r} is not one of its values; use "
-                    f"{' or '.join(map(repr, choices))}"
-                )
-        for name, (low, high) in RANGES.items():
-            object.__setattr__(self, name, checks.number(name, getattr(self, name), low, high))
-        if self.keep_probability == 0:
-            raise ValueError("keep_probability=0.0 is out of range; give a number in (0, 1]")
-        object.__setattr__(self, "rescale", checks.flag("rescale", self.rescale))
-        if self.statistics == "previous" and self.normalization in ("rank", "constant"):
-            raise ValueError(
-                "statistics='previous' keeps a minimum and a maximum, for which "
-                f"normalization={self.normalization!r} has no use; "
-                "give statistics='current', or normalization='minmax' or 'range'"
-            )
-
-    @property
-    def random(self) -> bool:
-        """Whether an element can go unselected."""
-        return self.normalization != "constant" or self.keep_probability != 1
-
-    def arguments(self) -> dict[str, Any]:
-        """As the operators take it; the scope is settled above them, by the statistics they
-        are handed.
-        """
-        return {
-            "threshold": self.threshold,
-            "sharpness": self.sharpness,
-            "normalization": NORMALIZATIONS.index(self.normalization),
-            "salient": self.direction == "salient",
-            "previous": self.statistics == "previous",
-            "rescale": self.rescale,
-            "min_probability": self.min_probability,
-            "keep_probability": self.keep_probability,
-            "target_update": self.target == "update",
-        }
-
-    @classmethod
-    def of(cls, arguments: dict[str, Any]) -> "Selection":
-        """The inverse of `arguments`."""
-        named = {
-            name: arguments[name]
-            for name in ("threshold", "sharpness", "rescale", "min_probability", "keep_probability")
-        }
-        return cls(
-            normalization=NORMALIZATIONS[arguments["normalization"]],
-            direction=DIRECTIONS[arguments["salient"]],
-            scope="tensor",
-            statistics=STATISTICS[arguments["previous"]],
-            target=TARGETS[arguments["target_update"]],
-            **named,
-        )
-
-
-CHOICES = {
-    "normalization": NORMALIZATIONS,
-    "direction": DIRECTIONS,
-    "scope": SCOPES,
-    "statistics": STATISTICS,
-    "target": TARGETS,
-}
-RANGES = {
-    "threshold": (-math.inf, math.inf),
-    "sharpness": (0, math.inf),
-    "min_probability": (0, 1),
-    "keep_probability": (0, 1),
-}
-FIELDS = tuple(field.name for field in dataclasses.fields(Selection))
-# groups are read every step; their options rarely change
-make_selection = functools.lru_cache(maxsize=64, typed=True)(Selection)
 
 OPTIONS = (
     "float threshold, float sharpness, int normalization, bool salient, bool previous, bool "
@@ -153,113 +60,150 @@ SCHEMAS = {
     f"int seed, {OPTIONS}",
 }
 
-# Which of the positional arguments an operator writes into.
-WRITTEN = {
-    name: [i for i, text in enumerate(schema.split("*,")[0].split(", ")) if "!" in text]
-    for name, schema in SCHEMAS.items()
-}
+
+# ---- What serves an operator, and how its arguments are handed on
 
 
-def _register(name: str, schema: str) -> None:
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """Holds what serves one operator beside the compiled kernels, and what it writes.
+
+    Both functions take the schema's tensors, and its options as keywords: the selection as one
+    object, a normalisation by its name.
+    """
+
+    name: str
+    written: tuple[int, ...]  # which of the positional arguments, all of them lists
+    reference: Callable[..., None]
+    triton: Callable[[], Callable[..., object]]  # finds it at first use
+    steps: bool  # Triton's takes and returns a plan
+
+
+def _define(
+    name: str, reference: Callable[..., None], triton: Callable[[], Callable[..., object]]
+) -> Kernels:
+    """Registers an operator: its schema, its kernels and its fake."""
+    schema = SCHEMAS[name]
+    positional = schema.split("*,")[0].split(", ")
+    written = tuple(i for i, text in enumerate(positional) if "!" in text)
+    kernels = Kernels(name, written, reference, triton, "steps" in schema)
     backends.define(
         name,
         f"({schema}) -> ()",
-        functools.partial(_run, lambda: reference, name),
-        functools.partial(_run, _triton, name),
+        functools.partial(_run_reference, kernels),
+        functools.partial(_run_triton, kernels),
     )
     for overload in (name, f"{name}.fallback"):
         torch.library.register_fake(f"uegr_kernels::{overload}", lambda *args, **kwargs: None)
+    return kernels
 
 
-def _run(module: Callable[[], ModuleType], name: str, *args: Any, **kwargs: Any) -> None:
-    """The function `name` of a module, by an operator's arguments."""
-    if "steps" in SCHEMAS[name]:
-        params, grads, *moments, steps, low, high = args
-        # a mixture is dispatched to the default kernel: the compiled ones never see it
-        for i, g in enumerate(grads):
-            if g.layout is not torch.strided or g.device != params[i].device:
-                raise RuntimeError(
-                    f"grads[{i}] is {g.layout} on {g.device}; make it dense, on {params[i].device}"
-                )
-        for state in (
-            state
-            for states in (*moments, steps, low, high)
-            for state in states
-            if state.layout is not torch.strided
-        ):
+def _run_reference(kernels: Kernels, *tensors: Any, **arguments: Any) -> None:
+    """Serves the operator by the reference, as the dispatcher calls it."""
+    kernels.reference(*_by_parameter(kernels, tensors), **_worded(arguments))
+
+
+def _run_triton(kernels: Kernels, *tensors: Any, **arguments: Any) -> None:
+    """Serves the operator by Triton, as the dispatcher calls it."""
+    options = _worded(arguments)
+    if kernels.steps:
+        options["plan"] = None
+    kernels.triton()(*_by_parameter(kernels, tensors), **options)
+
+
+def _numbered(options: dict[str, Any]) -> dict[str, Any]:
+    """Returns a function's options as the schema's: words as numbers."""
+    if "selection" not in options:
+        return options | {"normalization": NORMALIZATIONS.index(options["normalization"])}
+    selection: Selection = options["selection"]
+    others = {name: value for name, value in options.items() if name != "selection"}
+    return others | selection.numbers()
+
+
+def _worded(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Returns the schema's options as a function's, the inverse of `_numbered`."""
+    if "salient" not in arguments:
+        return arguments | {"normalization": NORMALIZATIONS[arguments["normalization"]]}
+    names = SelectionNumbers.__annotations__
+    numbers: Any = {name: arguments[name] for name in names}
+    others = {name: value for name, value in arguments.items() if name not in names}
+    return others | {"selection": Selection.of_numbers(numbers)}
+
+
+def _by_parameter(kernels: Kernels, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns a step's lists of states with a tensor by parameter; other operators' tensors as
+    they are.
+    """
+    if not kernels.steps:
+        return tensors
+    params, grads, *moments, steps, low, high = tensors
+    # a mixture is dispatched to the default kernel: the compiled ones never see it
+    for i, g in enumerate(grads):
+        if g.layout is not torch.strided or g.device != params[i].device:
             raise RuntimeError(
-                f"a state of shape {tuple(state.shape)} is {state.layout}; make it dense"
+                f"grads[{i}] is {g.layout} on {g.device}; make it dense, on {params[i].device}"
             )
-        one = [p.new_empty(()) for p in params[:1]] * len(params)
-        args = (
-            params,
-            grads,
-            *(_apart(m, params) for m in moments),
-            *(_apart(s, one) for s in (steps, low, high)),
-        )
-    if "salient" in kwargs:
-        selection = Selection.of(kwargs)
-        kwargs = {
-            key: value for key, value in kwargs.items() if key not in selection.arguments()
-        } | {"selection": selection}
-    else:
-        kwargs["normalization"] = NORMALIZATIONS[kwargs["normalization"]]
-    if "steps" in SCHEMAS[name] and module is _triton:
-        kwargs["plan"] = None
-    getattr(module(), name)(*args, **kwargs)
+    for states in (*moments, steps, low, high):
+        for state in states:
+            if state.layout is not torch.strided:
+                raise RuntimeError(
+                    f"a state of shape {tuple(state.shape)} is {state.layout}; make it dense"
+                )
+    one = [p.new_empty(()) for p in params[:1]] * len(params)
+    return (
+        params,
+        grads,
+        *(_apart(states, params) for states in moments),
+        *(_apart(states, one) for states in (steps, low, high)),
+    )
 
 
-def _apart(states: list[Tensor], alike: list[Tensor]) -> list[Tensor]:
-    """A list of states as a tensor by parameter."""
-    if len(states) != 1 or len(alike) == 1:
+def _apart(states: list[Tensor], like: list[Tensor]) -> list[Tensor]:
+    """Returns a list of states as a tensor by parameter, of the shapes of `like`."""
+    if len(states) != 1 or len(like) == 1:
         return states
-    sizes = [one.numel() for one in alike]
+    sizes = [one.numel() for one in like]
     if not states[0].is_contiguous() or states[0].numel() != sum(sizes):
         raise RuntimeError(
             f"a list of states has {states[0].numel()} elements in a single tensor; it must be "
             f"contiguous and have {sum(sizes)}"
         )
-    return [part.view_as(one) for part, one in zip(states[0].split(sizes), alike, strict=True)]
+    return [part.view_as(one) for part, one in zip(states[0].split(sizes), like, strict=True)]
 
 
-for _name, _schema in SCHEMAS.items():
-    _register(_name, _schema)
+def _call(
+    kernels: Kernels, backend: str, tensors: tuple[Any, ...], options: dict[str, Any], plan: object
+) -> object:
+    """Runs an operator on a chosen backend ("reference", "cpp", "cuda" or "triton").
 
-
-def call(name: str, backend: str, *tensors: Any, **options: Any) -> Any:
-    """Runs the operator on a chosen backend ("reference", "cpp", "cuda" or "triton").
-
-    Arguments as in SCHEMAS, with the options as one `selection`, a normalisation by its name. What
-    is returned may be the option `plan` of the next call whose tensors, the gradients aside, are
-    the same objects: they are not looked at as closely again.
+    What is returned may be the `plan` of the next call whose tensors, the gradients aside, are the
+    same objects: they are not looked at as closely again.
     """
-    known = {"plan": options.pop("plan")} if "plan" in options else {}
-    plan = None
-    if backend == "reference" and not torch.compiler.is_compiling() and not _valueless(tensors[0]):
-        getattr(reference, name)(*tensors, **options)
+    if backend == "reference" and not torch.compiler.is_compiling() and not valueless(tensors[0]):
+        kernels.reference(*tensors, **options)
         return None
     if backend == "triton" and not backends.traced():
-        plan = getattr(_triton(), name)(*tensors, **options, **known)
-    else:
-        if "selection" in options:
-            arguments = options | options["selection"].arguments()
-            del arguments["selection"]
+        if kernels.steps:
+            plan = kernels.triton()(*tensors, **options, plan=plan)
         else:
-            arguments = options | {"normalization": NORMALIZATIONS.index(options["normalization"])}
+            kernels.triton()(*tensors, **options)
+    else:
         # traced: the operator without compiled kernels
         overload = "fallback" if backend == "reference" else "default"
-        getattr(getattr(torch.ops.uegr_kernels, name), overload)(*tensors, **arguments)
+        operator = getattr(getattr(torch.ops.uegr_kernels, kernels.name), overload)
+        operator(*tensors, **_numbered(options))
+        plan = None
     # Kernels registered outside PyTorch leave the versions alone, and autograd would miss a stale
     # graph.
-    written = [tensors[i] for i in WRITTEN[name]] + ([options["out"]] if "out" in options else [])
-    torch.autograd.graph.increment_version(
-        [t for group in written for t in (group if isinstance(group, list) else [group])]
-    )
+    written = [*itertools.chain.from_iterable(map(tensors.__getitem__, kernels.written))]
+    if "out" in options:
+        written.append(options["out"])
+    torch.autograd.graph.increment_version(written)
     return plan
 
 
-def _valueless(tensors: Tensor | list[Tensor]) -> bool:
-    """Whether there is nothing to compute: on the meta device and among fake tensors, which
+def valueless(tensors: Tensor | list[Tensor]) -> bool:
+    """Tells whether there is nothing to compute: on the meta device and among fake tensors, which
     the operators' fakes are for.
     """
     first = tensors if isinstance(tensors, Tensor) else tensors[0] if tensors else None
@@ -268,88 +212,204 @@ def _valueless(tensors: Tensor | list[Tensor]) -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def choose(name: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that serves operator `name` (core.backends.choose)."""
+    """Chooses the backend that serves operator `name` (core.backends.choose)."""
     return backends.choose(backend, f"selective.{name}", device, dtype)
 
 
+# ---- The operators, as one calls them in Python
+
+
+def _split(options: dict[str, Any]) -> tuple[StepOptions, dict[str, Any]]:
+    """Takes a step's keywords apart: what both optimizers have, and one's own."""
+    names = StepOptions.__dataclass_fields__
+    common = StepOptions(**{name: options[name] for name in names})
+    return common, {name: value for name, value in options.items() if name not in names}
+
+
+def _adamw_reference(*tensors: Any, **options: Any) -> None:
+    common, own = _split(options)
+    reference.selective_adamw_(*tensors, common=common, own=AdamWOptions(**own))
+
+
+def _sgd_reference(*tensors: Any, **options: Any) -> None:
+    common, own = _split(options)
+    reference.selective_sgd_(*tensors, common=common, own=SGDOptions(**own))
+
+
+_ADAMW = _define("selective_adamw_", _adamw_reference, lambda: _triton().selective_adamw_)
+_SGD = _define("selective_sgd_", _sgd_reference, lambda: _triton().selective_sgd_)
+_GRADIENTS = _define(
+    "select_gradients_", reference.select_gradients_, lambda: _triton().select_gradients_
+)
+_STATISTICS = _define(
+    "selective_statistics_",
+    reference.selective_statistics_,
+    lambda: _triton().selective_statistics_,
+)
+_PROBABILITY = _define(
+    "selection_probability_",
+    reference.selection_probability_,
+    lambda: _triton().selection_probability_,
+)
+_MASK = _define("selection_mask_", reference.selection_mask_, lambda: _triton().selection_mask_)
+
+
+def selective_adamw_(
+    backend: str,
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    saliency_mins: list[Tensor],
+    saliency_maxs: list[Tensor],
+    *,
+    common: StepOptions,
+    own: AdamWOptions,
+    plan: object,
+) -> object:
+    """Steps by AdamW; returns a plan, as `_call`."""
+    moments = exp_avgs, exp_avg_sqs, max_exp_avg_sqs
+    tensors = params, grads, *moments, steps, saliency_mins, saliency_maxs
+    return _call(_ADAMW, backend, tensors, vars(common) | vars(own), plan)
+
+
+def selective_sgd_(
+    backend: str,
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    steps: list[Tensor],
+    saliency_mins: list[Tensor],
+    saliency_maxs: list[Tensor],
+    *,
+    common: StepOptions,
+    own: SGDOptions,
+    plan: object,
+) -> object:
+    """Steps by SGD; returns a plan, as `_call`."""
+    tensors = params, grads, momentum_buffers, steps, saliency_mins, saliency_maxs
+    return _call(_SGD, backend, tensors, vars(common) | vars(own), plan)
+
+
+def select_gradients_(
+    backend: str,
+    grads: list[Tensor],
+    saliencies: list[Tensor],
+    *,
+    scope_statistics: Tensor | None,
+    layout: list[int],
+    step: int,
+    seed: int,
+    selection: Selection,
+) -> None:
+    """Selects gradients in place."""
+    options = {
+        "scope_statistics": scope_statistics,
+        "layout": layout,
+        "step": step,
+        "seed": seed,
+        "selection": selection,
+    }
+    _call(_GRADIENTS, backend, (grads, saliencies), options, None)
+
+
+def selective_statistics_(
+    backend: str,
+    grads: list[Tensor],
+    saliencies: list[Tensor],
+    saliency_mins: list[Tensor],
+    saliency_maxs: list[Tensor],
+    *,
+    layout: list[int],
+    sizes: list[int],
+    normalization: str,
+    grad_scale: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Joins the tensors' statistics into `out`."""
+    options = {
+        "layout": layout,
+        "sizes": sizes,
+        "normalization": normalization,
+        "grad_scale": grad_scale,
+        "out": out,
+    }
+    tensors = grads, saliencies, saliency_mins, saliency_maxs
+    _call(_STATISTICS, backend, tensors, options, None)
+
+
+def selection_probability_(
+    backend: str, grad: Tensor, saliency: Tensor | None, *, out: Tensor, selection: Selection
+) -> None:
+    """Computes p into `out`."""
+    _call(_PROBABILITY, backend, (grad, saliency), {"out": out, "selection": selection}, None)
+
+
+def selection_mask_(
+    backend: str,
+    grad: Tensor,
+    saliency: Tensor | None,
+    *,
+    out: Tensor,
+    layout: list[int],
+    step: int,
+    seed: int,
+    selection: Selection,
+) -> None:
+    """Draws b into `out`."""
+    options = {"out": out, "layout": layout, "step": step, "seed": seed, "selection": selection}
+    _call(_MASK, backend, (grad, saliency), options, None)
+
+
+# ---- Statistics over a wider scope than a tensor
+
+
+@dataclasses.dataclass
+class Part:
+    """Holds tensors of one device and dtype, cut alike, whose saliency is looked at together.
+
+    The minima and maxima stand for the tensors that have them (NaN: none kept yet); sizes: of the
+    unsharded tensors, or empty.
+    """
+
+    backend: str
+    grads: list[Tensor]
+    saliencies: list[Tensor]
+    layout: list[int]
+    sizes: list[int]
+    grad_scale: Tensor | None
+    saliency_mins: list[Tensor]
+    saliency_maxs: list[Tensor]
+
+    @classmethod
+    def empty(cls, backend: str) -> "Part":
+        """Makes one of no tensors yet."""
+        return cls(backend, [], [], [], [], None, [], [])
+
+
 def no_statistics(rows: int, normalization: str, device: torch.device) -> Tensor:
-    """Statistics of nothing, for the statistics operator to join others to."""
+    """Returns statistics of nothing, for the statistics operator to join others to."""
     sizes, dtype = (
         ((rows, reference.RANK_BINS), torch.int64)
         if normalization == "rank"
         else ((rows, 2), torch.float64)
     )
-    return _emptied(torch.empty(sizes, dtype=dtype, device=device))
+    return emptied(torch.empty(sizes, dtype=dtype, device=device))
 
 
-def _emptied(statistics: Tensor) -> Tensor:
+def emptied(statistics: Tensor) -> Tensor:
+    """Makes statistics those of nothing, in place."""
     if not statistics.is_floating_point():
         return statistics.zero_()
     statistics.fill_(torch.inf)[:, 1].neg_()
     return statistics
 
 
-def scope_statistics(
-    parts: list[dict[str, Any]],
-    normalization: str,
-    *,
-    rows: int,
-    cut: shards.Cut,
-    room: dict[Any, Tensor],
-) -> Tensor:
-    """The statistics of s over the tensors of all parts together (rows=1), or of each tensor of the
-    only part, as the operators take them.
-
-    A part has `grads`, `saliencies`, `layout`, `sizes`, `grad_scale`, a chosen `backend`, and
-    `kept`: None, or lists of the minima and maxima that stand for the tensors (NaN: nothing kept
-    yet). cut: the processes that hold the rest of the tensors (core.shards). The memory is
-    `room`'s, which keeps it.
-    """
-    home = parts[0]["grads"][0].device
-    key = normalization, home, rows, cut
-    if key not in room:
-        room[key] = no_statistics(rows, normalization, home)
-    out = _emptied(room[key])
-    for part in parts:
-        into = out.to(part["grads"][0].device)
-        options = {
-            "layout": part["layout"],
-            "sizes": part["sizes"],
-            "normalization": normalization,
-            "grad_scale": part["grad_scale"],
-        }
-        call(
-            "selective_statistics_",
-            part["backend"],
-            part["grads"],
-            part["saliencies"],
-            *(part["kept"] or ([], [])),
-            **options,
-            out=into,
-        )
-        out = into.to(home)
-    shards.join_(out, cut)
-    return out
-
-
-def joint_statistics(
-    cuts: dict[shards.Cut, list[dict[str, Any]]], normalization: str, room: dict[Any, Tensor]
-) -> Tensor:
-    """The statistics over all parts of all cuts together. The reference alone ranks exactly; where
-    a compiled kernel or another process takes part, all share its histogram.
-    """
-    exactly = normalization == "rank" and list(cuts) == [()] and not torch.compiler.is_compiling()
-    if exactly and all(
-        part["backend"] == "reference" and not _valueless(part["grads"]) for part in cuts[()]
-    ):
-        return reference.ordered_saliency(cuts[()])
+def exact_ranks(parts: list[Part]) -> Tensor:
+    """Returns every finite s of all parts in order, which the reference takes for statistics."""
     found = [
-        scope_statistics(parts, normalization, rows=1, cut=cut, room=room)
-        for cut, parts in cuts.items()
+        reference.finite_saliency(part.grads, part.saliencies, part.grad_scale) for part in parts
     ]
-    if len(found) == 1:
-        return found[0]
-    rows = torch.cat([row.to(found[0].device) for row in found])
-    if normalization == "rank":
-        return rows.sum(0, keepdim=True)
-    return torch.stack((rows[:, 0].amin(), rows[:, 1].amax()))[None]
+    return torch.cat(found).sort().values

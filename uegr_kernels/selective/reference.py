@@ -1,34 +1,52 @@
 """The selective step in plain PyTorch: Eq. 7-9 and Algorithm 1, lines 10-13; the specification in
 code.
 
-The functions that end with `_` have the operators' arguments (op.py), the selection as one object;
-the rest is the mathematics.
+The functions that end with `_` have the operators' arguments (op.py), the options as objects; the
+rest is the mathematics.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..core import philox
+from .options import AdamWOptions, Selection, SGDOptions, StepOptions
 
-# stream, offset, run, stride of a tensor's elements in the unsharded one
-Place = tuple[int, int, int, int]
 Number = float | Tensor
+# steps a tensor in place, by its value, its selected gradient, its states and the step's number
+UpdateRule = Callable[[Tensor, Tensor, Sequence[Tensor | None], int], None]
 
 SMALLEST_PROBABILITY = 2.0**-24  # the step of u
 RANK_BINS = 0x7F80  # the upper 16 bits of a finite |g|
 SAMPLED = 2**20  # a rank over more elements than this takes every k-th
 
 
+class Layout(NamedTuple):
+    """Names a tensor's stream, and where its elements lie in the unsharded tensor: local element l
+    has the index offset + (l // run)*stride + l % run.
+    """
+
+    stream: int
+    offset: int
+    run: int
+    stride: int
+
+    def indices(self, n: int, device: torch.device) -> Tensor:
+        """Returns the indices of n elements."""
+        return philox.element_indices(n, (self.offset, self.run, self.stride), device)
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Arithmetic and moments are float32, for float64 tensors float64."""
+    """Returns the dtype of arithmetic and moments: float32, for float64 tensors float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def magnitude(g: Tensor, saliency: Tensor | None) -> tuple[Tensor, Tensor]:
-    """|g|, or the root of a given saliency, 0 where not finite; and which elements are finite."""
+    """Returns |g|, or the root of a given saliency, 0 where not finite; and which elements are
+    finite.
+    """
     finite = g.isfinite() if saliency is None else g.isfinite() & saliency.isfinite()
     return torch.where(
         finite, g.abs() if saliency is None else saliency.to(g.dtype).sqrt(), 0
@@ -36,13 +54,13 @@ def magnitude(g: Tensor, saliency: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def square(g: Tensor, saliency: Tensor | None) -> Tensor:
-    """s = g*g (Eq. 7), the largest float where that overflows; or the given one."""
+    """Squares: s = g*g (Eq. 7), the largest float where that overflows; or the given one."""
     s = g * g if saliency is None else saliency.to(g.dtype)
     return s.nan_to_num(0).clamp(max=torch.finfo(g.dtype).max)
 
 
 def bins(magnitudes: Tensor) -> Tensor:
-    """The histogram's bin: the upper 16 bits of the float32 below or at the magnitude."""
+    """Returns the histogram's bin: the upper 16 bits of the float32 below or at the magnitude."""
     rounded = magnitudes.float()
     rounded = torch.where(
         rounded > magnitudes, torch.nextafter(rounded, torch.zeros_like(rounded)), rounded
@@ -50,29 +68,27 @@ def bins(magnitudes: Tensor) -> Tensor:
     return rounded.view(torch.int32).long() >> 16
 
 
-def histogram(magnitudes: Tensor, finite: Tensor, layout: Place, size: int) -> Tensor:
+def histogram(magnitudes: Tensor, finite: Tensor, layout: Layout, size: int) -> Tensor:
     """Counts by bin, over every k-th element of a large tensor, each counting k times."""
     every = size // SAMPLED | 1 if size > SAMPLED else 1
-    taken = finite & (
-        philox.element_indices(finite.numel(), layout[1:], finite.device).view(finite.shape) % every
-        == 0
-    )
+    indices = layout.indices(finite.numel(), finite.device).view(finite.shape)
+    taken = finite & (indices % every == 0)
     return torch.bincount(bins(magnitudes[taken]), minlength=RANK_BINS) * every
 
 
 def extremes(g: Tensor, saliency: Tensor | None) -> Tensor:
-    """Minimum and maximum of s over the finite elements, in double; (inf, -inf) where there is
-    none, so that max - min is negative.
+    """Returns the minimum and maximum of s over the finite elements, in double; (inf, -inf) where
+    there is none, so that max - min is negative.
     """
     s = square(g, saliency)[magnitude(g, saliency)[1]].double()
     return torch.stack((s.amin(), s.amax())) if s.numel() else s.new_tensor((torch.inf, -torch.inf))
 
 
 def normalise(
-    g: Tensor, saliency: Tensor | None, statistics: Tensor | None, selection: Any
+    g: Tensor, saliency: Tensor | None, statistics: Tensor | None, selection: Selection
 ) -> Tensor:
-    """s~ (Eq. 8). `statistics`: (min, max) or a histogram; None: this tensor's own, the rank
-    then exact.
+    """Normalises s: s~ (Eq. 8). `statistics`: (min, max) or a histogram; None: this tensor's own,
+    the rank then exact.
     """
     s = square(g, saliency)
     if selection.normalization == "rank":
@@ -100,24 +116,25 @@ def normalise(
     return scaled.clamp(0, 1) if selection.statistics == "previous" else scaled
 
 
-def ordered_saliency(batches: list[dict[str, Any]]) -> Tensor:
-    """Every finite s of all tensors in order, in double: what an exact rank over a wider scope
-    needs.
+def finite_saliency(
+    grads: list[Tensor], saliencies: list[Tensor], grad_scale: Tensor | None
+) -> Tensor:
+    """Returns every finite s of the tensors, in double on the CPU: what an exact rank over a wider
+    scope needs, once they are in order.
     """
     found = []
-    for batch in batches:
-        for i, grad in enumerate(batch["grads"]):
-            g = unscaled(grad, batch["grad_scale"])
-            saliency = batch["saliencies"][i] if batch["saliencies"] else None
-            found.append(square(g, saliency)[magnitude(g, saliency)[1]].double().cpu())
-    return torch.cat(found).sort().values
+    for i, grad in enumerate(grads):
+        g = unscaled(grad, grad_scale)
+        saliency = saliencies[i] if saliencies else None
+        found.append(square(g, saliency)[magnitude(g, saliency)[1]].double().cpu())
+    return torch.cat(found)
 
 
 def inverse_probability(
-    g: Tensor, saliency: Tensor | None, statistics: Tensor | None, selection: Any
+    g: Tensor, saliency: Tensor | None, statistics: Tensor | None, selection: Selection
 ) -> Tensor:
-    """1/p = min(1 + exp(z), 1/smallest) with z = d * 2*sharpness*(s~ - threshold) (Eq. 9): no
-    division; 1 where not finite.
+    """Computes 1/p = min(1 + exp(z), 1/smallest) with z = d * 2*sharpness*(s~ - threshold) (Eq. 9):
+    no division; 1 where not finite.
     """
     if selection.normalization == "constant":
         inverse = torch.full_like(g, 1 / selection.keep_probability)
@@ -129,12 +146,10 @@ def inverse_probability(
     return torch.where(magnitude(g, saliency)[1], inverse, 1)
 
 
-def draw(inverse: Tensor, layout: Place, *, seed: int, step: int) -> Tensor:
-    """b: u < p, which is u * (1/p) < 1 without a division. `layout`: stream, offset, run,
-    stride.
-    """
-    indices = philox.element_indices(inverse.numel(), layout[1:], inverse.device)
-    word = philox.words(indices, seed=seed, step=step, stream=layout[0]).view(inverse.shape)
+def draw(inverse: Tensor, layout: Layout, *, seed: int, step: int) -> Tensor:
+    """Draws b: u < p, which is u * (1/p) < 1 without a division."""
+    indices = layout.indices(inverse.numel(), inverse.device)
+    word = philox.words(indices, seed=seed, step=step, stream=layout.stream).view(inverse.shape)
     return philox.uniform(word, inverse.dtype) * inverse < 1
 
 
@@ -142,13 +157,13 @@ def select(
     g: Tensor,
     saliency: Tensor | None,
     statistics: Tensor | None,
-    layout: Place,
-    selection: Any,
+    layout: Layout,
+    selection: Selection,
     *,
     seed: int,
     step: int,
 ) -> tuple[Tensor, Tensor]:
-    """b, and the factor of a selected element: 1/p, or 1 without `rescale`."""
+    """Returns b, and the factor of a selected element: 1/p, or 1 without `rescale`."""
     inverse = inverse_probability(g, saliency, statistics, selection)
     return draw(
         inverse, layout, seed=seed, step=step
@@ -156,15 +171,15 @@ def select(
 
 
 def round_stochastically(x: Tensor, word: Tensor) -> Tensor:
-    """bfloat16 whose mean over a uniform 16-bit word is x: add the word below the kept bits,
-    then cut.
+    """Rounds to bfloat16 whose mean over a uniform 16-bit word is x: add the word below the kept
+    bits, then cut.
     """
     x = x.float()
     cut = (x.view(torch.int32) + word.to(torch.int32)) & -65536
     return torch.where(x.isfinite(), cut.view(torch.float32), x).bfloat16()
 
 
-def adamw_line(
+def adamw_update_rule(
     theta: Tensor,
     g: Tensor,
     exp_avg: Tensor,
@@ -178,7 +193,7 @@ def adamw_line(
     beta2: Number,
     eps: float,
 ) -> None:
-    """AdamW on one tensor, in torch.optim.AdamW's own operations and order."""
+    """Steps one tensor by AdamW, in torch.optim.AdamW's own operations and order."""
     if weight_decay != 0:
         theta.mul_(1 - lr * weight_decay)
     exp_avg.lerp_(g, 1 - beta1)
@@ -199,7 +214,7 @@ def adamw_line(
         )
 
 
-def sgd_line(
+def sgd_update_rule(
     theta: Tensor,
     g: Tensor,
     momentum_buffer: Tensor | None,
@@ -210,7 +225,7 @@ def sgd_line(
     dampening: float,
     nesterov: bool,
 ) -> None:
-    """SGD on one tensor, in torch.optim.SGD's own operations and order."""
+    """Steps one tensor by SGD, in torch.optim.SGD's own operations and order."""
     if weight_decay != 0:
         g = g.add(theta, alpha=weight_decay)
     if momentum_buffer is not None:
@@ -226,22 +241,20 @@ def sgd_line(
         theta.add_(g, alpha=-float(lr))
 
 
-def layouts(layout: list[int]) -> list[Place]:
-    """The flat list of stream, offset, run, stride by tensor."""
-    return [
-        (layout[i], layout[i + 1], layout[i + 2], layout[i + 3]) for i in range(0, len(layout), 4)
-    ]
+def layouts(layout: list[int]) -> list[Layout]:
+    """Takes apart the flat list of every tensor's stream, offset, run and stride."""
+    return [Layout(*layout[i : i + 4]) for i in range(0, len(layout), 4)]
 
 
 def unscaled(grad: Tensor, grad_scale: Tensor | None) -> Tensor:
-    """g in the arithmetic's dtype, without the loss scale."""
+    """Returns g in the arithmetic's dtype, without the loss scale."""
     g = grad.to(compute_dtype(grad.dtype))
     return g if grad_scale is None else g / grad_scale.to(g.device, g.dtype)
 
 
 def row(statistics: Tensor | None, i: int) -> Tensor | None:
-    """Tensor i's row of the scope's statistics: its own, or the one for all; the ordered s of
-    a scope (one axis) has no rows.
+    """Returns tensor i's row of the scope's statistics: its own, or the one for all; the ordered
+    s of a scope (one axis) has no rows.
     """
     return (
         statistics
@@ -250,41 +263,36 @@ def row(statistics: Tensor | None, i: int) -> Tensor | None:
     )
 
 
+def number(value: float, tensor: Tensor | None) -> Number:
+    """Returns an option that may have been given as a tensor of one element."""
+    return value if tensor is None else tensor.reshape(())
+
+
 def step_(
-    line: Callable[..., None],
+    update_rule: UpdateRule,
     params: list[Tensor],
     grads: list[Tensor],
-    moments: Sequence[tuple[Tensor | None, ...]],
+    moments: Sequence[Sequence[Tensor | None]],
     steps: list[Tensor],
     saliency_mins: list[Tensor],
     saliency_maxs: list[Tensor],
-    *,
-    scope_statistics: Tensor | None,
-    layout: list[int],
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    lr: float,
-    lr_tensor: Tensor | None,
-    maximize: bool,
-    seed: int,
-    selection: Any,
-    **options: Any,
+    common: StepOptions,
 ) -> None:
-    """Algorithm 1, lines 10-13, on every tensor; `moments`: a tuple of states for `line` by
-    tensor. Nothing where `found_inf` is set.
+    """Steps every tensor (Algorithm 1, lines 10-13); `moments`: by tensor the states that
+    `update_rule` takes. Does nothing where `found_inf` is set.
     """
-    if found_inf is not None and found_inf.item():
+    if common.found_inf is not None and common.found_inf.item():
         return
-    options["lr"] = lr if lr_tensor is None else lr_tensor.reshape(())
-    for i, (param, grad, states, place) in enumerate(
-        zip(params, grads, moments, layouts(layout), strict=True)
+    selection, seed = common.selection, common.seed
+    for i, (param, grad, states, layout) in enumerate(
+        zip(params, grads, moments, layouts(common.layout), strict=True)
     ):
         dtype = compute_dtype(param.dtype)
-        g = unscaled(grad.to(dtype), grad_scale)
+        g = unscaled(grad.to(dtype), common.grad_scale)
         steps[i] += 1
         step = int(steps[i].item())
         with torch.no_grad():  # p and b are constants
-            statistics = row(scope_statistics, i)
+            statistics = row(common.scope_statistics, i)
             if selection.statistics == "previous":
                 kept, this = (
                     torch.stack((saliency_mins[i], saliency_maxs[i])).to(g.device),
@@ -297,20 +305,23 @@ def step_(
                 )
                 saliency_mins[i].copy_(this[0])
                 saliency_maxs[i].copy_(this[1])
-            b, factor = select(g, None, statistics, place, selection, seed=seed, step=step)
+            b, factor = select(g, None, statistics, layout, selection, seed=seed, step=step)
             word = None
             if any(m is not None and m.dtype == torch.bfloat16 for m in states):
-                indices = philox.element_indices(g.numel(), place[1:], g.device)
                 word = philox.words(
-                    indices, seed=seed, step=step, stream=place[0], rounding=True
+                    layout.indices(g.numel(), g.device),
+                    seed=seed,
+                    step=step,
+                    stream=layout.stream,
+                    rounding=True,
                 ).view(g.shape)
-        g = -g if maximize else g
+        g = -g if common.maximize else g
         if selection.target == "gradient":
             g = torch.where(b, g * factor, 0)
         theta = param if param.dtype == dtype else param.to(dtype)
         before = theta.clone() if selection.target == "update" else None
         working = [m if m is None or m.dtype == dtype else m.to(dtype) for m in states]
-        line(theta, g, *working, **options, **({"step": step} if line is adamw_line else {}))
+        update_rule(theta, g, working, step)
         if before is not None:
             moved = torch.lerp(before, theta.clone(), factor)
             # An infinite difference, or none between infinities, leaves `theta` as it is.
@@ -332,33 +343,64 @@ def selective_adamw_(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     max_exp_avg_sqs: list[Tensor],
-    *kept: list[Tensor],
-    beta1: float,
-    beta2: float,
-    beta1_tensor: Tensor | None,
-    beta2_tensor: Tensor | None,
-    **options: Any,
+    steps: list[Tensor],
+    saliency_mins: list[Tensor],
+    saliency_maxs: list[Tensor],
+    *,
+    common: StepOptions,
+    own: AdamWOptions,
 ) -> None:
-    """AdamW on g~ (target "gradient"), or AdamW's step where b ("update")."""
-    betas = [
-        beta if tensor is None else tensor.reshape(())
-        for beta, tensor in ((beta1, beta1_tensor), (beta2, beta2_tensor))
-    ]
-    largest: Sequence[Tensor | None] = max_exp_avg_sqs or [None] * len(params)
-    moments = [*zip(exp_avgs, exp_avg_sqs, largest, strict=True)]
-    step_(adamw_line, params, grads, moments, *kept, beta1=betas[0], beta2=betas[1], **options)
+    """Steps by AdamW on g~ (target "gradient"), or takes AdamW's step where b ("update")."""
+
+    def update_rule(theta: Tensor, g: Tensor, states: Sequence[Tensor | None], step: int) -> None:
+        exp_avg, exp_avg_sq, largest = states
+        adamw_update_rule(
+            theta,
+            g,
+            exp_avg,  # type: ignore[arg-type]  # the largest alone may be None
+            exp_avg_sq,  # type: ignore[arg-type]
+            largest,
+            step=step,
+            lr=number(common.lr, common.lr_tensor),
+            weight_decay=common.weight_decay,
+            beta1=number(own.beta1, own.beta1_tensor),
+            beta2=number(own.beta2, own.beta2_tensor),
+            eps=own.eps,
+        )
+
+    maxima: Sequence[Tensor | None] = max_exp_avg_sqs or [None] * len(params)
+    moments = [*zip(exp_avgs, exp_avg_sqs, maxima, strict=True)]
+    step_(update_rule, params, grads, moments, steps, saliency_mins, saliency_maxs, common)
 
 
 def selective_sgd_(
     params: list[Tensor],
     grads: list[Tensor],
     momentum_buffers: list[Tensor],
-    *kept: list[Tensor],
-    **options: Any,
+    steps: list[Tensor],
+    saliency_mins: list[Tensor],
+    saliency_maxs: list[Tensor],
+    *,
+    common: StepOptions,
+    own: SGDOptions,
 ) -> None:
-    """SGD on g~ (target "gradient"), or SGD's step where b ("update")."""
+    """Steps by SGD on g~ (target "gradient"), or takes SGD's step where b ("update")."""
+
+    def update_rule(theta: Tensor, g: Tensor, states: Sequence[Tensor | None], step: int) -> None:
+        sgd_update_rule(
+            theta,
+            g,
+            states[0],
+            lr=number(common.lr, common.lr_tensor),
+            weight_decay=common.weight_decay,
+            momentum=own.momentum,
+            dampening=own.dampening,
+            nesterov=own.nesterov,
+        )
+
     buffers: Sequence[Tensor | None] = momentum_buffers or [None] * len(params)
-    step_(sgd_line, params, grads, [(buffer,) for buffer in buffers], *kept, **options)
+    moments = [(buffer,) for buffer in buffers]
+    step_(update_rule, params, grads, moments, steps, saliency_mins, saliency_maxs, common)
 
 
 def select_gradients_(
@@ -369,9 +411,9 @@ def select_gradients_(
     layout: list[int],
     step: int,
     seed: int,
-    selection: Any,
+    selection: Selection,
 ) -> None:
-    """g <- b*g/p."""
+    """Selects: g <- b*g/p."""
     for i, (grad, place) in enumerate(zip(grads, layouts(layout), strict=True)):
         g = grad.to(compute_dtype(grad.dtype))
         b, factor = select(
@@ -417,9 +459,9 @@ def selective_statistics_(
 
 
 def selection_probability_(
-    grad: Tensor, saliency: Tensor | None, *, out: Tensor, selection: Any
+    grad: Tensor, saliency: Tensor | None, *, out: Tensor, selection: Selection
 ) -> None:
-    """p of every element."""
+    """Computes p of every element."""
     out.copy_(1 / inverse_probability(grad.to(out.dtype), saliency, None, selection))
 
 
@@ -431,8 +473,8 @@ def selection_mask_(
     layout: list[int],
     step: int,
     seed: int,
-    selection: Any,
+    selection: Selection,
 ) -> None:
-    """b of every element."""
+    """Draws b of every element."""
     g = grad.to(compute_dtype(grad.dtype))
     out.copy_(select(g, saliency, None, layouts(layout)[0], selection, seed=seed, step=step)[0])

@@ -1,0 +1,424 @@
+"""Many small parameters: their states lie in one tensor, and a step that finds everything as the
+last one did looks at it once.
+"""
+
+import copy
+import dataclasses
+import gc
+import io
+import pathlib
+import sys
+import weakref
+
+import pytest
+import torch
+
+import uegr_kernels as uk
+from uegr_kernels.selective import op, reference
+
+from .problems import OPTIMIZERS, SPREAD, as_parameters, problem, same_bits, states_of, walk
+
+
+def replace_state(optimizer, params):
+    state = optimizer.state[params[3]]
+    key = next(iter(states_of(optimizer, params[3])))
+    state[key] = state[key].clone() + 1
+
+
+def turn_state(optimizer, params):
+    state = optimizer.state[params[0]]
+    key = next(
+        key for key in states_of(optimizer, params[0]) if key != "step" and "saliency" not in key
+    )
+    state[key] = state[key].as_strided((3, 5), (1, 3))
+
+
+def replace_dict(optimizer, params):
+    optimizer.state[params[3]] = {
+        key: value.clone() for key, value in optimizer.state[params[3]].items()
+    }
+
+
+def move_state(optimizer, params):
+    for value in states_of(optimizer, params[3]).values():
+        value.data = value.data.clone()
+
+
+def turn_the_state_where_it_lies(optimizer, params):
+    state = optimizer.state[params[-5]]
+    key = next(
+        key for key in states_of(optimizer, params[-5]) if key != "step" and "saliency" not in key
+    )
+    state[key].data = state[key].as_strided((3, 5), (1, 3))
+
+
+def forget_state(optimizer, params):
+    del optimizer.state[params[3]]
+
+
+def replace_parameter(optimizer, params):
+    new = torch.nn.Parameter(params[3].detach() * 2)
+    optimizer.state[new] = optimizer.state.pop(params[3])
+    params[3] = optimizer.param_groups[0]["params"][3] = new
+
+
+def move_parameter(optimizer, params):
+    params[3].data = params[3].detach() * 2
+
+
+def turn_parameter_where_it_lies(optimizer, params):
+    params[-5].data = params[-5].detach().as_strided((3, 5), (1, 3))
+
+
+def widen_parameter(optimizer, params):
+    params[3].data = params[3].data.double()
+    params[3].grad = None
+
+
+def skip_one(optimizer, params):
+    params[3].requires_grad_(False)
+
+
+def keep_statistics(optimizer, params):
+    optimizer.param_groups[0]["statistics"] = "previous"
+
+
+def take_global_scope(optimizer, params):
+    optimizer.param_groups[0]["scope"] = "global"
+
+
+def save_and_load(optimizer, params):
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    optimizer.load_state_dict(torch.load(file, weights_only=True))
+
+
+def add_a_group(optimizer, params):
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+
+
+EVENTS = [
+    replace_state,
+    turn_state,
+    replace_dict,
+    move_state,
+    forget_state,
+    replace_parameter,
+    move_parameter,
+    widen_parameter,
+    skip_one,
+]
+EVENTS += [
+    keep_statistics,
+    take_global_scope,
+    save_and_load,
+    add_a_group,
+    turn_the_state_where_it_lies,
+    turn_parameter_where_it_lies,
+]
+
+
+@pytest.mark.parametrize("count", [3, 70])
+def test_a_parameter_that_comes_to_overlap_itself_between_steps_is_refused(native, count):
+    params = as_parameters([torch.ones(3, 3)] * count)
+    optimizer = uk.SelectiveAdamW(params, seed=1, backend=native)
+    walk(optimizer, params, [[torch.ones(3, 3)] * count] * 3)
+    params[1].data = params[1].detach().as_strided((3, 3), (1, 1))
+    before = params[0].detach().clone()
+    with pytest.raises(ValueError, match="parameter 1 overlaps itself"):
+        optimizer.step()
+    assert torch.equal(params[0], before)
+
+
+@pytest.mark.parametrize("native", ["cpp"], indirect=True)  # on a GPU nobody looks at a count
+@pytest.mark.parametrize("count", [1, 70])
+def test_counts_that_float32_cannot_number_are_refused_in_every_step(native, count):
+    params = as_parameters([torch.ones(3)] * count)
+    optimizer = uk.SelectiveAdamW(params, seed=1, backend=native)
+    walk(optimizer, params, [[torch.ones(3)] * count] * 3)
+    optimizer.state[params[0]]["step"].fill_(2**24 - 2)
+    optimizer.step()
+    before = params[0].detach().clone()
+    with pytest.raises(
+        (RuntimeError, ValueError),
+        match="is 1.67772e.07; give the number of steps taken|is 16777215.0; give",
+    ):
+        optimizer.step()
+    assert torch.equal(params[0], before)
+
+
+def test_nothing_is_left_of_an_optimizer_that_is_gone():
+    params = as_parameters([torch.ones(4)] * 70)
+    optimizer = uk.SelectiveAdamW(params, seed=1)
+    walk(optimizer, params, [[torch.ones(4)] * 70] * 2)
+    left = [weakref.ref(value) for p in params for value in optimizer.state[p].values()]
+    left += [
+        weakref.ref(value._base)
+        for value in optimizer.state[params[0]].values()
+        if value._base is not None
+    ]
+    del optimizer
+    gc.collect()
+    assert not any(each() is not None for each in left)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)
+@pytest.mark.parametrize("statistics", ["current", "previous"])
+def test_many_small_parameters_step_as_few_do(native, cls, event, statistics):
+    """The same parameters, beside a group that sends every step the long way."""
+    # few are many enough where no states are shared
+    shapes = [(3, 5), (16,), (), (0, 2), (7,)] * (14 if native == "cpp" else 1)
+    start, gradients = problem(shapes, steps=6)
+    options = {**SPREAD, "statistics": statistics, "backend": native} | (
+        {"momentum": 0.9} if cls is uk.SelectiveSGD else {}
+    )
+    results = []
+    for extra in ([], [{"params": [torch.nn.Parameter(torch.ones(1))]}]):
+        params = as_parameters(start)
+        optimizer = cls([{"params": params}, *extra], lr=0.1, **options)
+        for i, grads in enumerate(gradients):
+            if i == 3:
+                event(optimizer, params)
+            for p, g in zip(params, grads, strict=True):
+                p.grad = g.to(p.dtype) if p.requires_grad else None
+            optimizer.step()
+        results.append((params, [states_of(optimizer, p) for p in params]))
+    for i, (one, other) in enumerate(zip(*(params for params, _ in results), strict=True)):
+        assert same_bits(one, other), f"parameter {i}"
+    assert same_bits(*(states for _, states in results))
+
+
+@pytest.mark.parametrize("statistics", ["current", "previous"])
+def test_a_missing_gradient_after_steps_in_global_scope(native, statistics):
+    params = as_parameters([torch.ones(4)] * 3)
+    optimizer = uk.SelectiveAdamW(
+        params, seed=1, scope="global", statistics=statistics, backend=native
+    )
+    walk(optimizer, params, [[torch.ones(4)] * 3] * 3)
+    params[0].grad = None
+    optimizer.step()
+    assert [optimizer.state[p]["step"].item() for p in params] == [3, 4, 4]
+    optimizer.zero_grad()
+    optimizer.step()
+    assert [optimizer.state[p]["step"].item() for p in params] == [3, 4, 4]
+
+
+# Triton's kernels find a tensor each by a table
+@pytest.mark.parametrize("native", ["cpp"], indirect=True)
+@pytest.mark.parametrize("statistics", ["current", "previous"])
+def test_many_small_parameters_have_states_side_by_side_each_of_its_own_size(native, statistics):
+    params = as_parameters([torch.ones(2, 4)] * 70)
+    optimizer = uk.SelectiveAdamW(params, seed=1, statistics=statistics, backend=native)
+    walk(optimizer, params, [[torch.ones(2, 4)] * 70] * 3)
+    for key, value in optimizer.state[params[0]].items():
+        values = [optimizer.state[p][key] for p in params]
+        addresses = [value.data_ptr() for value in values]
+        assert addresses == [addresses[0] + i * value.nbytes for i in range(70)]
+        for value in values:
+            assert value.untyped_storage().nbytes() == value.nbytes and value.storage_offset() == 0
+            file = io.BytesIO()
+            torch.save(value, file)
+            assert len(file.getvalue()) < 2000
+            assert copy.deepcopy(value).untyped_storage().nbytes() == value.nbytes
+    assert all(optimizer.state[p]["step"] == 3 for p in params)
+    version = optimizer.state[params[5]]["exp_avg"]._version
+    walk(optimizer, params, [[torch.ones(2, 4)] * 70])
+    assert optimizer.state[params[5]]["exp_avg"]._version > version
+    copied = copy.deepcopy(optimizer)
+    walk(copied, copied.param_groups[0]["params"], [[torch.ones(2, 4)] * 70])
+    assert all(optimizer.state[p]["step"] == 4 for p in params)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("steps_before", [0, 1, 3])
+def test_an_update_that_fails_is_never_tried_again(monkeypatch, backend, cls, steps_before):
+    """Even where the failure comes after everything was written."""
+    params = as_parameters([torch.ones(4), torch.ones(3)])
+    optimizer, expected = (
+        cls(group, lr=0.1, seed=1, backend=backend) for group in (params, copy.deepcopy(params))
+    )
+    walk(optimizer, params, [[torch.ones(4), torch.ones(3)]] * steps_before)
+    walk(
+        expected,
+        expected.param_groups[0]["params"],
+        [[torch.ones(4), torch.ones(3)]] * (steps_before + 1),
+    )
+    calls, real = [], getattr(op, optimizer.operator)
+
+    def failing(*args, **kwargs):
+        real(*args, **kwargs)
+        calls.append(args[0])
+        raise RuntimeError("the launch failed")
+
+    monkeypatch.setattr(op, optimizer.operator, failing)
+    with pytest.raises(RuntimeError, match="the launch failed"):
+        walk(optimizer, params, [[torch.ones(4), torch.ones(3)]])
+    monkeypatch.setattr(op, optimizer.operator, real)
+    assert len(calls) == 1
+    for p, q in zip(params, expected.param_groups[0]["params"], strict=True):
+        assert optimizer.state[p]["step"] == steps_before + 1 and torch.equal(p, q)
+    walk(optimizer, params, [[torch.ones(4), torch.ones(3)]])
+    assert all(optimizer.state[p]["step"] == steps_before + 2 for p in params)
+
+
+# Where a launch fails midway: the tensors that were reached have taken the step, once, and the
+# others are as they were.
+
+
+def only_the_first(count, real, failures):
+    """An operator of which only the first tensors are reached before it raises."""
+
+    def failing(backend, *lists, common, own, plan):
+        failures.append(len(lists[0]))
+        reached = dataclasses.replace(common, layout=common.layout[: 4 * count])
+        real(backend, *(tensors[:count] for tensors in lists), common=reached, own=own, plan=None)
+        raise RuntimeError("the launch failed")
+
+    return failing
+
+
+def everything_of(optimizer):
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return [[p.detach().clone(), copy.deepcopy(states_of(optimizer, p))] for p in params]
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("statistics", ["current", "previous"])
+@pytest.mark.parametrize("steps_before", [1, 3])
+def test_a_launch_that_fails_midway_is_raised_once_and_taken_once(
+    monkeypatch, backend, cls, statistics, steps_before
+):
+    start, gradients = problem([(4,), (3, 5), (2,), ()], steps=steps_before + 2)
+    options = {**SPREAD, "lr": 0.1, "statistics": statistics, "backend": backend}
+    optimizer, expected = (cls(as_parameters(start), **options) for _ in range(2))
+    for one in (optimizer, expected):
+        walk(one, one.param_groups[0]["params"], gradients[:steps_before])
+    failures, before = [], everything_of(optimizer)
+    with monkeypatch.context() as patch:
+        real = getattr(op, optimizer.operator)
+        patch.setattr(op, optimizer.operator, only_the_first(2, real, failures))
+        with pytest.raises(RuntimeError, match="the launch failed"):
+            walk(optimizer, optimizer.param_groups[0]["params"], [gradients[steps_before]])
+    assert failures == [4]
+    walk(expected, expected.param_groups[0]["params"], [[*gradients[steps_before][:2], None, None]])
+    assert same_bits(everything_of(optimizer)[:2], everything_of(expected)[:2])
+    assert same_bits(everything_of(optimizer)[2:], before[2:])
+    for one in (optimizer, expected):  # and it goes on from there
+        walk(one, one.param_groups[0]["params"], [gradients[-1]])
+    assert same_bits(everything_of(optimizer), everything_of(expected))
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("steps_before", [0, 3])
+def test_a_second_call_that_fails_leaves_the_first_ones_step(
+    monkeypatch, backend, cls, steps_before
+):
+    """Of parameters of two dtypes, which are two calls."""
+    params = as_parameters([torch.ones(4), torch.ones(3).double()])
+    optimizer = cls(params, lr=0.1, seed=1, backend=backend)
+    gradients = [torch.ones(4), torch.ones(3).double()]
+    walk(optimizer, params, [gradients] * steps_before)
+    before, calls, real = everything_of(optimizer), [], getattr(op, optimizer.operator)
+
+    def failing(*args, **kwargs):
+        calls.append(args[1][0].dtype)
+        if calls[-1] == torch.float64:
+            raise RuntimeError("the launch failed")
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(op, optimizer.operator, failing)
+        with pytest.raises(RuntimeError, match="the launch failed"):
+            walk(optimizer, params, [gradients])
+    assert calls == [torch.float32, torch.float64]
+    assert optimizer.state[params[0]]["step"] == steps_before + 1
+    assert torch.equal(params[1], before[1][0])
+    assert optimizer.state[params[1]]["step"] == steps_before
+    walk(optimizer, params, [gradients])
+    assert [int(optimizer.state[p]["step"]) for p in params] == [steps_before + 2, steps_before + 1]
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_an_update_rule_that_fails_on_the_second_tensor_is_called_once_for_each(monkeypatch, cls):
+    """Inside of the reference, whose tensors follow one another."""
+    params = as_parameters([torch.ones(4), torch.full((3,), 2.0), torch.ones(2)])
+    optimizer = cls(params, lr=0.1, seed=1, backend="reference")
+    gradients = [torch.ones(4), torch.ones(3), torch.ones(2)]
+    walk(optimizer, params, [gradients])
+    before = everything_of(optimizer)
+    rule = "adamw_update_rule" if cls is uk.SelectiveAdamW else "sgd_update_rule"
+    sizes, real = [], getattr(reference, rule)
+
+    def failing(theta, *args, **kwargs):
+        sizes.append(theta.numel())
+        if theta.numel() == 3:
+            raise RuntimeError("the launch failed")
+        return real(theta, *args, **kwargs)
+
+    monkeypatch.setattr(reference, rule, failing)
+    with pytest.raises(RuntimeError, match="the launch failed"):
+        walk(optimizer, params, [gradients])
+    assert sizes == [4, 3]
+    assert optimizer.state[params[0]]["step"] == 2 and not torch.equal(params[0], before[0][0])
+    assert torch.equal(params[1], before[1][0])
+    assert same_bits(everything_of(optimizer)[2], before[2])
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("options", [{}, {"statistics": "previous"}, {"scope": "global"}], ids=str)
+@pytest.mark.parametrize("native", ["cpp"], indirect=True)
+def test_a_cached_steps_calls_in_python_are_as_many_for_many_tensors_as_for_few(
+    native, cls, options
+):
+    package, counts = str(pathlib.Path(uk.__file__).parent), []
+    for count in (100, 400):
+        params = as_parameters([torch.ones(4)] * count)
+        optimizer = cls(params, seed=1, backend=native, **options)
+        walk(optimizer, params, [[torch.ones(4)] * count] * 3)
+        calls = []
+
+        def note(frame, event, _, calls=calls):
+            if event == "call" and frame.f_code.co_filename.startswith(package):
+                calls.append(frame.f_code.co_name)
+
+        sys.setprofile(note)
+        try:
+            optimizer.step()
+        finally:
+            sys.setprofile(None)
+        counts.append(calls)
+    assert counts[0] == counts[1] and len(counts[0]) < 70
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("gradient", "error", "words"),
+    [
+        pytest.param(torch.ones(4).to_sparse(), RuntimeError, "to_dense", id="sparse"),
+        pytest.param("expanded", ValueError, "parameter {} is expanded", id="expanded parameter"),
+    ],
+)
+def test_a_refused_step_after_others_changes_nothing(native, cls, gradient, error, words):
+    # few are many enough where no states are shared
+    many, bad = (64, 40) if native == "cpp" else (5, 3)
+    params = as_parameters([torch.ones(4)] * many)
+    optimizer = cls(params, seed=1, lr=0.1, backend=native)
+    walk(optimizer, params, [[torch.ones(4)] * many] * 3)
+    before = (
+        [p.detach().clone() for p in params],
+        copy.deepcopy([states_of(optimizer, p) for p in params]),
+    )
+    if isinstance(gradient, str):
+        params[bad].data = torch.ones(1).expand(4)
+        before[0][bad] = torch.ones(4)
+    else:
+        params[bad].grad = gradient
+    with pytest.raises(error, match=words.format(bad)):
+        optimizer.step()
+    assert same_bits(before[0], [p.detach() for p in params])
+    assert same_bits(before[1], [states_of(optimizer, p) for p in params])
+    params[bad].data, params[bad].grad = torch.ones(4), torch.ones(4)
+    optimizer.step()
+    assert all(optimizer.state[p]["step"] == 4 for p in params)

@@ -1,0 +1,191 @@
+"""The ten selection options (docs/spec.md, 1): their defaults, checks and numbers, once."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypedDict
+
+from torch import Tensor
+
+from ..core import checks
+
+# To the compiled kernels a normalisation is its position here (csrc/selective/selective.h has the
+# same order; a test compares).
+NORMALIZATIONS = ("minmax", "range", "rank", "constant")
+DIRECTIONS = ("printed", "salient")
+SCOPES = ("tensor", "global")
+STATISTICS = ("current", "previous")
+TARGETS = ("gradient", "update")
+
+
+class SelectionNumbers(TypedDict):
+    """Names the selection's arguments to an operator, words as numbers.
+
+    The scope is not among them: it is settled above the operators, by the statistics that they are
+    handed.
+    """
+
+    threshold: float
+    sharpness: float
+    normalization: int
+    salient: bool
+    previous: bool
+    rescale: bool
+    min_probability: float
+    keep_probability: float
+    target_update: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Holds the ten selection options, checked when it is built; help(SelectiveAdamW) says what
+    each does.
+
+    The public signatures name its class attributes, so that every default stands here alone.
+    """
+
+    threshold: float = 0.8
+    sharpness: float = 5.0
+    normalization: str = "minmax"
+    direction: str = "printed"
+    scope: str = "tensor"
+    statistics: str = "current"
+    rescale: bool = True
+    min_probability: float = 0.0
+    keep_probability: float = 1.0
+    target: str = "gradient"
+
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "normalization": NORMALIZATIONS,
+        "direction": DIRECTIONS,
+        "scope": SCOPES,
+        "statistics": STATISTICS,
+        "target": TARGETS,
+    }
+    RANGES: ClassVar[dict[str, tuple[float, float]]] = {
+        "threshold": (-math.inf, math.inf),
+        "sharpness": (0, math.inf),
+        "min_probability": (0, 1),
+        "keep_probability": (0, 1),
+    }
+
+    def __post_init__(self) -> None:
+        for name, choices in self.CHOICES.items():
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in choices:
+                raise ValueError(
+                    f"{name}={value!r} is not one of its values; use "
+                    f"{' or '.join(map(repr, choices))}"
+                )
+        for name, (low, high) in self.RANGES.items():
+            object.__setattr__(self, name, checks.number(name, getattr(self, name), low, high))
+        if self.keep_probability == 0:
+            raise ValueError("keep_probability=0.0 is out of range; give a number in (0, 1]")
+        object.__setattr__(self, "rescale", checks.flag("rescale", self.rescale))
+        if self.statistics == "previous" and self.normalization in ("rank", "constant"):
+            raise ValueError(
+                "statistics='previous' keeps a minimum and a maximum, for which "
+                f"normalization={self.normalization!r} has no use; "
+                "give statistics='current', or normalization='minmax' or 'range'"
+            )
+
+    @classmethod
+    def of_group(cls, group: Mapping[str, Any]) -> "Selection":
+        """Reads the options of an optimizer's group; every step does, and they rarely change."""
+        options = [group[name] for name in FIELDS]
+        try:
+            return _remembered(*options)
+        except TypeError:  # an option that cannot be hashed: the class itself names it
+            return cls(*options)
+
+    @classmethod
+    def of_numbers(cls, numbers: SelectionNumbers) -> "Selection":
+        """Inverts `numbers`, with statistics over each tensor."""
+        return cls(
+            threshold=numbers["threshold"],
+            sharpness=numbers["sharpness"],
+            normalization=NORMALIZATIONS[numbers["normalization"]],
+            direction=DIRECTIONS[numbers["salient"]],
+            scope="tensor",
+            statistics=STATISTICS[numbers["previous"]],
+            rescale=numbers["rescale"],
+            min_probability=numbers["min_probability"],
+            keep_probability=numbers["keep_probability"],
+            target=TARGETS[numbers["target_update"]],
+        )
+
+    def numbers(self) -> SelectionNumbers:
+        """Returns the options as the operators take them."""
+        return {
+            "threshold": self.threshold,
+            "sharpness": self.sharpness,
+            "normalization": NORMALIZATIONS.index(self.normalization),
+            "salient": self.direction == "salient",
+            "previous": self.statistics == "previous",
+            "rescale": self.rescale,
+            "min_probability": self.min_probability,
+            "keep_probability": self.keep_probability,
+            "target_update": self.target == "update",
+        }
+
+    def check_stateless(self) -> None:
+        """Raises ValueError for an option that needs what only an optimizer keeps."""
+        for name, value, only in (
+            ("statistics", self.statistics, "current"),
+            ("target", self.target, "gradient"),
+        ):
+            if value != only:
+                raise ValueError(
+                    f"{name}={value!r} needs an optimizer's state; use "
+                    f"{name}={only!r}, or SelectiveAdamW or SelectiveSGD"
+                )
+
+    @property
+    def random(self) -> bool:
+        """Whether an element can go unselected."""
+        return self.normalization != "constant" or self.keep_probability != 1
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(Selection))
+_remembered = functools.lru_cache(maxsize=64, typed=True)(Selection)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """Holds what AdamW's and SGD's operators have in common (op.STEP), the selection as one
+    object. A learning rate is a number, or a tensor of one element.
+    """
+
+    scope_statistics: Tensor | None
+    layout: list[int]
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    lr: float
+    lr_tensor: Tensor | None
+    weight_decay: float
+    maximize: bool
+    seed: int
+    selection: Selection
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamWOptions:
+    """Holds what AdamW's operator has of its own; the betas are numbers, or tensors of one
+    element.
+    """
+
+    beta1: float
+    beta2: float
+    beta1_tensor: Tensor | None
+    beta2_tensor: Tensor | None
+    eps: float
+
+
+@dataclasses.dataclass(frozen=True)
+class SGDOptions:
+    """Holds what SGD's operator has of its own."""
+
+    momentum: float
+    dampening: float
+    nesterov: bool
