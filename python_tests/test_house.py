@@ -361,11 +361,12 @@ def bistage_imports(path, text):
 
 @rule(
     "`recipes`, `analysis` and `integrations` use public names, as a user would; `recipes` and "
-    "`analysis` use `core.checks` too",
+    "`analysis` use `core.checks` too, and `recipes` the operators' `options`",
     f"{PACKAGE}/(recipes|analysis|integrations)/.*",
     bad=[
         "uegr_kernels/recipes/weight_ascent.py | from ..core import philox",
         "uegr_kernels/analysis/cka.py | from ..selective.op import SCHEMAS",
+        "uegr_kernels/analysis/cka.py | from ..selective.options import Selection",
         "uegr_kernels/integrations/transformers.py | from ..core import checks",
     ],
     good=[
@@ -373,6 +374,7 @@ def bistage_imports(path, text):
         "import BiStage",
         "uegr_kernels/recipes/recipe.py | from ..core import checks\nfrom ..core.checks import "
         "number",
+        "uegr_kernels/recipes/selection.py | from ..selective.options import Selection",
     ],
 )
 def recipes_import(path, text):
@@ -382,7 +384,8 @@ def recipes_import(path, text):
         checks = path.parent.name in ("recipes", "analysis") and entry.module.startswith(
             f"{PACKAGE}.core.checks"
         )
-        return not entry.ours or entry.layer in allowed or checks
+        options = path.parent.name == "recipes" and entry.layer == "options"
+        return not entry.ours or entry.layer in allowed or checks or options
 
     return unless(may, path, text)
 

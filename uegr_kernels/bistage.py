@@ -11,8 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .batch_axis import Batch
 from .core import checks
-from .core.backends import BACKENDS
-from .divergence import uegr_loss
+from .divergence import check_loss_options, uegr_loss
 from .passes import (
     Pass,
     Runner,
@@ -22,7 +21,7 @@ from .passes import (
     replayed,
     synchronisers,
 )
-from .perturbation import fgm_perturbation
+from .perturbation import NORMS, PERS, fgm_perturbation
 
 
 class BiStageResult(NamedTuple):
@@ -120,7 +119,16 @@ class BiStage:
             task=task,
             backend=backend,
         )
-        self._check_options()
+        checks.choice("norm", norm, NORMS)
+        checks.choice("per", per, PERS)
+        checks.number("epsilon", epsilon, 0)
+        check_loss_options(
+            js_weight=js_weight,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            task=task,
+        )
+        checks.backend(backend)
         self._runner = Runner(
             model, embedding, input_range, batch_axis=batch_axis, relative=relative, norm=norm
         )
@@ -272,17 +280,3 @@ class BiStage:
     def _rate(self, group: range) -> contextlib.AbstractContextManager[None]:
         """Every dropout layer at the rate of these passes."""
         return dropout_rate(self.model, None if self.dropout is None else self.dropout[group.start])
-
-    def _check_options(self) -> None:
-        """Each option is checked by the function it is for, on one row of zeros; a named
-        backend waits for the model's device.
-        """
-        named = {"backend": "reference"} if self._loss["backend"] in BACKENDS else {}
-        row = torch.zeros(1, 2, device="cpu")
-        labels = (
-            row
-            if self._loss["task"] == "regression"
-            else torch.zeros(1, dtype=torch.int64, device="cpu")
-        )
-        fgm_perturbation(row, **{**self._perturbation, **named})
-        uegr_loss(row, row.expand(self.passes, 1, 2), labels, **{**self._loss, **named})

@@ -141,7 +141,7 @@ def uegr_loss(
     Equivalent to `reference.uegr_loss([clean_logits, adversarial_logits], labels, ...)[0]`.
     """
     checks.choice("reduction", reduction, op.REDUCTIONS)
-    options = _check_options(
+    options = check_loss_options(
         js_weight=js_weight, label_smoothing=label_smoothing, ignore_index=ignore_index, task=task
     )
     in_place = checks.flag("inplace_backward", inplace_backward)
@@ -278,7 +278,7 @@ def linear_uegr_loss(
     adversarial_hidden], weight, bias, labels, ...)[0]`.
     """
     checks.choice("reduction", reduction, op.REDUCTIONS)
-    options = _check_options(
+    options = check_loss_options(
         js_weight=js_weight, label_smoothing=label_smoothing, ignore_index=ignore_index, task=task
     )
     chunk_rows = _check_chunk(chunk_rows)
@@ -370,7 +370,7 @@ class UEGRLoss(_LossModule):
     def _check(self, options: dict[str, Any]) -> None:
         super()._check(options)
         checks.flag("return_parts", options["return_parts"])
-        _check_options(
+        check_loss_options(
             js_weight=options["js_weight"],
             label_smoothing=options["label_smoothing"],
             ignore_index=options["ignore_index"],
@@ -395,10 +395,12 @@ def _named(name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
     return {name if len(tensors) == 1 else f"{name}[{i}]": x for i, x in enumerate(tensors)}
 
 
-def _check_options(
+def check_loss_options(
     *, js_weight: float, label_smoothing: float, ignore_index: int, task: str
 ) -> op.Options:
-    """The options as the operators take them, Python's own numbers."""
+    """Returns the options as the operators take them, with Python's own numbers; raises what is
+    wrong with one.
+    """
     options = op.Options(
         js_weight=checks.number("js_weight", js_weight, 0),
         label_smoothing=checks.number("label_smoothing", label_smoothing, 0, 1),

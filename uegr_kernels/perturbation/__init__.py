@@ -2,6 +2,14 @@
 masks).
 """
 
-from .api import fgm_perturbation, masked, perturbed_weights, pgd_step
+from .api import ASCENT_NORMS, NORMS, PERS, fgm_perturbation, masked, perturbed_weights, pgd_step
 
-__all__ = ["fgm_perturbation", "masked", "perturbed_weights", "pgd_step"]
+__all__ = [
+    "ASCENT_NORMS",
+    "NORMS",
+    "PERS",
+    "fgm_perturbation",
+    "masked",
+    "perturbed_weights",
+    "pgd_step",
+]

@@ -13,6 +13,8 @@ from . import op
 
 CONSTANT = "its result is a constant; give it tensors that are detached, such as grad.detach()"
 
+NORMS, PERS = op.NORMS, op.PERS
+ASCENT_NORMS = (*NORMS, "max")  # of `pgd_step`
 masked = op.reference.masked
 
 
@@ -107,7 +109,7 @@ def pgd_step(
     checks.tensor("delta", delta)
     checks.tensor("grad", grad)
     _check_alike("delta", delta, "grad", grad)
-    _check_choices(norm, per, (*op.NORMS, "max"))
+    _check_choices(norm, per, ASCENT_NORMS)
     step_size = checks.number("step_size", step_size, 0)
     radius = checks.number("radius", radius, 0)
     checks.refuse_transforms(
@@ -259,10 +261,10 @@ def _check_alike(first: str, x: Tensor, name: str, y: Tensor) -> None:
     checks.same_placement(first, x, name, y)
 
 
-def _check_choices(norm: str, per: str, norms: Sequence[str] = op.NORMS) -> None:
-    if norm not in norms or per not in op.PERS:
+def _check_choices(norm: str, per: str, norms: Sequence[str] = NORMS) -> None:
+    if norm not in norms or per not in PERS:
         checks.choice("norm", norm, norms)
-        checks.choice("per", per, op.PERS)
+        checks.choice("per", per, PERS)
 
 
 def _check_plain(backend: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..passes import Pass
-from ..perturbation import fgm_perturbation, masked, pgd_step
+from ..perturbation import ASCENT_NORMS, NORMS, PERS, fgm_perturbation, masked, pgd_step
 from . import options
 from .recipe import PassRecipe
 
@@ -27,8 +27,8 @@ class StepRecipe(PassRecipe):
     """
 
     epsilon: float = options.number(0.1)
-    norm: str = options.choice("l2", options.NORMS)
-    per: str = options.choice("sample", options.PERS)
+    norm: str = options.choice("l2", NORMS)
+    per: str = options.choice("sample", PERS)
 
     def _input_norm(self) -> str:
         return self.norm
@@ -68,8 +68,8 @@ class AttackRecipe(PassRecipe):
     epsilon: float = options.number(0.1)
     steps: int = options.integer(3, 1)
     step_size: float | None = options.number(None)
-    norm: str = options.choice("l2", options.ASCENT_NORMS)
-    per: str = options.choice("sample", options.PERS)
+    norm: str = options.choice("l2", ASCENT_NORMS)
+    per: str = options.choice("sample", PERS)
     same_draw: bool = options.flag(False)
 
     def _input_norm(self) -> str:

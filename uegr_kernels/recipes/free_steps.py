@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..passes import synchronisers, synchronises
+from ..perturbation import NORMS
 from . import options
 from .attack import Start, climb, uniform_cube_start
 from .recipe import PassRecipe
@@ -115,7 +116,7 @@ class FreeAT(PassRecipe):
     epsilon: float | None = options.number(None)
     steps: int | None = options.integer(None, 1)
     step_size: float | None = options.number(None)
-    norm: str | None = options.choice(None, options.NORMS)
+    norm: str | None = options.choice(None, NORMS)
     init_mag: float | None = options.number(None)
     persistent: bool | None = options.flag(None)
     delta: Tensor | None = dataclasses.field(init=False, default=None)

@@ -13,10 +13,6 @@ from typing import Any
 
 from ..core import checks
 
-NORMS = ("l2", "linf")  # as in `fgm_perturbation`
-ASCENT_NORMS = (*NORMS, "max")  # as in `pgd_step`
-PERS = ("sample", "token", "all")
-
 
 def option(default: Any, check: Callable[[str, Any], Any]) -> Any:
     """Declares an option; the recipe keeps what check(name, value) returns, or the value where

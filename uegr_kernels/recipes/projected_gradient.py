@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..perturbation import ASCENT_NORMS, PERS
 from . import options
 from .attack import AttackRecipe, Start, tiny_noise_start, uniform_ball_start
 
@@ -83,8 +84,8 @@ class AdvEmbed(PGD):
     passes: ClassVar[int] = 3
 
     steps: int = options.integer(1, 1)
-    norm: str = options.choice("max", options.ASCENT_NORMS)
-    per: str = options.choice("token", options.PERS)
+    norm: str = options.choice("max", ASCENT_NORMS)
+    per: str = options.choice("token", PERS)
     start: float = options.number(1e-5)
     first_step_from_clean: bool = dataclasses.field(init=False, default=False)
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..divergence import LossParts, uegr_loss
+from ..divergence import LossParts, check_loss_options, uegr_loss
 from ..passes import (
     Pass,
     Runner,
@@ -197,9 +197,9 @@ class PassRecipe(Recipe):
     TypeError or ValueError for wrong options, before anything has changed.
     """
 
-    task: str = options.choice("classification", ("classification", "regression"))
-    label_smoothing: float = options.number(0.0, 0, 1)
-    ignore_index: int = options.integer(-100, -(2**63), bits=63)
+    task: str = "classification"
+    label_smoothing: float = 0.0
+    ignore_index: int = -100
     dropout: float | None = options.number(None, 0, 1)
     input_range: tuple[float, float] | None = None
     batch_axis: int | None = None
@@ -208,11 +208,12 @@ class PassRecipe(Recipe):
 
     def _settle_options(self) -> None:
         super()._settle_options()
-        if self._regression and self.label_smoothing != 0:
-            raise ValueError(
-                f"label_smoothing={self.label_smoothing!r} means nothing for "
-                "task='regression'; leave it 0"
-            )
+        check_loss_options(
+            js_weight=0.0,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+            task=self.task,
+        )
 
     def _make_runner(self) -> Runner:
         return Runner(

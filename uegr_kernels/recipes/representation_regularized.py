@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.conv import _ConvNd as Convolution
 
 from ..passes import Pass, ranks_of, synchronisers, synchronises
+from ..perturbation import ASCENT_NORMS
 from . import options
 from .attack import AttackRecipe, Start, uniform_ball_start
 from .recipe import device_of, plain_names, recomputed, summed_over_ranks
@@ -81,7 +82,7 @@ class ARAT(AttackRecipe):
     balance_rows: int = options.integer(1000, 1)
     epsilon: float = options.number(8 / 255)
     steps: int = options.integer(10, 1)
-    norm: str = options.choice("linf", options.ASCENT_NORMS)
+    norm: str = options.choice("linf", ASCENT_NORMS)
     random_start: bool = options.flag(True)
     _layers: list[nn.Module] = dataclasses.field(init=False)
     _widths: list[int] = dataclasses.field(init=False)

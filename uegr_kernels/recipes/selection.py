@@ -3,21 +3,18 @@
 """
 
 import dataclasses
-import inspect
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..selective import SelectiveAdamW, SelectiveSGD, select_gradients_, selection_probability
+from ..selective import SelectiveAdamW, SelectiveSGD, select_gradients_
+from ..selective.options import TARGETS as TARGETS
+from ..selective.options import Selection as Options
 from .recipe import Recipe, check_whole
 
-OPTIONS = frozenset(
-    inspect.signature(selection_probability).parameters.keys() - {"grad", "saliency", "backend"}
-)
-TARGETS = ("gradient", "update")
-# what means something to an optimizer only, and the value that changes nothing
-WITH_STATE = {"statistics": "current", "target": "gradient"}
+OPTIONS = frozenset(field.name for field in dataclasses.fields(Options))
+WITH_STATE = ("statistics", "target")  # mean something to an optimizer only
 
 
 def selection_of(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -153,11 +150,18 @@ def check_selection(optimizer: Any, options: dict[str, Any]) -> None:
     """Raises TypeError or ValueError for an option that the update by this optimizer, or by any
     other ahead of whose step .grad is selected, cannot have.
     """
-    own = _selecting(optimizer)
+    chosen, own = Options(**options), _selecting(optimizer)
     if own is not None:
-        type(own)([torch.zeros(1, requires_grad=True, device="cpu")], seed=0, **options)
+        for group in own.param_groups:
+            Options.of_group(group | options)
         return
-    selection_probability(torch.zeros(1, device="cpu"), **options, backend="reference")
+    for name in WITH_STATE:
+        value, only = getattr(chosen, name), getattr(Options, name)
+        if value != only:
+            raise ValueError(
+                f"{name}={value!r} needs an optimizer's state; use {name}={only!r}, or "
+                "SelectiveAdamW or SelectiveSGD"
+            )
 
 
 def agreed(seed: int) -> int:

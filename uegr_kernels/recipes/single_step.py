@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..perturbation import NORMS
 from . import options
 from .attack import StepRecipe
 
@@ -57,4 +58,4 @@ class FGSM(AT):
     """
 
     epsilon: float = options.number(0.01)
-    norm: str = options.choice("linf", options.NORMS)
+    norm: str = options.choice("linf", NORMS)
