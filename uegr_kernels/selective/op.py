@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,8 +21,6 @@ from .options import (
     SGDOptions,
     StepOptions,
 )
-
-_triton = functools.partial(backends.triton_kernels, __package__)
 
 OPTIONS = (
     "float threshold, float sharpness, int normalization, bool salient, bool previous, bool "
@@ -216,7 +215,50 @@ def choose(name: str, backend: str, device: torch.device, dtype: torch.dtype) ->
     return backends.choose(backend, f"selective.{name}", device, dtype)
 
 
-# ---- The operators, as one calls them in Python
+# ---- What serves each operator
+
+
+def _triton() -> ModuleType:
+    """Imports the Triton kernels, when they are first asked for."""
+    from . import triton
+
+    return triton
+
+
+def _triton_adamw() -> Callable[..., object]:
+    from .triton import selective_adamw_
+
+    return selective_adamw_
+
+
+def _triton_sgd() -> Callable[..., object]:
+    from .triton import selective_sgd_
+
+    return selective_sgd_
+
+
+def _triton_gradients() -> Callable[..., object]:
+    from .triton import select_gradients_
+
+    return select_gradients_
+
+
+def _triton_statistics() -> Callable[..., object]:
+    from .triton import selective_statistics_
+
+    return selective_statistics_
+
+
+def _triton_probability() -> Callable[..., object]:
+    from .triton import selection_probability_
+
+    return selection_probability_
+
+
+def _triton_mask() -> Callable[..., object]:
+    from .triton import selection_mask_
+
+    return selection_mask_
 
 
 def _split(options: dict[str, Any]) -> tuple[StepOptions, dict[str, Any]]:
@@ -236,22 +278,17 @@ def _sgd_reference(*tensors: Any, **options: Any) -> None:
     reference.selective_sgd_(*tensors, common=common, own=SGDOptions(**own))
 
 
-_ADAMW = _define("selective_adamw_", _adamw_reference, lambda: _triton().selective_adamw_)
-_SGD = _define("selective_sgd_", _sgd_reference, lambda: _triton().selective_sgd_)
-_GRADIENTS = _define(
-    "select_gradients_", reference.select_gradients_, lambda: _triton().select_gradients_
-)
-_STATISTICS = _define(
-    "selective_statistics_",
-    reference.selective_statistics_,
-    lambda: _triton().selective_statistics_,
-)
+_ADAMW = _define("selective_adamw_", _adamw_reference, _triton_adamw)
+_SGD = _define("selective_sgd_", _sgd_reference, _triton_sgd)
+_GRADIENTS = _define("select_gradients_", reference.select_gradients_, _triton_gradients)
+_STATISTICS = _define("selective_statistics_", reference.selective_statistics_, _triton_statistics)
 _PROBABILITY = _define(
-    "selection_probability_",
-    reference.selection_probability_,
-    lambda: _triton().selection_probability_,
+    "selection_probability_", reference.selection_probability_, _triton_probability
 )
-_MASK = _define("selection_mask_", reference.selection_mask_, lambda: _triton().selection_mask_)
+_MASK = _define("selection_mask_", reference.selection_mask_, _triton_mask)
+
+
+# ---- The operators, as one calls them in Python
 
 
 def selective_adamw_(

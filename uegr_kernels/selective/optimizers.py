@@ -429,7 +429,7 @@ class SelectiveOptimizer(Optimizer):
         """
         loaded: dict[str, Any] = {}
 
-        def complete(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        def completed(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             loaded.update(state_dict)
             for saved in state_dict["param_groups"]:
                 if saved.get("format", FORMAT) > FORMAT:
@@ -461,7 +461,7 @@ class SelectiveOptimizer(Optimizer):
                 self._drawn_seed, self.defaults["seed"] = None, self.param_groups[0]["seed"]
 
         handles = (
-            self.register_load_state_dict_pre_hook(complete),
+            self.register_load_state_dict_pre_hook(completed),
             self.register_load_state_dict_post_hook(restored, prepend=True),
         )
         try:

@@ -16,7 +16,7 @@ from .options import AdamWOptions, Selection, SGDOptions, StepOptions
 
 Number = float | Tensor
 # steps a tensor in place, by its value, its selected gradient, its states and the step's number
-UpdateRule = Callable[[Tensor, Tensor, Sequence[Tensor | None], int], None]
+UpdateRule = Callable[[Tensor, Tensor, Sequence[Tensor], int], None]
 
 SMALLEST_PROBABILITY = 2.0**-24  # the step of u
 RANK_BINS = 0x7F80  # the upper 16 bits of a finite |g|
@@ -272,7 +272,7 @@ def step_(
     update_rule: UpdateRule,
     params: list[Tensor],
     grads: list[Tensor],
-    moments: Sequence[Sequence[Tensor | None]],
+    moments: Sequence[Sequence[Tensor]],
     steps: list[Tensor],
     saliency_mins: list[Tensor],
     saliency_maxs: list[Tensor],
@@ -307,7 +307,7 @@ def step_(
                 saliency_maxs[i].copy_(this[1])
             b, factor = select(g, None, statistics, layout, selection, seed=seed, step=step)
             word = None
-            if any(m is not None and m.dtype == torch.bfloat16 for m in states):
+            if any(m.dtype == torch.bfloat16 for m in states):
                 word = philox.words(
                     layout.indices(g.numel(), g.device),
                     seed=seed,
@@ -320,7 +320,7 @@ def step_(
             g = torch.where(b, g * factor, 0)
         theta = param if param.dtype == dtype else param.to(dtype)
         before = theta.clone() if selection.target == "update" else None
-        working = [m if m is None or m.dtype == dtype else m.to(dtype) for m in states]
+        working = [m if m.dtype == dtype else m.to(dtype) for m in states]
         update_rule(theta, g, working, step)
         if before is not None:
             moved = torch.lerp(before, theta.clone(), factor)
@@ -329,7 +329,7 @@ def step_(
         if theta is not param:
             param.copy_(theta)
         for k, (m, value) in enumerate(zip(states, working, strict=True)):
-            if m is not None and value is not None and m is not value:
+            if m is not value:
                 m.copy_(
                     value
                     if word is None
@@ -352,14 +352,14 @@ def selective_adamw_(
 ) -> None:
     """Steps by AdamW on g~ (target "gradient"), or takes AdamW's step where b ("update")."""
 
-    def update_rule(theta: Tensor, g: Tensor, states: Sequence[Tensor | None], step: int) -> None:
-        exp_avg, exp_avg_sq, largest = states
+    def update_rule(theta: Tensor, g: Tensor, states: Sequence[Tensor], step: int) -> None:
+        exp_avg, exp_avg_sq, *largest = states
         adamw_update_rule(
             theta,
             g,
-            exp_avg,  # type: ignore[arg-type]  # the largest alone may be None
-            exp_avg_sq,  # type: ignore[arg-type]
-            largest,
+            exp_avg,
+            exp_avg_sq,
+            largest[0] if largest else None,
             step=step,
             lr=number(common.lr, common.lr_tensor),
             weight_decay=common.weight_decay,
@@ -368,8 +368,8 @@ def selective_adamw_(
             eps=own.eps,
         )
 
-    maxima: Sequence[Tensor | None] = max_exp_avg_sqs or [None] * len(params)
-    moments = [*zip(exp_avgs, exp_avg_sqs, maxima, strict=True)]
+    used = [exp_avgs, exp_avg_sqs, max_exp_avg_sqs] if max_exp_avg_sqs else [exp_avgs, exp_avg_sqs]
+    moments = [*zip(*used, strict=True)]
     step_(update_rule, params, grads, moments, steps, saliency_mins, saliency_maxs, common)
 
 
@@ -386,11 +386,11 @@ def selective_sgd_(
 ) -> None:
     """Steps by SGD on g~ (target "gradient"), or takes SGD's step where b ("update")."""
 
-    def update_rule(theta: Tensor, g: Tensor, states: Sequence[Tensor | None], step: int) -> None:
+    def update_rule(theta: Tensor, g: Tensor, states: Sequence[Tensor], step: int) -> None:
         sgd_update_rule(
             theta,
             g,
-            states[0],
+            states[0] if states else None,
             lr=number(common.lr, common.lr_tensor),
             weight_decay=common.weight_decay,
             momentum=own.momentum,
@@ -398,8 +398,8 @@ def selective_sgd_(
             nesterov=own.nesterov,
         )
 
-    buffers: Sequence[Tensor | None] = momentum_buffers or [None] * len(params)
-    moments = [(buffer,) for buffer in buffers]
+    moments: list[tuple[Tensor, ...]] = [(buffer,) for buffer in momentum_buffers]
+    moments = moments or [()] * len(params)
     step_(update_rule, params, grads, moments, steps, saliency_mins, saliency_maxs, common)
 
 
