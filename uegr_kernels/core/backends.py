@@ -103,6 +103,15 @@ def _why_no_kernel(operator: str, language: str, key: str) -> str | None:
     return f"{operator} has no {language} kernel in this version; use backend='auto'"
 
 
+def check_name(backend: str) -> None:
+    """Raises ValueError for a name that is neither "auto" nor a backend."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(
+            f"backend={backend!r} is not a backend; use one of 'auto', "
+            f"{', '.join(map(repr, BACKENDS))}"
+        )
+
+
 def choose(
     backend: str, operator: str, device: torch.device, dtype: torch.dtype | None = None
 ) -> str:
@@ -112,14 +121,10 @@ def choose(
     Raises ValueError for a name that is no backend, RuntimeError for a backend that cannot serve
     the call.
     """
+    check_name(backend)
     if backend == "auto":
         order = ORDER.get(device.type, ("reference",))
         return next(name for name in order if why_not(name, operator, device, dtype) is None)
-    if backend not in BACKENDS:
-        raise ValueError(
-            f"backend={backend!r} is not a backend; use one of 'auto', "
-            f"{', '.join(map(repr, BACKENDS))}"
-        )
     reason = why_not(backend, operator, device, dtype)
     if reason is not None:
         raise RuntimeError(

@@ -31,14 +31,25 @@ def plain(value: Any) -> Any:
     return value.item() if type(value) not in PLAIN and hasattr(value, "item") else value
 
 
-def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
-    """The value of a number of Python's or NumPy's, finite and in [low, high]."""
+def number(
+    name: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    without: float | None = None,
+) -> float:
+    """Returns the value of a finite number of Python's or NumPy's in [low, high], of which the
+    bound `without` is left out.
+    """
     if type(value) not in PLAIN and not is_number(value):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a number")
     value = plain(value)
-    if not (low <= value <= high and -LARGEST <= value <= LARGEST):
-        least = "" if low == -math.inf else f" >= {low:g}"
-        rule = f"finite number{least}" if high == math.inf else f"number in [{low:g}, {high:g}]"
+    if not (low <= value <= high and -LARGEST <= value <= LARGEST) or value == without:
+        least = "" if low == -math.inf else f" {'>' if low == without else '>='} {low:g}"
+        ends = "(" if low == without else "[", ")" if high == without else "]"
+        span = f"number in {ends[0]}{low:g}, {high:g}{ends[1]}"
+        rule = f"finite number{least}" if high == math.inf else span
         raise ValueError(f"{name}={value!r} is out of range; give a {rule}")
     return float(value)
 
@@ -100,12 +111,26 @@ def tensor(name: str, x: Any, shape: str = "") -> None:
         raise TypeError(f"{name} is {x.dtype}; give float32, bfloat16, float16 or float64")
 
 
+def same_device(first: str, x: Tensor, name: str, y: Tensor) -> None:
+    """Raises ValueError where two tensors are on different devices."""
+    if y.device != x.device:
+        raise ValueError(f"{name} is on {y.device} and {first} on {x.device}; move one with .to()")
+
+
 def same_placement(first: str, x: Tensor, name: str, y: Tensor) -> None:
     """Raises where two tensors differ in dtype (TypeError) or device (ValueError)."""
     if y.dtype != x.dtype:
         raise TypeError(f"{name} is {y.dtype} and {first} {x.dtype}; cast one with .to()")
-    if y.device != x.device:
-        raise ValueError(f"{name} is on {y.device} and {first} on {x.device}; move one with .to()")
+    same_device(first, x, name, y)
+
+
+def same_shape(first: str, x: Tensor, name: str, y: Tensor) -> None:
+    """Raises where two tensors differ in shape (ValueError) or as `same_placement` says."""
+    if y.shape != x.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(y.shape)} and {first} {tuple(x.shape)}; give the same"
+        )
+    same_placement(first, x, name, y)
 
 
 def refuse_transforms(

@@ -41,14 +41,23 @@ def places(tensors: list[Tensor]) -> Places:
     )
 
 
+def expanded(tensor: Tensor) -> bool:
+    """Returns whether a stride of 0 has indices name the same element."""
+    return any(
+        stride == 0 and n > 1 for stride, n in zip(tensor.stride(), tensor.shape, strict=True)
+    )
+
+
 def overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two of a tensor's indices name one element."""
+    """Returns whether two of a tensor's indices name one element."""
+    if not tensor.numel() or expanded(tensor):
+        return tensor.numel() > 0
     reach = 1
     for stride, n in sorted(
         (stride, n) for stride, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1
     ):
         if stride < reach:
-            return tensor.numel() > 0 and int(_marked([tensor], [0]).sum()) < tensor.numel()
+            return int(_marked([tensor], [0]).sum()) < tensor.numel()
         reach += (n - 1) * stride
     return False
 

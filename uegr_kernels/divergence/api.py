@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from ..core import backends, checks
+from ..core import backends, checks, memory
 from . import op
 
 TASKS = ("classification", "regression")
@@ -63,7 +63,7 @@ def pairwise_js(
             f"logits hold one pass (shape {_shape(logits)}), which has no pair; give "
             "[m, N, C] with m >= 2"
         )
-    _check_alike(_named("logits", logits))
+    _check_same_rows(_named("logits", logits))
     if in_place and not backends.traced():
         _check_apart(logits)
     return op.loss_and_parts(
@@ -150,7 +150,7 @@ def uegr_loss(
     logits = [clean_logits]
     if adversarial_logits is not None:
         logits += _passes("adversarial_logits", adversarial_logits)
-    _check_alike({"clean_logits": clean_logits, **_named("adversarial_logits", logits[1:])})
+    _check_same_rows({"clean_logits": clean_logits, **_named("adversarial_logits", logits[1:])})
     labels = _check_labels("uegr_loss", labels, logits, clean_logits.shape[-1], options)
     if in_place and not backends.traced():
         _check_apart(logits)
@@ -447,7 +447,7 @@ def _passes(name: str, logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return list(logits)
 
 
-def _check_alike(tensors: dict[str, Tensor]) -> None:
+def _check_same_rows(tensors: dict[str, Tensor]) -> None:
     """Raises where the last two axes, the dtype or the device differ from the first one's."""
     (first, x), *others = tensors.items()
     for name, y in others:
@@ -459,43 +459,20 @@ def _check_alike(tensors: dict[str, Tensor]) -> None:
         checks.same_placement(first, x, name, y)
 
 
-def _check_apart(logits: Sequence[Tensor]) -> None:
-    """Raises where two elements may share memory, which the gradient could not be written over."""
+def _check_apart(logits: list[Tensor]) -> None:
+    """Raises where two elements share memory, which the gradient could not be written over."""
     remedy = (
         "inplace_backward=True could not write their gradients over them; give .contiguous() "
         "copies, or leave inplace_backward out"
     )
-    for i, x in enumerate(logits):
-        if _overlaps(x.shape, x.stride()):
+    for x in logits:
+        if memory.overlaps_itself(x):
             raise RuntimeError(
                 f"logits of shape {tuple(x.shape)} and strides {x.stride()} overlap "
                 f"themselves: {remedy}"
             )
-        for y in logits[:i]:
-            low, high = sorted((x, y), key=Tensor.data_ptr)
-            gap = (high.data_ptr() - low.data_ptr()) // x.element_size()
-            reach = sum(
-                (size - 1) * stride for size, stride in zip(low.shape, low.stride(), strict=True)
-            )
-            interleaved = x.stride() == y.stride() and not _overlaps(
-                (2, *x.shape), (gap, *x.stride())
-            )
-            if x.numel() and y.numel() and gap <= reach and not interleaved:
-                raise RuntimeError(f"two of the logits share memory: {remedy}")
-
-
-def _overlaps(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether elements may share memory: exact for every layout that slicing, permuting and
-    expanding dense tensors give.
-    """
-    reach = 0
-    for stride, size in sorted(
-        (stride, size) for stride, size in zip(strides, shape, strict=True) if size > 1
-    ):
-        if stride <= reach:
-            return True
-        reach += stride * (size - 1)
-    return False
+    if memory.shared(logits) is not None:
+        raise RuntimeError(f"two of the logits share memory: {remedy}")
 
 
 def _check_labels(

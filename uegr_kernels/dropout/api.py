@@ -64,13 +64,8 @@ class AdaptiveDropout(nn.Module):
         if num_features is not None:
             num_features = checks.integer("num_features", num_features, 1)
         p, max_p = checks.number("p", p, 0, 1), checks.number("max_p", max_p, 0, 1)
-        if checks.number("momentum", momentum, 0, 1) == 1:
-            raise ValueError(f"momentum={momentum!r} is out of range; give a number in [0, 1)")
-        if backend != "auto" and backend not in backends.BACKENDS:
-            raise ValueError(
-                f"backend={backend!r} is not a backend; use one of 'auto', "
-                f"{', '.join(map(repr, backends.BACKENDS))}"
-            )
+        momentum = checks.number("momentum", momentum, 0, 1, without=1)
+        backends.check_name(backend)
         self.num_features, self.p, self.max_p, self.momentum, self.backend = (
             num_features,
             p,
@@ -181,12 +176,7 @@ class AdaptiveDropout(nn.Module):
         return self
 
     def _check(self, input: Tensor) -> None:
-        if not isinstance(input, Tensor):
-            raise TypeError(f"input is a {type(input).__name__}; give a tensor")
-        if input.layout != torch.strided:
-            raise TypeError(f"input is sparse ({input.layout}); give input.to_dense()")
-        if input.dtype not in backends.DTYPES:
-            raise TypeError(f"input is {input.dtype}; give float32, bfloat16, float16 or float64")
+        checks.tensor("input", input)
         if input.dim() == 0 or input.shape[-1] == 0:
             raise ValueError(
                 f"input has shape {tuple(input.shape)}; give a last axis with the units"
