@@ -18,7 +18,7 @@ from .perturbation import fgm_perturbation
 
 
 class BiStageResult(NamedTuple):
-    """What `BiStage.backward` returns: detached, not multiplied by `scale`, the parts not weighted.
+    """Holds what `BiStage.backward` returns: detached, without `scale`, the parts not weighted.
 
     loss              []      L_train (Eq. 6)
     clean_loss        []      L_st (Eq. 5)
@@ -244,32 +244,34 @@ class BiStage:
         self._runner.close()
 
     def _adversarial(self, batch: Batch, delta: Tensor, group: range) -> tuple[Tensor, Pass]:
-        """The logits [k*N, C] of k passes in one call, and the slot's content for its backward."""
+        """Returns the logits [k*N, C] of k passes in one call, and the slot's content for its
+        backward.
+        """
         with self._rate(group), self._runner.filled(Pass(batch, delta, watched=False)) as walk:
             return self._runner.call(walk, len(group)), walk
 
     def _delta(self, walk: Pass) -> Tensor:
-        """Eq. 2, from the gradient that the clean pass left."""
+        """Computes delta (Eq. 2) from the gradient that the clean pass left."""
         return walk.ascended(
             functools.partial(fgm_perturbation, mask=walk.mask, **self._perturbation)
         )
 
     def _groups(self) -> list[range]:
-        """The passes of each call of the model."""
+        """Returns the passes of each call of the model."""
         size = 1 if self.dropout is not None and len(set(self.dropout)) > 1 else self.passes_at_once
         return [
             range(first, min(first + size, self.passes)) for first in range(0, self.passes, size)
         ]
 
     def _rate(self, group: range) -> contextlib.AbstractContextManager[None]:
-        """Every dropout layer at the rate of these passes."""
+        """Holds every dropout layer at the rate of these passes."""
         return walks.dropout_rate(
             self.model, None if self.dropout is None else self.dropout[group.start]
         )
 
     def _check_options(self) -> None:
-        """Each option is checked by the function it is for, on one row of zeros; a named
-        backend waits for the model's device.
+        """Checks each option by the function it is for, on one row of zeros; a named backend
+        waits for the model's device.
         """
         named = {"backend": "reference"} if self._loss["backend"] in BACKENDS else {}
         row = torch.zeros(1, 2, device="cpu")

@@ -1,4 +1,4 @@
-"""What users call: the losses of UEGR's forward stage, from logits or from hidden states."""
+"""The public losses of UEGR's forward stage, from logits or from hidden states."""
 
 import inspect
 import typing
@@ -20,7 +20,7 @@ REVERSE_MODE = (
 
 
 class LossParts(typing.NamedTuple):
-    """L_train, and detached and unweighted what it consists of: () each, or [N] with
+    """Holds L_train, and detached and unweighted what it consists of: () each, or [N] with
     reduction="none".
     """
 
@@ -169,8 +169,7 @@ def linear_pairwise_js(
     chunk_rows: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """`pairwise_js(F.linear(hidden, weight, bias))` whose logits [m, N, C] never exist whole (Eq.
-    4).
+    """Computes `pairwise_js` of F.linear(hidden, weight, bias), which never exists whole (Eq. 4).
 
     hidden      [m, N, H]  float32, bfloat16, float16 or float64
     weight      [C, H]     the classifier's
@@ -313,7 +312,7 @@ def linear_uegr_loss(
 
 
 class _LossModule(nn.Module):
-    """A loss function as a module that remembers its keywords."""
+    """Calls a loss function with the keywords that it was built with."""
 
     function: Callable[..., Any]
 
@@ -343,7 +342,7 @@ class _LossModule(nn.Module):
 
 
 class PairwiseJSLoss(_LossModule):
-    """`pairwise_js` as a module: the same keywords, called with the logits."""
+    """Computes `pairwise_js`, as a module: the same keywords, then the logits."""
 
     function = staticmethod(pairwise_js)
 
@@ -398,7 +397,7 @@ def _named(name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
 def _check_options(
     *, js_weight: float, label_smoothing: float, ignore_index: int, task: str
 ) -> op.Options:
-    """The options as the operators take them, Python's own numbers."""
+    """Returns the options as the operators take them, Python's own numbers."""
     options = op.Options(
         js_weight=checks.number("js_weight", js_weight, 0),
         label_smoothing=checks.number("label_smoothing", label_smoothing, 0, 1),
@@ -427,7 +426,7 @@ def _check_tensor(name: str, x: Tensor, dims: int, shape: str) -> None:
 
 
 def _passes(name: str, logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """The passes as the operators take them: a stacked tensor as one element, in place."""
+    """Returns the passes as the operators take them: a stacked tensor as one element, in place."""
     if isinstance(logits, Tensor):
         _check_tensor(name, logits, 3, "[m, N, C], or a sequence of m tensors [N, C]")
         if len(logits) < 1:
@@ -478,8 +477,8 @@ def _check_apart(logits: list[Tensor]) -> None:
 def _check_labels(
     loss: str, labels: Tensor, tensors: list[Tensor], classes: int, options: op.Options
 ) -> Tensor:
-    """The labels as the operators take them: int64 [N], or floating [N, C]; the first of the
-    loss's other tensors has their rows.
+    """Returns the labels as the operators take them: int64 [N], or floating [N, C]; the first of
+    the loss's other tensors has their rows.
     """
     rows, ignore_index, regression = tensors[0], options.ignore_index, options.regression
     if not isinstance(labels, Tensor):
@@ -526,7 +525,7 @@ def _check_labels(
 
 
 def _check_linear(hidden: dict[str, Tensor], weight: Tensor, bias: Tensor | None) -> torch.dtype:
-    """The dtype of the logits: autocast's where it would cast F.linear's operands, else the
+    """Returns the dtype of the logits: autocast's where it would cast F.linear's operands, else the
     operands' own, which then must agree.
     """
     _check_tensor("weight", weight, 2, "[C, H]")

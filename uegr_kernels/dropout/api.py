@@ -1,6 +1,4 @@
-"""What users call: the adaptive dropout module, and putting it in the place of a model's
-dropouts.
-"""
+"""The public dropout module, and a function that puts it in the place of a model's dropouts."""
 
 import fnmatch
 import warnings
@@ -133,7 +131,7 @@ class AdaptiveDropout(nn.Module):
             self._used, self._plain = bool(state.any()), bool(state[2].any())
 
     def _why_not(self, state: Any) -> str | None:
-        """None where `set_extra_state` takes the state, else why not."""
+        """Returns None where `set_extra_state` takes the state, else why not."""
         if (
             not isinstance(state, Tensor)
             or state.dim() != 2
@@ -150,14 +148,14 @@ class AdaptiveDropout(nn.Module):
         return None
 
     def _make(self, units: int, dtype: torch.dtype, device: torch.device | None) -> None:
-        """The state of a module that has seen nothing."""
+        """Makes the state of a module that has seen nothing."""
         with torch.inference_mode(False):  # what is made inside it cannot be written in training
             self.gradient_norm = torch.zeros(units, dtype=dtype, device=device)
             self.pending = torch.zeros(units, dtype=dtype, device=device)
         self._used = self._plain = False
 
     def _move(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """The state to where fn puts a tensor, its values kept; from the meta device they are
+        """Moves the state to where fn puts a tensor, its values kept; from the meta device they are
         zeros.
         """
         with torch.inference_mode(False), torch.no_grad():
@@ -183,8 +181,8 @@ class AdaptiveDropout(nn.Module):
             )
 
     def _ready(self, input: Tensor) -> bool:
-        """Whether the state is that of the input's units, where they are; if not, the rate is
-        plain.
+        """Returns whether the state is that of the input's units, where they are; if not, the rate
+        is plain.
         """
         norm, units = self.gradient_norm, input.shape[-1]
         if norm.shape[0] != units and norm.shape[0]:
@@ -204,8 +202,8 @@ class AdaptiveDropout(nn.Module):
         return True
 
     def _turn_plain(self, input: Tensor) -> None:
-        """The input has another width than those before it; ValueError where there were none,
-        but `num_features`.
+        """Gives up units where the input has another width than those before it; ValueError where
+        there were none, but `num_features`.
         """
         known = self.gradient_norm.shape[0]
         if self.num_features is not None and not self._used:
@@ -272,7 +270,7 @@ class AdaptiveDropout(nn.Module):
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _warn(text: str) -> None:
-    """Under a compiler while it traces: a graph cannot warn."""
+    """Warns, under a compiler while it traces: a graph cannot warn."""
     warnings.warn(text, stacklevel=2)
 
 

@@ -1,6 +1,4 @@
-"""What users call: perturbations of embeddings, and weights perturbed for the length of a
-`with`.
-"""
+"""The public perturbations, of embeddings, and of weights for the length of a `with`."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -256,7 +254,7 @@ def _check_mask(mask: Tensor | None, name: str, x: Tensor) -> Tensor | None:
 
 
 def _key(seed: int | None, keep_probability: float, device: torch.device) -> Tensor | None:
-    """The key of the random mask, None where there is no mask; the only place that draws."""
+    """Returns the random mask's key, None where there is no mask; the only place that draws."""
     if keep_probability == 1:
         return None
     if seed is None:
