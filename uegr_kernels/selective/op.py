@@ -3,8 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from types import ModuleType
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..core import backends as backends
 from ..core import checks, shards
+from ..core.operator import Operator, P, R, writes_only
 from . import reference
 
 _triton = functools.partial(backends.triton_kernels, __package__)
@@ -153,64 +153,48 @@ SCHEMAS = {
     f"int seed, {OPTIONS}",
 }
 
-# Which of the positional arguments an operator writes into.
-WRITTEN = {
-    name: [i for i, text in enumerate(schema.split("*,")[0].split(", ")) if "!" in text]
-    for name, schema in SCHEMAS.items()
-}
+
+class SelectingOperator(Operator[P, R]):
+    """Takes its options as one `selection`, which the schema has spelled out."""
+
+    def in_numbers(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        selection: Selection = options["selection"]
+        return {k: v for k, v in options.items() if k != "selection"} | selection.arguments()
+
+    def in_words(self, options: dict[str, Any]) -> dict[str, Any]:
+        selection = Selection.of(options)
+        spelled = selection.arguments()
+        return {k: v for k, v in options.items() if k not in spelled} | {"selection": selection}
 
 
-def _register(name: str, schema: str) -> None:
-    backends.define(
-        name,
-        f"({schema}) -> ()",
-        functools.partial(_run, lambda: reference, name),
-        functools.partial(_run, _triton, name),
-    )
-    for overload in (name, f"{name}.fallback"):
-        torch.library.register_fake(f"uegr_kernels::{overload}", lambda *args, **kwargs: None)
+class SteppingOperator(SelectingOperator[P, R]):
+    """Steps an optimizer's parameters, whose states may come as a single tensor for several."""
 
-
-def _run(module: Callable[[], ModuleType], name: str, *args: Any, **kwargs: Any) -> None:
-    """The function `name` of a module, by an operator's arguments."""
-    if "steps" in SCHEMAS[name]:
-        params, grads, *moments, steps, low, high = args
+    def by_schema(self, function: Callable[..., Any], *tensors: Any, **options: Any) -> Any:
+        params, grads, *moments, steps, low, high = tensors
         # a mixture is dispatched to the default kernel: the compiled ones never see it
         for i, g in enumerate(grads):
             if g.layout is not torch.strided or g.device != params[i].device:
                 raise RuntimeError(
                     f"grads[{i}] is {g.layout} on {g.device}; make it dense, on {params[i].device}"
                 )
-        for state in (
-            state
-            for states in (*moments, steps, low, high)
-            for state in states
-            if state.layout is not torch.strided
-        ):
-            raise RuntimeError(
-                f"a state of shape {tuple(state.shape)} is {state.layout}; make it dense"
-            )
+        for states in (*moments, steps, low, high):
+            for state in states:
+                if state.layout is not torch.strided:
+                    raise RuntimeError(
+                        f"a state of shape {tuple(state.shape)} is {state.layout}; make it dense"
+                    )
         one = [p.new_empty(()) for p in params[:1]] * len(params)
-        args = (
-            params,
-            grads,
-            *(_apart(m, params) for m in moments),
-            *(_apart(s, one) for s in (steps, low, high)),
-        )
-    if "salient" in kwargs:
-        selection = Selection.of(kwargs)
-        kwargs = {
-            key: value for key, value in kwargs.items() if key not in selection.arguments()
-        } | {"selection": selection}
-    else:
-        kwargs["normalization"] = NORMALIZATIONS[kwargs["normalization"]]
-    if "steps" in SCHEMAS[name] and module is _triton:
-        kwargs["plan"] = None
-    getattr(module(), name)(*args, **kwargs)
+        moments = [_apart(m, params) for m in moments]
+        counts = [_apart(s, one) for s in (steps, low, high)]
+        return super().by_schema(function, params, grads, *moments, *counts, **options)
+
+    def _by_triton(self, *tensors: Any, **options: Any) -> Any:
+        return super()._by_triton(*tensors, **options, plan=None)
 
 
 def _apart(states: list[Tensor], alike: list[Tensor]) -> list[Tensor]:
-    """A list of states as a tensor by parameter."""
+    """Returns a list of states as a tensor by parameter."""
     if len(states) != 1 or len(alike) == 1:
         return states
     sizes = [one.numel() for one in alike]
@@ -222,8 +206,21 @@ def _apart(states: list[Tensor], alike: list[Tensor]) -> list[Tensor]:
     return [part.view_as(one) for part, one in zip(states[0].split(sizes), alike, strict=True)]
 
 
-for _name, _schema in SCHEMAS.items():
-    _register(_name, _schema)
+def _operator(name: str, schema: str) -> Operator[..., Any]:
+    kind: type[Operator[..., Any]] = Operator
+    if OPTIONS in schema:
+        kind = SteppingOperator if "steps" in schema else SelectingOperator
+    return kind(
+        __package__,
+        f"{name}({schema}) -> ()",
+        getattr(reference, name),
+        fake=writes_only,
+        words={"normalization": NORMALIZATIONS},
+        no_vmap=None,
+    )
+
+
+OPERATORS = {name: _operator(name, schema) for name, schema in SCHEMAS.items()}
 
 
 def call(name: str, backend: str, *tensors: Any, **options: Any) -> Any:
@@ -233,28 +230,20 @@ def call(name: str, backend: str, *tensors: Any, **options: Any) -> Any:
     is returned may be the option `plan` of the next call whose tensors, the gradients aside, are
     the same objects: they are not looked at as closely again.
     """
+    operator, plan = OPERATORS[name], None
     known = {"plan": options.pop("plan")} if "plan" in options else {}
-    plan = None
     if backend == "reference" and not torch.compiler.is_compiling() and not _valueless(tensors[0]):
-        getattr(reference, name)(*tensors, **options)
+        operator.reference(*tensors, **options)
         return None
     if backend == "triton" and not backends.traced():
-        plan = getattr(_triton(), name)(*tensors, **options, **known)
+        plan = operator.kernel(backend)(*tensors, **options, **known)
     else:
-        if "selection" in options:
-            arguments = options | options["selection"].arguments()
-            del arguments["selection"]
-        else:
-            arguments = options | {"normalization": NORMALIZATIONS.index(options["normalization"])}
         # traced: the operator without compiled kernels
-        overload = "fallback" if backend == "reference" else "default"
-        getattr(getattr(torch.ops.uegr_kernels, name), overload)(*tensors, **arguments)
+        registered = operator.fallback if backend == "reference" else operator.default
+        registered(*tensors, **operator.in_numbers(options))
     # Kernels registered outside PyTorch leave the versions alone, and autograd would miss a stale
     # graph.
-    written = [tensors[i] for i in WRITTEN[name]] + ([options["out"]] if "out" in options else [])
-    torch.autograd.graph.increment_version(
-        [t for group in written for t in (group if isinstance(group, list) else [group])]
-    )
+    torch.autograd.graph.increment_version(operator.written(tensors, options))
     return plan
 
 
@@ -266,10 +255,9 @@ def _valueless(tensors: Tensor | list[Tensor]) -> bool:
     return first is not None and (first.is_meta or isinstance(first, FakeTensor))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def choose(name: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that serves operator `name` (core.backends.choose)."""
-    return backends.choose(backend, f"selective.{name}", device, dtype)
+    """Returns the backend that serves operator `name`."""
+    return OPERATORS[name].choose(backend, device, dtype)
 
 
 def no_statistics(rows: int, normalization: str, device: torch.device) -> Tensor:
