@@ -834,6 +834,14 @@ def test_inplace_backward_refuses_overlapping_logits(backend):
     whole = random_logits(5, 3, 7).requires_grad_() * 1
     # interleaved, but apart
     pairwise_js(whole.unbind(1), inplace_backward=True, backend=backend).backward()
+    labels = batch()[2]
+    whole = random_logits(5, 4, 7).requires_grad_()
+    logits, over = ((x[:, 0], x[:, 1:].transpose(0, 1)) for x in (whole, whole * 1))
+    (expected,) = torch.autograd.grad(uegr_loss(*logits, labels, backend=backend), whole)
+    loss = uegr_loss(*over, labels, inplace_backward=True, backend=backend)
+    torch.testing.assert_close(torch.autograd.grad(loss, whole)[0], expected)
+    with pytest.raises(RuntimeError, match="two of the logits share memory"):
+        uegr_loss(whole[:, 0], whole.transpose(0, 1), labels, inplace_backward=True)
 
 
 def test_retained_graph_gives_the_same_gradient_again(backend):

@@ -22,8 +22,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def why_not(
     backend: str, operator: str, device: torch.device, dtype: torch.dtype | None = None
 ) -> str | None:
-    """None where `backend` can serve `operator` ("folder.name") on `device`, else why not and
-    what to do, in a sentence.
+    """Returns None where `backend` can serve `operator` ("folder.name") on `device`, else why not
+    and what to do, in a sentence.
     """
     interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     device = torch.device(device)
@@ -64,7 +64,7 @@ def _why_not(
 
 
 def _why_no_gpu(backend: str) -> str | None:
-    """Why there is no GPU to move to, where the backend's own reasons do not say it."""
+    """Returns why there is no GPU to move to, where the backend's own reasons do not say it."""
     if backend == "cuda" and (torch.version.cuda is None or native.why_not_cuda() is None):
         return None  # the library, where it is loaded, has looked for a GPU itself
     return native.why_no_gpu()
@@ -73,8 +73,8 @@ def _why_no_gpu(backend: str) -> str | None:
 def _reasons_there(
     backend: str, operator: str, gpu: int | None, dtype: torch.dtype | None
 ) -> list[str]:
-    """The reasons against a backend for tensors where its kernels run, on a GPU or (None) the
-    CPU.
+    """Returns the reasons against a backend for tensors where its kernels run, on a GPU or (None)
+    the CPU.
     """
     folder = operator.split(".")[0]
     found: list[str | None] = []
@@ -103,23 +103,28 @@ def _why_no_kernel(operator: str, language: str, key: str) -> str | None:
     return f"{operator} has no {language} kernel in this version; use backend='auto'"
 
 
-def choose(
-    backend: str, operator: str, device: torch.device, dtype: torch.dtype | None = None
-) -> str:
-    """The backend that serves the call: the best usable one for "auto", the named one or an error
-    that says why not.
-
-    Raises ValueError for a name that is no backend, RuntimeError for a backend that cannot serve
-    the call.
-    """
-    if backend == "auto":
-        order = ORDER.get(device.type, ("reference",))
-        return next(name for name in order if why_not(name, operator, device, dtype) is None)
-    if backend not in BACKENDS:
+def check_name(backend: str) -> None:
+    """Raises ValueError for a name that is neither "auto" nor a backend."""
+    if backend != "auto" and backend not in BACKENDS:
         raise ValueError(
             f"backend={backend!r} is not a backend; use one of 'auto', "
             f"{', '.join(map(repr, BACKENDS))}"
         )
+
+
+def choose(
+    backend: str, operator: str, device: torch.device, dtype: torch.dtype | None = None
+) -> str:
+    """Returns the backend that serves the call: the best usable one for "auto", the named one or an
+    error that says why not.
+
+    Raises ValueError for a name that is no backend, RuntimeError for a backend that cannot serve
+    the call.
+    """
+    check_name(backend)
+    if backend == "auto":
+        order = ORDER.get(device.type, ("reference",))
+        return next(name for name in order if why_not(name, operator, device, dtype) is None)
     reason = why_not(backend, operator, device, dtype)
     if reason is not None:
         raise RuntimeError(
@@ -130,12 +135,12 @@ def choose(
 
 @functools.cache
 def triton_kernels(package: str) -> ModuleType:
-    """The Triton kernels of an operator's package, imported when they are first asked for."""
+    """Returns the Triton kernels of an operator's package, imported when first asked for."""
     return importlib.import_module(f"{package}.triton")
 
 
 def traced() -> bool:
-    """Whether a compiler, torch.func or a mode of fake tensors is looking, which see
+    """Returns whether a compiler, torch.func or a mode of fake tensors is looking, which see
     registered operators only and no values.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
@@ -144,7 +149,7 @@ def traced() -> bool:
 
 
 def transformed() -> bool:
-    """Whether torch.func is transforming what runs (grad, vjp, jvp, vmap), outside of a
+    """Returns whether torch.func is transforming what runs (grad, vjp, jvp, vmap), outside of a
     compiler.
     """
     return torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
@@ -177,6 +182,6 @@ def define(
 
 
 def _device(arguments: Iterable[Any]) -> torch.device:
-    """That of an operator's first tensor, which may stand in a list."""
+    """Returns the device of an operator's first tensor, which may stand in a list."""
     nested = (x if isinstance(x, list) else [x] for x in arguments)
     return next(x.device for some in nested for x in some if isinstance(x, torch.Tensor))

@@ -1,6 +1,4 @@
-"""Arguments looked at before anything is done with them: one rule and one sentence for each
-kind.
-"""
+"""The checks of arguments, before anything is done: one rule and one sentence for each kind."""
 
 import math
 import sys
@@ -20,32 +18,45 @@ LARGEST = sys.float_info.max
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number of Python's or NumPy's; True and False are none."""
+    """Returns whether a value is a number of Python's or NumPy's; True and False are none."""
     kind = type(value)
     return kind in PLAIN or (kind is not bool and isinstance(value, Real))
 
 
 def plain(value: Any) -> Any:
-    """A number of NumPy's as Python's, which compares with any other without an overflow in
-    NumPy's narrow types; others as they are.
+    """Returns a number of NumPy's as Python's, which compares with any other without an overflow in
+    NumPy's narrow types; other values as they are.
     """
     return value.item() if type(value) not in PLAIN and hasattr(value, "item") else value
 
 
-def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
-    """The value of a number of Python's or NumPy's, finite and in [low, high]."""
+def number(
+    name: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    without: float | None = None,
+) -> float:
+    """Returns the value of a finite number of Python's or NumPy's in [low, high], of which the
+    bound `without` is left out.
+    """
     if type(value) not in PLAIN and not is_number(value):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a number")
     value = plain(value)
-    if not (low <= value <= high and -LARGEST <= value <= LARGEST):
-        least = "" if low == -math.inf else f" >= {low:g}"
-        rule = f"finite number{least}" if high == math.inf else f"number in [{low:g}, {high:g}]"
+    if not (low <= value <= high and -LARGEST <= value <= LARGEST) or value == without:
+        least = "" if low == -math.inf else f" {'>' if low == without else '>='} {low:g}"
+        ends = "(" if low == without else "[", ")" if high == without else "]"
+        span = f"number in {ends[0]}{low:g}, {high:g}{ends[1]}"
+        rule = f"finite number{least}" if high == math.inf else span
         raise ValueError(f"{name}={value!r} is out of range; give a {rule}")
     return float(value)
 
 
 def integer(name: str, value: Any, low: float = -math.inf, *, bits: int | None = None) -> int:
-    """The value of an integer of Python's or NumPy's that is at least `low` and below 2^bits."""
+    """Returns the value of an integer of Python's or NumPy's that is at least `low` and below
+    2^bits.
+    """
     kind = type(value)
     if kind is not int and (kind is bool or not isinstance(value, Integral)):
         raise TypeError(f"{name}={value!r} is a {kind.__name__}; give an integer")
@@ -56,22 +67,22 @@ def integer(name: str, value: Any, low: float = -math.inf, *, bits: int | None =
 
 
 def signed_seed(value: Any) -> int:
-    """Any integer as the operators take a seed: its value modulo 2^64, as a two's complement
-    of 64 bits.
+    """Returns any integer as the operators take a seed: its value modulo 2^64, as a two's
+    complement of 64 bits.
     """
     return (integer("seed", value) + 2**63) % 2**64 - 2**63
 
 
 def is_flag(value: Any) -> bool:
-    """Whether it is True or False, Python's or NumPy's; nobody has NumPy's before its module
-    is imported, which is not done here.
+    """Returns whether a value is True or False, Python's or NumPy's; nobody has NumPy's before its
+    module is imported, which is not done here.
     """
     numpy = sys.modules.get("numpy")
     return isinstance(value, bool) or (numpy is not None and isinstance(value, numpy.bool_))
 
 
 def flag(name: str, value: Any) -> bool:
-    """The value of True or False, Python's or NumPy's."""
+    """Returns the value of True or False, Python's or NumPy's."""
     if type(value) is not bool and not is_flag(value):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give True or False")
     return bool(value)
@@ -110,12 +121,26 @@ def tensor(name: str, x: Any, shape: str = "") -> None:
         raise TypeError(f"{name} is {x.dtype}; give float32, bfloat16, float16 or float64")
 
 
+def same_device(first: str, x: Tensor, name: str, y: Tensor) -> None:
+    """Raises ValueError where two tensors are on different devices."""
+    if y.device != x.device:
+        raise ValueError(f"{name} is on {y.device} and {first} on {x.device}; move one with .to()")
+
+
 def same_placement(first: str, x: Tensor, name: str, y: Tensor) -> None:
     """Raises where two tensors differ in dtype (TypeError) or device (ValueError)."""
     if y.dtype != x.dtype:
         raise TypeError(f"{name} is {y.dtype} and {first} {x.dtype}; cast one with .to()")
-    if y.device != x.device:
-        raise ValueError(f"{name} is on {y.device} and {first} on {x.device}; move one with .to()")
+    same_device(first, x, name, y)
+
+
+def same_shape(first: str, x: Tensor, name: str, y: Tensor) -> None:
+    """Raises where two tensors differ in shape (ValueError) or as `same_placement` says."""
+    if y.shape != x.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(y.shape)} and {first} {tuple(x.shape)}; give the same"
+        )
+    same_placement(first, x, name, y)
 
 
 def refuse_transforms(
@@ -147,7 +172,7 @@ def _refuse(name: str, tensors: Sequence[Tensor], advice: str, constants: Sequen
 
 
 def _tracked(tensor: Tensor) -> bool:
-    """Whether a level of torch.func differentiates by the tensor."""
+    """Returns whether a level of torch.func differentiates by the tensor."""
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         if tensor.requires_grad:
             return True

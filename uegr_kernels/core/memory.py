@@ -1,6 +1,4 @@
-"""Tensors' memory, looked at before it is written: whether it is there, and whether two of
-them share it.
-"""
+"""The tests of memory before it is written: whether it is there, and whether tensors share it."""
 
 import torch
 from torch import Tensor
@@ -33,7 +31,7 @@ Places = tuple[list[int], list[torch.Size], list[tuple[int, ...]]]
 
 
 def places(tensors: list[Tensor]) -> Places:
-    """Addresses (0 of fake tensors), shapes and strides."""
+    """Returns tensors' addresses (0 of fake tensors), shapes and strides."""
     return (
         [t.data_ptr() for t in tensors],
         [t.shape for t in tensors],
@@ -41,20 +39,29 @@ def places(tensors: list[Tensor]) -> Places:
     )
 
 
+def expanded(tensor: Tensor) -> bool:
+    """Returns whether a stride of 0 has indices name the same element."""
+    return any(
+        stride == 0 and n > 1 for stride, n in zip(tensor.stride(), tensor.shape, strict=True)
+    )
+
+
 def overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two of a tensor's indices name one element."""
+    """Returns whether two of a tensor's indices name one element."""
+    if not tensor.numel() or expanded(tensor):
+        return tensor.numel() > 0
     reach = 1
     for stride, n in sorted(
         (stride, n) for stride, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1
     ):
         if stride < reach:
-            return tensor.numel() > 0 and int(_marked([tensor], [0]).sum()) < tensor.numel()
+            return int(_marked([tensor], [0]).sum()) < tensor.numel()
         reach += (n - 1) * stride
     return False
 
 
 def shared(tensors: list[Tensor]) -> tuple[int, int] | None:
-    """The positions of two tensors that have an element in common, if any do."""
+    """Returns the positions of two tensors that have an element in common, if any do."""
     spans = [
         (address, i)
         for i, address in enumerate(places(tensors)[0])
@@ -71,14 +78,16 @@ def shared(tensors: list[Tensor]) -> tuple[int, int] | None:
 
 
 def _reach(tensor: Tensor) -> int:
-    """Elements from a tensor's first to its last, both counted."""
+    """Returns how many elements lie from a tensor's first to its last, both counted."""
     return 1 + sum(
         (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
 
 
 def _meet(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors whose spans overlap, b's starting later, have an element in common."""
+    """Returns whether two tensors whose spans overlap, b's starting later, have an element in
+    common.
+    """
     distance, rest = divmod(b.data_ptr() - a.data_ptr(), a.element_size())
     if rest or a.element_size() != b.element_size():
         return True
@@ -89,7 +98,7 @@ def _meet(a: Tensor, b: Tensor) -> bool:
 
 
 def _marked(tensors: list[Tensor], starts: list[int]) -> Tensor:
-    """How many of the tensors have an element at each place of their common span."""
+    """Counts how many of the tensors have an element at each place of their common span."""
     marks = torch.zeros(
         max(start + _reach(t) for t, start in zip(tensors, starts, strict=True)), dtype=torch.uint8
     )
@@ -100,8 +109,8 @@ def _marked(tensors: list[Tensor], starts: list[int]) -> Tensor:
 
 
 def _reached(distance: int, axes: list[tuple[int, int, int]]) -> bool:
-    """Whether a distance is a difference of two indices: an element of one tensor less one of
-    the other along each axis.
+    """Returns whether a distance is a difference of two indices: an element of one tensor less one
+    of the other along each axis.
     """
     if not axes:
         return distance == 0

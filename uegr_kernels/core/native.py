@@ -29,12 +29,12 @@ REMEDY = "then run `pip install --force-reinstall --no-deps .` in the source fol
 
 
 def supported_isas() -> tuple[str, ...]:
-    """The instruction sets this processor can run, weakest first."""
+    """Returns the instruction sets this processor can run, weakest first."""
     return ISAS[: SUPPORTED.get(torch.backends.cpu.get_cpu_capability(), 0) + 1]
 
 
 def built_isas() -> tuple[str, ...]:
-    """The instruction sets the installed package has a library for, weakest first."""
+    """Returns the instruction sets the installed package has a library for, weakest first."""
     return tuple(isa for isa in ISAS if _library(isa).exists())
 
 
@@ -83,8 +83,8 @@ def load() -> tuple[str | None, str | None]:
 
 @functools.cache
 def why_not_cuda() -> str | None:
-    """None where the CUDA library is loaded, which it is for a CUDA build of torch alone; else
-    the reason and the remedy in a sentence.
+    """Returns None where the CUDA library is loaded, which it is for a CUDA build of torch alone;
+    else the reason and the remedy in a sentence.
     """
     if torch.version.cuda is None:
         return "this torch is built without CUDA; install a CUDA build of torch"
@@ -107,12 +107,12 @@ def why_not_cuda() -> str | None:
 
 
 def current_gpu() -> int:
-    """The GPU that a device without an index means."""
+    """Returns the GPU that a device without an index means."""
     return torch.cuda.current_device() if torch.cuda.is_initialized() else 0
 
 
 def why_no_gpu() -> str | None:
-    """None where torch finds a GPU, else the reason and the remedy in a sentence."""
+    """Returns None where torch finds a GPU, else the reason and the remedy in a sentence."""
     if torch.version.cuda is None and torch.version.hip is None:
         return "this torch is built without CUDA and ROCm; install a build with one of them"
     if not torch.cuda.is_available():
@@ -122,12 +122,12 @@ def why_no_gpu() -> str | None:
 
 @functools.cache
 def _cuda_library() -> ctypes.CDLL:
-    """The loaded CUDA library, for what is no operator (csrc/core/probe.cuh)."""
+    """Returns the loaded CUDA library, for what is no operator (csrc/core/probe.cuh)."""
     return load_functions(LIBRARIES / "uegr_kernels_cuda.so")
 
 
 def load_functions(path: pathlib.Path) -> ctypes.CDLL:
-    """A CUDA library's functions that are no operators."""
+    """Returns a CUDA library's functions that are no operators."""
     library = ctypes.CDLL(str(path))
     library.uegr_kernels_probe.restype = library.uegr_kernels_architectures.restype = (
         ctypes.c_char_p
@@ -136,16 +136,16 @@ def load_functions(path: pathlib.Path) -> ctypes.CDLL:
 
 
 def probe(index: int) -> str:
-    """What the CUDA runtime says of the library's kernels on a GPU: "cudaSuccess" where they
-    run.
+    """Returns what the CUDA runtime says of the library's kernels on a GPU: "cudaSuccess" where
+    they run.
     """
     name: bytes = _cuda_library().uegr_kernels_probe(index)
     return name.decode()
 
 
 def versions() -> tuple[str, str]:
-    """The CUDA that the driver is made for ("0.0": no driver), and the one that the library is
-    built with.
+    """Returns the CUDA that the driver is made for ("0.0": no driver), and the one that the library
+    is built with.
     """
     driver, library = ctypes.c_int(), ctypes.c_int()
     _cuda_library().uegr_kernels_versions(ctypes.byref(driver), ctypes.byref(library))
@@ -156,16 +156,16 @@ def versions() -> tuple[str, str]:
 
 
 def architectures() -> tuple[str, ...]:
-    """What the CUDA library holds code for, in TORCH_CUDA_ARCH_LIST's words; it must be loaded."""
+    """Returns what the loaded CUDA library holds code for, in TORCH_CUDA_ARCH_LIST's words."""
     names: bytes = _cuda_library().uegr_kernels_architectures()
     return tuple(names.decode().split("/"))
 
 
 def holds_code(capability: tuple[int, int]) -> bool:
-    """Whether the CUDA library holds code that an architecture runs.
+    """Returns whether the CUDA library holds code that an architecture runs.
 
-    That of its major number and no newer, or PTX that is no newer; "a" is for one alone, "f" for
-    one major number.
+    That is code of its major number and no newer, or PTX that is no newer; "a" is for one alone,
+    "f" for one major number.
     """
     for name in architectures():
         number, _, ptx = name.partition("+")
@@ -183,8 +183,8 @@ def holds_code(capability: tuple[int, int]) -> bool:
 
 @functools.cache
 def why_not_gpu(index: int) -> str | None:
-    """None where the CUDA library's kernels run on a GPU, else the reason and the remedy in a
-    sentence.
+    """Returns None where the CUDA library's kernels run on a GPU, else the reason and the remedy in
+    a sentence.
 
     The GPU is asked once.
     """
@@ -225,7 +225,7 @@ def why_not_gpu(index: int) -> str | None:
 
 @functools.cache
 def why_not_triton(index: int) -> str | None:
-    """None where Triton supports a GPU, else the reason and the remedy in a sentence."""
+    """Returns None where Triton supports a GPU, else the reason and the remedy in a sentence."""
     # ROCm; a GPU that tensors only feign
     if torch.version.cuda is None or not torch.cuda.is_available():
         return None
@@ -240,12 +240,12 @@ def why_not_triton(index: int) -> str | None:
 
 
 def why_not() -> str | None:
-    """None where the library is loaded, else the reason and the remedy in a sentence."""
+    """Returns None where the library is loaded, else the reason and the remedy in a sentence."""
     return load()[1]
 
 
 def has_kernel(operator: str, dispatch_key: str) -> bool:
-    """Whether a compiled kernel stands behind `uegr_kernels::operator` for a dispatch key
+    """Returns whether a compiled kernel stands behind `uegr_kernels::operator` for a dispatch key
     ("CPU", "CUDA").
     """
     load() if dispatch_key == "CPU" else why_not_cuda()

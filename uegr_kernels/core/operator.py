@@ -50,17 +50,17 @@ class Operator(Generic[P, R]):
             refuse_vmap(self.name, no_vmap)
         packet = getattr(torch.ops.uegr_kernels, self.name)
         self.default, self.fallback = packet.default, packet.fallback
-        self.written = [  # positions, and names of keywords
+        self._written = [  # positions, and names of keywords
             argument.name if argument.kwarg_only else position
             for position, argument in enumerate(self.default._schema.arguments)
             if argument.alias_info is not None and argument.alias_info.is_write
         ]
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def choose(self, backend: str, device: torch.device, dtype: torch.dtype) -> str:
         """Returns the backend that serves the operator (core.backends.choose)."""
         folder = self.package.rpartition(".")[2]
-        return backends.choose(backend, f"{folder}.{self.name}", device, dtype)
+        chosen: str = _choose(backend, f"{folder}.{self.name}", device, dtype)
+        return chosen
 
     def kernel(self, backend: str) -> Callable[P, R]:
         """Returns the operator's function of a chosen backend, by the reference's arguments."""
@@ -73,7 +73,7 @@ class Operator(Generic[P, R]):
 
     def registered(self, *tensors: P.args, **options: P.kwargs) -> R:
         """Calls the operator through PyTorch's dispatcher, which compilers and torch.func see."""
-        result: R = self.default(*tensors, **self._in_numbers(options))
+        result: R = self.default(*tensors, **self.in_numbers(options))
         return result
 
     def __call__(self, backend: str, /, *tensors: P.args, **options: P.kwargs) -> R:
@@ -85,24 +85,24 @@ class Operator(Generic[P, R]):
             return self.registered(*tensors, **options)
         result = self.kernel(backend)(*tensors, **options)
         if backend != "reference":  # autograd would miss a stale graph
-            torch.autograd.graph.increment_version(self._written(tensors, options))
+            torch.autograd.graph.increment_version(self.written(tensors, options))
         return result
 
-    def by_schema(self, function: Callable[..., Any], *tensors: Any, **options: Any) -> Any:
-        """Calls a function that takes words by the schema's arguments.
+    def written(self, tensors: tuple[Any, ...], options: Mapping[str, Any]) -> list[Tensor]:
+        """Returns the tensors, of a call's, that the operator writes into."""
+        found = (options[at] if isinstance(at, str) else tensors[at] for at in self._written)
+        return [x for some in found for x in (some if isinstance(some, list) else [some])]
 
-        Raises RuntimeError for a number that stands for no word.
-        """
-        return function(*tensors, **self._in_words(options))
-
-    def _by_triton(self, *tensors: Any, **options: Any) -> Any:
-        return getattr(backends.triton_kernels(self.package), self.name)(*tensors, **options)
-
-    def _in_numbers(self, options: Mapping[str, Any]) -> dict[str, Any]:
+    def in_numbers(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the reference's options as the schema has them."""
         named = {name: words for name, words in self.words.items() if name in options}
         return {**options} | {name: words.index(options[name]) for name, words in named.items()}
 
-    def _in_words(self, options: dict[str, Any]) -> dict[str, Any]:
+    def in_words(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Returns the schema's options as the reference has them.
+
+        Raises RuntimeError for a number that stands for no word.
+        """
         named = {name: words for name, words in self.words.items() if name in options}
         for name, words in named.items():
             number = options[name]
@@ -111,9 +111,17 @@ class Operator(Generic[P, R]):
                 raise RuntimeError(f"{name} is {number}; use {known}")
         return options | {name: words[options[name]] for name, words in named.items()}
 
-    def _written(self, tensors: tuple[Any, ...], options: Mapping[str, Any]) -> list[Tensor]:
-        found = (options[at] if isinstance(at, str) else tensors[at] for at in self.written)
-        return [x for some in found for x in (some if isinstance(some, list) else [some])]
+    def by_schema(self, function: Callable[..., Any], *tensors: Any, **options: Any) -> Any:
+        """Calls a function that has the reference's arguments by the schema's."""
+        return function(*tensors, **self.in_words(options))
+
+    def _by_triton(self, *tensors: Any, **options: Any) -> Any:
+        return self.kernel("triton")(*tensors, **options)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _choose(backend: str, operator: str, device: torch.device, dtype: torch.dtype) -> str:
+    return backends.choose(backend, operator, device, dtype)
 
 
 def writes_only(*_: Any, **__: Any) -> None:

@@ -13,8 +13,8 @@ ROUNDING_KEY = 0x9E3779B9  # xor-ed into the key's low word for the words that r
 def philox4x32(
     counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]
 ) -> tuple[Any, Any, Any, Any]:
-    """Ten rounds over four counter words (int64 tensors or ints that hold 32 bits) under a
-    two-word key: words of the same kinds.
+    """Runs ten rounds over four counter words (int64 tensors or ints that hold 32 bits) under a
+    two-word key; returns words of the same kinds.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -34,8 +34,8 @@ def philox4x32(
 def element_indices(
     n: int, layout: tuple[int, int, int], device: torch.device | None = None
 ) -> Tensor:
-    """The unsharded flat index of each of `n` local elements: offset + (l // run) * stride + l
-    % run.
+    """Returns the unsharded flat index of each of `n` local elements: offset + (l // run) * stride
+    + l % run.
     """
     offset, run, stride = layout
     local = torch.arange(n, dtype=torch.int64, device=device)
@@ -45,7 +45,7 @@ def element_indices(
 def words(
     indices: Tensor, *, seed: int | Tensor, step: int | Tensor, stream: int, rounding: bool = False
 ) -> Tensor:
-    """The 32-bit word of every element index, as int64.
+    """Returns the 32-bit word of every element index, as int64.
 
     The key is the seed's two words, a Python integer modulo 2^64 or an int64 tensor; the counter is
     (index >> 2, step, stream).
@@ -62,5 +62,5 @@ def words(
 
 
 def uniform(word: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """u = (word >> 8) * 2^-24, in [0, 1)."""
+    """Returns u = (word >> 8) * 2^-24, in [0, 1)."""
     return (word >> 8).to(dtype) * 2.0**-24

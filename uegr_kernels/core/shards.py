@@ -14,15 +14,15 @@ Cut = tuple[Any, ...]  # a mesh and its dimensions over which a tensor is cut, o
 
 
 def sharded(tensor: Tensor) -> TypeGuard[Any]:
-    """Whether it is a DTensor. Nobody has one before its module is imported, which takes long
-    and is not done here.
+    """Returns whether a tensor is a DTensor. Nobody has one before its module is imported, which
+    takes long and is not done here.
     """
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part: the memory that an operator reads and writes."""
+    """Returns this process's part of a tensor: the memory that an operator reads and writes."""
     return tensor.to_local() if sharded(tensor) else tensor
 
 
@@ -38,7 +38,7 @@ def match_placement(grad: Tensor, p: Tensor) -> Tensor:
 
 
 def cut(tensor: Tensor) -> Cut:
-    """The mesh, and its dimensions over which the parts of a tensor make up the whole; ()
+    """Returns the mesh, and its dimensions over which the parts of a tensor make up the whole; ()
     where every process has it whole.
     """
     if not sharded(tensor):
@@ -50,7 +50,7 @@ def cut(tensor: Tensor) -> Cut:
 
 
 def layout(name: str, tensor: Any) -> tuple[int, int, int]:
-    """offset, run, stride of a DTensor's part: local element l is element offset + (l //
+    """Returns offset, run, stride of a DTensor's part: local element l is element offset + (l //
     run)*stride + l % run of the whole.
 
     Raises ValueError for a placement that these do not state.
@@ -89,7 +89,7 @@ def _layout(whole: torch.Size, mesh: Any, placements: tuple[Any, ...]) -> tuple[
 
 
 def _in_order(dim: int, mesh: Any, placements: tuple[Any, ...], whole: torch.Size) -> bool:
-    """Whether a placement leaves each process one piece of its dimension."""
+    """Returns whether a placement leaves each process one piece of its dimension."""
     from torch.distributed.tensor import Shard
 
     placement = placements[dim]

@@ -1,4 +1,4 @@
-"""What users call: the losses of UEGR's forward stage, from logits or from hidden states."""
+"""The public losses of UEGR's forward stage, from logits or from hidden states."""
 
 import inspect
 import typing
@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from ..core import backends, checks
+from ..core import backends, checks, memory
 from . import op
 
 TASKS = ("classification", "regression")
@@ -20,7 +20,7 @@ REVERSE_MODE = (
 
 
 class LossParts(typing.NamedTuple):
-    """L_train, and detached and unweighted what it consists of: () each, or [N] with
+    """Holds L_train, and detached and unweighted what it consists of: () each, or [N] with
     reduction="none".
     """
 
@@ -63,7 +63,7 @@ def pairwise_js(
             f"logits hold one pass (shape {_shape(logits)}), which has no pair; give "
             "[m, N, C] with m >= 2"
         )
-    _check_alike(_named("logits", logits))
+    _check_same_rows(_named("logits", logits))
     if in_place and not backends.traced():
         _check_apart(logits)
     return op.loss_and_parts(
@@ -150,7 +150,7 @@ def uegr_loss(
     logits = [clean_logits]
     if adversarial_logits is not None:
         logits += _passes("adversarial_logits", adversarial_logits)
-    _check_alike({"clean_logits": clean_logits, **_named("adversarial_logits", logits[1:])})
+    _check_same_rows({"clean_logits": clean_logits, **_named("adversarial_logits", logits[1:])})
     labels = _check_labels("uegr_loss", labels, logits, clean_logits.shape[-1], options)
     if in_place and not backends.traced():
         _check_apart(logits)
@@ -169,8 +169,7 @@ def linear_pairwise_js(
     chunk_rows: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """`pairwise_js(F.linear(hidden, weight, bias))` whose logits [m, N, C] never exist whole (Eq.
-    4).
+    """Computes `pairwise_js` of F.linear(hidden, weight, bias), which never exists whole (Eq. 4).
 
     hidden      [m, N, H]  float32, bfloat16, float16 or float64
     weight      [C, H]     the classifier's
@@ -313,7 +312,7 @@ def linear_uegr_loss(
 
 
 class _LossModule(nn.Module):
-    """A loss function as a module that remembers its keywords."""
+    """Calls a loss function with the keywords that it was built with."""
 
     function: Callable[..., Any]
 
@@ -343,7 +342,7 @@ class _LossModule(nn.Module):
 
 
 class PairwiseJSLoss(_LossModule):
-    """`pairwise_js` as a module: the same keywords, called with the logits."""
+    """Computes `pairwise_js`, as a module: the same keywords, then the logits."""
 
     function = staticmethod(pairwise_js)
 
@@ -398,9 +397,7 @@ def _named(name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
 def check_loss_options(
     *, js_weight: float, label_smoothing: float, ignore_index: int, task: str
 ) -> op.Options:
-    """Returns the options as the operators take them, with Python's own numbers; raises what is
-    wrong with one.
-    """
+    """Returns the options as the operators take them, Python's own numbers."""
     options = op.Options(
         js_weight=checks.number("js_weight", js_weight, 0),
         label_smoothing=checks.number("label_smoothing", label_smoothing, 0, 1),
@@ -429,7 +426,7 @@ def _check_tensor(name: str, x: Tensor, dims: int, shape: str) -> None:
 
 
 def _passes(name: str, logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """The passes as the operators take them: a stacked tensor as one element, in place."""
+    """Returns the passes as the operators take them: a stacked tensor as one element, in place."""
     if isinstance(logits, Tensor):
         _check_tensor(name, logits, 3, "[m, N, C], or a sequence of m tensors [N, C]")
         if len(logits) < 1:
@@ -449,7 +446,7 @@ def _passes(name: str, logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return list(logits)
 
 
-def _check_alike(tensors: dict[str, Tensor]) -> None:
+def _check_same_rows(tensors: dict[str, Tensor]) -> None:
     """Raises where the last two axes, the dtype or the device differ from the first one's."""
     (first, x), *others = tensors.items()
     for name, y in others:
@@ -461,50 +458,27 @@ def _check_alike(tensors: dict[str, Tensor]) -> None:
         checks.same_placement(first, x, name, y)
 
 
-def _check_apart(logits: Sequence[Tensor]) -> None:
-    """Raises where two elements may share memory, which the gradient could not be written over."""
+def _check_apart(logits: list[Tensor]) -> None:
+    """Raises where two elements share memory, which the gradient could not be written over."""
     remedy = (
         "inplace_backward=True could not write their gradients over them; give .contiguous() "
         "copies, or leave inplace_backward out"
     )
-    for i, x in enumerate(logits):
-        if _overlaps(x.shape, x.stride()):
+    for x in logits:
+        if memory.overlaps_itself(x):
             raise RuntimeError(
                 f"logits of shape {tuple(x.shape)} and strides {x.stride()} overlap "
                 f"themselves: {remedy}"
             )
-        for y in logits[:i]:
-            low, high = sorted((x, y), key=Tensor.data_ptr)
-            gap = (high.data_ptr() - low.data_ptr()) // x.element_size()
-            reach = sum(
-                (size - 1) * stride for size, stride in zip(low.shape, low.stride(), strict=True)
-            )
-            interleaved = x.stride() == y.stride() and not _overlaps(
-                (2, *x.shape), (gap, *x.stride())
-            )
-            if x.numel() and y.numel() and gap <= reach and not interleaved:
-                raise RuntimeError(f"two of the logits share memory: {remedy}")
-
-
-def _overlaps(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether elements may share memory: exact for every layout that slicing, permuting and
-    expanding dense tensors give.
-    """
-    reach = 0
-    for stride, size in sorted(
-        (stride, size) for stride, size in zip(strides, shape, strict=True) if size > 1
-    ):
-        if stride <= reach:
-            return True
-        reach += stride * (size - 1)
-    return False
+    if memory.shared(logits) is not None:
+        raise RuntimeError(f"two of the logits share memory: {remedy}")
 
 
 def _check_labels(
     loss: str, labels: Tensor, tensors: list[Tensor], classes: int, options: op.Options
 ) -> Tensor:
-    """The labels as the operators take them: int64 [N], or floating [N, C]; the first of the
-    loss's other tensors has their rows.
+    """Returns the labels as the operators take them: int64 [N], or floating [N, C]; the first of
+    the loss's other tensors has their rows.
     """
     rows, ignore_index, regression = tensors[0], options.ignore_index, options.regression
     if not isinstance(labels, Tensor):
@@ -551,7 +525,7 @@ def _check_labels(
 
 
 def _check_linear(hidden: dict[str, Tensor], weight: Tensor, bias: Tensor | None) -> torch.dtype:
-    """The dtype of the logits: autocast's where it would cast F.linear's operands, else the
+    """Returns the dtype of the logits: autocast's where it would cast F.linear's operands, else the
     operands' own, which then must agree.
     """
     _check_tensor("weight", weight, 2, "[C, H]")

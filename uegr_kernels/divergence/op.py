@@ -125,7 +125,7 @@ def kernel(operator: Operator[P, R], backend: str) -> Callable[P, R]:
 
 
 def _as_value_error(error: RuntimeError) -> Exception:
-    """The kernels' word on wrong labels as what the reference raises."""
+    """Returns the kernels' word on wrong labels as what the reference raises."""
     found = str(error).partition("labels hold ")[1:]
     return ValueError("".join(found).splitlines()[0]) if found[0] else error
 
@@ -148,7 +148,9 @@ def _linear_uegr_loss(
     dtype: torch.dtype,
     **options: Any,
 ) -> Results:
-    """The reference's chunks with the backend's rows, in the dtype that autocast decided above."""
+    """Runs the reference's chunks with the backend's rows, in the dtype that autocast decided
+    above.
+    """
     passes = sum(x.shape[0] if x.dim() == 3 else 1 for x in hidden)
     limit = CHUNK_BYTES.get(backend, NATIVE_CHUNK_BYTES)
     chunk_rows = chunk_rows or max(
@@ -200,8 +202,8 @@ refuse_vmap("linear_uegr_loss", NO_VMAP)
 
 
 def _is_one(grad_loss: Tensor) -> bool:
-    """Whether it is known to be 1, as in `loss.backward()`; one can look on the CPU only, and
-    not while tracing.
+    """Returns whether the gradient is known to be 1, as in `loss.backward()`; one can look on the
+    CPU only, and not while tracing.
     """
     visible = (
         type(grad_loss) is Tensor
@@ -213,8 +215,8 @@ def _is_one(grad_loss: Tensor) -> bool:
 
 
 def _is_last(grad_loss: Tensor) -> bool:
-    """Whether no other backward can ask for the kept gradients, which may then be scaled where
-    they lie and given away.
+    """Returns whether no other backward can ask for the kept gradients, which may then be scaled
+    where they lie and given away.
     """
     plain = type(grad_loss) is Tensor and not backends.traced() and not torch.is_grad_enabled()
     return plain and not torch._C._autograd._get_current_graph_task_keep_graph()
@@ -227,7 +229,7 @@ def _hand_out(
     parts: Tensor | None,
     backend: str,
 ) -> list[Tensor | None]:
-    """The kept gradients times that of the loss, where needed."""
+    """Returns the kept gradients times that of the loss, where needed."""
     if grad_loss is None:
         return [None for _ in needs]
     # is_grads_batched
@@ -514,8 +516,8 @@ def _divided_last(
     dtype: torch.dtype,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
-    """A float16 gradient divided by N would vanish before the loss scale lifts it, so that
-    mean is taken of the sum, outside.
+    """Runs a loss, and for float16 divides its sum by N outside: a gradient divided inside would
+    vanish before the loss scale lifts it.
     """
     if reduction != "mean" or dtype != torch.float16:
         return run(reduction)

@@ -15,20 +15,20 @@ from torch import Tensor
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Arithmetic and losses are float32, for float64 logits float64."""
+    """Returns the dtype of arithmetic and losses: float32, for float64 logits float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def cross_entropy(log_p: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """-sum t log p, gradient p*sum(t) - t by the logits; a class with t = 0 adds nothing, not
-    even where log p = -inf.
+    """Computes -sum t log p, and its gradient p*sum(t) - t by the logits; a class with t = 0 adds
+    nothing, not even where log p = -inf.
     """
     return -torch.where(t == 0, 0, t * log_p).sum(-1), log_p.exp() * t.sum(-1, keepdim=True) - t
 
 
 def jensen_shannon(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """JS(P||Q) (Eq. 4), gradients p*(a - KL(P||M))/2 with a = log(p/M) by the logits of P, and the
-    same of Q.
+    """Computes JS(P||Q) (Eq. 4), its gradients p*(a - KL(P||M))/2 with a = log(p/M) by the logits
+    of P, and the same of Q.
 
     With d = log p - log q and r = exp(-|d|) the more probable side has a = ln 2 - log(1 + r), the
     other that minus |d|. ln 2 - log(1 + r) = -log1p((r - 1)/2): no cancellation, and exactly 0 for
@@ -45,25 +45,27 @@ def jensen_shannon(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def squared_error(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean of (x - y)^2 over the row and its gradient by x; in the place of CE for regression."""
+    """Computes the mean of (x - y)^2 over the row and its gradient by x; in the place of CE for
+    regression.
+    """
     return (x - y).square().mean(-1), 2 * (x - y) / x.shape[-1]
 
 
 def squared_difference(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same between two passes, with both gradients; in the place of JS."""
+    """Computes the mean of (x - y)^2 between two passes and both gradients; in the place of JS."""
     value, gradient = squared_error(x, y)
     return value, gradient, -gradient
 
 
 def kept_rows(labels: Tensor | None, like: Tensor, ignore_index: int) -> Tensor:
-    """Which of the N rows count."""
+    """Returns which of the N rows count."""
     if labels is None or labels.is_floating_point():
         return torch.ones(like.shape[-2], dtype=torch.bool, device=like.device)
     return labels != ignore_index
 
 
 def targets(labels: Tensor, rows: Tensor, keep: Tensor, label_smoothing: float) -> Tensor:
-    """[N, C]: the probabilities t that the labels stand for, or the values to regress on."""
+    """Returns [N, C]: the probabilities t that labels stand for, or the values to regress on."""
     if labels.is_floating_point():
         t = labels.to(rows.dtype).reshape(rows.shape)
     else:
@@ -82,11 +84,11 @@ def uegr_loss(
     regression: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """L_train (Eq. 6); its parts [3] or [3, N]: CE of the clean pass, of the others (Eq. 3),
-    divergence (Eq. 4); gradients where needed.
+    """Computes L_train (Eq. 6); its parts [3] or [3, N]: CE of the clean pass, of the others (Eq.
+    3), divergence (Eq. 4); gradients where needed.
 
     A tensor of logits is one pass [N, C] or several [k, N, C]. With labels the first pass is the
-    clean one; without, the loss is js_weight * divergence over all passes.
+    clean one, which may be all; without, the loss is js_weight * divergence over all passes.
     """
     dtype = compute_dtype(logits[0].dtype)
     rows = [row.to(dtype) for x in logits for row in (x.unbind() if x.dim() == 3 else [x])]
@@ -129,7 +131,7 @@ def uegr_loss(
 def uegr_loss_(
     logits: list[Tensor], labels: Tensor | None, *, needs: list[bool], **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """The same, the gradients over the logits that need one."""
+    """Computes what `uegr_loss` does, and writes the gradients over the logits that need one."""
     loss, parts, gradients = uegr_loss(logits, labels, needs=needs, **options)
     for x, gradient in zip(
         [x for x, need in zip(logits, needs, strict=True) if need], gradients, strict=True
@@ -139,13 +141,13 @@ def uegr_loss_(
 
 
 def scale_gradients(gradients: list[Tensor], grad_loss: Tensor, parts: Tensor) -> list[Tensor]:
-    """The chain rule: gradients of the loss times the gradient by the loss, () or [N]."""
+    """Applies the chain rule: gradients of the loss times the gradient by the loss, () or [N]."""
     scale = grad_loss if grad_loss.dim() == 0 else grad_loss[:, None]
     return [(gradient.to(scale.dtype) * scale).to(gradient.dtype) for gradient in gradients]
 
 
 def scale_gradients_(gradients: list[Tensor], grad_loss: Tensor) -> None:
-    """The same, in place."""
+    """Applies the chain rule as `scale_gradients` does, in place."""
     for gradient in gradients:
         gradient.copy_(scale_gradients([gradient], grad_loss, grad_loss)[0])
 
@@ -165,8 +167,8 @@ def linear_uegr_loss(
     chunk_rows: int,
     **options: Any,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """`uegr_loss` of the logits hidden @ weight.T + bias in `dtype`, `chunk_rows` of the N rows at
-    a time.
+    """Computes `uegr_loss` of the logits hidden @ weight.T + bias in `dtype`, `chunk_rows` of the N
+    rows at a time.
 
     `kernel` is a `uegr_loss_`. Gradients for hidden, weight, bias where needed: of the reduced
     loss, or of sum(row_weights * loss).

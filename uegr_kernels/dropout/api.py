@@ -1,6 +1,4 @@
-"""What users call: the adaptive dropout module, and putting it in the place of a model's
-dropouts.
-"""
+"""The public dropout module, and a function that puts it in the place of a model's dropouts."""
 
 import fnmatch
 import warnings
@@ -64,13 +62,8 @@ class AdaptiveDropout(nn.Module):
         if num_features is not None:
             num_features = checks.integer("num_features", num_features, 1)
         p, max_p = checks.number("p", p, 0, 1), checks.number("max_p", max_p, 0, 1)
-        if checks.number("momentum", momentum, 0, 1) == 1:
-            raise ValueError(f"momentum={momentum!r} is out of range; give a number in [0, 1)")
-        if backend != "auto" and backend not in backends.BACKENDS:
-            raise ValueError(
-                f"backend={backend!r} is not a backend; use one of 'auto', "
-                f"{', '.join(map(repr, backends.BACKENDS))}"
-            )
+        momentum = checks.number("momentum", momentum, 0, 1, without=1)
+        backends.check_name(backend)
         self.num_features, self.p, self.max_p, self.momentum, self.backend = (
             num_features,
             p,
@@ -138,7 +131,7 @@ class AdaptiveDropout(nn.Module):
             self._used, self._plain = bool(state.any()), bool(state[2].any())
 
     def _why_not(self, state: Any) -> str | None:
-        """None where `set_extra_state` takes the state, else why not."""
+        """Returns None where `set_extra_state` takes the state, else why not."""
         if (
             not isinstance(state, Tensor)
             or state.dim() != 2
@@ -155,14 +148,14 @@ class AdaptiveDropout(nn.Module):
         return None
 
     def _make(self, units: int, dtype: torch.dtype, device: torch.device | None) -> None:
-        """The state of a module that has seen nothing."""
+        """Makes the state of a module that has seen nothing."""
         with torch.inference_mode(False):  # what is made inside it cannot be written in training
             self.gradient_norm = torch.zeros(units, dtype=dtype, device=device)
             self.pending = torch.zeros(units, dtype=dtype, device=device)
         self._used = self._plain = False
 
     def _move(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """The state to where fn puts a tensor, its values kept; from the meta device they are
+        """Moves the state to where fn puts a tensor, its values kept; from the meta device they are
         zeros.
         """
         with torch.inference_mode(False), torch.no_grad():
@@ -181,20 +174,15 @@ class AdaptiveDropout(nn.Module):
         return self
 
     def _check(self, input: Tensor) -> None:
-        if not isinstance(input, Tensor):
-            raise TypeError(f"input is a {type(input).__name__}; give a tensor")
-        if input.layout != torch.strided:
-            raise TypeError(f"input is sparse ({input.layout}); give input.to_dense()")
-        if input.dtype not in backends.DTYPES:
-            raise TypeError(f"input is {input.dtype}; give float32, bfloat16, float16 or float64")
+        checks.tensor("input", input)
         if input.dim() == 0 or input.shape[-1] == 0:
             raise ValueError(
                 f"input has shape {tuple(input.shape)}; give a last axis with the units"
             )
 
     def _ready(self, input: Tensor) -> bool:
-        """Whether the state is that of the input's units, where they are; if not, the rate is
-        plain.
+        """Returns whether the state is that of the input's units, where they are; if not, the rate
+        is plain.
         """
         norm, units = self.gradient_norm, input.shape[-1]
         if norm.shape[0] != units and norm.shape[0]:
@@ -214,8 +202,8 @@ class AdaptiveDropout(nn.Module):
         return True
 
     def _turn_plain(self, input: Tensor) -> None:
-        """The input has another width than those before it; ValueError where there were none,
-        but `num_features`.
+        """Gives up units where the input has another width than those before it; ValueError where
+        there were none, but `num_features`.
         """
         known = self.gradient_norm.shape[0]
         if self.num_features is not None and not self._used:
@@ -282,7 +270,7 @@ class AdaptiveDropout(nn.Module):
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _warn(text: str) -> None:
-    """Under a compiler while it traces: a graph cannot warn."""
+    """Warns, under a compiler while it traces: a graph cannot warn."""
     warnings.warn(text, stacklevel=2)
 
 

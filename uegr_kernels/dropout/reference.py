@@ -14,8 +14,8 @@ from ..core import philox
 def dropout_rates_(
     gradient_norm: Tensor, pending: Tensor, *, p: float, max_p: float, momentum: float, fold: bool
 ) -> Tensor:
-    """r [F]. With `fold` the root of what backwards left in `pending` goes into n before; the
-    first one sets n. No branch on values.
+    """Computes r [F]. With `fold` the root of what backwards left in `pending` goes into n before;
+    the first one sets n. No branch on values.
     """
     n = gradient_norm
     if fold:
@@ -27,24 +27,24 @@ def dropout_rates_(
 
 
 def kept(like: Tensor, rates: Tensor, key: Tensor) -> Tensor:
-    """Which elements stay: not u < r_j, u of counter (q, 0, 0) under the call's key."""
+    """Returns which elements stay: not u < r_j, u of counter (q, 0, 0) under the call's key."""
     word = philox.words(torch.arange(like.numel(), device=like.device), seed=key, step=0, stream=0)
     return philox.uniform(word, rates.dtype).view(like.shape) >= rates
 
 
 def adaptive_dropout(h: Tensor, rates: Tensor, key: Tensor, pending: Tensor | None) -> Tensor:
-    """h/(1 - r_j) where kept, else 0. `pending` is for the backward, which adds to it."""
+    """Computes h/(1 - r_j) where kept, else 0. `pending` is for the backward, which adds to it."""
     wide = h.to(torch.promote_types(h.dtype, torch.float32))
     return torch.where(kept(h, rates, key), wide / (1 - rates), 0).to(h.dtype).contiguous()
 
 
 def adaptive_dropout_backward(grad: Tensor, rates: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """dL/dinput by the same mask, and the squared norm of dL/dh_j over all other axes [F]."""
+    """Computes dL/dinput by the same mask, and the squared norm of dL/dh_j over other axes [F]."""
     squares = grad.to(torch.float64).reshape(-1, grad.shape[-1]).square().sum(0)
     return adaptive_dropout(grad, rates, key, None), squares.to(rates.dtype)
 
 
 def add_squares_(pending: Tensor, squares: Tensor) -> None:
-    """What is not finite is dropped."""
+    """Adds squared norms to `pending`; what is not finite is dropped."""
     total = pending + squares
     pending.copy_(torch.where(total.isfinite(), total, pending))

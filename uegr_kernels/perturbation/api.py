@@ -1,6 +1,4 @@
-"""What users call: perturbations of embeddings, and weights perturbed for the length of a
-`with`.
-"""
+"""The public perturbations, of embeddings, and of weights for the length of a `with`."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -52,7 +50,8 @@ def fgm_perturbation(
     Equivalent to `reference.fgm_perturbation_(grad, mask, seed, delta, ...)`.
     """
     checks.tensor("grad", grad)
-    _check_choices(norm, per)
+    checks.choice("norm", norm, op.NORMS)
+    checks.choice("per", per, op.PERS)
     epsilon, step = checks.number("epsilon", epsilon, 0), checks.integer("step", step, 0, bits=32)
     keep_probability = checks.number(
         "keep_probability", 1.0 if keep_probability is None else keep_probability, 0, 1
@@ -108,8 +107,9 @@ def pgd_step(
     """
     checks.tensor("delta", delta)
     checks.tensor("grad", grad)
-    _check_alike("delta", delta, "grad", grad)
-    _check_choices(norm, per, ASCENT_NORMS)
+    checks.same_shape("delta", delta, "grad", grad)
+    checks.choice("norm", norm, ASCENT_NORMS)
+    checks.choice("per", per, op.PERS)
     step_size = checks.number("step_size", step_size, 0)
     radius = checks.number("radius", radius, 0)
     checks.refuse_transforms(
@@ -220,7 +220,7 @@ def _perturbed(
     }
     for i, grad in given.items():
         checks.tensor(f"gradients[{i}]", grad)
-        _check_alike(f"params[{i}]", params[i], f"gradients[{i}]", grad)
+        checks.same_shape(f"params[{i}]", params[i], f"gradients[{i}]", grad)
     if not given:
         yield
         return
@@ -253,20 +253,6 @@ def _perturbed(
         torch.clear_autocast_cache()
 
 
-def _check_alike(first: str, x: Tensor, name: str, y: Tensor) -> None:
-    if y.shape != x.shape:
-        raise ValueError(
-            f"{name} has shape {tuple(y.shape)} and {first} {tuple(x.shape)}; give the same"
-        )
-    checks.same_placement(first, x, name, y)
-
-
-def _check_choices(norm: str, per: str, norms: Sequence[str] = NORMS) -> None:
-    if norm not in norms or per not in PERS:
-        checks.choice("norm", norm, norms)
-        checks.choice("per", per, PERS)
-
-
 def _check_plain(backend: str) -> None:
     """Raises for a backend other than the reference, which alone has pgd_step's norm "max"."""
     checks.backend(backend)
@@ -291,13 +277,12 @@ def _check_mask(mask: Tensor | None, name: str, x: Tensor) -> Tensor | None:
             f"mask has shape {tuple(mask.shape)} and {name} {tuple(x.shape)}; give "
             "[B, T], its first two axes"
         )
-    if mask.device != x.device:
-        raise ValueError(f"mask is on {mask.device} and {name} on {x.device}; move it with .to()")
+    checks.same_device(name, x, "mask", mask)
     return mask.detach() != 0
 
 
 def _key(seed: int | None, keep_probability: float, device: torch.device) -> Tensor | None:
-    """The key of the random mask, None where there is no mask; the only place that draws."""
+    """Returns the random mask's key, None where there is no mask; the only place that draws."""
     if keep_probability == 1:
         return None
     if seed is None:

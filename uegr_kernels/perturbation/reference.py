@@ -14,7 +14,7 @@ from ..core import philox
 
 
 def rows(x: Tensor, per: str) -> Tensor:
-    """x in double as [groups, elements]: a group has one norm."""
+    """Returns x in double as [groups, elements]: a group has one norm."""
     length = {
         "sample": math.prod(x.shape[1:]),
         "token": x.shape[-1] if x.dim() else 1,
@@ -27,8 +27,8 @@ def rows(x: Tensor, per: str) -> Tensor:
 
 
 def masked(g: Tensor, mask: Tensor | None) -> Tensor:
-    """g where the mask, of g's first axes, is not zero; what padding holds does not matter,
-    NaN included.
+    """Returns g where the mask, of g's first axes, is not zero, else 0; what padding holds does not
+    matter, NaN included.
     """
     return (
         g
@@ -38,14 +38,15 @@ def masked(g: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def norms(g: Tensor) -> Tensor:
-    """L2 of each row, [groups, 1]."""
+    """Computes the L2 norm of each row, [groups, 1]."""
     lengths: Tensor = torch.linalg.vector_norm(g, dim=1, keepdim=True)
     return lengths
 
 
 def direction(g: Tensor, length: Tensor, norm: str) -> Tensor:
-    """g/length or sign(g); 0 where the norm is 0 or not finite. No constant is added to the
-    norm: it would shrink small gradients.
+    """Computes g/length or sign(g); 0 where the norm is 0 or not finite.
+
+    No constant is added to the norm: it would shrink small gradients.
     """
     return torch.where(
         (length > 0) & length.isfinite(), g.sign() if norm == "linf" else g / length, 0
@@ -53,7 +54,9 @@ def direction(g: Tensor, length: Tensor, norm: str) -> Tensor:
 
 
 def project(delta: Tensor, radius: float, norm: str) -> Tensor:
-    """The nearest point of the ball: delta * min(1, radius/||delta||), or every element clamped."""
+    """Returns the nearest point of the ball: delta * min(1, radius/||delta||), or every element
+    clamped.
+    """
     if norm != "l2":
         return delta.clamp(-radius, radius)
     return torch.where(norms(delta) > radius, delta * (radius / norms(delta)), delta)
@@ -62,7 +65,7 @@ def project(delta: Tensor, radius: float, norm: str) -> Tensor:
 def kept(
     like: Tensor, seed: Tensor | None, *, keep_probability: float, step: int, stream: int
 ) -> Tensor | float:
-    """1 where u < keep_probability, else 0, in the shape of `like`; 1 without a seed."""
+    """Returns 1 where u < keep_probability, else 0, in the shape of `like`; 1 without a seed."""
     if seed is None:
         return 1.0
     word = philox.words(
@@ -88,7 +91,7 @@ def fgm_perturbation_(
     keep_probability: float,
     step: int,
 ) -> None:
-    """delta = b * eps * g/||g|| (Eq. 2), or b * eps * sign(g)."""
+    """Writes delta = b * eps * g/||g|| (Eq. 2), or b * eps * sign(g), into `out`."""
     g = rows(masked(grad, mask), per)
     b = kept(grad, seed, keep_probability=keep_probability, step=step, stream=0)
     out.copy_((epsilon * direction(g, norms(g), norm)).view(grad.shape) * b)
@@ -105,7 +108,7 @@ def pgd_step_(
     norm: str,
     per: str,
 ) -> None:
-    """delta + step_size * g/||g|| (or sign(g), or g/max |g|), projected on the ball."""
+    """Writes delta + step_size * g/||g|| (or sign(g), or g/max |g|), projected, into `out`."""
     g = rows(masked(grad, mask), per)
     length = g.abs().amax(1, keepdim=True) if norm == "max" and g.numel() else norms(g)
     out.copy_(
@@ -126,8 +129,8 @@ def perturb_weights_(
     keep_probability: float,
     step: int,
 ) -> None:
-    """theta <- theta + b * eps * g/||g||, the norm of each tensor, or over all of them
-    `together`.
+    """Moves the weights: theta <- theta + b * eps * g/||g||, the norm of each tensor, or over all
+    of them `together`.
     """
     lengths = [norms(rows(g, "all")) for g in grads]
     if together:
