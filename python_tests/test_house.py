@@ -139,7 +139,7 @@ def unless(
 
 
 def own(path: pathlib.PurePosixPath, entry: Import) -> bool:
-    return entry.operator == path.parent.name
+    return entry.operator == path.parts[1]
 
 
 def standard(entry: Import) -> bool:
@@ -303,25 +303,32 @@ def reference_imports(path, text):
 
 
 @rule(
-    "`triton.py` imports torch, triton and `core.triton_ops`, and no more than Python itself "
-    "besides",
-    f"{PACKAGE}/{OPERATOR}/triton.py",
+    "`triton.py`, or the folder `triton/`, imports torch, triton, `core.triton_ops` and its own "
+    "files, and no more than Python itself besides",
+    f"{PACKAGE}/{OPERATOR}/triton(/.*)?.py",
     bad=[
-        f"uegr_kernels/selective/triton.py | {text}"
+        f"uegr_kernels/perturbation/triton.py | {text}"
         for text in ("from . import reference", "from ..core import philox", "import numpy")
+    ]
+    + [
+        f"uegr_kernels/selective/triton/launch.py | {text}"
+        for text in ("from .. import op", "from ...core import checks", "import numpy")
     ],
     good=[
-        "uegr_kernels/selective/triton.py | import torch\nimport triton.language as tl\nfrom "
-        "..core import triton_ops"
+        "uegr_kernels/perturbation/triton.py | import torch\nimport triton.language as tl\nfrom "
+        "..core import triton_ops",
+        "uegr_kernels/selective/triton/launch.py | import torch\nimport triton\nfrom "
+        "...core.triton_ops import bits\nfrom .kernels import Form",
     ],
 )
 def triton_imports(path, text):
     allowed = ("torch", "triton")
+    own_files = f"{PACKAGE}.{path.parts[1]}.triton."
     return unless(
         lambda entry: (
             standard(entry)
             or (not entry.ours and entry.layer in allowed)
-            or entry.module.startswith(f"{PACKAGE}.core.triton_ops")
+            or entry.module.startswith((f"{PACKAGE}.core.triton_ops", own_files))
         ),
         path,
         text,
@@ -392,8 +399,8 @@ def recipes_import(path, text):
 
 @rule(
     "The package needs torch alone: anything else is imported inside a function (Triton by "
-    "triton.py and core/triton_ops.py)",
-    f"{PACKAGE}/(?!integrations/|demo.py|.*triton(_ops)?.py).*",
+    "triton.py or triton/, and core/triton_ops.py)",
+    f"{PACKAGE}/(?!integrations/|demo.py|.*triton(_ops)?.py|.*/triton/).*",
     bad=[
         "uegr_kernels/analysis/cka.py | import matplotlib.pyplot as plt",
         "uegr_kernels/core/backends.py | try:\n  import triton\nexcept ImportError: ...",
@@ -500,7 +507,7 @@ def calls(text: str) -> Iterator[tuple[int, str]]:
 
 
 @rule(
-    "No formula outside of `reference`: mathematics stands in `reference`, `triton.py` and the "
+    "No formula outside of `reference`: mathematics stands in `reference`, in Triton and in the "
     "headers, once in each language",
     f"{PACKAGE}/{OPERATOR}/(?!reference|triton).*.py",
     bad=[
@@ -516,9 +523,10 @@ def no_formula(path, text):
 @rule(
     "Below the public files every argument is required: a default is written once, in the public "
     "signature or in `options`",
-    f"{PACKAGE}/{OPERATOR}/({'|'.join(BETWEEN)}|op|reference|triton).py",
+    f"{PACKAGE}/{OPERATOR}/({'|'.join(BETWEEN)}|op|reference|triton(/.*)?).py",
     bad=[
         "uegr_kernels/selective/op.py | def f(x, eps=1e-8): ...",
+        "uegr_kernels/selective/triton/launch.py | def f(x, eps=1e-8): ...",
         "uegr_kernels/selective/reference.py | def f(x, *, eps=1e-8): ...",
     ],
     good=["uegr_kernels/selective/op.py | def f(x, *, eps): ..."],

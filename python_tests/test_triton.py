@@ -125,7 +125,7 @@ def test_what_a_capture_copies_is_written_by_nobody_else(monkeypatch):
     """Steps, one of them under capture; replaying it, that is its copy and its launches again,
     sees its own gradients.
     """
-    selective = op._triton()
+    launch = op._triton().launch
     p = torch.nn.Parameter(torch.zeros(3))
     static, others = (
         torch.tensor([1.0, -1.0, 2.0]),
@@ -142,17 +142,17 @@ def test_what_a_capture_copies_is_written_by_nobody_else(monkeypatch):
     step(others[0])
     copies, launches = [], []
     with monkeypatch.context() as patch:
-        launch = selective.Plan.launch
+        launch_plan = launch.Plan.launch
         patch.setattr(triton_ops, "capturing", lambda device: True)
         patch.setattr(
-            selective.Plan,
+            launch.Plan,
             "launch",
-            lambda plan, *rest: (launches.append((plan, *rest)), launch(plan, *rest)),
+            lambda plan, *rest: (launches.append((plan, *rest)), launch_plan(plan, *rest)),
         )
         step(static)
         copies = [
             (upload.target, source)
-            for _, upload in selective.CAPTURED[p]
+            for _, upload in launch.CAPTURED[p]
             for source, _ in upload.sources
         ]
     assert len(copies) == 1 and p.tolist() == [-4.0, -2.0, -5.0]
@@ -166,14 +166,14 @@ def test_what_a_capture_copies_is_written_by_nobody_else(monkeypatch):
 
 
 def test_a_steady_step_makes_its_table_again_only_where_something_moved():
-    selective = op._triton()
+    launch = op._triton().launch
     p = torch.nn.Parameter(torch.zeros(5))
     optimizer = uk.SelectiveAdamW([p], seed=1, backend="triton")
     p.grad = torch.ones(5)
     optimizer.step()
 
     def plan():
-        return next(iter(selective.PLANS[optimizer.state[p]["step"]].values()))
+        return next(iter(launch.PLANS[optimizer.state[p]["step"]].values()))
 
     first = plan()
     copied = first.upload.content
@@ -191,17 +191,17 @@ def test_a_steady_step_makes_its_table_again_only_where_something_moved():
 
 def test_a_plan_made_under_capture_serves_no_other_step(monkeypatch):
     """Its rows are on the device from the first replay on, not before."""
-    selective = op._triton()
+    launch = op._triton().launch
     p = torch.nn.Parameter(torch.zeros(3))
     optimizer = uk.SelectiveSGD([p], lr=1.0, seed=1, capturable=True, backend="triton")
     p.grad = torch.ones(3)
     with monkeypatch.context() as patch:
         patch.setattr(triton_ops, "capturing", lambda device: True)
         optimizer.step()
-    ((captured, _),) = selective.CAPTURED[p]
+    ((captured, _),) = launch.CAPTURED[p]
     p.grad = torch.ones(3)
     optimizer.step()
-    (plan,) = selective.PLANS[optimizer.state[p]["step"]].values()
+    (plan,) = launch.PLANS[optimizer.state[p]["step"]].values()
     assert plan is not captured
 
 
@@ -360,30 +360,28 @@ def test_nothing_is_spilled(name, target):
 
 
 def test_every_kernel_is_compiled():
-    selective = op._triton()
     functions = {
         name: value
-        for name, value in vars(selective).items()
+        for name, value in vars(op._triton().kernels).items()
         if isinstance(value, triton.KernelInterface)
     }
     every = {
         name for name, value in functions.items() if "program_id" in value.fn.__code__.co_names
-    }
-    assert every | {"join"} == {
-        kernel.name for name in STATEMENTS for kernel in launched(name, "sm_90")
-    }
+    } | {"join_kernel"}
+    assert every == {name for name in functions if name.endswith("_kernel")}
+    assert every == {kernel.name for name in STATEMENTS for kernel in launched(name, "sm_90")}
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", ["step", "previous"])
 def test_the_whole_blocks_of_a_float32_step_are_read_and_written_by_128_bits(name, target):
-    walk = next(kernel for kernel in launched(name, target) if kernel.name == "walk")
+    update = next(kernel for kernel in launched(name, target) if kernel.name == "update_kernel")
     threads = 256 if target.startswith("gfx9") else 128
     each = 1024 // 4 // threads  # 128-bit accesses of a thread to a list's block
-    loads, stores = walk.wide
+    loads, stores = update.wide
     assert loads >= 5 * each  # parameter, moments, gradient; the gradient of what is gathered
     assert stores == 3 * each
     # Only unmasked accesses say how long the cache is to keep them.
-    assert walk.count(r"(LDG|STG)\..*\.E[FL]\b(?!.*\b128\b).*") == 0, (
-        f"narrow accesses in whole blocks: {walk.memory}"
+    assert update.count(r"(LDG|STG)\..*\.E[FL]\b(?!.*\b128\b).*") == 0, (
+        f"narrow accesses in whole blocks: {update.memory}"
     )

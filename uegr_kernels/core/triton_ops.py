@@ -6,7 +6,8 @@ import contextlib
 import ctypes
 import os
 import struct
-from typing import Any
+import typing
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -131,6 +132,17 @@ class Upload:
 
     def _source(self) -> Tensor:
         return torch.empty(len(self.target), dtype=torch.int64, pin_memory=self.target.is_cuda)
+
+
+FormT = TypeVar("FormT", bound=tuple[Any, ...])
+
+
+def constexprs(form: FormT) -> FormT:
+    """Returns a NamedTuple of options as a kernel takes it: each value a constant; None stays."""
+    kind: Any = type(form)
+    return typing.cast(
+        FormT, kind._make(None if value is None else tl.constexpr(value) for value in form)
+    )
 
 
 @triton.jit

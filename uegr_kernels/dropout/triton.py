@@ -3,8 +3,12 @@ every unit's gradient.
 
 A program takes a tile: some rows of some units (a unit: an index of the last axis). Squares are
 added in double, by part of the rows and then over the parts, in a fixed order.
+
+Upper case is what is known when a kernel is compiled: a kernel's options are one argument, `form`.
 """
 
+import functools
+import typing
 from typing import Any
 
 import torch
@@ -25,28 +29,30 @@ PARTS = 256  # of the rows, at most
 
 @triton.jit
 def keep_scale(rate, dtype: tl.constexpr):
-    """What kept elements of a unit are multiplied by, 1/(1 - r), the difference taken in the
-    rate's own type.
+    """Returns what kept elements of a unit are multiplied by, 1/(1 - r), the difference taken in
+    the rate's own type.
     """
     return 1 / (1 - rate).to(dtype)
 
 
 @triton.jit
 def dropped(h, word, rate, scale):
-    """h/(1 - r) where kept, 0 where u < r, whatever h is."""
+    """Returns h/(1 - r) where kept, 0 where u < r, whatever h is."""
     return tl.where(triton_ops.uniform(word, rate.dtype) >= rate, h * scale, 0.0)
 
 
 @triton.jit
 def moved_norm(n, squares, momentum, first):
-    """n after new squares of norms: momentum * n + (1 - momentum) * root; the first one sets n."""
+    """Returns n after new squares of norms: momentum * n + (1 - momentum) * root; the first one
+    sets n.
+    """
     root = tl.sqrt(squares)
     return tl.where(first, root, momentum.to(n.dtype) * n + (1 - momentum).to(n.dtype) * root)
 
 
 @triton.jit
 def dropout_rate(n, mean, p, max_p):
-    """r = clamp(p * n / mean(n), 0, max_p); NaN stays."""
+    """Returns r = clamp(p * n / mean(n), 0, max_p); NaN stays."""
     rate, most = p.to(n.dtype) * n / mean, max_p.to(n.dtype)
     return tl.where(rate < 0, 0.0, tl.where(rate > most, most, rate))
 
@@ -54,11 +60,25 @@ def dropout_rate(n, mean, p, max_p):
 # ---- Kernels and their launches
 
 
+class Form(typing.NamedTuple):
+    """Says what a kernel is compiled for. A tile is ROWS rows, or parts, of UNITS units."""
+
+    ROWS: int
+    UNITS: int
+    DTYPE: Any  # of the arithmetic
+    IN_ORDER: bool  # one call of Philox serves four neighbours
+    SQUARES: bool  # are summed
+    FOLD: bool  # what is pending goes into n
+
+
+NO_FORM = Form(*[typing.cast(Any, None)] * len(Form._fields))
+
+
 @triton.jit
-def words_of_tile(row, unit, units, key, IN_ORDER: tl.constexpr):
-    """The words of a tile's elements, [rows, units]; in order one call serves four neighbours."""
+def words_of_tile(row, unit, units, key, form):
+    """Returns the words of a tile's elements, [rows, units]."""
     step = key * 0
-    if IN_ORDER:
+    if form.IN_ORDER:
         R: tl.constexpr = row.shape[0]
         U: tl.constexpr = unit.shape[1]
         quarter = tl.min(unit, 1, keep_dims=True) // 4 + tl.arange(0, U // 4)[None, :]
@@ -70,111 +90,102 @@ def words_of_tile(row, unit, units, key, IN_ORDER: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "size"])
 def drop_kernel(
-    h,
-    rates,
-    rate_stride,
-    key,
-    out,
-    squares,
-    rows,
-    units,
-    size,
-    R: tl.constexpr,
-    U: tl.constexpr,
-    DTYPE: tl.constexpr,
-    IN_ORDER: tl.constexpr,
-    SQUARES: tl.constexpr,
+    h_ptr, rates_ptr, rates_stride, key_ptr, out_ptr, squares_ptr, rows, units, size, form
 ):
-    """Drops `size` rows of some units; with SQUARES their sums, [parts, units]."""
-    key = tl.load(key)
-    unit = tl.program_id(0) * U + tl.arange(0, U)[None, :]
-    rate = tl.load(rates + unit.to(tl.int64) * rate_stride, mask=unit < units, other=0.0)
-    scale = keep_scale(rate, DTYPE)
+    """Drops `size` rows of some units; with SQUARES sums their squares, [parts, units]."""
+    ROWS: tl.constexpr = form.ROWS
+    UNITS: tl.constexpr = form.UNITS
+    key = tl.load(key_ptr)
+    unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)[None, :]
+    rate_ptrs = rates_ptr + unit.to(tl.int64) * rates_stride
+    rate = tl.load(rate_ptrs, mask=unit < units, other=0.0)
+    scale = keep_scale(rate, form.DTYPE)
     first = tl.program_id(1).to(tl.int64) * size
-    sums = tl.zeros([R, U], tl.float64)
-    for at in range(first, tl.minimum(first + size, rows), R):
-        row = at + tl.arange(0, R)[:, None]
+    sums = tl.zeros([ROWS, UNITS], tl.float64)
+    for at in range(first, tl.minimum(first + size, rows), ROWS):
+        row = at + tl.arange(0, ROWS)[:, None]
         there = (row < rows) & (unit < units)
         i = row * units + unit
-        value = tl.load(h + i, mask=there, other=0.0)
-        result = dropped(
-            value.to(DTYPE), words_of_tile(row, unit, units, key, IN_ORDER), rate, scale
-        )
-        tl.store(out + i, triton_ops.nearest(result, out.dtype.element_ty), mask=there)
-        if SQUARES:
+        value = tl.load(h_ptr + i, mask=there, other=0.0)
+        word = words_of_tile(row, unit, units, key, form)
+        result = dropped(value.to(form.DTYPE), word, rate, scale)
+        tl.store(out_ptr + i, triton_ops.nearest(result, out_ptr.dtype.element_ty), mask=there)
+        if form.SQUARES:
             sums += value.to(tl.float64) * value.to(tl.float64)
-    if SQUARES:
+    if form.SQUARES:
         tl.store(
-            squares + tl.program_id(1).to(tl.int64) * units + unit,
+            squares_ptr + tl.program_id(1).to(tl.int64) * units + unit,
             tl.sum(sums, 0, keep_dims=True),
             mask=unit < units,
         )
 
 
 @triton.jit(do_not_specialize=["parts"])
-def add_parts_kernel(squares, out, parts, units, U: tl.constexpr, P: tl.constexpr):
-    """Sums over the parts."""
-    unit = tl.program_id(0) * U + tl.arange(0, U)[None, :]
-    sums = tl.zeros([P, U], tl.float64)
-    for at in range(0, parts, P):
-        part = at + tl.arange(0, P)[:, None]
+def add_parts_kernel(squares_ptr, out_ptr, parts, units, form):
+    """Sums squares over the parts."""
+    unit = tl.program_id(0) * form.UNITS + tl.arange(0, form.UNITS)[None, :]
+    sums = tl.zeros([form.ROWS, form.UNITS], tl.float64)
+    for at in range(0, parts, form.ROWS):
+        part = at + tl.arange(0, form.ROWS)[:, None]
         sums += tl.load(
-            squares + part.to(tl.int64) * units + unit,
+            squares_ptr + part.to(tl.int64) * units + unit,
             mask=(part < parts) & (unit < units),
             other=0.0,
         )
-    tl.store(
-        out + unit, tl.sum(sums, 0, keep_dims=True).to(out.dtype.element_ty), mask=unit < units
-    )
+    total = tl.sum(sums, 0, keep_dims=True).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + unit, total, mask=unit < units)
 
 
 @triton.jit(do_not_specialize=["p", "max_p", "momentum"])
 def rates_kernel(
-    norm,
+    norm_ptr,
     norm_stride,
-    pending,
+    pending_ptr,
     pending_stride,
-    rates,
+    rates_ptr,
     units,
     p: tl.int64,
     max_p: tl.int64,
     momentum: tl.int64,
-    FOLD: tl.constexpr,
+    form,
 ):
-    """One program: what is pending goes into n, then the rates that n gives."""
+    """Computes in one program n, with what is pending, and then the rates that n gives."""
     p, max_p, momentum = from_bits(p), from_bits(max_p), from_bits(momentum)
     new, seen = tl.zeros([AT_ONCE], tl.int32), tl.zeros([AT_ONCE], tl.int32)
     for at in range(0, units, AT_ONCE):
         j = (at + tl.arange(0, AT_ONCE)).to(tl.int64)
-        seen |= (tl.load(norm + j * norm_stride, mask=j < units, other=0.0) != 0).to(tl.int32)
-        if FOLD:
-            new |= (tl.load(pending + j * pending_stride, mask=j < units, other=0.0) > 0).to(
-                tl.int32
-            )
+        n = tl.load(norm_ptr + j * norm_stride, mask=j < units, other=0.0)
+        seen |= (n != 0).to(tl.int32)
+        if form.FOLD:
+            squares = tl.load(pending_ptr + j * pending_stride, mask=j < units, other=0.0)
+            new |= (squares > 0).to(tl.int32)
     first, folds = tl.max(seen, 0) == 0, tl.max(new, 0) > 0
     total, seen = tl.zeros([AT_ONCE], tl.float64), tl.zeros([AT_ONCE], tl.int32)
     for at in range(0, units, AT_ONCE):
         j = (at + tl.arange(0, AT_ONCE)).to(tl.int64)
-        n = tl.load(norm + j * norm_stride, mask=j < units, other=0.0)
-        if FOLD:
-            squares = tl.load(pending + j * pending_stride, mask=j < units, other=0.0)
+        n = tl.load(norm_ptr + j * norm_stride, mask=j < units, other=0.0)
+        if form.FOLD:
+            squares = tl.load(pending_ptr + j * pending_stride, mask=j < units, other=0.0)
             n = tl.where(folds, moved_norm(n, squares, momentum, first), n)
-            tl.store(norm + j * norm_stride, n, mask=j < units)
-            tl.store(pending + j * pending_stride, tl.zeros_like(squares), mask=j < units)
+            tl.store(norm_ptr + j * norm_stride, n, mask=j < units)
+            tl.store(pending_ptr + j * pending_stride, tl.zeros_like(squares), mask=j < units)
         total += n.to(tl.float64)
         seen |= (n != 0).to(tl.int32)
     mean, first = tl.sum(total, 0) / units, tl.max(seen, 0) == 0
     for at in range(0, units, AT_ONCE):  # each thread finds what it has written itself
         j = (at + tl.arange(0, AT_ONCE)).to(tl.int64)
-        n = tl.load(norm + j * norm_stride, mask=j < units, other=0.0)
+        n = tl.load(norm_ptr + j * norm_stride, mask=j < units, other=0.0)
         rate = tl.where(first, p.to(n.dtype), dropout_rate(n, mean.to(n.dtype), p, max_p))
-        tl.store(rates + j, rate, mask=j < units)
+        tl.store(rates_ptr + j, rate, mask=j < units)
+
+
+_constexprs = functools.cache(triton_ops.constexprs)
 
 
 def _drop(
     h: Tensor, name: str, rates: Tensor, key: Tensor, *, with_squares: bool
 ) -> tuple[Tensor, Any]:
-    """h dropped, and the squares of every unit's elements."""
+    """Returns h dropped, and the squares of every unit's elements."""
     if h.dtype not in triton_ops.DTYPES:
         raise RuntimeError(
             f"{name} is {str(h.dtype).removeprefix('torch.')}; use float32, "
@@ -202,6 +213,13 @@ def _drop(
     parts = triton.cdiv(rows, size)
     dtype = torch.float64 if torch.float64 in (h.dtype, rates.dtype) else torch.float32
     sums = h.new_empty(parts, units, dtype=torch.float64) if with_squares else None
+    form = NO_FORM._replace(
+        ROWS=at_once,
+        UNITS=tile,
+        DTYPE=triton_ops.DTYPES[dtype],
+        IN_ORDER=in_order,
+        SQUARES=with_squares,
+    )
     with triton_ops.on(h):
         drop_kernel[(triton.cdiv(units, tile), parts)](
             h,
@@ -213,16 +231,13 @@ def _drop(
             rows,
             units,
             size,
-            R=at_once,
-            U=tile,
-            DTYPE=triton_ops.DTYPES[dtype],
-            IN_ORDER=in_order,
-            SQUARES=with_squares,
+            _constexprs(form),
             num_warps=8 if at_once * tile >= 2048 else 1,
         )
         if with_squares:
+            form = _constexprs(NO_FORM._replace(ROWS=16, UNITS=32))
             add_parts_kernel[(triton.cdiv(units, 32),)](
-                sums, squares, parts, units, U=32, P=16, num_warps=2
+                sums, squares, parts, units, form, num_warps=2
             )
     return out, squares
 
@@ -231,20 +246,22 @@ def _drop(
 
 
 def adaptive_dropout(h: Tensor, rates: Tensor, key: Tensor, pending: Tensor | None) -> Tensor:
-    """h/(1 - r_j) where kept, else 0. `pending` is for the backward."""
+    """Returns h/(1 - r_j) where kept, else 0. `pending` is for the backward."""
     return _drop(h, "h", rates, key, with_squares=False)[0]
 
 
 def adaptive_dropout_backward(grad: Tensor, rates: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """dL/dinput by the same mask, and the squared norm of dL/dh_j over all other axes [F]."""
+    """Returns dL/dinput by the same mask, and the squared norm of dL/dh_j over all other axes
+    [F].
+    """
     return _drop(grad, "grad", rates, key, with_squares=True)
 
 
 def dropout_rates_(
     gradient_norm: Tensor, pending: Tensor, *, p: float, max_p: float, momentum: float, fold: bool
 ) -> Tensor:
-    """r [F]. With `fold` the root of what backwards left in `pending` goes into n before; the
-    first one sets n.
+    """Returns r [F]. With `fold` the root of what backwards left in `pending` goes into n before;
+    the first one sets n.
     """
     if gradient_norm.dtype not in (torch.float32, torch.float64):
         raise RuntimeError("gradient_norm must be float32 or float64")
@@ -273,7 +290,7 @@ def dropout_rates_(
                 rates,
                 len(rates),
                 *numbers,
-                FOLD=fold,
+                _constexprs(NO_FORM._replace(FOLD=fold)),
                 num_warps=4,
             )
     return rates

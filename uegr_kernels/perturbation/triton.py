@@ -4,10 +4,14 @@ double, as the reference's.
 A group of elements has one norm: a sample, a token, a tensor, or all. One that a block holds is a
 program's, start to end; longer ones are parts of a fixed size, whose sums of squares are kept and
 added up by each program of the next launch, in the parts' order.
+
+Upper case is what is known when a kernel is compiled: a kernel's options are one argument, `form`.
 """
 
+import functools
 import itertools
 import math
+import typing
 from typing import Any
 
 import torch
@@ -29,8 +33,8 @@ INFINITY = tl.constexpr(float("inf"))
 
 @triton.jit
 def direction_factor(squares, epsilon, LINF: tl.constexpr):
-    """What a group's g (or sign(g)) is multiplied by: eps/||g||, or eps; 0 where the norm is 0
-    or not finite.
+    """Returns what a group's g (or sign(g)) is multiplied by: eps/||g||, or eps; 0 where the norm
+    is 0 or not finite.
     """
     length = tl.sqrt(squares)
     factor = tl.zeros_like(length) + epsilon
@@ -41,14 +45,14 @@ def direction_factor(squares, epsilon, LINF: tl.constexpr):
 
 @triton.jit
 def ball_factor(squares, radius):
-    """What a group is multiplied by to lie in the ball: radius/||delta||, or 1."""
+    """Returns what a group is multiplied by to lie in the ball: radius/||delta||, or 1."""
     length = tl.sqrt(squares)
     return tl.where(length > radius, radius / length, 1.0)
 
 
 @triton.jit
 def step_along(g, factor, LINF: tl.constexpr):
-    """eps * g/||g||, or eps * sign(g). A factor of 0 stops whatever g is."""
+    """Returns eps * g/||g||, or eps * sign(g). A factor of 0 stops whatever g is."""
     along = g
     if LINF:
         along = (g > 0).to(tl.float64) - (g < 0).to(tl.float64)
@@ -57,13 +61,13 @@ def step_along(g, factor, LINF: tl.constexpr):
 
 @triton.jit
 def kept(step, word, limit):
-    """b * step; u < p is (word >> 8) < limit = ceil(p * 2^24)."""
+    """Returns b * step; u < p is (word >> 8) < limit = ceil(p * 2^24)."""
     return tl.where((word >> 8).to(tl.int32) < limit, step, 0.0)
 
 
 @triton.jit
 def projected(x, factor, radius, LINF: tl.constexpr):
-    """The nearest point of the ball; NaN stays."""
+    """Returns the nearest point of the ball; NaN stays."""
     if LINF:
         return tl.where(x > radius, radius, tl.where(x < -radius, -radius, x))
     else:
@@ -73,73 +77,102 @@ def projected(x, factor, radius, LINF: tl.constexpr):
 # ---- Elements
 
 
+class Form(typing.NamedTuple):
+    """Says what a kernel is compiled for."""
+
+    BLOCK: int  # elements at a time
+    LINF: bool  # norm
+    PROJECTS: bool  # on a ball
+    RANDOM: bool  # a mask is drawn
+    IN_ORDER: bool  # one call of Philox serves four neighbours
+    # of `part_kernel`, 0: adds the squares of g; 1: those of x + step, for the ball; 2: writes
+    STAGE: int
+    ALIGNED: bool  # groups start at multiples of 16 bytes
+    STORAGE: Any  # dtype of what a table names
+    FULL: bool  # a group is a whole block
+
+
+class Pointers(typing.NamedTuple):
+    """Holds where a call's tensors are; a number of the mask is for `token` elements of g."""
+
+    g: Any
+    x: Any
+    out: Any
+    mask: Any
+    token: Any
+
+
+class Step(typing.NamedTuple):
+    """Holds how a group moves: by `factor` along g, by `ball` into the ball of a radius."""
+
+    factor: Any
+    ball: Any
+    radius: Any
+
+
+class Draw(typing.NamedTuple):
+    """Holds what a mask is drawn by; `limit`: ceil(p * 2^24)."""
+
+    seed: Any
+    step: Any
+    stream: Any
+    limit: Any
+
+
 @triton.jit
-def wide(x, begin, i, end, FULL: tl.constexpr):
-    """Elements begin + i of x in double, 0 from `end` on."""
+def read(x_ptr, begin, i, end, FULL: tl.constexpr):
+    """Reads elements begin + i of x in double, 0 from `end` on."""
     if FULL:
-        return tl.load(x + begin + i).to(tl.float64)
+        return tl.load(x_ptr + begin + i).to(tl.float64)
     else:
-        return tl.load(x + begin + i, mask=begin + i < end, other=0.0).to(tl.float64)
+        return tl.load(x_ptr + begin + i, mask=begin + i < end, other=0.0).to(tl.float64)
 
 
 @triton.jit
-def gradient(g, mask, token, begin, i, end, FULL: tl.constexpr):
-    """The same of g, 0 where the mask has it, each of whose numbers is for `token` elements."""
-    out = wide(g, begin, i, end, FULL)
-    if mask is not None:
+def read_gradient(ptrs, begin, i, end, FULL: tl.constexpr):
+    """Reads elements begin + i of g in double, 0 where the mask has it and from `end` on."""
+    out = read(ptrs.g, begin, i, end, FULL)
+    if ptrs.mask is not None:
+        token = ptrs.token
         if token.dtype == tl.int32:
             within = ((begin % token).to(tl.uint32) + i.to(tl.uint32)) // token.to(tl.uint32)
         else:
             within = (begin % token + i) // token
-        real = tl.load(mask + begin // token + within, mask=begin + i < end, other=0)
+        mask_ptrs = ptrs.mask + begin // token + within
+        real = tl.load(mask_ptrs, mask=begin + i < end, other=0)
         out = tl.where(real != 0, out, 0.0)
     return out
 
 
 @triton.jit
-def moved(
-    g,
-    x,
-    factor,
-    limit,
-    seed,
-    step,
-    stream,
-    begin,
-    i,
-    end,
-    LINF: tl.constexpr,
-    RANDOM: tl.constexpr,
-    IN_ORDER: tl.constexpr,
-    FULL: tl.constexpr,
-):
-    """x + b * step; without x the step. g: its block in double."""
-    out = step_along(g, factor, LINF)
-    if RANDOM:
-        if IN_ORDER:
-            word = triton_ops.words_in_order(begin, seed, step, stream, i.shape[0])
+def moved(g, ptrs, factor, draw, begin, i, end, FULL: tl.constexpr, form):
+    """Returns x + b * step; without x the step. g: its block in double."""
+    out = step_along(g, factor, form.LINF)
+    if form.RANDOM:
+        if form.IN_ORDER:
+            word = triton_ops.words_in_order(begin, draw.seed, draw.step, draw.stream, i.shape[0])
         else:
-            word = triton_ops.words(begin + i, seed, step, stream)
-        out = kept(out, word, limit)
-    if x is not None:
-        out = wide(x, begin, i, end, FULL) + out
+            word = triton_ops.words(begin + i, draw.seed, draw.step, draw.stream)
+        out = kept(out, word, draw.limit)
+    if ptrs.x is not None:
+        out = read(ptrs.x, begin, i, end, FULL) + out
     return out
 
 
 @triton.jit
-def write(out, begin, i, end, value, FULL: tl.constexpr):
-    value = triton_ops.nearest(value, out.dtype.element_ty)
+def write(out_ptr, begin, i, end, value, FULL: tl.constexpr):
+    value = triton_ops.nearest(value, out_ptr.dtype.element_ty)
     if FULL:
-        tl.store(out + begin + i, value)
+        tl.store(out_ptr + begin + i, value)
     else:
-        tl.store(out + begin + i, value, mask=begin + i < end)
+        tl.store(out_ptr + begin + i, value, mask=begin + i < end)
 
 
 @triton.jit
-def key(seed_at, seed):
-    """The mask's key, beside the tensors or as a number."""
-    if seed_at is not None:
-        return tl.load(seed_at)
+def key(seed_ptr, seed):
+    """Returns the mask's key, beside the tensors or as a number."""
+    if seed_ptr is not None:
+        return tl.load(seed_ptr)
     else:
         return seed
 
@@ -149,51 +182,42 @@ def key(seed_at, seed):
 
 @triton.jit(do_not_specialize=["token", "epsilon", "radius", "limit", "seed", "step"])
 def group_kernel(
-    g,
-    x,
-    out,
-    mask,
+    g_ptr,
+    x_ptr,
+    out_ptr,
+    mask_ptr,
     token,
     length,
-    seed_at,
+    seed_ptr,
     seed: tl.int64,
     step: tl.int64,
     limit,
     epsilon: tl.int64,
     radius: tl.int64,
-    BLOCK: tl.constexpr,
-    LINF: tl.constexpr,
-    PROJECTS: tl.constexpr,
-    RANDOM: tl.constexpr,
-    IN_ORDER: tl.constexpr,
-    FULL: tl.constexpr,
+    form,
 ):
-    """A group from its norm to its step: one visit."""
+    """Takes a group from its norm to its step: one visit."""
     begin = tl.program_id(0).to(tl.int64) * length
-    end, i, seed = begin + length, tl.arange(0, BLOCK), key(seed_at, seed)
-    along = gradient(g, mask, token, begin, i, end, FULL)
-    factor = direction_factor(tl.sum(along * along, 0), from_bits(epsilon), LINF)
-    value = moved(
-        along, x, factor, limit, seed, step, begin * 0, begin, i, end, LINF, RANDOM, IN_ORDER, FULL
-    )
-    if PROJECTS:
+    end, i = begin + length, tl.arange(0, form.BLOCK)
+    ptrs = Pointers(g=g_ptr, x=x_ptr, out=out_ptr, mask=mask_ptr, token=token)
+    draw = Draw(seed=key(seed_ptr, seed), step=step, stream=begin * 0, limit=limit)
+    along = read_gradient(ptrs, begin, i, end, form.FULL)
+    factor = direction_factor(tl.sum(along * along, 0), from_bits(epsilon), form.LINF)
+    value = moved(along, ptrs, factor, draw, begin, i, end, form.FULL, form)
+    if form.PROJECTS:
         radius = from_bits(radius)
-        value = projected(
-            value,
-            ball_factor(tl.sum(tl.where(begin + i < end, value * value, 0.0), 0), radius),
-            radius,
-            LINF,
-        )
-    write(out, begin, i, end, value, FULL)
+        squares = tl.sum(tl.where(begin + i < end, value * value, 0.0), 0)
+        value = projected(value, ball_factor(squares, radius), radius, form.LINF)
+    write(ptrs.out, begin, i, end, value, form.FULL)
 
 
 @triton.jit
-def total(sums, first, count):
-    """A group's squares from those of its parts."""
+def total(sums_ptr, first, count):
+    """Returns a group's squares from those of its parts."""
     found = tl.zeros([SUMS], tl.float64)
     for at in range(0, count, SUMS):
         i = at + tl.arange(0, SUMS)
-        found += tl.load(sums + first + i, mask=i < count, other=0.0)
+        found += tl.load(sums_ptr + first + i, mask=i < count, other=0.0)
     return tl.sum(found, 0)
 
 
@@ -201,175 +225,102 @@ def total(sums, first, count):
     do_not_specialize=["token", "epsilon", "radius", "limit", "seed", "step", "size", "parts"]
 )
 def part_kernel(
-    items,
-    table,
-    g,
-    x,
-    out,
-    mask,
+    items_ptr,
+    table_ptr,
+    g_ptr,
+    x_ptr,
+    out_ptr,
+    mask_ptr,
     token,
     length,
     size: tl.int64,
     parts: tl.int64,
-    squares,
-    moved_squares,
-    seed_at,
+    squares_ptr,
+    moved_squares_ptr,
+    seed_ptr,
     seed: tl.int64,
     step: tl.int64,
     limit,
     epsilon: tl.int64,
     radius: tl.int64,
-    STAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LINF: tl.constexpr,
-    PROJECTS: tl.constexpr,
-    RANDOM: tl.constexpr,
-    IN_ORDER: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    STORAGE: tl.constexpr,
+    form,
 ):
-    """A part of a group. STAGE 0: the squares of g; 1: those of x + step, for the ball; 2: the
-    step.
+    """Visits a part of a group, at one of the three stages.
 
     The parts of one tensor's groups follow each other; those of many tensors are listed in `items`,
-    and `table` has the tensors.
+    and a table has the tensors.
     """
+    BLOCK: tl.constexpr = form.BLOCK
     program = tl.program_id(0).to(tl.int64)
-    if items is not None:
-        row = table + tl.load(items + 2 * program).to(tl.int64) * 7
-        part = tl.load(items + 2 * program + 1).to(tl.int64)
-        if ALIGNED:
-            g, x = (
-                triton_ops.aligned_pointer(tl.load(row), STORAGE),
-                triton_ops.aligned_pointer(tl.load(row + 1), STORAGE),
-            )
+    if items_ptr is not None:
+        row_ptr = table_ptr + tl.load(items_ptr + 2 * program).to(tl.int64) * 7
+        part = tl.load(items_ptr + 2 * program + 1).to(tl.int64)
+        if form.ALIGNED:
+            g_ptr = triton_ops.aligned_pointer(tl.load(row_ptr), form.STORAGE)
+            x_ptr = triton_ops.aligned_pointer(tl.load(row_ptr + 1), form.STORAGE)
         else:
-            g, x = (
-                triton_ops.pointer(tl.load(row), STORAGE),
-                triton_ops.pointer(tl.load(row + 1), STORAGE),
-            )
-        begin, end, stream = part * size, tl.load(row + 2), tl.load(row + 3)
-        first, parts, number = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6) + part
-        out = x
+            g_ptr = triton_ops.pointer(tl.load(row_ptr), form.STORAGE)
+            x_ptr = triton_ops.pointer(tl.load(row_ptr + 1), form.STORAGE)
+        begin, end, stream = part * size, tl.load(row_ptr + 2), tl.load(row_ptr + 3)
+        first, parts = tl.load(row_ptr + 4), tl.load(row_ptr + 5)
+        number = tl.load(row_ptr + 6) + part
+        out_ptr = x_ptr
     else:
         number, stream = program, program * 0
         begin = program // parts * length + program % parts * size
         end = (program // parts + 1) * length
         first = program // parts * parts
-    end, i, seed = tl.minimum(begin + size, end), tl.arange(0, BLOCK), key(seed_at, seed)
+    end, i = tl.minimum(begin + size, end), tl.arange(0, BLOCK)
+    ptrs = Pointers(g=g_ptr, x=x_ptr, out=out_ptr, mask=mask_ptr, token=token)
+    draw = Draw(seed=key(seed_ptr, seed), step=step, stream=stream, limit=limit)
     factor, ball, radius = 0.0, 1.0, from_bits(radius)
-    if STAGE > 0:
-        factor = direction_factor(total(squares, first, parts), from_bits(epsilon), LINF)
-    if PROJECTS and not LINF and STAGE == 2:
-        ball = ball_factor(total(moved_squares, first, parts), radius)
+    if form.STAGE > 0:
+        squares = total(squares_ptr, first, parts)
+        factor = direction_factor(squares, from_bits(epsilon), form.LINF)
+    if form.PROJECTS and not form.LINF and form.STAGE == 2:
+        ball = ball_factor(total(moved_squares_ptr, first, parts), radius)
+    move = Step(factor=factor, ball=ball, radius=radius)
     sums = tl.zeros([BLOCK], tl.float64)
     whole = ((end - begin) // BLOCK).to(tl.int32)
     for block in range(whole):
         at = begin + block * BLOCK
-        if ALIGNED:
+        if form.ALIGNED:
             at = tl.multiple_of(at, 16)
-        sums = visit(
-            at,
-            end,
-            i,
-            sums,
-            g,
-            x,
-            out,
-            mask,
-            token,
-            factor,
-            ball,
-            radius,
-            limit,
-            seed,
-            step,
-            stream,
-            STAGE,
-            LINF,
-            PROJECTS,
-            RANDOM,
-            IN_ORDER,
-            True,
-        )
+        sums = visit_block(at, end, i, sums, ptrs, move, draw, True, form)
     if begin + whole * BLOCK < end:
-        sums = visit(
-            begin + whole * BLOCK,
-            end,
-            i,
-            sums,
-            g,
-            x,
-            out,
-            mask,
-            token,
-            factor,
-            ball,
-            radius,
-            limit,
-            seed,
-            step,
-            stream,
-            STAGE,
-            LINF,
-            PROJECTS,
-            RANDOM,
-            IN_ORDER,
-            False,
-        )
-    if STAGE == 0:
-        tl.store(squares + number, tl.sum(sums, 0))
-    if STAGE == 1:
-        tl.store(moved_squares + number, tl.sum(sums, 0))
+        at = begin + whole * BLOCK
+        sums = visit_block(at, end, i, sums, ptrs, move, draw, False, form)
+    if form.STAGE == 0:
+        tl.store(squares_ptr + number, tl.sum(sums, 0))
+    if form.STAGE == 1:
+        tl.store(moved_squares_ptr + number, tl.sum(sums, 0))
 
 
 @triton.jit
-def visit(
-    at,
-    end,
-    i,
-    sums,
-    g,
-    x,
-    out,
-    mask,
-    token,
-    factor,
-    ball,
-    radius,
-    limit,
-    seed,
-    step,
-    stream,
-    STAGE: tl.constexpr,
-    LINF: tl.constexpr,
-    PROJECTS: tl.constexpr,
-    RANDOM: tl.constexpr,
-    IN_ORDER: tl.constexpr,
-    FULL: tl.constexpr,
-):
-    """A block of a part: adds its squares, or writes it."""
-    value = gradient(g, mask, token, at, i, end, FULL)
-    if STAGE > 0:
-        value = moved(
-            value, x, factor, limit, seed, step, stream, at, i, end, LINF, RANDOM, IN_ORDER, FULL
-        )
-    if STAGE == 2:
-        if PROJECTS:
-            value = projected(value, ball, radius, LINF)
-        write(out, at, i, end, value, FULL)
+def visit_block(at, end, i, sums, ptrs, move, draw, FULL: tl.constexpr, form):
+    """Adds a block's squares, or writes the block."""
+    value = read_gradient(ptrs, at, i, end, FULL)
+    if form.STAGE > 0:
+        value = moved(value, ptrs, move.factor, draw, at, i, end, FULL, form)
+    if form.STAGE == 2:
+        if form.PROJECTS:
+            value = projected(value, move.ball, move.radius, form.LINF)
+        write(ptrs.out, at, i, end, value, FULL)
         return sums
     else:
         return sums + tl.where(at + i < end, value * value, 0.0)
 
 
+_constexprs = functools.cache(triton_ops.constexprs)
+
+
 def _part(longest: int) -> int:
-    """Elements of a part where the longest group has so many."""
+    """Returns the elements of a part where the longest group has so many."""
     return max(PART, -(-longest // (PARTS * BLOCK)) * BLOCK)
 
 
 def _key(seed: Tensor | None) -> tuple[Tensor | None, int]:
-    """A seed as the kernels take it: a 0-d tensor beside the others, or on the CPU."""
+    """Returns a seed as the kernels take it: a 0-d tensor beside the others, or on the CPU."""
     if seed is None or seed.is_cuda:
         return seed, 0
     return None, int(seed.item())
@@ -393,7 +344,7 @@ def _move_(
     keep_probability: float,
     step: int,
 ) -> None:
-    """out <- x + b * step, on the ball of `radius`."""
+    """Writes x + b * step, on the ball of `radius`, into out."""
     n, shape = grad.numel(), grad.shape
     if n == 0:
         return
@@ -432,28 +383,24 @@ def _move_(
         triton_ops.bits(epsilon),
         triton_ops.bits(radius or 0.0),
     )
-    form = {
-        "LINF": norm == "linf",
-        "PROJECTS": radius is not None,
-        "RANDOM": seed is not None,
-        "IN_ORDER": length % 4 == 0 or groups == 1,
-    }
+    form = Form(
+        BLOCK=BLOCK,
+        LINF=norm == "linf",
+        PROJECTS=radius is not None,
+        RANDOM=seed is not None,
+        IN_ORDER=length % 4 == 0 or groups == 1,
+        STAGE=0,
+        ALIGNED=length % 16 == 0 or groups == 1,
+        STORAGE=None,
+        FULL=False,
+    )
     with triton_ops.on(grad):
         if length <= WHOLE:
             block = max(triton.next_power_of_2(length), 4)
             warps = min(max(block // 512, 1), 8)
+            form = form._replace(BLOCK=block, ALIGNED=False, FULL=block == length)
             group_kernel[(groups,)](
-                g,
-                x,
-                out,
-                mask,
-                token,
-                length,
-                *numbers,
-                BLOCK=block,
-                FULL=block == length,
-                num_warps=warps,
-                **form,
+                g, x, out, mask, token, length, *numbers, _constexprs(form), num_warps=warps
             )
             return
         size = _part(length)
@@ -474,12 +421,8 @@ def _move_(
                 squares,
                 again,
                 *numbers,
-                STAGE=stage,
-                BLOCK=BLOCK,
-                ALIGNED=length % 16 == 0 or groups == 1,
-                STORAGE=None,
+                _constexprs(form._replace(STAGE=stage)),
                 num_warps=4,
-                **form,
             )
 
 
@@ -487,7 +430,7 @@ def _move_(
 
 
 def fgm_perturbation_(grad, mask, seed, out, *, epsilon, norm, per, keep_probability, step) -> None:
-    """delta = b * eps * g/||g|| (Eq. 2), or b * eps * sign(g)."""
+    """Writes delta = b * eps * g/||g|| (Eq. 2), or b * eps * sign(g), into out."""
     _check_alike(grad, out, "grad", "out")
     _check_written(out)
     _check_mask(mask, grad)
@@ -508,7 +451,7 @@ def fgm_perturbation_(grad, mask, seed, out, *, epsilon, norm, per, keep_probabi
 
 
 def pgd_step_(delta, grad, mask, out, *, step_size, radius, norm, per) -> None:
-    """delta + step_size * g/||g|| (or sign(g)), projected on the ball."""
+    """Writes delta + step_size * g/||g|| (or sign(g)), projected on the ball, into out."""
     _check_alike(grad, delta, "grad", "delta")
     _check_alike(grad, out, "grad", "out")
     _check_written(out)
@@ -531,7 +474,7 @@ def pgd_step_(delta, grad, mask, out, *, step_size, radius, norm, per) -> None:
 def perturb_weights_(
     params, grads, seed, *, streams, epsilon, together, keep_probability, step
 ) -> None:
-    """theta <- theta + b * eps * g/||g||, the norm of each tensor, or over all of them
+    """Adds b * eps * g/||g|| to theta, the norm of each tensor, or over all of them
     `together`. Two launches a kind of tensors.
     """
     if not len(params) == len(grads) == len(streams):
@@ -539,7 +482,7 @@ def perturb_weights_(
     for theta, g in zip(params, grads, strict=True):
         _check_alike(g, theta, "grads", "params")
     at = [i for i, theta in enumerate(params) if theta.numel()]
-    if not at:
+    if not at or epsilon == 0:
         return
     device, longest = params[at[0]].device, max(params[i].numel() for i in at)
     size = _part(sum(params[i].numel() for i in at) if together else longest)
@@ -556,63 +499,62 @@ def perturb_weights_(
         triton_ops.bits(epsilon),
         triton_ops.bits(0.0),
     )
-    options = {
-        "LINF": False,
-        "PROJECTS": False,
-        "RANDOM": seed is not None,
-        "IN_ORDER": True,
-        "BLOCK": BLOCK,
-        "num_warps": 4,
-    }
-    with triton_ops.on(params[at[0]]):
-        for stage in (0, 2):
-            for some in _rounds([params[i] for i in at]) if stage else [list(range(len(at)))]:
-                for (dtype, aligned), dense, kind in _kinds(some, [params[i] for i in at], g):
-                    rows = [
-                        x
-                        for k, theta in zip(kind, dense, strict=True)
-                        for x in (
-                            g[k].data_ptr(),
-                            theta.data_ptr(),
-                            theta.numel(),
-                            streams[at[k]],
-                            0 if together else firsts[k],
-                            len(squares) if together else counts[k],
-                            firsts[k],
+    form = Form(
+        BLOCK=BLOCK,
+        LINF=False,
+        PROJECTS=False,
+        RANDOM=seed is not None,
+        IN_ORDER=True,
+        STAGE=0,
+        ALIGNED=False,
+        STORAGE=None,
+        FULL=False,
+    )
+    theta = [params[i] for i in at]
+    visits = [(0, list(range(len(at)))), *((2, positions) for positions in _rounds(theta))]
+    with triton_ops.on(theta[0]):
+        for stage, positions in visits:
+            for (dtype, aligned), dense, kind in _kinds(positions, theta, g):
+                rows = [
+                    x
+                    for k, values in zip(kind, dense, strict=True)
+                    for x in (
+                        g[k].data_ptr(),
+                        values.data_ptr(),
+                        values.numel(),
+                        streams[at[k]],
+                        0 if together else firsts[k],
+                        len(squares) if together else counts[k],
+                        firsts[k],
+                    )
+                ]
+                pieces = triton_ops.pieces([counts[k] for k in kind])
+                part_kernel[(len(pieces),)](
+                    triton_ops.to_device(pieces, torch.int32, device),
+                    triton_ops.to_device(rows, torch.int64, device),
+                    *[None] * 4,
+                    1,
+                    1,
+                    size,
+                    1,
+                    squares,
+                    squares,
+                    *numbers,
+                    _constexprs(
+                        form._replace(
+                            STAGE=stage, ALIGNED=aligned, STORAGE=triton_ops.DTYPES[dtype]
                         )
-                    ]
-                    table = triton_ops.to_device(rows, torch.int64, device)
-                    items = triton_ops.to_device(
-                        triton_ops.pieces([counts[k] for k in kind]), torch.int32, device
-                    )
-                    part_kernel[(len(items),)](
-                        items,
-                        table,
-                        None,
-                        None,
-                        None,
-                        None,
-                        1,
-                        1,
-                        size,
-                        1,
-                        squares,
-                        squares,
-                        *numbers,
-                        STAGE=stage,
-                        ALIGNED=aligned,
-                        STORAGE=triton_ops.DTYPES[dtype],
-                        **options,
-                    )
-                    if stage:
-                        for k, theta in zip(kind, dense, strict=True):
-                            if theta is not params[at[k]]:
-                                params[at[k]].copy_(theta)
+                    ),
+                    num_warps=4,
+                )
+                for k, values in zip(kind, dense, strict=True) if stage else ():
+                    if values is not theta[k]:
+                        theta[k].copy_(values)
 
 
 def _rounds(params: list[Tensor]) -> list[list[int]]:
-    """Positions whose tensors may be written together: one that stands there twice is written
-    twice, one after the other.
+    """Returns positions whose tensors may be written together: one that stands there twice is
+    written twice, one after the other.
     """
     rounds: list[tuple[set[int], list[int]]] = []
     for i, theta in enumerate(params):
@@ -628,8 +570,8 @@ def _rounds(params: list[Tensor]) -> list[list[int]]:
 def _kinds(
     some: list[int], params: list[Tensor], grads: list[Tensor]
 ) -> list[tuple[tuple[Any, ...], list[Tensor], list[int]]]:
-    """(dtype, whether all addresses are multiples of 16 bytes), the parameters, made dense,
-    and their positions: what one launch takes.
+    """Returns (dtype, whether all addresses are multiples of 16 bytes), the parameters, made
+    dense, and their positions: what one launch takes.
     """
     kinds: dict[tuple[Any, ...], tuple[list[Tensor], list[int]]] = {}
     for k in some:

@@ -1,0 +1,322 @@
+"""What the losses' kernels are compiled for, and their launches."""
+
+import functools
+import typing
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ...core import triton_ops
+from .kernels import Form, add_up_kernel, loss_kernel, scale_kernel
+
+FEW = 3  # passes
+MOST_THREADS = 256  # with more one has too few registers
+COUNTED_BY_EACH = 4096  # labels up to which every program counts those that are not ignored
+NO_FORM = Form(*[typing.cast(Any, None)] * len(Form._fields))
+
+
+class PassRows(typing.NamedTuple):
+    """Holds the passes of a list of tensors [N, C] or [k, N, C], as kernels take them."""
+
+    tensors: tuple[Tensor, ...]
+    row_strides: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensors: list[Tensor]) -> "PassRows":
+        passes = tuple(one for x in tensors for one in (x.unbind() if x.dim() == 3 else (x,)))
+        row_strides, strides = zip(*(one.stride() for one in passes), strict=True)
+        return cls(passes, row_strides, strides)
+
+    def some(self, at: int) -> "PassRows":
+        """Returns those from `at` on that a program can hold."""
+        few = slice(at, at + FEW)
+        return PassRows(self.tensors[few], self.row_strides[few], self.strides[few])
+
+    @property
+    def addresses(self) -> list[tuple[int, int, int]]:
+        """By pass its address and strides."""
+        return [
+            (one.data_ptr(), down, along)
+            for one, down, along in zip(self.tensors, self.row_strides, self.strides, strict=True)
+        ]
+
+    @property
+    def dense(self) -> bool:
+        return self.tensors[0].shape[1] == 1 or all(stride == 1 for stride in self.strides)
+
+    def aligned(self, run: int) -> bool:
+        """Returns whether all rows begin with whole runs of so many elements, and end with one,
+        of 16 bytes or more.
+        """
+        return (
+            self.dense
+            and self.tensors[0].shape[1] % run == 0
+            and all(stride % run == 0 for stride in self.row_strides)
+            and all(one.data_ptr() % 16 == 0 for one in self.tensors)
+        )
+
+    def in_runs(self, run: int) -> "PassRows":
+        """Returns the same with row strides counted in runs."""
+        return self._replace(row_strides=tuple(stride // run for stride in self.row_strides))
+
+
+class Block(typing.NamedTuple):
+    """Holds the part of a form that says what a block is, and a program's warps."""
+
+    ROWS: int
+    RUNS: int
+    RUN: int
+    ONE_BLOCK: bool
+    TAIL: bool
+    ALIGNED: bool
+    warps: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The fields that are a form's."""
+        options = self._asdict()
+        del options["warps"]
+        return options
+
+
+def _run(passes: int, itemsize: int) -> int:
+    """Returns the elements of a pass in a thread, neighbours: 128 bits, or 64 where many passes
+    want registers.
+    """
+    return 16 // itemsize if passes <= FEW or itemsize > 2 else 4
+
+
+def _registers(few: bool) -> dict[str, int]:
+    """Returns what keeps NVIDIA's assembler from spilling a few of many passes' registers to reach
+    a round number of them.
+    """
+    return {} if few or torch.version.hip else {"maxnreg": 255}
+
+
+@functools.cache
+def _block(
+    samples: int, classes: int, passes: int, itemsize: int, aligned: bool, lanes: int
+) -> Block:
+    # a mask is as many scalar registers
+    each = _run(passes, itemsize) if aligned else min(_run(passes, itemsize), 128 // lanes)
+    block = min(triton.next_power_of_2(classes), MOST_THREADS * each)
+    run = min(each, block)
+    # several samples in a thread have addresses of their own, by pass
+    held = each if passes <= FEW else min(each, 2)
+    rows = max(1, min(triton.next_power_of_2(samples), MOST_THREADS * held // block))
+    return Block(
+        ROWS=rows,
+        RUNS=block // run,
+        RUN=run,
+        ONE_BLOCK=classes <= block,
+        TAIL=classes % block != 0,
+        ALIGNED=aligned,
+        warps=max(rows * block // (lanes * (held if rows > 1 else each)), 1),
+    )
+
+
+_constexprs = functools.cache(triton_ops.constexprs)
+
+
+@functools.cache
+def _device(device: torch.device) -> tuple[int, int]:
+    """Returns a GPU's processors, and the bytes of its cache."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.L2_cache_size
+
+
+def _programs(block: Block, passes: PassRows, device: torch.device) -> int:
+    """Returns how many programs share the samples. What is visited more than once is to stay in
+    the cache until the last visit.
+    """
+    samples, classes = passes.tensors[0].shape
+    tiles: int = triton.cdiv(samples, block.ROWS)
+    if device.type == "cpu":  # the interpreter: a few, for their loops to go round
+        return max(1, min(tiles, 3))
+    if block.ONE_BLOCK:
+        return max(1, min(tiles, 2**31 - 1))
+    processors, cache = _device(device)
+    row = len(passes.tensors) * classes * passes.tensors[0].element_size()
+    return max(1, min(tiles, max(processors, cache // 2 // row)))
+
+
+def _evaluate(
+    logits: list[Tensor],
+    labels: Tensor | None,
+    gradients: list[Tensor],
+    *,
+    js_weight: float,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    regression: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor]:
+    """Computes the loss and its parts; writes the gradients of the logits that need them where
+    `gradients` (by tensor) says.
+    """
+    first = logits[0]
+    passes, into = PassRows.of(logits), PassRows.of(gradients)
+    (samples, classes), count = passes.tensors[0].shape, len(passes.tensors)
+    kind, row_stride, stride = "none", 0, 0
+    involved = [passes, into]
+    if labels is not None:
+        kind, row_stride = "indices", labels.stride(0)
+        if labels.is_floating_point():
+            kind, stride = "soft", labels.stride(1)
+            involved.append(PassRows((labels,), (row_stride,), (stride,)))
+    run = _run(count, first.element_size())
+    aligned = all(x.aligned(run) for x in involved)
+    if aligned:
+        passes, into = passes.in_runs(run), into.in_runs(run)
+        row_stride = row_stride // run if kind == "soft" else row_stride
+    block = _block(samples, classes, count, first.element_size(), aligned, triton_ops.lanes())
+    programs = _programs(block, passes, first.device)
+    wide = first.dtype == torch.float64
+    dtype, by_row = torch.float64 if wide else torch.float32, reduction == "none"
+    one_program = programs == 1 and not by_row
+    needed = [
+        need
+        for x, need in zip(logits, needs, strict=True)
+        for _ in range(len(x) if x.dim() == 3 else 1)
+    ]
+    smooth, few = kind != "none" and label_smoothing > 0, count <= FEW
+    form = Form(
+        PASSES=count,
+        FEW=few,
+        STORAGE=triton_ops.DTYPES[first.dtype],
+        FIRST=int(labels is not None),
+        **block.options,
+        DENSE=all(x.dense for x in involved),
+        DTYPE=triton_ops.DTYPES[dtype],
+        EXACT=first.dtype == dtype,
+        REGRESSION=regression,
+        LABELS=kind,
+        SMOOTH=smooth,
+        LABEL_SUMS=smooth or kind == "soft",
+        NEEDS=sum(need << k for k, need in enumerate(needed)),
+        MEAN=reduction == "mean",
+        BY_ROW=by_row,
+        ONE_PROGRAM=one_program,
+        IN_PLACE=False,
+    )
+    kept = None
+    if labels is not None and kind == "indices" and reduction == "mean":
+        if samples > COUNTED_BY_EACH:
+            kept = (labels != ignore_index).sum()
+    loss = first.new_empty((samples,) if by_row else (), dtype=dtype)
+    parts = first.new_empty((3, samples) if by_row else (3,), dtype=dtype)
+    rows = parts if by_row or one_program else first.new_empty(3 * samples + 1, dtype=dtype)
+    weight, smoothing = triton_ops.bits(js_weight), triton_ops.bits(label_smoothing)
+    table = None
+    if not few:
+        table = triton_ops.to_device(
+            [x for part in (passes, into) for one in part.addresses for x in one],
+            torch.int64,
+            first.device,
+        )
+    with triton_ops.on(first):
+        loss_kernel[(programs,)](
+            *((*passes, *into) if few else [None] * 6),
+            table,
+            labels,
+            row_stride,
+            stride,
+            kept,
+            loss,
+            rows,
+            samples,
+            classes,
+            weight,
+            smoothing,
+            ignore_index,
+            _constexprs(form),
+            num_warps=block.warps,
+            **_registers(few),
+        )
+        if not (by_row or one_program):
+            form = NO_FORM._replace(DTYPE=triton_ops.DTYPES[dtype])
+            add_up_kernel[(1,)](rows, loss, parts, samples, weight, _constexprs(form), num_warps=8)
+    return loss, parts
+
+
+def uegr_loss(
+    logits: list[Tensor], labels: Tensor | None, *, needs: list[bool], **options: Any
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Computes the loss, its parts and the gradients that are needed, as the reference does."""
+    into = [x.new_empty(x.shape) if need else x for x, need in zip(logits, needs, strict=True)]
+    loss, parts = _evaluate(logits, labels, into, needs=needs, **options)
+    return loss, parts, [x for x, need in zip(into, needs, strict=True) if need]
+
+
+def uegr_loss_(
+    logits: list[Tensor], labels: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Computes the loss and its parts, and writes gradients over the logits that need one."""
+    return _evaluate(logits, labels, logits, **options)
+
+
+def scale_gradients(gradients: list[Tensor], grad_loss: Tensor, parts: Tensor) -> list[Tensor]:
+    """Applies the chain rule, as the reference does."""
+    scaled = [g.new_empty(g.shape) for g in gradients]
+    _scale(gradients, scaled, grad_loss, in_place=False)
+    return scaled
+
+
+def scale_gradients_(gradients: list[Tensor], grad_loss: Tensor) -> None:
+    """Applies the chain rule in place; gradients whose factor is 1 are not touched."""
+    _scale(gradients, gradients, grad_loss, in_place=True)
+
+
+def _scale(
+    gradients: list[Tensor], scaled: list[Tensor], factor: Tensor, *, in_place: bool
+) -> None:
+    if len(gradients) > 1 and any(
+        g.shape[-2:] != gradients[0].shape[-2:] or g.dtype != gradients[0].dtype for g in gradients
+    ):
+        # those of hidden states, weight and bias
+        for g, into in zip(gradients, scaled, strict=True):
+            _scale([g], [into], factor, in_place=in_place)
+        return
+    if not gradients or gradients[0].numel() == 0:
+        return
+    if gradients[0].dim() == 1:
+        gradients, scaled = ([x[None] for x in some] for some in (gradients, scaled))
+    passes, results = PassRows.of(gradients), PassRows.of(scaled)
+    for at in range(0, len(passes.tensors), FEW):
+        _scale_passes(passes.some(at), results.some(at), factor, in_place)
+
+
+def _scale_passes(passes: PassRows, into: PassRows, factor: Tensor, in_place: bool) -> None:
+    first, count = passes.tensors[0], len(passes.tensors)
+    (samples, classes), run = first.shape, _run(count, first.element_size())
+    aligned = passes.aligned(run) and into.aligned(run)
+    if aligned:
+        passes, into = passes.in_runs(run), into.in_runs(run)
+    block = _block(samples, classes, count, first.element_size(), aligned, triton_ops.lanes())
+    by_row = factor.dim() > 0
+    form = NO_FORM._replace(
+        PASSES=count,
+        FEW=True,
+        **block.options,
+        DENSE=passes.dense and into.dense,
+        DTYPE=triton_ops.DTYPES[factor.dtype],
+        BY_ROW=by_row,
+        IN_PLACE=in_place,
+    )
+    pieces = triton.cdiv(samples, block.ROWS) * triton.cdiv(classes, block.RUNS * block.RUN)
+    programs = min(pieces, 3 if first.device.type == "cpu" else 2**16)
+    with triton_ops.on(first):
+        scale_kernel[(programs,)](
+            *passes,
+            *into,
+            factor,
+            factor.stride(0) if by_row else 0,
+            samples,
+            classes,
+            _constexprs(form),
+            num_warps=block.warps,
+        )
