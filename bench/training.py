@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import uegr_kernels as uk
 from uegr_kernels.analysis.attack import STRENGTHS
-from uegr_kernels.demo import UNKNOWN, Texts, encode, vocabulary, words_of
+from uegr_kernels.finetune.data import UNKNOWN, Texts, encode, vocabulary, words_of
 from uegr_kernels.models import MODELS
 
 PAIR = " ||| "  # between the two texts of a pair

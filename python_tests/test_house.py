@@ -20,7 +20,7 @@ FOLDERS = {
     for folder in (ROOT / PACKAGE).iterdir()
     if folder.is_dir() and folder.name[0] != "_"
 }
-OPERATORS = sorted(FOLDERS - {"core", "recipes", "analysis", "integrations"})
+OPERATORS = sorted(FOLDERS - {"core", "recipes", "analysis", "integrations", "finetune"})
 OPERATOR = f"({'|'.join(OPERATORS)})"
 LAYERS = ("api", "op", "reference", "triton")
 MODULES = (
@@ -28,7 +28,7 @@ MODULES = (
     "recipes",
     "analysis",
     "integrations",
-    "demo",
+    "finetune",
     "models",
     "core",
     "_bindings",
@@ -315,23 +315,29 @@ def bistage_imports(path, text):
 
 
 @rule(
-    "`recipes`, `analysis` and `integrations` use public names, as a user would; `recipes` and "
-    "`analysis` use `core.checks` too",
-    f"{PACKAGE}/(recipes|analysis|integrations)/.*",
+    "`recipes`, `analysis`, `integrations` and `finetune` use public names, as a user would; "
+    "`recipes` and `analysis` use `core.checks` too",
+    f"{PACKAGE}/(recipes|analysis|integrations|finetune)/.*",
     bad=[
         "uegr_kernels/recipes/weight_ascent.py | from ..core import philox",
         "uegr_kernels/analysis/cka.py | from ..selective.op import SCHEMAS",
         "uegr_kernels/integrations/transformers.py | from ..core import checks",
+        "uegr_kernels/finetune/command.py | from ..core import native",
+        "uegr_kernels/finetune/train.py | from ..selective.api import SelectiveAdamW",
     ],
     good=[
         "uegr_kernels/recipes/weight_ascent.py | from .. import perturbed_weights\nfrom ..bistage "
         "import BiStage",
         "uegr_kernels/recipes/recipe.py | from ..core import checks\nfrom ..core.checks import "
         "number",
+        "uegr_kernels/finetune/train.py | from .. import recipes\nfrom ..analysis import cka\n"
+        "from ..models import MODELS\nfrom .data import Data",
     ],
 )
 def recipes_import(path, text):
-    allowed = ("public", "bistage", "recipes", "analysis", "integrations")
+    allowed = {"public", "bistage", "recipes", "analysis", "integrations"}
+    if path.parent.name == "finetune":
+        allowed |= {"models", "finetune"}
 
     def may(entry: Import) -> bool:
         checks = path.parent.name in ("recipes", "analysis") and entry.module.startswith(
@@ -343,9 +349,26 @@ def recipes_import(path, text):
 
 
 @rule(
+    "`finetune` is the commands' alone: in the package only `__main__` imports it",
+    f"{PACKAGE}/(?!finetune/).*",
+    bad=[
+        "uegr_kernels/analysis/cka.py | from ..finetune import data",
+        "uegr_kernels/__init__.py | from .finetune.train import train",
+    ],
+    good=["uegr_kernels/__main__.py | def main():\n  from .finetune import command"],
+)
+def finetune_is_imported(path, text):
+    return unless(
+        lambda entry: entry.layer != "finetune" or (path.name == "__main__.py" and entry.lazy),
+        path,
+        text,
+    )
+
+
+@rule(
     "The package needs torch alone: anything else is imported inside a function (Triton by "
     "triton.py and core/triton_ops.py)",
-    f"{PACKAGE}/(?!integrations/|demo.py|.*triton(_ops)?.py).*",
+    f"{PACKAGE}/(?!integrations/|.*triton(_ops)?.py).*",
     bad=[
         "uegr_kernels/analysis/cka.py | import matplotlib.pyplot as plt",
         "uegr_kernels/core/backends.py | try:\n  import triton\nexcept ImportError: ...",
@@ -518,7 +541,7 @@ def errors(path, text):
         for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.Assert)
     )
-    if path.name not in ("__main__.py", "demo.py"):
+    if path.name != "__main__.py":
         yield from (
             f"line {line} calls exit" for line, name in calls(text) if name in ("exit", "quit")
         )
