@@ -12,7 +12,7 @@ import sys
 import torch
 
 from . import harness, machine, plot, readme, sharded_model
-from .tables import origins, table
+from .tables import origins, results
 
 HERE = pathlib.Path(__file__).parent
 SUITES = {path.stem.removeprefix("bench_"): path for path in sorted(HERE.glob("bench_*.py"))}
@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "readme":
         return readme.update(options.check)
     if options.command == "sharded":
-        print(sharded_model.table(sharded_model.from_arguments(options)))
+        print(sharded_model.comparison(sharded_model.from_arguments(options)))
         return 0
     if options.device == "cuda" and (reason := machine.no_gpu()):
         print(f"--device cuda needs a GPU: {reason}; or use --device cpu", file=sys.stderr)
@@ -177,11 +177,11 @@ def run(options: argparse.Namespace, command: str) -> int:
             wrong += [f"{case.name}: {line[key]}" for key in ("error", "skipped") if key in line]
             everything = harness.keep(path, line, [each.name for each in cases])
             path.with_suffix(".md").write_text(
-                f"# {options.command}\n\n{table(everything)}\n\n{origins(everything)}\n"
+                f"# {options.command}\n\n{results(everything)}\n\n{origins(everything)}\n"
             )
     drawn = plot.pictures(path, everything)
     written = ", ".join(map(str, [path, path.with_suffix(".md"), *drawn]))
-    print(f"{table(lines)}\n\n{origins(lines)}\n\nWritten: {written}")
+    print(f"{results(lines)}\n\n{origins(lines)}\n\nWritten: {written}")
     print(
         "".join(f"\nno figure for {reason}" for reason in wrong),
         end="\n" if wrong else "",

@@ -106,7 +106,7 @@ def accuracy() -> str:
 BLOCKS = [
     Block(HERE.parent / "README.md", "figures", figures),
     Block(HERE.parent / "README.md", "accuracy", accuracy),
-    Block(HERE / "README.md", "sharded", sharded_model.default_table),
+    Block(HERE / "README.md", "sharded", sharded_model.default_comparison),
 ]
 
 

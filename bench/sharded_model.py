@@ -6,6 +6,8 @@ import argparse
 import math
 from dataclasses import dataclass, fields
 
+from . import tables
+
 # bytes AdamW moves for one element in float32: parameter 4 + 4, gradient 4, two moments 8 + 8
 ELEMENT = 28
 SECOND_READ = 4  # of the gradient, where min-max is taken over this step's
@@ -55,7 +57,7 @@ def passes_seconds(given: Training, passes: float) -> float:
     )
 
 
-def table(given: Training) -> str:
+def comparison(given: Training) -> str:
     """The model's quantities for AdamW and for the selective step with either kind of
     statistics.
     """
@@ -83,12 +85,12 @@ def table(given: Training) -> str:
             "the optimizer's share of a training step": f"{100 * (update + joining) / whole:.2g} %",
         }.items():
             rows.setdefault(name, []).append(text)
-    texts = [f"| | {' | '.join(kinds)} |", "| --- " * (1 + len(kinds)) + "|"]
-    return "\n".join(texts + [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()])
+    return tables.table(["", *kinds], ([name, *cells] for name, cells in rows.items()))
 
 
-def default_table() -> str:
-    return table(Training())
+def default_comparison() -> str:
+    """Returns the comparison at the defaults."""
+    return comparison(Training())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

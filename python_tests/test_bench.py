@@ -166,7 +166,7 @@ def test_peers_that_cannot_run_are_named_with_the_reason():
     assert found["fails"] == {"name": "fails", "missing": "RuntimeError: needs a GPU"}
     assert found["absent"] == {"name": "absent", "missing": "it is not installed"}
     assert found["large"]["missing"].startswith("takes 1000000000.0 GB beside the tensors")
-    for text in (tables.table([line]), tables.missing([line])):
+    for text in (tables.results([line]), tables.missing([line])):
         for reason in ("needs a GPU", "it is not installed", "takes 1000000000.0 GB"):
             assert reason in text
     assert "slow" not in tables.missing([line])
@@ -178,7 +178,7 @@ def test_a_case_too_large_is_listed_with_its_size():
         line["skipped"] == ("needs 1000000.0 GB, more than 80% of what is free")
         and "contestants" not in line
     )
-    assert "skipped: needs 1000000.0 GB" in tables.table([line])
+    assert "skipped: needs 1000000.0 GB" in tables.results([line])
     assert "some (needs 1000000.0 GB" in tables.missing([line])
 
 
@@ -188,7 +188,7 @@ def test_a_case_that_is_wrong_has_no_figures():
         line["error"] == ("ours and the reference disagree: 3 of 4 elements")
         and "contestants" not in line
     )
-    assert "3 of 4 elements" in tables.table([line])
+    assert "3 of 4 elements" in tables.results([line])
 
 
 def test_threads_of_a_case_are_its_own():
@@ -330,7 +330,7 @@ def test_the_model_of_sharded_training_is_arithmetic(capsys):
     )
     assert bench.main(["sharded", *arguments.split(), "--utilization", "0.5"]) == 0
     printed = capsys.readouterr().out
-    assert printed.strip() == sharded_model.table(given)
+    assert printed.strip() == sharded_model.comparison(given)
     assert "| bytes of the step, GB a GPU | 3.5 | 4 | 3.5 |" in printed
     assert "| its time at the memory's bandwidth, ms | 3.5 | 4 | 3.5 |" in printed
     assert "| time of all of them, ms | 0 | 7.6 | 7.6 |" in printed

@@ -121,7 +121,7 @@ class Training:
 
     keep     the probability that an element is updated;  epsilon  of FGM, under which the loss is
         taken (AT); 0: the clean loss
-    spread   standard deviation of the weights at the start
+    deviation  standard deviation of the weights at the start
     The second half of the epochs runs at a tenth of the learning rate.
     """
 
@@ -130,7 +130,7 @@ class Training:
     epsilon: float = 0.0
     batch: int = 16
     lr: float = 1.0
-    spread: float = 0.1
+    deviation: float = 0.1
 
     def rate(self, epoch: int) -> float:
         return self.lr if epoch < self.epochs // 2 else self.lr / 10
@@ -153,7 +153,7 @@ def chain(
 ) -> Tensor:
     """The weights [epochs + 1, D] of one run."""
     torch.manual_seed(seed)
-    model.flat = how.spread * torch.randn(len(model.flat))
+    model.flat = how.deviation * torch.randn(len(model.flat))
     optimizer = sgd(list(model.linear.parameters()), how.lr, how.keep)
     recipe = uk.recipes.at(model, model.embedding, optimizer, epsilon=how.epsilon, clean_weight=0.0)
     found = [model.flat]
@@ -179,7 +179,7 @@ def by_epoch(
     H and C are whole matrices, of the loss that was trained on; `curvature` says how. "the same,
     attack fixed" is by power iteration.
     """
-    s = torch.eye(chains.shape[2], dtype=torch.float64) * how.spread**2
+    s = torch.eye(chains.shape[2], dtype=torch.float64) * how.deviation**2
     start = MultivariateNormal(torch.zeros(len(s), dtype=torch.float64), s)
     steps, found = len(train[1]) // how.batch, []
     model.flat = chains[:, 0].mean(0)
