@@ -164,30 +164,32 @@ def run(options: argparse.Namespace, command: str) -> int:
         "warning": warning,
     }
     size = 2**26 if options.quick else 2**28 if options.device == "cpu" else 2**30
-    copy, lines, wrong = machine.Copy(size, options.device), [], []
+    copy, records, wrong = machine.Copy(size, options.device), [], []
     with harness.progress(rounds * len(chosen)) as tick:
         for case in chosen:
             tick(case.name, 0)
-            line = about | harness.measure(
+            record = about | harness.measure(
                 case, rounds, copy, lambda name=case.name: tick(name, 1), options.without
             )
-            if "contestants" not in line:
+            if "contestants" not in record:
                 tick(case.name, rounds)
-            lines.append(line)
-            wrong += [f"{case.name}: {line[key]}" for key in ("error", "skipped") if key in line]
-            everything = harness.keep(path, line, [each.name for each in cases])
+            records.append(record)
+            wrong += [
+                f"{case.name}: {record[key]}" for key in ("error", "skipped") if key in record
+            ]
+            everything = harness.keep(path, record, [each.name for each in cases])
             path.with_suffix(".md").write_text(
                 f"# {options.command}\n\n{results(everything)}\n\n{origins(everything)}\n"
             )
     drawn = plot.pictures(path, everything)
     written = ", ".join(map(str, [path, path.with_suffix(".md"), *drawn]))
-    print(f"{results(lines)}\n\n{origins(lines)}\n\nWritten: {written}")
+    print(f"{results(records)}\n\n{origins(records)}\n\nWritten: {written}")
     print(
         "".join(f"\nno figure for {reason}" for reason in wrong),
         end="\n" if wrong else "",
         file=sys.stderr,
     )
-    return int(any("error" in line for line in lines))
+    return int(any("error" in record for record in records))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from uegr_kernels.core import backends
 
 from . import peers, shapes
 from .harness import Case, Contestant
-from .machine import Step
+from .timer import Step
 
 JS_WEIGHT = 0.01
 BRAIN = torch.bfloat16

@@ -9,7 +9,7 @@ from uegr_kernels.core import backends
 
 from . import peers, shapes
 from .harness import Case, Contestant
-from .machine import Step
+from .timer import Step
 
 P = 0.3
 

@@ -13,7 +13,7 @@ from uegr_kernels.core import backends
 
 from . import peers, shapes
 from .harness import Case, Contestant
-from .machine import Step
+from .timer import Step
 
 # bytes up to which a second read of a gradient is served by a cache and moves nothing
 IN_CACHE = {"cpu": 2**20, "cuda": 2**25}

@@ -285,18 +285,18 @@ def raised(waves: list[Wave], probed: float) -> list[Wave]:
     return found
 
 
-def judge_probe(line: dict, asked: list[str], dry_run: bool) -> Stop | None:
+def judge_probe(record: dict, asked: list[str], dry_run: bool) -> Stop | None:
     """Whether there is a GPU, and whether calls of the package there would be served by the
     backends that are to be measured.
     """
-    result = line.get("result", {})
-    if line["status"] != "passed" and "no_gpu" not in result:
+    result = record.get("result", {})
+    if record["status"] != "passed" and "no_gpu" not in result:
         other = (
             (f"; start bench.gpu with a Python that has it, not with {sys.executable}")
-            if "No module named" in line["message"]
+            if "No module named" in record["message"]
             else ""
         )
-        return Stop(NO_GPU, f"the probe came to no answer ({line['message']}){other}")
+        return Stop(NO_GPU, f"the probe came to no answer ({record['message']}){other}")
     if result["no_gpu"] and not dry_run:
         return Stop(NO_GPU, f"No GPU was found: {result['no_gpu']}")
     for backend in asked:
@@ -313,20 +313,20 @@ def judge_probe(line: dict, asked: list[str], dry_run: bool) -> Stop | None:
     return None
 
 
-def judge(stage: Stage, line: dict) -> Stop | None:
+def judge(stage: Stage, record: dict) -> Stop | None:
     """Of every other stage."""
-    found = line.get("result", {}).get("backend")
+    found = record.get("result", {}).get("backend")
     # pytest's own exit status 4 means something else, and another program's anything.
     ours = stage.least_tests is None and stage.program is None
-    if (ours and line.get("exit") == WRONG_BACKEND) or (
+    if (ours and record.get("exit") == WRONG_BACKEND) or (
         stage.backend and found and found != stage.backend
     ):
-        words = line.get(
+        words = record.get(
             "message",
             f"{stage.name} was to measure {stage.backend}, and the backend in use is {found}",
         )
         return Stop(WRONG_BACKEND, words)
-    return too_few(stage, line)
+    return too_few(stage, record)
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
@@ -414,22 +414,24 @@ def work(options: argparse.Namespace, output: Output) -> int:
     found: dict = {}
 
     def probe(again: str) -> Stop | None:
-        """Its line is judged; what it found stays."""
+        """Its record is judged; what it found stays."""
         stage = dataclasses.replace(
             PROBE,
             name=f"probe{again}",
             command=(*PROBE.command, "--no-gpu") if without_gpu else PROBE.command,
         )
-        lines: list[dict] = []
+        records: list[dict] = []
         fell = run(
-            [alone(stage)], output, until, lambda _, line: lines.append(line), gpu_report.show
+            [alone(stage)], output, until, lambda _, record: records.append(record), gpu_report.show
         )
-        found.update(lines[0].get("result", {}) if lines else {})
-        return fell or judge_probe(lines[0] if lines else output.lines[-1], asked, without_gpu)
+        found.update(records[0].get("result", {}) if records else {})
+        return fell or judge_probe(
+            records[0] if records else output.records[-1], asked, without_gpu
+        )
 
     stop = None if options.build_only else probe("")
     # a first import from a cold disk can take that long
-    if stop and not found and output.lines[-1]["status"] == "killed":
+    if stop and not found and output.records[-1]["status"] == "killed":
         stop = probe("-again")
     buildable = (
         found.get("cuda") and found.get("nvcc") and "cuda" in asked and found["backends"]["cuda"]
@@ -441,7 +443,9 @@ def work(options: argparse.Namespace, output: Output) -> int:
         stop = probe("-after-build")
     if stop is None and not options.build_only:
         probed = [
-            line.get("seconds", 0.0) for line in output.lines if line["stage"].startswith("probe")
+            record.get("seconds", 0.0)
+            for record in output.records
+            if record["stage"].startswith("probe")
         ][-1]
         stop = run(
             dry_plan() if options.dry_run else raised(options.waves, probed),
@@ -455,21 +459,21 @@ def work(options: argparse.Namespace, output: Output) -> int:
             command = " ".join(
                 ["python3" if word == sys.executable else word for word in stage.command]
             )
-            line = {
+            record = {
                 "stage": stage.name,
                 "status": "would run",
                 "message": command,
                 "limit": stage.limit,
             }
-            output.keep(line)
-            gpu_report.show(line)
+            output.keep(record)
+            gpu_report.show(record)
     if stop is not None:
         output.keep({"stage": "end", "status": "stopped", "message": stop.reason})
         return stop.status
     bad = [
-        line
-        for line in output.lines
-        if line["status"] in ("failed", "crashed", "killed") and line["stage"] != "probe"
+        record
+        for record in output.records
+        if record["status"] in ("failed", "crashed", "killed") and record["stage"] != "probe"
     ]
     return FAILED if bad else OK
 

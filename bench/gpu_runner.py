@@ -116,7 +116,7 @@ class Output:
                 f"{', '.join(others[:9])}; name a new folder"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.run, self.lines, self.logs = (
+        self.folder, self.run, self.records, self.logs = (
             folder,
             time.strftime("%Y%m%d-%H%M%S", time.gmtime()),
             [],
@@ -145,27 +145,27 @@ class Output:
                 pass
             yield
 
-    def keep(self, line: dict, log: bytes = b"") -> str | None:
+    def keep(self, record: dict, log: bytes = b"") -> str | None:
         """On the disk when this returns, or why not: a full disk ends nothing."""
-        line = {"run": self.run} | line
-        self.lines.append(line)
+        record = {"run": self.run} | record
+        self.records.append(record)
         try:
-            self._put(line, log)
+            self._put(record, log)
         except OSError as error:
-            return f"{line['stage']} is not kept: {error}"
+            return f"{record['stage']} is not kept: {error}"
         return None
 
-    def _put(self, line: dict, log: bytes) -> None:
+    def _put(self, record: dict, log: bytes) -> None:
         with (self.folder / "gpu.jsonl").open("ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 cut = file.read() != b"\n"  # an earlier run was killed while it wrote
                 file.write(b"\n" * cut)
-            file.write(json.dumps(line).encode() + b"\n")
+            file.write(json.dumps(record).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
         if log:
-            self.logs[f"{self.run}-{line['stage']}.txt"] = log
+            self.logs[f"{self.run}-{record['stage']}.txt"] = log
             packed = io.BytesIO()
             with tarfile.open(fileobj=packed, mode="w:gz") as archive:
                 for name, text in self.logs.items():
@@ -204,14 +204,14 @@ def run(
     time.monotonic().
 
     Where less time is left than a wave may take, it and all after it fall. `judge` looks at each
-    line, and may stop the run.
+    record, and may stop the run.
     """
     reason: str | None = None
     stop: Stop | None = None
 
-    def said(line: dict, log: bytes = b"") -> None:
-        not_kept = output.keep(line, log)
-        show(line | ({"not_kept": not_kept} if not_kept else {}))
+    def said(record: dict, log: bytes = b"") -> None:
+        not_kept = output.keep(record, log)
+        show(record | ({"not_kept": not_kept} if not_kept else {}))
 
     for wave in waves:
         left = until - time.monotonic()
@@ -220,10 +220,10 @@ def run(
         waiting = list(wave.stages)
         if reason is None:
             with contextlib.closing(run_wave(wave)) as ended:
-                for stage, line, log in ended:
+                for stage, record, log in ended:
                     waiting.remove(stage)
-                    said(line, log)
-                    if stop := judge(stage, line):
+                    said(record, log)
+                    if stop := judge(stage, record):
                         reason = f"stopped: {stop.reason}"
                         break
         for stage in waiting:
@@ -234,7 +234,7 @@ def run(
 
 
 def run_wave(wave: Wave) -> Iterator[tuple[Stage, dict, bytes]]:
-    """Yields each stage as it ends, with its line and its log. No process of a stage outlives
+    """Yields each stage as it ends, with its record and its log. No process of a stage outlives
     it, nor the generator.
     """
     end = time.monotonic() + wave.limit
@@ -265,7 +265,7 @@ def run_wave(wave: Wave) -> Iterator[tuple[Stage, dict, bytes]]:
                         )
                 for each in [each for each in running if each.over()]:
                     running.remove(each)
-                    yield each.stage, each.line(), shortened(each.log)
+                    yield each.stage, each.record(), shortened(each.log)
                 time.sleep(0.02)
         finally:
             for each in running:
@@ -345,11 +345,11 @@ class Running:
             self.process.wait(DEATH)
         return len(behind)
 
-    def line(self) -> dict:
+    def record(self) -> dict:
         behind = self.kill()
         seconds, code = time.monotonic() - self.started, self.process.returncode
         result, cut = answers(self.answers)
-        line: dict = {
+        record: dict = {
             "stage": self.stage.name,
             "status": "passed",
             "seconds": round(seconds, 2),
@@ -357,29 +357,29 @@ class Running:
             "exit": code,
         }
         if self.killed or self.asked:
-            line |= {"status": "killed", "message": f"killed at its limit, after {seconds:.0f} s"}
+            record |= {"status": "killed", "message": f"killed at its limit, after {seconds:.0f} s"}
         elif code and self.stage.program and "begun" not in result:
-            line |= {
+            record |= {
                 "status": "left out",
                 "message": f"{self.stage.program} does not work here: {self.last_words()}",
             }
         elif code < 0:
-            line |= {
+            record |= {
                 "status": "crashed",
                 "message": f"died by {signal.Signals(-code).name}: {self.last_words()}",
             }
         elif code:
-            line |= {"status": "failed", "message": self.last_words()}
+            record |= {"status": "failed", "message": self.last_words()}
         elif cut or not (result or self.stage.silent):
-            line |= {
+            record |= {
                 "status": "failed",
                 "message": "its last line of answer is cut off"
                 if cut
                 else "it ended without an answer",
             }
         if behind:
-            line["left_behind"] = behind
-        return line | ({"result": result} if result else {})
+            record["left_behind"] = behind
+        return record | ({"result": result} if result else {})
 
     def last_words(self) -> str:
         lines = shortened(self.log)[-4000:].decode(errors="replace").split("\n")
@@ -446,15 +446,15 @@ def asked_to_stop() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def too_few(stage: Stage, line: dict) -> Stop | None:
+def too_few(stage: Stage, record: dict) -> Stop | None:
     """Where a stage's tests came to their end, and some of those expected did not run, or fewer
     were there than there must be.
 
-    One that was killed or crashed has not come to its end: its line says how far it came.
+    One that was killed or crashed has not come to its end: its record says how far it came.
     """
-    if stage.least_tests is None or line["status"] not in ("passed", "failed"):
+    if stage.least_tests is None or record["status"] not in ("passed", "failed"):
         return None
-    result = line.get("result", {})
+    result = record.get("result", {})
     expected, finished = (
         result.get("expected", 0),
         result.get("passed", 0) + len(result.get("failed", ())) + result.get("excused", 0),

@@ -32,6 +32,7 @@ from . import (
     harness,
     machine,
     shapes,
+    timer,
 )
 from .gpu_runner import END, WRONG_BACKEND, answer
 
@@ -112,7 +113,7 @@ def probe(no_gpu: str | None) -> dict:
             ".".join(map(str, torch.cuda.get_device_capability())) if torch.version.cuda else None
         )
         answer(said)  # ahead of the first kernel
-        said["copy_rate"] = harness.spread(machine.Copy(2**30, "cuda")(5))["median"]
+        said["copy_rate"] = timer.spread(machine.Copy(2**30, "cuda")(5))["median"]
     return said
 
 
@@ -360,7 +361,7 @@ def sweep(at: Place) -> harness.Case:
     def contestants() -> list[harness.Contestant]:
         ours = case.contestants()[0]
 
-        def setting(warps: int, group: int) -> machine.Step:
+        def setting(warps: int, group: int) -> timer.Step:
             def step() -> None:
                 triton_ops.WARPS, triton_ops.GROUP_BYTES = warps, group
                 ours.step()
@@ -403,11 +404,11 @@ def bench(make: Callable[[Place], harness.Case], at: Place) -> dict:
         return {"said": "compiled"}
     copy = machine.Copy(2**20 if at.small else 2**30, at.device)
     without = None if at.compiled else "torch.compile"
-    line = harness.measure(
+    record = harness.measure(
         case, 2 if at.small else 100, copy, lambda: None, without, until=at.until, profiled=False
     )
-    nothing_wrong(line.get("error"))
-    return line
+    nothing_wrong(record.get("error"))
+    return record
 
 
 # ---- A profile

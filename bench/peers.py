@@ -16,7 +16,7 @@ import uegr_kernels as uk
 from uegr_kernels.selective import reference
 
 from .harness import Contestant
-from .machine import Step
+from .timer import Step
 
 DEFAULTS = {
     name: given.default for name, given in inspect.signature(uk.SelectiveAdamW).parameters.items()

@@ -71,20 +71,22 @@ def figures() -> str:
     """A table and a picture for each file of results."""
     parts = []
     for path in sorted(RESULTS.glob("*-*.jsonl")):
-        lines = harness.read(path)
-        if not lines or "suite" not in lines[0]:
+        records = harness.read(path)
+        if not records or "suite" not in records[0]:
             continue
-        cases, peers = HEADLINES.get(lines[0]["suite"], ((), ()))
-        shown = [line for line in lines if line["case"] in cases] or lines
+        cases, peers = HEADLINES.get(records[0]["suite"], ((), ()))
+        shown = [record for record in records if record["case"] in cases] or records
         parts.append(
-            f"### {lines[0]['suite']}, {lines[0]['device']}\n\n{tables.summary(shown, peers)}"
+            f"### {records[0]['suite']}, {records[0]['device']}\n\n{tables.summary(shown, peers)}"
         )
         parts += [
-            f"{line['case']}: {tables.breakdown(line)}." for line in shown if "breakdown" in line
+            f"{record['case']}: {tables.breakdown(record)}."
+            for record in shown
+            if "breakdown" in record
         ]
         folder = RESULTS.relative_to(HERE.parent)
-        more = f"All {len(lines)} results: [{path.stem}.md]({folder}/{path.stem}.md)."
-        parts.append(f"{tables.missing(lines)} {more}".strip())
+        more = f"All {len(records)} results: [{path.stem}.md]({folder}/{path.stem}.md)."
+        parts.append(f"{tables.missing(records)} {more}".strip())
         if path.with_suffix(".png").exists():
             parts.append(f"![{path.stem}]({folder}/{path.stem}.png)")
         parts.append(tables.origins(shown[:1]))

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """Returns a table of these cells; a row may be short."""
     heads = list(heads)
-    lines = [f"| {' | '.join(heads)} |".replace("|  |", "| |"), "| --- " * len(heads) + "|"]
+    lines = ["|" + "".join(f" {head} |" if head else " |" for head in heads)]
+    lines.append("| --- " * len(heads) + "|")
     for row in map(list, rows):
         lines.append(f"| {' | '.join(row)} |" + " |" * (len(heads) - len(row)))
     return "\n".join(lines)

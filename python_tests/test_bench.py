@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import harness, machine, peers, readme, shapes, sharded_model, tables
+from bench import harness, machine, peers, readme, shapes, sharded_model, tables, timer
 
 README = harness.ROOT / "bench" / "README.md"
 
@@ -207,6 +207,46 @@ def test_launches_are_operators_that_nobody_else_calls():
 def test_memory_of_a_step_is_seen():
     extra = machine.peak_extra(lambda: torch.ones(2**24))
     assert extra is None or 2**25 < extra < 2**28
+
+
+# ---- The timer
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_ours_takes_its_turn_beside_each_peer(monkeypatch, device):
+    """The same rounds on both devices; a peer of few rounds leaves ours to the others."""
+    seen = []
+    seconds = {"ours": 2.0, "b": 1.0, "c": 4.0}
+
+    def sampled(step, repeats, where):
+        assert where == device
+        seen.append(step())
+        return seconds[seen[-1]]
+
+    monkeypatch.setattr(timer, "sample", sampled)
+    variants = {name: timer.Variant(lambda name=name: name) for name in ("ours", "b")}
+    variants["c"] = timer.Variant(lambda: "c", rounds=1)
+    times = timer.alternated(variants, 3, device)
+    assert "".join(name[0] for name in seen) == "oboc" + "ob" + "ob"
+    assert times["b"].ratios == [2.0] * 3 and times["c"].ratios == [0.5]
+    assert len(times["ours"].seconds) == 4 and not times["ours"].ratios
+    seen.clear()
+    assert timer.in_turn({name: variants[name].step for name in "bc"}, 2, device) == {
+        "b": [1.0, 1.0],
+        "c": [4.0, 4.0],
+    }
+    assert seen == ["b", "c"] * 2  # beside the warm-up
+
+
+def test_no_round_begins_after_the_end_but_the_first_three():
+    variants = {name: timer.Variant(lambda: None) for name in "ab"}
+    times = timer.alternated(variants, 9, "cpu", until=0.0)
+    assert len(times["a"].seconds) == timer.FEWEST
+
+
+def test_a_spread_is_the_median_with_its_quartiles():
+    assert timer.spread([4.0, 1.0, 2.0, 3.0, 5.0]) == {"median": 3.0, "q1": 2.0, "q3": 4.0}
+    assert timer.spread([0.123456789]) == {"median": 0.123457, "q1": 0.123457, "q3": 0.123457}
 
 
 # ---- What is timed

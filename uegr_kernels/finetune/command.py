@@ -222,7 +222,7 @@ def run(options: argparse.Namespace, again: str, why_slow: Callable[[], str | No
         arms,
         f"{options.model}, {len(data.train.labels):,} texts, {len(data.classes)} classes",
     )
-    print(f"\n{report.table(arms)}\n")
+    print(f"\n{report.comparison(arms)}\n")
     print(
         "FGM: one step of length epsilon (L2, per text) on the embedded words, where a word "
         "vector had length 1 at the start."

@@ -8,7 +8,7 @@ from .. import BiStage, SelectiveAdamW
 from .train import ARMS, ATTACKS, Arm
 
 
-def table(arms: dict[str, Arm]) -> str:
+def comparison(arms: dict[str, Arm]) -> str:
     """Returns accuracy, robustness and cost of both models as lines of text."""
     rows = [("", *ARMS), ("accuracy", *(f"{arms[name].accuracy[0]:.1%}" for name in ARMS))]
     for i, epsilon in enumerate(ATTACKS, 1):
