@@ -1,4 +1,4 @@
-"""`python -m bench` lists the suites, `python -m bench SUITE` runs one, `python -m bench
+"""Runs the suites: `python -m bench` lists them, `python -m bench SUITE` runs one, `python -m bench
 readme` puts the figures into README.md.
 """
 

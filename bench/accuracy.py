@@ -1,4 +1,4 @@
-"""`python -m bench.accuracy`: every method on real text (bench/evidence/accuracy.py)."""
+"""Runs `python -m bench.accuracy`, which stands in bench/evidence/accuracy.py."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`python -m bench.analyses`: looks at models trained on real text (bench/evidence/analyses.py)."""
+"""Runs `python -m bench.analyses`, which stands in bench/evidence/analyses.py."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`python -m bench.gpu`: builds where needed, then tests and times what needs a GPU, in eight
+"""Runs `python -m bench.gpu`: builds where needed, then tests and times what needs a GPU, in eight
 minutes; docs/gpu.md is its manual.
 
 This process never touches the GPU and imports no torch: each stage is a process of its own
@@ -85,8 +85,8 @@ def case(
     environment: dict[str, str] | None = None,
     program: str | None = None,
 ) -> Stage:
-    """A case of gpu_stages.py: the one of the stage's name, or `of`. before: a program that
-    runs it.
+    """Returns the stage of a case of gpu_stages.py: the one of the stage's name, or `of`. before: a
+    program that runs it.
     """
     command = (*before, sys.executable, "-m", "bench.gpu_stages", of or name, *options)
     return Stage(
@@ -112,8 +112,8 @@ def bench(
 
 
 def tests(backend: str, limit: float, *options: str) -> Stage:
-    """Those of test_gpu.py for one backend, in parallel where pytest-xdist is there, each with
-    a limit where pytest-timeout is.
+    """Returns the tests of test_gpu.py for one backend, in parallel where pytest-xdist is there,
+    each with a limit where pytest-timeout is.
     """
     command = [
         sys.executable,
@@ -143,7 +143,7 @@ def tests(backend: str, limit: float, *options: str) -> Stage:
 
 
 def plan() -> list[Wave]:
-    """Everything after the probe: correctness before speed, small before large, CUDA before
+    """Returns everything after the probe: correctness before speed, small before large, CUDA before
     Triton, the sanitizers and compilers late.
     """
     one_at_a_time = {"CUDA_LAUNCH_BLOCKING": "1"}
@@ -219,8 +219,8 @@ PROBE = case("probe", 25, backend=None)
 
 
 def dry_plan() -> list[Wave]:
-    """What needs no GPU: every test collected, every case built and run at a small size on the
-    CPU.
+    """Returns what needs no GPU: every test collected, every case built and run at a small size on
+    the CPU.
     """
     collecting = [tests(backend, 120, "--collect-only") for backend in TESTS]
     collecting = [
@@ -242,8 +242,8 @@ def builder(limit: float) -> Stage:
 
 
 def chosen(waves: list[Wave], wanted: str) -> list[Wave]:
-    """The stages named, by their whole name or by its first word; ValueError for a name that
-    is none.
+    """Returns the stages named, by their whole name or by its first word; ValueError for a name
+    that is none.
     """
     names = [stage.name for wave in waves for stage in wave.stages]
     known = {*names, *(name.split("-")[0] for name in names), "probe"}
@@ -268,7 +268,7 @@ def chosen(waves: list[Wave], wanted: str) -> list[Wave]:
 
 
 def raised(waves: list[Wave], probed: float) -> list[Wave]:
-    """The limits for a machine on which processes start slowly: its probe took so many
+    """Returns the limits for a machine on which processes start slowly: its probe took so many
     seconds. The budget stays.
     """
     more = min(max(0.0, probed - START), MOST)
@@ -286,7 +286,7 @@ def raised(waves: list[Wave], probed: float) -> list[Wave]:
 
 
 def judge_probe(record: dict, asked: list[str], dry_run: bool) -> Stop | None:
-    """Whether there is a GPU, and whether calls of the package there would be served by the
+    """Judges whether there is a GPU, and whether calls of the package there would be served by the
     backends that are to be measured.
     """
     result = record.get("result", {})
@@ -314,7 +314,7 @@ def judge_probe(record: dict, asked: list[str], dry_run: bool) -> Stop | None:
 
 
 def judge(stage: Stage, record: dict) -> Stop | None:
-    """Of every other stage."""
+    """Judges every other stage."""
     found = record.get("result", {}).get("backend")
     # pytest's own exit status 4 means something else, and another program's anything.
     ours = stage.least_tests is None and stage.program is None
@@ -479,7 +479,7 @@ def work(options: argparse.Namespace, output: Output) -> int:
 
 
 def building(limit: float, found: dict) -> Stage:
-    """For this machine's own GPU alone, where there is one and no other is named."""
+    """Builds for this machine's own GPU alone, where there is one and no other is named."""
     stage = builder(limit)
     own = (
         {"TORCH_CUDA_ARCH_LIST": found["capability"]}

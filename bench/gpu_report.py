@@ -18,7 +18,7 @@ FACTS = ("gpu", "driver", "torch", "cuda", "triton", "python", "commit", "proces
 
 
 def say(text: str) -> None:
-    """To whoever listens: a terminal or a pipe that is gone ends nothing."""
+    """Prints to whoever listens: a terminal or a pipe that is gone ends nothing."""
     coding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
         print(text.encode(coding, "backslashreplace").decode(coding), flush=True)
@@ -27,7 +27,7 @@ def say(text: str) -> None:
 
 
 def show(record: dict) -> None:
-    """As the stage ends. What cannot be shown is in gpu.jsonl, and ends nothing."""
+    """Shows a stage as it ends. What cannot be shown is in gpu.jsonl, and ends nothing."""
     if "not_kept" in record:
         say(record["not_kept"])
     try:
@@ -40,7 +40,9 @@ def show(record: dict) -> None:
 
 
 def words(record: dict) -> str:
-    """The probe's are what the machine is and how fast it copies, and come first."""
+    """Tells of a stage in words; the probe's are what the machine is and how fast it copies, and
+    come first.
+    """
     result = record.get("result", {})
     facts = []
     if "copy_rate" in result:
@@ -68,7 +70,7 @@ def machine(result: dict) -> str:
 
 
 def brief(result: dict) -> str:
-    """The figures of a case, or the count of tests."""
+    """Tells the figures of a case, or the count of tests."""
     if "contestants" in result:
         first, *others = [one for one in result["contestants"] if "seconds" in one]
         ratios = [

@@ -40,7 +40,7 @@ FAILED, WRONG_BACKEND, TOO_FEW_TESTS = 1, 4, 5  # exit statuses
 
 @dataclass(frozen=True)
 class Stage:
-    """A command that is killed after `limit` seconds.
+    """Holds a command that is killed after `limit` seconds.
 
     It answers in JSON, a line at a time, by `answer`; what it says under one key twice counts as
     said last.
@@ -71,7 +71,7 @@ class Wave:
 
 @dataclass(frozen=True)
 class Stop:
-    """Why a run ends before its last stage."""
+    """Says why a run ends before its last stage."""
 
     status: int
     reason: str
@@ -82,7 +82,9 @@ def alone(stage: Stage) -> Wave:
 
 
 def answer(said: dict) -> None:
-    """A stage's answer: to the runner, or on the terminal where the stage was started by hand."""
+    """Gives a stage's answer: to the runner, or on the terminal where the stage was started by
+    hand.
+    """
     text = json.dumps(said)
     if path := os.environ.get(ANSWER):
         with open(path, "a") as file:
@@ -92,8 +94,8 @@ def answer(said: dict) -> None:
 
 
 class Output:
-    """A folder of results: gpu.jsonl, a line a stage, and logs.tar.gz; gpu.md and gpu.png are the
-    report's.
+    """Keeps a folder of results: gpu.jsonl, a line a stage, and logs.tar.gz; gpu.md and gpu.png are
+    the report's.
 
     What an earlier run left in gpu.jsonl and logs.tar.gz stays there. ValueError: the folder holds
     too much else.
@@ -130,7 +132,7 @@ class Output:
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
-        """No other process claims the folder meanwhile. ValueError: one has. OSError: it
+        """Sees that no other process claims the folder meanwhile. ValueError: one has. OSError: it
         cannot be written to.
         """
         with (self.folder / "gpu.jsonl").open("ab") as file:
@@ -146,7 +148,7 @@ class Output:
             yield
 
     def keep(self, record: dict, log: bytes = b"") -> str | None:
-        """On the disk when this returns, or why not: a full disk ends nothing."""
+        """Puts a record on the disk; returns why it is not there, if so: a full disk ends nothing."""
         record = {"run": self.run} | record
         self.records.append(record)
         try:
@@ -175,14 +177,14 @@ class Output:
             self.write("logs.tar.gz", packed.getvalue())
 
     def write(self, name: str, content: bytes) -> None:
-        """A file is replaced whole, or not at all."""
+        """Replaces a file, whole, or not at all."""
         aside = self.folder / ".aside"
         aside.write_bytes(content)
         os.replace(aside, self.folder / name)
 
 
 def shortened(path: pathlib.Path) -> bytes:
-    """A log, or LOG bytes of its beginning and its end."""
+    """Returns a log, or LOG bytes of its beginning and its end."""
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
@@ -283,7 +285,7 @@ def not_started(stage: Stage, end: float) -> str | None:
 
 
 class Running:
-    """A stage at work."""
+    """Holds a stage at work."""
 
     def __init__(self, stage: Stage, folder: pathlib.Path, end: float):
         self.stage, self.log, self.answers = (
@@ -313,7 +315,7 @@ class Running:
             )
 
     def over(self) -> bool:
-        """Whether it has ended, by itself or by its limit; asks it to end, then makes it."""
+        """Returns whether it has ended, of itself or at its limit; asks it to end, then makes it."""
         now = time.monotonic()
         # it keeps its number until it is waited for
         if os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
@@ -389,7 +391,7 @@ class Running:
 
 
 def answers(path: pathlib.Path) -> tuple[dict, bool]:
-    """What the whole lines of a file say, and whether one of them could not be read."""
+    """Returns what the whole lines of a file say, and whether one of them could not be read."""
     result, cut = {}, False
     for text in path.read_text(errors="replace").split("\n") if path.exists() else []:
         try:
@@ -404,7 +406,7 @@ def answers(path: pathlib.Path) -> tuple[dict, bool]:
 
 
 def marked(mark: bytes) -> set[int]:
-    """The living processes with a mark in their environment, whatever group or session they
+    """Returns the living processes with a mark in their environment, whatever group or session they
     are in (Linux; elsewhere none is seen).
     """
     found = set()
@@ -419,7 +421,7 @@ LIBC = ctypes.CDLL(None)
 
 
 def die_with_the_runner() -> None:
-    """In a new process, before its program: the kernel kills it when the runner dies, however
+    """Prepares a new process, before its program: the kernel kills it when the runner dies, however
     that happens (Linux).
     """
     if sys.platform == "linux":
@@ -428,7 +430,7 @@ def die_with_the_runner() -> None:
 
 @contextlib.contextmanager
 def asked_to_stop() -> Iterator[None]:
-    """SIGTERM is a KeyboardInterrupt inside: stages are killed and what is known is written. A
+    """Makes SIGTERM a KeyboardInterrupt inside: stages are killed and what is known is written. A
     terminal that is gone ends nothing.
     """
 
@@ -447,8 +449,8 @@ def asked_to_stop() -> Iterator[None]:
 
 
 def too_few(stage: Stage, record: dict) -> Stop | None:
-    """Where a stage's tests came to their end, and some of those expected did not run, or fewer
-    were there than there must be.
+    """Stops the run where a stage's tests came to their end, and some of those expected did not
+    run, or fewer were there than there must be.
 
     One that was killed or crashed has not come to its end: its record says how far it came.
     """

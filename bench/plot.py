@@ -24,7 +24,7 @@ def pictures(path: pathlib.Path, records: list[dict]) -> list[pathlib.Path]:
 
 
 def _ratios(path: pathlib.Path, records: list[dict], missing: str) -> pathlib.Path:
-    """A group of bars for each case, a colour for each peer."""
+    """Draws a group of bars for each case, a colour for each peer."""
     peers = list(
         dict.fromkeys(
             one["name"]
@@ -80,7 +80,7 @@ def _ratios(path: pathlib.Path, records: list[dict], missing: str) -> pathlib.Pa
 
 
 def _scaling(path: pathlib.Path, records: list[dict], missing: str) -> pathlib.Path:
-    """Time over size, a line for each contestant and number of threads, and below it the same
+    """Draws time over size, a line for each contestant and number of threads, and below it the same
     by element.
     """
     axes_names = list(dict.fromkeys(record["axis"] for record in records))
@@ -133,7 +133,7 @@ def _scaling(path: pathlib.Path, records: list[dict], missing: str) -> pathlib.P
 
 
 def _curves(column, label: str, records: list[dict], name: str | None, **looks) -> None:
-    """A contestant's seconds over the elements, and its nanoseconds an element; without a
+    """Draws a contestant's seconds over the elements, and its nanoseconds an element; without a
     name, those that our bytes take in a copy.
     """
     points = []
@@ -177,7 +177,7 @@ def heat_map(
     across: str,
     down: str,
 ) -> None:
-    """A grid of numbers as colours, each with its value."""
+    """Draws a grid of numbers as colours, each with its value."""
     axes.imshow(grid, cmap="viridis", aspect="auto")
     middle = (min(map(min, grid)) + max(map(max, grid))) / 2
     for i, row in enumerate(grid):

@@ -1,4 +1,4 @@
-"""The figures in the READMEs: each block between two markers is what a function makes of
+"""Puts the figures into the READMEs: each block between two markers is what a function makes of
 bench/results, or of a formula's defaults.
 """
 
@@ -53,8 +53,8 @@ HEADLINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Block:
-    """What `make` returns stands in `file`, between the marker with this name and the next
-    `<!-- end of NAME -->`.
+    """Says that what `make` returns stands in `file`, between the marker with this name and the
+    next `<!-- end of NAME -->`.
     """
 
     file: pathlib.Path
@@ -68,7 +68,7 @@ class Block:
 
 
 def figures() -> str:
-    """A table and a picture for each file of results."""
+    """Returns a table and a picture for each file of results."""
     parts = []
     for path in sorted(RESULTS.glob("*-*.jsonl")):
         records = harness.read(path)
@@ -94,7 +94,7 @@ def figures() -> str:
 
 
 def accuracy() -> str:
-    """What the main study on real text left for the README, and its picture."""
+    """Returns what the main study on real text left for the README, and its picture."""
     folder = RESULTS / "accuracy"
     if not (folder / "summary.md").exists():
         return "no results yet"

@@ -1,5 +1,5 @@
-"""Every method on real text: accuracy, accuracy under attack, cost (`python -m bench.accuracy
---data DIR`).
+"""Trains and scores every method on real text: accuracy, accuracy under attack, cost (`python -m
+bench.accuracy --data DIR`).
 """
 
 import argparse
@@ -34,7 +34,9 @@ def parser() -> argparse.ArgumentParser:
     """Returns the parser of the options."""
 
     def names(known: Iterable[str], **others: str) -> Callable[[str], list[str]]:
-        """Some of the known ones, as the papers write them too: R-Drop is r_drop."""
+        """Returns what chooses some of the known ones, as the papers write them too: R-Drop is
+        r_drop.
+        """
         short = others | {_letters(name): name for name in known}
 
         def chosen(text: str) -> list[str]:

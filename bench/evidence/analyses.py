@@ -1,4 +1,4 @@
-"""Every analysis of `uk.analysis` on models trained on real text, a picture and its data each
+"""Makes every analysis of `uk.analysis` on models trained on real text, a picture and its data each
 (`python -m bench.analyses --data DIR`).
 """
 
@@ -63,7 +63,7 @@ ARAT: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How much of everything: test rows compared (CKA), attacked, and under the landscape's
+    """Holds how much of everything: test rows compared (CKA), attacked, and under the landscape's
     loss; its points; Hutchinson's samples.
     """
 
@@ -87,14 +87,14 @@ QUICK = Sizes(40, 1, 1, 32, 16, 16, 3, 2, 32, 1, 50, 3, 32, 2)
 
 
 class Tuned(NamedTuple):
-    """A model that was trained on the first half of the rows, then tuned on the second."""
+    """Holds a model that was trained on the first half of the rows, then tuned on the second."""
 
     model: nn.Module
     encoded: Callable[[list[Row]], training.Batches]
 
 
 class Lab:
-    """The data, the models, and what has been seen while they were trained."""
+    """Holds the data, the models, and what has been seen while they were trained."""
 
     def __init__(self, options: argparse.Namespace, sizes: Sizes, bar: Any) -> None:
         self.options, self.sizes, self.bar = options, sizes, bar
@@ -107,7 +107,9 @@ class Lab:
         )
 
     def settings(self, name: str, seed: int) -> Settings:
-        """The method at its tuned point, or where it has none at the middle of its space."""
+        """Returns the settings of a method at its tuned point, or where it has none at the middle
+        of its space.
+        """
         parent = METHODS[name].parent or name
         space = RATES | METHODS[parent].space
         point = {key: values[len(values) // 2] for key, values in space.items()}
@@ -126,7 +128,7 @@ class Lab:
 
     @functools.cache  # noqa: B019
     def halves(self, seed: int) -> tuple[list[Row], list[Row], list[Row]]:
-        """Rows to train on first, rows to tune on, rows to validate on."""
+        """Returns rows to train on first, rows to tune on, rows to validate on."""
         both, held = training.split(
             self.data,
             dataclasses.replace(self.settings("dropout", seed), examples=2 * self.sizes.examples),
@@ -134,7 +136,7 @@ class Lab:
         return both[: len(both) // 2], both[len(both) // 2 :], held
 
     def new(self, settings: Settings) -> Tuned:
-        """A model, not yet trained, with the words of both halves."""
+        """Returns a model, not yet trained, with the words of both halves."""
         first, second, _ = self.halves(settings.seed)
         torch.manual_seed(settings.seed)
         return Tuned(*training.build(settings, self.data, first + second, torch.device("cpu")))
@@ -146,7 +148,7 @@ class Lab:
         weights: dict[str, Tensor] | None,
         watch: training.Watch | None = None,
     ) -> Tuned:
-        """A model trained on the first (0) or second (1) half."""
+        """Returns a model trained on the first (0) or second (1) half."""
         start, halves = self.new(settings), self.halves(settings.seed)
         if weights:
             start.model.load_state_dict(weights)
@@ -158,13 +160,13 @@ class Lab:
 
     @functools.cache  # noqa: B019
     def first(self, seed: int) -> nn.Module:
-        """What every method starts from: plain training with dropout on the first half."""
+        """Returns what every method starts from: plain training with dropout on the first half."""
         return self.trained(self.settings("dropout", seed), 0, None).model.eval()
 
     @functools.cache  # noqa: B019
     def tuned(self, name: str, seed: int) -> Tuned:
-        """The first seed's models are compared with what they started from, epoch by epoch,
-        where that is asked for.
+        """Returns a method's model; the first seed's are compared with what they started from,
+        epoch by epoch, where that is asked for.
         """
         watch = self.follow(name) if "cka" in self.options.only and seed == self.seeds[0] else None
         return self.trained(self.settings(name, seed), 1, self.first(seed).state_dict(), watch)
@@ -206,7 +208,7 @@ class Lab:
 
 
 class Moved(nn.Module):
-    """A model whose embedded words are moved by `delta`."""
+    """Wraps a model whose embedded words are moved by `delta`."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -493,8 +495,8 @@ def conflict(lab: Lab) -> Found:
 def opposition(
     model: nn.Module, recipe: Any, inputs: dict[str, Tensor], labels: Tensor
 ) -> uk.analysis.Conflict:
-    """The gradients of ARAT's adversarial loss and of its invariance, each from a call with
-    the other weights at 0 and the same draws.
+    """Compares the gradients of ARAT's adversarial loss and of its invariance, each from a call
+    with the other weights at 0 and the same draws.
     """
     weights = ("adversarial_weight", "invariance_weight", "clean_weight")
     kept, state, gradients = (
@@ -620,13 +622,13 @@ def mean(values: Iterable[float] | dict[str, float]) -> float:
 
 
 def averaged(found: Iterable[uk.analysis.Attacked]) -> uk.analysis.Attacked:
-    """The mean of each figure; the samples of several runs have no outcome in common."""
+    """Returns the mean of each figure; the samples of several runs have no outcome in common."""
     figures = (dataclasses.astuple(dataclasses.replace(each, outcomes=()))[:-1] for each in found)
     return uk.analysis.Attacked(*map(mean, zip(*figures, strict=True)))
 
 
 def rounded(value: Any) -> Any:
-    """Data for JSON: floats to five digits, NaN as null."""
+    """Returns data for JSON: floats to five digits, NaN as null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         figures = dataclasses.asdict(value)
         figures.pop("outcomes", None)  # of every text: too many
@@ -643,7 +645,7 @@ def rounded(value: Any) -> Any:
 
 
 class Part(NamedTuple):
-    """An analysis: the function, and how often it advances the bar beside what training does."""
+    """Holds an analysis: the function, and how often it advances the bar beside training."""
 
     of: Callable[[Lab], Found]
     ticks: Callable[[Sizes, int], int]

@@ -1,5 +1,5 @@
-"""Every method on a pre-trained language model: `python -m bench.accuracy --model minilm`; plan.md
-says what is asked.
+"""Runs every method on a pre-trained language model: `python -m bench.accuracy --model minilm`;
+plan.md says what is asked.
 
 A run's key is all of its settings, the protocol's number among them.
 """

@@ -367,13 +367,13 @@ def make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimize
 
 
 def _rate(step: int, total: int) -> float:
-    """Linear up, then down to zero."""
+    """Returns the factor of the learning rate: linear up, then down to zero."""
     up = max(1, round(WARM_UP * total))
     return (step + 1) / up if step < up else max(0.0, (total - step) / max(1, total - up))
 
 
 def _epoch(rows: int, settings: Settings, epoch: int) -> Iterator[list[int]]:
-    """The batches of an epoch: they depend on the seed and the epoch alone."""
+    """Yields the batches of an epoch: they depend on the seed and the epoch alone."""
     order = list(range(rows))
     random.Random(f"{settings.seed} {epoch}").shuffle(order)
     return (order[first : first + settings.batch] for first in range(0, rows, settings.batch))
@@ -386,8 +386,8 @@ def _nonzero(model: nn.Module) -> int:
 def _selected(
     optimizer: torch.optim.Optimizer, model: nn.Module, before: int
 ) -> tuple[float, float]:
-    """Share of elements that the last step updated, and its largest 1/p; of masked gradients
-    what is left of those that were not 0.
+    """Returns the share of elements that the last step updated, and its largest 1/p; of masked
+    gradients what is left of those that were not 0.
     """
     if isinstance(optimizer, uk.SelectiveAdamW | uk.SelectiveSGD):
         report = uk.analysis.selection_report(optimizer)
@@ -429,7 +429,7 @@ def score(logits: Tensor, labels: Tensor, metric: str) -> float:
 
 
 def _finite(value: Any) -> float:
-    """A correlation; 0 where one side is constant."""
+    """Returns a correlation; 0 where one side is constant."""
     return float(value) if math.isfinite(value) else 0.0
 
 

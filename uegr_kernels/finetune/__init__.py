@@ -1,1 +1,1 @@
-"""Fine-tuning from the command line: what reads the data, trains, reports and takes the options."""
+"""Fine-tunes from the command line: data, training, report and the command with its options."""
