@@ -1,1 +1,1 @@
-"""Benchmarks; `python -m bench` lists them."""
+"""Times the operators; `python -m bench` lists the suites. bench/evidence is the research."""

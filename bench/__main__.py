@@ -1,4 +1,4 @@
-"""`python -m bench` lists the suites, `python -m bench SUITE` runs one, `python -m bench
+"""Runs the suites: `python -m bench` lists them, `python -m bench SUITE` runs one, `python -m bench
 readme` puts the figures into README.md.
 """
 
@@ -12,7 +12,7 @@ import sys
 import torch
 
 from . import harness, machine, plot, readme, sharded_model
-from .tables import origins, table
+from .tables import origins, results
 
 HERE = pathlib.Path(__file__).parent
 SUITES = {path.stem.removeprefix("bench_"): path for path in sorted(HERE.glob("bench_*.py"))}
@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "readme":
         return readme.update(options.check)
     if options.command == "sharded":
-        print(sharded_model.table(sharded_model.from_arguments(options)))
+        print(sharded_model.comparison(sharded_model.from_arguments(options)))
         return 0
     if options.device == "cuda" and (reason := machine.no_gpu()):
         print(f"--device cuda needs a GPU: {reason}; or use --device cpu", file=sys.stderr)
@@ -164,30 +164,32 @@ def run(options: argparse.Namespace, command: str) -> int:
         "warning": warning,
     }
     size = 2**26 if options.quick else 2**28 if options.device == "cpu" else 2**30
-    copy, lines, wrong = machine.Copy(size, options.device), [], []
+    copy, records, wrong = machine.Copy(size, options.device), [], []
     with harness.progress(rounds * len(chosen)) as tick:
         for case in chosen:
             tick(case.name, 0)
-            line = about | harness.measure(
+            record = about | harness.measure(
                 case, rounds, copy, lambda name=case.name: tick(name, 1), options.without
             )
-            if "contestants" not in line:
+            if "contestants" not in record:
                 tick(case.name, rounds)
-            lines.append(line)
-            wrong += [f"{case.name}: {line[key]}" for key in ("error", "skipped") if key in line]
-            everything = harness.keep(path, line, [each.name for each in cases])
+            records.append(record)
+            wrong += [
+                f"{case.name}: {record[key]}" for key in ("error", "skipped") if key in record
+            ]
+            everything = harness.keep(path, record, [each.name for each in cases])
             path.with_suffix(".md").write_text(
-                f"# {options.command}\n\n{table(everything)}\n\n{origins(everything)}\n"
+                f"# {options.command}\n\n{results(everything)}\n\n{origins(everything)}\n"
             )
     drawn = plot.pictures(path, everything)
     written = ", ".join(map(str, [path, path.with_suffix(".md"), *drawn]))
-    print(f"{table(lines)}\n\n{origins(lines)}\n\nWritten: {written}")
+    print(f"{results(records)}\n\n{origins(records)}\n\nWritten: {written}")
     print(
         "".join(f"\nno figure for {reason}" for reason in wrong),
         end="\n" if wrong else "",
         file=sys.stderr,
     )
-    return int(any("error" in line for line in lines))
+    return int(any("error" in record for record in records))
 
 
 if __name__ == "__main__":

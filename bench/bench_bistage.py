@@ -10,7 +10,7 @@ from torch import nn
 import uegr_kernels as uk
 from uegr_kernels.models import TextTransformer
 
-from . import machine
+from . import timer
 from .harness import Case, Contestant
 
 WORDS, CLASSES = 8000, 2
@@ -108,10 +108,8 @@ def case(name: str, sizes: dict, batch: tuple[int, int], passes: int, device: st
             "perturbation": lambda: uk.fgm_perturbation(x.detach(), 0.1),
             "optimizer": optimizer.step,
         }
-        seconds = {}
-        for part, run in parts.items():
-            run()
-            seconds[part] = statistics.median(machine.sample(run, 1, device) for _ in range(10))
+        sampled = timer.in_turn(parts, 10, device)
+        seconds = {part: statistics.median(values) for part, values in sampled.items()}
         return {part: round(value / sum(seconds.values()), 4) for part, value in seconds.items()}
 
     parameters = sum(p.numel() for p in start.parameters())

@@ -15,7 +15,7 @@ from uegr_kernels.core import backends
 
 from . import peers, shapes
 from .harness import Case, Contestant
-from .machine import Step
+from .timer import Step
 
 JS_WEIGHT = 0.01
 BRAIN = torch.bfloat16
@@ -51,7 +51,7 @@ def cases(quick: bool, device: str) -> list[Case]:
 
 
 def pairs(log_p: Tensor) -> Tensor:
-    """The mean over rows of the sum over pairs, with torch's functions."""
+    """Returns the mean over rows of the sum over pairs, with torch's functions."""
     total = log_p.new_zeros(())
     for a, b in itertools.combinations(log_p, 2):
         middle = ((a.exp() + b.exp()) / 2).log()
@@ -67,7 +67,7 @@ def widened(logits: Tensor) -> Tensor:
 
 
 def plain(clean: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor:
-    """What one writes with torch.nn.functional."""
+    """Does what one writes with torch.nn.functional."""
     log_p = widened(adversarial).log_softmax(-1)
     loss = F.cross_entropy(widened(clean), labels) + sum(
         F.nll_loss(log_q, labels) for log_q in log_p
@@ -110,7 +110,7 @@ class _Handed(torch.autograd.Function):
 
 
 def step_of(loss: Callable[..., Tensor], leaves: list[Tensor], *others: Tensor) -> Step:
-    """Forward and backward, into fresh gradients of the leaves."""
+    """Returns forward and backward, into fresh gradients of the leaves."""
 
     def run() -> None:
         for leaf in leaves:
@@ -121,7 +121,7 @@ def step_of(loss: Callable[..., Tensor], leaves: list[Tensor], *others: Tensor) 
 
 
 def parts_of(loss: Callable[..., Tensor], leaves: list[Tensor], *others: Tensor) -> dict[str, Step]:
-    """The forward with what it keeps for a backward, and the backward alone, into fresh
+    """Returns the forward with what it keeps for a backward, and the backward alone, into fresh
     gradients.
     """
     kept: list[Tensor] = []
@@ -158,7 +158,9 @@ def logits_case(
     in_place: bool = False,
     backend: str = "auto",
 ) -> Case:
-    """On a GPU, forward and backward are timed apart too. backend: of ours."""
+    """Returns a case from logits; on a GPU, forward and backward are timed apart too. backend: of
+    ours.
+    """
     must_move = 2 * (m + 1) * n * c * dtype.itemsize
     mine = functools.partial(ours, backend=backend)
 
@@ -350,7 +352,7 @@ def _case(
 def disagreement(
     mine: Callable[..., Tensor], other: Callable[..., Tensor], given: list[Tensor], *labels: Tensor
 ) -> str | None:
-    """What differs between ours and the plain functions in float64 on a few rows: the value,
+    """Tells what differs between ours and the plain functions in float64 on a few rows: the value,
     and the gradients.
     """
     results = []

@@ -9,7 +9,7 @@ from uegr_kernels.core import backends
 
 from . import peers, shapes
 from .harness import Case, Contestant
-from .machine import Step
+from .timer import Step
 
 P = 0.3
 
@@ -30,7 +30,7 @@ def cases(quick: bool, device: str) -> list[Case]:
 def case(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str, backend: str = "auto"
 ) -> Case:
-    """backend: of ours."""
+    """Returns a case. backend: of ours."""
     elements = torch.Size(shape).numel()
     must_move = 4 * dtype.itemsize * elements  # input, output and both gradients; no mask
 
@@ -58,8 +58,8 @@ def case(
         ]
 
     def verify() -> str | None:
-        """Each element is either dropped or scaled, about the right share is, and the gradient
-        goes through the same mask.
+        """Checks that each element is either dropped or scaled, about the right share is, and the
+        gradient goes through the same mask.
         """
         x = torch.ones(shape, dtype=dtype, device=device, requires_grad=True)
         y = uk.AdaptiveDropout(shape[-1], P, backend=backend).to(device)(x)

@@ -68,4 +68,4 @@ def case(name: str, options: dict, tensors: int, device: str) -> Case:
 
 
 def nothing(*args, **kwargs) -> None:
-    """In the place of a kernel or a launch."""
+    """Stands in the place of a kernel or a launch."""

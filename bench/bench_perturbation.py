@@ -26,20 +26,20 @@ def cases(quick: bool, device: str) -> list[Case]:
 
 
 def plain(grad: Tensor) -> Tensor:
-    """What one writes by hand: a norm per sample, safe for zero and for what is not finite."""
+    """Does what one writes by hand: a norm per sample, safe for zero and for what is not finite."""
     norm = torch.linalg.vector_norm(grad, dim=(1, 2), keepdim=True)
     return torch.where((norm > 0) & norm.isfinite(), EPSILON * grad / norm, 0)
 
 
 def shortest(grad: Tensor) -> Tensor:
-    """The same without the care."""
+    """Perturbs without the care that `plain` takes."""
     return EPSILON * grad / torch.linalg.vector_norm(grad, dim=(1, 2), keepdim=True)
 
 
 def case(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str, backend: str = "auto"
 ) -> Case:
-    """backend: of ours."""
+    """Returns a case. backend: of ours."""
     elements = torch.Size(shape).numel()
     must_move = 2 * dtype.itemsize * elements
 

@@ -13,7 +13,7 @@ from uegr_kernels.core import backends
 
 from . import peers, shapes
 from .harness import Case, Contestant
-from .machine import Step
+from .timer import Step
 
 # bytes up to which a second read of a gradient is served by a cache and moves nothing
 IN_CACHE = {"cpu": 2**20, "cuda": 2**25}
@@ -77,7 +77,7 @@ def adamw(
     dtype: torch.dtype = torch.float32,
     **options,
 ) -> Case:
-    """In bfloat16, torch's moments are bfloat16 as well; so are ours then."""
+    """Returns a case of AdamW; in bfloat16 torch's moments are bfloat16 as well, and so are ours."""
     brain = dtype == torch.bfloat16
     settings = SETTINGS[setting] | (BRAIN if brain else {})
     return case(
@@ -128,7 +128,7 @@ def case(
             of: torch.dtype = dtype,
             names: tuple[str, ...] = moments,
         ) -> Step:
-            """The optimizer's step over everyone's tensors; its counts are its own."""
+            """Returns the optimizer's step over everyone's tensors; its counts are its own."""
             # ours lays such states out itself, and small ones fit beside each other
             if len(params) >= 500:
                 return optimizer.step
@@ -215,8 +215,8 @@ def case(
         return optimizer
 
     def plain(selective: Callable[[str], Step]) -> Contestant:
-        """The reference: some 100 bytes of temporaries an element, most of them for the random
-        numbers.
+        """Builds the reference: some 100 bytes of temporaries an element, most of them for the
+        random numbers.
         """
         named = "plain PyTorch"
         ranked = options.get("normalization") == "rank"  # it sorts
@@ -269,7 +269,7 @@ def case(
 
 
 def filled(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
-    """Random numbers, the same ones over and over in a large tensor."""
+    """Returns random numbers, the same ones over and over in a large tensor."""
     block = torch.randn(
         min(math.prod(shape), BLOCK), generator=torch.Generator().manual_seed(0)
     ).to(device, dtype)
@@ -285,7 +285,7 @@ def disagreement(
     device: str,
     ours: str = "auto",
 ) -> str | None:
-    """What differs after two steps of ours and of the reference on a few small tensors.
+    """Tells what differs after two steps of ours and of the reference on a few small tensors.
 
     Gradients are rounded to bfloat16, so that a rank by histogram is exact. One element in a
     thousand may differ: the draw of a u next to p, or a stochastic rounding, turns on the last bit;

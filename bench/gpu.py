@@ -1,4 +1,4 @@
-"""`python -m bench.gpu`: builds where needed, then tests and times what needs a GPU, in eight
+"""Runs `python -m bench.gpu`: builds where needed, then tests and times what needs a GPU, in eight
 minutes; docs/gpu.md is its manual.
 
 This process never touches the GPU and imports no torch: each stage is a process of its own
@@ -85,8 +85,8 @@ def case(
     environment: dict[str, str] | None = None,
     program: str | None = None,
 ) -> Stage:
-    """A case of gpu_stages.py: the one of the stage's name, or `of`. before: a program that
-    runs it.
+    """Returns the stage of a case of gpu_stages.py: the one of the stage's name, or `of`. before: a
+    program that runs it.
     """
     command = (*before, sys.executable, "-m", "bench.gpu_stages", of or name, *options)
     return Stage(
@@ -112,8 +112,8 @@ def bench(
 
 
 def tests(backend: str, limit: float, *options: str) -> Stage:
-    """Those of test_gpu.py for one backend, in parallel where pytest-xdist is there, each with
-    a limit where pytest-timeout is.
+    """Returns the tests of test_gpu.py for one backend, in parallel where pytest-xdist is there,
+    each with a limit where pytest-timeout is.
     """
     command = [
         sys.executable,
@@ -143,7 +143,7 @@ def tests(backend: str, limit: float, *options: str) -> Stage:
 
 
 def plan() -> list[Wave]:
-    """Everything after the probe: correctness before speed, small before large, CUDA before
+    """Returns everything after the probe: correctness before speed, small before large, CUDA before
     Triton, the sanitizers and compilers late.
     """
     one_at_a_time = {"CUDA_LAUNCH_BLOCKING": "1"}
@@ -219,8 +219,8 @@ PROBE = case("probe", 25, backend=None)
 
 
 def dry_plan() -> list[Wave]:
-    """What needs no GPU: every test collected, every case built and run at a small size on the
-    CPU.
+    """Returns what needs no GPU: every test collected, every case built and run at a small size on
+    the CPU.
     """
     collecting = [tests(backend, 120, "--collect-only") for backend in TESTS]
     collecting = [
@@ -242,8 +242,8 @@ def builder(limit: float) -> Stage:
 
 
 def chosen(waves: list[Wave], wanted: str) -> list[Wave]:
-    """The stages named, by their whole name or by its first word; ValueError for a name that
-    is none.
+    """Returns the stages named, by their whole name or by its first word; ValueError for a name
+    that is none.
     """
     names = [stage.name for wave in waves for stage in wave.stages]
     known = {*names, *(name.split("-")[0] for name in names), "probe"}
@@ -268,7 +268,7 @@ def chosen(waves: list[Wave], wanted: str) -> list[Wave]:
 
 
 def raised(waves: list[Wave], probed: float) -> list[Wave]:
-    """The limits for a machine on which processes start slowly: its probe took so many
+    """Returns the limits for a machine on which processes start slowly: its probe took so many
     seconds. The budget stays.
     """
     more = min(max(0.0, probed - START), MOST)
@@ -285,18 +285,18 @@ def raised(waves: list[Wave], probed: float) -> list[Wave]:
     return found
 
 
-def judge_probe(line: dict, asked: list[str], dry_run: bool) -> Stop | None:
-    """Whether there is a GPU, and whether calls of the package there would be served by the
+def judge_probe(record: dict, asked: list[str], dry_run: bool) -> Stop | None:
+    """Judges whether there is a GPU, and whether calls of the package there would be served by the
     backends that are to be measured.
     """
-    result = line.get("result", {})
-    if line["status"] != "passed" and "no_gpu" not in result:
+    result = record.get("result", {})
+    if record["status"] != "passed" and "no_gpu" not in result:
         other = (
             (f"; start bench.gpu with a Python that has it, not with {sys.executable}")
-            if "No module named" in line["message"]
+            if "No module named" in record["message"]
             else ""
         )
-        return Stop(NO_GPU, f"the probe came to no answer ({line['message']}){other}")
+        return Stop(NO_GPU, f"the probe came to no answer ({record['message']}){other}")
     if result["no_gpu"] and not dry_run:
         return Stop(NO_GPU, f"No GPU was found: {result['no_gpu']}")
     for backend in asked:
@@ -313,20 +313,20 @@ def judge_probe(line: dict, asked: list[str], dry_run: bool) -> Stop | None:
     return None
 
 
-def judge(stage: Stage, line: dict) -> Stop | None:
-    """Of every other stage."""
-    found = line.get("result", {}).get("backend")
+def judge(stage: Stage, record: dict) -> Stop | None:
+    """Judges every other stage."""
+    found = record.get("result", {}).get("backend")
     # pytest's own exit status 4 means something else, and another program's anything.
     ours = stage.least_tests is None and stage.program is None
-    if (ours and line.get("exit") == WRONG_BACKEND) or (
+    if (ours and record.get("exit") == WRONG_BACKEND) or (
         stage.backend and found and found != stage.backend
     ):
-        words = line.get(
+        words = record.get(
             "message",
             f"{stage.name} was to measure {stage.backend}, and the backend in use is {found}",
         )
         return Stop(WRONG_BACKEND, words)
-    return too_few(stage, line)
+    return too_few(stage, record)
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
@@ -414,22 +414,24 @@ def work(options: argparse.Namespace, output: Output) -> int:
     found: dict = {}
 
     def probe(again: str) -> Stop | None:
-        """Its line is judged; what it found stays."""
+        """Its record is judged; what it found stays."""
         stage = dataclasses.replace(
             PROBE,
             name=f"probe{again}",
             command=(*PROBE.command, "--no-gpu") if without_gpu else PROBE.command,
         )
-        lines: list[dict] = []
+        records: list[dict] = []
         fell = run(
-            [alone(stage)], output, until, lambda _, line: lines.append(line), gpu_report.show
+            [alone(stage)], output, until, lambda _, record: records.append(record), gpu_report.show
         )
-        found.update(lines[0].get("result", {}) if lines else {})
-        return fell or judge_probe(lines[0] if lines else output.lines[-1], asked, without_gpu)
+        found.update(records[0].get("result", {}) if records else {})
+        return fell or judge_probe(
+            records[0] if records else output.records[-1], asked, without_gpu
+        )
 
     stop = None if options.build_only else probe("")
     # a first import from a cold disk can take that long
-    if stop and not found and output.lines[-1]["status"] == "killed":
+    if stop and not found and output.records[-1]["status"] == "killed":
         stop = probe("-again")
     buildable = (
         found.get("cuda") and found.get("nvcc") and "cuda" in asked and found["backends"]["cuda"]
@@ -441,7 +443,9 @@ def work(options: argparse.Namespace, output: Output) -> int:
         stop = probe("-after-build")
     if stop is None and not options.build_only:
         probed = [
-            line.get("seconds", 0.0) for line in output.lines if line["stage"].startswith("probe")
+            record.get("seconds", 0.0)
+            for record in output.records
+            if record["stage"].startswith("probe")
         ][-1]
         stop = run(
             dry_plan() if options.dry_run else raised(options.waves, probed),
@@ -455,27 +459,27 @@ def work(options: argparse.Namespace, output: Output) -> int:
             command = " ".join(
                 ["python3" if word == sys.executable else word for word in stage.command]
             )
-            line = {
+            record = {
                 "stage": stage.name,
                 "status": "would run",
                 "message": command,
                 "limit": stage.limit,
             }
-            output.keep(line)
-            gpu_report.show(line)
+            output.keep(record)
+            gpu_report.show(record)
     if stop is not None:
         output.keep({"stage": "end", "status": "stopped", "message": stop.reason})
         return stop.status
     bad = [
-        line
-        for line in output.lines
-        if line["status"] in ("failed", "crashed", "killed") and line["stage"] != "probe"
+        record
+        for record in output.records
+        if record["status"] in ("failed", "crashed", "killed") and record["stage"] != "probe"
     ]
     return FAILED if bad else OK
 
 
 def building(limit: float, found: dict) -> Stage:
-    """For this machine's own GPU alone, where there is one and no other is named."""
+    """Builds for this machine's own GPU alone, where there is one and no other is named."""
     stage = builder(limit)
     own = (
         {"TORCH_CUDA_ARCH_LIST": found["capability"]}

@@ -1,4 +1,4 @@
-"""How many clusters of thread blocks a GPU holds at once, asked of CUDA's driver for an empty
+"""Tells how many clusters of thread blocks a GPU holds at once, asked of CUDA's driver for an empty
 kernel.
 """
 
@@ -35,8 +35,8 @@ class Launch(ctypes.Structure):
 
 
 def clusters() -> dict[str, int | str]:
-    """By size, the clusters of blocks of SHARED bytes that run at once, or the driver's word
-    against it.
+    """Returns, by size, the clusters of blocks of SHARED bytes that run at once, or the driver's
+    word against it.
     """
     torch.zeros(1, device="cuda")  # makes the context
     if torch.version.cuda is None or torch.cuda.get_device_capability() < (9, 0):

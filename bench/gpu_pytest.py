@@ -1,5 +1,5 @@
-"""A pytest plugin for the stages of bench/gpu.py: GPU_TESTS chooses a backend's tests, and
-every test that ran is counted as it ends.
+"""Serves as a pytest plugin for the stages of bench/gpu.py: GPU_TESTS chooses a backend's tests,
+and every test that ran is counted as it ends.
 """
 
 import os
@@ -12,7 +12,9 @@ EXCUSED = "the GPU has too little memory"  # a reason that lets a test be skippe
 
 
 class Count:
-    """What became of the tests so far; with pytest-xdist, in the process that hands them out."""
+    """Counts what became of the tests so far; with pytest-xdist, in the process that hands them
+    out.
+    """
 
     def __init__(self) -> None:
         self.said: dict = {"passed": 0, "failed": [], "excused": 0, "skipped": []}

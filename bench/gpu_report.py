@@ -1,5 +1,5 @@
-"""What a run on a GPU says: a line as each stage ends, a table at the end, a picture. Imports
-no torch.
+"""Tells what a run on a GPU found: a line as each stage ends, a table at the end, a picture.
+Imports no torch.
 """
 
 import json
@@ -18,7 +18,7 @@ FACTS = ("gpu", "driver", "torch", "cuda", "triton", "python", "commit", "proces
 
 
 def say(text: str) -> None:
-    """To whoever listens: a terminal or a pipe that is gone ends nothing."""
+    """Prints to whoever listens: a terminal or a pipe that is gone ends nothing."""
     coding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
         print(text.encode(coding, "backslashreplace").decode(coding), flush=True)
@@ -26,22 +26,24 @@ def say(text: str) -> None:
         sys.stdout = open(os.devnull, "w")
 
 
-def show(line: dict) -> None:
-    """As the stage ends. What cannot be shown is in gpu.jsonl, and ends nothing."""
-    if "not_kept" in line:
-        say(line["not_kept"])
+def show(record: dict) -> None:
+    """Shows a stage as it ends. What cannot be shown is in gpu.jsonl, and ends nothing."""
+    if "not_kept" in record:
+        say(record["not_kept"])
     try:
-        say(words(line))
+        say(words(record))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         say(
-            f"{line['stage']} {line['status']} (its answer is not as expected: "
+            f"{record['stage']} {record['status']} (its answer is not as expected: "
             f"{type(error).__name__}: {error})"
         )
 
 
-def words(line: dict) -> str:
-    """The probe's are what the machine is and how fast it copies, and come first."""
-    result = line.get("result", {})
+def words(record: dict) -> str:
+    """Tells of a stage in words; the probe's are what the machine is and how fast it copies, and
+    come first.
+    """
+    result = record.get("result", {})
     facts = []
     if "copy_rate" in result:
         facts = [
@@ -49,26 +51,26 @@ def words(line: dict) -> str:
             machine(result),
         ]
     about = (
-        line["stage"],
-        line["status"],
-        seconds(line),
-        line.get("message", "")[:WIDTH],
+        record["stage"],
+        record["status"],
+        seconds(record),
+        record.get("message", "")[:WIDTH],
         brief(result),
     )
     return "\n".join([*facts, " ".join(filter(None, about))])
 
 
-def seconds(line: dict) -> str:
-    return f"{line['seconds']:.1f} s" if "seconds" in line else ""
+def seconds(record: dict) -> str:
+    return f"{record['seconds']:.1f} s" if "seconds" in record else ""
 
 
 def machine(result: dict) -> str:
-    """The probe's facts in a line."""
+    """Tells the probe's facts in a line."""
     return "; ".join(f"{name} {result[name]}" for name in FACTS if result.get(name) is not None)
 
 
 def brief(result: dict) -> str:
-    """The figures of a case, or the count of tests."""
+    """Tells the figures of a case, or the count of tests."""
     if "contestants" in result:
         first, *others = [one for one in result["contestants"] if "seconds" in one]
         ratios = [
@@ -93,7 +95,7 @@ def brief(result: dict) -> str:
 def close(output: Output, status: int) -> str:
     """Writes gpu.md and gpu.png from gpu.jsonl; returns the table."""
     try:
-        text = table(latest(output.folder, output.run), output.run, status)
+        text = closing(latest(output.folder, output.run), output.run, status)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         text = (
             f"No table: an answer in gpu.jsonl is not as expected ({type(error).__name__}: "
@@ -113,91 +115,102 @@ def close(output: Output, status: int) -> str:
 
 
 def latest(folder: pathlib.Path, run: str) -> list[dict]:
-    """The last line of each stage: of this run, or of an earlier one in the same folder that
-    found something.
+    """Returns the last record of each stage: of this run, or of an earlier one in the same folder
+    that found something.
     """
     stages: dict[str, dict] = {}
-    for line in read(folder / "gpu.jsonl"):
+    for record in read(folder / "gpu.jsonl"):
         if (
-            line["stage"] not in stages
-            or "seconds" in line
-            or "seconds" not in stages[line["stage"]]
+            record["stage"] not in stages
+            or "seconds" in record
+            or "seconds" not in stages[record["stage"]]
         ):
-            stages[line["stage"]] = line
-    return [readable(line) for line in stages.values() if line["run"] == run or "seconds" in line]
-
-
-def readable(line: dict) -> dict:
-    """A line as it is, or without an answer that the table has no words for."""
-    try:
-        words(line), stage_rows([line], ""), case_rows([line])
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        without = {key: value for key, value in line.items() if key != "result"}
-        return without | {
-            "message": f"its answer is not as expected ({type(error).__name__}: {error})"
-        }
-    return line
-
-
-def read(path: pathlib.Path) -> list[dict]:
-    """Every whole line."""
-    lines = []
-    for text in path.read_text(errors="replace").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:  # of a run that was killed while it wrote
-            continue
-    return [line for line in lines if isinstance(line, dict) and "stage" in line]
-
-
-def measured(lines: list[dict]) -> list[dict]:
-    """The results of cases, each under its stage's name."""
+            stages[record["stage"]] = record
     return [
-        line["result"] | {"case": f"{line['stage']}: {line['result']['case']}"}
-        for line in lines
-        if "contestants" in line.get("result", {})
+        readable(record)
+        for record in stages.values()
+        if record["run"] == run or "seconds" in record
     ]
 
 
-def table(lines: list[dict], run: str, status: int) -> str:
-    """At most LINES lines and CHARACTERS characters: the machine, what became of the stages,
-    the figures of the cases.
+def readable(record: dict) -> dict:
+    """Returns a record as it is, or without an answer that the table has no words for."""
+    try:
+        words(record), stage_rows([record], ""), case_rows([record])
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        without = {key: value for key, value in record.items() if key != "result"}
+        return without | {
+            "message": f"its answer is not as expected ({type(error).__name__}: {error})"
+        }
+    return record
+
+
+def read(path: pathlib.Path) -> list[dict]:
+    """Reads every whole record."""
+    records = []
+    for text in path.read_text(errors="replace").splitlines():
+        try:
+            records.append(json.loads(text))
+        except ValueError:  # of a run that was killed while it wrote
+            continue
+    return [record for record in records if isinstance(record, dict) and "stage" in record]
+
+
+def measured(records: list[dict]) -> list[dict]:
+    """Returns the results of cases, each under its stage's name."""
+    return [
+        record["result"] | {"case": f"{record['stage']}: {record['result']['case']}"}
+        for record in records
+        if "contestants" in record.get("result", {})
+    ]
+
+
+def closing(records: list[dict], run: str, status: int) -> str:
+    """Tells in at most LINES lines and CHARACTERS characters: the machine, what became of the
+    stages, the figures of the cases.
     """
-    texts = [cell(f"Stopped: {line['message']}") for line in lines if line["stage"] == "end"]
-    for result in [line["result"] for line in lines if "copy_rate" in line.get("result", {})][:1]:
+    texts = [
+        cell(f"Stopped: {record['message']}") for record in records if record["stage"] == "end"
+    ]
+    for result in [
+        record["result"] for record in records if "copy_rate" in record.get("result", {})
+    ][:1]:
         texts.append(f"A copy moves {result['copy_rate']:,.0f} GB/s. {machine(result)}")
-    passed = [line["stage"] for line in lines if line["status"] == "passed" and line["run"] == run]
+    passed = [
+        record["stage"]
+        for record in records
+        if record["status"] == "passed" and record["run"] == run
+    ]
     texts.append(f"Passed: {', '.join(passed) or 'nothing'}. Exit status {status}.")
-    return fitted([*texts, *stage_rows(lines, run), *case_rows(lines)])
+    return fitted([*texts, *stage_rows(records, run), *case_rows(records)])
 
 
-def stage_rows(lines: list[dict], run: str) -> list[str]:
-    """What has not simply passed, and what a stage says in words."""
+def stage_rows(records: list[dict], run: str) -> list[str]:
+    """Tells what has not simply passed, and what a stage says in words."""
     rows = []
-    for line in lines:
-        result = line.get("result", {})
+    for record in records:
+        result = record.get("result", {})
         said = "" if "contestants" in result else brief(result)[:200]
-        if line["stage"] != "end" and (line["status"] != "passed" or said or "message" in line):
-            earlier = f" (run {line['run']})" if line["run"] != run else ""
-            words = ". ".join(filter(None, (line.get("message", "")[:150], said)))
-            rows.append(
-                f"| {cell(line['stage'])}{earlier} | {line['status']} | {seconds(line)} | "
-                f"{cell(words)} |"
-            )
-    return ["", "| stage | | | |", "| --- | --- | --- | --- |", *rows] if rows else []
+        if record["stage"] != "end" and (
+            record["status"] != "passed" or said or "message" in record
+        ):
+            earlier = f" (run {record['run']})" if record["run"] != run else ""
+            words = ". ".join(filter(None, (record.get("message", "")[:150], said)))
+            name = cell(record["stage"]) + earlier
+            rows.append([name, record["status"], seconds(record), cell(words)])
+    return ["", *tables.table(["stage", "", "", ""], rows).split("\n")] if rows else []
 
 
-def case_rows(lines: list[dict]) -> list[str]:
+def case_rows(records: list[dict]) -> list[str]:
+    """Tells the figures of the cases, a row per contestant."""
     rows = []
-    for case in measured(lines):
+    for case in measured(records):
         for i, one in enumerate(case["contestants"]):
             name = cell(case["case"]) if i == 0 else ""
             if one.get("missing", "").startswith("left out by"):
                 continue
             if "seconds" not in one:
-                rows.append(
-                    f"| {name} | {one['name']} | missing: {cell(one['missing'][:80])} | | |"
-                )
+                rows.append([name, one["name"], f"missing: {cell(one['missing'][:80])}"])
                 continue
             ratio = tables.cell(one["ours_over_this"]) if "ours_over_this" in one else ""
             share = f"{one['copy_share']:.0%}" if one["bytes"] else "-"
@@ -205,24 +218,19 @@ def case_rows(lines: list[dict]) -> list[str]:
                 f", {part} {1e6 * value['median']:.4g}"
                 for part, value in one.get("parts", {}).items()
             )
-            rows.append(
-                f"| {name} | {one['name']} | {tables.cell(one['seconds'], 1e6)}{parts} | "
-                f"{ratio} | {share} |"
-            )
-    head = [
-        "",
-        "| case | | us (quartiles) | ours / this | of a copy |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    return [*head, *rows] if rows else []
+            times = tables.cell(one["seconds"], 1e6) + parts
+            rows.append([name, one["name"], times, ratio, share])
+    heads = ["case", "", "us (quartiles)", "ours / this", "of a copy"]
+    return ["", *tables.table(heads, rows).split("\n")] if rows else []
 
 
 def cell(text: str) -> str:
+    """Makes a text fit for a cell."""
     return text.replace("|", "/").replace("\n", " ")
 
 
 def fitted(texts: list[str]) -> str:
-    """As many of the lines as there is room for, and how many are left out."""
+    """Returns as many of the lines as there is room for, and how many are left out."""
     room, kept = CHARACTERS - 80, []
     for text in (" ".join(text.splitlines()) for text in texts):
         room -= len(text) + 1

@@ -40,7 +40,7 @@ FAILED, WRONG_BACKEND, TOO_FEW_TESTS = 1, 4, 5  # exit statuses
 
 @dataclass(frozen=True)
 class Stage:
-    """A command that is killed after `limit` seconds.
+    """Holds a command that is killed after `limit` seconds.
 
     It answers in JSON, a line at a time, by `answer`; what it says under one key twice counts as
     said last.
@@ -71,7 +71,7 @@ class Wave:
 
 @dataclass(frozen=True)
 class Stop:
-    """Why a run ends before its last stage."""
+    """Says why a run ends before its last stage."""
 
     status: int
     reason: str
@@ -82,7 +82,9 @@ def alone(stage: Stage) -> Wave:
 
 
 def answer(said: dict) -> None:
-    """A stage's answer: to the runner, or on the terminal where the stage was started by hand."""
+    """Gives a stage's answer: to the runner, or on the terminal where the stage was started by
+    hand.
+    """
     text = json.dumps(said)
     if path := os.environ.get(ANSWER):
         with open(path, "a") as file:
@@ -92,8 +94,8 @@ def answer(said: dict) -> None:
 
 
 class Output:
-    """A folder of results: gpu.jsonl, a line a stage, and logs.tar.gz; gpu.md and gpu.png are the
-    report's.
+    """Keeps a folder of results: gpu.jsonl, a line a stage, and logs.tar.gz; gpu.md and gpu.png are
+    the report's.
 
     What an earlier run left in gpu.jsonl and logs.tar.gz stays there. ValueError: the folder holds
     too much else.
@@ -116,7 +118,7 @@ class Output:
                 f"{', '.join(others[:9])}; name a new folder"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.run, self.lines, self.logs = (
+        self.folder, self.run, self.records, self.logs = (
             folder,
             time.strftime("%Y%m%d-%H%M%S", time.gmtime()),
             [],
@@ -130,7 +132,7 @@ class Output:
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
-        """No other process claims the folder meanwhile. ValueError: one has. OSError: it
+        """Sees that no other process claims the folder meanwhile. ValueError: one has. OSError: it
         cannot be written to.
         """
         with (self.folder / "gpu.jsonl").open("ab") as file:
@@ -145,27 +147,27 @@ class Output:
                 pass
             yield
 
-    def keep(self, line: dict, log: bytes = b"") -> str | None:
-        """On the disk when this returns, or why not: a full disk ends nothing."""
-        line = {"run": self.run} | line
-        self.lines.append(line)
+    def keep(self, record: dict, log: bytes = b"") -> str | None:
+        """Puts a record on the disk; returns why it is not there, if so: a full disk ends nothing."""
+        record = {"run": self.run} | record
+        self.records.append(record)
         try:
-            self._put(line, log)
+            self._put(record, log)
         except OSError as error:
-            return f"{line['stage']} is not kept: {error}"
+            return f"{record['stage']} is not kept: {error}"
         return None
 
-    def _put(self, line: dict, log: bytes) -> None:
+    def _put(self, record: dict, log: bytes) -> None:
         with (self.folder / "gpu.jsonl").open("ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 cut = file.read() != b"\n"  # an earlier run was killed while it wrote
                 file.write(b"\n" * cut)
-            file.write(json.dumps(line).encode() + b"\n")
+            file.write(json.dumps(record).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
         if log:
-            self.logs[f"{self.run}-{line['stage']}.txt"] = log
+            self.logs[f"{self.run}-{record['stage']}.txt"] = log
             packed = io.BytesIO()
             with tarfile.open(fileobj=packed, mode="w:gz") as archive:
                 for name, text in self.logs.items():
@@ -175,14 +177,14 @@ class Output:
             self.write("logs.tar.gz", packed.getvalue())
 
     def write(self, name: str, content: bytes) -> None:
-        """A file is replaced whole, or not at all."""
+        """Replaces a file, whole, or not at all."""
         aside = self.folder / ".aside"
         aside.write_bytes(content)
         os.replace(aside, self.folder / name)
 
 
 def shortened(path: pathlib.Path) -> bytes:
-    """A log, or LOG bytes of its beginning and its end."""
+    """Returns a log, or LOG bytes of its beginning and its end."""
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
@@ -204,14 +206,14 @@ def run(
     time.monotonic().
 
     Where less time is left than a wave may take, it and all after it fall. `judge` looks at each
-    line, and may stop the run.
+    record, and may stop the run.
     """
     reason: str | None = None
     stop: Stop | None = None
 
-    def said(line: dict, log: bytes = b"") -> None:
-        not_kept = output.keep(line, log)
-        show(line | ({"not_kept": not_kept} if not_kept else {}))
+    def said(record: dict, log: bytes = b"") -> None:
+        not_kept = output.keep(record, log)
+        show(record | ({"not_kept": not_kept} if not_kept else {}))
 
     for wave in waves:
         left = until - time.monotonic()
@@ -220,10 +222,10 @@ def run(
         waiting = list(wave.stages)
         if reason is None:
             with contextlib.closing(run_wave(wave)) as ended:
-                for stage, line, log in ended:
+                for stage, record, log in ended:
                     waiting.remove(stage)
-                    said(line, log)
-                    if stop := judge(stage, line):
+                    said(record, log)
+                    if stop := judge(stage, record):
                         reason = f"stopped: {stop.reason}"
                         break
         for stage in waiting:
@@ -234,7 +236,7 @@ def run(
 
 
 def run_wave(wave: Wave) -> Iterator[tuple[Stage, dict, bytes]]:
-    """Yields each stage as it ends, with its line and its log. No process of a stage outlives
+    """Yields each stage as it ends, with its record and its log. No process of a stage outlives
     it, nor the generator.
     """
     end = time.monotonic() + wave.limit
@@ -265,7 +267,7 @@ def run_wave(wave: Wave) -> Iterator[tuple[Stage, dict, bytes]]:
                         )
                 for each in [each for each in running if each.over()]:
                     running.remove(each)
-                    yield each.stage, each.line(), shortened(each.log)
+                    yield each.stage, each.record(), shortened(each.log)
                 time.sleep(0.02)
         finally:
             for each in running:
@@ -283,7 +285,7 @@ def not_started(stage: Stage, end: float) -> str | None:
 
 
 class Running:
-    """A stage at work."""
+    """Holds a stage at work."""
 
     def __init__(self, stage: Stage, folder: pathlib.Path, end: float):
         self.stage, self.log, self.answers = (
@@ -313,7 +315,7 @@ class Running:
             )
 
     def over(self) -> bool:
-        """Whether it has ended, by itself or by its limit; asks it to end, then makes it."""
+        """Returns whether it has ended, of itself or at its limit; asks it to end, then makes it."""
         now = time.monotonic()
         # it keeps its number until it is waited for
         if os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
@@ -345,11 +347,11 @@ class Running:
             self.process.wait(DEATH)
         return len(behind)
 
-    def line(self) -> dict:
+    def record(self) -> dict:
         behind = self.kill()
         seconds, code = time.monotonic() - self.started, self.process.returncode
         result, cut = answers(self.answers)
-        line: dict = {
+        record: dict = {
             "stage": self.stage.name,
             "status": "passed",
             "seconds": round(seconds, 2),
@@ -357,29 +359,29 @@ class Running:
             "exit": code,
         }
         if self.killed or self.asked:
-            line |= {"status": "killed", "message": f"killed at its limit, after {seconds:.0f} s"}
+            record |= {"status": "killed", "message": f"killed at its limit, after {seconds:.0f} s"}
         elif code and self.stage.program and "begun" not in result:
-            line |= {
+            record |= {
                 "status": "left out",
                 "message": f"{self.stage.program} does not work here: {self.last_words()}",
             }
         elif code < 0:
-            line |= {
+            record |= {
                 "status": "crashed",
                 "message": f"died by {signal.Signals(-code).name}: {self.last_words()}",
             }
         elif code:
-            line |= {"status": "failed", "message": self.last_words()}
+            record |= {"status": "failed", "message": self.last_words()}
         elif cut or not (result or self.stage.silent):
-            line |= {
+            record |= {
                 "status": "failed",
                 "message": "its last line of answer is cut off"
                 if cut
                 else "it ended without an answer",
             }
         if behind:
-            line["left_behind"] = behind
-        return line | ({"result": result} if result else {})
+            record["left_behind"] = behind
+        return record | ({"result": result} if result else {})
 
     def last_words(self) -> str:
         lines = shortened(self.log)[-4000:].decode(errors="replace").split("\n")
@@ -389,7 +391,7 @@ class Running:
 
 
 def answers(path: pathlib.Path) -> tuple[dict, bool]:
-    """What the whole lines of a file say, and whether one of them could not be read."""
+    """Returns what the whole lines of a file say, and whether one of them could not be read."""
     result, cut = {}, False
     for text in path.read_text(errors="replace").split("\n") if path.exists() else []:
         try:
@@ -404,7 +406,7 @@ def answers(path: pathlib.Path) -> tuple[dict, bool]:
 
 
 def marked(mark: bytes) -> set[int]:
-    """The living processes with a mark in their environment, whatever group or session they
+    """Returns the living processes with a mark in their environment, whatever group or session they
     are in (Linux; elsewhere none is seen).
     """
     found = set()
@@ -419,7 +421,7 @@ LIBC = ctypes.CDLL(None)
 
 
 def die_with_the_runner() -> None:
-    """In a new process, before its program: the kernel kills it when the runner dies, however
+    """Prepares a new process, before its program: the kernel kills it when the runner dies, however
     that happens (Linux).
     """
     if sys.platform == "linux":
@@ -428,7 +430,7 @@ def die_with_the_runner() -> None:
 
 @contextlib.contextmanager
 def asked_to_stop() -> Iterator[None]:
-    """SIGTERM is a KeyboardInterrupt inside: stages are killed and what is known is written. A
+    """Makes SIGTERM a KeyboardInterrupt inside: stages are killed and what is known is written. A
     terminal that is gone ends nothing.
     """
 
@@ -446,15 +448,15 @@ def asked_to_stop() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def too_few(stage: Stage, line: dict) -> Stop | None:
-    """Where a stage's tests came to their end, and some of those expected did not run, or fewer
-    were there than there must be.
+def too_few(stage: Stage, record: dict) -> Stop | None:
+    """Stops the run where a stage's tests came to their end, and some of those expected did not
+    run, or fewer were there than there must be.
 
-    One that was killed or crashed has not come to its end: its line says how far it came.
+    One that was killed or crashed has not come to its end: its record says how far it came.
     """
-    if stage.least_tests is None or line["status"] not in ("passed", "failed"):
+    if stage.least_tests is None or record["status"] not in ("passed", "failed"):
         return None
-    result = line.get("result", {})
+    result = record.get("result", {})
     expected, finished = (
         result.get("expected", 0),
         result.get("passed", 0) + len(result.get("failed", ())) + result.get("excused", 0),

@@ -1,4 +1,4 @@
-"""`python -m bench.gpu_stages CASE`: one thing that a GPU is to show, in a process of its own;
+"""Runs `python -m bench.gpu_stages CASE`: one thing that a GPU is to show, in a process of its own;
 bench/gpu.py runs them all.
 """
 
@@ -32,6 +32,7 @@ from . import (
     harness,
     machine,
     shapes,
+    timer,
 )
 from .gpu_runner import END, WRONG_BACKEND, answer
 
@@ -45,7 +46,7 @@ FACTOR = 64  # by which --small divides the larger sizes
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a case runs, with which backend of ours, at which size, and until when."""
+    """Says where a case runs, with which backend of ours, at which size, and until when."""
 
     device: str = "cuda"
     backend: str = "cuda"  # "auto" on the CPU
@@ -83,7 +84,7 @@ def wait(at: Place) -> None:
 
 
 def probe(no_gpu: str | None) -> dict:
-    """What the machine and the package have; `no_gpu`: the reason not to touch a GPU."""
+    """Tells what the machine and the package have; `no_gpu`: the reason not to touch a GPU."""
     said: dict = {"no_gpu": no_gpu, "torch": torch.__version__, "cuda": torch.version.cuda}
     said |= {
         "hip": torch.version.hip,
@@ -112,12 +113,12 @@ def probe(no_gpu: str | None) -> dict:
             ".".join(map(str, torch.cuda.get_device_capability())) if torch.version.cuda else None
         )
         answer(said)  # ahead of the first kernel
-        said["copy_rate"] = harness.spread(machine.Copy(2**30, "cuda")(5))["median"]
+        said["copy_rate"] = timer.spread(machine.Copy(2**30, "cuda")(5))["median"]
     return said
 
 
 def unloaded() -> str | None:
-    """Why the CUDA library is not loaded, or what it lacks, or None; asks no GPU."""
+    """Tells why the CUDA library is not loaded, or what it lacks, or None; asks no GPU."""
     lacking = [name for name in OPERATORS if not native.has_kernel(name, "CUDA")]
     return native.why_not_cuda() or (
         f"the CUDA library has no {', '.join(lacking)}" if lacking else None
@@ -133,7 +134,7 @@ def triton_version() -> str | None:
 
 
 def driver() -> str | None:
-    """The driver's version, by the tool that comes with it, where it answers."""
+    """Returns the driver's version, by the tool that comes with it, where it answers."""
     for command in (
         ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
         ["rocm-smi", "--showdriverversion"],
@@ -151,7 +152,7 @@ def driver() -> str | None:
 
 
 def clusters(at: Place) -> dict:
-    """How many run at once, by size; no more than a fact."""
+    """Tells how many clusters run at once, by size; no more than a fact."""
     found = {"all": "asked of a GPU alone"} if at.device == "cpu" else gpu_clusters.clusters()
     return {
         "said": "clusters at once: "
@@ -160,7 +161,7 @@ def clusters(at: Place) -> dict:
 
 
 def mask(at: Place) -> None:
-    """u and p closer than 2^-22 may decide otherwise."""
+    """Compares the masks: u and p closer than 2^-22 may decide otherwise."""
     g = torch.randn(1 << (12 if at.small else 20), generator=torch.Generator().manual_seed(0))
     found = uk.selection_mask(g.to(at.device), seed=3, step=7, backend=at.backend).cpu()
     wrong = int((found != uk.selection_mask(g, seed=3, step=7, backend="reference")).sum())
@@ -207,7 +208,9 @@ def dropout(at: Place) -> None:
 
 
 def captured(at: Place, function: Callable[[], object]) -> Callable[[], object]:
-    """What replays a function's kernels; on the CPU, the function. Capturing runs none of them."""
+    """Returns what replays a function's kernels; on the CPU, the function. Capturing runs none of
+    them.
+    """
     if at.device == "cpu":
         return function
     graph = torch.cuda.CUDAGraph()
@@ -259,8 +262,8 @@ def graph(at: Place) -> None:
 
 
 def capture(at: Place) -> None:
-    """A kernel's first call of the process stands in a graph: it is loaded while the graph is
-    captured.
+    """Checks that a kernel's first call of the process stands in a graph: it is loaded while the
+    graph is captured.
     """
     g = torch.randn(3, 70, 24, generator=torch.Generator().manual_seed(0)).to(at.device)
     out: list[Tensor] = []
@@ -279,7 +282,7 @@ def capture(at: Place) -> None:
 
 
 def sanitized(at: Place) -> None:
-    """Every kernel on a little, for compute-sanitizer to look at; where it does not know the
+    """Runs every kernel on a little, for compute-sanitizer to look at; where it does not know the
     GPU, nothing of torch's runs either.
     """
     torch.ones(1, device=at.device).item()
@@ -360,7 +363,7 @@ def sweep(at: Place) -> harness.Case:
     def contestants() -> list[harness.Contestant]:
         ours = case.contestants()[0]
 
-        def setting(warps: int, group: int) -> machine.Step:
+        def setting(warps: int, group: int) -> timer.Step:
             def step() -> None:
                 triton_ops.WARPS, triton_ops.GROUP_BYTES = warps, group
                 ours.step()
@@ -403,11 +406,11 @@ def bench(make: Callable[[Place], harness.Case], at: Place) -> dict:
         return {"said": "compiled"}
     copy = machine.Copy(2**20 if at.small else 2**30, at.device)
     without = None if at.compiled else "torch.compile"
-    line = harness.measure(
+    record = harness.measure(
         case, 2 if at.small else 100, copy, lambda: None, without, until=at.until, profiled=False
     )
-    nothing_wrong(line.get("error"))
-    return line
+    nothing_wrong(record.get("error"))
+    return record
 
 
 # ---- A profile
@@ -417,7 +420,7 @@ PROFILED = ("step", "loss-32000", "dropout")
 
 
 def profile(at: Place) -> dict:
-    """How long each kernel of three cases takes; with counters, a profiler outside looks at
+    """Tells how long each kernel of three cases takes; with counters, a profiler outside looks at
     one step of each.
     """
     found: list[str] = []
@@ -570,8 +573,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def not_in_use(at: Place) -> str | None:
-    """Why calls would not be served by the backend that the case is to measure; "cuda" must be
-    what "auto" takes too.
+    """Tells why calls would not be served by the backend that the case is to measure; "cuda" must
+    be what "auto" takes too.
     """
     if at.device == "cpu":
         return None

@@ -1,4 +1,4 @@
-"""Times ours beside its peers in alternation, counts bytes and memory, and keeps the results;
+"""Times ours beside its peers, counts bytes and memory, and keeps the results;
 README.md states the protocol.
 """
 
@@ -23,11 +23,10 @@ import torch
 import uegr_kernels
 from uegr_kernels.core import native
 
-from . import machine
+from . import machine, timer
+from .timer import Step, spread
 
 ROOT = pathlib.Path(__file__).parent.parent
-SHORTEST = 0.01  # seconds a sample takes at least: shorter steps are repeated within one
-FEWEST = 3  # rounds, however late it is
 SHARE = 0.8  # of the free memory that a case may take
 # packages whose versions are kept, where they are installed
 PEERS = ("triton", "liger_kernel", "bitsandbytes", "deepspeed")
@@ -35,12 +34,12 @@ PEERS = ("triton", "liger_kernel", "bitsandbytes", "deepspeed")
 
 @dataclass(frozen=True)
 class Contestant:
-    """One implementation at work on a case's tensors; `step` is None where it cannot run, and
+    """Holds one implementation at work on a case's tensors; `step` is None where it cannot run, and
     `missing` says why.
     """
 
     name: str
-    step: machine.Step | None
+    step: Step | None
     bytes: int = 0  # that one step must move; 0: not stated
     rounds: int | None = None  # at most so many, for the very slow; None: all
     memory: int = 0  # bytes that it takes beside the case's
@@ -48,12 +47,12 @@ class Contestant:
     # missing
     may_fail: bool = False
     missing: str = ""
-    parts: dict[str, machine.Step] = field(default_factory=dict)  # of the step, timed apart
+    parts: dict[str, Step] = field(default_factory=dict)  # of the step, timed apart
 
 
 @dataclass(frozen=True)
 class Case:
-    """What to time. `verify` returns what is wrong with ours on a small problem, or None;
+    """Holds what to time. `verify` returns what is wrong with ours on a small problem, or None;
     `contestants` builds them, ours first.
     """
 
@@ -68,17 +67,6 @@ class Case:
     threads: int | None = None  # None: as many as the run has
 
 
-def spread(values: list[float]) -> dict:
-    """Median and quartiles, to six digits."""
-    low, middle, high = (
-        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    )
-    return {
-        name: float(f"{value:.6g}")
-        for name, value in (("median", middle), ("q1", low), ("q3", high))
-    }
-
-
 def measure(
     case: Case,
     rounds: int,
@@ -89,30 +77,29 @@ def measure(
     until: float = math.inf,
     profiled: bool = True,
 ) -> dict:
-    """The case's result. A B A C A B A C ...: ours beside each peer in every round, the ratio taken
-    from neighbours.
+    """Returns the case's record: ours beside each peer in every round.
 
     until: by time.monotonic(), no round begins after it, but for the first three. profiled:
     launches are counted.
     """
-    line: dict = {"case": case.name, **case.facts, "rounds": rounds}
+    record: dict = {"case": case.name, **case.facts, "rounds": rounds}
     gc.collect()
     if "torch._dynamo" in sys.modules:
         # else a function is compiled for the shapes of eight cases and no more
         torch.compiler.reset()
     room = SHARE * machine.free_memory(case.device)
     if case.memory > room:
-        return line | {
+        return record | {
             "skipped": f"needs {case.memory / 1e9:.1f} GB, more than {SHARE:.0%} of what is free"
         }
     with machine.threads(case.threads):
         with machine.poisoned_memory():
             wrong = case.verify()
         if wrong:
-            return line | {"error": f"ours and the reference disagree: {wrong}"}
+            return record | {"error": f"ours and the reference disagree: {wrong}"}
         everyone = [_allowed(one, room - case.memory, without) for one in case.contestants()]
         return (
-            line
+            record
             | _alternate(everyone, rounds, copy, tick, until, profiled)
             | ({"breakdown": case.breakdown()} if case.breakdown else {})
         )
@@ -139,8 +126,8 @@ def _alternate(
     until: float,
     profiled: bool,
 ) -> dict:
-    """What is found of the contestants, and how quiet the machine was meanwhile."""
-    line: dict = {"load_before": os.getloadavg()}
+    """Returns what is found of the contestants, and how quiet the machine was meanwhile."""
+    record: dict = {"load_before": os.getloadavg()}
     started, others, gigabytes = time.perf_counter(), machine.others_seconds(), copy()
     results, repeats = {}, {}
     for i, one in enumerate(everyone):
@@ -155,77 +142,59 @@ def _alternate(
                 f"{(str(error).strip().splitlines() or ['no message'])[0][:200]}"
             )
             everyone[i] = replace(one, step=None, missing=reason)
-    ours, *peers = [one for one in everyone if one.step]
-    times: dict[str, list[float]] = {one.name: [] for one in (ours, *peers)}
-    ratios: dict[str, list[float]] = {peer.name: [] for peer in peers}
-    gc.collect()
-    gc.disable()
-    try:
-        for turn in range(rounds):
-            if turn >= FEWEST and time.monotonic() > until:
-                break
-            for peer in [peer for peer in peers if turn < (peer.rounds or rounds)] or [None]:
-                for one in filter(None, (ours, peer)):
-                    times[one.name].append(machine.sample(one.step, repeats[one.name], copy.device))
-                if peer:
-                    ratios[peer.name].append(times[ours.name][-1] / times[peer.name][-1])
-            tick()
-        parts = {
-            one.name: {name: _several(step, copy.device) for name, step in one.parts.items()}
-            for one in (ours, *peers)
-            if one.parts
-        }
-    finally:
-        gc.enable()
-    line["copy_gb_s"] = spread(gigabytes + copy())
-    line["load_after"] = os.getloadavg()
-    line["others_cpus"] = (
+    present = [one for one in everyone if one.step]
+    variants = {one.name: timer.Variant(one.step, repeats[one.name], one.rounds) for one in present}
+    times = timer.alternated(variants, rounds, copy.device, until=until, tick=tick)
+    parts = timer.in_turn(
+        {(one.name, part): step for one in present for part, step in one.parts.items()},
+        5,
+        copy.device,
+    )
+    record["copy_gb_s"] = spread(gigabytes + copy())
+    record["load_after"] = os.getloadavg()
+    record["others_cpus"] = (
         None
         if others is None
         else round((machine.others_seconds() - others) / (time.perf_counter() - started), 3)
     )
-    line["contestants"] = []
+    record["contestants"] = []
     for one in everyone:
         if not one.step:
-            line["contestants"].append({"name": one.name, "missing": one.missing})
+            record["contestants"].append({"name": one.name, "missing": one.missing})
             continue
-        rate = one.bytes / statistics.median(times[one.name]) / 1e9
+        seconds, ratios = times[one.name].seconds, times[one.name].ratios
+        rate = one.bytes / statistics.median(seconds) / 1e9
         result = {
             "name": one.name,
-            "seconds": spread(times[one.name]),
-            "samples": len(times[one.name]),
+            "seconds": spread(seconds),
+            "samples": len(seconds),
             "repeats": repeats[one.name],
         }
-        result |= {"ours_over_this": spread(ratios[one.name])} if one.name in ratios else {}
+        result |= {"ours_over_this": spread(ratios)} if ratios else {}
         result |= {
             "bytes": one.bytes,
             "gb_s": round(rate, 3),
-            "copy_share": round(rate / line["copy_gb_s"]["median"], 4),
+            "copy_share": round(rate / record["copy_gb_s"]["median"], 4),
         }
-        result |= {"parts": parts[one.name]} if one.name in parts else {}
-        line["contestants"].append(result | results[one.name])
-    return line
-
-
-def _several(step: machine.Step, device: str) -> dict:
-    """After a first one."""
-    step()
-    return spread([machine.sample(step, 1, device) for _ in range(5)])
+        if one.parts:
+            result["parts"] = {part: spread(parts[one.name, part]) for part in one.parts}
+        record["contestants"].append(result | results[one.name])
+    return record
 
 
 def _warmed_up(one: Contestant, device: str, profiled: bool) -> tuple[dict, int]:
-    """A first step, then what a step takes and starts, and how many make a sample."""
+    """Makes a first step; returns what a step takes and starts, and how many make a sample."""
     one.step()
     found: dict = {"peak_extra_bytes": machine.peak_extra(one.step, device)}
     found["launches"] = machine.launches(one.step, device) if profiled else None
     if device == "cuda":
-        found["host_seconds"] = min(machine.host_seconds(one.step) for _ in range(3))
+        found["host_seconds"] = min(timer.host_seconds(one.step) for _ in range(3))
         return found, 1
-    return found, 1 if one.rounds else math.ceil(SHORTEST / machine.sample(one.step, 1, device))
+    return found, 1 if one.rounds else timer.repeats_of(one.step, device)
 
 
 def environment(command: str, device: str = "cpu") -> dict:
-    """Where and with what a run is made."""
+    """Returns where and with what a run is made."""
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
@@ -261,7 +230,7 @@ def environment(command: str, device: str = "cpu") -> dict:
 
 
 def _commit() -> str | None:
-    """The commit, with "+" where the package or the benches differ from it; None outside git."""
+    """Returns the commit, with "+" where package or benches differ from it; None outside git."""
     git = ["git", "-C", str(ROOT)]
     try:
         commit = subprocess.run(
@@ -286,15 +255,16 @@ def _commit() -> str | None:
 
 
 def read(path: pathlib.Path) -> list[dict]:
+    """Reads the records of a file."""
     return [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
 
 
-def keep(path: pathlib.Path, line: dict, names: list[str]) -> list[dict]:
-    """Puts a result in the place of the case's old one; the file is replaced whole. Cases that
+def keep(path: pathlib.Path, record: dict, names: list[str]) -> list[dict]:
+    """Puts a record in the place of the case's old one; the file is replaced whole. Cases that
     are no more go.
     """
-    lines = {old["case"]: old for old in read(path)} | {line["case"]: line}
-    ordered = [lines[name] for name in names if name in lines]
+    records = {old["case"]: old for old in read(path)} | {record["case"]: record}
+    ordered = [records[name] for name in names if name in records]
     aside = path.with_suffix(".tmp")
     aside.write_text("".join(json.dumps(each) + "\n" for each in ordered))
     os.replace(aside, path)

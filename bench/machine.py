@@ -1,29 +1,27 @@
-"""What is measured of this machine, by device ("cpu" or "cuda"): time, bandwidth, memory,
-launches, and how quiet it is.
+"""Measures this machine, by device ("cpu" or "cuda"): bandwidth, memory, launches, and how quiet
+it is.
 """
 
 import contextlib
 import ctypes
-import functools
 import math
 import os
 import pathlib
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from .timer import Step, sample
+
 BUSY = 0.5  # load average above which a machine does not count as quiet
-CLOCK = 2e9  # cycles a second that no GPU's clock exceeds by much
-SHORTEST_PAUSE, LONGEST_PAUSE = 1e-3, 0.5  # seconds
-Step = Callable[[], object]
 
 
 def no_gpu() -> str | None:
-    """Why this machine cannot run a GPU's work, or None."""
+    """Returns why this machine cannot run a GPU's work, or None."""
     if torch.version.cuda is None and torch.version.hip is None:
         return (
             f"torch {torch.__version__} is built without CUDA and ROCm; install a GPU build of "
@@ -37,55 +35,9 @@ def no_gpu() -> str | None:
     return None
 
 
-def sample(step: Step, repeats: int, device: str = "cpu") -> float:
-    """Seconds one step takes, over `repeats` of them: in a row, on a GPU one by one."""
-    if device == "cuda":
-        return sum(on_gpu(step) for _ in range(repeats)) / repeats
-    started = time.perf_counter()
-    for _ in range(repeats):
-        step()
-    return (time.perf_counter() - started) / repeats
-
-
-def on_gpu(step: Step) -> float:
-    """Seconds a step takes between two events in the GPU's queue, with none of its data in the
-    second-level cache.
-
-    It is queued behind a pause ten times as long as the host takes to queue it, so that no kernel
-    waits for the host.
-    """
-    host = host_seconds(step)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(int(CLOCK * min(max(10 * host, SHORTEST_PAUSE), LONGEST_PAUSE)))
-    emptied_cache(device="cuda").sum()
-    start.record()
-    step()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000
-
-
-def host_seconds(step: Step) -> float:
-    """Seconds until a step is in the GPU's queue, which is empty before."""
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    step()
-    seconds = time.perf_counter() - started
-    torch.cuda.synchronize()
-    return seconds
-
-
-@functools.cache
-def emptied_cache(device: str) -> torch.Tensor:
-    """What is read to drive everything else out of a GPU's second-level cache; nothing of it
-    has to be written back.
-    """
-    return torch.zeros(2**26, device=device)
-
-
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """torch.empty gives NaN inside, so that a result which nobody wrote shows."""
+    """Makes torch.empty give NaN inside, so that a result which nobody wrote shows."""
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -100,8 +52,8 @@ def poisoned_memory() -> Iterator[None]:
 
 
 class Copy:
-    """Bandwidth of a plain copy of a tensor much larger than the caches: the bytes read plus
-    the bytes written, per second.
+    """Measures the bandwidth of a plain copy of a tensor much larger than the caches: bytes read
+    plus bytes written, per second.
     """
 
     def __init__(self, size: int, device: str = "cpu"):
@@ -119,8 +71,8 @@ class Copy:
 
 
 def peak_extra(step: Step, device: str = "cpu") -> int | None:
-    """Bytes by which memory in use peaks above its start during one step: the GPU's as PyTorch's
-    allocator counts them, else the resident set's (Linux; None elsewhere).
+    """Returns the bytes by which memory in use peaks above its start during one step: the GPU's as
+    PyTorch's allocator counts them, else the resident set's (Linux; None elsewhere).
 
     Free heap memory is handed back first: what a step takes from it would not show.
     """
@@ -148,7 +100,7 @@ def _kilobytes(file: str, key: str) -> int:
 
 
 def free_memory(device: str = "cpu") -> float:
-    """Bytes that can still be taken, infinity where that is not known."""
+    """Returns the bytes that can still be taken, infinity where that is not known."""
     if device == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
@@ -158,7 +110,7 @@ def free_memory(device: str = "cpu") -> float:
 
 
 def launches(step: Step, device: str = "cpu") -> int | None:
-    """What one step starts, by torch's profiler.
+    """Counts what one step starts, by torch's profiler.
 
     On a GPU: kernels that it ran, without copies and fills; None where the profiler saw none. On
     the CPU: calls of operators ("aten::add_", "uegr_kernels::uegr_loss") that no other operator
@@ -204,7 +156,7 @@ def _is_call(name: str) -> bool:
 
 
 def others_seconds() -> float | None:
-    """CPU seconds that this machine has spent on anything but this process, hypervisor
+    """Returns the CPU seconds that this machine has spent on anything but this process, hypervisor
     included (Linux; None elsewhere).
     """
     with contextlib.suppress(OSError):
@@ -243,7 +195,7 @@ def wait_until_quiet(seconds: float) -> str | None:
 
 @contextlib.contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """So many threads inside, as many as before after it; None: no change."""
+    """Sets so many threads inside, as many as before after it; None: no change."""
     before = torch.get_num_threads()
     try:
         if count:

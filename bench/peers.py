@@ -1,4 +1,4 @@
-"""Other ways to do the same: steps written plainly, compiled or as others write them, and
+"""Builds other ways to do the same: steps written plainly, compiled or as others write them, and
 libraries that need not be installed.
 """
 
@@ -16,7 +16,7 @@ import uegr_kernels as uk
 from uegr_kernels.selective import reference
 
 from .harness import Contestant
-from .machine import Step
+from .timer import Step
 
 DEFAULTS = {
     name: given.default for name, given in inspect.signature(uk.SelectiveAdamW).parameters.items()
@@ -24,8 +24,8 @@ DEFAULTS = {
 
 
 def library(name: str, package: str, build: Callable[[], Step], **facts) -> Contestant:
-    """A library's contestant, or the reason why there is none; whether it runs here, its first
-    step shows.
+    """Returns a library's contestant, or the reason why there is none; whether it runs here, its
+    first step shows.
     """
     if importlib.util.find_spec(package) is None:
         return Contestant(name, None, missing=f"{package} is not installed")
@@ -36,8 +36,8 @@ def library(name: str, package: str, build: Callable[[], Step], **facts) -> Cont
 
 
 def compiled(function: Callable) -> Callable:
-    """By torch.compile, at the first call: the compiler's import takes seconds, which one that
-    is left out need not take.
+    """Compiles by torch.compile, at the first call: the compiler's import takes seconds, which one
+    that is left out need not take.
     """
 
     @functools.cache
@@ -65,7 +65,9 @@ def deepspeed_adamw(params: list[Tensor]) -> torch.optim.Optimizer:
 
 
 def liger_jsd() -> Callable[[Tensor], Tensor]:
-    """Between two passes' logits [2, N, C]; the gradient goes to the first pass alone."""
+    """Computes Liger's divergence between two passes' logits [2, N, C]; the gradient goes to the
+    first pass alone.
+    """
     from liger_kernel.transformers import LigerJSD
 
     divergence = LigerJSD()
@@ -78,8 +80,8 @@ def liger_jsd() -> Callable[[Tensor], Tensor]:
 
 
 def liger_linear_jsd() -> Callable[[Tensor, Tensor], Tensor]:
-    """Between two passes' hidden states [2, N, H] through a weight [C, H]; the gradient goes
-    through the first pass alone.
+    """Computes Liger's divergence between two passes' hidden states [2, N, H] through a weight [C,
+    H]; the gradient goes through the first pass alone.
     """
     from liger_kernel.transformers import LigerFusedLinearJSD
 
@@ -96,8 +98,8 @@ def five_passes(
     ranked: bool,
     salient: bool,
 ) -> Step:
-    """A selective step as one builds it around AdamW, each pass over all parameters and leaving a
-    tensor for each.
+    """Returns a selective step as one builds it around AdamW, each pass over all parameters and
+    leaving a tensor for each.
 
     This is how RoAST's public code is described: score, normalise (there by rank over all
     parameters), probability, a stored mask of Bernoulli draws over p, and AdamW on the masked
@@ -124,7 +126,7 @@ def five_passes(
 
 
 def ranks(scores: list[Tensor]) -> list[Tensor]:
-    """Each score's place among all, in [0, 1]."""
+    """Returns each score's place among all, in [0, 1]."""
     flat = torch.cat([s.flatten() for s in scores])
     places = torch.empty_like(flat)
     places[flat.argsort()] = torch.linspace(0, 1, len(flat), device=flat.device)
@@ -135,7 +137,7 @@ def ranks(scores: list[Tensor]) -> list[Tensor]:
 
 
 def compiled_reference(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, lr: float) -> Step:
-    """The reference's own functions under torch.compile on one tensor, with its default
+    """Runs the reference's own functions under torch.compile on one tensor, with its default
     options; the step's number is a constant.
     """
     selection = types.SimpleNamespace(**DEFAULTS)

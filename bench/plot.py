@@ -10,33 +10,36 @@ from typing import Any
 from . import tables
 
 
-def pictures(path: pathlib.Path, lines: list[dict]) -> list[pathlib.Path]:
+def pictures(path: pathlib.Path, records: list[dict]) -> list[pathlib.Path]:
     """Draws what a suite's results have to show beside their file; none without matplotlib."""
-    measured = [line for line in lines if "contestants" in line]
+    measured = [record for record in records if "contestants" in record]
     if not measured or importlib.util.find_spec("matplotlib") is None:
         return []
-    named = textwrap.fill(tables.missing(lines), 110)
+    named = textwrap.fill(tables.missing(records), 110)
     return [
         _scaling(path, measured, named)
-        if all("axis" in line for line in measured)
+        if all("axis" in record for record in measured)
         else _ratios(path, measured, named)
     ]
 
 
-def _ratios(path: pathlib.Path, lines: list[dict], missing: str) -> pathlib.Path:
-    """A group of bars for each case, a colour for each peer."""
+def _ratios(path: pathlib.Path, records: list[dict], missing: str) -> pathlib.Path:
+    """Draws a group of bars for each case, a colour for each peer."""
     peers = list(
         dict.fromkeys(
-            one["name"] for line in lines for one in line["contestants"] if "ours_over_this" in one
+            one["name"]
+            for record in records
+            for one in record["contestants"]
+            if "ours_over_this" in one
         )
     )
     bars = [
         [
             (one["name"], one["ours_over_this"])
-            for one in line["contestants"]
+            for one in record["contestants"]
             if "ours_over_this" in one
         ]
-        for line in lines
+        for record in records
     ]
     height = 0.17 * sum(map(len, bars)) + 0.15 * len(bars) + 1.8
     drawn = figure(10, height)
@@ -55,7 +58,7 @@ def _ratios(path: pathlib.Path, lines: list[dict], missing: str) -> pathlib.Path
             )
         centres.append(place + (len(group) - 1) / 2)
         place += len(group) + 1
-    axes.set_yticks(centres, [tables.case_name(line) for line in lines], fontsize=8)
+    axes.set_yticks(centres, [tables.case_name(record) for record in records], fontsize=8)
     axes.set_ylim(place - 0.5, -1)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.legend(
@@ -76,22 +79,22 @@ def _ratios(path: pathlib.Path, lines: list[dict], missing: str) -> pathlib.Path
     return _written(drawn, path)
 
 
-def _scaling(path: pathlib.Path, lines: list[dict], missing: str) -> pathlib.Path:
-    """Time over size, a line for each contestant and number of threads, and below it the same
+def _scaling(path: pathlib.Path, records: list[dict], missing: str) -> pathlib.Path:
+    """Draws time over size, a line for each contestant and number of threads, and below it the same
     by element.
     """
-    axes_names = list(dict.fromkeys(line["axis"] for line in lines))
-    threads = list(dict.fromkeys(line["threads"] for line in lines))
+    axes_names = list(dict.fromkeys(record["axis"] for record in records))
+    threads = list(dict.fromkeys(record["threads"] for record in records))
     drawn = figure(5.5 * len(axes_names), 8.5)
     for column, axis in zip(
         drawn.subplots(2, len(axes_names), squeeze=False).T, axes_names, strict=True
     ):
-        found = [line for line in lines if line["axis"] == axis]
+        found = [record for record in records if record["axis"] == axis]
         for style, count in zip(("-", "--", ":"), threads, strict=False):
-            some = [line for line in found if line["threads"] == count]
+            some = [record for record in found if record["threads"] == count]
             ending = "" if count is None else f", {count} thread{'s' * (count > 1)}"
             for i, name in enumerate(
-                dict.fromkeys(one["name"] for line in some for one in line["contestants"])
+                dict.fromkeys(one["name"] for record in some for one in record["contestants"])
             ):
                 _curves(
                     column,
@@ -119,30 +122,32 @@ def _scaling(path: pathlib.Path, lines: list[dict], missing: str) -> pathlib.Pat
             xscale="log", yscale="log", xlabel="elements", ylabel="nanoseconds an element"
         )
         column[0].legend(fontsize=7)
-    disturbed = sum(tables.disturbed(line) for line in lines)
+    disturbed = sum(tables.disturbed(record) for record in records)
     warning = (
-        (f"{disturbed} of {len(lines)} cases were disturbed by other programs") if disturbed else ""
+        (f"{disturbed} of {len(records)} cases were disturbed by other programs")
+        if disturbed
+        else ""
     )
     drawn.suptitle("\n".join(filter(None, (path.stem, warning, missing))), fontsize=8)
     return _written(drawn, path)
 
 
-def _curves(column, label: str, lines: list[dict], name: str | None, **looks) -> None:
-    """A contestant's seconds over the elements, and its nanoseconds an element; without a
+def _curves(column, label: str, records: list[dict], name: str | None, **looks) -> None:
+    """Draws a contestant's seconds over the elements, and its nanoseconds an element; without a
     name, those that our bytes take in a copy.
     """
     points = []
-    for line in lines:
+    for record in records:
         if name is None:
             points.append(
                 (
-                    line["elements"],
-                    line["contestants"][0]["bytes"] / line["copy_gb_s"]["median"] / 1e9,
+                    record["elements"],
+                    record["contestants"][0]["bytes"] / record["copy_gb_s"]["median"] / 1e9,
                 )
             )
         points += [
-            (line["elements"], one["seconds"]["median"])
-            for one in line["contestants"]
+            (record["elements"], one["seconds"]["median"])
+            for one in record["contestants"]
             if one["name"] == name and "seconds" in one
         ]
     if points:
@@ -172,7 +177,7 @@ def heat_map(
     across: str,
     down: str,
 ) -> None:
-    """A grid of numbers as colours, each with its value."""
+    """Draws a grid of numbers as colours, each with its value."""
     axes.imshow(grid, cmap="viridis", aspect="auto")
     middle = (min(map(min, grid)) + max(map(max, grid))) / 2
     for i, row in enumerate(grid):

@@ -1,4 +1,4 @@
-"""The figures in the READMEs: each block between two markers is what a function makes of
+"""Puts the figures into the READMEs: each block between two markers is what a function makes of
 bench/results, or of a formula's defaults.
 """
 
@@ -53,8 +53,8 @@ HEADLINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Block:
-    """What `make` returns stands in `file`, between the marker with this name and the next
-    `<!-- end of NAME -->`.
+    """Says that what `make` returns stands in `file`, between the marker with this name and the
+    next `<!-- end of NAME -->`.
     """
 
     file: pathlib.Path
@@ -68,23 +68,25 @@ class Block:
 
 
 def figures() -> str:
-    """A table and a picture for each file of results."""
+    """Returns a table and a picture for each file of results."""
     parts = []
     for path in sorted(RESULTS.glob("*-*.jsonl")):
-        lines = harness.read(path)
-        if not lines or "suite" not in lines[0]:
+        records = harness.read(path)
+        if not records or "suite" not in records[0]:
             continue
-        cases, peers = HEADLINES.get(lines[0]["suite"], ((), ()))
-        shown = [line for line in lines if line["case"] in cases] or lines
+        cases, peers = HEADLINES.get(records[0]["suite"], ((), ()))
+        shown = [record for record in records if record["case"] in cases] or records
         parts.append(
-            f"### {lines[0]['suite']}, {lines[0]['device']}\n\n{tables.summary(shown, peers)}"
+            f"### {records[0]['suite']}, {records[0]['device']}\n\n{tables.summary(shown, peers)}"
         )
         parts += [
-            f"{line['case']}: {tables.breakdown(line)}." for line in shown if "breakdown" in line
+            f"{record['case']}: {tables.breakdown(record)}."
+            for record in shown
+            if "breakdown" in record
         ]
         folder = RESULTS.relative_to(HERE.parent)
-        more = f"All {len(lines)} results: [{path.stem}.md]({folder}/{path.stem}.md)."
-        parts.append(f"{tables.missing(lines)} {more}".strip())
+        more = f"All {len(records)} results: [{path.stem}.md]({folder}/{path.stem}.md)."
+        parts.append(f"{tables.missing(records)} {more}".strip())
         if path.with_suffix(".png").exists():
             parts.append(f"![{path.stem}]({folder}/{path.stem}.png)")
         parts.append(tables.origins(shown[:1]))
@@ -92,7 +94,7 @@ def figures() -> str:
 
 
 def accuracy() -> str:
-    """What the main study on real text left for the README, and its picture."""
+    """Returns what the main study on real text left for the README, and its picture."""
     folder = RESULTS / "accuracy"
     if not (folder / "summary.md").exists():
         return "no results yet"
@@ -106,7 +108,7 @@ def accuracy() -> str:
 BLOCKS = [
     Block(HERE.parent / "README.md", "figures", figures),
     Block(HERE.parent / "README.md", "accuracy", accuracy),
-    Block(HERE / "README.md", "sharded", sharded_model.default_table),
+    Block(HERE / "README.md", "sharded", sharded_model.default_comparison),
 ]
 
 

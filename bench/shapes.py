@@ -1,4 +1,4 @@
-"""What is timed, as data: the tensors of the models, and the sizes of sweeps and losses."""
+"""Holds what is timed, as data: the tensors of the models, and the sizes of sweeps and losses."""
 
 Shapes = list[tuple[int, ...]]
 
@@ -20,7 +20,7 @@ def textcnn(
 def bert(
     hidden: int = 768, layers: int = 12, words: int = 30_522, positions: int = 512, types: int = 2
 ) -> Shapes:
-    """BERT, or RoBERTa, for classification in two classes."""
+    """Returns the tensors of BERT, or RoBERTa, for classification in two classes."""
     norm = [(hidden,), (hidden,)]
     layer = [
         *linear(hidden, hidden) * 4,
@@ -34,7 +34,9 @@ def bert(
 
 
 def decoder(hidden: int, layers: int, inner: int, words: int, keys: int, tied: bool) -> Shapes:
-    """A decoder in Llama's manner: keys and values `keys` wide, a gated inner layer, no biases."""
+    """Returns the tensors of a decoder in Llama's manner: keys and values `keys` wide, a gated
+    inner layer, no biases.
+    """
     attention = [(hidden, hidden), (keys, hidden), (keys, hidden), (hidden, hidden)]
     layer = [*attention, (inner, hidden), (inner, hidden), (hidden, inner), (hidden,), (hidden,)]
     return [(words, hidden), *layer * layers, (hidden,), *[(words, hidden)] * (not tied)]

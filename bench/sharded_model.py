@@ -1,10 +1,12 @@
-"""A model on paper of the selective step in sharded training: arithmetic on constants that are
+"""Models on paper the selective step in sharded training: arithmetic on constants that are
 arguments, nothing measured.
 """
 
 import argparse
 import math
 from dataclasses import dataclass, fields
+
+from . import tables
 
 # bytes AdamW moves for one element in float32: parameter 4 + 4, gradient 4, two moments 8 + 8
 ELEMENT = 28
@@ -15,8 +17,8 @@ STATISTICS = 8  # bytes of one tensor's minimum and maximum in a collective
 
 @dataclass(frozen=True)
 class Training:
-    """Every constant, with where its default comes from; a data sheet's number is a limit, not
-    a measurement.
+    """Holds every constant, with where its default comes from; a data sheet's number is a limit,
+    not a measurement.
     """
 
     parameters: float = 1e11  # the question
@@ -34,29 +36,29 @@ class Training:
 
 
 def step_bytes(given: Training, bytes_an_element: int) -> float:
-    """Each GPU's, in one step of the optimizer."""
+    """Returns the bytes that each GPU moves in one step of the optimizer."""
     return bytes_an_element * given.parameters / given.gpus
 
 
 def collective_seconds(given: Training) -> float:
-    """An all-reduce of every tensor's minimum and maximum along a tree: up and down it in
-    messages, all bytes over a GPU's port twice.
+    """Returns the time of an all-reduce of every tensor's minimum and maximum along a tree: up and
+    down it in messages, all bytes over a GPU's port twice.
     """
     hops = 2 * math.ceil(math.log2(given.gpus))
     return hops * given.latency + 2 * STATISTICS * given.tensors / given.network_bandwidth
 
 
 def passes_seconds(given: Training, passes: float) -> float:
-    """Forward and backward: 6 operations per parameter and token, as often as the batch passes
-    through the model.
+    """Returns the time of forward and backward: 6 operations per parameter and token, as often as
+    the batch passes through the model.
     """
     return (
         passes * 6 * given.parameters * given.tokens / (given.gpus * given.peak * given.utilization)
     )
 
 
-def table(given: Training) -> str:
-    """The model's quantities for AdamW and for the selective step with either kind of
+def comparison(given: Training) -> str:
+    """Returns the model's quantities for AdamW and for the selective step with either kind of
     statistics.
     """
     kinds = {  # bytes an element, collectives, passes
@@ -83,12 +85,12 @@ def table(given: Training) -> str:
             "the optimizer's share of a training step": f"{100 * (update + joining) / whole:.2g} %",
         }.items():
             rows.setdefault(name, []).append(text)
-    texts = [f"| | {' | '.join(kinds)} |", "| --- " * (1 + len(kinds)) + "|"]
-    return "\n".join(texts + [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()])
+    return tables.table(["", *kinds], ([name, *cells] for name, cells in rows.items()))
 
 
-def default_table() -> str:
-    return table(Training())
+def default_comparison() -> str:
+    """Returns the comparison at the defaults."""
+    return comparison(Training())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,15 +1,14 @@
 """The main cases at small sizes under pytest-benchmark: `pytest bench --benchmark-only`. Wrong
-results fail, no time does.
+results fail, no time does; the seconds are timer.py's.
 """
 
 import importlib
 
 import pytest
-import torch
 
-from . import machine
+from . import machine, timer
 from .harness import Case, Contestant
-from .machine import Step
+from .timer import Step
 
 pytest.importorskip(
     "pytest_benchmark",
@@ -54,22 +53,34 @@ def parameters() -> list:
     ]
 
 
+class Samples:
+    """Stands for a clock that moves by what the timer says a step takes, and by nothing else."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def taking(self, step: Step) -> Step:
+        """Returns what takes one sample of a step, which is warm."""
+        repeats = timer.repeats_of(step, DEVICE)
+
+        def take() -> None:
+            self.now += timer.sample(step, repeats, DEVICE)
+
+        return take
+
+
+SAMPLES = Samples()
+
+
+@pytest.mark.benchmark(timer=SAMPLES)
 @pytest.mark.parametrize(("case", "contestant"), parameters())
 def test_step(benchmark, case: Case, contestant: Contestant):
     if contestant.step is None:
         pytest.skip(contestant.missing)
     assert case.verify() is None
+    contestant.step()
     benchmark.group = case.name
-    benchmark.pedantic(waited_for(contestant.step), rounds=5, warmup_rounds=2)
-
-
-def waited_for(step: Step) -> Step:
-    """The step as the processor's clock sees the whole of it."""
-    if DEVICE == "cpu":
-        return step
-
-    def both() -> None:
-        step()
-        torch.cuda.synchronize()
-
-    return both
+    benchmark.pedantic(SAMPLES.taking(contestant.step), rounds=5, warmup_rounds=1)

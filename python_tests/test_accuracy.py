@@ -9,7 +9,10 @@ import pytest
 import torch
 
 import uegr_kernels as uk
-from bench import accuracy, accuracy_report, training
+from bench import accuracy
+from bench.evidence import accuracy as command
+from bench.evidence import data as sets
+from bench.evidence import plan, report, studies, training
 
 WORDS = {"neg": "bad dull slow weak", "pos": "good fine fast strong"}
 QUICK = (
@@ -77,14 +80,14 @@ def test_every_method_trains_and_is_reported(data, tmp_path, capsys):
         )
         == 0
     )
-    report = capsys.readouterr().out
-    for name in accuracy.METHODS:
-        assert f"| {name} | " in report
+    told = capsys.readouterr().out
+    for name in plan.METHODS:
+        assert f"| {name} | " in told
     lines = [
         json.loads(line) for line in (tmp_path / "out" / "runs.jsonl").read_text().splitlines()
     ]
     finals = [line["result"] for line in lines if line["settings"]["final"]]
-    assert len(finals) == len(accuracy.METHODS)
+    assert len(finals) == len(plan.METHODS)
     assert all(0 <= result[key][1] <= 1 for result in finals for key in ("fgm", "pgd"))
     shares = {line["settings"]["method"]: line["result"]["share"] for line in lines}
     assert shares["plain"] == 1 and 0.1 < shares["child_tuning_f"] < 0.6 and shares["roast"] < 0.6
@@ -141,15 +144,15 @@ def test_what_is_done_is_not_done_again(data, tmp_path, monkeypatch, capsys):
 
 
 def test_all_studies(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(accuracy, "SIZES", (8, 16, 10**6))
-    monkeypatch.setattr(accuracy, "GRID", (0.1, 0.5))
-    monkeypatch.setattr(accuracy, "EPSILON", (0.1,))
+    monkeypatch.setattr(studies, "SIZES", (8, 16, 10**6))
+    monkeypatch.setattr(studies, "GRID", (0.1, 0.5))
+    monkeypatch.setattr(studies, "EPSILON", (0.1,))
     monkeypatch.setattr(
-        accuracy,
+        studies,
         "variants",
         lambda: iter([{"normalization": "rank", "direction": "salient", "rescale": False}]),
     )
-    studies = "passes,dropout,size,epsilon,selection,drop_attack,cost"
+    chosen = "passes,dropout,size,epsilon,selection,drop_attack,cost"
     assert (
         call(
             data,
@@ -163,16 +166,16 @@ def test_all_studies(data, tmp_path, monkeypatch, capsys):
             "--epochs",
             "1",
             "--studies",
-            studies,
+            chosen,
         )
         == 0
     )
-    report = capsys.readouterr().out
-    for title, _ in accuracy_report.DESCRIBE.values():
-        assert title in report
-    assert "| sgd | rank | salient | - | no | " in report
+    told = capsys.readouterr().out
+    for study in studies.STUDIES.values():
+        assert study.title in told
+    assert "| sgd | rank | salient | - | no | " in told
     # more than the set has
-    assert "| uegr | " in report.split("size of the training set")[1] and "1,000,000" not in report
+    assert "| uegr | " in told.split("size of the training set")[1] and "1,000,000" not in told
     assert {path.stem for path in tmp_path.glob("*.png")} == {
         "passes",
         "dropout",
@@ -207,7 +210,7 @@ def test_a_run_goes_on_from_its_last_epoch(data, tmp_path, monkeypatch):
 
 
 def test_validation_is_a_part_of_the_training_set(data):
-    whole = training.read(data, "one")
+    whole = sets.read(data, "one")
     train, held = training.split(whole, settings(examples=0))
     assert len(held) == 8 and len(train) == 32
     assert sorted(train + held) == sorted(whole.train)
@@ -216,10 +219,10 @@ def test_validation_is_a_part_of_the_training_set(data):
 
 
 def test_trials_use_every_value_as_often_as_the_others():
-    for name, method in accuracy.METHODS.items():
-        points = accuracy.trials(name, method, 6, accuracy.RATES)
+    for name, method in plan.METHODS.items():
+        points = plan.trials(name, method, 6, plan.RATES)
         assert len(points) == 6
-        for key, values in (accuracy.RATES | method.space).items():
+        for key, values in (plan.RATES | method.space).items():
             counts = [sum(point.get(key) == value for point in points) for value in values]
             assert key in method.fixed or max(counts) - min(counts) <= 1
 
@@ -280,17 +283,17 @@ def test_runs_from_before_adaptive_dropout_are_the_ablation(data, tmp_path):
 
 
 def test_names_as_the_papers_write_them():
-    options = accuracy.parser().parse_args(
+    options = command.parser().parse_args(
         "--data x --methods R-Drop,R-AT-SU,UEGR,DropAttack,FreeLB,plain --models "
         "TextCNN,hf:A/b".split()
     )
     assert options.methods == ["r_drop", "r_at_su", "uegr", "drop_attack", "free_lb", "dropout"]
     assert options.models == ["textcnn", "hf:A/b"]
-    assert set(uk.recipes.NAMES) <= {method.recipe for method in accuracy.METHODS.values()}
+    assert set(uk.recipes.NAMES) <= {method.recipe for method in plan.METHODS.values()}
 
 
 def test_means_count_twins_once():
-    assert accuracy_report.over_sets({"mr": 0.5, "sst2": 0.7, "agnews": 0.9}) == pytest.approx(
+    assert report.over_sets({"mr": 0.5, "sst2": 0.7, "agnews": 0.9}) == pytest.approx(
         (0.6 + 0.9) / 2
     )
 
@@ -304,13 +307,11 @@ def test_the_paired_test_against_a_worked_example():
         for seed in range(3)
         for name, value in (("dropout", 0.5), ("at", 0.51 + 0.01 * seed))
     }
-    gaps, p = accuracy_report.Main(found).against("m", "at", "dropout", accuracy_report.accuracy)
+    gaps, p = report.Main(found).against("m", "at", "dropout", report.accuracy)
     assert gaps == pytest.approx([0.01, 0.02, 0.03])
     assert p == pytest.approx(0.07418, abs=1e-5)
-    assert accuracy_report.spread(gaps) == "2.0 ± 1.0"
-    assert math.isnan(
-        accuracy_report.Main(found).against("m", "dropout", "dropout", accuracy_report.accuracy)[1]
-    )
+    assert report.mean_and_deviation(gaps) == "2.0 ± 1.0"
+    assert math.isnan(report.Main(found).against("m", "dropout", "dropout", report.accuracy)[1])
 
 
 def test_robustness_relative_to_the_base(data, tmp_path, capsys):
@@ -332,8 +333,8 @@ def test_robustness_relative_to_the_base(data, tmp_path, capsys):
         )
         == 0
     )
-    report = capsys.readouterr().out.split("Robustness relative")[1]
-    assert "| dropout | 0.0" in report
+    told = capsys.readouterr().out.split("Robustness relative")[1]
+    assert "| dropout | 0.0" in told
     results = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     finals = [line["result"] for line in results if line["settings"]["final"]]
     for result in finals:
@@ -347,7 +348,7 @@ def test_robustness_relative_to_the_base(data, tmp_path, capsys):
         )
         for m in ("plain", "at")
     )
-    assert f"| at | {100 * (at - base) / (1 - base):.1f} ± " in report
+    assert f"| at | {100 * (at - base) / (1 - base):.1f} ± " in told
 
 
 @pytest.mark.parametrize(
@@ -416,7 +417,7 @@ def test_other_texts_by_the_same_name_are_another_set(data, tmp_path):
     assert call(data, tmp_path / "out", *options) == 0
     train = data / "one" / "train.tsv.gz"
     train.write_bytes(gzip.compress(gzip.decompress(train.read_bytes()) + b"pos\tfine film\n"))
-    training.read.cache_clear()
+    sets.read.cache_clear()
     assert call(data, tmp_path / "out", *options) == 0
     assert len((tmp_path / "out" / "runs.jsonl").read_text().splitlines()) == 4
 
@@ -435,7 +436,7 @@ def test_sets_that_cannot_be_trained_on(data, tmp_path, capsys, labels, said):
         (data / "one" / f"{part}.tsv.gz").write_bytes(
             gzip.compress(f"label\ttext\n{lines}{extra}".encode())
         )
-    training.read.cache_clear()
+    sets.read.cache_clear()
     assert call(data, tmp_path / "out", "--sets", "one") == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -444,17 +445,17 @@ def test_sets_that_cannot_be_trained_on(data, tmp_path, capsys, labels, said):
 def test_many_whole_numbers_are_classes(data):
     lines = "".join(f"{i % 30}\tword {i}\n" for i in range(90))
     (data / "one" / "train.tsv.gz").write_bytes(gzip.compress(f"label\ttext\n{lines}".encode()))
-    training.read.cache_clear()
-    assert training.read(data, "one").metric == "accuracy"
+    sets.read.cache_clear()
+    assert sets.read(data, "one").metric == "accuracy"
 
 
 def test_only_line_feeds_end_lines(data):
     """Texts may hold what str.splitlines takes for an end."""
     train = "".join(f"{label}\tone\u2028two\x85three {i}\r\n" for i in range(5) for label in WORDS)
     (data / "one" / "train.tsv.gz").write_bytes(gzip.compress(("label\ttext\r\n" + train).encode()))
-    training.read.cache_clear()
-    found = training.read(data, "one").train
-    assert len(found) == 10 and found[0] == training.Row("neg", ("one\u2028two\x85three 0",))
+    sets.read.cache_clear()
+    found = sets.read(data, "one").train
+    assert len(found) == 10 and found[0] == sets.Row("neg", ("one\u2028two\x85three 0",))
 
 
 def test_a_broken_line_is_named(data, capsys, tmp_path):
@@ -490,8 +491,8 @@ def glue(tmp_path):
 
 
 def test_glue_is_read(glue):
-    assert set(training.sets_in(glue)) == set(GLUE)
-    assert {name: training.read(glue, name).metric for name in GLUE} == {
+    assert set(sets.sets_in(glue)) == set(GLUE)
+    assert {name: sets.read(glue, name).metric for name in GLUE} == {
         **{
             "SST-2": "accuracy",
             "CoLA": "matthews",
@@ -500,14 +501,14 @@ def test_glue_is_read(glue):
             "RTE": "accuracy",
         }
     }
-    assert training.read(glue, "CoLA").train[0] == training.Row("0", (text("neg", 0),))
-    assert training.read(glue, "MRPC").test[1] == training.Row(
+    assert sets.read(glue, "CoLA").train[0] == sets.Row("0", (text("neg", 0),))
+    assert sets.read(glue, "MRPC").test[1] == sets.Row(
         "1", (text("pos", 0), "and " + text("pos", 0))
     )
     with (glue / "RTE" / "train.tsv").open("a") as file:
         file.write("1\tcut short\n")
-    training.read.cache_clear()
-    assert len(training.read(glue, "RTE").train) == 40
+    sets.read.cache_clear()
+    assert len(sets.read(glue, "RTE").train) == 40
 
 
 def test_a_checkpoint_of_transformers(glue, tmp_path, capsys):

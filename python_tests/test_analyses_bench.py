@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import uegr_kernels as uk
-from bench import analyses, noise
+from bench.evidence import analyses, sgd_noise
 from uegr_kernels.models import TextCNN
 
 pytest.importorskip("matplotlib")
@@ -130,10 +130,10 @@ def test_ctrl_c_says_how_to_go_on(folder, tmp_path, capsys, monkeypatch):
     assert "--only LIST makes the others" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", noise.CASES)
+@pytest.mark.parametrize("name", sgd_noise.CASES)
 def test_the_optimizers_scatter_as_the_closed_form_says(name):
     torch.manual_seed(0)
-    closed, simulated, _ = noise.quadratic(noise.CASES[name], 4000)
+    closed, simulated, _ = sgd_noise.quadratic(sgd_noise.CASES[name], 4000)
     assert len(simulated) > 10
     for step, value in simulated.items():
         assert value == pytest.approx(closed[step], rel=0.12)  # five standard errors or more
@@ -141,15 +141,15 @@ def test_the_optimizers_scatter_as_the_closed_form_says(name):
 
 def test_the_worst_cases_hessian_is_autograds_where_there_is_no_attack():
     torch.manual_seed(0)
-    model = noise.Bag(12, 3)
+    model = sgd_noise.Bag(12, 3)
     inputs = {
         "ids": torch.randint(1, 12, (9, 5)),
         "attention_mask": torch.ones(9, 5, dtype=torch.bool),
     }
     labels = torch.randint(0, 3, (9,))
     before = model.flat
-    hessian, covariance, gradient = noise.curvature(
-        model, inputs, labels, noise.Training(1, batch=1)
+    hessian, covariance, gradient = sgd_noise.curvature(
+        model, inputs, labels, sgd_noise.Training(1, batch=1)
     )
     assert torch.equal(model.flat, before)
     features = model.pool(model.embedding(inputs["ids"]), inputs["attention_mask"]).detach()

@@ -558,7 +558,7 @@ def test_covariances_by_hand():
     one = torch.ones(1, 1)
     # eta*c / (h*(2 - eta*h))
     assert uk.analysis.sgd_covariance(one, one, 0.5).item() == pytest.approx(0.5 / 1.5)
-    # METHODS 4, simulated
+    # docs/methods.md, section 4, simulated
     assert uk.analysis.sgd_covariance(
         2 * one, one, 0.1, keep_probability=0.5
     ).item() == pytest.approx(0.0625)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import harness, machine, peers, readme, shapes, sharded_model, tables
+from bench import harness, machine, peers, readme, shapes, sharded_model, tables, timer
 
 README = harness.ROOT / "bench" / "README.md"
 
@@ -166,7 +166,7 @@ def test_peers_that_cannot_run_are_named_with_the_reason():
     assert found["fails"] == {"name": "fails", "missing": "RuntimeError: needs a GPU"}
     assert found["absent"] == {"name": "absent", "missing": "it is not installed"}
     assert found["large"]["missing"].startswith("takes 1000000000.0 GB beside the tensors")
-    for text in (tables.table([line]), tables.missing([line])):
+    for text in (tables.results([line]), tables.missing([line])):
         for reason in ("needs a GPU", "it is not installed", "takes 1000000000.0 GB"):
             assert reason in text
     assert "slow" not in tables.missing([line])
@@ -178,7 +178,7 @@ def test_a_case_too_large_is_listed_with_its_size():
         line["skipped"] == ("needs 1000000.0 GB, more than 80% of what is free")
         and "contestants" not in line
     )
-    assert "skipped: needs 1000000.0 GB" in tables.table([line])
+    assert "skipped: needs 1000000.0 GB" in tables.results([line])
     assert "some (needs 1000000.0 GB" in tables.missing([line])
 
 
@@ -188,7 +188,7 @@ def test_a_case_that_is_wrong_has_no_figures():
         line["error"] == ("ours and the reference disagree: 3 of 4 elements")
         and "contestants" not in line
     )
-    assert "3 of 4 elements" in tables.table([line])
+    assert "3 of 4 elements" in tables.results([line])
 
 
 def test_threads_of_a_case_are_its_own():
@@ -207,6 +207,46 @@ def test_launches_are_operators_that_nobody_else_calls():
 def test_memory_of_a_step_is_seen():
     extra = machine.peak_extra(lambda: torch.ones(2**24))
     assert extra is None or 2**25 < extra < 2**28
+
+
+# ---- The timer
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_ours_takes_its_turn_beside_each_peer(monkeypatch, device):
+    """The same rounds on both devices; a peer of few rounds leaves ours to the others."""
+    seen = []
+    seconds = {"ours": 2.0, "b": 1.0, "c": 4.0}
+
+    def sampled(step, repeats, where):
+        assert where == device
+        seen.append(step())
+        return seconds[seen[-1]]
+
+    monkeypatch.setattr(timer, "sample", sampled)
+    variants = {name: timer.Variant(lambda name=name: name) for name in ("ours", "b")}
+    variants["c"] = timer.Variant(lambda: "c", rounds=1)
+    times = timer.alternated(variants, 3, device)
+    assert "".join(name[0] for name in seen) == "oboc" + "ob" + "ob"
+    assert times["b"].ratios == [2.0] * 3 and times["c"].ratios == [0.5]
+    assert len(times["ours"].seconds) == 4 and not times["ours"].ratios
+    seen.clear()
+    assert timer.in_turn({name: variants[name].step for name in "bc"}, 2, device) == {
+        "b": [1.0, 1.0],
+        "c": [4.0, 4.0],
+    }
+    assert seen == ["b", "c"] * 2  # beside the warm-up
+
+
+def test_no_round_begins_after_the_end_but_the_first_three():
+    variants = {name: timer.Variant(lambda: None) for name in "ab"}
+    times = timer.alternated(variants, 9, "cpu", until=0.0)
+    assert len(times["a"].seconds) == timer.FEWEST
+
+
+def test_a_spread_is_the_median_with_its_quartiles():
+    assert timer.spread([4.0, 1.0, 2.0, 3.0, 5.0]) == {"median": 3.0, "q1": 2.0, "q3": 4.0}
+    assert timer.spread([0.123456789]) == {"median": 0.123457, "q1": 0.123457, "q3": 0.123457}
 
 
 # ---- What is timed
@@ -330,7 +370,7 @@ def test_the_model_of_sharded_training_is_arithmetic(capsys):
     )
     assert bench.main(["sharded", *arguments.split(), "--utilization", "0.5"]) == 0
     printed = capsys.readouterr().out
-    assert printed.strip() == sharded_model.table(given)
+    assert printed.strip() == sharded_model.comparison(given)
     assert "| bytes of the step, GB a GPU | 3.5 | 4 | 3.5 |" in printed
     assert "| its time at the memory's bandwidth, ms | 3.5 | 4 | 3.5 |" in printed
     assert "| time of all of them, ms | 0 | 7.6 | 7.6 |" in printed

@@ -20,7 +20,7 @@ import time
 import pytest
 import torch
 
-from bench import gpu, gpu_clusters, gpu_pytest, gpu_report, gpu_runner, gpu_stages, machine
+from bench import gpu, gpu_clusters, gpu_pytest, gpu_report, gpu_runner, gpu_stages, machine, timer
 from bench.gpu_runner import ROOT, Output, Stage, Stop, Wave, alone, answer, run
 
 HERE = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -785,7 +785,7 @@ def test_the_closing_table_says_what_was_found_and_fits():
         "seconds": 9.0,
         "result": {"expected": 46, "passed": 45, "failed": ["test_a"]},
     }
-    text = gpu_report.table([probe, failed, tests, ran_case("bench-step", 1)], "r", 1)
+    text = gpu_report.closing([probe, failed, tests, ran_case("bench-step", 1)], "r", 1)
     assert text.startswith(
         "A copy moves 4,300 GB/s. gpu G; torch 2.11.0\nPassed: probe, bench-step. Exit status 1."
     )
@@ -807,7 +807,7 @@ def test_the_closing_table_says_what_was_found_and_fits():
         everything + [ran_case(f"c{i}", 5) for i in range(40)],
         [ran_case(f"c{i}", 12) for i in range(40)],
     ):
-        text = gpu_report.table(lines, "r", 1)
+        text = gpu_report.closing(lines, "r", 1)
         assert len(text.splitlines()) <= 100 and len(text) <= 12_000
         assert re.search(r"\(\d+ lines more are in gpu.jsonl\)$", text)
 
@@ -834,7 +834,7 @@ def test_the_table_of_a_whole_run_fits():
                 "result": result,
             }
         lines.append(line)
-    text = gpu_report.table(lines, "r", 0)
+    text = gpu_report.closing(lines, "r", 0)
     assert (
         "| triton-sweep" in text
         and "lines more" not in text
@@ -1163,14 +1163,12 @@ class Queue:
     def __init__(self, monkeypatch):
         self.calls, self.clock = [], 0.0
         monkeypatch.setattr(
-            torch.cuda,
-            "_sleep",
-            lambda cycles: self.calls.append(("pause", cycles / machine.CLOCK)),
+            torch.cuda, "_sleep", lambda cycles: self.calls.append(("pause", cycles / timer.CLOCK))
         )
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: self.calls.append("wait"))
         monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: self)
-        monkeypatch.setattr(machine.time, "perf_counter", lambda: self.clock)
-        monkeypatch.setattr(machine, "emptied_cache", lambda device: self)
+        monkeypatch.setattr(timer.time, "perf_counter", lambda: self.clock)
+        monkeypatch.setattr(timer, "other_data", lambda device: self)
 
     def sum(self):
         self.calls.append("other data")
@@ -1191,15 +1189,15 @@ class Queue:
 
 def test_a_step_on_a_gpu_waits_in_the_queue_until_the_host_is_through(monkeypatch):
     queue = Queue(monkeypatch)
-    assert machine.sample(queue.step, 2, "cuda") == 1.0
+    assert timer.sample(queue.step, 2, "cuda") == 1.0
     pause = ("pause", pytest.approx(0.1))  # ten times the host's part
     assert (
         queue.calls
         == ["wait", "step", "wait", pause, "other data", "event", "step", "event", "wait"] * 2
     )
     queue.calls.clear()
-    machine.sample(lambda: None, 1, "cuda")
-    assert ("pause", pytest.approx(machine.SHORTEST_PAUSE)) in queue.calls
+    timer.sample(lambda: None, 1, "cuda")
+    assert ("pause", pytest.approx(timer.SHORTEST_PAUSE)) in queue.calls
 
 
 def test_by_hand_a_case_answers_on_the_terminal(monkeypatch, capsys):

@@ -12,7 +12,10 @@ import sys
 import pytest
 import torch
 
-from uegr_kernels import demo
+import uegr_kernels as uk
+from uegr_kernels.finetune import command as demo
+from uegr_kernels.finetune import data as texts
+from uegr_kernels.finetune import train
 from uegr_kernels.models import MODELS
 
 STEPS = 6
@@ -41,7 +44,7 @@ def checkpoint(output):
 
 def assert_same_run(one, other):
     assert one["settings"] == other["settings"]
-    for arm in demo.ARMS:
+    for arm in train.ARMS:
         a, b = one["arms"][arm], other["arms"][arm]
         assert [a[name] for name in ("step", "losses", "shares", "accuracy")] == [
             b[name] for name in ("step", "losses", "shares", "accuracy")
@@ -82,7 +85,7 @@ def test_a_tiny_run(sentences, tmp_path, capfd, model):
         for line in printed.out.splitlines()
         if line.startswith(("accuracy", "seconds", "parameters"))
     ]
-    assert len(rows) == 1 + len(demo.ATTACKS) + 2 and all(len(row.split()) >= 3 for row in rows)
+    assert len(rows) == 1 + len(train.ATTACKS) + 2 and all(len(row.split()) >= 3 for row in rows)
     assert f"{STEPS}/{STEPS}" in printed.err and "Warning" not in printed.err
     assert (tmp_path / "out" / demo.PICTURE).read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
@@ -99,6 +102,26 @@ def test_it_learns(sentences, tmp_path, capfd):
         assert state["accuracy"][0] == 1.0 and state["losses"][-1] < state["losses"][0] / 2
 
 
+def test_the_share_is_that_of_the_masks_of_the_step(sentences, tmp_path, capfd):
+    """The first step's, drawn again from its seed on the gradient that the optimizer saw."""
+    seen, step = [], uk.SelectiveAdamW.step
+    whole = arguments(sentences, tmp_path, "--steps", "1")
+
+    def watched(optimizer, *rest):
+        group = optimizer.param_groups[0]
+        seen.extend(
+            uk.selection_mask(p.grad, seed=group["seed"], step=1, stream=i)
+            for i, p in enumerate(group["params"])
+        )
+        return step(optimizer, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uk.SelectiveAdamW, "step", watched)
+        assert demo.main(whole) == 0
+    selected = sum(mask.sum().item() for mask in seen) / sum(mask.numel() for mask in seen)
+    assert checkpoint(tmp_path)["arms"]["UEGR"]["shares"] == [selected]
+
+
 def test_a_seed_fixes_the_run(sentences, tmp_path, capfd):
     for folder in "ab":
         assert demo.main(arguments(sentences, tmp_path / folder, "--seed", "5")) == 0
@@ -109,7 +132,7 @@ def test_a_seed_fixes_the_run(sentences, tmp_path, capfd):
 
 
 def test_gzip_carriage_returns_byte_order_mark_and_missing_header(sentences, tmp_path):
-    expected = demo.read_tsv(str(sentences))
+    expected = texts.read_tsv(str(sentences))
     text = sentences.read_bytes()
     variants = {
         "a.tsv.gz": gzip.compress(text),
@@ -119,9 +142,9 @@ def test_gzip_carriage_returns_byte_order_mark_and_missing_header(sentences, tmp
     }
     for name, content in variants.items():
         (tmp_path / name).write_bytes(content)
-        assert demo.read_tsv(str(tmp_path / name)) == expected, name
+        assert texts.read_tsv(str(tmp_path / name)) == expected, name
     (tmp_path / "e.tsv").write_bytes(text.split(b"\n", 1)[1])
-    assert [example[:2] for example in demo.read_tsv(str(tmp_path / "e.tsv"))] == [
+    assert [example[:2] for example in texts.read_tsv(str(tmp_path / "e.tsv"))] == [
         example[:2] for example in expected
     ]
     assert (
@@ -214,17 +237,17 @@ class TestStopping:
     ):
         whole = arguments(sentences, tmp_path / "whole")
         assert demo.main(whole) == 0
-        share, rows = demo.share_selected, demo.rows_of_step
+        rows = train.rows_of_step
         arms = []
 
         def interrupted(at, *rest):  # in the middle of a step
             if at == 0:
-                arms.append(demo.ARMS[len(arms)])
+                arms.append(train.ARMS[len(arms)])
             if arms[-1] == arm and at == step - 1:
                 signal.raise_signal(signal.SIGINT)
             return rows(at, *rest)
 
-        monkeypatch.setattr(demo, "rows_of_step", interrupted)
+        monkeypatch.setattr(train, "rows_of_step", interrupted)
         assert demo.main(arguments(sentences, tmp_path / "out")) == 130
         error = capfd.readouterr().err
         assert (
@@ -233,31 +256,28 @@ class TestStopping:
             and "Traceback" not in error
         )
         assert checkpoint(tmp_path / "out")["arms"][arm]["step"] == step
-        monkeypatch.setattr(demo, "rows_of_step", rows)
+        monkeypatch.setattr(train, "rows_of_step", rows)
         assert demo.main(arguments(sentences, tmp_path / "out", "--resume")) == 0
         assert_same_run(checkpoint(tmp_path / "out"), checkpoint(tmp_path / "whole"))
-        assert (
-            signal.getsignal(signal.SIGINT) is signal.default_int_handler
-            and share is demo.share_selected
-        )
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     def test_a_kill_costs_no_more_than_the_steps_since_the_last_save(
         self, sentences, tmp_path, capfd, monkeypatch
     ):
         assert demo.main(arguments(sentences, tmp_path / "whole")) == 0
-        monkeypatch.setattr(demo, "SAVE_EVERY", 2)
-        rows = demo.rows_of_step
+        monkeypatch.setattr(train, "SAVE_EVERY", 2)
+        rows = train.rows_of_step
 
         def killed(step, *rest):
             if step == 5:
                 raise MemoryError
             return rows(step, *rest)
 
-        monkeypatch.setattr(demo, "rows_of_step", killed)
+        monkeypatch.setattr(train, "rows_of_step", killed)
         with pytest.raises(MemoryError):
             demo.main(arguments(sentences, tmp_path / "out"))
         assert checkpoint(tmp_path / "out")["arms"]["AdamW"]["step"] == 4
-        monkeypatch.setattr(demo, "rows_of_step", rows)
+        monkeypatch.setattr(train, "rows_of_step", rows)
         assert demo.main(arguments(sentences, tmp_path / "out", "--resume")) == 0
         assert_same_run(checkpoint(tmp_path / "out"), checkpoint(tmp_path / "whole"))
 
@@ -266,16 +286,16 @@ class TestStopping:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
 
-        monkeypatch.setattr(demo, "rows_of_step", twice)
+        monkeypatch.setattr(train, "rows_of_step", twice)
         assert demo.main(arguments(sentences, tmp_path / "out")) == 130
         assert "Stopped at once" in capfd.readouterr().err
 
     def test_a_kill_within_a_save_leaves_a_whole_checkpoint(self, tmp_path):
         path = tmp_path / "checkpoint.pt"
         endless = (
-            "import pathlib, sys, torch\nfrom uegr_kernels.demo import save_checkpoint\ni = 0\n"
-            "while True:\n    save_checkpoint(pathlib.Path(sys.argv[1]), {'weights': torch.full((1 "
-            "<< 20,), float(i))})\n"
+            "import pathlib, sys, torch\nfrom uegr_kernels.finetune.train import save_checkpoint\n"
+            "i = 0\nwhile True:\n    weights = torch.full((1 << 20,), float(i))\n"
+            "    save_checkpoint(pathlib.Path(sys.argv[1]), {'weights': weights})\n"
             "    print(i, flush=True)\n    i += 1"
         )
         process = subprocess.Popen(
@@ -342,10 +362,10 @@ class TestStopping:
 
 class TestData:
     def test_docstrings(self, monkeypatch):
-        monkeypatch.setattr(demo, "PER_PACKAGE", 20)
-        monkeypatch.setattr(demo, "FEWEST", 10)
-        monkeypatch.setattr(demo, "PACKAGES", 4)
-        examples = demo.read_docstrings(lambda names, **options: names)
+        monkeypatch.setattr(texts, "PER_PACKAGE", 20)
+        monkeypatch.setattr(texts, "FEWEST", 10)
+        monkeypatch.setattr(texts, "PACKAGES", 4)
+        examples = texts.read_docstrings(lambda names, **options: names)
         assert len({example.label for example in examples}) == 4 and len(examples) == 80
         assert len({example.words for example in examples}) == 80
         assert not any(
@@ -353,11 +373,11 @@ class TestData:
             for example in examples
             for word in example.words
         )
-        assert demo.read_docstrings(lambda names, **options: names) == examples
+        assert texts.read_docstrings(lambda names, **options: names) == examples
 
     def test_equal_texts_stay_on_one_side(self):
-        examples = [demo.Example("ab"[i % 2], (f"word{i // 4}", "same"), i) for i in range(80)]
-        data = demo.prepare(examples, None, None, 64)
+        examples = [texts.Example("ab"[i % 2], (f"word{i // 4}", "same"), i) for i in range(80)]
+        data = texts.prepare(examples, None, None, 64)
         train, test = (
             {tuple(row) for row in texts.ids.tolist()} for texts in (data.train, data.test)
         )
@@ -365,19 +385,19 @@ class TestData:
         assert len(train) == 16 and train.isdisjoint(test)
 
     def test_limit_and_length(self):
-        examples = [demo.Example("ab"[i % 2], ("one", "two", f"{i}"), i) for i in range(100)]
-        data = demo.prepare(examples, None, 50, 3)
+        examples = [texts.Example("ab"[i % 2], ("one", "two", f"{i}"), i) for i in range(100)]
+        data = texts.prepare(examples, None, 50, 3)
         assert len(data.train.labels) + len(data.test.labels) == 50
-        assert demo.prepare(
-            examples, [demo.Example("a", ("new", "one", "two"))], 50, 2
+        assert texts.prepare(
+            examples, [texts.Example("a", ("new", "one", "two"))], 50, 2
         ).test.ids.shape == (1, 2)
 
     def test_chinese_words_are_characters(self):
-        assert demo.words_of("学习 PyTorch_2很快!") == ("学", "习", "pytorch", "2", "很", "快")
+        assert texts.words_of("学习 PyTorch_2很快!") == ("学", "习", "pytorch", "2", "很", "快")
 
     def test_each_epoch_visits_every_text_once(self):
         epochs = [
-            torch.cat([demo.rows_of_step(4 * epoch + i, 100, seed=1) for i in range(4)])
+            torch.cat([train.rows_of_step(4 * epoch + i, 100, seed=1) for i in range(4)])
             for epoch in range(2)
         ]
         assert all(sorted(rows.tolist()) == list(range(100)) for rows in epochs)

@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -18,8 +19,10 @@ import torch
 from scipy import stats
 
 import uegr_kernels as uk
-from bench import accuracy
-from bench.evidence import intervals, pretrained, report
+from bench import accuracy, harness
+from bench.evidence import accuracy as command
+from bench.evidence import data as sets
+from bench.evidence import intervals, plan, pretrained, pretrained_report, runs, studies, training
 
 ROOT = pathlib.Path(__file__).parent.parent
 WORDS = {"neg": "bad dull slow weak", "pos": "good fine fast strong"}
@@ -93,11 +96,11 @@ def small(checkpoint):
 def tiers(monkeypatch):
     """Every method, on one set with two seeds."""
     monkeypatch.setattr(pretrained, "TIERS", {1: (tuple(pretrained.METHODS), ("sst2",), 2)})
-    monkeypatch.setattr(report, "TIERS", pretrained.TIERS)
+    monkeypatch.setattr(pretrained_report, "TIERS", pretrained.TIERS)
 
 
 def test_every_method_is_tuned_run_and_reported(data, small, tiers, tmp_path):
-    runs = pretrained.Runs(data, tmp_path, 1, "here")
+    runs = pretrained.PretrainedRuns(data, tmp_path, 1, "here")
     plan = pretrained.Plan(runs, small)
     plan.finish(1)
     lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
@@ -110,26 +113,26 @@ def test_every_method_is_tuned_run_and_reported(data, small, tiers, tmp_path):
         assert len(result["typos 0.05"]) == len(result["cad-imdb"]) == 6
     shares = {line["settings"]["method"]: line["result"]["share"] for line in finals}
     assert shares["uegr_all_selected"] == 1 and 0 < shares["uegr_rank_salient"] < 0.9
-    again = pretrained.Runs(data, tmp_path, 1, "here")
+    again = pretrained.PretrainedRuns(data, tmp_path, 1, "here")
     before = len(lines)
     pretrained.Plan(again, small).finish(1)
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == before, "made again"
-    written = report.write(pretrained.Plan(again, small), tmp_path)
+    written = pretrained_report.write(pretrained.Plan(again, small), tmp_path)
     assert "not finished" not in written.split("tier 1, sst2")[0]
     page = (tmp_path / "README.md").read_text()
     assert all(f"| {name} |" in page for name in pretrained.METHODS)
-    assert all(question in page for question in report.QUESTIONS)
+    assert all(question in page for question in pretrained_report.QUESTIONS)
     assert (tmp_path / "sst2.png").stat().st_size > 10_000
 
 
 def test_a_row_stands_only_where_all_of_its_seeds_do(data, small, tiers, tmp_path):
-    runs = pretrained.Runs(data, tmp_path, 1, "here")
+    runs = pretrained.PretrainedRuns(data, tmp_path, 1, "here")
     plan = pretrained.Plan(runs, small)
     first, second = plan.finals("sst2", "plain", 2)["both"]
     runs.finish([first], "one seed")
-    assert report.whole(plan, "sst2")[0] == {}
+    assert pretrained_report.whole(plan, "sst2")[0] == {}
     runs.finish([second], "the other")
-    assert list(report.whole(plan, "sst2")[0]) == [("plain", "both")]
+    assert list(pretrained_report.whole(plan, "sst2")[0]) == [("plain", "both")]
 
 
 def test_every_setting_counts(small):
@@ -154,7 +157,69 @@ def test_runs_of_another_protocol_are_not_taken(data, small, tmp_path):
         "result": {},
     }
     (tmp_path / "runs.jsonl").write_text(json.dumps(line) + "\n")
-    assert not pretrained.Runs(data, tmp_path, 1, "here").done
+    assert not pretrained.PretrainedRuns(data, tmp_path, 1, "here").done
+
+
+# What is committed
+
+
+@pytest.fixture
+def committed(tmp_path, monkeypatch):
+    """A copy of the committed runs, their data's digests and sizes as they were, and UEGR with the
+    plain dropout that it had then; a run that is missing fails.
+    """
+    folder = command.RESULTS
+    for name in ("runs.jsonl", "cost.jsonl"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    records = runs.whole_records(folder / "runs.jsonl")
+    digests = {record["settings"]["data"]: record.get("digest", "") for record in records}
+    monkeypatch.setattr(plan, "digest", lambda folder, name: digests[name])
+    rows = [sets.Row("a", ("text",))] * 4000
+    monkeypatch.setattr(studies, "read", lambda *_: sets.TextSet(rows, rows, "accuracy"))
+    uegr = plan.METHODS["uegr"]
+    plain = dataclasses.replace(uegr, fixed=uegr.fixed | {"adaptive_dropout": False})
+    monkeypatch.setitem(plan.METHODS, "uegr", plain)
+    here = {"machine": {"cpu": records[0]["cpu"]}, "versions": {"torch": records[0]["torch"]}}
+    monkeypatch.setattr(harness, "environment", lambda command: here | {"commit": "now"})
+    monkeypatch.setattr(runs, "results", lambda calls, *_: pytest.fail(f"{len(calls)} made again"))
+    return folder, tmp_path
+
+
+def test_committed_runs_are_known_and_make_the_committed_report(committed, capsys):
+    folder, output = committed
+    call = re.search(r"^`(python -m bench.accuracy .*?)`", (folder / "main.md").read_text(), re.M)[
+        1
+    ]
+    arguments = [*call.split()[3:], "--output", str(output)]
+    options = command.parser().parse_args(arguments)
+    options.methods.remove("uegr_plain_dropout")  # then the same as uegr
+    command.run(options, call)
+    texts = [path for path in folder.iterdir() if path.suffix in (".md", ".json", ".jsonl")]
+    assert len(texts) > 10
+    for path in texts:
+        assert (output / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_every_committed_run_of_the_pre_trained_model_is_known(tmp_path):
+    folder = pretrained.RESULTS
+    records = runs.whole_records(folder / "runs.jsonl")
+    known = pretrained.PretrainedRuns(tmp_path, folder, 1, "here")
+    assert records and all(pretrained.Run(**record["settings"]) in known for record in records)
+    pretrained_report.write(pretrained.Plan(known, {}), tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == (folder / "README.md").read_bytes()
+
+
+def test_a_protocol_is_part_of_every_key(data, tmp_path, monkeypatch):
+    """Records without one are of the first; a new one leaves none of them known."""
+    settings = training.Settings("sst2", "textcnn", "plain", 0)
+    other = dataclasses.replace(settings, protocol=training.PROTOCOL + 1)
+    old = {key: value for key, value in vars(settings).items() if key != "protocol"}
+    (tmp_path / "runs.jsonl").write_text(json.dumps({"settings": old, "result": {"a": 1}}) + "\n")
+    known = plan.MethodRuns(data, ["sst2"], tmp_path, 1, 1, "here")
+    assert known.key_of(settings) != known.key_of(other)
+    assert known[settings] == {"a": 1} and other not in known
+    monkeypatch.setattr(plan.MethodRuns, "protocol", training.PROTOCOL + 1)
+    assert not plan.MethodRuns(data, ["sst2"], tmp_path, 1, 1, "here").done
 
 
 RUN = """

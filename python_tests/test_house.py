@@ -20,7 +20,7 @@ FOLDERS = {
     for folder in (ROOT / PACKAGE).iterdir()
     if folder.is_dir() and folder.name[0] != "_"
 }
-OPERATORS = sorted(FOLDERS - {"core", "recipes", "analysis", "integrations"})
+OPERATORS = sorted(FOLDERS - {"core", "recipes", "analysis", "integrations", "finetune"})
 OPERATOR = f"({'|'.join(OPERATORS)})"
 # An operator's public files, what stands between them and `op`, and the rest.
 PUBLIC = ("api", "optimizers", "functional")
@@ -31,7 +31,7 @@ MODULES = (
     "recipes",
     "analysis",
     "integrations",
-    "demo",
+    "finetune",
     "models",
     "core",
     "_bindings",
@@ -367,14 +367,16 @@ def bistage_imports(path, text):
 
 
 @rule(
-    "`recipes`, `analysis` and `integrations` use public names, as a user would; `recipes` and "
-    "`analysis` use `core.checks` too, and `recipes` the operators' `options`",
-    f"{PACKAGE}/(recipes|analysis|integrations)/.*",
+    "`recipes`, `analysis`, `integrations` and `finetune` use public names, as a user would; "
+    "`recipes` and `analysis` use `core.checks` too, and `recipes` the operators' `options`",
+    f"{PACKAGE}/(recipes|analysis|integrations|finetune)/.*",
     bad=[
         "uegr_kernels/recipes/weight_ascent.py | from ..core import philox",
         "uegr_kernels/analysis/cka.py | from ..selective.op import SCHEMAS",
         "uegr_kernels/analysis/cka.py | from ..selective.options import Selection",
         "uegr_kernels/integrations/transformers.py | from ..core import checks",
+        "uegr_kernels/finetune/command.py | from ..core import native",
+        "uegr_kernels/finetune/train.py | from ..selective.api import SelectiveAdamW",
     ],
     good=[
         "uegr_kernels/recipes/weight_ascent.py | from .. import perturbed_weights\nfrom ..bistage "
@@ -382,10 +384,14 @@ def bistage_imports(path, text):
         "uegr_kernels/recipes/recipe.py | from ..core import checks\nfrom ..core.checks import "
         "number",
         "uegr_kernels/recipes/selection.py | from ..selective.options import Selection",
+        "uegr_kernels/finetune/train.py | from .. import recipes\nfrom ..analysis import cka\n"
+        "from ..models import MODELS\nfrom .data import Data",
     ],
 )
 def recipes_import(path, text):
-    allowed = ("public", "bistage", "recipes", "analysis", "integrations")
+    allowed = {"public", "bistage", "recipes", "analysis", "integrations"}
+    if path.parent.name == "finetune":
+        allowed |= {"models", "finetune"}
 
     def may(entry: Import) -> bool:
         checks = path.parent.name in ("recipes", "analysis") and entry.module.startswith(
@@ -398,9 +404,26 @@ def recipes_import(path, text):
 
 
 @rule(
+    "`finetune` is the commands' alone: in the package only `__main__` imports it",
+    f"{PACKAGE}/(?!finetune/).*",
+    bad=[
+        "uegr_kernels/analysis/cka.py | from ..finetune import data",
+        "uegr_kernels/__init__.py | from .finetune.train import train",
+    ],
+    good=["uegr_kernels/__main__.py | def main():\n  from .finetune import command"],
+)
+def finetune_is_imported(path, text):
+    return unless(
+        lambda entry: entry.layer != "finetune" or (path.name == "__main__.py" and entry.lazy),
+        path,
+        text,
+    )
+
+
+@rule(
     "The package needs torch alone: anything else is imported inside a function (Triton by "
     "triton.py or triton/, and core/triton_ops.py)",
-    f"{PACKAGE}/(?!integrations/|demo.py|.*triton(_ops)?.py|.*/triton/).*",
+    f"{PACKAGE}/(?!integrations/|.*triton(_ops)?.py|.*/triton/).*",
     bad=[
         "uegr_kernels/analysis/cka.py | import matplotlib.pyplot as plt",
         "uegr_kernels/core/backends.py | try:\n  import triton\nexcept ImportError: ...",
@@ -577,7 +600,7 @@ def errors(path, text):
         for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.Assert)
     )
-    if path.name not in ("__main__.py", "demo.py"):
+    if path.name != "__main__.py":
         yield from (
             f"line {line} calls exit" for line, name in calls(text) if name in ("exit", "quit")
         )

@@ -111,9 +111,9 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments is None:
         arguments = sys.argv[1:]
     if arguments[:1] == ["demo"]:  # its options are its own
-        from . import demo
+        from .finetune import command as demo
 
-        return demo.main(arguments[1:]) or 0
+        return demo.main(arguments[1:], native.why_not)
     command = parser.parse_args(arguments).command
     if command is None:
         parser.print_help()

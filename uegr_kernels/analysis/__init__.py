@@ -1,4 +1,4 @@
-"""Looking at a model or a run: what was selected, and what came of it. Imported on demand, as
+"""Looks at a model or a run: what was selected, and what came of it. Imported on demand, as
 `uk.analysis`.
 """
 

@@ -1,4 +1,6 @@
-"""Accuracy under white-box attacks on the embeddings (UEGR Fig. 2b; docs/methods.md, section 4)."""
+"""Measures accuracy under white-box attacks on the embeddings (UEGR Fig. 2b; docs/methods.md,
+section 4).
+"""
 
 import dataclasses
 import functools
@@ -21,7 +23,7 @@ IGNORED = -100  # a label that does not count, as in F.cross_entropy
 
 @dataclasses.dataclass(frozen=True)
 class Attacked:
-    """Accuracy under one strength of an attack.
+    """Holds the accuracy under one strength of an attack.
 
     epsilon   radius of the ball, as it was given
     relative  its mean share of ||e||, the norm of a sample's embeddings: the attack's own, the
@@ -54,8 +56,8 @@ def accuracy_under_attack(
     input_range: tuple[float, float] | None = None,
     batch_axis: int | None = None,
 ) -> list[Attacked]:
-    """Accuracy without (epsilon 0, first) and with an attack on the embedding's output, per sample,
-    in eval mode with true labels.
+    """Measures accuracy without (epsilon 0, first) and with an attack on the embedding's output,
+    per sample, in eval mode with true labels.
 
     batches   pairs (inputs, labels [N] int64, of which -100 does not count); inputs and embedding
         as in `BiStage`

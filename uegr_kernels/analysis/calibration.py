@@ -1,4 +1,4 @@
-"""What a model's confidence is worth: expected calibration error, and how well it tells
+"""Measures what a model's confidence is worth: expected calibration error, and how well it tells
 another set's texts from its own.
 """
 
@@ -12,8 +12,8 @@ from .watching import picture
 
 
 def calibration_error(logits: Tensor, labels: Tensor, *, bins: int = 15) -> float:
-    """Expected calibration error (Guo et al. 2017): the mean over samples of |accuracy -
-    confidence| of their bin, in [0, 1].
+    """Computes the expected calibration error (Guo et al. 2017): the mean over samples of |accuracy
+    - confidence| of their bin, in [0, 1].
 
     logits [N, C];  labels [N] int64;  bins  equal bins of the largest probability over (0, 1]
     """
@@ -44,8 +44,8 @@ def plot_calibration(
 
 
 def ood_auroc(inside: Tensor, outside: Tensor) -> float:
-    """The chance that a sample of the model's own set is scored above one of another set; 0.5: it
-    cannot tell them apart.
+    """Computes the chance that a sample of the model's own set is scored above one of another set;
+    0.5: it cannot tell them apart.
 
     inside, outside  scores [N], or logits [N, C], whose score is the largest probability (Hendrycks
         and Gimpel 2017). Ties count a half.
@@ -93,7 +93,7 @@ def _scores(x: Tensor) -> Tensor:
 
 
 def _binned(logits: Tensor, labels: Tensor, bins: int) -> list[tuple[float, float, float]]:
-    """Share of samples, accuracy and mean confidence by bin."""
+    """Returns share of samples, accuracy and mean confidence by bin."""
     if logits.dim() != 2 or labels.shape != logits.shape[:1] or not len(labels):
         raise ValueError(
             f"logits have shape {tuple(logits.shape)}, labels {tuple(labels.shape)}; "

@@ -1,5 +1,5 @@
-"""Linear centred kernel alignment between the layers of two models (UEGR Fig. 2a; Kornblith et
-al. 2019).
+"""Computes linear centred kernel alignment between the layers of two models (UEGR Fig. 2a;
+Kornblith et al. 2019).
 """
 
 import contextlib
@@ -18,8 +18,8 @@ CHANNELS_SECOND = (BatchNorm, Convolution)
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:
-    """||Y^T X||^2 / (||X^T X|| ||Y^T Y||) of centred columns, in [0, 1]; 1 for x = y, up to
-    rotation and scale.
+    """Computes ||Y^T X||^2 / (||X^T X|| ||Y^T Y||) of centred columns, in [0, 1]; 1 for x = y, up
+    to rotation and scale.
 
     x [n, p], y [n, q]: n samples' features; give a few times more samples than features. NaN where
     one of them is constant.
@@ -44,7 +44,8 @@ def cka(
     *,
     pooling: str = "mean",
 ) -> dict[str, float]:
-    """Linear CKA of each layer's features in the two models, on the same inputs, in eval mode.
+    """Computes the linear CKA of each layer's features in the two models, on the same inputs, in
+    eval mode.
 
     batches  pairs (inputs, labels); labels are not used. Inputs as in `BiStage`
     layers   names of modules that both have; None: the members of their nn.ModuleLists, or where

@@ -1,4 +1,4 @@
-"""Whether two losses pull the weights the same way (ARAT's gradient conflict)."""
+"""Measures whether two losses pull the weights the same way (ARAT's gradient conflict)."""
 
 import dataclasses
 import pathlib
@@ -12,8 +12,10 @@ from .watching import pictures
 
 @dataclasses.dataclass(frozen=True)
 class Conflict:
-    """cosine  of the two gradients, over all parameters;  opposed  share of the elements with
-    opposite signs.
+    """Holds how far two gradients agree.
+
+    cosine   of the two, over all parameters
+    opposed  the share of the elements with opposite signs
     """
 
     cosine: float
@@ -26,8 +28,8 @@ Gradients = Sequence[Tensor | None]
 def gradient_conflict(
     model: nn.Module, first: Tensor | Gradients, second: Tensor | Gradients
 ) -> Conflict:
-    """Cosine of the gradients of two losses of one model, and the share of elements with opposite
-    signs.
+    """Computes the cosine of the gradients of two losses of one model, and the share of elements
+    with opposite signs.
 
     first, second  0-d losses, whose graphs are kept, or their gradients: a tensor or None for each
         trainable parameter, in order

@@ -10,7 +10,9 @@ _ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 
 
 def _neighbours() -> dict[str, str]:
-    """The letters beside each letter on a QWERTY keyboard, whose rows stand half a key apart."""
+    """Returns the letters beside each letter on a QWERTY keyboard, whose rows stand half a key
+    apart.
+    """
     places = {
         key: (row + 2 * i, y)
         for y, line in enumerate(_ROWS)

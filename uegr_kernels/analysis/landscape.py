@@ -1,5 +1,5 @@
-"""The loss on a plane through a model's weights, along filter-normalised random directions (Li
-et al. 2018; DropAttack Fig. 3 and 4).
+"""Computes the loss on a plane through a model's weights, along filter-normalised random directions
+(Li et al. 2018; DropAttack Fig. 3 and 4).
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from .watching import held, moved, pictures
 
 @dataclasses.dataclass(frozen=True)
 class LossPlane:
-    """values[i, j] = loss(w + a[i] * directions[0] + b[j] * directions[1]), float64."""
+    """Holds values[i, j] = loss(w + a[i] * directions[0] + b[j] * directions[1]), float64."""
 
     a: Tensor
     b: Tensor
@@ -24,8 +24,8 @@ class LossPlane:
 
 
 def random_directions(model: nn.Module, seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
-    """Two directions from N(0, 1), each filter (row, output channel) as long as the model's own; 0
-    for parameters with one axis or none.
+    """Draws two directions from N(0, 1), each filter (row, output channel) as long as the model's
+    own; 0 for parameters with one axis or none.
 
     One seed gives models of one architecture the same draws, each normalised by its own weights.
     """
@@ -59,7 +59,8 @@ def loss_plane(
     span: float = 1.0,
     points: int = 25,
 ) -> LossPlane:
-    """The loss on a grid of points x points over [-span, span]^2 around the weights, in eval mode.
+    """Computes the loss on a grid of points x points over [-span, span]^2 around the weights, in
+    eval mode.
 
     loss        a function of the model that returns a 0-d tensor: a mean over fixed data
     directions  two lists of tensors shaped as model.parameters(); None: `random_directions(model,

@@ -1,5 +1,5 @@
-"""The covariance of SGD near a minimum, in closed form (METHODS 4): what its noise leaves of a
-posterior.
+"""Computes the covariance of SGD near a minimum, in closed form (docs/methods.md, section 4): what
+its noise leaves of a posterior.
 """
 
 import math
@@ -23,8 +23,8 @@ def sgd_covariance(
     initial: Tensor | None = None,
     keep_probability: float = 1.0,
 ) -> Tensor:
-    """Covariance S [D, D] of theta under theta' = theta - lr*(H theta + xi), float64, xi iid with
-    mean 0 and covariance C.
+    """Computes the covariance S [D, D] of theta under theta' = theta - lr*(H theta + xi), float64,
+    xi iid with mean 0 and covariance C.
 
     hessian, noise    H, symmetric, and C [D, D]
     momentum          mu of v' = mu*v + (H theta + xi), theta' = theta - lr*v', as torch.optim.SGD
@@ -71,8 +71,8 @@ def sgd_covariance(
 
 
 def sgd_diagnostic(hessian: Tensor, covariance: Tensor) -> dict[str, float]:
-    """What a covariance S says beside a Hessian H: "trace", tr S; "excess_loss", tr(HS)/2, the
-    expected loss above the minimum's.
+    """Tells what a covariance S says beside a Hessian H: "trace", tr S; "excess_loss", tr(HS)/2,
+    the expected loss above the minimum's.
     """
     h, s = hessian.double(), covariance.double()
     return {"trace": s.trace().item(), "excess_loss": (h @ s).trace().item() / 2}
@@ -136,8 +136,8 @@ def plot_sgd_diagnostic(
 def _by_pairs(
     h: Tensor, c: Tensor, start: Tensor, lr: float, mu: float, steps: int | None
 ) -> Tensor:
-    """In H's eigenbasis every pair of directions is a system of its own: P' = M_i P M_j^T +
-    Q_ij, of theta and v.
+    """Solves by pairs: in H's eigenbasis every pair of directions is a system of its own: P' = M_i
+    P M_j^T + Q_ij, of theta and v.
     """
     d = len(h)
     m = torch.stack(
@@ -170,7 +170,7 @@ def _by_pairs(
 def _selective(
     h: Tensor, c: Tensor, start: Tensor, lr: float, steps: int | None, extra: float
 ) -> Tensor:
-    """S' as a linear map of S's D^2 numbers, diagonal noise included."""
+    """Returns S' as a linear map of S's D^2 numbers, diagonal noise included."""
     d = len(h)
     a = torch.eye(d, dtype=torch.float64) - lr * h
     diagonal = torch.eye(d, dtype=torch.float64).flatten()
@@ -190,7 +190,7 @@ def _selective(
 
 
 def _affine(k: Tensor, q: Tensor, x: Tensor, steps: int) -> Tensor:
-    """x after `steps` of x' = K x + q, by doubling: also where K has an eigenvalue 1."""
+    """Returns x after `steps` of x' = K x + q, by doubling: also where K has an eigenvalue 1."""
     while steps:
         if steps % 2:
             x = (k @ x[..., None])[..., 0] + q

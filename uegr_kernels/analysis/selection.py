@@ -1,4 +1,4 @@
-"""What an optimizer's step selected: the range of s, the histogram of p, the share that was
+"""Tells what an optimizer's step selected: the range of s, the histogram of p, the share that was
 updated (Eq. 7-9).
 """
 
@@ -22,7 +22,7 @@ BINS = 20  # of p, over [0, 1]
 
 @dataclasses.dataclass(frozen=True)
 class ParameterSelection:
-    """One parameter's selection in a step.
+    """Holds one parameter's selection in a step.
 
     name       as in the optimizer's group, else its number;  elements  of the parameter
     s_min, s_max, s_quantiles  of s = g*g over finite elements; the quantiles at QUANTILES
@@ -43,7 +43,7 @@ class ParameterSelection:
 
 @dataclasses.dataclass(frozen=True)
 class SelectionReport:
-    """The parameters that had a gradient in the last step, in the optimizer's order; `print`
+    """Holds the parameters that had a gradient in the last step, in the optimizer's order; `print`
     it for a table.
     """
 
@@ -51,7 +51,7 @@ class SelectionReport:
 
     @property
     def selected(self) -> float:
-        """The share of all elements that were updated; NaN where there are none."""
+        """Returns the share of all elements that were updated; NaN where there are none."""
         elements = sum(parameter.elements for parameter in self.parameters)
         return (
             sum(parameter.selected * parameter.elements for parameter in self.parameters) / elements
@@ -115,8 +115,8 @@ class SelectionReport:
 
 
 def selection_report(optimizer: Any) -> SelectionReport:
-    """What the optimizer's last step selected, by parameter; call it after `step()` and before
-    `zero_grad()`.
+    """Tells what the optimizer's last step selected, by parameter; call it after `step()` and
+    before `zero_grad()`.
 
     optimizer  SelectiveAdamW or SelectiveSGD (or what wraps one as `.optimizer`), with the
         gradients of its last step
@@ -131,7 +131,7 @@ def selection_report(optimizer: Any) -> SelectionReport:
 
 
 def share_selected(optimizer: Any) -> float | None:
-    """The share of elements that the last step updated; None for an optimizer that selects
+    """Returns the share of elements that the last step updated; None for an optimizer that selects
     none, and where there is no gradient.
     """
     own = getattr(optimizer, "optimizer", optimizer)
@@ -145,7 +145,7 @@ def share_selected(optimizer: Any) -> float | None:
 
 
 def _selections(optimizer: Any) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
-    """Name, gradient, p and mask of every parameter with a gradient; no mask where only its
+    """Yields name, gradient, p and mask of every parameter with a gradient; no mask where only its
     probability is known.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)

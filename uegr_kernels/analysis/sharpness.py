@@ -1,4 +1,6 @@
-"""Curvature of the loss from Hessian-vector products: the largest eigenvalue and the trace."""
+"""Computes the curvature of the loss from Hessian-vector products: the largest eigenvalue and the
+trace.
+"""
 
 import functools
 import math
@@ -115,8 +117,8 @@ def _lanczos(
     seed: int,
     which: str,
 ) -> float:
-    """The wanted eigenvalue of a symmetric map, from the eigenvalues of its projection on the
-    Krylov space of a random vector.
+    """Returns the wanted eigenvalue of a symmetric map, from the eigenvalues of its projection on
+    the Krylov space of a random vector.
     """
     generator = torch.Generator().manual_seed(seed)
     dtype = functools.reduce(torch.promote_types, [p.dtype for p in params], torch.float32)

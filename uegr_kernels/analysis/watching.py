@@ -1,4 +1,4 @@
-"""What the analyses share: a model looked at in eval mode and left as it was, and pictures."""
+"""Looks at a model in eval mode and leaves it as it was; opens pictures."""
 
 import contextlib
 import pathlib
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 @contextlib.contextmanager
 def held(model: nn.Module) -> Iterator[None]:
-    """Eval mode; afterwards every module's mode, .grad and the random state are what they were."""
+    """Sets eval mode; afterwards every module's mode, .grad and the random state are what they
+    were.
+    """
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(p, p.grad) for p in model.parameters()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
@@ -27,14 +29,14 @@ def held(model: nn.Module) -> Iterator[None]:
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
-    """model(**inputs), model(*inputs) or model(inputs)."""
+    """Calls model(**inputs), model(*inputs) or model(inputs)."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 def pooled(features: Tensor, inputs: Any, pooling: str) -> Tensor:
-    """[N, T, d] as [N, d]; anything else as [N, -1]."""
+    """Returns [N, T, d] as [N, d]; anything else as [N, -1]."""
     if features.dim() != 3:
         return features.flatten(1)
     if pooling == "first":
@@ -75,7 +77,7 @@ def picture(path: str | pathlib.Path, **kwargs: Any) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def pictures(path: str | pathlib.Path, count: int, **kwargs: Any) -> Iterator[list[Any]]:
-    """So many axes, up to three in a row; written to `path` in the end."""
+    """Yields so many axes, up to three in a row; written to `path` in the end."""
     from matplotlib.figure import Figure
 
     columns = 2 if count == 4 else max(1, min(3, count))

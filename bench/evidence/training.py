@@ -1,22 +1,18 @@
-"""One training run on real text: a set, a model, a method, and what came of it. `python -m
+"""Makes one training run on real text: a set, a model, a method, and what came of it. `python -m
 bench.accuracy` makes many.
 """
 
-import contextlib
 import dataclasses
 import functools
-import gzip
 import importlib.util
 import itertools
-import json
 import math
 import os
 import pathlib
 import random
 import statistics
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,54 +20,22 @@ from torch import Tensor, nn
 
 import uegr_kernels as uk
 from uegr_kernels.analysis.attack import STRENGTHS
-from uegr_kernels.demo import UNKNOWN, Texts, encode, vocabulary, words_of
+from uegr_kernels.finetune.data import UNKNOWN, Texts, UserError, encode, vocabulary, words_of
 from uegr_kernels.models import MODELS
 
-PAIR = " ||| "  # between the two texts of a pair
-# File stem of the test, columns of the text or texts, column of the label, metric (GLUE's; names,
-# or numbers where there is no header).
-GLUE: dict[str, tuple[str, tuple[Any, ...], Any, str]] = {
-    "cola": ("dev", (3,), 1, "matthews"),
-    "sst-2": ("dev", ("sentence",), "label", "accuracy"),
-    "mrpc": ("dev", ("#1 String", "#2 String"), "Quality", "accuracy"),
-    "sts-b": ("dev", ("sentence1", "sentence2"), "score", "correlation"),
-    "mnli": ("dev_matched", ("sentence1", "sentence2"), "gold_label", "accuracy"),
-    "qqp": ("dev", ("question1", "question2"), "is_duplicate", "accuracy"),
-    "qnli": ("dev", ("question", "sentence"), "label", "accuracy"),
-    "rte": ("dev", ("sentence1", "sentence2"), "label", "accuracy"),
-    "wnli": ("dev", ("sentence1", "sentence2"), "label", "accuracy"),
-}
+from .data import Row, TextSet, labels_of, read, read_test
+
+# Another one where anything changes what training gives: it is part of every run's key.
+PROTOCOL = 1
+
 WARM_UP, WEIGHT_DECAY, MOMENTUM = 0.06, 0.01, 0.9
 VALIDATION = 1000  # rows of the training set at most, and no more than a fifth of it
 DIMENSION = 64  # of our own models' words
 
 
-class DataError(Exception):
-    """Something the reader can mend."""
-
-
-class Row(NamedTuple):
-    label: str
-    texts: tuple[str, ...]  # one, or a pair
-
-
-class TextSet(NamedTuple):
-    """A set as it is on disk; `metric` is accuracy, matthews or correlation (the mean of
-    Pearson's and Spearman's: a regression).
-    """
-
-    train: list[Row]
-    test: list[Row]
-    metric: str
-
-    @property
-    def labels(self) -> list[str]:
-        return sorted({row.label for row in self.train})
-
-
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All that a run's figures depend on, beside the code.
+    """Holds all that a run's figures depend on, beside the code that its protocol stands for.
 
     method, options  a recipe and its options;  optimizer  adamw | sgd | selective_adamw |
         selective_sgd, with the options `selection`
@@ -101,172 +65,16 @@ class Settings:
     shifted: Sequence[str] = ()
     adversarial: Sequence[str] = ()
     ood: Sequence[str] = ()
-
-
-# Reading
-
-
-def sets_in(folder: pathlib.Path) -> list[str]:
-    """Names of the sets: folders with train.tsv.gz and test.tsv.gz, or in GLUE's format."""
-    if not folder.is_dir():
-        raise DataError(
-            f"--data {folder}: no such folder; name one that holds folders "
-            "NAME/train.tsv.gz, NAME/test.tsv.gz"
-        )
-    found = [
-        path.name
-        for path in sorted(folder.iterdir())
-        if path.is_dir() and (_own(path) or _glue(path))
-    ]
-    if not found:
-        raise DataError(
-            f"--data {folder}: no set; it must hold folders NAME/train.tsv.gz, NAME/test.tsv.gz, "
-            "or GLUE's, NAME/train.tsv, dev.tsv"
-        )
-    return found
-
-
-def _own(path: pathlib.Path) -> bool:
-    return (path / "train.tsv.gz").exists() and (path / "test.tsv.gz").exists()
-
-
-def _glue(path: pathlib.Path) -> bool:
-    known = GLUE.get(path.name.lower())
-    return (
-        known is not None and (path / "train.tsv").exists() and (path / f"{known[0]}.tsv").exists()
-    )
-
-
-@functools.lru_cache
-def read(folder: pathlib.Path, name: str) -> TextSet:
-    path = folder / name
-    if _own(path):
-        train, test = (_rows(path / f"{part}.tsv.gz") for part in ("train", "test"))
-        labels = {row.label for row in train}
-        real = (
-            len(labels) > 20
-            and all(map(_number, train))
-            and not all(label.lstrip("-").isdecimal() for label in labels)
-        )
-        metric = "correlation" if real else "accuracy"
-        return TextSet(train, test, metric)
-    if not _glue(path):
-        raise DataError(f"{path}: no such set; there are {', '.join(sets_in(folder))}")
-    stem, texts, label, metric = GLUE[name.lower()]
-    return TextSet(
-        *(_columns(path / f"{part}.tsv", texts, label) for part in ("train", stem)), metric
-    )
-
-
-@functools.lru_cache
-def read_test(folder: pathlib.Path, name: str) -> list[Row]:
-    """The test alone, of a set that may have no training part."""
-    path = folder / name
-    if (path / "test.tsv.gz").exists():
-        return _rows(path / "test.tsv.gz")
-    stem, texts, label, _ = GLUE.get(name.lower(), ("test", (), "", ""))
-    if not texts or not (path / f"{stem}.tsv").exists():
-        raise DataError(f"{path}: no test.tsv.gz there, and no test of GLUE's")
-    return _columns(path / f"{stem}.tsv", texts, label)
-
-
-def whole_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of the file, without a last one that was cut off, which is taken out of it."""
-    text = path.read_text() if path.exists() else ""
-    kept, _, cut = text.rpartition("\n")
-    if cut:
-        path.write_text(kept + "\n" * bool(kept))
-    try:
-        return [json.loads(line) for line in kept.split("\n") if line]
-    except ValueError as error:
-        raise DataError(
-            f"{path} is no file of runs ({error}); move it away, or name another --output"
-        ) from None
-
-
-def digest(folder: pathlib.Path, name: str) -> str:
-    """Eight digits that change with the set's files."""
-    content = b"".join(path.read_bytes() for path in sorted((folder / name).glob("*.tsv*")))
-    return f"{zlib.crc32(content):08x}"
-
-
-def check(folder: pathlib.Path, name: str, others: Iterable[str] = ()) -> None:
-    """Raises DataError where a model of this set cannot be trained, or its test, or that of
-    `others`, has labels that it does not know.
-    """
-    data = read(folder, name)
-    if len(data.train) < 2:
-        raise DataError(
-            f"{folder / name}: {len(data.train)} text to train on; two are needed at least"
-        )
-    if data.metric == "correlation":
-        return
-    if len(data.labels) < 2:
-        raise DataError(f"{folder / name}: every label is {data.labels[0]!r}; two are needed")
-    for whose, rows in [
-        (name, data.test),
-        *((other, read_test(folder, other)) for other in others),
-    ]:
-        if unknown := {row.label for row in rows} - set(data.labels):
-            known = ", ".join(data.labels[:10])
-            raise DataError(
-                f"{folder / whose}: the test has the label {min(unknown)!r}, which {name}'s "
-                f"training set has not; it has {known}"
-            )
-
-
-def _lines(path: pathlib.Path) -> list[str]:
-    try:
-        content = path.read_bytes()
-        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
-    # splitlines() knows other ends, which texts may hold
-    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
-
-
-def _rows(path: pathlib.Path) -> list[Row]:
-    rows = []
-    for number, line in enumerate(_lines(path)[1:], 2):
-        label, tab, text = line.partition("\t")
-        if not (tab and label and text):
-            raise DataError(f"{path}, line {number}: {line[:60]!r} is not label<TAB>text")
-        rows.append(Row(label, tuple(text.split(PAIR, 1))))
-    if not rows:
-        raise DataError(f"{path} holds no example after its header")
-    return rows
-
-
-def _columns(path: pathlib.Path, texts: Sequence[Any], label: Any) -> list[Row]:
-    """GLUE's columns; a line that is too short is left out, as GLUE's own readers do (QQP has
-    some).
-    """
-    lines = [line.split("\t") for line in _lines(path)]
-    if isinstance(label, str):
-        head = lines.pop(0)
-        missing = [name for name in (*texts, label) if name not in head]
-        if missing:
-            raise DataError(f"{path}: no column {missing[0]!r}; its columns are {', '.join(head)}")
-        texts, label = [head.index(name) for name in texts], head.index(label)
-    return [
-        Row(line[label], tuple(line[i] for i in texts))
-        for line in lines
-        if len(line) > max(*texts, label)
-    ]
-
-
-def _number(row: Row) -> bool:
-    with contextlib.suppress(ValueError):
-        return math.isfinite(float(row.label))
-    return False
+    protocol: int = PROTOCOL
 
 
 def held_of(rows: int) -> int:
+    """Returns how many of a training set's rows are held out to validate on."""
     return min(VALIDATION, max(1, rows // 5))
 
 
 def split(data: TextSet, settings: Settings) -> tuple[list[Row], list[Row]]:
-    """Rows to train on and to validate on: both of the training set, drawn by the seed."""
+    """Returns rows to train on and to validate on: both of the training set, drawn by the seed."""
     rows = data.train.copy()
     random.Random(f"{settings.data} {settings.seed}").shuffle(rows)
     held = held_of(len(rows))
@@ -279,15 +87,8 @@ Batches = Callable[[Sequence[int]], tuple[dict[str, Tensor], Tensor]]
 Built = tuple[nn.Module, Callable[[list[Row]], Batches]]
 
 
-def labels_of(rows: list[Row], data: TextSet) -> Tensor:
-    if data.metric == "correlation":
-        return torch.tensor([float(row.label) for row in rows])
-    number = {label: i for i, label in enumerate(data.labels)}
-    return torch.tensor([number[row.label] for row in rows])
-
-
 def build(settings: Settings, data: TextSet, train: list[Row], device: torch.device) -> Built:
-    """The model, and what turns rows into batches for it."""
+    """Returns the model, and what turns rows into batches for it."""
     outputs = 1 if data.metric == "correlation" else len(data.labels)
     if settings.model.startswith("hf:"):
         return _transformers(settings, data, outputs, device)
@@ -313,7 +114,7 @@ def _transformers(
 ) -> tuple[nn.Module, Callable[[list[Row]], Batches]]:
     path = settings.model.removeprefix("hf:")
     if importlib.util.find_spec("transformers") is None:
-        raise DataError(f"--models {settings.model} needs transformers: pip install transformers")
+        raise UserError(f"--models {settings.model} needs transformers: pip install transformers")
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     try:
@@ -330,7 +131,7 @@ def _transformers(
             path, config=config, local_files_only=True
         ).to(device)
     except (OSError, ValueError) as error:
-        raise DataError(
+        raise UserError(
             f"--models {settings.model}: no checkpoint with its tokenizer in that folder ({error})"
         ) from None
 
@@ -340,7 +141,7 @@ def _transformers(
 def tokenized(
     tokenizer: Any, data: TextSet, rows: list[Row], length: int, device: torch.device
 ) -> Batches:
-    """Batches of the rows, of texts of at most `length` tokens."""
+    """Returns batches of the rows, of texts of at most `length` tokens."""
     columns = [list(column) for column in zip(*(row.texts for row in rows), strict=True)]
     tokens = tokenizer(*columns, truncation=True, max_length=length)
     labels = labels_of(rows, data)
@@ -358,6 +159,7 @@ def tokenized(
 
 
 def embedding_of(model: nn.Module) -> nn.Module:
+    """Returns the word embedding, which attacks perturb."""
     found: nn.Module = (
         model.embedding if hasattr(model, "embedding") else model.get_input_embeddings()
     )
@@ -368,7 +170,7 @@ def embedding_of(model: nn.Module) -> nn.Module:
 
 
 class Start(NamedTuple):
-    """What a run starts from: rows to train on and to validate on, the model, and what turns
+    """Holds what a run starts from: rows to train on and to validate on, the model, and what turns
     rows into batches for it.
     """
 
@@ -379,9 +181,28 @@ class Start(NamedTuple):
 
 
 def new_start(settings: Settings, data: TextSet, device: torch.device) -> Start:
-    """The rows that the seed draws, and a new model."""
+    """Returns the rows that the seed draws, and a new model."""
     train, held = split(data, settings)
     return Start(train, held, *build(settings, data, train, device))
+
+
+@dataclasses.dataclass
+class Progress:
+    """Holds how far a run is after an epoch, beside its model, optimizer, recipe and schedule.
+
+    best, best_epoch, weights  of the best epoch by validation;  seconds, cpu  of each step
+    share, largest_inverse     of the selection in the last epoch's last step;  loss  that step's
+    """
+
+    epoch: int = 0
+    best: float = -math.inf
+    best_epoch: int = 0
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    cpu: list[float] = dataclasses.field(default_factory=list)
+    share: float = 1.0
+    largest_inverse: float = 1.0
+    loss: float = math.nan
+    weights: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 Watch = Callable[[int, nn.Module, Any], None]
@@ -418,72 +239,46 @@ def run(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, functools.partial(_rate, total=steps * settings.epochs)
     )
-    state: dict[str, Any] = {
-        "epoch": 0,
-        "best": -math.inf,
-        "best_epoch": 0,
-        "seconds": [],
-        "cpu": [],
-    }
+    parts = {"model": model, "optimizer": optimizer, "recipe": recipe, "schedule": schedule}
+    now = Progress()
     if checkpoint and checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True, map_location=device)
-        for part, name in (
-            (model, "model"),
-            (optimizer, "optimizer"),
-            (recipe, "recipe"),
-            (schedule, "schedule"),
-        ):
-            part.load_state_dict(state[name])
-        torch.set_rng_state(state["random"][0].cpu())
-        torch.cuda.set_rng_state_all([each.cpu() for each in state["random"][1:]])
+        now = _load(checkpoint, parts, device)
     elif hasattr(recipe, "prepare"):  # Child-Tuning-D looks at the training set first
         recipe.prepare([batches(rows) for rows in _epoch(len(train), settings, -1)])
-    for epoch in range(state["epoch"], settings.epochs):
+    for epoch in range(now.epoch, settings.epochs):
         model.train()
         for i, rows in enumerate(_epoch(len(train), settings, epoch)):
             inputs, labels = batches(rows)
             began, used = time.perf_counter(), time.process_time()
             losses, before = step(settings, recipe, optimizer, inputs, labels, count=i == steps - 1)
-            state["seconds"].append(time.perf_counter() - began)
-            state["cpu"].append(time.process_time() - used)
+            now.seconds.append(time.perf_counter() - began)
+            now.cpu.append(time.process_time() - used)
             schedule.step()
             if stepped:
                 stepped(recipe)
-        state["share"], state["largest_inverse"] = _selected(optimizer, model, before)
-        state["loss"] = float(losses["loss"])
+        now.share, now.largest_inverse = _selected(optimizer, model, before)
+        now.loss = float(losses["loss"])
         recipe.epoch_end()
         value = score(*outputs_of(model, validation, len(held)), data.metric)
-        if value > state["best"]:
-            state |= {
-                "best": value,
-                "best_epoch": epoch + 1,
-                "weights": {key: t.clone() for key, t in model.state_dict().items()},
-            }
-        state["epoch"] = epoch + 1
+        if value > now.best:
+            now.best, now.best_epoch = value, epoch + 1
+            now.weights = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        now.epoch = epoch + 1
         if watch:
             watch(epoch + 1, model, recipe)
         if checkpoint:
-            parts = {"model": model, "optimizer": optimizer, "recipe": recipe, "schedule": schedule}
-            whole = (
-                state
-                | {name: part.state_dict() for name, part in parts.items()}
-                | {"random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
-            )
-            torch.save(whole, checkpoint.with_suffix(".tmp"))
-            os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+            _save(checkpoint, parts, now)
     recipe.close()
-    model.load_state_dict(state["weights"])
+    model.load_state_dict(now.weights)
     result = {
-        "validation": state["best"],
-        "best_epoch": state["best_epoch"],
+        "validation": now.best,
+        "best_epoch": now.best_epoch,
         "steps": steps * settings.epochs,
-        "loss": state["loss"],
-    }
-    result |= {
-        "seconds_per_step": statistics.median(state["seconds"]),
-        "processor_seconds_per_step": statistics.median(state["cpu"]),
-        "share": state["share"],
-        "largest_inverse": state["largest_inverse"],
+        "loss": now.loss,
+        "seconds_per_step": statistics.median(now.seconds),
+        "processor_seconds_per_step": statistics.median(now.cpu),
+        "share": now.share,
+        "largest_inverse": now.largest_inverse,
     }
     if settings.final:
         result |= evaluate(model, settings, folder, encoded)
@@ -492,8 +287,26 @@ def run(
     return result, model
 
 
+def _save(path: pathlib.Path, parts: dict[str, Any], now: Progress) -> None:
+    """Writes aside, then moves: whatever happens, `path` is a whole checkpoint."""
+    whole = vars(now) | {name: part.state_dict() for name, part in parts.items()}
+    whole["random"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    path.parent.mkdir(exist_ok=True)  # another command that ends may have taken it away
+    torch.save(whole, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def _load(path: pathlib.Path, parts: dict[str, Any], device: torch.device) -> Progress:
+    saved = torch.load(path, weights_only=True, map_location=device)
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    torch.set_rng_state(saved["random"][0].cpu())
+    torch.cuda.set_rng_state_all([each.cpu() for each in saved["random"][1:]])
+    return Progress(**{field.name: saved[field.name] for field in dataclasses.fields(Progress)})
+
+
 def stepper(settings: Settings, folder: pathlib.Path) -> Callable[[], object]:
-    """A training step of these settings on the first batch of an epoch, to be timed."""
+    """Returns a training step of these settings on the first batch of an epoch, to be timed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = read(folder, settings.data)
     torch.manual_seed(settings.seed)
@@ -515,7 +328,7 @@ def step(
     labels: Tensor,
     count: bool = False,
 ) -> tuple[dict[str, Tensor], int]:
-    """One step; returns its losses and, where told to count, how many elements of .grad were
+    """Makes one step; returns its losses and, where told to count, how many elements of .grad were
     not 0 before the recipe's mask.
     """
     optimizer.zero_grad()
@@ -531,6 +344,7 @@ def step(
 def make_recipe(
     settings: Settings, data: TextSet, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Any:
+    """Returns the recipe of the settings, at work on the model."""
     task = {"task": "regression"} if data.metric == "correlation" else {}
     return getattr(uk.recipes, settings.method)(
         model, embedding_of(model), optimizer, **settings.options, **task
@@ -538,6 +352,7 @@ def make_recipe(
 
 
 def make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
+    """Returns the optimizer of the settings, with the names of its parameters."""
     parameters, rule = (
         list(model.named_parameters()),
         {"lr": settings.lr, "weight_decay": WEIGHT_DECAY},
@@ -552,13 +367,13 @@ def make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimize
 
 
 def _rate(step: int, total: int) -> float:
-    """Linear up, then down to zero."""
+    """Returns the factor of the learning rate: linear up, then down to zero."""
     up = max(1, round(WARM_UP * total))
     return (step + 1) / up if step < up else max(0.0, (total - step) / max(1, total - up))
 
 
 def _epoch(rows: int, settings: Settings, epoch: int) -> Iterator[list[int]]:
-    """The batches of an epoch: they depend on the seed and the epoch alone."""
+    """Yields the batches of an epoch: they depend on the seed and the epoch alone."""
     order = list(range(rows))
     random.Random(f"{settings.seed} {epoch}").shuffle(order)
     return (order[first : first + settings.batch] for first in range(0, rows, settings.batch))
@@ -571,8 +386,8 @@ def _nonzero(model: nn.Module) -> int:
 def _selected(
     optimizer: torch.optim.Optimizer, model: nn.Module, before: int
 ) -> tuple[float, float]:
-    """Share of elements that the last step updated, and its largest 1/p; of masked gradients
-    what is left of those that were not 0.
+    """Returns the share of elements that the last step updated, and its largest 1/p; of masked
+    gradients what is left of those that were not 0.
     """
     if isinstance(optimizer, uk.SelectiveAdamW | uk.SelectiveSGD):
         report = uk.analysis.selection_report(optimizer)
@@ -586,7 +401,7 @@ def _selected(
 def outputs_of(
     model: nn.Module, batches: Batches, rows: int, size: int = 128
 ) -> tuple[Tensor, Tensor]:
-    """Logits [N, C] and labels [N] of all rows, in eval mode, on the CPU."""
+    """Returns logits [N, C] and labels [N] of all rows, in eval mode, on the CPU."""
     model.eval()
     outputs, truth = [], []
     with torch.no_grad():
@@ -599,6 +414,7 @@ def outputs_of(
 
 
 def score(logits: Tensor, labels: Tensor, metric: str) -> float:
+    """Returns the metric of a set, by its name."""
     if metric == "accuracy":
         return float((logits.argmax(1) == labels).float().mean())
     if metric == "matthews":  # Pearson's of two binary variables
@@ -613,11 +429,12 @@ def score(logits: Tensor, labels: Tensor, metric: str) -> float:
 
 
 def _finite(value: Any) -> float:
-    """A correlation; 0 where one side is constant."""
+    """Returns a correlation; 0 where one side is constant."""
     return float(value) if math.isfinite(value) else 0.0
 
 
 def in_order(rows: int, size: int = 128) -> Iterator[range]:
+    """Yields the places of all rows, so many at a time."""
     return (range(first, min(first + size, rows)) for first in range(0, rows, size))
 
 
@@ -627,8 +444,8 @@ def evaluate(
     folder: pathlib.Path,
     encoded: Callable[[list[Row]], Batches],
 ) -> dict[str, Any]:
-    """The metric on the test set; for classes also calibration, accuracy under FGM and PGD-10
-    on its first rows, and the other sets.
+    """Returns the metric on the test set; for classes also calibration, accuracy under FGM and
+    PGD-10 on its first rows, and the other sets.
     """
     data = read(folder, settings.data)
     logits, labels = outputs_of(model, encoded(data.test), len(data.test))

@@ -1,4 +1,4 @@
-"""SGD's covariance: simulated on a small quadratic, and measured over many runs of a small
+"""Compares SGD's covariance: simulated on a small quadratic, and measured over many runs of a small
 model on text, beside its closed forms.
 """
 
@@ -33,8 +33,8 @@ PARAMETERS = 30
 def quadratic(
     case: dict[str, Any], chains: int
 ) -> tuple[dict[int, float], dict[int, float], float]:
-    """tr S by step of chains that start at 0: the closed form, the simulation by the optimizer
-    itself, and the stationary closed form.
+    """Returns tr S by step of chains that start at 0: the closed form, the simulation by the
+    optimizer itself, and the stationary closed form.
 
     Each learning rate has its share of the steps.
     """
@@ -74,7 +74,7 @@ def quadratic(
 def sgd(
     parameters: list[nn.Parameter], lr: float, keep: float, momentum: float = 0.0
 ) -> torch.optim.Optimizer:
-    """Plain, or selective with one probability for all and rescaling."""
+    """Returns SGD, plain or selective with one probability for all and rescaling."""
     if keep == 1:
         return torch.optim.SGD(parameters, lr=lr, momentum=momentum)
     seed = int(torch.randint(2**62, ()))
@@ -89,7 +89,7 @@ def sgd(
 
 
 class Bag(TextClassifier):
-    """The mean of the word vectors, linear: few enough weights for whole Hessians."""
+    """Classifies by the mean of the word vectors, linear: few enough weights for whole Hessians."""
 
     def __init__(self, words: int, classes: int) -> None:
         super().__init__(words, max(1, PARAMETERS // classes - 1))
@@ -117,11 +117,12 @@ Batch = tuple[dict[str, Tensor], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """How the small model's linear layer is trained by SGD, over batches drawn with replacement.
+    """Holds how the small model's linear layer is trained by SGD, over batches drawn with
+    replacement.
 
     keep     the probability that an element is updated;  epsilon  of FGM, under which the loss is
         taken (AT); 0: the clean loss
-    spread   standard deviation of the weights at the start
+    deviation  standard deviation of the weights at the start
     The second half of the epochs runs at a tenth of the learning rate.
     """
 
@@ -130,7 +131,7 @@ class Training:
     epsilon: float = 0.0
     batch: int = 16
     lr: float = 1.0
-    spread: float = 0.1
+    deviation: float = 0.1
 
     def rate(self, epoch: int) -> float:
         return self.lr if epoch < self.epochs // 2 else self.lr / 10
@@ -151,9 +152,9 @@ def embed(model: Bag, batches: Callable[[Tensor], Batch], rows: int, epochs: int
 def chain(
     model: Bag, batches: Callable[[Tensor], Batch], rows: int, how: Training, seed: int
 ) -> Tensor:
-    """The weights [epochs + 1, D] of one run."""
+    """Returns the weights [epochs + 1, D] of one run."""
     torch.manual_seed(seed)
-    model.flat = how.spread * torch.randn(len(model.flat))
+    model.flat = how.deviation * torch.randn(len(model.flat))
     optimizer = sgd(list(model.linear.parameters()), how.lr, how.keep)
     recipe = uk.recipes.at(model, model.embedding, optimizer, epsilon=how.epsilon, clean_weight=0.0)
     found = [model.flat]
@@ -173,13 +174,13 @@ def chain(
 def by_epoch(
     model: Bag, chains: Tensor, train: Batch, test: Batch, how: Training
 ) -> list[dict[str, float]]:
-    """What the closed forms say of each epoch, H and C taken at the chains' mean, beside what the
-    chains [R, epochs + 1, D] did.
+    """Returns what the closed forms say of each epoch, H and C taken at the chains' mean, beside
+    what the chains [R, epochs + 1, D] did.
 
     H and C are whole matrices, of the loss that was trained on; `curvature` says how. "the same,
     attack fixed" is by power iteration.
     """
-    s = torch.eye(chains.shape[2], dtype=torch.float64) * how.spread**2
+    s = torch.eye(chains.shape[2], dtype=torch.float64) * how.deviation**2
     start = MultivariateNormal(torch.zeros(len(s), dtype=torch.float64), s)
     steps, found = len(train[1]) // how.batch, []
     model.flat = chains[:, 0].mean(0)
@@ -227,7 +228,7 @@ def loss(embedded: Tensor, inputs: dict[str, Tensor], labels: Tensor, model: Bag
 def at_embedding(
     model: nn.Module, inputs: dict[str, Tensor], labels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The embedded words, and the loss's gradient at them."""
+    """Returns the embedded words, and the loss's gradient at them."""
     with torch.enable_grad():
         embedded = model.embedding(inputs["ids"]).detach().requires_grad_()
         total = F.cross_entropy(
@@ -238,7 +239,7 @@ def at_embedding(
 
 
 def attacked(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, epsilon: float) -> Tensor:
-    """The embedded words, moved by FGM at the present weights."""
+    """Returns the embedded words, moved by FGM at the present weights."""
     embedded, gradient = at_embedding(model, inputs, labels)
     return embedded + uk.fgm_perturbation(gradient, epsilon, mask=inputs["attention_mask"])
 
@@ -246,8 +247,8 @@ def attacked(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, epsilo
 def curvature(
     model: Bag, inputs: dict[str, Tensor], labels: Tensor, how: Training
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the loss in the linear layer's weights: the Hessian, the covariance of a batch's gradient,
-    and its mean, float64.
+    """Computes of the loss in the linear layer's weights: the Hessian, the covariance of a batch's
+    gradient, and its mean, float64.
 
     The perturbation follows the weights, so the Hessian is that of the worst case: differences of
     gradients, and their symmetric part.
@@ -267,7 +268,7 @@ def curvature(
 
 
 def gradients(model: Bag, inputs: dict[str, Tensor], labels: Tensor, how: Training) -> Tensor:
-    """Of the loss at each text [N, D], float64."""
+    """Returns the gradients of the loss at each text [N, D], float64."""
     features = model.pool(
         attacked(model, inputs, labels, how.epsilon), inputs["attention_mask"]
     ).double()
@@ -283,6 +284,6 @@ def gradients(model: Bag, inputs: dict[str, Tensor], labels: Tensor, how: Traini
 
 
 def errors(model: Bag, batch: Batch) -> tuple[float, float]:
-    """Robust and clean error."""
+    """Returns robust and clean error."""
     clean, robust = uk.analysis.accuracy_under_attack(model, model.embedding, [batch], [EPSILON])
     return 1 - robust.accuracy, 1 - clean.accuracy
