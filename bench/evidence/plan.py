@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+import uegr_kernels as uk
+
 from . import training
 from .data import digest
 from .runs import Call, Runs
@@ -156,8 +158,8 @@ def settings_of(method: Method, point: dict[str, Any], start: Settings) -> Setti
     if "dropout" in values and not isinstance(values["dropout"], list):
         own["dropout"] = values.pop("dropout")
     selection = {}
-    # which sets its optimizer up itself
-    if method.optimizer.startswith("selective") and method.recipe != "child_tuning_f":
+    itself = getattr(uk.recipes, method.recipe).sets_selection
+    if method.optimizer.startswith("selective") and not itself:
         selection = {key: values.pop(key) for key in SELECTION_OPTIONS if key in values}
     epochs = max(1, math.ceil(start.epochs * method.epochs))
     return dataclasses.replace(

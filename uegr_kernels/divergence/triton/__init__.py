@@ -3,3 +3,5 @@ launch.py what runs them.
 """
 
 from .launch import scale_gradients, scale_gradients_, uegr_loss, uegr_loss_
+
+__all__ = ["scale_gradients", "scale_gradients_", "uegr_loss", "uegr_loss_"]

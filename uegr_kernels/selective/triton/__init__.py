@@ -10,3 +10,12 @@ from .launch import (
     selective_sgd_,
     selective_statistics_,
 )
+
+__all__ = [
+    "select_gradients_",
+    "selection_mask_",
+    "selection_probability_",
+    "selective_adamw_",
+    "selective_sgd_",
+    "selective_statistics_",
+]
