@@ -76,7 +76,7 @@ class Batch:
 
     @property
     def keeps(self) -> bool:
-        """Whether minima and maxima are kept from step to step."""
+        """Tells whether minima and maxima are kept from step to step."""
         return "saliency_min" in self.state_lists
 
     @property

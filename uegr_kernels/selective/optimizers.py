@@ -151,7 +151,7 @@ class SelectiveOptimizer(Optimizer):
             group["seed"] = (self.defaults["seed"] or 0) if group["seed"] is None else group["seed"]
 
     def _agree_on_seed(self) -> None:
-        """Rank 0's drawn seed becomes everyone's, once; a given or loaded one is not sent."""
+        """Makes rank 0's drawn seed everyone's, once; a given or loaded one is not sent."""
         drawn, self._drawn_seed = self._drawn_seed, None
         if (
             drawn is not None

@@ -143,7 +143,7 @@ class Selection:
 
     @property
     def random(self) -> bool:
-        """Whether an element can go unselected."""
+        """Tells whether an element can go unselected."""
         return self.normalization != "constant" or self.keep_probability != 1
 
 
