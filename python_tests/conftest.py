@@ -6,6 +6,8 @@ import collections
 import contextlib
 import itertools
 import os
+import pathlib
+import sys
 import typing
 
 # before Triton is imported: its interpreter runs the kernels on the CPU
@@ -133,11 +135,20 @@ def places(names, some):
     return [known[value] for value in values]
 
 
+def tests_of(operator: str) -> str:
+    """Returns the name of an operator's tests: a file's, or that of a folder of them."""
+    folder = pathlib.Path(__file__).parent / f"test_{operator}"
+    return folder.name if folder.is_dir() else f"{folder.name}.py"
+
+
 def serve_or_skip(request: pytest.FixtureRequest) -> str:
-    """The backend of a fixture's parameter; skips with the reason where one of the test
-    module's OPERATORS cannot be served.
+    """Returns the backend of a fixture's parameter; skips with the reason where one of the
+    OPERATORS of the test module, or of its package, cannot be served.
     """
-    for operator in request.module.OPERATORS:
+    module = request.module
+    if not hasattr(module, "OPERATORS"):
+        module = sys.modules[module.__package__]
+    for operator in module.OPERATORS:
         reason = backends.why_not(request.param, operator, torch.device("cpu"))
         if reason is not None:
             pytest.skip(f"{request.param}, {operator}: {reason}")
