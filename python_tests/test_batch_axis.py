@@ -58,7 +58,7 @@ def gradients(model):
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-def assert_alike(actual, expected):
+def assert_same(actual, expected):
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(
@@ -118,11 +118,11 @@ def test_recipes(name, order, n, length, mask):
             )
         )
     (losses, grads, model), (losses_turned, grads_turned, turned) = results
-    assert_alike(losses_turned, losses)
+    assert_same(losses_turned, losses)
     if name == "free_at":
-        assert_alike(dict(turned.named_parameters()), dict(model.named_parameters()))
+        assert_same(dict(turned.named_parameters()), dict(model.named_parameters()))
     else:
-        assert_alike(grads_turned, grads)
+        assert_same(grads_turned, grads)
 
 
 @pytest.mark.parametrize("mask", [False, True], ids=["plain", "mask"])
@@ -150,7 +150,7 @@ def test_bi_stage(form, options, order, n, length, mask):
             inputs, labels
         ).backward()
         results.append(gradients(model))
-    assert_alike(*results)
+    assert_same(*results)
 
 
 @pytest.mark.parametrize("mask", [False, True], ids=["plain", "mask"])
@@ -223,7 +223,7 @@ def test_xlnet_by_hand(form, n, length, mask):
     torch.testing.assert_close(
         loss.detach(), (clean_loss + adversarial_loss).detach(), rtol=1e-9, atol=0
     )
-    assert_alike(
+    assert_same(
         {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
         {name: p.grad for name, p in twin.named_parameters() if p.grad is not None},
     )
@@ -358,7 +358,7 @@ def test_one_text_of_one_word(order):
         axis = {} if kind == "batch" else {"batch_axis": 1}
         uk.BiStage(model, model.embedding, js_weight=1.0, **axis).backward(*batch(1, 1, True, kind))
         results.append(gradients(model))
-    assert_alike(*results)
+    assert_same(*results)
 
 
 def test_a_mask_that_does_not_fit_the_words():
@@ -411,4 +411,4 @@ def test_other_inputs_of_time_first_models_are_repeated_along_their_own_axis():
         results.append(
             {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         )
-    assert_alike(*results)
+    assert_same(*results)

@@ -57,7 +57,7 @@ def gradients(model):
     }
 
 
-def walk(model, run):
+def outcome(model, run):
     """What `run` returns and the gradients it leaves, from none and from one random state."""
     model.zero_grad()
     torch.manual_seed(7)
@@ -86,8 +86,8 @@ def method(
     rates=None,
     **options,
 ):
-    """METHODS' UEGR, steps 1 to 4, in torch's words: returns L_train and its parts after their
-    backward.
+    """Runs docs/methods.md, "UEGR", steps 1 to 4 in torch's words: returns L_train and its parts
+    after their backward.
     """
     weights = torch.ones(ids.shape) if mask is None else mask
     x = model.embedding(ids)
@@ -165,7 +165,7 @@ def test_it_is_the_method(case, form):
         if form == "backward"
         else lambda: stage.loss(inputs, labels).backward()
     )
-    result, actual = walk(model, run)
+    result, actual = outcome(model, run)
 
     units = {
         "sign": torch.sign,
@@ -174,7 +174,7 @@ def test_it_is_the_method(case, form):
     }
     unit = units.get("sign" if case.pop("norm", None) else case.pop("per", None))
     one_by_one = case.pop("passes_at_once", None) == 1
-    expected_parts, expected = walk(
+    expected_parts, expected = outcome(
         model,
         lambda: method(model, ids, labels, mask=mask, unit=unit, one_by_one=one_by_one, **case),
     )
@@ -206,8 +206,8 @@ def test_regression_compares_outputs_by_squares():
     ids, _ = batch()
     labels = torch.randn(N, dtype=torch.float64)
     stage = BiStage(model, model.embedding, task="regression", js_weight=0.5)
-    result, actual = walk(model, lambda: stage.backward(ids, labels))
-    _, of_loss = walk(model, lambda: stage.loss(ids, labels).backward())
+    result, actual = outcome(model, lambda: stage.backward(ids, labels))
+    _, of_loss = outcome(model, lambda: stage.loss(ids, labels).backward())
     assert_equal(actual, of_loss, rtol=1e-9, atol=1e-12)
     assert result.clean_loss.item() == pytest.approx(F.mse_loss(result.logits[:, 0], labels).item())
     assert result.divergence > 0
@@ -220,9 +220,9 @@ def test_backward_equals_the_loss_for_every_model(name):
     ids[1, 4:] = 0
     stage = BiStage(model, model.embedding, epsilon=0.5)
     inputs = {"ids": ids, "attention_mask": ids != 0}
-    result, actual = walk(model, lambda: stage.backward(inputs, labels))
-    loss, _ = walk(model, lambda: stage.loss(inputs, labels))
-    _, expected = walk(model, lambda: stage.loss(inputs, labels).backward())
+    result, actual = outcome(model, lambda: stage.backward(inputs, labels))
+    loss, _ = outcome(model, lambda: stage.loss(inputs, labels))
+    _, expected = outcome(model, lambda: stage.loss(inputs, labels).backward())
     assert_equal(actual, expected, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(result.loss, loss.detach(), rtol=1e-12, atol=0)
 
@@ -231,7 +231,7 @@ def test_backward_equals_the_loss_for_every_model(name):
 
 
 def counted(model):
-    """Rows that a model's first layer after the embedding walks forward and backward."""
+    """Rows that a model's first layer after the embedding sees forward and backward."""
     rows = types.SimpleNamespace(forward=[], backward=[])
     model.hidden.register_forward_hook(
         lambda module, inputs, output: rows.forward.append(len(output))
@@ -272,7 +272,7 @@ def test_passes_at_once_changes_memory_only(form):
 
     def run(at_once):
         stage = BiStage(model, model.embedding, passes=4, js_weight=1.0, passes_at_once=at_once)
-        result = walk(
+        result = outcome(
             model,
             lambda: (
                 stage.backward(inputs, labels)
@@ -347,8 +347,8 @@ def test_dict_tuple_and_tensor_inputs():
         torch.randn(3, CLASSES, dtype=torch.float64),
     )
     stage = BiStage(model, model.embedding)
-    _, of_tuple = walk(model, lambda: stage.backward((ids, None, bias, "as is", table), labels))
-    _, of_dict = walk(
+    _, of_tuple = outcome(model, lambda: stage.backward((ids, None, bias, "as is", table), labels))
+    _, of_dict = outcome(
         model,
         lambda: stage.backward(
             {"ids": ids, "bias": bias, "options": "as is", "table": table}, labels
@@ -357,7 +357,7 @@ def test_dict_tuple_and_tensor_inputs():
     assert_equal(of_tuple, of_dict, rtol=0, atol=0)
     plain = Small().double()
     plain.load_state_dict(model.state_dict())
-    _, of_tensor = walk(plain, lambda: BiStage(plain, plain.embedding).backward(ids, labels))
+    _, of_tensor = outcome(plain, lambda: BiStage(plain, plain.embedding).backward(ids, labels))
     assert of_tensor.keys() == of_tuple.keys()
 
 
@@ -414,8 +414,8 @@ def test_no_embedding_perturbs_the_floating_input(input_range):
     x, labels = torch.rand(N, 6, dtype=torch.float64) - 0.5, batch()[1]
     x.grad = torch.ones_like(x)
     stage = BiStage(model, None, epsilon=0.4, input_range=input_range)
-    _, actual = walk(model, lambda: stage.backward((x, torch.arange(N)), labels))
-    _, expected = walk(model, lambda: stage.loss((x, torch.arange(N)), labels).backward())
+    _, actual = outcome(model, lambda: stage.backward((x, torch.arange(N)), labels))
+    _, expected = outcome(model, lambda: stage.loss((x, torch.arange(N)), labels).backward())
     assert_equal(actual, expected, rtol=1e-9, atol=1e-12)
     leaf = x.clone().requires_grad_()
     (g,) = torch.autograd.grad(F.cross_entropy(model(leaf, None), labels), leaf)
@@ -434,8 +434,8 @@ def test_scale_multiplies_the_gradient_only(scale):
     model = Small(dropout=0.3).double()
     inputs, labels = batch()
     stage = BiStage(model, model.embedding)
-    plain, expected = walk(model, lambda: stage.backward(inputs, labels))
-    scaled, actual = walk(model, lambda: stage.backward(inputs, labels, scale=scale))
+    plain, expected = outcome(model, lambda: stage.backward(inputs, labels))
+    scaled, actual = outcome(model, lambda: stage.backward(inputs, labels, scale=scale))
     assert_equal(
         actual,
         {name: value * float(scale) for name, value in expected.items()},
@@ -450,14 +450,14 @@ def test_gradients_accumulate_and_do_not_steer():
     model = Small().double()
     inputs, labels = batch()
     stage = BiStage(model, model.embedding, epsilon=1.0)
-    _, once = walk(model, lambda: stage.backward(inputs, labels))
+    _, once = outcome(model, lambda: stage.backward(inputs, labels))
 
     def from_ones():
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
         stage.backward(inputs, labels)
 
-    _, twice = walk(model, from_ones)
+    _, twice = outcome(model, from_ones)
     assert_equal(twice, {name: value + 1 for name, value in once.items()}, rtol=1e-9, atol=1e-12)
 
 
@@ -467,9 +467,9 @@ def test_autocast(dtype, at_once):
     model = Small()
     inputs, labels = batch()
     stage = BiStage(model, model.embedding, passes_at_once=at_once)
-    exact, expected = walk(model, lambda: stage.backward(inputs, labels))
+    exact, expected = outcome(model, lambda: stage.backward(inputs, labels))
     with torch.autocast("cpu", dtype=dtype):
-        result, actual = walk(model, lambda: stage.backward(inputs, labels, scale=64.0))
+        result, actual = outcome(model, lambda: stage.backward(inputs, labels, scale=64.0))
     assert result.logits.dtype == dtype and result.loss.dtype == torch.float32
     torch.testing.assert_close(result.loss, exact.loss, rtol=2e-2, atol=0)
     assert_equal(
@@ -531,8 +531,8 @@ def test_unusual_embeddings(kind, frozen, twin, form):
     model.embedding.requires_grad_(not frozen)
     options = {"epsilon": 1.0, "dropout": (0.5, 0.5) if kind is Recomputes else None}
     stages = [BiStage(each, each.embedding, **options) for each in (usual, model)]
-    _, expected = walk(usual, lambda: stages[0].backward(*batch()))
-    _, actual = walk(
+    _, expected = outcome(usual, lambda: stages[0].backward(*batch()))
+    _, actual = outcome(
         model,
         lambda: (
             stages[1].backward(*batch())
@@ -567,7 +567,7 @@ def test_reentrant_checkpointing_behind_a_frozen_embedding(form, at_once):
                 stage.loss(*batch())
             return
         found.append(
-            walk(
+            outcome(
                 model,
                 lambda: (
                     stage.backward(*batch())
@@ -583,10 +583,10 @@ def test_recomputed_passes_keep_their_own_rates():
     usual, model = Small(dropout=0.3).double(), Recomputes(dropout=0.3).double()
     model.load_state_dict(usual.state_dict())
     rates = (0.1, 0.7)
-    _, expected = walk(
+    _, expected = outcome(
         usual, lambda: BiStage(usual, usual.embedding, dropout=rates).backward(*batch())
     )
-    _, actual = walk(
+    _, actual = outcome(
         model, lambda: BiStage(model, model.embedding, dropout=rates).backward(*batch())
     )
     assert_equal(actual, expected, rtol=1e-9, atol=1e-12)
@@ -613,9 +613,9 @@ def test_hook_lives_until_close_and_sleeps_between_passes():
 def test_two_stages_on_one_model_do_not_disturb_each_other():
     model = Small().double()
     first = BiStage(model, model.embedding, epsilon=1.0)
-    _, alone = walk(model, lambda: first.backward(*batch()))
+    _, alone = outcome(model, lambda: first.backward(*batch()))
     BiStage(model, model.embedding, epsilon=2.0)
-    _, beside = walk(model, lambda: first.backward(*batch()))
+    _, beside = outcome(model, lambda: first.backward(*batch()))
     assert_equal(beside, alone, rtol=0, atol=0)
 
 
@@ -678,10 +678,10 @@ def test_logits_that_ignore_the_embedding():
 def test_compiled_after_the_stage_was_built():
     model = Small(dropout=0.0).double()
     stage = BiStage(model, model.embedding, epsilon=1.0)
-    eager, expected = walk(model, lambda: stage.backward(*batch()))
+    eager, expected = outcome(model, lambda: stage.backward(*batch()))
     model.compile(backend="eager")
     for _ in range(2):
-        compiled, actual = walk(model, lambda: stage.backward(*batch()))
+        compiled, actual = outcome(model, lambda: stage.backward(*batch()))
         torch.testing.assert_close(compiled.loss, eager.loss)
         assert_equal(actual, expected, rtol=1e-9, atol=1e-12)
 
@@ -729,11 +729,11 @@ def test_rates_are_the_methods():
     model = TextCNN(WORDS, CLASSES, dimension=6, filters=5, dropout=0.2).double()
     stage = BiStage(model, model.embedding, dropout=(0.1, 0.6), js_weight=1.0)
     ids, labels = batch()
-    expected = walk(
+    expected = outcome(
         model, lambda: method(model, ids, labels, one_by_one=True, rates=(0.1, 0.6), js_weight=1.0)
     )[1]
     for run in (lambda: stage.backward(ids, labels), lambda: stage.loss(ids, labels).backward()):
-        assert_equal(walk(model, run)[1], expected, rtol=1e-9, atol=1e-12)
+        assert_equal(outcome(model, run)[1], expected, rtol=1e-9, atol=1e-12)
 
 
 # Synchronisation
@@ -824,8 +824,8 @@ def test_under_ddp(process_group, options, form, inside):
 
     for _ in range(3):
         reductions.clear()
-        _, expected = walk(plain, lambda: run(stages[0]))
-        _, actual = walk(model, lambda: run(stages[1]))
+        _, expected = outcome(plain, lambda: run(stages[0]))
+        _, actual = outcome(model, lambda: run(stages[1]))
         assert_equal(
             {name.removeprefix("module."): value for name, value in actual.items()},
             expected,
@@ -1087,7 +1087,7 @@ def test_every_row_has_logits():
 def test_a_named_backend_reaches_the_operators():
     model = Small(dropout=0.2).double()
     results = [
-        walk(model, lambda b=b: BiStage(model, model.embedding, backend=b).backward(*batch()))[1]
+        outcome(model, lambda b=b: BiStage(model, model.embedding, backend=b).backward(*batch()))[1]
         for b in ("auto", "reference")
     ]
     assert_equal(*results, rtol=1e-9, atol=1e-12)

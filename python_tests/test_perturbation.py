@@ -235,6 +235,22 @@ def test_pgd_stays_in_the_ball_and_moves_inside_it(backend, dtype, per, axes):
     )
 
 
+@pytest.mark.parametrize(("per", "axes"), [("sample", (1, 2)), ("token", (2,)), ("all", (0, 1, 2))])
+def test_pgd_steps_by_the_gradient_over_its_largest_element(per, axes):
+    delta, g = gradient(3, 5, 7, seed=1) / 10, gradient(3, 5, 7)
+    g[1] = 0.0 if per != "all" else g[1]
+    mask = torch.arange(5).expand(3, 5) < 4
+    masked = torch.where(mask[..., None], g, 0)
+    largest = masked.abs().amax(axes, keepdim=True)
+    expected = (delta + 0.2 * torch.where(largest > 0, masked / largest, 0)).clamp(-0.25, 0.25)
+    options = {"step_size": 0.2, "radius": 0.25, "norm": "max", "per": per}
+    torch.testing.assert_close(pgd_step(delta, g, mask=mask, **options), expected)
+    with pytest.raises(RuntimeError, match="backend='cpp' cannot serve pgd_step with norm='max'"):
+        pgd_step(delta, g, backend="cpp", **options)
+    with pytest.raises(ValueError, match="norm='max' is not one of its values"):
+        fgm_perturbation(g, 0.1, norm="max")
+
+
 def parameters(dtype=torch.float32):
     torch.manual_seed(3)
     params = [

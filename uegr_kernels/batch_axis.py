@@ -10,7 +10,8 @@ from .core import checks
 
 
 class Batch:
-    """What the passes of one batch share: how many rows it has, and along which axes they lie.
+    """Holds what the passes of one batch share: how many rows it has, and along which axes they
+    lie.
 
     inputs, labels  by name, or by position where not `by_name`;  rows  N, one label each;  mask
         the inputs' `attention_mask`
@@ -37,13 +38,13 @@ class Batch:
         self.inputs_axis, self.length = 0, -1
 
     def first(self, x: Tensor) -> Tensor:
-        """The embedding's output, or what has its axes, with the batch first; what is so
+        """Returns the embedding's output, or what has its axes, with the batch first; what is so
         already, as the model has it.
         """
         return x.transpose(0, 1) if self.axis == 1 else x
 
     def repeated(self, name: Any, value: Any, repeats: int) -> Any:
-        """One input, of so many copies of the batch; a value without the batch's rows is
+        """Returns one input, of so many copies of the batch; a value without the batch's rows is
         passed on.
         """
         if not isinstance(value, Tensor) or value.dim() == 0:
@@ -64,7 +65,7 @@ class Batch:
 
 
 class Axes(NamedTuple):
-    """The axes, 0 or 1, along which a batch lies.
+    """Names the axes, 0 or 1, along which a batch lies.
 
     output  of the embedding's output;  inputs  of the inputs
     """
@@ -158,14 +159,14 @@ def _check_mask(batch: Batch, x: Tensor) -> None:
 
 
 def _tensors(inputs: dict[Any, Any]) -> list[Tensor]:
-    """The inputs that can have a batch and a length."""
+    """Returns the inputs that can have a batch and a length."""
     return [value for value in inputs.values() if isinstance(value, Tensor) and value.dim() > 1]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # it looks at values
 def _as_inputs(given: list[Tensor], inputs: dict[Any, Any]) -> bool | None:
-    """Whether what a module was called with has its first two axes in the order of the inputs;
-    None: nobody can tell.
+    """Tells whether what a module was called with has its first two axes in the order of the
+    inputs; None: nobody can tell.
     """
     found = set()
     for x in given:
@@ -184,7 +185,7 @@ def _as_inputs(given: list[Tensor], inputs: dict[Any, Any]) -> bool | None:
 
 
 def _same_rows(x: Tensor, y: Tensor) -> bool:
-    """Whether the rows of one begin as those of the other do, whatever shape they have."""
+    """Tells whether the rows of one begin as those of the other do, whatever shape they have."""
     x, y = x.flatten(1), y.to(x.device).flatten(1)
     shared = min(x.shape[1], y.shape[1])
     return len(x) == len(y) and bool((x[:, :shared] == y[:, :shared]).all())

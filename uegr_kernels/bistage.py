@@ -25,7 +25,7 @@ from .perturbation import NORMS, PERS, fgm_perturbation
 
 
 class BiStageResult(NamedTuple):
-    """Holds what `BiStage.backward` returns: detached, without `scale`, the parts not weighted.
+    """Holds what `BiStage.backward` returns: detached, not multiplied by `scale`, not weighted.
 
     loss              []      L_train (Eq. 6)
     clean_loss        []      L_st (Eq. 5)
@@ -260,12 +260,14 @@ class BiStage:
         self._runner.close()
 
     def _adversarial(self, batch: Batch, delta: Tensor, group: range) -> tuple[Tensor, Pass]:
-        """Returns the logits [k*N, C] of k passes in one call, and the slot's content."""
+        """Returns the logits [k*N, C] of k passes in one call, and the pass that its backward
+        needs.
+        """
         with self._rate(group), self._runner.filled(Pass(batch, delta, watched=False)) as pass_:
             return self._runner.call(pass_, len(group)), pass_
 
     def _delta(self, pass_: Pass) -> Tensor:
-        """Computes delta (Eq. 2) from the gradient that the clean pass left."""
+        """Returns Eq. 2's delta, from the gradient that the clean pass left."""
         return pass_.ascended(
             functools.partial(fgm_perturbation, mask=pass_.mask, **self._perturbation)
         )
@@ -278,5 +280,5 @@ class BiStage:
         ]
 
     def _rate(self, group: range) -> contextlib.AbstractContextManager[None]:
-        """Holds every dropout layer at the rate of these passes."""
+        """Sets every dropout layer to the rate of these passes inside a `with`."""
         return dropout_rate(self.model, None if self.dropout is None else self.dropout[group.start])

@@ -19,7 +19,7 @@ DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, AdaptiveDropou
 
 
 class Pass:
-    """The slot's content while a pass runs: the hook reads what to perturb and writes what it saw.
+    """Holds what the hook needs while a pass runs: what to perturb, and what it saw.
 
     batch     that the pass is over
     delta     added to the embedding's output, or a function from that output to it; None: nothing
@@ -52,12 +52,12 @@ class Pass:
 
     @property
     def output(self) -> Tensor:
-        """What the embedding gave [N, ...]."""
+        """Returns what the embedding gave [N, ...]."""
         return self.batch.first(self.seen)
 
     @property
     def gradient(self) -> Tensor:
-        """g_x that a watched pass's backward left [N, ...]."""
+        """Returns g_x that a watched pass's backward left [N, ...]."""
         if self._gradient is None:
             raise RuntimeError(
                 "the loss does not depend on the embedding's output; pass the "
@@ -67,8 +67,8 @@ class Pass:
 
     @property
     def unit(self) -> Tensor | None:
-        """What lengths are multiples of: the L2 norm of each sample's real tokens [N, 1, ...];
-        None: of 1.
+        """Returns what lengths are multiples of: the L2 norm of each sample's real tokens [N, 1,
+        ...]; None: of 1.
         """
         if not self.batch.relative:
             return None
@@ -80,21 +80,21 @@ class Pass:
 
     @property
     def mask(self) -> Tensor | None:
-        """[N, T], nonzero where a token is real."""
+        """Returns [N, T], nonzero where a token is real."""
         return self.batch.mask
 
     def ascended(self, step: Callable[[Tensor], Tensor], g: Tensor | None = None) -> Tensor:
-        """A perturbation: step(g), in multiples of `unit`; g None: g_x."""
+        """Returns a perturbation: step(g), in multiples of `unit`; g None: g_x."""
         g, unit = self.gradient if g is None else g, self.unit
         return step(g) if unit is None else (step(g.to(unit.dtype)) * unit).to(g.dtype)
 
     def measured(self, delta: Tensor) -> Tensor:
-        """delta in multiples of `unit`."""
+        """Returns delta in multiples of `unit`."""
         unit = self.unit
         return delta if unit is None else delta.to(unit.dtype) / torch.where(unit > 0, unit, 1)
 
     def visit(self, x: Tensor) -> Tensor:
-        """What the model goes on with where the embedding gave x."""
+        """Returns what the model goes on with where the embedding gave x."""
         self.seen = x.detach().clone() if self.batch.keeps_output else x.detach()
         x = x if self.at is None else self.at
         x = x if self.delta is None else self._perturb(x)
@@ -104,7 +104,7 @@ class Pass:
         self._gradient = gradient
 
     def _watch(self, x: Tensor) -> Tensor:
-        """x, or a copy where x is a leaf; its gradient will be kept."""
+        """Returns x, or a copy where x is a leaf; its gradient will be kept."""
         x = self._reached(x)
         with torch.enable_grad():
             # the next layer may write into it, and a leaf's .grad may hold earlier batches
@@ -115,7 +115,7 @@ class Pass:
         return x
 
     def _reached(self, x: Tensor) -> Tensor:
-        """x where a gradient reaches it, else a copy that one does: reentrant checkpointing
+        """Returns x where a gradient reaches it, else a copy that one does: reentrant checkpointing
         keeps no graph without.
         """
         if x.requires_grad:
@@ -124,7 +124,7 @@ class Pass:
             return x.detach().requires_grad_().clone()
 
     def _perturb(self, x: Tensor) -> Tensor:
-        """x [k*N, ...] + delta [N, ...], pass after pass, in the model's order."""
+        """Returns x [k*N, ...] + delta [N, ...], pass after pass, in the model's order."""
         x = self.batch.first(x)
         if not isinstance(self.delta, Tensor):
             start, unit = self.delta(x.detach()), self.unit
@@ -238,7 +238,9 @@ class Runner:
 
     @contextlib.contextmanager
     def filled(self, pass_: Pass) -> Iterator[Pass]:
-        """The pass is on: its forward, and its backward where that may recompute the embedding."""
+        """Turns the pass on inside a `with`: for its forward, and for its backward where that may
+        recompute the embedding.
+        """
         self._slot = pass_
         try:
             yield pass_
@@ -288,7 +290,7 @@ class Runner:
         )
 
     def take(self, inputs: Any, labels: Tensor) -> Batch:
-        """The batch for the passes to come; raises what is wrong with it by itself."""
+        """Returns the batch for the passes to come; raises what is wrong with it by itself."""
         if not isinstance(labels, Tensor):
             raise TypeError(f"labels are a {type(labels).__name__}; give a tensor")
         if labels.dim() == 0:
@@ -308,7 +310,7 @@ class Runner:
         return batch
 
     def call(self, pass_: Pass, repeats: int = 1) -> Tensor:
-        """One call of the model on `repeats` copies of the batch; returns logits [repeats*N, C]."""
+        """Calls the model once on `repeats` copies of the batch; returns logits [repeats*N, C]."""
         batch, pass_.repeats = pass_.batch, repeats
         pass_.differentiable = torch.is_grad_enabled() and (
             self.perturbs or self.embedding is not None
@@ -375,8 +377,8 @@ def _switched_off(model: Any) -> Iterator[None]:
 
 
 def synchronisers(model: Any) -> list[Any]:
-    """The outermost of DDP's and FSDP's wrappers: the model itself, or those inside it; none
-    where one process trains.
+    """Returns the outermost of DDP's and FSDP's wrappers: the model itself, or those inside it;
+    none where one process trains.
     """
     if hasattr(model, "no_sync") or hasattr(model, "set_requires_gradient_sync"):
         return [model]
@@ -384,19 +386,19 @@ def synchronisers(model: Any) -> list[Any]:
 
 
 def synchronises(model: nn.Module) -> bool:
-    """Whether a backward now would exchange gradients: False for plain models and inside the
+    """Tells whether a backward now would exchange gradients: False for plain models and inside the
     caller's own no_sync.
     """
     return any(map(_exchanges, synchronisers(model)))
 
 
 def ranks_of(model: nn.Module) -> Any:
-    """The process group that trains the model together; None: the default one."""
+    """Returns the process group that trains the model together; None: the default one."""
     return next((getattr(part, "process_group", None) for part in synchronisers(model)), None)
 
 
 def _exchanges(part: Any) -> bool:
-    """Whether a wrapper's backward now would."""
+    """Tells whether a wrapper's backward now would exchange gradients."""
     if not getattr(part, "require_backward_grad_sync", True):
         return False
     # FSDP2's switch can be set by public means, not read.
@@ -414,7 +416,7 @@ def _exchanges(part: Any) -> bool:
 
 @contextlib.contextmanager
 def dropout_rate(model: nn.Module, rate: float | None) -> Iterator[None]:
-    """Every dropout layer at this rate; None: at its own."""
+    """Sets every dropout layer to this rate inside a `with`; None: leaves their own."""
     layers = (
         []
         if rate is None
@@ -474,8 +476,8 @@ def gradient_norms_held(model: nn.Module) -> Iterator[Callable[[], None]]:
 
 @contextlib.contextmanager
 def buffers_held(model: nn.Module) -> Iterator[None]:
-    """What a pass writes into buffers and AdaptiveDropout's norms goes into copies that are
-    dropped.
+    """Gives buffers and AdaptiveDropout's norms copies inside a `with`, which are dropped with what
+    passes write into them.
     """
     owned = [(module, module._buffers) for module in model.modules() if module._buffers]
     layers = [module for module in model.modules() if isinstance(module, AdaptiveDropout)]
@@ -500,7 +502,7 @@ def _kind(value: Any) -> str:
 
 
 def _floating(inputs: dict[Any, Any]) -> Any:
-    """The name or position of the one floating input."""
+    """Returns the name or position of the one floating input."""
     names = [
         name
         for name, value in inputs.items()

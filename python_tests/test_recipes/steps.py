@@ -253,7 +253,7 @@ def run(name, model, **options):
     return losses, {key: p.grad for key, p in model.named_parameters()}
 
 
-# forwards, backwards, and how often those reach the parameters, where two of them may be walked in
+# forwards, backwards, and how often those reach the parameters, where two of them may run in
 # one call
 COSTS = {
     "plain": (1, 1, 1),

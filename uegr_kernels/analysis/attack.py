@@ -1,6 +1,4 @@
-"""Measures accuracy under white-box attacks on the embeddings (UEGR Fig. 2b; docs/methods.md,
-section 4).
-"""
+"""Accuracy under white-box attacks on the embeddings (docs/methods.md, "Analyses")."""
 
 import dataclasses
 import functools
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 from ..batch_axis import Batch
 from ..core import checks
 from ..passes import Pass, Runner
-from ..perturbation import fgm_perturbation, masked, pgd_step
+from ..perturbation import NORMS, fgm_perturbation, masked, pgd_step
 from .watching import held, picture
 
 STRENGTHS = (0.01, 0.25, 0.5)  # weak, medium, strong
@@ -56,8 +54,8 @@ def accuracy_under_attack(
     input_range: tuple[float, float] | None = None,
     batch_axis: int | None = None,
 ) -> list[Attacked]:
-    """Measures accuracy without (epsilon 0, first) and with an attack on the embedding's output,
-    per sample, in eval mode with true labels.
+    """Computes the accuracy without (epsilon 0, first) and with an attack on the embedding's
+    output, per sample, in eval mode with true labels.
 
     batches   pairs (inputs, labels [N] int64, of which -100 does not count); inputs and embedding
         as in `BiStage`
@@ -79,8 +77,7 @@ def accuracy_under_attack(
             f"epsilons={epsilons!r} is a {type(epsilons).__name__}; give a list of radii"
         )
     radii = [0.0, *(checks.number("epsilon", epsilon, 0) for epsilon in epsilons)]
-    # raises for a wrong norm
-    fgm_perturbation(torch.zeros(1, 2, device="cpu"), 0.0, norm=norm, backend="reference")
+    checks.choice("norm", norm, NORMS)
     outcomes: list[list[bool]] = [[] for _ in radii]
     count, shares = 0, [0.0] * len(radii)
     runner = Runner(

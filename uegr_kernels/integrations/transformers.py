@@ -37,8 +37,8 @@ STEP_IN_BACKWARD = {
 
 
 class UEGRTrainer(Trainer):
-    """Transformers' Trainer whose batches are a recipe's; accumulation, autocast, clipping, DDP and
-    checkpoints are the Trainer's.
+    """Trains as Transformers' Trainer does, with a recipe's batches; accumulation, autocast,
+    clipping, DDP and checkpoints are the Trainer's.
 
     recipe          a name of `uk.recipes.NAMES`
     recipe_options  its options by name
@@ -214,7 +214,9 @@ class UEGRTrainer(Trainer):
     def get_optimizer_cls_and_kwargs(
         self, args: Any, model: nn.Module | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """SelectiveAdamW where the arguments name torch's AdamW, else the Trainer's own choice."""
+        """Returns SelectiveAdamW where the arguments name torch's AdamW, else the Trainer's own
+        choice.
+        """
         if args.optim not in ("adamw_torch", "adamw_torch_fused"):
             theirs: tuple[Any, dict[str, Any]] = Trainer.get_optimizer_cls_and_kwargs(args, model)
             return theirs
@@ -229,7 +231,7 @@ class UEGRTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
-        """One batch: the recipe's passes fill .grad. Returns the loss, as much of it as the
+        """Runs one batch: the recipe's passes fill .grad. Returns the loss, as much of it as the
         batch has in the accumulated ones.
         """
         model.train()
@@ -277,8 +279,8 @@ class UEGRTrainer(Trainer):
         return str(found)
 
     def _share(self, labels: Tensor, items: Any) -> Tensor:
-        """What the batch's loss counts for in the accumulated batches', as in Trainer.training_step
-        and compute_loss.
+        """Returns what the batch's loss counts for in the accumulated batches', as in
+        Trainer.training_step and compute_loss.
 
         The Trainer gives a model whose forward takes **kwargs the number of labels in all of them,
         to divide a sum by.
@@ -344,7 +346,7 @@ class UEGRTrainer(Trainer):
         )
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """One training, of one recipe: what an earlier one left is forgotten, and the model is
+        """Trains once, with one recipe: what an earlier one left is forgotten, and the model is
         itself again, whatever happens.
         """
         # again: a trial or the user may have changed them since
@@ -394,7 +396,7 @@ class UEGRTrainer(Trainer):
         return self.accelerator.unwrap_model(model, keep_torch_compile=False)
 
     def _options(self, model: Any) -> dict[str, Any]:
-        """The recipe's options, with what the arguments and the model's configuration say."""
+        """Returns the recipe's options, with what arguments and the model's configuration say."""
         said = {}
         if self.label_smoother is not None:
             said["label_smoothing"] = self.label_smoother.epsilon
@@ -413,7 +415,7 @@ class UEGRTrainer(Trainer):
         return RECIPES[self.recipe_name](model, embedding, optimizer, **self._options(plain))
 
     def _attach(self, model: nn.Module) -> None:
-        """The recipe for the model as it is trained, wrapped or not."""
+        """Builds the recipe for the model as it is trained, wrapped or not."""
         self._detach()
         # a resumed run, whose random state is restored by now, draws no seed of its own
         with torch.random.fork_rng():
@@ -530,7 +532,7 @@ def _write(state: dict[str, Any], path: pathlib.Path) -> None:
 
 
 def _embedding(model: Any, given: nn.Module | str | bool | None) -> nn.Module | None:
-    """The module to perturb, None for the input itself; raises ValueError, saying what to
+    """Returns the module to perturb, None for the input itself; raises ValueError, saying what to
     pass, where the model does not tell.
     """
     name = type(model).__name__
@@ -566,7 +568,7 @@ def _embedding(model: Any, given: nn.Module | str | bool | None) -> nn.Module | 
 
 
 def _loss_and_logits(output: Any) -> tuple[Tensor | None, Tensor | None]:
-    """What a model that was given labels returned, as the Trainer reads it: a dict's "loss"
+    """Returns what a model that was given labels returned, as the Trainer reads it: a dict's "loss"
     and "logits", or a tuple's first two.
     """
     if isinstance(output, Mapping):

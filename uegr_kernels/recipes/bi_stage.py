@@ -59,7 +59,7 @@ class UEGR(SelectiveUpdate):
 
     @property
     def adaptive_dropout(self) -> dict[str, Tensor]:
-        """The state of each adaptive dropout by its module's name, for checkpoints."""
+        """Returns the state of each adaptive dropout by its module's name, for checkpoints."""
         return self._adapted.state_dict() if self._adapted is not None else {}
 
     @adaptive_dropout.setter

@@ -9,7 +9,7 @@ from .recipe import plain_names
 
 
 class LentDropout(AdaptiveDropout):
-    """An nn.Dropout that is an AdaptiveDropout for a while, of which the model's state_dict says
+    """Turns an nn.Dropout into an AdaptiveDropout for a while, of which the model's state_dict says
     nothing.
 
     The module is the model's own and changes its class: its hooks, its p and mode, and whoever
@@ -31,7 +31,7 @@ class LentDropout(AdaptiveDropout):
 
 
 class AdaptedDropouts:
-    """A model's nn.Dropout modules as AdaptiveDropout of the same p, from here to the last
+    """Makes a model's nn.Dropout modules AdaptiveDropout of the same p, from here to the last
     `close()`.
     """
 
@@ -70,7 +70,7 @@ class AdaptedDropouts:
             AdaptiveDropout.set_extra_state(module, state[name])
 
     def why_not(self, state: Any) -> str | None:
-        """None where `load_state_dict` takes the state, else why not."""
+        """Returns None where `load_state_dict` takes the state, else why not."""
         if not isinstance(state, dict) or state.keys() != self.modules.keys():
             found = list(state) if isinstance(state, dict) else state
             return f"it is of the dropouts {found}, the model's are {list(self.modules)}"
@@ -84,7 +84,7 @@ class AdaptedDropouts:
         )
 
     def close(self) -> None:
-        """The modules are nn.Dropout again, with the p and the mode that they have now; does
+        """Makes the modules nn.Dropout again, with the p and the mode that they have now; does
         nothing the second time.
         """
         self._last = self.state_dict()

@@ -243,7 +243,7 @@ class PassRecipe(Recipe):
         watched: bool = False,
         last: bool = False,
     ) -> tuple[Tensor, Pass]:
-        """One pass forward and back: adds scale * weight * the gradient of its loss to .grad;
+        """Runs one pass forward and back: adds scale * weight * the gradient of its loss to .grad;
         returns the loss and what was seen.
 
         watched  keep the gradient at the embedding;  last  of the step, so that a wrapper
@@ -265,7 +265,7 @@ class PassRecipe(Recipe):
         *,
         at: Tensor | None = None,
     ) -> Pass:
-        """One pass forward and back to the embedding alone, for the gradient there: .grad and
+        """Runs one pass forward and back to the embedding alone, for the gradient there: .grad and
         buffers stay as they are.
         """
         with (
@@ -286,7 +286,7 @@ class PassRecipe(Recipe):
         *,
         ascent: bool,
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """Loss and gradients by `weights` of one pass, beside .grad; an ascent pass leaves
+        """Returns loss and gradients by `weights` of one pass, beside .grad; an ascent pass leaves
         buffers alone.
         """
         held = buffers_held(self.model) if ascent else contextlib.nullcontext()
@@ -367,8 +367,8 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def named_parameters(model: nn.Module, patterns: str | Sequence[str]) -> dict[str, nn.Parameter]:
-    """The trainable parameters whose names match one of the patterns (`*` stands for anything);
-    wrappers' prefixes do not count.
+    """Returns the trainable parameters whose names match one of the patterns (`*` stands for
+    anything); wrappers' prefixes do not count.
 
     Raises ValueError for a pattern that matches none.
     """
@@ -397,7 +397,7 @@ def named_parameters(model: nn.Module, patterns: str | Sequence[str]) -> dict[st
 
 
 def plain_names(named: Any) -> Iterator[tuple[str, Any]]:
-    """Names without what wrappers add to them: DDP in front, torch.compile and activation
+    """Yields names without what wrappers add to them: DDP in front, torch.compile and activation
     checkpointing anywhere.
     """
     for name, value in named:
@@ -412,7 +412,7 @@ def plain_names(named: Any) -> Iterator[tuple[str, Any]]:
 
 
 def summed_over_ranks(model: nn.Module, tensors: Sequence[Tensor | None]) -> None:
-    """Each tensor's sum over the ranks that train the model together."""
+    """Sums each tensor over the ranks that train the model together, in place."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for tensor in tensors:
             if tensor is not None:
@@ -450,7 +450,7 @@ def check_whole(parameters: Sequence[Tensor], remedy: str) -> None:
 
 
 def whole(x: Tensor) -> Tensor:
-    """A number that sharded parameters give, on every rank."""
+    """Returns a number that sharded parameters give, on every rank."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
@@ -462,7 +462,7 @@ def norm_of(tensor: Tensor) -> Tensor:
 
 
 def recomputed(x: Tensor) -> Tensor:
-    """In the place of a delta while two passes go backward at once: nobody could tell whose
+    """Raises, in the place of a delta while two passes go backward at once: nobody could tell whose
     embedding is computed again.
     """
     raise RuntimeError(

@@ -25,8 +25,8 @@ CHANNELS_SECOND = (BatchNorm, Convolution)
 
 
 class _Features:
-    """What the hooks on the layers have of the recipe, which copies and pickles of the model take
-    along.
+    """Holds what the hooks on the layers have of the recipe, which copies and pickles of the model
+    take along.
 
     seen  a layer's number: its output, while a pass that wants them is on
     """
@@ -126,12 +126,14 @@ class ARAT(AttackRecipe):
         return self.epsilon / 4
 
     def parameters(self) -> list[nn.Parameter]:
-        """The predictors' and the clean branch's: what the optimizer needs besides the model's."""
+        """Returns the predictors' and the clean branch's: what the optimizer needs besides the
+        model's.
+        """
         return [*self.predictors.parameters(), *self.clean_branch.parameters()]
 
     @property
     def own_modules(self) -> dict[str, dict[str, Any]]:
-        """Predictors and clean branch, for checkpoints."""
+        """Returns predictors and clean branch, for checkpoints."""
         return {
             "predictors": self.predictors.state_dict(),
             "clean_branch": self.clean_branch.state_dict(),
@@ -233,8 +235,8 @@ class ARAT(AttackRecipe):
 
     @contextlib.contextmanager
     def _clean(self) -> Iterator[None]:
-        """The model with its clean branch: each BatchNorm with the parameters and statistics
-        of the other.
+        """Gives the model its clean branch inside a `with`: each BatchNorm has the parameters and
+        statistics of the other.
         """
 
         def swap() -> None:
@@ -249,15 +251,15 @@ class ARAT(AttackRecipe):
             swap()
 
     def _counted(self, labels: Tensor) -> Tensor:
-        """[N] bool: the rows that are not ignored."""
+        """Returns [N] bool: the rows that are not ignored."""
         if labels.is_floating_point():
             return torch.ones(len(labels), dtype=torch.bool, device=labels.device)
         counted: Tensor = labels != self.ignore_index
         return counted
 
     def _recorded(self, labels: Tensor, pass_: Pass) -> tuple[Any, list[Tensor]]:
-        """Losses of one call of the model, and the features of every layer [n, d] for the n
-        rows that are not ignored.
+        """Returns the losses of one call of the model, and the features of every layer [n, d] for
+        the n rows that are not ignored.
         """
         outputs = self._features.seen = {}
         try:
@@ -291,7 +293,7 @@ class ARAT(AttackRecipe):
         ).mean()
 
     def _synchronise_own(self) -> None:
-        """Rank 0's own modules become everyone's, once, as the wrapper does with the model's."""
+        """Sends rank 0's own modules to every rank, once, as the wrapper does with the model's."""
         if (
             not self._synchronised
             and synchronisers(self.model)
@@ -307,7 +309,7 @@ class ARAT(AttackRecipe):
         self._synchronised = True
 
     def _average_over_ranks(self) -> None:
-        """What the wrapper does not know of is averaged here, when it averages its own."""
+        """Averages the gradients that the wrapper does not know of, when it averages its own."""
         if synchronises(self.model):
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
             world = torch.ones((), device=device_of(self.model))
@@ -373,7 +375,9 @@ def _predictor(width: int) -> nn.Module:
 
 
 def _pooled(layer: nn.Module, output: Tensor, pass_: Pass) -> Tensor:
-    """[N, d]: the mean over places after ReLU; over the real tokens where the places are tokens."""
+    """Returns [N, d]: the mean over places after ReLU; over the real tokens where the places are
+    tokens.
+    """
     x, batch, mask = output.relu(), pass_.batch, pass_.mask
     if x.dim() == 2:
         return x

@@ -47,7 +47,7 @@ class SelectiveUpdate(Recipe):
 
     @property
     def selection(self) -> dict[str, Any]:
-        """Seed and step of the masks, for checkpoints."""
+        """Returns seed and step of the masks, for checkpoints."""
         return dataclasses.asdict(self._selection.state)
 
     @selection.setter
