@@ -1,4 +1,4 @@
-"""The selective optimizers' step beside torch.optim's, other libraries' and plainer ways to
+"""Times the selective optimizers' step beside torch.optim's, other libraries' and plainer ways to
 write it.
 """
 
@@ -77,7 +77,7 @@ def adamw(
     dtype: torch.dtype = torch.float32,
     **options,
 ) -> Case:
-    """Returns a case of AdamW; in bfloat16 torch's moments are bfloat16 as well, and so are ours."""
+    """Returns a case of AdamW; in bfloat16 torch's moments are bfloat16 too, and so are ours."""
     brain = dtype == torch.bfloat16
     settings = SETTINGS[setting] | (BRAIN if brain else {})
     return case(
