@@ -315,7 +315,7 @@ class Running:
             )
 
     def over(self) -> bool:
-        """Returns whether it has ended, by itself or at its limit, where it is asked, then made to."""
+        """Returns whether it has ended; at its limit it is asked to, then made to."""
         now = time.monotonic()
         # it keeps its number until it is waited for
         if os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):

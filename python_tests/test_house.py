@@ -421,8 +421,8 @@ def imports_of_benches(path, text):
 
 
 @rule(
-    "bench/ is speed alone: the research in bench/evidence is imported by the two commands that lead "
-    "to it",
+    "bench/ is speed alone: the research in bench/evidence is imported by the two commands that "
+    "lead to it",
     "bench/(?!evidence/).*",
     bad=[
         "bench/harness.py | from .evidence import training",
