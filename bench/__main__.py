@@ -29,9 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
     for name, path in SUITES.items():
         suite = commands.add_parser(
-            name,
-            help=ast.get_docstring(ast.parse(path.read_text())),
-            description=f"Runs the suite {name}.",
+            name, help=described(path), description=f"Runs the suite {name}."
         )
         suite.add_argument(
             "--device",
@@ -94,13 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command is None:
         print(
             "\n".join(
-                [
-                    "Suites:",
-                    *(
-                        f"  {name:<14}{ast.get_docstring(ast.parse(path.read_text()))}"
-                        for name, path in SUITES.items()
-                    ),
-                ]
+                ["Suites:", *(f"  {name:<14}{described(path)}" for name, path in SUITES.items())]
             )
         )
         print(
@@ -129,6 +121,11 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
+
+
+def described(path: pathlib.Path) -> str:
+    """Returns what a suite says of itself, in one line."""
+    return " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split())
 
 
 def _count(text: str) -> int:

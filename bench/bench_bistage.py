@@ -1,4 +1,6 @@
-"""A whole training step of a small BERT: UEGR's beside plain AdamW's, and where its time goes."""
+"""Times a whole training step of a small BERT: UEGR's beside plain AdamW's, and where its time
+goes.
+"""
 
 import copy
 import statistics

@@ -1,5 +1,5 @@
-"""The UEGR loss and the pairwise divergence, forward and backward, from logits and from hidden
-states.
+"""Times the UEGR loss and the pairwise divergence, forward and backward, from logits and from
+hidden states.
 """
 
 import functools

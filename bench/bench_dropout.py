@@ -1,4 +1,4 @@
-"""Adaptive dropout, forward and backward, beside torch's dropout."""
+"""Times adaptive dropout, forward and backward, beside torch's dropout."""
 
 from collections.abc import Callable
 

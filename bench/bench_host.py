@@ -1,5 +1,5 @@
-"""The host's part of a Triton step over many tensors, every kernel replaced by a no-op, beside
-torch's fused AdamW.
+"""Times the host's part of a Triton step over many tensors, every kernel replaced by a no-op,
+beside torch's fused AdamW.
 """
 
 import os

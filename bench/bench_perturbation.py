@@ -1,4 +1,4 @@
-"""The FGM perturbation beside plain PyTorch's functions, eager and compiled."""
+"""Times the FGM perturbation beside plain PyTorch's functions, eager and compiled."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The selective step over size, number of tensors and threads: time per element is to grow
+"""Times the selective step over size, number of tensors and threads: time per element is to grow
 with none of them.
 """
 

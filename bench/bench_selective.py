@@ -1,4 +1,4 @@
-"""The selective optimizers' step beside torch.optim's, other libraries' and plainer ways to
+"""Times the selective optimizers' step beside torch.optim's, other libraries' and plainer ways to
 write it.
 """
 

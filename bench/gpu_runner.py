@@ -148,7 +148,7 @@ class Output:
             yield
 
     def keep(self, record: dict, log: bytes = b"") -> str | None:
-        """Puts a record on the disk; returns why it is not there: a full disk ends nothing."""
+        """Puts a record on the disk, or returns why it is not there: a full disk ends nothing."""
         record = {"run": self.run} | record
         self.records.append(record)
         try:
@@ -315,7 +315,7 @@ class Running:
             )
 
     def over(self) -> bool:
-        """Returns whether it has ended, alone or at its limit; asks it to end, then forces it."""
+        """Returns whether it has ended; at its limit it is asked to, then made to."""
         now = time.monotonic()
         # it keeps its number until it is waited for
         if os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):

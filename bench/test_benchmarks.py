@@ -1,5 +1,5 @@
-"""The main cases at small sizes under pytest-benchmark: `pytest bench --benchmark-only`. Wrong
-results fail, no time does; the seconds are timer.py's.
+"""Times the main cases at small sizes under pytest-benchmark: `pytest bench --benchmark-only`.
+Wrong results fail, no time does; the seconds are timer.py's.
 """
 
 import importlib

@@ -478,6 +478,24 @@ def imports_of_benches(path, text):
 
 
 @rule(
+    "bench/ is speed alone: the research in bench/evidence is imported by the two commands that "
+    "lead to it",
+    "bench/(?!evidence/).*",
+    bad=[
+        "bench/harness.py | from .evidence import training",
+        "bench/readme.py | from bench.evidence.report import summary",
+    ],
+    good=[
+        "bench/accuracy.py | from .evidence.accuracy import main",
+        "bench/harness.py | from . import timer",
+    ],
+)
+def speed_alone(path, text):
+    leads = path.name in ("accuracy.py", "analyses.py")
+    return unless(lambda entry: leads or "evidence" not in entry.module.split("."), path, text)
+
+
+@rule(
     "setup.py imports Python and setuptools: no torch, no network",
     "setup.py",
     bad=[
