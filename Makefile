@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
+# Files of tests side by side, each on one thread.
+JOBS ?= 2
 OLD_TRITON := build/triton-3.6.0
 SOURCES = $(shell find csrc python_tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
@@ -24,7 +26,7 @@ demo: build
 # In the tests' build a failure is an error; elsewhere the package goes on without native code.
 test bench: export UEGR_KERNELS_BUILD ?= 1
 test: build $(VENV)/.frameworks $(if $(findstring triton,$(ARGS)),$(OLD_TRITON))
-	$(RUN) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 bench: build
 	$(RUN) -m bench $(ARGS)
