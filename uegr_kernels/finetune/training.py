@@ -1,0 +1,306 @@
+"""Trains one classifier with one recipe, over UEGRTrainer; can be stopped and gone on with."""
+
+import contextlib
+import dataclasses
+import pathlib
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..integrations.transformers import UEGRTrainer
+from . import measures
+from .classifiers import Classifier, Pretrained
+from .tables import Example
+
+SCORE = "eval_score"
+
+
+class Stopped(Exception):
+    """Says that Ctrl-C was pressed; the checkpoint is written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """Settings of a run, but for its recipe and seed.
+
+    epochs, lr, batch  times through the data, the largest learning rate, examples a step
+    trainer_options    further arguments of transformers.TrainingArguments, which win
+    """
+
+    epochs: float = 3
+    lr: float = 5e-5
+    batch: int = 16
+    device: str | None = None
+    trainer_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Encoded(Dataset[dict[str, Any]]):
+    """Holds encoded examples with their labels as numbers."""
+
+    def __init__(
+        self, classifier: Classifier, examples: Sequence[Example], labels: Sequence[str]
+    ) -> None:
+        self.rows = classifier.encode([example.texts for example in examples])
+        self.labels = measures.numbers(examples, labels)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {**self.rows[i], "labels": self.labels[i]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """Says how a run went: its best epoch by validation, the score there, and a step's cost."""
+
+    best_epoch: float
+    validation: float
+    steps: int
+    seconds_per_step: float
+    losses: list[float]
+
+
+def train(
+    classifier: Classifier,
+    recipe: str,
+    recipe_options: dict[str, Any],
+    data: tuple[Sequence[Example], Sequence[Example]],
+    labels: list[str],
+    seed: int,
+    setup: Training,
+    folder: pathlib.Path,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Trained:
+    """Trains the classifier's model in place, and leaves it at its best epoch by validation.
+
+    data     examples to train on, and those that the epoch is chosen by
+    labels   the classes in order; none for regression
+    folder   where checkpoints lie while the run lasts; one that is there already is gone on from,
+             and the run then equals the one that was not interrupted
+    stopped  asked after each step; where it says yes a checkpoint is written
+
+    Raises Stopped after that, ValueError and TypeError for options that recipe or Trainer refuse.
+    """
+    watch = _Watch(stopped, f"{recipe}, seed {seed}")
+    trainer = _trainer(classifier, recipe, recipe_options, data, labels, seed, setup, folder, watch)
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    if watch.stopping:
+        raise Stopped
+    history = [entry for entry in trainer.state.log_history if SCORE in entry]
+    best = max(history, key=lambda entry: entry[SCORE])
+    wait_for_all()
+    if is_first_process():
+        shutil.rmtree(folder, ignore_errors=True)
+    return Trained(
+        best_epoch=best["epoch"],
+        validation=best[SCORE],
+        steps=trainer.state.global_step,
+        seconds_per_step=statistics.median(watch.seconds),
+        losses=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+    )
+
+
+def check(
+    classifier: Classifier,
+    recipe: str,
+    recipe_options: dict[str, Any],
+    data: tuple[Sequence[Example], Sequence[Example]],
+    labels: list[str],
+    setup: Training,
+) -> None:
+    """Raises what `train` would raise for its options, and writes nothing that stays."""
+    few = data[0][:2], data[1][:1]
+    with tempfile.TemporaryDirectory() as folder:
+        watch = _Watch(lambda: False, recipe)
+        _trainer(
+            classifier, recipe, recipe_options, few, labels, 0, setup, pathlib.Path(folder), watch
+        )
+
+
+def _trainer(
+    classifier: Classifier,
+    recipe: str,
+    recipe_options: dict[str, Any],
+    data: tuple[Sequence[Example], Sequence[Example]],
+    labels: list[str],
+    seed: int,
+    setup: Training,
+    folder: pathlib.Path,
+    watch: "_Watch",
+) -> "_Trainer":
+    options: dict[str, Any] = {
+        "output_dir": str(folder),
+        "num_train_epochs": setup.epochs,
+        "learning_rate": setup.lr,
+        "per_device_train_batch_size": _per_process(setup.batch),
+        "weight_decay": 0.01,
+        "warmup_steps": 0.06,  # of all steps
+        "seed": seed,
+        "data_seed": seed,
+        "bf16": _bfloat16(setup.device),
+        "use_cpu": setup.device == "cpu",
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "save_total_limit": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": SCORE,
+        "greater_is_better": True,
+        "logging_steps": 10,
+        "logging_nan_inf_filter": False,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    trainer = _Trainer(
+        model=classifier.model,
+        args=TrainingArguments(**options | setup.trainer_options),
+        train_dataset=Encoded(classifier, data[0], labels),
+        eval_dataset=Encoded(classifier, data[1], labels),
+        data_collator=_Collator(classifier),
+        recipe=recipe,
+        recipe_options=recipe_options | ({} if labels else {"task": "regression"}),
+        embedding=None if isinstance(classifier, Pretrained) else classifier.embedding,
+        callbacks=[watch],
+    )
+    trainer.remove_callback(PrinterCallback)  # the bar says it
+    trainer.score = lambda: measures.score(
+        classifier, data[1], labels, measures.logits_of(classifier, data[1])
+    )
+    return trainer
+
+
+class _Trainer(UEGRTrainer):
+    """Evaluates by the task's metric alone, as the report does."""
+
+    score: Callable[[], float]
+    control: Any
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        found = {SCORE: self.score(), "epoch": self.state.epoch}
+        self.log(dict(found))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
+
+
+class _Collator:
+    """Pads a batch's examples."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        self.classifier = classifier
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        texts = [{key: row[key] for key in row if key != "labels"} for row in rows]
+        labels = torch.tensor([row["labels"] for row in rows])
+        return {**self.classifier.pad(texts), "labels": labels}
+
+
+class _Watch(TrainerCallback):  # type: ignore[misc]
+    """Shows a bar, times steps, and stops training between two of them, with a checkpoint."""
+
+    def __init__(self, stopped: Callable[[], bool], title: str) -> None:
+        self.stopped, self.stopping, self.title = stopped, False, title
+        self.seconds: list[float] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self.title,
+            unit="step",
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+            disable=not is_first_process(),
+        )
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.perf_counter() - self.started)
+        self.bar.update()
+        if _any_process(self.stopped()) and state.global_step < state.max_steps:
+            self.stopping = control.should_save = control.should_training_stop = True
+
+    def on_log(self, *args: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        shown = {name: f"{logs[name]:.3f}" for name in ("loss", SCORE) if name in logs}
+        self.bar.set_postfix(shown, refresh=False)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stopping and abs(state.epoch - round(state.epoch)) > 1e-6:
+            # a score within an epoch would count among the epochs' when the run is gone on with
+            control.should_evaluate = False
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+
+def _any_process(said: bool) -> bool:
+    """Whether one of the processes says so: they stop together, after the same step."""
+    if PartialState().num_processes == 1:
+        return said
+    flag = torch.tensor(int(said), device=PartialState().device)
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    return bool(flag.item())
+
+
+def _per_process(batch: int) -> int:
+    processes: int = PartialState().num_processes
+    if batch % processes:
+        raise ValueError(
+            f"--batch {batch} is no multiple of the {processes} processes; make it one"
+        )
+    return batch // processes
+
+
+def is_first_process() -> bool:
+    """Returns whether this process is the one that writes, of those torchrun started."""
+    return bool(PartialState().is_main_process)
+
+
+def wait_for_all() -> None:
+    """Waits until every process is here."""
+    PartialState().wait_for_everyone()
+
+
+def _bfloat16(device: str | None) -> bool:
+    return device != "cpu" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+
+@contextlib.contextmanager
+def interrupts_noticed() -> Iterator[Callable[[], bool]]:
+    """Yields what says whether Ctrl-C was pressed, so that no step is cut in two.
+
+    A second Ctrl-C stops at once.
+    """
+    pressed: list[int] = []
+
+    def notice(number: int, frame: Any) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    try:
+        before = signal.signal(signal.SIGINT, notice)
+    except ValueError:  # not the main thread, which alone gets signals
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
