@@ -197,7 +197,11 @@ def test_a_folder_of_other_things_is_left_alone(train, tmp_path, capsys):
 
 
 def test_two_processes_train_as_one(train, tmp_path):
+    # whole batches: the last one's missing texts are others in two processes
+    train = tsv(train, texts(64))
     arguments = ["--train", train, "--model", "textcnn", "--recipe", "at", "--lr", 1e-2]
+    arguments += ["--validation", tsv(tmp_path / "v.tsv", texts(20, 1))]
+    arguments += ["--test", tsv(tmp_path / "t.tsv", texts(20, 2))]
     arguments += ["--recipe-options", "dropout=0.0"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert run(*arguments, "--output", one) == 0

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 import shutil
 import signal
@@ -13,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -234,7 +234,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds.append(time.perf_counter() - self.started)
         self.bar.update()
-        if _any_process(self.stopped()) and state.global_step < state.max_steps:
+        if _any_process(self.stopped(), args.device) and state.global_step < state.max_steps:
             self.stopping = control.should_save = control.should_training_stop = True
 
     def on_log(self, *args: Any, logs: dict[str, float], **kwargs: Any) -> None:
@@ -250,32 +250,37 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         self.bar.close()
 
 
-def _any_process(said: bool) -> bool:
+def processes() -> int:
+    """Returns how many processes torchrun or Accelerate has started to train one model."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_process() -> bool:
+    """Returns whether this process is the one that writes."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def wait_for_all() -> None:
+    """Waits until every process is here; they have met before, in training."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def _any_process(said: bool, device: torch.device) -> bool:
     """Whether one of the processes says so: they stop together, after the same step."""
-    if PartialState().num_processes == 1:
+    if not torch.distributed.is_initialized():
         return said
-    flag = torch.tensor(int(said), device=PartialState().device)
+    flag = torch.tensor(int(said), device=device)
     torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
     return bool(flag.item())
 
 
 def _per_process(batch: int) -> int:
-    processes: int = PartialState().num_processes
-    if batch % processes:
+    if batch % processes():
         raise ValueError(
-            f"--batch {batch} is no multiple of the {processes} processes; make it one"
+            f"--batch {batch} is no multiple of the {processes()} processes; make it one"
         )
-    return batch // processes
-
-
-def is_first_process() -> bool:
-    """Returns whether this process is the one that writes, of those torchrun started."""
-    return bool(PartialState().is_main_process)
-
-
-def wait_for_all() -> None:
-    """Waits until every process is here."""
-    PartialState().wait_for_everyone()
+    return batch // processes()
 
 
 def _bfloat16(device: str | None) -> bool:
