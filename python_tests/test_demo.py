@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import uegr_kernels as uk
-from uegr_kernels.finetune import command as demo
 from uegr_kernels.finetune import data as texts
-from uegr_kernels.finetune import train
+from uegr_kernels.finetune import demo
+from uegr_kernels.finetune import demo_training as train
 from uegr_kernels.models import MODELS
 
 STEPS = 6
@@ -293,7 +293,8 @@ class TestStopping:
     def test_a_kill_within_a_save_leaves_a_whole_checkpoint(self, tmp_path):
         path = tmp_path / "checkpoint.pt"
         endless = (
-            "import pathlib, sys, torch\nfrom uegr_kernels.finetune.train import save_checkpoint\n"
+            "import pathlib, sys, torch\n"
+            "from uegr_kernels.finetune.demo_training import save_checkpoint\n"
             "i = 0\nwhile True:\n    weights = torch.full((1 << 20,), float(i))\n"
             "    save_checkpoint(pathlib.Path(sys.argv[1]), {'weights': weights})\n"
             "    print(i, flush=True)\n    i += 1"

@@ -1,6 +1,4 @@
-"""`python -m uegr_kernels info | demo`: what runs on this machine, and the package's main job
-on real text.
-"""
+"""Runs `python -m uegr_kernels info | demo | finetune`: what works here, and the main job."""
 
 import argparse
 import importlib.metadata
@@ -108,14 +106,23 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser(
         "demo", help="fine-tune a text classifier; `demo --help` lists the options", add_help=False
     )
+    commands.add_parser(
+        "finetune",
+        help="a robust model of your own texts; `finetune --help` lists the options",
+        add_help=False,
+    )
     if arguments is None:
         arguments = sys.argv[1:]
+    if arguments[:1] == ["finetune"]:
+        from .finetune import command
+
+        return command.main(arguments[1:])
     if arguments[:1] == ["demo"]:  # its options are its own
-        from .finetune import command as demo
+        from .finetune import demo
 
         return demo.main(arguments[1:], native.why_not)
-    command = parser.parse_args(arguments).command
-    if command is None:
+    chosen = parser.parse_args(arguments).command
+    if chosen is None:
         parser.print_help()
         return 0
     try:

@@ -1,257 +1,400 @@
-"""Runs the demo, the main job on real text: fine-tunes one classifier with AdamW and with UEGR,
-then compares accuracy, robustness and cost.
-"""
+"""Fine-tunes a classifier on texts of one's own: `python -m uegr_kernels finetune`."""
 
 import argparse
-import hashlib
-import importlib.util
+import ast
+import dataclasses
 import inspect
-import math
+import json
+import os
 import pathlib
 import shlex
+import shutil
 import sys
-import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import BiStage
-from ..models import MODELS
-from . import data as texts
-from . import report
-from .data import Data, UserError
-from .train import (
-    ARMS,
-    BATCH,
-    LEARNING_RATE,
-    Arm,
-    Settings,
-    Stopped,
-    evaluate,
-    interrupts_noticed,
-    load_checkpoint,
-    save_checkpoint,
-    steps_of,
-    train,
-)
+from .. import recipes
+from . import measures, report, tables
+from .classifiers import INSTALL, Classifier, load, new
+from .data import UserError
+from .interrupts import interrupts_noticed
+from .measures import Outcomes
+from .report import Result
+from .tables import Columns, Data, Files
 
-CHECKPOINT, PICTURE = "checkpoint.pt", "demo.png"
+if TYPE_CHECKING:
+    from .train import Training
+
+SETTINGS, OUTCOMES, CHECKPOINTS = "settings.json", "outcomes.json", "checkpoints"
+EPSILON = 0.02  # in norms of a text's embeddings: what bench/evidence finds of use
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Holds all that a fine-tuning's result depends on; see `finetune`."""
+
+    files: Files
+    columns: Columns
+    model: str
+    recipes: tuple[str, ...]
+    seeds: tuple[int, ...]
+    recipe_options: dict[str, Any]
+    trainer_options: dict[str, Any]
+    epsilon: float
+    epochs: float
+    lr: float
+    batch: int
+    length: int
+    limit: int | None
+    device: str | None
+
+    def training(self) -> "Training":
+        """Returns how each run is trained, but for its recipe and seed."""
+        from .train import Training
+
+        return Training(self.epochs, self.lr, self.batch, self.device, self.trainer_options)
+
+    def settings(self) -> dict[str, Any]:
+        """Returns every argument by its name, and each file's SHA-256, as JSON has them."""
+        found = dataclasses.asdict(self)
+        found["files"] = {
+            option: [path, tables.digest(path)] for option, path in self.files.named().items()
+        }
+        kept: dict[str, Any] = json.loads(json.dumps(found))
+        return kept
+
+
+def finetune(
+    task: Task,
+    output: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    command: str = "",
+    say: Callable[[str], None] = lambda text: None,
+) -> str:
+    """Trains a classifier with each recipe and seed, and writes what each withstands.
+
+    output     folder of the model in Transformers' format (the package's own models in one of
+               theirs); with several recipes or seeds RECIPE/SEED in it; and of report.md,
+               report.json and report.png
+    overwrite  replace a fine-tuning that is there;  resume  go on with it: what is finished stays,
+               what was stopped continues from its checkpoint
+
+    Returns the report. Raises UserError for files, models and folders that cannot be used, before
+    anything is written; ValueError and TypeError for options; `train.Stopped` after Ctrl-C.
+    """
+    from . import train
+
+    folder = pathlib.Path(output)
+    data = tables.load(task.files, task.columns, task.limit)
+    settings = task.settings()
+    first = train.is_first_process()
+    for recipe in task.recipes:
+        train.check(
+            _start(task, data, task.seeds[0]),
+            recipe,
+            options_of(recipe, task),
+            (data.train, data.validation),
+            data.labels,
+            task.training(),
+        )
+    if first:
+        _prepare(folder, settings, overwrite=overwrite, resume=resume)
+    results = []
+    several = len(task.recipes) * len(task.seeds) > 1
+    with interrupts_noticed() as stopped:
+        for seed in task.seeds:
+            for recipe in task.recipes:
+                place = folder / recipe / str(seed) if several else folder
+                if not (place / OUTCOMES).exists():
+                    say(f"{recipe}, seed {seed}")
+                    result = _run(task, data, recipe, seed, place, stopped, keep=first)
+                    if first:
+                        _save(place / OUTCOMES, dataclasses.asdict(result))
+                train.wait_for_all()
+                results.append(_result(json.loads((place / OUTCOMES).read_text())))
+    if not first:
+        return ""
+    return report.write(folder, results, data.labels, command, _about(task, data))
+
+
+def _start(task: Task, data: Data, seed: int) -> Classifier:
+    torch.manual_seed(seed)
+    texts = [example.texts for example in data.train]
+    return new(task.model, texts, data.labels, task.length)
+
+
+def _run(
+    task: Task,
+    data: Data,
+    recipe: str,
+    seed: int,
+    place: pathlib.Path,
+    stopped: Callable[[], bool],
+    *,
+    keep: bool,
+) -> Result:
+    """Trains with one recipe and seed, saves the model and measures it."""
+    from . import train
+
+    classifier = _start(task, data, seed)
+    trained = train.train(
+        classifier,
+        recipe,
+        options_of(recipe, task),
+        (data.train, data.validation),
+        data.labels,
+        seed,
+        task.training(),
+        place / CHECKPOINTS,
+        stopped,
+    )
+    outcomes = Outcomes()
+    if keep:
+        classifier.save(place)
+        outcomes = measures.measure(classifier, data)
+    return Result(
+        recipe, seed, outcomes, trained.seconds_per_step, trained.best_epoch, trained.validation
+    )
+
+
+def options_of(recipe: str, task: Task) -> dict[str, Any]:
+    """Returns a recipe's options: what was given, and the size of its perturbation in norms."""
+    size = _size_option(recipe)
+    if size is None:
+        return dict(task.recipe_options)
+    return {size: task.epsilon, "relative": True} | task.recipe_options
+
+
+def _size_option(recipe: str) -> str | None:
+    """Returns the option that is the L2 size of a perturbation of the embeddings."""
+    options = inspect.signature(getattr(recipes, recipe)).parameters
+    norm = options.get("norm")
+    if norm is not None and norm.default != "l2":
+        return None
+    if "epsilon" in options or "options" in options:  # the latter: BiStage's
+        return "epsilon"
+    return "adv_lr" if "adv_lr" in options else None
+
+
+def _prepare(
+    folder: pathlib.Path, settings: dict[str, Any], *, overwrite: bool, resume: bool
+) -> None:
+    """Makes the folder, or looks whether what is there may be replaced or gone on with."""
+    file = folder / SETTINGS
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder} is a file; name a folder")
+    there = folder.is_dir() and any(folder.iterdir())
+    if resume:
+        if not file.exists():
+            raise UserError(f"--resume: {folder} holds no fine-tuning; leave --resume out")
+        before = json.loads(file.read_text())
+        different = [
+            f"{name} is {settings.get(name)!r} now and was {before.get(name)!r}"
+            for name in {**before, **settings}
+            if settings.get(name) != before.get(name)
+        ]
+        if different:
+            raise UserError(
+                f"--resume: {'; '.join(different)}; give what was given then, or --overwrite"
+            )
+        return
+    if there and not file.exists():
+        raise UserError(
+            f"--output {folder} holds files that are none of a fine-tuning's; name another folder"
+        )
+    if there and not overwrite:
+        raise UserError(
+            f"--output {folder} holds a fine-tuning; add --resume to go on with it, --overwrite to "
+            "replace it, or name another folder"
+        )
+    if there:
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _save(file, settings)
+
+
+def _save(path: pathlib.Path, content: Any) -> None:
+    """Writes JSON aside, then moves it: whatever happens, `path` is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(content, ensure_ascii=False) + "\n")
+    aside.replace(path)
+
+
+def _result(found: dict[str, Any]) -> Result:
+    return Result(**found | {"outcomes": Outcomes(**found["outcomes"])})
+
+
+def _about(task: Task, data: Data) -> str:
+    return (
+        f"{task.model}, {len(data.train):,} texts to train on, {len(data.validation):,} to choose "
+        f"the epoch by, {len(data.test):,} to test; epsilon {task.epsilon:g} of a text's norm;"
+    )
+
+
+__all__ = ["Task", "UserError", "finetune", "load", "main"]
+
+
+# Arguments
 
 
 def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the demo's options."""
-
-    def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
-        def parse(text: str) -> Any:
-            value = kind(text)
-            if not low <= value < high:
-                raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high})")
-            return value
-
-        parse.__name__ = kind.__name__  # argparse says "invalid int value"
-        return parse
-
-    stage = inspect.signature(BiStage).parameters
-    parser = argparse.ArgumentParser(
-        prog="python -m uegr_kernels demo",
-        description="Fine-tunes a text classifier with AdamW and with UEGR, and compares their "
-        "accuracy, robustness and cost.",
+    """Returns the command's arguments."""
+    top = argparse.ArgumentParser(
+        prog="python -m uegr_kernels finetune",
+        description="Fine-tunes a text classifier so that it generalises and withstands attack, "
+        "and reports what it withstands.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--data",
-        metavar="FILE",
-        help="label<TAB>text lines in UTF-8, gzip if it ends in .gz; "
-        "None: this machine's docstrings",
+    add = top.add_argument
+    files = top.add_argument_group("texts", "files .tsv, .csv or .jsonl, each also .gz")
+    files.add_argument("--train", metavar="FILE", required=True, help="texts with labels")
+    files.add_argument(
+        "--validation", metavar="FILE", help="the epoch is chosen by these; else a tenth of --train"
     )
-    parser.add_argument(
-        "--test", metavar="FILE", help="the same, to test on; None: a fifth of the data is held out"
+    files.add_argument("--test", metavar="FILE", help="to report on; else a fifth of --train")
+    files.add_argument(
+        "--shifted",
+        metavar="NAME=FILE",
+        nargs="+",
+        default=[],
+        help="labelled texts of other origins, to report on",
     )
-    parser.add_argument("--model", choices=MODELS, default="textcnn", help="the classifier")
-    parser.add_argument(
-        "--epochs", type=number(int, 1), default=5, help="times through the data, for each training"
+    files.add_argument(
+        "--ood",
+        metavar="NAME=FILE",
+        nargs="+",
+        default=[],
+        help="texts that are none of the task's; labels are not needed",
     )
-    parser.add_argument(
-        "--steps",
-        type=number(int, 1),
-        help="steps of each training at most; None: all of the epochs",
+    files.add_argument(
+        "--text-column", metavar="A[,B]", default="text", help="the text's column; two for pairs"
     )
-    parser.add_argument(
-        "--limit", type=number(int, 1), help="texts at most, of each file; None: all"
-    )
-    parser.add_argument(
-        "--length", type=number(int, 1, 513), default=64, help="words of a text that are read"
-    )
-    own = f"length of UEGR's perturbation; BiStage's own default is {stage['epsilon'].default}"
-    parser.add_argument("--epsilon", type=number(float, 0), default=0.4, help=own)
-    parser.add_argument(
-        "--passes",
-        type=number(int, 1),
-        default=stage["passes"].default,
-        help="UEGR's adversarial passes",
-    )
-    parser.add_argument(
-        "--seed", type=number(int, 0, 2**32), default=0, help="fixes weights, order and masks"
-    )
-    # Two threads save a third of the time on two idle cores, and take a hundred times as long where
-    # another program wants one of them.
-    parser.add_argument(
-        "--threads",
-        type=number(int, 1),
-        default=1,
-        help="processors to use; more pay for large models on an idle machine",
-    )
-    parser.add_argument(
-        "--output",
-        metavar="DIR",
-        default="demo_output",
-        help="where the picture and the checkpoint go",
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the checkpoint in --output"
-    )
-    return parser
+    files.add_argument("--label-column", metavar="L", default="label", help="the label's column")
+    files.add_argument("--pair-separator", metavar="S", help="what parts a pair in one column")
+    files.add_argument("--regression", action="store_true", help="labels are numbers")
+    files.add_argument("--limit", metavar="N", type=_whole(2), help="texts of each file at most")
+    add("--model", default="minilm", help="minilm, a folder, a hub name, textcnn, bilstm, ...")
+    which = top.add_mutually_exclusive_group()
+    which.add_argument("--recipe", default="uegr", help="how to train")
+    which.add_argument("--compare", metavar="LIST", help="several recipes: plain,at,uegr")
+    add("--recipe-options", metavar="K=V", nargs="+", default=[], help="of every recipe")
+    add("--trainer-options", metavar="K=V", nargs="+", default=[], help="of TrainingArguments")
+    add("--epsilon", type=float, default=EPSILON, help="perturbation, in norms of a text")
+    seeds = top.add_mutually_exclusive_group()
+    seeds.add_argument("--seed", type=int, default=0, help="of weights, batches and masks")
+    seeds.add_argument("--seeds", metavar="N", type=_whole(1), help="N trainings: 0, 1, ...")
+    add("--epochs", type=float, default=3.0, help="times through the texts")
+    add("--lr", type=float, default=5e-5, help="the largest learning rate")
+    add("--batch", type=_whole(1), default=16, help="texts a step, over all processes")
+    add("--length", type=_whole(2), default=128, help="tokens of a text that are read")
+    add("--device", choices=("cpu", "cuda"), help="else the GPU where there is one")
+    add("--output", metavar="DIR", required=True, help="folder of model and report")
+    add("--overwrite", action="store_true", help="replace what is there")
+    add("--resume", action="store_true", help="go on with what was stopped")
+    return top
 
 
-def main(argv: list[str] | None = None, why_slow: Callable[[], str | None] = lambda: None) -> int:
-    """Runs the demo on a list of options (None: the command line's); returns the exit status:
-    2 wrong input, 130 Ctrl-C.
+def _whole(low: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{text} is below {low}")
+        return value
 
-    why_slow  says why UEGR's optimizer will run in plain PyTorch, or returns None: it will not
-    """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    parse.__name__ = "int"  # argparse says "invalid int value"
+    return parse
+
+
+def pairs(option: str, given: Iterable[str]) -> dict[str, str]:
+    """Returns NAME=VALUE arguments by name; raises UserError for one without a name or twice."""
+    found: dict[str, str] = {}
+    for each in given:
+        name, sign, value = each.partition("=")
+        if not sign or not name or not value:
+            raise UserError(f"{option} {each}: write NAME=VALUE")
+        if name in found:
+            raise UserError(f"{option} {each}: {name!r} is given twice")
+        found[name] = value
+    return found
+
+
+def values(option: str, given: Iterable[str]) -> dict[str, Any]:
+    """Returns K=V arguments by name, each value as Python reads it, else as the string it is."""
+
+    def read(text: str) -> Any:
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return {"true": True, "false": False}.get(text, text)
+
+    return {name: read(text) for name, text in pairs(option, given).items()}
+
+
+def task_of(options: argparse.Namespace) -> Task:
+    """Returns the task that the arguments name; raises UserError for a recipe that is none."""
+    names = tuple((options.compare or options.recipe).split(","))
+    for name in names:
+        if name not in recipes.NAMES:
+            option = "--compare" if options.compare else "--recipe"
+            raise UserError(f"{option} {name}: no such recipe; use {', '.join(recipes.NAMES)}")
+    text = tuple(options.text_column.split(","))
+    if len(text) > 2 or (len(text) == 2 and options.pair_separator is not None):
+        raise UserError(
+            f"--text-column {options.text_column}: name one column, or two without --pair-separator"
+        )
+    return Task(
+        Files(
+            options.train,
+            options.validation,
+            options.test,
+            pairs("--shifted", options.shifted),
+            pairs("--ood", options.ood),
+        ),
+        Columns(text, options.label_column, options.pair_separator, options.regression),
+        options.model,
+        tuple(dict.fromkeys(names)),
+        tuple(range(options.seeds)) if options.seeds else (options.seed,),
+        values("--recipe-options", options.recipe_options),
+        values("--trainer-options", options.trainer_options),
+        options.epsilon,
+        options.epochs,
+        options.lr,
+        options.batch,
+        options.length,
+        options.limit,
+        options.device,
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command; returns 0, 2 for what the reader can mend, 130 for Ctrl-C."""
+    options = parser().parse_args(arguments)
+    command = "python -m uegr_kernels finetune " + shlex.join(arguments)
     try:
-        options = parser().parse_args(argv)
-        if options.test is not None and options.data is None:
-            parser().error("--test FILE needs --data FILE")
-    except SystemExit as end:  # argparse has said why
-        return int(end.code or 0)
-    again = shlex.join(
-        [
-            "python",
-            "-m",
-            "uegr_kernels",
-            "demo",
-            *(word for word in argv if word != "--resume"),
-            "--resume",
-        ]
-    )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
+        from . import train
+    except ImportError as error:
+        print(f"error: {error.name} is not installed: {INSTALL}", file=sys.stderr)
+        return 2
     try:
-        return run(options, again, why_slow)
-    except UserError as error:
+        text = finetune(
+            task_of(options),
+            options.output,
+            overwrite=options.overwrite,
+            resume=options.resume,
+            command=command,
+            say=lambda text: print(text, file=sys.stderr),
+        )
+    except (UserError, ValueError, TypeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(
-            "\nStopped at once. If training had begun, the last checkpoint is whole; go on "
-            "with\n  " + again,
-            file=sys.stderr,
-        )
+    except (train.Stopped, KeyboardInterrupt):
+        again = command if options.resume else f"{command} --resume"
+        print(f"\nStopped; what is done is kept. Go on with\n  {again}", file=sys.stderr)
         return 130
-    finally:
-        torch.set_num_threads(threads)
-
-
-def run(options: argparse.Namespace, again: str, why_slow: Callable[[], str | None]) -> int:
-    """Trains what is missing of both models and reports; returns the exit status."""
-    missing = [name for name in ("matplotlib", "tqdm") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"the demo needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-    from tqdm import tqdm
-
-    began = time.perf_counter()
-    output = pathlib.Path(options.output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--output {output}: {error.strerror}; name a folder that can be made"
-        ) from None
-    path = output / CHECKPOINT
-    source = texts.Source(options.data, options.test, options.limit, options.length)
-    data, sentence = texts.load(source, tqdm)
-    total = steps_of(data, options.epochs, options.steps)
-    settings = settings_of(options, data, total)
-    if options.resume:
-        arms = load_checkpoint(path, settings)
-    else:
-        if path.exists():
-            print(
-                f"Starting anew: the checkpoint in {output} will be replaced (--resume would go "
-                "on from it)."
-            )
-        arms = {name: Arm() for name in ARMS}
-    print(sentence)
-    print(
-        f"{options.model}, {total} steps of {BATCH} texts at learning rate {LEARNING_RATE:g}, "
-        f"seed {options.seed}, twice:"
-    )
-    print("  AdamW  torch.optim.AdamW(fused=True) on the cross-entropy")
-    print(f"  UEGR   {report.describe(options.epsilon, options.passes)}", flush=True)
-    if (slow := why_slow()) is not None:
-        print(
-            "UEGR's optimizer will run in plain PyTorch, many times slower (--steps 100 "
-            f"shortens it): {slow}.",
-            flush=True,
-        )
-    how = Settings(options.model, total, options.seed, options.epsilon, options.passes)
-
-    def save() -> None:
-        saved = {name: arm.saved() for name, arm in arms.items()}
-        save_checkpoint(path, {"settings": settings, "arms": saved})
-
-    with interrupts_noticed() as stop:
-        for name, arm in arms.items():
-            try:
-                if not arm.accuracy:
-                    model = train(name, data, how, arm, save, stop)
-                    arm.accuracy = evaluate(model, data.test, stop)
-                    save()
-            except Stopped:
-                print(
-                    f"\nStopped in {name} after step {arm.step} of {total}. All of it is in "
-                    f"{path}; go on with\n  {again}",
-                    file=sys.stderr,
-                )
-                return 130
-    report.draw(
-        output / PICTURE,
-        arms,
-        f"{options.model}, {len(data.train.labels):,} texts, {len(data.classes)} classes",
-    )
-    print(f"\n{report.comparison(arms)}\n")
-    print(
-        "FGM: one step of length epsilon (L2, per text) on the embedded words, where a word "
-        "vector had length 1 at the start."
-    )
-    print(f"Picture: {output / PICTURE}. Time: {time.perf_counter() - began:.0f} s.")
+    print(text)
     return 0
-
-
-def settings_of(options: argparse.Namespace, data: Data, steps: int) -> dict[str, Any]:
-    """Returns all that two runs must have in common to give the same bits."""
-    digest = hashlib.sha256()
-    for tensor in (*data.train, *data.test):
-        digest.update(tensor.numpy().tobytes())
-    return {
-        **{
-            f"--{name}": getattr(options, name)
-            for name in (
-                "model",
-                "epochs",
-                "seed",
-                "epsilon",
-                "passes",
-                "limit",
-                "length",
-                "threads",
-            )
-        },
-        "UEGR's dropout": "adaptive",
-        "the number of steps": steps,
-        "the data's fingerprint": digest.hexdigest()[:12],
-        "torch's version": str(torch.__version__),
-    }

@@ -1,76 +1,297 @@
-"""Tells how the two models compare: a table, a picture, and UEGR's settings in a sentence."""
+"""Writes what was measured as a report: one table, one picture, one sentence."""
 
-import inspect
+import dataclasses
+import json
 import pathlib
 import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from .. import BiStage, SelectiveAdamW
-from .train import ARMS, ATTACKS, Arm
+import numpy as np
+
+from . import measures
+from .intervals import Figures, Interval, bootstrap, wilson
+from .measures import Outcomes
+
+UNEVEN = 1.5  # the commonest label over the rarest, from which on F1 is reported too
+BINS = 15  # of the calibration error
 
 
-def comparison(arms: dict[str, Arm]) -> str:
-    """Returns accuracy, robustness and cost of both models as lines of text."""
-    rows = [("", *ARMS), ("accuracy", *(f"{arms[name].accuracy[0]:.1%}" for name in ARMS))]
-    for i, epsilon in enumerate(ATTACKS, 1):
-        rows.append(
-            (
-                f"accuracy under FGM, epsilon {epsilon:g}",
-                *(f"{arms[name].accuracy[i]:.1%}" for name in ARMS),
-            )
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Holds one run: its recipe and seed, what it made of the texts, and what a step cost."""
+
+    recipe: str
+    seed: int
+    outcomes: Outcomes
+    seconds_per_step: float
+    best_epoch: float
+    validation: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Holds a line of the table: a measure, and for each recipe its figure with its interval."""
+
+    name: str
+    figures: dict[str, Interval]
+    percent: bool = True
+
+
+def accuracy(predicted: Figures, expected: Figures) -> float:
+    """Computes the share of texts whose predicted label is the expected one."""
+    return float(np.mean(predicted == expected))
+
+
+def calibration(right: Figures, confidence: Figures) -> float:
+    """Computes the expected calibration error of 15 equal bins of confidence."""
+    place = np.clip(np.ceil(confidence * BINS) - 1, 0, BINS - 1).astype(int)
+    count = np.bincount(place, minlength=BINS)
+    off = np.bincount(place, right - confidence, minlength=BINS)
+    return float(np.abs(off).sum() / count.sum())
+
+
+def auroc(inside: Figures, outside: Figures) -> float:
+    """Computes the chance that a text of the task is scored above one of another set."""
+    ordered = np.sort(outside)
+    both = np.searchsorted(ordered, inside, "left") + np.searchsorted(ordered, inside, "right")
+    return float(both.mean() / 2 / len(outside))
+
+
+def _f1(predicted: Figures, expected: Figures) -> float:
+    return measures.f1(predicted.tolist(), expected.tolist())
+
+
+def _pearson(predicted: Figures, expected: Figures) -> float:
+    return measures.pearson(predicted.tolist(), expected.tolist())
+
+
+def rows(results: Sequence[Result], labels: Sequence[str]) -> list[Row]:
+    """Returns the table's lines, each figure with a 95 % interval.
+
+    Accuracies of one seed have Wilson's interval, everything else a bootstrap's over texts, with
+    several seeds over seeds and texts.
+    """
+    by_recipe: dict[str, list[Outcomes]] = {}
+    for result in results:
+        by_recipe.setdefault(result.recipe, []).append(result.outcomes)
+    first = results[0].outcomes
+    found = []
+    for name in first.predicted:
+        arrays = {
+            recipe: [_arrays(each, name) for each in outcomes]
+            for recipe, outcomes in by_recipe.items()
+        }
+        if labels:
+            found.append(Row(said(name), {key: _accuracy(value) for key, value in arrays.items()}))
+            if _uneven(first.expected[name]) and not name.startswith(("fgm", "pgd")):
+                f1s = {key: bootstrap(_f1, value, 400) for key, value in arrays.items()}
+                found.append(Row(f"F1, {said(name)}", f1s))
+        else:
+            title = f"correlation, {said(name)}"
+            pearsons = {key: bootstrap(_pearson, value, 400) for key, value in arrays.items()}
+            found.append(Row(title, pearsons, percent=False))
+    if labels:
+        errors = {
+            recipe: bootstrap(calibration, [_sure(each) for each in outcomes])
+            for recipe, outcomes in by_recipe.items()
+        }
+        found.append(Row("calibration error", errors))
+    for name in first.confidence:
+        if name.startswith("ood "):
+            areas = {
+                recipe: bootstrap(auroc, [_scores(each, name) for each in outcomes])
+                for recipe, outcomes in by_recipe.items()
+            }
+            found.append(Row(f"AUROC against {name.removeprefix('ood ')}", areas, percent=False))
+    return found
+
+
+def _arrays(outcomes: Outcomes, name: str) -> tuple[Figures, Figures]:
+    return np.array(outcomes.predicted[name], float), np.array(outcomes.expected[name], float)
+
+
+def _sure(outcomes: Outcomes) -> tuple[Figures, Figures]:
+    predicted, expected = _arrays(outcomes, "clean")
+    return (predicted == expected).astype(float), np.array(outcomes.confidence["clean"], float)
+
+
+def _scores(outcomes: Outcomes, name: str) -> tuple[Figures, Figures]:
+    inside, outside = outcomes.confidence["clean"], outcomes.confidence[name]
+    return np.array(inside, float), np.array(outside, float)
+
+
+def _accuracy(seeds: Sequence[tuple[Figures, Figures]]) -> Interval:
+    if len(seeds) > 1:
+        return bootstrap(accuracy, seeds)
+    predicted, expected = seeds[0]
+    return wilson(int((predicted == expected).sum()), len(expected))
+
+
+def _uneven(expected: Iterable[float]) -> bool:
+    _, counts = np.unique(list(expected), return_counts=True)
+    return bool(counts.max() > UNEVEN * counts.min())
+
+
+def said(name: str) -> str:
+    """Returns a measure's name in words."""
+    kind, _, rest = name.partition(" ")
+    if kind in ("fgm", "pgd"):
+        return f"under {kind.upper()} at {rest}"
+    if kind == "typos":
+        return f"with typos in {100 * float(rest):g} % of the letters"
+    return f"on {rest}" if kind == "shifted" else name
+
+
+def sentence(results: Sequence[Result], labels: Sequence[str]) -> str:
+    """Says in one sentence for each recipe what was bought at what price."""
+    by_recipe: dict[str, list[Result]] = {}
+    for result in results:
+        by_recipe.setdefault(result.recipe, []).append(result)
+    names = list(by_recipe)
+    base = "plain" if "plain" in names else names[0]
+    hard = f"pgd {measures.STRENGTHS[1]:g}"
+    if hard not in results[0].outcomes.predicted:
+        hard = f"typos {measures.TYPOS[1]:g}"
+    figure = accuracy if labels else _pearson
+    if len(names) == 1:
+        return (
+            f"{base}: {_said(figure, by_recipe[base], 'clean', labels)} on clean texts, "
+            f"{_said(figure, by_recipe[base], hard, labels)} {said(hard)}; what it cost and gained "
+            f"is seen beside others: --compare plain,{'at' if base == 'plain' else base}."
         )
-    rows.append(
-        (
-            "seconds per step (median)",
-            *(f"{statistics.median(arms[name].seconds):.4f}" for name in ARMS),
+    lines = []
+    for name in names:
+        if name == base:
+            continue
+        gain, price = (
+            _difference(figure, by_recipe[name], by_recipe[base], measure)
+            for measure in (hard, "clean")
         )
+        cost = statistics.fmean(each.seconds_per_step for each in by_recipe[name])
+        cost /= statistics.fmean(each.seconds_per_step for each in by_recipe[base])
+        mine, its = (_said(figure, by_recipe[each], hard, labels) for each in (name, base))
+        lines.append(
+            f"{said(hard)[0].upper()}{said(hard)[1:]} {name} reaches {mine} and {base} {its} "
+            f"({_points(gain)}), at the price of {cost:.1f} times the seconds a step and, on clean "
+            f"texts, {_points(price)}."
+        )
+    return " ".join(lines)
+
+
+def _said(figure: Any, results: Sequence[Result], measure: str, labels: Sequence[str]) -> str:
+    mean = statistics.fmean(figure(*_arrays(each.outcomes, measure)) for each in results)
+    return f"{mean:.1%}" if labels else f"a correlation of {mean:.3f}"
+
+
+def _points(interval: Interval) -> str:
+    value, low, high = (f"{100 * each:+.1f}" for each in interval)
+    return f"{value} points, 95 %: {low} to {high}"
+
+
+def _difference(
+    figure: Any, mine: Sequence[Result], its: Sequence[Result], measure: str
+) -> Interval:
+    """Returns one recipe's figure over another's, paired by seed and text."""
+
+    def over(p: Figures, q: Figures, expected: Figures) -> float:
+        return float(figure(p, expected) - figure(q, expected))
+
+    pairs = []
+    for a, b in zip(mine, its, strict=True):
+        predicted, expected = _arrays(a.outcomes, measure)
+        pairs.append((predicted, _arrays(b.outcomes, measure)[0], expected))
+    return bootstrap(over, pairs)
+
+
+def write(
+    folder: pathlib.Path, results: Sequence[Result], labels: Sequence[str], command: str, about: str
+) -> str:
+    """Writes report.md, report.json and report.png; returns the report as text."""
+    table = rows(results, labels)
+    said_once = sentence(results, labels)
+    recipes = list(dict.fromkeys(result.recipe for result in results))
+    seeds = sorted({result.seed for result in results})
+    cost = {
+        recipe: statistics.fmean(
+            result.seconds_per_step for result in results if result.recipe == recipe
+        )
+        for recipe in recipes
+    }
+    lines = [
+        "# What the model withstands",
+        "",
+        said_once,
+        "",
+        f"{about} {len(seeds)} seed{'s' * (len(seeds) > 1)}. In brackets 95 % intervals"
+        + (": over seeds and texts." if len(seeds) > 1 else ": over texts, of one training.")
+        + f" Attacks perturb the embeddings of {measures.ATTACKED} texts at most, by multiples of "
+        "their norm.",
+        "",
+        "| " + " | ".join(["", *recipes]) + " |",
+        "| --- |" + " ---: |" * len(recipes),
+    ]
+    lines += [
+        "| "
+        + " | ".join([row.name, *(_cell(row.figures[recipe], row.percent) for recipe in recipes)])
+        + " |"
+        for row in table
+    ]
+    lines.append(
+        "| seconds a step | " + " | ".join(f"{cost[recipe]:.3f}" for recipe in recipes) + " |"
     )
-    shares = arms["UEGR"].shares
-    rows.append(("parameters selected per step", "100 %", f"{statistics.fmean(shares):.4%}"))
-    width = max(len(row[0]) for row in rows)
-    lines = [f"{name:<{width}}  {adamw:>10}  {uegr:>10}" for name, adamw, uegr in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    lines += ["", "![The same as a picture](report.png)", "", "Made by", "", f"    {command}", ""]
+    text = "\n".join(lines)
+    (folder / "report.md").write_text(text)
+    found = {
+        "command": command,
+        "sentence": said_once,
+        "labels": list(labels),
+        "seeds": seeds,
+        "measures": [
+            {
+                "name": row.name,
+                "figures": {name: value._asdict() for name, value in row.figures.items()},
+            }
+            for row in table
+        ],
+        "seconds_per_step": cost,
+        "runs": [dataclasses.asdict(result) for result in results],
+    }
+    (folder / "report.json").write_text(json.dumps(found, ensure_ascii=False) + "\n")
+    draw(folder / "report.png", table, recipes)
+    return text
 
 
-def draw(path: pathlib.Path, arms: dict[str, Arm], title: str) -> None:
-    """Draws the losses, the accuracies under attack and the time of a step, into `path`."""
+def _cell(interval: Interval, percent: bool) -> str:
+    if percent:
+        value, low, high = (f"{100 * each:.1f}" for each in interval)
+        return f"{value} % ({low}-{high})"
+    value, low, high = (f"{each:.3f}" for each in interval)
+    return f"{value} ({low}-{high})"
+
+
+def draw(path: pathlib.Path, table: Sequence[Row], recipes: Sequence[str]) -> None:
+    """Draws each measure as a line of points, one a recipe, with their intervals."""
     from matplotlib.figure import Figure  # without pyplot there is no window system to ask for
 
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    for name, colour in zip(ARMS, ("tab:gray", "tab:blue"), strict=True):
-        losses = arms[name].losses
-        window = max(1, len(losses) // 30)
-        left.plot(
-            [statistics.fmean(losses[max(0, i - window) : i + 1]) for i in range(len(losses))],
-            color=colour,
-            label=name,
-        )
-        middle.plot(
-            (0, *ATTACKS),
-            [100 * value for value in arms[name].accuracy],
-            "o-",
-            color=colour,
-            label=name,
-        )
-        bar = right.bar(name, 1000 * statistics.median(arms[name].seconds), color=colour)
-        right.bar_label(bar, fmt="%.0f")
-    left.set(title="Cross-entropy on clean batches", xlabel="step", ylim=(0, None))
-    middle.set(title="Test accuracy under FGM (%)", xlabel="attack's epsilon", ylim=(0, 100))
-    right.set(title="Milliseconds per step")
-    right.margins(y=0.12)  # for the numbers on the bars
-    left.legend()
-    middle.legend()
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
-
-
-def describe(epsilon: float, passes: int) -> str:
-    """Returns UEGR's settings as they stand in the signatures."""
-    defaults = {name: p.default for name, p in inspect.signature(SelectiveAdamW).parameters.items()}
-    chosen = ", ".join(
-        f"{name}={defaults[name]!r}"
-        for name in ("threshold", "sharpness", "normalization", "direction")
-    )
-    js_weight = inspect.signature(BiStage).parameters["js_weight"].default
-    stage = f"BiStage(epsilon={epsilon:g}, passes={passes}, js_weight={js_weight})"
-    return f"{stage}, AdaptiveDropout and SelectiveAdamW({chosen})"
+    shown = [row for row in table if not row.name.startswith("calibration")]
+    figure = Figure(figsize=(7.5, 1 + 0.12 * len(shown) * (1 + len(recipes))), layout="constrained")
+    axes = figure.subplots()
+    colours = ("#555555", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+    for k, recipe in enumerate(recipes):
+        ys = [i + 0.7 * ((k + 0.5) / len(recipes) - 0.5) for i in range(len(shown))]
+        found = [row.figures[recipe] for row in shown]
+        values = [100 * each.value for each in found]
+        ends = [
+            [100 * max(0.0, each.value - each.low) for each in found],
+            [100 * max(0.0, each.high - each.value) for each in found],
+        ]
+        colour = colours[k % len(colours)]
+        axes.errorbar(values, ys, xerr=ends, fmt="o", ms=4, color=colour, label=recipe)
+    axes.set_yticks(range(len(shown)), [row.name for row in shown])
+    axes.invert_yaxis()
+    axes.set(xlabel="% (with 95 % intervals; correlations and AUROC in hundredths)")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, frameon=False)
+    figure.savefig(path, dpi=130)

@@ -1,230 +1,285 @@
-"""Trains the two models that the demo compares, so that a run which is stopped goes on exactly."""
+"""Trains one classifier with one recipe, over UEGRTrainer; can be stopped and gone on with."""
 
-import contextlib
 import dataclasses
-import math
 import os
 import pathlib
-import signal
+import shutil
 import statistics
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
 
-from .. import SelectiveAdamW, recipes
-from ..analysis import accuracy_under_attack
-from ..analysis.selection import share_selected
-from ..models import MODELS, TextClassifier
-from .data import Data, Texts, UserError
+from ..integrations.transformers import UEGRTrainer
+from . import measures
+from .classifiers import Classifier, Pretrained
+from .tables import Example
 
-ARMS = ("AdamW", "UEGR")
-ATTACKS = (0.25, 0.5, 1.0)  # L2 per text; a word vector has length 1 at the start
-LEARNING_RATE, BATCH = 1e-3, 32
-SAVE_EVERY, SHARE_EVERY = 50, 25  # steps
+SCORE = "eval_score"
 
 
 class Stopped(Exception):
-    """Signals that Ctrl-C was pressed, noticed between two steps."""
+    """Says that Ctrl-C was pressed; the checkpoint is written."""
 
 
-class Settings(NamedTuple):
-    """Holds how both models are trained; `epsilon` and `passes` are UEGR's."""
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """Settings of a run, but for its recipe and seed.
 
-    model: str
-    steps: int
-    seed: int
-    epsilon: float
-    passes: int
-
-
-@dataclasses.dataclass
-class Arm:
-    """Holds how far a training is: after every step that is saved, all that its rest depends on.
-
-    losses, seconds  of each step;  shares  selected, every SHARE_EVERY steps
-    accuracy         on the test texts, clean and under ATTACKS; empty until it has been taken
+    epochs, lr, batch  times through the data, the largest learning rate, examples a step
+    trainer_options    further arguments of transformers.TrainingArguments, which win
     """
 
-    step: int = 0
-    losses: list[float] = dataclasses.field(default_factory=list)
-    seconds: list[float] = dataclasses.field(default_factory=list)
-    shares: list[float] = dataclasses.field(default_factory=list)
-    accuracy: list[float] = dataclasses.field(default_factory=list)
-    model: dict[str, Any] | None = None
-    optimizer: dict[str, Any] | None = None
-    recipe: dict[str, Any] | None = None
-    random: Tensor | None = None
+    epochs: float = 3
+    lr: float = 5e-5
+    batch: int = 16
+    device: str | None = None
+    trainer_options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def saved(self) -> dict[str, Any]:
-        """Returns what a checkpoint holds of it."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+
+class Encoded(Dataset[dict[str, Any]]):
+    """Holds encoded examples with their labels as numbers."""
+
+    def __init__(
+        self, classifier: Classifier, examples: Sequence[Example], labels: Sequence[str]
+    ) -> None:
+        self.rows = classifier.encode([example.texts for example in examples])
+        self.labels = measures.numbers(examples, labels)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {**self.rows[i], "labels": self.labels[i]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """Says how a run went: its best epoch by validation, the score there, and a step's cost."""
+
+    best_epoch: float
+    validation: float
+    steps: int
+    seconds_per_step: float
+    losses: list[float]
 
 
 def train(
-    name: str,
-    data: Data,
-    settings: Settings,
-    arm: Arm,
-    save: Callable[[], None],
-    stop: Callable[[], None],
-) -> TextClassifier:
-    """Trains one model from where `arm` stands, and returns it.
+    classifier: Classifier,
+    recipe: str,
+    recipe_options: dict[str, Any],
+    data: tuple[Sequence[Example], Sequence[Example]],
+    labels: list[str],
+    seed: int,
+    setup: Training,
+    folder: pathlib.Path,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Trained:
+    """Trains the classifier's model in place, and leaves it at its best epoch by validation.
 
-    name  of ARMS;  save  called when `arm` is to be kept;  stop  raises Stopped where it is asked
+    data     examples to train on, and those that the epoch is chosen by
+    labels   the classes in order; none for regression
+    folder   where checkpoints lie while the run lasts; one that is there already is gone on from,
+             and the run then equals the one that was not interrupted
+    stopped  asked after each step; where it says yes a checkpoint is written
+
+    Raises Stopped after that, ValueError and TypeError for options that recipe or Trainer refuse.
     """
-    from tqdm import tqdm
+    watch = _Watch(stopped, f"{recipe}, seed {seed}")
+    trainer = _trainer(classifier, recipe, recipe_options, data, labels, seed, setup, folder, watch)
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    if watch.stopping:
+        raise Stopped
+    history = [entry for entry in trainer.state.log_history if SCORE in entry]
+    best = max(history, key=lambda entry: entry[SCORE])
+    wait_for_all()
+    if is_first_process():
+        shutil.rmtree(folder, ignore_errors=True)
+    return Trained(
+        best_epoch=best["epoch"],
+        validation=best[SCORE],
+        steps=trainer.state.global_step,
+        seconds_per_step=statistics.median(watch.seconds),
+        losses=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+    )
 
-    torch.manual_seed(settings.seed)
-    model: TextClassifier = MODELS[settings.model](data.words, len(data.classes))
-    optimizer: torch.optim.Optimizer
-    recipe: Any = None
-    if name == "AdamW":
-        optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
-    else:
-        optimizer = SelectiveAdamW(model.parameters(), lr=LEARNING_RATE)
-        recipe = recipes.uegr(  # type: ignore[attr-defined]
-            model, model.embedding, optimizer, epsilon=settings.epsilon, passes=settings.passes
+
+def check(
+    classifier: Classifier,
+    recipe: str,
+    recipe_options: dict[str, Any],
+    data: tuple[Sequence[Example], Sequence[Example]],
+    labels: list[str],
+    setup: Training,
+) -> None:
+    """Raises what `train` would raise for its options, and writes nothing that stays."""
+    few = data[0][:2], data[1][:1]
+    with tempfile.TemporaryDirectory() as folder:
+        watch = _Watch(lambda: False, recipe)
+        _trainer(
+            classifier, recipe, recipe_options, few, labels, 0, setup, pathlib.Path(folder), watch
         )
-    if arm.step:
-        model.load_state_dict(arm.model or {})
-        optimizer.load_state_dict(arm.optimizer or {})
-        if recipe is not None:
-            recipe.load_state_dict(arm.recipe)
-        if arm.random is not None:
-            torch.set_rng_state(arm.random)
-
-    def keep() -> None:
-        arm.model, arm.optimizer = model.state_dict(), optimizer.state_dict()
-        arm.recipe = None if recipe is None else recipe.state_dict()
-        arm.random = torch.get_rng_state()
-        save()
-
-    with tqdm(
-        total=settings.steps, initial=arm.step, desc=f"{name:<5}", unit="step", mininterval=0.5
-    ) as bar:
-        while arm.step < settings.steps:
-            inputs, labels = data.train.batch(
-                rows_of_step(arm.step, len(data.train.labels), settings.seed)
-            )
-            model.train()
-            started = time.perf_counter()
-            optimizer.zero_grad()
-            if recipe is None:
-                loss = F.cross_entropy(model(**inputs), labels)
-                loss.backward()
-            else:
-                loss = recipe.backward(inputs, labels)["clean_loss"]
-            optimizer.step()
-            arm.seconds.append(time.perf_counter() - started)
-            share = share_selected(optimizer) if arm.step % SHARE_EVERY == 0 else None
-            if share is not None:
-                arm.shares.append(share)
-            arm.losses.append(loss.item())
-            arm.step += 1
-            bar.update()
-            bar.set_postfix(loss=f"{statistics.fmean(arm.losses[-20:]):.3f}", refresh=False)
-            if arm.step % SAVE_EVERY == 0 or arm.step == settings.steps:
-                keep()
-            try:
-                stop()
-            except Stopped:
-                keep()
-                raise
-    if recipe is not None:
-        recipe.close()
-    return model
 
 
-def steps_of(data: Data, epochs: int, most: int | None) -> int:
-    """Returns the steps of so many epochs, `most` of them at most."""
-    steps = epochs * math.ceil(len(data.train.labels) / BATCH)
-    return min(steps, most or steps)
+def _trainer(
+    classifier: Classifier,
+    recipe: str,
+    recipe_options: dict[str, Any],
+    data: tuple[Sequence[Example], Sequence[Example]],
+    labels: list[str],
+    seed: int,
+    setup: Training,
+    folder: pathlib.Path,
+    watch: "_Watch",
+) -> "_Trainer":
+    options: dict[str, Any] = {
+        "output_dir": str(folder),
+        "num_train_epochs": setup.epochs,
+        "learning_rate": setup.lr,
+        "per_device_train_batch_size": _per_process(setup.batch),
+        "weight_decay": 0.01,
+        "warmup_steps": 0.06,  # of all steps
+        "seed": seed,
+        "data_seed": seed,
+        "bf16": _bfloat16(setup.device),
+        "use_cpu": setup.device == "cpu",
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "save_total_limit": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": SCORE,
+        "greater_is_better": True,
+        "logging_steps": 10,
+        "logging_nan_inf_filter": False,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    trainer = _Trainer(
+        model=classifier.model,
+        args=TrainingArguments(**options | setup.trainer_options),
+        train_dataset=Encoded(classifier, data[0], labels),
+        eval_dataset=Encoded(classifier, data[1], labels),
+        data_collator=_Collator(classifier),
+        recipe=recipe,
+        recipe_options=recipe_options | ({} if labels else {"task": "regression"}),
+        embedding=None if isinstance(classifier, Pretrained) else classifier.embedding,
+        callbacks=[watch],
+    )
+    trainer.remove_callback(PrinterCallback)  # the bar says it
+    trainer.score = lambda: measures.score(
+        classifier, data[1], labels, measures.logits_of(classifier, data[1])
+    )
+    return trainer
 
 
-def rows_of_step(step: int, rows: int, seed: int) -> Tensor:
-    """Returns the rows of a step's batch, which depend on the seed and the step alone, so that
-    a resumed run finds the same.
-    """
-    epoch, batch = divmod(step, math.ceil(rows / BATCH))
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(rows, generator=generator)[batch * BATCH : (batch + 1) * BATCH]
+class _Trainer(UEGRTrainer):
+    """Evaluates by the task's metric alone, as the report does."""
+
+    score: Callable[[], float]
+    control: Any
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        found = {SCORE: self.score(), "epoch": self.state.epoch}
+        self.log(dict(found))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
 
 
-def evaluate(model: TextClassifier, texts: Texts, stop: Callable[[], None]) -> list[float]:
-    """Returns the accuracy, and that under FGM on the embedded words at each of ATTACKS."""
+class _Collator:
+    """Pads a batch's examples."""
 
-    def batches() -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        for first in range(0, len(texts.labels), 128):
-            stop()
-            yield texts.batch(slice(first, first + 128))
+    def __init__(self, classifier: Classifier) -> None:
+        self.classifier = classifier
 
-    seen = accuracy_under_attack(model, model.embedding, batches(), ATTACKS)
-    return [each.accuracy for each in seen]
-
-
-# Stopping and going on
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        texts = [{key: row[key] for key in row if key != "labels"} for row in rows]
+        labels = torch.tensor([row["labels"] for row in rows])
+        return {**self.classifier.pad(texts), "labels": labels}
 
 
-@contextlib.contextmanager
-def interrupts_noticed() -> Iterator[Callable[[], None]]:
-    """Yields what raises Stopped once Ctrl-C was pressed, so that no step is cut in two; a
-    second Ctrl-C stops at once.
-    """
-    pressed: list[int] = []
+class _Watch(TrainerCallback):  # type: ignore[misc]
+    """Shows a bar, times steps, and stops training between two of them, with a checkpoint."""
 
-    def notice(number: int, frame: Any) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(number)
+    def __init__(self, stopped: Callable[[], bool], title: str) -> None:
+        self.stopped, self.stopping, self.title = stopped, False, title
+        self.seconds: list[float] = []
 
-    def stop() -> None:
-        if pressed:
-            raise Stopped
-
-    try:
-        before = signal.signal(signal.SIGINT, notice)
-    except ValueError:  # not the main thread, which alone gets signals
-        yield stop
-        return
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def save_checkpoint(path: pathlib.Path, checkpoint: dict[str, Any]) -> None:
-    """Writes a checkpoint aside and moves it: whatever happens, `path` is a whole one."""
-    aside = path.with_suffix(".tmp")
-    torch.save(checkpoint, aside)
-    os.replace(aside, path)
-
-
-def load_checkpoint(path: pathlib.Path, settings: dict[str, Any]) -> dict[str, Arm]:
-    """Returns the arms of a checkpoint; raises UserError where it is none of these settings."""
-    try:
-        checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
-        saved = checkpoint["settings"]
-        arms = {name: Arm(**checkpoint["arms"][name]) for name in ARMS}
-    except FileNotFoundError:
-        raise UserError(
-            f"there is no {path} to resume from; leave --resume out to start anew"
-        ) from None
-    except Exception:  # whatever a file that is no checkpoint makes torch.load raise
-        raise UserError(
-            f"{path} is not a checkpoint of this demo; leave --resume out to start anew"
-        ) from None
-    different = [
-        f"{name} is {value!r} here and {saved.get(name)!r} there"
-        for name, value in settings.items()
-        if saved.get(name) != value
-    ]
-    if different:
-        raise UserError(
-            f"{path} belongs to another run: {'; '.join(different)}. Resume with its settings, or "
-            "leave --resume out to start anew"
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self.title,
+            unit="step",
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+            disable=not is_first_process(),
         )
-    return arms
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.perf_counter() - self.started)
+        self.bar.update()
+        if _any_process(self.stopped(), args.device) and state.global_step < state.max_steps:
+            self.stopping = control.should_save = control.should_training_stop = True
+
+    def on_log(self, *args: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        shown = {name: f"{logs[name]:.3f}" for name in ("loss", SCORE) if name in logs}
+        self.bar.set_postfix(shown, refresh=False)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stopping and abs(state.epoch - round(state.epoch)) > 1e-6:
+            # a score within an epoch would count among the epochs' when the run is gone on with
+            control.should_evaluate = False
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+
+def processes() -> int:
+    """Returns how many processes torchrun or Accelerate has started to train one model."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_process() -> bool:
+    """Returns whether this process is the one that writes."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def wait_for_all() -> None:
+    """Waits until every process is here; they have met before, in training."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def _any_process(said: bool, device: torch.device) -> bool:
+    """Whether one of the processes says so: they stop together, after the same step."""
+    if not torch.distributed.is_initialized():
+        return said
+    flag = torch.tensor(int(said), device=device)
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    return bool(flag.item())
+
+
+def _per_process(batch: int) -> int:
+    if batch % processes():
+        raise ValueError(
+            f"--batch {batch} is no multiple of the {processes()} processes; make it one"
+        )
+    return batch // processes()
+
+
+def _bfloat16(device: str | None) -> bool:
+    return device != "cpu" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()

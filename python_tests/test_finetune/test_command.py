@@ -1,0 +1,224 @@
+"""The command end to end on a small BERT and on TextCNN: models, reports, going on, refusals."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from uegr_kernels import recipes
+from uegr_kernels.finetune import command
+from uegr_kernels.finetune.classifiers import load
+
+from .conftest import WORDS, texts, tsv
+
+pytest.importorskip("transformers")
+ROOT = pathlib.Path(__file__).parents[2]
+SMALL = ["--length", "16", "--batch", "8", "--epochs", "2", "--device", "cpu"]
+
+
+def run(*arguments):
+    return command.main([*map(str, arguments), *SMALL])
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def same(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_one_recipe_gives_a_model_that_transformers_loads(train, bert, tmp_path, capsys):
+    from transformers import pipeline
+
+    out = tmp_path / "out"
+    assert run("--train", train, "--model", bert, "--lr", 5e-3, "--output", out) == 0
+    assert {"config.json", "model.safetensors", "tokenizer.json", "report.md", "report.json"} <= {
+        file.name for file in out.iterdir()
+    }
+    assert not (out / "checkpoints").exists()
+    answer = pipeline("text-classification", str(out))("good fine fast film p")
+    assert answer[0]["label"] in WORDS
+    report = (out / "report.md").read_text()
+    for said in ("clean", "under FGM at 0.01", "under PGD at 0.05", "typos in 5 %", "calibration"):
+        assert said in report
+    assert report in capsys.readouterr().out
+    assert (out / "report.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_compares_recipes_and_seeds(train, tmp_path):
+    out, other = tmp_path / "out", tsv(tmp_path / "other.tsv", texts(20, 5))
+    arguments = ["--train", train, "--model", "textcnn", "--lr", 1e-2, "--compare", "plain,uegr"]
+    arguments += ["--seeds", 2, "--shifted", f"twin={other}", "--ood", f"far={other}"]
+    assert run(*arguments, "--output", out) == 0
+    found = json.loads((out / "report.json").read_text())
+    assert {(each["recipe"], each["seed"]) for each in found["runs"]} == {
+        (recipe, seed) for recipe in ("plain", "uegr") for seed in (0, 1)
+    }
+    names = [each["name"] for each in found["measures"]]
+    assert "on twin" in names and "AUROC against far" in names
+    for measure in found["measures"]:
+        for figure in measure["figures"].values():
+            assert figure["low"] <= figure["value"] <= figure["high"]
+    assert "times the seconds a step" in found["sentence"]
+    again = load(out / "uegr" / "1")
+    inputs = again.pad(again.encode([("good film",)]))
+    assert again.model.eval()(**inputs).shape == (1, 2)
+
+
+def test_regression_and_pairs(tmp_path, bert):
+    rows = [(f"{i % 5}.5", f"good film ||| {'bad ' * (i % 5)}so {i}") for i in range(50)]
+    out, file = tmp_path / "out", tsv(tmp_path / "pairs.tsv", rows)
+    arguments = ["--regression", "--pair-separator", "|||", "--compare", "plain,uegr"]
+    assert run("--train", file, "--model", bert, *arguments, "--output", out) == 0
+    names = [each["name"] for each in json.loads((out / "report.json").read_text())["measures"]]
+    assert names[0] == "correlation, clean" and not any("PGD" in name for name in names)
+
+
+@pytest.mark.parametrize("recipe", recipes.NAMES)
+def test_every_recipe(train, tmp_path, recipe):
+    out = tmp_path / "out"
+    more = ["--trainer-options", "max_steps=2", "eval_strategy=steps", "eval_steps=2"]
+    more += ["save_strategy=steps", "save_steps=2"]
+    assert (
+        run("--train", train, "--model", "textcnn", "--recipe", recipe, *more, "--output", out) == 0
+    )
+
+
+@pytest.mark.parametrize("model", ["bert", "textcnn"])
+@pytest.mark.parametrize(
+    "after", [1, 6, 8]
+)  # in the first epoch, at its end (6 steps), in the second
+def test_a_stopped_run_goes_on_exactly(train, bert, tmp_path, monkeypatch, model, after, capsys):
+    arguments = ["--train", train, "--model", bert if model == "bert" else model, "--lr", 5e-3]
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    assert run(*arguments, "--output", whole) == 0
+    steps = []
+
+    class Pressed:
+        def __enter__(self):
+            return lambda: steps.append(1) or len(steps) == after
+
+        def __exit__(self, *_):
+            return None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "interrupts_noticed", Pressed)
+        assert run(*arguments, "--output", parted) == 130
+    assert "--resume" in capsys.readouterr().err
+    assert not (parted / "report.md").exists()
+    assert run(*arguments, "--output", parted, "--resume") == 0
+    assert same(whole, parted)
+    first, second = (
+        json.loads((folder / "report.json").read_text())["runs"][0] for folder in (whole, parted)
+    )
+    assert first["outcomes"] == second["outcomes"] and first["best_epoch"] == second["best_epoch"]
+
+
+def test_ctrl_c_leaves_a_checkpoint(train, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["--train", train, "--model", "textcnn", "--epochs", "400", "--device", "cpu"]
+    code = (
+        "import sys; from uegr_kernels.finetune.command import main; sys.exit(main(sys.argv[1:]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments), "--output", str(out)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    deadline = time.monotonic() + 120
+    while not any(out.glob("checkpoints/checkpoint-*")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.kill(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert "Stopped; what is done is kept" in said and "Traceback" not in said
+    assert any(out.glob("checkpoints/checkpoint-*"))
+
+
+def test_changed_arguments_are_refused_by_name(train, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["--train", train, "--model", "textcnn", "--recipe", "plain", "--output", out]
+    assert run(*arguments) == 0
+    assert run(*arguments) == 2
+    assert "holds a fine-tuning; add --resume" in capsys.readouterr().err
+    assert run(*arguments, "--resume", "--lr", 1e-3) == 2
+    assert "--resume: lr is 0.001 now and was 5e-05" in capsys.readouterr().err
+    train.write_text(train.read_text() + "pos\tgood new text\n")
+    assert run(*arguments, "--resume") == 2
+    assert "files is" in capsys.readouterr().err
+    assert run(*arguments, "--overwrite") == 0
+
+
+MISTAKES = {
+    "no such recipe": (["--recipe", "adam"], "--recipe adam: no such recipe; use plain"),
+    "no such recipe of several": (["--compare", "plain,x"], "--compare x: no such recipe"),
+    "no such model": (["--model", "./nothing"], "--model ./nothing: there is no such folder"),
+    "a hub name without a network": (["--model", "some/model"], "neither here nor to be had"),
+    "no such recipe option": (["--recipe-options", "speed=3"], "speed"),
+    "a wrong recipe option": (["--recipe-options", "passes=0"], "passes=0"),
+    "no such trainer option": (["--trainer-options", "speed=3"], "speed"),
+    "no pair": (["--recipe-options", "passes"], "--recipe-options passes: write NAME=VALUE"),
+    "a name twice": (["--ood", "a=b", "a=c"], "'a' is given twice"),
+    "no such file": (["--test", "none.tsv"], "none.tsv cannot be read"),
+    "three columns": (["--text-column", "a,b,c"], "--text-column a,b,c: name one column"),
+    "no such column": (["--text-column", "body"], "no column is called 'body'"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_are_named_and_nothing_is_written(train, tmp_path, capsys, monkeypatch, case):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    arguments, message = MISTAKES[case]
+    out = tmp_path / "out"
+    assert run("--train", train, "--model", "textcnn", *arguments, "--output", out) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.startswith("error: ") and "Traceback" not in said
+    assert not out.exists()
+
+
+def test_a_folder_of_other_things_is_left_alone(train, tmp_path, capsys):
+    for more in ([], ["--overwrite"]):
+        assert run("--train", train, "--model", "textcnn", "--output", tmp_path, *more) == 2
+        assert "holds files that are none of a fine-tuning's" in capsys.readouterr().err
+    assert train.exists()
+
+
+def test_two_processes_train_as_one(train, tmp_path):
+    # whole batches: the last one's missing texts are others in two processes
+    train = tsv(train, texts(64))
+    arguments = ["--train", train, "--model", "textcnn", "--recipe", "at", "--lr", 1e-2]
+    arguments += ["--validation", tsv(tmp_path / "v.tsv", texts(20, 1))]
+    arguments += ["--test", tsv(tmp_path / "t.tsv", texts(20, 2))]
+    arguments += ["--recipe-options", "dropout=0.0"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run(*arguments, "--output", one) == 0
+    code = (
+        "import sys; from uegr_kernels.finetune.command import main; sys.exit(main(sys.argv[1:]))"
+    )
+    script = tmp_path / "finetune.py"
+    script.write_text(code)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script]
+    subprocess.run(
+        [*launch, *map(str, [*arguments, *SMALL, "--output", two])],
+        env=environment,
+        check=True,
+        capture_output=True,
+    )
+    found, expected = weights(two), weights(one)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4, msg=name)
+    assert (two / "report.md").exists()

@@ -1,0 +1,253 @@
+"""Files of one's own: what is read, and what is refused with file, line and remedy."""
+
+import gzip
+import re
+import warnings
+
+import pytest
+
+from uegr_kernels.finetune import tables
+from uegr_kernels.finetune.data import UserError
+from uegr_kernels.finetune.tables import Columns, Files
+
+TWO = "label\ttext\npos\tgood\nneg\tbad\n"
+
+
+def read(tmp_path, name, content, **columns):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return [(each.label, each.texts, each.line) for each in tables.read(path, Columns(**columns))]
+
+
+ACCEPTED = {
+    "tsv": ("a.tsv", TWO, {}, [("pos", ("good",), 2), ("neg", ("bad",), 3)]),
+    "gzip": (
+        "a.tsv.gz",
+        gzip.compress(TWO.encode()),
+        {},
+        [("pos", ("good",), 2), ("neg", ("bad",), 3)],
+    ),
+    "no line end at the end": (
+        "a.tsv",
+        TWO[:-1],
+        {},
+        [("pos", ("good",), 2), ("neg", ("bad",), 3)],
+    ),
+    "byte order mark": ("a.csv", "\ufefflabel,text\npos,good\n", {}, [("pos", ("good",), 2)]),
+    "CRLF": ("a.tsv", "label\ttext\r\npos\tgood\r\n", {}, [("pos", ("good",), 2)]),
+    "columns in any order": ("a.csv", "id,text,label\n1,good,pos\n", {}, [("pos", ("good",), 2)]),
+    "quotes in TSV are letters": (
+        "a.tsv",
+        'label\ttext\npos\t"go"od"\n',
+        {},
+        [("pos", ('"go"od"',), 2)],
+    ),
+    "quotes in CSV": (
+        "a.csv",
+        'label,text\r\npos,"a, ""b""\r\nc"\r\nneg,d\r\n',
+        {},
+        [("pos", ('a, "b"\r\nc',), 2), ("neg", ("d",), 4)],
+    ),
+    "numbers in JSON": (
+        "a.jsonl",
+        '{"text": "good", "label": 1}\n{"label": 0.5, "text": "bad", "more": [1]}\n',
+        {},
+        [("1", ("good",), 1), ("0.5", ("bad",), 2)],
+    ),
+    "a pair of columns": (
+        "a.csv",
+        "x,y,label\nup,down,0\n",
+        {"text": ("x", "y")},
+        [("0", ("up", "down"), 2)],
+    ),
+    "a pair in one column": (
+        "a.tsv",
+        "label\ttext\n0\tup ||| down\n",
+        {"separator": "|||"},
+        [("0", ("up", "down"), 2)],
+    ),
+    "no labels": ("a.tsv", "text\nup\n", {"label": None}, [("", ("up",), 2)]),
+}
+
+
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_reads(tmp_path, case):
+    name, content, columns, expected = ACCEPTED[case]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read(tmp_path, name, content, **columns) == expected
+
+
+REFUSED = {
+    "empty file": ("a.tsv", "", {}, "line 1: the file is empty"),
+    "blank file": ("a.tsv", "\n \n", {}, "line 1: the file is empty"),
+    "header alone": ("a.tsv", "label\ttext\n", {}, "line 2: the file ends without an example"),
+    "empty text": ("a.tsv", "label\ttext\npos\t \n", {}, "line 2: the text is empty"),
+    "empty label": ("a.tsv", "label\ttext\n\tgood\n", {}, "line 2: the label is empty"),
+    "lone CR": ("a.tsv", "label\ttext\npos\tgo\rod\n", {}, "line 2: a carriage return alone"),
+    "NUL": ("a.tsv", "label\ttext\npos\tgo\0od\n", {}, "line 2: a NUL character"),
+    "not UTF-8": ("a.tsv", b"label\ttext\npos\t\xe9t\xe9\n", {}, "line 2: not UTF-8"),
+    "missing column": (
+        "a.csv",
+        "lab,text\npos,x\n",
+        {},
+        "line 1: no column is called 'label'.*--label-column",
+    ),
+    "missing text column": (
+        "a.csv",
+        "label,t\npos,x\n",
+        {},
+        "no column is called 'text'.*--text-column",
+    ),
+    "duplicate column": (
+        "a.csv",
+        "label,text,text\npos,x,y\n",
+        {},
+        "line 1: two columns are called 'text'",
+    ),
+    "a row too long": (
+        "a.tsv",
+        "label\ttext\npos\tgood\tbad\n",
+        {},
+        "line 2: the line has 3 columns",
+    ),
+    "a row too short": ("a.csv", "label,text\npos\n", {}, "line 2: the line has 1 columns"),
+    "a line between": ("a.tsv", "label\ttext\n\npos\tgood\n", {}, "line 2: the line is empty"),
+    "open quote": (
+        "a.csv",
+        'label,text\nneg,bad\npos,"go\n',
+        {},
+        "line 3: unexpected end.*quote a field whole",
+    ),
+    "broken gzip": ("a.tsv.gz", gzip.compress(TWO.encode())[:-4], {}, "not a whole gzip file"),
+    "no gzip": ("a.tsv.gz", TWO, {}, "not a whole gzip file"),
+    "another ending": ("a.txt", TWO, {}, "the name ends in none of .tsv, .csv, .jsonl"),
+    "null": ("a.jsonl", '{"text": "x", "label": null}\n', {}, "line 1: the label is null"),
+    "nested label": (
+        "a.jsonl",
+        '{"text": "x", "label": {"a": 1}}\n',
+        {},
+        "line 1: the label is an object",
+    ),
+    "nested text": ("a.jsonl", '{"text": ["x"], "label": 1}\n', {}, "line 1: the text is a list"),
+    "a number for a text": (
+        "a.jsonl",
+        '{"text": 5, "label": 1}\n',
+        {},
+        "line 1: the text is a number",
+    ),
+    "no object": ("a.jsonl", "[1]\n", {}, "line 1: a list, no object"),
+    "no JSON": ("a.jsonl", '{"text": "x", "label": 1}\n{"text"\n', {}, "line 2: not JSON"),
+    "a name twice": (
+        "a.jsonl",
+        '{"text": "x", "text": "y", "label": 1}\n',
+        {},
+        "'text' stands twice",
+    ),
+    "a name missing": ("a.jsonl", '{"text": "x"}\n', {}, "line 1: no 'label'.*--label-column"),
+    "no number": (
+        "a.tsv",
+        "label\ttext\nhigh\tgood\n",
+        {"regression": True},
+        "line 2: the label 'high' is no number",
+    ),
+    "infinite": (
+        "a.tsv",
+        "label\ttext\n1\tbad\ninf\tgood\n",
+        {"regression": True},
+        "line 3: the label 'inf' is not finite",
+    ),
+    "NaN in JSON": (
+        "a.jsonl",
+        '{"text": "x", "label": NaN}\n',
+        {"regression": True},
+        "line 1: the label 'nan' is not finite",
+    ),
+    "no separator": (
+        "a.tsv",
+        "label\ttext\n0\tup down\n",
+        {"separator": "|||"},
+        "line 2: '|||' stands 0 times",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses(tmp_path, case):
+    name, content, columns, message = REFUSED[case]
+    with pytest.raises(UserError, match=message) as caught:
+        read(tmp_path, name, content, **columns)
+    assert str(tmp_path / name) in str(caught.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(UserError, match=r"none.tsv cannot be read: No such file"):
+        tables.read(tmp_path / "none.tsv", Columns())
+
+
+def test_long_texts_are_cut_with_one_warning(tmp_path):
+    long = "word " * 2_000_000  # 10 MB
+    content = f"label\ttext\npos\tgood\nneg\t{long}\npos\t{long}\n"
+    with pytest.warns(UserWarning, match=r"line 3: a text of more than 100,000.*1 more") as seen:
+        found = read(tmp_path, "a.tsv", content)
+    assert len(seen) == 1
+    assert [len(texts[0]) for _, texts, _ in found] == [4, 100_000, 100_000]
+
+
+@pytest.fixture
+def write(tmp_path):
+    def put(name, rows):
+        path = tmp_path / name
+        path.write_text("label\ttext\n" + "".join(f"{label}\t{text}\n" for label, text in rows))
+        return str(path)
+
+    return put
+
+
+MANY = [("pos" if i % 3 else "neg", f"text {i // 2}") for i in range(60)]
+
+
+def test_holds_out_texts_of_every_label(write):
+    data = tables.load(Files(write("a.tsv", MANY)), Columns())
+    parts = [{each.texts for each in part} for part in (data.train, data.validation, data.test)]
+    assert sum(map(len, (data.train, data.validation, data.test))) == 60
+    assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
+    assert all({each.label for each in part} == {"neg", "pos"} for part in data[:3])
+    again = tables.load(Files(write("b.tsv", MANY[::-1])), Columns())
+    assert {each.texts for each in again.test} == parts[2], "who is held out is the texts' own"
+
+
+def test_reads_every_file_of_a_task(write):
+    a, b, c = write("a.tsv", MANY), write("b.tsv", MANY[:4]), write("c.tsv", MANY[4:8])
+    strange = write("d.tsv", [("other", "thing")])
+    data = tables.load(Files(a, b, c, {"d": b}, {"o": strange}), Columns())
+    assert [len(each) for each in data[:3]] == [60, 4, 4]
+    assert (len(data.shifted["d"]), len(data.ood["o"]), data.labels) == (4, 1, ["neg", "pos"])
+    assert [len(each) for each in tables.load(Files(a, b, c), Columns(), 10)[:3]] == [10, 4, 4]
+
+
+def test_numeric_labels_stand_in_their_order(write):
+    data = tables.load(
+        Files(write("a.tsv", [(str(i % 11), f"t {i}") for i in range(99)])), Columns()
+    )
+    assert data.labels == [str(i) for i in range(11)]
+
+
+@pytest.mark.parametrize("option", ["validation", "test", "shifted"])
+def test_a_label_unseen_in_training(write, option):
+    other = write("b.tsv", [("pos", "good"), ("new", "odd")])
+    files = Files(write("a.tsv", MANY))
+    files = files._replace(**{option: {"b": other} if option == "shifted" else other})
+    message = re.escape(f"{other}, line 3: the label 'new' does not occur in")
+    with pytest.raises(UserError, match=message):
+        tables.load(files, Columns())
+
+
+def test_one_class(write):
+    with pytest.raises(UserError, match=r"line 4: every label up to this last line is 'pos'"):
+        tables.load(Files(write("a.tsv", [("pos", f"t {i}") for i in range(3)])), Columns())
+
+
+def test_too_few_to_hold_out(write):
+    with pytest.raises(UserError, match=r"too few to hold out some for --test; give more"):
+        tables.load(Files(write("a.tsv", MANY[:2])), Columns())

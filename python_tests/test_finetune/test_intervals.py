@@ -1,0 +1,60 @@
+"""Intervals against SciPy's, and figures against known answers."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import uegr_kernels as uk
+from uegr_kernels.finetune import measures, report
+from uegr_kernels.finetune.intervals import bootstrap, wilson
+
+
+@pytest.mark.parametrize("right,texts", [(0, 10), (3, 10), (10, 10), (87, 100), (1500, 1821)])
+def test_wilson(right, texts):
+    expected = stats.binomtest(right, texts).proportion_ci(method="wilson")
+    found = wilson(right, texts)
+    assert found.value == right / texts
+    np.testing.assert_allclose(found[1:], (expected.low, expected.high), rtol=1e-9, atol=1e-12)
+
+
+def test_bootstrap_of_one_seed():
+    values = np.random.default_rng(1).normal(size=80)
+    expected = stats.bootstrap((values,), np.mean, method="percentile", rng=2).confidence_interval
+    found = bootstrap(lambda x: float(x.mean()), [(values,)])
+    np.testing.assert_allclose(found[1:], (expected.low, expected.high), atol=0.03)
+    assert found.value == pytest.approx(values.mean())
+
+
+def test_bootstrap_draws_seeds_too():
+    seeds = [(np.full(50, value),) for value in (0.0, 1.0)]  # within a seed nothing varies
+    assert bootstrap(lambda x: float(x.mean()), seeds) == (0.5, 0.0, 1.0)
+
+
+def test_bootstrap_draws_paired_arrays_together():
+    x = np.random.default_rng(0).normal(size=40)
+    assert bootstrap(lambda a, b: float((a - b).mean()), [(x, x - 1)]) == pytest.approx((1, 1, 1))
+
+
+def test_figures():
+    import torch
+
+    expected = np.array([0, 0, 0, 1, 1, 2.0])
+    predicted = np.array([0, 0, 1, 1, 0, 2.0])
+    # by hand: F1 of the classes 2/3, 1/2, 1
+    assert measures.f1(predicted.tolist(), expected.tolist()) == pytest.approx(
+        (2 / 3 + 1 / 2 + 1) / 3
+    )
+    logits = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(200) % 3
+    sure = logits.softmax(1).amax(1).double().numpy()
+    right = (logits.argmax(1) == labels).double().numpy()
+    assert report.calibration(right, sure) == pytest.approx(
+        uk.analysis.calibration_error(logits, labels), abs=1e-6
+    )
+    assert report.auroc(sure[:80], sure[80:]) == pytest.approx(
+        uk.analysis.ood_auroc(torch.tensor(sure[:80]), torch.tensor(sure[80:])), abs=1e-9
+    )
+    u = stats.mannwhitneyu(sure[:80], sure[80:]).statistic
+    assert report.auroc(sure[:80], sure[80:]) == pytest.approx(u / (80 * 120))
+    x, y = right[:50].tolist(), sure[:50].tolist()
+    assert measures.pearson(x, y) == pytest.approx(stats.pearsonr(x, y).statistic)

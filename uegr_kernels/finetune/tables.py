@@ -1,0 +1,394 @@
+"""Reads labelled texts from files of one's own: .tsv, .csv and .jsonl, each also .gz."""
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import math
+import pathlib
+import re
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from .data import UserError
+
+FORMATS = (".tsv", ".csv", ".jsonl")
+# A longer text is cut: no model here reads so far, and a tokenizer takes seconds for a megabyte.
+LONGEST = 100_000  # characters
+
+
+class Columns(NamedTuple):
+    """Names the columns of a file.
+
+    text       one column, or two for pairs of texts
+    label      the label's column; None: the file has no labels that matter
+    separator  parts the text's one column into a pair; None: it is one text
+    regression labels are numbers
+    """
+
+    text: tuple[str, ...] = ("text",)
+    label: str | None = "label"
+    separator: str | None = None
+    regression: bool = False
+
+
+class Example(NamedTuple):
+    """Holds one text, or a pair of them, its label as it stands in the file, and the line."""
+
+    texts: tuple[str, ...]
+    label: str
+    line: int
+
+
+def read(path: str | pathlib.Path, columns: Columns) -> list[Example]:
+    """Reads a file of labelled texts, whose first line (.tsv, .csv) names its columns.
+
+    UTF-8, with or without a byte order mark; lines end in LF or CRLF. In .tsv a quote is a letter
+    like any other; in .csv fields are quoted as RFC 4180 has it; in .jsonl each line is an object,
+    whose labels may be numbers. Texts of more than 100,000 characters are cut, with one warning.
+    Raises UserError, naming file, line and remedy, for everything else.
+    """
+    path = pathlib.Path(path)
+    kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    if kind not in FORMATS:
+        raise UserError(
+            f"{path}: the name ends in none of {', '.join(FORMATS)} (nor in one of them and .gz); "
+            "rename or convert the file"
+        )
+    content = _decoded(path)
+    if kind == ".jsonl":
+        rows = _objects(path, content, columns)
+    else:
+        rows = _fields(path, content, kind, columns)
+    return _examples(path, rows, columns)
+
+
+def digest(path: str | pathlib.Path) -> str:
+    """Returns the SHA-256 of a file, by which a resumed run knows that it has not changed."""
+    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+
+
+def _decoded(path: pathlib.Path) -> str:
+    """Returns a file's text, unzipped; raises UserError for bytes that are no text."""
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is not a whole gzip file ({error}); make it once more") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if not content.strip():
+        raise UserError(
+            f"{path}, line 1: the file is empty; it must hold a label and a text a line"
+        )
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}, line {line}: not UTF-8 ({error.reason}, byte {error.start + 1} of the file); "
+            "convert the file to UTF-8"
+        ) from None
+    for pattern, what, remedy in (
+        ("\0", "a NUL character", "is the file text? remove it"),
+        (r"\r(?!\n)", "a carriage return alone", "end lines with LF or CRLF"),
+    ):
+        found = re.search(pattern, text)
+        if found:
+            line = text.count("\n", 0, found.start()) + 1
+            raise UserError(f"{path}, line {line}: {what}; {remedy}")
+    return text
+
+
+class _Row(NamedTuple):
+    """Holds what the named columns have in one row: texts, label, and its first line."""
+
+    texts: tuple[object, ...]
+    label: object
+    line: int
+
+
+def _fields(path: pathlib.Path, content: str, kind: str, columns: Columns) -> Iterator[_Row]:
+    rows = _separated(path, content) if kind == ".csv" else _tabbed(content)
+    header, _ = next(rows)
+    names = [name.strip() for name in header]
+    doubled = next((name for name in names if names.count(name) > 1), None)
+    if doubled is not None:
+        raise UserError(
+            f"{path}, line 1: two columns are called {doubled!r}; give each a name of its own"
+        )
+    at = [_place(path, names, name, "--text-column") for name in columns.text]
+    of_label = None
+    if columns.label is not None:
+        of_label = _place(path, names, columns.label, "--label-column")
+    for fields, line in rows:
+        if len(fields) != len(names):
+            what = "is empty" if fields in ([], [""]) else f"has {len(fields)} columns"
+            raise UserError(
+                f"{path}, line {line}: the line {what}, and the first one names {len(names)} "
+                f"({', '.join(names)}); mend or remove the line"
+            )
+        label = "" if of_label is None else fields[of_label]
+        yield _Row(tuple(fields[i] for i in at), label, line)
+
+
+def _place(path: pathlib.Path, names: list[str], name: str, option: str) -> int:
+    if name not in names:
+        raise UserError(
+            f"{path}, line 1: no column is called {name!r}; the first line names "
+            f"{', '.join(map(repr, names))}. Name the right one with {option}, or add a first "
+            "line of column names"
+        )
+    return names.index(name)
+
+
+def _tabbed(content: str) -> Iterator[tuple[list[str], int]]:
+    lines = content.split("\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    for number, line in enumerate(lines, 1):
+        yield line.removesuffix("\r").split("\t"), number
+
+
+def _separated(path: pathlib.Path, content: str) -> Iterator[tuple[list[str], int]]:
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        rows = csv.reader(io.StringIO(content.rstrip("\r\n") + "\n", newline=""), strict=True)
+        line = 1
+        while True:
+            try:
+                fields = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                raise UserError(
+                    f"{path}, line {line}: {error}; quote a field whole, and write a quote in it "
+                    'twice ("")'
+                ) from None
+            yield fields, line
+            line = rows.line_num + 1
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _objects(path: pathlib.Path, content: str, columns: Columns) -> Iterator[_Row]:
+    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        names = [name for name, _ in pairs]
+        doubled = next((name for name in names if names.count(name) > 1), None)
+        if doubled is not None:
+            raise ValueError(f"{doubled!r} stands twice in the object")
+        return dict(pairs)
+
+    for number, line in enumerate(content.rstrip().split("\n"), 1):
+        where = f"{path}, line {number}"
+        try:
+            found = json.loads(line, object_pairs_hook=once)
+        except (ValueError, RecursionError) as error:
+            why = "the line is empty" if not line.strip() else f"not JSON ({error})"
+            raise UserError(f"{where}: {why}; write one object a line") from None
+        if not isinstance(found, dict):
+            raise UserError(f"{where}: {_kind(found)}, no object; write one object a line")
+        names = [*columns.text, *([] if columns.label is None else [columns.label])]
+        for name in names:
+            if name not in found:
+                option = "--label-column" if name == columns.label else "--text-column"
+                raise UserError(
+                    f"{where}: no {name!r}; the object has {', '.join(map(repr, found)) or 'none'}."
+                    f" Name the right one with {option}"
+                )
+        texts = tuple(found[name] for name in columns.text)
+        yield _Row(texts, "" if columns.label is None else found[columns.label], number)
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return {"dict": "an object", "list": "a list", "str": "a string"}.get(
+        type(value).__name__, "a number"
+    )
+
+
+def _examples(path: pathlib.Path, rows: Iterable[_Row], columns: Columns) -> list[Example]:
+    found, cut = [], []
+    for row in rows:
+        where = f"{path}, line {row.line}"
+        texts = tuple(_text(where, value) for value in row.texts)
+        if columns.separator is not None:
+            texts = tuple(part.strip() for part in texts[0].split(columns.separator))
+            if len(texts) != 2:
+                raise UserError(
+                    f"{where}: {columns.separator!r} stands {len(texts) - 1} times in the text; "
+                    "a pair has it once (--pair-separator)"
+                )
+        if not all(texts):
+            raise UserError(f"{where}: the text is empty; write one, or remove the line")
+        if any(len(text) > LONGEST for text in texts):
+            cut.append(row.line)
+            texts = tuple(text[:LONGEST] for text in texts)
+        found.append(Example(texts, _label(where, row.label, columns), row.line))
+    if not found:
+        raise UserError(f"{path}, line 2: the file ends without an example; add some")
+    if cut:
+        warnings.warn(
+            f"{path}, line {cut[0]}: a text of more than {LONGEST:,} characters is cut there"
+            + (f", and {len(cut) - 1} more in other lines" if len(cut) > 1 else ""),
+            stacklevel=3,
+        )
+    return found
+
+
+def _text(where: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{where}: the text is {_kind(value)}; it must be a string")
+    return value.strip()
+
+
+def _label(where: str, value: object, columns: Columns) -> str:
+    if columns.label is None:
+        return ""
+    if value is None or isinstance(value, dict | list):
+        raise UserError(f"{where}: the label is {_kind(value)}; it must be a string or a number")
+    label = (str(value).lower() if isinstance(value, bool) else str(value)).strip()
+    if not label:
+        raise UserError(f"{where}: the label is empty; write one, or remove the line")
+    if columns.regression:
+        try:
+            number = float(label)
+        except ValueError:
+            raise UserError(
+                f"{where}: the label {label!r} is no number, and --regression needs one"
+            ) from None
+        if not math.isfinite(number):
+            raise UserError(f"{where}: the label {label!r} is not finite; mend or remove the line")
+    return label
+
+
+def part(
+    examples: Sequence[Example], share: float, *, regression: bool, salt: str = ""
+) -> tuple[list[Example], list[Example]]:
+    """Parts examples into those kept and a share held out, of every label alike.
+
+    Who is held out is a matter of the texts' SHA-256 alone; equal texts stay on one side, and a
+    label of one text keeps it.
+    """
+    by_label: dict[str, dict[tuple[str, ...], None]] = {}
+    seen: set[tuple[str, ...]] = set()
+    for example in sorted(examples):  # whatever their order in the file
+        if example.texts not in seen:
+            seen.add(example.texts)
+            label = "" if regression else example.label
+            by_label.setdefault(label, {})[example.texts] = None
+    held: set[tuple[str, ...]] = set()
+    for texts in by_label.values():
+        order = sorted(texts, key=lambda each: _hash(each, salt))
+        held.update(order[: round(share * len(order))])
+    return (
+        [example for example in examples if example.texts not in held],
+        [example for example in examples if example.texts in held],
+    )
+
+
+class Files(NamedTuple):
+    """Names the files of a task; None and empty where there is none of that kind.
+
+    shifted  labelled texts of other origins, by a name for the report
+    ood      texts that are none of the task's, whose labels do not matter
+    """
+
+    train: str
+    validation: str | None = None
+    test: str | None = None
+    shifted: dict[str, str] = {}  # noqa: RUF012
+    ood: dict[str, str] = {}  # noqa: RUF012
+
+    def named(self) -> dict[str, str]:
+        """Returns every file by the option that named it."""
+        found = {"--train": self.train, "--validation": self.validation, "--test": self.test}
+        found |= {f"--shifted {name}": path for name, path in self.shifted.items()}
+        found |= {f"--ood {name}": path for name, path in self.ood.items()}
+        return {option: path for option, path in found.items() if path is not None}
+
+
+class Data(NamedTuple):
+    """Holds the examples of a task, and its labels in order, none for regression."""
+
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+    shifted: dict[str, list[Example]]
+    ood: dict[str, list[Example]]
+    labels: list[str]
+
+
+def load(files: Files, columns: Columns, limit: int | None = None) -> Data:
+    """Reads all files of a task and holds out what has none of its own.
+
+    Without a test file a fifth of the training texts is held out for it, without a validation file
+    a tenth of the rest; which ones is a matter of the texts alone. `limit`: at most so many of
+    each file's examples, in the order of their hashes. Raises UserError for what `read` refuses,
+    for labels that do not occur in training, and where too little is left.
+    """
+    train = _limited(read(files.train, columns), limit)
+    labels = [] if columns.regression else _in_order({example.label for example in train})
+    if not columns.regression and len(labels) < 2:
+        raise UserError(
+            f"{files.train}, line {train[-1].line}: every label up to this last line is "
+            f"{train[0].label!r}; two are needed"
+        )
+    rest = {}
+    for option, path in files.named().items():
+        if option == "--train":
+            continue
+        ood = option.startswith("--ood")
+        found = _limited(read(path, columns._replace(label=None) if ood else columns), limit)
+        strange = next((one for one in found if labels and one.label not in labels), None)
+        if strange is not None and not ood:
+            raise UserError(
+                f"{path}, line {strange.line}: the label {strange.label!r} does not occur in "
+                f"{files.train}, whose labels are {', '.join(labels)}; mend it or remove the line"
+            )
+        rest[option] = found
+    parts = {}
+    for option, share in (("--test", 0.2), ("--validation", 0.1)):
+        if option in rest:
+            parts[option] = rest[option]
+            continue
+        train, parts[option] = part(train, share, regression=columns.regression, salt=option)
+        if not parts[option] or not train:
+            raise UserError(
+                f"{files.train}: {len(train)} examples are too few to hold out some for {option}; "
+                f"give more, or a file of your own with {option}"
+            )
+    return Data(
+        train,
+        parts["--validation"],
+        parts["--test"],
+        {name: rest[f"--shifted {name}"] for name in files.shifted},
+        {name: rest[f"--ood {name}"] for name in files.ood},
+        labels,
+    )
+
+
+def _limited(examples: list[Example], limit: int | None) -> list[Example]:
+    if limit is None or len(examples) <= limit:
+        return examples
+    kept = sorted(range(len(examples)), key=lambda i: _hash(examples[i].texts))[:limit]
+    return [examples[i] for i in sorted(kept)]
+
+
+def _in_order(labels: set[str]) -> list[str]:
+    """Sorts labels, by their value where all are numbers."""
+    try:
+        return sorted(labels, key=lambda label: (float(label), label))
+    except ValueError:
+        return sorted(labels)
+
+
+def _hash(texts: tuple[str, ...], salt: str = "") -> bytes:
+    return hashlib.sha256("\0".join((salt, *texts)).encode()).digest()
