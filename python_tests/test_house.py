@@ -578,7 +578,7 @@ def unless_header(
 @rule(
     "An operator's header includes `core` except `tensor.h`, and the standard library: no torch, "
     "no CUDA, no other operator",
-    "csrc/(?!core/)[^/]+/[^/]+[.](h|cuh)",
+    "csrc/(?!core/)[^/]+/(?!arguments[.]h$)[^/]+[.](h|cuh)",
     bad=[
         f"csrc/selective/selective.h | #include {header}"
         for header in (
@@ -606,16 +606,18 @@ def operator_header(path, text):
 
 
 @rule(
-    "`X_cpu.cpp` and `X_cuda.cu` include their own `X.h` and `core`: torch only through "
-    "`tensor.h`, no other operator",
-    "csrc/(?!core/)[^/]+/[^/]+[.](cpp|cu)",
+    "`X_cpu.cpp`, `X_cuda.cu` and `arguments.h`, their host checks, include their own `X.h` and "
+    "`core`: torch only through `tensor.h`, no other operator",
+    "csrc/(?!core/)[^/]+/([^/]+[.](cpp|cu)|arguments[.]h)",
     bad=[
-        f"csrc/selective/selective_cpu.cpp | #include {header}"
+        f"csrc/selective/{file} | #include {header}"
+        for file in ("selective_cpu.cpp", "arguments.h")
         for header in ("<torch/csrc/stable/ops.h>", '"../dropout/dropout.h"', "<ATen/ATen.h>")
     ],
     good=[
         "csrc/selective/selective_cpu.cpp | #include <vector>\n#include "
-        '"../core/tensor.h"\n#include "selective.h"'
+        '"../core/tensor.h"\n#include "arguments.h"\n#include "selective.h"',
+        'csrc/selective/arguments.h | #include "../core/tensor.h"\n#include "selective.h"',
     ],
 )
 def operator_source(path, text):

@@ -156,7 +156,7 @@ inline const uint32_t* element_words(uint32_t* words, int64_t begin, int n, cons
 
 // Calls piece(done, offset, count, stride) for the runs along the last axis that make up elements
 // [begin, begin + n).
-template <class Piece> void walk(const View& view, int64_t begin, int n, Piece piece) {
+template <class Piece> void each_run(const View& view, int64_t begin, int n, Piece piece) {
     if (view.contiguous || view.dim == 0) return piece(0, begin, n, int64_t(1));
     const int last = view.dim - 1;
     for (int done = 0; done < n;) {
@@ -175,7 +175,7 @@ template <class Piece> void walk(const View& view, int64_t begin, int n, Piece p
 template <class T, class Source, class Widen>
 void load_as(const View& view, int64_t begin, int n, T* out, Widen widen) {
     const Source* data = reinterpret_cast<const Source*>(view.data);
-    walk(view, begin, n, [&](int done, int64_t offset, int count, int64_t stride) {
+    each_run(view, begin, n, [&](int done, int64_t offset, int count, int64_t stride) {
         if (stride == 1)
             for (int i = 0; i < count; ++i) out[done + i] = static_cast<T>(widen(data[offset + i]));
         else
@@ -212,7 +212,7 @@ template <class T> void load_block(const View& view, int64_t begin, int n, T* ou
 template <class Target, class Narrow>
 void store_as(const View& view, int64_t begin, int n, Narrow narrow) {
     Target* data = reinterpret_cast<Target*>(view.data);
-    walk(view, begin, n, [&](int done, int64_t offset, int count, int64_t stride) {
+    each_run(view, begin, n, [&](int done, int64_t offset, int count, int64_t stride) {
         if (stride == 1)
             for (int i = 0; i < count; ++i) data[offset + i] = narrow(done + i);
         else
@@ -367,16 +367,16 @@ inline void expect_large_pages([[maybe_unused]] char* data, [[maybe_unused]] int
 // threads.
 inline void stream(char* to, const char* from, int64_t bytes) {
 #ifdef __SSE2__
-    constexpr int64_t line = 64;
-    int64_t head = -reinterpret_cast<uintptr_t>(to) & (line - 1);
+    constexpr int64_t cache_line = 64;
+    int64_t head = -reinterpret_cast<uintptr_t>(to) & (cache_line - 1);
     if (head > bytes) head = bytes;
     memcpy(to, from, head);
     int64_t done = head;
-    for (; done + line <= bytes; done += line) {
+    for (; done + cache_line <= bytes; done += cache_line) {
 #if defined(__AVX512F__)
         _mm512_stream_si512(reinterpret_cast<__m512i*>(to + done), _mm512_loadu_si512(from + done));
 #else
-        for (int64_t i = done; i < done + line; i += 16)
+        for (int64_t i = done; i < done + cache_line; i += 16)
             _mm_stream_si128(reinterpret_cast<__m128i*>(to + i),
                              _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
 #endif

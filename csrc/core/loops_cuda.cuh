@@ -315,13 +315,4 @@ DEVICE char* place_of(const Slot& slot, const int64_t* axes, int64_t l) {
            (slot.axes < 0 ? l : strided_offset(axes + slot.axes, l)) * bytes_of(slot.storage);
 }
 
-// A number that an operator takes as such or as a tensor, which only the device reads.
-struct Number {
-    double value = 0;
-    const char* at = nullptr;
-    Storage storage = Storage::float32;
-
-    HOST_DEVICE double get() const { return at ? value_at<double>(at, storage) : value; }
-};
-
 } // namespace uegr

@@ -50,7 +50,7 @@ template <class T> HOST_DEVICE T maximum(T a, T b) { return a > b ? a : b; }
 // 2^x for |x| < 126: x = k + r, |r| <= 1/2, minimax of degree 5 in r, under 2.5 ulp. Adding 1.5 *
 // 2^23 rounds to an integer.
 HOST_DEVICE float power_of_two(float x) {
-    if (float power = 0; has_power_of_two(x, power)) return power;
+    if (float power = 0; try_exp2(x, power)) return power;
     float shifted = x + 12582912.0f;
     float r = x - (shifted - 12582912.0f);
     float p = 0.0013264724f;
@@ -123,7 +123,7 @@ template <class T> HOST_DEVICE void split_exponential(T x, T& scale, T& small) {
 // e^x for x <= 88 (double: 708), under 2 ulp where the result is normal, else 0.
 template <class T> HOST_DEVICE T exponential(T x) {
     if constexpr (sizeof(T) == sizeof(float))
-        if (float e = 0; has_exponential(x, e)) return e;
+        if (float e = 0; try_exp(x, e)) return e;
     T scale, small;
     split_exponential(x, scale, small);
     return scale * small + scale;
@@ -170,13 +170,13 @@ HOST_DEVICE uint16_t cut_bfloat16(float x, uint32_t rounding) {
     return static_cast<uint16_t>(((finite ? bits + rounding : bits) >> 16) | (nan ? 0x40u : 0u));
 }
 HOST_DEVICE uint16_t round_bfloat16(float x) {
-    if (uint16_t h = 0; has_round_bfloat16(x, h)) return h;
+    if (uint16_t h = 0; try_round_bfloat16(x, h)) return h;
     return cut_bfloat16(x, 0x7fffu + (bit_cast<uint32_t>(x) >> 16 & 1u));
 }
 
 // The multiplication by 2^112 moves the exponent's bias and makes subnormals normal.
 HOST_DEVICE float widen_float16(uint16_t h) {
-    if (float x = 0; has_widen_float16(h, x)) return x;
+    if (float x = 0; try_widen_float16(h, x)) return x;
     uint32_t magnitude = h & 0x7fffu;
     float x = bit_cast<float>(magnitude << 13) * 5.192296858534828e33f;
     uint32_t bits = magnitude >= 0x7c00u ? magnitude << 13 | 0x7f800000u : bit_cast<uint32_t>(x);
@@ -186,7 +186,7 @@ HOST_DEVICE float widen_float16(uint16_t h) {
 // To nearest, ties to even: by an integer carry where the result is normal, by a float addition
 // where it is subnormal.
 HOST_DEVICE uint16_t round_float16(float x) {
-    if (uint16_t h = 0; has_round_float16(x, h)) return h;
+    if (uint16_t h = 0; try_round_float16(x, h)) return h;
     uint32_t sign = bit_cast<uint32_t>(x) >> 16 & 0x8000u,
              bits = bit_cast<uint32_t>(x) & 0x7fffffffu;
     uint32_t normal = (bits + 0xfffu + (bits >> 13 & 1u) - 0x38000000u) >> 13;

@@ -101,7 +101,7 @@ template <class T> HOST_DEVICE T at_least(T x, T bound) {
 }
 
 // 2^x for |x| < 126 within 2 ulp where there is an instruction for it; false where there is none.
-HOST_DEVICE bool has_power_of_two([[maybe_unused]] float x, [[maybe_unused]] float& power) {
+HOST_DEVICE bool try_exp2([[maybe_unused]] float x, [[maybe_unused]] float& power) {
 #ifdef HAS_INSTRUCTIONS
     power = instruction::power_of_two(x);
     return true;
@@ -112,10 +112,10 @@ HOST_DEVICE bool has_power_of_two([[maybe_unused]] float x, [[maybe_unused]] flo
 
 // e^x for x <= 88 within 3 ulp by the same instruction, 0 below -87: 2^(x log2 e) times e to what
 // the product's rounding lost.
-HOST_DEVICE bool has_exponential([[maybe_unused]] float x, [[maybe_unused]] float& e) {
+HOST_DEVICE bool try_exp([[maybe_unused]] float x, [[maybe_unused]] float& e) {
 #ifdef HAS_INSTRUCTIONS
     const float held = x < -88.2f ? -88.2f : x, exponent = held * 1.44269504f;
-    has_power_of_two(exponent, e);
+    try_exp2(exponent, e);
     e = fmaf(e, 0.693147182f * fmaf(held, 1.44269504f, -exponent), e);
     return true;
 #else
@@ -124,7 +124,7 @@ HOST_DEVICE bool has_exponential([[maybe_unused]] float x, [[maybe_unused]] floa
 }
 
 // To nearest even, as math.h rounds; false where there is no instruction.
-HOST_DEVICE bool has_round_bfloat16([[maybe_unused]] float x, [[maybe_unused]] uint16_t& h) {
+HOST_DEVICE bool try_round_bfloat16([[maybe_unused]] float x, [[maybe_unused]] uint16_t& h) {
 #ifdef __CUDA_ARCH__
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(x));
     return true;
@@ -132,7 +132,7 @@ HOST_DEVICE bool has_round_bfloat16([[maybe_unused]] float x, [[maybe_unused]] u
     return false;
 #endif
 }
-HOST_DEVICE bool has_round_float16([[maybe_unused]] float x, [[maybe_unused]] uint16_t& h) {
+HOST_DEVICE bool try_round_float16([[maybe_unused]] float x, [[maybe_unused]] uint16_t& h) {
 #ifdef __CUDA_ARCH__
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
     return true;
@@ -140,7 +140,7 @@ HOST_DEVICE bool has_round_float16([[maybe_unused]] float x, [[maybe_unused]] ui
     return false;
 #endif
 }
-HOST_DEVICE bool has_widen_float16([[maybe_unused]] uint16_t h, [[maybe_unused]] float& x) {
+HOST_DEVICE bool try_widen_float16([[maybe_unused]] uint16_t h, [[maybe_unused]] float& x) {
 #ifdef __CUDA_ARCH__
     asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h));
     return true;

@@ -76,14 +76,15 @@ template <class R, class... A, R (*function)(A...)> struct Boxed<function> {
 };
 #ifdef ASSEMBLY // a device's compile has no use for them, and would spend longer on thirty
                 // arguments than on the kernels
-#define EXPORT_BOXED(name)                                                                         \
-    void boxed_##name(StableIValue*, uint64_t, uint64_t) { (void)&name; }
+#define EXPORT_BOXED_AS(name, function)                                                            \
+    void boxed_##name(StableIValue*, uint64_t, uint64_t) { (void)&function; }
 #else
-#define EXPORT_BOXED(name)                                                                         \
+#define EXPORT_BOXED_AS(name, function)                                                            \
     void boxed_##name(StableIValue* stack, uint64_t, uint64_t) {                                   \
-        Boxed<&name>::call("uegr_kernels::" #name, stack);                                         \
+        Boxed<&function>::call("uegr_kernels::" #name, stack);                                     \
     }
 #endif
+#define EXPORT_BOXED(name) EXPORT_BOXED_AS(name, name)
 #endif
 
 inline std::optional<Storage> storage(const Tensor& t) {
@@ -134,6 +135,32 @@ inline View view(const Tensor& t, const char* name, bool written) {
     }
     if (dense != 0) check_memory(t, last, v.storage, name);
     return v;
+}
+
+// Numbers of 64 bits are not for a GPU's kernels.
+inline void leave_doubles([[maybe_unused]] const View& v) {
+#ifdef USE_CUDA
+    if (v.storage == Storage::float64) throw LeftToOthers();
+#endif
+}
+
+// The same of a tensor that is computed with.
+inline View operand_view(const Tensor& t, const char* name, bool written) {
+    const View v = view(t, name, written);
+    leave_doubles(v);
+    return v;
+}
+inline View float_view(const Tensor& t, const char* name, bool written) {
+    const View v = operand_view(t, name, written);
+    STD_TORCH_CHECK(v.storage != Storage::boolean, name,
+                    " is bool; use float32, bfloat16, float16 or float64");
+    return v;
+}
+
+// Raises where a list's tensor lies on another GPU than its first one.
+inline void check_same_device(const Tensors& list, size_t i, const char* name) {
+    STD_TORCH_CHECK(!on_gpu || list[i].get_device_index() == list[0].get_device_index(), name, "[",
+                    i, "] is on another device than ", name, "[0]");
 }
 
 inline void check_same_shape(const View& a, const View& b, const char* name, size_t i) {
@@ -206,6 +233,20 @@ inline double scalar(const Tensor& t, const char* name) {
     return value_at<double>(static_cast<const char*>(t.const_data_ptr()), *type);
 }
 
+// A number on whichever device its tensor lies.
+inline Number number(double value, const OptionalTensor& tensor, const char* name) {
+    if (!tensor) return {value};
+#ifdef USE_CUDA
+    if (!tensor->is_cpu() || !on_gpu) {
+        const View v = view(*tensor, name, false);
+        STD_TORCH_CHECK(tensor->numel() == 1, name, " has ", tensor->numel(),
+                        " elements; it must have one");
+        return {value, v.data, v.storage};
+    }
+#endif
+    return {scalar(*tensor, name)};
+}
+
 #ifdef USE_CUDA
 // Memory that a GPU copies from while the host goes on.
 inline Tensor pinned_bytes(int64_t size) {
@@ -235,15 +276,16 @@ inline void upload(const std::vector<char>& bytes, Tensor& to, cudaStream_t stre
     torch::stable::copy_(to, host, true); // torch keeps the pinned memory until the copy is done
 }
 
-// Makes a tensor's device the current one for as long as it lives, and knows that device's current
-// stream.
-class Place {
+// Makes a tensor's GPU the current one for as long as it lives, and knows its current stream.
+class DeviceGuard {
     torch::stable::accelerator::DeviceGuard guard;
 
 public:
-    void* stream = nullptr;
-    explicit Place(const Tensor& t) : guard(t.get_device_index()) {
-        TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+    cudaStream_t stream = nullptr;
+    explicit DeviceGuard(const Tensor& t) : guard(t.get_device_index()) {
+        void* current = nullptr;
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &current));
+        stream = static_cast<cudaStream_t>(current);
     }
 };
 #endif

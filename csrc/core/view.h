@@ -25,7 +25,7 @@ HOST_DEVICE int64_t bytes_of(Storage storage) {
                                          : 2;
 }
 
-// A tensor's memory: walked in row-major order of its elements, whatever its strides.
+// A tensor's memory; elements are counted in row-major order, whatever its strides.
 struct View {
     char* data = nullptr;
     Storage storage = Storage::float32;
@@ -60,5 +60,15 @@ template <class T> HOST_DEVICE void put_value(char* to, Storage storage, T x) {
     default: *reinterpret_cast<uint8_t*>(to) = x != 0; break;
     }
 }
+
+// A number that an operator takes as such, or in a tensor: one on a GPU only the kernels read, as
+// the host would have to wait for it.
+struct Number {
+    double value = 0;
+    const char* at = nullptr;
+    Storage storage = Storage::float32;
+
+    HOST_DEVICE double get() const { return at ? value_at<double>(at, storage) : value; }
+};
 
 } // namespace uegr

@@ -1,4 +1,4 @@
-// The losses on the CPU: checks and loops. The formulas are divergence.h's.
+// The losses on the CPU: loops. The formulas are divergence.h's, the checks arguments.h's.
 //
 // The m+1 rows of one sample are read from memory once and stay in a thread's cache until their
 // gradients are written: a visit for the maximum, one for the exponentials, in which the row to be
@@ -9,6 +9,7 @@
 #include <new>
 
 #include "../core/tensor.h"
+#include "arguments.h"
 #include "divergence.h"
 
 namespace uegr {
@@ -69,6 +70,13 @@ struct Batch {
     double unit = 1; // of the gradients: 1/count
     std::vector<Values> values;
 
+    explicit Batch(const LossArguments& a)
+        : options(a.options), samples(a.samples), classes(a.classes), first(a.first),
+          indices(a.indices), index_stride(a.index_stride) {
+        for (const View& v : a.logits)
+            for (int64_t pass = 0; pass < passes_of(v); ++pass) logits.emplace_back(v, pass);
+        if (a.soft.data) soft = Rows(a.soft, 0);
+    }
     int64_t passes() const { return static_cast<int64_t>(logits.size()); }
     bool labelled() const { return indices || soft.data; }
     int64_t index(int64_t n) const { return indices[n * index_stride]; }
@@ -418,57 +426,21 @@ template <class T> void work(Batch& batch) {
     else torch::stable::parallel_for(0, batch.samples, grain, part);
 }
 
-// Checks everything before anything is written. The rows that count are counted.
-Batch make_batch(const Tensors& logits, const OptionalTensor& labels, const LossOptions& options,
-                 const std::vector<bool>& needs, int64_t& count) {
-    STD_TORCH_CHECK(!logits.empty() && logits.size() == needs.size(),
-                    "logits and needs must be lists of one length, not empty");
-    Batch batch;
-    batch.options = options;
-    batch.first = labels ? 1 : 0;
-    for (const Tensor& x : logits) {
-        STD_TORCH_CHECK(x.dim() == 2 || x.dim() == 3, "logits must be tensors [N, C] or [k, N, C]");
-        const View v = view(x, "logits", false);
-        STD_TORCH_CHECK(v.storage != Storage::boolean && x.scalar_type() == logits[0].scalar_type(),
-                        "logits must be of one floating dtype");
-        for (int64_t pass = 0; pass < (v.dim == 3 ? v.sizes[0] : 1); ++pass)
-            batch.logits.emplace_back(v, pass);
-        if (&x == &logits[0])
-            batch.samples = v.sizes[v.dim - 2], batch.classes = v.sizes[v.dim - 1];
-        STD_TORCH_CHECK(v.sizes[v.dim - 2] == batch.samples && v.sizes[v.dim - 1] == batch.classes,
-                        "logits must have the same N and C");
+// How many rows count; raises where a class is none.
+int64_t count_rows(const Batch& batch) {
+    int64_t count = batch.samples;
+    for (int64_t n = 0; batch.indices && n < batch.samples; ++n) {
+        const int64_t label = batch.index(n), ignored = batch.options.ignore_index;
+        count -= label == ignored;
+        STD_TORCH_CHECK(label == ignored || (label >= 0 && label < batch.classes), "labels hold ",
+                        label, "; give classes from 0 to ", batch.classes - 1, ", or ", ignored,
+                        " (ignore_index) for rows to leave out");
     }
-    STD_TORCH_CHECK(batch.classes >= 1 && batch.classes < int64_t(1) << 31, "logits have ",
-                    batch.classes, " classes; give 1 to 2^31 - 1");
-    STD_TORCH_CHECK(!batch.logits.empty(), "logits hold no pass");
-    count = batch.samples;
-    if (!labels) return batch;
-    STD_TORCH_CHECK(labels->is_cpu(), "labels are not on the CPU; move them");
-    if (labels->scalar_type() == ScalarType::Long) {
-        STD_TORCH_CHECK(!options.regression && labels->dim() == 1 &&
-                            labels->size(0) == batch.samples,
-                        "class indices must be [N]");
-        batch.indices = static_cast<const int64_t*>(labels->const_data_ptr());
-        batch.index_stride = labels->stride(0);
-        for (int64_t n = 0; n < batch.samples; ++n) {
-            const int64_t label = batch.index(n);
-            count -= label == options.ignore_index;
-            STD_TORCH_CHECK(label == options.ignore_index || (label >= 0 && label < batch.classes),
-                            "labels hold ", label, "; give classes from 0 to ", batch.classes - 1,
-                            ", or ", options.ignore_index, " (ignore_index) for rows to leave out");
-        }
-    } else {
-        const View v = view(*labels, "labels", false);
-        STD_TORCH_CHECK(v.dim == 2 && v.sizes[0] == batch.samples && v.sizes[1] == batch.classes &&
-                            v.storage != Storage::boolean,
-                        "labels that are no class indices must be floats [N, C]");
-        batch.soft = Rows(v, 0);
-    }
-    return batch;
+    return count;
 }
 
 // Runs a batch and returns the loss and its parts.
-std::pair<Tensor, Tensor> evaluate(Batch& batch, const Tensor& like, int64_t count) {
+std::pair<Tensor, Tensor> run(Batch& batch, const Tensor& like, int64_t count) {
     const bool by_row = batch.options.reduction == Reduction::none,
                mean = batch.options.reduction == Reduction::mean;
     const bool wide = like.scalar_type() == ScalarType::Double;
@@ -509,111 +481,59 @@ std::pair<Tensor, Tensor> evaluate(Batch& batch, const Tensor& like, int64_t cou
     return {loss, parts};
 }
 
-// Where the gradients of a tensor of logits go.
-void direct_gradients(Batch& batch, const Tensor& logits, const Tensor* into, bool fresh) {
-    const int64_t passes = logits.dim() == 3 ? logits.size(0) : 1;
+// Where the gradients of a tensor of logits go: memory that is written whole, or nowhere.
+void direct_gradients(Batch& batch, int64_t passes, const Tensor* into, bool fresh) {
+    const int64_t bytes = into ? into->numel() * into->element_size() : 0;
+    if (into && fresh) expect_large_pages(static_cast<char*>(into->mutable_data_ptr()), bytes);
     for (int64_t pass = 0; pass < passes; ++pass) {
         batch.gradients.push_back(into ? Rows(view(*into, "logits", true), pass) : Rows());
-        batch.gradients.back().streamed =
-            fresh && logits.numel() * logits.element_size() >= worth_streaming;
+        batch.gradients.back().streamed = fresh && bytes >= worth_streaming;
     }
 }
 
-// What a kernel writes whole.
-Tensor fresh_memory(Tensor fresh) {
-    expect_large_pages(static_cast<char*>(fresh.mutable_data_ptr()),
-                       fresh.numel() * fresh.element_size());
-    return fresh;
-}
-
-#define LOSS_ARGUMENTS                                                                             \
-    double js_weight, double label_smoothing, int64_t ignore_index, int64_t reduction,             \
-        bool regression, std::vector<bool> needs
-#define LOSS_OPTIONS                                                                               \
-    LossOptions {                                                                                  \
-        js_weight, label_smoothing, ignore_index, static_cast<Reduction>(reduction), regression    \
-    }
-
-// A tensor to be multiplied by the gradient of the loss, or its rows [.., N, C] by theirs: checked.
-struct Scaling {
-    View source, target, factor;
-    int64_t size, classes, samples, factors;
-
-    Scaling(const Tensor& from, const Tensor& into, const Tensor& grad_loss)
-        : source(view(from, "gradients", false)), target(view(into, "gradients", true)),
-          factor(view(grad_loss, "grad_loss", false)), size(from.numel()),
-          classes(source.dim ? source.sizes[source.dim - 1] : 1),
-          samples(source.dim > 1 ? source.sizes[source.dim - 2] : 1), factors(grad_loss.numel()) {
-        STD_TORCH_CHECK(factors == 1 || (factor.dim == 1 && factor.sizes[0] == samples),
-                        "grad_loss must be () or [N]");
-    }
-    template <class T> void run() const {
-        if (size == 0) return;
-        std::vector<T> by(factors);
-        for (int64_t n = 0; n < factors; ++n) load(factor, n, 1, &by[n]);
-        auto rows = [&](int64_t begin, int64_t end) {
-            T block[block_size];
-            for (int64_t row = begin; row < end; ++row) {
-                const T scale = by[factors == 1 ? 0 : row % samples];
-                if (scale == 1 && source.data == target.data) continue;
-                for (int64_t at = row * classes; at < (row + 1) * classes; at += block_size) {
-                    const int count =
-                        static_cast<int>(std::min<int64_t>(block_size, (row + 1) * classes - at));
-                    load_block(source, at, count, block);
-                    for (int i = 0; i < block_size; ++i) block[i] *= scale;
-                    store_block(target, at, count, block);
-                }
+template <class T> void scale_rows(const ScalingArguments& a) {
+    std::vector<T> by(a.factors);
+    for (int64_t n = 0; n < a.factors; ++n) load(a.factor, n, 1, &by[n]);
+    auto rows = [&](int64_t begin, int64_t end) {
+        T block[block_size];
+        for (int64_t row = begin; row < end; ++row) {
+            const T scale = by[a.factors == 1 ? 0 : row % a.samples];
+            if (scale == 1 && a.in_place()) continue;
+            const int64_t last = (row + 1) * a.classes;
+            for (int64_t at = row * a.classes; at < last; at += block_size) {
+                const int count = static_cast<int>(std::min<int64_t>(block_size, last - at));
+                load_block(a.source, at, count, block);
+                for (int i = 0; i < block_size; ++i) block[i] *= scale;
+                store_block(a.target, at, count, block);
             }
-        };
-        const int64_t grain = std::max<int64_t>(1, worth_a_thread / classes);
-        if (size <= worth_a_thread) rows(0, size / classes);
-        else torch::stable::parallel_for(0, size / classes, grain, rows);
-    }
-    void run() const {
-        if (source.storage == Storage::float64) run<double>();
-        else run<float>();
-    }
-};
+        }
+    };
+    const int64_t grain = std::max<int64_t>(1, worth_a_thread / a.classes);
+    if (a.size <= worth_a_thread) rows(0, a.size / a.classes);
+    else torch::stable::parallel_for(0, a.size / a.classes, grain, rows);
+}
 
 } // namespace
 
-static std::tuple<Tensor, Tensor, Tensors> uegr_loss(Tensors logits, OptionalTensor labels,
-                                                     LOSS_ARGUMENTS) {
-    int64_t count;
-    Batch batch = make_batch(logits, labels, LOSS_OPTIONS, needs, count);
-    Tensors gradients;
-    for (size_t i = 0; i < logits.size(); ++i) {
-        if (needs[i])
-            gradients.push_back(
-                fresh_memory(torch::stable::new_empty(logits[i], logits[i].sizes())));
-        direct_gradients(batch, logits[i], needs[i] ? &gradients.back() : nullptr, true);
-    }
-    const auto [loss, parts] = evaluate(batch, logits[0], count);
-    return {loss, parts, gradients};
+static std::pair<Tensor, Tensor> evaluate(const LossArguments& arguments,
+                                          const std::vector<bool>& needs, const Tensors& gradients,
+                                          bool fresh) {
+    Batch batch(arguments);
+    const int64_t count = count_rows(batch);
+    size_t at = 0;
+    for (size_t i = 0; i < needs.size(); ++i)
+        direct_gradients(batch, passes_of(arguments.logits[i]),
+                         needs[i] ? &gradients[at++] : nullptr, fresh);
+    return run(batch, arguments.like, count);
 }
 
-static std::tuple<Tensor, Tensor> uegr_loss_(Tensors logits, OptionalTensor labels,
-                                             LOSS_ARGUMENTS) {
-    int64_t count;
-    Batch batch = make_batch(logits, labels, LOSS_OPTIONS, needs, count);
-    for (size_t i = 0; i < logits.size(); ++i)
-        direct_gradients(batch, logits[i], needs[i] ? &logits[i] : nullptr, false);
-    return evaluate(batch, logits[0], count);
-}
-
-static Tensors scale_gradients(Tensors gradients, Tensor grad_loss, Tensor) {
-    Tensors scaled;
-    for (const Tensor& g : gradients) {
-        scaled.push_back(fresh_memory(torch::stable::empty_like(g)));
-        Scaling(g, scaled.back(), grad_loss).run();
-    }
-    return scaled;
-}
-
-static void scale_gradients_(Tensors gradients, Tensor grad_loss) {
-    std::vector<Scaling> scalings;
-    for (const Tensor& g : gradients) scalings.emplace_back(g, g, grad_loss);
-    for (const Scaling& each : scalings) each.run();
+static void scale(const ScalingArguments& arguments) {
+    if (arguments.size == 0) return;
+    if (!arguments.in_place())
+        expect_large_pages(arguments.target.data,
+                           arguments.size * bytes_of(arguments.target.storage));
+    if (arguments.source.storage == Storage::float64) scale_rows<double>(arguments);
+    else scale_rows<float>(arguments);
 }
 
 EXPORT_BOXED(uegr_loss)

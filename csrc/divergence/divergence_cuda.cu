@@ -1,28 +1,11 @@
-// The losses on a GPU: checks and launches. The formulas are divergence.h's.
-//
-// Bytes per logit: read once, its gradient written once, 8 in float32 and 4 in 16 bits. A group of
-// threads has a sample: a warp up to 1,024 classes, a block while its shared memory holds the rows,
-// on sm_90 and later a cluster of up to 16 blocks while theirs together does. A thread takes 8
-// columns at a time and keeps what it needs of them in shared memory, where no other thread looks,
-// so that only sums travel: by shuffles within a warp, through shared memory within a block,
-// through each other's shared memory within a cluster. They are added in double and in the same
-// order every time. On chip: the clean pass is done first and leaves its memory; then x of both
-// passes, whose place the products w take, and e: 16 bytes a column. So 14,000 classes fit a block
-// of 227 KB, 128,256 a cluster of 16. One instruction of the special-function unit makes a logit's
-// exponential, which is kept; the pairs' logarithms are polynomials.
-// 128 threads in warps of their own: four samples under way a block. 512 threads a block: 64 KB
-// under way with two accesses of 128 bits each. Rows that do not fit, more than two passes in the
-// pairs, soft labels, regression, architectures without clusters: `sweep`, which reads rows from
-// memory for the maxima and sums, again for the pairs and for the gradients; no more samples are
-// under way than the L2 holds, so that it has the last reads. Rows that no whole accesses cover:
-// the same kernels by single elements (the name says ragged; a block is a cluster of one there).
-// Values are kept by row and added up by one block in a fixed order. Nothing waits on the host: a
-// label out of range makes its row's loss NaN.
+// The losses on a GPU: launches. The formulas are divergence.h's, the checks arguments.h's; the
+// plan and what it rests on stand in docs/design.md.
 #include <algorithm>
 #include <tuple>
 #include <vector>
 
 #include "../core/tensor.h"
+#include "arguments.h"
 #include "divergence.h"
 
 namespace uegr {
@@ -690,13 +673,6 @@ __global__ void __launch_bounds__(block_threads)
 
 // --- The host's side ---
 
-View single(const Tensor& t, const char* name, bool written) {
-    const View v = view(t, name, written);
-    STD_TORCH_CHECK(v.storage != Storage::boolean, name,
-                    " is bool; use float32, bfloat16, float16 or float64");
-    if (v.storage == Storage::float64) throw LeftToOthers();
-    return v;
-}
 Rows rows_of(const View& v, int64_t pass) {
     Rows rows;
     rows.storage = v.storage, rows.row = v.strides[v.dim - 2], rows.column = v.strides[v.dim - 1];
@@ -709,55 +685,18 @@ bool covered(const Rows& rows, int64_t samples) { // by whole accesses
                           (row_bytes % 16 == 0 || samples <= 1));
 }
 
-// Checks everything before anything is written.
-Batch make_batch(const Tensors& logits, const OptionalTensor& labels, const LossOptions& options,
-                 const std::vector<bool>& needs) {
-    STD_TORCH_CHECK(!logits.empty() && logits.size() == needs.size(),
-                    "logits and needs must be lists of one length, not empty");
+Batch make_batch(const LossArguments& arguments) {
+    if (arguments.passes > most_passes) throw LeftToOthers();
     Batch batch;
-    batch.options = options;
-    batch.first = labels ? 1 : 0;
-    for (const Tensor& x : logits) {
-        STD_TORCH_CHECK(x.dim() == 2 || x.dim() == 3, "logits must be tensors [N, C] or [k, N, C]");
-        const View v = single(x, "logits", false);
-        STD_TORCH_CHECK(x.scalar_type() == logits[0].scalar_type(),
-                        "logits must be of one floating dtype");
-        const int64_t passes = v.dim == 3 ? v.sizes[0] : 1;
-        if (batch.passes + passes > most_passes) throw LeftToOthers();
-        for (int64_t pass = 0; pass < passes; ++pass)
+    batch.options = arguments.options;
+    batch.samples = arguments.samples, batch.classes = arguments.classes;
+    batch.first = static_cast<int>(arguments.first);
+    for (const View& v : arguments.logits)
+        for (int64_t pass = 0; pass < passes_of(v); ++pass)
             batch.logits[batch.passes++] = rows_of(v, pass);
-        if (&x == &logits[0])
-            batch.samples = v.sizes[v.dim - 2], batch.classes = v.sizes[v.dim - 1];
-        STD_TORCH_CHECK(v.sizes[v.dim - 2] == batch.samples && v.sizes[v.dim - 1] == batch.classes,
-                        "logits must have the same N and C");
-    }
-    STD_TORCH_CHECK(batch.classes >= 1 && batch.classes < int64_t(1) << 31, "logits have ",
-                    batch.classes, " classes; give 1 to 2^31 - 1");
-    STD_TORCH_CHECK(batch.passes > 0, "logits hold no pass");
-    if (!labels) return batch;
-    STD_TORCH_CHECK(!on_gpu || labels->get_device_index() == logits[0].get_device_index(),
-                    "labels are on another device; move them");
-    if (labels->scalar_type() == ScalarType::Long) {
-        STD_TORCH_CHECK(!options.regression && labels->dim() == 1 &&
-                            labels->size(0) == batch.samples,
-                        "class indices must be [N]");
-        batch.indices = static_cast<const int64_t*>(labels->const_data_ptr()),
-        batch.index_stride = labels->stride(0);
-        return batch;
-    }
-    const View v = view(*labels, "labels", false);
-    STD_TORCH_CHECK(v.dim == 2 && v.sizes[0] == batch.samples && v.sizes[1] == batch.classes &&
-                        v.storage != Storage::boolean,
-                    "labels that are no class indices must be floats [N, C]");
-    batch.soft = rows_of(v, 0);
+    batch.indices = arguments.indices, batch.index_stride = arguments.index_stride;
+    if (arguments.soft.data) batch.soft = rows_of(arguments.soft, 0);
     return batch;
-}
-
-// Where the gradients of a tensor of logits go.
-void direct_gradients(Batch& batch, int& pass, const Tensor& logits, const Tensor* into) {
-    const int64_t passes = logits.dim() == 3 ? logits.size(0) : 1;
-    for (int64_t k = 0; k < passes; ++k, ++pass)
-        if (into) batch.gradients[pass] = rows_of(view(*into, "logits", true), k);
 }
 
 template <class Kernel> void allow_shared(Kernel kernel, size_t bytes) {
@@ -815,7 +754,7 @@ template <int m> bool run_on_chip(Batch& batch, bool full, cudaStream_t stream) 
 }
 
 // Runs a batch and returns the loss and its parts.
-std::pair<Tensor, Tensor> evaluate(Batch batch, const Tensor& like, cudaStream_t stream) {
+std::pair<Tensor, Tensor> run(Batch batch, const Tensor& like, cudaStream_t stream) {
     const bool by_row = batch.options.reduction == Reduction::none;
     const auto shape = [&](std::vector<int64_t> front) {
         if (by_row) front.push_back(batch.samples);
@@ -852,18 +791,31 @@ std::pair<Tensor, Tensor> evaluate(Batch batch, const Tensor& like, cudaStream_t
     return {loss, parts};
 }
 
-// Checks, and then multiplies where `go`.
-void scale_into(const Tensor& from, const Tensor& into, const Tensor& grad_loss, bool go) {
-    const View source = single(from, "gradients", false), target = single(into, "gradients", true),
-               factor = view(grad_loss, "grad_loss", false);
+} // namespace
+
+static std::pair<Tensor, Tensor> evaluate(const LossArguments& arguments,
+                                          const std::vector<bool>& needs, const Tensors& gradients,
+                                          bool) {
+    Batch batch = make_batch(arguments);
+    size_t at = 0;
+    int pass = 0;
+    for (size_t i = 0; i < needs.size(); ++i) {
+        const int64_t passes = passes_of(arguments.logits[i]);
+        if (needs[i]) {
+            const View into = view(gradients[at++], "logits", true);
+            for (int64_t k = 0; k < passes; ++k) batch.gradients[pass + k] = rows_of(into, k);
+        }
+        pass += static_cast<int>(passes);
+    }
+    const DeviceGuard device(arguments.like);
+    return run(batch, arguments.like, device.stream);
+}
+
+static void scale(const ScalingArguments& arguments) {
+    if (arguments.size == 0) return;
     Scaling s{};
-    s.size = from.numel(), s.classes = source.dim ? source.sizes[source.dim - 1] : 1;
-    s.samples = source.dim > 1 ? source.sizes[source.dim - 2] : 1,
-    s.by_row = grad_loss.numel() != 1;
-    STD_TORCH_CHECK(!s.by_row || (factor.dim == 1 && factor.sizes[0] == s.samples),
-                    "grad_loss must be () or [N]");
-    STD_TORCH_CHECK(source.dim <= 3, "gradients must have at most 3 axes");
-    if (s.size == 0 || !go) return;
+    s.size = arguments.size, s.classes = arguments.classes, s.samples = arguments.samples;
+    s.by_row = arguments.factors != 1, s.in_place = arguments.in_place();
     Axes axes{};
     int at = 0;
     auto slot = [&](const View& v) {
@@ -876,10 +828,9 @@ void scale_into(const Tensor& from, const Tensor& into, const Tensor& grad_loss,
         at += 2 * v.dim;
         return slot;
     };
-    s.from = slot(source), s.to = slot(target), s.factor = slot(factor),
-    s.in_place = source.data == target.data;
-    const Place place(from);
-    const cudaStream_t stream = static_cast<cudaStream_t>(place.stream);
+    s.from = slot(arguments.source), s.to = slot(arguments.target);
+    s.factor = slot(arguments.factor);
+    const DeviceGuard device(arguments.like);
     const bool full = at == 0 && s.classes % columns == 0 &&
                       reinterpret_cast<uintptr_t>(s.from.data) % 16 == 0 &&
                       reinterpret_cast<uintptr_t>(s.to.data) % 16 == 0;
@@ -888,18 +839,8 @@ void scale_into(const Tensor& from, const Tensor& into, const Tensor& grad_loss,
     launch(!full      ? scale_ragged
            : s.by_row ? scale_rows
                       : scale_full,
-           {minimum(blocks, most), block_threads}, stream, s, axes);
+           {minimum(blocks, most), block_threads}, device.stream, s, axes);
 }
-
-#define LOSS_ARGUMENTS                                                                             \
-    double js_weight, double label_smoothing, int64_t ignore_index, int64_t reduction,             \
-        bool regression, std::vector<bool> needs
-#define LOSS_OPTIONS                                                                               \
-    LossOptions {                                                                                  \
-        js_weight, label_smoothing, ignore_index, static_cast<Reduction>(reduction), regression    \
-    }
-
-} // namespace
 
 // What is left to others takes the operator in place, over copies: torch's dispatcher confuses
 // tensors and lists that are returned together.
@@ -916,50 +857,18 @@ static std::tuple<Tensor, Tensor, Tensors> leave(Tensors logits, const OptionalT
     return {loss, parts, gradients};
 }
 
-static std::tuple<Tensor, Tensor, Tensors> uegr_loss(Tensors logits, OptionalTensor labels,
-                                                     LOSS_ARGUMENTS) {
-    Batch batch;
+static std::tuple<Tensor, Tensor, Tensors> uegr_loss_or_leave(Tensors logits, OptionalTensor labels,
+                                                              LOSS_ARGUMENTS) {
     try {
-        batch = make_batch(logits, labels, LOSS_OPTIONS, needs);
+        return uegr_loss(logits, labels, js_weight, label_smoothing, ignore_index, reduction,
+                         regression, needs);
     } catch (const LeftToOthers&) {
         return leave(logits, labels, js_weight, label_smoothing, ignore_index, reduction,
                      regression, needs);
     }
-    const Place place(logits[0]);
-    Tensors gradients;
-    int pass = 0;
-    for (size_t i = 0; i < logits.size(); ++i) {
-        if (needs[i]) gradients.push_back(torch::stable::new_empty(logits[i], logits[i].sizes()));
-        direct_gradients(batch, pass, logits[i], needs[i] ? &gradients.back() : nullptr);
-    }
-    const auto [loss, parts] = evaluate(batch, logits[0], static_cast<cudaStream_t>(place.stream));
-    return {loss, parts, gradients};
 }
 
-static std::tuple<Tensor, Tensor> uegr_loss_(Tensors logits, OptionalTensor labels,
-                                             LOSS_ARGUMENTS) {
-    Batch batch = make_batch(logits, labels, LOSS_OPTIONS, needs);
-    const Place place(logits[0]);
-    int pass = 0;
-    for (size_t i = 0; i < logits.size(); ++i)
-        direct_gradients(batch, pass, logits[i], needs[i] ? &logits[i] : nullptr);
-    return evaluate(batch, logits[0], static_cast<cudaStream_t>(place.stream));
-}
-
-static Tensors scale_gradients(Tensors gradients, Tensor grad_loss, Tensor) {
-    Tensors scaled;
-    for (const Tensor& g : gradients)
-        scaled.push_back(torch::stable::empty_like(g)),
-            scale_into(g, scaled.back(), grad_loss, true);
-    return scaled;
-}
-
-static void scale_gradients_(Tensors gradients, Tensor grad_loss) {
-    for (bool go : {false, true})
-        for (const Tensor& g : gradients) scale_into(g, g, grad_loss, go);
-}
-
-EXPORT_BOXED(uegr_loss)
+EXPORT_BOXED_AS(uegr_loss, uegr_loss_or_leave)
 EXPORT_BOXED(uegr_loss_)
 EXPORT_BOXED(scale_gradients)
 EXPORT_BOXED(scale_gradients_)

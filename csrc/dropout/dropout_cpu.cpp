@@ -1,4 +1,5 @@
-// Adaptive dropout on the CPU: checks, sums, loop. The formulas are dropout.h's.
+// Adaptive dropout on the CPU: sums and loop. The formulas are dropout.h's, the checks
+// arguments.h's.
 //
 // Elements pass in blocks of 256 of the row-major order. What belongs to units is kept for one row
 // and 255 units more, so that a block finds its own in one stretch, whichever unit it starts at.
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "../core/tensor.h"
+#include "arguments.h"
 #include "dropout.h"
 
 namespace uegr {
@@ -41,17 +43,18 @@ template <class T> struct Call {
     std::vector<int32_t> limits;
     std::vector<T> scales;
 
-    template <class Rate> void set_rates(const View& rates) {
+    template <class Rate> void use_rates(const View& rates) {
         const auto r = values<Rate>(rates, units);
         for (int64_t j = 0; j < stretch; ++j)
             limits[j] = uniform_limit(r[j % units]), scales[j] = keep_scale<T>(r[j % units]);
     }
 
-    Call(View in, View out, const View& rates, int64_t size, int64_t units, uint64_t key)
-        : in(in), out(out), size(size), units(units), stretch(units + block_size - 1), key(key),
+    Call(const DropoutArguments& arguments, const View& out)
+        : in(arguments.in), out(out), size(arguments.size), units(arguments.units),
+          stretch(units + block_size - 1), key(static_cast<uint64_t>(*arguments.key)),
           limits(stretch), scales(stretch) {
-        if (rates.storage == Storage::float64) set_rates<double>(rates);
-        else set_rates<float>(rates);
+        if (arguments.rates.storage == Storage::float64) use_rates<double>(arguments.rates);
+        else use_rates<float>(arguments.rates);
     }
 
     // Elements [first, last), from a whole block on.
@@ -100,38 +103,8 @@ template <class T> struct Call {
     }
 };
 
-bool is_wide(const View& view, const char* name) {
-    STD_TORCH_CHECK(view.storage == Storage::float32 || view.storage == Storage::float64, name,
-                    " must be float32 or float64");
-    return view.storage == Storage::float64;
-}
-
-// Calls f with a Call over `in` and the fresh tensor that it drops into, which is returned.
-template <class F>
-Tensor drop(const Tensor& in, const char* name, const Tensor& rates, const Tensor& key, F f) {
-    const View from = view(in, name, false), r = view(rates, "rates", false);
-    STD_TORCH_CHECK(from.storage != Storage::boolean, name,
-                    " is bool; use float32, bfloat16, float16 or float64");
-    const bool wide = is_wide(r, "rates") || from.storage == Storage::float64;
-    STD_TORCH_CHECK(from.dim > 0 && r.dim == 1 && r.sizes[0] == from.sizes[from.dim - 1],
-                    "rates must have one number for each index of ", name, "'s last axis");
-    STD_TORCH_CHECK(key.is_cpu() && key.numel() == 1 && key.scalar_type() == ScalarType::Long,
-                    "key must be an int64 on the CPU");
-    const uint64_t seed = static_cast<uint64_t>(*static_cast<const int64_t*>(key.const_data_ptr()));
-
-    Tensor out = torch::stable::new_empty(in, in.sizes());
-    if (in.numel() == 0) return out;
-
-    const View to = view(out, "out", true);
-    if (wide) f(Call<double>(from, to, r, in.numel(), r.sizes[0], seed));
-    else f(Call<float>(from, to, r, in.numel(), r.sizes[0], seed));
-    return out;
-}
-
-// The rates, after what backwards left in `pending` is folded into `norm`.
-template <class T>
-std::vector<T> rates_of(const View& norm, const View& pending, int64_t units, double p,
-                        double max_p, double momentum, bool fold) {
+template <class T> std::vector<T> rates_of(const RatesArguments& arguments) {
+    const auto& [norm, pending, units, p, max_p, momentum, fold] = arguments;
     auto n = values<T>(norm, units);
     auto unseen = [&] { return std::all_of(n.begin(), n.end(), [](T x) { return x == 0; }); };
     if (fold) {
@@ -154,45 +127,27 @@ std::vector<T> rates_of(const View& norm, const View& pending, int64_t units, do
 
 } // namespace
 
-static Tensor adaptive_dropout(Tensor h, Tensor rates, Tensor key, Tensor) {
-    return drop(h, "h", rates, key, [](const auto& call) { call.run(); });
+static void drop(const DropoutArguments& arguments, const Tensor& out, const Tensor* squares) {
+    const View to = view(out, "out", true);
+    std::vector<double> sums(squares ? arguments.units : 0);
+    auto run = [&](const auto& call) {
+        if (squares) sums = call.run_with_squares();
+        else call.run();
+    };
+    const bool wide =
+        arguments.in.storage == Storage::float64 || arguments.rates.storage == Storage::float64;
+    if (arguments.size > 0 && wide) run(Call<double>(arguments, to));
+    else if (arguments.size > 0) run(Call<float>(arguments, to));
+    if (squares)
+        store_block(view(*squares, "squares", true), 0, static_cast<int>(sums.size()), sums.data());
 }
 
-static std::tuple<Tensor, Tensor> adaptive_dropout_backward(Tensor grad, Tensor rates, Tensor key) {
-    std::vector<double> sums(rates.numel());
-    Tensor gradient =
-        drop(grad, "grad", rates, key, [&](const auto& call) { sums = call.run_with_squares(); });
-    Tensor squares = torch::stable::new_empty(rates, rates.sizes());
-    store_block(view(squares, "squares", true), 0, static_cast<int>(sums.size()), sums.data());
-    return {gradient, squares};
-}
-
-static Tensor dropout_rates_(Tensor gradient_norm, Tensor pending, double p, double max_p,
-                             double momentum, bool fold) {
-    const View n = view(gradient_norm, "gradient_norm", true),
-               squares = view(pending, "pending", true);
-    const bool wide = is_wide(n, "gradient_norm");
-    STD_TORCH_CHECK(
-        n.dim == 1 && squares.dim == 1 && n.sizes[0] == squares.sizes[0] &&
-            is_wide(squares, "pending") == wide,
-        "gradient_norm and pending must have one axis of the same size, and the same dtype");
-
-    Tensor rates = torch::stable::new_empty(gradient_norm, gradient_norm.sizes());
-    const int units = static_cast<int>(n.sizes[0]);
-    if (units == 0) return rates;
-
+static void set_rates(const RatesArguments& arguments, const Tensor& rates) {
     const View out = view(rates, "rates", true);
-    if (wide)
-        store_block(out, 0, units,
-                    rates_of<double>(n, squares, units, p, max_p, momentum, fold).data());
-    else
-        store_block(out, 0, units,
-                    rates_of<float>(n, squares, units, p, max_p, momentum, fold).data());
-    return rates;
+    const int units = static_cast<int>(arguments.units);
+    if (arguments.norm.storage == Storage::float64)
+        store_block(out, 0, units, rates_of<double>(arguments).data());
+    else store_block(out, 0, units, rates_of<float>(arguments).data());
 }
-
-EXPORT_BOXED(adaptive_dropout)
-EXPORT_BOXED(adaptive_dropout_backward)
-EXPORT_BOXED(dropout_rates_)
 
 } // namespace uegr

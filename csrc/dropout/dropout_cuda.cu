@@ -1,18 +1,10 @@
-// Adaptive dropout on a GPU: checks and launches. The formulas are dropout.h's.
-//
-// Bytes per element: read and written once, 8 in float32 and 4 in 16 bits, forward and backward
-// alike: the mask is drawn again. A thread has 8 units (an index of the last axis) and walks down
-// the rows, so that what belongs to its units, the limit of u and the scale, stays in registers,
-// and so do its sums of squares; every 4 elements take one counter of the generator. A block of 256
-// threads is 32 of these side by side, 256 units, and 8 rows deep: 64 KB under way a multiprocessor
-// with one access of 128 bits (two in float32) a thread. Sums are taken by part of the rows and
-// added in the parts' order. Units in numbers that 8 does not divide, and misaligned tensors, pass
-// element by element (drop_ragged); strided ones are copied first. The key is read on the device: a
-// graph replays with the key of the day.
+// Adaptive dropout on a GPU: launches. The formulas are dropout.h's, the checks arguments.h's; the
+// plan stands in docs/design.md.
 #include <algorithm>
 #include <tuple>
 
 #include "../core/tensor.h"
+#include "arguments.h"
 #include "dropout.h"
 
 namespace uegr {
@@ -151,39 +143,26 @@ __global__ void __launch_bounds__(rate_threads)
     });
 }
 
-void check_floats(const View& v, const char* name) {
-    if (v.storage == Storage::float64) throw LeftToOthers();
-    STD_TORCH_CHECK(v.storage == Storage::float32 && v.dim == 1 && v.contiguous, name,
-                    " must be float32 or float64, with one contiguous axis");
+void check_contiguous(const View& v, const char* name) {
+    STD_TORCH_CHECK(v.contiguous, name,
+                    " must be float32 or float64, with one contiguous axis; call .contiguous()");
 }
 
-// `in` dropped into a fresh tensor, and with `squares` the sums of squares of its units.
-Tensor drop(const Tensor& given, const char* name, const Tensor& rates, const Tensor& key,
-            Tensor* squares) {
-    const View source = view(given, name, false), r = view(rates, "rates", false);
-    STD_TORCH_CHECK(source.storage != Storage::boolean, name,
-                    " is bool; use float32, bfloat16, float16 or float64");
-    if (source.storage == Storage::float64) throw LeftToOthers();
-    check_floats(r, "rates");
-    STD_TORCH_CHECK(source.dim > 0 && r.sizes[0] == source.sizes[source.dim - 1],
-                    "rates must have one number for each index of ", name, "'s last axis");
-    STD_TORCH_CHECK((key.is_cuda() || !on_gpu) && key.numel() == 1 &&
-                        key.scalar_type() == ScalarType::Long,
-                    "key must be an int64 on the GPU");
-    const Place place(given);
-    const cudaStream_t stream = static_cast<cudaStream_t>(place.stream);
-    const Tensor in = source.contiguous ? given : torch::stable::contiguous(given);
-    Tensor out = torch::stable::new_empty(in, in.sizes());
-    Call call{static_cast<const char*>(in.data_ptr()),
-              static_cast<char*>(out.mutable_data_ptr()),
-              source.storage,
-              0,
-              r.sizes[0],
-              0,
-              static_cast<const float*>(rates.data_ptr()),
-              static_cast<const int64_t*>(key.const_data_ptr()),
-              nullptr};
-    call.rows = call.units ? in.numel() / call.units : 0;
+} // namespace
+
+static void drop(const DropoutArguments& arguments, const Tensor& out, const Tensor* squares) {
+    check_contiguous(arguments.rates, "rates");
+    const DeviceGuard device(arguments.tensor);
+    const Tensor in =
+        arguments.in.contiguous ? arguments.tensor : torch::stable::contiguous(arguments.tensor);
+    Call call{};
+    call.in = static_cast<const char*>(in.data_ptr());
+    call.out = static_cast<char*>(out.mutable_data_ptr());
+    call.storage = arguments.in.storage;
+    call.units = arguments.units;
+    call.rows = call.units ? arguments.size / call.units : 0;
+    call.rates = reinterpret_cast<const float*>(arguments.rates.data);
+    call.key = arguments.key;
     const bool full = call.units % 8 == 0 && reinterpret_cast<uintptr_t>(call.in) % 16 == 0 &&
                       reinterpret_cast<uintptr_t>(call.out) % 16 == 0;
     const int64_t slab = full ? 8 * width : width, slabs = (call.units + slab - 1) / slab;
@@ -192,47 +171,23 @@ Tensor drop(const Tensor& given, const char* name, const Tensor& rates, const Te
     call.part = maximum(part_rows, (call.rows + wanted - 1) / wanted);
     const int64_t parts = (call.rows + call.part - 1) / call.part;
     Tensor sums =
-        torch::stable::new_empty(rates, {squares ? parts * call.units : 0}, ScalarType::Double);
+        torch::stable::new_empty(in, {squares ? parts * call.units : 0}, ScalarType::Double);
     if (squares) call.sums = static_cast<double*>(sums.mutable_data_ptr());
-    launch(full ? drop_full : drop_ragged, {slabs * parts, width * depth}, stream, call);
+    launch(full ? drop_full : drop_ragged, {slabs * parts, width * depth}, device.stream, call);
     if (squares)
-        launch(add_parts, {(call.units + 255) / 256, 256}, stream, call.sums, parts, call.units,
-               static_cast<float*>(squares->mutable_data_ptr()));
-    return out;
+        launch(add_parts, {(call.units + 255) / 256, 256}, device.stream, call.sums, parts,
+               call.units, static_cast<float*>(squares->mutable_data_ptr()));
 }
 
-} // namespace
-
-static Tensor adaptive_dropout(Tensor h, Tensor rates, Tensor key, Tensor) {
-    return drop(h, "h", rates, key, nullptr);
+static void set_rates(const RatesArguments& arguments, const Tensor& rates) {
+    check_contiguous(arguments.norm, "gradient_norm");
+    check_contiguous(arguments.pending, "pending");
+    const DeviceGuard device(rates);
+    launch(find_rates, {1, rate_threads}, device.stream,
+           reinterpret_cast<float*>(arguments.norm.data),
+           reinterpret_cast<float*>(arguments.pending.data),
+           static_cast<float*>(rates.mutable_data_ptr()), arguments.units, arguments.p,
+           arguments.max_p, arguments.momentum, arguments.fold);
 }
-
-static std::tuple<Tensor, Tensor> adaptive_dropout_backward(Tensor grad, Tensor rates, Tensor key) {
-    Tensor squares = torch::stable::new_empty(rates, rates.sizes());
-    Tensor gradient = drop(grad, "grad", rates, key, &squares);
-    return {gradient, squares};
-}
-
-static Tensor dropout_rates_(Tensor gradient_norm, Tensor pending, double p, double max_p,
-                             double momentum, bool fold) {
-    const View n = view(gradient_norm, "gradient_norm", true),
-               squares = view(pending, "pending", true);
-    STD_TORCH_CHECK(
-        n.dim == 1 && squares.dim == 1 && n.sizes[0] == squares.sizes[0] &&
-            n.storage == squares.storage,
-        "gradient_norm and pending must have one axis of the same size, and the same dtype");
-    check_floats(n, "gradient_norm"), check_floats(squares, "pending");
-    const Place place(gradient_norm);
-    Tensor rates = torch::stable::new_empty(gradient_norm, gradient_norm.sizes());
-    if (n.sizes[0] == 0) return rates;
-    launch(find_rates, {1, rate_threads}, static_cast<cudaStream_t>(place.stream),
-           reinterpret_cast<float*>(n.data), reinterpret_cast<float*>(squares.data),
-           static_cast<float*>(rates.mutable_data_ptr()), n.sizes[0], p, max_p, momentum, fold);
-    return rates;
-}
-
-EXPORT_BOXED(adaptive_dropout)
-EXPORT_BOXED(adaptive_dropout_backward)
-EXPORT_BOXED(dropout_rates_)
 
 } // namespace uegr

@@ -1,4 +1,5 @@
-// The perturbing operators on the CPU: checks, sums, loop. The formulas are perturbation.h's.
+// The perturbing operators on the CPU: sums and loop. The formulas are perturbation.h's, the checks
+// arguments.h's.
 //
 // A tensor is a row of groups that have one norm each (a sample, a token, all of it), a group a row
 // of pieces of a fixed size. Sums of squares are taken by piece and added in the pieces' order, so
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "../core/tensor.h"
+#include "arguments.h"
 #include "perturbation.h"
 
 namespace uegr {
@@ -19,13 +21,10 @@ constexpr int64_t cached_size =
 constexpr int64_t thread_size = 1 << 14; // elements that are worth a thread
 
 // One tensor of a call.
-struct Entry {
-    View g, x, out; // out = x + step along g; no data: x is 0
-    int64_t size = 0, length = 0, first_piece = 0, first_group = 0;
-    uint32_t stream = 0;
+struct Entry : PerturbedTensor {
+    int64_t first_piece = 0, first_group = 0;
 
     int64_t pieces() const { return (length + piece_size - 1) / piece_size; } // of a group
-    int64_t groups() const { return size / length; }
     bool is_double() const {
         return g.storage == Storage::float64 || out.storage == Storage::float64 ||
                (x.data && x.storage == Storage::float64);
@@ -38,26 +37,29 @@ struct Piece {
 };
 
 struct Call {
-    Norm norm = Norm::l2;
-    double epsilon = 0, radius = INFINITY;
-    bool projects = false;
-    bool together = false; // one norm over all entries
-    bool in_order = false; // some entries share memory: one is written after the other
-    std::vector<uint8_t> real; // the mask, where there is one, each token `token` elements
-    int64_t token = 1;
-    bool random = false;
-    uint64_t seed = 0;
-    uint32_t step = 0;
-    int32_t limit = 1 << 24;
-    std::vector<Entry> entries; // none of them empty
+    const PerturbationArguments& arguments;
+    std::vector<uint8_t> real; // the mask, where there is one
+    std::vector<Entry> entries;
     int64_t pieces = 0, groups = 0, size = 0;
     std::vector<double> squares, direction_factors, ball_factors; // by piece; by group
 
-    void add(Entry e) {
-        if (e.size == 0) return;
-        e.first_piece = pieces, e.first_group = groups;
-        pieces += e.groups() * e.pieces(), groups += e.groups(), size += e.size;
-        entries.push_back(e);
+    explicit Call(const PerturbationArguments& arguments) : arguments(arguments) {
+        for (const PerturbedTensor& t : arguments.tensors) {
+            Entry e;
+            static_cast<PerturbedTensor&>(e) = t;
+            e.first_piece = pieces, e.first_group = groups;
+            pieces += e.groups() * e.pieces(), groups += e.groups(), size += e.size;
+            entries.push_back(e);
+        }
+        if (!arguments.mask.data) return;
+        const int64_t tokens = count_elements(arguments.mask, 0, arguments.mask.dim);
+        real.resize(tokens);
+        double values[block_size];
+        for (int64_t begin = 0; begin < tokens; begin += block_size) {
+            const int n = static_cast<int>(std::min<int64_t>(block_size, tokens - begin));
+            load(arguments.mask, begin, n, values);
+            std::transform(values, values + n, &real[begin], [](double x) { return x != 0; });
+        }
     }
     Piece piece(int64_t p) const {
         const auto after =
@@ -95,17 +97,19 @@ template <class T> struct Worker {
     alignas(64) T g[block_size], x[block_size], out[block_size];
     alignas(64) uint32_t words[2 * block_size + 4] = {};
 
-    explicit Worker(const Call& call) : call(call), keys(call.seed) {}
+    explicit Worker(const Call& call)
+        : call(call), keys(static_cast<uint64_t>(call.arguments.seed)) {}
 
     // g with zeros where the mask has them.
     const T* gradient(const Entry& e, int64_t begin, int n) {
         const T* block = block_at(e.g, begin, n, g);
         if (call.real.empty()) return block;
-        for (int64_t t = begin / call.token; t * call.token < begin + n; ++t) {
+        const int64_t token = call.arguments.token;
+        for (int64_t t = begin / token; t * token < begin + n; ++t) {
             if (call.real[t]) continue;
             if (block != g) block = static_cast<const T*>(memcpy(g, block, sizeof(g)));
-            const int64_t from = std::max(t * call.token - begin, int64_t(0)),
-                          to = std::min((t + 1) * call.token - begin, int64_t(n));
+            const int64_t from = std::max(t * token - begin, int64_t(0)),
+                          to = std::min((t + 1) * token - begin, int64_t(n));
             std::fill(g + from, g + to, T(0));
         }
         return block;
@@ -138,14 +142,15 @@ template <class T> struct Worker {
     template <Norm norm, class Factor, class Use>
     void move_by(const Piece& piece, Factor factor, Use use) {
         const Entry& e = piece.e;
-        const int32_t limit = call.limit;
+        const int32_t limit = call.arguments.limit;
         blocks(piece, [&](int64_t begin, int n) {
             const T* along = gradient(e, begin, n);
             auto step = [=](int i) { return step_along<norm, Factor>(along[i], factor); };
-            if (!e.x.data && !call.random) return use(begin, n, step);
+            if (!e.x.data && !call.arguments.random) return use(begin, n, step);
             const uint32_t* drawn =
-                call.random
-                    ? element_words(words, begin, n, {e.stream, 0, e.size, e.size}, call.step, keys)
+                call.arguments.random
+                    ? element_words(words, begin, n, {e.stream, 0, e.size, e.size},
+                                    call.arguments.step, keys)
                     : words;
             auto drawn_step = [=](int i) { return kept(step(i), drawn[i], limit); };
             if (!e.x.data) return use(begin, n, drawn_step);
@@ -164,14 +169,15 @@ template <class T> struct Worker {
 
     template <Norm norm> void write(const Piece& piece) {
         const View& to = piece.e.out;
-        const double factor = call.ball_factors[piece.group], radius = call.radius;
+        const double factor = call.ball_factors[piece.group], radius = call.arguments.radius;
         // A weight that does not move is left alone.
-        if (!call.projects && to.data == piece.e.x.data && call.direction_factors[piece.group] == 0)
+        if (!call.arguments.projects && to.data == piece.e.x.data &&
+            call.direction_factors[piece.group] == 0)
             return;
         move<norm>(piece, [&](int64_t begin, int n, auto element) {
             const bool direct = to.contiguous && to.storage == storage_of<T> && n == block_size;
             T* result = direct ? reinterpret_cast<T*>(to.data) + begin : out;
-            if (call.projects) {
+            if (call.arguments.projects) {
 #pragma GCC ivdep
                 for (int i = 0; i < block_size; ++i)
                     result[i] = static_cast<T>(projected<norm>(element(i), factor, radius));
@@ -185,10 +191,9 @@ template <class T> struct Worker {
 };
 
 template <Norm norm> void run(Call& call) {
-    if (call.pieces == 0) return;
     call.squares.resize(call.pieces), call.direction_factors.resize(call.groups),
         call.ball_factors.resize(call.groups, 1);
-    const bool projects = call.projects && norm == Norm::l2;
+    const bool projects = call.arguments.projects && norm == Norm::l2;
 
     struct Thread {
         Worker<float> single;
@@ -223,10 +228,10 @@ template <Norm norm> void run(Call& call) {
                  [&](auto& worker, const Piece& piece) { worker.template write<norm>(piece); });
     };
     auto direct = [&](int64_t group, double squares) {
-        call.direction_factors[group] = direction_factor(squares, call.epsilon, norm);
+        call.direction_factors[group] = direction_factor(squares, call.arguments.epsilon, norm);
     };
     auto shrink = [&](int64_t group, double squares) {
-        call.ball_factors[group] = ball_factor(squares, call.radius);
+        call.ball_factors[group] = ball_factor(squares, call.arguments.radius);
     };
 
     const Entry& first = call.entries[0];
@@ -244,129 +249,26 @@ template <Norm norm> void run(Call& call) {
         return;
     }
     auto settle = [&](auto set) {
-        const double all = call.together ? call.sum(0, call.pieces) : 0;
+        const double all = call.arguments.together ? call.sum(0, call.pieces) : 0;
         for (const Entry& e : call.entries)
             for (int64_t i = 0; i < e.groups(); ++i)
-                set(e.first_group + i,
-                    call.together ? all : call.sum(e.first_piece + i * e.pieces(), e.pieces()));
+                set(e.first_group + i, call.arguments.together
+                                           ? all
+                                           : call.sum(e.first_piece + i * e.pieces(), e.pieces()));
     };
     parallel(0, call.pieces, sum_gradient), settle(direct);
     if (projects) parallel(0, call.pieces, sum_moved), settle(shrink);
-    if (!call.in_order) return parallel(0, call.pieces, write);
+    if (!call.arguments.in_order) return parallel(0, call.pieces, write);
     for (const Entry& e : call.entries)
         parallel(e.first_piece, e.first_piece + e.groups() * e.pieces(), write);
 }
 
-void run(Call& call) { call.norm == Norm::l2 ? run<Norm::l2>(call) : run<Norm::linf>(call); }
-
-// --- The operators ---
-
-View floats(const Tensor& t, const char* name, bool written) {
-    const View v = view(t, name, written);
-    STD_TORCH_CHECK(v.storage != Storage::boolean, name,
-                    " is bool; use float32, bfloat16, float16 or float64");
-    return v;
-}
-
-void check_alike(const View& a, const View& b, const char* a_name, const char* b_name) {
-    STD_TORCH_CHECK(a.dim == b.dim && std::equal(a.sizes, a.sizes + a.dim, b.sizes), a_name,
-                    " and ", b_name, " must have the same shape");
-}
-
-void set_random(Call& call, const OptionalTensor& seed, double keep_probability, int64_t step) {
-    if (!seed) return;
-    STD_TORCH_CHECK(seed->is_cpu() && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long,
-                    "seed must be an int64 on the CPU");
-    STD_TORCH_CHECK(keep_probability >= 0 && keep_probability <= 1, "keep_probability is ",
-                    keep_probability, "; give a number in [0, 1]");
-    call.random = true;
-    call.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
-    call.step = static_cast<uint32_t>(step);
-    call.limit = uniform_limit(keep_probability);
-}
-
-// A call over one tensor, in groups by `per`, and its mask of the first axes.
-Call make_call(Entry e, const OptionalTensor& mask, int64_t norm, int64_t per, double epsilon) {
-    STD_TORCH_CHECK(norm == 0 || norm == 1, "norm is ", norm, "; use 0 (l2) or 1 (linf)");
-    STD_TORCH_CHECK(per >= 0 && per <= 2, "per is ", per, "; use 0 (sample), 1 (token) or 2 (all)");
-    Call call;
-    call.norm = static_cast<Norm>(norm), call.epsilon = epsilon;
-    auto count = [&](int first, int last) { // elements of axes [first, last)
-        int64_t n = 1;
-        for (int d = first; d < last; ++d) n *= e.g.sizes[d];
-        return n;
-    };
-    e.size = count(0, e.g.dim);
-    e.length =
-        static_cast<Per>(per) == Per::all
-            ? e.size
-            : count(static_cast<Per>(per) == Per::sample ? 1 : std::max(e.g.dim - 1, 0), e.g.dim);
-    if (mask) {
-        const View m = view(*mask, "mask", false);
-        STD_TORCH_CHECK(m.dim <= e.g.dim && std::equal(m.sizes, m.sizes + m.dim, e.g.sizes),
-                        "mask must have the gradient's first axes");
-        call.token = count(m.dim, e.g.dim);
-        call.real.resize(count(0, m.dim));
-        double values[block_size];
-        for (int64_t begin = 0; begin < static_cast<int64_t>(call.real.size());
-             begin += block_size) {
-            const int n = static_cast<int>(std::min<int64_t>(block_size, call.real.size() - begin));
-            load(m, begin, n, values);
-            std::transform(values, values + n, &call.real[begin], [](double x) { return x != 0; });
-        }
-    }
-    call.add(e);
-    return call;
-}
-
 } // namespace
 
-static void fgm_perturbation_(Tensor grad, OptionalTensor mask, OptionalTensor seed, Tensor out,
-                              double epsilon, int64_t norm, int64_t per, double keep_probability,
-                              int64_t step) {
-    Entry e;
-    e.g = floats(grad, "grad", false), e.out = floats(out, "out", true);
-    check_alike(e.g, e.out, "grad", "out");
-    Call call = make_call(e, mask, norm, per, epsilon);
-    set_random(call, seed, keep_probability, step);
-    run(call);
+static void perturb(const PerturbationArguments& arguments, const Tensor&) {
+    Call call(arguments);
+    if (arguments.norm == Norm::l2) run<Norm::l2>(call);
+    else run<Norm::linf>(call);
 }
-
-static void pgd_step_(Tensor delta, Tensor grad, OptionalTensor mask, Tensor out, double step_size,
-                      double radius, int64_t norm, int64_t per) {
-    Entry e;
-    e.g = floats(grad, "grad", false), e.x = floats(delta, "delta", false),
-    e.out = floats(out, "out", true);
-    check_alike(e.g, e.x, "grad", "delta"), check_alike(e.g, e.out, "grad", "out");
-    Call call = make_call(e, mask, norm, per, step_size);
-    call.projects = true, call.radius = radius;
-    run(call);
-}
-
-static void perturb_weights_(Tensors params, Tensors grads, OptionalTensor seed,
-                             std::vector<int64_t> streams, double epsilon, bool together,
-                             double keep_probability, int64_t step) {
-    STD_TORCH_CHECK(grads.size() == params.size() && streams.size() == params.size(),
-                    "params, grads and streams must be of one length");
-    Call call;
-    call.epsilon = epsilon, call.together = together;
-    set_random(call, seed, keep_probability, step);
-    std::vector<const char*> places;
-    for (size_t i = 0; i < params.size(); ++i) {
-        Entry e;
-        e.g = floats(grads[i], "grads", false), e.x = e.out = floats(params[i], "params", true);
-        check_alike(e.g, e.x, "grads", "params");
-        e.size = e.length = params[i].numel(), e.stream = static_cast<uint32_t>(streams[i]);
-        if (e.size > 0) places.push_back(e.x.data);
-        call.add(e);
-    }
-    std::sort(places.begin(), places.end());
-    call.in_order = std::adjacent_find(places.begin(), places.end()) != places.end();
-    run(call);
-}
-
-EXPORT_BOXED(fgm_perturbation_)
-EXPORT_BOXED(pgd_step_)
-EXPORT_BOXED(perturb_weights_)
 
 } // namespace uegr

@@ -1,18 +1,10 @@
-// The perturbing operators on a GPU: checks and launches. The formulas are perturbation.h's.
-//
-// A tensor is a row of groups that have one norm each (a sample, a token, all of it), a group a row
-// of pieces of 2^14 elements, a piece a block's work: 256 threads, 8 elements at a time. Sums of
-// squares are double, taken by piece and added in the pieces' order, so that they are the same
-// every time. Bytes per element in float32: g read, once more from the L2 where it fits, and the
-// result written: 8; the ball of PGD reads g and delta a third time. Launches, whatever the number
-// of tensors: squares of the pieces, factors of the groups, the step; with a ball the moved squares
-// and its factors between the last two. A weight that stands in a call twice is written in the
-// list's order, one launch for each of its places. What whole accesses do not cover passes element
-// by element (the name says ragged).
+// The perturbing operators on a GPU: launches. The formulas are perturbation.h's, the checks
+// arguments.h's; the plan stands in docs/design.md.
 #include <algorithm>
 #include <vector>
 
 #include "../core/tensor.h"
+#include "arguments.h"
 #include "perturbation.h"
 
 namespace uegr {
@@ -262,12 +254,6 @@ __global__ void __launch_bounds__(threads)
 
 // --- The host's side ---
 
-struct Plan : AxesTable {
-    Call call;
-    std::vector<Entry> entries;
-    bool in_order = false; // some entries share memory: one is written after the other
-};
-
 bool covered(const Slot& s) { return s.axes < 0 && reinterpret_cast<uintptr_t>(s.data) % 16 == 0; }
 
 template <Norm norm>
@@ -295,148 +281,45 @@ void run(Call& call, const std::vector<Entry>& entries, bool in_order, bool full
         launch(step, {e.groups() * e.pieces(), threads}, stream, call, e.first_piece);
 }
 
-void run(Plan& plan, const Tensor& like) {
+} // namespace
+
+static void perturb(const PerturbationArguments& arguments, const Tensor& like) {
+    Call call;
+    call.norm = arguments.norm, call.epsilon = arguments.epsilon, call.radius = arguments.radius;
+    call.projects = arguments.projects, call.together = arguments.together;
+    call.random = arguments.random, call.step = arguments.step, call.limit = arguments.limit;
+    call.seed = arguments.seed_on_gpu, call.seed_value = arguments.seed;
+    AxesTable table;
+    call.mask = table.slot(arguments.mask), call.token = arguments.token;
     std::vector<Entry> entries;
-    Call& call = plan.call;
     bool full = !call.mask.data || call.token % 8 == 0;
-    for (Entry e : plan.entries) {
-        if (e.size == 0) continue;
-        e.first_piece = call.pieces, e.first_group = call.groups;
+    for (const PerturbedTensor& t : arguments.tensors) {
+        Entry e{table.slot(t.g), table.slot(t.x), table.slot(t.out), t.size, t.length};
+        e.first_piece = call.pieces, e.first_group = call.groups, e.stream = t.stream;
         call.pieces += e.groups() * e.pieces(), call.groups += e.groups();
         full &= covered(e.g) && covered(e.x) && covered(e.out) && e.length % 8 == 0;
         entries.push_back(e);
     }
-    if (entries.empty()) return;
     call.count = static_cast<int>(entries.size());
-    const Place place(like);
-    const cudaStream_t stream = static_cast<cudaStream_t>(place.stream);
+    const DeviceGuard device(like);
     const size_t entry_bytes = entries.size() * sizeof(Entry),
-                 axes_bytes = plan.axes.size() * sizeof(int64_t);
+                 axes_bytes = table.axes.size() * sizeof(int64_t);
     std::vector<char> bytes(entry_bytes + axes_bytes);
     memcpy(bytes.data(), entries.data(), entry_bytes),
-        memcpy(bytes.data() + entry_bytes, plan.axes.data(), axes_bytes);
-    Tensor table =
+        memcpy(bytes.data() + entry_bytes, table.axes.data(), axes_bytes);
+    Tensor uploaded =
         torch::stable::new_empty(like, {static_cast<int64_t>(bytes.size())}, ScalarType::Byte);
-    upload(bytes, table, stream);
-    call.entries = static_cast<const Entry*>(table.data_ptr());
-    call.axes =
-        reinterpret_cast<const int64_t*>(static_cast<const char*>(table.data_ptr()) + entry_bytes);
+    upload(bytes, uploaded, device.stream);
+    const char* at = static_cast<const char*>(uploaded.data_ptr());
+    call.entries = reinterpret_cast<const Entry*>(at);
+    call.axes = reinterpret_cast<const int64_t*>(at + entry_bytes);
     Tensor sums =
         torch::stable::new_empty(like, {call.pieces + 2 * call.groups}, ScalarType::Double);
     call.squares = static_cast<double*>(sums.mutable_data_ptr());
     call.direction_factors = call.squares + call.pieces,
     call.ball_factors = call.direction_factors + call.groups;
-    if (call.norm == Norm::l2) run<Norm::l2>(call, entries, plan.in_order, full, stream);
-    else run<Norm::linf>(call, entries, plan.in_order, full, stream);
+    const auto go = call.norm == Norm::l2 ? run<Norm::l2> : run<Norm::linf>;
+    go(call, entries, arguments.in_order, full, device.stream);
 }
-
-// --- The operators ---
-
-View floats(const Tensor& t, const char* name, bool written) {
-    const View v = view(t, name, written);
-    STD_TORCH_CHECK(v.storage != Storage::boolean, name,
-                    " is bool; use float32, bfloat16, float16 or float64");
-    if (v.storage == Storage::float64) throw LeftToOthers();
-    return v;
-}
-
-void check_alike(const View& a, const View& b, const char* a_name, const char* b_name) {
-    STD_TORCH_CHECK(a.dim == b.dim && std::equal(a.sizes, a.sizes + a.dim, b.sizes), a_name,
-                    " and ", b_name, " must have the same shape");
-}
-
-void set_random(Call& call, const OptionalTensor& seed, double keep_probability, int64_t step) {
-    if (!seed) return;
-    STD_TORCH_CHECK(seed->numel() == 1 && seed->scalar_type() == ScalarType::Long,
-                    "seed must be an int64");
-    STD_TORCH_CHECK(keep_probability >= 0 && keep_probability <= 1, "keep_probability is ",
-                    keep_probability, "; give a number in [0, 1]");
-    call.random = true;
-    const int64_t* at = static_cast<const int64_t*>(seed->const_data_ptr());
-    if (seed->is_cpu()) call.seed_value = *at;
-    else call.seed = at;
-    call.step = static_cast<uint32_t>(step);
-    call.limit = uniform_limit(keep_probability);
-}
-
-// A call over one tensor, in groups by `per`, and its mask of the first axes.
-Plan make_plan(const View& g, const View& x, const View& out, const OptionalTensor& mask,
-               int64_t norm, int64_t per, double epsilon) {
-    STD_TORCH_CHECK(norm == 0 || norm == 1, "norm is ", norm, "; use 0 (l2) or 1 (linf)");
-    STD_TORCH_CHECK(per >= 0 && per <= 2, "per is ", per, "; use 0 (sample), 1 (token) or 2 (all)");
-    Plan plan;
-    plan.call.norm = static_cast<Norm>(norm), plan.call.epsilon = epsilon;
-    auto count = [&](int first, int last) { // elements of axes [first, last)
-        int64_t n = 1;
-        for (int d = first; d < last; ++d) n *= g.sizes[d];
-        return n;
-    };
-    Entry e;
-    e.g = plan.slot(g), e.x = plan.slot(x), e.out = plan.slot(out);
-    e.size = count(0, g.dim);
-    e.length =
-        static_cast<Per>(per) == Per::all
-            ? e.size
-            : count(static_cast<Per>(per) == Per::sample ? 1 : std::max(g.dim - 1, 0), g.dim);
-    if (mask) {
-        const View m = view(*mask, "mask", false);
-        STD_TORCH_CHECK(m.dim <= g.dim && std::equal(m.sizes, m.sizes + m.dim, g.sizes),
-                        "mask must have the gradient's first axes");
-        plan.call.token = std::max<int64_t>(count(m.dim, g.dim), 1);
-        plan.call.mask = plan.slot(m);
-    }
-    plan.entries.push_back(e);
-    return plan;
-}
-
-} // namespace
-
-static void fgm_perturbation_(Tensor grad, OptionalTensor mask, OptionalTensor seed, Tensor out,
-                              double epsilon, int64_t norm, int64_t per, double keep_probability,
-                              int64_t step) {
-    const View g = floats(grad, "grad", false), to = floats(out, "out", true);
-    check_alike(g, to, "grad", "out");
-    Plan plan = make_plan(g, View(), to, mask, norm, per, epsilon);
-    set_random(plan.call, seed, keep_probability, step);
-    run(plan, grad);
-}
-
-static void pgd_step_(Tensor delta, Tensor grad, OptionalTensor mask, Tensor out, double step_size,
-                      double radius, int64_t norm, int64_t per) {
-    const View g = floats(grad, "grad", false), x = floats(delta, "delta", false),
-               to = floats(out, "out", true);
-    check_alike(g, x, "grad", "delta"), check_alike(g, to, "grad", "out");
-    Plan plan = make_plan(g, x, to, mask, norm, per, step_size);
-    plan.call.projects = true, plan.call.radius = radius;
-    run(plan, grad);
-}
-
-static void perturb_weights_(Tensors params, Tensors grads, OptionalTensor seed,
-                             std::vector<int64_t> streams, double epsilon, bool together,
-                             double keep_probability, int64_t step) {
-    STD_TORCH_CHECK(grads.size() == params.size() && streams.size() == params.size(),
-                    "params, grads and streams must be of one length");
-    Plan plan;
-    plan.call.epsilon = epsilon, plan.call.together = together;
-    set_random(plan.call, seed, keep_probability, step);
-    std::vector<const char*> places;
-    for (size_t i = 0; i < params.size(); ++i) {
-        const View g = floats(grads[i], "grads", false), x = floats(params[i], "params", true);
-        check_alike(g, x, "grads", "params");
-        Entry e;
-        e.g = plan.slot(g), e.x = e.out = plan.slot(x);
-        e.size = e.length = params[i].numel(), e.stream = streams[i];
-        if (e.size > 0) places.push_back(x.data);
-        plan.entries.push_back(e);
-    }
-    if (places.empty()) return;
-    std::sort(places.begin(), places.end());
-    plan.in_order = std::adjacent_find(places.begin(), places.end()) != places.end();
-    run(plan, params[0]);
-}
-
-EXPORT_BOXED(fgm_perturbation_)
-EXPORT_BOXED(pgd_step_)
-EXPORT_BOXED(perturb_weights_)
 
 } // namespace uegr

@@ -1,4 +1,5 @@
-// The selective step, element by element: Eq. 7-9 and the AdamW and SGD lines of Algorithm 1.
+// The selective step, element by element: Eq. 7-9 and the AdamW and SGD lines of Algorithm 1
+// (docs/spec.md).
 #pragma once
 
 #include <cmath>
@@ -6,6 +7,7 @@
 
 #include "../core/math.h"
 #include "../core/philox.h"
+#include "../core/view.h"
 
 namespace uegr {
 
@@ -22,6 +24,11 @@ struct SelectionOptions {
     bool salient, previous, rescale;
     double min_probability, keep_probability;
     bool target_update;
+
+    HOST_DEVICE bool linear() const {
+        return normalization == Normalization::minmax || normalization == Normalization::range;
+    }
+    HOST_DEVICE bool ranks() const { return normalization == Normalization::rank; }
 };
 
 // Every how many elements a rank over `size` of them takes.
@@ -121,6 +128,11 @@ HOST_DEVICE double inverse_of_constant(const SelectionOptions& o) {
     return minimum(1 / o.keep_probability, 1 / maximum(o.min_probability, 0x1p-24));
 }
 
+// Whether anything is drawn: elsewhere every element is selected and its factor is 1.
+HOST_DEVICE bool is_random(const SelectionOptions& o) {
+    return o.normalization != Normalization::constant || inverse_of_constant(o) != 1;
+}
+
 // 1/p of ranks, with what is the same for all of them worked out.
 struct RankCurve {
     float steepness, threshold, largest_inverse;
@@ -149,7 +161,7 @@ template <class T> HOST_DEVICE T moved(T theta, T stepped, T factor) {
     return stays ? theta : theta + factor * (stepped - theta);
 }
 
-// The scalars of one tensor's AdamW line.
+// AdamW's update rule with one tensor's constants, computed once and read by every element.
 template <class T> struct AdamW {
     T beta1, beta2, complement1, complement2, decay, step_size, inverse_root, eps;
 
@@ -176,7 +188,7 @@ template <class T> struct AdamW {
     }
 };
 
-// The scalars of one SGD line.
+// SGD's update rule, likewise.
 template <class T> struct SGD {
     T lr, momentum, complement, weight_decay;
     bool nesterov;
@@ -203,6 +215,26 @@ template <class T> struct SGD {
         }
         if (update) fed = factor == 0 ? T(0) : fed;
         theta = theta - (update ? factor * lr : lr) * fed;
+    }
+};
+
+// An optimizer's options, some of which may lie on a GPU, and the update rule of a tensor that has
+// taken `step` steps.
+struct AdamWOptions {
+    Number lr, beta1, beta2;
+    double weight_decay, eps;
+
+    template <class T> HOST_DEVICE AdamW<T> at(double step) const {
+        return {lr.get(), beta1.get(), beta2.get(), weight_decay, eps, step};
+    }
+};
+struct SGDOptions {
+    Number lr;
+    double momentum, dampening, weight_decay;
+    bool nesterov;
+
+    template <class T> HOST_DEVICE SGD<T> at(double) const {
+        return {lr.get(), momentum, dampening, weight_decay, nesterov};
     }
 };
 

@@ -1,9 +1,11 @@
-// The selecting operators on the CPU: checks, statistics, loop. The formulas are selective.h's.
+// The selecting operators on the CPU: statistics and loop. The formulas are selective.h's, the
+// checks arguments.h's, the plan is docs/design.md's.
 //
 // A tensor passes through L1 in blocks of 256: words of the generator, then b/p of every element,
-// then the optimizer's line. One parallel region serves a whole call. Its threads take items from a
-// counter: a pack of small tensors, whose statistics and update follow each other while g is in
-// cache, or a piece of a large one, whose updates wait for statistics that were taken before them.
+// then the optimizer's update rule. One parallel region serves a whole call. Its threads take items
+// from a counter: a pack of small tensors, whose statistics and update follow each other while g is
+// in cache, or a piece of a large one, whose updates wait for statistics that were taken before
+// them.
 #include <algorithm>
 #include <atomic>
 #include <memory>
@@ -12,6 +14,7 @@
 #include <utility>
 
 #include "../core/tensor.h"
+#include "arguments.h"
 #include "selective.h"
 
 namespace uegr {
@@ -58,18 +61,12 @@ template <class T> struct Extremes {
 };
 
 // One tensor of a call.
-template <class T, class Line> struct Entry {
+template <class T, class UpdateRule> struct Entry : TensorArguments {
     using Bits = typename Float<T>::Bits;
-    View g, s, theta,
-        states[3]; // s: a saliency in the place of g*g; states: in the operator's order
-    int states_count = 0;
-    int64_t size = 0;
-    Layout layout{};
-    uint32_t step = 0;
-    Line line{};
+    uint32_t steps = 0; // taken, with this one
+    UpdateRule update_rule{};
     Probability<T> probability{};
     const float* by_bin = nullptr; // "rank"
-    View kept[2]; // "previous": minimum and maximum of s
     bool own_statistics = false; // gathered in this call, before the update
     std::atomic<bool> ready{false};
     std::atomic<int> statistics_left{0}, updates_left{0};
@@ -89,22 +86,25 @@ template <class T, class Line> struct Entry {
     Range range() const { return range_of<T>(low, high, s.data); }
 };
 
-template <class T, class Line> struct Call {
+template <class T, class UpdateRule> struct Call {
     // What an operator does with a block of parameters, gradients, factors b/p and states.
-    using LineBlock = void (*)(const Line&, int n, T* theta, const T* g, const T* factor, T* a,
-                               T* b, T* c);
+    using BlockUpdate = void (*)(const UpdateRule&, int n, T* theta, const T* g, const T* factor,
+                                 T* a, T* b, T* c);
     SelectionOptions options{};
     uint64_t seed = 0;
     T unscale = 1; // 1/grad_scale, negative to maximize
     bool draws = true; // false: every u is 0
     bool rounding = false; // some state is bfloat16
-    LineBlock line_block = nullptr; // null: statistics alone
-    std::vector<Entry<T, Line>> entries;
+    BlockUpdate update_block = nullptr; // null: statistics alone
+    std::vector<Entry<T, UpdateRule>> entries;
 
-    bool random() const {
-        return draws && (options.normalization != Normalization::constant ||
-                         inverse_of_constant(options) != 1);
+    explicit Call(const SelectionArguments& arguments)
+        : options(arguments.options), seed(arguments.seed), entries(arguments.tensors.size()) {
+        for (size_t i = 0; i < entries.size(); ++i)
+            static_cast<TensorArguments&>(entries[i]) = arguments.tensors[i];
     }
+    bool random() const { return draws && is_random(options); }
+    bool ranks() const { return options.ranks(); }
 };
 
 // 1/p by bin from counts by bin, in place; bins outside [first, last] are taken to be empty and
@@ -131,8 +131,8 @@ void factor_block(int n, const T* __restrict g, const uint32_t* __restrict words
 }
 
 // A thread at work on a call.
-template <class T, class Line> struct Worker {
-    const Call<T, Line>& call;
+template <class T, class UpdateRule> struct Worker {
+    const Call<T, UpdateRule>& call;
     RoundKeys keys, rounding_keys;
     std::vector<float> table; // "rank": of a small tensor
     alignas(64) T g[block_size], s[block_size], factor[block_size], theta[block_size],
@@ -141,12 +141,12 @@ template <class T, class Line> struct Worker {
     alignas(64) int32_t bins[block_size];
     alignas(64) float ranks[block_size]; // 1/p
 
-    explicit Worker(const Call<T, Line>& call)
+    explicit Worker(const Call<T, UpdateRule>& call)
         : call(call), keys(call.seed), rounding_keys(call.seed ^ rounding_key) {
-        if (call.options.normalization == Normalization::rank) table.resize(rank_table);
+        if (call.ranks()) table.resize(rank_table);
     }
 
-    const T* gradient(const Entry<T, Line>& e, int64_t begin, int n) {
+    const T* gradient(const Entry<T, UpdateRule>& e, int64_t begin, int n) {
         const T* block = block_at(e.g, begin, n, g, slice);
         if (call.unscale == 1) return block;
         slices(n, [&, unscale = call.unscale](int i) { g[i] = block[i] * unscale; });
@@ -159,7 +159,7 @@ template <class T, class Line> struct Worker {
             block(begin, static_cast<int>(std::min<int64_t>(block_size, end - begin)));
     }
 
-    void gather(Entry<T, Line>& e, int64_t begin, int64_t end) {
+    void gather(Entry<T, UpdateRule>& e, int64_t begin, int64_t end) {
         Extremes<T> found;
         const View& from = e.s.data ? e.s : e.g;
         if (from.contiguous && from.storage == storage_of<T> && (e.s.data || call.unscale == 1))
@@ -184,7 +184,7 @@ template <class T, class Line> struct Worker {
     // Counts by bin: elements [0, size) whose unsharded index is a multiple of `every`, each
     // counting `weight`.
     template <class Count>
-    void count(const Entry<T, Line>& e, int64_t every, Count* counts, Count weight) {
+    void count(const Entry<T, UpdateRule>& e, int64_t every, Count* counts, Count weight) {
         auto add = [&](T x) {
             x = e.s.data ? root(x) : absolute(x * call.unscale);
             if (finite(x)) counts[rank_bin(x)] += weight;
@@ -217,7 +217,7 @@ template <class T, class Line> struct Worker {
         }
     }
 
-    void rank(Entry<T, Line>& e, float* into) {
+    void rank(Entry<T, UpdateRule>& e, float* into) {
         int first = 0, last = rank_bins - 1;
         const int64_t every = rank_stride(e.size);
         if (every == 1) { // every element is counted: no other bin will be looked up
@@ -232,18 +232,19 @@ template <class T, class Line> struct Worker {
         e.by_bin = into;
     }
 
-    void settle(Entry<T, Line>& e) const {
+    void settle(Entry<T, UpdateRule>& e) const {
         const auto range = e.range();
         e.probability = Probability<T>(call.options, range.low, range.high);
     }
 
     template <bool rescale>
-    void factors(const Entry<T, Line>& e, const T* g, const uint32_t* drawn, int64_t begin, int n) {
+    void factors(const Entry<T, UpdateRule>& e, const T* g, const uint32_t* drawn, int64_t begin,
+                 int n) {
         const T* given = e.s.data ? block_at(e.s, begin, n, s, slice) : nullptr;
         if (call.options.normalization == Normalization::constant) {
             const T inverse = static_cast<T>(inverse_of_constant(call.options));
             factor_block<rescale>(n, g, drawn, factor, [=](int) { return inverse; });
-        } else if (call.options.normalization == Normalization::rank) {
+        } else if (call.ranks()) {
             bin(n, g, given);
             look_up(n, e.by_bin, bins, ranks);
             factor_block<rescale>(n, g, drawn, factor,
@@ -260,24 +261,25 @@ template <class T, class Line> struct Worker {
         }
     }
 
-    void update(Entry<T, Line>& e, int64_t begin, int64_t end) {
+    void update(Entry<T, UpdateRule>& e, int64_t begin, int64_t end) {
         Extremes<T> found;
         const bool gathers = e.kept[0].data && !e.own_statistics;
         blocks(begin, end, [&](int64_t at, int n) {
             const T* g = gradient(e, at, n);
             if (gathers) found.add(g, n);
             const uint32_t* drawn =
-                call.random() ? element_words(words, at, n, e.layout, e.step, keys) : words;
+                call.random() ? element_words(words, at, n, e.layout, e.steps, keys) : words;
             T* parameters = block_at(e.theta, at, n, theta, slice);
             T* moments[3] = {};
             for (int k = 0; k < e.states_count; ++k)
                 moments[k] = block_at(e.states[k], at, n, states[k], slice);
             if (call.options.rescale) factors<true>(e, g, drawn, at, n);
             else factors<false>(e, g, drawn, at, n);
-            call.line_block(e.line, n, parameters, g, factor, moments[0], moments[1], moments[2]);
+            call.update_block(e.update_rule, n, parameters, g, factor, moments[0], moments[1],
+                              moments[2]);
             if (parameters == theta) store_block(e.theta, at, n, parameters);
             const uint32_t* lower =
-                call.rounding ? element_words(rounding, at, n, e.layout, e.step, rounding_keys)
+                call.rounding ? element_words(rounding, at, n, e.layout, e.steps, rounding_keys)
                               : nullptr;
             for (int k = 0; k < e.states_count; ++k)
                 if (moments[k] == states[k])
@@ -295,7 +297,7 @@ struct Item {
 
 // The call's items, in an order in which each waits for earlier ones only. A large tensor's
 // statistics stand one tensor ahead of its update.
-template <class T, class Line> std::vector<Item> plan(Call<T, Line>& call) {
+template <class T, class UpdateRule> std::vector<Item> plan(Call<T, UpdateRule>& call) {
     std::vector<Item> items, updates;
     auto flush = [&] {
         items.insert(items.end(), updates.begin(), updates.end()), updates.clear();
@@ -313,7 +315,7 @@ template <class T, class Line> std::vector<Item> plan(Call<T, Line>& call) {
             continue;
         }
         const int pieces = static_cast<int>((e.size + item_size - 1) / item_size);
-        const bool whole = call.options.normalization == Normalization::rank;
+        const bool whole = call.ranks();
         if (e.own_statistics) {
             e.statistics_left = whole ? 1 : pieces;
             for (int k = 0; k < e.statistics_left; ++k)
@@ -331,14 +333,14 @@ template <class T, class Line> std::vector<Item> plan(Call<T, Line>& call) {
     return items;
 }
 
-template <class T, class Line> void run(Call<T, Line>& call) {
+template <class T, class UpdateRule> void run(Call<T, UpdateRule>& call) {
     const std::vector<Item> items = plan(call);
     if (items.empty()) return;
-    const bool rank = call.options.normalization == Normalization::rank;
+    const bool rank = call.ranks();
     std::vector<std::vector<float>> slots(rank ? rank_slots : 0);
-    std::vector<Entry<T, Line>*> owners(slots.size(), nullptr);
+    std::vector<Entry<T, UpdateRule>*> owners(slots.size(), nullptr);
     std::vector<int64_t> slot_of(rank ? call.entries.size() : 0);
-    std::vector<Entry<T, Line>*> before(slot_of.size(), nullptr);
+    std::vector<Entry<T, UpdateRule>*> before(slot_of.size(), nullptr);
     int64_t large = 0;
     for (size_t i = 0; i < slot_of.size(); ++i)
         if (call.entries[i].size > item_size && call.entries[i].own_statistics) {
@@ -348,7 +350,7 @@ template <class T, class Line> void run(Call<T, Line>& call) {
         }
     std::atomic<size_t> next{0};
     auto work = [&] {
-        auto worker = std::make_unique<Worker<T, Line>>(call);
+        auto worker = std::make_unique<Worker<T, UpdateRule>>(call);
         for (size_t at; (at = next++) < items.size();) {
             const Item& item = items[at];
             auto& e = call.entries[item.first];
@@ -358,7 +360,7 @@ template <class T, class Line> void run(Call<T, Line>& call) {
                     if (small.own_statistics && rank) worker->rank(small, worker->table.data());
                     else if (small.own_statistics)
                         worker->gather(small, 0, small.size), worker->settle(small);
-                    if (call.line_block) worker->update(small, 0, small.size);
+                    if (call.update_block) worker->update(small, 0, small.size);
                 }
             } else if (item.kind == Item::statistics) {
                 if (rank) {
@@ -372,7 +374,7 @@ template <class T, class Line> void run(Call<T, Line>& call) {
                     if (!rank) worker->settle(e);
                     e.ready = true;
                 }
-            } else if (call.line_block) {
+            } else if (call.update_block) {
                 while (e.own_statistics && !e.ready) std::this_thread::yield();
                 worker->update(e, item.begin, item.end);
                 --e.updates_left;
@@ -382,39 +384,6 @@ template <class T, class Line> void run(Call<T, Line>& call) {
     const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), items.size());
     if (threads <= 1) work();
     else torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { work(); });
-}
-
-// --- The operators ---
-
-// A call with one entry by tensor, checked: options, gradients, saliencies (or none) and layouts.
-template <class T, class Line>
-Call<T, Line> make_call(const SelectionOptions& options, int64_t seed, const Tensors& grads,
-                        const Tensors& saliencies, const std::vector<int64_t>& layout) {
-    STD_TORCH_CHECK(options.normalization >= Normalization::minmax &&
-                        options.normalization <= Normalization::constant,
-                    "normalization is ", static_cast<int64_t>(options.normalization),
-                    "; use 0 (minmax), 1 (range), 2 (rank) or 3 (constant)");
-    STD_TORCH_CHECK(layout.size() == 4 * grads.size(), "layout has ", layout.size(),
-                    " numbers; give stream, offset, run, stride by tensor");
-    STD_TORCH_CHECK(saliencies.empty() || saliencies.size() == grads.size(),
-                    "saliencies: ", saliencies.size(), " for ", grads.size(), " tensors");
-    Call<T, Line> call;
-    call.options = options;
-    call.seed = static_cast<uint64_t>(seed);
-    call.entries = std::vector<Entry<T, Line>>(grads.size());
-    for (size_t i = 0; i < grads.size(); ++i) {
-        auto& e = call.entries[i];
-        e.g = view(grads[i], "grads", false);
-        if (!saliencies.empty()) {
-            e.s = view(saliencies[i], "saliencies", false);
-            check_same_shape(e.s, e.g, "saliencies", i);
-        }
-        e.size = grads[i].numel();
-        e.layout = {layout[4 * i], layout[4 * i + 1], std::max<int64_t>(layout[4 * i + 2], 1),
-                    layout[4 * i + 3]};
-        check_layout(e.layout, e.size, i);
-    }
-    return call;
 }
 
 void table_from_row(const int64_t* counts, float* table, const SelectionOptions& o) {
@@ -429,102 +398,57 @@ void table_from_row(const int64_t* counts, float* table, const SelectionOptions&
 
 // Says where each entry's statistics come from: handed in, kept from the previous step, or this
 // call. Returns the tables of handed-in counts.
-template <class T, class Line>
-std::vector<float> settle_statistics(Call<T, Line>& call, const OptionalTensor& given) {
-    std::vector<float> tables;
-    const bool rank = call.options.normalization == Normalization::rank;
-    if (given && call.options.normalization != Normalization::constant) {
-        STD_TORCH_CHECK(given->is_cpu() && given->is_contiguous() && given->dim() == 2 &&
-                            given->size(1) == (rank ? rank_bins : 2) &&
-                            given->scalar_type() == (rank ? ScalarType::Long : ScalarType::Double),
-                        "scope_statistics must be contiguous on the CPU: [rows, 2] float64, or for "
-                        "rank [rows, ",
-                        rank_bins, "] int64");
-        const int64_t rows = given->size(0), tensors = static_cast<int64_t>(call.entries.size());
-        STD_TORCH_CHECK(rows == 1 || rows == tensors, "scope_statistics has ", rows,
-                        " rows; give one, or one for each of ", tensors, " tensors");
-        tables.resize(rank ? rows * rank_table : 0);
-        for (int64_t row = 0; rank && row < rows; ++row)
-            table_from_row(static_cast<const int64_t*>(given->const_data_ptr()) + row * rank_bins,
-                           &tables[row * rank_table], call.options);
-        for (int64_t i = 0; i < tensors; ++i) {
-            const int64_t row = rows == 1 ? 0 : i;
-            auto& e = call.entries[i];
-            if (rank) {
-                e.by_bin = &tables[row * rank_table];
-            } else {
-                const double* range = static_cast<const double*>(given->const_data_ptr()) + 2 * row;
-                e.probability = Probability<T>(call.options, range[0], range[1]);
-            }
+template <class T, class UpdateRule>
+std::vector<float> settle_statistics(Call<T, UpdateRule>& call, const StatisticsRows& given) {
+    std::vector<float> tables(call.ranks() ? given.count * rank_table : 0);
+    for (int64_t row = 0; call.ranks() && row < given.count; ++row)
+        table_from_row(given.bins(row), &tables[row * rank_table], call.options);
+    for (size_t i = 0; i < call.entries.size(); ++i) {
+        auto& e = call.entries[i];
+        const int64_t row = given.of(static_cast<int64_t>(i));
+        if (given.count > 0 && call.ranks()) {
+            e.by_bin = &tables[row * rank_table];
+            continue;
         }
-        return tables;
-    }
-    for (auto& e : call.entries) {
-        const auto range = e.kept_range();
-        if (std::isnan(range.low))
-            e.own_statistics =
-                call.options.normalization != Normalization::constant; // nothing kept yet
+        const double* handed = given.count > 0 ? given.range(row) : nullptr;
+        const Range range = handed ? Range{handed[0], handed[1]} : e.kept_range();
+        if (!handed && std::isnan(range.low)) // nothing kept yet
+            e.own_statistics = call.options.normalization != Normalization::constant;
         else e.probability = Probability<T>(call.options, range.low, range.high);
     }
     return tables;
 }
 
-// What AdamW and SGD share: checks of every list, then the steps advance, then the run. `states`:
-// the operator's lists, empty ones unused.
-template <class T, class Line, class MakeLine>
-void step(Call<T, Line> call, const Tensors& params, const std::vector<const Tensors*>& states,
-          const Tensors& steps, const Tensors& mins, const Tensors& maxs,
-          const OptionalTensor& scope_statistics, const OptionalTensor& grad_scale,
-          const OptionalTensor& found_inf, bool maximize, MakeLine make_line) {
-    const size_t n = params.size();
-    STD_TORCH_CHECK(call.entries.size() == n, "grads has ", call.entries.size(), " tensors for ", n,
-                    " parameters");
-    STD_TORCH_CHECK(call.options.previous || (mins.empty() && maxs.empty()),
-                    "saliency_mins and saliency_maxs belong to statistics='previous'");
-    if (n == 0) return;
-    if (grad_scale) call.unscale = static_cast<T>(1 / scalar(*grad_scale, "grad_scale"));
-    if (maximize) call.unscale = -call.unscale;
-    const bool skip = found_inf && scalar(*found_inf, "found_inf") != 0;
-    const int64_t tensors = static_cast<int64_t>(n);
-    int64_t elements = 0;
-    for (auto& e : call.entries) elements += e.size;
-    std::vector<List> moments, kept;
-    for (const Tensors* list : states)
-        if (!list->empty()) moments.emplace_back(*list, "states", n, elements);
-    if (call.options.previous)
-        kept.emplace_back(mins, "saliency_mins", n, tensors),
-            kept.emplace_back(maxs, "saliency_maxs", n, tensors);
-    List counts(steps, "steps", n, tensors);
-    std::vector<View> step_views(n);
-    for (size_t i = 0; i < n; ++i) {
-        auto& e = call.entries[i];
-        e.theta = view(params[i], "params", true);
-        check_same_shape(e.g, e.theta, "grads", i);
-        STD_TORCH_CHECK(e.theta.storage == call.entries[0].theta.storage, "params[", i,
-                        "] has another dtype than params[0]");
-        for (auto& list : moments) {
-            View& state = e.states[e.states_count++] = list.next(i, e.size, &e.theta);
-            call.rounding |= state.storage == Storage::bfloat16;
-        }
-        for (size_t k = 0; k < kept.size(); ++k) e.kept[k] = kept[k].next(i, 1, nullptr);
-        step_views[i] = counts.next(i, 1, nullptr);
-        double count;
-        load(step_views[i], 0, 1, &count);
-        STD_TORCH_CHECK(count >= 0 && count < 16777215.0, "steps[", i, "] is ", count,
+// What AdamW and SGD share: the steps advance, then the run. Nothing is written before every step
+// is known to be a number of steps.
+template <class T, class UpdateRule, class Options>
+void step(const StepArguments& arguments, const Options& options,
+          typename Call<T, UpdateRule>::BlockUpdate update_block) {
+    Call<T, UpdateRule> call(arguments);
+    call.update_block = update_block, call.rounding = arguments.rounding;
+    call.unscale = static_cast<T>(1 / arguments.grad_scale.get());
+    if (arguments.maximize) call.unscale = -call.unscale;
+    auto steps_of = [](const View& step) {
+        double steps;
+        load(step, 0, 1, &steps);
+        return steps;
+    };
+    for (size_t i = 0; i < call.entries.size(); ++i) {
+        const double steps = steps_of(call.entries[i].step);
+        STD_TORCH_CHECK(steps >= 0 && steps < 16777215.0, "steps[", i, "] is ", steps,
                         "; give the number of steps taken, from 0 to 2^24 - 2");
     }
-    if (skip) return;
-    const auto tables = settle_statistics(call, scope_statistics);
+
+    if (arguments.found_inf.get() != 0) return;
+
+    const auto tables = settle_statistics(call, arguments.scope);
     double last = -1;
-    Line line;
-    for (size_t i = 0; i < n; ++i) {
-        double count;
-        load(step_views[i], 0, 1, &count);
-        count += 1;
-        store_block(step_views[i], 0, 1, &count);
-        if (count != last) line = make_line(last = count);
-        call.entries[i].line = line;
-        call.entries[i].step = static_cast<uint32_t>(count);
+    UpdateRule update_rule;
+    for (auto& e : call.entries) {
+        const double steps = steps_of(e.step) + 1;
+        store_block(e.step, 0, 1, &steps);
+        if (steps != last) update_rule = options.template at<T>(last = steps);
+        e.update_rule = update_rule, e.steps = static_cast<uint32_t>(steps);
     }
     run(call);
     for (auto& e : call.entries)
@@ -535,217 +459,124 @@ void step(Call<T, Line> call, const Tensors& params, const std::vector<const Ten
 }
 
 template <class T, bool update, bool amsgrad>
-void line_block(const AdamW<T>& given, int n, T* __restrict theta, const T* __restrict g,
-                const T* __restrict factor, T* __restrict m, T* __restrict v, T* __restrict v_max) {
-    const AdamW<T> line = given; // a copy no store can touch
+void update_block(const AdamW<T>& given, int n, T* __restrict theta, const T* __restrict g,
+                  const T* __restrict factor, T* __restrict m, T* __restrict v,
+                  T* __restrict v_max) {
+    const AdamW<T> update_rule = given; // a copy no store can touch
     block_loop<T>({theta, g, m, v}, n, [=](int i) {
         T unused = 0;
-        line.template step<update, amsgrad>(theta[i], g[i], factor[i], m[i], v[i],
-                                            amsgrad ? v_max[i] : unused);
+        update_rule.template step<update, amsgrad>(theta[i], g[i], factor[i], m[i], v[i],
+                                                   amsgrad ? v_max[i] : unused);
     });
 }
 
 template <class T, bool update, bool has_momentum>
-void line_block(const SGD<T>& given, int n, T* __restrict theta, const T* __restrict g,
-                const T* __restrict factor, T* __restrict buffer, T*, T*) {
-    const SGD<T> line = given;
+void update_block(const SGD<T>& given, int n, T* __restrict theta, const T* __restrict g,
+                  const T* __restrict factor, T* __restrict buffer, T*, T*) {
+    const SGD<T> update_rule = given;
     block_loop<T>({theta, g, has_momentum ? buffer : theta, theta}, n, [=](int i) {
         T unused = 0;
-        line.template step<update, has_momentum>(theta[i], g[i], factor[i],
-                                                 has_momentum ? buffer[i] : unused);
+        update_rule.template step<update, has_momentum>(theta[i], g[i], factor[i],
+                                                        has_momentum ? buffer[i] : unused);
     });
 }
 
 // The loop for a target and for whether the third moment, or the momentum buffer, is there.
-template <class T, bool update, class Line> void choose_block(Call<T, Line>& call, bool more) {
-    if (more) call.line_block = line_block<T, update, true>;
-    else call.line_block = line_block<T, update, false>;
-}
-template <class T, class Line> void choose_block(Call<T, Line>& call, bool more) {
-    if (call.options.target_update) choose_block<T, true>(call, more);
-    else choose_block<T, false>(call, more);
+template <class T, class UpdateRule>
+typename Call<T, UpdateRule>::BlockUpdate choose_block(bool update, bool more) {
+    if (update && more) return update_block<T, true, true>;
+    if (update) return update_block<T, true, false>;
+    if (more) return update_block<T, false, true>;
+    return update_block<T, false, false>;
 }
 
-struct NoLine {};
+struct NoUpdateRule {};
 template <class T>
-void multiply_block(const NoLine&, int n, T* theta, const T* g, const T* factor, T*, T*,
+void multiply_block(const NoUpdateRule&, int n, T* theta, const T* g, const T* factor, T*, T*,
                     T*) { // theta may be g
     slices(n, [=](int i) { theta[i] = g[i] * factor[i]; });
 }
 template <class T>
-void factor_out(const NoLine&, int n, T* out, const T*, const T* factor, T*, T*, T*) {
+void factor_out(const NoUpdateRule&, int n, T* out, const T*, const T* factor, T*, T*, T*) {
     slices(n, [=](int i) { out[i] = factor[i]; });
 }
 template <class T>
-void probability_out(const NoLine&, int n, T* out, const T*, const T* factor, T*, T*, T*) {
+void probability_out(const NoUpdateRule&, int n, T* out, const T*, const T* factor, T*, T*, T*) {
     slices(n, [=](int i) { out[i] = 1 / factor[i]; });
 }
 
-bool is_double(const Tensors& tensors) {
-    return !tensors.empty() && tensors[0].scalar_type() == ScalarType::Double;
-}
-
-// Calls f<float>() or f<double>() by the gradients' dtype.
-#define BY_ARITHMETIC(tensors, ...)                                                                \
-    if (is_double(tensors)) {                                                                      \
-        using T = double;                                                                          \
-        __VA_ARGS__                                                                                \
-    } else {                                                                                       \
-        using T = float;                                                                           \
-        __VA_ARGS__                                                                                \
-    }
-
-double value_of(double value, const OptionalTensor& tensor, const char* name) {
-    return tensor ? scalar(*tensor, name) : value;
+// Calls f with a float or a double: the arithmetic that a tensor's dtype asks for.
+template <class F> void by_arithmetic(const View& tensor, F f) {
+    if (tensor.storage == Storage::float64) f(0.0);
+    else f(0.0f);
 }
 
 } // namespace
 
-static void selective_adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
-                             Tensors max_exp_avg_sqs, Tensors steps, Tensors saliency_mins,
-                             Tensors saliency_maxs, OptionalTensor scope_statistics,
-                             std::vector<int64_t> layout, OptionalTensor grad_scale,
-                             OptionalTensor found_inf, double lr, OptionalTensor lr_tensor,
-                             double weight_decay, bool maximize, int64_t seed, double beta1,
-                             double beta2, OptionalTensor beta1_tensor, OptionalTensor beta2_tensor,
-                             double eps, SELECTION_ARGUMENTS) {
-    STD_TORCH_CHECK(params.empty() || !(exp_avgs.empty() || exp_avg_sqs.empty()), "exp_avgs has ",
-                    exp_avgs.size(), " tensors, exp_avg_sqs ", exp_avg_sqs.size(),
-                    "; give both moments of ", params.size(), " parameters");
-    lr = value_of(lr, lr_tensor, "lr"), beta1 = value_of(beta1, beta1_tensor, "betas[0]"),
-    beta2 = value_of(beta2, beta2_tensor, "betas[1]");
-    BY_ARITHMETIC(params, {
-        auto call = make_call<T, AdamW<T>>(SELECTION_OPTIONS, seed, grads, {}, layout);
-        choose_block(call, !max_exp_avg_sqs.empty());
-        step(std::move(call), params, {&exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs}, steps,
-             saliency_mins, saliency_maxs, scope_statistics, grad_scale, found_inf, maximize,
-             [&](double count) { return AdamW<T>(lr, beta1, beta2, weight_decay, eps, count); });
-    })
+static void take_step(const StepArguments& arguments, const AdamWOptions& options, bool amsgrad) {
+    by_arithmetic(arguments.tensors[0].theta, [&](auto zero) {
+        using T = decltype(zero);
+        step<T, AdamW<T>>(arguments, options,
+                          choose_block<T, AdamW<T>>(arguments.options.target_update, amsgrad));
+    });
 }
 
-static void selective_sgd_(Tensors params, Tensors grads, Tensors momentum_buffers, Tensors steps,
-                           Tensors saliency_mins, Tensors saliency_maxs,
-                           OptionalTensor scope_statistics, std::vector<int64_t> layout,
-                           OptionalTensor grad_scale, OptionalTensor found_inf, double lr,
-                           OptionalTensor lr_tensor, double weight_decay, bool maximize,
-                           int64_t seed, double momentum, double dampening, bool nesterov,
-                           SELECTION_ARGUMENTS) {
-    lr = value_of(lr, lr_tensor, "lr");
-    BY_ARITHMETIC(params, {
-        auto call = make_call<T, SGD<T>>(SELECTION_OPTIONS, seed, grads, {}, layout);
-        choose_block(call, !momentum_buffers.empty());
-        step(std::move(call), params, {&momentum_buffers}, steps, saliency_mins, saliency_maxs,
-             scope_statistics, grad_scale, found_inf, maximize,
-             [&](double) { return SGD<T>(lr, momentum, dampening, weight_decay, nesterov); });
-    })
+static void take_step(const StepArguments& arguments, const SGDOptions& options,
+                      bool has_momentum) {
+    by_arithmetic(arguments.tensors[0].theta, [&](auto zero) {
+        using T = decltype(zero);
+        step<T, SGD<T>>(arguments, options,
+                        choose_block<T, SGD<T>>(arguments.options.target_update, has_momentum));
+    });
 }
 
-static void select_gradients_(Tensors grads, Tensors saliencies, OptionalTensor scope_statistics,
-                              std::vector<int64_t> layout, int64_t step, int64_t seed,
-                              SELECTION_ARGUMENTS) {
-    BY_ARITHMETIC(grads, {
-        auto call = make_call<T, NoLine>(SELECTION_OPTIONS, seed, grads, saliencies, layout);
-        call.line_block = multiply_block<T>;
-        for (size_t i = 0; i < grads.size(); ++i) {
-            call.entries[i].theta = view(grads[i], "grads", true);
-            call.entries[i].step = static_cast<uint32_t>(step);
-        }
-        if (!call.random()) return; // every factor is 1
-        const auto tables = settle_statistics(call, scope_statistics);
+static void multiply(const SelectionArguments& arguments, int64_t step) {
+    by_arithmetic(arguments.tensors[0].g, [&](auto zero) {
+        using T = decltype(zero);
+        Call<T, NoUpdateRule> call(arguments);
+        call.update_block = multiply_block<T>;
+        for (auto& e : call.entries) e.steps = static_cast<uint32_t>(step);
+        const auto tables = settle_statistics(call, arguments.scope);
         run(call);
-    })
+    });
 }
 
-static void selective_statistics_(Tensors grads, Tensors saliencies, Tensors mins, Tensors maxs,
-                                  std::vector<int64_t> layout, std::vector<int64_t> sizes,
-                                  int64_t normalization, OptionalTensor grad_scale, Tensor out) {
-    SelectionOptions options{};
-    options.normalization = static_cast<Normalization>(normalization);
-    const bool rank = options.normalization == Normalization::rank;
-    const int64_t n = static_cast<int64_t>(grads.size());
-    STD_TORCH_CHECK(out.is_cpu() && out.is_contiguous() && out.dim() == 2 &&
-                        (out.size(0) == 1 || out.size(0) == n) &&
-                        out.size(1) == (rank ? rank_bins : 2) &&
-                        out.scalar_type() == (rank ? ScalarType::Long : ScalarType::Double),
-                    "out must be contiguous on the CPU: [rows, 2] float64, or for rank [rows, ",
-                    rank_bins, "] int64");
-    STD_TORCH_CHECK(sizes.empty() || static_cast<int64_t>(sizes.size()) == n,
-                    "sizes: ", sizes.size(), " for ", n, " tensors");
-    STD_TORCH_CHECK(mins.empty() == maxs.empty() && (mins.empty() || !rank),
-                    "saliency_mins and saliency_maxs belong together, not to rank");
-    STD_TORCH_CHECK(std::all_of(sizes.begin(), sizes.end(), [](int64_t size) { return size >= 0; }),
-                    "sizes must not be negative");
-    BY_ARITHMETIC(grads, {
-        auto call = make_call<T, NoLine>(options, 0, grads, saliencies, layout);
-        if (grad_scale) call.unscale = static_cast<T>(1 / scalar(*grad_scale, "grad_scale"));
-        auto worker = std::make_unique<Worker<T, NoLine>>(call);
-        std::vector<List> kept;
-        if (!mins.empty())
-            kept.emplace_back(mins, "saliency_mins", n, n),
-                kept.emplace_back(maxs, "saliency_maxs", n, n);
+static void gather_statistics(const StatisticsArguments& arguments) {
+    by_arithmetic(arguments.tensors[0].g, [&](auto zero) {
+        using T = decltype(zero);
+        Call<T, NoUpdateRule> call(arguments);
+        call.unscale = static_cast<T>(1 / arguments.grad_scale.get());
+        auto worker = std::make_unique<Worker<T, NoUpdateRule>>(call);
+        const bool rank = call.ranks();
+        for (auto& e : call.entries) e.own_statistics = !rank && std::isnan(e.kept_range().low);
+        if (!rank) run(call);
         for (size_t i = 0; i < call.entries.size(); ++i) {
             auto& e = call.entries[i];
-            for (size_t k = 0; k < kept.size(); ++k) e.kept[k] = kept[k].next(i, 1, nullptr);
-            e.own_statistics = !rank && std::isnan(e.kept_range().low);
-        }
-        if (!rank) run(call);
-        for (int64_t i = 0; i < n; ++i) {
-            const int64_t row = out.size(0) == 1 ? 0 : i;
+            const int64_t row = arguments.out.of(static_cast<int64_t>(i));
             if (rank) {
-                const int64_t every = rank_stride(sizes.empty() ? call.entries[i].size : sizes[i]);
-                worker->count(call.entries[i], every,
-                              static_cast<int64_t*>(out.mutable_data_ptr()) + row * rank_bins,
-                              every);
+                const int64_t every =
+                    rank_stride(arguments.sizes.empty() ? e.size : arguments.sizes[i]);
+                worker->count(e, every, arguments.out.bins(row), every);
             } else {
-                double* into = static_cast<double*>(out.mutable_data_ptr()) + 2 * row;
-                const auto& e = call.entries[i];
+                double* into = arguments.out.range(row);
                 const Range range = e.own_statistics ? e.range() : e.kept_range();
                 into[0] = std::min(into[0], range.low), into[1] = std::max(into[1], range.high);
             }
         }
-    })
+    });
 }
 
-// A call over one tensor that writes `out` and leaves the gradient alone.
-template <class T>
-void inspect(const SelectionOptions& options, const Tensor& grad, const OptionalTensor& saliency,
-             const Tensor& out, const std::vector<int64_t>& layout, int64_t step, int64_t seed,
-             bool draws, typename Call<T, NoLine>::LineBlock block) {
-    auto call = make_call<T, NoLine>(options, seed, {grad},
-                                     saliency ? Tensors{*saliency} : Tensors{}, layout);
-    call.line_block = block;
-    call.entries[0].theta = view(out, "out", true);
-    check_same_shape(call.entries[0].theta, call.entries[0].g, "out", 0);
-    call.entries[0].step = static_cast<uint32_t>(step);
-    call.draws = draws;
-    settle_statistics(call, std::nullopt);
-    run(call);
+// A probability is looked for with every u 0: each element is then selected, its factor 1/p.
+static void inspect(const InspectionArguments& arguments, int64_t step, Out out) {
+    by_arithmetic(arguments.tensors[0].g, [&](auto zero) {
+        using T = decltype(zero);
+        Call<T, NoUpdateRule> call(arguments);
+        call.update_block = out == Out::factor ? factor_out<T> : probability_out<T>;
+        call.draws = out == Out::factor;
+        call.entries[0].steps = static_cast<uint32_t>(step);
+        settle_statistics(call, {});
+        run(call);
+    });
 }
-
-static void selection_mask_(Tensor grad, OptionalTensor saliency, Tensor out,
-                            std::vector<int64_t> layout, int64_t step, int64_t seed,
-                            SELECTION_ARGUMENTS) {
-    BY_ARITHMETIC(Tensors{grad}, {
-        inspect<T>(SELECTION_OPTIONS, grad, saliency, out, layout, step, seed, true, factor_out<T>);
-    })
-}
-
-// Every u is 0 where nothing is drawn, so each element is selected and its factor is 1/p.
-static void selection_probability_(Tensor grad, OptionalTensor saliency, Tensor out,
-                                   SELECTION_ARGUMENTS) {
-    rescale = true;
-    const int64_t n = grad.numel();
-    BY_ARITHMETIC(Tensors{grad}, {
-        inspect<T>(SELECTION_OPTIONS, grad, saliency, out, {0, 0, n, n}, 0, 0, false,
-                   probability_out<T>);
-    })
-}
-
-EXPORT_BOXED(selective_adamw_)
-EXPORT_BOXED(selective_sgd_)
-EXPORT_BOXED(select_gradients_)
-EXPORT_BOXED(selective_statistics_)
-EXPORT_BOXED(selection_mask_)
-EXPORT_BOXED(selection_probability_)
 
 } // namespace uegr

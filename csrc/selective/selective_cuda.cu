@@ -1,33 +1,10 @@
-// The selecting operators on a GPU: checks, statistics, launches. The formulas are selective.h's.
-//
-// Bytes per element in float32: g, theta, m, v read, theta, m, v written: 28; and 4 for the
-// statistics' visit of g, which the second one finds in the L2. All-bfloat16: 14 and 2. One launch
-// serves a call, whatever its tensors: its blocks, as many as run at once, take items of 2^15
-// elements from a counter. Items of statistics stand ahead of their tensor's updates by at most a
-// third of the L2 (tensors in groups of a sixth), so that both kinds share the machine and no grid
-// ever waits; a larger tensor is updated from its end, which is what its statistics saw last. An
-// update waits for its tensor's mark, which the last of its statistics sets; those wait for nothing
-// and are taken first, so somebody always moves. theta, m, v and the last visit of g pass as first
-// to be evicted. On chip: a tensor's addresses and scalars in shared memory, read by all threads at
-// once, since in registers they would cost an eighth of the threads; one access of 128 bits a list
-// and thread (float32: 4 elements, else 8), which is one counter of the generator (two). 256
-// threads at 48 registers are 5 blocks and 1,280 threads a multiprocessor: 80 KB under way, where
-// the memory's latency asks for 12. Least and largest |g| meet as integers, by redux and one atomic
-// a warp: no order, no rounding. Launches: `prepare` (steps, scalars, items), then the items'
-// kernel, step_full (all float32) or step_mixed. What no access of 128 bits covers (the last
-// elements of a tensor, tensors that are strided, misaligned or cut through a counter) belongs to
-// gather_ragged before it and step_ragged after it, which are not launched where there is none.
-// step_full is for float32, minmax or range, rescaled, this step's statistics and tensors in one
-// piece; all else (16-bit tensors, previous, rank, constant, rescale=False, pieces of sharded
-// tensors, AMSGrad on target "update") takes step_mixed, whose switches cost registers (two blocks
-// a multiprocessor) and instructions. The statistics of a wider scope and the operators without a
-// line pass element by element. Ranks take two launches more. The table of a call is copied to
-// memory that the call itself allocates, in the stream's order: nothing waits on the host, and a
-// graph that captured a step reads a table of its own.
+// The selecting operators on a GPU: statistics and launches. The formulas are selective.h's, the
+// checks arguments.h's; the plan and what it rests on stand in docs/design.md.
 #include <algorithm>
 #include <vector>
 
 #include "../core/tensor.h"
+#include "arguments.h"
 #include "selective.h"
 
 namespace uegr {
@@ -74,82 +51,63 @@ struct alignas(16) Progress {
     uint32_t statistics_left, updates_left, ready, unused[3];
 };
 
-enum class Out { multiplied, factor, probability }; // of operators without a line
-struct NoLine {};
+struct NoUpdateRule {};
 
-// What a tensor's elements share.
+// Per-tensor constants, computed once and read by every element.
 struct alignas(16) Curve {
     Probability<float> probability;
     float unscale; // 1/grad_scale, negative to maximize
 };
-template <class Line> struct alignas(16) Slope {
-    Line line;
+template <class UpdateRule> struct alignas(16) RuleConstants {
+    UpdateRule update_rule;
 };
-template <class Line> struct alignas(16) Settled {
+template <class UpdateRule> struct alignas(16) Settled {
     Curve curve;
-    Slope<Line> slope;
+    RuleConstants<UpdateRule> rule;
     float constant; // 1/p of "constant"
     uint32_t step;
     bool own, skipped;
 };
 
-template <class Line> struct Call {
+template <class UpdateRule> struct Call {
     SelectionOptions options{};
     RoundKeys keys, rounding_keys; // in constant memory, which instructions read as they go
     int64_t fixed_step = 0; // where the tensors have none of their own
     Number grad_scale{1}, found_inf{0};
-    bool maximize = false, random = false, rounding = false;
+    bool maximize = false, random, rounding = false;
     Out out = Out::multiplied;
     const Entry* entries = nullptr;
     const int64_t* axes = nullptr;
-    Settled<Line>* settled = nullptr;
+    Settled<UpdateRule>* settled = nullptr;
     Progress* progress = nullptr;
     Item *items = nullptr, *ragged = nullptr;
     uint32_t *next = nullptr, count = 0, ragged_count = 0;
     float* tables = nullptr;
-    const void* scope = nullptr; // statistics handed in
-    int64_t scope_rows = 0;
+    const void* scope; // statistics handed in
+    int64_t scope_rows;
 
-    explicit Call(int64_t seed)
-        : keys(static_cast<uint64_t>(seed)),
-          rounding_keys(static_cast<uint64_t>(seed) ^ rounding_key) {}
-    HOST_DEVICE bool linear() const {
-        return options.normalization == Normalization::minmax ||
-               options.normalization == Normalization::range;
-    }
-    HOST_DEVICE bool ranks() const { return options.normalization == Normalization::rank; }
+    explicit Call(const SelectionArguments& arguments)
+        : options(arguments.options), keys(arguments.seed),
+          rounding_keys(arguments.seed ^ rounding_key), random(is_random(arguments.options)),
+          scope(arguments.scope.data), scope_rows(arguments.scope.count) {}
+    HOST_DEVICE bool linear() const { return options.linear(); }
+    HOST_DEVICE bool ranks() const { return options.ranks(); }
 };
 
-// The scalars of a tensor's line, whose options may lie on the device.
-struct AdamWOptions {
-    Number lr, beta1, beta2;
-    double weight_decay, eps;
-    DEVICE AdamW<float> at(double step) const {
-        return {lr.get(), beta1.get(), beta2.get(), weight_decay, eps, step};
-    }
-};
-struct SGDOptions {
-    Number lr;
-    double momentum, dampening, weight_decay;
-    bool nesterov;
-    DEVICE SGD<float> at(double) const {
-        return {lr.get(), momentum, dampening, weight_decay, nesterov};
-    }
-};
 struct NoOptions {
-    DEVICE NoLine at(double) const { return {}; }
+    template <class T> DEVICE NoUpdateRule at(double) const { return {}; }
 };
 
-template <class Line> struct Work {
+template <class UpdateRule> struct Work {
     Item item;
     Entry entry;
-    Settled<Line> settled;
+    Settled<UpdateRule> settled;
 };
 
 // --- Before and between the items ---
 
-template <class Line>
-DEVICE Range found_range(const Call<Line>& call, const Entry& e, int64_t tensor) {
+template <class UpdateRule>
+DEVICE Range found_range(const Call<UpdateRule>& call, const Entry& e, int64_t tensor) {
     const Progress& p = call.progress[tensor];
     return range_of<float>(__ldcg(&p.low), __ldcg(&p.high), e.slots[given].data);
 }
@@ -157,16 +115,16 @@ DEVICE Range kept_range(const Entry& e) {
     return {value_at<double>(e.kept[0].data, e.kept[0].storage),
             value_at<double>(e.kept[1].data, e.kept[1].storage)};
 }
-template <class Line>
-DEVICE void keep_range(const Call<Line>& call, const Entry& e, int64_t tensor) {
+template <class UpdateRule>
+DEVICE void keep_range(const Call<UpdateRule>& call, const Entry& e, int64_t tensor) {
     const Range range = found_range(call, e, tensor);
     put_value(e.kept[0].data, e.kept[0].storage, range.low),
         put_value(e.kept[1].data, e.kept[1].storage, range.high);
 }
 
-// A block for each tensor: its step advances, its scalars are settled, its items written.
-template <class Line, class Options>
-__global__ void __launch_bounds__(128, 8) prepare(Call<Line> call, Options options) {
+// A block for each tensor: its step advances, its constants are settled, its items written.
+template <class UpdateRule, class Options>
+__global__ void __launch_bounds__(128, 8) prepare(Call<UpdateRule> call, Options options) {
     const Entry& e = call.entries[blockIdx.x];
     const int32_t tensor = static_cast<int32_t>(blockIdx.x);
     const bool skipped = call.found_inf.get() != 0;
@@ -175,8 +133,8 @@ __global__ void __launch_bounds__(128, 8) prepare(Call<Line> call, Options optio
         double step = static_cast<double>(call.fixed_step);
         if (e.step.data) step = value_at<double>(e.step.data, e.step.storage) + 1;
         if (e.step.data && !skipped) put_value(e.step.data, e.step.storage, step);
-        Settled<Line>& to = call.settled[tensor];
-        to.slope.line = options.at(step);
+        Settled<UpdateRule>& to = call.settled[tensor];
+        to.rule.update_rule = options.template at<float>(step);
         to.step = static_cast<uint32_t>(step);
         to.skipped = skipped;
         to.constant = static_cast<float>(inverse_of_constant(call.options));
@@ -196,7 +154,7 @@ __global__ void __launch_bounds__(128, 8) prepare(Call<Line> call, Options optio
                                  static_cast<uint32_t>(e.updates_items),
                                  !to.own || e.statistics_items == 0,
                                  {}};
-        if constexpr (!std::is_same_v<Line, NoLine>)
+        if constexpr (!std::is_same_v<UpdateRule, NoUpdateRule>)
             if (e.kept[0].data && e.size == 0 && !skipped) keep_range(call, e, tensor);
     }
     const int64_t pieces = (e.bulk + item_size - 1) / item_size,
@@ -214,7 +172,8 @@ __global__ void __launch_bounds__(128, 8) prepare(Call<Line> call, Options optio
 }
 
 // One thread, when all of a tensor's statistics are there.
-template <class Line> DEVICE void settle(const Call<Line>& call, const Entry& e, int64_t tensor) {
+template <class UpdateRule>
+DEVICE void settle(const Call<UpdateRule>& call, const Entry& e, int64_t tensor) {
     const Range range = found_range(call, e, tensor);
     call.settled[tensor].curve.probability =
         Probability<float>(call.options, range.low, range.high);
@@ -222,8 +181,9 @@ template <class Line> DEVICE void settle(const Call<Line>& call, const Entry& e,
 }
 
 // The tensor of an item into shared memory.
-template <class Line> DEVICE void fetch(const Call<Line>& call, Work<Line>& work) {
-    constexpr unsigned first = sizeof(Entry) / 16, all = first + sizeof(Settled<Line>) / 16;
+template <class UpdateRule>
+DEVICE void fetch(const Call<UpdateRule>& call, Work<UpdateRule>& work) {
+    constexpr unsigned first = sizeof(Entry) / 16, all = first + sizeof(Settled<UpdateRule>) / 16;
     const int32_t tensor = work.item.tensor;
     for (unsigned i = threadIdx.x; i < all; i += blockDim.x) {
         const int4* from = i < first
@@ -231,7 +191,7 @@ template <class Line> DEVICE void fetch(const Call<Line>& call, Work<Line>& work
                                : reinterpret_cast<const int4*>(call.settled + tensor) + (i - first);
         reinterpret_cast<int4*>(&work.entry)[i] = __ldcg(from);
     }
-    static_assert(sizeof(Work<Line>) == sizeof(Item) + 16 * all);
+    static_assert(sizeof(Work<UpdateRule>) == sizeof(Item) + 16 * all);
     __syncthreads();
 }
 DEVICE Item item_at(const Item* items, uint32_t at) {
@@ -239,7 +199,7 @@ DEVICE Item item_at(const Item* items, uint32_t at) {
 }
 
 // The next item for a block; false when there is none.
-template <class Line> DEVICE bool take(const Call<Line>& call, Work<Line>& work) {
+template <class UpdateRule> DEVICE bool take(const Call<UpdateRule>& call, Work<UpdateRule>& work) {
     __syncthreads();
     if (threadIdx.x == 0) {
         const uint32_t at = atomicAdd(call.next, 1u);
@@ -404,10 +364,12 @@ struct Extremes {
     }
 };
 
-template <class Access, class Line>
-DEVICE void gather(const Call<Line>& call, const Work<Line>& work, int64_t begin, int64_t end) {
+template <class Access, class UpdateRule>
+DEVICE void gather(const Call<UpdateRule>& call, const Work<UpdateRule>& work, int64_t begin,
+                   int64_t end) {
     if (!work.settled.own) return;
-    const bool has_saliency = std::is_same_v<Line, NoLine> && work.entry.slots[given].data;
+    const bool has_saliency =
+        std::is_same_v<UpdateRule, NoUpdateRule> && work.entry.slots[given].data;
     const float unscale = has_saliency ? 1 : work.settled.curve.unscale;
     int left = static_cast<int>(end - begin) - static_cast<int>(threadIdx.x) * Access::count;
     Access access(work.entry, call.axes, begin + threadIdx.x * Access::count);
@@ -426,10 +388,11 @@ DEVICE void gather(const Call<Line>& call, const Work<Line>& work, int64_t begin
         settle(call, work.entry, work.item.tensor);
 }
 
-template <class Line>
-DEVICE float inverse_of(const Call<Line>& call, const Work<Line>& work,
+template <class UpdateRule>
+DEVICE float inverse_of(const Call<UpdateRule>& call, const Work<UpdateRule>& work,
                         const Probability<float>& probability, float g, float s) {
-    const bool has_saliency = std::is_same_v<Line, NoLine> && work.entry.slots[given].data;
+    const bool has_saliency =
+        std::is_same_v<UpdateRule, NoUpdateRule> && work.entry.slots[given].data;
     if (call.ranks()) {
         const float* table = call.tables + static_cast<int64_t>(work.entry.table) * rank_table;
         return table[minimum(rank_bin(has_saliency ? root(s) : absolute(g)), rank_bins)];
@@ -440,31 +403,31 @@ DEVICE float inverse_of(const Call<Line>& call, const Work<Line>& work,
 }
 
 template <bool more>
-DEVICE void apply(const AdamW<float>& line, bool update, Out, float& theta, float g, float factor,
-                  float& m, float& v, float& v_max) {
-    if (update) line.step<true, more>(theta, g, factor, m, v, v_max);
-    else line.step<false, more>(theta, g, factor, m, v, v_max);
+DEVICE void apply(const AdamW<float>& update_rule, bool update, Out, float& theta, float g,
+                  float factor, float& m, float& v, float& v_max) {
+    if (update) update_rule.step<true, more>(theta, g, factor, m, v, v_max);
+    else update_rule.step<false, more>(theta, g, factor, m, v, v_max);
 }
 template <bool more>
-DEVICE void apply(const SGD<float>& line, bool update, Out, float& theta, float g, float factor,
-                  float& buffer, float&, float&) {
-    if (update) line.step<true, more>(theta, g, factor, buffer);
-    else line.step<false, more>(theta, g, factor, buffer);
+DEVICE void apply(const SGD<float>& update_rule, bool update, Out, float& theta, float g,
+                  float factor, float& buffer, float&, float&) {
+    if (update) update_rule.step<true, more>(theta, g, factor, buffer);
+    else update_rule.step<false, more>(theta, g, factor, buffer);
 }
 template <bool>
-DEVICE void apply(const NoLine&, bool, Out out, float& theta, float g, float factor, float&, float&,
-                  float&) {
+DEVICE void apply(const NoUpdateRule&, bool, Out out, float& theta, float g, float factor, float&,
+                  float&, float&) {
     theta = out == Out::multiplied ? g * factor : out == Out::factor ? factor : 1 / factor;
 }
-template <class Line, bool more> constexpr int states_of = 0;
+template <class UpdateRule, bool more> constexpr int states_of = 0;
 template <bool more> constexpr int states_of<AdamW<float>, more> = more ? 3 : 2;
 template <bool more> constexpr int states_of<SGD<float>, more> = more ? 1 : 0;
 
-template <class Access, bool more, class Line>
-DEVICE void update_elements(const Call<Line>& call, const Work<Line>& work, bool update,
+template <class Access, bool more, class UpdateRule>
+DEVICE void update_elements(const Call<UpdateRule>& call, const Work<UpdateRule>& work, bool update,
                             int64_t begin, int64_t end) {
-    constexpr int n = Access::count, states = states_of<Line, more>;
-    constexpr bool has_line = !std::is_same_v<Line, NoLine>;
+    constexpr int n = Access::count, states = states_of<UpdateRule, more>;
+    constexpr bool has_update_rule = !std::is_same_v<UpdateRule, NoUpdateRule>;
     const bool gathers = !Access::usual && work.entry.kept[0].data && !work.settled.own;
     int64_t l = begin + threadIdx.x * n;
     int left = static_cast<int>(end - l);
@@ -475,10 +438,10 @@ DEVICE void update_elements(const Call<Line>& call, const Work<Line>& work, bool
         float g[n], s[n] = {}, factor[n], parameters[n] = {}, state[3][n] = {};
         uint32_t words[n] = {};
         access.template load<gradient>(g);
-        if (has_line) access.template load<theta>(parameters);
+        if (has_update_rule) access.template load<theta>(parameters);
         if (states > 0) access.template load<first_state>(state[0]);
         if (states > 1) access.template load<first_state + 1>(state[1]);
-        if constexpr (!has_line)
+        if constexpr (!has_update_rule)
             if (work.entry.slots[given].data) access.template load<given>(s);
         if (Access::usual || call.random)
             draw<n, Access::usual>(words, work.entry.layout, l, work.settled.step, call.keys);
@@ -499,10 +462,10 @@ DEVICE void update_elements(const Call<Line>& call, const Work<Line>& work, bool
             for (int i = 0; i < n; ++i) found.add(g[i]);
         }
         if (states > 2) access.template load<first_state + 2>(state[2]);
-        const Line line = reread(work.settled.slope).line;
+        const UpdateRule update_rule = reread(work.settled.rule).update_rule;
         UNROLL
         for (int i = 0; i < n; ++i)
-            apply<more>(line, update, call.out, parameters[i], g[i], factor[i], state[0][i],
+            apply<more>(update_rule, update, call.out, parameters[i], g[i], factor[i], state[0][i],
                         state[1][i], state[2][i]);
         access.template store<theta>(parameters, words, false, 0);
         if (!Access::usual && call.rounding)
@@ -521,10 +484,10 @@ DEVICE void update_elements(const Call<Line>& call, const Work<Line>& work, bool
     }
 }
 
-template <class Access, bool more, class Line>
-DEVICE void work_on_items(const Call<Line>& call, bool update) {
-    __shared__ Room<sizeof(Work<Line>)> room;
-    Work<Line>& work = *reinterpret_cast<Work<Line>*>(&room);
+template <class Access, bool more, class UpdateRule>
+DEVICE void work_on_items(const Call<UpdateRule>& call, bool update) {
+    __shared__ Room<sizeof(Work<UpdateRule>)> room;
+    Work<UpdateRule>& work = *reinterpret_cast<Work<UpdateRule>*>(&room);
     while (take(call, work)) {
         const int64_t begin = work.item.begin, bulk = work.entry.bulk;
         if (work.item.kind == gathering)
@@ -536,18 +499,20 @@ DEVICE void work_on_items(const Call<Line>& call, bool update) {
                                           minimum(begin + item_size, bulk));
     }
 }
-template <bool update, bool more, class Line>
-__global__ void __launch_bounds__(threads, 5) step_full(const __grid_constant__ Call<Line> call) {
+template <bool update, bool more, class UpdateRule>
+__global__ void __launch_bounds__(threads, 5)
+    step_full(const __grid_constant__ Call<UpdateRule> call) {
     work_on_items<Full, more>(call, update);
 }
-template <bool more, class Line>
-__global__ void __launch_bounds__(threads, 2) step_mixed(const __grid_constant__ Call<Line> call) {
+template <bool more, class UpdateRule>
+__global__ void __launch_bounds__(threads, 2)
+    step_mixed(const __grid_constant__ Call<UpdateRule> call) {
     work_on_items<Mixed, more>(call, call.options.target_update);
 }
 
-template <class Line, class F> DEVICE void over_ragged(const Call<Line>& call, F f) {
-    __shared__ Room<sizeof(Work<Line>)> room;
-    Work<Line>& work = *reinterpret_cast<Work<Line>*>(&room);
+template <class UpdateRule, class F> DEVICE void over_ragged(const Call<UpdateRule>& call, F f) {
+    __shared__ Room<sizeof(Work<UpdateRule>)> room;
+    Work<UpdateRule>& work = *reinterpret_cast<Work<UpdateRule>*>(&room);
     for (uint32_t at = blockIdx.x; at < call.ragged_count; at += gridDim.x) {
         __syncthreads();
         if (threadIdx.x == 0) work.item = item_at(call.ragged, at);
@@ -557,15 +522,17 @@ template <class Line, class F> DEVICE void over_ragged(const Call<Line>& call, F
             f(work, work.item.begin, minimum(work.item.begin + item_size, work.entry.size));
     }
 }
-template <class Line>
-__global__ void __launch_bounds__(threads) gather_ragged(const __grid_constant__ Call<Line> call) {
-    over_ragged(call, [&](const Work<Line>& work, int64_t begin, int64_t end) {
+template <class UpdateRule>
+__global__ void __launch_bounds__(threads)
+    gather_ragged(const __grid_constant__ Call<UpdateRule> call) {
+    over_ragged(call, [&](const Work<UpdateRule>& work, int64_t begin, int64_t end) {
         gather<Ragged>(call, work, begin, end);
     });
 }
-template <bool more, class Line>
-__global__ void __launch_bounds__(threads, 3) step_ragged(const __grid_constant__ Call<Line> call) {
-    over_ragged(call, [&](const Work<Line>& work, int64_t begin, int64_t end) {
+template <bool more, class UpdateRule>
+__global__ void __launch_bounds__(threads, 3)
+    step_ragged(const __grid_constant__ Call<UpdateRule> call) {
+    over_ragged(call, [&](const Work<UpdateRule>& work, int64_t begin, int64_t end) {
         update_elements<Ragged, more>(call, work, call.options.target_update, begin, end);
     });
 }
@@ -574,9 +541,9 @@ __global__ void __launch_bounds__(threads, 3) step_ragged(const __grid_constant_
 
 // Counts by bin: elements whose unsharded index is a multiple of `every`; rank_parts blocks for
 // each tensor. `sizes`: of the unsharded tensors.
-template <class Line, class Count>
+template <class UpdateRule, class Count>
 __global__ void __launch_bounds__(threads)
-    count_bins(Call<Line> call, Count* counts, int64_t row_size, bool by_row,
+    count_bins(Call<UpdateRule> call, Count* counts, int64_t row_size, bool by_row,
                const int64_t* sizes) {
     const int64_t tensor = blockIdx.x / rank_parts;
     const Entry& e = call.entries[tensor];
@@ -599,7 +566,8 @@ __global__ void __launch_bounds__(threads)
 
 // 1/p by bin in the place of a table's counts, or from a row of counts handed in; a block for each
 // table.
-template <class Line> __global__ void __launch_bounds__(table_threads) scan_bins(Call<Line> call) {
+template <class UpdateRule>
+__global__ void __launch_bounds__(table_threads) scan_bins(Call<UpdateRule> call) {
     __shared__ double sums[table_threads];
     constexpr int each = (rank_bins + table_threads - 1) / table_threads;
     float* table = call.tables + static_cast<int64_t>(blockIdx.x) * rank_table;
@@ -635,7 +603,7 @@ template <class Line> __global__ void __launch_bounds__(table_threads) scan_bins
 
 // Joins the tensors' extremes into rows of minimum and maximum; a block for each row.
 __global__ void __launch_bounds__(threads)
-    join_ranges(Call<NoLine> call, double* out, int64_t rows, int64_t tensors) {
+    join_ranges(Call<NoUpdateRule> call, double* out, int64_t rows, int64_t tensors) {
     __shared__ double room[warp_size];
     double low = HUGE_VAL, high = -HUGE_VAL;
     for (int64_t i = rows == 1 ? threadIdx.x : blockIdx.x; i < tensors;
@@ -653,17 +621,30 @@ __global__ void __launch_bounds__(threads)
 
 // --- The host's side ---
 
-// A call's tensors and what they need beside them.
-struct Roster : AxesTable {
+// A call's tensors as the kernels see them, and the axes of those that are not contiguous.
+struct TensorTable : AxesTable {
     std::vector<Entry> entries;
+
+    explicit TensorTable(const std::vector<TensorArguments>& tensors) : entries(tensors.size()) {
+        for (size_t i = 0; i < entries.size(); ++i) {
+            const TensorArguments& t = tensors[i];
+            Entry& e = entries[i];
+            e.slots[theta] = slot(t.theta), e.slots[gradient] = slot(t.g),
+            e.slots[given] = slot(t.s);
+            for (int k = 0; k < t.states_count; ++k) e.slots[first_state + k] = slot(t.states[k]);
+            for (int k = 0; k < 2; ++k) e.kept[k] = slot(t.kept[k]);
+            e.step = slot(t.step);
+            e.size = t.size, e.layout = t.layout;
+        }
+    }
 };
 
 bool is_float(const Slot& s) { return !s.data || s.storage == Storage::float32; }
 
 // Which elements of a tensor whole accesses of `pack` elements cover.
-int64_t bulk_of(const Entry& e, int pack, bool line) {
+int64_t bulk_of(const Entry& e, int pack, bool has_update_rule) {
     const Layout& at = e.layout;
-    bool covered = line && !e.slots[given].data && at.offset % 4 == 0 &&
+    bool covered = has_update_rule && !e.slots[given].data && at.offset % 4 == 0 &&
                    (at.run >= e.size || (pack == 8 && at.run % 4 == 0 && at.stride % 4 == 0));
     for (const Slot& s : e.slots)
         covered &= s.axes < 0 && reinterpret_cast<uintptr_t>(s.data) % 16 == 0;
@@ -676,7 +657,8 @@ int32_t pieces_of(int64_t elements, int64_t size) {
 
 // Gives every tensor the places of its items, in an order in which each waits for earlier ones
 // only.
-template <class Line> void order(Call<Line>& call, std::vector<Entry>& entries, int64_t window) {
+template <class UpdateRule>
+void order(Call<UpdateRule>& call, std::vector<Entry>& entries, int64_t window) {
     uint32_t at = 0;
     auto update = [&](size_t i, size_t end) {
         for (; i < end; ++i)
@@ -714,21 +696,22 @@ struct Memory {
 };
 
 // Plans a call, copies its table and runs `prepare`. `pack`: elements of an access.
-template <class Line, class Options>
-Memory begin(Call<Line>& call, Roster& roster, const Options& options, int pack, const Tensor& like,
-             cudaStream_t stream) {
-    std::vector<Entry>& entries = roster.entries;
+template <class UpdateRule, class Options>
+Memory begin(Call<UpdateRule>& call, TensorTable& tensors, const Options& options, int pack,
+             const Tensor& like, cudaStream_t stream) {
+    std::vector<Entry>& entries = tensors.entries;
     const size_t n = entries.size();
-    for (Entry& e : entries) e.bulk = bulk_of(e, pack, !std::is_same_v<Line, NoLine>);
+    for (Entry& e : entries) e.bulk = bulk_of(e, pack, !std::is_same_v<UpdateRule, NoUpdateRule>);
     order(call, entries, attribute_of_device(cudaDevAttrL2CacheSize) / 3);
-    const size_t entry_bytes = n * sizeof(Entry), axes_bytes = roster.axes.size() * sizeof(int64_t);
+    const size_t entry_bytes = n * sizeof(Entry),
+                 axes_bytes = tensors.axes.size() * sizeof(int64_t);
     std::vector<char> bytes(entry_bytes + axes_bytes);
     memcpy(bytes.data(), entries.data(), entry_bytes),
-        memcpy(bytes.data() + entry_bytes, roster.axes.data(), axes_bytes);
-    Tensor table =
+        memcpy(bytes.data() + entry_bytes, tensors.axes.data(), axes_bytes);
+    Tensor uploaded =
         torch::stable::new_empty(like, {static_cast<int64_t>(bytes.size())}, ScalarType::Byte);
-    upload(bytes, table, stream);
-    const char* at = static_cast<const char*>(table.data_ptr());
+    upload(bytes, uploaded, stream);
+    const char* at = static_cast<const char*>(uploaded.data_ptr());
     call.entries = reinterpret_cast<const Entry*>(at),
     call.axes = reinterpret_cast<const int64_t*>(at + entry_bytes);
 
@@ -739,7 +722,7 @@ Memory begin(Call<Line>& call, Roster& roster, const Options& options, int pack,
     auto reserve = [&](size_t size) {
         return std::exchange(needed, needed + (size + 15) / 16 * 16);
     };
-    const size_t settled = reserve(n * sizeof(Settled<Line>)),
+    const size_t settled = reserve(n * sizeof(Settled<UpdateRule>)),
                  progress = reserve(n * sizeof(Progress)),
                  items = reserve(call.count * sizeof(Item)),
                  ragged = reserve(call.ragged_count * sizeof(Item)), next = reserve(16),
@@ -747,332 +730,143 @@ Memory begin(Call<Line>& call, Roster& roster, const Options& options, int pack,
     Tensor scratch =
         torch::stable::new_empty(like, {static_cast<int64_t>(needed)}, ScalarType::Byte);
     char* to = static_cast<char*>(scratch.mutable_data_ptr());
-    call.settled = reinterpret_cast<Settled<Line>*>(to + settled),
+    call.settled = reinterpret_cast<Settled<UpdateRule>*>(to + settled),
     call.progress = reinterpret_cast<Progress*>(to + progress);
     call.items = reinterpret_cast<Item*>(to + items),
     call.ragged = reinterpret_cast<Item*>(to + ragged);
     call.next = reinterpret_cast<uint32_t*>(to + next),
     call.tables = reinterpret_cast<float*>(to + by_bin);
-    launch(prepare<Line, Options>, {static_cast<int64_t>(n), 128}, stream, call, options);
+    launch(prepare<UpdateRule, Options>, {static_cast<int64_t>(n), 128}, stream, call, options);
     if (tables > 0 && !call.scope) {
         check_cuda(cudaMemsetAsync(call.tables, 0, tables * rank_table * sizeof(float), stream),
                    "cudaMemsetAsync");
-        launch(count_bins<Line, uint32_t>, {static_cast<int64_t>(n) * rank_parts, threads}, stream,
-               call, reinterpret_cast<uint32_t*>(call.tables), int64_t(rank_table), true,
+        launch(count_bins<UpdateRule, uint32_t>, {static_cast<int64_t>(n) * rank_parts, threads},
+               stream, call, reinterpret_cast<uint32_t*>(call.tables), int64_t(rank_table), true,
                static_cast<const int64_t*>(nullptr));
     }
-    launch(scan_bins<Line>, {tables, table_threads}, stream, call);
-    return {table, scratch};
+    launch(scan_bins<UpdateRule>, {tables, table_threads}, stream, call);
+    return {uploaded, scratch};
 }
 
 // AMSGrad on target "update" wants more registers than `step_full` has.
-template <class Line> constexpr bool fits_full(bool update, bool more) {
-    return !(update && more && std::is_same_v<Line, AdamW<float>>);
+template <class UpdateRule> constexpr bool fits_full(bool update, bool more) {
+    return !(update && more && std::is_same_v<UpdateRule, AdamW<float>>);
 }
 
-template <bool update, bool more, class Line>
-void visit(const Call<Line>& call, int pack, bool gathers, cudaStream_t stream) {
+template <bool update, bool more, class UpdateRule>
+void launch_items(const Call<UpdateRule>& call, int pack, bool gathers, cudaStream_t stream) {
     if (gathers && call.ragged_count > 0)
-        launch(gather_ragged<Line>,
-               {resident_blocks(gather_ragged<Line>, threads, call.ragged_count), threads}, stream,
-               call);
-    if constexpr (!std::is_same_v<Line, NoLine>) {
-        auto kernel = step_mixed<more, Line>;
-        if constexpr (fits_full<Line>(update, more))
-            if (pack == 4) kernel = step_full<update, more, Line>;
+        launch(gather_ragged<UpdateRule>,
+               {resident_blocks(gather_ragged<UpdateRule>, threads, call.ragged_count), threads},
+               stream, call);
+    if constexpr (!std::is_same_v<UpdateRule, NoUpdateRule>) {
+        auto kernel = step_mixed<more, UpdateRule>;
+        if constexpr (fits_full<UpdateRule>(update, more))
+            if (pack == 4) kernel = step_full<update, more, UpdateRule>;
         if (call.count > 0)
             launch(kernel, {resident_blocks(kernel, threads, call.count), threads}, stream, call);
     }
-    const auto ragged = step_ragged<more, Line>;
+    const auto ragged = step_ragged<more, UpdateRule>;
     if (call.ragged_count > 0)
         launch(ragged, {resident_blocks(ragged, threads, call.ragged_count), threads}, stream,
                call);
 }
 
-// The parts of a roster that run on their own: all of it, but for ranks, whose tables take memory.
-template <class Line, class Options>
-void run(const Call<Line>& call, Roster roster, const Options& options, bool more,
-         const Tensor& like, cudaStream_t stream) {
+// Runs a call: at once, or for ranks, whose tables take memory, part by part.
+template <class UpdateRule, class Options>
+void run(const Call<UpdateRule>& call, const SelectionArguments& arguments, const Options& options,
+         bool more) {
+    const Tensor& like = arguments.grads[0];
+    const DeviceGuard device(like);
+    const cudaStream_t stream = device.stream;
+    TensorTable tensors(arguments.tensors);
     bool narrow = call.linear() && call.options.rescale && !call.options.previous &&
-                  fits_full<Line>(call.options.target_update, more);
-    for (const Entry& e : roster.entries)
+                  fits_full<UpdateRule>(call.options.target_update, more);
+    for (const Entry& e : tensors.entries)
         for (const Slot& s : e.slots) narrow &= is_float(s) && e.layout.run >= e.size;
     const int pack = narrow ? 4 : 8;
-    const std::vector<Entry> all = std::move(roster.entries);
+    const std::vector<Entry> all = std::move(tensors.entries);
     const size_t most = call.ranks() && !call.scope ? ranked_at_once : all.size();
     for (size_t first = 0; first < all.size(); first += most) {
-        roster.entries.assign(all.begin() + first,
-                              all.begin() + std::min(first + most, all.size()));
+        tensors.entries.assign(all.begin() + first,
+                               all.begin() + std::min(first + most, all.size()));
         bool gathers = false;
-        for (size_t i = 0; i < roster.entries.size(); ++i) {
-            Entry& e = roster.entries[i];
+        for (size_t i = 0; i < tensors.entries.size(); ++i) {
+            Entry& e = tensors.entries[i];
             e.own = call.linear() && !call.scope, gathers |= e.own;
             e.row = call.scope_rows > 1 ? static_cast<int32_t>(first + i) : 0;
             e.table = call.scope ? e.row : static_cast<int32_t>(i);
         }
-        Call<Line> part = call;
-        const Memory memory = begin(part, roster, options, pack, like, stream);
-        if constexpr (std::is_same_v<Line, NoLine>)
-            visit<false, false>(part, pack, gathers, stream);
+        Call<UpdateRule> part = call;
+        const Memory memory = begin(part, tensors, options, pack, like, stream);
+        if constexpr (std::is_same_v<UpdateRule, NoUpdateRule>)
+            launch_items<false, false>(part, pack, gathers, stream);
         else if (call.options.target_update)
-            more ? visit<true, true>(part, pack, gathers, stream)
-                 : visit<true, false>(part, pack, gathers, stream);
+            more ? launch_items<true, true>(part, pack, gathers, stream)
+                 : launch_items<true, false>(part, pack, gathers, stream);
         else
-            more ? visit<false, true>(part, pack, gathers, stream)
-                 : visit<false, false>(part, pack, gathers, stream);
+            more ? launch_items<false, true>(part, pack, gathers, stream)
+                 : launch_items<false, false>(part, pack, gathers, stream);
     }
 }
 
-// --- The operators ---
-
-View single(const Tensor& t, const char* name, bool written) {
-    const View v = view(t, name, written);
-    if (v.storage == Storage::float64) throw LeftToOthers();
-    return v;
-}
-
-// The gradients, saliencies (or none) and layouts of a call, checked.
-Roster make_roster(const Tensors& grads, const Tensors& saliencies,
-                   const std::vector<int64_t>& layout) {
-    STD_TORCH_CHECK(layout.size() == 4 * grads.size(), "layout has ", layout.size(),
-                    " numbers; give stream, offset, run, stride by tensor");
-    STD_TORCH_CHECK(saliencies.empty() || saliencies.size() == grads.size(),
-                    "saliencies: ", saliencies.size(), " for ", grads.size(), " tensors");
-    Roster roster;
-    roster.entries.resize(grads.size());
-    for (size_t i = 0; i < grads.size(); ++i) {
-        Entry& e = roster.entries[i];
-        STD_TORCH_CHECK(grads[i].get_device_index() == grads[0].get_device_index(), "grads[", i,
-                        "] is on another device than grads[0]");
-        const View g = single(grads[i], "grads", false);
-        e.slots[gradient] = roster.slot(g);
-        if (!saliencies.empty()) {
-            const View s = view(saliencies[i], "saliencies", false);
-            check_same_shape(s, g, "saliencies", i);
-            e.slots[given] = roster.slot(s);
-        }
-        e.size = grads[i].numel();
-        e.layout = {layout[4 * i], layout[4 * i + 1], std::max<int64_t>(layout[4 * i + 2], 1),
-                    layout[4 * i + 3]};
-        check_layout(e.layout, e.size, i);
-    }
-    return roster;
-}
-
-// A number on whichever device its tensor lies.
-Number number(double value, const OptionalTensor& tensor, const char* name) {
-    if (!tensor) return {value};
-    if (tensor->is_cpu() && on_gpu) return {scalar(*tensor, name)};
-    const View v = view(*tensor, name, false);
-    STD_TORCH_CHECK(tensor->numel() == 1, name, " has ", tensor->numel(),
-                    " elements; it must have one");
-    return {value, v.data, v.storage};
-}
-
-// Minima and maxima, or counts by bin: a row for all tensors, or one for each.
-void check_rows(const Tensor& rows, const char* name, bool rank, int64_t tensors) {
-    STD_TORCH_CHECK((rows.is_cuda() || !on_gpu) && rows.is_contiguous() && rows.dim() == 2 &&
-                        rows.size(1) == (rank ? rank_bins : 2) &&
-                        rows.scalar_type() == (rank ? ScalarType::Long : ScalarType::Double),
-                    name, " must be contiguous on the GPU: [rows, 2] float64, or for rank [rows, ",
-                    rank_bins, "] int64");
-    STD_TORCH_CHECK(rows.size(0) == 1 || rows.size(0) == tensors, name, " has ", rows.size(0),
-                    " rows; give one, or one for each of ", tensors, " tensors");
-}
-
-template <class Line>
-Call<Line> make_call(const SelectionOptions& options, int64_t seed, const OptionalTensor& scope,
-                     size_t tensors) {
-    STD_TORCH_CHECK(options.normalization >= Normalization::minmax &&
-                        options.normalization <= Normalization::constant,
-                    "normalization is ", static_cast<int64_t>(options.normalization),
-                    "; use 0 (minmax), 1 (range), 2 (rank) or 3 (constant)");
-    Call<Line> call(seed);
-    call.options = options;
-    call.random =
-        options.normalization != Normalization::constant || inverse_of_constant(options) != 1;
-    if (!scope || options.normalization == Normalization::constant) return call;
-    check_rows(*scope, "scope_statistics", call.ranks(), static_cast<int64_t>(tensors));
-    call.scope = scope->data_ptr(), call.scope_rows = scope->size(0);
-    return call;
-}
-
-// What AdamW and SGD share: checks of every list, then the run. `states`: the operator's lists,
-// empty ones unused.
-template <class Line, class Options>
-void step(Call<Line> call, Roster roster, const Options& options, const Tensors& params,
-          const Tensors& grads, const std::vector<const Tensors*>& states, const Tensors& steps,
-          const Tensors& mins, const Tensors& maxs, const OptionalTensor& grad_scale,
-          const OptionalTensor& found_inf, bool maximize, bool more) {
-    const size_t n = params.size();
-    STD_TORCH_CHECK(roster.entries.size() == n, "grads has ", roster.entries.size(),
-                    " tensors for ", n, " parameters");
-    STD_TORCH_CHECK(call.options.previous || (mins.empty() && maxs.empty()),
-                    "saliency_mins and saliency_maxs belong to statistics='previous'");
-    if (n == 0) return;
-    call.grad_scale = number(1, grad_scale, "grad_scale"),
-    call.found_inf = number(0, found_inf, "found_inf");
-    call.maximize = maximize;
-    const int64_t tensors = static_cast<int64_t>(n);
-    int64_t elements = 0;
-    for (const Entry& e : roster.entries) elements += e.size;
-    std::vector<List> moments, kept;
-    for (const Tensors* list : states)
-        if (!list->empty()) moments.emplace_back(*list, "states", n, elements);
-    if (call.options.previous)
-        kept.emplace_back(mins, "saliency_mins", n, tensors),
-            kept.emplace_back(maxs, "saliency_maxs", n, tensors);
-    List counts(steps, "steps", n, tensors);
-    for (size_t i = 0; i < n; ++i) {
-        Entry& e = roster.entries[i];
-        const View p = single(params[i], "params", true);
-        STD_TORCH_CHECK(params[i].scalar_type() == params[0].scalar_type(), "params[", i,
-                        "] has another dtype than params[0]");
-        STD_TORCH_CHECK(params[i].get_device_index() == params[0].get_device_index(), "params[", i,
-                        "] is on another device than params[0]");
-        check_same_shape(view(grads[i], "grads", false), p, "grads", i);
-        e.slots[theta] = roster.slot(p);
-        for (size_t k = 0; k < moments.size(); ++k) {
-            const View state = moments[k].next(i, e.size, &p);
-            STD_TORCH_CHECK(state.storage == Storage::float32 || state.storage == Storage::bfloat16,
-                            "states must be float32 or bfloat16");
-            call.rounding |= state.storage == Storage::bfloat16;
-            e.slots[first_state + k] = roster.slot(state);
-        }
-        for (size_t k = 0; k < kept.size(); ++k)
-            e.kept[k] = roster.slot(kept[k].next(i, 1, nullptr));
-        e.step = roster.slot(counts.next(i, 1, nullptr));
-    }
-    const Place place(params[0]);
-    run(call, std::move(roster), options, more, params[0], static_cast<cudaStream_t>(place.stream));
+template <class UpdateRule, class Options>
+void step(const StepArguments& arguments, const Options& options, bool more) {
+    Call<UpdateRule> call(arguments);
+    call.grad_scale = arguments.grad_scale, call.found_inf = arguments.found_inf;
+    call.maximize = arguments.maximize, call.rounding = arguments.rounding;
+    run(call, arguments, options, more);
 }
 
 } // namespace
 
-static void selective_adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
-                             Tensors max_exp_avg_sqs, Tensors steps, Tensors saliency_mins,
-                             Tensors saliency_maxs, OptionalTensor scope_statistics,
-                             std::vector<int64_t> layout, OptionalTensor grad_scale,
-                             OptionalTensor found_inf, double lr, OptionalTensor lr_tensor,
-                             double weight_decay, bool maximize, int64_t seed, double beta1,
-                             double beta2, OptionalTensor beta1_tensor, OptionalTensor beta2_tensor,
-                             double eps, SELECTION_ARGUMENTS) {
-    const AdamWOptions line{number(lr, lr_tensor, "lr"), number(beta1, beta1_tensor, "betas[0]"),
-                            number(beta2, beta2_tensor, "betas[1]"), weight_decay, eps};
-    step(make_call<AdamW<float>>(SELECTION_OPTIONS, seed, scope_statistics, params.size()),
-         make_roster(grads, {}, layout), line, params, grads,
-         {&exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs}, steps, saliency_mins, saliency_maxs,
-         grad_scale, found_inf, maximize, !max_exp_avg_sqs.empty());
+static void take_step(const StepArguments& arguments, const AdamWOptions& options, bool amsgrad) {
+    step<AdamW<float>>(arguments, options, amsgrad);
 }
 
-static void selective_sgd_(Tensors params, Tensors grads, Tensors momentum_buffers, Tensors steps,
-                           Tensors saliency_mins, Tensors saliency_maxs,
-                           OptionalTensor scope_statistics, std::vector<int64_t> layout,
-                           OptionalTensor grad_scale, OptionalTensor found_inf, double lr,
-                           OptionalTensor lr_tensor, double weight_decay, bool maximize,
-                           int64_t seed, double momentum, double dampening, bool nesterov,
-                           SELECTION_ARGUMENTS) {
-    const SGDOptions line{number(lr, lr_tensor, "lr"), momentum, dampening, weight_decay, nesterov};
-    step(make_call<SGD<float>>(SELECTION_OPTIONS, seed, scope_statistics, params.size()),
-         make_roster(grads, {}, layout), line, params, grads, {&momentum_buffers}, steps,
-         saliency_mins, saliency_maxs, grad_scale, found_inf, maximize, !momentum_buffers.empty());
+static void take_step(const StepArguments& arguments, const SGDOptions& options,
+                      bool has_momentum) {
+    step<SGD<float>>(arguments, options, has_momentum);
 }
 
-static void select_gradients_(Tensors grads, Tensors saliencies, OptionalTensor scope_statistics,
-                              std::vector<int64_t> layout, int64_t step, int64_t seed,
-                              SELECTION_ARGUMENTS) {
-    Call<NoLine> call = make_call<NoLine>(SELECTION_OPTIONS, seed, scope_statistics, grads.size());
-    Roster roster = make_roster(grads, saliencies, layout);
-    if (grads.empty()) return;
+static void multiply(const SelectionArguments& arguments, int64_t step) {
+    Call<NoUpdateRule> call(arguments);
     call.fixed_step = step;
-    for (size_t i = 0; i < grads.size(); ++i)
-        view(grads[i], "grads", true),
-            roster.entries[i].slots[theta] = roster.entries[i].slots[gradient];
-    if (!call.random) return; // every factor is 1
-    const Place place(grads[0]);
-    run(call, std::move(roster), NoOptions(), false, grads[0],
-        static_cast<cudaStream_t>(place.stream));
+    run(call, arguments, NoOptions(), false);
 }
 
-static void selective_statistics_(Tensors grads, Tensors saliencies, Tensors mins, Tensors maxs,
-                                  std::vector<int64_t> layout, std::vector<int64_t> sizes,
-                                  int64_t normalization, OptionalTensor grad_scale, Tensor out) {
-    SelectionOptions options{};
-    options.normalization = static_cast<Normalization>(normalization);
-    Call<NoLine> call = make_call<NoLine>(options, 0, std::nullopt, grads.size());
-    Roster roster = make_roster(grads, saliencies, layout);
-    const int64_t n = static_cast<int64_t>(grads.size());
-    check_rows(out, "out", call.ranks(), n);
-    STD_TORCH_CHECK(sizes.empty() || static_cast<int64_t>(sizes.size()) == n,
-                    "sizes: ", sizes.size(), " for ", n, " tensors");
-    STD_TORCH_CHECK(mins.empty() == maxs.empty() && (mins.empty() || !call.ranks()),
-                    "saliency_mins and saliency_maxs belong together, not to rank");
-    STD_TORCH_CHECK(std::all_of(sizes.begin(), sizes.end(), [](int64_t size) { return size >= 0; }),
-                    "sizes must not be negative");
-    if (n == 0) return;
-    if (!mins.empty()) {
-        List low(mins, "saliency_mins", n, n), high(maxs, "saliency_maxs", n, n);
-        for (int64_t i = 0; i < n; ++i) {
-            roster.entries[i].kept[0] = roster.slot(low.next(i, 1, nullptr));
-            roster.entries[i].kept[1] = roster.slot(high.next(i, 1, nullptr));
-        }
-    }
-    call.grad_scale = number(1, grad_scale, "grad_scale");
-    const Place place(grads[0]);
-    const cudaStream_t stream = static_cast<cudaStream_t>(place.stream);
+static void gather_statistics(const StatisticsArguments& arguments) {
+    Call<NoUpdateRule> call(arguments);
+    call.grad_scale = arguments.grad_scale;
+    TensorTable tensors(arguments.tensors);
+    const int64_t n = static_cast<int64_t>(tensors.entries.size());
+    const Tensor& like = arguments.grads[0];
+    const DeviceGuard device(like);
+    const cudaStream_t stream = device.stream;
     const bool rank = call.ranks();
-    const int64_t at = static_cast<int64_t>(roster.axes.size()); // sizes travel beside the axes
-    roster.axes.insert(roster.axes.end(), sizes.begin(), sizes.end());
-    for (Entry& e : roster.entries) e.own = !rank;
+    const int64_t at = static_cast<int64_t>(tensors.axes.size()); // sizes travel beside the axes
+    tensors.axes.insert(tensors.axes.end(), arguments.sizes.begin(), arguments.sizes.end());
+    for (Entry& e : tensors.entries) e.own = !rank;
     if (rank) call.options.normalization = Normalization::constant; // no tables of its own
-    const Memory memory = begin(call, roster, NoOptions(), 4, grads[0], stream);
+    const Memory memory = begin(call, tensors, NoOptions(), 4, like, stream);
     if (rank) {
-        launch(count_bins<NoLine, unsigned long long>, {n * rank_parts, threads}, stream, call,
-               static_cast<unsigned long long*>(out.mutable_data_ptr()), int64_t(rank_bins),
-               out.size(0) > 1, sizes.empty() ? nullptr : call.axes + at);
+        launch(count_bins<NoUpdateRule, unsigned long long>, {n * rank_parts, threads}, stream,
+               call, static_cast<unsigned long long*>(arguments.out.data), int64_t(rank_bins),
+               arguments.out.count > 1, arguments.sizes.empty() ? nullptr : call.axes + at);
     } else {
-        launch(gather_ragged<NoLine>,
-               {resident_blocks(gather_ragged<NoLine>, threads, call.ragged_count), threads},
-               stream, call);
-        launch(join_ranges, {out.size(0), threads}, stream, call,
-               static_cast<double*>(out.mutable_data_ptr()), out.size(0), n);
+        const auto gather = gather_ragged<NoUpdateRule>;
+        launch(gather, {resident_blocks(gather, threads, call.ragged_count), threads}, stream,
+               call);
+        launch(join_ranges, {arguments.out.count, threads}, stream, call, arguments.out.range(0),
+               arguments.out.count, n);
     }
 }
 
-// A call over one tensor that writes `out` and leaves the gradient alone.
-static void inspect(Call<NoLine> call, const Tensor& grad, const OptionalTensor& saliency,
-                    const Tensor& out, const std::vector<int64_t>& layout, int64_t step, bool draws,
-                    Out wanted) {
-    Roster roster = make_roster({grad}, saliency ? Tensors{*saliency} : Tensors{}, layout);
-    STD_TORCH_CHECK(out.numel() == grad.numel(),
-                    "out has another shape than the gradient; they must be equal");
-    roster.entries[0].slots[theta] = roster.slot(single(out, "out", true));
-    call.out = wanted, call.fixed_step = step, call.random &= draws;
-    const Place place(grad);
-    run(call, std::move(roster), NoOptions(), false, grad, static_cast<cudaStream_t>(place.stream));
+// A probability is looked for with every u 0: each element is then selected, its factor 1/p.
+static void inspect(const InspectionArguments& arguments, int64_t step, Out out) {
+    Call<NoUpdateRule> call(arguments);
+    call.out = out, call.fixed_step = step, call.random &= out == Out::factor;
+    run(call, arguments, NoOptions(), false);
 }
-
-static void selection_mask_(Tensor grad, OptionalTensor saliency, Tensor out,
-                            std::vector<int64_t> layout, int64_t step, int64_t seed,
-                            SELECTION_ARGUMENTS) {
-    inspect(make_call<NoLine>(SELECTION_OPTIONS, seed, std::nullopt, 1), grad, saliency, out,
-            layout, step, true, Out::factor);
-}
-
-// Every u is 0 where nothing is drawn, so each element is selected and its factor is 1/p.
-static void selection_probability_(Tensor grad, OptionalTensor saliency, Tensor out,
-                                   SELECTION_ARGUMENTS) {
-    rescale = true;
-    const int64_t n = grad.numel();
-    inspect(make_call<NoLine>(SELECTION_OPTIONS, 0, std::nullopt, 1), grad, saliency, out,
-            {0, 0, n, n}, 0, false, Out::probability);
-}
-
-EXPORT_BOXED(selective_adamw_)
-EXPORT_BOXED(selective_sgd_)
-EXPORT_BOXED(select_gradients_)
-EXPORT_BOXED(selective_statistics_)
-EXPORT_BOXED(selection_mask_)
-EXPORT_BOXED(selection_probability_)
 
 } // namespace uegr
