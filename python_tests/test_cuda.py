@@ -396,10 +396,17 @@ def test_what_they_compute_of_long_rows_and_many_items(on_host):
 
 
 @pytest.mark.parametrize("on_gpu", [True, False], ids=["cuda", "cpp"])
-def test_what_would_stay_as_it_is_is_not_written(request, on_gpu):
+@pytest.mark.parametrize(
+    "cases",
+    [
+        "unwritten.py",  # what would stay as it is is not written
+        "labels_alone.py",  # the losses take labels without another pass
+    ],
+)
+def test_both_libraries_pass(request, cases, on_gpu):
     pytest_on(
         request.getfixturevalue("on_host") if on_gpu else None,
-        ROOT / "python_tests/cuda_on_host/unwritten.py",
+        ROOT / "python_tests/cuda_on_host" / cases,
     )
 
 
