@@ -137,12 +137,17 @@ inline View view(const Tensor& t, const char* name, bool written) {
     return v;
 }
 
-// The same of a tensor that is computed with, which on a GPU has no 64 bits.
-inline View operand_view(const Tensor& t, const char* name, bool written) {
-    const View v = view(t, name, written);
+// Numbers of 64 bits are not for a GPU's kernels.
+inline void leave_doubles([[maybe_unused]] const View& v) {
 #ifdef USE_CUDA
     if (v.storage == Storage::float64) throw LeftToOthers();
 #endif
+}
+
+// The same of a tensor that is computed with.
+inline View operand_view(const Tensor& t, const char* name, bool written) {
+    const View v = view(t, name, written);
+    leave_doubles(v);
     return v;
 }
 inline View float_view(const Tensor& t, const char* name, bool written) {

@@ -11,7 +11,7 @@ namespace uegr {
 
 // A tensor with a number for each unit.
 inline View unit_view(const Tensor& t, const char* name, bool written) {
-    const View v = float_view(t, name, written);
+    const View v = view(t, name, written);
     STD_TORCH_CHECK(v.storage == Storage::float32 || v.storage == Storage::float64, name,
                     " must be float32 or float64");
     return v;
@@ -27,6 +27,7 @@ struct DropoutArguments {
     DropoutArguments(const Tensor& tensor, const char* name, const Tensor& rates, const Tensor& key)
         : tensor(tensor), in(float_view(tensor, name, false)),
           rates(unit_view(rates, "rates", false)), size(tensor.numel()) {
+        leave_doubles(this->rates);
         STD_TORCH_CHECK(in.dim > 0 && this->rates.dim == 1 &&
                             this->rates.sizes[0] == in.sizes[in.dim - 1],
                         "rates must have one number for each index of ", name, "'s last axis");
@@ -55,6 +56,7 @@ struct RatesArguments {
                 norm.storage == pending.storage,
             "gradient_norm and pending must have one axis of the same size, and the same dtype");
         units = norm.sizes[0];
+        leave_doubles(norm);
     }
 };
 
