@@ -34,7 +34,7 @@ MOST_SPILLED = 16  # bytes a kernel
 
 
 class Kernel(typing.NamedTuple):
-    """A compiled kernel. `memory`: how often each instruction that reads or writes memory
+    """Holds a compiled kernel. `memory`: how often each instruction that reads or writes memory
     stands in the code.
     """
 
@@ -47,12 +47,12 @@ class Kernel(typing.NamedTuple):
     memory: dict[str, int]
 
     def count(self, pattern: str) -> int:
-        """How many memory instructions fully match a regular expression."""
+        """Counts the memory instructions that fully match a regular expression."""
         return sum(number for name, number in self.memory.items() if re.fullmatch(pattern, name))
 
     @property
     def wide(self) -> tuple[int, int]:
-        """Global loads and stores of 128 bits."""
+        """Counts global loads and stores of 128 bits."""
         if self.target.startswith("sm"):
             return self.count(r"LDG\..*\b128\b.*"), self.count(r"STG\..*\b128\b.*")
         return self.count(r"(global|buffer)_load_(dwordx4|b128)"), self.count(
@@ -62,7 +62,7 @@ class Kernel(typing.NamedTuple):
 
 @functools.cache
 def kernels(*statements: str) -> dict[tuple[str, str], list[Kernel]]:
-    """What each statement launches, by (statement, target). `import torch` and `import
+    """Compiles what each statement launches, by (statement, target). `import torch` and `import
     uegr_kernels as uk` are done already.
     """
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -79,8 +79,8 @@ def kernels(*statements: str) -> dict[tuple[str, str], list[Kernel]]:
 
 @functools.cache
 def usage(*statements: str) -> dict[tuple[str, str], list[dict[str, typing.Any]]]:
-    """By (version, target) what each statement launches, or why it cannot be compiled; without
-    the kernels' instructions.
+    """Compiles, by (version, target), what each statement launches, or says why it cannot be;
+    without the kernels' instructions.
     """
     every = [
         (name, target)
@@ -127,7 +127,7 @@ def main() -> None:
     from uegr_kernels.core import backends
 
     class Absent:
-        """A driver for a GPU that is not here: enough of one to compile for it."""
+        """Stands for the driver of a GPU that is not here: enough of it to compile for it."""
 
         def __init__(self, name: str):
             lanes = 64 if name.startswith("gfx9") else 32
@@ -176,7 +176,7 @@ def main() -> None:
 
 
 def compile_all(path: pathlib.Path) -> None:
-    """The whole product: a line of the file for each version, target, function and dtype;
+    """Compiles the whole product: a line of the file for each version, target, function and dtype;
     those that it has are not done again.
     """
     import launches
@@ -223,7 +223,7 @@ def compile_all(path: pathlib.Path) -> None:
 
 
 def resources(kernel, target: str, code: bool) -> tuple[int, int, int, dict[str, int]]:
-    """Registers, spilled, shared memory, and with `code` the memory instructions."""
+    """Returns registers, spilled, shared memory, and with `code` the memory instructions."""
     if target.startswith("gfx"):
         text = kernel.asm["amdgcn"]
         registers, spilled = (

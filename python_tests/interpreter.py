@@ -11,13 +11,13 @@ from triton.runtime import interpreter
 
 
 def quicken() -> None:
-    """For the rest of the process."""
+    """Makes the interpreter fast for the rest of the process."""
     _patch_the_language_once()
     _make_types_once()
 
 
 def _patch_the_language_once() -> None:
-    """Instead of at every call of one function by another."""
+    """Patches the language once, not at every call of one function by another."""
     patch, no_changes = interpreter._patch_lang, interpreter._LangPatchScope
     patch(types.SimpleNamespace(__globals__={"tl": language, "core": core}))
     interpreter._patch_lang = lambda fn: no_changes()

@@ -184,14 +184,14 @@ EXCLUDED: dict[str, list[Row]] = {
 
 
 def parameters(function: Callable[..., Any]) -> list[str]:
-    """Names of what a public function takes, but for self and the backend."""
+    """Names what a public function takes, but for self and the backend."""
     signature = inspect.signature(function)
     return [name for name in signature.parameters if name not in ("self", "backend")]
 
 
 @functools.cache
 def options(family: str, name: str) -> tuple[str, ...]:
-    """The options of a function whose values may change a kernel, in the table's order."""
+    """Returns the options of a function whose values may change a kernel, in the table's order."""
     known = {*parameters(getattr(uk, name)), *ARGUMENTS[family][name]}
     return tuple(option for option in VALUES[family] if option in known)
 
@@ -203,8 +203,8 @@ def allowed(family: str, row: Row) -> bool:
 
 
 def pairs(family: str) -> Iterator[tuple[tuple[str, Any], tuple[str, Any]]]:
-    """Everything that has to stand together: (option, value) twice; the function is an option
-    of each.
+    """Yields everything that has to stand together: (option, value) twice; the function is an
+    option of each.
     """
     for name in FAMILIES[family]:
         items: list[tuple[str, tuple[Any, ...]]] = [
@@ -223,7 +223,7 @@ def covered(row: Row) -> set[tuple[tuple[str, Any], tuple[str, Any]]]:
 
 @functools.cache
 def rows(family: str) -> list[Row]:
-    """A covering array, greedily: the next row is the one, of those begun with pairs still
+    """Builds a covering array, greedily: the next row is the one, of those begun with pairs still
     lacking, that has most of them.
     """
     lacking = dict.fromkeys(pairs(family))
@@ -244,8 +244,8 @@ def rows(family: str) -> list[Row]:
 
 
 def _completed(family: str, name: str, begun: Row, lacking: dict[Any, None]) -> Row | None:
-    """A row of a function with what is begun, each further value the one that meets most of
-    what lacks; None where there is none.
+    """Completes a row of a function with what is begun, each further value the one that meets
+    most of what lacks; None where there is none.
     """
     if begun.setdefault("function", name) != name or not {*begun} <= {
         "function",
@@ -396,13 +396,15 @@ CODE = {
 
 
 def statements() -> list[str]:
-    """The covering set: a row of each family, as far as they go, with an empty line between."""
+    """Returns the covering set: a row of each family, as far as they go, with an empty line
+    between.
+    """
     lines = [[CODE[family](row) for row in rows(family)] for family in FAMILIES]
     return ["\n\n".join(part for part in parts if part) for parts in itertools.zip_longest(*lines)]
 
 
 def calls() -> tuple[str, ...]:
-    """The statements' parts, each of one dtype."""
+    """Returns the statements' parts, each of one dtype."""
     return tuple(
         dict.fromkeys(part for statement in statements() for part in statement.split("\n\n"))
     )
@@ -437,8 +439,8 @@ WITHOUT_EFFECT: list[Row] = [
 
 
 def product(family: str, name: str, dtype: str) -> tuple[str, ...]:
-    """A function's calls with every combination of the values of its CROSSED options, in one
-    dtype.
+    """Returns a function's calls with every combination of the values of its CROSSED options, in
+    one dtype.
     """
     crossed = [option for option in options(family, name) if option in CROSSED[family]]
     first = {option: VALUES[family][option][0] for option in options(family, name)} | {

@@ -35,6 +35,13 @@ STATEMENTS = {
     "loss m=3 float16, soft labels": loss(3, 4, 3000, "float16", "soft"),
     "loss m=8 float32": loss(8, 4, 32000, "float32"),
     "loss m=8 bfloat16": loss(8, 4, 128256, "bfloat16", backward="(2 * loss).backward()"),
+    "labels alone float32": "from uegr_kernels.divergence import op; "
+    "op.kernel('uegr_loss', 'triton')([torch.zeros(4, 32000)], torch.zeros(4, dtype=torch.long), "
+    "js_weight=1.0, label_smoothing=0.1, ignore_index=-100, reduction='mean', regression=False, "
+    "needs=[True])",
+    "loss m=2 float32, by row": loss(
+        2, 4, 32000, "float32", call="reduction='none'", backward="(2 * loss).sum().backward()"
+    ),
     "regression m=2 float32": loss(2, 4, 3, "float32", "values", "task='regression'"),
     "fgm by sample": f"uk.fgm_perturbation({G}, 0.1, mask=torch.ones(16, 128), "
     "keep_probability=0.5, seed=1)",
