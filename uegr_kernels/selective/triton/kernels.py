@@ -30,7 +30,7 @@ from ...core import triton_ops
 from .math import (
     SGD,
     AdamW,
-    adamw_update,
+    adamw_update_rule,
     divide,
     drawn_factor,
     finite,
@@ -40,7 +40,7 @@ from .math import (
     rank_bin,
     root,
     round_stochastically,
-    sgd_update,
+    sgd_update_rule,
     square,
 )
 
@@ -506,7 +506,7 @@ def apply_rule(ptrs, mask, g, factor, rounding_word, rule, form):
     if form.RULE == "sgd":
         theta = read(ptrs.theta, mask, form.DTYPE)
         buffer = read(ptrs.moment1, mask, form.DTYPE) if form.MOMENT1 is not None else theta
-        theta, buffer = sgd_update(theta, g, factor, buffer, rule, form)
+        theta, buffer = sgd_update_rule(theta, g, factor, buffer, rule, form)
         write(ptrs.theta, theta, mask)
         if form.MOMENT1 is not None:
             write_moment(ptrs.moment1, buffer, mask, rounding_word & 0xFFFF)
@@ -514,7 +514,7 @@ def apply_rule(ptrs, mask, g, factor, rounding_word, rule, form):
         theta = read(ptrs.theta, mask, form.DTYPE)
         m, v = read(ptrs.moment1, mask, form.DTYPE), read(ptrs.moment2, mask, form.DTYPE)
         v_max = read(ptrs.moment3, mask, form.DTYPE) if form.MOMENT3 is not None else v
-        theta, m, v, v_max = adamw_update(theta, g, factor, m, v, v_max, rule, form)
+        theta, m, v, v_max = adamw_update_rule(theta, g, factor, m, v, v_max, rule, form)
         write(ptrs.theta, theta, mask)
         write_moment(ptrs.moment1, m, mask, rounding_word & 0xFFFF)
         write_moment(ptrs.moment2, v, mask, rounding_word >> 16)

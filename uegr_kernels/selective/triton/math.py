@@ -167,7 +167,7 @@ def moved(theta, stepped, factor):
 
 
 @triton.jit
-def adamw_update(theta, g, factor, m, v, v_max, rule, form):
+def adamw_update_rule(theta, g, factor, m, v, v_max, rule, form):
     """Makes AdamW's step. Target "gradient": g~ = b*g/p feeds the moments; "update": g does, and
     b/p multiplies the step.
 
@@ -188,7 +188,7 @@ def adamw_update(theta, g, factor, m, v, v_max, rule, form):
 
 
 @triton.jit
-def sgd_update(theta, g, factor, buffer, rule, form):
+def sgd_update_rule(theta, g, factor, buffer, rule, form):
     """Makes SGD's step. A buffer starts as -0.0, which no update leaves behind (+ 0): its first
     value is the gradient itself, without dampening.
     """
