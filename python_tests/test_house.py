@@ -423,7 +423,7 @@ def finetune_is_imported(path, text):
 @rule(
     "The package needs torch alone: anything else is imported inside a function (Triton by "
     "triton.py or triton/, and core/triton_ops.py)",
-    f"{PACKAGE}/(?!integrations/|finetune/train.py|.*triton(_ops)?.py|.*/triton/).*",
+    f"{PACKAGE}/(?!integrations/|finetune/(train|report|intervals).py|.*triton(_ops)?.py|.*/triton/).*",
     bad=[
         "uegr_kernels/analysis/cka.py | import matplotlib.pyplot as plt",
         "uegr_kernels/core/backends.py | try:\n  import triton\nexcept ImportError: ...",

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import recipes
-from . import measures, report, tables
+from . import measures, tables
 from .classifiers import INSTALL, Classifier, load, new
 from .data import UserError
 from .interrupts import interrupts_noticed
 from .measures import Outcomes
-from .report import Result
 from .tables import Columns, Data, Files
 
 if TYPE_CHECKING:
+    from .report import Result
     from .train import Training
 
 SETTINGS, OUTCOMES, CHECKPOINTS = "settings.json", "outcomes.json", "checkpoints"
@@ -86,7 +86,7 @@ def finetune(
     Returns the report. Raises UserError for files, models and folders that cannot be used, before
     anything is written; ValueError and TypeError for options; `train.Stopped` after Ctrl-C.
     """
-    from . import train
+    from . import report, train
 
     folder = pathlib.Path(output)
     data = tables.load(task.files, task.columns, task.limit)
@@ -136,9 +136,9 @@ def _run(
     stopped: Callable[[], bool],
     *,
     keep: bool,
-) -> Result:
+) -> "Result":
     """Trains with one recipe and seed, saves the model and measures it."""
-    from . import train
+    from . import report, train
 
     classifier = _start(task, data, seed)
     trained = train.train(
@@ -156,7 +156,7 @@ def _run(
     if keep:
         classifier.save(place)
         outcomes = measures.measure(classifier, data)
-    return Result(
+    return report.Result(
         recipe, seed, outcomes, trained.seconds_per_step, trained.best_epoch, trained.validation
     )
 
@@ -225,7 +225,9 @@ def _save(path: pathlib.Path, content: Any) -> None:
     aside.replace(path)
 
 
-def _result(found: dict[str, Any]) -> Result:
+def _result(found: dict[str, Any]) -> "Result":
+    from .report import Result
+
     return Result(**found | {"outcomes": Outcomes(**found["outcomes"])})
 
 
