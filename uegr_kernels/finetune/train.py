@@ -9,7 +9,8 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from types import FrameType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from .. import SelectiveAdamW, recipes
 from ..analysis import accuracy_under_attack
 from ..analysis.selection import share_selected
 from ..models import MODELS, TextClassifier
+from ..recipes.recipe import Recipe
 from .data import Data, Texts, UserError
 
 ARMS = ("AdamW", "UEGR")
@@ -54,12 +56,12 @@ class Arm:
     seconds: list[float] = dataclasses.field(default_factory=list)
     shares: list[float] = dataclasses.field(default_factory=list)
     accuracy: list[float] = dataclasses.field(default_factory=list)
-    model: dict[str, Any] | None = None
-    optimizer: dict[str, Any] | None = None
-    recipe: dict[str, Any] | None = None
+    model: dict[str, Tensor] | None = None
+    optimizer: dict[str, object] | None = None
+    recipe: dict[str, object] | None = None
     random: Tensor | None = None
 
-    def saved(self) -> dict[str, Any]:
+    def saved(self) -> dict[str, object]:
         """Returns what a checkpoint holds of it."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
@@ -81,7 +83,7 @@ def train(
     torch.manual_seed(settings.seed)
     model: TextClassifier = MODELS[settings.model](data.words, len(data.classes))
     optimizer: torch.optim.Optimizer
-    recipe: Any = None
+    recipe: Recipe | None = None
     if name == "AdamW":
         optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     else:
@@ -93,7 +95,7 @@ def train(
         model.load_state_dict(arm.model or {})
         optimizer.load_state_dict(arm.optimizer or {})
         if recipe is not None:
-            recipe.load_state_dict(arm.recipe)
+            recipe.load_state_dict(arm.recipe or {})
         if arm.random is not None:
             torch.set_rng_state(arm.random)
 
@@ -176,7 +178,7 @@ def interrupts_noticed() -> Iterator[Callable[[], None]]:
     """
     pressed: list[int] = []
 
-    def notice(number: int, frame: Any) -> None:
+    def notice(number: int, frame: FrameType | None) -> None:
         if pressed:
             raise KeyboardInterrupt
         pressed.append(number)
@@ -196,17 +198,17 @@ def interrupts_noticed() -> Iterator[Callable[[], None]]:
         signal.signal(signal.SIGINT, before)
 
 
-def save_checkpoint(path: pathlib.Path, checkpoint: dict[str, Any]) -> None:
+def save_checkpoint(path: pathlib.Path, checkpoint: dict[str, object]) -> None:
     """Writes a checkpoint aside and moves it: whatever happens, `path` is a whole one."""
     aside = path.with_suffix(".tmp")
     torch.save(checkpoint, aside)
     os.replace(aside, path)
 
 
-def load_checkpoint(path: pathlib.Path, settings: dict[str, Any]) -> dict[str, Arm]:
+def load_checkpoint(path: pathlib.Path, settings: dict[str, object]) -> dict[str, Arm]:
     """Returns the arms of a checkpoint; raises UserError where it is none of these settings."""
     try:
-        checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
+        checkpoint = torch.load(path, weights_only=True)
         saved = checkpoint["settings"]
         arms = {name: Arm(**checkpoint["arms"][name]) for name in ARMS}
     except FileNotFoundError:
