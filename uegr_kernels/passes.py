@@ -355,8 +355,8 @@ class Runner:
 
     @contextlib.contextmanager
     def without_sync(self) -> Iterator[None]:
-        """DDP's or FSDP's no_sync, or FSDP2's switch turned off and on; nothing for a plain
-        model or inside the caller's no_sync.
+        """Holds the wrappers' synchronisation back inside a `with`, by DDP's or FSDP's no_sync or
+        FSDP2's switch; does nothing for a plain model or inside the caller's no_sync.
         """
         with contextlib.ExitStack() as stack:
             for part in filter(_exchanges, synchronisers(self.model)):

@@ -40,7 +40,7 @@ def on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def lanes() -> int:
-    """Threads of a warp on the current GPU: of AMD's some have 64, some 32."""
+    """Returns the threads of a warp on the current GPU: of AMD's some have 64, some 32."""
     return (
         int(triton.runtime.driver.active.get_current_target().warp_size)
         if torch.version.hip
@@ -49,7 +49,7 @@ def lanes() -> int:
 
 
 def to_device(values: list[Any] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A new tensor there, without waiting for the copy."""
+    """Returns a new tensor there, without waiting for the copy."""
     values = torch.as_tensor(values, dtype=dtype)
     if device.type != "cuda":
         return values
@@ -60,15 +60,15 @@ def to_device(values: list[Any] | Tensor, dtype: torch.dtype, device: torch.devi
 
 
 def expanded(tensor: Tensor) -> bool:
-    """Whether elements share memory: such a tensor cannot be written."""
+    """Tells whether elements share memory: such a tensor cannot be written."""
     return any(
         stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
 
 
 def pieces(counts: list[int]) -> Tensor:
-    """(tensor, piece) of every piece, int32, where tensors have so many: what the programs of
-    one launch take up.
+    """Returns (tensor, piece) of every piece, int32, where tensors have so many: what the programs
+    of one launch take up.
     """
     many = torch.tensor(counts, dtype=torch.int64)
     tensor = torch.arange(len(counts)).repeat_interleave(many)
@@ -77,13 +77,13 @@ def pieces(counts: list[int]) -> Tensor:
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured."""
+    """Tells whether a CUDA graph is being captured."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def mark(device: torch.device, event: torch.cuda.Event | None) -> torch.cuda.Event | None:
-    """What says, when asked, whether the work given to the device so far is done: the event,
-    or a new one; None on the CPU.
+    """Returns what says, when asked, whether the work given to the device so far is done: the
+    event, or a new one; None on the CPU.
     """
     if device.type == "cuda":
         event = torch.cuda.Event() if event is None else event
@@ -124,7 +124,7 @@ class Upload:
         self.sources.append((source, copied))
 
     def apart(self) -> "Upload":
-        """Another one of the same size, with memory of its own."""
+        """Returns another one of the same size, with memory of its own."""
         other = Upload(len(self.target), self.target.device)
         other.sources = [] if self.spare is None else [(self.spare, None)]
         self.spare = None
@@ -147,7 +147,7 @@ def constexprs(form: FormT) -> FormT:
 
 @triton.jit
 def nearest(x, dtype: tl.constexpr):
-    """x in another dtype, rounded to nearest. Triton's interpreter cuts bfloat16 off and
+    """Returns x in another dtype, rounded to nearest. Triton's interpreter cuts bfloat16 off and
     spoils its denormals: there it is done by hand.
     """
     if INTERPRETED and dtype == tl.bfloat16 and x.dtype != tl.bfloat16:
@@ -160,7 +160,7 @@ def nearest(x, dtype: tl.constexpr):
 
 @triton.jit
 def widened(x, dtype: tl.constexpr):
-    """What was read from memory in the arithmetic's dtype; by hand where the interpreter
+    """Returns what was read from memory in the arithmetic's dtype; by hand where the interpreter
     spoils denormals.
     """
     if INTERPRETED and x.dtype == tl.bfloat16:
@@ -170,29 +170,29 @@ def widened(x, dtype: tl.constexpr):
 
 @triton.jit
 def pointer(address, dtype: tl.constexpr):
-    """An address from a table as a pointer."""
+    """Returns an address from a table as a pointer."""
     return address.to(tl.pointer_type(dtype))
 
 
 @triton.jit
 def aligned_pointer(address, dtype: tl.constexpr):
-    """The same, promised to be a multiple of 16 bytes: without a mask its accesses have 128
-    bits.
+    """Returns an address from a table as a pointer, promised to be a multiple of 16 bytes: without
+    a mask its accesses have 128 bits.
     """
     return tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
 
 
 @triton.jit
 def element_indices(local, offset, run, stride):
-    """The unsharded flat index of local elements: offset + (l // run) * stride + l % run, in
-    64 bits.
+    """Returns the unsharded flat index of local elements: offset + (l // run) * stride + l % run,
+    in 64 bits.
     """
     return offset + local // run * stride + local % run
 
 
 @triton.jit
 def four_words(q, seed, step, stream):
-    """The words of elements 4q to 4q + 3; `q` is a block of int64, the rest are scalars, the
+    """Draws the words of elements 4q to 4q + 3; `q` is a block of int64, the rest are scalars, the
     seed an int64.
     """
     low = q.to(tl.uint32)
@@ -207,7 +207,7 @@ def four_words(q, seed, step, stream):
 
 @triton.jit
 def words_in_order(first, seed, step, stream, BLOCK: tl.constexpr):
-    """The words of `BLOCK` elements from the index `first` (int64, a multiple of 4) on: one
+    """Draws the words of `BLOCK` elements from the index `first` (int64, a multiple of 4) on: one
     call serves four neighbours.
     """
     a, b, c, d = four_words(first // 4 + tl.arange(0, BLOCK // 4), seed, step, stream)
@@ -216,7 +216,7 @@ def words_in_order(first, seed, step, stream, BLOCK: tl.constexpr):
 
 @triton.jit
 def words(indices, seed, step, stream):
-    """The words of elements in any order: a call each."""
+    """Draws the words of elements in any order: a call each."""
     a, b, c, d = four_words(indices >> 2, seed, step, stream)
     lane = indices & 3
     return tl.where(lane < 2, tl.where(lane < 1, a, b), tl.where(lane < 3, c, d))
@@ -224,16 +224,16 @@ def words(indices, seed, step, stream):
 
 @triton.jit
 def uniform(word, dtype: tl.constexpr):
-    """u = (word >> 8) * 2^-24, in [0, 1)."""
+    """Computes u = (word >> 8) * 2^-24, in [0, 1)."""
     return (word >> 8).to(tl.int32).to(dtype) * 5.9604644775390625e-08
 
 
 def bits(x: float) -> int:
-    """A float as an integer of its 64 bits: as a number Triton would round it to float32."""
+    """Returns a float's 64 bits as an integer: as a number Triton would round it to float32."""
     return int.from_bytes(struct.pack("<d", x), "little", signed=True)
 
 
 @triton.jit
 def from_bits(x):
-    """The float64 again."""
+    """Returns the float64 of which `bits` gave the integer."""
     return x.to(tl.int64).to(tl.float64, bitcast=True)

@@ -1,4 +1,4 @@
-"""Any recipe inside Transformers' Trainer."""
+"""Runs the recipes inside Transformers' Trainer."""
 
 import inspect
 import pathlib

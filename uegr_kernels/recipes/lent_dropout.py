@@ -60,7 +60,7 @@ class AdaptedDropouts:
                 self.modules[name] = module
 
     def state_dict(self) -> dict[str, Tensor]:
-        """AdaptiveDropout's extra state by module name."""
+        """Returns AdaptiveDropout's extra state by module name."""
         return self._last | {
             name: AdaptiveDropout.get_extra_state(module) for name, module in self.modules.items()
         }
