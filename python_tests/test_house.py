@@ -3,6 +3,7 @@ shown to fail on a bad example first.
 """
 
 import ast
+import collections
 import dataclasses
 import functools
 import pathlib
@@ -952,6 +953,77 @@ def test_rule(rule):
     ]
     if broken:
         pytest.fail("\n".join([f"{rule.sentence}:", *broken]), pytrace=False)
+
+
+MOST_ANY = 120  # lines of the package
+
+
+def without_a_type(texts: dict[str, str]) -> list[str]:
+    """Returns "path:line" of the lines with `Any`, an alias of it, `cast(` or `type: ignore`."""
+    trees = [ast.parse(text) for text in texts.values()]
+    names = {"Any"}
+    while more := {name for tree in trees for name in aliases(tree, names)} - names:
+        names |= more
+    found = re.compile(rf"\b({'|'.join(sorted(names))})\b|\bcast\(|type: ignore")
+    return [
+        f"{path}:{number}"
+        for path, text in texts.items()
+        for number, line in enumerate(text.splitlines(), 1)
+        if found.search(line)
+    ]
+
+
+def aliases(tree: ast.Module, names: set[str]) -> Iterator[str]:
+    """Yields the names that a module gives to types that hold one of `names`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            yield from (a.asname for a in node.names if a.name in names and a.asname)
+    for node in tree.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            inside = list(ast.walk(node.value))
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            # a value that is called for is no type
+            if not any(isinstance(part, ast.Call) for part in inside) and names & {
+                getattr(part, "id", getattr(part, "attr", "")) for part in inside
+            }:
+                yield from (target.id for target in targets if isinstance(target, ast.Name))
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("def f(x: Any) -> int: ...", [1]),
+        ("def f(x: typing.Any) -> int: ...", [1]),
+        ("x = typing.cast(int, y)", [1]),
+        ("x = y  # type: ignore[attr-defined]", [1]),
+        ("Given = dict[str, Any]\n\ndef f(x: Given) -> Given: ...", [1, 3]),
+        ("Given: TypeAlias = dict[str, Any]\nMore = list[Given]\nx: More = []", [1, 2, 3]),
+        ("from typing import Any as Loose\nx: Loose = 1", [1, 2]),
+        ("Inputs = int | str\ndef f(x: Inputs, any: object) -> object: ...", []),
+        ("x = broadcast(y)\nAnything = int", []),
+    ],
+)
+def test_lines_without_a_type_are_found(text, lines):
+    assert without_a_type({"a.py": text, "b.py": ""}) == [f"a.py:{line}" for line in lines]
+
+
+def test_any_stands_at_the_border():
+    """`Any` is for what torch and the frameworks hand over; inside, types say what is meant."""
+    found = without_a_type(
+        {str(path): (ROOT / path).read_text() for path in tree_files() if path.parts[0] == PACKAGE}
+    )
+    if len(found) > MOST_ANY:
+        files = collections.Counter(line.split(":")[0] for line in found)
+        pytest.fail(
+            "\n".join(
+                [
+                    f"`Any`, aliases of it, `cast(` and `type: ignore` stand on {len(found)} lines "
+                    f"of the package, and {MOST_ANY} are the most; give types in some of:",
+                    *(f"  {path} {lines}" for path, lines in files.most_common()),
+                ]
+            ),
+            pytrace=False,
+        )
 
 
 def test_folders_of_csrc_carry_the_packages_words():
