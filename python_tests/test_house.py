@@ -3,6 +3,7 @@ shown to fail on a bad example first.
 """
 
 import ast
+import collections
 import dataclasses
 import functools
 import pathlib
@@ -28,6 +29,8 @@ BETWEEN = ("batch", "state", "cached_step")
 LAYERS = (*PUBLIC, *BETWEEN, "options", "op", "reference", "triton")
 MODULES = (
     "bistage",
+    "passes",
+    "batch_axis",
     "recipes",
     "analysis",
     "integrations",
@@ -349,56 +352,68 @@ def core_imports(path, text):
 
 
 @rule(
-    "`bistage` composes the operators' public names; it knows none of their layers",
-    f"{PACKAGE}/bistage.py",
+    "`bistage`, and `passes` and `batch_axis` below it, compose the operators' public names; they "
+    "know none of their layers",
+    f"{PACKAGE}/(bistage|passes|batch_axis).py",
     bad=[
         "uegr_kernels/bistage.py | from .divergence import op",
         "uegr_kernels/bistage.py | from .selective.reference import selection_mask",
+        "uegr_kernels/passes.py | from .recipes import recipe",
+        "uegr_kernels/passes.py | from .bistage import BiStage",
     ],
     good=[
-        "uegr_kernels/bistage.py | from .core.backends import BACKENDS\nfrom .divergence import "
-        "uegr_loss"
+        "uegr_kernels/bistage.py | from .core.backends import BACKENDS\nfrom .passes import Pass\n"
+        "from .divergence import uegr_loss",
+        "uegr_kernels/passes.py | from .batch_axis import Batch\nfrom .dropout import x",
     ],
 )
 def bistage_imports(path, text):
-    return unless(
-        lambda entry: not entry.ours or entry.layer in ("public", *PUBLIC, "core"), path, text
-    )
+    allowed = ("public", *PUBLIC, "core", "passes", "batch_axis")
+    return unless(lambda entry: not entry.ours or entry.layer in allowed, path, text)
+
+
+# What the users of the public names may import besides, by folder.
+BESIDES = {
+    "recipes": ("passes", "batch_axis", "core.checks", "options"),
+    "analysis": ("passes", "batch_axis", "core.checks"),
+    "integrations": ("integrations",),
+    "finetune": ("models", "finetune"),
+}
 
 
 @rule(
     "`recipes`, `analysis`, `integrations` and `finetune` use public names, as a user would; "
-    "`recipes` and `analysis` use `core.checks` too, and `recipes` the operators' `options`",
+    "`recipes` and `analysis` make passes of their own with `passes` and `batch_axis` and use "
+    "`core.checks`, and `recipes` the operators' `options`; `finetune` uses `models`",
     f"{PACKAGE}/(recipes|analysis|integrations|finetune)/.*",
     bad=[
         "uegr_kernels/recipes/weight_ascent.py | from ..core import philox",
+        "uegr_kernels/recipes/recipe.py | from ..models import TextCNN",
         "uegr_kernels/analysis/cka.py | from ..selective.op import SCHEMAS",
         "uegr_kernels/analysis/cka.py | from ..selective.options import Selection",
         "uegr_kernels/integrations/transformers.py | from ..core import checks",
+        "uegr_kernels/integrations/transformers.py | from ..passes import Runner",
         "uegr_kernels/finetune/command.py | from ..core import native",
+        "uegr_kernels/finetune/train.py | from ..passes import Runner",
         "uegr_kernels/finetune/train.py | from ..selective.api import SelectiveAdamW",
     ],
     good=[
         "uegr_kernels/recipes/weight_ascent.py | from .. import perturbed_weights\nfrom ..bistage "
-        "import BiStage",
+        "import BiStage\nfrom ..passes import Pass",
         "uegr_kernels/recipes/recipe.py | from ..core import checks\nfrom ..core.checks import "
         "number",
         "uegr_kernels/recipes/selection.py | from ..selective.options import Selection",
+        "uegr_kernels/analysis/attack.py | from ..core import checks\nfrom ..passes import Runner",
         "uegr_kernels/finetune/train.py | from .. import recipes\nfrom ..analysis import cka\n"
         "from ..models import MODELS\nfrom .data import Data",
     ],
 )
-def recipes_import(path, text):
-    allowed = {"public", "bistage", "recipes", "analysis", "integrations"}
-    if path.parent.name == "finetune":
-        allowed |= {"models", "finetune"}
+def users_import(path, text):
+    allowed = ("public", "bistage", "recipes", "analysis", *BESIDES[path.parent.name])
 
     def may(entry: Import) -> bool:
-        checks = path.parent.name in ("recipes", "analysis") and entry.module.startswith(
-            f"{PACKAGE}.core.checks"
-        )
-        options = path.parent.name == "recipes" and entry.layer == "options"
-        return not entry.ours or entry.layer in allowed or checks or options
+        checks = entry.module.startswith(f"{PACKAGE}.core.checks")
+        return not entry.ours or ("core.checks" if checks else entry.layer) in allowed
 
     return unless(may, path, text)
 
@@ -622,6 +637,49 @@ def errors(path, text):
         yield from (
             f"line {line} calls exit" for line, name in calls(text) if name in ("exit", "quit")
         )
+
+
+# What docstrings begin with. A new verb is added here on purpose.
+VERBS = set(
+    """
+    Adds Advances Anneals Applies Balances Brings Calls Checks Chooses Classifies Clears
+    Computes Copies Counts Cuts Declares Defines Divides Does Draws Drops Estimates Finds
+    Forgets Gives Goes Hands Has Holds Inverts Joins Keeps Launches Leaves Loads Makes Masks
+    Moves Multiplies Names Normalises Numbers Passes Performs Puts Raises Reads Remembers
+    Removes Returns Rounds Runs Says Selects Sets Signals Squares Starts Steps Stores Sums Takes
+    Tells Trains Turns Types Undoes Updates Visits Works Writes Yields
+    """.split()
+)
+
+
+@rule(
+    "The docstring of a public function, class or method begins with a verb in the third person, "
+    "one of VERBS",
+    f"{PACKAGE}/.*",
+    bad=[
+        f"uegr_kernels/selective/optimizers.py | {text}"
+        for text in (
+            "def f():\n  'The sum of squares.'",
+            "def f():\n  'Return the sum of squares.'",
+            "async def f():\n  'Whether it is so.'",
+            "class C:\n  'A batch.'",
+            "class _C:\n  def f(self):\n    'x, rounded.'",
+            "def f():\n  'Returns one.'\n  def g():\n    'One.'",
+            "@triton.jit\ndef f(x):\n  'An address.'",
+        )
+    ],
+    good=[
+        "uegr_kernels/selective/batch.py | def f():\n  'Returns one.'\nclass C:\n  'Holds one.'",
+        "uegr_kernels/selective/optimizers.py | def _f():\n  'One.'\ndef g(): ...",
+        "uegr_kernels/selective/optimizers.py | def f():\n  'Squares: s = g*g.'",
+    ],
+)
+def docstrings(path, text):
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            words = (ast.get_docstring(node) or "").split()
+            if words and node.name[0] != "_" and words[0].rstrip(".,:;") not in VERBS:
+                yield f"line {node.lineno}: {node.name}'s begins with {words[0]!r}"
 
 
 @rule(
@@ -895,6 +953,77 @@ def test_rule(rule):
     ]
     if broken:
         pytest.fail("\n".join([f"{rule.sentence}:", *broken]), pytrace=False)
+
+
+MOST_ANY = 120  # lines of the package
+
+
+def without_a_type(texts: dict[str, str]) -> list[str]:
+    """Returns "path:line" of the lines with `Any`, an alias of it, `cast(` or `type: ignore`."""
+    trees = [ast.parse(text) for text in texts.values()]
+    names = {"Any"}
+    while more := {name for tree in trees for name in aliases(tree, names)} - names:
+        names |= more
+    found = re.compile(rf"\b({'|'.join(sorted(names))})\b|\bcast\(|type: ignore")
+    return [
+        f"{path}:{number}"
+        for path, text in texts.items()
+        for number, line in enumerate(text.splitlines(), 1)
+        if found.search(line)
+    ]
+
+
+def aliases(tree: ast.Module, names: set[str]) -> Iterator[str]:
+    """Yields the names that a module gives to types that hold one of `names`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            yield from (a.asname for a in node.names if a.name in names and a.asname)
+    for node in tree.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            inside = list(ast.walk(node.value))
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            # a value that is called for is no type
+            if not any(isinstance(part, ast.Call) for part in inside) and names & {
+                getattr(part, "id", getattr(part, "attr", "")) for part in inside
+            }:
+                yield from (target.id for target in targets if isinstance(target, ast.Name))
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("def f(x: Any) -> int: ...", [1]),
+        ("def f(x: typing.Any) -> int: ...", [1]),
+        ("x = typing.cast(int, y)", [1]),
+        ("x = y  # type: ignore[attr-defined]", [1]),
+        ("Given = dict[str, Any]\n\ndef f(x: Given) -> Given: ...", [1, 3]),
+        ("Given: TypeAlias = dict[str, Any]\nMore = list[Given]\nx: More = []", [1, 2, 3]),
+        ("from typing import Any as Loose\nx: Loose = 1", [1, 2]),
+        ("Inputs = int | str\ndef f(x: Inputs, any: object) -> object: ...", []),
+        ("x = broadcast(y)\nAnything = int", []),
+    ],
+)
+def test_lines_without_a_type_are_found(text, lines):
+    assert without_a_type({"a.py": text, "b.py": ""}) == [f"a.py:{line}" for line in lines]
+
+
+def test_any_stands_at_the_border():
+    """`Any` is for what torch and the frameworks hand over; inside, types say what is meant."""
+    found = without_a_type(
+        {str(path): (ROOT / path).read_text() for path in tree_files() if path.parts[0] == PACKAGE}
+    )
+    if len(found) > MOST_ANY:
+        files = collections.Counter(line.split(":")[0] for line in found)
+        pytest.fail(
+            "\n".join(
+                [
+                    f"`Any`, aliases of it, `cast(` and `type: ignore` stand on {len(found)} lines "
+                    f"of the package, and {MOST_ANY} are the most; give types in some of:",
+                    *(f"  {path} {lines}" for path, lines in files.most_common()),
+                ]
+            ),
+            pytrace=False,
+        )
 
 
 def test_folders_of_csrc_carry_the_packages_words():

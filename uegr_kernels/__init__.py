@@ -2,7 +2,7 @@
 generalise and withstand attack (UEGR).
 """
 
-import typing
+import types
 
 from . import recipes
 from .bistage import BiStage, BiStageResult
@@ -26,7 +26,7 @@ from .selective import (
 )
 
 
-def __getattr__(name: str) -> typing.Any:
+def __getattr__(name: str) -> types.ModuleType:
     if name == "analysis":  # on demand: training needs none of it
         import importlib
 

@@ -17,7 +17,7 @@ OPERATOR = "selective.selective_adamw_"  # a backend has this operator before an
 
 
 def info() -> str:
-    """Versions, processor, GPUs, and for each backend where it is usable or why it is not."""
+    """Tells versions, processor, GPUs, and for each backend where it is usable or why it is not."""
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,

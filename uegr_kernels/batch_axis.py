@@ -1,20 +1,23 @@
 """The batch that passes are over, and along which axis of the embedding's output it lies."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .core import checks
 
+# for model(inputs), model(**inputs) and model(*inputs)
+Inputs = Tensor | Mapping[str, object] | Sequence[object]
+
 
 class Batch:
     """Holds what the passes of one batch share: how many rows it has, and along which axes they
     lie.
 
-    inputs, labels  by name, or by position where not `by_name`;  rows  N, one label each;  mask
-        the inputs' `attention_mask`
+    inputs, labels  by name, or by position in digits where not `by_name`;  rows  N, one label each
+    mask            the inputs' `attention_mask`, where that is a tensor
     axis            of the embedding's output that is the batch; None: not found yet
         (`BatchAxis.settle`)
     inputs_axis     of the inputs that is the batch;  length  of the embedding's output along its
@@ -24,15 +27,17 @@ class Batch:
         into it
     """
 
-    def __init__(self, inputs: Any, labels: Tensor, *, relative: bool) -> None:
+    def __init__(self, inputs: Inputs, labels: Tensor, *, relative: bool) -> None:
         self.labels, self.relative, self.keeps_output = labels, relative, relative
         self.by_name = isinstance(inputs, Mapping)
-        self.inputs: dict[Any, Any] = dict(
-            inputs
-            if self.by_name
-            else enumerate(inputs if isinstance(inputs, tuple | list) else (inputs,))
-        )
-        self.mask: Tensor | None = inputs.get("attention_mask") if self.by_name else None
+        self.inputs: dict[str, object]
+        if isinstance(inputs, Mapping):
+            self.inputs = dict(inputs)
+        else:
+            values = inputs if isinstance(inputs, tuple | list) else (inputs,)
+            self.inputs = {str(i): value for i, value in enumerate(values)}
+        mask = self.inputs.get("attention_mask")
+        self.mask = mask if isinstance(mask, Tensor) else None
         self.rows = labels.shape[0]
         self.axis: int | None = None
         self.inputs_axis, self.length = 0, -1
@@ -43,7 +48,7 @@ class Batch:
         """
         return x.transpose(0, 1) if self.axis == 1 else x
 
-    def repeated(self, name: Any, value: Any, repeats: int) -> Any:
+    def repeated(self, name: str, value: object, repeats: int) -> object:
         """Returns one input, of so many copies of the batch; a value without the batch's rows is
         passed on.
         """
@@ -141,30 +146,30 @@ class BatchAxis:
 
 def _check_mask(batch: Batch, x: Tensor) -> None:
     """Raises ValueError for a mask that is not [N, T] of the embedding's output x."""
-    mask = batch.mask
-    if mask is not None and (
-        not isinstance(mask, Tensor) or mask.shape != batch.first(x).shape[:2] or mask.dim() != 2
-    ):
+    mask = batch.inputs.get("attention_mask")
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.shape != batch.first(x).shape[:2] or mask.dim() != 2:
         its = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
             f"attention_mask is {its}, and the embedding's output, batch first, "
             f"{tuple(batch.first(x).shape)}; give [N, T], "
             "nonzero where a token is real"
         )
-    if mask is not None and mask.device != x.device:
+    if mask.device != x.device:
         raise ValueError(
             f"attention_mask is on {mask.device} and the embedding's output on "
             f"{x.device}; move it with .to()"
         )
 
 
-def _tensors(inputs: dict[Any, Any]) -> list[Tensor]:
+def _tensors(inputs: dict[str, object]) -> list[Tensor]:
     """Returns the inputs that can have a batch and a length."""
     return [value for value in inputs.values() if isinstance(value, Tensor) and value.dim() > 1]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # it looks at values
-def _as_inputs(given: list[Tensor], inputs: dict[Any, Any]) -> bool | None:
+def _as_inputs(given: list[Tensor], inputs: dict[str, object]) -> bool | None:
     """Tells whether what a module was called with has its first two axes in the order of the
     inputs; None: nobody can tell.
     """

@@ -1,15 +1,14 @@
 """Algorithm 1's forward stage in one call: Eq. 2 to 6, composed of the operators' own functions."""
 
 import contextlib
-import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .batch_axis import Batch
+from .batch_axis import Batch, Inputs
 from .core import checks
 from .divergence import check_loss_options, uegr_loss
 from .passes import (
@@ -39,6 +38,21 @@ class BiStageResult(NamedTuple):
     adversarial_loss: Tensor
     divergence: Tensor
     logits: Tensor
+
+
+class _Perturbation(TypedDict):
+    epsilon: float
+    norm: str
+    per: str
+    backend: str
+
+
+class _Loss(TypedDict):
+    js_weight: float
+    label_smoothing: float
+    ignore_index: int
+    task: str
+    backend: str
 
 
 class BiStage:
@@ -109,16 +123,19 @@ class BiStage:
             input_range,
         )
         self.passes_at_once = min(passes_at_once or passes, passes)
-        self._perturbation: dict[str, Any] = dict(
-            epsilon=epsilon, norm=norm, per=per, backend=backend
-        )
-        self._loss: dict[str, Any] = dict(
-            js_weight=js_weight,
-            label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
-            task=task,
-            backend=backend,
-        )
+        self._perturbation: _Perturbation = {
+            "epsilon": epsilon,
+            "norm": norm,
+            "per": per,
+            "backend": backend,
+        }
+        self._loss: _Loss = {
+            "js_weight": js_weight,
+            "label_smoothing": label_smoothing,
+            "ignore_index": ignore_index,
+            "task": task,
+            "backend": backend,
+        }
         checks.choice("norm", norm, NORMS)
         checks.choice("per", per, PERS)
         checks.number("epsilon", epsilon, 0)
@@ -134,7 +151,7 @@ class BiStage:
         )
 
     def backward(
-        self, inputs: Any, labels: Tensor, *, scale: float | Tensor = 1.0
+        self, inputs: Inputs, labels: Tensor, *, scale: float | Tensor = 1.0
     ) -> BiStageResult:
         """Adds scale * dL_train/dtheta to every parameter's .grad; each row goes back once.
 
@@ -165,7 +182,7 @@ class BiStage:
         again = self.passes_at_once < self.passes or (
             len(groups) > 1 and bool(synchronisers(self.model))
         )
-        calls: list[Any] = []  # logits and the slot's content of each
+        calls: list[tuple[Tensor, Pass]] = []  # logits and the slot's content of each
         states = []
         for group in groups:
             with contextlib.ExitStack() as stack:
@@ -195,16 +212,16 @@ class BiStage:
                     if again:
                         hold()
                         with replayed(states[i]):
-                            calls[i] = self._adversarial(batch, delta, group)
-                    # no graph outlives its backward
-                    (group_logits, pass_), calls[i] = calls[i], None
+                            group_logits, pass_ = self._adversarial(batch, delta, group)
+                    else:  # no graph outlives its backward
+                        group_logits, pass_ = calls.pop(0)
                     with self._rate(group), self._runner.filled(pass_):
                         group_logits.backward(logits.grad[group.start : group.stop].flatten(0, 1))
         return BiStageResult(
             parts.loss.detach(), parts.clean_loss, parts.adversarial_loss, parts.divergence, clean
         )
 
-    def loss(self, inputs: Any, labels: Tensor) -> Tensor:
+    def loss(self, inputs: Inputs, labels: Tensor) -> Tensor:
         """Returns L_train [], differentiable in the parameters, for a backward() of one's own.
 
         inputs, labels  as in `backward`
@@ -240,19 +257,20 @@ class BiStage:
 
     def __repr__(self) -> str:
         embedding = None if self.embedding is None else type(self.embedding).__name__
-        own = {
+        options = {
+            **self._perturbation,
+            **self._loss,
             "passes": self.passes,
             "passes_at_once": self.passes_at_once,
             "dropout": self.dropout,
             "input_range": self.input_range,
+            "batch_axis": self._runner.axes.asked,
+            "relative": self._runner.relative,
         }
-        own |= {"batch_axis": self._runner.axes.asked, "relative": self._runner.relative}
-        options = ", ".join(
-            f"{name}={value!r}" for name, value in (self._perturbation | self._loss | own).items()
-        )
+        words = ", ".join(f"{name}={value!r}" for name, value in options.items())
         return (
             f"BiStage({type(self.model).__name__}, {embedding}, "
-            f"{options}{', closed' if self._runner.closed else ''})"
+            f"{words}{', closed' if self._runner.closed else ''})"
         )
 
     def close(self) -> None:
@@ -268,9 +286,7 @@ class BiStage:
 
     def _delta(self, pass_: Pass) -> Tensor:
         """Returns Eq. 2's delta, from the gradient that the clean pass left."""
-        return pass_.ascended(
-            functools.partial(fgm_perturbation, mask=pass_.mask, **self._perturbation)
-        )
+        return pass_.ascended(lambda g: fgm_perturbation(g, mask=pass_.mask, **self._perturbation))
 
     def _groups(self) -> list[range]:
         """Returns the passes of each call of the model."""

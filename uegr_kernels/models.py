@@ -15,7 +15,8 @@ WIDTHS = (3, 4, 5)  # TextCNN's windows
 
 
 class TextClassifier(nn.Module):
-    """The common part: forward(ids, attention_mask=None) = classify(embedding(ids), mask).
+    """Holds what the classifiers share: forward(ids, attention_mask=None) =
+    classify(embedding(ids), mask).
 
     ids             [N, T]  int64  word indices, 0 = padding
     attention_mask  [N, T]  bool or number, nonzero = a word; None: where ids is not 0
@@ -36,13 +37,13 @@ class TextClassifier(nn.Module):
         return self.classify(self.embedding(ids), mask)
 
     def classify(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Logits [N, C] of embedded words x [N, T, d] under a bool mask [N, T]."""
+        """Returns logits [N, C] of embedded words x [N, T, d] under a bool mask [N, T]."""
         raise NotImplementedError
 
 
 class TextCNN(TextClassifier):
-    """Convolutions of widths 3, 4, 5 over the words, their maximum over time, dropout, linear
-    (Kim, 2014).
+    """Classifies by convolutions of widths 3, 4, 5 over the words, their maximum over time,
+    dropout, linear (Kim, 2014).
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class TextCNN(TextClassifier):
 
 
 class BiLSTM(TextClassifier):
-    """A bidirectional LSTM, the maximum of its outputs over time, dropout, linear."""
+    """Classifies by a bidirectional LSTM, the maximum of its outputs over time, dropout, linear."""
 
     def __init__(
         self, words: int, classes: int, dimension: int = 128, hidden: int = 64, dropout: float = 0.3
@@ -90,8 +91,8 @@ class BiLSTM(TextClassifier):
 
 
 class TextHAN(TextClassifier):
-    """Hierarchical attention: words are read and weighed within pieces of `piece` words, the
-    pieces within the text (Yang et al., 2016).
+    """Classifies by hierarchical attention: words are read and weighed within pieces of `piece`
+    words, the pieces within the text (Yang et al., 2016).
     """
 
     def __init__(
@@ -129,8 +130,8 @@ class TextHAN(TextClassifier):
 
 
 class TextTransformer(TextClassifier):
-    """A small Transformer encoder over words and learned positions, the mean over words,
-    dropout, linear.
+    """Classifies by a small Transformer encoder over words and learned positions, the mean over
+    words, dropout, linear.
     """
 
     def __init__(

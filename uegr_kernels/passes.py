@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from .batch_axis import Batch, BatchAxis
+from .batch_axis import Batch, BatchAxis, Inputs
 from .core import checks
 from .core.backends import DTYPES
 from .dropout import AdaptiveDropout
@@ -31,6 +32,9 @@ class Pass:
     delta, output, gradient and unit have the batch first, whatever the model's order is.
     """
 
+    seen: Tensor  # the embedding's output, in the model's order
+    edge: GradientEdge  # where a watched pass's gradient arrives
+
     def __init__(
         self,
         batch: Batch,
@@ -40,15 +44,14 @@ class Pass:
         at: Tensor | None = None,
     ) -> None:
         self.batch = batch
-        self.delta: Any = delta
+        self.delta = delta
         self.watched, self.at = watched, at
         self.calls, self.repeats = 0, 1
         self.forward = True  # a recompute in the backward is not a second call
         self.differentiable = False
         self.given: list[Tensor] = []  # what the embedding was called with
-        self.seen: Any = None  # the embedding's output, in the model's order
-        self._gradient: Any = None  # the same of the gradient, once a watched pass went back
-        self.edge: Any = None
+        # the gradient as `seen` is, once a watched pass went back
+        self._gradient: Tensor | None = None
 
     @property
     def output(self) -> Tensor:
@@ -97,7 +100,7 @@ class Pass:
         """Returns what the model goes on with where the embedding gave x."""
         self.seen = x.detach().clone() if self.batch.keeps_output else x.detach()
         x = x if self.at is None else self.at
-        x = x if self.delta is None else self._perturb(x)
+        x = x if self.delta is None else self._perturb(x, self.delta)
         return self._watch(x) if self.watched else self._reached(x) if self.differentiable else x
 
     def keep(self, gradient: Tensor) -> None:
@@ -111,7 +114,8 @@ class Pass:
             x = x.clone() if x.is_leaf else x
         # unlike retain_grad it means x as it is here, whatever is written into it later
         x.register_hook(self.keep)
-        self.edge = self.edge or torch.autograd.graph.get_gradient_edge(x)
+        if self.forward:
+            self.edge = get_gradient_edge(x)
         return x
 
     def _reached(self, x: Tensor) -> Tensor:
@@ -123,22 +127,22 @@ class Pass:
         with torch.enable_grad():  # a table looked up under no_grad has a g_x too
             return x.detach().requires_grad_().clone()
 
-    def _perturb(self, x: Tensor) -> Tensor:
+    def _perturb(self, x: Tensor, delta: Tensor | Callable[[Tensor], Tensor]) -> Tensor:
         """Returns x [k*N, ...] + delta [N, ...], pass after pass, in the model's order."""
         x = self.batch.first(x)
-        if not isinstance(self.delta, Tensor):
-            start, unit = self.delta(x.detach()), self.unit
-            self.delta = start if unit is None else (start * unit).to(start.dtype)
-        if x.shape[1:] != self.delta.shape[1:] or x.shape[0] != self.repeats * len(self.delta):
+        if not isinstance(delta, Tensor):
+            start, unit = delta(x.detach()), self.unit
+            delta = self.delta = start if unit is None else (start * unit).to(start.dtype)
+        if x.shape[1:] != delta.shape[1:] or x.shape[0] != self.repeats * len(delta):
             raise RuntimeError(
                 f"the embedding's output is {list(x.shape)}, batch first, in an adversarial pass "
-                f"of {self.repeats} x {len(self.delta)} "
-                f"rows and {list(self.delta.shape)} in the clean one; the model must look up the "
+                f"of {self.repeats} x {len(delta)} "
+                f"rows and {list(delta.shape)} in the clean one; the model must look up the "
                 "same tokens in every pass, and inputs "
                 "must have the batch as their first dimension, or be what the embedding is called "
                 "with (batch_axis=1)"
             )
-        moved: Tensor = x.unflatten(0, (self.repeats, -1)) + self.delta.to(x.dtype)
+        moved: Tensor = x.unflatten(0, (self.repeats, -1)) + delta.to(x.dtype)
         return self.batch.first(moved.flatten(0, 1))
 
 
@@ -248,8 +252,8 @@ class Runner:
             self._slot = None
 
     def _on_embedding(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
+        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object
+    ) -> Tensor | None:
         pass_ = self._slot
         if pass_ is None:
             return None
@@ -289,7 +293,7 @@ class Runner:
             f"model.get_encoder().get_input_embeddings(){more}"
         )
 
-    def take(self, inputs: Any, labels: Tensor) -> Batch:
+    def take(self, inputs: Inputs, labels: Tensor) -> Batch:
         """Returns the batch for the passes to come; raises what is wrong with it by itself."""
         if not isinstance(labels, Tensor):
             raise TypeError(f"labels are a {type(labels).__name__}; give a tensor")
@@ -319,13 +323,14 @@ class Runner:
         if repeats > 1:
             values = {name: batch.repeated(name, value, repeats) for name, value in values.items()}
         if self.embedding is None:
-            name, values = _floating(values), dict(values)
-            pass_.given = [values[name]]
+            name, x = _floating(values)
+            pass_.given = [x]
             if batch.axis is None and pass_.delta is not None:
-                self.axes.settle(batch, values[name], pass_.given)
-            values[name] = pass_.visit(values[name])
+                self.axes.settle(batch, x, pass_.given)
+            x = pass_.visit(x)
             if pass_.delta is not None and self.input_range is not None:
-                values[name] = values[name].clamp(*self.input_range)
+                x = x.clamp(*self.input_range)
+            values = values | {name: x}
             pass_.calls = 1
         try:
             output = self.model(**values) if batch.by_name else self.model(*values.values())
@@ -350,8 +355,8 @@ class Runner:
 
     @contextlib.contextmanager
     def without_sync(self) -> Iterator[None]:
-        """DDP's or FSDP's no_sync, or FSDP2's switch turned off and on; nothing for a plain
-        model or inside the caller's no_sync.
+        """Holds the wrappers' synchronisation back inside a `with`, by DDP's or FSDP's no_sync or
+        FSDP2's switch; does nothing for a plain model or inside the caller's no_sync.
         """
         with contextlib.ExitStack() as stack:
             for part in filter(_exchanges, synchronisers(self.model)):
@@ -361,7 +366,7 @@ class Runner:
             yield
 
 
-def check_model(model: Any) -> None:
+def check_model(model: object) -> None:
     """Raises TypeError for what is no nn.Module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; pass the nn.Module to train")
@@ -392,7 +397,7 @@ def synchronises(model: nn.Module) -> bool:
     return any(map(_exchanges, synchronisers(model)))
 
 
-def ranks_of(model: nn.Module) -> Any:
+def ranks_of(model: nn.Module) -> "torch.distributed.ProcessGroup | None":
     """Returns the process group that trains the model together; None: the default one."""
     return next((getattr(part, "process_group", None) for part in synchronisers(model)), None)
 
@@ -497,26 +502,26 @@ def buffers_held(model: nn.Module) -> Iterator[None]:
             layer.gradient_norm, layer.pending = norm, pending
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     return f"a {value.dtype} tensor" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
-def _floating(inputs: dict[Any, Any]) -> Any:
-    """Returns the name or position of the one floating input."""
-    names = [
-        name
+def _floating(inputs: dict[str, object]) -> tuple[str, Tensor]:
+    """Returns the one floating input, after its name or position."""
+    found = [
+        (name, value)
         for name, value in inputs.items()
         if name != "attention_mask" and isinstance(value, Tensor) and value.is_floating_point()
     ]
-    if len(names) != 1:
+    if len(found) != 1:
         raise ValueError(
             "embedding=None perturbs the one floating input, and here are "
-            f"{len(names)}; pass one, or name an embedding"
+            f"{len(found)}; pass one, or name an embedding"
         )
-    return names[0]
+    return found[0]
 
 
-def _logits(output: Any) -> Tensor:
+def _logits(output: object) -> Tensor:
     if isinstance(output, Tensor):
         return output
     if isinstance(output, Mapping):

@@ -4,12 +4,11 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..batch_axis import Batch
+from ..batch_axis import Batch, Inputs
 from ..core import checks
 from ..passes import Pass, Runner
 from ..perturbation import NORMS, fgm_perturbation, masked, pgd_step
@@ -42,7 +41,7 @@ class Attacked:
 def accuracy_under_attack(
     model: nn.Module,
     embedding: nn.Module | None,
-    batches: Iterable[tuple[Any, Tensor]],
+    batches: Iterable[tuple[Inputs, Tensor]],
     epsilons: Sequence[float] = STRENGTHS,
     attack: str = "fgm",
     steps: int = 10,
@@ -168,31 +167,29 @@ def _deltas(
     restarts: int,
     generator: torch.Generator,
 ) -> list[Tensor]:
-    options: dict[str, Any] = dict(norm=norm, mask=clean.mask)
+    step = functools.partial(fgm_perturbation, norm=norm, mask=clean.mask)
+    climb = functools.partial(
+        pgd_step, step_size=2.5 * epsilon / steps, radius=epsilon, norm=norm, mask=clean.mask
+    )
     if attack == "fgm":
-        return [clean.ascended(functools.partial(fgm_perturbation, epsilon=epsilon, **options))]
+        return [clean.ascended(functools.partial(step, epsilon=epsilon))]
     found = []
     for restart in range(restarts):
         delta = torch.zeros_like(clean.gradient)
         if restart:
             noise = torch.randn(delta.shape, generator=generator).to(delta)
             length = epsilon * torch.rand((), generator=generator).item()
-            delta = clean.ascended(
-                functools.partial(fgm_perturbation, epsilon=length, **options), noise
-            )
+            delta = clean.ascended(functools.partial(step, epsilon=length), noise)
         for _ in range(steps):
             _, pass_ = _seen(runner, clean.batch, delta)
-            sizes: dict[str, Any] = dict(step_size=2.5 * epsilon / steps, radius=epsilon)
-            delta = pass_.ascended(
-                functools.partial(pgd_step, pass_.measured(delta), **sizes, **options)
-            )
+            delta = pass_.ascended(functools.partial(climb, pass_.measured(delta)))
         found.append(delta)
     return found
 
 
 def _seen(runner: Runner, batch: Batch, delta: Tensor | None) -> tuple[Tensor, Pass]:
-    """Logits, and a pass that knows the gradient at the embedding; a sum over samples, so that
-    none depends on its batch.
+    """Returns logits, and a pass that knows the gradient at the embedding; of a sum over samples,
+    so that none depends on its batch.
     """
     with runner.filled(Pass(batch, delta, watched=True)) as pass_:
         logits = runner.call(pass_)

@@ -4,7 +4,7 @@ Kornblith et al. 2019).
 
 import contextlib
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.conv import _ConvNd as Convolution
 
+from ..batch_axis import Inputs
 from .watching import call, held, picture, pooled
 
 CHANNELS_SECOND = (BatchNorm, Convolution)
@@ -39,7 +40,7 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
 def cka(
     model_a: nn.Module,
     model_b: nn.Module,
-    batches: Iterable[tuple[Any, Any]],
+    batches: Iterable[tuple[Inputs, object]],
     layers: Sequence[str] | None = None,
     *,
     pooling: str = "mean",
@@ -110,13 +111,13 @@ def _listening(
     model: nn.Module,
     names: Sequence[str],
     found: dict[str, list[Tensor]],
-    inputs: Any,
+    inputs: Inputs,
     pooling: str,
 ) -> Iterator[None]:
     modules = dict(model.named_modules())
 
-    def listen(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+    def listen(name: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(module: nn.Module, args: object, output: Any) -> None:
             first = (
                 output[0]
                 if isinstance(output, tuple)

@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 import pathlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,7 +113,7 @@ class SelectionReport:
         )
 
 
-def selection_report(optimizer: Any) -> SelectionReport:
+def selection_report(optimizer: object) -> SelectionReport:
     """Tells what the optimizer's last step selected, by parameter; call it after `step()` and
     before `zero_grad()`.
 
@@ -130,7 +129,7 @@ def selection_report(optimizer: Any) -> SelectionReport:
     return SelectionReport(tuple(_describe(*found) for found in _selections(optimizer)))
 
 
-def share_selected(optimizer: Any) -> float | None:
+def share_selected(optimizer: object) -> float | None:
     """Returns the share of elements that the last step updated; None for an optimizer that selects
     none, and where there is no gradient.
     """
@@ -144,7 +143,7 @@ def share_selected(optimizer: Any) -> float | None:
     return chosen / elements if elements else None
 
 
-def _selections(optimizer: Any) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
+def _selections(optimizer: object) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
     """Yields name, gradient, p and mask of every parameter with a gradient; no mask where only its
     probability is known.
     """
@@ -170,7 +169,7 @@ def _selections(optimizer: Any) -> Iterator[tuple[str, Tensor, Tensor, Tensor | 
                 found.append((name, stream, p.grad.detach(), options, group["seed"], step))
             stream += 1
     # by options: p of every parameter of a scope that spans them
-    wide: dict[tuple[Any, ...], dict[int, Tensor]] = {}
+    wide: dict[tuple[tuple[str, object], ...], dict[int, Tensor]] = {}
     for name, stream, g, options, seed, step in found:
         if options["scope"] == "global" and options["normalization"] != "constant":
             key = tuple(options.items())
@@ -193,7 +192,7 @@ def _selections(optimizer: Any) -> Iterator[tuple[str, Tensor, Tensor, Tensor | 
             yield name, g, selection_probability(g, **options), mask
 
 
-def _same_scope(one: dict[str, Any], other: dict[str, Any]) -> bool:
+def _same_scope(one: dict[str, object], other: dict[str, object]) -> bool:
     return all(one[name] == other[name] for name in ("scope", "normalization"))
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..batch_axis import Inputs
+
 
 @contextlib.contextmanager
 def held(model: nn.Module) -> Iterator[None]:
@@ -28,21 +30,21 @@ def held(model: nn.Module) -> Iterator[None]:
             p.grad = gradient
 
 
-def call(model: nn.Module, inputs: Any) -> Any:
+def call(model: nn.Module, inputs: Inputs) -> object:
     """Calls model(**inputs), model(*inputs) or model(inputs)."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
-def pooled(features: Tensor, inputs: Any, pooling: str) -> Tensor:
+def pooled(features: Tensor, inputs: Inputs, pooling: str) -> Tensor:
     """Returns [N, T, d] as [N, d]; anything else as [N, -1]."""
     if features.dim() != 3:
         return features.flatten(1)
     if pooling == "first":
         return features[:, 0]
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-    if mask is None or mask.shape != features.shape[:2]:
+    if not isinstance(mask, Tensor) or mask.shape != features.shape[:2]:
         return features.mean(1)
     weight = mask.to(features.dtype)[..., None]
     mean: Tensor = (features * weight).sum(1) / weight.sum(1).clamp(min=1)
@@ -69,14 +71,14 @@ def moved(params: list[nn.Parameter]) -> Iterator[Callable[[list[Tensor]], None]
 
 
 @contextlib.contextmanager
-def picture(path: str | pathlib.Path, **kwargs: Any) -> Iterator[Any]:
-    """Axes to draw on; written to `path` in the end."""
+def picture(path: str | pathlib.Path, **kwargs: object) -> Iterator[Any]:
+    """Yields axes to draw on; written to `path` in the end."""
     with pictures(path, 1, **kwargs) as (axes,):
         yield axes
 
 
 @contextlib.contextmanager
-def pictures(path: str | pathlib.Path, count: int, **kwargs: Any) -> Iterator[list[Any]]:
+def pictures(path: str | pathlib.Path, count: int, **kwargs: object) -> Iterator[list[Any]]:
     """Yields so many axes, up to three in a row; written to `path` in the end."""
     from matplotlib.figure import Figure
 

@@ -10,8 +10,8 @@ import sysconfig
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,9 @@ from ..models import PADDING
 UNKNOWN, VOCABULARY = 1, 8000
 # classes at most, docstrings of each at most and at least
 PACKAGES, PER_PACKAGE, FEWEST = 20, 300, 150
-Progress = Callable[..., Iterable[Any]]  # as tqdm.tqdm: passes on what it is given, and shows it
+T = TypeVar("T")
+
+Scope = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 # A word is a run of letters or of digits, or one Chinese, Japanese or Korean character; the
 # underscore separates.
@@ -39,6 +41,12 @@ SKIPPED = set(
 
 class UserError(Exception):
     """Signals what the user can mend; a command shows it without a traceback."""
+
+
+class Progress(Protocol):
+    """Passes on what it is given, and shows how far it is, as tqdm.tqdm does."""
+
+    def __call__(self, items: Iterable[T], /, *, desc: str, unit: str) -> Iterable[T]: ...
 
 
 class Example(NamedTuple):
@@ -190,7 +198,7 @@ def _docstrings_in(file: str) -> list[str]:
     except (OSError, SyntaxError, ValueError, RecursionError):
         return []
     found: list[str | None] = []
-    scopes: list[Any] = [tree]
+    scopes: list[Scope] = [tree]
     for scope in scopes:  # ast.walk would visit every expression
         found.append(ast.get_docstring(scope))
         scopes += [

@@ -12,7 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import torch
 
@@ -36,14 +36,15 @@ from .demo_training import (
     train,
 )
 
+N = TypeVar("N", int, float)
 CHECKPOINT, PICTURE = "checkpoint.pt", "demo.png"
 
 
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of the demo's options."""
 
-    def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
-        def parse(text: str) -> Any:
+    def number(kind: type[N], low: float, high: float = math.inf) -> Callable[[str], N]:
+        def parse(text: str) -> N:
             value = kind(text)
             if not low <= value < high:
                 raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high})")
@@ -231,7 +232,7 @@ def run(options: argparse.Namespace, again: str, why_slow: Callable[[], str | No
     return 0
 
 
-def settings_of(options: argparse.Namespace, data: Data, steps: int) -> dict[str, Any]:
+def settings_of(options: argparse.Namespace, data: Data, steps: int) -> dict[str, object]:
     """Returns all that two runs must have in common to give the same bits."""
     digest = hashlib.sha256()
     for tensor in (*data.train, *data.test):

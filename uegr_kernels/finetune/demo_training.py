@@ -8,7 +8,7 @@ import pathlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from .. import SelectiveAdamW, recipes
 from ..analysis import accuracy_under_attack
 from ..analysis.selection import share_selected
 from ..models import MODELS, TextClassifier
+from ..recipes.recipe import Recipe
 from .data import Data, Texts, UserError
 from .interrupts import interrupts_noticed
 
@@ -54,12 +55,12 @@ class Arm:
     seconds: list[float] = dataclasses.field(default_factory=list)
     shares: list[float] = dataclasses.field(default_factory=list)
     accuracy: list[float] = dataclasses.field(default_factory=list)
-    model: dict[str, Any] | None = None
-    optimizer: dict[str, Any] | None = None
-    recipe: dict[str, Any] | None = None
+    model: dict[str, Tensor] | None = None
+    optimizer: dict[str, object] | None = None
+    recipe: dict[str, object] | None = None
     random: Tensor | None = None
 
-    def saved(self) -> dict[str, Any]:
+    def saved(self) -> dict[str, object]:
         """Returns what a checkpoint holds of it."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
@@ -81,7 +82,7 @@ def train(
     torch.manual_seed(settings.seed)
     model: TextClassifier = MODELS[settings.model](data.words, len(data.classes))
     optimizer: torch.optim.Optimizer
-    recipe: Any = None
+    recipe: Recipe | None = None
     if name == "AdamW":
         optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     else:
@@ -93,7 +94,7 @@ def train(
         model.load_state_dict(arm.model or {})
         optimizer.load_state_dict(arm.optimizer or {})
         if recipe is not None:
-            recipe.load_state_dict(arm.recipe)
+            recipe.load_state_dict(arm.recipe or {})
         if arm.random is not None:
             torch.set_rng_state(arm.random)
 
@@ -181,17 +182,17 @@ def stops_on_interrupt() -> Iterator[Callable[[], None]]:
         yield stop
 
 
-def save_checkpoint(path: pathlib.Path, checkpoint: dict[str, Any]) -> None:
+def save_checkpoint(path: pathlib.Path, checkpoint: dict[str, object]) -> None:
     """Writes a checkpoint aside and moves it: whatever happens, `path` is a whole one."""
     aside = path.with_suffix(".tmp")
     torch.save(checkpoint, aside)
     os.replace(aside, path)
 
 
-def load_checkpoint(path: pathlib.Path, settings: dict[str, Any]) -> dict[str, Arm]:
+def load_checkpoint(path: pathlib.Path, settings: dict[str, object]) -> dict[str, Arm]:
     """Returns the arms of a checkpoint; raises UserError where it is none of these settings."""
     try:
-        checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
+        checkpoint = torch.load(path, weights_only=True)
         saved = checkpoint["settings"]
         arms = {name: Arm(**checkpoint["arms"][name]) for name in ARMS}
     except FileNotFoundError:

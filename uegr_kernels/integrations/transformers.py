@@ -1,4 +1,4 @@
-"""Any recipe inside Transformers' Trainer."""
+"""Runs the recipes inside Transformers' Trainer."""
 
 import inspect
 import pathlib
@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.loss.loss_utils import LOSS_MAPPING, ForSequenceClassificationLoss
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils import import_utils, is_sagemaker_mp_enabled
 
 from ..analysis.selection import share_selected
 from ..divergence import uegr_loss
+from ..recipes.recipe import Recipe
 from ..recipes.registry import RECIPES
 from ..selective import SelectiveAdamW
 
@@ -67,11 +68,11 @@ class UEGRTrainer(Trainer):
 
     def __init__(
         self,
-        *args: Any,
+        *args: object,
         recipe: str = "uegr",
-        recipe_options: dict[str, Any] | None = None,
+        recipe_options: Mapping[str, object] | None = None,
         embedding: nn.Module | str | bool | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         if recipe not in RECIPES:
             raise ValueError(
@@ -87,7 +88,7 @@ class UEGRTrainer(Trainer):
             dict(recipe_options or {}),
             embedding,
         )
-        self.recipe: Any = None
+        self.recipe: Recipe | None = None
         self._forget()
         given = inspect.signature(Trainer).bind_partial(*args, **kwargs).arguments
         self._check_arguments(given.get("args"), given.get("compute_loss_func"))
@@ -97,7 +98,7 @@ class UEGRTrainer(Trainer):
             self._build_recipe(self.model, self.optimizer).close()  # raises for wrong options
         self.add_callback(_AroundTheStep(self))
 
-    def _check_arguments(self, args: Any, compute_loss_func: Any) -> None:
+    def _check_arguments(self, args: TrainingArguments | None, compute_loss_func: object) -> None:
         """Raises for what no recipe can honour, as far as it stands in the arguments."""
         if getattr(self.compute_loss, "__func__", None) is not Trainer.compute_loss:
             raise ValueError(
@@ -148,7 +149,7 @@ class UEGRTrainer(Trainer):
                 f"label_smoothing={smoothing} differ; give one"
             )
 
-    def _check_parallelism(self, config: Any) -> None:
+    def _check_parallelism(self, config: object) -> None:
         for short, name in (("cp", "context"), ("sp", "sequence"), ("tp", "tensor")):
             if getattr(config, f"{short}_enabled", False):
                 size = getattr(config, f"{short}_size", None)
@@ -212,13 +213,15 @@ class UEGRTrainer(Trainer):
                 )
 
     def get_optimizer_cls_and_kwargs(
-        self, args: Any, model: nn.Module | None = None
-    ) -> tuple[Any, dict[str, Any]]:
+        self, args: TrainingArguments, model: nn.Module | None = None
+    ) -> tuple[type, dict[str, object]]:
         """Returns SelectiveAdamW where the arguments name torch's AdamW, else the Trainer's own
         choice.
         """
         if args.optim not in ("adamw_torch", "adamw_torch_fused"):
-            theirs: tuple[Any, dict[str, Any]] = Trainer.get_optimizer_cls_and_kwargs(args, model)
+            theirs: tuple[type, dict[str, object]] = Trainer.get_optimizer_cls_and_kwargs(
+                args, model
+            )
             return theirs
         options = {
             "lr": args.learning_rate,
@@ -229,7 +232,10 @@ class UEGRTrainer(Trainer):
         return SelectiveAdamW, options | ({} if selects else NEUTRAL)
 
     def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Runs one batch: the recipe's passes fill .grad. Returns the loss, as much of it as the
         batch has in the accumulated ones.
@@ -239,8 +245,9 @@ class UEGRTrainer(Trainer):
             self.optimizer.train()  # schedule-free optimizers hold two sets of weights
         inputs = dict(self._prepare_inputs(inputs))
         name = self._label_name(inputs)
-        if self.recipe is None or self.recipe.model is not model:
-            self._attach(model)
+        recipe = self.recipe
+        if recipe is None or recipe.model is not model:
+            recipe = self._attach(model)
         labels = inputs.pop(name)
         if labels.dim() == 2 and labels.shape[1] == 1 and not labels.is_floating_point():
             labels = labels.view(-1)  # as Transformers' models do
@@ -254,7 +261,7 @@ class UEGRTrainer(Trainer):
         with self.compute_loss_context_manager():
             if not self._compared:
                 self._compare_losses(model, inputs, name, labels)
-            losses = self.recipe.backward(
+            losses = recipe.backward(
                 inputs, labels, scale=scaler.scale(share) if scaler is not None else share
             )
         every = self.args.torch_empty_cache_steps
@@ -265,7 +272,7 @@ class UEGRTrainer(Trainer):
         total: Tensor = losses["loss"].detach() * share
         return total
 
-    def _label_name(self, batch: dict[str, Any]) -> str:
+    def _label_name(self, batch: Mapping[str, object]) -> str:
         names = (
             self.label_names if self.args.label_names is not None else ["labels", *self.label_names]
         )
@@ -278,7 +285,7 @@ class UEGRTrainer(Trainer):
             )
         return str(found)
 
-    def _share(self, labels: Tensor, items: Any) -> Tensor:
+    def _share(self, labels: Tensor, items: Tensor | int | None) -> Tensor:
         """Returns what the batch's loss counts for in the accumulated batches', as in
         Trainer.training_step and compute_loss.
 
@@ -286,21 +293,21 @@ class UEGRTrainer(Trainer):
         to divide a sum by.
         """
         share = torch.ones((), device=labels.device)
-        counted = self.model_accepts_loss_kwargs and items is not None
-        if counted:
-            share = labels.ne(-100).sum() / items
+        counted = items if self.model_accepts_loss_kwargs else None
+        if counted is not None:
+            share = labels.ne(-100).sum() / counted
             if self.args.average_tokens_across_devices:
                 share = share * self.accelerator.num_processes
         scaled = getattr(self, "loss_is_scaled_for_ga", None)
         return (
             share
-            if (counted if scaled is None else scaled)
+            if (counted is not None if scaled is None else scaled)
             else share / self.current_gradient_accumulation_steps
         )
 
     @torch.no_grad()
     def _compare_losses(
-        self, model: nn.Module, inputs: dict[str, Any], name: str, labels: Tensor
+        self, model: nn.Module, inputs: Mapping[str, object], name: str, labels: Tensor
     ) -> None:
         """Raises where the model computes another loss from the labels than the recipe, which never
         asks for it.
@@ -345,7 +352,7 @@ class UEGRTrainer(Trainer):
             "recipe_options={'task': 'classification'}"
         )
 
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def _inner_training_loop(self, *args: object, **kwargs: object) -> object:
         """Trains once, with one recipe: what an earlier one left is forgotten, and the model is
         itself again, whatever happens.
         """
@@ -370,7 +377,8 @@ class UEGRTrainer(Trainer):
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+    def log(self, logs: dict[str, float], *args: object, **kwargs: object) -> None:
+        """Adds the recipe's losses to the Trainer's log."""
         if "loss" in logs:
             names = [name for name in self._sums if name != "loss"]
             means = [
@@ -392,12 +400,13 @@ class UEGRTrainer(Trainer):
         self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._counts[name] = self._counts.get(name, 0) + 1
 
-    def _unwrapped(self, model: Any) -> Any:
-        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
+    def _unwrapped(self, model: nn.Module) -> nn.Module:
+        plain: nn.Module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        return plain
 
-    def _options(self, model: Any) -> dict[str, Any]:
+    def _options(self, model: nn.Module) -> dict[str, Any]:
         """Returns the recipe's options, with what arguments and the model's configuration say."""
-        said = {}
+        said: dict[str, object] = {}
         if self.label_smoother is not None:
             said["label_smoothing"] = self.label_smoother.epsilon
         config = getattr(model, "config", None)
@@ -409,24 +418,25 @@ class UEGRTrainer(Trainer):
             said["task"] = "regression"
         return said | self.recipe_options
 
-    def _build_recipe(self, model: Any, optimizer: Any) -> Any:
+    def _build_recipe(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Recipe:
         plain = self._unwrapped(model)
         embedding = _embedding(plain, self.embedding)
         return RECIPES[self.recipe_name](model, embedding, optimizer, **self._options(plain))
 
-    def _attach(self, model: nn.Module) -> None:
-        """Builds the recipe for the model as it is trained, wrapped or not."""
+    def _attach(self, model: nn.Module) -> Recipe:
+        """Builds and returns the recipe for the model as it is trained, wrapped or not."""
         self._detach()
         # a resumed run, whose random state is restored by now, draws no seed of its own
         with torch.random.fork_rng():
-            self.recipe = self._build_recipe(model, self.optimizer)
+            recipe = self.recipe = self._build_recipe(model, self.optimizer)
         if self._recipe_state is not None:
             state = torch.load(self._recipe_state, weights_only=True, map_location="cpu")
             own = self._own_file(self._recipe_state.parent)
             if own.exists():
                 state |= torch.load(own, weights_only=True, map_location="cpu")
-            self.recipe.load_state_dict(state)
+            recipe.load_state_dict(state)
             self._recipe_state = None
+        return recipe
 
     def _detach(self) -> None:
         if self.recipe is not None:
@@ -485,12 +495,24 @@ class _AroundTheStep(TrainerCallback):
     def __init__(self, trainer: UEGRTrainer) -> None:
         self.trainer = trainer
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
         if self.trainer.recipe is not None:
             # the Trainer has unscaled: it takes the gradients' norm in every step
             self.trainer.recipe.before_step()
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
         if self.trainer.recipe is not None:
             self.trainer.recipe.after_step()
         if self._logs_next(args, state):
@@ -498,7 +520,7 @@ class _AroundTheStep(TrainerCallback):
             if share is not None:
                 self.trainer._add("share_selected", torch.tensor(share))
 
-    def _logs_next(self, args: Any, state: Any) -> bool:
+    def _logs_next(self, args: TrainingArguments, state: TrainerState) -> bool:
         step = state.global_step + 1
         if args.logging_strategy == "epoch":
             return bool(step % max(1, state.max_steps // max(1, state.num_train_epochs)) == 0)
@@ -507,11 +529,23 @@ class _AroundTheStep(TrainerCallback):
             or (state.logging_steps > 0 and step % state.logging_steps == 0)
         )
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
         if self.trainer.recipe is None:  # a resumed run has it
             self.trainer._attach(self.trainer.model_wrapped)
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
         # not where a run stops within an epoch
         if self.trainer.recipe is not None and abs(state.epoch - round(state.epoch)) < 1e-6:
             # a run resumed at this step has the random state that was saved
@@ -520,11 +554,17 @@ class _AroundTheStep(TrainerCallback):
             # a checkpoint of the epoch's last step is written before its end
             self.trainer._save_recipe()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
         self.trainer._detach()
 
 
-def _write(state: dict[str, Any], path: pathlib.Path) -> None:
+def _write(state: dict[str, object], path: pathlib.Path) -> None:
     """Writes the file whole, or leaves the old one."""
     aside = path.with_suffix(".tmp")
     torch.save(state, aside)
@@ -567,15 +607,16 @@ def _embedding(model: Any, given: nn.Module | str | bool | None) -> nn.Module | 
     return embedding
 
 
-def _loss_and_logits(output: Any) -> tuple[Tensor | None, Tensor | None]:
+def _loss_and_logits(output: object) -> tuple[Tensor | None, Tensor | None]:
     """Returns what a model that was given labels returned, as the Trainer reads it: a dict's "loss"
     and "logits", or a tuple's first two.
     """
     if isinstance(output, Mapping):
         return output.get("loss"), output.get("logits")
-    both = (
+    if (
         isinstance(output, tuple)
         and len(output) > 1
         and all(isinstance(value, Tensor) for value in output[:2])
-    )
-    return (output[0], output[1]) if both else (None, None)
+    ):
+        return output[0], output[1]
+    return None, None

@@ -2,11 +2,12 @@
 several; and where such an ascent starts.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -82,18 +83,19 @@ class AttackRecipe(PassRecipe):
         self,
         labels: Tensor,
         scale: float | Tensor,
-        draw: Callable[[], Any],
+        draw: Callable[[], contextlib.AbstractContextManager[None]],
         clean: Pass | None = None,
-    ) -> Any:
+    ) -> Tensor | None:
         """Returns delta after all steps, the first from the `clean` pass's gradient where one is
         given; None after no step.
         """
-        delta: Any = self._start(self._batch.mask) if self.steps else None
+        start = self._start(self._batch.mask) if self.steps else None
+        delta: Tensor | None = None
         step_size = self._default_step_size() if self.step_size is None else self.step_size
         for step in range(self.steps):
             if step or clean is None:
                 with draw():
-                    clean = self._ascend(labels, scale, delta)
+                    clean = self._ascend(labels, scale, start if delta is None else delta)
             delta = climb(
                 clean,
                 step_size=step_size,
@@ -115,7 +117,8 @@ def climb(
     """Returns `pgd_step` from a pass's delta along its gradient."""
 
     def step(g: Tensor) -> Tensor:
-        delta = torch.zeros_like(g) if pass_.delta is None else pass_.measured(pass_.delta)
+        at = pass_.delta
+        delta = pass_.measured(at) if isinstance(at, Tensor) else torch.zeros_like(g)
         return pgd_step(
             delta,
             g,
@@ -148,6 +151,12 @@ def tiny_noise_start(size: float, mask: Tensor | None) -> Start:
     )
 
 
+class _Source(TypedDict):
+    generator: torch.Generator
+    dtype: torch.dtype
+    device: torch.device
+
+
 def uniform_ball_start(radius: float, norm: str, per: str, mask: Tensor | None) -> Start:
     """Starts uniformly in the ball over the tokens that are real: every element in [-radius,
     radius], or a direction and a length.
@@ -155,7 +164,7 @@ def uniform_ball_start(radius: float, norm: str, per: str, mask: Tensor | None) 
     generator = drawn_apart()
 
     def start(x: Tensor) -> Tensor:
-        source: dict[str, Any] = dict(
+        source = _Source(
             generator=generator(x),
             dtype=torch.promote_types(x.dtype, torch.float32),
             device=x.device,

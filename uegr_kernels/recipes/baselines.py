@@ -1,11 +1,11 @@
 """The plain baselines: the loss alone, and with an L1 or L2 penalty on the weights."""
 
 import dataclasses
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..batch_axis import Inputs
 from . import options
 from .recipe import PassRecipe, whole
 
@@ -20,7 +20,7 @@ class Plain(PassRecipe):
     Equivalent to: `F.cross_entropy(model(inputs), labels).backward()`.
     """
 
-    def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
+    def _backward(self, inputs: Inputs, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         loss, _ = self._descend(labels, scale, last=True)
         return {"loss": loss, "clean_loss": loss}
 
@@ -29,7 +29,7 @@ class Plain(PassRecipe):
 class _Penalised(PassRecipe):
     weight: float = options.number(0.0)
 
-    def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
+    def _backward(self, inputs: Inputs, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         with self._pass() as pass_:
             parts = self._loss_of(self._runner.call(pass_), labels)
             of_tensors = [

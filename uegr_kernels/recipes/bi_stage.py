@@ -1,10 +1,13 @@
 """UEGR: the forward stage by BiStage, and the selective update."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from ..batch_axis import Inputs
 from ..bistage import BiStage
 from ..core import checks
 from .lent_dropout import AdaptedDropouts
@@ -33,11 +36,13 @@ class UEGR(SelectiveUpdate):
 
     passes: ClassVar[int] = 3
 
+    _runner: BiStage
+
     def __init__(
         self,
         model: nn.Module,
         embedding: nn.Module | None,
-        optimizer: Any = None,
+        optimizer: torch.optim.Optimizer | None = None,
         *,
         adaptive_dropout: bool = True,
         seed: int | None = None,
@@ -67,7 +72,7 @@ class UEGR(SelectiveUpdate):
         if self._adapted is not None:
             self._adapted.load_state_dict(state)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         reason: str | None = None
         if self._adapted is not None:
             reason = "it was saved with adaptive_dropout=False; build it so"
@@ -88,7 +93,7 @@ class UEGR(SelectiveUpdate):
     def _names_kept(self) -> tuple[str, ...]:
         return self.kept if self._adapted is None else (*self.kept, "adaptive_dropout")
 
-    def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
+    def _backward(self, inputs: Inputs, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         result: dict[str, Tensor] = self._runner.backward(inputs, labels, scale=scale)._asdict()
         del result["logits"]
         return result

@@ -5,7 +5,7 @@ the task (D).
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class ChildTuningF(SelectiveUpdate, Plain):
     target: str = options.choice("gradient", TARGETS)
     seed: int | None = options.integer(None)
 
-    def _selection_options(self) -> dict[str, Any]:
+    def _selection_options(self) -> dict[str, object]:
         return {
             "normalization": "constant",
             "keep_probability": self.keep_probability,

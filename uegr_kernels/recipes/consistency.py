@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..batch_axis import Inputs
 from ..core import checks
 from . import options
 from .attack import StepRecipe
@@ -37,7 +38,7 @@ class RDrop(PassRecipe):
     alpha: float = options.number(1.0)
     reduction: str = options.choice("mean", ("mean", "sum"))
 
-    def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
+    def _backward(self, inputs: Inputs, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         return self._pair(labels, scale, None)
 
     def _pair(
@@ -77,7 +78,7 @@ def symmetric_divergence(
     if not labels.is_floating_point():
         kept = (labels != ignore_index)[:, None]
         first, second = torch.where(kept, first, 0), torch.where(kept, second, 0)
-        rows: Any = kept.sum()
+        rows: Tensor | int = kept.sum()
     else:
         rows = len(labels)
     wide = torch.promote_types(first.dtype, torch.float32)
@@ -107,7 +108,7 @@ class RAT(StepRecipe, RDrop):
 
     passes: ClassVar[int] = 3
 
-    def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
+    def _backward(self, inputs: Inputs, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         clean, pass_ = self._descend(labels, scale, watched=True)
         losses = self._pair(labels, scale, self._step(pass_))
         return losses | {"loss": clean + losses["loss"], "clean_loss": clean}
@@ -125,7 +126,7 @@ class RATSU(SelectiveUpdate, RAT):
         self,
         model: nn.Module,
         embedding: nn.Module | None,
-        optimizer: Any = None,
+        optimizer: torch.optim.Optimizer | None = None,
         *,
         seed: int | None = None,
         **options: Any,

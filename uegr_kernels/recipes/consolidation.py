@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..batch_axis import Inputs
 from . import options
 from .baselines import Plain
 from .recipe import named_parameters, whole, write
@@ -58,7 +59,7 @@ class WeightConsolidation(Plain):
         else:
             self._weights = list(named_parameters(self.model, self.names).values())
 
-    def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
+    def _backward(self, inputs: Inputs, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         if self.form != "penalty":
             return super()._backward(inputs, labels, scale)
         with self._pass() as pass_:
@@ -86,7 +87,7 @@ class WeightConsolidation(Plain):
             for p, p0, group in groups:
                 write([p], [p.detach() - (p.detach() - p0) * (group["lr"] * self.kappa)])
         else:
-            for group in self.optimizer.param_groups:
+            for group in self._stepped().param_groups:
                 if group["lr"] * self.gamma >= 1:
                     raise ValueError(
                         f"lr={float(group['lr'])} times gamma={self.gamma} is 1 or "

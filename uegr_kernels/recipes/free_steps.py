@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..batch_axis import Inputs
 from ..passes import synchronisers, synchronises
 from ..perturbation import NORMS
 from . import options
@@ -45,9 +46,10 @@ class FreeLB(PassRecipe):
     def _input_norm(self) -> str:
         return self.norm
 
-    def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
+    def _backward(self, inputs: Inputs, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         losses = []
-        delta: Any = uniform_cube_start(self.init_mag, self._batch.mask) if self.init_mag else None
+        mask, size = self._batch.mask, self.init_mag
+        delta: Tensor | Start | None = uniform_cube_start(size, mask) if size else None
         radius = self.max_norm if self.max_norm > 0 else torch.finfo(torch.float32).max
         with self._draws(self.same_draw) as draw:
             for step in range(1, self.steps + 1):
@@ -138,7 +140,7 @@ class FreeAT(PassRecipe):
     def _input_norm(self) -> str:
         return self._settings.norm
 
-    def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
+    def _backward(self, inputs: Inputs, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         optimizer, mask, losses = self._stepped(), self._batch.mask, []
         settings = self._settings
         if synchronisers(self.model) and not synchronises(self.model):
@@ -146,9 +148,11 @@ class FreeAT(PassRecipe):
                 "free_at steps in every repeat, and inside no_sync each rank would "
                 "step alone; call it outside"
             )
-        delta: Any = self._start(mask, len(labels))
+        start, delta = self._start(mask, len(labels)), None
         for _ in range(settings.steps):
-            loss, pass_ = self._descend(labels, scale, delta, watched=True, last=True)
+            loss, pass_ = self._descend(
+                labels, scale, start if delta is None else delta, watched=True, last=True
+            )
             losses.append(loss)
             self._update(optimizer, scale)
             delta = climb(
@@ -159,7 +163,7 @@ class FreeAT(PassRecipe):
                 per="sample",
                 backend=self.backend,
             )
-        if settings.persistent:
+        if settings.persistent and delta is not None:
             delta = pass_.measured(delta)
             self.delta = (
                 delta if self.delta is None else torch.cat([delta, self.delta[len(delta) :]])
@@ -180,7 +184,7 @@ class FreeAT(PassRecipe):
 
         return start
 
-    def _update(self, optimizer: Any, scale: float | Tensor) -> None:
+    def _update(self, optimizer: torch.optim.Optimizer, scale: float | Tensor) -> None:
         gradients = [
             p.grad
             for group in optimizer.param_groups

@@ -1,6 +1,6 @@
 """A model's nn.Dropout modules, adaptive for as long as a recipe lives."""
 
-from typing import Any, SupportsIndex
+from typing import SupportsIndex
 
 from torch import Tensor, nn
 
@@ -24,7 +24,7 @@ class LentDropout(AdaptiveDropout):
     set_extra_state = nn.Module.set_extra_state
     _load_from_state_dict = nn.Module._load_from_state_dict
 
-    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         """Makes copies and pickles of its own class: no `close()` would find them."""
         own = {key: value for key, value in vars(self).items() if key not in [*self._lent, "_lent"]}
         return object.__new__, (self._own,), own
@@ -60,7 +60,7 @@ class AdaptedDropouts:
                 self.modules[name] = module
 
     def state_dict(self) -> dict[str, Tensor]:
-        """AdaptiveDropout's extra state by module name."""
+        """Returns AdaptiveDropout's extra state by module name."""
         return self._last | {
             name: AdaptiveDropout.get_extra_state(module) for name, module in self.modules.items()
         }
@@ -69,7 +69,7 @@ class AdaptedDropouts:
         for name, module in self.modules.items():
             AdaptiveDropout.set_extra_state(module, state[name])
 
-    def why_not(self, state: Any) -> str | None:
+    def why_not(self, state: object) -> str | None:
         """Returns None where `load_state_dict` takes the state, else why not."""
         if not isinstance(state, dict) or state.keys() != self.modules.keys():
             found = list(state) if isinstance(state, dict) else state

@@ -5,11 +5,12 @@ in K.
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..batch_axis import Inputs
 from ..perturbation import perturbed_weights
 from . import options
 from .attack import StepRecipe
@@ -65,7 +66,7 @@ class DropAttack(StepRecipe):
                 "one of relative and weights out"
             )
 
-    def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
+    def _backward(self, inputs: Inputs, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         with self._hooked_gradients() as of_weights:
             loss, clean = self._descend(labels, scale, watched=True)
         g_x, g_w = clean.gradient, of_weights
@@ -106,8 +107,7 @@ class DropAttack(StepRecipe):
         losses = {"clean_loss": loss} | {
             name: torch.stack(each).mean() for name, each in means.items() if each
         }
-        total: Any = sum(losses.values())
-        return {"loss": total, **losses}
+        return {"loss": sum(losses.values(), torch.zeros_like(loss)), **losses}
 
     @contextlib.contextmanager
     def _hooked_gradients(self) -> Iterator[list[Tensor | None]]:

@@ -9,27 +9,39 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from ..core import checks
 
+T = TypeVar("T")
+Number = TypeVar("Number", bound=float | None)
+Integer = TypeVar("Integer", bound=int | None)
+Flag = TypeVar("Flag", bound=bool | None)
+Word = TypeVar("Word", bound=str | None)
 
-def option(default: Any, check: Callable[[str, Any], Any]) -> Any:
+
+class Declares(Protocol):
+    """Has fields, as every dataclass does."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[object]]]
+
+
+def option(default: T, check: Callable[[str, object], object]) -> T:
     """Declares an option; the recipe keeps what check(name, value) returns, or the value where
     that is None. None passes unchecked where it is the default.
     """
     return dataclasses.field(default=default, metadata={"check": check})
 
 
-def number(default: float | None, low: float = 0, high: float = math.inf) -> Any:
+def number(default: Number, low: float = 0, high: float = math.inf) -> Number:
     """Declares a number in [low, high]."""
     return option(default, functools.partial(checks.number, low=low, high=high))
 
 
-def positive_share(default: float) -> Any:
+def positive_share(default: float) -> float:
     """Declares a number in (0, 1]."""
 
-    def check(name: str, value: Any) -> float:
+    def check(name: str, value: object) -> float:
         share = checks.number(name, value, 0, 1)
         if share == 0:
             raise ValueError(f"{name}={value!r} trains nothing; give a number in (0, 1]")
@@ -38,27 +50,27 @@ def positive_share(default: float) -> Any:
     return option(default, check)
 
 
-def integer(default: int | None, low: float = -math.inf, *, bits: int | None = None) -> Any:
+def integer(default: Integer, low: float = -math.inf, *, bits: int | None = None) -> Integer:
     """Declares an integer of at least `low`, below 2^bits."""
     return option(default, functools.partial(checks.integer, low=low, bits=bits))
 
 
-def flag(default: bool | None) -> Any:
+def flag(default: Flag) -> Flag:
     """Declares True or False."""
     return option(default, checks.flag)
 
 
-def choice(default: str | None, choices: Sequence[str]) -> Any:
+def choice(default: Word, choices: Sequence[str]) -> Word:
     """Declares one of some words."""
     return option(default, functools.partial(checks.choice, choices=choices))
 
 
-def backend() -> Any:
+def backend() -> str:
     """Declares the backend of the operators."""
     return option("auto", lambda name, value: checks.backend(value))
 
 
-def check_values(recipe: Any) -> None:
+def check_values(recipe: Declares) -> None:
     """Checks every option's value by its declaration, and keeps numbers as Python's."""
     for field in dataclasses.fields(recipe):
         check = field.metadata.get("check")
@@ -71,7 +83,7 @@ def check_values(recipe: Any) -> None:
                 setattr(recipe, field.name, kept)
 
 
-def names_of(recipe: Any) -> set[str]:
+def names_of(recipe: type[Declares]) -> set[str]:
     """Returns the names of the options that a recipe's class declares."""
     return {field.name for field in dataclasses.fields(recipe) if field.init and field.kw_only}
 
@@ -79,6 +91,6 @@ def names_of(recipe: Any) -> set[str]:
 class Signature:
     """Gives a class the signature of its `__init__`, whatever its `__new__` takes."""
 
-    def __get__(self, recipe: Any, kind: Any) -> inspect.Signature:
+    def __get__(self, recipe: object, kind: Any) -> inspect.Signature:
         signature = inspect.signature(kind.__init__)
         return signature.replace(parameters=list(signature.parameters.values())[1:])

@@ -1,10 +1,11 @@
 """PGD-K and AdvEmbed: projected gradient ascent on the embeddings."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
+from ..batch_axis import Inputs
 from ..perturbation import ASCENT_NORMS, PERS
 from . import options
 from .attack import AttackRecipe, Start, tiny_noise_start, uniform_ball_start
@@ -43,7 +44,7 @@ class PGD(AttackRecipe):
                 "random_start out, and clean_weight above 0"
             )
 
-    def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
+    def _backward(self, inputs: Inputs, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         losses, clean = {}, None
         with self._draws(self.same_draw) as draw:
             if self.clean_weight:

@@ -6,12 +6,13 @@ import contextlib
 import copy
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ..batch_axis import Batch, Inputs
 from ..divergence import LossParts, check_loss_options, uegr_loss
 from ..passes import (
     Pass,
@@ -25,6 +26,14 @@ from ..passes import (
     replayed,
 )
 from . import options
+
+T = TypeVar("T")
+
+
+class Hooked(Protocol):
+    """Has hooks on a model until it is closed."""
+
+    def close(self) -> None: ...
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -53,14 +62,14 @@ class Recipe:
 
     model: nn.Module
     embedding: nn.Module | None
-    optimizer: Any = None
-    _runner: Any = dataclasses.field(init=False)  # what has the hook, and close()
-    # the `Batch` that the passes are over, while one is
-    _batch: Any = dataclasses.field(init=False, default=None)
+    optimizer: torch.optim.Optimizer | None = None
+    _runner: Hooked = dataclasses.field(init=False)
+    # what the passes are over, while one is
+    _taken: Batch | None = dataclasses.field(init=False, default=None)
 
     __signature__ = options.Signature()
 
-    def __new__(cls, *positional: Any, **given: Any) -> "Recipe":
+    def __new__(cls, *positional: object, **given: object) -> "Recipe":
         known = cls.option_names()
         unknown = given.keys() - known - {"model", "embedding", "optimizer"}
         if unknown:
@@ -91,11 +100,11 @@ class Recipe:
     def _settle_options(self) -> None:
         """Checks what the options say together, before the model has a hook."""
 
-    def _make_runner(self) -> Any:
+    def _make_runner(self) -> Hooked:
         raise NotImplementedError
 
     def backward(
-        self, inputs: Any, labels: Tensor, *, scale: float | Tensor = 1.0
+        self, inputs: Inputs, labels: Tensor, *, scale: float | Tensor = 1.0
     ) -> dict[str, Tensor]:
         """Adds scale * the gradient of the method's loss to every parameter's .grad; returns its
         losses.
@@ -119,7 +128,7 @@ class Recipe:
                 p.grad = None
             raise
         finally:
-            self._batch = None
+            self._taken = None
 
     def before_step(self) -> None:
         """Does to the gradients or weights what the method wants ahead of the optimizer's step,
@@ -132,7 +141,7 @@ class Recipe:
     def epoch_end(self) -> None:
         """Does what the method wants after the last step of an epoch."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Returns what a resumed run needs besides the model's and the optimizer's: numbers,
         tensors, lists and dicts of them.
         """
@@ -140,7 +149,7 @@ class Recipe:
             name: getattr(self, name) for name in self._names_kept()
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Takes over a copy of what `state_dict` gave; raises ValueError for another recipe's,
         before anything has changed.
         """
@@ -161,13 +170,13 @@ class Recipe:
     def _names_kept(self) -> tuple[str, ...]:
         return self.kept
 
-    def _check(self, scale: float | Tensor, inputs: Any, labels: Tensor) -> None:
+    def _check(self, scale: float | Tensor, inputs: Inputs, labels: Tensor) -> None:
         """Raises what stands against a call now."""
 
-    def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
+    def _backward(self, inputs: Inputs, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         raise NotImplementedError
 
-    def _stepped(self) -> Any:
+    def _stepped(self) -> torch.optim.Optimizer:
         """Returns the optimizer, where the method cannot do without."""
         if self.optimizer is None:
             raise RuntimeError(
@@ -205,6 +214,7 @@ class PassRecipe(Recipe):
     batch_axis: int | None = None
     relative: bool = options.flag(False)
     backend: str = options.backend()
+    _runner: Runner = dataclasses.field(init=False)
 
     def _settle_options(self) -> None:
         super()._settle_options()
@@ -229,9 +239,15 @@ class PassRecipe(Recipe):
         """Returns the norm of the embeddings' perturbation; "": they are not perturbed."""
         return ""
 
-    def _check(self, scale: float | Tensor, inputs: Any, labels: Tensor) -> None:
+    def _check(self, scale: float | Tensor, inputs: Inputs, labels: Tensor) -> None:
         self._runner.check(scale)
-        self._batch = self._runner.take(inputs, labels)
+        self._taken = self._runner.take(inputs, labels)
+
+    @property
+    def _batch(self) -> Batch:
+        if self._taken is None:
+            raise RuntimeError("no batch is taken: passes run inside of backward()")
+        return self._taken
 
     def _descend(
         self,
@@ -295,7 +311,7 @@ class PassRecipe(Recipe):
         watched = self._runner.embedding is not None
         with self._runner.without_sync(), held, self._pass(delta, watched=watched) as pass_:
             parts = self._loss_of(self._runner.call(pass_), labels)
-            reached = [*weights, pass_.edge] if watched else weights
+            reached: Any = [*weights, pass_.edge] if watched else weights
             found: Sequence[Tensor | None] = torch.autograd.grad(
                 parts.loss * scale, reached, allow_unused=True
             )
@@ -396,7 +412,7 @@ def named_parameters(model: nn.Module, patterns: str | Sequence[str]) -> dict[st
     }
 
 
-def plain_names(named: Any) -> Iterator[tuple[str, Any]]:
+def plain_names(named: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
     """Yields names without what wrappers add to them: DDP in front, torch.compile and activation
     checkpointing anywhere.
     """
@@ -471,7 +487,7 @@ def recomputed(x: Tensor) -> Tensor:
     )
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def _moved(value: object, device: torch.device) -> object:
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, dict):

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.conv import _ConvNd as Convolution
 
+from ..batch_axis import Inputs
+from ..divergence import LossParts
 from ..passes import Pass, ranks_of, synchronisers, synchronises
 from ..perturbation import ASCENT_NORMS
 from . import options
@@ -34,7 +36,7 @@ class _Features:
     def __init__(self) -> None:
         self.seen: dict[int, Tensor] | None = None
 
-    def keep(self, i: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def keep(self, i: int, module: nn.Module, args: tuple[object, ...], output: Tensor) -> None:
         if self.seen is not None:
             self.seen[i] = output
 
@@ -90,7 +92,8 @@ class ARAT(AttackRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.accuracy: float | None = None
-        self.recent: list[list[Any]] = []  # [inputs, labels] of the epoch's last batches
+        # inputs and labels of the epoch's last batches
+        self.recent: list[tuple[Inputs, Tensor]] = []
         self._features = _Features()
         self._synchronised = False  # own modules on all ranks
         model, optimizer = self.model, self.optimizer
@@ -132,7 +135,7 @@ class ARAT(AttackRecipe):
         return [*self.predictors.parameters(), *self.clean_branch.parameters()]
 
     @property
-    def own_modules(self) -> dict[str, dict[str, Any]]:
+    def own_modules(self) -> dict[str, dict[str, Tensor]]:
         """Returns predictors and clean branch, for checkpoints."""
         return {
             "predictors": self.predictors.state_dict(),
@@ -140,7 +143,7 @@ class ARAT(AttackRecipe):
         }
 
     @own_modules.setter
-    def own_modules(self, state: dict[str, dict[str, Any]]) -> None:
+    def own_modules(self, state: dict[str, dict[str, Tensor]]) -> None:
         self.predictors.load_state_dict(state["predictors"])
         self.clean_branch.load_state_dict(state["clean_branch"])
 
@@ -157,7 +160,7 @@ class ARAT(AttackRecipe):
                 self.optimizer.state.pop(p, None)
         super().close()
 
-    def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
+    def _backward(self, inputs: Inputs, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         self._synchronise_own()
         weight, adversarial_weight = self._weights()
         with self._draws(self.same_draw) as draw:
@@ -208,7 +211,7 @@ class ARAT(AttackRecipe):
             self.model.eval()
             with torch.no_grad(), self._runner.without_sync(), self._clean():
                 for inputs, labels in self.recent:
-                    self._batch = self._runner.take(inputs, labels)
+                    self._taken = self._runner.take(inputs, labels)
                     with self._pass() as pass_:
                         guesses = self._runner.call(pass_).argmax(1)
                     truth = labels.argmax(1) if labels.is_floating_point() else labels
@@ -218,7 +221,7 @@ class ARAT(AttackRecipe):
                         rows + int(counted.sum()),
                     )
         finally:
-            self._batch = None
+            self._taken = None
             for module, training in modes:
                 module.training = training
         self.accuracy, self.recent = right / rows if rows else self.accuracy, []
@@ -257,7 +260,7 @@ class ARAT(AttackRecipe):
         counted: Tensor = labels != self.ignore_index
         return counted
 
-    def _recorded(self, labels: Tensor, pass_: Pass) -> tuple[Any, list[Tensor]]:
+    def _recorded(self, labels: Tensor, pass_: Pass) -> tuple[LossParts, list[Tensor]]:
         """Returns the losses of one call of the model, and the features of every layer [n, d] for
         the n rows that are not ignored.
         """
@@ -317,12 +320,12 @@ class ARAT(AttackRecipe):
             for gradient in gradients:
                 gradient.div_(world)
 
-    def _remember(self, inputs: Any, labels: Tensor) -> None:
+    def _remember(self, inputs: Inputs, labels: Tensor) -> None:
         if self.clean_weight is not None or self._regression:
             return
         # a checkpoint is to load with weights_only
         plain = dict(inputs) if isinstance(inputs, Mapping) else inputs
-        self.recent.append([plain, labels])
+        self.recent.append((plain, labels))
         while (
             sum(int(self._counted(labels).sum()) for _, labels in self.recent[1:])
             >= self.balance_rows

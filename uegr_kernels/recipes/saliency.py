@@ -4,11 +4,12 @@ Child-Tuning-D and RoAST.
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..batch_axis import Inputs
 from ..passes import synchronisers
 from .recipe import PassRecipe, check_whole, named_parameters, summed_over_ranks
 
@@ -40,7 +41,7 @@ class SaliencyRecipe(PassRecipe):
         if self.names is not None:
             self._masked = list(named_parameters(self.model, self.names).values())
 
-    def prepare(self, batches: Iterable[tuple[Any, Tensor]]) -> None:
+    def prepare(self, batches: Iterable[tuple[Inputs, Tensor]]) -> None:
         """Makes the first masks before training, from one pass over (inputs, labels): the method as
         it is published.
 
@@ -59,7 +60,7 @@ class SaliencyRecipe(PassRecipe):
             self.squares, self.batches = before
             raise
         finally:
-            self._batch = None
+            self._taken = None
         if synchronisers(self.model):
             summed_over_ranks(self.model, self.squares)
         self._settle()

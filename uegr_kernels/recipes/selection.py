@@ -3,7 +3,8 @@
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +14,23 @@ from ..selective.options import TARGETS as TARGETS
 from ..selective.options import Selection as Options
 from .recipe import Recipe, check_whole
 
-OPTIONS = frozenset(field.name for field in dataclasses.fields(Options))
+DEFAULTS = dataclasses.asdict(Options())
+OPTIONS = frozenset(DEFAULTS)
+T = TypeVar("T")
 WITH_STATE = ("statistics", "target")  # mean something to an optimizer only
 
 
-def selection_of(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def selection_of(options: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
     """Returns the selection's options among those given, and the others."""
     chosen = {name: value for name, value in options.items() if name in OPTIONS}
     return chosen, {name: value for name, value in options.items() if name not in OPTIONS}
+
+
+class MaskState(TypedDict):
+    """Names what the masks of a step depend on."""
+
+    seed: int | None
+    step: int
 
 
 class SelectiveUpdate(Recipe):
@@ -33,7 +43,7 @@ class SelectiveUpdate(Recipe):
 
     seed: int | None
     backend: str
-    _selected: dict[str, Any]  # the selection's options that were given
+    _selected: dict[str, object]  # the selection's options that were given
 
     @classmethod
     def option_names(cls) -> set[str]:
@@ -46,12 +56,12 @@ class SelectiveUpdate(Recipe):
         )
 
     @property
-    def selection(self) -> dict[str, Any]:
+    def selection(self) -> MaskState:
         """Returns seed and step of the masks, for checkpoints."""
-        return dataclasses.asdict(self._selection.state)
+        return self._selection.state.copy()
 
     @selection.setter
-    def selection(self, state: dict[str, Any]) -> None:
+    def selection(self, state: MaskState) -> None:
         self._selection.load(state)
 
     def before_step(self) -> None:
@@ -62,16 +72,8 @@ class SelectiveUpdate(Recipe):
         super()._settle_options()
         check_selection(self.optimizer, self._selection_options())
 
-    def _selection_options(self) -> dict[str, Any]:
+    def _selection_options(self) -> dict[str, object]:
         return self._selected
-
-
-@dataclasses.dataclass
-class MaskState:
-    """Holds what the masks of a step depend on."""
-
-    seed: int | None
-    step: int = 0
 
 
 class Selection:
@@ -87,51 +89,51 @@ class Selection:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Any,
-        options: dict[str, Any],
+        optimizer: torch.optim.Optimizer | None,
+        options: dict[str, object],
         seed: int | None,
         backend: str,
     ) -> None:
         self.model, self.options, self.backend, self.given = model, options, backend, seed
         self.drawn = False  # here, and not agreed on with the other ranks yet
-        self.state = MaskState(seed)
+        self.state = MaskState(seed=seed, step=0)
         self._bind(optimizer)
         certain = (
             options.get("normalization") == "constant" and options.get("keep_probability", 1.0) == 1
         )
         if seed is None and _selecting(optimizer) is None and not certain:
-            self.state.seed, self.drawn = int(torch.randint(-(2**63), 2**63 - 1, ())), True
+            self.state["seed"], self.drawn = int(torch.randint(-(2**63), 2**63 - 1, ())), True
 
-    def before_step(self, optimizer: Any) -> None:
+    def before_step(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Selects .grad, where the optimizer does not select inside its step."""
         if optimizer is not self.optimizer:  # given later
             check_selection(optimizer, self.options)
             self._bind(optimizer)
         if _selecting(optimizer) is not None:
             return
-        if self.drawn and self.state.seed is not None:
-            self.state.seed, self.drawn = agreed(self.state.seed), False
+        seed = self.state["seed"]
+        if self.drawn and seed is not None:
+            seed = self.state["seed"] = agreed(seed)
+            self.drawn = False
         params = self._params()
         check_whole(
             params,
             "pass a SelectiveAdamW or SelectiveSGD as the optimizer, which selects "
             "shards inside its step",
         )
-        self.state.step += 1
-        stateless = {key: value for key, value in self.options.items() if key not in WITH_STATE}
+        self.state["step"] += 1
+        stateless: dict[str, Any] = {
+            key: value for key, value in self.options.items() if key not in WITH_STATE
+        }
         select_gradients_(
-            params,
-            seed=self.state.seed or 0,
-            step=self.state.step,
-            **stateless,
-            backend=self.backend,
+            params, seed=seed or 0, step=self.state["step"], **stateless, backend=self.backend
         )
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: MaskState) -> None:
         """Takes over a state as a checkpoint has it."""
-        self.state, self.drawn = MaskState(**state), False
+        self.state, self.drawn = state.copy(), False
 
-    def _bind(self, optimizer: Any) -> None:
+    def _bind(self, optimizer: torch.optim.Optimizer | None) -> None:
         self.optimizer = optimizer
         own = _selecting(optimizer)
         if own is not None:
@@ -146,11 +148,11 @@ class Selection:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
 
-def check_selection(optimizer: Any, options: dict[str, Any]) -> None:
+def check_selection(optimizer: torch.optim.Optimizer | None, options: dict[str, object]) -> None:
     """Raises TypeError or ValueError for an option that the update by this optimizer, or by any
     other ahead of whose step .grad is selected, cannot have.
     """
-    chosen, own = Options(**options), _selecting(optimizer)
+    chosen, own = Options.of_group(DEFAULTS | options), _selecting(optimizer)
     if own is not None:
         for group in own.param_groups:
             Options.of_group(group | options)
@@ -172,7 +174,7 @@ def agreed(seed: int) -> int:
     return seeds[0]
 
 
-def _selecting(optimizer: Any) -> SelectiveAdamW | SelectiveSGD | None:
+def _selecting(optimizer: torch.optim.Optimizer | None) -> SelectiveAdamW | SelectiveSGD | None:
     """Returns the optimizer, or the one inside Accelerate's wrapper, if it selects by itself."""
     own = getattr(optimizer, "optimizer", optimizer)
     return own if isinstance(own, SelectiveAdamW | SelectiveSGD) else None

@@ -3,11 +3,12 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ..batch_axis import Inputs
 from ..selective import select_gradients_
 from . import options
 from .attack import climb, tiny_noise_start
@@ -65,7 +66,7 @@ class RoAST(SaliencyRecipe):
     def _input_norm(self) -> str:
         return "max"
 
-    def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
+    def _backward(self, inputs: Inputs, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         with self._pass() as clean:  # first, as in R-Drop
             clean.batch.keeps_output |= self.detach_embedding
             z0 = self._runner.call(clean)

@@ -1,10 +1,11 @@
 """One-step adversarial training on the embeddings: AT (FGM) and FGSM."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
+from ..batch_axis import Inputs
 from ..perturbation import NORMS
 from . import options
 from .attack import StepRecipe
@@ -31,7 +32,7 @@ class AT(StepRecipe):
 
     clean_weight: float = options.number(1.0)
 
-    def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
+    def _backward(self, inputs: Inputs, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         losses = {}
         if self.clean_weight:
             losses["clean_loss"], pass_ = self._descend(

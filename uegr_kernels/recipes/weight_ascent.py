@@ -3,11 +3,12 @@
 import contextlib
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ..batch_axis import Inputs
 from ..passes import buffers_held, synchronises
 from ..perturbation import perturbed_weights
 from . import options
@@ -38,7 +39,7 @@ class SAM(PassRecipe):
     adaptive: bool = options.flag(False)
     same_draw: bool = options.flag(True)
 
-    def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
+    def _backward(self, inputs: Inputs, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         weights = [p for p in self.model.parameters() if p.requires_grad]
         with self._draws(self.same_draw) as draw:
             with draw():
@@ -113,7 +114,7 @@ class AWP(AttackRecipe):
             if p.requires_grad and p.dim() > 1 and "weight" in name
         ]
 
-    def _backward(self, inputs: Any, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
+    def _backward(self, inputs: Inputs, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         self.after_step()  # of a step that left it out
         self._gradients = []
         with self._draws(self.same_draw) as draw:

@@ -37,7 +37,7 @@ class PassRows(typing.NamedTuple):
 
     @property
     def addresses(self) -> list[tuple[int, int, int]]:
-        """By pass its address and strides."""
+        """Returns each pass's address and strides."""
         return [
             (one.data_ptr(), down, along)
             for one, down, along in zip(self.tensors, self.row_strides, self.strides, strict=True)
@@ -76,7 +76,7 @@ class Block(typing.NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The fields that are a form's."""
+        """Returns the fields that are a form's."""
         options = self._asdict()
         del options["warps"]
         return options

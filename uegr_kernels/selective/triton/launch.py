@@ -57,7 +57,9 @@ class TensorLists(typing.NamedTuple):
 
     @property
     def elementwise(self) -> tuple[Sequence[Tensor], ...]:
-        """Those with an element for each of a gradient's, in the order of `strided_elements`."""
+        """Returns those with an element for each of a gradient's, in the order of
+        `strided_elements`.
+        """
         return *self[:5], self.g
 
     def of(self, i: int) -> "OneOfEach":
