@@ -103,8 +103,8 @@ def _why_no_kernel(operator: str, language: str, key: str) -> str | None:
     return f"{operator} has no {language} kernel in this version; use backend='auto'"
 
 
-def check_name(backend: str) -> None:
-    """Raises ValueError for a name that is neither "auto" nor a backend."""
+def check_name(backend: object) -> None:
+    """Raises ValueError for what is neither "auto" nor a backend."""
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(
             f"backend={backend!r} is not a backend; use one of 'auto', "

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .backends import BACKENDS
 from .backends import DTYPES as DTYPES
+from .backends import check_name
 
 PLAIN = frozenset((float, int))  # types that are numbers at first sight
 LARGEST = sys.float_info.max
+backend = check_name
 
 
 def is_number(value: Any) -> bool:
@@ -95,15 +96,6 @@ def choice(name: str, value: Any, choices: Sequence[str]) -> str:
             f"{name}={value!r} is not one of its values; use {', '.join(map(repr, choices))}"
         )
     return value
-
-
-def backend(value: Any) -> None:
-    """Raises ValueError for what is not the name of a backend."""
-    if value != "auto" and value not in BACKENDS:
-        raise ValueError(
-            f"backend={value!r} is not a backend; use one of 'auto', "
-            f"{', '.join(map(repr, BACKENDS))}"
-        )
 
 
 def tensor(name: str, x: Any, shape: str = "") -> None:

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .memory import expanded as expanded
+
 # xor-ed into the key's low word for the words that round 16-bit moments
 ROUNDING_KEY = tl.constexpr(0x9E3779B9)
 # as Triton asks, when a kernel is decorated
@@ -57,13 +59,6 @@ def to_device(values: list[Any] | Tensor, dtype: torch.dtype, device: torch.devi
     if capturing(device):
         CAPTURED.append(values)
     return values.to(device, non_blocking=True)
-
-
-def expanded(tensor: Tensor) -> bool:
-    """Whether elements share memory: such a tensor cannot be written."""
-    return any(
-        stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
 
 
 def pieces(counts: list[int]) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core import backends, checks
+from ..core import checks
 from . import op
 
 STATE = ("gradient_norm", "pending")
@@ -63,7 +63,7 @@ class AdaptiveDropout(nn.Module):
             num_features = checks.integer("num_features", num_features, 1)
         p, max_p = checks.number("p", p, 0, 1), checks.number("max_p", max_p, 0, 1)
         momentum = checks.number("momentum", momentum, 0, 1, without=1)
-        backends.check_name(backend)
+        checks.backend(backend)
         self.num_features, self.p, self.max_p, self.momentum, self.backend = (
             num_features,
             p,

@@ -16,16 +16,7 @@ from . import op
 from .batch import Batch, Group, Scopes
 from .cached_step import CachedStep
 from .options import FIELDS, AdamWOptions, Selection, SGDOptions, StepOptions
-from .state import (
-    Packed,
-    check_batch,
-    check_parameter,
-    complete,
-    expanded,
-    placed,
-    restore,
-    without_none,
-)
+from .state import Packed, check_batch, check_parameter, complete, placed, restore, without_none
 
 FORMAT = 1  # of the state's layout; a key of every group
 GRADIENT = operator.attrgetter("grad")
@@ -41,7 +32,7 @@ class SelectiveOptimizer(Optimizer):
     Not built by itself.
     """
 
-    operator: str
+    operator: op.SteppingOperator[...]
     numbers: tuple[str, ...]  # options of this optimizer's own that are numbers
     fixed: ClassVar[dict[str, Any]] = {}  # what every group has, a loaded one too
     # and that are True or False
@@ -54,11 +45,7 @@ class SelectiveOptimizer(Optimizer):
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], *, seed: int | None, backend: str
     ):
-        if backend != "auto" and backend not in op.backends.BACKENDS:
-            raise ValueError(
-                f"backend={backend!r} is not a backend; use one of 'auto', "
-                f"{', '.join(map(repr, op.backends.BACKENDS))}"
-            )
+        checks.backend(backend)
         if seed is not None:
             seed = checks.signed_seed(seed) % 2**64
         self.backend = backend
@@ -301,7 +288,7 @@ class SelectiveOptimizer(Optimizer):
         backend = (
             "reference"
             if group["differentiable"]
-            else op.choose(self.operator, self.backend, device, dtype)
+            else self.operator.choose(self.backend, device, dtype)
         )
         if group["fused"] and device.type == "meta":
             raise RuntimeError(
@@ -323,7 +310,7 @@ class SelectiveOptimizer(Optimizer):
         streams = [stream for batch in batches for stream in batch.layout[::4]]
         for stream, p in zip(streams, parts, strict=True):
             if memory.overlaps_itself(p):
-                how = "is expanded" if expanded(p) else "overlaps itself"
+                how = "is expanded" if memory.expanded(p) else "overlaps itself"
                 raise ValueError(
                     f"parameter {stream} {how}: its elements share memory and cannot "
                     "be written; call .clone() on it first"
@@ -416,6 +403,7 @@ class SelectiveOptimizer(Optimizer):
                 maximize=bool(group["maximize"]),
                 seed=batch.seed,
                 selection=batch.selection,
+                plan=batch.plan,
             )
             batch.plan = self._update(batch, common)
             if any(batch.cuts):
@@ -512,7 +500,7 @@ class SelectiveAdamW(SelectiveOptimizer):
     `selective.reference.selective_adamw_` and, with "constant", to torch.optim.AdamW.
     """
 
-    operator = "selective_adamw_"
+    operator = op.selective_adamw_
     numbers = ("eps",)
     # As torch.optim.Adam names it, so that each loads the other's checkpoints; one of Adam's goes
     # on with decoupled decay.
@@ -639,7 +627,6 @@ class SelectiveAdamW(SelectiveOptimizer):
             batch.saliency_maxs,
             common=common,
             own=own,
-            plan=batch.plan,
         )
 
 
@@ -656,7 +643,7 @@ class SelectiveSGD(SelectiveOptimizer):
     normalization="constant", to torch.optim.SGD.
     """
 
-    operator = "selective_sgd_"
+    operator = op.selective_sgd_
     numbers = ("momentum", "dampening")
     flags = (*SelectiveOptimizer.flags, "nesterov")
 
@@ -741,5 +728,4 @@ class SelectiveSGD(SelectiveOptimizer):
             batch.saliency_maxs,
             common=common,
             own=own,
-            plan=batch.plan,
         )

@@ -154,7 +154,7 @@ _remembered = functools.lru_cache(maxsize=64, typed=True)(Selection)
 @dataclasses.dataclass(frozen=True)
 class StepOptions:
     """Holds what AdamW's and SGD's operators have in common (op.STEP), the selection as one
-    object. A learning rate is a number, or a tensor of one element.
+    object, and the plan. A learning rate is a number, or a tensor of one element.
     """
 
     scope_statistics: Tensor | None
@@ -167,6 +167,7 @@ class StepOptions:
     maximize: bool
     seed: int
     selection: Selection
+    plan: object  # what the operator returned at the last step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -179,7 +179,7 @@ def check_parameter(stream: int, p: Tensor, grad: Tensor) -> None:
             f"parameter {stream} has shape {tuple(p.shape)} but its gradient "
             f"{tuple(grad.shape)}; they must be equal"
         )
-    if expanded(p):
+    if memory.expanded(p):
         raise ValueError(
             f"parameter {stream} is expanded: its elements share memory and cannot be "
             "written; call .clone() on it first"
@@ -216,18 +216,11 @@ def check_state(stream: int, key: str, value: Tensor, p: Tensor, moment: bool) -
             raise ValueError(
                 f"{named} is {value.item()}; give the number of steps taken, from 0 to 2^24 - 2"
             )
-    if 0 in value.stride() and expanded(value):
+    if 0 in value.stride() and memory.expanded(value):
         raise ValueError(
             f"{named} is expanded: its elements share memory and cannot be written; "
             "call .clone() on it first"
         )
-
-
-def expanded(tensor: Tensor) -> bool:
-    """Tells whether elements of a tensor share memory along an axis."""
-    return any(
-        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-    )
 
 
 # ---- Loaded
