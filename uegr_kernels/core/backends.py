@@ -133,6 +133,9 @@ def choose(
     return backend
 
 
+torch.compiler.assume_constant_result(choose)  # a compiler need not look into it
+
+
 @functools.cache
 def triton_kernels(package: str) -> ModuleType:
     """Returns the Triton kernels of an operator's package, imported when first asked for."""

@@ -62,8 +62,7 @@ class Operator(Generic[P, R]):
 
     def choose(self, backend: str, device: torch.device, dtype: torch.dtype) -> str:
         """Returns the backend that serves the operator (core.backends.choose)."""
-        chosen: str = _choose(backend, self.path, device, dtype)
-        return chosen
+        return backends.choose(backend, self.path, device, dtype)
 
     def kernel(self, backend: str) -> Callable[P, R]:
         """Returns the operator's function of a chosen backend, by the reference's arguments."""
@@ -129,10 +128,6 @@ class Operator(Generic[P, R]):
 
     def _by_triton(self, *tensors: P.args, **options: P.kwargs) -> R:
         return self.kernel("triton")(*tensors, **options)
-
-
-# a compiler need not look into it
-_choose = torch.compiler.assume_constant_result(backends.choose)
 
 
 def writes_only(*_: object, **__: object) -> None:

@@ -268,10 +268,12 @@ class AdaptiveDropout(nn.Module):
         )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _warn(text: str) -> None:
     """Warns, under a compiler while it traces: a graph cannot warn."""
     warnings.warn(text, stacklevel=2)
+
+
+torch.compiler.assume_constant_result(_warn)
 
 
 def replace_dropout(model: nn.Module, *, skip: Iterable[str] = (), **options: Any) -> int:
