@@ -7,7 +7,6 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterable
 from types import ModuleType
-from typing import Any
 
 import torch
 
@@ -159,7 +158,7 @@ def transformed() -> bool:
 
 
 def define(
-    name: str, schema: str, reference: Callable[..., Any], triton: Callable[..., Any]
+    name: str, schema: str, reference: Callable[..., object], triton: Callable[..., object]
 ) -> None:
     """Defines an operator and what serves it beside the compiled kernels.
 
@@ -170,7 +169,7 @@ def define(
     """
     has_triton = importlib.util.find_spec("triton") is not None
 
-    def on_gpu(*args: Any, **kwargs: Any) -> Any:
+    def on_gpu(*args: object, **kwargs: object) -> object:
         supported = native.why_not_triton(_device(args).index or 0) is None
         return (triton if supported else reference)(*args, **kwargs)
 
@@ -184,7 +183,7 @@ def define(
             torch.library.impl(f"uegr_kernels::{overload}", "CUDA", on_gpu)
 
 
-def _device(arguments: Iterable[Any]) -> torch.device:
+def _device(arguments: Iterable[object]) -> torch.device:
     """Returns the device of an operator's first tensor, which may stand in a list."""
     nested = (x if isinstance(x, list) else [x] for x in arguments)
     return next(x.device for some in nested for x in some if isinstance(x, torch.Tensor))

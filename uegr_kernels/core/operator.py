@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, NoReturn, ParamSpec, TypeVar
+from typing import Generic, NoReturn, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,16 @@ from . import backends
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
+
+
+class Context(Protocol):
+    """Types what PyTorch gives a forward to leave things for its backward."""
+
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
+    def set_materialize_grads(self, value: bool) -> None: ...
 
 
 class Operator(Generic[P, R]):
@@ -109,18 +119,21 @@ class Operator(Generic[P, R]):
                 numbers[name] = words.index(options[name])
         return numbers
 
-    def in_words(self, options: dict[str, Any]) -> dict[str, Any]:
+    def in_words(self, options: dict[str, object]) -> dict[str, object]:
         """Returns the schema's options as the reference has them.
 
         Raises RuntimeError for a number that stands for no word.
         """
-        named = {name: words for name, words in self.words.items() if name in options}
-        for name, words in named.items():
+        found = dict(options)
+        for name, words in self.words.items():
+            if name not in options:
+                continue
             number = options[name]
-            if not 0 <= number < len(words):
+            if not isinstance(number, int | torch.SymInt) or not 0 <= number < len(words):
                 known = ", ".join(f"{i} ({word})" for i, word in enumerate(words))
                 raise RuntimeError(f"{name} is {number}; use {known}")
-        return options | {name: words[options[name]] for name, words in named.items()}
+            found[name] = words[number]
+        return found
 
     def by_schema(self, function: Callable[..., T], *tensors: object, **options: object) -> T:
         """Calls a function that has the reference's arguments by the schema's."""

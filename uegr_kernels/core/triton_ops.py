@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import os
 import struct
-import typing
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -32,7 +32,7 @@ DTYPES = {
 }
 
 
-def on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+def on(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Makes the tensor's GPU the current one, which is where Triton launches; nothing to do on
     the CPU, for the interpreter.
     """
@@ -50,7 +50,7 @@ def lanes() -> int:
     )
 
 
-def to_device(values: list[Any] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+def to_device(values: Sequence[float] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A new tensor there, without waiting for the copy."""
     values = torch.as_tensor(values, dtype=dtype)
     if device.type != "cuda":
@@ -129,15 +129,14 @@ class Upload:
         return torch.empty(len(self.target), dtype=torch.int64, pin_memory=self.target.is_cuda)
 
 
-FormT = TypeVar("FormT", bound=tuple[Any, ...])
+FormT = TypeVar("FormT", bound=tuple[object, ...])
 
 
 def constexprs(form: FormT) -> FormT:
     """Returns a NamedTuple of options as a kernel takes it: each value a constant; None stays."""
     kind: Any = type(form)
-    return typing.cast(
-        FormT, kind._make(None if value is None else tl.constexpr(value) for value in form)
-    )
+    made: FormT = kind._make(None if value is None else tl.constexpr(value) for value in form)
+    return made
 
 
 @triton.jit

@@ -130,7 +130,7 @@ class AdaptiveDropout(nn.Module):
             self.pending.copy_(state[1].detach())
             self._used, self._plain = bool(state.any()), bool(state[2].any())
 
-    def _why_not(self, state: Any) -> str | None:
+    def _why_not(self, state: object) -> str | None:
         """Returns None where `set_extra_state` takes the state, else why not."""
         if (
             not isinstance(state, Tensor)
@@ -239,7 +239,7 @@ class AdaptiveDropout(nn.Module):
         self,
         state_dict: Mapping[str, Any],
         prefix: str,
-        local_metadata: Any,
+        local_metadata: object,
         strict: bool,
         missing_keys: list[str],
         unexpected_keys: list[str],

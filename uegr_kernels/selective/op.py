@@ -69,9 +69,9 @@ class SelectingOperator(SelectiveOperator[P, R]):
 
     def in_words(self, options: dict[str, Any]) -> dict[str, Any]:
         names = SelectionNumbers.__annotations__
-        numbers: Any = {name: options[name] for name in names}
+        selection = Selection.of_numbers(**{name: options[name] for name in names})
         others = {name: value for name, value in options.items() if name not in names}
-        return others | {"selection": Selection.of_numbers(numbers)}
+        return others | {"selection": selection}
 
 
 class SteppingOperator(SelectingOperator[P, object]):

@@ -1,7 +1,7 @@
 """SelectiveAdamW and SelectiveSGD: the optimizers that users build, and their step."""
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, overload
 
 import torch
@@ -34,7 +34,7 @@ class SelectiveOptimizer(Optimizer):
 
     operator: op.SteppingOperator[...]
     numbers: tuple[str, ...]  # options of this optimizer's own that are numbers
-    fixed: ClassVar[dict[str, Any]] = {}  # what every group has, a loaded one too
+    fixed: ClassVar[dict[str, object]] = {}  # what every group has, a loaded one too
     # and that are True or False
     flags: tuple[str, ...] = ("maximize", "capturable", "differentiable", "foreach", "fused")
     _cached_step: CachedStep | None
@@ -43,7 +43,7 @@ class SelectiveOptimizer(Optimizer):
     _scopes: Scopes
 
     def __init__(
-        self, params: ParamsT, defaults: dict[str, Any], *, seed: int | None, backend: str
+        self, params: ParamsT, defaults: Mapping[str, object], *, seed: int | None, backend: str
     ):
         checks.backend(backend)
         if seed is not None:
@@ -52,7 +52,7 @@ class SelectiveOptimizer(Optimizer):
         self._forget()
         self._drawn_seed: int | None = None  # drawn here and not agreed on with the other ranks yet
         self._check(defaults)
-        super().__init__(params, defaults | {"seed": seed, "format": FORMAT})
+        super().__init__(params, {**defaults, "seed": seed, "format": FORMAT})
         if defaults["fused"]:
             self._step_supports_amp_scaling = True
 
@@ -114,7 +114,7 @@ class SelectiveOptimizer(Optimizer):
         """Calls the optimizer's operator; returns its plan."""
         raise NotImplementedError
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: dict[str, object]) -> None:
         if isinstance(param_group, dict):
             self._check(self.defaults | param_group)
             if param_group.get("seed") is not None:
@@ -369,7 +369,7 @@ class SelectiveOptimizer(Optimizer):
         self._complete(batches)
         for batch in batches[part : part + 1] if lists else ():
             states = [batch.state_lists[key] for key in self._needed(group)]
-            values: list[list[Any]] = [batch.params, batch.grads, batch.layout]
+            values: list[Sequence[object]] = [batch.params, batch.grads, batch.layout]
             values += [[batch.backend, batch.seed], *states]
             for filled, value in zip(lists, values, strict=True):
                 filled += value
@@ -409,7 +409,7 @@ class SelectiveOptimizer(Optimizer):
             if any(batch.cuts):
                 self._scopes.join_kept(batch, found)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
         """Loads a checkpoint of this optimizer or of torch's; keys its groups lack keep the value
         of the group they replace.
 
@@ -462,10 +462,10 @@ class SelectiveOptimizer(Optimizer):
         first, *groups = super().__repr__().split("\n", 1)
         return "\n".join((first, f"backend: {self.backend}", *groups))
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return super().__getstate__() | {"backend": self.backend, "_drawn_seed": self._drawn_seed}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
         self._forget()
         for group in self.param_groups:
@@ -504,7 +504,7 @@ class SelectiveAdamW(SelectiveOptimizer):
     numbers = ("eps",)
     # As torch.optim.Adam names it, so that each loads the other's checkpoints; one of Adam's goes
     # on with decoupled decay.
-    fixed: ClassVar[dict[str, Any]] = {"decoupled_weight_decay": True}
+    fixed: ClassVar[dict[str, object]] = {"decoupled_weight_decay": True}
     flags = (*SelectiveOptimizer.flags, "amsgrad")
 
     def __init__(

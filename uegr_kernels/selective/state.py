@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import operator
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -233,14 +234,17 @@ def placed(state: dict[str, Tensor], p: Tensor) -> None:
         state["step"] = step.to(p.device if p.is_cuda else "cpu")
 
 
-def without_none(state: dict[str, Any]) -> None:
+def without_none(state: dict[str, object]) -> None:
     """Drops what is None: torch.optim.SGD keeps such a buffer where it has no momentum."""
     for key in [key for key, value in state.items() if value is None]:
         del state[key]
 
 
 def restore(
-    state: dict[str, Tensor], saved: dict[str, Any], p: Tensor, state_dtype: torch.dtype | None
+    state: dict[str, Tensor],
+    saved: Mapping[str, object],
+    p: Tensor,
+    state_dtype: torch.dtype | None,
 ) -> None:
     """Takes a checkpoint's own values again, which the base class has cast to the parameter's
     dtype.
