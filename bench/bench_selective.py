@@ -251,7 +251,7 @@ def case(
 
         return disagreement(optimizer, dtype, device, backend)
 
-    chosen = backends.choose(backend, f"selective.{ours.operator}", torch.device(device), dtype)
+    chosen = backends.choose(backend, ours.operator.path, torch.device(device), dtype)
     facts = {
         "optimizer": ours.__name__,
         "options": {key: str(value) for key, value in options.items()},

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import uegr_kernels as uk
 from uegr_kernels.core import philox
-from uegr_kernels.selective import op
+from uegr_kernels.core.backends import triton_kernels
 
 triton = pytest.importorskip("triton", reason="Triton is not installed; run `pip install triton`")
 import triton.language as tl  # noqa: E402
@@ -125,7 +125,7 @@ def test_what_a_capture_copies_is_written_by_nobody_else(monkeypatch):
     """Steps, one of them under capture; replaying it, that is its copy and its launches again,
     sees its own gradients.
     """
-    launch = op._triton().launch
+    launch = triton_kernels("uegr_kernels.selective").launch
     p = torch.nn.Parameter(torch.zeros(3))
     static, others = (
         torch.tensor([1.0, -1.0, 2.0]),
@@ -166,7 +166,7 @@ def test_what_a_capture_copies_is_written_by_nobody_else(monkeypatch):
 
 
 def test_a_steady_step_makes_its_table_again_only_where_something_moved():
-    launch = op._triton().launch
+    launch = triton_kernels("uegr_kernels.selective").launch
     p = torch.nn.Parameter(torch.zeros(5))
     optimizer = uk.SelectiveAdamW([p], seed=1, backend="triton")
     p.grad = torch.ones(5)
@@ -191,7 +191,7 @@ def test_a_steady_step_makes_its_table_again_only_where_something_moved():
 
 def test_a_plan_made_under_capture_serves_no_other_step(monkeypatch):
     """Its rows are on the device from the first replay on, not before."""
-    launch = op._triton().launch
+    launch = triton_kernels("uegr_kernels.selective").launch
     p = torch.nn.Parameter(torch.zeros(3))
     optimizer = uk.SelectiveSGD([p], lr=1.0, seed=1, capturable=True, backend="triton")
     p.grad = torch.ones(3)
@@ -362,7 +362,7 @@ def test_nothing_is_spilled(name, target):
 def test_every_kernel_is_compiled():
     functions = {
         name: value
-        for name, value in vars(op._triton().kernels).items()
+        for name, value in vars(triton_kernels("uegr_kernels.selective").kernels).items()
         if isinstance(value, triton.KernelInterface)
     }
     every = {

@@ -68,7 +68,7 @@ def test_labels_alone(case, classes, reduction, in_place):
     want = expected(leaf, labels, reduction, **options)
     (want_gradient,) = torch.autograd.grad(want.sum(), leaf)
     name = "uegr_loss_" if in_place else "uegr_loss"
-    loss, parts, *rest = op.kernel(name, "triton")(
+    loss, parts, *rest = getattr(op, name).kernel("triton")(
         [x], labels, js_weight=0.5, ignore_index=-100, reduction=reduction, needs=[True], **options
     )
     gradient = x if in_place else rest[0][0]
@@ -80,7 +80,7 @@ def test_labels_alone(case, classes, reduction, in_place):
 
 def test_labels_alone_without_a_gradient():
     x, labels = torch.randn(ROWS, 10), torch.arange(ROWS)
-    loss, _, gradients = op.kernel("uegr_loss", "triton")(
+    loss, _, gradients = op.uegr_loss.kernel("triton")(
         [x],
         labels,
         js_weight=0.5,
@@ -141,7 +141,7 @@ CLASSES = [8, 7, 1000]
 @pytest.mark.parametrize("classes", CLASSES)
 def test_gradients_times_one_are_left_alone(classes, by_row, dtype):
     gradients = rows_of_pages(4, classes, dtype)
-    scale, ones = op._triton().scale_gradients_, torch.ones((4,) if by_row else ())
+    scale, ones = op.scale_gradients_.kernel("triton"), torch.ones((4,) if by_row else ())
     assert not touches(gradients, lambda: scale([gradients], ones))
     assert touches(gradients[:1], lambda: scale([gradients], 2 * ones))
 
@@ -150,7 +150,7 @@ def test_gradients_times_one_are_left_alone(classes, by_row, dtype):
 def test_rows_times_one_are_left_alone_beside_others(classes):
     gradients = rows_of_pages(6, classes, torch.float32)
     factors = torch.tensor([1.0, 0.5, 1.0, torch.nan, -1.0, 1.0])
-    scale = op._triton().scale_gradients_
+    scale = op.scale_gradients_.kernel("triton")
     assert not touches([gradients[i] for i in (0, 2, 5)], lambda: scale([gradients], factors))
     assert touches(gradients[1:2], lambda: scale([gradients], factors))
     want = gradients * factors[:, None]
@@ -162,7 +162,7 @@ def test_rows_times_one_are_left_alone_beside_others(classes):
 def test_what_is_times_one_is_copied_where_it_goes_elsewhere(by_row):
     gradient = torch.randn(4, 7)
     ones = torch.ones((4,) if by_row else ())
-    (scaled,) = op._triton().scale_gradients([gradient], ones, torch.zeros(3))
+    (scaled,) = op.scale_gradients.kernel("triton")([gradient], ones, torch.zeros(3))
     assert torch.equal(scaled, gradient)
 
 

@@ -1,5 +1,7 @@
 """Tests of the selective step; `backend` and `native` serve the OPERATORS."""
 
+from uegr_kernels.core.operator import Operator
 from uegr_kernels.selective import op
 
-OPERATORS = tuple(f"selective.{name}" for name in op.SCHEMAS)
+NAMES = tuple(one.name for one in vars(op).values() if isinstance(one, Operator))
+OPERATORS = tuple(f"selective.{name}" for name in NAMES)

@@ -245,17 +245,17 @@ def test_an_update_that_fails_is_never_tried_again(monkeypatch, backend, cls, st
         expected.param_groups[0]["params"],
         [[torch.ones(4), torch.ones(3)]] * (steps_before + 1),
     )
-    calls, real = [], getattr(op, optimizer.operator)
+    calls, real = [], getattr(op, optimizer.operator.name)
 
     def failing(*args, **kwargs):
         real(*args, **kwargs)
         calls.append(args[0])
         raise RuntimeError("the launch failed")
 
-    monkeypatch.setattr(op, optimizer.operator, failing)
+    monkeypatch.setattr(op, optimizer.operator.name, failing)
     with pytest.raises(RuntimeError, match="the launch failed"):
         walk(optimizer, params, [[torch.ones(4), torch.ones(3)]])
-    monkeypatch.setattr(op, optimizer.operator, real)
+    monkeypatch.setattr(op, optimizer.operator.name, real)
     assert len(calls) == 1
     for p, q in zip(params, expected.param_groups[0]["params"], strict=True):
         assert optimizer.state[p]["step"] == steps_before + 1 and torch.equal(p, q)
@@ -270,10 +270,10 @@ def test_an_update_that_fails_is_never_tried_again(monkeypatch, backend, cls, st
 def only_the_first(count, real, failures):
     """An operator of which only the first tensors are reached before it raises."""
 
-    def failing(backend, *lists, common, own, plan):
+    def failing(backend, *lists, common, own):
         failures.append(len(lists[0]))
-        reached = dataclasses.replace(common, layout=common.layout[: 4 * count])
-        real(backend, *(tensors[:count] for tensors in lists), common=reached, own=own, plan=None)
+        reached = dataclasses.replace(common, layout=common.layout[: 4 * count], plan=None)
+        real(backend, *(tensors[:count] for tensors in lists), common=reached, own=own)
         raise RuntimeError("the launch failed")
 
     return failing
@@ -297,8 +297,8 @@ def test_a_launch_that_fails_midway_is_raised_once_and_taken_once(
         walk(one, one.param_groups[0]["params"], gradients[:steps_before])
     failures, before = [], everything_of(optimizer)
     with monkeypatch.context() as patch:
-        real = getattr(op, optimizer.operator)
-        patch.setattr(op, optimizer.operator, only_the_first(2, real, failures))
+        real = getattr(op, optimizer.operator.name)
+        patch.setattr(op, optimizer.operator.name, only_the_first(2, real, failures))
         with pytest.raises(RuntimeError, match="the launch failed"):
             walk(optimizer, optimizer.param_groups[0]["params"], [gradients[steps_before]])
     assert failures == [4]
@@ -320,7 +320,7 @@ def test_a_second_call_that_fails_leaves_the_first_ones_step(
     optimizer = cls(params, lr=0.1, seed=1, backend=backend)
     gradients = [torch.ones(4), torch.ones(3).double()]
     walk(optimizer, params, [gradients] * steps_before)
-    before, calls, real = everything_of(optimizer), [], getattr(op, optimizer.operator)
+    before, calls, real = everything_of(optimizer), [], getattr(op, optimizer.operator.name)
 
     def failing(*args, **kwargs):
         calls.append(args[1][0].dtype)
@@ -329,7 +329,7 @@ def test_a_second_call_that_fails_leaves_the_first_ones_step(
         return real(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(op, optimizer.operator, failing)
+        patch.setattr(op, optimizer.operator.name, failing)
         with pytest.raises(RuntimeError, match="the launch failed"):
             walk(optimizer, params, [gradients])
     assert calls == [torch.float32, torch.float64]

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import uegr_kernels as uk
-from uegr_kernels.selective import op, reference
+from uegr_kernels.selective import reference
 from uegr_kernels.selective.options import FIELDS, NORMALIZATIONS, Selection
 
+from . import NAMES
 from .problems import OPTIMIZERS, problem, same_bits
 
 
@@ -157,7 +158,7 @@ def operator_arguments(name: str, dtype: torch.dtype, normalization: str) -> tup
     } | selection
 
 
-@pytest.mark.parametrize("name", op.SCHEMAS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     ("dtype", "normalization"),
     [(torch.float32, "minmax"), (torch.bfloat16, "rank"), (torch.float64, "constant")],

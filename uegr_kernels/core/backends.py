@@ -7,7 +7,6 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterable
 from types import ModuleType
-from typing import Any
 
 import torch
 
@@ -103,8 +102,8 @@ def _why_no_kernel(operator: str, language: str, key: str) -> str | None:
     return f"{operator} has no {language} kernel in this version; use backend='auto'"
 
 
-def check_name(backend: str) -> None:
-    """Raises ValueError for a name that is neither "auto" nor a backend."""
+def check_name(backend: object) -> None:
+    """Raises ValueError for what is neither "auto" nor a backend."""
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(
             f"backend={backend!r} is not a backend; use one of 'auto', "
@@ -133,6 +132,9 @@ def choose(
     return backend
 
 
+torch.compiler.assume_constant_result(choose)  # a compiler need not look into it
+
+
 @functools.cache
 def triton_kernels(package: str) -> ModuleType:
     """Returns the Triton kernels of an operator's package, imported when first asked for."""
@@ -156,7 +158,7 @@ def transformed() -> bool:
 
 
 def define(
-    name: str, schema: str, reference: Callable[..., Any], triton: Callable[..., Any]
+    name: str, schema: str, reference: Callable[..., object], triton: Callable[..., object]
 ) -> None:
     """Defines an operator and what serves it beside the compiled kernels.
 
@@ -167,7 +169,7 @@ def define(
     """
     has_triton = importlib.util.find_spec("triton") is not None
 
-    def on_gpu(*args: Any, **kwargs: Any) -> Any:
+    def on_gpu(*args: object, **kwargs: object) -> object:
         supported = native.why_not_triton(_device(args).index or 0) is None
         return (triton if supported else reference)(*args, **kwargs)
 
@@ -181,7 +183,7 @@ def define(
             torch.library.impl(f"uegr_kernels::{overload}", "CUDA", on_gpu)
 
 
-def _device(arguments: Iterable[Any]) -> torch.device:
+def _device(arguments: Iterable[object]) -> torch.device:
     """Returns the device of an operator's first tensor, which may stand in a list."""
     nested = (x if isinstance(x, list) else [x] for x in arguments)
     return next(x.device for some in nested for x in some if isinstance(x, torch.Tensor))

@@ -4,20 +4,21 @@ import math
 import sys
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .backends import BACKENDS
 from .backends import DTYPES as DTYPES
+from .backends import check_name
 
 PLAIN = frozenset((float, int))  # types that are numbers at first sight
 LARGEST = sys.float_info.max
+backend = check_name
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> bool:
     """Returns whether a value is a number of Python's or NumPy's; True and False are none."""
     kind = type(value)
     return kind in PLAIN or (kind is not bool and isinstance(value, Real))
@@ -32,7 +33,7 @@ def plain(value: Any) -> Any:
 
 def number(
     name: str,
-    value: Any,
+    value: object,
     low: float = -math.inf,
     high: float = math.inf,
     *,
@@ -43,14 +44,14 @@ def number(
     """
     if type(value) not in PLAIN and not is_number(value):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a number")
-    value = plain(value)
-    if not (low <= value <= high and -LARGEST <= value <= LARGEST) or value == without:
+    found = plain(value)
+    if not (low <= found <= high and -LARGEST <= found <= LARGEST) or found == without:
         least = "" if low == -math.inf else f" {'>' if low == without else '>='} {low:g}"
         ends = "(" if low == without else "[", ")" if high == without else "]"
         span = f"number in {ends[0]}{low:g}, {high:g}{ends[1]}"
         rule = f"finite number{least}" if high == math.inf else span
-        raise ValueError(f"{name}={value!r} is out of range; give a {rule}")
-    return float(value)
+        raise ValueError(f"{name}={found!r} is out of range; give a {rule}")
+    return float(found)
 
 
 def integer(name: str, value: Any, low: float = -math.inf, *, bits: int | None = None) -> int:
@@ -66,14 +67,14 @@ def integer(name: str, value: Any, low: float = -math.inf, *, bits: int | None =
     return int(value)
 
 
-def signed_seed(value: Any) -> int:
+def signed_seed(value: object) -> int:
     """Returns any integer as the operators take a seed: its value modulo 2^64, as a two's
     complement of 64 bits.
     """
     return (integer("seed", value) + 2**63) % 2**64 - 2**63
 
 
-def is_flag(value: Any) -> bool:
+def is_flag(value: object) -> bool:
     """Returns whether a value is True or False, Python's or NumPy's; nobody has NumPy's before its
     module is imported, which is not done here.
     """
@@ -81,14 +82,14 @@ def is_flag(value: Any) -> bool:
     return isinstance(value, bool) or (numpy is not None and isinstance(value, numpy.bool_))
 
 
-def flag(name: str, value: Any) -> bool:
+def flag(name: str, value: object) -> bool:
     """Returns the value of True or False, Python's or NumPy's."""
     if type(value) is not bool and not is_flag(value):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give True or False")
     return bool(value)
 
 
-def choice(name: str, value: Any, choices: Sequence[str]) -> str:
+def choice(name: str, value: object, choices: Sequence[str]) -> str:
     """Returns a word that is one of the choices; ValueError for what is not."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(
@@ -97,16 +98,7 @@ def choice(name: str, value: Any, choices: Sequence[str]) -> str:
     return value
 
 
-def backend(value: Any) -> None:
-    """Raises ValueError for what is not the name of a backend."""
-    if value != "auto" and value not in BACKENDS:
-        raise ValueError(
-            f"backend={value!r} is not a backend; use one of 'auto', "
-            f"{', '.join(map(repr, BACKENDS))}"
-        )
-
-
-def tensor(name: str, x: Any, shape: str = "") -> None:
+def tensor(name: str, x: object, shape: str = "") -> None:
     """Raises TypeError for what is no dense tensor of floating point; `shape` is what the
     caller wants, in words.
     """
@@ -180,6 +172,15 @@ def _tracked(tensor: Tensor) -> bool:
     return False
 
 
+class _Told(Protocol):
+    """Types what is kept for `jvp`."""
+
+    name: object
+    advice: object
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
+
+
 class _Transformed(torch.autograd.Function):
     """Computes nothing; at every level of torch.func PyTorch calls `jvp` where an argument has
     a tangent, `vmap` where one is batched.
@@ -190,19 +191,19 @@ class _Transformed(torch.autograd.Function):
         return torch.empty(())
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: _Told, inputs: tuple[object, ...], output: Tensor) -> None:
         ctx.name, ctx.advice = inputs[:2]
         ctx.mark_non_differentiable(output)
 
     @staticmethod
-    def jvp(ctx: Any, *_: Any) -> NoReturn:
+    def jvp(ctx: _Told, *_: object) -> NoReturn:
         raise RuntimeError(
             f"{ctx.name} of uegr_kernels has no forward-mode derivative (torch.func.jvp, jacfwd, "
             f"dual tensors): {ctx.advice}"
         )
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, name: str, advice: str, *_: Any) -> NoReturn:
+    def vmap(info: object, in_dims: object, name: str, advice: str, *_: object) -> NoReturn:
         raise RuntimeError(
             f"{name} of uegr_kernels does not run under torch.func.vmap; give the whole batch"
         )

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, NoReturn, ParamSpec, TypeVar
+from typing import Generic, NoReturn, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,17 @@ from . import backends
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
+
+
+class Context(Protocol):
+    """Types what PyTorch gives a forward to leave things for its backward."""
+
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
+    def set_materialize_grads(self, value: bool) -> None: ...
 
 
 class Operator(Generic[P, R]):
@@ -34,18 +45,21 @@ class Operator(Generic[P, R]):
         schema: str,
         reference: Callable[P, R],
         *,
-        fake: Callable[..., Any],
+        fake: Callable[..., object],
         words: Mapping[str, tuple[str, ...]],
         no_vmap: str | None,
     ) -> None:
         self.package, self.reference, self.words = package, reference, words
         self.name = schema.partition("(")[0]
+        self.path = f"{package.rpartition('.')[2]}.{self.name}"
         name, arguments = f"uegr_kernels::{self.name}", schema.removeprefix(self.name)
         by_reference = functools.partial(self.by_schema, reference)
         by_triton = functools.partial(self.by_schema, self._by_triton)
         backends.define(self.name, arguments, by_reference, by_triton)
+        if fake is not writes_only:  # which takes any arguments
+            fake = functools.partial(self.by_schema, fake)
         for overload in (name, f"{name}.fallback"):
-            torch.library.register_fake(overload, functools.partial(self.by_schema, fake))
+            torch.library.register_fake(overload, fake)
         if no_vmap is not None:
             refuse_vmap(self.name, no_vmap)
         packet = getattr(torch.ops.uegr_kernels, self.name)
@@ -58,9 +72,7 @@ class Operator(Generic[P, R]):
 
     def choose(self, backend: str, device: torch.device, dtype: torch.dtype) -> str:
         """Returns the backend that serves the operator (core.backends.choose)."""
-        folder = self.package.rpartition(".")[2]
-        chosen: str = _choose(backend, f"{folder}.{self.name}", device, dtype)
-        return chosen
+        return backends.choose(backend, self.path, device, dtype)
 
     def kernel(self, backend: str) -> Callable[P, R]:
         """Returns the operator's function of a chosen backend, by the reference's arguments."""
@@ -88,50 +100,57 @@ class Operator(Generic[P, R]):
             torch.autograd.graph.increment_version(self.written(tensors, options))
         return result
 
-    def written(self, tensors: tuple[Any, ...], options: Mapping[str, Any]) -> list[Tensor]:
+    def written(self, tensors: tuple[object, ...], options: Mapping[str, object]) -> list[Tensor]:
         """Returns the tensors, of a call's, that the operator writes into."""
-        found = (options[at] if isinstance(at, str) else tensors[at] for at in self._written)
-        return [x for some in found for x in (some if isinstance(some, list) else [some])]
+        found: list[Tensor] = []
+        for at in self._written:
+            given = options[at] if isinstance(at, str) else tensors[at]
+            if isinstance(given, list):
+                found += given
+            elif isinstance(given, Tensor):
+                found.append(given)
+        return found
 
-    def in_numbers(self, options: Mapping[str, Any]) -> dict[str, Any]:
+    def in_numbers(self, options: Mapping[str, object]) -> dict[str, object]:
         """Returns the reference's options as the schema has them."""
-        named = {name: words for name, words in self.words.items() if name in options}
-        return {**options} | {name: words.index(options[name]) for name, words in named.items()}
+        numbers = dict(options)
+        for name, words in self.words.items():
+            if name in options:
+                numbers[name] = words.index(options[name])
+        return numbers
 
-    def in_words(self, options: dict[str, Any]) -> dict[str, Any]:
+    def in_words(self, options: dict[str, object]) -> dict[str, object]:
         """Returns the schema's options as the reference has them.
 
         Raises RuntimeError for a number that stands for no word.
         """
-        named = {name: words for name, words in self.words.items() if name in options}
-        for name, words in named.items():
+        found = dict(options)
+        for name, words in self.words.items():
+            if name not in options:
+                continue
             number = options[name]
-            if not 0 <= number < len(words):
+            if not isinstance(number, int | torch.SymInt) or not 0 <= number < len(words):
                 known = ", ".join(f"{i} ({word})" for i, word in enumerate(words))
                 raise RuntimeError(f"{name} is {number}; use {known}")
-        return options | {name: words[options[name]] for name, words in named.items()}
+            found[name] = words[number]
+        return found
 
-    def by_schema(self, function: Callable[..., Any], *tensors: Any, **options: Any) -> Any:
+    def by_schema(self, function: Callable[..., T], *tensors: object, **options: object) -> T:
         """Calls a function that has the reference's arguments by the schema's."""
         return function(*tensors, **self.in_words(options))
 
-    def _by_triton(self, *tensors: Any, **options: Any) -> Any:
+    def _by_triton(self, *tensors: P.args, **options: P.kwargs) -> R:
         return self.kernel("triton")(*tensors, **options)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _choose(backend: str, operator: str, device: torch.device, dtype: torch.dtype) -> str:
-    return backends.choose(backend, operator, device, dtype)
-
-
-def writes_only(*_: Any, **__: Any) -> None:
+def writes_only(*_: object, **__: object) -> None:
     """Returns nothing: the fake of an operator that only writes into its arguments."""
 
 
 def refuse_vmap(operator: str, sentence: str) -> None:
     """Makes an operator raise RuntimeError with the sentence under torch.func.vmap."""
 
-    def refuse(*_: Any, **__: Any) -> NoReturn:
+    def refuse(*_: object, **__: object) -> NoReturn:
         raise RuntimeError(sentence)
 
     torch.library.register_vmap(f"uegr_kernels::{operator}", refuse)

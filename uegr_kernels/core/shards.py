@@ -5,15 +5,20 @@ what the processes tell each other.
 import functools
 import sys
 from math import prod
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
 
-Cut = tuple[Any, ...]  # a mesh and its dimensions over which a tensor is cut, or ()
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Placement
+
+# a mesh and its dimensions over which a tensor is cut, or ()
+Cut = tuple["DeviceMesh", tuple[int, ...]] | tuple[()]
 
 
-def sharded(tensor: Tensor) -> TypeGuard[Any]:
+def sharded(tensor: Tensor) -> TypeGuard["DTensor"]:
     """Returns whether a tensor is a DTensor. Nobody has one before its module is imported, which
     takes long and is not done here.
     """
@@ -28,13 +33,9 @@ def local(tensor: Tensor) -> Tensor:
 
 def match_placement(grad: Tensor, p: Tensor) -> Tensor:
     """Returns a gradient in its parameter's placements."""
-    given: Any = grad
-    placed: Tensor = (
-        given.redistribute(p.device_mesh, p.placements)
-        if sharded(p) and given.placements != p.placements
-        else given
-    )
-    return placed
+    if sharded(p) and sharded(grad) and grad.placements != p.placements:
+        return grad.redistribute(p.device_mesh, p.placements)
+    return grad
 
 
 def cut(tensor: Tensor) -> Cut:
@@ -49,7 +50,7 @@ def cut(tensor: Tensor) -> Cut:
     return (tensor.device_mesh, dims) if dims else ()
 
 
-def layout(name: str, tensor: Any) -> tuple[int, int, int]:
+def layout(name: str, tensor: "DTensor") -> tuple[int, int, int]:
     """Returns offset, run, stride of a DTensor's part: local element l is element offset + (l //
     run)*stride + l % run of the whole.
 
@@ -66,7 +67,9 @@ def layout(name: str, tensor: Any) -> tuple[int, int, int]:
 
 
 @functools.cache
-def _layout(whole: torch.Size, mesh: Any, placements: tuple[Any, ...]) -> tuple[int, int, int]:
+def _layout(
+    whole: torch.Size, mesh: "DeviceMesh", placements: "tuple[Placement, ...]"
+) -> tuple[int, int, int]:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     if not all(
@@ -88,7 +91,9 @@ def _layout(whole: torch.Size, mesh: Any, placements: tuple[Any, ...]) -> tuple[
     return offset, part[last] * below, whole[last] * below
 
 
-def _in_order(dim: int, mesh: Any, placements: tuple[Any, ...], whole: torch.Size) -> bool:
+def _in_order(
+    dim: int, mesh: "DeviceMesh", placements: "tuple[Placement, ...]", whole: torch.Size
+) -> bool:
     """Returns whether a placement leaves each process one piece of its dimension."""
     from torch.distributed.tensor import Shard
 
@@ -96,17 +101,16 @@ def _in_order(dim: int, mesh: Any, placements: tuple[Any, ...], whole: torch.Siz
     if isinstance(placement, Shard):
         return True
     # FSDP over tensor parallelism: cut by a later mesh dimension first
-    factor = getattr(placement, "split_factor", 0)
+    factor: int = getattr(placement, "split_factor", 0)
+    along: int = getattr(placement, "dim", 0)
     later = [
-        other
-        for other in range(dim + 1, len(placements))
-        if placements[other].is_shard(getattr(placement, "dim", None))
+        other for other in range(dim + 1, len(placements)) if placements[other].is_shard(along)
     ]
     pieces = factor * mesh.size(dim)
     return (
         bool(factor)
         and prod(mesh.size(other) for other in later) == factor
-        and whole[placement.dim] % pieces == 0
+        and whole[along] % pieces == 0
     )
 
 

@@ -6,13 +6,15 @@ import contextlib
 import ctypes
 import os
 import struct
-import typing
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .memory import expanded as expanded
 
 # xor-ed into the key's low word for the words that round 16-bit moments
 ROUNDING_KEY = tl.constexpr(0x9E3779B9)
@@ -30,7 +32,7 @@ DTYPES = {
 }
 
 
-def on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+def on(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Makes the tensor's GPU the current one, which is where Triton launches; nothing to do on
     the CPU, for the interpreter.
     """
@@ -48,7 +50,7 @@ def lanes() -> int:
     )
 
 
-def to_device(values: list[Any] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+def to_device(values: Sequence[float] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Makes a tensor on the device, without waiting for the copy."""
     values = torch.as_tensor(values, dtype=dtype)
     if device.type != "cuda":
@@ -57,13 +59,6 @@ def to_device(values: list[Any] | Tensor, dtype: torch.dtype, device: torch.devi
     if capturing(device):
         CAPTURED.append(values)
     return values.to(device, non_blocking=True)
-
-
-def expanded(tensor: Tensor) -> bool:
-    """Says whether elements share memory: such a tensor cannot be written."""
-    return any(
-        stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
 
 
 def pieces(counts: list[int]) -> Tensor:
@@ -134,15 +129,14 @@ class Upload:
         return torch.empty(len(self.target), dtype=torch.int64, pin_memory=self.target.is_cuda)
 
 
-FormT = TypeVar("FormT", bound=tuple[Any, ...])
+FormT = TypeVar("FormT", bound=tuple[object, ...])
 
 
 def constexprs(form: FormT) -> FormT:
     """Returns a NamedTuple of options as a kernel takes it: each value a constant; None stays."""
     kind: Any = type(form)
-    return typing.cast(
-        FormT, kind._make(None if value is None else tl.constexpr(value) for value in form)
-    )
+    made: FormT = kind._make(None if value is None else tl.constexpr(value) for value in form)
+    return made
 
 
 @triton.jit

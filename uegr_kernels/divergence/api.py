@@ -314,7 +314,7 @@ def linear_uegr_loss(
 class _LossModule(nn.Module):
     """Calls a loss function with the keywords that it was built with."""
 
-    function: Callable[..., Any]
+    function: Callable[..., object]
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -332,7 +332,7 @@ class _LossModule(nn.Module):
         self._check(known | options)
         self.options = options
 
-    def _check(self, options: dict[str, Any]) -> None:
+    def _check(self, options: dict[str, object]) -> None:
         """Raises what is wrong with a value. The backend waits for the tensors' device."""
         checks.choice("reduction", options["reduction"], op.REDUCTIONS)
         checks.flag("inplace_backward", options["inplace_backward"])

@@ -2,13 +2,13 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, Protocol, TypedDict
 
 import torch
 from torch import Tensor
 
 from ..core import backends
-from ..core.operator import Operator, P, R, refuse_vmap, writes_only
+from ..core.operator import Context, Operator, P, R, refuse_vmap, writes_only
 from . import reference
 
 # To the compiled kernels a reduction is its position here (csrc/divergence/divergence.h has the
@@ -61,13 +61,15 @@ def _fake(
 
 
 def _fake_loss(
-    logits: list[Tensor], labels: Tensor | None, *, reduction: str, needs: list[bool], **_: Any
+    logits: list[Tensor], labels: Tensor | None, *, reduction: str, needs: list[bool], **_: object
 ) -> Results:
     return _fake(logits[0], logits, reduction, needs, logits[0].dtype)
 
 
-def _fake_loss_(*tensors: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    return _fake_loss(*tensors, **options)[:2]
+def _fake_loss_(
+    logits: list[Tensor], labels: Tensor | None, *, reduction: str, needs: list[bool], **_: object
+) -> tuple[Tensor, Tensor]:
+    return _fake_loss(logits, labels, reduction=reduction, needs=needs)[:2]
 
 
 # With labels the first pass of the logits is the clean one, which may be all; without, all are
@@ -141,12 +143,15 @@ def _linear_uegr_loss(
     labels: Tensor | None,
     row_weights: Tensor | None,
     *,
+    js_weight: float,
+    label_smoothing: float,
+    ignore_index: int,
     reduction: int,
+    regression: bool,
     needs: list[bool],
     chunk_rows: int | None,
     backend: str,
     dtype: torch.dtype,
-    **options: Any,
 ) -> Results:
     """Runs the reference's chunks with the backend's rows, in the dtype that autocast decided
     above.
@@ -168,7 +173,10 @@ def _linear_uegr_loss(
             needs=_in_forward(needs, reduction, row_weights),
             dtype=dtype,
             chunk_rows=chunk_rows,
-            **options,
+            js_weight=js_weight,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            regression=regression,
         )
 
 
@@ -182,7 +190,7 @@ def _fake_linear(
     reduction: int,
     needs: list[bool],
     dtype: torch.dtype,
-    **_: Any,
+    **_: object,
 ) -> Results:
     wanted = _in_forward(needs, reduction, row_weights)
     return _fake(hidden[0], [*hidden, weight, bias], REDUCTIONS[reduction], wanted, dtype)
@@ -243,7 +251,43 @@ def _hand_out(
     return [next(wanted) if need else None for need in needs]
 
 
-def _keep(ctx: Any, parts: Tensor, gradients: list[Tensor]) -> None:
+class LossKeywords(TypedDict):
+    """Types the keywords of the schema of a loss."""
+
+    js_weight: float
+    label_smoothing: float
+    ignore_index: int
+    reduction: int
+    regression: bool
+    needs: list[bool]
+
+
+class LinearKeywords(LossKeywords):
+    """Types the keywords of the schema of `linear_uegr_loss`."""
+
+    dtype: torch.dtype
+    chunk_rows: int | None
+    backend: str
+
+
+class _LossContext(Context, Protocol):
+    needs: list[bool]
+
+
+class _LinearContext(Context, Protocol):
+    options: LinearKeywords
+    is_backward: bool
+    by_row: bool
+
+
+class _DirectContext(_LossContext, Protocol):
+    in_place: bool
+    spent: bool
+    backend: str
+    leaves: list[bool]
+
+
+def _keep(ctx: Context, parts: Tensor, gradients: list[Tensor]) -> None:
     """Keeps the gradients, which have none themselves; a double backward finds its error
     through `parts`.
     """
@@ -251,18 +295,25 @@ def _keep(ctx: Any, parts: Tensor, gradients: list[Tensor]) -> None:
     ctx.save_for_backward(parts, *gradients)
 
 
-def _setup_loss(ctx: Any, inputs: Any, keyword_only_inputs: dict[str, Any], output: Any) -> None:
+def _setup_loss(
+    ctx: _LossContext, inputs: object, keyword_only_inputs: LossKeywords, output: Results
+) -> None:
     ctx.set_materialize_grads(False)
     ctx.needs = keyword_only_inputs["needs"]
     _keep(ctx, output[1], output[2])
 
 
-def _backward_loss(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+def _backward_loss(ctx: _LossContext, grad_loss: Tensor | None, *_: object) -> tuple[object, ...]:
     parts, *gradients = ctx.saved_tensors
     return _hand_out(grad_loss, gradients, ctx.needs, parts, "auto"), None
 
 
-def _setup_linear(ctx: Any, inputs: Any, keyword_only_inputs: dict[str, Any], output: Any) -> None:
+def _setup_linear(
+    ctx: _LinearContext,
+    inputs: tuple[list[Tensor], Tensor, Tensor | None, Tensor | None, Tensor | None],
+    keyword_only_inputs: LinearKeywords,
+    output: Results,
+) -> None:
     hidden, weight, bias, labels, row_weights = inputs
     ctx.set_materialize_grads(False)
     ctx.options, ctx.is_backward = keyword_only_inputs, row_weights is not None
@@ -273,7 +324,9 @@ def _setup_linear(ctx: Any, inputs: Any, keyword_only_inputs: dict[str, Any], ou
         _keep(ctx, output[1], output[2])
 
 
-def _backward_linear(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+def _backward_linear(
+    ctx: _LinearContext, grad_loss: Tensor | None, *_: object
+) -> tuple[object, ...]:
     if ctx.is_backward:
         _refuse_second_derivative()
     # what a row counts is known only now, so the chunks are walked again
@@ -294,7 +347,7 @@ def _backward_linear(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, 
     return of_hidden, of_weight, of_bias, None, None
 
 
-def _refuse_second_derivative(*_: Any) -> NoReturn:
+def _refuse_second_derivative(*_: object) -> NoReturn:
     raise RuntimeError(
         "the losses of uegr_kernels have no second derivative; differentiate a loss "
         "of plain PyTorch twice"
@@ -317,7 +370,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _DirectContext,
         labels: Tensor | None,
         backend: str,
         in_place: bool,
@@ -328,7 +381,7 @@ class _Loss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.needs, ctx.in_place, ctx.spent, ctx.backend = needs, in_place, False, backend
-        ctx.leaves = in_place and [x.is_leaf for x in logits]
+        ctx.leaves = [x.is_leaf for x in logits] if in_place else []
         detached = [x.detach() for x in logits]
         if in_place:
             loss, parts = kernel(uegr_loss_, backend)(
@@ -344,7 +397,7 @@ class _Loss(torch.autograd.Function):
         return loss, parts
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, _: Any) -> tuple[Any, ...]:
+    def backward(ctx: _DirectContext, grad_loss: Tensor | None, _: object) -> tuple[object, ...]:
         if ctx.spent:
             raise RuntimeError(
                 "inplace_backward=True hands its gradients out once; compute the "
@@ -356,13 +409,13 @@ class _Loss(torch.autograd.Function):
             if not _is_one(grad_loss):
                 scale_gradients_(ctx.backend, gradients, grad_loss)
             wanted = iter(gradients)  # a leaf and its .grad must not share memory
-            gradients = [
+            given = [
                 (next(wanted).clone() if leaf else next(wanted)) if need else None
                 for need, leaf in zip(ctx.needs, ctx.leaves, strict=True)
             ]
         else:
-            gradients = _hand_out(grad_loss, gradients, ctx.needs, parts, ctx.backend)
-        return None, None, None, None, None, None, *gradients
+            given = _hand_out(grad_loss, gradients, ctx.needs, parts, ctx.backend)
+        return None, None, None, None, None, None, *given
 
 
 class _TransformedLoss(torch.autograd.Function):
@@ -378,15 +431,15 @@ class _TransformedLoss(torch.autograd.Function):
         return loss, parts, *gradients
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Context, inputs: object, output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(*output[1:])
 
     @staticmethod
     def backward(
-        ctx: Any, grad_loss: Tensor | None, _: Any, *of_gradients: Tensor | None
-    ) -> tuple[Any, ...]:
+        ctx: Context, grad_loss: Tensor | None, _: object, *of_gradients: Tensor | None
+    ) -> tuple[object, ...]:
         if any(g is not None for g in of_gradients):
             _refuse_second_derivative()
         parts, *gradients = ctx.saved_tensors

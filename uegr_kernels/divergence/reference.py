@@ -8,7 +8,6 @@ A row function takes rows [N, C] and returns a value per row [N] and its gradien
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,10 +128,27 @@ def uegr_loss(
 
 
 def uegr_loss_(
-    logits: list[Tensor], labels: Tensor | None, *, needs: list[bool], **options: Any
+    logits: list[Tensor],
+    labels: Tensor | None,
+    *,
+    js_weight: float,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    regression: bool,
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor]:
     """Computes what `uegr_loss` does, and writes the gradients over the logits that need one."""
-    loss, parts, gradients = uegr_loss(logits, labels, needs=needs, **options)
+    loss, parts, gradients = uegr_loss(
+        logits,
+        labels,
+        js_weight=js_weight,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        regression=regression,
+        needs=needs,
+    )
     for x, gradient in zip(
         [x for x, need in zip(logits, needs, strict=True) if need], gradients, strict=True
     ):
@@ -165,7 +181,7 @@ def linear_uegr_loss(
     needs: list[bool],
     dtype: torch.dtype,
     chunk_rows: int,
-    **options: Any,
+    **options: object,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Computes `uegr_loss` of the logits hidden @ weight.T + bias in `dtype`, `chunk_rows` of the N
     rows at a time.

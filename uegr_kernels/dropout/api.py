@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core import backends, checks
+from ..core import checks
 from . import op
 
 STATE = ("gradient_norm", "pending")
@@ -63,7 +63,7 @@ class AdaptiveDropout(nn.Module):
             num_features = checks.integer("num_features", num_features, 1)
         p, max_p = checks.number("p", p, 0, 1), checks.number("max_p", max_p, 0, 1)
         momentum = checks.number("momentum", momentum, 0, 1, without=1)
-        backends.check_name(backend)
+        checks.backend(backend)
         self.num_features, self.p, self.max_p, self.momentum, self.backend = (
             num_features,
             p,
@@ -130,7 +130,7 @@ class AdaptiveDropout(nn.Module):
             self.pending.copy_(state[1].detach())
             self._used, self._plain = bool(state.any()), bool(state[2].any())
 
-    def _why_not(self, state: Any) -> str | None:
+    def _why_not(self, state: object) -> str | None:
         """Returns None where `set_extra_state` takes the state, else why not."""
         if (
             not isinstance(state, Tensor)
@@ -239,7 +239,7 @@ class AdaptiveDropout(nn.Module):
         self,
         state_dict: Mapping[str, Any],
         prefix: str,
-        local_metadata: Any,
+        local_metadata: object,
         strict: bool,
         missing_keys: list[str],
         unexpected_keys: list[str],
@@ -268,10 +268,12 @@ class AdaptiveDropout(nn.Module):
         )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _warn(text: str) -> None:
     """Warns, under a compiler while it traces: a graph cannot warn."""
     warnings.warn(text, stacklevel=2)
+
+
+torch.compiler.assume_constant_result(_warn)
 
 
 def replace_dropout(model: nn.Module, *, skip: Iterable[str] = (), **options: Any) -> int:

@@ -1,14 +1,14 @@
 """The dropout operators: schemas, fakes and autograd."""
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..core import backends, checks
-from ..core.operator import Operator
+from ..core.operator import Context, Operator
 from . import reference
 
 NO_VMAP = "AdaptiveDropout of uegr_kernels does not run under torch.func.vmap; give the whole batch"
@@ -42,14 +42,19 @@ dropout_rates_ = Operator(
 )
 
 
-def _setup(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
+class _Context(Context, Protocol):
+    backend: str
+    pending: Tensor
+
+
+def _setup(ctx: _Context, inputs: tuple[Tensor, ...], output: object) -> None:
     _, rates, key, pending = inputs
     ctx.save_for_backward(rates, key)
     ctx.pending = pending  # not saved: other calls and backwards write into it in between
 
 
 def _backward_by(
-    kernel: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]], ctx: Any, grad: Tensor
+    kernel: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]], ctx: _Context, grad: Tensor
 ) -> tuple[Tensor | None, ...]:
     gradient, squares = kernel(grad, *ctx.saved_tensors)
     with torch.no_grad():
@@ -57,11 +62,11 @@ def _backward_by(
     return gradient, None, None, None
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _backward_by(adaptive_dropout_backward.registered, ctx, grad)
 
 
-def _refuse_double_backward(*_: Any) -> NoReturn:
+def _refuse_double_backward(*_: object) -> NoReturn:
     raise RuntimeError(
         "AdaptiveDropout of uegr_kernels has no second derivative; use "
         "torch.nn.Dropout where a gradient is differentiated"
@@ -77,14 +82,14 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, backend: str, h: Tensor, rates: Tensor, key: Tensor, pending: Tensor
-    ) -> Any:
+        ctx: _Context, backend: str, h: Tensor, rates: Tensor, key: Tensor, pending: Tensor
+    ) -> Tensor:
         _setup(ctx, (h, rates, key, pending), None)
         ctx.backend = backend
         return adaptive_dropout.kernel(backend)(h, rates, key, pending)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             return None, *_backward(ctx, grad)
         return None, *_backward_by(adaptive_dropout_backward.kernel(ctx.backend), ctx, grad)

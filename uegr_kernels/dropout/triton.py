@@ -9,7 +9,6 @@ Upper case is what is known when a kernel is compiled: a kernel's options are on
 
 import functools
 import typing
-from typing import Any
 
 import torch
 import triton
@@ -65,13 +64,13 @@ class Form(typing.NamedTuple):
 
     ROWS: int
     UNITS: int
-    DTYPE: Any  # of the arithmetic
+    DTYPE: object  # of the arithmetic
     IN_ORDER: bool  # one call of Philox serves four neighbours
     SQUARES: bool  # are summed
     FOLD: bool  # what is pending goes into n
 
 
-NO_FORM = Form(*[typing.cast(Any, None)] * len(Form._fields))
+NO_FORM = Form._make([None] * len(Form._fields))
 
 
 @triton.jit
@@ -182,10 +181,8 @@ def rates_kernel(
 _constexprs = functools.cache(triton_ops.constexprs)
 
 
-def _drop(
-    h: Tensor, name: str, rates: Tensor, key: Tensor, *, with_squares: bool
-) -> tuple[Tensor, Any]:
-    """Returns h dropped, and the squares of every unit's elements."""
+def _drop(h: Tensor, name: str, rates: Tensor, key: Tensor, *, squares: Tensor | None) -> Tensor:
+    """Returns h dropped; adds the squares of every unit's elements to `squares`, zeros."""
     if h.dtype not in triton_ops.DTYPES:
         raise RuntimeError(
             f"{name} is {str(h.dtype).removeprefix('torch.')}; use float32, "
@@ -198,11 +195,9 @@ def _drop(
     if key.dtype != torch.int64 or key.numel() != 1:
         raise RuntimeError("key must be an int64")
     out = h.new_empty(h.shape)
-    squares = (
-        torch.zeros_like(rates, memory_format=torch.contiguous_format) if with_squares else None
-    )
+    with_squares = squares is not None
     if h.numel() == 0:
-        return out, squares
+        return out
     h, units = h.contiguous(), h.shape[-1]
     rows, in_order = h.numel() // units, units % 4 == 0
     tile = max(min(triton.next_power_of_2(units), UNITS), 4)
@@ -239,7 +234,7 @@ def _drop(
             add_parts_kernel[(triton.cdiv(units, 32),)](
                 sums, squares, parts, units, form, num_warps=2
             )
-    return out, squares
+    return out
 
 
 # ---- The operators, as reference.py has them.
@@ -247,14 +242,15 @@ def _drop(
 
 def adaptive_dropout(h: Tensor, rates: Tensor, key: Tensor, pending: Tensor | None) -> Tensor:
     """Returns h/(1 - r_j) where kept, else 0. `pending` is for the backward."""
-    return _drop(h, "h", rates, key, with_squares=False)[0]
+    return _drop(h, "h", rates, key, squares=None)
 
 
 def adaptive_dropout_backward(grad: Tensor, rates: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Returns dL/dinput by the same mask, and the squared norm of dL/dh_j over all other axes
     [F].
     """
-    return _drop(grad, "grad", rates, key, with_squares=True)
+    squares = torch.zeros_like(rates, memory_format=torch.contiguous_format)
+    return _drop(grad, "grad", rates, key, squares=squares), squares
 
 
 def dropout_rates_(

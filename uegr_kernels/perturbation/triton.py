@@ -12,7 +12,6 @@ import functools
 import itertools
 import math
 import typing
-from typing import Any
 
 import torch
 import triton
@@ -88,35 +87,35 @@ class Form(typing.NamedTuple):
     # of `part_kernel`, 0: adds the squares of g; 1: those of x + step, for the ball; 2: writes
     STAGE: int
     ALIGNED: bool  # groups start at multiples of 16 bytes
-    STORAGE: Any  # dtype of what a table names
+    STORAGE: object  # dtype of what a table names
     FULL: bool  # a group is a whole block
 
 
 class Pointers(typing.NamedTuple):
     """Holds where a call's tensors are; a number of the mask is for `token` elements of g."""
 
-    g: Any
-    x: Any
-    out: Any
-    mask: Any
-    token: Any
+    g: object
+    x: object
+    out: object
+    mask: object
+    token: object
 
 
 class Step(typing.NamedTuple):
     """Holds how a group moves: by `factor` along g, by `ball` into the ball of a radius."""
 
-    factor: Any
-    ball: Any
-    radius: Any
+    factor: object
+    ball: object
+    radius: object
 
 
 class Draw(typing.NamedTuple):
     """Holds what a mask is drawn by; `limit`: ceil(p * 2^24)."""
 
-    seed: Any
-    step: Any
-    stream: Any
-    limit: Any
+    seed: object
+    step: object
+    stream: object
+    limit: object
 
 
 @triton.jit
@@ -569,11 +568,11 @@ def _rounds(params: list[Tensor]) -> list[list[int]]:
 
 def _kinds(
     some: list[int], params: list[Tensor], grads: list[Tensor]
-) -> list[tuple[tuple[Any, ...], list[Tensor], list[int]]]:
+) -> list[tuple[tuple[torch.dtype, bool], list[Tensor], list[int]]]:
     """Returns (dtype, whether all addresses are multiples of 16 bytes), the parameters, made
     dense, and their positions: what one launch takes.
     """
-    kinds: dict[tuple[Any, ...], tuple[list[Tensor], list[int]]] = {}
+    kinds: dict[tuple[torch.dtype, bool], tuple[list[Tensor], list[int]]] = {}
     for k in some:
         theta = params[k].contiguous()
         kind = kinds.setdefault(

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..core import checks, shards
+from ..core import checks, memory, shards
 from . import op
 from .batch import joint_statistics
 from .options import Selection
-from .state import expanded
 
 CONSTANT = "p and b are constants; give tensors that are detached, such as grad.detach()"
 
@@ -79,14 +78,14 @@ def select_gradients_(
                 f"saliency[{stream}] is None; give a tensor for every parameter that has a gradient"
             )
         _check_gradient("select_gradients_", f"params[{stream}].grad", p.grad, s)
-        if expanded(p.grad):
+        if memory.expanded(p.grad):
             raise ValueError(
                 f"params[{stream}].grad is expanded: its elements share memory and cannot be "
                 "written; call .clone() on it first"
             )
         key = p.grad.device, p.grad.dtype
         if key not in parts:
-            parts[key] = op.Part.empty(op.choose("select_gradients_", backend, *key))
+            parts[key] = op.Part.empty(op.select_gradients_.choose(backend, *key))
         parts[key].grads.append(p.grad)
         if s is not None:
             parts[key].saliencies.append(s)
@@ -151,7 +150,7 @@ def selection_probability(
     )
     selection.check_stateless()
     _check_gradient("selection_probability", "grad", grad, saliency)
-    chosen = op.choose("selection_probability_", backend, grad.device, grad.dtype)
+    chosen = op.selection_probability_.choose(backend, grad.device, grad.dtype)
     with torch.no_grad():
         out = torch.empty(
             grad.shape,
@@ -209,7 +208,7 @@ def selection_mask(
     _check_gradient("selection_mask", "grad", grad, saliency)
     seed, step = checks.signed_seed(seed), checks.integer("step", step, 0, bits=24)
     stream = checks.integer("stream", stream, 0, bits=32)
-    chosen = op.choose("selection_mask_", backend, grad.device, grad.dtype)
+    chosen = op.selection_mask_.choose(backend, grad.device, grad.dtype)
     with torch.no_grad():
         out = torch.empty(grad.shape, dtype=torch.bool, device=grad.device)
         layout = [stream, 0, grad.numel(), grad.numel()]

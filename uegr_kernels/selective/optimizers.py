@@ -1,7 +1,7 @@
 """SelectiveAdamW and SelectiveSGD: the optimizers that users build, and their step."""
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, overload
 
 import torch
@@ -16,16 +16,7 @@ from . import op
 from .batch import Batch, Group, Scopes
 from .cached_step import CachedStep
 from .options import FIELDS, AdamWOptions, Selection, SGDOptions, StepOptions
-from .state import (
-    Packed,
-    check_batch,
-    check_parameter,
-    complete,
-    expanded,
-    placed,
-    restore,
-    without_none,
-)
+from .state import Packed, check_batch, check_parameter, complete, placed, restore, without_none
 
 FORMAT = 1  # of the state's layout; a key of every group
 GRADIENT = operator.attrgetter("grad")
@@ -41,9 +32,9 @@ class SelectiveOptimizer(Optimizer):
     Not built by itself.
     """
 
-    operator: str
+    operator: op.SteppingOperator[...]
     numbers: tuple[str, ...]  # options of this optimizer's own that are numbers
-    fixed: ClassVar[dict[str, Any]] = {}  # what every group has, a loaded one too
+    fixed: ClassVar[dict[str, object]] = {}  # what every group has, a loaded one too
     # and that are True or False
     flags: tuple[str, ...] = ("maximize", "capturable", "differentiable", "foreach", "fused")
     _cached_step: CachedStep | None
@@ -52,20 +43,16 @@ class SelectiveOptimizer(Optimizer):
     _scopes: Scopes
 
     def __init__(
-        self, params: ParamsT, defaults: dict[str, Any], *, seed: int | None, backend: str
+        self, params: ParamsT, defaults: Mapping[str, object], *, seed: int | None, backend: str
     ):
-        if backend != "auto" and backend not in op.backends.BACKENDS:
-            raise ValueError(
-                f"backend={backend!r} is not a backend; use one of 'auto', "
-                f"{', '.join(map(repr, op.backends.BACKENDS))}"
-            )
+        checks.backend(backend)
         if seed is not None:
             seed = checks.signed_seed(seed) % 2**64
         self.backend = backend
         self._forget()
         self._drawn_seed: int | None = None  # drawn here and not agreed on with the other ranks yet
         self._check(defaults)
-        super().__init__(params, defaults | {"seed": seed, "format": FORMAT})
+        super().__init__(params, {**defaults, "seed": seed, "format": FORMAT})
         if defaults["fused"]:
             self._step_supports_amp_scaling = True
 
@@ -127,7 +114,7 @@ class SelectiveOptimizer(Optimizer):
         """Calls the optimizer's operator; returns its plan."""
         raise NotImplementedError
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: dict[str, object]) -> None:
         if isinstance(param_group, dict):
             self._check(self.defaults | param_group)
             if param_group.get("seed") is not None:
@@ -301,7 +288,7 @@ class SelectiveOptimizer(Optimizer):
         backend = (
             "reference"
             if group["differentiable"]
-            else op.choose(self.operator, self.backend, device, dtype)
+            else self.operator.choose(self.backend, device, dtype)
         )
         if group["fused"] and device.type == "meta":
             raise RuntimeError(
@@ -323,7 +310,7 @@ class SelectiveOptimizer(Optimizer):
         streams = [stream for batch in batches for stream in batch.layout[::4]]
         for stream, p in zip(streams, parts, strict=True):
             if memory.overlaps_itself(p):
-                how = "is expanded" if expanded(p) else "overlaps itself"
+                how = "is expanded" if memory.expanded(p) else "overlaps itself"
                 raise ValueError(
                     f"parameter {stream} {how}: its elements share memory and cannot "
                     "be written; call .clone() on it first"
@@ -382,7 +369,7 @@ class SelectiveOptimizer(Optimizer):
         self._complete(batches)
         for batch in batches[part : part + 1] if lists else ():
             states = [batch.state_lists[key] for key in self._needed(group)]
-            values: list[list[Any]] = [batch.params, batch.grads, batch.layout]
+            values: list[Sequence[object]] = [batch.params, batch.grads, batch.layout]
             values += [[batch.backend, batch.seed], *states]
             for filled, value in zip(lists, values, strict=True):
                 filled += value
@@ -416,12 +403,13 @@ class SelectiveOptimizer(Optimizer):
                 maximize=bool(group["maximize"]),
                 seed=batch.seed,
                 selection=batch.selection,
+                plan=batch.plan,
             )
             batch.plan = self._update(batch, common)
             if any(batch.cuts):
                 self._scopes.join_kept(batch, found)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
         """Loads a checkpoint of this optimizer or of torch's; keys its groups lack keep the value
         of the group they replace.
 
@@ -474,10 +462,10 @@ class SelectiveOptimizer(Optimizer):
         first, *groups = super().__repr__().split("\n", 1)
         return "\n".join((first, f"backend: {self.backend}", *groups))
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return super().__getstate__() | {"backend": self.backend, "_drawn_seed": self._drawn_seed}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
         self._forget()
         for group in self.param_groups:
@@ -512,11 +500,11 @@ class SelectiveAdamW(SelectiveOptimizer):
     `selective.reference.selective_adamw_` and, with "constant", to torch.optim.AdamW.
     """
 
-    operator = "selective_adamw_"
+    operator = op.selective_adamw_
     numbers = ("eps",)
     # As torch.optim.Adam names it, so that each loads the other's checkpoints; one of Adam's goes
     # on with decoupled decay.
-    fixed: ClassVar[dict[str, Any]] = {"decoupled_weight_decay": True}
+    fixed: ClassVar[dict[str, object]] = {"decoupled_weight_decay": True}
     flags = (*SelectiveOptimizer.flags, "amsgrad")
 
     def __init__(
@@ -639,7 +627,6 @@ class SelectiveAdamW(SelectiveOptimizer):
             batch.saliency_maxs,
             common=common,
             own=own,
-            plan=batch.plan,
         )
 
 
@@ -656,7 +643,7 @@ class SelectiveSGD(SelectiveOptimizer):
     normalization="constant", to torch.optim.SGD.
     """
 
-    operator = "selective_sgd_"
+    operator = op.selective_sgd_
     numbers = ("momentum", "dampening")
     flags = (*SelectiveOptimizer.flags, "nesterov")
 
@@ -741,5 +728,4 @@ class SelectiveSGD(SelectiveOptimizer):
             batch.saliency_maxs,
             common=common,
             own=own,
-            plan=batch.plan,
         )

@@ -100,19 +100,31 @@ class Selection:
             return cls(*options)
 
     @classmethod
-    def of_numbers(cls, numbers: SelectionNumbers) -> "Selection":
+    def of_numbers(
+        cls,
+        *,
+        threshold: float,
+        sharpness: float,
+        normalization: int,
+        salient: bool,
+        previous: bool,
+        rescale: bool,
+        min_probability: float,
+        keep_probability: float,
+        target_update: bool,
+    ) -> "Selection":
         """Inverts `numbers`, with statistics over each tensor."""
         return cls(
-            threshold=numbers["threshold"],
-            sharpness=numbers["sharpness"],
-            normalization=NORMALIZATIONS[numbers["normalization"]],
-            direction=DIRECTIONS[numbers["salient"]],
+            threshold=threshold,
+            sharpness=sharpness,
+            normalization=NORMALIZATIONS[normalization],
+            direction=DIRECTIONS[salient],
             scope="tensor",
-            statistics=STATISTICS[numbers["previous"]],
-            rescale=numbers["rescale"],
-            min_probability=numbers["min_probability"],
-            keep_probability=numbers["keep_probability"],
-            target=TARGETS[numbers["target_update"]],
+            statistics=STATISTICS[previous],
+            rescale=rescale,
+            min_probability=min_probability,
+            keep_probability=keep_probability,
+            target=TARGETS[target_update],
         )
 
     def numbers(self) -> SelectionNumbers:
@@ -154,7 +166,7 @@ _remembered = functools.lru_cache(maxsize=64, typed=True)(Selection)
 @dataclasses.dataclass(frozen=True)
 class StepOptions:
     """Holds what AdamW's and SGD's operators have in common (op.STEP), the selection as one
-    object. A learning rate is a number, or a tensor of one element.
+    object, and the plan. A learning rate is a number, or a tensor of one element.
     """
 
     scope_statistics: Tensor | None
@@ -167,6 +179,7 @@ class StepOptions:
     maximize: bool
     seed: int
     selection: Selection
+    plan: object  # what the operator returned at the last step
 
 
 @dataclasses.dataclass(frozen=True)

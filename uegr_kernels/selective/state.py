@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import operator
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -179,7 +180,7 @@ def check_parameter(stream: int, p: Tensor, grad: Tensor) -> None:
             f"parameter {stream} has shape {tuple(p.shape)} but its gradient "
             f"{tuple(grad.shape)}; they must be equal"
         )
-    if expanded(p):
+    if memory.expanded(p):
         raise ValueError(
             f"parameter {stream} is expanded: its elements share memory and cannot be "
             "written; call .clone() on it first"
@@ -216,18 +217,11 @@ def check_state(stream: int, key: str, value: Tensor, p: Tensor, moment: bool) -
             raise ValueError(
                 f"{named} is {value.item()}; give the number of steps taken, from 0 to 2^24 - 2"
             )
-    if 0 in value.stride() and expanded(value):
+    if 0 in value.stride() and memory.expanded(value):
         raise ValueError(
             f"{named} is expanded: its elements share memory and cannot be written; "
             "call .clone() on it first"
         )
-
-
-def expanded(tensor: Tensor) -> bool:
-    """Tells whether elements of a tensor share memory along an axis."""
-    return any(
-        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-    )
 
 
 # ---- Loaded
@@ -240,14 +234,17 @@ def placed(state: dict[str, Tensor], p: Tensor) -> None:
         state["step"] = step.to(p.device if p.is_cuda else "cpu")
 
 
-def without_none(state: dict[str, Any]) -> None:
+def without_none(state: dict[str, object]) -> None:
     """Drops what is None: torch.optim.SGD keeps such a buffer where it has no momentum."""
     for key in [key for key, value in state.items() if value is None]:
         del state[key]
 
 
 def restore(
-    state: dict[str, Tensor], saved: dict[str, Any], p: Tensor, state_dtype: torch.dtype | None
+    state: dict[str, Tensor],
+    saved: Mapping[str, object],
+    p: Tensor,
+    state_dtype: torch.dtype | None,
 ) -> None:
     """Takes a checkpoint's own values again, which the base class has cast to the parameter's
     dtype.

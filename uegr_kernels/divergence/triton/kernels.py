@@ -8,7 +8,6 @@ Upper case is what is known when a kernel is compiled: a kernel's options are on
 """
 
 import typing
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -75,29 +74,29 @@ class Rows(typing.NamedTuple):
     more by a table of addresses and strides and the rows' indices.
     """
 
-    ptrs: Any
-    strides: Any
-    table_ptr: Any
-    row: Any
+    ptrs: object
+    strides: object
+    table_ptr: object
+    row: object
 
 
 class Matrices(typing.NamedTuple):
     """Holds where the passes are, [N, C] each."""
 
-    ptrs: Any
-    row_strides: Any
-    strides: Any
+    ptrs: object
+    row_strides: object
+    strides: object
 
 
 class Samples(typing.NamedTuple):
     """Holds what is read of some samples: logits, and either labels or pointers to soft ones."""
 
     logits: Rows
-    label: Any
-    soft_ptr: Any
-    soft_stride: Any
-    smoothing: Any
-    classes: Any
+    label: object
+    soft_ptr: object
+    soft_stride: object
+    smoothing: object
+    classes: object
 
 
 class Passes(typing.NamedTuple):
@@ -106,14 +105,14 @@ class Passes(typing.NamedTuple):
     their sums differ by.
     """
 
-    tops: Any
-    bases: Any
-    rests: Any
-    totals: Any
-    pivots: Any
+    tops: object
+    bases: object
+    rests: object
+    totals: object
+    pivots: object
     # no tuple of NamedTuples: Triton 3.6 forgets their names where it joins tuples
-    gap_rests: Any
-    gap_ratios: Any
+    gap_rests: object
+    gap_ratios: object
 
 
 class Sums(typing.NamedTuple):
@@ -121,25 +120,25 @@ class Sums(typing.NamedTuple):
     ratios, e = exp(x - max).
     """
 
-    masses: Any
-    of_labels: Any
-    of_pairs: Any
+    masses: object
+    of_labels: object
+    of_pairs: object
 
 
 class Factors(typing.NamedTuple):
     """Holds by pass what a gradient is made of: e * (of_e + of_w * log ratios) - of_t * t."""
 
-    of_e: Any
-    of_w: Any
-    of_t: Any
+    of_e: object
+    of_w: object
+    of_t: object
 
 
 class Losses(typing.NamedTuple):
     """Holds the three parts of a loss."""
 
-    clean: Any
-    adversarial: Any
-    divergence: Any
+    clean: object
+    adversarial: object
+    divergence: object
 
 
 # ---- Tuples as arrays: Triton's have no item that is written, nor one that a number picks.

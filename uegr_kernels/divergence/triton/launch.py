@@ -14,7 +14,7 @@ from .kernels import Form, add_up_kernel, loss_kernel, scale_kernel
 FEW = 3  # passes
 MOST_THREADS = 256  # with more one has too few registers
 COUNTED_BY_EACH = 4096  # labels up to which every program counts those that are not ignored
-NO_FORM = Form(*[typing.cast(Any, None)] * len(Form._fields))
+NO_FORM = Form._make([None] * len(Form._fields))
 
 
 class PassRows(typing.NamedTuple):

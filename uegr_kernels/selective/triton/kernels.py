@@ -21,7 +21,6 @@ Upper case is what is known when a kernel is compiled: a kernel's options are on
 """
 
 import typing
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -137,7 +136,7 @@ class Form(typing.NamedTuple):
 
     # "adamw", "sgd", "multiply" (the gradient in place), "probability", "mask", "statistics"
     RULE: str
-    DTYPE: Any  # of the arithmetic
+    DTYPE: object  # of the arithmetic
     NORMALIZATION: str
     # of the statistics: "own", "kept", "scope" (a row for all), "scopes" (a row each), "" where
     # there are none
@@ -146,14 +145,14 @@ class Form(typing.NamedTuple):
     RESCALE: bool
     TO_UPDATE: bool  # target
     NESTEROV: bool
-    THETA: Any
-    MOMENT1: Any
-    MOMENT2: Any
-    MOMENT3: Any
-    S: Any
-    G: Any
-    STEP: Any
-    KEPT: Any
+    THETA: object
+    MOMENT1: object
+    MOMENT2: object
+    MOMENT3: object
+    S: object
+    G: object
+    STEP: object
+    KEPT: object
     STRIDED: bool
     ROUNDING: bool  # a moment is rounded stochastically
 
@@ -164,29 +163,29 @@ class Form(typing.NamedTuple):
 class Lists(typing.NamedTuple):
     """Holds a pointer, or a block of them, for each elementwise list."""
 
-    theta: Any
-    moment1: Any
-    moment2: Any
-    moment3: Any
-    s: Any
-    g: Any
+    theta: object
+    moment1: object
+    moment2: object
+    moment3: object
+    s: object
+    g: object
 
 
 class Extremes(typing.NamedTuple):
     """Holds a minimum and a maximum: of the bits of |g| (or of s), or of s itself."""
 
-    low: Any
-    high: Any
+    low: object
+    high: object
 
 
 class Shared(typing.NamedTuple):
     """Holds what a piece's elements share; `rule`: the scalars of AdamW's or SGD's step."""
 
-    unscale: Any
-    probability: Any
-    largest_inverse: Any
-    table_ptr: Any
-    rule: Any
+    unscale: object
+    probability: object
+    largest_inverse: object
+    table_ptr: object
+    rule: object
 
 
 # ---- How elements arrive

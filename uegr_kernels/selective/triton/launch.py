@@ -209,7 +209,7 @@ class Family:
         )
         if form.NORMALIZATION == "rank" and form.RULE == "statistics":
             for items, n in self.rounds:
-                if n:
+                if n and out is not None:
                     count_kernel[(n,)](
                         head, self.rows, items, out, *rest, MANY=len(out) > 1, **options
                     )
@@ -238,7 +238,7 @@ class Family:
                     form=self.constexprs,
                     num_warps=warps,
                 )
-        if form.RULE == "statistics":
+        if out is not None:
             join_kernel[(1,)](self.rows, self.bits, out, self.tensors, MANY=len(out) > 1, **options)
         elif form.KEPT is not None:
             keep_kernel[(programs,)](self.rows, self.bits, self.tensors, call.found_inf, **options)
@@ -321,8 +321,8 @@ class Plan:
 
     def __init__(
         self,
-        moving: tuple[Any, ...],
-        standing: tuple[Any, ...],
+        moving: tuple[object, ...],
+        standing: tuple[object, ...],
         planes: list[int],
         form: Form,
         lists: TensorLists,
@@ -375,16 +375,16 @@ def _form_of(form: Form, each: OneOfEach) -> Form:
 # Plans of optimizers live as long as their first parameter's step tensor; a few of other calls are
 # kept by what they were called with.
 PLANS: WeakIdKeyDictionary = WeakIdKeyDictionary()
-RECENT: collections.OrderedDict[Any, Any] = collections.OrderedDict()
+RECENT: collections.OrderedDict[object, Plan] = collections.OrderedDict()
 RECENT_PLANS = 16
 DTYPE = operator.attrgetter("dtype")
 # What captured steps read, for as long as the first parameter, and so the optimizer, lives; and
 # what other graphs do, for good.
 CAPTURED: WeakIdKeyDictionary = WeakIdKeyDictionary()
-CAPTURED_ELSEWHERE: list[Any] = []
+CAPTURED_ELSEWHERE: list[tuple[Plan, triton_ops.Upload]] = []
 
 
-def _moving(lists: TensorLists, planes: list[int]) -> tuple[Any, ...]:
+def _moving(lists: TensorLists, planes: list[int]) -> tuple[object, ...]:
     """Returns what may differ while the tensors are the same objects. The gradients' addresses are
     not in it: those every step takes up.
 
@@ -409,7 +409,7 @@ def _moving(lists: TensorLists, planes: list[int]) -> tuple[Any, ...]:
     )
 
 
-def _standing(lists: TensorLists) -> list[Any]:
+def _standing(lists: TensorLists) -> list[object]:
     """Returns what may differ between tensors beside that."""
     strides = [
         (k, i, t.shape, t.stride())
@@ -423,13 +423,36 @@ def _standing(lists: TensorLists) -> list[Any]:
     ]
 
 
+class Selecting(typing.Protocol):
+    """Types what a call reads of a selection (options.Selection, which is above this file)."""
+
+    @property
+    def normalization(self) -> str: ...
+    @property
+    def direction(self) -> str: ...
+    @property
+    def sharpness(self) -> float: ...
+    @property
+    def threshold(self) -> float: ...
+    @property
+    def min_probability(self) -> float: ...
+    @property
+    def keep_probability(self) -> float: ...
+    @property
+    def random(self) -> bool: ...
+    @property
+    def rescale(self) -> bool: ...
+    @property
+    def target(self) -> str: ...
+
+
 @dataclasses.dataclass
 class Call:
     """Holds a call of an operator: its lists and numbers."""
 
     update_rule: str
     g: list[Tensor]
-    selection: Any
+    selection: Selecting
     layout: list[int]
     seed: int = 0
     step: int = 0
@@ -448,7 +471,7 @@ class Call:
     scope: Tensor | None = None
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
-    out: Any = None  # a tensor, in an operator that has one
+    out: Tensor | None = None
 
     def run(self, plan: Plan | None) -> Plan | None:
         """Brings what the call needs to the device, then launches; `plan` and result as in
@@ -556,7 +579,7 @@ class Call:
         return plan
 
 
-def _selection_numbers(selection: Any) -> dict[str, float]:
+def _selection_numbers(selection: Selecting) -> dict[str, float]:
     direction = 1.0 if selection.direction == "printed" else -1.0
     cap = 1 / max(selection.min_probability, SMALLEST_PROBABILITY)
     return {
@@ -648,7 +671,7 @@ def select_gradients_(
     layout: list[int],
     step: int,
     seed: int,
-    selection: Any,
+    selection: Selecting,
 ) -> None:
     """Writes b*g/p over g; where every p is 1 nothing is touched."""
     if selection.normalization == "constant" and selection.keep_probability == 1:
@@ -702,7 +725,7 @@ class Statistics(typing.NamedTuple):
 
 
 def selection_probability_(
-    grad: Tensor, saliency: Tensor | None, *, out: Tensor, selection: Any
+    grad: Tensor, saliency: Tensor | None, *, out: Tensor, selection: Selecting
 ) -> None:
     """Writes p of every element."""
     n, s = grad.numel(), [] if saliency is None else [saliency]
@@ -717,7 +740,7 @@ def selection_mask_(
     layout: list[int],
     step: int,
     seed: int,
-    selection: Any,
+    selection: Selecting,
 ) -> None:
     """Writes b of every element."""
     s, out_bytes = [] if saliency is None else [saliency], [out.view(torch.uint8)]

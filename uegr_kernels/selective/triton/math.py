@@ -3,7 +3,6 @@ and selective.h.
 """
 
 import typing
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -18,33 +17,33 @@ class Probability(typing.NamedTuple):
     scale + offset, held in [z_low, z_high].
     """
 
-    low: Any
-    up: Any
-    scale: Any
-    offset: Any
-    z_low: Any
-    z_high: Any
+    low: object
+    up: object
+    scale: object
+    offset: object
+    z_low: object
+    z_high: object
 
 
 class AdamW(typing.NamedTuple):
     """Holds the scalars of a tensor's AdamW step."""
 
-    beta2: Any
-    complement1: Any  # 1 - beta1
-    complement2: Any
-    decay: Any  # 1 - lr * weight_decay
-    step_size: Any  # lr / (1 - beta1^step)
-    inverse_root: Any  # 1 / sqrt(1 - beta2^step)
-    eps: Any
+    beta2: object
+    complement1: object  # 1 - beta1
+    complement2: object
+    decay: object  # 1 - lr * weight_decay
+    step_size: object  # lr / (1 - beta1^step)
+    inverse_root: object  # 1 / sqrt(1 - beta2^step)
+    eps: object
 
 
 class SGD(typing.NamedTuple):
     """Holds the scalars of a tensor's SGD step."""
 
-    lr: Any
-    momentum: Any
-    complement: Any  # 1 - dampening
-    weight_decay: Any
+    lr: object
+    momentum: object
+    complement: object  # 1 - dampening
+    weight_decay: object
 
 
 @triton.jit
