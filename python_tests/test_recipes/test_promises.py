@@ -20,6 +20,7 @@ from .steps import (
     build,
     images,
     sgd,
+    skip_without_autocast_lstm,
     small,
     state,
     train,
@@ -172,6 +173,8 @@ def test_regression(name, data):
 @pytest.mark.parametrize("name", recipes.NAMES)
 @pytest.mark.parametrize("kind", ["autocast", "bfloat16", "frozen embedding"])
 def test_precision_and_frozen_embeddings(name, kind):
+    if kind == "autocast":
+        skip_without_autocast_lstm()
     model = Small(0.3)
     model.embedding.requires_grad_(kind != "frozen embedding")
     model = model.bfloat16() if kind == "bfloat16" else model
@@ -204,6 +207,7 @@ def test_autocast_sees_the_weights_where_they_are(name, options):
     """Its casts of weights are kept until the region ends; as without them, whatever is called
     inside.
     """
+    skip_without_autocast_lstm()
     results = []
     for cache in (True, False):
         torch.manual_seed(3)
