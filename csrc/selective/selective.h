@@ -11,7 +11,7 @@
 
 namespace uegr {
 
-// The numbers Python's names travel as (uegr_kernels/selective/op.py).
+// The numbers Python's names travel as (NORMALIZATIONS in uegr_kernels/selective/options.py).
 enum class Normalization : int64_t { minmax, range, rank, constant };
 
 constexpr int rank_bins = 0x7F80;         // the upper 16 bits of a finite |g|

@@ -475,7 +475,7 @@ class Call:
 
     def run(self, plan: Plan | None) -> Plan | None:
         """Brings what the call needs to the device, then launches; `plan` and result as in
-        op.call. Nothing here waits for the device.
+        op.SteppingOperator. Nothing here waits for the device.
         """
         if not self.g:
             return None
