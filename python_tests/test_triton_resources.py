@@ -35,10 +35,8 @@ STATEMENTS = {
     "loss m=3 float16, soft labels": loss(3, 4, 3000, "float16", "soft"),
     "loss m=8 float32": loss(8, 4, 32000, "float32"),
     "loss m=8 bfloat16": loss(8, 4, 128256, "bfloat16", backward="(2 * loss).backward()"),
-    "labels alone float32": "from uegr_kernels.divergence import op; "
-    "op.kernel('uegr_loss', 'triton')([torch.zeros(4, 32000)], torch.zeros(4, dtype=torch.long), "
-    "js_weight=1.0, label_smoothing=0.1, ignore_index=-100, reduction='mean', regression=False, "
-    "needs=[True])",
+    "labels alone float32": "uk.uegr_loss(torch.zeros(4, 32000, requires_grad=True), None, "
+    "torch.zeros(4, dtype=torch.long), label_smoothing=0.1)",
     "loss m=2 float32, by row": loss(
         2, 4, 32000, "float32", call="reduction='none'", backward="(2 * loss).sum().backward()"
     ),
