@@ -135,7 +135,7 @@ def places(names, some):
     return [known[value] for value in values]
 
 
-def tests_of(operator: str) -> str:
+def operator_tests(operator: str) -> str:
     """Returns the name of an operator's tests: a file's, or that of a folder of them."""
     folder = pathlib.Path(__file__).parent / f"test_{operator}"
     return folder.name if folder.is_dir() else f"{folder.name}.py"

@@ -14,7 +14,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import tests_of
+from conftest import operator_tests
 
 import uegr_kernels
 from uegr_kernels import __main__ as program
@@ -471,7 +471,7 @@ def check_wheel(
     assert str(there.root) in loaded.stdout and "None)" in loaded.stdout, (
         loaded.stdout + loaded.stderr
     )
-    tests = [f"python_tests/{tests_of(name)}" for name in operators]
+    tests = [f"python_tests/{operator_tests(name)}" for name in operators]
     done = there.run("-m", "pytest", "-q", "-k", which, "-p", "no:cacheprovider", *tests)
     assert done.returncode == 0 and re.search(r"\d+ passed", done.stdout), (
         done.stdout[-3000:] + done.stderr[-3000:]

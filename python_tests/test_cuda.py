@@ -18,7 +18,7 @@ import types
 
 import pytest
 import torch
-from conftest import tests_of
+from conftest import operator_tests
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import uegr_kernels as uk
@@ -388,7 +388,7 @@ def test_what_they_compute_passes_the_tests_of_the_cpu(on_host, operator):
         on_host,
         "-k",
         f"cpp and not float64 and ({CHOICES[operator]})",
-        ROOT / "python_tests" / tests_of(operator),
+        ROOT / "python_tests" / operator_tests(operator),
     )
 
 

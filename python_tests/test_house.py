@@ -377,14 +377,15 @@ BESIDES = {
     "recipes": ("passes", "batch_axis", "core.checks", "options"),
     "analysis": ("passes", "batch_axis", "core.checks"),
     "integrations": ("integrations",),
-    "finetune": ("models", "finetune"),
+    "finetune": ("models", "integrations", "finetune"),
 }
 
 
 @rule(
     "`recipes`, `analysis`, `integrations` and `finetune` use public names, as a user would; "
     "`recipes` and `analysis` make passes of their own with `passes` and `batch_axis` and use "
-    "`core.checks`, and `recipes` the operators' `options`; `finetune` uses `models`",
+    "`core.checks`, and `recipes` the operators' `options`; `finetune` uses `models` and "
+    "`integrations`",
     f"{PACKAGE}/(recipes|analysis|integrations|finetune)/.*",
     bad=[
         "uegr_kernels/recipes/weight_ascent.py | from ..core import philox",

@@ -184,7 +184,7 @@ def test_weights_that_do_not_move_are_left_alone():
     options = {"streams": [0], "together": False, "keep_probability": 1.0, "step": 0}
 
     def move(epsilon: float) -> None:
-        perturbation.kernel("perturb_weights_", "triton")(
+        perturbation.perturb_weights_.kernel("triton")(
             [pages[0]], [torch.ones(100)], None, epsilon=epsilon, **options
         )
 

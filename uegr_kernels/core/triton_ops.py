@@ -62,7 +62,7 @@ def to_device(values: Sequence[float] | Tensor, dtype: torch.dtype, device: torc
 
 
 def pieces(counts: list[int]) -> Tensor:
-    """Lists (tensor, piece) of every piece, int32, where tensors have so many: what the programs
+    """Returns (tensor, piece) of every piece, int32, where tensors have so many: what the programs
     of one launch take up.
     """
     many = torch.tensor(counts, dtype=torch.int64)
@@ -77,8 +77,8 @@ def capturing(device: torch.device) -> bool:
 
 
 def mark(device: torch.device, event: torch.cuda.Event | None) -> torch.cuda.Event | None:
-    """Records an event, the given or a new one, which says when asked whether the work given to
-    the device so far is done; None on the CPU.
+    """Returns what says, when asked, whether the work given to the device so far is done: the
+    event, or a new one; None on the CPU.
     """
     if device.type == "cuda":
         event = torch.cuda.Event() if event is None else event

@@ -172,8 +172,8 @@ def options_of(recipe: str, task: Task) -> dict[str, Any]:
 def _size_option(recipe: str) -> str | None:
     """Returns the option that is the L2 size of a perturbation of the embeddings."""
     options = inspect.signature(getattr(recipes, recipe)).parameters
-    norm = options.get("norm")
-    if norm is not None and norm.default != "l2":
+    norm, steps = options.get("norm"), options.get("steps")
+    if (norm is not None and norm.default != "l2") or (steps is not None and steps.default == 0):
         return None
     if "epsilon" in options or "options" in options:  # the latter: BiStage's
         return "epsilon"

@@ -272,7 +272,7 @@ def _label(where: str, value: object, columns: Columns) -> str:
 def part(
     examples: Sequence[Example], share: float, *, regression: bool, salt: str = ""
 ) -> tuple[list[Example], list[Example]]:
-    """Parts examples into those kept and a share held out, of every label alike.
+    """Returns the examples kept and a share of them held out, of every label alike.
 
     Who is held out is a matter of the texts' SHA-256 alone; equal texts stay on one side, and a
     label of one text keeps it.

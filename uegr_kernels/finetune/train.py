@@ -1,7 +1,6 @@
 """Trains one classifier with one recipe, over UEGRTrainer; can be stopped and gone on with."""
 
 import dataclasses
-import os
 import pathlib
 import shutil
 import statistics
@@ -12,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import get_int_from_env
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -33,7 +33,7 @@ class Stopped(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """Settings of a run, but for its recipe and seed.
+    """Holds the settings of a run, but for its recipe and seed.
 
     epochs, lr, batch  times through the data, the largest learning rate, examples a step
     trainer_options    further arguments of transformers.TrainingArguments, which win
@@ -250,16 +250,16 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
 
 def processes() -> int:
     """Returns how many processes torchrun or Accelerate has started to train one model."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(get_int_from_env(["WORLD_SIZE"], 1))
 
 
 def is_first_process() -> bool:
     """Returns whether this process is the one that writes."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return int(get_int_from_env(["RANK"], 0)) == 0
 
 
 def wait_for_all() -> None:
-    """Waits until every process is here; they have met before, in training."""
+    """Returns when every process is here; they have met before, in training."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
 
