@@ -17,7 +17,12 @@ def calibration_error(logits: Tensor, labels: Tensor, *, bins: int = 15) -> floa
 
     logits [N, C];  labels [N] int64;  bins  equal bins of the largest probability over (0, 1]
     """
-    return sum(abs(right - sure) * share for share, right, sure in _binned(logits, labels, bins))
+    return expected_error(*_sure_and_right(logits, labels), bins=bins)
+
+
+def expected_error(sure: Tensor, right: Tensor, *, bins: int = 15) -> float:
+    """Computes the expected calibration error of confidences [N]; right [N]: 1 or 0 for each."""
+    return sum(abs(r - s) * share for share, r, s in _binned(sure, right, bins))
 
 
 def plot_calibration(
@@ -30,7 +35,9 @@ def plot_calibration(
     with picture(path) as axes:
         axes.plot([0, 1], [0, 1], linestyle=":", color="grey")
         for name, each in series.items():
-            found = [entry for entry in _binned(each, labels, bins) if entry[0] > 0]
+            found = [
+                entry for entry in _binned(*_sure_and_right(each, labels), bins) if entry[0] > 0
+            ]
             label = f"{name}: error {calibration_error(each, labels, bins=bins):.3f}"
             axes.plot(
                 [sure for _, _, sure in found],
@@ -92,24 +99,24 @@ def _scores(x: Tensor) -> Tensor:
     return (x.double().softmax(1).amax(1) if x.dim() == 2 else x.double()).flatten().cpu()
 
 
-def _binned(logits: Tensor, labels: Tensor, bins: int) -> list[tuple[float, float, float]]:
-    """Returns share of samples, accuracy and mean confidence by bin."""
+def _sure_and_right(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the largest probability of each sample, and whether it is the label's."""
     if logits.dim() != 2 or labels.shape != logits.shape[:1] or not len(labels):
         raise ValueError(
             f"logits have shape {tuple(logits.shape)}, labels {tuple(labels.shape)}; "
             "give [N, C] and [N], N above 0"
         )
-    bins = checks.integer("bins", bins, 1)
     sure, guess = logits.double().softmax(1).max(1)
+    return sure, guess == labels
+
+
+def _binned(sure: Tensor, right: Tensor, bins: int) -> list[tuple[float, float, float]]:
+    """Returns share of samples, accuracy and mean confidence by bin."""
+    bins = checks.integer("bins", bins, 1)
     at = (sure * bins).ceil().long().clamp(1, bins) - 1
-    found = []
-    for k in range(bins):
-        here = at == k
-        count = int(here.sum())
-        right, mean = (
-            ((guess == labels)[here].double().mean().item(), sure[here].mean().item())
-            if count
-            else (0.0, 0.0)
-        )
-        found.append((count / len(labels), right, mean))
-    return found
+    count = torch.bincount(at, minlength=bins)
+    filled = count.clamp(min=1)
+    hits, sums = (
+        torch.bincount(at, values.double(), minlength=bins) / filled for values in (right, sure)
+    )
+    return list(zip((count / len(sure)).tolist(), hits.tolist(), sums.tolist(), strict=True))

@@ -92,9 +92,10 @@ def finetune(
     data = tables.load(task.files, task.columns, task.limit)
     settings = task.settings()
     first = train.is_first_process()
+    first_model = _start(task, data, task.seeds[0])
     for recipe in task.recipes:
         train.check(
-            _start(task, data, task.seeds[0]),
+            first_model,
             recipe,
             options_of(recipe, task),
             (data.train, data.validation),

@@ -22,10 +22,8 @@ BATCH = 32
 class Outcomes:
     """Holds what a model made of every text, from which all figures of a report are drawn.
 
-    right       for each measure and text 1 where the label is right and 0 where it is wrong; for
-                regression the predictions
-    expected    for each measure the labels' numbers
-    predicted   for each measure the predicted ones
+    predicted   for each measure the predicted labels' numbers; under attack 1 where it is right
+    expected    for each measure the labels' numbers; under attack 1
     confidence  for the test set the largest probability, for OOD sets likewise
     """
 

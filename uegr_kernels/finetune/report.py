@@ -8,13 +8,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
+from ..analysis.calibration import expected_error, ood_auroc
 from . import measures
 from .intervals import Figures, Interval, bootstrap, wilson
 from .measures import Outcomes
 
 UNEVEN = 1.5  # the commonest label over the rarest, from which on F1 is reported too
-BINS = 15  # of the calibration error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,18 +45,13 @@ def accuracy(predicted: Figures, expected: Figures) -> float:
 
 
 def calibration(right: Figures, confidence: Figures) -> float:
-    """Computes the expected calibration error of 15 equal bins of confidence."""
-    place = np.clip(np.ceil(confidence * BINS) - 1, 0, BINS - 1).astype(int)
-    count = np.bincount(place, minlength=BINS)
-    off = np.bincount(place, right - confidence, minlength=BINS)
-    return float(np.abs(off).sum() / count.sum())
+    """Computes the expected calibration error of confidences."""
+    return expected_error(torch.from_numpy(confidence), torch.from_numpy(right))
 
 
 def auroc(inside: Figures, outside: Figures) -> float:
     """Computes the chance that a text of the task is scored above one of another set."""
-    ordered = np.sort(outside)
-    both = np.searchsorted(ordered, inside, "left") + np.searchsorted(ordered, inside, "right")
-    return float(both.mean() / 2 / len(outside))
+    return ood_auroc(torch.from_numpy(inside), torch.from_numpy(outside))
 
 
 def _f1(predicted: Figures, expected: Figures) -> float:

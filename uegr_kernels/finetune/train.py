@@ -68,9 +68,7 @@ class Trained:
 
     best_epoch: float
     validation: float
-    steps: int
     seconds_per_step: float
-    losses: list[float]
 
 
 def train(
@@ -108,9 +106,7 @@ def train(
     return Trained(
         best_epoch=best["epoch"],
         validation=best[SCORE],
-        steps=trainer.state.global_step,
         seconds_per_step=statistics.median(watch.seconds),
-        losses=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
     )
 
 
@@ -265,7 +261,7 @@ def wait_for_all() -> None:
 
 
 def _any_process(said: bool, device: torch.device) -> bool:
-    """Whether one of the processes says so: they stop together, after the same step."""
+    """Returns whether one of the processes says so: they stop together, after the same step."""
     if not torch.distributed.is_initialized():
         return said
     flag = torch.tensor(int(said), device=device)
