@@ -31,7 +31,7 @@ test: build $(VENV)/.frameworks $(if $(findstring triton,$(ARGS)),$(OLD_TRITON))
 bench: build
 	$(RUN) -m bench $(ARGS)
 
-check: $(VENV)/.ready
+check: $(VENV)/.frameworks
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES)
