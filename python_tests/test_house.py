@@ -377,15 +377,15 @@ BESIDES = {
     "recipes": ("passes", "batch_axis", "core.checks", "options"),
     "analysis": ("passes", "batch_axis", "core.checks"),
     "integrations": ("integrations",),
-    "finetune": ("models", "integrations", "finetune"),
+    "finetune": ("models", "integrations", "finetune", "core.checks"),
 }
 
 
 @rule(
     "`recipes`, `analysis`, `integrations` and `finetune` use public names, as a user would; "
     "`recipes` and `analysis` make passes of their own with `passes` and `batch_axis` and use "
-    "`core.checks`, and `recipes` the operators' `options`; `finetune` uses `models` and "
-    "`integrations`",
+    "`core.checks`, and `recipes` the operators' `options`; `finetune` uses `models`, "
+    "`integrations` and `core.checks`",
     f"{PACKAGE}/(recipes|analysis|integrations|finetune)/.*",
     bad=[
         "uegr_kernels/recipes/weight_ascent.py | from ..core import philox",

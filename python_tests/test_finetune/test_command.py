@@ -1,8 +1,10 @@
 """The command end to end on a small BERT and on TextCNN: models, reports, going on, refusals."""
 
+import inspect
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 from uegr_kernels import recipes
-from uegr_kernels.finetune import command
+from uegr_kernels.finetune import UserError, command, finetune, task
 from uegr_kernels.finetune.classifiers import load
 
 from .conftest import WORDS, texts, tsv
@@ -112,7 +114,7 @@ def test_a_stopped_run_goes_on_exactly(train, bert, tmp_path, monkeypatch, model
             return None
 
     with monkeypatch.context() as patch:
-        patch.setattr(command, "interrupts_noticed", Pressed)
+        patch.setattr(task, "interrupts_noticed", Pressed)
         assert run(*arguments, "--output", parted) == 130
     assert "--resume" in capsys.readouterr().err
     assert not (parted / "report.md").exists()
@@ -163,8 +165,8 @@ def test_changed_arguments_are_refused_by_name(train, tmp_path, capsys):
 
 
 MISTAKES = {
-    "no such recipe": (["--recipe", "adam"], "--recipe adam: no such recipe; use plain"),
-    "no such recipe of several": (["--compare", "plain,x"], "--compare x: no such recipe"),
+    "no such recipe": (["--recipe", "adam"], "recipe='adam' is not one of its values; use 'plain'"),
+    "no such recipe of several": (["--compare", "plain,x"], "recipe='x' is not one of its values"),
     "no such model": (["--model", "./nothing"], "--model ./nothing: there is no such folder"),
     "a hub name without a network": (["--model", "some/model"], "neither here nor to be had"),
     "no such recipe option": (["--recipe-options", "speed=3"], "speed"),
@@ -173,7 +175,7 @@ MISTAKES = {
     "no pair": (["--recipe-options", "passes"], "--recipe-options passes: write NAME=VALUE"),
     "a name twice": (["--ood", "a=b", "a=c"], "'a' is given twice"),
     "no such file": (["--test", "none.tsv"], "none.tsv cannot be read"),
-    "three columns": (["--text-column", "a,b,c"], "--text-column a,b,c: name one column"),
+    "three columns": (["--text-column", "a,b,c"], "text_column a,b,c: name one column"),
     "no such column": (["--text-column", "body"], "no column is called 'body'"),
 }
 
@@ -187,6 +189,52 @@ def test_mistakes_are_named_and_nothing_is_written(train, tmp_path, capsys, monk
     said = capsys.readouterr().err
     assert message in said and said.startswith("error: ") and "Traceback" not in said
     assert not out.exists()
+
+
+def test_the_function_takes_the_command_s_arguments(train, tmp_path):
+    options = {"model": "textcnn", "epochs": 2, "lr": 1e-2, "device": "cpu", "seeds": 2}
+    options |= {"recipe_options": {"passes": 3, "alpha": 2.0}}  # uegr's and r_drop's
+    found = finetune(train, tmp_path / "out", compare=["r_drop", "uegr"], **options)
+    assert found == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [(run["recipe"], run["seed"]) for run in found["runs"]] == [
+        (recipe, seed) for seed in (0, 1) for recipe in ("r_drop", "uegr")
+    ]
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert settings["recipe_options"] == options["recipe_options"]
+
+
+def test_the_function_s_arguments_and_defaults_are_the_command_s():
+    defaults = vars(command.parser().parse_args(["--train=a", "--output=b"]))
+    parameters = inspect.signature(finetune).parameters
+    assert parameters.keys() - {"command"} == defaults.keys()
+    for name, default in defaults.items():
+        if name not in ("train", "output"):
+            assert (parameters[name].default or None) == (default or None), name
+
+
+@pytest.mark.parametrize(
+    "wrong, error, message",
+    [
+        ({"batch": 0}, ValueError, "batch=0 is out of range"),
+        ({"lr": "fast"}, TypeError, "lr='fast' is a str; give a number"),
+        ({"epochs": 0.0}, ValueError, "epochs=0.0"),
+        ({"epsilon": -1}, ValueError, "epsilon=-1"),
+        ({"seed": 1.5}, TypeError, "seed=1.5"),
+        ({"seeds": 0}, ValueError, "seeds=0"),
+        ({"length": 1}, ValueError, "length=1"),
+        ({"limit": 1}, ValueError, "limit=1"),
+        ({"device": "tpu"}, ValueError, "device='tpu'"),
+        ({"regression": "no"}, TypeError, "regression='no'"),
+        ({"overwrite": 1}, TypeError, "overwrite=1"),
+        ({"compare": ["plain", 3]}, ValueError, "recipe=3"),
+        ({"recipe_options": {"speed": 3}}, UserError, "uegr has no option 'speed'; the options"),
+        ({"shifted": {"x": "none.csv"}}, UserError, "none.csv cannot be read"),
+    ],
+)
+def test_the_function_names_what_is_wrong(train, tmp_path, wrong, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        finetune(train, tmp_path / "out", **{"model": "textcnn"} | wrong)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_of_other_things_is_left_alone(train, tmp_path, capsys):

@@ -39,7 +39,7 @@ SKIPPED = set(
 )
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """Signals what the user can mend; a command shows it without a traceback."""
 
 

@@ -202,8 +202,8 @@ def _difference(
 
 def write(
     folder: pathlib.Path, results: Sequence[Result], labels: Sequence[str], command: str, about: str
-) -> str:
-    """Writes report.md, report.json and report.png; returns the report as text."""
+) -> dict[str, Any]:
+    """Writes report.md, report.json and report.png; returns what report.json holds."""
     table = rows(results, labels)
     said_once = sentence(results, labels)
     recipes = list(dict.fromkeys(result.recipe for result in results))
@@ -237,9 +237,8 @@ def write(
         "| seconds a step | " + " | ".join(f"{cost[recipe]:.3f}" for recipe in recipes) + " |"
     )
     lines += ["", "![The same as a picture](report.png)", "", "Made by", "", f"    {command}", ""]
-    text = "\n".join(lines)
-    (folder / "report.md").write_text(text)
-    found = {
+    (folder / "report.md").write_text("\n".join(lines))
+    found: dict[str, Any] = {
         "command": command,
         "sentence": said_once,
         "labels": list(labels),
@@ -256,7 +255,7 @@ def write(
     }
     (folder / "report.json").write_text(json.dumps(found, ensure_ascii=False) + "\n")
     draw(folder / "report.png", table, recipes)
-    return text
+    return found
 
 
 def _cell(interval: Interval, percent: bool) -> str:
