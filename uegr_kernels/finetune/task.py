@@ -38,8 +38,8 @@ class Task:
     limit: int | None
     model: str
     recipes: tuple[str, ...]
-    recipe_options: dict[str, Any]
-    trainer_options: dict[str, Any]
+    recipe_options: dict[str, object]
+    trainer_options: dict[str, object]
     epsilon: float
     seeds: tuple[int, ...]
     epochs: float
@@ -81,13 +81,13 @@ class Task:
 
         return Training(self.epochs, self.lr, self.batch, self.device, self.trainer_options)
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """Returns every argument by its name, and each file's SHA-256, as JSON has them."""
         found = dataclasses.asdict(self)
         found["files"] = {
             option: [path, tables.digest(path)] for option, path in self.files.named().items()
         }
-        kept: dict[str, Any] = json.loads(json.dumps(found))
+        kept: dict[str, object] = json.loads(json.dumps(found))
         return kept
 
 
@@ -107,8 +107,8 @@ def finetune(
     model: str = "minilm",
     recipe: str = "uegr",
     compare: str | Sequence[str] | None = None,
-    recipe_options: Mapping[str, Any] | None = None,
-    trainer_options: Mapping[str, Any] | None = None,
+    recipe_options: Mapping[str, object] | None = None,
+    trainer_options: Mapping[str, object] | None = None,
     epsilon: float = EPSILON,
     seed: int = 0,
     seeds: int | None = None,
@@ -276,7 +276,7 @@ def options_known(recipe: str) -> set[str]:
     return names
 
 
-def options_of(recipe: str, task: Task) -> dict[str, Any]:
+def options_of(recipe: str, task: Task) -> dict[str, object]:
     """Returns a recipe's options: those of the task that it has, and the size of its perturbation
     in norms.
     """
@@ -297,7 +297,7 @@ def _size_option(recipe: str) -> str | None:
 
 
 def _prepare(
-    folder: pathlib.Path, settings: dict[str, Any], *, overwrite: bool, resume: bool
+    folder: pathlib.Path, settings: dict[str, object], *, overwrite: bool, resume: bool
 ) -> None:
     """Makes the folder, or looks whether what is there may be replaced or gone on with."""
     file = folder / SETTINGS
@@ -333,7 +333,7 @@ def _prepare(
     _save(file, settings)
 
 
-def _save(path: pathlib.Path, content: Any) -> None:
+def _save(path: pathlib.Path, content: object) -> None:
     """Writes JSON aside, then moves it: whatever happens, `path` is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp")

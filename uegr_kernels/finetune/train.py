@@ -43,10 +43,10 @@ class Training:
     lr: float = 5e-5
     batch: int = 16
     device: str | None = None
-    trainer_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    trainer_options: dict[str, object] = dataclasses.field(default_factory=dict)
 
 
-class Encoded(Dataset[dict[str, Any]]):
+class Encoded(Dataset[dict[str, object]]):
     """Holds encoded examples with their labels as numbers."""
 
     def __init__(
@@ -58,7 +58,7 @@ class Encoded(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def __getitem__(self, i: int) -> dict[str, object]:
         return {**self.rows[i], "labels": self.labels[i]}
 
 
@@ -74,7 +74,7 @@ class Trained:
 def train(
     classifier: Classifier,
     recipe: str,
-    recipe_options: dict[str, Any],
+    recipe_options: dict[str, object],
     data: tuple[Sequence[Example], Sequence[Example]],
     labels: list[str],
     seed: int,
@@ -113,7 +113,7 @@ def train(
 def check(
     classifier: Classifier,
     recipe: str,
-    recipe_options: dict[str, Any],
+    recipe_options: dict[str, object],
     data: tuple[Sequence[Example], Sequence[Example]],
     labels: list[str],
     setup: Training,
@@ -130,7 +130,7 @@ def check(
 def _trainer(
     classifier: Classifier,
     recipe: str,
-    recipe_options: dict[str, Any],
+    recipe_options: dict[str, object],
     data: tuple[Sequence[Example], Sequence[Example]],
     labels: list[str],
     seed: int,
@@ -138,7 +138,7 @@ def _trainer(
     folder: pathlib.Path,
     watch: "_Watch",
 ) -> "_Trainer":
-    options: dict[str, Any] = {
+    options: dict[str, object] = {
         "output_dir": str(folder),
         "num_train_epochs": setup.epochs,
         "learning_rate": setup.lr,
