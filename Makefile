@@ -1,4 +1,4 @@
-# The words people and CI use. A fresh clone needs python3, a C++17 compiler and PyPI; ARGS reaches the program: make demo ARGS="--data x.tsv".
+# The words people and CI use. A fresh clone needs python3, a C++17 compiler and PyPI; ARGS reaches the program: make demo ARGS="--train x.tsv".
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python

@@ -12,18 +12,25 @@ from .classifiers import INSTALL
 from .data import UserError
 from .task import EPSILON, finetune
 
+PROGRAM = "python -m uegr_kernels finetune"
+DESCRIPTION = (
+    "Fine-tunes a text classifier so that it generalises and withstands attack, and reports what "
+    "it withstands."
+)
 
-def parser() -> argparse.ArgumentParser:
-    """Returns the command's arguments."""
+
+def parser(
+    program: str = PROGRAM, description: str = DESCRIPTION, *, required: bool = True
+) -> argparse.ArgumentParser:
+    """Returns the command's arguments; `required` False: --train and --output may be left out."""
     top = argparse.ArgumentParser(
-        prog="python -m uegr_kernels finetune",
-        description="Fine-tunes a text classifier so that it generalises and withstands attack, "
-        "and reports what it withstands.",
+        prog=program,
+        description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = top.add_argument
     files = top.add_argument_group("texts", "files .tsv, .csv or .jsonl, each also .gz")
-    files.add_argument("--train", metavar="FILE", required=True, help="texts with labels")
+    files.add_argument("--train", metavar="FILE", required=required, help="texts with labels")
     files.add_argument(
         "--validation", metavar="FILE", help="the epoch is chosen by these; else a tenth of --train"
     )
@@ -64,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     add("--batch", type=_whole(1), default=16, help="texts a step, over all processes")
     add("--length", type=_whole(2), default=128, help="tokens of a text that are read")
     add("--device", choices=("cpu", "cuda"), help="else the GPU where there is one")
-    add("--output", metavar="DIR", required=True, help="folder of model and report")
+    add("--output", metavar="DIR", required=required, help="folder of model and report")
     add("--overwrite", action="store_true", help="replace what is there")
     add("--resume", action="store_true", help="go on with what was stopped")
     return top
@@ -119,7 +126,7 @@ def keywords_of(options: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: Sequence[str]) -> int:
     """Runs the command; returns 0, 2 for what the reader can mend, 130 for Ctrl-C."""
     options = parser().parse_args(arguments)
-    return run(options, "python -m uegr_kernels finetune " + shlex.join(arguments))
+    return run(options, f"{PROGRAM} {shlex.join(arguments)}")
 
 
 def run(options: argparse.Namespace, command: str) -> int:

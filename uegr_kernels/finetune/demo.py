@@ -1,258 +1,83 @@
-"""Runs the demo, the main job on real text: fine-tunes one classifier with AdamW and with UEGR,
-then compares accuracy, robustness and cost.
-"""
+"""Runs the demo: `finetune` on this machine's docstrings, AdamW beside UEGR."""
 
-import argparse
-import hashlib
 import importlib.util
-import inspect
-import math
 import pathlib
 import shlex
 import sys
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
 
-import torch
+from . import command
+from .classifiers import INSTALL, MINILM
+from .data import UserError, read_docstrings
 
-from .. import BiStage
-from ..models import MODELS
-from . import data as texts
-from . import demo_report as report
-from .data import Data, UserError
-from .demo_training import (
-    ARMS,
-    BATCH,
-    LEARNING_RATE,
-    Arm,
-    Settings,
-    Stopped,
-    evaluate,
-    load_checkpoint,
-    save_checkpoint,
-    steps_of,
-    stops_on_interrupt,
-    train,
-)
-
-N = TypeVar("N", int, float)
-CHECKPOINT, PICTURE = "checkpoint.pt", "demo.png"
+COMPARE = "plain,uegr"
+# What teaches AdamW the task in two minutes of a slow core, by model: a pre-trained one learns from
+# a few texts, the small ones from many.
+PRETRAINED = {"epochs": 3.0, "lr": 2e-4, "length": 48}
+SMALL = {"epochs": 5.0, "lr": 1e-3, "length": 64}
+TEXTS = {"minilm": (4, 120)}  # packages, and docstrings of each
+MANY = (20, 300)
 
 
-def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the demo's options."""
-
-    def number(kind: type[N], low: float, high: float = math.inf) -> Callable[[str], N]:
-        def parse(text: str) -> N:
-            value = kind(text)
-            if not low <= value < high:
-                raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high})")
-            return value
-
-        parse.__name__ = kind.__name__  # argparse says "invalid int value"
-        return parse
-
-    stage = inspect.signature(BiStage).parameters
-    parser = argparse.ArgumentParser(
-        prog="python -m uegr_kernels demo",
-        description="Fine-tunes a text classifier with AdamW and with UEGR, and compares their "
-        "accuracy, robustness and cost.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument(
-        "--data",
-        metavar="FILE",
-        help="label<TAB>text lines in UTF-8, gzip if it ends in .gz; "
-        "None: this machine's docstrings",
-    )
-    parser.add_argument(
-        "--test", metavar="FILE", help="the same, to test on; None: a fifth of the data is held out"
-    )
-    parser.add_argument("--model", choices=MODELS, default="textcnn", help="the classifier")
-    parser.add_argument(
-        "--epochs", type=number(int, 1), default=5, help="times through the data, for each training"
-    )
-    parser.add_argument(
-        "--steps",
-        type=number(int, 1),
-        help="steps of each training at most; None: all of the epochs",
-    )
-    parser.add_argument(
-        "--limit", type=number(int, 1), help="texts at most, of each file; None: all"
-    )
-    parser.add_argument(
-        "--length", type=number(int, 1, 513), default=64, help="words of a text that are read"
-    )
-    own = f"length of UEGR's perturbation; BiStage's own default is {stage['epsilon'].default}"
-    parser.add_argument("--epsilon", type=number(float, 0), default=0.4, help=own)
-    parser.add_argument(
-        "--passes",
-        type=number(int, 1),
-        default=stage["passes"].default,
-        help="UEGR's adversarial passes",
-    )
-    parser.add_argument(
-        "--seed", type=number(int, 0, 2**32), default=0, help="fixes weights, order and masks"
-    )
-    # Two threads save a third of the time on two idle cores, and take a hundred times as long where
-    # another program wants one of them.
-    parser.add_argument(
-        "--threads",
-        type=number(int, 1),
-        default=1,
-        help="processors to use; more pay for large models on an idle machine",
-    )
-    parser.add_argument(
-        "--output",
-        metavar="DIR",
-        default="demo_output",
-        help="where the picture and the checkpoint go",
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the checkpoint in --output"
-    )
-    return parser
-
-
-def main(argv: list[str] | None = None, why_slow: Callable[[], str | None] = lambda: None) -> int:
-    """Runs the demo on a list of options (None: the command line's); returns the exit status:
-    2 wrong input, 130 Ctrl-C.
+def main(argv: Sequence[str], why_slow: Callable[[], str | None] = lambda: None) -> int:
+    """Runs the demo with the command's arguments, all of which have a default here; returns its
+    exit status.
 
     why_slow  says why UEGR's optimizer will run in plain PyTorch, or returns None: it will not
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        options = parser().parse_args(argv)
-        if options.test is not None and options.data is None:
-            parser().error("--test FILE needs --data FILE")
-    except SystemExit as end:  # argparse has said why
-        return int(end.code or 0)
-    again = shlex.join(
-        [
-            "python",
-            "-m",
-            "uegr_kernels",
-            "demo",
-            *(word for word in argv if word != "--resume"),
-            "--resume",
-        ]
-    )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
-    try:
-        return run(options, again, why_slow)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            "\nStopped at once. If training had begun, the last checkpoint is whole; go on "
-            "with\n  " + again,
-            file=sys.stderr,
-        )
-        return 130
-    finally:
-        torch.set_num_threads(threads)
-
-
-def run(options: argparse.Namespace, again: str, why_slow: Callable[[], str | None]) -> int:
-    """Trains what is missing of both models and reports; returns the exit status."""
-    missing = [name for name in ("matplotlib", "tqdm") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"the demo needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-    from tqdm import tqdm
+    from ..models import MODELS
 
     began = time.perf_counter()
-    output = pathlib.Path(options.output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--output {output}: {error.strerror}; name a folder that can be made"
-        ) from None
-    path = output / CHECKPOINT
-    source = texts.Source(options.data, options.test, options.limit, options.length)
-    data, sentence = texts.load(source, tqdm)
-    total = steps_of(data, options.epochs, options.steps)
-    settings = settings_of(options, data, total)
-    if options.resume:
-        arms = load_checkpoint(path, settings)
-    else:
-        if path.exists():
-            print(
-                f"Starting anew: the checkpoint in {output} will be replaced (--resume would go "
-                "on from it)."
-            )
-        arms = {name: Arm() for name in ARMS}
-    print(sentence)
-    print(
-        f"{options.model}, {total} steps of {BATCH} texts at learning rate {LEARNING_RATE:g}, "
-        f"seed {options.seed}, twice:"
+    parser = command.parser(
+        "python -m uegr_kernels demo",
+        "Fine-tunes a text classifier with AdamW and with UEGR, on this machine's docstrings "
+        "(which package is it from?) or on your own texts, and compares what they withstand.",
+        required=False,
     )
-    print("  AdamW  torch.optim.AdamW(fused=True) on the cross-entropy")
-    print(f"  UEGR   {report.describe(options.epsilon, options.passes)}", flush=True)
+    model = "textcnn" if importlib.util.find_spec(MINILM) is None else "minilm"
+    parser.set_defaults(model=model, output="demo_output", recipe=None, **PRETRAINED)
+    if parser.parse_known_args(argv)[0].model in MODELS:
+        parser.set_defaults(**SMALL)
+    options = parser.parse_args(argv)
+    if options.recipe is None and options.compare is None:
+        options.compare = COMPARE
+    if importlib.util.find_spec(MINILM) is None and options.model == "textcnn":
+        print(f"The pre-trained model's package is not installed ({INSTALL}): TextCNN is taken.")
     if (slow := why_slow()) is not None:
+        print(f"UEGR's optimizer will run in plain PyTorch, many times slower: {slow}.")
+    folder = pathlib.Path(options.output)
+    options.output = folder / "models"
+    options.overwrite = not options.resume
+    again = shlex.join(["python", "-m", "uegr_kernels", "demo", *argv])
+    if options.train is None:
+        try:
+            options.train = _docstrings(folder, TEXTS.get(options.model, MANY), options.resume)
+        except ImportError as error:
+            print(f"error: {error.name} is not installed: {INSTALL}", file=sys.stderr)
+            return 2
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except OSError as error:
+            print(f"error: --output {folder}: {error.strerror}; name a folder", file=sys.stderr)
+            return 2
+    status = command.run(options, again)
+    if status == 0:
         print(
-            "UEGR's optimizer will run in plain PyTorch, many times slower (--steps 100 "
-            f"shortens it): {slow}.",
-            flush=True,
+            f"Picture: {options.output / 'report.png'}. Time: {time.perf_counter() - began:.0f} s."
         )
-    how = Settings(options.model, total, options.seed, options.epsilon, options.passes)
-
-    def save() -> None:
-        saved = {name: arm.saved() for name, arm in arms.items()}
-        save_checkpoint(path, {"settings": settings, "arms": saved})
-
-    with stops_on_interrupt() as stop:
-        for name, arm in arms.items():
-            try:
-                if not arm.accuracy:
-                    model = train(name, data, how, arm, save, stop)
-                    arm.accuracy = evaluate(model, data.test, stop)
-                    save()
-            except Stopped:
-                print(
-                    f"\nStopped in {name} after step {arm.step} of {total}. All of it is in "
-                    f"{path}; go on with\n  {again}",
-                    file=sys.stderr,
-                )
-                return 130
-    report.draw(
-        output / PICTURE,
-        arms,
-        f"{options.model}, {len(data.train.labels):,} texts, {len(data.classes)} classes",
-    )
-    print(f"\n{report.comparison(arms)}\n")
-    print(
-        "FGM: one step of length epsilon (L2, per text) on the embedded words, where a word "
-        "vector had length 1 at the start."
-    )
-    print(f"Picture: {output / PICTURE}. Time: {time.perf_counter() - began:.0f} s.")
-    return 0
+        print("With texts of your own: python -m uegr_kernels finetune --train FILE --output DIR")
+    return status
 
 
-def settings_of(options: argparse.Namespace, data: Data, steps: int) -> dict[str, object]:
-    """Returns all that two runs must have in common to give the same bits."""
-    digest = hashlib.sha256()
-    for tensor in (*data.train, *data.test):
-        digest.update(tensor.numpy().tobytes())
-    return {
-        **{
-            f"--{name}": getattr(options, name)
-            for name in (
-                "model",
-                "epochs",
-                "seed",
-                "epsilon",
-                "passes",
-                "limit",
-                "length",
-                "threads",
-            )
-        },
-        "UEGR's dropout": "adaptive",
-        "the number of steps": steps,
-        "the data's fingerprint": digest.hexdigest()[:12],
-        "torch's version": str(torch.__version__),
-    }
+def _docstrings(folder: pathlib.Path, count: tuple[int, int], there: bool) -> str:
+    """Writes docstrings as a file of texts, or leaves the one that is there; returns its name."""
+    from tqdm import tqdm
+
+    path = folder / "docstrings.tsv"
+    if not (there and path.exists()):
+        rows = [("label", "text"), *read_docstrings(*count, tqdm)]
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{label}\t{text}\n" for label, text in rows), encoding="utf-8")
+    return str(path)

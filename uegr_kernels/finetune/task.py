@@ -329,8 +329,13 @@ def _prepare(
         )
     if there:
         shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _save(file, settings)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _save(file, settings)
+    except OSError as error:
+        raise UserError(
+            f"--output {folder}: {error.strerror}; name a folder that can be made"
+        ) from None
 
 
 def _save(path: pathlib.Path, content: object) -> None:
