@@ -652,7 +652,10 @@ def test_a_width_that_changes_after_a_resume():
         AdaptiveDropout(3)(torch.ones(2, 4))
 
 
-@pytest.mark.parametrize(("compiler", "num_features"), [("aot_eager", None), ("inductor", 6)])
+@pytest.mark.parametrize(
+    ("compiler", "num_features"),
+    [("aot_eager", None), pytest.param("inductor", 6, marks=pytest.mark.long)],
+)
 def test_compiled(backend, compiler, num_features):
     torch.manual_seed(4)
     module, linear = AdaptiveDropout(num_features, p=0.5, backend=backend), nn.Linear(6, 6)
