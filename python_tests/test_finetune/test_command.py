@@ -16,6 +16,7 @@ import torch
 from uegr_kernels import recipes
 from uegr_kernels.finetune import UserError, command, finetune, task
 from uegr_kernels.finetune.classifiers import load
+from uegr_kernels.recipes.registry import RECIPES
 
 from .conftest import WORDS, texts, tsv
 
@@ -124,6 +125,56 @@ def test_a_stopped_run_goes_on_exactly(train, bert, tmp_path, monkeypatch, model
         json.loads((folder / "report.json").read_text())["runs"][0] for folder in (whole, parted)
     )
     assert first["outcomes"] == second["outcomes"] and first["best_epoch"] == second["best_epoch"]
+
+
+class Killed(Exception):
+    """Stands for a kill -9: nothing of the run is put in order after it."""
+
+
+@pytest.mark.parametrize("written", ["nothing of it", "all but its state"])
+def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(
+    train, tmp_path, monkeypatch, written
+):
+    from transformers import TrainerState
+
+    arguments = ["--train", train, "--model", "textcnn", "--lr", 5e-3]
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    assert run(*arguments, "--output", whole) == 0
+    save, saved = TrainerState.save_to_json, []
+
+    def killed(state, path):
+        saved.append(path)
+        if len(saved) == 2:
+            if written == "nothing of it":
+                for file in pathlib.Path(path).parent.iterdir():
+                    file.unlink()
+            else:
+                pathlib.Path(path).write_text('{"cut')
+            raise Killed
+        save(state, path)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(TrainerState, "save_to_json", killed)
+        run(*arguments, "--output", parted)
+    assert len(list(parted.glob("checkpoints/checkpoint-*"))) == 2
+    assert run(*arguments, "--output", parted, "--resume") == 0
+    assert same(whole, parted)
+
+
+@pytest.mark.parametrize("recipe", ["child_tuning_d", "roast"])
+def test_a_recipe_that_looks_at_the_texts_first_sees_them_all(train, tmp_path, monkeypatch, recipe):
+    seen, prepare = [], RECIPES[recipe].prepare
+
+    def watched(self, batches):
+        batches = list(batches)
+        seen.append(sum(len(labels) for _, labels in batches))
+        prepare(self, batches)
+
+    monkeypatch.setattr(RECIPES[recipe], "prepare", watched)
+    arguments = ["--train", train, "--model", "textcnn", "--recipe", recipe]
+    assert run(*arguments, "--output", tmp_path / "out") == 0
+    trained_on = re.search(r"(\d+) texts to train on", (tmp_path / "out" / "report.md").read_text())
+    assert seen == [int(trained_on[1])] and seen[0] > 40
 
 
 @pytest.mark.long

@@ -1,7 +1,7 @@
 """Measures a trained classifier: on clean texts, under attacks, on mistyped and foreign ones."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -85,14 +85,22 @@ def _batches(
         )
 
 
-def score(
-    classifier: Classifier, examples: Sequence[Example], labels: Sequence[str], logits: Tensor
-) -> float:
-    """Returns accuracy, or for regression the Pearson correlation, by which an epoch is chosen."""
-    expected = torch.tensor(numbers(examples, labels))
-    if labels:
-        return (logits.argmax(1) == expected).float().mean().item()
-    return pearson(logits[:, 0].tolist(), expected.tolist())
+Metric = Callable[[Tensor, Sequence[float]], float]
+
+
+def metric_of(labels: Sequence[str]) -> Metric:
+    """Returns what an epoch is chosen by: accuracy, or for regression the Pearson correlation."""
+    return accuracy if labels else correlation
+
+
+def accuracy(logits: Tensor, expected: Sequence[float]) -> float:
+    """Computes the share of rows of logits [N, C] whose largest is at the expected label."""
+    return (logits.argmax(1) == torch.tensor(expected)).float().mean().item()
+
+
+def correlation(outputs: Tensor, expected: Sequence[float]) -> float:
+    """Computes Pearson's correlation of outputs [N, 1] with what is expected."""
+    return pearson(outputs[:, 0].tolist(), expected)
 
 
 def pearson(x: Sequence[float], y: Sequence[float]) -> float:

@@ -1,13 +1,14 @@
 """Trains one classifier with one recipe, over UEGRTrainer; can be stopped and gone on with."""
 
 import dataclasses
+import json
 import pathlib
 import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ class Training:
 
     epochs, lr, batch  times through the data, the largest learning rate, examples a step
     trainer_options    further arguments of transformers.TrainingArguments, which win
+    optimizer          its class and options; None: UEGRTrainer's choice for the recipe
+    metric             (logits [N, C], labels) -> what the best epoch has most of; None: the task's
     """
 
     epochs: float = 3
@@ -45,6 +48,8 @@ class Training:
     batch: int = 16
     device: str | None = None
     trainer_options: dict[str, object] = dataclasses.field(default_factory=dict)
+    optimizer: tuple[type[torch.optim.Optimizer], dict[str, object]] | None = None
+    metric: measures.Metric | None = None
 
 
 class Encoded(Dataset[dict[str, object]]):
@@ -82,6 +87,7 @@ def train(
     setup: Training,
     folder: pathlib.Path,
     stopped: Callable[[], bool] = lambda: False,
+    observers: Sequence[Callable[[UEGRTrainer], TrainerCallback]] = (),
 ) -> Trained:
     """Trains the classifier's model in place, and leaves it at its best epoch by validation.
 
@@ -90,12 +96,15 @@ def train(
     folder   where checkpoints lie while the run lasts; one that is there already is gone on from,
              and the run then equals the one that was not interrupted
     stopped  asked after each step; where it says yes a checkpoint is written
+    observers  each makes a callback of the trainer, which is told of every step and epoch
 
     Raises Stopped after that, ValueError and TypeError for options that recipe or Trainer refuse.
     """
     watch = _Watch(stopped, f"{recipe}, seed {seed}")
     trainer = _trainer(classifier, recipe, recipe_options, data, labels, seed, setup, folder, watch)
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    for observer in observers:
+        trainer.add_callback(observer(trainer))
+    last = _last_whole_checkpoint(folder)
     trainer.train(resume_from_checkpoint=last)
     if watch.stopping:
         raise Stopped
@@ -109,6 +118,21 @@ def train(
         validation=best[SCORE],
         seconds_per_step=statistics.median(watch.seconds),
     )
+
+
+def _last_whole_checkpoint(folder: pathlib.Path) -> str | None:
+    """Returns the last checkpoint's folder; removes those that a killed process left unfinished:
+    the Trainer's own state is the last of a checkpoint's files.
+    """
+    if is_first_process():
+        for checkpoint in folder.glob("checkpoint-*"):
+            try:
+                json.loads((checkpoint / "trainer_state.json").read_text())
+            except (OSError, ValueError):
+                shutil.rmtree(checkpoint)
+    wait_for_all()
+    found: str | None = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    return found
 
 
 def check(
@@ -173,11 +197,13 @@ def _trainer(
         recipe_options=recipe_options | ({} if labels else {"task": "regression"}),
         embedding=None if isinstance(classifier, Pretrained) else classifier.embedding,
         callbacks=[watch],
+        optimizer_cls_and_kwargs=setup.optimizer,
     )
+    watch.trainer = trainer
     trainer.remove_callback(PrinterCallback)  # the bar says it
-    trainer.score = lambda: measures.score(
-        classifier, data[1], labels, measures.logits_of(classifier, data[1])
-    )
+    expected = measures.numbers(data[1], labels)
+    metric = setup.metric or measures.metric_of(labels)
+    trainer.score = lambda: metric(measures.logits_of(classifier, data[1]), expected)
     return trainer
 
 
@@ -186,6 +212,15 @@ class _Trainer(UEGRTrainer):
 
     score: Callable[[], float]
     control: Any
+
+    def batches_in_order(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Yields all texts to train on, as they stand, as (inputs, labels)."""
+        rows, size = self.train_dataset, self.args.per_device_train_batch_size
+        for first in range(0, len(rows), size):
+            some = [rows[i] for i in range(first, min(first + size, len(rows)))]
+            inputs = dict(self._prepare_inputs(self.data_collator(some)))
+            labels = inputs.pop("labels")
+            yield inputs, labels
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         found = {SCORE: self.score(), "epoch": self.state.epoch}
@@ -207,7 +242,11 @@ class _Collator:
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]
-    """Shows a bar, times steps, and stops training between two of them, with a checkpoint."""
+    """Shows a bar, times steps, and stops training between two of them, with a checkpoint; has a
+    recipe that wants to see the texts before training see them.
+    """
+
+    trainer: "_Trainer"
 
     def __init__(self, stopped: Callable[[], bool], title: str) -> None:
         self.stopped, self.stopping, self.title = stopped, False, title
@@ -223,7 +262,10 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
             disable=not is_first_process(),
         )
 
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        recipe = self.trainer.recipe
+        if state.global_step == 0 and recipe is not None and hasattr(recipe, "prepare"):
+            recipe.prepare(self.trainer.batches_in_order())
         self.started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
