@@ -13,6 +13,7 @@ from bench import accuracy
 from bench.evidence import accuracy as command
 from bench.evidence import data as sets
 from bench.evidence import plan, report, studies, training
+from uegr_kernels.models import MODELS
 
 WORDS = {"neg": "bad dull slow weak", "pos": "good fine fast strong"}
 QUICK = (
@@ -95,10 +96,10 @@ def test_every_method_trains_and_is_reported(data, tmp_path, capsys):
 
 @pytest.mark.parametrize("model", ["bilstm", "texthan", "transformer"])
 def test_every_model_trains(data, model):
-    figures, trained = training.run(
+    figures, classifier = training.run(
         settings(model=model, method="uegr", optimizer="selective_adamw", epochs=8, lr=1e-2), data
     )
-    assert figures["validation"] > 0.6 and type(trained) is training.MODELS[model]
+    assert figures["validation"] > 0.6 and type(classifier.model) is MODELS[model]
 
 
 def test_what_is_done_is_not_done_again(data, tmp_path, monkeypatch, capsys):
@@ -190,24 +191,23 @@ def test_a_run_goes_on_from_its_last_epoch(data, tmp_path, monkeypatch):
     """Bit for bit, with the selection's masks and the random state."""
     chosen = settings(method="uegr", optimizer="selective_adamw", epochs=3)
     whole, _ = training.run(chosen, data)
-    real, calls = training.outputs_of, []
+    step, calls = uk.SelectiveAdamW.step, []
 
     def stops(*arguments):
         calls.append(None)
-        if len(calls) == 3:
+        if len(calls) == 5:  # of two steps an epoch: the first of the third
             raise KeyboardInterrupt
-        return real(*arguments)
+        return step(*arguments)
 
-    monkeypatch.setattr(training, "outputs_of", stops)
-    with pytest.raises(KeyboardInterrupt):
-        training.run(chosen, data, tmp_path / "state.pt")
-    assert (tmp_path / "state.pt").exists()
-    again, _ = training.run(chosen, data, tmp_path / "state.pt")
-    assert len(calls) == 3 + 2  # the third epoch's validation and the test
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(uk.SelectiveAdamW, "step", stops)
+        training.run(chosen, data, tmp_path / "state")
+    assert (tmp_path / "state").exists()
+    again, _ = training.run(chosen, data, tmp_path / "state")
     for result in (whole, again):
         del result["seconds_per_step"], result["processor_seconds_per_step"]
     assert again == whole
-    assert not (tmp_path / "state.pt").exists()
+    assert not (tmp_path / "state").exists()
 
 
 def test_validation_is_a_part_of_the_training_set(data):
@@ -358,7 +358,7 @@ def test_robustness_relative_to_the_base(data, tmp_path, capsys):
         (["--sets", "three"], "no such set; there are one, two"),
         (["--methods", "dropuot"], "'dropuot' is none of none, dropout"),
         (["--models", "bert"], "'bert' is none of textcnn"),
-        (["--models", "hf:/nowhere", "--sets", "one"], "no checkpoint with its tokenizer"),
+        (["--models", "hf:/nowhere", "--sets", "one"], "there is no such folder"),
         (["--seeds", "0"], "not a positive number"),
         (["--shifted", "three", "--sets", "one"], "no test.tsv.gz there"),
         (["--lr", "1e-3,nan"], "no positive number"),
@@ -563,6 +563,4 @@ def test_a_checkpoint_of_transformers(glue, tmp_path, capsys):
     ],
 )
 def test_metrics(metric, outputs, labels, value):
-    assert training.score(torch.tensor(outputs), torch.tensor(labels), metric) == pytest.approx(
-        value, abs=1e-4
-    )
+    assert training.score(torch.tensor(outputs), labels, metric) == pytest.approx(value, abs=1e-4)

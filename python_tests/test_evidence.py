@@ -179,6 +179,7 @@ def committed(tmp_path, monkeypatch):
     uegr = plan.METHODS["uegr"]
     plain = dataclasses.replace(uegr, fixed=uegr.fixed | {"adaptive_dropout": False})
     monkeypatch.setitem(plan.METHODS, "uegr", plain)
+    monkeypatch.setattr(plan.MethodRuns, "protocol", 1)
     here = {"machine": {"cpu": records[0]["cpu"]}, "versions": {"torch": records[0]["torch"]}}
     monkeypatch.setattr(harness, "environment", lambda command: here | {"commit": "now"})
     monkeypatch.setattr(runs, "results", lambda calls, *_: pytest.fail(f"{len(calls)} made again"))
@@ -203,22 +204,23 @@ def test_committed_runs_are_known_and_make_the_committed_report(committed, capsy
 def test_every_committed_run_of_the_pre_trained_model_is_known(tmp_path):
     folder = pretrained.RESULTS
     records = runs.whole_records(folder / "runs.jsonl")
-    known = pretrained.PretrainedRuns(tmp_path, folder, 1, "here")
+    known = pretrained.PretrainedRuns(tmp_path, folder, 1, "here", protocol=1)
     assert records and all(pretrained.Run(**record["settings"]) in known for record in records)
-    pretrained_report.write(pretrained.Plan(known, {}), tmp_path)
+    pretrained_report.write(pretrained.Plan(known, {"protocol": 1}), tmp_path)
     assert (tmp_path / "README.md").read_bytes() == (folder / "README.md").read_bytes()
 
 
 def test_a_protocol_is_part_of_every_key(data, tmp_path, monkeypatch):
     """Records without one are of the first; a new one leaves none of them known."""
-    settings = training.Settings("sst2", "textcnn", "plain", 0)
-    other = dataclasses.replace(settings, protocol=training.PROTOCOL + 1)
+    settings = training.Settings("sst2", "textcnn", "plain", 0, protocol=1)
+    other = dataclasses.replace(settings, protocol=training.PROTOCOL)
+    monkeypatch.setattr(plan.MethodRuns, "protocol", 1)
     old = {key: value for key, value in vars(settings).items() if key != "protocol"}
     (tmp_path / "runs.jsonl").write_text(json.dumps({"settings": old, "result": {"a": 1}}) + "\n")
     known = plan.MethodRuns(data, ["sst2"], tmp_path, 1, 1, "here")
     assert known.key_of(settings) != known.key_of(other)
     assert known[settings] == {"a": 1} and other not in known
-    monkeypatch.setattr(plan.MethodRuns, "protocol", training.PROTOCOL + 1)
+    monkeypatch.setattr(plan.MethodRuns, "protocol", training.PROTOCOL)
     assert not plan.MethodRuns(data, ["sst2"], tmp_path, 1, 1, "here").done
 
 
@@ -236,9 +238,9 @@ def test_a_run_killed_midway_goes_on_to_the_same_outcomes(data, small, tmp_path)
     run = pretrained.Run("sst2", "uegr", 0, 0.025, **small | {"epochs": 8})
     command = [sys.executable, "-c", RUN, json.dumps(dataclasses.asdict(run)), str(data)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    kept = tmp_path / "killed.pt"
+    kept = tmp_path / "killed"
     process = subprocess.Popen([*command, str(kept)], env=environment, stdout=subprocess.DEVNULL)
-    while not kept.exists() and process.poll() is None:
+    while not any(kept.glob("checkpoints/checkpoint-*")) and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -249,7 +251,7 @@ def test_a_run_killed_midway_goes_on_to_the_same_outcomes(data, small, tmp_path)
                 -1
             ]
         )
-        for path in (kept, tmp_path / "whole.pt")
+        for path in (kept, tmp_path / "whole")
     ]
     for result in found:
         del result["processor_seconds_per_step"]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 
 from tqdm import tqdm
 
+from uegr_kernels.finetune import train
 from uegr_kernels.finetune.data import UserError
 from uegr_kernels.models import MODELS
 
@@ -266,8 +267,8 @@ def origin(runs: MethodRuns, options: argparse.Namespace, command: str) -> str:
     return (
         f"`{command}`: {examples} to train on, drawn anew for each of {options.seeds} seeds and "
         "the same for every method; "
-        f"{options.epochs} epochs, batch 16, AdamW with weight decay {training.WEIGHT_DECAY}, "
-        f"warm-up {training.WARM_UP}, linear decay; "
+        f"{options.epochs} epochs, batch 16, AdamW with weight decay {train.WEIGHT_DECAY}, "
+        f"warm-up {train.WARM_UP}, linear decay; "
         f"{options.trials} tuning runs for every method, model and set on up to "
         f"{training.VALIDATION:,} other texts of the training set, "
         f"by which the best epoch is chosen too; "

@@ -25,6 +25,8 @@ from tqdm import tqdm
 
 import uegr_kernels as uk
 from uegr_kernels.analysis.attack import STRENGTHS
+from uegr_kernels.finetune import measures
+from uegr_kernels.finetune.classifiers import Classifier
 from uegr_kernels.finetune.data import UserError
 from uegr_kernels.models import MODELS
 
@@ -32,7 +34,7 @@ from .. import harness, machine
 from ..tables import table
 from . import data, sgd_noise, training
 from .accuracy import RESULTS
-from .data import Row, labels_of, read
+from .data import Row, read
 from .plan import METHODS, RATES, settings_of, with_parents
 from .report import mean_and_deviation
 from .training import Settings, Start
@@ -87,10 +89,16 @@ QUICK = Sizes(40, 1, 1, 32, 16, 16, 3, 2, 32, 1, 50, 3, 32, 2)
 
 
 class Tuned(NamedTuple):
-    """Holds a model that was trained on the first half of the rows, then tuned on the second."""
+    """Holds a classifier that was trained on the first half of the rows, then tuned on the second,
+    and what makes batches of rows for it.
+    """
 
-    model: nn.Module
+    classifier: Classifier
     encoded: Callable[[list[Row]], training.Batches]
+
+    @property
+    def model(self) -> nn.Module:
+        return self.classifier.model
 
 
 class Lab:
@@ -139,7 +147,8 @@ class Lab:
         """Returns a model, not yet trained, with the words of both halves."""
         first, second, _ = self.halves(settings.seed)
         torch.manual_seed(settings.seed)
-        return Tuned(*training.build(settings, self.data, first + second, torch.device("cpu")))
+        classifier = training.build(settings, self.data, first + second)
+        return Tuned(classifier, functools.partial(training.batches_of, classifier, self.data))
 
     def trained(
         self,
@@ -152,11 +161,10 @@ class Lab:
         start, halves = self.new(settings), self.halves(settings.seed)
         if weights:
             start.model.load_state_dict(weights)
-        _, model = training.run(
-            settings, self.options.data, start=Start(halves[rows], halves[2], *start), watch=watch
-        )
+        whole = Start(halves[rows], halves[2], start.classifier)
+        training.run(settings, self.options.data, start=whole, watch=watch)
         self.bar.update()
-        return Tuned(model, start.encoded)
+        return start
 
     @functools.cache  # noqa: B019
     def first(self, seed: int) -> nn.Module:
@@ -269,10 +277,7 @@ def attacks(lab: Lab) -> Found:
             tuned = lab.tuned(name, seed)
             batches = lab.batches(tuned, lab.data.test[: lab.sizes.attacked])
             look = functools.partial(
-                uk.analysis.accuracy_under_attack,
-                tuned.model,
-                training.embedding_of(tuned.model),
-                batches,
+                uk.analysis.accuracy_under_attack, tuned.model, tuned.classifier.embedding, batches
             )
             for kind in ("fgm", "pgd"):
                 found[name][kind].append(look(STRENGTHS, kind))
@@ -414,7 +419,9 @@ def confidence(lab: Lab) -> Found:
         for seed in lab.seeds:
             tuned = lab.tuned(name, seed)
             inside = logits(lab, tuned, lab.data.test)
-            labels = labels_of(lab.data.test, lab.data)
+            labels = torch.tensor(
+                measures.numbers(training.examples_of(lab.data.test), lab.data.labels)
+            )
             own["accuracy"].append((inside.argmax(1) == labels).double().mean().item())
             own["error"].append(uk.analysis.calibration_error(inside, labels))
             outside = {}
@@ -571,7 +578,7 @@ def diagnostic(lab: Lab) -> Found:
     seed, sizes = lab.seeds[0], lab.sizes
     first, second, _ = lab.halves(seed)
     whole, encoded = lab.new(lab.settings("dropout", seed))
-    model = sgd_noise.Bag(training.embedding_of(whole).num_embeddings, len(lab.data.labels))
+    model = sgd_noise.Bag(whole.embedding.num_embeddings, len(lab.data.labels))
     sgd_noise.embed(model, encoded(first), len(first), sizes.epochs)
     rows, others = second[: sizes.chain_rows], lab.data.test[: sizes.outside]
     train, test = encoded(rows)(range(len(rows))), encoded(others)(range(len(others)))

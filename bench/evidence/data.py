@@ -9,9 +9,6 @@ import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
 from uegr_kernels.finetune.data import UserError
 
 PAIR = " ||| "  # between the two texts of a pair
@@ -191,11 +188,3 @@ def _number(row: Row) -> bool:
     with contextlib.suppress(ValueError):
         return math.isfinite(float(row.label))
     return False
-
-
-def labels_of(rows: list[Row], data: TextSet) -> Tensor:
-    """Returns the labels as numbers: those of a regression, or the places of the classes."""
-    if data.metric == "correlation":
-        return torch.tensor([float(row.label) for row in rows])
-    number = {label: i for i, label in enumerate(data.labels)}
-    return torch.tensor([number[row.label] for row in rows])

@@ -257,7 +257,9 @@ class Plan:
         given = self.options
         names = ("epochs", "examples", "length", "attacked", "shifted", "adversarial", "ood")
         sizes = {name: getattr(given, name) for name in names}
-        return Settings(name, model, "plain", **{"seed": 0} | sizes | changes)
+        return Settings(
+            name, model, "plain", **{"seed": 0, "protocol": self.runs.protocol} | sizes | changes
+        )
 
     def rates(self, model: str) -> dict[str, tuple]:
         """Returns the learning rates and dropout rates that are tried for a model."""

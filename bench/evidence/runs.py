@@ -152,8 +152,8 @@ def rounded(value: Any) -> Any:
 
 
 def checkpoint(folder: pathlib.Path, key: str) -> pathlib.Path:
-    """Returns where the run of this key keeps its state while it is not finished."""
-    return folder / f"{random.Random(key).getrandbits(64):016x}.pt"
+    """Returns the folder of a run's state while it is not finished."""
+    return folder / f"{random.Random(key).getrandbits(64):016x}"
 
 
 def results(calls: Sequence[Call], jobs: int, threads: int) -> Iterator[tuple[Any, dict[str, Any]]]:

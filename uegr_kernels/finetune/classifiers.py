@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -72,11 +73,18 @@ class Words:
     """
 
     def __init__(
-        self, name: str, index: dict[str, int], labels: list[str], length: int, pair: bool
+        self,
+        name: str,
+        index: dict[str, int],
+        labels: list[str],
+        length: int,
+        pair: bool,
+        dropout: float | None = None,
     ) -> None:
         self.name, self.index, self.labels = name, index, labels
         self.length, self.pair = length, pair
-        model: TextClassifier = MODELS[name](len(index) + UNKNOWN + 1, max(len(labels), 1))
+        rate = {} if dropout is None else {"dropout": dropout}
+        model: TextClassifier = MODELS[name](len(index) + UNKNOWN + 1, max(len(labels), 1), **rate)
         self.model: nn.Module = model
         self.embedding: nn.Module = model.embedding
 
@@ -126,17 +134,20 @@ def source_of(name: str) -> str:
     return str(pathlib.Path(found.submodule_search_locations[0], "model"))
 
 
-def new(name: str, texts: Texts, labels: list[str], length: int) -> Classifier:
+def new(
+    name: str, texts: Texts, labels: list[str], length: int, dropout: float | None = None
+) -> Classifier:
     """Makes a classifier for labels (none: regression), its random weights drawn from torch.
 
-    name    "minilm", a folder or hub name of a model in Transformers' format, or one of `MODELS`
-    texts   of the training set, from which the small models take their words
+    name     "minilm", a folder or hub name of a model in Transformers' format, or one of `MODELS`
+    texts    of the training set, from which the small models take their words
+    dropout  the rate of the model's dropouts; None: its own
 
     Raises UserError where there is no such model.
     """
     if name in MODELS:
         index = vocabulary(words_of(" ".join(each)) for each in texts)
-        return Words(name, index, labels, length, len(texts[0]) == 2)
+        return Words(name, index, labels, length, len(texts[0]) == 2, dropout)
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     source = source_of(name)
@@ -144,6 +155,13 @@ def new(name: str, texts: Texts, labels: list[str], length: int) -> Classifier:
         config = AutoConfig.from_pretrained(
             source, num_labels=max(len(labels), 1), finetuning_task="text-classification"
         )
+        for option, value in vars(config).items():  # each family has its own names for them
+            if (
+                dropout is not None
+                and isinstance(value, float)
+                and re.search("dropout|pdrop", option)
+            ):
+                setattr(config, option, dropout)
         if labels:
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: i for i, label in enumerate(labels)}

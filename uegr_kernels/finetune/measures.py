@@ -132,13 +132,14 @@ def measure(classifier: Classifier, data: Data) -> Outcomes:
     _add(found, "clean", logits, data.test, data.labels)
     if data.labels:
         found.confidence["clean"] = logits.softmax(1).amax(1).tolist()
+        some = data.test[:ATTACKED]
         for attack in ("fgm", "pgd"):
-            _attack(found, classifier, attack, data.test[:ATTACKED], data.labels)
+            found_right = right_under(classifier, attack, STRENGTHS, some, data.labels)
+            for strength, right in zip(STRENGTHS, found_right, strict=True):
+                # which other label a wrong one got is not known: right or wrong is all that counts
+                found.add(f"{attack} {strength:g}", right.long(), [1] * len(some))
     for rate in TYPOS:
-        typed = [
-            example._replace(texts=tuple(analysis.corrupted(example.texts, "typos", rate)))
-            for example in data.test[:MISTYPED]
-        ]
+        typed = mistyped(data.test[:MISTYPED], rate)
         _add(found, f"typos {rate:g}", logits_of(classifier, typed), typed, data.labels)
     for name, examples in data.shifted.items():
         _add(found, f"shifted {name}", logits_of(classifier, examples), examples, data.labels)
@@ -149,6 +150,14 @@ def measure(classifier: Classifier, data: Data) -> Outcomes:
     return found
 
 
+def mistyped(examples: Sequence[Example], rate: float) -> list[Example]:
+    """Returns the examples with typos in so many of the letters, in each text of a pair."""
+    return [
+        example._replace(texts=tuple(analysis.corrupted(example.texts, "typos", rate)))
+        for example in examples
+    ]
+
+
 def _add(
     found: Outcomes, name: str, logits: Tensor, examples: Sequence[Example], labels: Sequence[str]
 ) -> None:
@@ -156,21 +165,21 @@ def _add(
     found.add(name, predicted, numbers(examples, labels))
 
 
-def _attack(
-    found: Outcomes,
+def right_under(
     classifier: Classifier,
     attack: str,
+    strengths: Sequence[float],
     examples: Sequence[Example],
     labels: Sequence[str],
-) -> None:
+) -> list[Tensor]:
+    """Returns for each strength of an attack, in norms of a text's embeddings, which examples the
+    model is right on, bool [N].
+    """
     device = next(classifier.model.parameters()).device
     order = _by_length(examples)
     places = torch.tensor(order).argsort()
     batches = _batches(classifier, [examples[i] for i in order], labels, device, 20)
     seen = analysis.accuracy_under_attack(
-        classifier.model, classifier.embedding, batches, STRENGTHS, attack, STEPS, relative=True
+        classifier.model, classifier.embedding, batches, strengths, attack, STEPS, relative=True
     )
-    for strength, one in zip(STRENGTHS, seen[1:], strict=True):
-        right = torch.tensor(one.outcomes)[places].long()
-        # which other label a wrong one got is not known: right or wrong is all that counts
-        found.add(f"{attack} {strength:g}", right, [1] * len(examples))
+    return [torch.tensor(one.outcomes)[places] for one in seen[1:]]

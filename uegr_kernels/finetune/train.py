@@ -27,6 +27,7 @@ from .classifiers import Classifier, Pretrained
 from .tables import Example
 
 SCORE = "eval_score"
+WEIGHT_DECAY, WARM_UP = 0.01, 0.06  # the latter of all steps
 
 
 class Stopped(Exception):
@@ -87,7 +88,7 @@ def train(
     setup: Training,
     folder: pathlib.Path,
     stopped: Callable[[], bool] = lambda: False,
-    observers: Sequence[Callable[[UEGRTrainer], TrainerCallback]] = (),
+    observers: "Sequence[Observer]" = (),
 ) -> Trained:
     """Trains the classifier's model in place, and leaves it at its best epoch by validation.
 
@@ -96,14 +97,14 @@ def train(
     folder   where checkpoints lie while the run lasts; one that is there already is gone on from,
              and the run then equals the one that was not interrupted
     stopped  asked after each step; where it says yes a checkpoint is written
-    observers  each makes a callback of the trainer, which is told of every step and epoch
+    observers  are told of every step and epoch, before the recipe is
 
     Raises Stopped after that, ValueError and TypeError for options that recipe or Trainer refuse.
     """
     watch = _Watch(stopped, f"{recipe}, seed {seed}")
-    trainer = _trainer(classifier, recipe, recipe_options, data, labels, seed, setup, folder, watch)
-    for observer in observers:
-        trainer.add_callback(observer(trainer))
+    trainer = _trainer(
+        classifier, recipe, recipe_options, data, labels, seed, setup, folder, [watch, *observers]
+    )
     last = _last_whole_checkpoint(folder)
     trainer.train(resume_from_checkpoint=last)
     if watch.stopping:
@@ -146,9 +147,8 @@ def check(
     """Raises what `train` would raise for its options, and writes nothing that stays."""
     few = data[0][:2], data[1][:1]
     with tempfile.TemporaryDirectory() as folder:
-        watch = _Watch(lambda: False, recipe)
         _trainer(
-            classifier, recipe, recipe_options, few, labels, 0, setup, pathlib.Path(folder), watch
+            classifier, recipe, recipe_options, few, labels, 0, setup, pathlib.Path(folder), []
         )
 
 
@@ -161,15 +161,15 @@ def _trainer(
     seed: int,
     setup: Training,
     folder: pathlib.Path,
-    watch: "_Watch",
+    observers: "Sequence[Observer]",
 ) -> "_Trainer":
     options: dict[str, object] = {
         "output_dir": str(folder),
         "num_train_epochs": setup.epochs,
         "learning_rate": setup.lr,
         "per_device_train_batch_size": _per_process(setup.batch),
-        "weight_decay": 0.01,
-        "warmup_steps": 0.06,  # of all steps
+        "weight_decay": WEIGHT_DECAY,
+        "warmup_steps": WARM_UP,
         "seed": seed,
         "data_seed": seed,
         "bf16": _bfloat16(setup.device),
@@ -196,10 +196,11 @@ def _trainer(
         recipe=recipe,
         recipe_options=recipe_options | ({} if labels else {"task": "regression"}),
         embedding=None if isinstance(classifier, Pretrained) else classifier.embedding,
-        callbacks=[watch],
+        callbacks=list(observers),
         optimizer_cls_and_kwargs=setup.optimizer,
     )
-    watch.trainer = trainer
+    for observer in observers:
+        observer.trainer = trainer
     trainer.remove_callback(PrinterCallback)  # the bar says it
     expected = measures.numbers(data[1], labels)
     metric = setup.metric or measures.metric_of(labels)
@@ -241,12 +242,16 @@ class _Collator:
         return {**self.classifier.pad(texts), "labels": labels}
 
 
-class _Watch(TrainerCallback):  # type: ignore[misc]
+class Observer(TrainerCallback):  # type: ignore[misc]
+    """Is told of every step and epoch by the trainer that it is given to."""
+
+    trainer: _Trainer
+
+
+class _Watch(Observer):
     """Shows a bar, times steps, and stops training between two of them, with a checkpoint; has a
     recipe that wants to see the texts before training see them.
     """
-
-    trainer: "_Trainer"
 
     def __init__(self, stopped: Callable[[], bool], title: str) -> None:
         self.stopped, self.stopping, self.title = stopped, False, title
