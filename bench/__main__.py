@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
             "--wait",
             metavar="SECONDS",
             type=float,
-            help="in all, for a busy machine to calm down; default 600. With --quick nothing waits, "
+            help="in all, for a busy machine to calm down; default 600; with --quick nothing waits "
             "and results are kept however busy it was",
         )
     sharded_model.add_arguments(
