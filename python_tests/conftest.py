@@ -58,7 +58,7 @@ def pytest_addoption(parser):
     )
 
 
-LONG = ("test_cuda", "test_triton", "test_integrations")
+LONG = ("test_cuda", "test_triton", "test_integrations", "test_docs_commands")
 
 
 def pytest_collection_modifyitems(config, items):

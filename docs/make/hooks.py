@@ -27,7 +27,9 @@ def on_files(files, config):
     """Adds the pictures outside of docs/ that pages show."""
     for page in files.documentation_pages():
         for picture, _, target in LINK.findall(page.content_string):
-            place = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page.src_uri), target))
+            place = posixpath.normpath(
+                posixpath.join("docs", posixpath.dirname(page.src_uri), target)
+            )
             if picture and files.get_file_from_path(place) is None:
                 files.append(File.generated(config, place, abs_src_path=str(ROOT / place)))
     return files
