@@ -9,9 +9,9 @@ import subprocess
 
 import pytest
 import torch
+from documents import BLOCKS, MARKS, PAGES, REVIEWS, ROOT, blocks_of, written_in
 
 import uegr_kernels as uk
-from documents import BLOCKS, MARKS, PAGES, REVIEWS, ROOT, blocks_of, written_in
 
 MOST_MARKS = 10  # shell blocks that are parsed alone
 README = (ROOT / "README.md").read_text()

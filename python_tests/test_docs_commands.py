@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-
 from documents import REVIEWS, ROOT, written_in
 
 
