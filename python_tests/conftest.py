@@ -2,9 +2,7 @@
 table.
 """
 
-import collections
 import contextlib
-import itertools
 import os
 import pathlib
 import sys
@@ -58,21 +56,22 @@ def pytest_addoption(parser):
     )
 
 
-LONG = ("test_cuda", "test_triton", "test_integrations", "test_docs_commands")
+LONG = ("test_cuda", "test_triton", "test_integrations", "test_docs_commands")  # beside tests marked as long
 
 
 def pytest_collection_modifyitems(config, items):
     """Leaves out what is long, unless it is asked for, by name or by option.
 
-    Triton's interpreter, as slow as it is, gets every value of each of a test's parameters, not all
-    combinations.
+    Triton's interpreter, as slow as it is, gets the cases in triton_cases.txt alone.
     """
     named = any(argument.split("::")[0].endswith(".py") for argument in config.args)
     if not (named or config.getoption("--long") or config.getoption("--only-triton")):
         long = [
             item
             for item in items
-            if item.path.stem in LONG or "wheel" in getattr(item, "fixturenames", ())
+            if item.path.stem in LONG
+            or item.get_closest_marker("long")
+            or "wheel" in getattr(item, "fixturenames", ())
         ]
         items[:] = [item for item in items if item not in set(long)]
         config.hook.pytest_deselected(items=long)
@@ -86,53 +85,43 @@ def pytest_collection_modifyitems(config, items):
     left_out = slow
     if config.getoption("--triton") or config.getoption("--only-triton"):
         left_out = set(items) - slow if config.getoption("--only-triton") else set()
-        left_out |= set() if config.getoption("--every-case") else repeated(items)
+        whole = not any("::" in argument for argument in config.args)
+        left_out |= set() if config.getoption("--every-case") else not_chosen(slow, whole=whole)
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=list(left_out))
 
 
-def repeated(items):
-    """The tests on Triton each of whose parameters' values another one has too: the values of
-    the longest list go along with all others.
+def chosen_for_triton():
+    """Returns the cases in triton_cases.txt, by the test that they are of."""
+    chosen, cases = {}, set()
+    folder = pathlib.Path(__file__).parent
+    for line in (folder / "triton_cases.txt").read_text().splitlines():
+        if line.startswith("    "):
+            cases.add(line.strip())
+        elif not line.startswith("#"):
+            cases = chosen[f"{folder.name}/{line}"] = set()
+    return chosen
+
+
+def not_chosen(items, *, whole):
+    """Returns the cases of tests in triton_cases.txt that do not stand there.
+
+    whole  all cases of a test are among the items: one that stands there and is none is an error
     """
-    tests = collections.defaultdict(list)
+    chosen, found = chosen_for_triton(), {}
     for item in items:
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        if "triton" in (parameters.get("backend"), parameters.get("native")):
-            tests[item.function].append(item)
-    left_out = set()
-    for some in tests.values():
-        longest, *others = sorted(
-            map(places, lists_of(some), itertools.repeat(some)), key=max, reverse=True
-        ) or [[]]
-        turns = collections.Counter()
-        for list_ in others:
-            size = max(list_) + 1
-            turns[size] += 1  # lists of one length take turns of their own
-            due = [(place + turns[size] * (place // size) + 1) % size for place in longest]
-            left_out |= {
-                item
-                for item, place, wanted in zip(some, list_, due, strict=True)
-                if place != wanted
-            }
-    return left_out
-
-
-def lists_of(some):
-    """The names that each list of a test's parameters gives values to."""
-    names = [mark.args[0] for mark in some[0].iter_markers("parametrize")]
-    names = [
-        [name.strip() for name in each.split(",")] if isinstance(each, str) else list(each)
-        for each in names
-    ]
-    return [each for each in names if each not in (["backend"], ["native"])]
-
-
-def places(names, some):
-    """Which of a list's values each item has."""
-    values = [tuple(id(item.callspec.params[name]) for name in names) for item in some]
-    known = {value: place for place, value in enumerate(dict.fromkeys(values))}
-    return [known[value] for value in values]
+        test, _, case = item.nodeid.partition("[")
+        if test in chosen:
+            found.setdefault(test, {})[case.removesuffix("]")] = item
+    for test, cases in found.items():
+        if whole and (gone := chosen[test] - cases.keys()):
+            raise pytest.UsageError(f"triton_cases.txt: {test} has no case {min(gone)!r}")
+    return {
+        item
+        for test, cases in found.items()
+        for case, item in cases.items()
+        if case not in chosen[test]
+    }
 
 
 def operator_tests(operator: str) -> str:

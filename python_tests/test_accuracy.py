@@ -143,6 +143,7 @@ def test_what_is_done_is_not_done_again(data, tmp_path, monkeypatch, capsys):
     )
 
 
+@pytest.mark.long
 def test_all_studies(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(studies, "SIZES", (8, 16, 10**6))
     monkeypatch.setattr(studies, "GRID", (0.1, 0.5))

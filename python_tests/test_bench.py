@@ -81,7 +81,9 @@ def test_without_arguments_the_suites_are_listed(capsys):
         assert re.search(rf"^  {suite} +[A-Z].*\.$", listed, re.MULTILINE), suite
 
 
-@pytest.mark.parametrize("suite", QUICK)
+@pytest.mark.parametrize(
+    "suite", [pytest.param(name, marks=[pytest.mark.long] * (name != "host")) for name in QUICK]
+)
 def test_a_suite_writes_json_as_documented_and_a_table(tmp_path, monkeypatch, capsys, suite):
     if suite == "host":
         pytest.importorskip("triton", exc_type=ImportError)

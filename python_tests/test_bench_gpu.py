@@ -843,6 +843,7 @@ def test_the_table_of_a_whole_run_fits():
     )
 
 
+@pytest.mark.long
 def test_a_case_goes_through_to_the_table_and_the_picture(tmp_path, monkeypatch, capsys):
     facts = {"no_gpu": None, "gpu": "G", "copy_rate": 4300.0, "backends": {"auto": "cuda"}}
     monkeypatch.setattr(gpu, "PROBE", stand_in("probe", f"say({facts!r})"))

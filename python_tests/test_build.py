@@ -520,6 +520,7 @@ main(["info"])
 """
 
 
+@pytest.mark.long
 @needs_setuptools
 def test_source_installs_without_a_compiler_and_runs_on_the_reference(tmp_path):
     source = tmp_path / "source"

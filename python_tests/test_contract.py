@@ -409,6 +409,7 @@ def test_a_parameter_that_changes_its_shape_is_refused_until_its_state_is_gone(n
     assert optimizer.state[params[1]]["step"].item() == 1
 
 
+@pytest.mark.long
 def test_a_hundred_thousand_parameters():  # a million step too, in a minute
     count = 2**17
     values = torch.arange(float(count)) % 7 + 1

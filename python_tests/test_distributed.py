@@ -161,6 +161,7 @@ def test_fsdp_on_two_processes_equals_one(rank, path):
     fsdp_equals_one_process()
 
 
+@pytest.mark.long
 @processes(4)
 def test_fsdp_on_four_processes_equals_one(rank, path):
     fsdp_equals_one_process()  # the last layer has fewer rows than processes: empty parts

@@ -231,6 +231,7 @@ print(json.dumps(pretrained.outcomes(run, pathlib.Path(sys.argv[2]), pathlib.Pat
 """
 
 
+@pytest.mark.long
 def test_a_run_killed_midway_goes_on_to_the_same_outcomes(data, small, tmp_path):
     run = pretrained.Run("sst2", "uegr", 0, 0.025, **small | {"epochs": 8})
     command = [sys.executable, "-c", RUN, json.dumps(dataclasses.asdict(run)), str(data)]

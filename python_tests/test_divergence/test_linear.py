@@ -231,7 +231,8 @@ print(extra / (4 * 3 * 128 * C))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("scale", ["1", "0.5"])  # scaled gradients take the place of the kept ones
+# scaled gradients take the place of the kept ones
+@pytest.mark.parametrize("scale", [pytest.param("1", marks=pytest.mark.long), "0.5"])
 @pytest.mark.parametrize("native", ["cpp"], indirect=True)
 def test_linear_holds_one_chunk_at_a_time(native, scale):
     run = subprocess.run(

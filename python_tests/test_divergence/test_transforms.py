@@ -199,7 +199,7 @@ def test_torch_func_reaches_every_tensor_but_labels(backend):
 
 @pytest.mark.parametrize(
     ("compiler", "reduction", "inplace_backward"),
-    [("aot_eager", "none", True), ("inductor", "mean", False)],
+    [("aot_eager", "none", True), pytest.param("inductor", "mean", False, marks=pytest.mark.long)],
 )
 def test_compiled(backend, compiler, reduction, inplace_backward):
     def run(clean, adversarial, labels):

@@ -126,6 +126,7 @@ def test_a_stopped_run_goes_on_exactly(train, bert, tmp_path, monkeypatch, model
     assert first["outcomes"] == second["outcomes"] and first["best_epoch"] == second["best_epoch"]
 
 
+@pytest.mark.long
 def test_ctrl_c_leaves_a_checkpoint(train, tmp_path):
     out = tmp_path / "out"
     arguments = ["--train", train, "--model", "textcnn", "--epochs", "400", "--device", "cpu"]
@@ -182,7 +183,8 @@ MISTAKES = {
 
 @pytest.mark.parametrize("case", MISTAKES)
 def test_mistakes_are_named_and_nothing_is_written(train, tmp_path, capsys, monkeypatch, case):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # what HF_HUB_OFFLINE=1 sets when the hub's package is imported: no waiting for a network
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     arguments, message = MISTAKES[case]
     out = tmp_path / "out"
     assert run("--train", train, "--model", "textcnn", *arguments, "--output", out) == 2
@@ -244,6 +246,7 @@ def test_a_folder_of_other_things_is_left_alone(train, tmp_path, capsys):
     assert train.exists()
 
 
+@pytest.mark.long
 def test_two_processes_train_as_one(train, tmp_path):
     # whole batches: the last one's missing texts are others in two processes
     train = tsv(train, texts(64))

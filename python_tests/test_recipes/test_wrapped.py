@@ -252,6 +252,7 @@ def one_recipe(name, rank, inside):
     recipe.close()
 
 
+@pytest.mark.long
 def test_under_ddp_only_the_last_backward_synchronises(tmp_path):
     """Two processes: this one and another."""
     path = str(tmp_path / "store")

@@ -136,6 +136,7 @@ def run(options: argparse.Namespace, command: str) -> int:
     except ImportError as error:
         print(f"error: {error.name} is not installed: {INSTALL}", file=sys.stderr)
         return 2
+    train.quiet()
     try:
         finetune(**keywords_of(options), command=command)
     except (ValueError, TypeError) as error:

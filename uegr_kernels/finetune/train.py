@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
 from ..integrations.transformers import UEGRTrainer
 from . import measures
@@ -242,6 +243,14 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self.bar.close()
+
+
+def quiet() -> None:
+    """Has Transformers say what goes wrong alone: the command has a bar of its own, and that a head
+    is new is what fine-tuning means.
+    """
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def processes() -> int:
