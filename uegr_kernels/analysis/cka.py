@@ -91,8 +91,9 @@ def plot_cka(series: dict[str, dict[str, float]], path: str | pathlib.Path) -> p
     with picture(path) as axes:
         for name, values in series.items():
             axes.plot([str(at) for at in values], list(values.values()), label=name)
-        axes.set(ylabel="likeness to the model before (CKA)", ylim=(0, 1.02))
-        axes.tick_params(axis="x", rotation=90)
+        axes.set(ylabel="likeness to before (CKA)", ylim=(0, 1.02))
+        if any(len(str(at)) > 3 for values in series.values() for at in values):
+            axes.tick_params(axis="x", rotation=90)
         axes.legend()
     return pathlib.Path(path)
 

@@ -78,6 +78,6 @@ def plot_gradient_conflict(
             shares.plot(at, [each.opposed for each in found], label=name)
         cosines.axhline(0, color=GREY, linewidth=0.8)
         cosines.set(xlabel="epoch", ylabel="cosine of the two gradients")
-        shares.set(xlabel="epoch", ylabel="share of elements with opposite signs", ylim=(0, None))
+        shares.set(xlabel="epoch", ylabel="share of opposite signs", ylim=(0, None))
         cosines.legend()
     return pathlib.Path(path)

@@ -41,7 +41,8 @@ def styled() -> Iterator[None]:
     import matplotlib
     from cycler import cycler  # a part of matplotlib
 
-    lines = cycler(color=COLOURS) + cycler(marker=SHAPES)
+    # dashed where there are more lines than colours
+    lines = cycler(linestyle=("-", "--")) * (cycler(color=COLOURS) + cycler(marker=SHAPES))
     with matplotlib.rc_context({**STYLE, "axes.prop_cycle": lines}):
         yield
 
