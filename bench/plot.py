@@ -7,7 +7,15 @@ import pathlib
 import textwrap
 from typing import Any
 
-from uegr_kernels.analysis.pictures import COLOURS, GREY, MAP, SHAPES, figure, styled
+from uegr_kernels.analysis.pictures import (
+    COLOURS,
+    GREY,
+    MAP,
+    SHAPES,
+    figure,
+    plain_logarithmic,
+    styled,
+)
 
 from . import tables
 
@@ -78,18 +86,6 @@ def times_faster(ours_over_this: dict[str, float]) -> tuple[float, float, float]
     """Returns lower quartile, median and upper quartile of a peer's time over ours."""
     low, middle, high = (1 / ours_over_this[name] for name in ("q3", "median", "q1"))
     return low, middle, high
-
-
-def plain_logarithmic(axis: Any, low: float, high: float) -> None:
-    """Makes an axis logarithmic, with numbers as people write them: 0.5, 1, 2, 5, 10."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    steps = (1, 10) if high > 200 * low else (1, 2, 5)
-    marks = [step * 10.0**power for power in range(-3, 10) for step in dict.fromkeys(steps)]
-    axis.set_major_locator(FixedLocator([mark for mark in marks if low / 2 < mark < 2 * high]))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 @styled()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from uegr_kernels.analysis.attack import STRENGTHS
-from uegr_kernels.analysis.pictures import COLOURS, GREY, styled
+from uegr_kernels.analysis.pictures import COLOURS, GREY, plain_logarithmic, styled
 
 from .. import plot
 from ..tables import table
@@ -533,7 +533,7 @@ def _curves(
             )
         axes.set(xlabel=across, ylabel="accuracy in percent", title=title)
         if logarithmic:
-            plot.plain_logarithmic(axes.xaxis, min(seconds), max(seconds))
+            plain_logarithmic(axes.xaxis, min(seconds), max(seconds))
         axes.grid(axis="y")
         axes.legend()
         rows = [

@@ -83,7 +83,7 @@ def plot_ood_auroc(
             axes.hist(scores.numpy(), bins, range=span, density=True, histtype="step", label=label)
         axes.set(
             xlabel="largest probability" if inside.dim() == 2 else "score",
-            ylabel="density of texts",
+            ylabel="density of samples",
         )
         axes.legend()
     return pathlib.Path(path)

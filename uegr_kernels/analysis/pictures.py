@@ -70,3 +70,15 @@ def pictures(path: str | pathlib.Path, count: int, **kwargs: object) -> Iterator
         drawn = figure(5.4, 4.0) if count < 2 else figure(3.8 * columns, 3.3 * rows)
         yield [drawn.add_subplot(rows, columns, i + 1, **kwargs) for i in range(count)]
         drawn.savefig(path)
+
+
+def plain_logarithmic(axis: Any, low: float, high: float) -> None:
+    """Makes an axis logarithmic, with numbers as people write them: 0.5, 1, 2, 5, 10."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    steps = (1, 10) if high > 200 * low else (1, 2, 5)
+    marks = [step * 10.0**power for power in range(-3, 10) for step in dict.fromkeys(steps)]
+    axis.set_major_locator(FixedLocator([mark for mark in marks if low / 2 < mark < 2 * high]))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -240,7 +240,7 @@ def plot_selection_report(report: SelectionReport, path: str | pathlib.Path) -> 
         rows or [[0.0]], aspect="auto", extent=(0, 1, len(names) - 0.5, -0.5), vmin=0, vmax=1
     )
     densities.set(xlabel="probability of being selected (p)")
-    drawn.colorbar(shown, ax=densities, label="share of the parameter's elements")
+    drawn.colorbar(shown, ax=densities, label="share of its elements")
     drawn.suptitle(
         f"{report.selected:.1%} of all elements selected; largest 1/p {report.largest_inverse:.3g}"
     )
