@@ -7,17 +7,22 @@ import pathlib
 import textwrap
 from typing import Any
 
-from uegr_kernels.analysis.pictures import (
-    COLOURS,
-    GREY,
-    MAP,
-    SHAPES,
-    figure,
-    plain_logarithmic,
-    styled,
-)
-
 from . import tables
+
+
+def _style() -> Any:
+    """Loads the pictures' style by its file: the package imports torch, for which the process that
+    draws a GPU's figures has no time.
+    """
+    file = pathlib.Path(__file__).parent.parent / "uegr_kernels" / "analysis" / "pictures.py"
+    spec = importlib.util.spec_from_file_location("pictures", file)
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+style = _style()
+figure, styled = style.figure, style.styled
 
 
 def pictures(path: pathlib.Path, records: list[dict]) -> list[pathlib.Path]:
@@ -62,7 +67,7 @@ def _speeds(path: pathlib.Path, records: list[dict], missing: str) -> pathlib.Pa
                 0.9,
                 left=1,
                 xerr=[[middle - low], [high - middle]],
-                color=(*COLOURS, GREY)[peers.index(peer) % (len(COLOURS) + 1)],
+                color=(*style.COLOURS, style.GREY)[peers.index(peer) % (len(style.COLOURS) + 1)],
                 error_kw={"elinewidth": 1},
                 label=None if peer in labelled else f"than {peer}",
             )
@@ -73,12 +78,12 @@ def _speeds(path: pathlib.Path, records: list[dict], missing: str) -> pathlib.Pa
     axes.set_ylim(place - 0.5, -1)
     axes.axvline(1, color="black", linewidth=0.8)
     if medians and max(medians) > WIDE * min(medians):
-        plain_logarithmic(axes.xaxis, min(medians), max(medians))
+        style.plain_logarithmic(axes.xaxis, min(medians), max(medians))
     axes.set(xlabel="times faster (median, quartiles); left of 1 ours is slower")
     axes.grid(axis="x")
     drawn.legend(loc="outside upper right", ncols=2)
     if missing:
-        drawn.supxlabel(textwrap.fill(missing, 100), fontsize=7, color=GREY)
+        drawn.supxlabel(textwrap.fill(missing, 100), fontsize=7, color=style.GREY)
     return _written(drawn, path)
 
 
@@ -100,12 +105,12 @@ def _scaling(path: pathlib.Path, records: list[dict], missing: str) -> pathlib.P
         drawn.subplots(2, len(axes_names), squeeze=False).T, axes_names, strict=True
     ):
         speed, element = column
-        for style, count in zip(("-", "--", ":"), threads, strict=False):
+        for dashes, count in zip(("-", "--", ":"), threads, strict=False):
             some = [r for r in records if r["axis"] == axis and r["threads"] == count]
             ending = "" if count is None else f", {count} thread{'s' * (count > 1)}"
             names = dict.fromkeys(one["name"] for record in some for one in record["contestants"])
             for i, name in enumerate(names):
-                looks = {"color": COLOURS[i], "marker": SHAPES[i], "linestyle": style}
+                looks = {"color": style.COLOURS[i], "marker": style.SHAPES[i], "linestyle": dashes}
                 found = [(r["elements"], one) for r in some for one in r["contestants"]]
                 mine = [(n, one) for n, one in found if one["name"] == name and "seconds" in one]
                 times = [(n, 1e9 * one["seconds"]["median"] / n) for n, one in mine]
@@ -126,7 +131,7 @@ def _scaling(path: pathlib.Path, records: list[dict], missing: str) -> pathlib.P
             axes.grid(axis="y")
             axes.legend()
     if missing:
-        drawn.supxlabel(textwrap.fill(missing, 100), fontsize=7, color=GREY)
+        drawn.supxlabel(textwrap.fill(missing, 100), fontsize=7, color=style.GREY)
     return _written(drawn, path)
 
 
@@ -146,7 +151,7 @@ def heat_map(
     down: str,
 ) -> None:
     """Draws a grid of numbers as colours, each with its value."""
-    axes.imshow(grid, cmap=MAP, aspect="auto")
+    axes.imshow(grid, cmap=style.MAP, aspect="auto")
     middle = (min(map(min, grid)) + max(map(max, grid))) / 2
     for i, row in enumerate(grid):
         for j, value in enumerate(row):
