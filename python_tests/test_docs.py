@@ -208,6 +208,12 @@ def test_the_api_has_every_public_name():
     assert names <= set(documented), sorted(names - set(documented))
 
 
+def test_every_example_is_in_the_docs():
+    page = (ROOT / "docs/integrations.md").read_text()
+    examples = [path.name for path in (ROOT / "examples").glob("*.py")]
+    assert examples and [name for name in examples if f"| `{name}` |" not in page] == []
+
+
 def test_no_committed_table_has_a_row_that_was_in_doubt():
     tables = [*PAGES, ROOT / "bench/README.md", *(ROOT / "bench/results").rglob("*.md")]
     found = [page.name for page in tables if re.search("disturbed|WARNING", page.read_text())]
