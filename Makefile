@@ -7,7 +7,7 @@ JOBS ?= 2
 OLD_TRITON := build/triton-3.6.0
 SOURCES = $(shell find csrc python_tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help demo test bench gpu check format build wheel sanitize fuzz clean $(ASAN) $(TSAN)
+.PHONY: help demo test bench gpu check format docs build wheel sanitize fuzz clean $(ASAN) $(TSAN)
 
 help:
 	@echo "make demo    fine-tune a text classifier, selective AdamW beside plain AdamW"
@@ -15,6 +15,7 @@ help:
 	@echo "make bench   time the operators beside their peers"
 	@echo "make gpu     everything that needs a GPU: tests, benchmarks, results in build/gpu; fails where there is none (docs/gpu.md)"
 	@echo "make check   lint and types; make format puts the layout right"
+	@echo "make docs    the documentation as a site, in build/site"
 	@echo "make wheel   a wheel in dist/"
 	@echo "make sanitize  the C++ tests under the address, undefined-behaviour and thread sanitizers"
 	@echo "make fuzz    random arguments for the operators under the first two, for ten minutes"
@@ -41,6 +42,17 @@ format: $(VENV)/.ready
 	$(RUN) -m ruff check --fix --select I .
 	$(RUN) -m ruff format .
 	$(VENV)/bin/clang-format -i $(SOURCES)
+
+# In an environment of its own, without torch: the API is read, not imported. What is in doubt is an error.
+DOCS := $(VENV)/docs
+docs: $(DOCS)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet
+	@echo "build/site/index.html; with its search: python3 -m http.server -d build/site"
+
+$(DOCS)/.ready: requirements-docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --disable-pip-version-check -r requirements-docs.txt
+	touch $@
 
 # The environment that is there and has a torch for GPUs, ours first; nothing is installed. Without one, the program says what is missing.
 FOR_GPUS = -c 'import sys, torch; sys.exit(not (torch.version.cuda or torch.version.hip))'

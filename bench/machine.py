@@ -17,7 +17,8 @@ import torch
 
 from .timer import Step, sample
 
-BUSY = 0.5  # load average above which a machine does not count as quiet
+BUSY = 0.2  # processors that other programs use, from which on a machine does not count as quiet
+LOOK = 2.0  # seconds over which that is measured
 
 
 def no_gpu() -> str | None:
@@ -172,23 +173,32 @@ def others_seconds() -> float | None:
     return None
 
 
+def others_cpus(seconds: float = LOOK) -> float | None:
+    """Returns how many processors other programs use, measured over these seconds of sleep."""
+    before, started = others_seconds(), time.perf_counter()
+    time.sleep(seconds)
+    after, passed = others_seconds(), time.perf_counter() - started
+    return None if before is None or after is None else (after - before) / passed
+
+
+def is_quiet(others: float | None) -> bool:
+    """Returns whether other programs take so little that figures hold; unknown counts as so."""
+    return others is None or others < BUSY
+
+
 def wait_until_quiet(seconds: float) -> str | None:
-    """Waits until the load average is low, `seconds` at most; returns a warning where it stays
-    high.
+    """Waits until other programs are still, `seconds` at most; returns a warning where they are
+    not.
     """
     until = time.monotonic() + seconds
-    if seconds and os.getloadavg()[0] > BUSY:
-        print(
-            f"load average {os.getloadavg()[0]:.2f}: waiting up to {seconds:.0f} s for {BUSY}",
-            file=sys.stderr,
-            flush=True,
-        )
-    while os.getloadavg()[0] > BUSY:
+    said = False
+    while not is_quiet(others := others_cpus()):
+        busy = f"other programs use {others:.2f} processors"
         if time.monotonic() >= until:
-            return (
-                f"the machine is busy (load average {os.getloadavg()[0]:.2f} before the run): "
-                "ratios are in doubt, times more so"
-            )
+            return f"the machine is busy ({busy}): ratios are in doubt, times more so"
+        if not said:
+            print(f"{busy}: waiting up to {seconds:.0f} s", file=sys.stderr, flush=True)
+        said = True
         time.sleep(min(5, max(0, until - time.monotonic())))
     return None
 

@@ -34,7 +34,7 @@ def results(records: list[dict]) -> str:
             if key in record:
                 rows.append([record["case"], f"{key}: {record[key]}"])
         for i, one in enumerate(record.get("contestants", [])):
-            name = "" if i else case_name(record)
+            name = "" if i else record["case"]
             if "missing" in one:
                 rows.append([name, one["name"], f"missing: {one['missing']}"])
                 continue
@@ -47,16 +47,6 @@ def results(records: list[dict]) -> str:
         if "breakdown" in record:
             rows.append(["", f"where ours spends its time: {breakdown(record)}"])
     return table(heads, rows)
-
-
-def disturbed(record: dict) -> bool:
-    """Returns whether other programs took a fifth of a processor or more from the case."""
-    return (record.get("others_cpus") or 0) >= 0.2
-
-
-def case_name(record: dict) -> str:
-    """Returns a case's name, marked where others disturbed it."""
-    return record["case"] + " [disturbed]" * disturbed(record)
 
 
 def extra(one: dict) -> str:
@@ -92,7 +82,7 @@ def summary(records: list[dict], peers: tuple[str, ...] = ()) -> str:
         }
         share = f"{ours['copy_share']:.0%}" if ours["bytes"] else "-"
         times = [cell(ours["seconds"], 1000), *(ratios.get(peer, "-") for peer in peers)]
-        rows.append([case_name(record), *times, share, extra(ours)])
+        rows.append([record["case"], *times, share, extra(ours)])
     return table([*heads, "of a copy", "peak extra MiB"], rows)
 
 
@@ -145,5 +135,5 @@ def origins(records: list[dict]) -> str:
             default=None,
         )
         text += "" if busiest is None else f"; other programs used up to {busiest:.2f} processors"
-        texts.append(text + (f". WARNING: {first['warning']}." if first["warning"] else "."))
+        texts.append(f"{text}.")
     return "\n\n".join(texts)

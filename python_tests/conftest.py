@@ -56,7 +56,8 @@ def pytest_addoption(parser):
     )
 
 
-LONG = ("test_cuda", "test_triton", "test_integrations")  # beside tests marked as long
+# beside tests marked as long
+LONG = ("test_cuda", "test_triton", "test_integrations", "test_docs_commands")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1205,3 +1205,8 @@ def test_by_hand_a_case_answers_on_the_terminal(monkeypatch, capsys):
     monkeypatch.delenv(gpu_runner.ANSWER, raising=False)
     answer({"a": 1})
     assert json.loads(capsys.readouterr().out) == {"a": 1}
+
+
+def test_the_process_that_watches_over_the_stages_imports_no_torch():
+    code = "import sys, bench.gpu; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

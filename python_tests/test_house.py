@@ -458,6 +458,19 @@ def torch_alone(path, text):
 
 
 @rule(
+    "Pictures have one style: `analysis/pictures.py` alone imports matplotlib",
+    f"({PACKAGE}|bench)/(?!analysis/pictures[.]py).*[.]py",
+    bad=[
+        "uegr_kernels/analysis/cka.py | def plot():\n  from matplotlib.figure import Figure",
+        "bench/plot.py | import matplotlib",
+    ],
+    good=["bench/plot.py | from uegr_kernels.analysis.pictures import figure"],
+)
+def one_style(path, text):
+    return unless(lambda entry: entry.layer != "matplotlib", path, text)
+
+
+@rule(
     "Tests import public names, `reference` by name, and what `core`, `op` and `options` hold",
     "python_tests/.*",
     bad=[

@@ -325,7 +325,7 @@ def test_a_compiled_model(tmp_path):
 
 
 def test_a_lightning_module(tmp_path):
-    """The six lines of README's `training_step`."""
+    """The module of docs/integrations.md, for two epochs."""
     lightning = pytest.importorskip("lightning")
 
     class Module(lightning.LightningModule):

@@ -6,6 +6,8 @@ import pathlib
 import statistics
 from typing import Any
 
+from uegr_kernels.analysis.pictures import COLOURS, GREY, styled
+
 from .. import plot
 from ..tables import table
 from . import intervals
@@ -172,6 +174,7 @@ def _contrasts(rows: Rows) -> list[list[str]]:
     ]
 
 
+@styled()
 def _picture(data: str, rows: Rows, path: pathlib.Path) -> pathlib.Path:
     """Draws a dot with its interval for each method, a panel for each of the main measures."""
     columns = picks(data)
@@ -182,20 +185,15 @@ def _picture(data: str, rows: Rows, path: pathlib.Path) -> pathlib.Path:
             found = intervals.of_accuracy([columns[title](result) for result in results])
             low, middle, high = (100 * value for value in (found.low, found.mean, found.high))
             axes.errorbar(
-                middle,
-                place,
-                xerr=[[middle - low], [high - middle]],
-                fmt="o",
-                color="C0",
-                capsize=3,
+                middle, place, xerr=[[middle - low], [high - middle]], fmt="o", color=COLOURS[0]
             )
         if (base := _chosen_under_pgd(rows, "plain")) is not None:
             plain = statistics.fmean(share_right(columns[title](result)) for result in base)
-            axes.axvline(100 * plain, color="grey", linewidth=0.8, linestyle="--")
+            axes.axvline(100 * plain, color=GREY, linewidth=0.8, linestyle="--")
         axes.set(title=title, xlabel="percent right")
     labels = [name if kind == "both" else f"{name}, for {CHOSEN_FOR[kind]}" for name, kind in rows]
-    figure.axes[0].set_yticks(range(len(rows)), labels, fontsize=8)
+    figure.axes[0].set_yticks(range(len(rows)), labels)
     figure.axes[0].invert_yaxis()
     figure.suptitle(f"all-MiniLM-L6 fine-tuned on 1,000 texts of {data}; dashed: plain fine-tuning")
-    figure.savefig(path, dpi=100)
+    figure.savefig(path)
     return path

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from uegr_kernels.analysis.attack import STRENGTHS
+from uegr_kernels.analysis.pictures import COLOURS, GREY, plain_logarithmic, styled
 
 from .. import plot
 from ..tables import table
@@ -292,11 +293,12 @@ def _perspectives(main: Main, model: str) -> list[str]:
     ]
 
 
+@styled()
 def _main_picture(main: Main, model: str, path: pathlib.Path) -> pathlib.Path:
     """Draws clean accuracy and accuracy under the medium PGD attack, each against the base, with
     the standard deviation over seeds.
     """
-    figure = plot.figure(11, 0.3 * len(main.methods) + 1.5)
+    figure = plot.figure(9, 0.3 * len(main.methods) + 1.5)
     for axes, (title, pick) in zip(
         figure.subplots(1, 2, sharey=True), HEADLINES.items(), strict=True
     ):
@@ -304,16 +306,17 @@ def _main_picture(main: Main, model: str, path: pathlib.Path) -> pathlib.Path:
             gaps = [100 * gap for gap in main.against(model, name, BASE, pick)[0]]
             error = deviation(gaps)
             control = name.endswith(("_epsilon_0", "x", "_all_selected", "_plain_dropout"))
-            colour = "C1" if name == "uegr" else "C7" if control else "C0"
+            colour = GREY if control else COLOURS[0]
             axes.barh(
                 i, statistics.fmean(gaps), xerr=error, color=colour, error_kw={"elinewidth": 1}
             )
-        axes.set_yticks(range(len(main.methods)), main.methods, fontsize=8)
+        axes.set_yticks(range(len(main.methods)), main.methods)
+        axes.grid(axis="x")
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set(title=title, xlabel=f"points above {BASE}: mean and standard deviation over seeds")
+        axes.set(title=title, xlabel=f"points above {BASE}")
     axes.invert_yaxis()
-    figure.suptitle(f"{model}, mean over {', '.join(main.sets)}; grey: controls")
-    figure.savefig(path, dpi=100)
+    figure.suptitle(f"{model}, mean over {', '.join(main.sets)} and seeds; grey: controls")
+    figure.savefig(path)
     return path
 
 
@@ -337,7 +340,7 @@ def means(found: Found) -> list[dict[str, Any]]:
 
 
 def summary(found: Found, cost: dict[str, dict]) -> str:
-    """Tells what a person gains and what it costs: the first model's rows, for the README."""
+    """Tells what a person gains and what it costs: the first model's rows, for docs/evidence.md."""
     main = Main(found)
     model, medium = main.models[0], STRENGTHS[MEDIUM]
     heads = [
@@ -372,6 +375,7 @@ def _cost(cost: dict[str, dict], name: str) -> str:
 # The other studies
 
 
+@styled()
 def passes(found: Found, output: pathlib.Path) -> str:
     """Reports the study of the number of passes."""
     groups = by_point(found)
@@ -383,23 +387,24 @@ def passes(found: Found, output: pathlib.Path) -> str:
         ]
         for (m,), results in groups.items()
     ]
-    figure = plot.figure(6, 4)
+    figure = plot.figure(5.4, 4)
     axes = figure.subplots()
     for label, pick in HEADLINES.items():
         _line(axes, [m for (m,) in groups], groups.values(), pick, label)
     axes.set(
-        xlabel="m, adversarial passes", ylabel="accuracy, points", xticks=[m for (m,) in groups]
+        xlabel="adversarial passes (m)", ylabel="accuracy in percent", xticks=[m for (m,) in groups]
     )
     axes.legend()
-    figure.savefig(output / "passes.png", dpi=100)
+    figure.savefig(output / "passes.png")
     return f"{table(['m', *USUAL, 'ms a step'], rows)}\n\n![passes](passes.png)"
 
 
+@styled()
 def dropout(found: Found, output: pathlib.Path) -> str:
     """Reports the study of two dropout rates."""
     groups = by_point(found)
     rates = sorted({first for first, _ in groups})
-    figure = plot.figure(10, 4.2)
+    figure = plot.figure(9, 3.8)
     parts = []
     for axes, (title, pick) in zip(figure.subplots(1, 2), HEADLINES.items(), strict=True):
         grid = [
@@ -428,7 +433,7 @@ def dropout(found: Found, output: pathlib.Path) -> str:
                 ],
             )
         )
-    figure.savefig(output / "dropout.png", dpi=100)
+    figure.savefig(output / "dropout.png")
     seeds = len(next(iter(groups.values())))
     return "\n\n".join([*parts, f"Means of {seeds} seeds, in points. ![dropout](dropout.png)"])
 
@@ -436,7 +441,7 @@ def dropout(found: Found, output: pathlib.Path) -> str:
 def size(found: Found, output: pathlib.Path) -> str:
     """Reports the study of the training set's size."""
     return _curves(
-        found, output / "size.png", "texts:", "texts to train on", place="{:,}", xscale="log"
+        found, output / "size.png", "texts:", "texts to train on", place="{:,}", logarithmic=True
     )
 
 
@@ -498,6 +503,7 @@ def drop_attack(found: Found, output: pathlib.Path) -> str:
     )
 
 
+@styled()
 def _curves(
     found: Found,
     path: pathlib.Path,
@@ -507,7 +513,7 @@ def _curves(
     place: str = "{:g}",
     row: str = "{}",
     line: str = "{}",
-    xscale: str = "linear",
+    logarithmic: bool = False,
     note: str = "",
 ) -> str:
     """Returns tables and draws a picture of runs by two things: a row and a curve for each of the
@@ -515,7 +521,7 @@ def _curves(
     """
     groups = by_point(found)
     firsts, seconds = (list(dict.fromkeys(key[i] for key in groups)) for i in range(2))
-    figure, parts = plot.figure(10, 4.2), []
+    figure, parts = plot.figure(9, 3.8), []
     for axes, (title, pick) in zip(figure.subplots(1, 2), HEADLINES.items(), strict=True):
         for first in firsts:
             _line(
@@ -525,8 +531,11 @@ def _curves(
                 pick,
                 line.format(first),
             )
-        axes.set(xscale=xscale, xlabel=across, ylabel="accuracy, points", title=title)
-        axes.legend(fontsize=7)
+        axes.set(xlabel=across, ylabel="accuracy in percent", title=title)
+        if logarithmic:
+            plain_logarithmic(axes.xaxis, min(seconds), max(seconds))
+        axes.grid(axis="y")
+        axes.legend()
         rows = [
             [
                 row.format(first),
@@ -535,7 +544,7 @@ def _curves(
             for first in firsts
         ]
         parts.append(table([f"{title}; {corner}", *map(place.format, seconds)], rows))
-    figure.savefig(path, dpi=100)
+    figure.savefig(path)
     return "\n\n".join([*parts, *([note] if note else []), f"![{path.stem}]({path.name})"])
 
 
@@ -552,11 +561,4 @@ def _line(
 ) -> None:
     values = [[100 * pick(result) for result in results] for results in groups]
     errors = list(map(deviation, values))
-    axes.errorbar(
-        list(places),
-        list(map(statistics.fmean, values)),
-        errors,
-        marker="o",
-        capsize=2,
-        label=label,
-    )
+    axes.errorbar(list(places), list(map(statistics.fmean, values)), errors, label=label)

@@ -1,5 +1,5 @@
-"""The neutral option against torch.optim, and the selection against literals, SciPy and the
-README's figures.
+"""The neutral option against torch.optim, and the selection against literals, SciPy and what
+docs/choose.md says of settings.
 """
 
 import numpy as np

@@ -12,7 +12,8 @@ from ..batch_axis import Batch, Inputs
 from ..core import checks
 from ..passes import Pass, Runner
 from ..perturbation import NORMS, fgm_perturbation, masked, pgd_step
-from .watching import held, picture
+from .pictures import picture
+from .watching import held
 
 STRENGTHS = (0.01, 0.25, 0.5)  # weak, medium, strong
 IGNORED = -100  # a label that does not count, as in F.cross_entropy
@@ -145,12 +146,11 @@ def plot_accuracy_under_attack(
             axes.plot(
                 [each.epsilon for each in found],
                 [each.drop if drop else each.accuracy for each in found],
-                marker="o",
                 label=name,
             )
         axes.set(
-            xlabel="epsilon",
-            ylabel="drop of accuracy" if drop else "accuracy",
+            xlabel="epsilon, the size of the perturbation",
+            ylabel="accuracy lost" if drop else "accuracy under attack",
             ylim=(None if drop else 0, 1.02),
         )
         axes.legend()

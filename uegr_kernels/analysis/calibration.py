@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core import checks
-from .watching import picture
+from .pictures import GREY, picture
 
 
 def calibration_error(logits: Tensor, labels: Tensor, *, bins: int = 15) -> float:
@@ -33,19 +33,16 @@ def plot_calibration(
     """
     series = logits if isinstance(logits, dict) else {"model": logits}
     with picture(path) as axes:
-        axes.plot([0, 1], [0, 1], linestyle=":", color="grey")
+        axes.plot([0, 1], [0, 1], linestyle=":", color=GREY, marker="")
         for name, each in series.items():
             found = [
                 entry for entry in _binned(*_sure_and_right(each, labels), bins) if entry[0] > 0
             ]
             label = f"{name}: error {calibration_error(each, labels, bins=bins):.3f}"
-            axes.plot(
-                [sure for _, _, sure in found],
-                [right for _, right, _ in found],
-                marker="o",
-                label=label,
-            )
-        axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+            axes.plot([sure for _, _, sure in found], [right for _, right, _ in found], label=label)
+        axes.set(
+            xlabel="confidence of the model", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1)
+        )
         axes.legend()
     return pathlib.Path(path)
 
@@ -79,18 +76,15 @@ def plot_ood_auroc(
     span = (everything.min().item(), everything.max().item())
     with picture(path) as axes:
         axes.hist(
-            own.numpy(),
-            bins,
-            range=span,
-            density=True,
-            alpha=0.3,
-            color="grey",
-            label="its own set",
+            own.numpy(), bins, range=span, density=True, alpha=0.3, color=GREY, label="its own set"
         )
         for name, scores in others.items():
             label = f"{name}: AUROC {ood_auroc(own, scores):.3f}"
             axes.hist(scores.numpy(), bins, range=span, density=True, histtype="step", label=label)
-        axes.set(xlabel="largest probability" if inside.dim() == 2 else "score", ylabel="density")
+        axes.set(
+            xlabel="largest probability" if inside.dim() == 2 else "score",
+            ylabel="density of samples",
+        )
         axes.legend()
     return pathlib.Path(path)
 

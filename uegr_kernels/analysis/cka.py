@@ -13,7 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.conv import _ConvNd as Convolution
 
 from ..batch_axis import Inputs
-from .watching import call, held, picture, pooled
+from .pictures import picture
+from .watching import call, held, pooled
 
 CHANNELS_SECOND = (BatchNorm, Convolution)
 
@@ -89,9 +90,10 @@ def plot_cka(series: dict[str, dict[str, float]], path: str | pathlib.Path) -> p
     """
     with picture(path) as axes:
         for name, values in series.items():
-            axes.plot([str(at) for at in values], list(values.values()), marker="o", label=name)
-        axes.set(ylabel="linear CKA", ylim=(0, 1.02))
-        axes.tick_params(axis="x", rotation=90)
+            axes.plot([str(at) for at in values], list(values.values()), label=name)
+        axes.set(ylabel="likeness to before (CKA)", ylim=(0, 1.02))
+        if any(len(str(at)) > 3 for values in series.values() for at in values):
+            axes.tick_params(axis="x", rotation=90)
         axes.legend()
     return pathlib.Path(path)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .watching import pictures
+from .pictures import GREY, pictures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +74,10 @@ def plot_gradient_conflict(
     with pictures(path, 2) as (cosines, shares):
         for name, found in series.items():
             at = range(1, len(found) + 1)
-            cosines.plot(at, [each.cosine for each in found], marker="o", label=name)
-            shares.plot(at, [each.opposed for each in found], marker="o", label=name)
-        cosines.axhline(0, color="grey", linewidth=0.8)
-        cosines.set(xlabel="epoch", ylabel="cosine of the gradients")
+            cosines.plot(at, [each.cosine for each in found], label=name)
+            shares.plot(at, [each.opposed for each in found], label=name)
+        cosines.axhline(0, color=GREY, linewidth=0.8)
+        cosines.set(xlabel="epoch", ylabel="cosine of the two gradients")
         shares.set(xlabel="epoch", ylabel="share of opposite signs", ylim=(0, None))
-        cosines.legend(fontsize=8)
+        cosines.legend()
     return pathlib.Path(path)

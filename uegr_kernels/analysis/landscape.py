@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core import checks
-from .watching import held, moved, pictures
+from .pictures import MAP, pictures
+from .watching import held, moved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,13 +114,13 @@ def plot_loss_plane(
             a, b = torch.meshgrid(each.a, each.b, indexing="ij")
             if surface:
                 axes.plot_surface(
-                    a.numpy(), b.numpy(), each.values.numpy(), cmap="viridis", vmin=low, vmax=high
+                    a.numpy(), b.numpy(), each.values.numpy(), cmap=MAP, vmin=low, vmax=high
                 )
                 axes.set(zlim=(low, high))
             else:
                 lines = axes.contour(
                     a.numpy(), b.numpy(), each.values.numpy(), levels=levels, vmin=low, vmax=high
                 )
-                axes.clabel(lines, fontsize=7)
+                axes.clabel(lines, fontsize=8)
             axes.set(xlabel="first direction", ylabel="second direction", title=name)
     return pathlib.Path(path)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core import checks
-from .watching import pictures
+from .pictures import pictures
 
 
 def sgd_covariance(
@@ -90,7 +90,7 @@ def plot_sgd_covariance(
     """
     with pictures(path, len(closed)) as panels:
         for axes, (name, line) in zip(panels, closed.items(), strict=True):
-            axes.plot(list(line), list(line.values()), label="closed form")
+            axes.plot(list(line), list(line.values()), marker="", label="closed form")
             dots = simulated.get(name, {})
             axes.plot(
                 list(dots),
@@ -100,7 +100,7 @@ def plot_sgd_covariance(
                 markersize=4,
                 label="simulation",
             )
-            axes.set(xlabel="step", ylabel="tr S", title=name, ylim=(0, None))
+            axes.set(xlabel="step", ylabel="total variance (tr S)", title=name, ylim=(0, None))
         if panels:
             panels[0].legend()
     return pathlib.Path(path)
@@ -124,12 +124,11 @@ def plot_sgd_diagnostic(
                 axes.plot(
                     range(1, len(epochs) + 1),
                     [epoch.get(figure, math.nan) for epoch in epochs],
-                    marker=".",
                     label=name,
                 )
             axes.set(xlabel="epoch", title=figure)
         if panels:
-            panels[0].legend(fontsize=8)
+            panels[0].legend()
     return pathlib.Path(path)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..selective import SelectiveAdamW, SelectiveSGD, selection_mask, selection_probability
+from .pictures import figure, styled
 
 OPTIONS = tuple(
     inspect.signature(selection_probability).parameters.keys() - {"grad", "saliency", "backend"}
@@ -217,30 +218,31 @@ def _quantiles(s: Tensor) -> list[float]:
     return [ordered[round(q * (ordered.numel() - 1))].item() for q in QUANTILES]
 
 
+@styled()
 def plot_selection_report(report: SelectionReport, path: str | pathlib.Path) -> pathlib.Path:
     """Draws the share selected and the histogram of p of every parameter; writes `path` (PNG,
     or what its ending says) and returns it.
     """
-    from matplotlib.figure import Figure
-
     path = pathlib.Path(path)
     names = [parameter.name for parameter in report.parameters]
-    figure = Figure(figsize=(10, max(2.5, 0.28 * len(names) + 1)), layout="constrained")
-    shares, densities = figure.subplots(1, 2, sharey=True)
+    drawn = figure(9, max(2.5, 0.28 * len(names) + 1))
+    shares, densities = drawn.subplots(1, 2, sharey=True)
     shares.barh(range(len(names)), [parameter.selected for parameter in report.parameters])
-    shares.set(yticks=range(len(names)), yticklabels=names, xlabel="share selected", xlim=(0, 1))
+    shares.set(
+        yticks=range(len(names)), yticklabels=names, xlabel="share that was selected", xlim=(0, 1)
+    )
     shares.invert_yaxis()
     rows = [
         [count / max(1, sum(parameter.histogram)) for count in parameter.histogram]
         for parameter in report.parameters
     ]
-    drawn = densities.imshow(
+    shown = densities.imshow(
         rows or [[0.0]], aspect="auto", extent=(0, 1, len(names) - 0.5, -0.5), vmin=0, vmax=1
     )
-    densities.set(xlabel="p")
-    figure.colorbar(drawn, ax=densities, label="share of the parameter's elements")
-    figure.suptitle(
+    densities.set(xlabel="probability of being selected (p)")
+    drawn.colorbar(shown, ax=densities, label="share of its elements")
+    drawn.suptitle(
         f"{report.selected:.1%} of all elements selected; largest 1/p {report.largest_inverse:.3g}"
     )
-    figure.savefig(path)
+    drawn.savefig(path)
     return path

@@ -1,9 +1,7 @@
-"""Looks at a model in eval mode and leaves it as it was; opens pictures."""
+"""Looks at a model in eval mode and leaves it as it was."""
 
 import contextlib
-import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,24 +66,3 @@ def moved(params: list[nn.Parameter]) -> Iterator[Callable[[list[Tensor]], None]
         yield lambda by: put(at + step for at, step in zip(start, by, strict=True))
     finally:
         put(start)
-
-
-@contextlib.contextmanager
-def picture(path: str | pathlib.Path, **kwargs: object) -> Iterator[Any]:
-    """Yields axes to draw on; written to `path` in the end."""
-    with pictures(path, 1, **kwargs) as (axes,):
-        yield axes
-
-
-@contextlib.contextmanager
-def pictures(path: str | pathlib.Path, count: int, **kwargs: object) -> Iterator[list[Any]]:
-    """Yields so many axes, up to three in a row; written to `path` in the end."""
-    from matplotlib.figure import Figure
-
-    columns = 2 if count == 4 else max(1, min(3, count))
-    rows = max(1, -(-count // columns))
-    figure = Figure(
-        figsize=(6.4, 4.8) if count < 2 else (4.2 * columns, 3.5 * rows), layout="constrained"
-    )
-    yield [figure.add_subplot(rows, columns, i + 1, **kwargs) for i in range(count)]
-    figure.savefig(path)

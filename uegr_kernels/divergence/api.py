@@ -347,6 +347,7 @@ class PairwiseJSLoss(_LossModule):
     function = staticmethod(pairwise_js)
 
     def forward(self, logits: Tensor | Sequence[Tensor]) -> Tensor:
+        """Computes `pairwise_js` of the logits."""
         return pairwise_js(logits, **self.options)
 
 
@@ -361,6 +362,7 @@ class UEGRLoss(_LossModule):
         adversarial_logits: Tensor | Sequence[Tensor] | None,
         labels: Tensor,
     ) -> Tensor | LossParts:
+        """Computes `uegr_loss` of the logits and labels."""
         loss: Tensor | LossParts = uegr_loss(
             clean_logits, adversarial_logits, labels, **self.options
         )

@@ -75,6 +75,7 @@ class AdaptiveDropout(nn.Module):
         self._make(num_features or 0, torch.float32, None)  # empty until the size is known
 
     def forward(self, input: Tensor) -> Tensor:
+        """Drops units of the input, in training mode."""
         if not self.training:
             return input
         self._check(input)
@@ -261,6 +262,7 @@ class AdaptiveDropout(nn.Module):
             missing_keys.remove(key)
 
     def extra_repr(self) -> str:
+        """Returns what the module's repr says of it."""
         features = self.num_features or self.gradient_norm.numel() or None
         return (
             f"{features}, p={self.p}, max_p={self.max_p}, momentum={self.momentum}, "

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..analysis.calibration import expected_error, ood_auroc
+from ..analysis.pictures import figure, styled
 from . import measures
 from .intervals import Figures, Interval, bootstrap, wilson
 from .measures import Outcomes
@@ -266,14 +267,12 @@ def _cell(interval: Interval, percent: bool) -> str:
     return f"{value} ({low}-{high})"
 
 
+@styled()
 def draw(path: pathlib.Path, table: Sequence[Row], recipes: Sequence[str]) -> None:
     """Draws each measure as a line of points, one a recipe, with their intervals."""
-    from matplotlib.figure import Figure  # without pyplot there is no window system to ask for
-
     shown = [row for row in table if not row.name.startswith("calibration")]
-    figure = Figure(figsize=(7.5, 1 + 0.12 * len(shown) * (1 + len(recipes))), layout="constrained")
-    axes = figure.subplots()
-    colours = ("#555555", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+    drawn = figure(7, 1.2 + 0.14 * len(shown) * (1 + len(recipes)))
+    axes = drawn.subplots()
     for k, recipe in enumerate(recipes):
         ys = [i + 0.7 * ((k + 0.5) / len(recipes) - 0.5) for i in range(len(shown))]
         found = [row.figures[recipe] for row in shown]
@@ -282,11 +281,11 @@ def draw(path: pathlib.Path, table: Sequence[Row], recipes: Sequence[str]) -> No
             [100 * max(0.0, each.value - each.low) for each in found],
             [100 * max(0.0, each.high - each.value) for each in found],
         ]
-        colour = colours[k % len(colours)]
-        axes.errorbar(values, ys, xerr=ends, fmt="o", ms=4, color=colour, label=recipe)
+        axes.errorbar(values, ys, xerr=ends, linestyle="", label=recipe)
     axes.set_yticks(range(len(shown)), [row.name for row in shown])
     axes.invert_yaxis()
-    axes.set(xlabel="% (with 95 % intervals; correlations and AUROC in hundredths)")
-    axes.grid(axis="x", alpha=0.3)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, frameon=False)
-    figure.savefig(path, dpi=130)
+    axes.set(xlabel="percent right, with 95 % intervals (correlations and AUROC: hundredths)")
+    axes.xaxis.label.set_size(9)
+    axes.grid(axis="x")
+    drawn.legend(loc="outside upper center", ncols=4)
+    drawn.savefig(path)

@@ -60,6 +60,7 @@ class UEGR(SelectiveUpdate):
 
     @classmethod
     def option_names(cls) -> set[str]:
+        """Returns the names of the keywords that the recipe is built with."""
         return super().option_names() | STAGE_OPTIONS | {"adaptive_dropout", "seed"}
 
     @property
@@ -73,6 +74,7 @@ class UEGR(SelectiveUpdate):
             self._adapted.load_state_dict(state)
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Takes over what `state_dict` gave."""
         reason: str | None = None
         if self._adapted is not None:
             reason = "it was saved with adaptive_dropout=False; build it so"
@@ -83,6 +85,7 @@ class UEGR(SelectiveUpdate):
         super().load_state_dict(state)
 
     def close(self) -> None:
+        """Removes the hooks, and gives the model its nn.Dropout back."""
         super().close()
         if self._adapted is not None:
             self._adapted.close()

@@ -137,4 +137,5 @@ class RATSU(SelectiveUpdate, RAT):
 
     @classmethod
     def option_names(cls) -> set[str]:
+        """Returns the names of the keywords that the recipe is built with."""
         return super().option_names() | {"seed"}

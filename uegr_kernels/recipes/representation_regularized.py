@@ -148,6 +148,7 @@ class ARAT(AttackRecipe):
         self.clean_branch.load_state_dict(state["clean_branch"])
 
     def close(self) -> None:
+        """Removes the hooks, and the predictors from the optimizer."""
         for hook in getattr(self, "_hooks", []):
             hook.remove()
         if self.optimizer is not None and hasattr(self, "_hooks"):

@@ -47,6 +47,7 @@ class SelectiveUpdate(Recipe):
 
     @classmethod
     def option_names(cls) -> set[str]:
+        """Returns the names of the keywords that the recipe is built with."""
         return super().option_names() | (set() if cls.sets_selection else OPTIONS)
 
     def __post_init__(self) -> None:

@@ -149,9 +149,11 @@ class AWP(AttackRecipe):
         )
 
     def epoch_end(self) -> None:
+        """Counts an epoch, for `warmup_epochs`."""
         self.epoch += 1
 
     def close(self) -> None:
+        """Removes the hooks; weights that are moved come back first."""
         self._leave()
         super().close()
 
