@@ -21,7 +21,7 @@ help:
 	@echo "make fuzz    random arguments for the operators under the first two, for ten minutes"
 	@echo "make clean   remove what was built (not $(VENV))"
 
-demo: build
+demo: build $(VENV)/.frameworks
 	$(RUN) -m uegr_kernels demo $(ARGS)
 
 # In the tests' build a failure is an error; elsewhere the package goes on without native code.
