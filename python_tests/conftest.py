@@ -39,7 +39,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--long",
         action="store_true",
-        help="what takes minutes too: compiles for GPUs, Transformers' Trainer, wheels",
+        help="what takes minutes too: compiles for GPUs, Transformers' Trainer, examples, wheels",
     )
     parser.addoption(
         "--triton",
@@ -58,7 +58,7 @@ def pytest_addoption(parser):
     )
 
 
-LONG = ("test_cuda", "test_triton", "test_integrations")
+LONG = ("test_cuda", "test_triton", "test_integrations", "test_examples", "test_hub")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -72,7 +72,7 @@ def pytest_collection_modifyitems(config, items):
         long = [
             item
             for item in items
-            if item.path.stem in LONG or "wheel" in getattr(item, "fixturenames", ())
+            if item.path.stem in LONG or {"wheel", "sdist"} & {*getattr(item, "fixturenames", ())}
         ]
         items[:] = [item for item in items if item not in set(long)]
         config.hook.pytest_deselected(items=long)

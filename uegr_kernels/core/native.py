@@ -27,7 +27,11 @@ NO_CODE = {  # what the CUDA runtime calls code that a GPU does not run
     )
 }
 LEAST = (8, 0)  # the oldest architecture that the CUDA kernels compile for, and Triton supports
-REMEDY = "then run `pip install --force-reinstall --no-deps .` in the source folder"
+# Without --no-cache-dir pip may take a wheel again that it made of a source archive.
+REMEDY = (
+    "then run `pip install --force-reinstall --no-deps --no-cache-dir .` in the source folder, or "
+    "with what was installed (an archive, a name) in the place of the dot"
+)
 
 
 def qualified(operator: str) -> str:
