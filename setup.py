@@ -61,7 +61,7 @@ def find_torch() -> Path:
             return torch
     raise CompileError(
         f"no torch 2.11 or newer in {named or known[0]} (install torch, or name its "
-        "folder by UEGR_KERNELS_TORCH)"
+        "folder by UEGR_KERNELS_TORCH; `python -m build` sees it with --no-isolation alone)"
     )
 
 

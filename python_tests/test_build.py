@@ -255,9 +255,10 @@ def tree(tmp_path) -> Tree:
             "no-such-compiler was not found (install g++, or name another in CXX)",
         ),
         ({"UEGR_KERNELS_TORCH": "/no/such/torch"}, "no torch 2.11 or newer in /no/such/torch"),
+        ({"UEGR_KERNELS_TORCH": "/no/such/torch"}, "`python -m build` sees it with --no-isolation"),
         ({"UEGR_KERNELS_BUILD": "0"}, "UEGR_KERNELS_BUILD=0 forbade it"),
     ],
-    ids=["compiler", "torch", "forbidden"],
+    ids=["compiler", "torch", "isolation", "forbidden"],
 )
 def test_setup_succeeds_without_what_it_needs_and_leaves_the_reason(tree, environment, reason):
     tree.libraries.mkdir()
