@@ -7,7 +7,7 @@ JOBS ?= 2
 OLD_TRITON := build/triton-3.6.0
 SOURCES = $(shell find csrc python_tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help demo test bench gpu check format docs build wheel sanitize fuzz clean $(ASAN) $(TSAN)
+.PHONY: help demo test bench gpu check format docs build wheel hub sanitize fuzz clean $(ASAN) $(TSAN)
 
 help:
 	@echo "make demo    fine-tune a text classifier, selective AdamW beside plain AdamW"
@@ -17,6 +17,7 @@ help:
 	@echo "make check   lint and types; make format puts the layout right"
 	@echo "make docs    the documentation as a site, in build/site"
 	@echo "make wheel   a wheel in dist/"
+	@echo "make hub     a repository of the Hugging Face Kernel Hub in build/hub"
 	@echo "make sanitize  the C++ tests under the address, undefined-behaviour and thread sanitizers"
 	@echo "make fuzz    random arguments for the operators under the first two, for ten minutes"
 	@echo "make clean   remove what was built (not $(VENV))"
@@ -67,6 +68,9 @@ build: $(VENV)/.ready
 wheel: $(VENV)/.ready
 	rm -rf build/lib* dist
 	$(RUN) -m pip wheel --no-deps --no-build-isolation -w dist .
+
+hub: build
+	$(RUN) csrc/build_hub.py build/hub
 
 # The libraries once more with sanitizers, in copies of the package. A Python that is not built with them loads their runtimes ahead of all
 # else, and what it does not free at its end is not looked at. ThreadSanitizer does not see OpenMP's barriers: loops run on plain threads.

@@ -61,7 +61,7 @@ def find_torch() -> Path:
             return torch
     raise CompileError(
         f"no torch 2.11 or newer in {named or known[0]} (install torch, or name its "
-        "folder by UEGR_KERNELS_TORCH)"
+        "folder by UEGR_KERNELS_TORCH; `python -m build` sees it with --no-isolation alone)"
     )
 
 
@@ -202,6 +202,8 @@ class BuildNative(build_ext):
 
 class Wheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
+        # without a library a wheel serves every platform
+        self.root_is_pure = not any(Path(self.bdist_dir).rglob("*.so"))
         return "py3", "none", super().get_tag()[2]  # the libraries hold no Python symbol
 
 

@@ -37,7 +37,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--long",
         action="store_true",
-        help="what takes minutes too: compiles for GPUs, Transformers' Trainer, wheels",
+        help="what takes minutes too: compiles for GPUs, Transformers' Trainer, examples, wheels",
     )
     parser.addoption(
         "--triton",
@@ -57,7 +57,14 @@ def pytest_addoption(parser):
 
 
 # beside tests marked as long
-LONG = ("test_cuda", "test_triton", "test_integrations", "test_docs_commands")
+LONG = (
+    "test_cuda",
+    "test_triton",
+    "test_integrations",
+    "test_docs_commands",
+    "test_examples",
+    "test_hub",
+)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -72,7 +79,7 @@ def pytest_collection_modifyitems(config, items):
             for item in items
             if item.path.stem in LONG
             or item.get_closest_marker("long")
-            or "wheel" in getattr(item, "fixturenames", ())
+            or {"wheel", "sdist"} & {*getattr(item, "fixturenames", ())}
         ]
         items[:] = [item for item in items if item not in set(long)]
         config.hook.pytest_deselected(items=long)

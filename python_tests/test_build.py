@@ -22,7 +22,7 @@ from uegr_kernels.core import backends, native
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = pathlib.Path(uegr_kernels.__file__).parent
-REINSTALL = "pip install --force-reinstall --no-deps ."
+REINSTALL = "pip install --force-reinstall --no-deps --no-cache-dir ."
 
 
 def run(*command, **options) -> subprocess.CompletedProcess:
@@ -237,6 +237,10 @@ class Tree:
         return {file.name for file in self.libraries.glob("*")}
 
 
+def names_in(archive: pathlib.Path) -> list[str]:
+    return zipfile.ZipFile(archive).namelist()
+
+
 @pytest.fixture
 def tree(tmp_path) -> Tree:
     return Tree(tmp_path)
@@ -251,9 +255,10 @@ def tree(tmp_path) -> Tree:
             "no-such-compiler was not found (install g++, or name another in CXX)",
         ),
         ({"UEGR_KERNELS_TORCH": "/no/such/torch"}, "no torch 2.11 or newer in /no/such/torch"),
+        ({"UEGR_KERNELS_TORCH": "/no/such/torch"}, "`python -m build` sees it with --no-isolation"),
         ({"UEGR_KERNELS_BUILD": "0"}, "UEGR_KERNELS_BUILD=0 forbade it"),
     ],
-    ids=["compiler", "torch", "forbidden"],
+    ids=["compiler", "torch", "isolation", "forbidden"],
 )
 def test_setup_succeeds_without_what_it_needs_and_leaves_the_reason(tree, environment, reason):
     tree.libraries.mkdir()
@@ -306,7 +311,9 @@ def test_wheel_has_the_libraries_and_no_bindings(tree):
     done = tree.setup("bdist_wheel")
     assert done.returncode == 0, done.stderr
     (wheel,) = (tree.root / "dist").iterdir()
+    built = "uegr_kernels_baseline.so" in {pathlib.Path(name).name for name in names_in(wheel)}
     assert f"-{uegr_kernels.__version__}-py3-none-" in wheel.name
+    assert wheel.name.endswith("-any.whl") != built
     names = zipfile.ZipFile(wheel).namelist()
     assert not [name for name in names if "_bindings" in name]
     assert [
@@ -314,6 +321,20 @@ def test_wheel_has_the_libraries_and_no_bindings(tree):
         for name in names
         if re.fullmatch(r"uegr_kernels/_lib/(uegr_kernels_baseline\.so|not_built\.txt)", name)
     ]
+
+
+@needs_setuptools
+def test_wheel_without_libraries_is_for_every_platform(tree):
+    done = tree.setup("bdist_wheel", CXX="no-such-compiler")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tree.root / "dist").iterdir()
+    assert wheel.name == f"uegr_kernels-{uegr_kernels.__version__}-py3-none-any.whl"
+    info = f"uegr_kernels-{uegr_kernels.__version__}.dist-info"
+    with zipfile.ZipFile(wheel) as archive:
+        about = archive.read(f"{info}/WHEEL").decode()
+        reason = archive.read("uegr_kernels/_lib/not_built.txt").decode()
+    assert "Root-Is-Purelib: true\n" in about and "Tag: py3-none-any\n" in about
+    assert "no-such-compiler was not found" in reason
 
 
 @needs_setuptools
@@ -349,25 +370,15 @@ PATHS = "import sysconfig; print(sysconfig.get_path('purelib'))"
 
 
 class Environment:
-    """A virtual environment that has a wheel, and on its path what another Python has installed."""
+    """A virtual environment that may have a wheel, and on its path what another Python has
+    installed.
+    """
 
-    def __init__(self, python: str, root: pathlib.Path, wheel: pathlib.Path):
+    def __init__(self, python: str, root: pathlib.Path, wheel: pathlib.Path | None = None):
         self.python, self.root = root / "bin/python", root
         subprocess.run([python, "-m", "venv", "--without-pip", root], check=True)
-        install = [
-            "-m",
-            "pip",
-            "--python",
-            self.python,
-            "install",
-            "-q",
-            "--no-deps",
-            "--no-index",
-            "--ignore-installed",
-            wheel,
-        ]
-        done = run(*install, env=self.environment(), cwd=root)
-        assert done.returncode == 0, done.stderr
+        if wheel is not None:
+            self.install(wheel)
         own, others = (
             subprocess.check_output([which, "-c", PATHS], text=True).strip()
             for which in (self.python, python)
@@ -383,9 +394,15 @@ class Environment:
             if key not in ("PYTHONPATH", "UEGR_KERNELS_ISA")
         }
 
-    def run(self, *command) -> subprocess.CompletedProcess:
-        options = {"env": self.environment(), "capture_output": True, "text": True, "timeout": 500}
-        return subprocess.run([self.python, *map(str, command)], cwd=self.root, **options)
+    def install(self, wheel: pathlib.Path) -> None:
+        pip = ["-m", "pip", "--python", self.python, "install", "-q", "--no-deps", "--no-index"]
+        done = run(*pip, "--ignore-installed", wheel, env=self.environment(), cwd=self.root)
+        assert done.returncode == 0, done.stderr
+
+    def run(self, *command, **variables: str) -> subprocess.CompletedProcess:
+        options = {"capture_output": True, "text": True, "timeout": 500, "cwd": self.root}
+        environment = self.environment() | variables
+        return subprocess.run([self.python, *map(str, command)], env=environment, **options)
 
 
 def pythons() -> list[str]:
@@ -520,17 +537,61 @@ main(["info"])
 """
 
 
-@pytest.mark.long
+NOT_SOURCES = ".*,build,dist,site,_lib,__pycache__,*.so,*.egg-info".split(",")
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> pathlib.Path:
+    """What `python -m build` makes of the sources, unpacked."""
+    if not importlib.util.find_spec("build"):
+        pytest.skip("build is not installed")
+    folder = tmp_path_factory.mktemp("sdist")
+    shutil.copytree(ROOT, folder / "tree", ignore=shutil.ignore_patterns(*NOT_SOURCES))
+    shutil.copy(ROOT / ".clang-format", folder / "tree")
+    done = run("-m", "build", "--sdist", "--no-isolation", "--outdir", folder, folder / "tree")
+    assert done.returncode == 0, done.stderr
+    (archive,) = folder.glob("*.tar.gz")
+    assert archive.name == f"uegr_kernels-{uegr_kernels.__version__}.tar.gz"
+    shutil.unpack_archive(archive, folder)
+    return folder / archive.name.removesuffix(".tar.gz")
+
+
+def test_source_archive_holds_what_make_and_the_documents_name(sdist):
+    named = re.findall(r"[\w./-]+\.txt|[\w/-]+\.py\b", (ROOT / "Makefile").read_text())
+    assert {"requirements-dev.txt", "csrc/build_hub.py", "setup.py"} <= set(named)
+    missing = [name for name in named if not (sdist / name).exists()]
+    assert not missing, f"make names {missing}, which the source archive lacks"
+    for page in (*sdist.glob("*.md"), *sdist.glob("docs/*.md")):
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        for link in re.findall(r"\]\(([^)#\s]+)", text):
+            there = "://" in link or (page.parent / link).exists()
+            assert there, f"{page.name} links to {link}, which the source archive lacks"
+
+
+def test_source_archive_holds_the_files_that_git_does(sdist):
+    """But for the numbers of results, and what serves the repository itself."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git repository")
+    left_out = re.compile(r"\.(ci|git)[^/]*(/|$)|bench/results/.*\.jsonl?$")
+    missing = [
+        name
+        for name in listed.stdout.splitlines()
+        if not left_out.match(name) and (ROOT / name).exists() and not (sdist / name).exists()
+    ]
+    assert not missing
+
+
+def test_versions_agree():
+    version = uegr_kernels.__version__
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    released = re.findall(r"^## \[(\d[\d.]*)\]", changes, re.MULTILINE)
+    assert released[0] == version, "the newest heading of CHANGELOG.md is another version"
+
+
 @needs_setuptools
-def test_source_installs_without_a_compiler_and_runs_on_the_reference(tmp_path):
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
-        shutil.copy(ROOT / name, source / name)
-    for name in ("csrc", "uegr_kernels"):
-        shutil.copytree(
-            ROOT / name, source / name, ignore=shutil.ignore_patterns("_lib", "__pycache__", "*.so")
-        )
+def test_source_archive_installs_without_a_compiler_and_runs_on_the_reference(sdist, tmp_path):
     build = [
         "-m",
         "pip",
@@ -541,11 +602,13 @@ def test_source_installs_without_a_compiler_and_runs_on_the_reference(tmp_path):
         "--no-build-isolation",
         "-w",
         tmp_path,
-        source,
+        sdist,
     ]
     done = run(*build, env=os.environ | {"CXX": "no-such-compiler", "UEGR_KERNELS_BUILD": ""})
     assert done.returncode == 0, done.stderr
-    there = Environment(sys.executable, tmp_path / "environment", next(tmp_path.glob("*.whl")))
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    there = Environment(sys.executable, tmp_path / "environment", wheel)
     done = there.run("-c", WITHOUT_LIBRARY)
     assert done.returncode == 0, done.stderr
     refusal, *report = done.stdout.splitlines()

@@ -24,6 +24,12 @@
 
 #include LOOPS // of the compiler at work
 
+// Where torch has the operators: the package's name, or that of a build for the Kernel Hub.
+#ifndef UEGR_NAMESPACE
+#define UEGR_NAMESPACE uegr_kernels
+#endif
+#define QUALIFIED(name) C10_STRINGIZE(UEGR_NAMESPACE) "::" #name
+
 namespace uegr {
 
 using torch::headeronly::ScalarType;
@@ -81,7 +87,7 @@ template <class R, class... A, R (*function)(A...)> struct Boxed<function> {
 #else
 #define EXPORT_BOXED_AS(name, function)                                                            \
     void boxed_##name(StableIValue* stack, uint64_t, uint64_t) {                                   \
-        Boxed<&function>::call("uegr_kernels::" #name, stack);                                     \
+        Boxed<&function>::call(QUALIFIED(name), stack);                                            \
     }
 #endif
 #define EXPORT_BOXED(name) EXPORT_BOXED_AS(name, name)

@@ -852,7 +852,7 @@ static std::tuple<Tensor, Tensor, Tensors> leave(Tensors logits, const OptionalT
     StableIValue stack[8];
     const auto given = std::make_tuple(logits, labels, js_weight, label_smoothing, ignore_index,
                                        reduction, regression, needs);
-    call_fallback("uegr_kernels::uegr_loss_", stack, given);
+    call_fallback(QUALIFIED(uegr_loss_), stack, given);
     const auto [loss, parts] = torch::stable::detail::unbox_to_tuple<Tensor, Tensor>(stack);
     return {loss, parts, gradients};
 }

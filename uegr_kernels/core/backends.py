@@ -80,7 +80,7 @@ def _reasons_there(
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return ["Triton is not installed; run `pip install triton`"]
-        if importlib.util.find_spec(f"uegr_kernels.{folder}.triton") is None:
+        if importlib.util.find_spec(f"{native.PACKAGE}.{folder}.triton") is None:
             found.append(f"{operator} has no Triton kernel in this version; use backend='auto'")
         if gpu is not None:
             found.append(native.why_not_triton(gpu))
@@ -177,10 +177,10 @@ def define(
         (name, has_triton and native.why_not_cuda() is not None),
         (f"{name}.fallback", has_triton),
     ):
-        torch.library.define(f"uegr_kernels::{overload}", schema)
-        torch.library.impl(f"uegr_kernels::{overload}", "CompositeExplicitAutograd", reference)
+        torch.library.define(native.qualified(overload), schema)
+        torch.library.impl(native.qualified(overload), "CompositeExplicitAutograd", reference)
         if registered:
-            torch.library.impl(f"uegr_kernels::{overload}", "CUDA", on_gpu)
+            torch.library.impl(native.qualified(overload), "CUDA", on_gpu)
 
 
 def _device(arguments: Iterable[object]) -> torch.device:

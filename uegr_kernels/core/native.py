@@ -7,6 +7,8 @@ import pathlib
 
 import torch
 
+PACKAGE = __name__.removesuffix(".core.native")  # on the Kernel Hub each build has its own name
+NAMESPACE = PACKAGE.rpartition(".")[2]  # of the operators, in the libraries too
 LIBRARIES = pathlib.Path(__file__).parent.parent / "_lib"
 ISAS = ("baseline", "avx2", "avx512")  # weakest first
 # torch says AVX2 only of a processor that has FMA too, AVX512 only of one with F, BW, DQ and VL;
@@ -25,7 +27,16 @@ NO_CODE = {  # what the CUDA runtime calls code that a GPU does not run
     )
 }
 LEAST = (8, 0)  # the oldest architecture that the CUDA kernels compile for, and Triton supports
-REMEDY = "then run `pip install --force-reinstall --no-deps .` in the source folder"
+# Without --no-cache-dir pip may take a wheel again that it made of a source archive.
+REMEDY = (
+    "then run `pip install --force-reinstall --no-deps --no-cache-dir .` in the source folder, or "
+    "with what was installed (an archive, a name) in the place of the dot"
+)
+
+
+def qualified(operator: str) -> str:
+    """Returns an operator's name with the namespace that torch has it in."""
+    return f"{NAMESPACE}::{operator}"
 
 
 def supported_isas() -> tuple[str, ...]:
@@ -245,8 +256,8 @@ def why_not() -> str | None:
 
 
 def has_kernel(operator: str, dispatch_key: str) -> bool:
-    """Returns whether a compiled kernel stands behind `uegr_kernels::operator` for a dispatch key
-    ("CPU", "CUDA").
+    """Returns whether a compiled kernel stands behind an operator for a dispatch key ("CPU",
+    "CUDA").
     """
     load() if dispatch_key == "CPU" else why_not_cuda()
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"uegr_kernels::{operator}", dispatch_key)
+    return torch._C._dispatch_has_kernel_for_dispatch_key(qualified(operator), dispatch_key)

@@ -7,7 +7,7 @@ from typing import Generic, NoReturn, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, native
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -25,7 +25,7 @@ class Context(Protocol):
 
 
 class Operator(Generic[P, R]):
-    """Defines `uegr_kernels::<name>`, and calls it on a backend that `choose` gave.
+    """Defines an operator in the package's namespace, and calls it on a backend that `choose` gave.
 
     package    the folder's, `__package__` in its op.py
     schema     "name(arguments) -> results", as PyTorch writes it
@@ -52,7 +52,7 @@ class Operator(Generic[P, R]):
         self.package, self.reference, self.words = package, reference, words
         self.name = schema.partition("(")[0]
         self.path = f"{package.rpartition('.')[2]}.{self.name}"
-        name, arguments = f"uegr_kernels::{self.name}", schema.removeprefix(self.name)
+        name, arguments = native.qualified(self.name), schema.removeprefix(self.name)
         by_reference = functools.partial(self.by_schema, reference)
         by_triton = functools.partial(self.by_schema, self._by_triton)
         backends.define(self.name, arguments, by_reference, by_triton)
@@ -62,7 +62,7 @@ class Operator(Generic[P, R]):
             torch.library.register_fake(overload, fake)
         if no_vmap is not None:
             refuse_vmap(self.name, no_vmap)
-        packet = getattr(torch.ops.uegr_kernels, self.name)
+        packet = getattr(getattr(torch.ops, native.NAMESPACE), self.name)
         self.default, self.fallback = packet.default, packet.fallback
         self._written = [  # positions, and names of keywords
             argument.name if argument.kwarg_only else position
@@ -153,4 +153,4 @@ def refuse_vmap(operator: str, sentence: str) -> None:
     def refuse(*_: object, **__: object) -> NoReturn:
         raise RuntimeError(sentence)
 
-    torch.library.register_vmap(f"uegr_kernels::{operator}", refuse)
+    torch.library.register_vmap(native.qualified(operator), refuse)

@@ -7,7 +7,7 @@ from typing import NamedTuple, NoReturn, Protocol, TypedDict
 import torch
 from torch import Tensor
 
-from ..core import backends
+from ..core import backends, native
 from ..core.operator import Context, Operator, P, R, refuse_vmap, writes_only
 from . import reference
 
@@ -199,14 +199,16 @@ def _fake_linear(
 # Composed of the others, with gradients by hidden, weight and bias. row_weights: the gradient by
 # the losses of the rows; without it, reduction "none" gives no gradients, as they are not known
 # yet.
+LINEAR = native.qualified("linear_uegr_loss")
 torch.library.define(
-    "uegr_kernels::linear_uegr_loss",
+    LINEAR,
     "(Tensor[] hidden, Tensor weight, Tensor? bias, Tensor? labels, Tensor? row_weights, *, "
     f"{OPTIONS}, ScalarType dtype, int? chunk_rows, str backend) -> (Tensor, Tensor, Tensor[])",
 )
-torch.library.impl("uegr_kernels::linear_uegr_loss", "CompositeExplicitAutograd", _linear_uegr_loss)
-torch.library.register_fake("uegr_kernels::linear_uegr_loss", _fake_linear)
+torch.library.impl(LINEAR, "CompositeExplicitAutograd", _linear_uegr_loss)
+torch.library.register_fake(LINEAR, _fake_linear)
 refuse_vmap("linear_uegr_loss", NO_VMAP)
+linear_uegr_loss = getattr(torch.ops, native.NAMESPACE).linear_uegr_loss.default
 
 
 def _is_one(grad_loss: Tensor) -> bool:
@@ -332,9 +334,7 @@ def _backward_linear(
     # what a row counts is known only now, so the chunks are walked again
     if ctx.by_row and grad_loss is not None:
         weight, bias, labels, *hidden = ctx.saved_tensors
-        gradients = torch.ops.uegr_kernels.linear_uegr_loss.default(
-            hidden, weight, bias, labels, grad_loss, **ctx.options
-        )[2]
+        gradients = linear_uegr_loss(hidden, weight, bias, labels, grad_loss, **ctx.options)[2]
         wanted = iter(gradients)
         *of_hidden, of_weight, of_bias = (
             next(wanted) if need else None for need in ctx.options["needs"]
@@ -355,12 +355,10 @@ def _refuse_second_derivative(*_: object) -> NoReturn:
 
 
 torch.library.register_autograd(
-    "uegr_kernels::uegr_loss", _backward_loss, setup_context=_setup_loss
+    native.qualified("uegr_loss"), _backward_loss, setup_context=_setup_loss
 )
-torch.library.register_autograd(
-    "uegr_kernels::linear_uegr_loss", _backward_linear, setup_context=_setup_linear
-)
-torch.library.register_autograd("uegr_kernels::scale_gradients", _refuse_second_derivative)
+torch.library.register_autograd(LINEAR, _backward_linear, setup_context=_setup_linear)
+torch.library.register_autograd(native.qualified("scale_gradients"), _refuse_second_derivative)
 
 
 class _Loss(torch.autograd.Function):
@@ -522,7 +520,7 @@ def linear_loss_and_parts(
         _check_range(labels, len(weight), options.ignore_index)
 
     def run(reduction: str) -> tuple[Tensor, Tensor]:
-        loss, parts, _ = torch.ops.uegr_kernels.linear_uegr_loss.default(
+        loss, parts, _ = linear_uegr_loss(
             hidden,
             weight,
             bias,

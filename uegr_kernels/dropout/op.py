@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..core import backends, checks
+from ..core import backends, checks, native
 from ..core.operator import Context, Operator
 from . import reference
 
@@ -73,8 +73,12 @@ def _refuse_double_backward(*_: object) -> NoReturn:
     )
 
 
-torch.library.register_autograd("uegr_kernels::adaptive_dropout", _backward, setup_context=_setup)
-torch.library.register_autograd("uegr_kernels::adaptive_dropout_backward", _refuse_double_backward)
+torch.library.register_autograd(
+    native.qualified("adaptive_dropout"), _backward, setup_context=_setup
+)
+torch.library.register_autograd(
+    native.qualified("adaptive_dropout_backward"), _refuse_double_backward
+)
 
 
 class _Dropout(torch.autograd.Function):
