@@ -63,6 +63,7 @@ def settings(**changes) -> training.Settings:
     )
 
 
+@pytest.mark.long
 def test_every_method_trains_and_is_reported(data, tmp_path, capsys):
     assert (
         call(

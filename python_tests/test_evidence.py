@@ -99,6 +99,7 @@ def tiers(monkeypatch):
     monkeypatch.setattr(pretrained_report, "TIERS", pretrained.TIERS)
 
 
+@pytest.mark.long
 def test_every_method_is_tuned_run_and_reported(data, small, tiers, tmp_path):
     runs = pretrained.PretrainedRuns(data, tmp_path, 1, "here")
     plan = pretrained.Plan(runs, small)

@@ -74,6 +74,12 @@ def test_statements_are_calls_that_run(statement):
     exec(statement, {"torch": torch, "uk": uk})
 
 
+def leaves_all_alone(statement):
+    """Whether every probability is 1: the gradients stay as they are, and nothing is launched."""
+    words = ("select_gradients_(", "normalization='constant'", "keep_probability=1.0")
+    return all(word in statement for word in words)
+
+
 EVERY = [
     pytest.param(*one, id="-".join(("triton", *one)))
     for one in itertools.product(compiled.VERSIONS, compiled.TARGETS)
@@ -94,7 +100,7 @@ def test_every_statement_compiles_and_spills_next_to_nothing(version, target):
     errors = [f"{line['error']} in\n{line['statement']}" for line in found if "error" in line]
     assert not errors, "\n".join(errors)
     for line in found:
-        assert line["kernels"], line["statement"]
+        assert bool(line["kernels"]) != leaves_all_alone(line["statement"]), line["statement"]
         spilled = [kernel[:4] for kernel in line["kernels"] if kernel[3] > compiled.MOST_SPILLED]
         assert not spilled or "float64" in line["statement"], f"{spilled} in\n{line['statement']}"
 

@@ -1,5 +1,6 @@
 """The command end to end on a small BERT and on TextCNN: models, reports, going on, refusals."""
 
+import contextlib
 import inspect
 import json
 import os
@@ -297,30 +298,82 @@ def test_a_folder_of_other_things_is_left_alone(train, tmp_path, capsys):
     assert train.exists()
 
 
-@pytest.mark.long
-def test_two_processes_train_as_one(train, tmp_path):
-    # whole batches: the last one's missing texts are others in two processes
-    train = tsv(train, texts(64))
-    arguments = ["--train", train, "--model", "textcnn", "--recipe", "at", "--lr", 1e-2]
-    arguments += ["--validation", tsv(tmp_path / "v.tsv", texts(20, 1))]
-    arguments += ["--test", tsv(tmp_path / "t.tsv", texts(20, 2))]
-    arguments += ["--recipe-options", "dropout=0.0"]
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert run(*arguments, "--output", one) == 0
-    code = (
-        "import sys; from uegr_kernels.finetune.command import main; sys.exit(main(sys.argv[1:]))"
-    )
+def in_two_processes(arguments, tmp_path, stop_after=None):
+    """Runs the command by torchrun; with `stop_after`, as if Ctrl-C came after so many steps."""
     script = tmp_path / "finetune.py"
-    script.write_text(code)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    script.write_text(f"""
+import sys
+from uegr_kernels.finetune import command, task
+
+class Pressed:
+    steps = 0
+    def __enter__(self):
+        return self.noticed
+    def __exit__(self, *_):
+        return None
+    def noticed(self):
+        self.steps += 1
+        return self.steps == {stop_after}
+
+if {stop_after} is not None:
+    task.interrupts_noticed = Pressed
+sys.exit(command.main(sys.argv[1:]))
+""")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script]
-    subprocess.run(
-        [*launch, *map(str, [*arguments, *SMALL, "--output", two])],
-        env=environment,
-        check=True,
+    return subprocess.run(
+        [*map(str, [*launch, *arguments, *SMALL])],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
+        text=True,
     )
-    found, expected = weights(two), weights(one)
+
+
+@pytest.fixture
+def whole_batches(train, tmp_path):
+    """Arguments of a run whose batches are all whole: the last one's missing texts would be others
+    in two processes. Nothing is drawn but the order of the texts.
+    """
+    arguments = ["--train", tsv(train, texts(64)), "--model", "textcnn", "--recipe", "at"]
+    arguments += ["--lr", 1e-2, "--recipe-options", "dropout=0.0"]
+    arguments += ["--validation", tsv(tmp_path / "v.tsv", texts(20, 1))]
+    return [*arguments, "--test", tsv(tmp_path / "t.tsv", texts(20, 2))]
+
+
+def assert_alike(one, other):
+    found, expected = weights(one), weights(other)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.long
+def test_two_processes_train_as_one(whole_batches, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run(*whole_batches, "--output", one) == 0
+    done = in_two_processes([*whole_batches, "--output", two], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_alike(two, one)
     assert (two / "report.md").exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stopped", [2, 1], ids=["two then one", "one then two"])
+def test_a_run_goes_on_in_another_number_of_processes(
+    whole_batches, tmp_path, monkeypatch, stopped
+):
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    assert run(*whole_batches, "--output", whole) == 0
+    arguments = [*whole_batches, "--output", parted]
+    if stopped == 2:
+        done = in_two_processes(arguments, tmp_path, stop_after=11)
+        assert "Stopped; what is done is kept" in done.stderr, done.stderr
+        assert run(*arguments, "--resume") == 0
+    else:
+        steps = []
+        with monkeypatch.context() as patch:
+            noticed = contextlib.nullcontext(lambda: steps.append(1) or len(steps) == 11)
+            patch.setattr(task, "interrupts_noticed", lambda: noticed)
+            assert run(*arguments) == 130
+        done = in_two_processes([*arguments, "--resume"], tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert_alike(parted, whole)
+    assert (parted / "report.md").exists()
