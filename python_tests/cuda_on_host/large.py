@@ -67,6 +67,9 @@ OPTIONS = [
     {"normalization": "rank"},
     {"target": "update", "amsgrad": True},
     {"state_dtype": torch.bfloat16},
+    {"state_dtype": torch.bfloat16, "statistics": "previous"},
+    {"scope": "global"},
+    {"scope": "global", "statistics": "previous"},
 ]
 
 
@@ -97,6 +100,46 @@ def test_steps(options, dtype):
         )
         # u and p may be closer than their rounding
         assert wrong.sum() <= (0.05 * a.numel() + 2 if rank else 1 + 1e-5 * a.numel())
+
+
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+@pytest.mark.parametrize("saliency", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_are_selected(dtype, saliency, scope):
+    # whole accesses and what is left of them; memory that none covers; strides
+    shapes = (70_000, 1023, 3, 4096, 1, 0)
+    start = [torch.randn(n).to(dtype) for n in shapes]
+    start += [torch.randn(4097).to(dtype)[1:], torch.randn(64, 96).to(dtype).t()]
+    s = None if saliency is None else [torch.rand(g.shape).to(saliency) for g in start]
+    found = []
+    for backend in ("cpp", "reference"):
+        params = [torch.nn.Parameter(torch.empty_like(g)) for g in start]
+        for p, g in zip(params, start, strict=True):
+            p.grad = g.clone()
+        uk.select_gradients_(params, seed=7, step=3, saliency=s, scope=scope, backend=backend)
+        found.append([p.grad for p in params])
+    for a, b in zip(*found, strict=True):
+        # u and p may be closer than their rounding
+        other = (a == 0) != (b == 0)
+        assert other.sum() <= 1e-5 * a.numel()
+        kept = ~other
+        torch.testing.assert_close(a[kept].float(), b[kept].float(), rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_masks_are_the_references(dtype):
+    # 1/p is the same number everywhere, so nothing may differ
+    options = {"normalization": "constant", "keep_probability": 0.5, "seed": 2**63 - 5, "step": 9}
+    start = [torch.ones(n, dtype=dtype) for n in (70_001, 4096, 5)]
+    found = []
+    for backend in ("cpp", "reference"):
+        params = [torch.nn.Parameter(torch.empty_like(g)) for g in start]
+        for p, g in zip(params, start, strict=True):
+            p.grad = g.clone()
+        uk.select_gradients_(params, backend=backend, **options)
+        found.append([p.grad for p in params])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b) and {*a.unique().tolist()} == {0, 2}
 
 
 def step_in_float64(backend):
