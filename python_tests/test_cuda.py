@@ -334,12 +334,11 @@ def test_gradients_are_selected_and_gathered_by_whole_accesses(read):
         assert count(loop, "LDG") == count(loop, r"LDG.*\.128")
 
 
-def test_the_loss_takes_two_special_functions_a_logit(read):
+def test_the_loss_of_short_rows_takes_two_special_functions_a_logit(read):
     found = {
         name: kernel for name, kernel in read("divergence").items() if name.startswith("loss_full")
     }
-    # a warp, a block, a cluster; one or two passes in the pairs
-    assert len(found) == 6, found.keys()
+    assert len(found) == 2, found.keys()  # one or two passes in the pairs
     for name, kernel in found.items():
         # A loop takes 8 logits of a row, or of two. What runs once a row, logarithms in double
         # above all, stands outside.
@@ -348,6 +347,71 @@ def test_the_loss_takes_two_special_functions_a_logit(read):
         assert special and reads, name
         per_row = sum(n for n, _ in special) / (8 * reads)
         assert per_row <= 2, f"{name}: {per_row} special functions a logit"
+
+
+# Blocks or clusters; float32, bfloat16 or float16; passes, and whether two of them are a pair.
+LONG = re.compile(r"loss_long_(block|cluster)ILNS_\d+StorageE(\d)ELi(\d)ELb([01])E")
+
+
+@pytest.fixture
+def long_rows(read):
+    found = {
+        match: kernel for name, kernel in read("divergence").items() if (match := LONG.match(name))
+    }
+    assert len(found) == 2 * 3 * 4, found.keys()
+    return found
+
+
+def test_long_rows_keep_to_registers(long_rows):
+    for kernel in long_rows.values():
+        assert (kernel.stack, kernel.spilled) == (0, 0), f"{kernel.name} spills"
+        assert not [text for _, text in kernel.instructions if re.match("LDL|STL", opcode(text))]
+        copies = [text for _, text in kernel.instructions if "LDGSTS" in text]
+        assert copies and all(".128" in text for text in copies), f"{kernel.name}: narrow copies"
+
+
+def test_long_rows_take_few_instructions_a_logit(long_rows):
+    for match, kernel in long_rows.items():
+        if match[3] + match[4] != "31":
+            continue
+        # The loops that read rows. Of two that do the same, the longer one is for rows far apart or
+        # with a class that dominates; without special functions and maxima it is for smoothing.
+        loops = [loop for loop in kernel.loops() if count(loop, r"LDS.*\.128") >= 2]
+        wide = match[2] == "0"
+        logits = 12 if wide else 24
+        writing = [loop for loop in loops if count(loop, r"STG.*\.128")]
+        pairs = [loop for loop in loops if count(loop, r"LDS.*\.128") == 2 and count(loop, "MUFU")]
+        sums = [
+            loop
+            for loop in loops
+            if count(loop, r"LDS.*\.128") == 3 and count(loop, "MUFU") == logits
+        ]
+        maxima = [
+            loop
+            for loop in loops
+            if not count(loop, "MUFU") and count(loop, r"[FHV]\w*MNMX") and not count(loop, "STG")
+        ]
+        assert [len(writing), len(pairs), len(sums), len(maxima)] == [2, 2, 1, 1], kernel.name
+        main = [*sums[0], *maxima[0], *min(writing, key=len), *min(pairs, key=len)]
+        most = 42 if wide else 38
+        assert len(main) <= most * logits, f"{kernel.name}: {len(main) / logits} a logit"
+        special = count(main, "MUFU") / logits
+        assert special <= 3.4, f"{kernel.name}: {special} special functions a logit"
+        # a label is looked for once a chunk
+        assert count(min(writing, key=len), "ISETP") <= 16, kernel.name
+
+
+def test_long_rows_meet_without_a_barrier_of_the_whole_gpu(long_rows, arch):
+    for match, kernel in long_rows.items():
+        places = [at for at, text in kernel.instructions if re.search(r"MEMBAR\S*GPU", text)]
+        sent = [at for at, text in kernel.instructions if re.match(r"STAS|ST\.ASYNC", opcode(text))]
+        if match[1] == "block" or arch == "sm_80":  # whose clusters are never launched
+            assert not places and not sent, kernel.name
+            continue
+        # as the kernel begins, and before it ends
+        assert len(places) == 2 and places[0] < min(sent) <= max(sent) < places[1], kernel.name
+        passes, pairs = int(match[3]), match[4] == "1"
+        assert len(sent) == passes + 3 * passes + 2 * pairs, f"{kernel.name}: {len(sent)} sent"
 
 
 # ---- What they compute, on a host

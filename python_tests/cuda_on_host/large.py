@@ -48,6 +48,63 @@ def test_losses(classes, passes, dtype, in_place):
         torch.testing.assert_close(a, b, **tolerance)
 
 
+@pytest.mark.parametrize(
+    ("classes", "m"),
+    [
+        (1500, 2),  # a block of 128 threads; every row begins elsewhere
+        (2003, 1),
+        (5003, 2),  # a block, or a cluster of 2
+        (9001, 2),  # a cluster of 2, or of 4
+        (1027, 0),  # labels alone
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_rows_that_begin_anywhere(classes, m, dtype, smoothing):
+    # The rows of a sample begin at one place of 16 bytes, those of the next at another.
+    rows = 8
+    clean = 3 * torch.randn(rows, classes).to(dtype)
+    adversarial = 3 * torch.randn(m, rows, classes).to(dtype) if m else None
+    labels = torch.tensor([0, classes - 1, -100, 7, 1, 2, -100, 3])
+    found = []
+    for backend in ("cpp", "reference"):
+        x = clean.clone().requires_grad_()
+        y = None if adversarial is None else adversarial.clone().requires_grad_()
+        options = {"js_weight": 1.0, "label_smoothing": smoothing, "reduction": "none"}
+        loss = uk.uegr_loss(x, y, labels, backend=backend, **options)
+        loss.sum().backward()
+        with torch.no_grad():  # the forward alone
+            alone = uk.uegr_loss(x, y, labels, backend=backend, **options)
+        assert torch.equal(alone, loss.detach())
+        found.append((loss.detach(), x.grad, *(() if y is None else (y.grad,))))
+    tolerance = {
+        torch.float32: {"rtol": 2e-5, "atol": 1e-6},
+        torch.bfloat16: {"rtol": 2e-2, "atol": 1e-4},
+        torch.float16: {"rtol": 2e-3, "atol": 1e-4},
+    }[dtype]
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+@pytest.mark.parametrize("dominated", [False, True])
+def test_small_divergences_are_exact(dominated):
+    x = torch.randn(1, 4, 3000)
+    if dominated:
+        x[..., 17] = 20
+    near = (x + 1e-3 * torch.randn_like(x)).clone()
+    pair = torch.cat((x, near)).requires_grad_()
+    found = uk.pairwise_js(pair, reduction="none", backend="cpp")
+    exact = uk.pairwise_js(pair.double(), reduction="none", backend="reference")
+    torch.testing.assert_close(found.double(), exact, rtol=2e-3, atol=1e-12)
+    (gradient,) = torch.autograd.grad(found.sum(), pair)
+    (expected,) = torch.autograd.grad(exact.sum(), pair)
+    assert (gradient - expected).abs().max() <= 1e-4 * expected.abs().max()
+    same = torch.cat((x, x)).requires_grad_()
+    nothing = uk.pairwise_js(same, reduction="none", backend="cpp")
+    assert (nothing == 0).all()
+    assert torch.autograd.grad(nothing.sum(), same)[0].count_nonzero() == 0
+
+
 @pytest.mark.parametrize("refused", ["nothing", "large clusters", "clusters"])
 @pytest.mark.parametrize("classes", [5000, 33_000])  # clusters of 2, and of 16
 def test_a_device_that_refuses_clusters_sweeps(monkeypatch, refused, classes):
