@@ -349,6 +349,20 @@ def test_the_loss_of_short_rows_takes_two_special_functions_a_logit(read):
         assert per_row <= 2, f"{name}: {per_row} special functions a logit"
 
 
+def test_dropout_takes_few_instructions_an_element(read):
+    found = {
+        name: kernel for name, kernel in read("dropout").items() if name.startswith("drop_full")
+    }
+    assert len(found) == 6, found.keys()  # three dtypes, forward and backward
+    for name, kernel in found.items():
+        (loop,) = kernel.element_loops()
+        assert len(loop) <= 8 * 24, f"{name}: {len(loop) / 8} instructions an element"
+        accesses = 2 if "E0E" in name else 1  # float32
+        assert count(loop, r"LDG.*\.128") == count(loop, r"STG.*\.128") == accesses, name
+        # a call of Philox serves four elements
+        assert 0 < count(loop, r"IMAD\.WIDE|IMAD\.HI") <= 2 * 20 + 8, name
+
+
 # Blocks or clusters; float32, bfloat16 or float16; passes, and whether two of them are a pair.
 LONG = re.compile(r"loss_long_(block|cluster)ILNS_\d+StorageE(\d)ELi(\d)ELb([01])E")
 
