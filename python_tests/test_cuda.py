@@ -56,27 +56,44 @@ class Kernel:
     spilled: int
     instructions: list[tuple[int, str]]  # address, text
 
-    def loops(self) -> list[list[str]]:
-        """The innermost loops."""
+    def spans(self) -> list[tuple[int, int]]:
+        """The loops' first and last addresses, by their backward branches."""
         spans = []
         for address, text in self.instructions:
             target = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
             if target and int(target[1], 16) < address:
                 spans.append((int(target[1], 16), address))
-        inner = [
+        return spans
+
+    def body(self, span: tuple[int, int]) -> list[str]:
+        return [text for address, text in self.instructions if span[0] <= address <= span[1]]
+
+    def innermost(self, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        return [
             (a, b)
             for a, b in spans
             if not any(a <= c and d <= b for c, d in spans if (a, b) != (c, d))
         ]
-        return [
-            [text for address, text in self.instructions if a <= address <= b] for a, b in inner
-        ]
+
+    def loops(self) -> list[list[str]]:
+        """The innermost loops."""
+        return [self.body(span) for span in self.innermost(self.spans())]
 
     def element_loops(self) -> list[list[str]]:
-        """Those that elements pass through: the ones with whole accesses."""
-        return [
-            loop for loop in self.loops() if any(is_whole(text) for text in loop if is_global(text))
+        """Those that elements pass through: the innermost ones with whole accesses."""
+        spans = [
+            span
+            for span in self.spans()
+            if any(is_whole(text) for text in self.body(span) if is_global(text))
         ]
+        return [self.body(span) for span in self.innermost(spans)]
+
+    def run_through(self, loop: list[str], turns: int) -> list[str]:
+        """What a thread issues in a round of an element loop, one inside of which takes turns."""
+        inside = [inner for inner in self.loops() if len(inner) < len(loop) and inner[0] in loop]
+        inside = [inner for inner in inside if "".join(inner) in "".join(loop)]
+        assert len(inside) == (turns > 1)
+        return loop + (turns - 1) * (inside[0] if inside else [])
 
 
 def opcode(text: str) -> str:
@@ -93,6 +110,20 @@ def is_whole(text: str) -> bool:
 
 def count(loop: list[str], pattern: str) -> int:
     return sum(re.match(pattern, opcode(text)) is not None for text in loop)
+
+
+def asked_ahead(loop: list[str]) -> int:
+    """How many whole loads stand ahead of the first instruction that waits for one of them."""
+    loaded: set[int] = set()
+    for text in loop:
+        operands = text.split(opcode(text), 1)[1]
+        found = [int(number) for number in re.findall(r"\bR(\d+)\b", operands)]
+        writes = re.match(r"ST|RED|BRA|BAR|ISETP|FSETP|@", opcode(text)) is None
+        if loaded & set(found[1 if writes and found else 0 :]):
+            break
+        if re.match(r"LDG.*\.128", opcode(text)):
+            loaded |= set(range(found[0], found[0] + 4))
+    return len(loaded) // 4
 
 
 def cuobjdump() -> str | None:
@@ -233,26 +264,81 @@ def test_full_blocks_keep_to_registers_and_whole_accesses(read, operator):
         assert len(narrow) <= 0.05 * len(accesses), f"{name}: {narrow}"
 
 
-def test_the_step_in_float32_is_light(read):
+def updates(kernel: Kernel) -> list[str]:
+    """The loop that updates elements."""
+    (loop,) = [loop for loop in kernel.element_loops() if count(loop, "STG") and count(loop, "LDG")]
+    return loop
+
+
+# Of step_full: f is float32, t bfloat16; then this step's statistics or the previous one's, the
+# target, AMSGrad or momentum, the update rule.
+FULL = re.compile(r"step_fullI([ft])Lb([01])ELb([01])ELb([01])ENS_\d+(AdamW|SGD)")
+
+
+def test_the_step_is_light(read):
     found = {
-        name: kernel for name, kernel in read("selective").items() if name.startswith("step_full")
+        match: kernel for name, kernel in read("selective").items() if (match := FULL.match(name))
     }
-    # AdamW and SGD, target, AMSGrad or momentum; one pair has too many states
-    assert len(found) == 7, found.keys()
+    assert len(found) == 2**5, found.keys()
+    for match, kernel in found.items():
+        dtype, _, _, more, rule = match.groups()
+        registers = 64 if dtype == "f" and (rule, more) != ("AdamW", "1") else 80
+        assert kernel.registers <= registers, f"{kernel.name}: {kernel.registers} registers"
+        loop = updates(kernel)
+        # bfloat16 draws twice, for the selection and for the rounding
+        elements, turns, most, draws = (4, 1, 68, 1) if dtype == "f" else (8, 2, 106, 2)
+        issued = kernel.run_through(loop, turns)
+        assert len(issued) <= elements * most, f"{kernel.name}: {len(issued) / elements} an element"
+        # a few of them are additions
+        wide = count(issued, r"IMAD\.WIDE|IMAD\.HI") - 8 * turns
+        assert 0 < wide <= elements * 5 * draws, f"{kernel.name}: wide multiplications"
+        assert 0 < count(issued, "MUFU") <= elements * 3, f"{kernel.name}: special functions"
+
+
+def test_the_step_asks_for_all_lists_before_it_waits_for_one(read):
+    found = read("selective")
+    lists = {"AdamW1": 5, "AdamW0": 4, "SGD1": 3, "SGD0": 2}
     for name, kernel in found.items():
-        assert kernel.registers <= 48, f"{name}: {kernel.registers} registers"
-        (loop,) = [loop for loop in kernel.element_loops() if count(loop, "STG")]
-        assert len(loop) <= 4 * 70, f"{name}: {len(loop) / 4} instructions an element"
-        assert 0 < count(loop, r"IMAD\.WIDE|IMAD\.HI") <= 4 * 5, f"{name}: wide multiplications"
-        assert 0 < count(loop, "MUFU") <= 4 * 3, f"{name}: special functions"
+        if match := FULL.match(name):
+            expected = lists[match[5] + match[4]]
+        elif match := re.match(r"step_mixedILb([01])ENS_\d+(AdamW|SGD)", name):
+            expected = 2 * lists[match[2] + match[1]]  # two loads where a list is float32
+        else:
+            continue
+        loop = updates(kernel)
+        loads = count(loop, r"LDG.*\.128")
+        assert loads == asked_ahead(loop) == expected, f"{name}: {asked_ahead(loop)} of {loads}"
 
 
-def test_the_loss_takes_two_special_functions_a_logit(read):
+def test_mixed_steps_let_three_blocks_be_under_way(read):
+    found = {
+        name: kernel for name, kernel in read("selective").items() if name.startswith("step_mixed")
+    }
+    assert len(found) == 5, found.keys()
+    for name, kernel in found.items():
+        assert kernel.registers <= 80, f"{name}: {kernel.registers} registers"
+        # with AMSGrad some registers' worth
+        assert kernel.spilled <= (24 if "ILb1ENS_5AdamW" in name else 0), f"{name} spills"
+
+
+def test_gradients_are_selected_and_gathered_by_whole_accesses(read):
+    found = read("selective")
+    (multiply,) = [found[name] for name in found if re.match(r"step_mixed.*NoUpdateRule", name)]
+    loop = updates(multiply)
+    assert count(loop, r"LDG.*\.128") == 4 and count(loop, r"STG.*\.128") == 2  # g and s; g
+    assert count(loop, "STG") == 2
+    # a call of Philox serves four elements; what is not whole are ranks' tables
+    assert count(loop, r"IMAD\.WIDE") <= 2 * 20 + 8 + 20
+    (gathering,) = [found[name] for name in found if name.startswith("gather_full")]
+    for loop in gathering.element_loops():
+        assert count(loop, "LDG") == count(loop, r"LDG.*\.128")
+
+
+def test_the_loss_of_short_rows_takes_two_special_functions_a_logit(read):
     found = {
         name: kernel for name, kernel in read("divergence").items() if name.startswith("loss_full")
     }
-    # a warp, a block, a cluster; one or two passes in the pairs
-    assert len(found) == 6, found.keys()
+    assert len(found) == 2, found.keys()  # one or two passes in the pairs
     for name, kernel in found.items():
         # A loop takes 8 logits of a row, or of two. What runs once a row, logarithms in double
         # above all, stands outside.
@@ -261,6 +347,85 @@ def test_the_loss_takes_two_special_functions_a_logit(read):
         assert special and reads, name
         per_row = sum(n for n, _ in special) / (8 * reads)
         assert per_row <= 2, f"{name}: {per_row} special functions a logit"
+
+
+def test_dropout_takes_few_instructions_an_element(read):
+    found = {
+        name: kernel for name, kernel in read("dropout").items() if name.startswith("drop_full")
+    }
+    assert len(found) == 6, found.keys()  # three dtypes, forward and backward
+    for name, kernel in found.items():
+        (loop,) = kernel.element_loops()
+        assert len(loop) <= 8 * 24, f"{name}: {len(loop) / 8} instructions an element"
+        accesses = 2 if "E0E" in name else 1  # float32
+        assert count(loop, r"LDG.*\.128") == count(loop, r"STG.*\.128") == accesses, name
+        # a call of Philox serves four elements
+        assert 0 < count(loop, r"IMAD\.WIDE|IMAD\.HI") <= 2 * 20 + 8, name
+
+
+# Blocks or clusters; float32, bfloat16 or float16; passes, and whether two of them are a pair.
+LONG = re.compile(r"loss_long_(block|cluster)ILNS_\d+StorageE(\d)ELi(\d)ELb([01])E")
+
+
+@pytest.fixture
+def long_rows(read):
+    found = {
+        match: kernel for name, kernel in read("divergence").items() if (match := LONG.match(name))
+    }
+    assert len(found) == 2 * 3 * 4, found.keys()
+    return found
+
+
+def test_long_rows_keep_to_registers(long_rows):
+    for kernel in long_rows.values():
+        assert (kernel.stack, kernel.spilled) == (0, 0), f"{kernel.name} spills"
+        assert not [text for _, text in kernel.instructions if re.match("LDL|STL", opcode(text))]
+        copies = [text for _, text in kernel.instructions if "LDGSTS" in text]
+        assert copies and all(".128" in text for text in copies), f"{kernel.name}: narrow copies"
+
+
+def test_long_rows_take_few_instructions_a_logit(long_rows):
+    for match, kernel in long_rows.items():
+        if match[3] + match[4] != "31":
+            continue
+        # The loops that read rows. Of two that do the same, the longer one is for rows far apart or
+        # with a class that dominates; without special functions and maxima it is for smoothing.
+        loops = [loop for loop in kernel.loops() if count(loop, r"LDS.*\.128") >= 2]
+        wide = match[2] == "0"
+        logits = 12 if wide else 24
+        writing = [loop for loop in loops if count(loop, r"STG.*\.128")]
+        pairs = [loop for loop in loops if count(loop, r"LDS.*\.128") == 2 and count(loop, "MUFU")]
+        sums = [
+            loop
+            for loop in loops
+            if count(loop, r"LDS.*\.128") == 3 and count(loop, "MUFU") == logits
+        ]
+        maxima = [
+            loop
+            for loop in loops
+            if not count(loop, "MUFU") and count(loop, r"[FHV]\w*MNMX") and not count(loop, "STG")
+        ]
+        assert [len(writing), len(pairs), len(sums), len(maxima)] == [2, 2, 1, 1], kernel.name
+        main = [*sums[0], *maxima[0], *min(writing, key=len), *min(pairs, key=len)]
+        most = 42 if wide else 38
+        assert len(main) <= most * logits, f"{kernel.name}: {len(main) / logits} a logit"
+        special = count(main, "MUFU") / logits
+        assert special <= 3.4, f"{kernel.name}: {special} special functions a logit"
+        # a label is looked for once a chunk
+        assert count(min(writing, key=len), "ISETP") <= 16, kernel.name
+
+
+def test_long_rows_meet_without_a_barrier_of_the_whole_gpu(long_rows, arch):
+    for match, kernel in long_rows.items():
+        places = [at for at, text in kernel.instructions if re.search(r"MEMBAR\S*GPU", text)]
+        sent = [at for at, text in kernel.instructions if re.match(r"STAS|ST\.ASYNC", opcode(text))]
+        if match[1] == "block" or arch == "sm_80":  # whose clusters are never launched
+            assert not places and not sent, kernel.name
+            continue
+        # as the kernel begins, and before it ends
+        assert len(places) == 2 and places[0] < min(sent) <= max(sent) < places[1], kernel.name
+        passes, pairs = int(match[3]), match[4] == "1"
+        assert len(sent) == passes + 3 * passes + 2 * pairs, f"{kernel.name}: {len(sent)} sent"
 
 
 # ---- What they compute, on a host

@@ -243,6 +243,176 @@ struct ClusterGroup {
     }
 };
 
+// --- Copies that a thread does not wait for ---
+
+DEVICE unsigned shared_address(const void* shared) {
+#ifdef ASSEMBLY
+    return static_cast<unsigned>(__cvta_generic_to_shared(shared));
+#else
+    return static_cast<void>(shared), 0;
+#endif
+}
+
+// 16 bytes into shared memory, for the thread that asks alone: it may read them after
+// `await_copies`, and nobody else ever does. What it has read there before, it has: loads and
+// copies of one thread reach shared memory in their order.
+DEVICE void copy_async([[maybe_unused]] void* shared, [[maybe_unused]] const void* global) {
+#ifdef ASSEMBLY
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)),
+                 "l"(__cvta_generic_to_global(global))
+                 : "memory");
+#elif defined(DYNAMIC_SHARED)
+    on_host::copy_async(shared, global);
+#endif
+}
+DEVICE void await_copies() {
+#ifdef ASSEMBLY
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#elif defined(DYNAMIC_SHARED)
+    on_host::await_copies();
+#endif
+}
+
+// A barrier in shared memory that counts the bytes other blocks of a cluster send: its phase ends
+// when as many have come as were announced. They may come ahead of the announcement.
+DEVICE void make_barrier([[maybe_unused]] uint64_t* barrier) {
+#if defined(ASSEMBLY) && HAS_CLUSTERS
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier))
+                 : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#elif defined(DYNAMIC_SHARED)
+    on_host::make_barrier(barrier);
+#endif
+}
+DEVICE void announce([[maybe_unused]] uint64_t* barrier, [[maybe_unused]] unsigned bytes) {
+#if defined(ASSEMBLY) && HAS_CLUSTERS
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+        "r"(bytes)
+        : "memory");
+#elif defined(DYNAMIC_SHARED)
+    on_host::announce(barrier, bytes);
+#endif
+}
+// Writes 8 bytes at the place of `to` in the memory of another block, and tells its barrier.
+DEVICE void send([[maybe_unused]] uint64_t* to, [[maybe_unused]] uint64_t value,
+                 [[maybe_unused]] uint64_t* barrier, [[maybe_unused]] int rank) {
+#if defined(ASSEMBLY) && HAS_CLUSTERS
+    asm volatile("{\n"
+                 ".reg .b32 there, bell;\n"
+                 "mapa.shared::cluster.u32 there, %0, %3;\n"
+                 "mapa.shared::cluster.u32 bell, %2, %3;\n"
+                 "st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [there], %1, [bell];\n"
+                 "}" ::"r"(shared_address(to)),
+                 "l"(value), "r"(shared_address(barrier)), "r"(rank)
+                 : "memory");
+#elif defined(DYNAMIC_SHARED)
+    on_host::send(to, value, barrier, rank);
+#endif
+}
+DEVICE void await_phase([[maybe_unused]] uint64_t* barrier, [[maybe_unused]] unsigned parity) {
+#if defined(ASSEMBLY) && HAS_CLUSTERS
+    for (unsigned over = 0; !over;)
+        asm volatile("{\n"
+                     ".reg .pred done;\n"
+                     "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+                     "selp.b32 %0, 1, 0, done;\n"
+                     "}"
+                     : "=r"(over)
+                     : "r"(shared_address(barrier)), "r"(parity)
+                     : "memory");
+#elif defined(DYNAMIC_SHARED)
+    on_host::await_phase(barrier, parity);
+#endif
+}
+
+// Joins of what all threads of a block, or of a cluster's blocks, have found: few a sample, each
+// with a room of its own, and every one of them called by all threads in the same order. A room is
+// written again after another join, which nobody passes before all have read it; so one barrier a
+// join is enough, and there must be two joins or more.
+constexpr int most_joined = 9, most_joins = 3;
+
+struct BlockJoins {
+    struct Room {
+        uint64_t of_warp[most_joins][most_joined][warp_size];
+    };
+    Room& room;
+
+    DEVICE explicit BlockJoins(char* shared) : room(*reinterpret_cast<Room*>(shared)) {}
+    static DEVICE int index() { return threadIdx.x; }
+    static DEVICE int size() { return blockDim.x; }
+    static DEVICE int64_t first() { return blockIdx.x; }
+    static DEVICE int64_t count() { return gridDim.x; }
+    DEVICE void next() {}
+    static DEVICE void leave() {}
+
+    template <int stage, int n, class T, class Join>
+    DEVICE void join(T (&x)[n], T neutral, Join f) {
+        static_assert(stage < most_joins && n <= most_joined && sizeof(T) == 8);
+        const unsigned lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
+        UNROLL
+        for (int i = 0; i < n; ++i) {
+            x[i] = over_warp(x[i], f);
+            if (lane == 0) room.of_warp[stage][i][warp] = bit_cast<uint64_t>(x[i]);
+        }
+        __syncthreads();
+        UNROLL
+        for (int i = 0; i < n; ++i)
+            x[i] = over_warp(
+                lane < blockDim.x / warp_size ? bit_cast<T>(room.of_warp[stage][i][lane]) : neutral,
+                f);
+    }
+};
+
+// A block's result is sent to all blocks of its cluster, whose threads wait at a barrier in their
+// own memory and read there, a lane for each block. Why nothing is overwritten or lost: what is
+// sent for a join of the next sample is sent after a later join of this one, for which every block
+// has sent after all its threads had read the former (the join within a block stands ahead of the
+// sending). Why nobody hangs: a block announces a phase when it has left the one before, waits for
+// nothing else, and every block sends for every join, as all have the same samples. Nobody leaves
+// the kernel while something is on its way to it, since the last join has waited for it all, and
+// `leave` keeps the memory until all are there.
+struct ClusterJoins {
+    struct Room {
+        BlockJoins::Room block;
+        uint64_t of_block[most_joins][most_joined][16];
+        uint64_t barriers[4];
+    };
+    Room& room;
+    unsigned parity = 0;
+
+    static DEVICE int index() { return ClusterGroup::index(); }
+    static DEVICE int size() { return ClusterGroup::size(); }
+    static DEVICE int64_t first() { return ClusterGroup::first(); }
+    static DEVICE int64_t count() { return ClusterGroup::count(); }
+    DEVICE void next() { parity ^= 1; }
+    static DEVICE void leave() { ClusterGroup::sync(); }
+
+    DEVICE explicit ClusterJoins(char* shared) : room(*reinterpret_cast<Room*>(shared)) {
+        if (threadIdx.x == 0)
+            for (int i = 0; i < most_joins; ++i) make_barrier(&room.barriers[i]);
+        ClusterGroup::sync(); // nobody sends before the barriers are there
+    }
+    template <int stage, int n, class T, class Join>
+    DEVICE void join(T (&x)[n], T neutral, Join f) {
+        BlockJoins(reinterpret_cast<char*>(&room.block)).template join<stage>(x, neutral, f);
+        const int blocks = ClusterGroup::blocks(), lane = threadIdx.x % warp_size;
+        uint64_t* barrier = &room.barriers[stage];
+        if (threadIdx.x == 0) announce(barrier, static_cast<unsigned>(8 * n * blocks));
+        if (static_cast<int>(threadIdx.x) < blocks) {
+            UNROLL
+            for (int i = 0; i < n; ++i)
+                send(&room.of_block[stage][i][ClusterGroup::rank()], bit_cast<uint64_t>(x[i]),
+                     barrier, lane);
+        }
+        await_phase(barrier, parity);
+        UNROLL
+        for (int i = 0; i < n; ++i)
+            x[i] =
+                over_warp(lane < blocks ? bit_cast<T>(room.of_block[stage][i][lane]) : neutral, f);
+    }
+};
+
 // What lies in shared memory, read anew each time: what the compiler would keep in registers from
 // one round of a loop to the next.
 template <class T> DEVICE T reread(const T& shared) {

@@ -43,6 +43,10 @@ template <class T> HOST_DEVICE T minus_absolute(T x) {
     return bit_cast<T>(bit_cast<Bits>(x) | ~(~Bits{} >> 1));
 }
 
+// A device's instructions take a sign as they go, where they see that it is one.
+HOST_DEVICE float absolute(float x) { return std::fabs(x); }
+HOST_DEVICE float minus_absolute(float x) { return -std::fabs(x); }
+
 // The second where the first is NaN: minps and maxps in one instruction.
 template <class T> HOST_DEVICE T minimum(T a, T b) { return a < b ? a : b; }
 template <class T> HOST_DEVICE T maximum(T a, T b) { return a > b ? a : b; }
@@ -162,12 +166,18 @@ HOST_DEVICE float widen_bfloat16(uint16_t h) {
     return bit_cast<float>(static_cast<uint32_t>(h) << 16);
 }
 
-// Cuts a float to bfloat16 after adding what rounds it; a NaN stays one, infinity itself.
+// The two of a word, and back: a device has an instruction for each of these lines.
+HOST_DEVICE float first_bfloat16(uint32_t pair) { return bit_cast<float>(pair << 16); }
+HOST_DEVICE float second_bfloat16(uint32_t pair) { return bit_cast<float>(pair & 0xffff0000u); }
+HOST_DEVICE uint32_t pair_of(uint16_t first, uint16_t second) {
+    return first | static_cast<uint32_t>(second) << 16;
+}
+
+// Cuts a float to bfloat16 after adding what rounds it, at most 0xffff, which infinity's upper half
+// never feels; a NaN stays one.
 HOST_DEVICE uint16_t cut_bfloat16(float x, uint32_t rounding) {
-    uint32_t bits = bit_cast<uint32_t>(x);
-    bool finite = (bits & 0x7fffffffu) < 0x7f800000u;
-    bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    return static_cast<uint16_t>(((finite ? bits + rounding : bits) >> 16) | (nan ? 0x40u : 0u));
+    const uint32_t bits = bit_cast<uint32_t>(x);
+    return static_cast<uint16_t>((x != x ? bits | 0x400000u : bits + rounding) >> 16);
 }
 HOST_DEVICE uint16_t round_bfloat16(float x) {
     if (uint16_t h = 0; try_round_bfloat16(x, h)) return h;

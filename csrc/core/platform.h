@@ -123,6 +123,15 @@ HOST_DEVICE bool try_exp([[maybe_unused]] float x, [[maybe_unused]] float& e) {
 #endif
 }
 
+// 2^x within 2^-22 of itself, 0 far below, infinity far above, 1 for 0.
+HOST_DEVICE float near_power_of_two(float x) {
+#ifdef HAS_INSTRUCTIONS
+    return instruction::power_of_two(x);
+#else
+    return std::exp2(x);
+#endif
+}
+
 // To nearest even, as math.h rounds; false where there is no instruction.
 HOST_DEVICE bool try_round_bfloat16([[maybe_unused]] float x, [[maybe_unused]] uint16_t& h) {
 #ifdef __CUDA_ARCH__

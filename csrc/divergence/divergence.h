@@ -37,6 +37,22 @@ template <class T> HOST_DEVICE void add_log_ratios(T d, T u, T& of_k, T& of_l) {
     of_l = of_l + (a - maximum(d, T{}));
 }
 
+// The same a from |d| by an approximate instruction, within 1e-6: where |d| < 1 it is |d|/2 -
+// log cosh(d/2), a series in d*d that needs no r, exactly 0 for 0; elsewhere log(1 + r) is small
+// beside ln 2 or no longer near it. Minimax.
+HOST_DEVICE float near_log_ratio(float distance) {
+    const float square = distance * distance, r = near_power_of_two(distance * -1.44269504f);
+    float cosh = square * -2.2538655e-05f + 0.000344929823f;
+    cosh = cosh * square - 0.00520788367f;
+    cosh = cosh * square + 0.124999986f;
+    float log = r * 0.0886179781f - 0.212010532f;
+    log = log * r + 0.326831673f;
+    log = log * r - 0.499491104f;
+    log = log * r + 0.99998666f;
+    const float close = distance * (0.5f - distance * cosh), apart = 0.693147181f - r * log;
+    return distance < 1 ? close : apart;
+}
+
 // A row's sums, in double.
 struct RowSums {
     double max = 0, sum = 0; // of x, of e
@@ -71,6 +87,45 @@ struct PairDistance {
     }
 };
 
+// e of a logit of a row by the approximate instruction; 1 for the maximum.
+HOST_DEVICE float near_e(float x, float max) { return near_power_of_two((x - max) * 1.44269504f); }
+
+// Two rows whose probabilities and log ratios are found anew from their logits x as they are, each
+// time they are needed. The rows' sums count from what they were `moved` by.
+struct PairOfRows {
+    float max_k, max_l, log2_k, log2_l, far_k, far_l, from_k, from_l, gap, pivot_k, pivot_l;
+
+    HOST_DEVICE PairOfRows(const RowSums& k, const RowSums& l, double moved_k, double moved_l) {
+        const PairDistance between(k, l);
+        max_k = static_cast<float>(k.max + moved_k), max_l = static_cast<float>(l.max + moved_l);
+        log2_k = static_cast<float>(k.log_sum * 1.4426950408889634),
+        log2_l = static_cast<float>(l.log_sum * 1.4426950408889634);
+        far_k = static_cast<float>(max_k - far_below),
+        far_l = static_cast<float>(max_l - far_below);
+        from_k = static_cast<float>(between.from_k + moved_k),
+        from_l = static_cast<float>(between.from_l + moved_l);
+        gap = static_cast<float>(between.gap);
+        pivot_k = static_cast<float>(k.pivot), pivot_l = static_cast<float>(l.pivot);
+    }
+    // Most pairs' logits are compared as they are, and no class holds much of p.
+    HOST_DEVICE bool is_plain() const {
+        return from_k == 0 && from_l == 0 && pivot_k == 0 && pivot_l == 0;
+    }
+    // The log ratios less the pivots.
+    template <bool plain>
+    HOST_DEVICE void find_ratios(float x_k, float x_l, float& of_k, float& of_l) const {
+        const float held_k = at_least(x_k, far_k), held_l = at_least(x_l, far_l);
+        const float d = (plain ? held_k - held_l : (held_k - from_k) - (held_l - from_l)) - gap;
+        const float a = near_log_ratio(absolute(d));
+        of_k = (plain ? a : a - pivot_k) + at_most(d, 0.0f);
+        of_l = (plain ? a : a - pivot_l) - at_least(d, 0.0f);
+    }
+    HOST_DEVICE void find_probabilities(float x_k, float x_l, float& p_k, float& p_l) const {
+        p_k = near_power_of_two((x_k - max_k) * 1.44269504f - log2_k);
+        p_l = near_power_of_two((x_l - max_l) * 1.44269504f - log2_l);
+    }
+};
+
 // JS summed over pairs from the sums of the divergences to the pairs' means; a pair's is in [0, ln
 // 2], NaN stays.
 HOST_DEVICE double pairs_divergence(double divergences, int64_t m) {
@@ -85,6 +140,7 @@ HOST_DEVICE double pairs_divergence(double divergences, int64_t m) {
 template <class T> struct GradientFactors {
     T of_e, of_w, of_t, floor;
 
+    GradientFactors() = default;
     HOST_DEVICE GradientFactors(const RowSums& row, double label_weight, double mass,
                                 double smoothed, double js_weight)
         : of_e(static_cast<T>(row.inverse *
@@ -95,6 +151,10 @@ template <class T> struct GradientFactors {
     template <class V> HOST_DEVICE V gradient(V e) const { return e * of_e - floor; }
     template <class V> HOST_DEVICE V gradient(V e, V w) const {
         return e * of_e + (w * of_w - floor);
+    }
+    // Of an e with its log ratios themselves.
+    template <class V> HOST_DEVICE V gradient_of(V e, V ratio) const {
+        return e * (ratio * of_w + of_e) - floor;
     }
     template <class V> HOST_DEVICE V labelled(V gradient, V t) const { return gradient - t * of_t; }
 };

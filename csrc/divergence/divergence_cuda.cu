@@ -12,7 +12,8 @@ namespace uegr {
 namespace {
 
 constexpr int columns = 8; // that a thread takes at a time
-constexpr int warp_threads = 128, block_threads = 512, sweep_threads = 1024, finish_threads = 1024;
+constexpr int warp_threads = 128, block_threads = 512, long_threads = 512, sweep_threads = 1024,
+              finish_threads = 1024;
 constexpr int64_t warp_classes = 1024;
 constexpr int most_cluster = 16, portable_cluster = 8;
 constexpr int most_passes = 32;
@@ -42,6 +43,7 @@ struct Batch {
     const int64_t* count = nullptr; // rows that count
     double* values = nullptr; // clean, adversarial, divergence of each row
     int64_t kept = 0; // bytes of shared memory a thread group keeps for a role
+    int turns = 0; // chunks of a long row that a thread has
 
     HOST_DEVICE bool labelled() const { return indices || soft.data; }
     DEVICE int64_t index(int64_t n) const { return indices[n * index_stride]; }
@@ -383,18 +385,494 @@ __global__ void __launch_bounds__(warp_threads, 4)
 }
 template <int m>
 __global__ void __launch_bounds__(block_threads, 1)
-    loss_full_block(const __grid_constant__ Batch batch) {
-    over_samples<BlockGroup, FullColumns, m>(batch);
-}
-template <int m>
-__global__ void __launch_bounds__(block_threads, 1)
-    loss_full_cluster(const __grid_constant__ Batch batch) {
-    over_samples<ClusterGroup, FullColumns, m>(batch);
-}
-template <int m>
-__global__ void __launch_bounds__(block_threads, 1)
     loss_ragged_cluster(const __grid_constant__ Batch batch) {
     over_samples<ClusterGroup, RaggedColumns, m>(batch);
+}
+
+// --- Long rows that stay on chip as they are in memory ---
+
+// What 16 bytes of a row hold.
+template <Storage storage> struct Elements {
+    static constexpr int columns = storage == Storage::float32 ? 4 : 8;
+    using Chunk = Pack<uint32_t>;
+
+    static DEVICE void unpack(const Chunk& chunk, float (&x)[columns]) {
+        UNROLL
+        for (int j = 0; j < columns; ++j) {
+            const uint32_t word = chunk.x[j * 4 / columns];
+            if constexpr (storage == Storage::float32) x[j] = bit_cast<float>(word);
+            else if constexpr (storage == Storage::bfloat16)
+                x[j] = j % 2 ? second_bfloat16(word) : first_bfloat16(word);
+            else x[j] = widen_float16(static_cast<uint16_t>(word >> (j % 2 * 16)));
+        }
+    }
+    static DEVICE uint32_t larger_pair(uint32_t a, uint32_t b) {
+#ifdef ASSEMBLY
+        if constexpr (storage == Storage::bfloat16)
+            asm("max.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+        else asm("max.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+        return a;
+#else
+        auto larger = [](uint32_t x, uint32_t y) { // ordered as the floats
+            auto key = [](uint32_t h) { return h >> 15 ? 0x7fffu - (h & 0x7fffu) : h + 0x8000u; };
+            return key(x) > key(y) ? x : y;
+        };
+        return larger(a & 0xffffu, b & 0xffffu) | larger(a >> 16, b >> 16) << 16;
+#endif
+    }
+    // The largest of a chunk; NaN is less than all.
+    static DEVICE float largest(const Chunk& chunk) {
+        float most = lowest;
+        if constexpr (storage == Storage::float32) {
+            UNROLL
+            for (int i = 0; i < 4; ++i) most = at_least(bit_cast<float>(chunk.x[i]), most);
+        } else {
+            Chunk pair{};
+            pair.x[0] = larger_pair(larger_pair(chunk.x[0], chunk.x[1]),
+                                    larger_pair(chunk.x[2], chunk.x[3]));
+            float x[columns];
+            unpack(pair, x);
+            most = at_least(x[0], at_least(x[1], most));
+        }
+        return most;
+    }
+    // An element of a chunk in memory.
+    static DEVICE float element(const Chunk& chunk, int j) {
+        return value_at<float>(reinterpret_cast<const char*>(&chunk) + j * (16 / columns), storage);
+    }
+    // Makes it -inf.
+    static DEVICE void hide(Chunk& chunk, int j) {
+        if constexpr (storage == Storage::float32) chunk.x[j] = 0xff800000u;
+        else
+            reinterpret_cast<uint16_t*>(&chunk)[j] =
+                storage == Storage::bfloat16 ? 0xff80u : 0xfc00u;
+    }
+    static DEVICE uint16_t narrow(float x) {
+        return storage == Storage::bfloat16 ? round_bfloat16(x) : round_float16(x);
+    }
+    static DEVICE Chunk pack(const float (&x)[columns]) {
+        Chunk chunk;
+        UNROLL
+        for (int i = 0; i < 4; ++i)
+            if constexpr (storage == Storage::float32) chunk.x[i] = bit_cast<uint32_t>(x[i]);
+            else chunk.x[i] = pair_of(narrow(x[2 * i]), narrow(x[2 * i + 1]));
+        return chunk;
+    }
+};
+
+// Samples one after another: all of a sample's rows are asked for at once, chunks of 16 bytes, and
+// lie in shared memory as they are. A thread has the same chunks of all passes, and nobody else
+// looks at them. A visit finds the maxima, one the sums, one the pairs, the last the gradients; the
+// exponentials are found anew each time. As the last visit leaves a chunk it asks for the next
+// sample's. A row may begin anywhere, if all begin at the same place of 16 bytes: the first and the
+// last chunk then hold less, and what else they hold is no class.
+template <class Joins, Storage storage, int passes, bool pairs> struct LongRows {
+    using Of = Elements<storage>;
+    using Chunk = typename Of::Chunk;
+    static constexpr int columns = Of::columns;
+    static constexpr int k = passes - 2; // the pair: this pass and the one after it
+    const Batch& batch;
+    Joins joins;
+    Chunk* slots; // this thread's first
+    int of_pass; // slots of a pass
+
+    DEVICE LongRows(const Batch& batch, char* shared)
+        : batch(batch), joins(shared),
+          slots(reinterpret_cast<Chunk*>(shared + sizeof(typename Joins::Room)) + threadIdx.x),
+          of_pass(batch.turns * static_cast<int>(blockDim.x)) {}
+
+    // A sample's rows.
+    struct Place {
+        int64_t n;
+        int shift; // columns from the start of 16 bytes to that of a row
+        int chunks;
+    };
+    DEVICE Place place_of(int64_t n) const {
+        const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(batch.logits[0].at(n, 0)) %
+                                           16 / (16 / columns));
+        const int classes = static_cast<int>(batch.classes);
+        return {n, shift, (classes + shift + columns - 1) / columns};
+    }
+    // Where a sample's row begins in a pass.
+    static DEVICE char* row_of(const Rows& rows, const Place& at) {
+        return rows.data + at.n * rows.row * (16 / columns);
+    }
+    static DEVICE char* column_of(char* row, int column) {
+        return row + static_cast<int64_t>(column) * (16 / columns);
+    }
+    // Calls f(slot, first) for this thread's chunks: where the first pass's lies, and its first
+    // column.
+    template <class F> DEVICE void each(const Place& at, F f) const {
+        const int classes = static_cast<int>(batch.classes);
+        int first = Joins::index() * columns - at.shift;
+        Chunk* slot = slots;
+#pragma unroll 1
+        for (; first < classes; slot += blockDim.x, first += Joins::size() * columns)
+            f(slot, first);
+    }
+    // The same for those of them that are classes in part: a row's first chunk and its last.
+    template <class F> DEVICE void each_part(const Place& at, F f) const {
+#pragma unroll 1
+        for (int last = 0; last < 2; ++last) {
+            const int chunk = last ? at.chunks - 1 : 0, first = chunk * columns - at.shift;
+            if (chunk % Joins::size() == Joins::index() && !(last && chunk == 0) &&
+                !is_whole(first))
+                f(slots + chunk / Joins::size() * static_cast<int>(blockDim.x), first);
+        }
+    }
+    DEVICE bool is_whole(int first) const {
+        return first >= 0 && first + columns <= static_cast<int>(batch.classes);
+    }
+    DEVICE void get(const Chunk* slot, int pass, float (&x)[columns]) const {
+        Of::unpack(slot[pass * of_pass], x);
+    }
+    struct Addresses {
+        char* row[passes];
+    };
+    DEVICE Addresses logits_of(const Place& at) const {
+        Addresses of;
+        UNROLL
+        for (int pass = 0; pass < passes; ++pass) of.row[pass] = row_of(batch.logits[pass], at);
+        return of;
+    }
+    DEVICE void copy(const Addresses& from, Chunk* slot, int first) const {
+        UNROLL
+        for (int pass = 0; pass < passes; ++pass)
+            copy_async(slot + pass * of_pass, column_of(from.row[pass], first));
+    }
+    static DEVICE void put(char* row, int first, const Chunk& chunk) {
+        store_last(reinterpret_cast<uint32_t*>(column_of(row, first)), chunk);
+    }
+    // The elements of a chunk in part, from shared memory.
+    DEVICE void put_part(char* row, int first, const Chunk& from) const {
+        constexpr int size = 16 / columns;
+        for (int j = first < 0 ? -first : 0; j < columns && first + j < batch.classes; ++j) {
+            const char* element = reinterpret_cast<const char*>(&from) + j * size;
+            char* to = column_of(row, first + j);
+            if constexpr (size == 4)
+                *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(element);
+            else *reinterpret_cast<uint16_t*>(to) = *reinterpret_cast<const uint16_t*>(element);
+        }
+    }
+
+    // The next sample that counts; the gradients of those that do not are 0.
+    DEVICE int64_t counting(int64_t n) const {
+        for (; n < batch.samples && batch.ignored(n); n += Joins::count()) {
+#pragma unroll 1
+            for (int pass = 0; pass < passes; ++pass)
+                if (batch.gradients[pass].data) clear(batch.gradients[pass], place_of(n));
+            if (Joins::index() == 0) write(n, 0, 0, 0);
+        }
+        return n;
+    }
+    DEVICE void clear(const Rows& into, const Place& at) const {
+        char* row = row_of(into, at);
+        each(at, [&](Chunk*, int first) {
+            if (is_whole(first)) put(row, first, Chunk{});
+        });
+        each_part(at, [&](Chunk*, int first) {
+            for (int j = 0; j < columns; ++j)
+                if (first + j >= 0 && first + j < batch.classes) into.put(at.n, first + j, 0.0f);
+        });
+    }
+    DEVICE void write(int64_t n, double clean, double adversarial, double divergence) const {
+        double* to = batch.values + 3 * n;
+        to[0] = clean, to[1] = adversarial, to[2] = divergence;
+    }
+
+    DEVICE void run() {
+        int64_t n = counting(Joins::first());
+        if (n < batch.samples) {
+            const Addresses from = logits_of(place_of(n));
+            each(place_of(n), [&](Chunk* slot, int first) { copy(from, slot, first); });
+        }
+        while (n < batch.samples) {
+            const int64_t next = counting(n + Joins::count());
+            sample(place_of(n), next);
+            n = next, joins.next();
+        }
+        Joins::leave();
+    }
+
+    // A row's maximum, and the column where a pass has it, for all threads the same.
+    DEVICE void find_maxima(const Place& at, float (&most)[passes], int (&where)[passes]) {
+        const Chunk* found[passes];
+        int columns_of[passes] = {};
+        UNROLL
+        for (int pass = 0; pass < passes; ++pass) most[pass] = lowest, found[pass] = slots;
+        each_part(at, [&](Chunk* slot, int first) { // what is no class has no part in anything
+            for (int j = 0; j < columns; ++j)
+                if (first + j < 0 || first + j >= batch.classes)
+                    for (int pass = 0; pass < passes; ++pass) Of::hide(slot[pass * of_pass], j);
+        });
+        each(at, [&](const Chunk* slot, int first) {
+            UNROLL
+            for (int pass = 0; pass < passes; ++pass) {
+                const float here = Of::largest(slot[pass * of_pass]);
+                if (pairs && pass >= k && here > most[pass])
+                    found[pass] = slot, columns_of[pass] = first;
+                most[pass] = at_least(here, most[pass]);
+            }
+        });
+        // As integers that order as the floats do, and of equal ones the first column.
+        uint64_t keys[passes];
+        UNROLL
+        for (int pass = 0; pass < passes; ++pass) {
+            int column = 0;
+            if (pairs && pass >= k && most[pass] > lowest) {
+                float x[columns];
+                get(found[pass], pass, x);
+                UNROLL
+                for (int j = columns - 1; j >= 0; --j)
+                    if (x[j] == most[pass]) column = columns_of[pass] + j;
+            }
+            const uint32_t bits = bit_cast<uint32_t>(most[pass]);
+            keys[pass] = static_cast<uint64_t>(bits >> 31 ? ~bits : bits | 1u << 31) << 32 |
+                         (~0u - static_cast<uint32_t>(column));
+        }
+        joins.template join<0>(keys, uint64_t(0),
+                               [](uint64_t a, uint64_t b) { return a > b ? a : b; });
+        UNROLL
+        for (int pass = 0; pass < passes; ++pass) {
+            const uint32_t bits = static_cast<uint32_t>(keys[pass] >> 32);
+            most[pass] = bit_cast<float>(bits >> 31 ? bits & ~(1u << 31) : ~bits);
+            where[pass] = static_cast<int>(~0u - static_cast<uint32_t>(keys[pass]));
+        }
+    }
+
+    // The rows' sums. `moved`: what they count from, as in RowSums::max.
+    DEVICE void find_sums(const Place& at, const float (&most)[passes], RowSums (&rows)[passes],
+                          double (&moved)[passes]) {
+        const double smoothing = batch.options.label_smoothing;
+        const int64_t label = batch.indices ? batch.index(at.n) : -1;
+        const bool is_class = label >= 0 && label < batch.classes;
+        float sum[passes] = {}, differences[passes] = {};
+        each(at, [&](const Chunk* slot, int) {
+            UNROLL
+            for (int pass = 0; pass < passes; ++pass) {
+                float x[columns];
+                get(slot, pass, x);
+                UNROLL
+                for (int j = 0; j < columns; ++j) sum[pass] += near_e(x[j], most[pass]);
+            }
+        });
+        if (smoothing > 0)
+            each(at, [&](const Chunk* slot, int first) {
+                UNROLL
+                for (int pass = 0; pass < passes; ++pass) {
+                    float x[columns];
+                    get(slot, pass, x);
+                    UNROLL
+                    for (int j = 0; j < columns; ++j)
+                        if (first + j >= 0 && first + j < batch.classes)
+                            differences[pass] += x[j] - most[pass];
+                }
+            });
+        // One thread reads the labels' logits: it joins after it has them, and nobody writes
+        // gradients before.
+        double sums[3 * passes];
+        UNROLL
+        for (int pass = 0; pass < passes; ++pass) {
+            sums[pass] = sum[pass], sums[passes + pass] = differences[pass];
+            sums[2 * passes + pass] = 0;
+            if (Joins::index() == 0 && is_class)
+                sums[2 * passes + pass] = batch.logits[pass].get(at.n, label) - most[pass];
+        }
+        joins.template join<1>(sums, 0.0, added<double>);
+        UNROLL
+        for (int pass = 0; pass < passes; ++pass) {
+            RowSums& row = rows[pass];
+            // A row far out is moved by its maximum, as the differences would be lost in it.
+            moved[pass] =
+                absolute(most[pass]) <= static_cast<float>(far_out) ? 0.0 : double(most[pass]);
+            row.max = most[pass] - moved[pass], row.sum = sums[pass];
+            row.settle();
+            if (batch.indices) { // smoothing 1 leaves no label, whatever its logit
+                if (smoothing < 1) row.label = (1 - smoothing) * sums[2 * passes + pass];
+                if (smoothing > 0)
+                    row.label +=
+                        smoothing / static_cast<double>(batch.classes) * sums[passes + pass];
+                if (!is_class) row.label = NAN;
+            }
+        }
+    }
+
+    // The divergences of the last two passes, which are held as probabilities from here on.
+    DEVICE PairOfRows find_pair(const Place& at, const int (&where)[passes],
+                                RowSums (&rows)[passes], const double (&moved)[passes]) {
+        RowSums &row_k = rows[k], &row_l = rows[k + 1];
+        PairOfRows pair(row_k, row_l, moved[k], moved[k + 1]);
+        // In each thread of the row's memory, which nobody writes before this sample's last join.
+        auto ratio_at = [&](int column, bool of_k) {
+            float ratio_k, ratio_l;
+            pair.template find_ratios<false>(batch.logits[k].get(at.n, column),
+                                             batch.logits[k + 1].get(at.n, column), ratio_k,
+                                             ratio_l);
+            return of_k ? ratio_k : ratio_l;
+        };
+        const float pivot_k = row_k.dominated() ? ratio_at(where[k], true) : 0,
+                    pivot_l = row_l.dominated() ? ratio_at(where[k + 1], false) : 0;
+        pair.pivot_k = pivot_k, pair.pivot_l = pivot_l;
+        float of_k = 0, of_l = 0;
+        auto add_up = [&](auto plain) {
+            each(at, [&](const Chunk* slot, int) {
+                float x_k[columns], x_l[columns];
+                get(slot, k, x_k), get(slot, k + 1, x_l);
+                UNROLL
+                for (int j = 0; j < columns; ++j) {
+                    float p_k, p_l, ratio_k, ratio_l;
+                    pair.find_probabilities(x_k[j], x_l[j], p_k, p_l);
+                    pair.template find_ratios<decltype(plain)::value>(x_k[j], x_l[j], ratio_k,
+                                                                      ratio_l);
+                    of_k += p_k * ratio_k, of_l += p_l * ratio_l;
+                }
+            });
+        };
+        if (pair.is_plain()) add_up(std::true_type());
+        else add_up(std::false_type());
+        double sums[2] = {of_k, of_l};
+        joins.template join<2>(sums, 0.0, added<double>);
+        row_k.pivot = pivot_k, row_k.kl = sums[0], row_l.pivot = pivot_l, row_l.kl = sums[1];
+        row_k.inverse = row_l.inverse = 1;
+        return pair;
+    }
+
+    DEVICE void sample(const Place& at, int64_t next) {
+        float most[passes];
+        int where[passes];
+        RowSums rows[passes];
+        double moved[passes];
+        await_copies();
+        find_maxima(at, most, where);
+        find_sums(at, most, rows, moved);
+        const double mass = batch.indices ? 1 : 0, unit = batch.unit();
+        double clean = 0, adversarial = 0, divergence = 0;
+        UNROLL
+        for (int pass = 0; pass < passes; ++pass)
+            if (batch.labelled())
+                (pass == 0 ? clean : adversarial) +=
+                    rows[pass].cross_entropy(mass) * batch.label_weight(pass);
+        if constexpr (pairs) {
+            const PairOfRows pair = find_pair(at, where, rows, moved);
+            divergence = pairs_divergence(rows[k].divergence() + rows[k + 1].divergence(), 2);
+            if (pair.is_plain()) write_gradients<true>(at, next, most, rows, unit, mass, pair);
+            else write_gradients<false>(at, next, most, rows, unit, mass, pair);
+        } else {
+            write_gradients<true>(at, next, most, rows, unit, mass, {});
+        }
+        if (Joins::index() == 0) write(at.n, clean, adversarial, divergence);
+    }
+
+    struct NoPair {};
+    using Pair = std::conditional_t<pairs, PairOfRows, NoPair>;
+    template <bool plain>
+    DEVICE void write_gradients(const Place& at, int64_t next, const float (&most)[passes],
+                                const RowSums (&rows)[passes], double unit, double mass,
+                                [[maybe_unused]] const Pair& pair) {
+        const int label = batch.indices ? static_cast<int>(batch.index(at.n)) : -1;
+        const float share = static_cast<float>(1 - batch.options.label_smoothing);
+        GradientFactors<float> factors[passes];
+        UNROLL
+        for (int pass = 0; pass < passes; ++pass)
+            factors[pass] = GradientFactors<float>(
+                rows[pass], unit * batch.label_weight(pass), mass, batch.smoothed(),
+                pairs && pass >= k ? unit * batch.options.js_weight : 0);
+        const bool more = next < batch.samples;
+        const Place after = more ? place_of(next) : at;
+        const Addresses from = logits_of(after);
+        // The next sample's chunk in this place, which begins elsewhere if its rows do.
+        auto copy_next = [&](Chunk* slot, int first) {
+            const int next_first = first + at.shift - after.shift;
+            if (more && next_first < static_cast<int>(batch.classes)) copy(from, slot, next_first);
+        };
+        Chunk* slot_after = slots;
+        Addresses into;
+        bool wanted = false;
+        UNROLL
+        for (int pass = 0; pass < passes; ++pass) {
+            into.row[pass] = row_of(batch.gradients[pass], at);
+            wanted |= batch.gradients[pass].data != nullptr;
+        }
+        auto find_gradients = [&](auto count, auto& x) { // of x[pass][j] in its place
+            UNROLL
+            for (int j = 0; j < decltype(count)::value; ++j) {
+                UNROLL
+                for (int pass = 0; pass < (pairs ? k : passes); ++pass)
+                    x[pass][j] = factors[pass].gradient(near_e(x[pass][j], most[pass]));
+                if constexpr (pairs) {
+                    float p_k, p_l, ratio_k, ratio_l;
+                    pair.find_probabilities(x[k][j], x[k + 1][j], p_k, p_l);
+                    pair.template find_ratios<plain>(x[k][j], x[k + 1][j], ratio_k, ratio_l);
+                    x[k][j] = factors[k].gradient_of(p_k, ratio_k);
+                    x[k + 1][j] = factors[k + 1].gradient_of(p_l, ratio_l);
+                }
+            }
+        };
+        float labelled[passes][1]; // the label's logits, which the thread that has them keeps
+        bool has_label = false;
+        if (!wanted) {
+            each(at, [&](Chunk* slot, int first) {
+                slot_after = slot + blockDim.x, copy_next(slot, first);
+            });
+        } else {
+            each(at, [&](Chunk* slot, int first) {
+                slot_after = slot + blockDim.x;
+                if (static_cast<unsigned>(label - first) < static_cast<unsigned>(columns)) {
+                    has_label = true;
+                    UNROLL
+                    for (int pass = 0; pass < passes; ++pass)
+                        labelled[pass][0] = Of::element(slot[pass * of_pass], label - first);
+                }
+                float x[passes][columns];
+                UNROLL
+                for (int pass = 0; pass < passes; ++pass) get(slot, pass, x[pass]);
+                find_gradients(std::integral_constant<int, columns>(), x);
+                Chunk packed[passes];
+                UNROLL
+                for (int pass = 0; pass < passes; ++pass) packed[pass] = Of::pack(x[pass]);
+                if (is_whole(first)) {
+                    copy_next(slot, first);
+                    UNROLL
+                    for (int pass = 0; pass < passes; ++pass)
+                        if (batch.gradients[pass].data) put(into.row[pass], first, packed[pass]);
+                } else {
+                    UNROLL
+                    for (int pass = 0; pass < passes; ++pass) slot[pass * of_pass] = packed[pass];
+                }
+            });
+            each_part(at, [&](Chunk* slot, int first) {
+                UNROLL
+                for (int pass = 0; pass < passes; ++pass)
+                    if (batch.gradients[pass].data)
+                        put_part(into.row[pass], first, slot[pass * of_pass]);
+                copy_next(slot, first);
+            });
+        }
+        if (has_label) { // once more, over what this thread has just written
+            find_gradients(std::integral_constant<int, 1>(), labelled);
+            UNROLL
+            for (int pass = 0; pass < passes; ++pass)
+                if (batch.gradients[pass].data)
+                    batch.gradients[pass].put(at.n, label,
+                                              factors[pass].labelled(labelled[pass][0], share));
+        }
+        // One more chunk, perhaps, than this sample had.
+        copy_next(slot_after, static_cast<int>((slot_after - slots) / static_cast<int>(blockDim.x) *
+                                                   Joins::size() +
+                                               Joins::index()) *
+                                      columns -
+                                  at.shift);
+    }
+};
+template <Storage storage, int passes, bool pairs>
+__global__ void __launch_bounds__(long_threads, 1)
+    loss_long_block(const __grid_constant__ Batch batch) {
+    LongRows<BlockJoins, storage, passes, pairs>(batch, dynamic_shared()).run();
+}
+template <Storage storage, int passes, bool pairs>
+__global__ void __launch_bounds__(long_threads, 1)
+    loss_long_cluster(const __grid_constant__ Batch batch) {
+    LongRows<ClusterJoins, storage, passes, pairs>(batch, dynamic_shared()).run();
 }
 
 // --- Rows that do not ---
@@ -713,6 +1191,18 @@ template <class Kernel> bool allow_large_cluster(Kernel kernel) {
     return false;
 }
 
+// Launches blocks or clusters; false where the device refuses the clusters.
+bool launch_cluster(void (*kernel)(Batch), const Batch& batch, const Shape& shape,
+                    cudaStream_t stream) {
+    allow_shared(kernel, shape.shared);
+    // Some devices of sm_90 refuse large clusters, or all of them.
+    if (shape.cluster > 1 && ((shape.cluster > portable_cluster && !allow_large_cluster(kernel)) ||
+                              active_clusters(kernel, shape) == 0))
+        return false;
+    launch(kernel, shape, stream, batch);
+    return true;
+}
+
 // Runs rows that stay on chip; false where they do not.
 template <int m> bool run_on_chip(Batch& batch, bool full, cudaStream_t stream) {
     constexpr int64_t roles = m == 2 ? 4 : 1;
@@ -741,16 +1231,70 @@ template <int m> bool run_on_chip(Batch& batch, bool full, cudaStream_t stream) 
         if (bytes > most) continue;
         const Shape shape{minimum(batch.samples, 4 * sms) * cluster, block_threads,
                           static_cast<size_t>(bytes), cluster};
-        if (cluster == 1) return go(full ? loss_full_block<m> : loss_ragged_cluster<m>, shape);
-        const auto kernel = full ? loss_full_cluster<m> : loss_ragged_cluster<m>;
-        allow_shared(kernel, shape.shared);
-        // Some devices of sm_90 refuse large clusters, or all of them.
-        if ((cluster > portable_cluster && !allow_large_cluster(kernel)) ||
-            active_clusters(kernel, shape) == 0)
-            return false;
-        return go(kernel, shape);
+        return launch_cluster(loss_ragged_cluster<m>, batch, shape, stream);
     }
     return false;
+}
+
+// --- Long rows ---
+
+// Whether all rows of a sample have one dtype and begin at the same place of 16 bytes.
+bool together(const Batch& batch) {
+    const Rows& first = batch.logits[0];
+    auto like_first = [&](const Rows& rows) {
+        const int64_t size = bytes_of(rows.storage);
+        auto place = [](const Rows& r) { return reinterpret_cast<uintptr_t>(r.data) % 16; };
+        return !rows.data || (rows.storage == first.storage && rows.column == 1 &&
+                              place(rows) == place(first) && place(rows) % size == 0 &&
+                              (batch.samples <= 1 || (rows.row - first.row) * size % 16 == 0));
+    };
+    bool all = true;
+    for (int pass = 0; pass < batch.passes; ++pass)
+        all &= like_first(batch.logits[pass]) && like_first(batch.gradients[pass]);
+    return all;
+}
+
+// Runs rows that stay on chip as they are in memory; false where they do not.
+template <Storage storage, int passes, bool pairs>
+bool launch_long(Batch& batch, cudaStream_t stream) {
+    constexpr int size = Elements<storage>::columns;
+    const Rows& rows = batch.logits[0];
+    const bool aligned = reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 &&
+                         (batch.samples <= 1 || rows.row * bytes_of(storage) % 16 == 0);
+    const int64_t chunks = (batch.classes + (aligned ? 0 : size - 1) + size - 1) / size;
+    const int64_t most = attribute_of_device(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                  sms = attribute_of_device(cudaDevAttrMultiProcessorCount);
+    for (int cluster = 1; cluster <= most_cluster; cluster *= 2) {
+        if (cluster > 1 && !attribute_of_device(cudaDevAttrClusterLaunch)) return false;
+        // A thread has two chunks or more; shorter rows have smaller blocks, and more of them.
+        int threads = long_threads;
+        while (cluster == 1 && threads > 128 && chunks <= threads) threads /= 2;
+        const int64_t group = int64_t(cluster) * threads;
+        batch.turns = static_cast<int>((chunks + group - 1) / group);
+        const size_t room = cluster > 1 ? sizeof(ClusterJoins::Room) : sizeof(BlockJoins::Room),
+                     bytes = room + size_t(16) * passes * batch.turns * threads;
+        if (bytes > static_cast<size_t>(most)) continue;
+        const Shape shape{minimum(batch.samples, 4 * sms) * cluster, threads, bytes, cluster};
+        return launch_cluster(cluster > 1 ? loss_long_cluster<storage, passes, pairs>
+                                          : loss_long_block<storage, passes, pairs>,
+                              batch, shape, stream);
+    }
+    return false;
+}
+template <int passes, bool pairs> bool launch_long(Batch& batch, cudaStream_t stream) {
+    switch (batch.logits[0].storage) {
+    case Storage::float32: return launch_long<Storage::float32, passes, pairs>(batch, stream);
+    case Storage::bfloat16: return launch_long<Storage::bfloat16, passes, pairs>(batch, stream);
+    default: return launch_long<Storage::float16, passes, pairs>(batch, stream);
+    }
+}
+bool run_long(Batch& batch, cudaStream_t stream) {
+    if (batch.classes <= warp_classes || !together(batch)) return false;
+    const bool pairs = batch.passes - batch.first == 2;
+    if (batch.passes == 1) return launch_long<1, false>(batch, stream);
+    if (batch.passes == 2)
+        return pairs ? launch_long<2, true>(batch, stream) : launch_long<2, false>(batch, stream);
+    return launch_long<3, true>(batch, stream);
 }
 
 // Runs a batch and returns the loss and its parts.
@@ -775,7 +1319,8 @@ std::pair<Tensor, Tensor> run(Batch batch, const Tensor& like, cudaStream_t stre
     const bool on_chip =
         batch.samples == 0 ||
         (!batch.options.regression && !batch.soft.data && m <= 2 &&
-         (m == 2 ? run_on_chip<2>(batch, full, stream) : run_on_chip<1>(batch, full, stream)));
+         (run_long(batch, stream) ||
+          (m == 2 ? run_on_chip<2>(batch, full, stream) : run_on_chip<1>(batch, full, stream))));
     if (!on_chip) {
         const int64_t sms = attribute_of_device(cudaDevAttrMultiProcessorCount);
         const int64_t in_cache =

@@ -21,12 +21,67 @@ struct Call {
     int64_t rows, units, part; // part: rows of it
     const float* rates;
     const int64_t* key;
-    double* sums; // [parts, units]; null: nobody asks
+    double* sums; // [parts, units]
 };
 
-// Units [unit, unit + n) of a part of the rows.
-template <int n> DEVICE void drop(const Call& c) {
-    __shared__ double below[depth][width * n];
+// What a thread takes of a row at a time: whole accesses of one dtype, or an element of any.
+template <Storage storage> struct Full {
+    static constexpr int count = 8;
+    struct Raw {
+        Pack<uint32_t> part[storage == Storage::float32 ? 2 : 1];
+    };
+    static constexpr int parts = sizeof(Raw) / 16, size = 2 * parts; // bytes of an element
+
+    static DEVICE Raw load(const Call& c, int64_t l) {
+        Raw raw;
+        const uint32_t* at = reinterpret_cast<const uint32_t*>(c.in + l * size);
+        UNROLL
+        for (int i = 0; i < parts; ++i) raw.part[i] = load_last(at + 4 * i);
+        return raw;
+    }
+    static DEVICE void store(const Call& c, int64_t l, const Raw& raw) {
+        uint32_t* at = reinterpret_cast<uint32_t*>(c.out + l * size);
+        UNROLL
+        for (int i = 0; i < parts; ++i) store_last(at + 4 * i, raw.part[i]);
+    }
+    static DEVICE void get(const Raw& raw, float (&h)[count]) {
+        UNROLL
+        for (int j = 0; j < count; ++j) {
+            const uint32_t word = raw.part[j / 4 % parts].x[parts == 2 ? j % 4 : j / 2];
+            if constexpr (storage == Storage::float32) h[j] = bit_cast<float>(word);
+            else if constexpr (storage == Storage::bfloat16)
+                h[j] = j % 2 ? second_bfloat16(word) : first_bfloat16(word);
+            else h[j] = widen_float16(static_cast<uint16_t>(word >> (j % 2 * 16)));
+        }
+    }
+    static DEVICE void put(Raw& raw, const float (&h)[count]) {
+        UNROLL
+        for (int j = 0; j < count; j += 2) {
+            if constexpr (storage == Storage::float32)
+                raw.part[j / 4].x[j % 4] = bit_cast<uint32_t>(h[j]),
+                                      raw.part[j / 4].x[j % 4 + 1] = bit_cast<uint32_t>(h[j + 1]);
+            else if constexpr (storage == Storage::bfloat16)
+                raw.part[0].x[j / 2] = pair_of(round_bfloat16(h[j]), round_bfloat16(h[j + 1]));
+            else raw.part[0].x[j / 2] = pair_of(round_float16(h[j]), round_float16(h[j + 1]));
+        }
+    }
+};
+struct Ragged {
+    static constexpr int count = 1;
+    using Raw = float;
+    static DEVICE Raw load(const Call& c, int64_t l) {
+        return value_at<float>(c.in + l * bytes_of(c.storage), c.storage);
+    }
+    static DEVICE void store(const Call& c, int64_t l, Raw raw) {
+        put_value(c.out + l * bytes_of(c.storage), c.storage, raw);
+    }
+    static DEVICE void get(Raw raw, float (&h)[1]) { h[0] = raw; }
+    static DEVICE void put(Raw& raw, const float (&h)[1]) { raw = h[0]; }
+};
+
+// Units [unit, unit + n) of a part of the rows; `counts`: squares are added up.
+template <class Access, bool counts> DEVICE void drop(const Call& c) {
+    constexpr int n = Access::count;
     const int64_t slabs = (c.units + width * n - 1) / (width * n), part = blockIdx.x / slabs;
     const int column = threadIdx.x % width * n, row_of_block = threadIdx.x / width;
     const int64_t unit = blockIdx.x % slabs * width * n + column,
@@ -42,23 +97,13 @@ template <int n> DEVICE void drop(const Call& c) {
     }
     for (int64_t row = part * c.part + row_of_block; unit < c.units && row < end; row += depth) {
         const int64_t l = row * c.units + unit;
+        typename Access::Raw raw = Access::load(c, l);
         float h[n];
-        if constexpr (n == 1) {
-            h[0] = value_at<float>(c.in + l * bytes_of(c.storage), c.storage);
-        } else if (c.storage == Storage::float32) {
-            const float* at = reinterpret_cast<const float*>(c.in) + l;
-            const Pack<float> low = load_last(at), high = load_last(at + 4);
+        Access::get(raw, h);
+        if constexpr (counts) {
             UNROLL
-            for (int j = 0; j < 4; ++j) h[j] = low.x[j], h[4 + j] = high.x[j];
-        } else {
-            const Pack<uint16_t> pack = load_last(reinterpret_cast<const uint16_t*>(c.in) + l);
-            UNROLL
-            for (int j = 0; j < n; ++j)
-                h[j] = c.storage == Storage::bfloat16 ? widen_bfloat16(pack.x[j])
-                                                      : widen_float16(pack.x[j]);
+            for (int j = 0; j < n; ++j) sums[j] = with_square(sums[j], h[j]);
         }
-        UNROLL
-        for (int j = 0; j < n; ++j) sums[j] = c.sums ? with_square(sums[j], h[j]) : 0;
         UNROLL
         for (int j = 0; j < n; j += 4) {
             const FourWords words = philox(static_cast<uint64_t>(l + j) / 4, 0, 0, keys);
@@ -72,36 +117,36 @@ template <int n> DEVICE void drop(const Call& c) {
                     h[j + i] = dropped(h[j + i], words.at[i], limits[j + i], scales[j + i]);
             }
         }
-        if constexpr (n == 1) {
-            put_value(c.out + l * bytes_of(c.storage), c.storage, h[0]);
-        } else if (c.storage == Storage::float32) {
-            Pack<float> low, high;
-            UNROLL
-            for (int j = 0; j < 4; ++j) low.x[j] = h[j], high.x[j] = h[4 + j];
-            float* at = reinterpret_cast<float*>(c.out) + l;
-            store_last(at, low), store_last(at + 4, high);
-        } else {
-            Pack<uint16_t> pack;
-            UNROLL
-            for (int j = 0; j < n; ++j)
-                pack.x[j] =
-                    c.storage == Storage::bfloat16 ? round_bfloat16(h[j]) : round_float16(h[j]);
-            store_last(reinterpret_cast<uint16_t*>(c.out) + l, pack);
+        Access::put(raw, h);
+        Access::store(c, l, raw);
+    }
+    if constexpr (counts) {
+        __shared__ double below[depth][width * n];
+        UNROLL
+        for (int j = 0; j < n; ++j) below[row_of_block][column + j] = sums[j];
+        __syncthreads();
+        for (int j = threadIdx.x; j < width * n; j += width * depth) {
+            const int64_t to = blockIdx.x % slabs * width * n + j;
+            double total = 0;
+            for (int k = 0; k < depth; ++k) total += below[k][j];
+            if (to < c.units) c.sums[part * c.units + to] = total;
         }
     }
-    if (!c.sums) return;
-    UNROLL
-    for (int j = 0; j < n; ++j) below[row_of_block][column + j] = sums[j];
-    __syncthreads();
-    for (int j = threadIdx.x; j < width * n; j += width * depth) {
-        const int64_t to = blockIdx.x % slabs * width * n + j;
-        double total = 0;
-        for (int k = 0; k < depth; ++k) total += below[k][j];
-        if (to < c.units) c.sums[part * c.units + to] = total;
-    }
 }
-__global__ void __launch_bounds__(width* depth) drop_full(Call call) { drop<8>(call); }
-__global__ void __launch_bounds__(width* depth) drop_ragged(Call call) { drop<1>(call); }
+template <Storage storage, bool counts>
+__global__ void __launch_bounds__(width* depth) drop_full(const __grid_constant__ Call call) {
+    drop<Full<storage>, counts>(call);
+}
+template <bool counts>
+__global__ void __launch_bounds__(width* depth) drop_ragged(const __grid_constant__ Call call) {
+    drop<Ragged, counts>(call);
+}
+template <bool counts> auto kernel_for(bool full, Storage storage) -> void (*)(Call) {
+    if (!full) return drop_ragged<counts>;
+    return storage == Storage::float32    ? drop_full<Storage::float32, counts>
+           : storage == Storage::bfloat16 ? drop_full<Storage::bfloat16, counts>
+                                          : drop_full<Storage::float16, counts>;
+}
 
 __global__ void __launch_bounds__(256)
     add_parts(const double* sums, int64_t parts, int64_t units, float* squares) {
@@ -173,7 +218,8 @@ static void drop(const DropoutArguments& arguments, const Tensor& out, const Ten
     Tensor sums =
         torch::stable::new_empty(in, {squares ? parts * call.units : 0}, ScalarType::Double);
     if (squares) call.sums = static_cast<double*>(sums.mutable_data_ptr());
-    launch(full ? drop_full : drop_ragged, {slabs * parts, width * depth}, device.stream, call);
+    launch(squares ? kernel_for<true>(full, call.storage) : kernel_for<false>(full, call.storage),
+           {slabs * parts, width * depth}, device.stream, call);
     if (squares)
         launch(add_parts, {(call.units + 255) / 256, 256}, device.stream, call.sums, parts,
                call.units, static_cast<float*>(squares->mutable_data_ptr()));

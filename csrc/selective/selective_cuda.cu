@@ -217,133 +217,188 @@ template <class UpdateRule> DEVICE bool take(const Call<UpdateRule>& call, Work<
 
 // --- How elements arrive ---
 
-// Words of the generator: element l is the first of whole counters, or anywhere.
+// Words of the generator: element l is the first of a whole counter, or anywhere.
 template <int n, bool unsharded>
 DEVICE void draw(uint32_t (&words)[n], const Layout& at, int64_t l, uint32_t step,
                  const RoundKeys& keys) {
     const uint32_t stream = static_cast<uint32_t>(at.stream);
+    const int64_t index = unsharded ? at.offset + l : element_index(at, l);
+    const FourWords four = philox(static_cast<uint64_t>(index) / 4, step, stream, keys);
     if constexpr (n == 1) {
-        const int64_t index = element_index(at, l);
-        const FourWords four = philox(static_cast<uint64_t>(index) / 4, step, stream, keys);
         const uint32_t lower = index & 1 ? four.at[1] : four.at[0],
                        upper = index & 1 ? four.at[3] : four.at[2];
         words[0] = index & 2 ? upper : lower;
     } else {
         UNROLL
-        for (int i = 0; i < n; i += 4) {
-            const int64_t index = unsharded ? at.offset + l + i : element_index(at, l + i);
-            const FourWords four = philox(static_cast<uint64_t>(index) / 4, step, stream, keys);
-            UNROLL
-            for (int j = 0; j < 4; ++j) words[i + j] = four.at[j];
-        }
+        for (int j = 0; j < n; ++j) words[j] = four.at[j];
     }
 }
 
-// Each has the elements that a thread takes at a time, from element l on, and goes on to its next
-// ones.
-struct Full { // float32 alone
-    static constexpr int count = 4;
-    static constexpr bool usual = true; // linear normalisation, rescaled, not sharded within a row
-    float* at[roles];
+// Where in a word the bits are that round an element of a list.
+enum Rounding { to_nearest = -1, by_low_bits = 0, by_high_bits = 16 };
+DEVICE uint16_t rounded_bfloat16(float x, uint32_t word, Rounding rounding) {
+    return rounding == to_nearest ? round_bfloat16(x) : cut_bfloat16(x, word >> rounding & 0xffffu);
+}
 
-    DEVICE Full(const Entry& e, const int64_t*, int64_t l) {
-        UNROLL
-        for (int i = 0; i < roles; ++i) at[i] = reinterpret_cast<float*>(e.slots[i].data) + l;
+// Each has the elements that a thread takes at a time, from element l on, and goes on to its next
+// ones. They are loaded as they lie in memory (Raw), so that a thread asks for all lists before it
+// waits for one; then `at_once` of them after the other are looked at (get) and replaced (put):
+// what a counter of the generator has words for.
+
+// What 4 elements of a list become between memory and arithmetic; 16-bit ones lie in pairs.
+template <int n> DEVICE void widen_pairs(const uint32_t* pairs, float (&x)[n]) {
+    UNROLL
+    for (int i = 0; i < n; i += 2)
+        x[i] = first_bfloat16(pairs[i / 2]), x[i + 1] = second_bfloat16(pairs[i / 2]);
+}
+template <int n>
+DEVICE void round_pairs(uint32_t* pairs, const float (&x)[n], const uint32_t (&words)[n],
+                        Rounding rounding) {
+    UNROLL
+    for (int i = 0; i < n; i += 2)
+        pairs[i / 2] = pair_of(rounded_bfloat16(x[i], words[i], rounding),
+                               rounded_bfloat16(x[i + 1], words[i + 1], rounding));
+}
+
+// Lists of one type: float, or uint16_t for bfloat16.
+template <class T, bool keeps_> struct Full {
+    static constexpr int count = Pack<T>::count, at_once = 4;
+    // linear normalisation, rescaled, not sharded within a row
+    static constexpr bool usual = true;
+    static constexpr bool keeps = keeps_; // statistics for the next step
+    static constexpr bool wide = sizeof(T) == 4;
+    // The halves of a pack take turns: both at once would need more registers than there are.
+    static constexpr bool turns = !wide;
+    using Raw = Pack<uint32_t>;
+    static DEVICE void turn(Raw& raw) { raw = {{raw.x[2], raw.x[3], raw.x[0], raw.x[1]}}; }
+    const Entry& e;
+    int64_t l;
+
+    DEVICE Full(const Entry& e, const int64_t*, int64_t l) : e(e), l(l) {}
+    DEVICE void advance() { l += threads * count; }
+    template <int role> DEVICE uint32_t* place() const {
+        return reinterpret_cast<uint32_t*>(reinterpret_cast<T*>(e.slots[role].data) + l);
     }
-    DEVICE void advance() {
-        UNROLL
-        for (int i = 0; i < roles; ++i) at[i] += threads * count;
-    }
-    template <int role> DEVICE void load(float (&x)[count]) const {
-        const Pack<float> pack = load_last(at[role]);
-        UNROLL
-        for (int i = 0; i < count; ++i) x[i] = pack.x[i];
-    }
+    template <int role> DEVICE Raw load() const { return load_last(place<role>()); }
     // The statistics' visit, which leaves g in the cache.
-    DEVICE void load_first(bool, float (&x)[count]) const {
-        const Pack<float> pack = load_pack(at[gradient]);
-        UNROLL
-        for (int i = 0; i < count; ++i) x[i] = pack.x[i];
+    DEVICE Raw load_first(bool) const { return load_pack(place<gradient>()); }
+    template <int role> DEVICE void store(const Raw& raw) const { store_last(place<role>(), raw); }
+
+    template <int role, int n> DEVICE void get(const Raw& raw, int first, float (&x)[n]) const {
+        if constexpr (wide) {
+            UNROLL
+            for (int i = 0; i < n; ++i) x[i] = bit_cast<float>(raw.x[i]);
+        } else {
+            widen_pairs(raw.x + first / 2, x);
+        }
     }
-    template <int role>
-    DEVICE void store(const float (&x)[count], const uint32_t (&)[count], bool, int) const {
-        Pack<float> pack;
-        UNROLL
-        for (int i = 0; i < count; ++i) pack.x[i] = x[i];
-        store_last(at[role], pack);
+    template <int role, int n>
+    DEVICE void put(Raw& raw, int first, const float (&x)[n], const uint32_t (&words)[n],
+                    Rounding rounding) const {
+        if constexpr (wide) {
+            UNROLL
+            for (int i = 0; i < n; ++i) raw.x[i] = bit_cast<uint32_t>(x[i]);
+        } else {
+            round_pairs(raw.x + first / 2, x, words, rounding);
+        }
     }
 };
 
 struct Mixed { // float32, bfloat16 and float16
-    static constexpr int count = 8;
-    static constexpr bool usual = false;
+    static constexpr int count = 8, at_once = 4;
+    static constexpr bool usual = false, keeps = true, turns = false;
+    struct Raw {
+        Pack<uint32_t> low, high; // the second half of float32's
+    };
     const Entry& e;
     int64_t l;
 
     DEVICE Mixed(const Entry& e, const int64_t*, int64_t l) : e(e), l(l) {}
     DEVICE void advance() { l += threads * count; }
-    DEVICE void load_first(bool, float (&x)[count]) const { load<gradient>(x); }
-    template <int role> DEVICE void load(float (&x)[count]) const {
-        const Slot& from = e.slots[role];
-        if (from.storage == Storage::float32) {
-            const float* at = reinterpret_cast<const float*>(from.data) + l;
-            const Pack<float> low = load_last(at), high = load_last(at + 4);
-            UNROLL
-            for (int i = 0; i < 4; ++i) x[i] = low.x[i], x[4 + i] = high.x[i];
-            return;
-        }
-        const Pack<uint16_t> pack = load_last(reinterpret_cast<const uint16_t*>(from.data) + l);
-        UNROLL
-        for (int i = 0; i < count; ++i)
-            x[i] = from.storage == Storage::bfloat16 ? widen_bfloat16(pack.x[i])
-                                                     : widen_float16(pack.x[i]);
+    DEVICE bool is_wide(int role) const { return e.slots[role].storage == Storage::float32; }
+    template <int role> DEVICE uint32_t* place() const {
+        return reinterpret_cast<uint32_t*>(e.slots[role].data + (is_wide(role) ? 4 : 2) * l);
     }
-    template <int role>
-    DEVICE void store(const float (&x)[count], const uint32_t (&words)[count], bool rounding,
-                      int shift) const {
-        const Slot& to = e.slots[role];
-        if (to.storage == Storage::float32) {
-            Pack<float> low, high;
-            UNROLL
-            for (int i = 0; i < 4; ++i) low.x[i] = x[i], high.x[i] = x[4 + i];
-            float* at = reinterpret_cast<float*>(to.data) + l;
-            store_last(at, low), store_last(at + 4, high);
-            return;
-        }
-        Pack<uint16_t> pack;
+    template <int role> DEVICE Raw load() const {
+        const uint32_t* at = place<role>();
+        Raw raw{load_last(at), {}};
+        if (is_wide(role)) raw.high = load_last(at + 4);
+        return raw;
+    }
+    // Nobody but this kernel's updates writes g, after the statistics.
+    DEVICE Raw load_first(bool has_saliency) const {
+        return has_saliency ? load_kept<given>() : load_kept<gradient>();
+    }
+    template <int role> DEVICE Raw load_kept() const {
+        const auto* at = reinterpret_cast<const Pack<uint32_t>*>(place<role>());
+        Raw raw{at[0], {}};
+        if (is_wide(role)) raw.high = at[1];
+        return raw;
+    }
+    template <int role> DEVICE void store(const Raw& raw) const {
+        uint32_t* to = place<role>();
+        store_last(to, raw.low);
+        if (is_wide(role)) store_last(to + 4, raw.high);
+    }
+
+    template <int role, int n> DEVICE void get(const Raw& raw, int first, float (&x)[n]) const {
+        const Storage storage = e.slots[role].storage;
+        const uint32_t* pairs = raw.low.x + first / 2;
+        if (storage == Storage::bfloat16) return widen_pairs(pairs, x);
         UNROLL
-        for (int i = 0; i < count; ++i)
-            pack.x[i] = to.storage == Storage::float16 ? round_float16(x[i])
-                        : rounding ? cut_bfloat16(x[i], words[i] >> shift & 0xffffu)
-                                   : round_bfloat16(x[i]);
-        store_last(reinterpret_cast<uint16_t*>(to.data) + l, pack);
+        for (int i = 0; i < n; ++i)
+            x[i] = storage == Storage::float32
+                       ? bit_cast<float>(first < 4 ? raw.low.x[i] : raw.high.x[i])
+                       : widen_float16(static_cast<uint16_t>(pairs[i / 2] >> (i % 2 * 16)));
+    }
+    template <int role, int n>
+    DEVICE void put(Raw& raw, int first, const float (&x)[n], const uint32_t (&words)[n],
+                    Rounding rounding) const {
+        const Storage storage = e.slots[role].storage;
+        uint32_t* pairs = raw.low.x + first / 2;
+        if (storage == Storage::float32) {
+            UNROLL
+            for (int i = 0; i < n; ++i)
+                (first < 4 ? raw.low.x[i] : raw.high.x[i]) = bit_cast<uint32_t>(x[i]);
+        } else if (storage == Storage::float16) {
+            UNROLL
+            for (int i = 0; i < n; i += 2)
+                pairs[i / 2] = pair_of(round_float16(x[i]), round_float16(x[i + 1]));
+        } else if (rounding == to_nearest) {
+            round_pairs(pairs, x, words, to_nearest);
+        } else {
+            round_pairs(pairs, x, words, rounding);
+        }
     }
 };
 
 struct Ragged { // anything
-    static constexpr int count = 1;
-    static constexpr bool usual = false;
+    static constexpr int count = 1, at_once = 1;
+    static constexpr bool usual = false, keeps = true, turns = false;
+    using Raw = float;
     const Entry& e;
     const int64_t* axes;
     int64_t l;
 
     DEVICE Ragged(const Entry& e, const int64_t* axes, int64_t l) : e(e), axes(axes), l(l) {}
     DEVICE void advance() { l += threads; }
-    DEVICE void load_first(bool has_saliency, float (&x)[count]) const {
-        load_from(e.slots[has_saliency ? given : gradient], x);
+    DEVICE Raw load_first(bool has_saliency) const {
+        return load_from(e.slots[has_saliency ? given : gradient]);
     }
-    template <int role> DEVICE void load(float (&x)[count]) const { load_from(e.slots[role], x); }
-    DEVICE void load_from(const Slot& from, float (&x)[count]) const {
-        x[0] = value_at<float>(place_of(from, axes, l), from.storage);
+    template <int role> DEVICE Raw load() const { return load_from(e.slots[role]); }
+    DEVICE Raw load_from(const Slot& from) const {
+        return value_at<float>(place_of(from, axes, l), from.storage);
     }
+    template <int role> DEVICE void store(Raw raw) const {
+        put_value(place_of(e.slots[role], axes, l), e.slots[role].storage, raw);
+    }
+
+    template <int role> DEVICE void get(Raw raw, int, float (&x)[1]) const { x[0] = raw; }
     template <int role>
-    DEVICE void store(const float (&x)[count], const uint32_t (&words)[count], bool rounding,
-                      int shift) const {
-        char* to = place_of(e.slots[role], axes, l);
-        const Storage storage = e.slots[role].storage;
-        if (rounding && storage == Storage::bfloat16)
-            *reinterpret_cast<uint16_t*>(to) = cut_bfloat16(x[0], words[0] >> shift & 0xffffu);
-        else put_value(to, storage, x[0]);
+    DEVICE void put(Raw& raw, int, const float (&x)[1], const uint32_t (&words)[1],
+                    Rounding rounding) const {
+        const bool cut = rounding != to_nearest && e.slots[role].storage == Storage::bfloat16;
+        raw = cut ? widen_bfloat16(rounded_bfloat16(x[0], words[0], rounding)) : x[0];
     }
 };
 
@@ -376,11 +431,16 @@ DEVICE void gather(const Call<UpdateRule>& call, const Work<UpdateRule>& work, i
     Extremes found;
 #pragma unroll(Access::count == 1 ? 1 : 4)
     for (; left > 0; left -= threads * Access::count) {
-        float x[Access::count];
-        access.load_first(has_saliency, x);
-        access.advance();
+        const typename Access::Raw raw = access.load_first(has_saliency);
         UNROLL
-        for (int i = 0; i < Access::count; ++i) found.add(x[i] * unscale);
+        for (int first = 0; first < Access::count; first += Access::at_once) {
+            float x[Access::at_once];
+            if (has_saliency) access.template get<given>(raw, first, x);
+            else access.template get<gradient>(raw, first, x);
+            UNROLL
+            for (int i = 0; i < Access::at_once; ++i) found.add(x[i] * unscale);
+        }
+        access.advance();
     }
     found.join(call.progress[work.item.tensor]);
     __syncthreads();
@@ -388,18 +448,28 @@ DEVICE void gather(const Call<UpdateRule>& call, const Work<UpdateRule>& work, i
         settle(call, work.entry, work.item.tensor);
 }
 
-template <class UpdateRule>
-DEVICE float inverse_of(const Call<UpdateRule>& call, const Work<UpdateRule>& work,
-                        const Probability<float>& probability, float g, float s) {
+template <int n, class UpdateRule>
+DEVICE void find_inverses(const Call<UpdateRule>& call, const Work<UpdateRule>& work,
+                          const Probability<float>& probability, const float (&g)[n],
+                          const float (&s)[n], float (&inverse)[n]) {
     const bool has_saliency =
         std::is_same_v<UpdateRule, NoUpdateRule> && work.entry.slots[given].data;
+    auto each = [&](auto f) {
+        UNROLL
+        for (int i = 0; i < n; ++i) inverse[i] = f(i);
+    };
     if (call.ranks()) {
         const float* table = call.tables + static_cast<int64_t>(work.entry.table) * rank_table;
-        return table[minimum(rank_bin(has_saliency ? root(s) : absolute(g)), rank_bins)];
+        each([&](int i) {
+            return table[minimum(rank_bin(has_saliency ? root(s[i]) : absolute(g[i])), rank_bins)];
+        });
+    } else if (!call.linear()) {
+        each([&](int) { return work.settled.constant; });
+    } else if (has_saliency) {
+        each([&](int i) { return finite(s[i]) ? probability.inverse(s[i]) : 1.0f; });
+    } else {
+        each([&](int i) { return probability.inverse(saliency(g[i])); });
     }
-    if (!call.linear()) return work.settled.constant;
-    if (has_saliency) return finite(s) ? probability.inverse(s) : 1.0f;
-    return probability.inverse(saliency(g));
 }
 
 template <bool more>
@@ -426,58 +496,94 @@ template <bool more> constexpr int states_of<SGD<float>, more> = more ? 1 : 0;
 template <class Access, bool more, class UpdateRule>
 DEVICE void update_elements(const Call<UpdateRule>& call, const Work<UpdateRule>& work, bool update,
                             int64_t begin, int64_t end) {
-    constexpr int n = Access::count, states = states_of<UpdateRule, more>;
+    constexpr int n = Access::count, at_once = Access::at_once,
+                  states = states_of<UpdateRule, more>;
     constexpr bool has_update_rule = !std::is_same_v<UpdateRule, NoUpdateRule>;
-    const bool gathers = !Access::usual && work.entry.kept[0].data && !work.settled.own;
-    int64_t l = begin + threadIdx.x * n;
-    int left = static_cast<int>(end - l);
-    Access access(work.entry, call.axes, l);
+    const bool gathers = Access::keeps && work.entry.kept[0].data && !work.settled.own;
+    const bool has_saliency = !has_update_rule && work.entry.slots[given].data;
+    bool rounding = call.rounding;
+    if constexpr (Access::usual) rounding = !Access::wide; // known as it is compiled
+    int left = static_cast<int>(end - begin) - static_cast<int>(threadIdx.x) * n;
+    Access access(work.entry, call.axes, begin + threadIdx.x * n);
     Extremes found;
 #pragma unroll 1
-    for (; left > 0; left -= threads * n, l += threads * n, access.advance()) {
-        float g[n], s[n] = {}, factor[n], parameters[n] = {}, state[3][n] = {};
-        uint32_t words[n] = {};
-        access.template load<gradient>(g);
-        if (has_update_rule) access.template load<theta>(parameters);
-        if (states > 0) access.template load<first_state>(state[0]);
-        if (states > 1) access.template load<first_state + 1>(state[1]);
-        if constexpr (!has_update_rule)
-            if (work.entry.slots[given].data) access.template load<given>(s);
-        if (Access::usual || call.random)
-            draw<n, Access::usual>(words, work.entry.layout, l, work.settled.step, call.keys);
-        const Curve curve =
-            reread(work.settled.curve); // for these elements only: registers are few
-        UNROLL
-        for (int i = 0; i < n; ++i) {
-            g[i] *= curve.unscale;
-            const float inverse = Access::usual
-                                      ? curve.probability.inverse(saliency(g[i]))
-                                      : inverse_of(call, work, curve.probability, g[i], s[i]);
-            factor[i] = Access::usual || call.options.rescale
-                            ? drawn_factor<true>(g[i], inverse, words[i])
-                            : drawn_factor<false>(g[i], inverse, words[i]);
-        }
-        if (gathers) {
+    for (; left > 0; left -= threads * n, access.advance()) {
+        typename Access::Raw raw_g = access.template load<gradient>(), raw_theta{}, raw_s{},
+                             raw_state[3]{};
+        if (has_update_rule) raw_theta = access.template load<theta>();
+        if (states > 0) raw_state[0] = access.template load<first_state>();
+        if (states > 1) raw_state[1] = access.template load<first_state + 1>();
+        if (states > 2) raw_state[2] = access.template load<first_state + 2>();
+        if (has_saliency) raw_s = access.template load<given>();
+#pragma unroll(Access::turns ? 1 : n / at_once)
+        for (int part = 0; part < n; part += at_once) {
+            const int first = Access::turns ? 0 : part;
+            float g[at_once], s[at_once] = {}, factor[at_once], inverse[at_once],
+                              parameters[at_once] = {}, state[3][at_once] = {};
+            uint32_t words[at_once] = {};
+            if (Access::usual || call.random)
+                draw<at_once, Access::usual>(words, work.entry.layout, access.l + part,
+                                             work.settled.step, call.keys);
+            access.template get<gradient>(raw_g, first, g);
+            if (has_saliency) access.template get<given>(raw_s, first, s);
+            const Curve curve =
+                reread(work.settled.curve); // for these elements only: registers are few
             UNROLL
-            for (int i = 0; i < n; ++i) found.add(g[i]);
+            for (int i = 0; i < at_once; ++i) g[i] *= curve.unscale;
+            if constexpr (Access::usual) {
+                UNROLL
+                for (int i = 0; i < at_once; ++i)
+                    inverse[i] = curve.probability.inverse(saliency(g[i]));
+            } else {
+                find_inverses(call, work, curve.probability, g, s, inverse);
+            }
+            UNROLL
+            for (int i = 0; i < at_once; ++i)
+                factor[i] = Access::usual || call.options.rescale
+                                ? drawn_factor<true>(g[i], inverse[i], words[i])
+                                : drawn_factor<false>(g[i], inverse[i], words[i]);
+            if (gathers) {
+                UNROLL
+                for (int i = 0; i < at_once; ++i) found.add(g[i]);
+            }
+            if (has_update_rule) access.template get<theta>(raw_theta, first, parameters);
+            if (states > 0) access.template get<first_state>(raw_state[0], first, state[0]);
+            if (states > 1) access.template get<first_state + 1>(raw_state[1], first, state[1]);
+            if (states > 2) access.template get<first_state + 2>(raw_state[2], first, state[2]);
+            const UpdateRule update_rule = reread(work.settled.rule).update_rule;
+            auto apply_all = [&](bool to_update) {
+                UNROLL
+                for (int i = 0; i < at_once; ++i)
+                    apply<more>(update_rule, to_update, call.out, parameters[i], g[i], factor[i],
+                                state[0][i], state[1][i], state[2][i]);
+            };
+            if (update) apply_all(true);
+            else apply_all(false);
+            access.template put<theta>(raw_theta, first, parameters, words, to_nearest);
+            if (states > 0 && rounding)
+                draw<at_once, Access::usual>(words, work.entry.layout, access.l + part,
+                                             work.settled.step, call.rounding_keys);
+            const Rounding low = rounding ? by_low_bits : to_nearest,
+                           high = rounding ? by_high_bits : to_nearest;
+            if (states > 0)
+                access.template put<first_state>(raw_state[0], first, state[0], words, low);
+            if (states > 1)
+                access.template put<first_state + 1>(raw_state[1], first, state[1], words, high);
+            if (states > 2)
+                access.template put<first_state + 2>(raw_state[2], first, state[2], words, high);
+            if constexpr (Access::turns) {
+                Access::turn(raw_g), Access::turn(raw_theta);
+                UNROLL
+                for (int i = 0; i < states; ++i) Access::turn(raw_state[i]);
+            }
         }
-        if (states > 2) access.template load<first_state + 2>(state[2]);
-        const UpdateRule update_rule = reread(work.settled.rule).update_rule;
-        UNROLL
-        for (int i = 0; i < n; ++i)
-            apply<more>(update_rule, update, call.out, parameters[i], g[i], factor[i], state[0][i],
-                        state[1][i], state[2][i]);
-        access.template store<theta>(parameters, words, false, 0);
-        if (!Access::usual && call.rounding)
-            draw<n, Access::usual>(words, work.entry.layout, l, work.settled.step,
-                                   call.rounding_keys);
-        const bool rounding = !Access::usual && call.rounding;
-        if (states > 0) access.template store<first_state>(state[0], words, rounding, 0);
-        if (states > 1) access.template store<first_state + 1>(state[1], words, rounding, 16);
-        if (states > 2) access.template store<first_state + 2>(state[2], words, rounding, 16);
+        access.template store<theta>(raw_theta);
+        if (states > 0) access.template store<first_state>(raw_state[0]);
+        if (states > 1) access.template store<first_state + 1>(raw_state[1]);
+        if (states > 2) access.template store<first_state + 2>(raw_state[2]);
     }
     if (gathers) found.join(call.progress[work.item.tensor]);
-    if (work.entry.kept[0].data) {
+    if (Access::keeps && work.entry.kept[0].data) {
         __syncthreads();
         if (threadIdx.x == 0 && is_last(&call.progress[work.item.tensor].updates_left, 1))
             keep_range(call, work.entry, work.item.tensor);
@@ -499,15 +605,27 @@ DEVICE void work_on_items(const Call<UpdateRule>& call, bool update) {
                                           minimum(begin + item_size, bulk));
     }
 }
-template <bool update, bool more, class UpdateRule>
-__global__ void __launch_bounds__(threads, 5)
+template <class T, bool keeps, bool update, bool more, class UpdateRule>
+__global__ void __launch_bounds__(threads,
+                                  sizeof(T) == 4 && states_of<UpdateRule, more> < 3 ? 4 : 3)
     step_full(const __grid_constant__ Call<UpdateRule> call) {
-    work_on_items<Full, more>(call, update);
+    work_on_items<Full<T, keeps>, more>(call, update);
 }
 template <bool more, class UpdateRule>
-__global__ void __launch_bounds__(threads, 2)
+__global__ void __launch_bounds__(threads, 3)
     step_mixed(const __grid_constant__ Call<UpdateRule> call) {
     work_on_items<Mixed, more>(call, call.options.target_update);
+}
+// Statistics alone.
+__global__ void __launch_bounds__(threads, 4)
+    gather_full(const __grid_constant__ Call<NoUpdateRule> call) {
+    __shared__ Room<sizeof(Work<NoUpdateRule>)> room;
+    Work<NoUpdateRule>& work = *reinterpret_cast<Work<NoUpdateRule>*>(&room);
+    while (take(call, work)) {
+        const int64_t begin = work.item.begin,
+                      size = work.entry.kept[0].data ? seldom_item : item_size;
+        gather<Mixed>(call, work, begin, minimum(begin + size, work.entry.bulk));
+    }
 }
 
 template <class UpdateRule, class F> DEVICE void over_ragged(const Call<UpdateRule>& call, F f) {
@@ -556,11 +674,12 @@ __global__ void __launch_bounds__(threads)
     const int64_t from = blockIdx.x % rank_parts * threads + threadIdx.x;
     for (int64_t l = first + from * apart; l < e.size; l += apart * rank_parts * threads) {
         if (!straight && element_index(e.layout, l) % every != 0) continue;
-        float x[1];
-        Ragged(e, call.axes, l).load_first(has_saliency, x);
-        x[0] = has_saliency ? root(x[0]) : absolute(x[0] * call.settled[tensor].curve.unscale);
-        if (finite(x[0]))
-            atomicAdd(into + rank_bin(x[0]), static_cast<Count>(row_size == rank_bins ? every : 1));
+        const float x = Ragged(e, call.axes, l).load_first(has_saliency),
+                    magnitude =
+                        has_saliency ? root(x) : absolute(x * call.settled[tensor].curve.unscale);
+        if (finite(magnitude))
+            atomicAdd(into + rank_bin(magnitude),
+                      static_cast<Count>(row_size == rank_bins ? every : 1));
     }
 }
 
@@ -639,15 +758,20 @@ struct TensorTable : AxesTable {
     }
 };
 
-bool is_float(const Slot& s) { return !s.data || s.storage == Storage::float32; }
+// What a call is for: `draws` words for its elements, `updates` them, or takes statistics alone.
+struct Purpose {
+    bool draws = true, updates = true;
+};
 
 // Which elements of a tensor whole accesses of `pack` elements cover.
-int64_t bulk_of(const Entry& e, int pack, bool has_update_rule) {
+int64_t bulk_of(const Entry& e, int pack, const Purpose& purpose) {
     const Layout& at = e.layout;
-    bool covered = has_update_rule && !e.slots[given].data && at.offset % 4 == 0 &&
-                   (at.run >= e.size || (pack == 8 && at.run % 4 == 0 && at.stride % 4 == 0));
+    bool covered =
+        !purpose.draws ||
+        (at.offset % 4 == 0 && (at.run >= e.size || (at.run % 4 == 0 && at.stride % 4 == 0)));
     for (const Slot& s : e.slots)
-        covered &= s.axes < 0 && reinterpret_cast<uintptr_t>(s.data) % 16 == 0;
+        covered &= !s.data || (s.axes < 0 && reinterpret_cast<uintptr_t>(s.data) % 16 == 0 &&
+                               s.storage != Storage::float64 && s.storage != Storage::boolean);
     return covered ? e.size - e.size % pack : 0;
 }
 
@@ -658,10 +782,10 @@ int32_t pieces_of(int64_t elements, int64_t size) {
 // Gives every tensor the places of its items, in an order in which each waits for earlier ones
 // only.
 template <class UpdateRule>
-void order(Call<UpdateRule>& call, std::vector<Entry>& entries, int64_t window) {
+void order(Call<UpdateRule>& call, std::vector<Entry>& entries, int64_t window, bool updates) {
     uint32_t at = 0;
     auto update = [&](size_t i, size_t end) {
-        for (; i < end; ++i)
+        for (; updates && i < end; ++i)
             entries[i].updates_at = static_cast<int32_t>(at),
             at += pieces_of(entries[i].bulk, item_size);
     };
@@ -698,11 +822,11 @@ struct Memory {
 // Plans a call, copies its table and runs `prepare`. `pack`: elements of an access.
 template <class UpdateRule, class Options>
 Memory begin(Call<UpdateRule>& call, TensorTable& tensors, const Options& options, int pack,
-             const Tensor& like, cudaStream_t stream) {
+             const Purpose& purpose, const Tensor& like, cudaStream_t stream) {
     std::vector<Entry>& entries = tensors.entries;
     const size_t n = entries.size();
-    for (Entry& e : entries) e.bulk = bulk_of(e, pack, !std::is_same_v<UpdateRule, NoUpdateRule>);
-    order(call, entries, attribute_of_device(cudaDevAttrL2CacheSize) / 3);
+    for (Entry& e : entries) e.bulk = bulk_of(e, pack, purpose);
+    order(call, entries, attribute_of_device(cudaDevAttrL2CacheSize) / 3, purpose.updates);
     const size_t entry_bytes = n * sizeof(Entry),
                  axes_bytes = tensors.axes.size() * sizeof(int64_t);
     std::vector<char> bytes(entry_bytes + axes_bytes);
@@ -748,28 +872,31 @@ Memory begin(Call<UpdateRule>& call, TensorTable& tensors, const Options& option
     return {uploaded, scratch};
 }
 
-// AMSGrad on target "update" wants more registers than `step_full` has.
-template <class UpdateRule> constexpr bool fits_full(bool update, bool more) {
-    return !(update && more && std::is_same_v<UpdateRule, AdamW<float>>);
+// What a call's lists have in common.
+enum class Lists { float32, bfloat16, mixed };
+
+template <bool update, bool more, class UpdateRule>
+auto kernel_for(Lists lists, bool keeps) -> void (*)(Call<UpdateRule>) {
+    if constexpr (!std::is_same_v<UpdateRule, NoUpdateRule>) {
+        if (lists == Lists::float32)
+            return keeps ? step_full<float, true, update, more, UpdateRule>
+                         : step_full<float, false, update, more, UpdateRule>;
+        if (lists == Lists::bfloat16)
+            return keeps ? step_full<uint16_t, true, update, more, UpdateRule>
+                         : step_full<uint16_t, false, update, more, UpdateRule>;
+    }
+    return step_mixed<more, UpdateRule>;
 }
 
 template <bool update, bool more, class UpdateRule>
-void launch_items(const Call<UpdateRule>& call, int pack, bool gathers, cudaStream_t stream) {
-    if (gathers && call.ragged_count > 0)
-        launch(gather_ragged<UpdateRule>,
-               {resident_blocks(gather_ragged<UpdateRule>, threads, call.ragged_count), threads},
-               stream, call);
-    if constexpr (!std::is_same_v<UpdateRule, NoUpdateRule>) {
-        auto kernel = step_mixed<more, UpdateRule>;
-        if constexpr (fits_full<UpdateRule>(update, more))
-            if (pack == 4) kernel = step_full<update, more, UpdateRule>;
-        if (call.count > 0)
-            launch(kernel, {resident_blocks(kernel, threads, call.count), threads}, stream, call);
-    }
-    const auto ragged = step_ragged<more, UpdateRule>;
-    if (call.ragged_count > 0)
-        launch(ragged, {resident_blocks(ragged, threads, call.ragged_count), threads}, stream,
-               call);
+void launch_items(const Call<UpdateRule>& call, Lists lists, bool gathers, cudaStream_t stream) {
+    auto go = [&](auto kernel, uint32_t items) {
+        if (items > 0)
+            launch(kernel, {resident_blocks(kernel, threads, items), threads}, stream, call);
+    };
+    if (gathers) go(gather_ragged<UpdateRule>, call.ragged_count);
+    go(kernel_for<update, more, UpdateRule>(lists, call.options.previous), call.count);
+    go(step_ragged<more, UpdateRule>, call.ragged_count);
 }
 
 // Runs a call: at once, or for ranks, whose tables take memory, part by part.
@@ -780,11 +907,19 @@ void run(const Call<UpdateRule>& call, const SelectionArguments& arguments, cons
     const DeviceGuard device(like);
     const cudaStream_t stream = device.stream;
     TensorTable tensors(arguments.tensors);
-    bool narrow = call.linear() && call.options.rescale && !call.options.previous &&
-                  fits_full<UpdateRule>(call.options.target_update, more);
-    for (const Entry& e : tensors.entries)
-        for (const Slot& s : e.slots) narrow &= is_float(s) && e.layout.run >= e.size;
-    const int pack = narrow ? 4 : 8;
+    bool usual = call.linear() && call.options.rescale, wide = true, narrow = true;
+    for (const Entry& e : tensors.entries) {
+        usual &= e.layout.run >= e.size;
+        for (const Slot& s : e.slots) {
+            wide &= !s.data || s.storage == Storage::float32;
+            narrow &= !s.data || s.storage == Storage::bfloat16;
+        }
+    }
+    const Lists lists = usual && wide     ? Lists::float32
+                        : usual && narrow ? Lists::bfloat16
+                                          : Lists::mixed;
+    const bool has_update_rule = !std::is_same_v<UpdateRule, NoUpdateRule>;
+    const int pack = has_update_rule && lists == Lists::float32 ? 4 : 8;
     const std::vector<Entry> all = std::move(tensors.entries);
     const size_t most = call.ranks() && !call.scope ? ranked_at_once : all.size();
     for (size_t first = 0; first < all.size(); first += most) {
@@ -798,15 +933,15 @@ void run(const Call<UpdateRule>& call, const SelectionArguments& arguments, cons
             e.table = call.scope ? e.row : static_cast<int32_t>(i);
         }
         Call<UpdateRule> part = call;
-        const Memory memory = begin(part, tensors, options, pack, like, stream);
+        const Memory memory = begin(part, tensors, options, pack, {}, like, stream);
         if constexpr (std::is_same_v<UpdateRule, NoUpdateRule>)
-            launch_items<false, false>(part, pack, gathers, stream);
+            launch_items<false, false>(part, lists, gathers, stream);
         else if (call.options.target_update)
-            more ? launch_items<true, true>(part, pack, gathers, stream)
-                 : launch_items<true, false>(part, pack, gathers, stream);
+            more ? launch_items<true, true>(part, lists, gathers, stream)
+                 : launch_items<true, false>(part, lists, gathers, stream);
         else
-            more ? launch_items<false, true>(part, pack, gathers, stream)
-                 : launch_items<false, false>(part, pack, gathers, stream);
+            more ? launch_items<false, true>(part, lists, gathers, stream)
+                 : launch_items<false, false>(part, lists, gathers, stream);
     }
 }
 
@@ -848,15 +983,17 @@ static void gather_statistics(const StatisticsArguments& arguments) {
     tensors.axes.insert(tensors.axes.end(), arguments.sizes.begin(), arguments.sizes.end());
     for (Entry& e : tensors.entries) e.own = !rank;
     if (rank) call.options.normalization = Normalization::constant; // no tables of its own
-    const Memory memory = begin(call, tensors, NoOptions(), 4, like, stream);
+    const Memory memory = begin(call, tensors, NoOptions(), 8, {false, false}, like, stream);
     if (rank) {
         launch(count_bins<NoUpdateRule, unsigned long long>, {n * rank_parts, threads}, stream,
                call, static_cast<unsigned long long*>(arguments.out.data), int64_t(rank_bins),
                arguments.out.count > 1, arguments.sizes.empty() ? nullptr : call.axes + at);
     } else {
-        const auto gather = gather_ragged<NoUpdateRule>;
-        launch(gather, {resident_blocks(gather, threads, call.ragged_count), threads}, stream,
-               call);
+        auto go = [&](auto kernel, uint32_t items) {
+            if (items > 0)
+                launch(kernel, {resident_blocks(kernel, threads, items), threads}, stream, call);
+        };
+        go(gather_full, call.count), go(gather_ragged<NoUpdateRule>, call.ragged_count);
         launch(join_ranges, {arguments.out.count, threads}, stream, call, arguments.out.range(0),
                arguments.out.count, n);
     }

@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <ucontext.h>
 #include <utility>
@@ -42,7 +43,22 @@ struct Meeting {
     int members = 0, arrived = 0;
     unsigned round = 0;
 };
+struct Copy {
+    void* to;
+    const void* from;
+};
+// A barrier that counts bytes; what is sent is delivered when somebody waits for all of it.
+struct Barrier {
+    struct Sent {
+        void* to;
+        uint64_t value;
+    };
+    unsigned phase = 0, expected = 0;
+    bool announced = false;
+    std::vector<Sent> sent;
+};
 struct Fiber {
+    std::vector<Copy> copies;
     ucontext_t start;
     jmp_buf here;
     bool begun = false, done = true;
@@ -59,6 +75,7 @@ struct Machine {
     std::vector<std::vector<char>> dynamic; // shared memory by block of a cluster
     std::vector<Meeting> warps, blocks;
     Meeting cluster;
+    std::map<const void*, Barrier> barriers;
     jmp_buf home;
     ucontext_t outside;
     std::function<void()> body;
@@ -103,7 +120,7 @@ struct Machine {
         slots.resize(all), dynamic.resize(cluster_size);
         for (first_block = 0; first_block < grid; first_block += cluster_size) {
             warps.assign(cluster_size * warps_each, {}), blocks.assign(cluster_size, {}),
-                cluster = {all, 0, 0};
+                cluster = {all, 0, 0}, barriers.clear();
             for (auto& memory : dynamic)
                 memory.assign(shared + 64,
                               static_cast<char>(0xff)); // NaN, as nobody has written it
@@ -114,7 +131,7 @@ struct Machine {
                 fiber.start.uc_stack.ss_sp = fiber.stack.get(),
                 fiber.start.uc_stack.ss_size = stack_size, fiber.start.uc_link = nullptr;
                 makecontext(&fiber.start, &Machine::enter, 0);
-                fiber.begun = fiber.done = false;
+                fiber.begun = fiber.done = false, fiber.copies.clear();
                 current = i;
                 ++warps[warp()].members, ++blocks[rank()].members;
             }
@@ -156,6 +173,46 @@ template <class T, class F> T exchange(T x, F f) {
 inline char* dynamic_shared(int rank) {
     char* memory = machine.dynamic[rank].data();
     return memory + (-reinterpret_cast<uintptr_t>(memory) & 63);
+}
+
+inline char* of_block(void* shared, int rank) {
+    return dynamic_shared(rank) + (static_cast<char*>(shared) - dynamic_shared(machine.rank()));
+}
+
+// What is copied or sent is not there before its wait; until then its place is NaN, as its old
+// contents may be gone.
+inline void copy_async(void* to, const void* from) {
+    if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) abort();
+    memset(to, 0xff, 16);
+    machine.fibers[machine.current].copies.push_back({to, from});
+}
+inline void await_copies() {
+    std::vector<Copy>& copies = machine.fibers[machine.current].copies;
+    for (const Copy& copy : copies) memcpy(copy.to, copy.from, 16);
+    copies.clear();
+}
+inline void make_barrier(uint64_t* barrier) { machine.barriers[barrier] = {}; }
+inline void announce(uint64_t* barrier, unsigned bytes) {
+    Barrier& b = machine.barriers.at(barrier);
+    if (b.announced) abort(); // the phase before is not over
+    b.announced = true, b.expected = bytes;
+}
+inline void send(uint64_t* to, uint64_t value, uint64_t* barrier, int rank) {
+    char* there = of_block(to, rank);
+    memset(there, 0xff, 8);
+    machine.barriers.at(of_block(barrier, rank)).sent.push_back({there, value});
+}
+inline void await_phase(uint64_t* barrier, unsigned parity) {
+    Barrier& b = machine.barriers.at(barrier);
+    while (b.phase % 2 == parity) {
+        if (!b.announced || 8 * b.sent.size() < b.expected) {
+            machine.pause();
+            continue;
+        }
+        if (8 * b.sent.size() > b.expected) abort();
+        for (const Barrier::Sent& one : b.sent) memcpy(one.to, &one.value, 8);
+        b.sent.clear(), b.announced = false, ++b.phase;
+    }
 }
 
 } // namespace on_host

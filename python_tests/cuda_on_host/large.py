@@ -48,6 +48,63 @@ def test_losses(classes, passes, dtype, in_place):
         torch.testing.assert_close(a, b, **tolerance)
 
 
+@pytest.mark.parametrize(
+    ("classes", "m"),
+    [
+        (1500, 2),  # a block of 128 threads; every row begins elsewhere
+        (2003, 1),
+        (5003, 2),  # a block, or a cluster of 2
+        (9001, 2),  # a cluster of 2, or of 4
+        (1027, 0),  # labels alone
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_rows_that_begin_anywhere(classes, m, dtype, smoothing):
+    # The rows of a sample begin at one place of 16 bytes, those of the next at another.
+    rows = 8
+    clean = 3 * torch.randn(rows, classes).to(dtype)
+    adversarial = 3 * torch.randn(m, rows, classes).to(dtype) if m else None
+    labels = torch.tensor([0, classes - 1, -100, 7, 1, 2, -100, 3])
+    found = []
+    for backend in ("cpp", "reference"):
+        x = clean.clone().requires_grad_()
+        y = None if adversarial is None else adversarial.clone().requires_grad_()
+        options = {"js_weight": 1.0, "label_smoothing": smoothing, "reduction": "none"}
+        loss = uk.uegr_loss(x, y, labels, backend=backend, **options)
+        loss.sum().backward()
+        with torch.no_grad():  # the forward alone
+            alone = uk.uegr_loss(x, y, labels, backend=backend, **options)
+        assert torch.equal(alone, loss.detach())
+        found.append((loss.detach(), x.grad, *(() if y is None else (y.grad,))))
+    tolerance = {
+        torch.float32: {"rtol": 2e-5, "atol": 1e-6},
+        torch.bfloat16: {"rtol": 2e-2, "atol": 1e-4},
+        torch.float16: {"rtol": 2e-3, "atol": 1e-4},
+    }[dtype]
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+@pytest.mark.parametrize("dominated", [False, True])
+def test_small_divergences_are_exact(dominated):
+    x = torch.randn(1, 4, 3000)
+    if dominated:
+        x[..., 17] = 20
+    near = (x + 1e-3 * torch.randn_like(x)).clone()
+    pair = torch.cat((x, near)).requires_grad_()
+    found = uk.pairwise_js(pair, reduction="none", backend="cpp")
+    exact = uk.pairwise_js(pair.double(), reduction="none", backend="reference")
+    torch.testing.assert_close(found.double(), exact, rtol=2e-3, atol=1e-12)
+    (gradient,) = torch.autograd.grad(found.sum(), pair)
+    (expected,) = torch.autograd.grad(exact.sum(), pair)
+    assert (gradient - expected).abs().max() <= 1e-4 * expected.abs().max()
+    same = torch.cat((x, x)).requires_grad_()
+    nothing = uk.pairwise_js(same, reduction="none", backend="cpp")
+    assert (nothing == 0).all()
+    assert torch.autograd.grad(nothing.sum(), same)[0].count_nonzero() == 0
+
+
 @pytest.mark.parametrize("refused", ["nothing", "large clusters", "clusters"])
 @pytest.mark.parametrize("classes", [5000, 33_000])  # clusters of 2, and of 16
 def test_a_device_that_refuses_clusters_sweeps(monkeypatch, refused, classes):
@@ -67,6 +124,9 @@ OPTIONS = [
     {"normalization": "rank"},
     {"target": "update", "amsgrad": True},
     {"state_dtype": torch.bfloat16},
+    {"state_dtype": torch.bfloat16, "statistics": "previous"},
+    {"scope": "global"},
+    {"scope": "global", "statistics": "previous"},
 ]
 
 
@@ -97,6 +157,46 @@ def test_steps(options, dtype):
         )
         # u and p may be closer than their rounding
         assert wrong.sum() <= (0.05 * a.numel() + 2 if rank else 1 + 1e-5 * a.numel())
+
+
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+@pytest.mark.parametrize("saliency", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_are_selected(dtype, saliency, scope):
+    # whole accesses and what is left of them; memory that none covers; strides
+    shapes = (70_000, 1023, 3, 4096, 1, 0)
+    start = [torch.randn(n).to(dtype) for n in shapes]
+    start += [torch.randn(4097).to(dtype)[1:], torch.randn(64, 96).to(dtype).t()]
+    s = None if saliency is None else [torch.rand(g.shape).to(saliency) for g in start]
+    found = []
+    for backend in ("cpp", "reference"):
+        params = [torch.nn.Parameter(torch.empty_like(g)) for g in start]
+        for p, g in zip(params, start, strict=True):
+            p.grad = g.clone()
+        uk.select_gradients_(params, seed=7, step=3, saliency=s, scope=scope, backend=backend)
+        found.append([p.grad for p in params])
+    for a, b in zip(*found, strict=True):
+        # u and p may be closer than their rounding
+        other = (a == 0) != (b == 0)
+        assert other.sum() <= 1e-5 * a.numel()
+        kept = ~other
+        torch.testing.assert_close(a[kept].float(), b[kept].float(), rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_masks_are_the_references(dtype):
+    # 1/p is the same number everywhere, so nothing may differ
+    options = {"normalization": "constant", "keep_probability": 0.5, "seed": 2**63 - 5, "step": 9}
+    start = [torch.ones(n, dtype=dtype) for n in (70_001, 4096, 5)]
+    found = []
+    for backend in ("cpp", "reference"):
+        params = [torch.nn.Parameter(torch.empty_like(g)) for g in start]
+        for p, g in zip(params, start, strict=True):
+            p.grad = g.clone()
+        uk.select_gradients_(params, backend=backend, **options)
+        found.append([p.grad for p in params])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b) and {*a.unique().tolist()} == {0, 2}
 
 
 def step_in_float64(backend):
