@@ -1,4 +1,4 @@
-"""Makes words and tensors of texts, and reads this machine's docstrings as texts to try."""
+"""Makes words of texts, and reads this machine's docstrings as texts to try."""
 
 import ast
 import hashlib
@@ -9,12 +9,7 @@ import sysconfig
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol, TypeVar
-
-import torch
-from torch import Tensor
-
-from ..models import PADDING
+from typing import Protocol, TypeVar
 
 UNKNOWN, VOCABULARY = 1, 8000
 T = TypeVar("T")
@@ -43,19 +38,6 @@ class Progress(Protocol):
     """Passes on what it is given, and shows how far it is, as tqdm.tqdm does."""
 
     def __call__(self, items: Iterable[T], /, *, desc: str, unit: str) -> Iterable[T]: ...
-
-
-class Texts(NamedTuple):
-    """Holds examples as tensors: ids [n, T], padded with 0, and labels [n]."""
-
-    ids: Tensor
-    labels: Tensor
-
-    def batch(self, rows: Tensor | slice) -> tuple[dict[str, Tensor], Tensor]:
-        """Returns the inputs and labels of some rows, cut to the longest of their texts."""
-        ids = self.ids[rows]
-        ids = ids[:, : int((ids != PADDING).sum(1).max())]
-        return {"ids": ids, "attention_mask": ids != PADDING}, self.labels[rows]
 
 
 def words_of(text: str) -> tuple[str, ...]:
@@ -156,12 +138,3 @@ def vocabulary(texts: Iterable[Sequence[str]]) -> dict[str, int]:
         key=lambda word: (-counts[word], word),
     )[:VOCABULARY]
     return {word: i for i, word in enumerate(kept, UNKNOWN + 1)}
-
-
-def encode(texts: Iterable[Sequence[str]], index: dict[str, int]) -> Tensor:
-    """Returns word numbers [n, T], padded; a text without a word is one unknown word."""
-    rows = [[index.get(word, UNKNOWN) for word in words] or [UNKNOWN] for words in texts]
-    ids = torch.full((len(rows), max(map(len, rows))), PADDING)
-    for row, values in zip(ids, rows, strict=True):
-        row[: len(values)] = torch.tensor(values)
-    return ids
