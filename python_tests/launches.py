@@ -167,13 +167,6 @@ EXCLUDED: dict[str, list[Row]] = {
         {"statistics": "previous", "normalization": "rank"},
         {"statistics": "previous", "normalization": "constant"},
         {"nesterov": True, "momentum": 0},
-        {"function": "selection_probability", "scope": "global"},
-        {"function": "selection_mask", "scope": "global"},
-        *(
-            {"function": name, option: value}
-            for name in ("select_gradients_", "selection_probability", "selection_mask")
-            for option, value in (("statistics", "previous"), ("target", "update"))
-        ),
     ],
     "perturbation": [
         *({"function": name, "per": "tensor"} for name in ("fgm_perturbation", "pgd_step")),

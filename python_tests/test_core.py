@@ -2,10 +2,6 @@
 `uegr_kernels._bindings`.
 """
 
-import itertools
-import types
-
-import conftest
 import numpy as np
 import pytest
 import torch
@@ -529,30 +525,3 @@ def test_inverse_probability_is_the_references(
                 expected,
                 rtol=max(1.0, sharpness / 5) * (2e-6 if dtype == np.float32 else 1e-14),
             )
-
-
-class Item(types.SimpleNamespace):
-    __hash__ = object.__hash__
-
-
-@pytest.mark.parametrize(
-    "sizes", [(4, 4), (13, 2, 2), (4, 2, 3), (2, 2, 2), (26, 4), (5,), ()], ids=str
-)
-def test_what_is_left_of_a_tests_combinations_has_every_value(sizes):
-    names = [f"list{i}" for i in range(len(sizes))]
-    marks = [types.SimpleNamespace(args=(name,)) for name in names]
-    values = [[object() for _ in range(size)] for size in sizes]
-    items = []
-    for some in itertools.product(*values):
-        params = {"backend": "triton", **dict(zip(names, some, strict=True))}
-        items.append(
-            Item(
-                function=None,
-                callspec=types.SimpleNamespace(params=params),
-                iter_markers=lambda name: marks,
-            )
-        )
-    left = [item for item in items if item not in conftest.repeated(items)]
-    assert len(left) == max(sizes, default=1)
-    for name, those in zip(names, values, strict=True):
-        assert {id(item.callspec.params[name]) for item in left} == set(map(id, those))

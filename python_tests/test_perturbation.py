@@ -34,7 +34,7 @@ def gradient(*shape, dtype=torch.float32, seed=0, scale=1.0):
 
 
 def mask_of(shape, keep_probability, seed, step=0, stream=0):
-    """The mask that SPEC 2 promises, from the generator whose known answers test_core.py holds."""
+    """The mask docs/spec.md promises, by a generator whose known answers test_core.py has."""
     indices = torch.arange(math.prod(shape))
     return (
         philox.uniform(philox.words(indices, seed=seed, step=step, stream=stream), torch.float64)

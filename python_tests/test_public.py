@@ -1,4 +1,4 @@
-"""The names, signatures and defaults are the ones promised (SPEC 3)."""
+"""The names, signatures and defaults are the ones promised (docs/spec.md, 3)."""
 
 import copy
 import inspect
@@ -15,11 +15,11 @@ import torch
 
 import uegr_kernels as uk
 
-SELECTION = (
-    "threshold=0.8, sharpness=5.0, normalization='minmax', direction='printed', scope='tensor', "
-    "statistics='current', "
-    "rescale=True, min_probability=0.0, keep_probability=1.0, target='gradient'"
+STATELESS = (
+    "threshold=0.8, sharpness=5.0, normalization='minmax', direction='printed', "
+    "rescale=True, min_probability=0.0, keep_probability=1.0"
 )
+SELECTION = f"{STATELESS}, scope='tensor', statistics='current', target='gradient'"
 TORCHS = "maximize=False, foreach=None, capturable=False, differentiable=False, fused=None"
 OPTIMIZER = f"{SELECTION}, {TORCHS}, state_dtype=None, seed=None, backend='auto'"
 LOSS = (
@@ -35,9 +35,10 @@ SIGNATURES = {
     f"amsgrad=False, *, {OPTIMIZER})",
     "SelectiveSGD": "(params, lr=1e-3, momentum=0, dampening=0, weight_decay=0, nesterov=False, "
     f"*, {OPTIMIZER})",
-    "select_gradients_": f"(params, *, seed, step, saliency=None, {SELECTION}, backend='auto')",
-    "selection_probability": f"(grad, *, saliency=None, {SELECTION}, backend='auto')",
-    "selection_mask": f"(grad, *, seed, step, stream=0, saliency=None, {SELECTION}, "
+    "select_gradients_": "(params, *, seed, step, saliency=None, scope='tensor', "
+    f"{STATELESS}, backend='auto')",
+    "selection_probability": f"(grad, *, saliency=None, {STATELESS}, backend='auto')",
+    "selection_mask": f"(grad, *, seed, step, stream=0, saliency=None, {STATELESS}, "
     "backend='auto')",
     "pairwise_js": "(logits, *, reduction='mean', inplace_backward=False, backend='auto')",
     "uegr_loss": f"(clean_logits, adversarial_logits, labels, *, {LOSS}, backend='auto')",

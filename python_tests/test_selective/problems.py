@@ -82,7 +82,7 @@ def same_bits(a, b) -> bool:
 @contextlib.contextmanager
 def noting_near_ties(monkeypatch, histogram: bool = False):
     """What the reference decides inside this block: a bool tensor by stream of the elements whose u
-    and p are so close that a kernel may decide otherwise (SPEC 2: 2^-22 * max(1, sharpness)).
+    and p are so close, 2^-22 * max(1, sharpness), that a kernel may decide otherwise.
 
     `histogram`: the reference ranks by the histogram that native kernels share, so that what is
     compared is the rest.

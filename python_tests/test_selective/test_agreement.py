@@ -185,7 +185,9 @@ def test_select_gradients_agrees_with_the_reference(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("options", SELECTION_CASES)
+@pytest.mark.parametrize(
+    "options", [case for case in SELECTION_CASES if "scope" not in case.values[0]]
+)
 def test_probability_and_mask_agree_with_the_reference(monkeypatch, native, dtype, options):
     generator = torch.Generator().manual_seed(3)
     for shape in SMALL_SHAPES if native == "triton" else AGREEMENT_SHAPES:

@@ -1,6 +1,7 @@
 """Errors: what is wrong, its value; and nothing has changed."""
 
 import copy
+import functools
 
 import numpy as np
 import pytest
@@ -285,9 +286,13 @@ def test_sgd_refuses_an_expanded_parameter_before_anything_changes(backend):
 
 
 STATELESS_ERRORS = [
-    *[(o, e, m) for o, e, m in BAD_OPTIONS if o.keys() <= {*FIELDS, "backend", "seed"}],
-    ({"statistics": "previous"}, ValueError, "statistics='previous' needs an optimizer's state"),
-    ({"target": "update"}, ValueError, "target='update' needs an optimizer's state"),
+    *[
+        (o, e, m)
+        for o, e, m in BAD_OPTIONS
+        if o.keys() <= {*FIELDS, "backend", "seed"} - {"scope", "statistics", "target"}
+    ],
+    ({"statistics": "current"}, TypeError, "unexpected keyword argument 'statistics'"),
+    ({"target": "gradient"}, TypeError, "unexpected keyword argument 'target'"),
     ({"step": -1}, ValueError, r"step=-1 .*\[0, 2\^24\)"),
     ({"step": 2**24}, ValueError, "step=16777216"),
     ({"step": 1.0}, TypeError, "step=1.0 is a float"),
@@ -308,6 +313,15 @@ def test_stateless_functions_name_a_bad_option(options, error, message):
     if not options.keys() & {"seed", "step"}:
         with pytest.raises(error, match=message):
             uk.selection_probability(p.grad, **options)
+
+
+def test_a_scope_is_for_several_gradients():
+    p = fine_parameter()
+    with pytest.raises(ValueError, match="scope='all' .*'tensor' or 'global'"):
+        uk.select_gradients_([p], seed=1, step=1, scope="all")
+    for call in (uk.selection_probability, functools.partial(uk.selection_mask, seed=1, step=1)):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'scope'"):
+            call(p.grad, scope="tensor")
 
 
 BAD_SECOND_GRADIENTS = [

@@ -1,13 +1,11 @@
 """The operators as PyTorch calls them: memory, fakes, layouts, refusals."""
 
-import inspect
-
 import pytest
 import torch
 
 import uegr_kernels as uk
 from uegr_kernels.selective import reference
-from uegr_kernels.selective.options import FIELDS, NORMALIZATIONS, Selection
+from uegr_kernels.selective.options import NORMALIZATIONS, Selection
 
 from . import NAMES
 from .problems import OPTIMIZERS, problem, same_bits
@@ -235,9 +233,7 @@ def test_the_operators_take_a_single_tensor_for_many_states(native):
 )
 def test_the_kernel_refuses_numbers_it_cannot_state(native, wrong, message):
     out = torch.zeros(9, dtype=torch.bool)
-    options = Selection(
-        *(inspect.signature(uk.selection_mask).parameters[name].default for name in FIELDS)
-    ).numbers()
+    options = Selection().numbers()
     options |= {"layout": [0, 0, 9, 9], "step": 1, "seed": 1} | wrong
     with pytest.raises(RuntimeError, match=message):
         torch.ops.uegr_kernels.selection_mask_.default(torch.ones(9), None, out=out, **options)

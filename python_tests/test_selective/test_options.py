@@ -510,11 +510,12 @@ def test_global_previous_uses_kept_values_and_a_first_timers_current_ones(backen
 
 def test_on_one_tensor_global_equals_tensor(backend):
     for normalization in ("minmax", "range", "rank"):
-        for function, arguments in (
-            (uk.selection_probability, {}),
-            (uk.selection_mask, {"seed": 1, "step": 1}),
-        ):
-            options = {"normalization": normalization, "backend": backend} | arguments
-            assert torch.equal(
-                function(HAND, scope="global", **options), function(HAND, scope="tensor", **options)
+        found = []
+        for scope in ("global", "tensor"):
+            p = torch.zeros_like(HAND).requires_grad_()
+            p.grad = HAND.clone()
+            uk.select_gradients_(
+                [p], seed=1, step=1, scope=scope, normalization=normalization, backend=backend
             )
+            found.append(p.grad)
+        assert torch.equal(*found) and not torch.equal(found[0], HAND)

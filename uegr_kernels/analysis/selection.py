@@ -155,10 +155,8 @@ def _selections(optimizer: object) -> Iterator[tuple[str, Tensor, Tensor, Tensor
         )
     found, stream = [], 0
     for group in optimizer.param_groups:
-        options = {name: group[name] for name in OPTIONS} | {
-            "statistics": "current",
-            "target": "gradient",
-        }
+        options = {name: group[name] for name in OPTIONS}
+        scope = group["scope"], group["normalization"]  # which gradients have statistics in common
         for i, p in enumerate(group["params"]):
             step = int(optimizer.state.get(p, {}).get("step", 0))
             if p.grad is not None and step:
@@ -167,18 +165,16 @@ def _selections(optimizer: object) -> Iterator[tuple[str, Tensor, Tensor, Tensor
                     if i < len(group.get("param_names", ()))
                     else str(stream)
                 )
-                found.append((name, stream, p.grad.detach(), options, group["seed"], step))
+                found.append((name, stream, p.grad.detach(), options, scope, group["seed"], step))
             stream += 1
     # by options: p of every parameter of a scope that spans them
     wide: dict[tuple[tuple[str, object], ...], dict[int, Tensor]] = {}
-    for name, stream, g, options, seed, step in found:
-        if options["scope"] == "global" and options["normalization"] != "constant":
+    for name, stream, g, options, scope, seed, step in found:
+        if scope[0] == "global" and options["normalization"] != "constant":
             key = tuple(options.items())
             if key not in wide:
                 members = {
-                    other: theirs
-                    for _, other, theirs, its, _, _ in found
-                    if _same_scope(its, options)
+                    other: theirs for _, other, theirs, _, its, _, _ in found if its == scope
                 }
                 together = torch.cat(
                     [theirs.flatten().to(g.device, torch.float64) for theirs in members.values()]
@@ -191,10 +187,6 @@ def _selections(optimizer: object) -> Iterator[tuple[str, Tensor, Tensor, Tensor
         else:
             mask = selection_mask(g, seed=seed, step=step, stream=stream, **options)
             yield name, g, selection_probability(g, **options), mask
-
-
-def _same_scope(one: dict[str, object], other: dict[str, object]) -> bool:
-    return all(one[name] == other[name] for name in ("scope", "normalization"))
 
 
 def _describe(name: str, g: Tensor, p: Tensor, mask: Tensor | None) -> ParameterSelection:

@@ -1,4 +1,6 @@
-"""Philox4x32-10 in PyTorch integers: the package's one generator (Salmon et al., SC'11; SPEC 2)."""
+"""Philox4x32-10 in PyTorch integers: the package's one generator (docs/spec.md, 2; Salmon et al.,
+SC'11).
+"""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: the generator (SPEC 2, by `tl.philox`), pointers out of
+"""What the Triton kernels share: the generator (docs/spec.md, 2, by `tl.philox`), pointers out of
 tables, and the device they are launched on.
 """
 

@@ -1,4 +1,4 @@
-"""Dropout whose rates follow the gradients of the units (SPEC 1, adaptive dropout)."""
+"""Dropout whose rates follow the gradients of the units (docs/spec.md, 1)."""
 
 from .api import AdaptiveDropout, replace_dropout
 

@@ -30,7 +30,7 @@ adaptive_dropout_backward = Operator(
     words={},
     no_vmap=NO_VMAP,
 )
-# fold: the call is outside of a backward (SPEC 3).
+# fold: the call is outside of a backward (docs/spec.md, 3).
 dropout_rates_ = Operator(
     __package__,
     "dropout_rates_(Tensor(a!) gradient_norm, Tensor(b!) pending, *, float p, float max_p, "

@@ -243,7 +243,7 @@ class _Collator:
 
 
 class Observer(TrainerCallback):  # type: ignore[misc]
-    """Is told of every step and epoch by the trainer that it is given to."""
+    """Takes note of the steps and epochs of the trainer that it is given to."""
 
     trainer: _Trainer
 

@@ -24,11 +24,9 @@ def select_gradients_(
     normalization: str = Selection.normalization,
     direction: str = Selection.direction,
     scope: str = Selection.scope,
-    statistics: str = Selection.statistics,
     rescale: bool = Selection.rescale,
     min_probability: float = Selection.min_probability,
     keep_probability: float = Selection.keep_probability,
-    target: str = Selection.target,
     backend: str = "auto",
 ) -> None:
     """Selects the gradients in place, g <- b*g/p (Eq. 7-9), for any other optimizer to step with.
@@ -39,11 +37,11 @@ def select_gradients_(
         below 2^24
     saliency  a tensor s >= 0 for every parameter, of its shape, in the place of g*g (an accumulated
         Fisher estimate); None: g*g
-    The selection options are SelectiveAdamW's; statistics="previous" and target="update" need an
-    optimizer. normalization="rank" is exact on the reference; native backends rank by bins of |g|'s
-    upper 16 bits, and by samples above 2^20 elements (help(SelectiveAdamW)). Raises, before
-    anything has changed: ValueError for a bad option, shape or overlapping gradient, TypeError for
-    a dtype, RuntimeError for a sparse gradient. Equivalent to
+    The selection options are SelectiveAdamW's, but for `statistics` and `target`, which need an
+    optimizer's state. normalization="rank" is exact on the reference; native backends rank by bins
+    of |g|'s upper 16 bits, and by samples above 2^20 elements (help(SelectiveAdamW)). Raises,
+    before anything has changed: ValueError for a bad option, shape or overlapping gradient,
+    TypeError for a dtype, RuntimeError for a sparse gradient. Equivalent to
     `selective.reference.select_gradients_`.
     """
     selection = Selection(
@@ -52,13 +50,10 @@ def select_gradients_(
         normalization=normalization,
         direction=direction,
         scope=scope,
-        statistics=statistics,
         rescale=rescale,
         min_probability=min_probability,
         keep_probability=keep_probability,
-        target=target,
     )
-    selection.check_stateless()
     params = [params] if isinstance(params, Tensor) else list(params)
     seed, step = checks.signed_seed(seed), checks.integer("step", step, 0, bits=24)
     if saliency is not None and len(saliency) != len(params):
@@ -117,19 +112,17 @@ def selection_probability(
     sharpness: float = Selection.sharpness,
     normalization: str = Selection.normalization,
     direction: str = Selection.direction,
-    scope: str = Selection.scope,
-    statistics: str = Selection.statistics,
     rescale: bool = Selection.rescale,
     min_probability: float = Selection.min_probability,
     keep_probability: float = Selection.keep_probability,
-    target: str = Selection.target,
     backend: str = "auto",
 ) -> Tensor:
     """Computes the probability p with which each element of a gradient is selected (Eq. 7-9).
 
     grad  any shape; float32, bfloat16, float16, float64;  saliency  s >= 0 of the same shape in the
         place of g*g
-    The selection options are SelectiveAdamW's; on one tensor scope="global" equals "tensor".
+    The selection options are SelectiveAdamW's, but for `statistics` and `target`, which need an
+    optimizer's state, and `scope`, which needs several tensors.
     normalization="rank" is exact on the reference; native backends rank by bins of |g|'s upper 16
     bits, and by samples above 2^20 elements (help(SelectiveAdamW)). Returns p in [2^-24, 1], of
     grad's shape, float32 (float64 for float64); 1 where grad is not finite. Raises ValueError,
@@ -141,14 +134,10 @@ def selection_probability(
         sharpness=sharpness,
         normalization=normalization,
         direction=direction,
-        scope=scope,
-        statistics=statistics,
         rescale=rescale,
         min_probability=min_probability,
         keep_probability=keep_probability,
-        target=target,
     )
-    selection.check_stateless()
     _check_gradient("selection_probability", "grad", grad, saliency)
     chosen = op.selection_probability_.choose(backend, grad.device, grad.dtype)
     with torch.no_grad():
@@ -172,12 +161,9 @@ def selection_mask(
     sharpness: float = Selection.sharpness,
     normalization: str = Selection.normalization,
     direction: str = Selection.direction,
-    scope: str = Selection.scope,
-    statistics: str = Selection.statistics,
     rescale: bool = Selection.rescale,
     min_probability: float = Selection.min_probability,
     keep_probability: float = Selection.keep_probability,
-    target: str = Selection.target,
     backend: str = "auto",
 ) -> Tensor:
     """Draws which elements of a gradient are selected, b ~ Bernoulli(p) (Eq. 9), from Philox.
@@ -186,7 +172,8 @@ def selection_mask(
         place of g*g
     seed  any integer, modulo 2^64;  step  from 1, below 2^24;  stream  the parameter's number, in
         [0, 2^32)
-    The selection options are SelectiveAdamW's; on one tensor scope="global" equals "tensor".
+    The selection options are SelectiveAdamW's, but for `statistics` and `target`, which need an
+    optimizer's state, and `scope`, which needs several tensors.
     normalization="rank" is exact on the reference; native backends rank by bins of |g|'s upper 16
     bits, and by samples above 2^20 elements (help(SelectiveAdamW)). Returns a bool tensor of grad's
     shape. Raises ValueError, TypeError, RuntimeError as select_gradients_. Equivalent to
@@ -197,14 +184,10 @@ def selection_mask(
         sharpness=sharpness,
         normalization=normalization,
         direction=direction,
-        scope=scope,
-        statistics=statistics,
         rescale=rescale,
         min_probability=min_probability,
         keep_probability=keep_probability,
-        target=target,
     )
-    selection.check_stateless()
     _check_gradient("selection_mask", "grad", grad, saliency)
     seed, step = checks.signed_seed(seed), checks.integer("step", step, 0, bits=24)
     stream = checks.integer("stream", stream, 0, bits=32)

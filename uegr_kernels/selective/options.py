@@ -141,18 +141,6 @@ class Selection:
             "target_update": self.target == "update",
         }
 
-    def check_stateless(self) -> None:
-        """Raises ValueError for an option that needs what only an optimizer keeps."""
-        for name, value, only in (
-            ("statistics", self.statistics, "current"),
-            ("target", self.target, "gradient"),
-        ):
-            if value != only:
-                raise ValueError(
-                    f"{name}={value!r} needs an optimizer's state; use "
-                    f"{name}={only!r}, or SelectiveAdamW or SelectiveSGD"
-                )
-
     @property
     def random(self) -> bool:
         """Tells whether an element can go unselected."""
