@@ -1210,18 +1210,6 @@ template <class Kernel> bool allow_large_cluster(Kernel kernel) {
     return false;
 }
 
-// Launches blocks or clusters; false where the device refuses the clusters.
-bool launch_cluster(void (*kernel)(Batch), const Batch& batch, const Shape& shape,
-                    cudaStream_t stream) {
-    allow_shared(kernel, shape.shared);
-    // Some devices of sm_90 refuse large clusters, or all of them.
-    if (shape.cluster > 1 && ((shape.cluster > portable_cluster && !allow_large_cluster(kernel)) ||
-                              active_clusters(kernel, shape) == 0))
-        return false;
-    launch(kernel, shape, stream, batch);
-    return true;
-}
-
 // Runs rows that stay on chip; false where they do not.
 template <int m> bool run_on_chip(Batch& batch, bool full, cudaStream_t stream) {
     constexpr int64_t roles = m == 2 ? 4 : 1;
@@ -1250,7 +1238,13 @@ template <int m> bool run_on_chip(Batch& batch, bool full, cudaStream_t stream) 
         if (bytes > most) continue;
         const Shape shape{minimum(batch.samples, 4 * sms) * cluster, block_threads,
                           static_cast<size_t>(bytes), cluster};
-        return launch_cluster(loss_ragged_cluster<m>, batch, shape, stream);
+        const auto kernel = loss_ragged_cluster<m>;
+        allow_shared(kernel, shape.shared);
+        // Some devices of sm_90 refuse large clusters, or all of them.
+        if (cluster > 1 && ((cluster > portable_cluster && !allow_large_cluster(kernel)) ||
+                            active_clusters(kernel, shape) == 0))
+            return false;
+        return go(kernel, shape);
     }
     return false;
 }
@@ -1281,11 +1275,10 @@ bool launch_long(Batch& batch, cudaStream_t stream) {
     const bool aligned = reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 &&
                          (batch.samples <= 1 || rows.row * bytes_of(storage) % 16 == 0);
     const int64_t chunks = (batch.classes + (aligned ? 0 : size - 1) + size - 1) / size;
-    const int64_t most = attribute_of_device(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-                  sms = attribute_of_device(cudaDevAttrMultiProcessorCount);
+    const int64_t most = attribute_of_device(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     for (int cluster = 1; cluster <= most_cluster; cluster *= 2) {
         if (cluster > 1 && !attribute_of_device(cudaDevAttrClusterLaunch)) return false;
-        // A thread has two chunks or more; shorter rows have smaller blocks, and more of them.
+        // Rows too short for so many threads have smaller blocks, and more of them run at once.
         int threads = long_threads;
         while (cluster == 1 && threads > 128 && chunks <= threads) threads /= 2;
         const int64_t group = int64_t(cluster) * threads;
@@ -1293,10 +1286,22 @@ bool launch_long(Batch& batch, cudaStream_t stream) {
         const size_t room = cluster > 1 ? sizeof(ClusterJoins::Room) : sizeof(BlockJoins::Room),
                      bytes = room + size_t(16) * passes * batch.turns * threads;
         if (bytes > static_cast<size_t>(most)) continue;
-        const Shape shape{minimum(batch.samples, 4 * sms) * cluster, threads, bytes, cluster};
-        return launch_cluster(cluster > 1 ? loss_long_cluster<storage, passes, pairs>
-                                          : loss_long_block<storage, passes, pairs>,
-                              batch, shape, stream);
+        const auto kernel = cluster > 1 ? loss_long_cluster<storage, passes, pairs>
+                                        : loss_long_block<storage, passes, pairs>;
+        // As many as run at once: a sample's rows are then on their way while the one before is
+        // worked on.
+        Shape shape{cluster, threads, bytes, cluster};
+        allow_shared(kernel, bytes);
+        if (cluster == 1) {
+            shape.blocks = resident_blocks(kernel, threads, batch.samples, bytes);
+        } else {
+            if (cluster > portable_cluster && !allow_large_cluster(kernel)) return false;
+            shape.blocks =
+                minimum<int64_t>(batch.samples, active_clusters(kernel, shape)) * cluster;
+            if (shape.blocks == 0) return false; // all of them are refused
+        }
+        launch(kernel, shape, stream, batch);
+        return true;
     }
     return false;
 }
