@@ -11,6 +11,7 @@ import torch
 from bench import __main__ as bench
 from bench import (
     cost_and_gain,
+    gpu_model,
     harness,
     machine,
     pages,
@@ -438,6 +439,35 @@ def test_committed_results_have_documented_keys():
 
 
 # ---- On paper
+
+
+def test_the_model_of_the_gpus_kernels_is_arithmetic():
+    gpu = gpu_model.Gpu("one", "sm_80", 10, 1e9, 1e12, 64, 1 << 17)
+    case = gpu_model.Case("step", "selective", "", 4, 16, 12)
+    code = {"registers": 57, "bytes_ahead": 64, "instructions": 50.0, "special": 3.0}
+    code |= {"wide": 5.0, "float32": 15.0}
+    found = gpu_model.predicted(case, code, gpu)
+    assert (found["blocks"], found["flight"]) == (4, 4 * 256 * 64)  # 64 registers a thread
+    # 50 instructions at 128 * 10 * 1e9 a second, 28 bytes at 0.9e12
+    assert found["limit"] == "instructions"
+    assert math.isclose(found["share"], (28 / 0.9e12) / (50 / 1.28e12))
+    rows = case._replace(rows=1 << 16, threads=512)
+    assert gpu_model.predicted(rows, code, gpu)["blocks"] == 2
+    slow = gpu_model.predicted(case, code | {"bytes_ahead": 1}, gpu)
+    assert slow["limit"] == "loads under way"
+    assert math.isclose(slow["share"], (28 / 0.9e12) / (16 * 0.8e-6 / (4 * 256 * 10)))
+
+
+def test_the_page_of_the_gpus_kernels_is_made_of_its_results():
+    document = json.loads(gpu_model.RESULTS.read_text())
+    assert gpu_model.PAGE.read_text() == gpu_model.page(document)
+    pairs = [(line["case"], line["gpu"]) for line in document["records"]]
+    assert pairs == [
+        (case.name, gpu.name)
+        for case in gpu_model.CASES
+        for gpu in gpu_model.GPUS
+        if gpu_model.served(case, gpu)
+    ]
 
 
 def test_the_model_of_sharded_training_is_arithmetic(capsys):

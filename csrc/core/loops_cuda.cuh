@@ -57,9 +57,10 @@ inline int attribute_of_device(cudaDeviceAttr attribute) {
 
 // As many blocks as run at once, for kernels whose blocks take work until there is none; no more
 // than `wanted`.
-template <class Kernel> int64_t resident_blocks(Kernel kernel, int threads, int64_t wanted) {
+template <class Kernel>
+int64_t resident_blocks(Kernel kernel, int threads, int64_t wanted, size_t shared = 0) {
     int each = 1;
-    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, 0),
+    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared),
                "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
     return minimum<int64_t>(wanted, static_cast<int64_t>(each > 0 ? each : 1) *
                                         attribute_of_device(cudaDevAttrMultiProcessorCount));
@@ -338,6 +339,7 @@ struct BlockJoins {
     };
     Room& room;
 
+    static_assert(sizeof(Room) % 16 == 0);
     DEVICE explicit BlockJoins(char* shared) : room(*reinterpret_cast<Room*>(shared)) {}
     static DEVICE int index() { return threadIdx.x; }
     static DEVICE int size() { return blockDim.x; }
@@ -378,6 +380,7 @@ struct ClusterJoins {
         uint64_t of_block[most_joins][most_joined][16];
         uint64_t barriers[4];
     };
+    static_assert(sizeof(Room) % 16 == 0);
     Room& room;
     unsigned parity = 0;
 

@@ -1069,20 +1069,17 @@ __global__ void __launch_bounds__(sweep_threads) loss_sweep(const __grid_constan
 
 // --- Before and after the rows ---
 
-__global__ void __launch_bounds__(finish_threads)
-    count_rows(const __grid_constant__ Batch batch, int64_t* count) {
-    __shared__ double room[64];
+// By one block, whose threads all have the count afterwards.
+DEVICE void count(const Batch& batch, double* room, int64_t* count) {
     double rows[1] = {};
     for (int64_t n = threadIdx.x; n < batch.samples; n += blockDim.x)
         rows[0] += batch.ignored(n) ? 0 : 1;
     BlockGroup(room).join(rows, 0.0, added<double>);
     if (threadIdx.x == 0) *count = static_cast<int64_t>(rows[0]);
+    __syncthreads();
 }
-
-__global__ void __launch_bounds__(finish_threads)
-    finish_loss(const __grid_constant__ Batch batch, float* loss, float* parts) {
+DEVICE void finish(const Batch& batch, double* room, float* loss, float* parts) {
     const bool by_row = batch.options.reduction == Reduction::none;
-    __shared__ double room[64];
     double sums[3] = {};
     auto put = [&](int64_t n, int64_t rows, const double* v) {
         loss[n] = static_cast<float>(v[0] + v[1] + batch.options.js_weight * v[2]);
@@ -1102,6 +1099,28 @@ __global__ void __launch_bounds__(finish_threads)
     UNROLL
     for (int k = 0; k < 3; ++k) sums[k] /= by;
     if (threadIdx.x == 0) put(0, 1, sums);
+}
+__global__ void __launch_bounds__(finish_threads)
+    count_rows(const __grid_constant__ Batch batch, int64_t* into) {
+    __shared__ double room[64];
+    count(batch, room, into);
+}
+__global__ void __launch_bounds__(finish_threads)
+    finish_loss(const __grid_constant__ Batch batch, float* loss, float* parts) {
+    __shared__ double room[64];
+    finish(batch, room, loss, parts);
+}
+
+// All of it for a small batch by one block, in one launch. Its threads see each other's counts and
+// values, as barriers of the block stand between.
+template <int m>
+__global__ void __launch_bounds__(warp_threads)
+    loss_small(const __grid_constant__ Batch batch, int64_t* into, float* loss, float* parts) {
+    __shared__ double room[64];
+    count(batch, room, into);
+    over_samples<WarpGroup, RaggedColumns, m>(batch);
+    __syncthreads();
+    finish(batch, room, loss, parts);
 }
 
 // Gradients [.., N, C] times that of the loss, () or [N].
@@ -1191,18 +1210,6 @@ template <class Kernel> bool allow_large_cluster(Kernel kernel) {
     return false;
 }
 
-// Launches blocks or clusters; false where the device refuses the clusters.
-bool launch_cluster(void (*kernel)(Batch), const Batch& batch, const Shape& shape,
-                    cudaStream_t stream) {
-    allow_shared(kernel, shape.shared);
-    // Some devices of sm_90 refuse large clusters, or all of them.
-    if (shape.cluster > 1 && ((shape.cluster > portable_cluster && !allow_large_cluster(kernel)) ||
-                              active_clusters(kernel, shape) == 0))
-        return false;
-    launch(kernel, shape, stream, batch);
-    return true;
-}
-
 // Runs rows that stay on chip; false where they do not.
 template <int m> bool run_on_chip(Batch& batch, bool full, cudaStream_t stream) {
     constexpr int64_t roles = m == 2 ? 4 : 1;
@@ -1231,7 +1238,13 @@ template <int m> bool run_on_chip(Batch& batch, bool full, cudaStream_t stream) 
         if (bytes > most) continue;
         const Shape shape{minimum(batch.samples, 4 * sms) * cluster, block_threads,
                           static_cast<size_t>(bytes), cluster};
-        return launch_cluster(loss_ragged_cluster<m>, batch, shape, stream);
+        const auto kernel = loss_ragged_cluster<m>;
+        allow_shared(kernel, shape.shared);
+        // Some devices of sm_90 refuse large clusters, or all of them.
+        if (cluster > 1 && ((cluster > portable_cluster && !allow_large_cluster(kernel)) ||
+                            active_clusters(kernel, shape) == 0))
+            return false;
+        return go(kernel, shape);
     }
     return false;
 }
@@ -1262,11 +1275,10 @@ bool launch_long(Batch& batch, cudaStream_t stream) {
     const bool aligned = reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 &&
                          (batch.samples <= 1 || rows.row * bytes_of(storage) % 16 == 0);
     const int64_t chunks = (batch.classes + (aligned ? 0 : size - 1) + size - 1) / size;
-    const int64_t most = attribute_of_device(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-                  sms = attribute_of_device(cudaDevAttrMultiProcessorCount);
+    const int64_t most = attribute_of_device(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     for (int cluster = 1; cluster <= most_cluster; cluster *= 2) {
         if (cluster > 1 && !attribute_of_device(cudaDevAttrClusterLaunch)) return false;
-        // A thread has two chunks or more; shorter rows have smaller blocks, and more of them.
+        // Rows too short for so many threads have smaller blocks, and more of them run at once.
         int threads = long_threads;
         while (cluster == 1 && threads > 128 && chunks <= threads) threads /= 2;
         const int64_t group = int64_t(cluster) * threads;
@@ -1274,10 +1286,22 @@ bool launch_long(Batch& batch, cudaStream_t stream) {
         const size_t room = cluster > 1 ? sizeof(ClusterJoins::Room) : sizeof(BlockJoins::Room),
                      bytes = room + size_t(16) * passes * batch.turns * threads;
         if (bytes > static_cast<size_t>(most)) continue;
-        const Shape shape{minimum(batch.samples, 4 * sms) * cluster, threads, bytes, cluster};
-        return launch_cluster(cluster > 1 ? loss_long_cluster<storage, passes, pairs>
-                                          : loss_long_block<storage, passes, pairs>,
-                              batch, shape, stream);
+        const auto kernel = cluster > 1 ? loss_long_cluster<storage, passes, pairs>
+                                        : loss_long_block<storage, passes, pairs>;
+        // As many as run at once: a sample's rows are then on their way while the one before is
+        // worked on.
+        Shape shape{cluster, threads, bytes, cluster};
+        allow_shared(kernel, bytes);
+        if (cluster == 1) {
+            shape.blocks = resident_blocks(kernel, threads, batch.samples, bytes);
+        } else {
+            if (cluster > portable_cluster && !allow_large_cluster(kernel)) return false;
+            shape.blocks =
+                minimum<int64_t>(batch.samples, active_clusters(kernel, shape)) * cluster;
+            if (shape.blocks == 0) return false; // all of them are refused
+        }
+        launch(kernel, shape, stream, batch);
+        return true;
     }
     return false;
 }
@@ -1297,6 +1321,12 @@ bool run_long(Batch& batch, cudaStream_t stream) {
     return launch_long<3, true>(batch, stream);
 }
 
+// Whether one block does all of a batch: a few samples for each of its warps, of few classes.
+bool is_small(const Batch& batch) {
+    return !batch.options.regression && !batch.soft.data && batch.passes - batch.first <= 2 &&
+           batch.samples <= 64 && batch.classes <= 64;
+}
+
 // Runs a batch and returns the loss and its parts.
 std::pair<Tensor, Tensor> run(Batch batch, const Tensor& like, cudaStream_t stream) {
     const bool by_row = batch.options.reduction == Reduction::none;
@@ -1310,6 +1340,19 @@ std::pair<Tensor, Tensor> run(Batch batch, const Tensor& like, cudaStream_t stre
     batch.values = static_cast<double*>(scratch.mutable_data_ptr());
     int64_t* count = reinterpret_cast<int64_t*>(batch.values + 3 * batch.samples);
     batch.count = count;
+    float *to_loss = static_cast<float*>(loss.mutable_data_ptr()),
+          *to_parts = static_cast<float*>(parts.mutable_data_ptr());
+    if (is_small(batch)) {
+        const int64_t chunks = (batch.classes + columns - 1) / columns,
+                      roles = batch.passes - batch.first == 2 ? 4 : 1;
+        batch.kept = (chunks + warp_size - 1) / warp_size * warp_size * columns *
+                     static_cast<int64_t>(sizeof(float));
+        const Shape shape{1, warp_threads,
+                          static_cast<size_t>(warp_threads / warp_size * roles * batch.kept)};
+        launch(roles == 4 ? loss_small<2> : loss_small<1>, shape, stream, batch, count, to_loss,
+               to_parts);
+        return {loss, parts};
+    }
     launch(count_rows, {1, finish_threads}, stream, batch, count);
     bool full = batch.classes % columns == 0;
     for (int pass = 0; pass < batch.passes; ++pass)
@@ -1330,9 +1373,7 @@ std::pair<Tensor, Tensor> run(Batch batch, const Tensor& like, cudaStream_t stre
             minimum(batch.samples, maximum((sms + 3) / 4, minimum(2 * sms, in_cache)));
         launch(loss_sweep, {blocks, sweep_threads}, stream, batch);
     }
-    launch(finish_loss, {1, finish_threads}, stream, batch,
-           static_cast<float*>(loss.mutable_data_ptr()),
-           static_cast<float*>(parts.mutable_data_ptr()));
+    launch(finish_loss, {1, finish_threads}, stream, batch, to_loss, to_parts);
     return {loss, parts};
 }
 

@@ -133,8 +133,10 @@ template <class Access, bool counts> DEVICE void drop(const Call& c) {
         }
     }
 }
+// Four blocks or more, for the loads under way: without a bound the sums leave room for two.
 template <Storage storage, bool counts>
-__global__ void __launch_bounds__(width* depth) drop_full(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(width* depth, counts ? 4 : 5)
+    drop_full(const __grid_constant__ Call call) {
     drop<Full<storage>, counts>(call);
 }
 template <bool counts>

@@ -144,6 +144,7 @@ struct Machine {
     }
 };
 inline Machine machine;
+inline int64_t launches = 0;
 inline void Machine::enter() {
     machine.body();
     const int me = machine.current;
@@ -355,6 +356,7 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, size_t size, cudaStream_
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments... arguments) {
+    ++on_host::launches;
     const int cluster = config->numAttrs ? static_cast<int>(config->attrs->val.clusterDim.x) : 1;
     on_host::machine.run(config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes, cluster,
                          [=] { kernel(arguments...); });

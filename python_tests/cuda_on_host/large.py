@@ -2,10 +2,13 @@
 of many items. Run by test_cuda.py.
 """
 
+import ctypes
+
 import pytest
 import torch
 
 import uegr_kernels as uk
+from uegr_kernels.core import native
 
 
 @pytest.mark.parametrize(
@@ -84,6 +87,37 @@ def test_rows_that_begin_anywhere(classes, m, dtype, smoothing):
     }[dtype]
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, **tolerance)
+
+
+@pytest.mark.parametrize(
+    ("shape", "m", "launches"),
+    [
+        ((16, 2), 2, 1),  # a fine-tuning batch: one launch
+        ((16, 2), 0, 1),
+        ((64, 64), 2, 1),
+        ((65, 2), 2, 3),  # count, loss, sum
+        ((16, 65), 2, 3),
+    ],
+)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_launches_of_a_forward(shape, m, launches, reduction):
+    library = ctypes.CDLL(str(native.LIBRARIES / "uegr_kernels_baseline.so"))
+    x = torch.randn(shape)
+    y = torch.randn(m, *shape) if m else None
+    labels = torch.randint(0, shape[1], shape[:1])
+    labels[3] = -100
+    found = []
+    for backend in ("cpp", "reference"):
+        a = x.clone().requires_grad_()
+        b = None if y is None else y.clone().requires_grad_()
+        before = library.launches_on_host()
+        loss = uk.uegr_loss(a, b, labels, reduction=reduction, backend=backend)
+        if backend == "cpp":
+            assert library.launches_on_host() - before == launches
+        loss.sum().backward()
+        found.append((loss.detach(), a.grad, *(() if b is None else (b.grad,))))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("dominated", [False, True])

@@ -10,6 +10,7 @@ STABLE_TORCH_LIBRARY_IMPL(uegr_kernels, CPU, m) { OPERATORS(IMPLEMENT) }
 
 // A CPU tensor has no device to make current and no stream.
 extern "C" {
+__attribute__((visibility("default"))) int64_t launches_on_host() { return on_host::launches; }
 AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
     return *guard = nullptr, 0;
 }

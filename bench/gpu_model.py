@@ -1,0 +1,237 @@
+"""What the CUDA kernels can reach, calculated from their compiled code and from data sheets:
+`python -m bench.gpu_model` compiles the sources, writes bench/results/gpu_model.json and makes
+docs/performance_gpu.md of it. No GPU is needed, and none has confirmed it.
+"""
+
+import json
+import pathlib
+import re
+import typing
+
+from bench import cuda_code, tables
+from bench.cuda_code import Kernel, count
+
+RESULTS = cuda_code.ROOT / "bench/results/gpu_model.json"
+PAGE = cuda_code.ROOT / "docs/performance_gpu.md"
+COPY = 0.9  # of the data sheet's rate: what a copy reaches
+LATENCY = 0.8e-6  # s, of memory under load
+
+
+class Gpu(typing.NamedTuple):
+    """Holds a data sheet. A multiprocessor's rates are by clock, in lanes."""
+
+    name: str
+    arch: str
+    multiprocessors: int
+    clock: float  # Hz
+    rate: float  # bytes/s
+    lanes: int  # float32
+    shared: int  # bytes a block may take
+    clusters: bool = True
+    issued: int = 128
+    special: int = 16
+    wide: int = 32  # 32-bit products of 64 bits: assumed, no data sheet says so
+    registers: int = 65536
+    threads: int = 2048
+
+
+GPUS = (
+    Gpu("A100 80GB", "sm_80", 108, 1.41e9, 2.04e12, 64, 163 << 10, clusters=False),
+    Gpu("H100 SXM", "sm_90a", 132, 1.98e9, 3.35e12, 128, 227 << 10),
+    Gpu("H200", "sm_90a", 132, 1.98e9, 4.8e12, 128, 227 << 10),
+    Gpu("B200", "sm_100", 148, 1.965e9, 8.0e12, 128, 227 << 10),
+)
+
+
+class Case(typing.NamedTuple):
+    """Holds a kernel and what one element of it moves. `rows`: bytes of shared memory that copies
+    fill at a time, for kernels that keep rows.
+    """
+
+    name: str
+    operator: str
+    kernel: str  # a pattern
+    elements: int  # of a turn of the loops
+    read: float  # bytes an element
+    written: float
+    threads: int = 256
+    turns: int = 1  # of a loop inside
+    gathers: bool = False  # statistics are taken first, 16 bytes a turn, unrolled by four
+    rows: int = 0
+
+
+ADAMW = r"Lb{previous}ELb0ELb0ENS_\d+AdamW"
+CASES = (
+    Case(
+        "AdamW, float32", "selective", "step_fullIf" + ADAMW.format(previous=0), 4, 16, 12,
+        gathers=True,
+    ),
+    Case('AdamW, float32, "previous"', "selective", "step_fullIf" + ADAMW.format(previous=1),
+         4, 16, 12),
+    Case(
+        "AdamW, all bfloat16", "selective", "step_fullIt" + ADAMW.format(previous=0), 8, 8, 6,
+        turns=2, gathers=True,
+    ),
+    Case('AdamW, all bfloat16, "previous"', "selective", "step_fullIt" + ADAMW.format(previous=1),
+         8, 8, 6, turns=2),
+    Case("loss, float32, C = 32,000", "divergence", r"loss_long_clusterILNS_\d+StorageE0ELi3ELb1",
+         12, 4, 4, threads=512, rows=3 * 4 * 16000),
+    Case("loss, bfloat16, C = 32,000", "divergence", r"loss_long_blockILNS_\d+StorageE1ELi3ELb1",
+         24, 2, 2, threads=512, rows=3 * 2 * 32000),
+    Case("dropout, float32, forward", "dropout", r"drop_fullILNS_\d+StorageE0ELb0", 8, 4, 4),
+    Case("dropout, bfloat16, forward", "dropout", r"drop_fullILNS_\d+StorageE1ELb0", 8, 2, 2),
+    Case("dropout, bfloat16, backward", "dropout", r"drop_fullILNS_\d+StorageE1ELb1", 8, 2, 2),
+)  # fmt: skip
+
+
+def main_path(kernel: Kernel) -> list[str]:
+    """Returns the loops of a loss over long rows: of two that do the same, the longer one is for
+    rows far apart or with a class that dominates; smoothing has one of its own.
+    """
+    loops = [loop for loop in kernel.loops() if count(loop, r"LDS.*\.128") >= 2]
+    kinds: dict[str, list[str]] = {}
+    for loop in sorted(loops, key=len, reverse=True):
+        special = count(loop, "MUFU") > 0
+        if count(loop, r"STG.*\.128"):
+            kind = "gradients"
+        elif special:
+            kind = "pairs" if count(loop, r"LDS.*\.128") == 2 else "sums"
+        else:
+            kind = "maxima" if count(loop, r"[FHV]\w*MNMX") else "smoothing"
+        kinds[kind] = loop
+    kinds.pop("smoothing", None)
+    assert kinds.keys() == {"gradients", "pairs", "sums", "maxima"}, kernel.name
+    return [text for loop in kinds.values() for text in loop]
+
+
+def element_path(case: Case, kernel: Kernel) -> list[str]:
+    """Returns the loop that updates elements."""
+    (loop,) = [loop for loop in kernel.element_loops() if count(loop, "STG") and count(loop, "LDG")]
+    return kernel.run_through(loop, case.turns)
+
+
+def measured(case: Case, arch: str) -> dict[str, float]:
+    """Returns what the compiled code says of a case: registers, and an element's instructions."""
+    found = [
+        kernel
+        for name, kernel in cuda_code.kernels(case.operator, arch).items()
+        if re.match(case.kernel, name)
+    ]
+    assert len(found) == 1, (case.name, [kernel.name for kernel in found])
+    kernel = found[0]
+    path = main_path(kernel) if case.rows else element_path(case, kernel)
+    patterns = {
+        "instructions": ".",
+        "special": "MUFU",
+        "wide": r"IMAD\.WIDE|IMAD\.HI",
+        "float32": "FFMA|FADD|FMUL",
+    }
+    values = {name: count(path, pattern) / case.elements for name, pattern in patterns.items()}
+    if case.gathers:
+        (gather,) = [loop for loop in kernel.element_loops() if not count(loop, "STG|STS")]
+        values["instructions"] += len(gather) / (case.elements * 4)
+        values["float32"] += count(gather, patterns["float32"]) / (case.elements * 4)
+    ahead = 16 * count(path, r"LDG.*\.128")  # bytes a thread asks for at a time
+    return {"registers": kernel.registers, "bytes_ahead": ahead, **values}
+
+
+def predicted(case: Case, code: dict[str, float], gpu: Gpu) -> dict[str, typing.Any]:
+    """Returns blocks and bytes under way of a multiprocessor, and the share of a copy's rate that
+    the slowest part allows.
+    """
+    registers = -(-int(code["registers"]) // 8) * 8 * case.threads
+    blocks = min(gpu.registers // registers, gpu.threads // case.threads)
+    flight = case.rows or blocks * case.threads * code["bytes_ahead"]
+    if case.rows:
+        blocks = min(blocks, max(1, gpu.shared // case.rows))
+    clocks = gpu.multiprocessors * gpu.clock
+    seconds = {
+        "memory": (case.read + case.written) / (COPY * gpu.rate),
+        "loads under way": case.read * LATENCY / (flight * gpu.multiprocessors),
+        "instructions": code["instructions"] / (gpu.issued * clocks),
+        "special functions": code["special"] / (gpu.special * clocks),
+        "wide products": code["wide"] / (gpu.wide * clocks),
+        "float32 arithmetic": code["float32"] / (gpu.lanes * clocks),
+    }
+    limit = max(seconds, key=lambda name: seconds[name])
+    return {
+        "blocks": int(blocks),
+        "flight": int(flight),
+        "share": seconds["memory"] / seconds[limit],
+        "limit": limit,
+        "next": sorted(seconds, key=lambda name: seconds[name])[-2],
+    }
+
+
+def served(case: Case, gpu: Gpu) -> bool:
+    """Returns whether a GPU has the memory, and the clusters, for a case."""
+    return case.rows <= gpu.shared and (gpu.clusters or "cluster" not in case.kernel)
+
+
+def records() -> list[dict[str, typing.Any]]:
+    """Compiles for every GPU and returns a record a case and GPU."""
+    lines = []
+    for case in CASES:
+        for gpu in (gpu for gpu in GPUS if served(case, gpu)):
+            code = measured(case, gpu.arch)
+            line = {"case": case.name, "gpu": gpu.name, "arch": gpu.arch, "code": code}
+            lines.append(line | predicted(case, code, gpu))
+    return lines
+
+
+def page(document: dict[str, typing.Any]) -> str:
+    """Returns the page as Markdown."""
+    heads = ["kernel", "GPU", "registers", "blocks", "KB under way", "bytes", "instructions"]
+    heads += ["special", "wide", "of a copy", "limited by"]
+    rows = []
+    cases = {case.name: case for case in CASES}
+    for line in document["records"]:
+        code, case = line["code"], cases[line["case"]]
+        rows.append(
+            [
+                line["case"],
+                line["gpu"],
+                str(code["registers"]),
+                str(line["blocks"]),
+                f"{line['flight'] / 1024:.0f}",
+                f"{case.read + case.written:.0f}",
+                f"{code['instructions']:.1f}",
+                f"{code['special']:.2f}",
+                f"{code['wide']:.1f}",
+                f"{line['share']:.0%}",
+                f"{line['limit']}, then {line['next']}",
+            ]
+        )
+    return f"""# What the CUDA kernels can reach
+
+**Everything on this page is calculated**, by `python -m bench.gpu_model`, from the compiled code
+({document["compiler"]}) and the GPUs' data sheets. No GPU has confirmed it. A row says what a
+multiprocessor has (registers a thread, blocks, loads under way), what an element, or a logit, costs
+(bytes that must move, instructions, special functions, products of 64 bits), and which share of a
+copy's rate the slowest of these allows, as if all others hid behind it.
+
+A copy is taken to reach {COPY:.0%} of the data sheet's rate, a load to take {LATENCY * 1e6:.1f} us.
+Instructions are those of the loops over elements, what runs seldom included. Lanes a clock: 128
+instructions, 16 special functions, 32 wide products (assumed). Joins between threads, launches and
+tails are left out. The loss has two passes in the pairs beside the clean one; one block reads its
+rows in 16 bits, two in float32, where there are clusters and memory for that. The CUDA sources are
+not for AMD's GPUs, which Triton serves.
+
+{tables.table(heads, rows)}
+"""
+
+
+def main() -> None:
+    compiler = re.search(r"release [\d.]+, V[\d.]+", cuda_code.nvcc_version())
+    document = {"compiler": "nvcc " + compiler[0] if compiler else "nvcc", "records": records()}
+    RESULTS.write_text(json.dumps(document, indent=1) + "\n")
+    write_page()
+
+
+def write_page(to: pathlib.Path = PAGE) -> None:
+    """Makes the page of the results."""
+    to.write_text(page(json.loads(RESULTS.read_text())))
+
+
+if __name__ == "__main__":
+    main()
