@@ -50,8 +50,8 @@ def read_docstrings(packages: int, each: int, progress: Progress) -> list[tuple[
     text), `each` texts of so many packages, those that have them first by name.
 
     Files are parsed, not imported, in the order of a hash of their path, until a package has given
-    enough. What would give the answer away is taken out: every package's name wherever it occurs,
-    and texts that two packages share.
+    enough, and twice as many packages as are wanted have. What would give the answer away is taken
+    out: every package's name wherever it occurs, and texts that two of the packages share.
     """
     sources = {"python": pathlib.Path(sysconfig.get_path("stdlib"))}
     for folder in sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}):
@@ -66,6 +66,7 @@ def read_docstrings(packages: int, each: int, progress: Progress) -> list[tuple[
     long = re.compile("|".join(sorted(name for name in names if len(name) > 4)))
 
     heads: dict[str, set[tuple[str, ...]]] = {}
+    enough = 1.2 * each  # some will turn out to be another package's too
     for name in progress(sorted(sources), desc="reading docstrings", unit="package"):
         texts = heads[name] = set()
         for file in _python_files(sources[name]):
@@ -75,8 +76,10 @@ def read_docstrings(packages: int, each: int, progress: Progress) -> list[tuple[
                 )
                 if len(words) >= 8:
                     texts.add(words[:64])
-            if len(texts) > 1.2 * each:  # some will turn out to be another package's too
+            if len(texts) > enough:
                 break
+        if sum(len(texts) > enough for texts in heads.values()) == 2 * packages:
+            break
     holders = Counter(words for texts in heads.values() for words in texts)
     own = {
         name: sorted((words for words in texts if holders[words] == 1), key=_hash)

@@ -77,7 +77,7 @@ def _docstrings(folder: pathlib.Path, count: tuple[int, int], there: bool) -> st
 
     path = folder / "docstrings.tsv"
     if not (there and path.exists()):
-        rows = [("label", "text"), *read_docstrings(*count, tqdm)]
         folder.mkdir(parents=True, exist_ok=True)
+        rows = [("label", "text"), *read_docstrings(*count, tqdm)]
         path.write_text("".join(f"{label}\t{text}\n" for label, text in rows), encoding="utf-8")
     return str(path)
