@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from uegr_kernels import recipes
-from uegr_kernels.finetune import UserError, command, finetune, task
+from uegr_kernels.finetune import UserError, command, finetune, measures, task
 from uegr_kernels.finetune.classifiers import load
+from uegr_kernels.finetune.tables import Columns, read
 from uegr_kernels.recipes.registry import RECIPES
 
 from .conftest import WORDS, texts, tsv
@@ -209,12 +210,59 @@ def test_changed_arguments_are_refused_by_name(train, tmp_path, capsys):
     assert run(*arguments) == 0
     assert run(*arguments) == 2
     assert "holds a fine-tuning; add --resume" in capsys.readouterr().err
-    assert run(*arguments, "--resume", "--lr", 1e-3) == 2
-    assert "--resume: lr is 0.001 now and was 5e-05" in capsys.readouterr().err
+    assert run(*arguments, "--resume", "--lr", 5e-5) == 2
+    assert "--resume: lr is 5e-05 now and was 0.001;" in capsys.readouterr().err
+    assert run(*arguments, "--resume", "--ood", f"far={train}") == 2
+    assert "--resume: --ood far was not given then;" in capsys.readouterr().err
     train.write_text(train.read_text() + "pos\tgood new text\n")
     assert run(*arguments, "--resume") == 2
-    assert "files is" in capsys.readouterr().err
-    assert run(*arguments, "--overwrite") == 0
+    assert f"--resume: the content of --train {train} has changed;" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_asked_for(train, tmp_path):
+    with pytest.raises(UserError, match="device 'cuda': there is no GPU"):
+        finetune(train, tmp_path / "out", model="textcnn", device="cuda")
+
+
+def test_overwriting_leaves_what_others_wrote(train, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["--model", "textcnn", "--output", out]
+    assert run("--train", train, "--compare", "plain,at", *arguments) == 0
+    inside = out / "plain" / "reviews.tsv"
+    inside.write_text(train.read_text())
+    (out / "thesis.txt").write_text("years of work")
+    assert run("--train", inside, "--recipe", "plain", *arguments, "--overwrite") == 0
+    assert inside.exists() and (out / "thesis.txt").read_text() == "years of work"
+    assert not (out / "at").exists() and not (out / "plain" / "0").exists()
+    settings = out / "settings.json"
+    assert not settings.exists()  # an editor's would be taken for ours
+
+
+def test_attacked_texts_are_of_both_labels_where_a_file_is_sorted(train, tmp_path, monkeypatch):
+    test = tsv(tmp_path / "sorted.tsv", sorted({*texts(400, 9)}))
+    whole, asked = read(test, Columns()), []
+
+    def seen(classifier, attack, strengths, examples, labels):
+        asked.append(examples)
+        return [torch.ones(len(examples), dtype=bool)] * len(strengths)
+
+    monkeypatch.setattr(measures, "right_under", seen)
+    arguments = ["--model", "textcnn", "--test", test, "--output", tmp_path / "out"]
+    assert run("--train", train, *arguments) == 0
+    assert len(asked) == 2 and len(asked[0]) == 100 < len(whole)
+    assert 30 < sum(example.label == "pos" for example in asked[0]) < 70
+
+
+def test_sets_and_options_may_be_named_one_by_one(train, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["--shifted", f"a$x_y_z$={train}", "--shifted", f"b={train}"]
+    arguments += ["--recipe-options", "passes=3", "--recipe-options", "js_weight=0.1"]
+    assert run("--train", train, "--model", "textcnn", *arguments, "--output", out) == 0
+    names = [each["name"] for each in json.loads((out / "report.json").read_text())["measures"]]
+    assert "on a$x_y_z$" in names and "on b" in names
+    settings = json.loads((out / "uegr_finetune.json").read_text())
+    assert settings["recipe_options"] == {"passes": 3, "js_weight": 0.1}
 
 
 MISTAKES = {
@@ -227,6 +275,12 @@ MISTAKES = {
     "no such trainer option": (["--trainer-options", "speed=3"], "speed"),
     "no pair": (["--recipe-options", "passes"], "--recipe-options passes: write NAME=VALUE"),
     "a name twice": (["--ood", "a=b", "a=c"], "'a' is given twice"),
+    "what the command says itself": (
+        ["--trainer-options", "output_dir=x"],
+        "'output_dir' is set by",
+    ),
+    "a column twice": (["--text-column", "text,text"], "one column is named twice"),
+    "a separator of nothing": (["--pair-separator", ""], "pair_separator '' parts nothing"),
     "no such file": (["--test", "none.tsv"], "none.tsv cannot be read"),
     "three columns": (["--text-column", "a,b,c"], "text_column a,b,c: name one column"),
     "no such column": (["--text-column", "body"], "no column is called 'body'"),
@@ -253,7 +307,7 @@ def test_the_function_takes_the_command_s_arguments(train, tmp_path):
     assert [(run["recipe"], run["seed"]) for run in found["runs"]] == [
         (recipe, seed) for seed in (0, 1) for recipe in ("r_drop", "uegr")
     ]
-    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    settings = json.loads((tmp_path / "out" / "uegr_finetune.json").read_text())
     assert settings["recipe_options"] == options["recipe_options"]
 
 
@@ -278,6 +332,7 @@ def test_the_function_s_arguments_and_defaults_are_the_command_s():
         ({"length": 1}, ValueError, "length=1"),
         ({"limit": 1}, ValueError, "limit=1"),
         ({"device": "tpu"}, ValueError, "device='tpu'"),
+        ({"trainer_options": {"output_dir": "x"}}, UserError, "'output_dir' is set by"),
         ({"regression": "no"}, TypeError, "regression='no'"),
         ({"overwrite": 1}, TypeError, "overwrite=1"),
         ({"compare": ["plain", 3]}, ValueError, "recipe=3"),

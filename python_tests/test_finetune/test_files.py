@@ -122,6 +122,27 @@ REFUSED = {
     "broken gzip": ("a.tsv.gz", gzip.compress(TWO.encode())[:-4], {}, "not a whole gzip file"),
     "no gzip": ("a.tsv.gz", TWO, {}, "not a whole gzip file"),
     "another ending": ("a.txt", TWO, {}, "the name ends in none of .tsv, .csv, .jsonl"),
+    "a byte order mark alone": ("a.tsv", b"\xef\xbb\xbf", {}, "line 1: the file is empty"),
+    "spaces alone": ("a.csv", "\u00a0\n", {}, "line 1: the file is empty"),
+    "NUL in JSON": (
+        "a.jsonl",
+        '{"text": "a\\u0000b", "label": 1}\n',
+        {},
+        "line 1: a NUL character",
+    ),
+    "half a character": ("a.jsonl", '{"text": "\\ud83d", "label": 1}\n', {}, "line 1: half a char"),
+    "half a character in a label": (
+        "a.jsonl",
+        '{"text": "a", "label": "\\ud83d"}\n',
+        {},
+        "line 1: half a char",
+    ),
+    "NaN for a label": (
+        "a.jsonl",
+        '{"text": "x", "label": NaN}\n',
+        {},
+        "label 'nan' is not finite",
+    ),
     "null": ("a.jsonl", '{"text": "x", "label": null}\n', {}, "line 1: the label is null"),
     "nested label": (
         "a.jsonl",

@@ -115,7 +115,9 @@ class Words:
             "pair": self.pair,
             "words": list(self.index),
         }
-        (folder / SETTINGS).write_text(json.dumps(about, ensure_ascii=False, indent=1) + "\n")
+        (folder / SETTINGS).write_text(
+            json.dumps(about, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 def source_of(name: str) -> str:
@@ -183,7 +185,7 @@ def load(folder: str | pathlib.Path, length: int | None = None) -> Classifier:
     if (folder / SETTINGS).exists():
         from safetensors.torch import load_file
 
-        about = json.loads((folder / SETTINGS).read_text())
+        about = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         index = {word: i for i, word in enumerate(about["words"], UNKNOWN + 1)}
         words = Words(
             about["model"], index, about["labels"], length or about["length"], about["pair"]

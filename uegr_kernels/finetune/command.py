@@ -39,6 +39,7 @@ def parser(
         "--shifted",
         metavar="NAME=FILE",
         nargs="+",
+        action="extend",
         default=[],
         help="labelled texts of other origins, to report on",
     )
@@ -46,6 +47,7 @@ def parser(
         "--ood",
         metavar="NAME=FILE",
         nargs="+",
+        action="extend",
         default=[],
         help="texts that are none of the task's; labels are not needed",
     )
@@ -60,14 +62,21 @@ def parser(
     which = top.add_mutually_exclusive_group()
     which.add_argument("--recipe", default="uegr", help="how to train")
     which.add_argument("--compare", metavar="LIST", help="several recipes: plain,at,uegr")
-    add("--recipe-options", metavar="K=V", nargs="+", default=[], help="of every recipe")
-    add("--trainer-options", metavar="K=V", nargs="+", default=[], help="of TrainingArguments")
+    for name, of in (("recipe", "every recipe that has them"), ("trainer", "TrainingArguments")):
+        add(
+            f"--{name}-options",
+            metavar="K=V",
+            nargs="+",
+            action="extend",
+            default=[],
+            help=f"of {of}",
+        )
     add("--epsilon", type=float, default=EPSILON, help="perturbation, in norms of a text")
     seeds = top.add_mutually_exclusive_group()
     seeds.add_argument("--seed", type=int, default=0, help="of weights, batches and masks")
     seeds.add_argument("--seeds", metavar="N", type=_whole(1), help="N trainings: 0, 1, ...")
-    add("--epochs", type=float, default=3.0, help="times through the texts")
-    add("--lr", type=float, default=5e-5, help="the largest learning rate")
+    add("--epochs", type=float, help="times through the texts; 3, for small models 10")
+    add("--lr", type=float, help="the largest learning rate; 5e-5, for small models 1e-3")
     add("--batch", type=_whole(1), default=16, help="texts a step, over all processes")
     add("--length", type=_whole(2), default=128, help="tokens of a text that are read")
     add("--device", choices=("cpu", "cuda"), help="else the GPU where there is one")
@@ -147,5 +156,5 @@ def run(options: argparse.Namespace, command: str) -> int:
         print(f"\nStopped; what is done is kept. Go on with\n  {again}", file=sys.stderr)
         return 130
     if train.is_first_process():
-        print(pathlib.Path(options.output, "report.md").read_text())
+        print(pathlib.Path(options.output, "report.md").read_text(encoding="utf-8"))
     return 0

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import analysis
 from .classifiers import Classifier
-from .tables import Data, Example
+from .tables import Data, Example, limited
 
 STRENGTHS = (0.01, 0.02, 0.05)  # of attacks, in norms of a text's embeddings
 STEPS = 5  # of PGD
@@ -123,8 +123,8 @@ def f1(predicted: Sequence[float], expected: Sequence[float]) -> float:
 def measure(classifier: Classifier, data: Data) -> Outcomes:
     """Returns what the model makes of the test set, clean, attacked and mistyped, and of others.
 
-    Attacks perturb the embeddings of the first 100 texts by multiples of their norm (FGM in one
-    step, PGD in five); typos are those of `analysis.corrupted`, in the first 500. Both are left out
+    Attacks perturb the embeddings of 100 texts by multiples of their norm (FGM in one
+    step, PGD in five); typos are those of `analysis.corrupted`, in 500. Both are left out
     for regression, whose loss no attack here climbs.
     """
     found = Outcomes()
@@ -132,14 +132,14 @@ def measure(classifier: Classifier, data: Data) -> Outcomes:
     _add(found, "clean", logits, data.test, data.labels)
     if data.labels:
         found.confidence["clean"] = logits.softmax(1).amax(1).tolist()
-        some = data.test[:ATTACKED]
+        some = limited(data.test, ATTACKED)
         for attack in ("fgm", "pgd"):
             found_right = right_under(classifier, attack, STRENGTHS, some, data.labels)
             for strength, right in zip(STRENGTHS, found_right, strict=True):
                 # which other label a wrong one got is not known: right or wrong is all that counts
                 found.add(f"{attack} {strength:g}", right.long(), [1] * len(some))
     for rate in TYPOS:
-        typed = mistyped(data.test[:MISTYPED], rate)
+        typed = mistyped(limited(data.test, MISTYPED), rate)
         _add(found, f"typos {rate:g}", logits_of(classifier, typed), typed, data.labels)
     for name, examples in data.shifted.items():
         _add(found, f"shifted {name}", logits_of(classifier, examples), examples, data.labels)

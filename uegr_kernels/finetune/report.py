@@ -238,7 +238,7 @@ def write(
         "| seconds a step | " + " | ".join(f"{cost[recipe]:.3f}" for recipe in recipes) + " |"
     )
     lines += ["", "![The same as a picture](report.png)", "", "Made by", "", f"    {command}", ""]
-    (folder / "report.md").write_text("\n".join(lines))
+    (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
     found: dict[str, Any] = {
         "command": command,
         "sentence": said_once,
@@ -254,7 +254,9 @@ def write(
         "seconds_per_step": cost,
         "runs": [dataclasses.asdict(result) for result in results],
     }
-    (folder / "report.json").write_text(json.dumps(found, ensure_ascii=False) + "\n")
+    (folder / "report.json").write_text(
+        json.dumps(found, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     draw(folder / "report.png", table, recipes)
     return found
 
@@ -282,7 +284,7 @@ def draw(path: pathlib.Path, table: Sequence[Row], recipes: Sequence[str]) -> No
             [100 * max(0.0, each.high - each.value) for each in found],
         ]
         axes.errorbar(values, ys, xerr=ends, linestyle="", label=recipe)
-    axes.set_yticks(range(len(shown)), [row.name for row in shown])
+    axes.set_yticks(range(len(shown)), [row.name.replace("$", r"\$") for row in shown])
     axes.invert_yaxis()
     axes.set(xlabel="percent right, with 95 % intervals (correlations and AUROC: hundredths)")
     axes.xaxis.label.set_size(9)

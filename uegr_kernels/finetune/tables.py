@@ -52,7 +52,8 @@ def read(path: str | pathlib.Path, columns: Columns) -> list[Example]:
     Raises UserError, naming file, line and remedy, for everything else.
     """
     path = pathlib.Path(path)
-    kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    kind = path.with_suffix("").suffix if path.suffix.lower() == ".gz" else path.suffix
+    kind = kind.lower()
     if kind not in FORMATS:
         raise UserError(
             f"{path}: the name ends in none of {', '.join(FORMATS)} (nor in one of them and .gz); "
@@ -75,16 +76,12 @@ def _decoded(path: pathlib.Path) -> str:
     """Returns a file's text, unzipped; raises UserError for bytes that are no text."""
     try:
         content = path.read_bytes()
-        if path.suffix == ".gz":
+        if path.suffix.lower() == ".gz":
             content = gzip.decompress(content)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} is not a whole gzip file ({error}); make it once more") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    if not content.strip():
-        raise UserError(
-            f"{path}, line 1: the file is empty; it must hold a label and a text a line"
-        )
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -93,6 +90,10 @@ def _decoded(path: pathlib.Path) -> str:
             f"{path}, line {line}: not UTF-8 ({error.reason}, byte {error.start + 1} of the file); "
             "convert the file to UTF-8"
         ) from None
+    if not text.strip():
+        raise UserError(
+            f"{path}, line 1: the file is empty; it must hold a label and a text a line"
+        )
     for pattern, what, remedy in (
         ("\0", "a NUL character", "is the file text? remove it"),
         (r"\r(?!\n)", "a carriage return alone", "end lines with LF or CRLF"),
@@ -246,7 +247,16 @@ def _examples(path: pathlib.Path, rows: Iterable[_Row], columns: Columns) -> lis
 def _text(where: str, value: object) -> str:
     if not isinstance(value, str):
         raise UserError(f"{where}: the text is {_kind(value)}; it must be a string")
-    return value.strip()
+    return _written(where, value)
+
+
+def _written(where: str, text: str) -> str:
+    """Returns a text without the space around it; raises for what JSON can escape into one."""
+    if "\0" in text:
+        raise UserError(f"{where}: a NUL character; is the file text? remove it")
+    if re.search("[\ud800-\udfff]", text):
+        raise UserError(f"{where}: half a character (a lone surrogate); write the whole one")
+    return text.strip()
 
 
 def _label(where: str, value: object, columns: Columns) -> str:
@@ -254,7 +264,9 @@ def _label(where: str, value: object, columns: Columns) -> str:
         return ""
     if value is None or isinstance(value, dict | list):
         raise UserError(f"{where}: the label is {_kind(value)}; it must be a string or a number")
-    label = (str(value).lower() if isinstance(value, bool) else str(value)).strip()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}: the label {str(value)!r} is not finite; mend or remove the line")
+    label = _written(where, str(value).lower() if isinstance(value, bool) else str(value))
     if not label:
         raise UserError(f"{where}: the label is empty; write one, or remove the line")
     if columns.regression:
@@ -334,19 +346,20 @@ def load(files: Files, columns: Columns, limit: int | None = None) -> Data:
     each file's examples, in the order of their hashes. Raises UserError for what `read` refuses,
     for labels that do not occur in training, and where too little is left.
     """
-    train = _limited(read(files.train, columns), limit)
+    train = limited(read(files.train, columns), limit)
     labels = [] if columns.regression else _in_order({example.label for example in train})
     if not columns.regression and len(labels) < 2:
         raise UserError(
             f"{files.train}, line {train[-1].line}: every label up to this last line is "
             f"{train[0].label!r}; two are needed"
         )
+    _check_values(files.train, labels)
     rest = {}
     for option, path in files.named().items():
         if option == "--train":
             continue
         ood = option.startswith("--ood")
-        found = _limited(read(path, columns._replace(label=None) if ood else columns), limit)
+        found = limited(read(path, columns._replace(label=None) if ood else columns), limit)
         strange = next((one for one in found if labels and one.label not in labels), None)
         if strange is not None and not ood:
             raise UserError(
@@ -354,6 +367,7 @@ def load(files: Files, columns: Columns, limit: int | None = None) -> Data:
                 f"{files.train}, whose labels are {', '.join(labels)}; mend it or remove the line"
             )
         rest[option] = found
+    _check_apart(files)
     parts = {}
     for option, share in (("--test", 0.2), ("--validation", 0.1)):
         if option in rest:
@@ -375,7 +389,35 @@ def load(files: Files, columns: Columns, limit: int | None = None) -> Data:
     )
 
 
-def _limited(examples: list[Example], limit: int | None) -> list[Example]:
+def _check_values(path: str, labels: Sequence[str]) -> None:
+    """Raises where two labels are one number, as 1 and 1.0 are."""
+    seen: dict[float, str] = {}
+    for label in labels:
+        number = _finite(label)
+        if number is not None and seen.setdefault(number, label) != label:
+            raise UserError(
+                f"{path}: the labels {seen[number]!r} and {label!r} are one number; write it in "
+                "one way"
+            )
+
+
+def _check_apart(files: Files) -> None:
+    """Warns where two of the three parts are one file."""
+    named = [("--train", files.train), ("--validation", files.validation), ("--test", files.test)]
+    seen: dict[pathlib.Path, str] = {}
+    for option, path in named:
+        if path is not None:
+            other = seen.setdefault(pathlib.Path(path).resolve(), option)
+            if other != option:
+                warnings.warn(
+                    f"{option} {path} is the file of {other} too: what is reported should not have "
+                    "been trained on, nor chosen by; name another, or leave it out",
+                    stacklevel=4,
+                )
+
+
+def limited(examples: list[Example], limit: int | None) -> list[Example]:
+    """Returns at most so many examples, those whose texts' hashes come first, in their order."""
     if limit is None or len(examples) <= limit:
         return examples
     kept = sorted(range(len(examples)), key=lambda i: _hash(examples[i].texts))[:limit]
@@ -384,10 +426,19 @@ def _limited(examples: list[Example], limit: int | None) -> list[Example]:
 
 def _in_order(labels: set[str]) -> list[str]:
     """Sorts labels, by their value where all are numbers."""
-    try:
-        return sorted(labels, key=lambda label: (float(label), label))
-    except ValueError:
+    numbers = {label: _finite(label) for label in labels}
+    if None in numbers.values():
         return sorted(labels)
+    return sorted(labels, key=lambda label: (numbers[label], label))
+
+
+def _finite(text: str) -> float | None:
+    """Returns the number that a text is, or None."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _hash(texts: tuple[str, ...], salt: str = "") -> bytes:

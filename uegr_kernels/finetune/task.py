@@ -1,5 +1,6 @@
 """Fine-tunes a classifier on texts of one's own with one recipe or several, and reports on each."""
 
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -13,6 +14,7 @@ import torch
 
 from .. import recipes
 from ..core import checks
+from ..models import MODELS
 from . import measures, tables
 from .classifiers import Classifier, new
 from .data import UserError
@@ -24,7 +26,11 @@ if TYPE_CHECKING:
     from .report import Result
     from .train import Training
 
-SETTINGS, OUTCOMES, CHECKPOINTS = "settings.json", "outcomes.json", "checkpoints"
+SETTINGS, OUTCOMES, CHECKPOINTS = "uegr_finetune.json", "uegr_outcomes.json", "checkpoints"
+REPORTS = ("report.md", "report.json", "report.png")
+# what the command itself says to the Trainer
+OURS = ("output_dir", "metric_for_best_model", "greater_is_better", "load_best_model_at_end")
+PRETRAINED, SMALL = (3.0, 5e-5), (10.0, 1e-3)  # epochs and learning rate
 EPSILON = 0.02  # in norms of a text's embeddings: what bench/evidence finds of use
 Path = str | os.PathLike[str]
 
@@ -56,6 +62,13 @@ class Task:
             raise UserError(
                 f"text_column {','.join(text)}: name one column, or two without pair_separator"
             )
+        if len({*text}) < len(text) or self.columns.label in text:
+            raise UserError(
+                f"text_column {','.join(text)}, label_column {self.columns.label}: one column is "
+                "named twice"
+            )
+        if self.columns.separator == "":
+            raise UserError("pair_separator '' parts nothing; give what stands between the texts")
         known = set[str]().union(*map(options_known, self.recipes))
         for option in self.recipe_options:
             if option not in known:
@@ -74,6 +87,10 @@ class Task:
         checks.integer("length", self.length, 2)
         if self.device is not None:
             checks.choice("device", self.device, ("cpu", "cuda"))
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("device 'cuda': there is no GPU that torch can use; leave it out")
+        for option in self.trainer_options.keys() & {*OURS}:
+            raise UserError(f"trainer_options {option!r} is set by the command; leave it out")
 
     def training(self) -> "Training":
         """Returns how each run is trained, but for its recipe and seed."""
@@ -104,7 +121,7 @@ def finetune(
     pair_separator: str | None = None,
     regression: bool = False,
     limit: int | None = None,
-    model: str = "minilm",
+    model: Path = "minilm",
     recipe: str = "uegr",
     compare: str | Sequence[str] | None = None,
     recipe_options: Mapping[str, object] | None = None,
@@ -112,8 +129,8 @@ def finetune(
     epsilon: float = EPSILON,
     seed: int = 0,
     seeds: int | None = None,
-    epochs: float = 3.0,
-    lr: float = 5e-5,
+    epochs: float | None = None,
+    lr: float | None = None,
     batch: int = 16,
     length: int = 128,
     device: str | None = None,
@@ -143,7 +160,8 @@ def finetune(
                      `transformers.TrainingArguments`
     epsilon          size of the perturbation in training, in L2 norms of a text's embeddings
     seed             of weights, batches and masks;  seeds  so many trainings in its place, 0 to N-1
-    epochs, lr       times through the texts, the largest learning rate
+    epochs, lr       times through the texts, the largest learning rate; None: 3 and 5e-5, for the
+                     small models, which learn from nothing, 10 and 1e-3
     batch, length    texts a step over all processes, tokens of a text that are read
     device           "cpu" or "cuda"; None: the GPU where there is one, and there in bfloat16
     overwrite        replace a fine-tuning that is there;  resume  go on with it: what is finished
@@ -166,19 +184,19 @@ def finetune(
             _names(text_column), label_column, pair_separator, checks.flag("regression", regression)
         ),
         limit,
-        model,
+        os.fspath(model),
         tuple(dict.fromkeys(_names(recipe if compare is None else compare))),
         dict(recipe_options or {}),
         dict(trainer_options or {}),
         epsilon,
         (seed,) if seeds is None else tuple(range(checks.integer("seeds", seeds, 1))),
-        epochs,
-        lr,
+        (SMALL if model in MODELS else PRETRAINED)[0] if epochs is None else epochs,
+        (SMALL if model in MODELS else PRETRAINED)[1] if lr is None else lr,
         batch,
         length,
         device,
     )
-    made_by = command or "uegr_kernels.finetune.finetune, with the arguments in settings.json"
+    made_by = command or f"uegr_kernels.finetune.finetune, with the arguments in {SETTINGS}"
     overwrite, resume = checks.flag("overwrite", overwrite), checks.flag("resume", resume)
     return _train_all(task, pathlib.Path(output), made_by, overwrite=overwrite, resume=resume)
 
@@ -224,7 +242,7 @@ def _train_all(
                     if first:
                         _save(place / OUTCOMES, dataclasses.asdict(result))
                 train.wait_for_all()
-                results.append(_result(json.loads((place / OUTCOMES).read_text())))
+                results.append(_result(json.loads((place / OUTCOMES).read_text(encoding="utf-8"))))
     if not first:
         return {}
     return report.write(folder, results, data.labels, made_by, _about(task, data))
@@ -307,12 +325,7 @@ def _prepare(
     if resume:
         if not file.exists():
             raise UserError(f"--resume: {folder} holds no fine-tuning; leave --resume out")
-        before = json.loads(file.read_text())
-        different = [
-            f"{name} is {settings.get(name)!r} now and was {before.get(name)!r}"
-            for name in {**before, **settings}
-            if settings.get(name) != before.get(name)
-        ]
+        different = _differences(json.loads(file.read_text(encoding="utf-8")), settings)
         if different:
             raise UserError(
                 f"--resume: {'; '.join(different)}; give what was given then, or --overwrite"
@@ -327,9 +340,9 @@ def _prepare(
             f"--output {folder} holds a fine-tuning; add --resume to go on with it, --overwrite to "
             "replace it, or name another folder"
         )
-    if there:
-        shutil.rmtree(folder)
     try:
+        if there:
+            _clear(folder, json.loads(file.read_text(encoding="utf-8")))
         folder.mkdir(parents=True, exist_ok=True)
         _save(file, settings)
     except OSError as error:
@@ -338,11 +351,43 @@ def _prepare(
         ) from None
 
 
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Returns what a resumed run's arguments have that those before had not, and the other way."""
+    found = [
+        f"{name} is {now.get(name)!r} now and was {before.get(name)!r}"
+        for name in {**before, **now}
+        if name != "files" and now.get(name) != before.get(name)
+    ]
+    for option in {**before["files"], **now["files"]}:
+        one, other = before["files"].get(option), now["files"].get(option)
+        if one is None or other is None:
+            found.append(f"{option} was {'not ' * (one is None)}given then")
+        elif one[0] != other[0]:
+            found.append(f"{option} is {other[0]} now and was {one[0]}")
+        elif one != other:
+            found.append(f"the content of {option} {one[0]} has changed")
+    return found
+
+
+def _clear(folder: pathlib.Path, settings: dict[str, Any]) -> None:
+    """Removes what an earlier fine-tuning wrote, but for a model's files, which the next one
+    replaces, and leaves alone whatever else is there.
+    """
+    for recipe in settings["recipes"]:
+        for seed in settings["seeds"]:
+            shutil.rmtree(folder / recipe / str(seed), ignore_errors=True)
+        with contextlib.suppress(OSError):  # other things may be there
+            (folder / recipe).rmdir()
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    for name in (OUTCOMES, *REPORTS):
+        (folder / name).unlink(missing_ok=True)
+
+
 def _save(path: pathlib.Path, content: object) -> None:
     """Writes JSON aside, then moves it: whatever happens, `path` is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(content, ensure_ascii=False) + "\n")
+    aside.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
     aside.replace(path)
 
 
