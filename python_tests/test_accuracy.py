@@ -103,6 +103,7 @@ def test_every_model_trains(data, model):
     assert figures["validation"] > 0.6 and type(classifier.model) is MODELS[model]
 
 
+@pytest.mark.long
 def test_what_is_done_is_not_done_again(data, tmp_path, monkeypatch, capsys):
     options = ("--sets", "one,two", "--methods", "uegr", "--studies", "main,passes")
     assert call(data, tmp_path, *options) == 0
@@ -229,6 +230,7 @@ def test_trials_use_every_value_as_often_as_the_others():
             assert key in method.fixed or max(counts) - min(counts) <= 1
 
 
+@pytest.mark.long
 def test_a_control_has_its_parents_point(data, tmp_path):
     call(data, tmp_path, "--sets", "one", "--methods", "at,at_epsilon_0,dropout,dropout_3x")
     lines = [
@@ -513,6 +515,7 @@ def test_glue_is_read(glue):
     assert len(sets.read(glue, "RTE").train) == 40
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_transformers(glue, tmp_path, capsys):
     transformers = pytest.importorskip("transformers")
     words = sorted({word for label, content in rows(40) for word in content.split()} | {"and"})

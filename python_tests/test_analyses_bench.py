@@ -45,6 +45,7 @@ def command(folder, output, *more):
     return ["--data", str(folder), "--set", "films", "--quick", "--output", str(output), *more]
 
 
+@pytest.mark.long
 def test_a_quick_run_makes_every_picture_and_its_data(folder, tmp_path, capsys):
     output, document = tmp_path / "looked", tmp_path / "looked.md"
     document.write_text(
