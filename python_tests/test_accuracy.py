@@ -248,6 +248,7 @@ def test_a_control_has_its_parents_point(data, tmp_path):
     assert not any(line["options"].get("epsilon") == 0 for line in lines if not line["final"])
 
 
+@pytest.mark.long
 def test_runs_from_before_adaptive_dropout_are_the_ablation(data, tmp_path):
     """UEGR's runs on file that say nothing of their dropout had the model's own: they are
     `uegr_plain_dropout`, never `uegr`.
@@ -318,6 +319,7 @@ def test_the_paired_test_against_a_worked_example():
     assert math.isnan(report.Main(found).against("m", "dropout", "dropout", report.accuracy)[1])
 
 
+@pytest.mark.long
 def test_robustness_relative_to_the_base(data, tmp_path, capsys):
     """UEGR Table III's metric: (s - s_base) / (1 - s_base)."""
     assert (

@@ -434,6 +434,7 @@ def test_the_probe_is_judged():
     assert gpu.judge_probe(said_before, ["cuda"], False) is None
 
 
+@pytest.mark.long
 def test_a_probe_that_is_killed_is_tried_once_more(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "plan", list)
     slow = f"""

@@ -133,6 +133,7 @@ class Killed(Exception):
     """Stands for a kill -9: nothing of the run is put in order after it."""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("written", ["nothing of it", "all but its state"])
 def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(
     train, tmp_path, monkeypatch, written
