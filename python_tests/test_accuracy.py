@@ -9,6 +9,10 @@ import pytest
 import torch
 
 import uegr_kernels as uk
+
+pytest.importorskip("transformers")  # which the evidence trains by
+pytest.importorskip("accelerate")
+
 from bench import accuracy
 from bench.evidence import accuracy as command
 from bench.evidence import data as sets

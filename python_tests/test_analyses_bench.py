@@ -10,6 +10,10 @@ import pytest
 import torch
 
 import uegr_kernels as uk
+
+pytest.importorskip("transformers")  # which the evidence trains by
+pytest.importorskip("accelerate")
+
 from bench.evidence import analyses, sgd_noise
 from uegr_kernels.models import TextCNN
 

