@@ -17,7 +17,7 @@
 namespace uegr {
 
 constexpr int block_size = 256; // elements that pass through L1 together
-constexpr int prefetch_distance = 768; // elements
+constexpr int prefetch_distance = 256; // elements
 
 #if defined(__AVX512F__)
 typedef uint64_t Lanes __attribute__((vector_size(64)));
@@ -25,6 +25,7 @@ constexpr int philox_chains = 4;
 template <> inline Lanes multiply_low(Lanes a, Lanes b) {
     return (Lanes)_mm512_maskz_mul_epu32(255, (__m512i)a, (__m512i)b);
 } // unmasked: GCC 12 warns
+constexpr Lanes lane_numbers{0, 1, 2, 3, 4, 5, 6, 7};
 inline Lanes low_pairs(Lanes a, Lanes b) {
     return __builtin_shuffle(a, b, Lanes{0, 8, 1, 9, 2, 10, 3, 11});
 }
@@ -37,6 +38,7 @@ constexpr int philox_chains = 2;
 template <> inline Lanes multiply_low(Lanes a, Lanes b) {
     return (Lanes)_mm256_mul_epu32((__m256i)a, (__m256i)b);
 }
+constexpr Lanes lane_numbers{0, 1, 2, 3};
 inline Lanes low_pairs(Lanes a, Lanes b) { return __builtin_shuffle(a, b, Lanes{0, 4, 1, 5}); }
 inline Lanes high_pairs(Lanes a, Lanes b) { return __builtin_shuffle(a, b, Lanes{2, 6, 3, 7}); }
 #else
@@ -47,6 +49,7 @@ template <> inline Lanes multiply_low(Lanes a, Lanes b) {
     return (Lanes)_mm_mul_epu32((__m128i)a, (__m128i)b);
 }
 #endif
+constexpr Lanes lane_numbers{0, 1};
 inline Lanes low_pairs(Lanes a, Lanes b) { return __builtin_shuffle(a, b, Lanes{0, 2}); }
 inline Lanes high_pairs(Lanes a, Lanes b) { return __builtin_shuffle(a, b, Lanes{1, 3}); }
 #endif
@@ -56,9 +59,8 @@ using Words = Counter<Lanes, Lanes, Lanes, Lanes>;
 
 // The first three rounds of lane_count counters from q on; their low halves do not wrap.
 inline Words mixed(uint64_t q, uint32_t step, uint32_t stream, const RoundKeys& keys) {
-    Lanes first;
-    for (int i = 0; i < lane_count; ++i) first[i] = q + i;
-    const Counter<Lanes, uint64_t, uint64_t, uint64_t> start{first, q >> 32, step, stream};
+    const Counter<Lanes, uint64_t, uint64_t, uint64_t> start{lane_numbers + q, q >> 32, step,
+                                                             stream};
     const auto c = philox_round(
         philox_round(philox_round(start, keys.k0[0], keys.k1[0]), keys.k0[1], keys.k1[1]),
         keys.k0[2], keys.k1[2]);
@@ -69,8 +71,9 @@ inline Words mixed(uint64_t q, uint32_t step, uint32_t stream, const RoundKeys& 
 inline void store_words(uint32_t* words, const Words& c) {
     const Lanes low = (c.c0 & 0xffffffffu) | (c.c1 << 32),
                 high = (c.c2 & 0xffffffffu) | (c.c3 << 32);
-    const Lanes pairs[2] = {low_pairs(low, high), high_pairs(low, high)};
-    memcpy(words, pairs, sizeof(pairs));
+    const Lanes first = low_pairs(low, high), second = high_pairs(low, high);
+    memcpy(words, &first, sizeof(first));
+    memcpy(words + 2 * lane_count, &second, sizeof(second));
 }
 
 // At least the n words from the counter q on, within a block, several chains at a time: one chain's
@@ -113,15 +116,24 @@ inline void look_up(int n, const float* table, const int32_t* index, float* out)
 #endif
 }
 
-// Calls element(i) likewise, and asks on the way for the memory that lies a few blocks on: the
-// hardware does not reach across pages, and arithmetic between the accesses keeps it from running
-// far enough ahead.
+// Whether to ask for memory ahead of its turn. Most hardware does not reach across pages, and
+// arithmetic between the accesses keeps it from running far enough ahead; Zen's does better alone
+// (docs/performance.md).
+#ifdef __x86_64__
+inline const bool asks_ahead = !__builtin_cpu_is("amd");
+#else
+constexpr bool asks_ahead = true;
+#endif
+
+// Calls element(i) likewise, and asks for what lies a block on.
 template <class T, class Element>
 inline void block_loop(const T* const (&arrays)[4], int n, Element element) {
+    const bool ahead = asks_ahead;
     for (int begin = 0; begin < n; begin += slice) {
-        for (const T* array : arrays)
-            for (unsigned i = 0; i < slice; i += 64 / sizeof(T))
-                __builtin_prefetch(array + begin + prefetch_distance + i);
+        if (ahead)
+            for (const T* array : arrays)
+                for (unsigned i = 0; i < slice; i += 64 / sizeof(T))
+                    __builtin_prefetch(array + begin + prefetch_distance + i);
         for (int i = begin; i < begin + slice; ++i) element(i);
     }
 }

@@ -103,6 +103,12 @@ template <class T> struct Probability {
         z_low = static_cast<T>(maximum(-100.0, minimum(100.0, minimum(first, last))));
         z_high = static_cast<T>(maximum(-100.0, minimum(100.0, maximum(first, last))));
         largest_inverse = static_cast<T>(1 / maximum(o.min_probability, 0x1p-24));
+        if (span > 0) { // as `exponent` rounds there, so that it is held nowhere between
+            const T at_first = exponent(reaches ? least : low),
+                    at_last = exponent(low == least || reaches ? most : span);
+            z_low = maximum(T(-100), minimum(z_low, minimum(at_first, at_last)));
+            z_high = minimum(T(100), maximum(z_high, maximum(at_first, at_last)));
+        }
     }
 
     // Finite, since 0 * inf is NaN.
@@ -111,10 +117,25 @@ template <class T> struct Probability {
                                       static_cast<double>(Float<T>::largest)));
     }
 
+    // z, not held.
+    HOST_DEVICE T exponent(T s) const { return (s - low) * up * scale + offset; }
+
     // 1/p = min(1 + exp(z), largest): no division.
     HOST_DEVICE T inverse(T s) const {
-        T z = (s - low) * up * scale + offset;
-        return at_most(T(1) + power_of_two(at_least(at_most(z, z_high), z_low)), largest_inverse);
+        return at_most(T(1) + power_of_two(at_least(at_most(exponent(s), z_high), z_low)),
+                       largest_inverse);
+    }
+
+    // Whether nothing is held or scaled up on the way to 1/p of any s in [s_min, s_max]; then
+    // `plain_inverse` is `inverse` to the bit.
+    CALLED_ON_BOTH bool plain(T s_min, T s_max) const {
+        const T first = exponent(s_min), last = exponent(s_max);
+        return s_max < Float<T>::largest && up == 1 && minimum(first, last) >= z_low &&
+               maximum(first, last) <= z_high &&
+               T(1.001) * (T(1) + power_of_two(z_high)) < largest_inverse;
+    }
+    HOST_DEVICE T plain_inverse(T s) const {
+        return T(1) + power_of_two((s - low) * scale + offset);
     }
 };
 
@@ -148,9 +169,11 @@ struct RankCurve {
 
 // What an element is multiplied by: 1/p (or 1, without rescale) where u < p, that is u * 1/p < 1,
 // without a division; else 0. A g that is not finite has p = 1.
+template <bool rescale, class T> HOST_DEVICE T drawn_factor(T inverse, uint32_t word) {
+    return uniform_times_unit<T>(word) * inverse < uniform_unit ? (rescale ? inverse : T(1)) : T(0);
+}
 template <bool rescale, class T> HOST_DEVICE T drawn_factor(T g, T inverse, uint32_t word) {
-    const T drawn =
-        uniform_times_unit<T>(word) * inverse < uniform_unit ? (rescale ? inverse : T(1)) : T(0);
+    const T drawn = drawn_factor<rescale>(inverse, word);
     return finite(g) ? drawn : T(1);
 }
 

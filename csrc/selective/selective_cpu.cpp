@@ -15,7 +15,7 @@
 
 #include "../core/tensor.h"
 #include "arguments.h"
-#include "selective.h"
+#include "blocks_cpu.h"
 
 namespace uegr {
 namespace {
@@ -24,58 +24,26 @@ constexpr int64_t item_size = 1 << 18; // elements; their gradient fits a second
 constexpr int64_t rank_slots = 8; // tables of large tensors that are alive at a time
 constexpr int rank_table = rank_bins + 1; // 1/p by bin; the last one serves what is not finite
 
-// Least and largest |x| over finite elements, as bits: those of non-negative floats order as the
-// floats do.
-template <class T> struct Extremes {
-    using Bits = typename Float<T>::Bits;
-    static constexpr int lanes = 256 / sizeof(T); // four vectors of each, in registers
-    Bits least[lanes], most[lanes];
-
-    Extremes() {
-        std::fill(least, least + lanes, ~Bits(0)), std::fill(most, most + lanes, Bits(0));
-    }
-    void add(const T* x, int64_t n) {
-        Bits low[lanes], high[lanes];
-        memcpy(low, least, sizeof(low)), memcpy(high, most, sizeof(high));
-        int64_t i = 0;
-        for (; i + lanes <= n; i += lanes) {
-            for (int k = 0; k < lanes; k += 64 / static_cast<int>(sizeof(T)))
-                __builtin_prefetch(x + i + k + prefetch_distance);
-            for (int k = 0; k < lanes; ++k) add(x + i + k, low[k], high[k]);
-        }
-        for (int k = 0; i + k < n; ++k) add(x + i + k, low[k], high[k]);
-        memcpy(least, low, sizeof(low)), memcpy(most, high, sizeof(high));
-    }
-    Bits low() const { return std::accumulate(least, least + lanes, least[0], minimum<Bits>); }
-    Bits high() const { return std::accumulate(most, most + lanes, most[0], maximum<Bits>); }
-    // Read as an integer at once, and masked: GCC 12 vectorises neither a cast from the float nor a
-    // conditional maximum.
-    static void add(const T* x, Bits& least, Bits& most) {
-        Bits bits;
-        memcpy(&bits, x, sizeof(bits));
-        bits &= ~Bits(0) >> 1;
-        const Bits counted = bits & (Bits(0) - Bits(bits < Float<T>::infinity));
-        least = bits < least ? bits : least;
-        most = counted > most ? counted : most;
-    }
-};
-
 // One tensor of a call.
 template <class T, class UpdateRule> struct Entry : TensorArguments {
     using Bits = typename Float<T>::Bits;
     uint32_t steps = 0; // taken, with this one
     UpdateRule update_rule{};
     Probability<T> probability{};
+    bool plain = false; // `probability` is so for every element
     const float* by_bin = nullptr; // "rank"
     bool own_statistics = false; // gathered in this call, before the update
     std::atomic<bool> ready{false};
     std::atomic<int> statistics_left{0}, updates_left{0};
     std::atomic<Bits> low{~Bits(0)}, high{0};
+    std::atomic<bool> all_finite{true};
 
     void join(const Extremes<T>& found) {
-        const Bits least = found.low(), most = found.high();
-        for (Bits now = low; least < now && !low.compare_exchange_weak(now, least);) {}
-        for (Bits now = high; most > now && !high.compare_exchange_weak(now, most);) {}
+        if (!found.all_finite) all_finite = false;
+        for (Bits now = low;
+             found.least < now && !low.compare_exchange_weak(now, found.least);) {}
+        for (Bits now = high;
+             found.most > now && !high.compare_exchange_weak(now, found.most);) {}
     }
     // Minimum and maximum of s in the previous step; NaN where nothing is kept yet.
     Range kept_range() const {
@@ -121,13 +89,6 @@ void table_from_counts(float* table, int first, int last, const SelectionOptions
     const RankCurve curve(o);
     for (int bin = first; bin <= last; ++bin) table[bin] = curve.inverse(table[bin]);
     table[rank_bins] = 1;
-}
-
-// b/p of n elements; `inverse(i)` is element i's 1/p.
-template <bool rescale, class T, class Inverse>
-void factor_block(int n, const T* __restrict g, const uint32_t* __restrict words,
-                  T* __restrict factor, Inverse inverse) {
-    slices(n, [=](int i) { factor[i] = drawn_factor<rescale>(g[i], inverse(i), words[i]); });
 }
 
 // A thread at work on a call.
@@ -235,11 +196,14 @@ template <class T, class UpdateRule> struct Worker {
     void settle(Entry<T, UpdateRule>& e) const {
         const auto range = e.range();
         e.probability = Probability<T>(call.options, range.low, range.high);
+        e.plain = e.all_finite && !e.s.data &&
+                  e.probability.plain(static_cast<T>(range.low), static_cast<T>(range.high));
     }
 
+    // `plain`: e.probability is so for this block.
     template <bool rescale>
     void factors(const Entry<T, UpdateRule>& e, const T* g, const uint32_t* drawn, int64_t begin,
-                 int n) {
+                 int n, bool plain) {
         const T* given = e.s.data ? block_at(e.s, begin, n, s, slice) : nullptr;
         if (call.options.normalization == Normalization::constant) {
             const T inverse = static_cast<T>(inverse_of_constant(call.options));
@@ -255,6 +219,10 @@ template <class T, class UpdateRule> struct Worker {
                 factor_block<rescale>(n, g, drawn, factor, [=](int i) {
                     return finite(given[i]) ? probability.inverse(given[i]) : T(1);
                 });
+            else if (plain)
+                factor_block<rescale, true>(n, g, drawn, factor, [=](int i) {
+                    return probability.plain_inverse(saliency(g[i]));
+                });
             else
                 factor_block<rescale>(n, g, drawn, factor,
                                       [=](int i) { return probability.inverse(saliency(g[i])); });
@@ -266,15 +234,23 @@ template <class T, class UpdateRule> struct Worker {
         const bool gathers = e.kept[0].data && !e.own_statistics;
         blocks(begin, end, [&](int64_t at, int n) {
             const T* g = gradient(e, at, n);
-            if (gathers) found.add(g, n);
+            bool plain = e.plain;
+            if (gathers) {
+                Extremes<T> here;
+                here.add(g, n);
+                const Range range = here.range(false);
+                plain = here.all_finite && e.probability.plain(static_cast<T>(range.low),
+                                                               static_cast<T>(range.high));
+                found.add(here);
+            }
             const uint32_t* drawn =
                 call.random() ? element_words(words, at, n, e.layout, e.steps, keys) : words;
             T* parameters = block_at(e.theta, at, n, theta, slice);
             T* moments[3] = {};
             for (int k = 0; k < e.states_count; ++k)
                 moments[k] = block_at(e.states[k], at, n, states[k], slice);
-            if (call.options.rescale) factors<true>(e, g, drawn, at, n);
-            else factors<false>(e, g, drawn, at, n);
+            if (call.options.rescale) factors<true>(e, g, drawn, at, n, plain);
+            else factors<false>(e, g, drawn, at, n, plain);
             call.update_block(e.update_rule, n, parameters, g, factor, moments[0], moments[1],
                               moments[2]);
             if (parameters == theta) store_block(e.theta, at, n, parameters);
@@ -295,12 +271,16 @@ struct Item {
         end; // entries [first, first + count); elements [begin, end) of a large one
 };
 
-// The call's items, in an order in which each waits for earlier ones only. A large tensor's
-// statistics stand one tensor ahead of its update.
-template <class T, class UpdateRule> std::vector<Item> plan(Call<T, UpdateRule>& call) {
+// The call's items, in an order in which each waits for earlier ones only. Between a large tensor's
+// statistics and its update stand as many pieces of the tensor before it as there are threads, so
+// that none of them waits; and the pieces whose gradient was read last, which the cache still has,
+// are updated first.
+template <class T, class UpdateRule>
+std::vector<Item> plan(Call<T, UpdateRule>& call, int64_t threads) {
     std::vector<Item> items, updates;
-    auto flush = [&] {
-        items.insert(items.end(), updates.begin(), updates.end()), updates.clear();
+    auto flush = [&](size_t all_but) {
+        const auto end = updates.end() - std::min(all_but, updates.size());
+        items.insert(items.end(), updates.begin(), end), updates.erase(updates.begin(), end);
     };
     const int64_t count = static_cast<int64_t>(call.entries.size());
     for (int64_t i = 0; i < count; ++i) {
@@ -316,25 +296,25 @@ template <class T, class UpdateRule> std::vector<Item> plan(Call<T, UpdateRule>&
         }
         const int pieces = static_cast<int>((e.size + item_size - 1) / item_size);
         const bool whole = call.ranks();
+        flush(!e.own_statistics ? 0 : whole ? updates.size() : static_cast<size_t>(threads));
         if (e.own_statistics) {
             e.statistics_left = whole ? 1 : pieces;
             for (int k = 0; k < e.statistics_left; ++k)
                 items.push_back({Item::statistics, i, 1, k * item_size,
                                  whole ? e.size : std::min(e.size, (k + 1) * item_size)});
-            flush();
         }
+        flush(0);
         e.updates_left = pieces;
-        for (int k = 0; k < pieces; ++k)
+        for (int k = pieces; k-- > 0;)
             updates.push_back(
                 {Item::update, i, 1, k * item_size, std::min(e.size, (k + 1) * item_size)});
-        if (!e.own_statistics) flush();
     }
-    flush();
+    flush(0);
     return items;
 }
 
 template <class T, class UpdateRule> void run(Call<T, UpdateRule>& call) {
-    const std::vector<Item> items = plan(call);
+    const std::vector<Item> items = plan(call, torch::stable::get_num_threads());
     if (items.empty()) return;
     const bool rank = call.ranks();
     std::vector<std::vector<float>> slots(rank ? rank_slots : 0);
@@ -456,29 +436,6 @@ void step(const StepArguments& arguments, const Options& options,
             const auto range = e.range();
             store_block(e.kept[0], 0, 1, &range.low), store_block(e.kept[1], 0, 1, &range.high);
         }
-}
-
-template <class T, bool update, bool amsgrad>
-void update_block(const AdamW<T>& given, int n, T* __restrict theta, const T* __restrict g,
-                  const T* __restrict factor, T* __restrict m, T* __restrict v,
-                  T* __restrict v_max) {
-    const AdamW<T> update_rule = given; // a copy no store can touch
-    block_loop<T>({theta, g, m, v}, n, [=](int i) {
-        T unused = 0;
-        update_rule.template step<update, amsgrad>(theta[i], g[i], factor[i], m[i], v[i],
-                                                   amsgrad ? v_max[i] : unused);
-    });
-}
-
-template <class T, bool update, bool has_momentum>
-void update_block(const SGD<T>& given, int n, T* __restrict theta, const T* __restrict g,
-                  const T* __restrict factor, T* __restrict buffer, T*, T*) {
-    const SGD<T> update_rule = given;
-    block_loop<T>({theta, g, has_momentum ? buffer : theta, theta}, n, [=](int i) {
-        T unused = 0;
-        update_rule.template step<update, has_momentum>(theta[i], g[i], factor[i],
-                                                        has_momentum ? buffer[i] : unused);
-    });
 }
 
 // The loop for a target and for whether the third moment, or the momentum buffer, is there.

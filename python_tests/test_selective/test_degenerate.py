@@ -307,3 +307,38 @@ def test_minus_zero_is_a_saliency_of_zero(backend):
         for given in (s, s.where(s > 0, -0.0))
     )
     assert torch.equal(plus, minus) and plus[-1] < plus[0]
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("options", [{}, {"statistics": "previous"}, {"rescale": False}], ids=str)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("at", [0, 301, 599], ids=["first", "middle", "last"])
+def test_the_loops_for_finite_gradients_give_the_same_bits(backend, cls, options, bad, at):
+    """A gradient that is finite everywhere lets a kernel leave out what guards against the rest."""
+    start, gradients = problem([(600,)], steps=2)
+    options = SPREAD | {"lr": 0.1, "backend": backend} | options
+    for g in gradients:
+        g[0][at] = 0.5  # no extreme
+    finite, _ = trained(cls, start=start, gradients=gradients, **options)
+    gradients[1][0][at] = bad
+    guarded, _ = trained(cls, start=start, gradients=gradients, **options)
+    others = torch.arange(600) != at
+    assert same_bits(finite[0].detach()[others], guarded[0].detach()[others])
+    assert not same_bits(finite[0].detach()[at], guarded[0].detach()[at])
+
+
+@pytest.mark.parametrize("at", [0, 301, 599], ids=["first", "middle", "last"])
+@pytest.mark.parametrize("normalization", ["minmax", "range"])
+@pytest.mark.parametrize("value", [1e30, 3e38, 1e-30, 0.0], ids=str)
+def test_statistics_handed_in_give_the_same_bits(backend, normalization, value, at):
+    """Those of one tensor are its own, but say nothing of this gradient."""
+    g = problem([(600,)], steps=1)[1][0][0]
+    g[at] = value
+    found = []
+    for scope in ("tensor", "global"):
+        p = torch.nn.Parameter(torch.zeros_like(g))
+        p.grad = g.clone()
+        options = {"normalization": normalization, "threshold": 0.5, "scope": scope}
+        uk.select_gradients_([p], **options, seed=3, step=1, backend=backend)
+        found.append(p.grad)
+    assert same_bits(*found)
