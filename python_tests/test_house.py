@@ -306,8 +306,8 @@ def reference_imports(path, text):
 
 
 @rule(
-    "`triton.py`, or the folder `triton/`, imports torch, triton, `core.triton_ops` and its own "
-    "files, and no more than Python itself besides",
+    "`triton.py`, or the folder `triton/`, imports torch, triton, `core.triton_ops`, the classes of "
+    "`options` and its own files, and no more than Python itself besides",
     f"{PACKAGE}/{OPERATOR}/triton(/.*)?.py",
     bad=[
         f"uegr_kernels/perturbation/triton.py | {text}"
@@ -321,16 +321,17 @@ def reference_imports(path, text):
         "uegr_kernels/perturbation/triton.py | import torch\nimport triton.language as tl\nfrom "
         "..core import triton_ops",
         "uegr_kernels/selective/triton/launch.py | import torch\nimport triton\nfrom "
-        "...core.triton_ops import bits\nfrom .kernels import Form",
+        "...core.triton_ops import bits\nfrom ..options import Selection\nfrom .kernels import Form",
     ],
 )
-def triton_imports(path, text):
+def imports_of_triton(path, text):  # "[triton" would be taken for a backend's case
     allowed = ("torch", "triton")
     own_files = f"{PACKAGE}.{path.parts[1]}.triton."
     return unless(
         lambda entry: (
             standard(entry)
             or (not entry.ours and entry.layer in allowed)
+            or (own(path, entry) and entry.layer == "options")
             or entry.module.startswith((f"{PACKAGE}.core.triton_ops", own_files))
         ),
         path,

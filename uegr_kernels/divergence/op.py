@@ -72,6 +72,16 @@ def _fake_loss_(
     return _fake_loss(logits, labels, reduction=reduction, needs=needs)[:2]
 
 
+def _load_triton() -> None:
+    """Gives the operators their Triton functions."""
+    from . import triton
+
+    uegr_loss.triton = triton.uegr_loss
+    uegr_loss_.triton = triton.uegr_loss_
+    scale_gradients.triton = triton.scale_gradients
+    scale_gradients_.triton = triton.scale_gradients_
+
+
 # With labels the first pass of the logits is the clean one, which may be all; without, all are
 # compared in pairs. Returned: the loss, its three parts, and the gradients by the logits where
 # `needs` asks, in order.
@@ -79,6 +89,7 @@ uegr_loss = Operator(
     __package__,
     f"uegr_loss(Tensor[] logits, Tensor? labels, *, {OPTIONS}) -> (Tensor, Tensor, Tensor[])",
     reference.uegr_loss,
+    load_triton=_load_triton,
     fake=_fake_loss,
     words={"reduction": REDUCTIONS},
     no_vmap=NO_VMAP,
@@ -87,6 +98,7 @@ uegr_loss_ = Operator(
     __package__,
     f"uegr_loss_(Tensor(a!)[] logits, Tensor? labels, *, {OPTIONS}) -> (Tensor, Tensor)",
     reference.uegr_loss_,
+    load_triton=_load_triton,
     fake=_fake_loss_,
     words={"reduction": REDUCTIONS},
     no_vmap=NO_VMAP,
@@ -95,6 +107,7 @@ scale_gradients = Operator(
     __package__,
     "scale_gradients(Tensor[] gradients, Tensor grad_loss, Tensor parts) -> Tensor[]",
     reference.scale_gradients,
+    load_triton=_load_triton,
     fake=lambda gradients, *_: [torch.empty_like(g) for g in gradients],
     words={},
     no_vmap=NO_VMAP,
@@ -103,6 +116,7 @@ scale_gradients_ = Operator(
     __package__,
     "scale_gradients_(Tensor(a!)[] gradients, Tensor grad_loss) -> ()",
     reference.scale_gradients_,
+    load_triton=_load_triton,
     fake=writes_only,
     words={},
     no_vmap=NO_VMAP,

@@ -431,7 +431,7 @@ def _move_(
 def fgm_perturbation_(grad, mask, seed, out, *, epsilon, norm, per, keep_probability, step) -> None:
     """Writes delta = b * eps * g/||g|| (Eq. 2), or b * eps * sign(g), into out."""
     _check_alike(grad, out, "grad", "out")
-    _check_written(out)
+    triton_ops.refuse_expanded("out", out, RuntimeError)
     _check_mask(mask, grad)
     _check_seed(seed)
     _move_(
@@ -453,7 +453,7 @@ def pgd_step_(delta, grad, mask, out, *, step_size, radius, norm, per) -> None:
     """Writes delta + step_size * g/||g|| (or sign(g)), projected on the ball, into out."""
     _check_alike(grad, delta, "grad", "delta")
     _check_alike(grad, out, "grad", "out")
-    _check_written(out)
+    triton_ops.refuse_expanded("out", out, RuntimeError)
     _check_mask(mask, grad)
     _move_(
         delta,
@@ -593,11 +593,6 @@ def _check_alike(a: Tensor, b: Tensor, a_name: str, b_name: str) -> None:
             )
     if a.shape != b.shape:
         raise RuntimeError(f"{a_name} and {b_name} must have the same shape")
-
-
-def _check_written(out: Tensor) -> None:
-    if triton_ops.expanded(out):
-        raise RuntimeError("out is expanded; give a tensor whose elements have memory of their own")
 
 
 def _check_seed(seed: Tensor | None) -> None:

@@ -73,11 +73,7 @@ def select_gradients_(
                 f"saliency[{stream}] is None; give a tensor for every parameter that has a gradient"
             )
         _check_gradient("select_gradients_", f"params[{stream}].grad", p.grad, s)
-        if memory.expanded(p.grad):
-            raise ValueError(
-                f"params[{stream}].grad is expanded: its elements share memory and cannot be "
-                "written; call .clone() on it first"
-            )
+        memory.refuse_expanded(f"params[{stream}].grad", p.grad, ValueError)
         key = p.grad.device, p.grad.dtype
         if key not in parts:
             parts[key] = op.Part.empty(op.select_gradients_.choose(backend, *key))

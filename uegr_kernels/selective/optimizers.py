@@ -309,12 +309,7 @@ class SelectiveOptimizer(Optimizer):
             return found
         streams = [stream for batch in batches for stream in batch.layout[::4]]
         for stream, p in zip(streams, parts, strict=True):
-            if memory.overlaps_itself(p):
-                how = "is expanded" if memory.expanded(p) else "overlaps itself"
-                raise ValueError(
-                    f"parameter {stream} {how}: its elements share memory and cannot "
-                    "be written; call .clone() on it first"
-                )
+            memory.refuse_overlap(f"parameter {stream}", p)
         pair = memory.shared(parts)
         if pair:
             first, second = sorted(streams[i] for i in pair)
