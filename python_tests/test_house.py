@@ -306,8 +306,8 @@ def reference_imports(path, text):
 
 
 @rule(
-    "`triton.py`, or the folder `triton/`, imports torch, triton, `core.triton_ops`, the classes of "
-    "`options` and its own files, and no more than Python itself besides",
+    "`triton.py`, or the folder `triton/`, imports torch, triton, `core.triton_ops`, the classes "
+    "of `options` and its own files, and no more than Python itself besides",
     f"{PACKAGE}/{OPERATOR}/triton(/.*)?.py",
     bad=[
         f"uegr_kernels/perturbation/triton.py | {text}"
@@ -321,7 +321,8 @@ def reference_imports(path, text):
         "uegr_kernels/perturbation/triton.py | import torch\nimport triton.language as tl\nfrom "
         "..core import triton_ops",
         "uegr_kernels/selective/triton/launch.py | import torch\nimport triton\nfrom "
-        "...core.triton_ops import bits\nfrom ..options import Selection\nfrom .kernels import Form",
+        "...core.triton_ops import bits\nfrom ..options import Selection\nfrom .kernels import "
+        "Form",
     ],
 )
 def imports_of_triton(path, text):  # "[triton" would be taken for a backend's case
@@ -712,6 +713,30 @@ def no_catching(path, text):
         for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.Try)
     )
+
+
+# Where a question is asked by trying, and nothing is written: whether options can be hashed;
+# `passes` adds words to what a model raises, which goes on.
+MAY_CATCH = ("selective/options[.]py", "passes[.]py")
+
+
+@rule(
+    "What may have written is never tried again: no `except` in the operators, their stages and "
+    "the recipes; what is to be undone stands in an ExitStack or a `finally`",
+    f"{PACKAGE}/(?!{'|'.join(MAY_CATCH)})({OPERATOR}/.*|recipes/.*|bistage.py|passes.py|"
+    "batch_axis.py)",
+    bad=[
+        "uegr_kernels/selective/optimizers.py | try:\n  step()\nexcept RuntimeError:\n  step()",
+        "uegr_kernels/recipes/recipe.py | def f():\n  try: step()\n  except BaseException: raise",
+        "uegr_kernels/divergence/op.py | import contextlib\nwith contextlib.suppress(TypeError): ...",
+    ],
+    good=["uegr_kernels/recipes/recipe.py | try:\n  step()\nfinally:\n  close()"],
+)
+def no_except(path, text):
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ExceptHandler):
+            yield f"line {node.lineno} catches"
+    yield from (f"line {line} suppresses" for line, name in calls(text) if name == "suppress")
 
 
 # ---- C++ and CUDA

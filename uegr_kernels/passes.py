@@ -332,7 +332,7 @@ class Runner:
                 x = x.clamp(*self.input_range)
             values = values | {name: x}
             pass_.calls = 1
-        try:
+        with _told_of_copies(repeats):
             output = self.model(**values) if batch.by_name else self.model(*values.values())
             pass_.forward = False
             if pass_.calls == 0:
@@ -344,11 +344,6 @@ class Runner:
                 )
             logits = _logits(output)
             _check_logits(logits, batch, repeats)
-        except (RuntimeError, ValueError) as error:
-            if repeats > 1:  # a note would do, from Python 3.11
-                remedy = "passes_at_once=1 calls the model on the batch as it is"
-                error.args = (f"{error}\n(in a call on {repeats} copies of the batch; {remedy})",)
-            raise
         if batch.axis is None and pass_.watched and self.perturbs:
             self.axes.settle(batch, pass_.seen, pass_.given)
         return logits
@@ -364,6 +359,18 @@ class Runner:
                     part.no_sync() if hasattr(part, "no_sync") else _switched_off(part)
                 )
             yield
+
+
+@contextlib.contextmanager
+def _told_of_copies(repeats: int) -> Iterator[None]:
+    """Has an error, which goes on, say that the call was on copies of the batch, and what to do."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if repeats > 1:  # a note would do, from Python 3.11
+            remedy = "passes_at_once=1 calls the model on the batch as it is"
+            error.args = (f"{error}\n(in a call on {repeats} copies of the batch; {remedy})",)
+        raise
 
 
 def check_model(model: object) -> None:

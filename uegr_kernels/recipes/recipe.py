@@ -121,14 +121,19 @@ class Recipe:
         """
         self._check(scale, inputs, labels)
         without = [p for p in self.model.parameters() if p.grad is None]
-        try:
-            return self._backward(inputs, labels, scale)
-        except BaseException:
+
+        def forget_gradients() -> None:
             for p in without:
                 p.grad = None
-            raise
+
+        try:
+            with contextlib.ExitStack() as on_error:
+                on_error.callback(forget_gradients)
+                losses = self._backward(inputs, labels, scale)
+                on_error.pop_all()
         finally:
             self._taken = None
+        return losses
 
     def before_step(self) -> None:
         """Does to the gradients or weights what the method wants ahead of the optimizer's step,

@@ -164,21 +164,17 @@ class AWP(AttackRecipe):
 
     def _perturbed(self) -> contextlib.ExitStack:
         """Moves the weights to w + v until it is closed; each tensor has an epsilon of its own."""
-        stack = contextlib.ExitStack()
         if not self._gradients:
-            return stack
-        try:
+            return contextlib.ExitStack()
+        with contextlib.ExitStack() as moves:  # those that were made are undone on an error
             for weight, gradient, length in zip(
                 self._weights, self._gradients, _lengths(self._weights), strict=True
             ):
                 moved = perturbed_weights(
                     [weight], self.gamma * length, gradients=[gradient], backend=self.backend
                 )
-                stack.enter_context(moved)
-        except BaseException:
-            stack.close()
-            raise
-        return stack
+                moves.enter_context(moved)
+            return moves.pop_all()
 
 
 def _lengths(tensors: Sequence[Tensor]) -> list[float]:
