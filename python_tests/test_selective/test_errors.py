@@ -10,7 +10,7 @@ import torch
 import uegr_kernels as uk
 from uegr_kernels.selective.options import FIELDS
 
-from .problems import OPTIMIZERS, as_parameters, problem, same_bits, trained, walk
+from .problems import OPTIMIZERS, as_parameters, problem, run_steps, same_bits, trained
 
 BAD_OPTIONS = [
     ({"lr": -1.0}, ValueError, "Invalid learning rate: -1.0"),
@@ -263,7 +263,7 @@ def test_a_state_that_does_not_fit_is_named_and_changes_nothing(
         statistics="previous",
         **options,
     )
-    walk(optimizer, params, [[torch.ones(3)] * 3] * 2)
+    run_steps(optimizer, params, [[torch.ones(3)] * 3] * 2)
     key = {"moment": "momentum_buffer" if cls is uk.SelectiveSGD else "exp_avg"}.get(key, key)
     before = copy.deepcopy([(p.detach(), dict(optimizer.state[p])) for p in params])
     optimizer.state[params[2]][key] = value
