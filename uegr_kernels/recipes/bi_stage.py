@@ -1,32 +1,32 @@
 """UEGR: the forward stage by BiStage, and the selective update."""
 
-import inspect
-from collections.abc import Mapping
-from typing import Any, ClassVar
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..batch_axis import Inputs
 from ..bistage import BiStage
-from ..core import checks
+from . import options
 from .lent_dropout import AdaptedDropouts
-from .selection import SelectiveUpdate, selection_of
-
-# what BiStage is built with beside a model and an embedding
-STAGE_OPTIONS = inspect.signature(BiStage).parameters.keys() - {"model", "embedding"}
+from .selection import SelectionRecipe
 
 
-class UEGR(SelectiveUpdate):
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
+class UEGR(SelectionRecipe):
     """Trains bi-stage: `BiStage` fills .grad, and the update goes to a random selection.
 
     See docs/methods.md, "UEGR" and "UEGR in detail".
 
     adaptive_dropout  True: until `close()` the model's nn.Dropout modules are `AdaptiveDropout` of
                       the same p; their state is in this state_dict, by name, not in the model's
-    seed              of the selection's masks; None: drawn from torch's default CPU generator
-    options           `BiStage`'s (epsilon, passes, js_weight, norm, per, dropout, passes_at_once,
-                      task, ...) and the selection's (threshold, sharpness, normalization, ...)
+    epsilon, passes, js_weight, norm, per, label_smoothing, ignore_index, task, passes_at_once,
+    dropout, input_range, batch_axis, relative  of the forward stage, as in `BiStage`
+    threshold, sharpness, normalization, direction, scope, statistics, rescale, min_probability,
+    keep_probability, target  of the selection, as in SelectiveAdamW
+    seed              of its masks; None: drawn from torch's default CPU generator
+    backend           of the operators
 
     A SelectiveAdamW or SelectiveSGD given as the optimizer selects inside its step, by its own
     options and those named here; for any other optimizer, or none, `before_step` selects .grad. 1 +
@@ -34,55 +34,57 @@ class UEGR(SelectiveUpdate):
     divergence.
     """
 
-    passes: ClassVar[int] = 3
+    passes_of_step: ClassVar[int] = 3
 
-    _runner: BiStage
+    adaptive_dropout: bool = options.flag(True)
+    # `BiStage` checks its own; a test compares the defaults
+    epsilon: float = 0.1
+    passes: int = 2
+    js_weight: float = 0.01
+    norm: str = "l2"
+    per: str = "sample"
+    label_smoothing: float = 0.0
+    ignore_index: int = -100
+    task: str = "classification"
+    passes_at_once: int | None = None
+    dropout: Sequence[float] | None = None
+    input_range: tuple[float, float] | None = None
+    batch_axis: int | None = None
+    relative: bool = False
+    backend: str = options.backend()
+    _runner: BiStage = dataclasses.field(init=False)
 
-    def __init__(
-        self,
-        model: nn.Module,
-        embedding: nn.Module | None,
-        optimizer: torch.optim.Optimizer | None = None,
-        *,
-        adaptive_dropout: bool = True,
-        seed: int | None = None,
-        backend: str = "auto",
-        **options: Any,
-    ) -> None:
-        checks.flag("adaptive_dropout", adaptive_dropout)
-        self.seed = None if seed is None else checks.integer("seed", seed)
-        self.backend = backend
-        self._selected, self._stage_options = selection_of(options)
-        self._adapted: AdaptedDropouts | None = None
-        super().__init__(model, embedding, optimizer)
-        if adaptive_dropout:
-            self._adapted = AdaptedDropouts(model, backend)
+    _adapted: AdaptedDropouts | None = dataclasses.field(init=False, default=None)
 
-    @classmethod
-    def option_names(cls) -> set[str]:
-        """Returns the names of the keywords that the recipe is built with."""
-        return super().option_names() | STAGE_OPTIONS | {"adaptive_dropout", "seed"}
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.adaptive_dropout:
+            self._adapted = AdaptedDropouts(self.model, self.backend)
 
-    @property
-    def adaptive_dropout(self) -> dict[str, Tensor]:
-        """Returns the state of each adaptive dropout by its module's name, for checkpoints."""
-        return self._adapted.state_dict() if self._adapted is not None else {}
-
-    @adaptive_dropout.setter
-    def adaptive_dropout(self, state: dict[str, Tensor]) -> None:
+    def state_dict(self) -> dict[str, object]:
+        """Returns what a resumed run needs: the masks' seed and step, and the state of each
+        adaptive dropout by its module's name.
+        """
+        state = super().state_dict()
         if self._adapted is not None:
-            self._adapted.load_state_dict(state)
+            state["adaptive_dropout"] = self._adapted.state_dict()
+        return state
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Takes over what `state_dict` gave."""
-        reason: str | None = None
-        if self._adapted is not None:
-            reason = "it was saved with adaptive_dropout=False; build it so"
-            if "adaptive_dropout" in state:
-                reason = self._adapted.why_not(state["adaptive_dropout"])
+        """Takes over a copy of what `state_dict` gave; raises ValueError for another recipe's, and
+        for one of other dropouts, before anything has changed.
+        """
+        if self._adapted is None:
+            super().load_state_dict(state)
+            return
+        dropouts = state.get("adaptive_dropout")
+        reason: str | None = "it was saved with adaptive_dropout=False; build it so"
+        if "adaptive_dropout" in state:
+            reason = self._adapted.why_not(dropouts)
         if reason is not None and state.get("recipe") == type(self).__name__:
             raise ValueError(f"the state cannot be loaded: {reason}")
-        super().load_state_dict(state)
+        super().load_state_dict({k: v for k, v in state.items() if k != "adaptive_dropout"})
+        self._adapted.load_state_dict(self._taken_over(dropouts))
 
     def close(self) -> None:
         """Removes the hooks, and gives the model its nn.Dropout back."""
@@ -91,12 +93,30 @@ class UEGR(SelectiveUpdate):
             self._adapted.close()
 
     def _make_runner(self) -> BiStage:
-        return BiStage(self.model, self.embedding, backend=self.backend, **self._stage_options)
-
-    def _names_kept(self) -> tuple[str, ...]:
-        return self.kept if self._adapted is None else (*self.kept, "adaptive_dropout")
+        return BiStage(
+            self.model,
+            self.embedding,
+            epsilon=self.epsilon,
+            passes=self.passes,
+            js_weight=self.js_weight,
+            norm=self.norm,
+            per=self.per,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+            task=self.task,
+            passes_at_once=self.passes_at_once,
+            dropout=self.dropout,
+            input_range=self.input_range,
+            batch_axis=self.batch_axis,
+            relative=self.relative,
+            backend=self.backend,
+        )
 
     def _backward(self, inputs: Inputs, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
-        result: dict[str, Tensor] = self._runner.backward(inputs, labels, scale=scale)._asdict()
-        del result["logits"]
-        return result
+        result = self._runner.backward(inputs, labels, scale=scale)
+        return {
+            "loss": result.loss,
+            "clean_loss": result.clean_loss,
+            "adversarial_loss": result.adversarial_loss,
+            "divergence": result.divergence,
+        }

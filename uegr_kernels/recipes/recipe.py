@@ -57,12 +57,13 @@ class Recipe:
     steps_itself: ClassVar[bool] = False  # `backward` steps the optimizer
     selects_update: ClassVar[bool] = False  # the update goes to a random selection of elements
     sets_selection: ClassVar[bool] = False  # by options of its own, not the optimizer's
-    passes: ClassVar[int] = 1  # through the model, of a batch with the default options
+    passes_of_step: ClassVar[int] = 1  # through the model, of a batch with the default options
     kept: ClassVar[tuple[str, ...]] = ()  # attributes that a checkpoint carries
 
     model: nn.Module
     embedding: nn.Module | None
     optimizer: torch.optim.Optimizer | None = None
+    _given: frozenset[str] = dataclasses.field(init=False)  # names of the keywords it was built by
     _runner: Hooked = dataclasses.field(init=False)
     # what the passes are over, while one is
     _taken: Batch | None = dataclasses.field(init=False, default=None)
@@ -77,7 +78,9 @@ class Recipe:
                 f"{cls.__name__} has no option {min(unknown)!r}; its options "
                 f"are {', '.join(sorted(known))}"
             )
-        return super().__new__(cls)
+        recipe = super().__new__(cls)
+        recipe._given = frozenset(given)
+        return recipe
 
     def __post_init__(self) -> None:
         options.check_values(self)
@@ -150,15 +153,13 @@ class Recipe:
         """Returns what a resumed run needs besides the model's and the optimizer's: numbers,
         tensors, lists and dicts of them.
         """
-        return {"recipe": type(self).__name__} | {
-            name: getattr(self, name) for name in self._names_kept()
-        }
+        return {"recipe": type(self).__name__} | {name: getattr(self, name) for name in self.kept}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Takes over a copy of what `state_dict` gave; raises ValueError for another recipe's,
         before anything has changed.
         """
-        names = self._names_kept()
+        names = self.kept
         if state.get("recipe") != type(self).__name__ or state.keys() - {"recipe"} != set(names):
             raise ValueError(
                 f"the state is of recipe {state.get('recipe')!r} with "
@@ -166,14 +167,15 @@ class Recipe:
                 f"with {sorted(names)}; load it into the recipe that gave it"
             )
         for name in names:
-            setattr(self, name, _moved(copy.deepcopy(state[name]), device_of(self.model)))
+            setattr(self, name, self._taken_over(state[name]))
+
+    def _taken_over(self, kept: object) -> Any:
+        """Returns a copy of what a checkpoint carries, where the model is."""
+        return _moved(copy.deepcopy(kept), device_of(self.model))
 
     def close(self) -> None:
         """Removes the hooks from the model; the recipe cannot be used afterwards."""
         self._runner.close()
-
-    def _names_kept(self) -> tuple[str, ...]:
-        return self.kept
 
     def _check(self, scale: float | Tensor, inputs: Inputs, labels: Tensor) -> None:
         """Raises what stands against a call now."""

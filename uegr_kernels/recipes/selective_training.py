@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ..batch_axis import Inputs
 from ..selective import select_gradients_
+from ..selective.options import agreed_seed
 from . import options
 from .attack import climb, tiny_noise_start
 from .consistency import symmetric_divergence
 from .recipe import recomputed
 from .saliency import SaliencyRecipe
-from .selection import agreed
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
@@ -45,7 +45,7 @@ class RoAST(SaliencyRecipe):
 
     kept: ClassVar[tuple[str, ...]] = (*SaliencyRecipe.kept, "seed")
 
-    passes: ClassVar[int] = 3
+    passes_of_step: ClassVar[int] = 3
 
     epsilon: float = options.number(0.1)
     kl_weight: float = options.number(0.01)
@@ -120,7 +120,7 @@ class RoAST(SaliencyRecipe):
         the epoch.
         """
         if self._drawn and self.seed is not None:
-            self.seed, self._drawn = agreed(self.seed), False
+            self.seed, self._drawn = agreed_seed(self.seed), False
         holders = [torch.empty_like(s) for s in saliency]
         for holder in holders:
             holder.grad = torch.ones_like(holder)

@@ -15,7 +15,7 @@ from ..core import checks, memory, shards
 from . import op
 from .batch import Batch, Group, Scopes
 from .cached_step import CachedStep
-from .options import FIELDS, AdamWOptions, Selection, SGDOptions, StepOptions
+from .options import FIELDS, AdamWOptions, Selection, SGDOptions, StepOptions, agreed_seed
 from .state import Packed, check_batch, check_parameter, complete, placed, restore, without_none
 
 FORMAT = 1  # of the state's layout; a key of every group
@@ -140,16 +140,11 @@ class SelectiveOptimizer(Optimizer):
     def _agree_on_seed(self) -> None:
         """Makes rank 0's drawn seed everyone's, once; a given or loaded one is not sent."""
         drawn, self._drawn_seed = self._drawn_seed, None
-        if (
-            drawn is not None
-            and torch.distributed.is_available()
-            and torch.distributed.is_initialized()
-        ):
-            agreed = [drawn]
-            torch.distributed.broadcast_object_list(agreed, src=0)
-            self.defaults["seed"] = agreed[0]
-            for group in self.param_groups:
-                group["seed"] = agreed[0] if group["seed"] == drawn else group["seed"]
+        if drawn is None:
+            return
+        seed = self.defaults["seed"] = agreed_seed(drawn)
+        for group in self.param_groups:
+            group["seed"] = seed if group["seed"] == drawn else group["seed"]
 
     @overload
     def step(self, closure: None = None) -> None: ...
