@@ -366,7 +366,7 @@ def core_imports(path, text):
     good=[
         "uegr_kernels/bistage.py | from .core.backends import BACKENDS\nfrom .passes import Pass\n"
         "from .divergence import uegr_loss",
-        "uegr_kernels/passes.py | from .batch_axis import Batch\nfrom .dropout import x",
+        "uegr_kernels/passes.py | from .batch_axis import InputBatch\nfrom .dropout import x",
     ],
 )
 def bistage_imports(path, text):
@@ -376,8 +376,8 @@ def bistage_imports(path, text):
 
 # What the users of the public names may import besides, by folder.
 BESIDES = {
-    "recipes": ("passes", "batch_axis", "core.checks", "options"),
-    "analysis": ("passes", "batch_axis", "core.checks"),
+    "recipes": ("passes", "core.checks", "options"),
+    "analysis": ("passes", "core.checks"),
     "integrations": ("integrations",),
     "finetune": ("models", "integrations", "finetune", "core.checks"),
 }
@@ -385,13 +385,14 @@ BESIDES = {
 
 @rule(
     "`recipes`, `analysis`, `integrations` and `finetune` use public names, as a user would; "
-    "`recipes` and `analysis` make passes of their own with `passes` and `batch_axis` and use "
-    "`core.checks`, and `recipes` the operators' `options`; `finetune` uses `models`, "
-    "`integrations` and `core.checks`",
+    "`recipes` and `analysis` make passes of their own with `passes` and use `core.checks`, and "
+    "`recipes` the operators' `options`; `finetune` uses `models`, `integrations` and "
+    "`core.checks`",
     f"{PACKAGE}/(recipes|analysis|integrations|finetune)/.*",
     bad=[
         "uegr_kernels/recipes/weight_ascent.py | from ..core import philox",
         "uegr_kernels/recipes/recipe.py | from ..models import TextCNN",
+        "uegr_kernels/recipes/recipe.py | from ..batch_axis import Inputs",
         "uegr_kernels/analysis/cka.py | from ..selective.op import SCHEMAS",
         "uegr_kernels/analysis/cka.py | from ..selective.options import Selection",
         "uegr_kernels/integrations/transformers.py | from ..core import checks",
@@ -1064,6 +1065,27 @@ def test_any_stands_at_the_border():
             ),
             pytrace=False,
         )
+
+
+def classes(texts: dict[str, str]) -> dict[str, list[str]]:
+    """Returns the files of every class's name."""
+    found = collections.defaultdict(list)
+    for path, text in texts.items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef):
+                found[node.name].append(path)
+    return found
+
+
+def test_a_class_has_a_name_of_its_own():
+    """One word, one thing; `Form` is what an operator's Triton kernels are compiled for."""
+    bad = classes({"a.py": "class Plan: ...", "b.py": "def f():\n  class Plan: ..."})
+    assert bad == {"Plan": ["a.py", "b.py"]}
+    found = classes(
+        {str(path): (ROOT / path).read_text() for path in tree_files() if path.parts[0] == PACKAGE}
+    )
+    named_alike = {name: files for name, files in found.items() if len(files) > 1}
+    assert named_alike.keys() <= {"Form"}, f"one class's name is another's: {named_alike}"
 
 
 def test_folders_of_csrc_carry_the_packages_words():

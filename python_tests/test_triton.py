@@ -359,7 +359,7 @@ def test_nothing_is_spilled(name, target):
         )
 
 
-@pytest.mark.parametrize("table", ["Row", "Head"])
+@pytest.mark.parametrize("table", ["TensorRow", "StepHead"])
 def test_kernels_read_a_table_where_its_fields_stand(table):
     kernels = importlib.import_module("uegr_kernels.selective.triton").kernels
     fields = getattr(kernels, table)._fields

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..batch_axis import Inputs
 from ..bistage import BiStage
+from ..passes import Inputs
 from . import options
 from .lent_dropout import AdaptedDropouts
 from .selection import SelectionRecipe

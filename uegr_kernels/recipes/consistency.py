@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..batch_axis import Inputs
+from ..passes import Inputs
 from . import options
 from .attack import StepRecipe
 from .recipe import PassRecipe

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..batch_axis import Inputs
+from ..passes import Inputs
 from ..perturbation import ASCENT_NORMS, PERS
 from . import options
 from .attack import AttackRecipe, Start, tiny_noise_start, uniform_ball_start

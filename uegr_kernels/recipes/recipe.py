@@ -12,9 +12,10 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..batch_axis import Batch, Inputs
 from ..divergence import LossParts, check_loss_options, uegr_loss
 from ..passes import (
+    InputBatch,
+    Inputs,
     Pass,
     Runner,
     buffers_held,
@@ -66,7 +67,7 @@ class Recipe:
     _given: frozenset[str] = dataclasses.field(init=False)  # names of the keywords it was built by
     _runner: Hooked = dataclasses.field(init=False)
     # what the passes are over, while one is
-    _taken: Batch | None = dataclasses.field(init=False, default=None)
+    _taken: InputBatch | None = dataclasses.field(init=False, default=None)
 
     __signature__ = options.Signature()
 
@@ -251,7 +252,7 @@ class PassRecipe(Recipe):
         self._taken = self._runner.take(inputs, labels)
 
     @property
-    def _batch(self) -> Batch:
+    def _batch(self) -> InputBatch:
         if self._taken is None:
             raise RuntimeError("no batch is taken: passes run inside of backward()")
         return self._taken

@@ -15,9 +15,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.conv import _ConvNd as Convolution
 
-from ..batch_axis import Inputs
 from ..divergence import LossParts
-from ..passes import Pass, ranks_of, synchronisers, synchronises
+from ..passes import Inputs, Pass, ranks_of, synchronisers, synchronises
 from ..perturbation import ASCENT_NORMS
 from . import options
 from .attack import AttackRecipe, Start, uniform_ball_start

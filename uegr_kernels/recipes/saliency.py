@@ -10,8 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..batch_axis import Inputs
-from ..passes import synchronisers
+from ..passes import Inputs, synchronisers
 from .recipe import PassRecipe, check_whole, named_parameters, summed_over_ranks
 
 

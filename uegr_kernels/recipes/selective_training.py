@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..batch_axis import Inputs
+from ..passes import Inputs
 from ..selective import select_gradients_
 from ..selective.options import agreed_seed
 from . import options

@@ -8,8 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..batch_axis import Inputs
-from ..passes import buffers_held, synchronises
+from ..passes import Inputs, buffers_held, synchronises
 from ..perturbation import perturbed_weights
 from . import options
 from .attack import AttackRecipe

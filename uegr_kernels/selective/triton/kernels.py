@@ -55,7 +55,7 @@ LANES = tl.constexpr(128)  # tensors a program of `prepare_kernel` and `keep_ker
 TABLES = tl.constexpr(4096)  # tables of bins that are alive at a time: 512 MiB at most
 
 
-class Row(typing.NamedTuple):
+class TensorRow(typing.NamedTuple):
     """Holds what kernels know of a tensor, a column of it by tensor: addresses (0: no such list),
     then sizes. g's address is not among it: it stands in the head.
     """
@@ -100,7 +100,7 @@ class Row(typing.NamedTuple):
 ROW = tl.constexpr(16)
 
 
-class Head(typing.NamedTuple):
+class StepHead(typing.NamedTuple):
     """Holds what may change from step to step: float64 numbers, the seed and a step count. The
     address of every gradient follows it.
     """

@@ -24,8 +24,8 @@ from .kernels import (
     TABLE,
     TABLES,
     Form,
-    Head,
-    Row,
+    StepHead,
+    TensorRow,
     count_kernel,
     join_kernel,
     keep_kernel,
@@ -35,7 +35,7 @@ from .kernels import (
 )
 from .math import curve, sampling_interval
 
-HEAD_FORMAT = struct.Struct("12d2q16x")  # Head, and its padding up to HEAD
+HEAD_FORMAT = struct.Struct("12d2q16x")  # StepHead, and its padding up to HEAD
 DTYPES = triton_ops.DTYPES | {torch.uint8: tl.int8}  # a mask is written as bytes
 
 
@@ -167,7 +167,7 @@ class Family:
                 self.axes.data_ptr() + 8 * at
                 for at in itertools.accumulate(map(len, axes[:-1]), initial=0)
             ]
-        table = Row(
+        table = TensorRow(
             theta=addresses(lists.theta),
             moment1=addresses(lists.moment1),
             moment2=addresses(lists.moment2),
@@ -564,10 +564,10 @@ class Call(typing.NamedTuple):
             plan.launch(call, upload.target)
         return None if captured else plan
 
-    def head(self) -> Head:
+    def head(self) -> StepHead:
         """Returns what may change from step to step."""
         rule, shared = self.rule, curve(self.selection)
-        return Head(
+        return StepHead(
             lr=rule.lr.value,
             beta1=rule.beta1.value,
             beta2=rule.beta2.value,
