@@ -359,9 +359,16 @@ def test_nothing_is_spilled(name, target):
         )
 
 
-@pytest.mark.parametrize("table", ["TensorRow", "StepHead"])
-def test_kernels_read_a_table_where_its_fields_stand(table):
-    kernels = importlib.import_module("uegr_kernels.selective.triton").kernels
+@pytest.mark.parametrize(
+    ("module", "table"),
+    [
+        ("selective.triton.kernels", "TensorRow"),
+        ("selective.triton.kernels", "StepHead"),
+        ("perturbation.triton", "WeightRow"),
+    ],
+)
+def test_kernels_read_a_table_where_its_fields_stand(module, table):
+    kernels = importlib.import_module(f"uegr_kernels.{module}")
     fields = getattr(kernels, table)._fields
     assert [getattr(kernels, name.upper()).value for name in fields] == list(range(len(fields)))
 
