@@ -601,11 +601,20 @@ def no_formula(path, text):
         "uegr_kernels/selective/op.py | def f(x, eps=1e-8): ...",
         "uegr_kernels/selective/triton/launch.py | def f(x, eps=1e-8): ...",
         "uegr_kernels/selective/reference.py | def f(x, *, eps=1e-8): ...",
+        "uegr_kernels/selective/triton/launch.py | class Call:\n  seed: int = 0",
+        "uegr_kernels/selective/batch.py | class Batch:\n  sizes: list = field()",
     ],
-    good=["uegr_kernels/selective/op.py | def f(x, *, eps): ..."],
+    good=[
+        "uegr_kernels/selective/op.py | def f(x, *, eps): ...",
+        "uegr_kernels/selective/batch.py | class Batch:\n  seed: int\n  KEYS: ClassVar[int] = 1",
+    ],
 )
 def no_defaults(path, text):
     for node in ast.walk(ast.parse(text)):
+        for field in node.body if isinstance(node, ast.ClassDef) else ():
+            if isinstance(field, ast.AnnAssign) and field.value is not None:
+                if "ClassVar" not in ast.unparse(field.annotation):
+                    yield f"line {field.lineno} gives a field of {node.name} a default"
         if isinstance(node, (ast.FunctionDef, ast.Lambda)) and (
             node.args.defaults or any(node.args.kw_defaults)
         ):
@@ -1086,6 +1095,27 @@ def test_a_class_has_a_name_of_its_own():
     )
     named_alike = {name: files for name, files in found.items() if len(files) > 1}
     assert named_alike.keys() <= {"Form"}, f"one class's name is another's: {named_alike}"
+
+
+TEXTS = ("Makefile", ".clang-format", "pyproject.toml", "mkdocs.yml", "requirements*.txt")
+
+
+def too_long(texts: dict[str, str]) -> list[str]:
+    """Returns "path:line" of the lines of more than 100 columns."""
+    return [
+        f"{path}:{number}"
+        for path, text in texts.items()
+        for number, line in enumerate(text.splitlines(), 1)
+        if len(line) > 100
+    ]
+
+
+def test_lines_have_at_most_100_columns():
+    """Of what neither ruff nor clang-format looks at."""
+    assert too_long({"Makefile": f"{'x' * 100}\n{'y' * 101}"}) == ["Makefile:2"]
+    files = [file for pattern in TEXTS for file in sorted(ROOT.glob(pattern))]
+    assert len(files) > len(TEXTS)
+    assert not too_long({file.name: file.read_text() for file in files})
 
 
 def test_folders_of_csrc_carry_the_packages_words():
