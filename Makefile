@@ -81,9 +81,9 @@ hub: build
 	$(RUN) csrc/build_hub.py build/hub
 
 # The libraries once more with sanitizers, in copies of the package. A Python that is not built with
-# them loads their runtimes ahead of all else, and what it does not free at its end is not looked at.
-# ThreadSanitizer does not see OpenMP's barriers: loops run on plain threads.
-# A process's memory is then not the operator's alone, and is not measured.
+# them loads their runtimes ahead of all else, and what it does not free at its end is not looked
+# at. ThreadSanitizer does not see OpenMP's barriers: loops run on plain threads. A process's memory
+# is then not the operator's alone, and is not measured.
 ASAN := build/asan
 TSAN := build/tsan
 OPERATORS = selective divergence perturbation dropout
