@@ -97,7 +97,8 @@ class RAT(StepRecipe, RDrop):
     See docs/methods.md, "R-AT".
 
     epsilon, norm, per  the size of delta, as in `fgm_perturbation`
-    alpha, reduction    as in `RDrop`;  the common options  (`PassRecipe`)
+    alpha, reduction    of the divergence: its weight, and "mean" over the batch or "sum" over it;
+        the common options  (`PassRecipe`)
 
     L = CE(F(e)) + (CE(z1) + CE(z2))/2 + alpha * (KL(P1||P2) + KL(P2||P1))/2, z_k = F(e + delta; w,
     u_k). 3 forwards and backwards. Losses: loss, clean_loss, adversarial_loss, divergence.
@@ -122,7 +123,8 @@ class RATSU(SelectionRecipe, RAT):
     threshold, sharpness, normalization, direction, scope, statistics, rescale, min_probability,
     keep_probability, target  of the selection, as in SelectiveAdamW;  seed  of its masks
     epsilon, norm, per  the size of delta, as in `fgm_perturbation`
-    alpha, reduction    of the divergence, as in `RDrop`;  the common options  (`PassRecipe`)
+    alpha, reduction    of the divergence: its weight, and "mean" over the batch or "sum" over it;
+        the common options  (`PassRecipe`)
 
     L = CE(F(e)) + (CE(z1) + CE(z2))/2 + alpha * (KL(P1||P2) + KL(P2||P1))/2, as in R-AT. A
     SelectiveAdamW or SelectiveSGD given as the optimizer selects inside its step, by its own

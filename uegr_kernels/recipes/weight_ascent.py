@@ -84,8 +84,9 @@ class AWP(AttackRecipe):
         "weight" in the name
     warmup_epochs  so many epochs without it, counted by `epoch_end`
     steps          K of a PGD attack on the input that training is at; 0: the clean input
-    epsilon, step_size, norm, per, same_draw   of that attack, as in `PGD`;  the common options
-        (`PassRecipe`)
+    epsilon, step_size, norm, per   of that attack, as in `pgd_step`; step_size None:
+        2.5 * epsilon / steps
+    same_draw      every pass with the same dropout masks;  the common options  (`PassRecipe`)
 
     v = gamma * ||w||/||g|| * g, L = CE(F(x_adv; w + v)). `backward` restores w bit for bit;
     `before_step` goes to w + v again, where the optimizer steps (and decays), and `after_step` puts
