@@ -58,7 +58,7 @@ class ARAT(AttackRecipe):
     clean_weight, adversarial_weight   w and w'; None: 1 - acc and acc, of the clean branch in eval
                        mode on the epoch's last `balance_rows` rows, from the end of the first
                        epoch; before that, and for regression, 0.5
-    epsilon, steps, step_size, norm, per   of the attack, as in `pgd_step`; step_size None: epsilon/4
+    epsilon, steps, step_size, norm, per   of the attack, as in `pgd_step`; its step_size: epsilon/4
     random_start       uniform in the ball;  same_draw  every pass with the same dropout masks;  the
         common options  (`PassRecipe`)
 
