@@ -1,19 +1,20 @@
 """UEGR: the forward stage by BiStage, and the selective update."""
 
-import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ..bistage import BiStage
+from ..core import checks
 from ..passes import Inputs
-from . import options
+from ..selective.options import Selection
 from .lent_dropout import AdaptedDropouts
 from .selection import SelectionRecipe
 
 
-@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class UEGR(SelectionRecipe):
     """Trains bi-stage: `BiStage` fills .grad, and the update goes to a random selection.
 
@@ -34,57 +35,106 @@ class UEGR(SelectionRecipe):
     divergence.
     """
 
-    passes_of_step: ClassVar[int] = 3
+    passes: ClassVar[int] = 3
 
-    adaptive_dropout: bool = options.flag(True)
-    # `BiStage` checks its own; a test compares the defaults
-    epsilon: float = 0.1
-    passes: int = 2
-    js_weight: float = 0.01
-    norm: str = "l2"
-    per: str = "sample"
-    label_smoothing: float = 0.0
-    ignore_index: int = -100
-    task: str = "classification"
-    passes_at_once: int | None = None
-    dropout: Sequence[float] | None = None
-    input_range: tuple[float, float] | None = None
-    batch_axis: int | None = None
-    relative: bool = False
-    backend: str = options.backend()
-    _runner: BiStage = dataclasses.field(init=False)
+    _runner: BiStage
 
-    _adapted: AdaptedDropouts | None = dataclasses.field(init=False, default=None)
+    def __init__(
+        self,
+        model: nn.Module,
+        embedding: nn.Module | None,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        adaptive_dropout: bool = True,
+        # the forward stage's, whose defaults are BiStage's: a test compares
+        epsilon: float = 0.1,
+        passes: int = 2,
+        js_weight: float = 0.01,
+        norm: str = "l2",
+        per: str = "sample",
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        task: str = "classification",
+        passes_at_once: int | None = None,
+        dropout: Sequence[float] | None = None,
+        input_range: tuple[float, float] | None = None,
+        batch_axis: int | None = None,
+        relative: bool = False,
+        threshold: float = Selection.threshold,
+        sharpness: float = Selection.sharpness,
+        normalization: str = Selection.normalization,
+        direction: str = Selection.direction,
+        scope: str = Selection.scope,
+        statistics: str = Selection.statistics,
+        rescale: bool = Selection.rescale,
+        min_probability: float = Selection.min_probability,
+        keep_probability: float = Selection.keep_probability,
+        target: str = Selection.target,
+        seed: int | None = None,
+        backend: str = "auto",
+    ) -> None:
+        self._adapts = checks.flag("adaptive_dropout", adaptive_dropout)
+        self._adapted: AdaptedDropouts | None = None
+        self.backend = backend
+        self._stage = functools.partial(
+            BiStage,
+            epsilon=epsilon,
+            passes=passes,
+            js_weight=js_weight,
+            norm=norm,
+            per=per,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            task=task,
+            passes_at_once=passes_at_once,
+            dropout=dropout,
+            input_range=input_range,
+            batch_axis=batch_axis,
+            relative=relative,
+            backend=backend,
+        )
+        super().__init__(
+            model,
+            embedding,
+            optimizer,
+            threshold=threshold,
+            sharpness=sharpness,
+            normalization=normalization,
+            direction=direction,
+            scope=scope,
+            statistics=statistics,
+            rescale=rescale,
+            min_probability=min_probability,
+            keep_probability=keep_probability,
+            target=target,
+            seed=seed,
+        )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.adaptive_dropout:
+        if self._adapts:
             self._adapted = AdaptedDropouts(self.model, self.backend)
 
-    def state_dict(self) -> dict[str, object]:
-        """Returns what a resumed run needs: the masks' seed and step, and the state of each
-        adaptive dropout by its module's name.
-        """
-        state = super().state_dict()
+    @property
+    def adaptive_dropout(self) -> dict[str, Tensor]:
+        """Returns the state of each adaptive dropout by its module's name, for checkpoints."""
+        return self._adapted.state_dict() if self._adapted is not None else {}
+
+    @adaptive_dropout.setter
+    def adaptive_dropout(self, state: dict[str, Tensor]) -> None:
         if self._adapted is not None:
-            state["adaptive_dropout"] = self._adapted.state_dict()
-        return state
+            self._adapted.load_state_dict(state)
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Takes over a copy of what `state_dict` gave; raises ValueError for another recipe's, and
-        for one of other dropouts, before anything has changed.
-        """
-        if self._adapted is None:
-            super().load_state_dict(state)
-            return
-        dropouts = state.get("adaptive_dropout")
-        reason: str | None = "it was saved with adaptive_dropout=False; build it so"
-        if "adaptive_dropout" in state:
-            reason = self._adapted.why_not(dropouts)
+        """Takes over what `state_dict` gave."""
+        reason: str | None = None
+        if self._adapted is not None:
+            reason = "it was saved with adaptive_dropout=False; build it so"
+            if "adaptive_dropout" in state:
+                reason = self._adapted.why_not(state["adaptive_dropout"])
         if reason is not None and state.get("recipe") == type(self).__name__:
             raise ValueError(f"the state cannot be loaded: {reason}")
-        super().load_state_dict({k: v for k, v in state.items() if k != "adaptive_dropout"})
-        self._adapted.load_state_dict(self._taken_over(dropouts))
+        super().load_state_dict(state)
 
     def close(self) -> None:
         """Removes the hooks, and gives the model its nn.Dropout back."""
@@ -93,24 +143,10 @@ class UEGR(SelectionRecipe):
             self._adapted.close()
 
     def _make_runner(self) -> BiStage:
-        return BiStage(
-            self.model,
-            self.embedding,
-            epsilon=self.epsilon,
-            passes=self.passes,
-            js_weight=self.js_weight,
-            norm=self.norm,
-            per=self.per,
-            label_smoothing=self.label_smoothing,
-            ignore_index=self.ignore_index,
-            task=self.task,
-            passes_at_once=self.passes_at_once,
-            dropout=self.dropout,
-            input_range=self.input_range,
-            batch_axis=self.batch_axis,
-            relative=self.relative,
-            backend=self.backend,
-        )
+        return self._stage(self.model, self.embedding)
+
+    def _names_kept(self) -> tuple[str, ...]:
+        return self.kept if self._adapted is None else (*self.kept, "adaptive_dropout")
 
     def _backward(self, inputs: Inputs, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         result = self._runner.backward(inputs, labels, scale=scale)

@@ -33,7 +33,7 @@ class FreeLB(PassRecipe):
     passes).
     """
 
-    passes_of_step: ClassVar[int] = 3
+    passes: ClassVar[int] = 3
 
     steps: int = options.integer(3, 1)
     adv_lr: float = options.number(0.1)
@@ -112,7 +112,7 @@ class FreeAT(PassRecipe):
     kept: ClassVar[tuple[str, ...]] = ("delta",)
 
     steps_itself: ClassVar[bool] = True
-    passes_of_step: ClassVar[int] = 3
+    passes: ClassVar[int] = 3
 
     epsilon: float | None = options.number(None)
     steps: int | None = options.integer(None, 1)

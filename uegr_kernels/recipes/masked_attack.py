@@ -42,7 +42,7 @@ class DropAttack(StepRecipe):
     weight_loss.
     """
 
-    passes_of_step: ClassVar[int] = 2
+    passes: ClassVar[int] = 2
 
     steps: int = dataclasses.field(init=False, default=1)
     epsilon: float = options.number(0.44)  # the paper's 5 of a batch of 128, by sample
@@ -144,7 +144,7 @@ class DropAttackK(DropAttack):
     (I), 1 + 2K for (I&W).
     """
 
-    passes_of_step: ClassVar[int] = 4
+    passes: ClassVar[int] = 4
 
     steps: int = options.integer(3, 1)
 

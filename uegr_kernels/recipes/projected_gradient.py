@@ -30,7 +30,7 @@ class PGD(AttackRecipe):
     first_step_from_clean. Losses: loss, clean_loss, adversarial_loss.
     """
 
-    passes_of_step: ClassVar[int] = 5
+    passes: ClassVar[int] = 5
 
     clean_weight: float = options.number(1.0)
     random_start: bool = options.flag(False)
@@ -84,7 +84,7 @@ class AdvEmbed(PGD):
     adversarial_loss.
     """
 
-    passes_of_step: ClassVar[int] = 3
+    passes: ClassVar[int] = 3
 
     steps: int = options.integer(1, 1)
     norm: str = options.choice("max", ASCENT_NORMS)

@@ -58,7 +58,7 @@ class Recipe:
     steps_itself: ClassVar[bool] = False  # `backward` steps the optimizer
     selects_update: ClassVar[bool] = False  # the update goes to a random selection of elements
     sets_selection: ClassVar[bool] = False  # by options of its own, not the optimizer's
-    passes_of_step: ClassVar[int] = 1  # through the model, of a batch with the default options
+    passes: ClassVar[int] = 1  # through the model, of a batch with the default options
     kept: ClassVar[tuple[str, ...]] = ()  # attributes that a checkpoint carries
 
     model: nn.Module
@@ -154,13 +154,15 @@ class Recipe:
         """Returns what a resumed run needs besides the model's and the optimizer's: numbers,
         tensors, lists and dicts of them.
         """
-        return {"recipe": type(self).__name__} | {name: getattr(self, name) for name in self.kept}
+        return {"recipe": type(self).__name__} | {
+            name: getattr(self, name) for name in self._names_kept()
+        }
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Takes over a copy of what `state_dict` gave; raises ValueError for another recipe's,
         before anything has changed.
         """
-        names = self.kept
+        names = self._names_kept()
         if state.get("recipe") != type(self).__name__ or state.keys() - {"recipe"} != set(names):
             raise ValueError(
                 f"the state is of recipe {state.get('recipe')!r} with "
@@ -168,15 +170,14 @@ class Recipe:
                 f"with {sorted(names)}; load it into the recipe that gave it"
             )
         for name in names:
-            setattr(self, name, self._taken_over(state[name]))
-
-    def _taken_over(self, kept: object) -> Any:
-        """Returns a copy of what a checkpoint carries, where the model is."""
-        return _moved(copy.deepcopy(kept), device_of(self.model))
+            setattr(self, name, _moved(copy.deepcopy(state[name]), device_of(self.model)))
 
     def close(self) -> None:
         """Removes the hooks from the model; the recipe cannot be used afterwards."""
         self._runner.close()
+
+    def _names_kept(self) -> tuple[str, ...]:
+        return self.kept
 
     def _check(self, scale: float | Tensor, inputs: Inputs, labels: Tensor) -> None:
         """Raises what stands against a call now."""

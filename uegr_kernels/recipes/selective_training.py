@@ -45,7 +45,7 @@ class RoAST(SaliencyRecipe):
 
     kept: ClassVar[tuple[str, ...]] = (*SaliencyRecipe.kept, "seed")
 
-    passes_of_step: ClassVar[int] = 3
+    passes: ClassVar[int] = 3
 
     epsilon: float = options.number(0.1)
     kl_weight: float = options.number(0.01)

@@ -32,7 +32,7 @@ class SAM(PassRecipe):
     weights), clean_loss.
     """
 
-    passes_of_step: ClassVar[int] = 2
+    passes: ClassVar[int] = 2
 
     rho: float = options.number(0.05)
     adaptive: bool = options.flag(False)
@@ -96,7 +96,7 @@ class AWP(AttackRecipe):
 
     kept: ClassVar[tuple[str, ...]] = ("epoch",)
 
-    passes_of_step: ClassVar[int] = 2
+    passes: ClassVar[int] = 2
 
     gamma: float = options.number(0.01)
     warmup_epochs: int = options.integer(0, 0)
