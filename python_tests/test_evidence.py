@@ -106,7 +106,7 @@ def tiers(monkeypatch):
 @pytest.mark.long
 def test_every_method_is_tuned_run_and_reported(data, small, tiers, tmp_path):
     runs = pretrained.PretrainedRuns(data, tmp_path, 1, "here")
-    plan = pretrained.Plan(runs, small)
+    plan = pretrained.TierPlan(runs, small)
     plan.finish(1)
     lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     finals = [line for line in lines if line["settings"]["final"]]
@@ -120,9 +120,9 @@ def test_every_method_is_tuned_run_and_reported(data, small, tiers, tmp_path):
     assert shares["uegr_all_selected"] == 1 and 0 < shares["uegr_rank_salient"] < 0.9
     again = pretrained.PretrainedRuns(data, tmp_path, 1, "here")
     before = len(lines)
-    pretrained.Plan(again, small).finish(1)
+    pretrained.TierPlan(again, small).finish(1)
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == before, "made again"
-    written = pretrained_report.write(pretrained.Plan(again, small), tmp_path)
+    written = pretrained_report.write(pretrained.TierPlan(again, small), tmp_path)
     assert "not finished" not in written.split("tier 1, sst2")[0]
     page = (tmp_path / "README.md").read_text()
     assert all(f"| {name} |" in page for name in pretrained.METHODS)
@@ -132,7 +132,7 @@ def test_every_method_is_tuned_run_and_reported(data, small, tiers, tmp_path):
 
 def test_a_row_stands_only_where_all_of_its_seeds_do(data, small, tiers, tmp_path):
     runs = pretrained.PretrainedRuns(data, tmp_path, 1, "here")
-    plan = pretrained.Plan(runs, small)
+    plan = pretrained.TierPlan(runs, small)
     first, second = plan.finals("sst2", "plain", 2)["both"]
     runs.finish([first], "one seed")
     assert pretrained_report.whole(plan, "sst2")[0] == {}
@@ -214,7 +214,7 @@ def test_every_committed_run_of_the_pre_trained_model_is_known(tmp_path):
         made = [pretrained.Run(**record["settings"]) for record in records]
         assert all((run in known) == (run.protocol == protocol) for run in made)
     assert records
-    pretrained_report.write(pretrained.Plan(known, {}), tmp_path)
+    pretrained_report.write(pretrained.TierPlan(known, {}), tmp_path)
     assert (tmp_path / "README.md").read_bytes() == (folder / "README.md").read_bytes()
 
 

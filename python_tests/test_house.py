@@ -306,8 +306,8 @@ def reference_imports(path, text):
 
 
 @rule(
-    "`triton.py`, or the folder `triton/`, imports torch, triton, `core.triton_ops` and its own "
-    "files, and no more than Python itself besides",
+    "`triton.py`, or the folder `triton/`, imports torch, triton, `core.triton_ops`, the classes "
+    "of `options` and its own files, and no more than Python itself besides",
     f"{PACKAGE}/{OPERATOR}/triton(/.*)?.py",
     bad=[
         f"uegr_kernels/perturbation/triton.py | {text}"
@@ -321,16 +321,18 @@ def reference_imports(path, text):
         "uegr_kernels/perturbation/triton.py | import torch\nimport triton.language as tl\nfrom "
         "..core import triton_ops",
         "uegr_kernels/selective/triton/launch.py | import torch\nimport triton\nfrom "
-        "...core.triton_ops import bits\nfrom .kernels import Form",
+        "...core.triton_ops import bits\nfrom ..options import Selection\nfrom .kernels import "
+        "Form",
     ],
 )
-def triton_imports(path, text):
+def imports_of_triton(path, text):  # "[triton" would be taken for a backend's case
     allowed = ("torch", "triton")
     own_files = f"{PACKAGE}.{path.parts[1]}.triton."
     return unless(
         lambda entry: (
             standard(entry)
             or (not entry.ours and entry.layer in allowed)
+            or (own(path, entry) and entry.layer == "options")
             or entry.module.startswith((f"{PACKAGE}.core.triton_ops", own_files))
         ),
         path,
@@ -364,7 +366,7 @@ def core_imports(path, text):
     good=[
         "uegr_kernels/bistage.py | from .core.backends import BACKENDS\nfrom .passes import Pass\n"
         "from .divergence import uegr_loss",
-        "uegr_kernels/passes.py | from .batch_axis import Batch\nfrom .dropout import x",
+        "uegr_kernels/passes.py | from .batch_axis import InputBatch\nfrom .dropout import x",
     ],
 )
 def bistage_imports(path, text):
@@ -374,8 +376,8 @@ def bistage_imports(path, text):
 
 # What the users of the public names may import besides, by folder.
 BESIDES = {
-    "recipes": ("passes", "batch_axis", "core.checks", "options"),
-    "analysis": ("passes", "batch_axis", "core.checks"),
+    "recipes": ("passes", "core.checks", "options"),
+    "analysis": ("passes", "core.checks"),
     "integrations": ("integrations",),
     "finetune": ("models", "integrations", "finetune", "core.checks"),
 }
@@ -383,13 +385,14 @@ BESIDES = {
 
 @rule(
     "`recipes`, `analysis`, `integrations` and `finetune` use public names, as a user would; "
-    "`recipes` and `analysis` make passes of their own with `passes` and `batch_axis` and use "
-    "`core.checks`, and `recipes` the operators' `options`; `finetune` uses `models`, "
-    "`integrations` and `core.checks`",
+    "`recipes` and `analysis` make passes of their own with `passes` and use `core.checks`, and "
+    "`recipes` the operators' `options`; `finetune` uses `models`, `integrations` and "
+    "`core.checks`",
     f"{PACKAGE}/(recipes|analysis|integrations|finetune)/.*",
     bad=[
         "uegr_kernels/recipes/weight_ascent.py | from ..core import philox",
         "uegr_kernels/recipes/recipe.py | from ..models import TextCNN",
+        "uegr_kernels/recipes/recipe.py | from ..batch_axis import Inputs",
         "uegr_kernels/analysis/cka.py | from ..selective.op import SCHEMAS",
         "uegr_kernels/analysis/cka.py | from ..selective.options import Selection",
         "uegr_kernels/integrations/transformers.py | from ..core import checks",
@@ -598,11 +601,20 @@ def no_formula(path, text):
         "uegr_kernels/selective/op.py | def f(x, eps=1e-8): ...",
         "uegr_kernels/selective/triton/launch.py | def f(x, eps=1e-8): ...",
         "uegr_kernels/selective/reference.py | def f(x, *, eps=1e-8): ...",
+        "uegr_kernels/selective/triton/launch.py | class Call:\n  seed: int = 0",
+        "uegr_kernels/selective/batch.py | class Batch:\n  sizes: list = field()",
     ],
-    good=["uegr_kernels/selective/op.py | def f(x, *, eps): ..."],
+    good=[
+        "uegr_kernels/selective/op.py | def f(x, *, eps): ...",
+        "uegr_kernels/selective/batch.py | class Batch:\n  seed: int\n  KEYS: ClassVar[int] = 1",
+    ],
 )
 def no_defaults(path, text):
     for node in ast.walk(ast.parse(text)):
+        for field in node.body if isinstance(node, ast.ClassDef) else ():
+            if isinstance(field, ast.AnnAssign) and field.value is not None:
+                if "ClassVar" not in ast.unparse(field.annotation):
+                    yield f"line {field.lineno} gives a field of {node.name} a default"
         if isinstance(node, (ast.FunctionDef, ast.Lambda)) and (
             node.args.defaults or any(node.args.kw_defaults)
         ):
@@ -711,6 +723,30 @@ def no_catching(path, text):
         for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.Try)
     )
+
+
+# Where a question is asked by trying, and nothing is written: whether options can be hashed;
+# `passes` adds words to what a model raises, which goes on.
+MAY_CATCH = ("selective/options[.]py", "passes[.]py")
+
+
+@rule(
+    "What may have written is never tried again: no `except` in the operators, their stages and "
+    "the recipes; what is to be undone stands in an ExitStack or a `finally`",
+    f"{PACKAGE}/(?!{'|'.join(MAY_CATCH)})({OPERATOR}/.*|recipes/.*|bistage.py|passes.py|"
+    "batch_axis.py)",
+    bad=[
+        "uegr_kernels/selective/optimizers.py | try:\n  step()\nexcept RuntimeError:\n  step()",
+        "uegr_kernels/recipes/recipe.py | def f():\n  try: step()\n  except BaseException: raise",
+        "uegr_kernels/divergence/op.py | with contextlib.suppress(TypeError): f()",
+    ],
+    good=["uegr_kernels/recipes/recipe.py | try:\n  step()\nfinally:\n  close()"],
+)
+def no_except(path, text):
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ExceptHandler):
+            yield f"line {node.lineno} catches"
+    yield from (f"line {line} suppresses" for line, name in calls(text) if name == "suppress")
 
 
 # ---- C++ and CUDA
@@ -1038,6 +1074,48 @@ def test_any_stands_at_the_border():
             ),
             pytrace=False,
         )
+
+
+def classes(texts: dict[str, str]) -> dict[str, list[str]]:
+    """Returns the files of every class's name."""
+    found = collections.defaultdict(list)
+    for path, text in texts.items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef):
+                found[node.name].append(path)
+    return found
+
+
+def test_a_class_has_a_name_of_its_own():
+    """One word, one thing; `Form` is what an operator's Triton kernels are compiled for."""
+    bad = classes({"a.py": "class Plan: ...", "b.py": "def f():\n  class Plan: ..."})
+    assert bad == {"Plan": ["a.py", "b.py"]}
+    found = classes(
+        {str(path): (ROOT / path).read_text() for path in tree_files() if path.parts[0] == PACKAGE}
+    )
+    named_alike = {name: files for name, files in found.items() if len(files) > 1}
+    assert named_alike.keys() <= {"Form"}, f"one class's name is another's: {named_alike}"
+
+
+TEXTS = ("Makefile", ".clang-format", "pyproject.toml", "mkdocs.yml", "requirements*.txt")
+
+
+def too_long(texts: dict[str, str]) -> list[str]:
+    """Returns "path:line" of the lines of more than 100 columns."""
+    return [
+        f"{path}:{number}"
+        for path, text in texts.items()
+        for number, line in enumerate(text.splitlines(), 1)
+        if len(line) > 100
+    ]
+
+
+def test_lines_have_at_most_100_columns():
+    """Of what neither ruff nor clang-format looks at."""
+    assert too_long({"Makefile": f"{'x' * 100}\n{'y' * 101}"}) == ["Makefile:2"]
+    files = [file for pattern in TEXTS for file in sorted(ROOT.glob(pattern))]
+    assert len(files) > len(TEXTS)
+    assert not too_long({file.name: file.read_text() for file in files})
 
 
 def test_folders_of_csrc_carry_the_packages_words():

@@ -2,6 +2,7 @@
 compilers make of the kernels.
 """
 
+import importlib
 import struct
 import weakref
 
@@ -14,7 +15,6 @@ from torch.utils._pytree import tree_leaves
 
 import uegr_kernels as uk
 from uegr_kernels.core import philox
-from uegr_kernels.core.backends import triton_kernels
 
 triton = pytest.importorskip("triton", reason="Triton is not installed; run `pip install triton`")
 import triton.language as tl  # noqa: E402
@@ -125,7 +125,7 @@ def test_what_a_capture_copies_is_written_by_nobody_else(monkeypatch):
     """Steps, one of them under capture; replaying it, that is its copy and its launches again,
     sees its own gradients.
     """
-    launch = triton_kernels("uegr_kernels.selective").launch
+    launch = importlib.import_module("uegr_kernels.selective.triton").launch
     p = torch.nn.Parameter(torch.zeros(3))
     static, others = (
         torch.tensor([1.0, -1.0, 2.0]),
@@ -166,7 +166,7 @@ def test_what_a_capture_copies_is_written_by_nobody_else(monkeypatch):
 
 
 def test_a_steady_step_makes_its_table_again_only_where_something_moved():
-    launch = triton_kernels("uegr_kernels.selective").launch
+    launch = importlib.import_module("uegr_kernels.selective.triton").launch
     p = torch.nn.Parameter(torch.zeros(5))
     optimizer = uk.SelectiveAdamW([p], seed=1, backend="triton")
     p.grad = torch.ones(5)
@@ -191,7 +191,7 @@ def test_a_steady_step_makes_its_table_again_only_where_something_moved():
 
 def test_a_plan_made_under_capture_serves_no_other_step(monkeypatch):
     """Its rows are on the device from the first replay on, not before."""
-    launch = triton_kernels("uegr_kernels.selective").launch
+    launch = importlib.import_module("uegr_kernels.selective.triton").launch
     p = torch.nn.Parameter(torch.zeros(3))
     optimizer = uk.SelectiveSGD([p], lr=1.0, seed=1, capturable=True, backend="triton")
     p.grad = torch.ones(3)
@@ -359,10 +359,26 @@ def test_nothing_is_spilled(name, target):
         )
 
 
+@pytest.mark.parametrize(
+    ("module", "table"),
+    [
+        ("selective.triton.kernels", "TensorRow"),
+        ("selective.triton.kernels", "StepHead"),
+        ("perturbation.triton", "WeightRow"),
+    ],
+)
+def test_kernels_read_a_table_where_its_fields_stand(module, table):
+    kernels = importlib.import_module(f"uegr_kernels.{module}")
+    fields = getattr(kernels, table)._fields
+    assert [getattr(kernels, name.upper()).value for name in fields] == list(range(len(fields)))
+
+
 def test_every_kernel_is_compiled():
     functions = {
         name: value
-        for name, value in vars(triton_kernels("uegr_kernels.selective").kernels).items()
+        for name, value in vars(
+            importlib.import_module("uegr_kernels.selective.triton").kernels
+        ).items()
         if isinstance(value, triton.KernelInterface)
     }
     every = {

@@ -12,7 +12,7 @@ from .core import checks
 Inputs = Tensor | Mapping[str, object] | Sequence[object]
 
 
-class Batch:
+class InputBatch:
     """Holds what the passes of one batch share: how many rows it has, and along which axes they
     lie.
 
@@ -96,7 +96,7 @@ class BatchAxis:
         self.asked = asked
         self._known: Axes | None = None
 
-    def settle(self, batch: Batch, x: Tensor, given: list[Tensor]) -> None:
+    def settle(self, batch: InputBatch, x: Tensor, given: list[Tensor]) -> None:
         """Finds the batch's axes from the embedding's output x and what it was called with;
         checks the mask.
         """
@@ -120,7 +120,7 @@ class BatchAxis:
         batch.axis, batch.inputs_axis = axes
         _check_mask(batch, x)
 
-    def _chosen(self, batch: Batch, shape: list[int], given: list[Tensor]) -> Axes:
+    def _chosen(self, batch: InputBatch, shape: list[int], given: list[Tensor]) -> Axes:
         """Returns the axes where either of the output's first two can be the batch."""
         as_inputs = None if self._known else _as_inputs(given, batch.inputs)
         if self.asked is not None:
@@ -144,7 +144,7 @@ class BatchAxis:
         return Axes(axis, axis if as_inputs else 1 - axis)
 
 
-def _check_mask(batch: Batch, x: Tensor) -> None:
+def _check_mask(batch: InputBatch, x: Tensor) -> None:
     """Raises ValueError for a mask that is not [N, T] of the embedding's output x."""
     mask = batch.inputs.get("attention_mask")
     if mask is None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .batch_axis import Batch, Inputs
+from .batch_axis import InputBatch, Inputs
 from .core import checks
 from .divergence import check_loss_options, uegr_loss
 from .passes import (
@@ -40,14 +40,14 @@ class BiStageResult(NamedTuple):
     logits: Tensor
 
 
-class _Perturbation(TypedDict):
+class _PerturbationKeywords(TypedDict):
     epsilon: float
     norm: str
     per: str
     backend: str
 
 
-class _Loss(TypedDict):
+class _LossKeywords(TypedDict):
     js_weight: float
     label_smoothing: float
     ignore_index: int
@@ -123,13 +123,13 @@ class BiStage:
             input_range,
         )
         self.passes_at_once = min(passes_at_once or passes, passes)
-        self._perturbation: _Perturbation = {
+        self._perturbation: _PerturbationKeywords = {
             "epsilon": epsilon,
             "norm": norm,
             "per": per,
             "backend": backend,
         }
-        self._loss: _Loss = {
+        self._loss: _LossKeywords = {
             "js_weight": js_weight,
             "label_smoothing": label_smoothing,
             "ignore_index": ignore_index,
@@ -277,7 +277,7 @@ class BiStage:
         """Removes the hook from the embedding; the BiStage cannot be used afterwards."""
         self._runner.close()
 
-    def _adversarial(self, batch: Batch, delta: Tensor, group: range) -> tuple[Tensor, Pass]:
+    def _adversarial(self, batch: InputBatch, delta: Tensor, group: range) -> tuple[Tensor, Pass]:
         """Returns the logits [k*N, C] of k passes in one call, and the pass that its backward
         needs.
         """

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from .batch_axis import Batch, BatchAxis, Inputs
+from .batch_axis import BatchAxis
+from .batch_axis import InputBatch as InputBatch
+from .batch_axis import Inputs as Inputs
 from .core import checks
 from .core.backends import DTYPES
 from .dropout import AdaptiveDropout
@@ -37,7 +39,7 @@ class Pass:
 
     def __init__(
         self,
-        batch: Batch,
+        batch: InputBatch,
         delta: Tensor | Callable[[Tensor], Tensor] | None = None,
         *,
         watched: bool,
@@ -293,7 +295,7 @@ class Runner:
             f"model.get_encoder().get_input_embeddings(){more}"
         )
 
-    def take(self, inputs: Inputs, labels: Tensor) -> Batch:
+    def take(self, inputs: Inputs, labels: Tensor) -> InputBatch:
         """Returns the batch for the passes to come; raises what is wrong with it by itself."""
         if not isinstance(labels, Tensor):
             raise TypeError(f"labels are a {type(labels).__name__}; give a tensor")
@@ -301,7 +303,7 @@ class Runner:
             raise ValueError(
                 "labels have shape (); give one a row: class indices [N], or floats [N] or [N, C]"
             )
-        batch = Batch(inputs, labels, relative=self.relative)
+        batch = InputBatch(inputs, labels, relative=self.relative)
         lengths = [
             value.shape[0]
             for value in batch.inputs.values()
@@ -332,7 +334,7 @@ class Runner:
                 x = x.clamp(*self.input_range)
             values = values | {name: x}
             pass_.calls = 1
-        try:
+        with _told_of_copies(repeats):
             output = self.model(**values) if batch.by_name else self.model(*values.values())
             pass_.forward = False
             if pass_.calls == 0:
@@ -344,11 +346,6 @@ class Runner:
                 )
             logits = _logits(output)
             _check_logits(logits, batch, repeats)
-        except (RuntimeError, ValueError) as error:
-            if repeats > 1:  # a note would do, from Python 3.11
-                remedy = "passes_at_once=1 calls the model on the batch as it is"
-                error.args = (f"{error}\n(in a call on {repeats} copies of the batch; {remedy})",)
-            raise
         if batch.axis is None and pass_.watched and self.perturbs:
             self.axes.settle(batch, pass_.seen, pass_.given)
         return logits
@@ -364,6 +361,18 @@ class Runner:
                     part.no_sync() if hasattr(part, "no_sync") else _switched_off(part)
                 )
             yield
+
+
+@contextlib.contextmanager
+def _told_of_copies(repeats: int) -> Iterator[None]:
+    """Has an error, which goes on, say that the call was on copies of the batch, and what to do."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if repeats > 1:  # a note would do, from Python 3.11
+            remedy = "passes_at_once=1 calls the model on the batch as it is"
+            error.args = (f"{error}\n(in a call on {repeats} copies of the batch; {remedy})",)
+        raise
 
 
 def check_model(model: object) -> None:
@@ -542,7 +551,7 @@ def _logits(output: object) -> Tensor:
     return logits
 
 
-def _check_logits(logits: Tensor, batch: Batch, repeats: int) -> None:
+def _check_logits(logits: Tensor, batch: InputBatch, repeats: int) -> None:
     """Raises, in words of the model and the labels, for logits that no loss here can take."""
     shape = logits.shape
     if len(shape) != 2 or not shape[1]:

@@ -19,7 +19,7 @@ from uegr_kernels.models import MODELS
 
 from .. import harness, machine
 from . import data, pretrained, report, training
-from .plan import CONTROLS, METHODS, PAPER, MethodRuns, Plan
+from .plan import CONTROLS, METHODS, PAPER, MethodRuns, TuningPlan
 from .report import BASE
 from .studies import NAMES, STUDIES
 from .studies import main as main_study
@@ -216,7 +216,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     """
     output = options.output
     runs = MethodRuns(options.data, options.sets, output, options.jobs, options.threads, command)
-    plan = Plan(options, runs)
+    plan = TuningPlan(options, runs)
     plan.tune(options.methods, options.sets, options.models)
     sections: dict[str, str] = {}
     for name in options.studies:
@@ -253,7 +253,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     print(f"\nWritten: {output}")
 
 
-def _keep_points(plan: Plan, path: pathlib.Path) -> None:
+def _keep_points(plan: TuningPlan, path: pathlib.Path) -> None:
     """Adds the points that tuning settled on to those on file."""
     points = json.loads(path.read_text()) if path.exists() else {}
     points |= {" ".join(key): point for key, point in plan.points.items()}
@@ -278,7 +278,7 @@ def origin(runs: MethodRuns, options: argparse.Namespace, command: str) -> str:
     )
 
 
-def measure_cost(plan: Plan, command: str, output: pathlib.Path) -> None:
+def measure_cost(plan: TuningPlan, command: str, output: pathlib.Path) -> None:
     """Times a training step of every method beside the base's, taking turns, on the first set and
     model.
     """

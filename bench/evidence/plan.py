@@ -245,7 +245,7 @@ def figures(settings: Settings, folder: pathlib.Path, checkpoint: pathlib.Path) 
     return training.run(settings, folder, checkpoint)[0]
 
 
-class Plan:
+class TuningPlan:
     """Tunes the methods, and says with which settings each of their runs is made."""
 
     def __init__(self, options: argparse.Namespace, runs: MethodRuns) -> None:

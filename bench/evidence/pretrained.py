@@ -280,7 +280,7 @@ class PretrainedRuns(Runs[Run]):
         return f"{run.data} {run.method} {run.seed}"
 
 
-class Plan:
+class TierPlan:
     """Says which runs a tier is made of: the tuning first, then the final runs at the points that
     it chose.
     """
@@ -413,8 +413,8 @@ def main(arguments: Sequence[str]) -> int:
         for tier in [] if options.report else tiers:
             for data in TIERS[tier][1]:
                 sets.check(options.data, data, FURTHER[data])
-            Plan(runs, {}).finish(tier, only)
-        print(pretrained_report.write(Plan(runs, {"protocol": protocol}), options.output))
+            TierPlan(runs, {}).finish(tier, only)
+        print(pretrained_report.write(TierPlan(runs, {"protocol": protocol}), options.output))
     except (UserError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

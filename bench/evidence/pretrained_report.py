@@ -12,7 +12,17 @@ from .. import plot
 from ..tables import table
 from . import intervals
 from .intervals import Interval
-from .pretrained import FURTHER, METHODS, MIDDLE, STRENGTHS, TIERS, TYPOS, Plan, Run, share_right
+from .pretrained import (
+    FURTHER,
+    METHODS,
+    MIDDLE,
+    STRENGTHS,
+    TIERS,
+    TYPOS,
+    Run,
+    TierPlan,
+    share_right,
+)
 
 QUESTIONS = {
     "Does UEGR buy robustness that longer plain training does not?": (
@@ -31,7 +41,7 @@ CHOSEN_FOR = {"clean": "clean accuracy", "pgd": "accuracy under PGD", "both": "b
 Rows = dict[tuple[str, str], list[dict[str, Any]]]
 
 
-def whole(plan: Plan, data: str) -> tuple[Rows, dict[tuple[str, str], list[Run]]]:
+def whole(plan: TierPlan, data: str) -> tuple[Rows, dict[tuple[str, str], list[Run]]]:
     """Returns the rows of a set that are whole, and their runs."""
     found: Rows = {}
     runs: dict[tuple[str, str], list[Run]] = {}
@@ -70,7 +80,7 @@ def points(interval: Interval, scale: float = 100) -> str:
     return f"{middle:.1f} ({low:.1f} to {high:.1f})"
 
 
-def write(plan: Plan, output: pathlib.Path) -> str:
+def write(plan: TierPlan, output: pathlib.Path) -> str:
     """Writes README.md and the pictures into `output`; returns what is written and what is
     missing.
     """

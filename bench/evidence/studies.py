@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from . import report
 from .data import read
-from .plan import EPSILON, METHODS, Method, Plan, settings_of
+from .plan import EPSILON, METHODS, Method, TuningPlan, settings_of
 from .report import BASE, Found
 from .training import Settings, held_of
 
@@ -18,7 +18,7 @@ GRID = (0.1, 0.3, 0.5, 0.7)  # rates of the dropout study
 Planned = dict[tuple, Settings]  # settings by what tells them apart; the seed stands last
 
 
-def main(plan: Plan) -> Planned:
+def main(plan: TuningPlan) -> Planned:
     """Plans every method, on every set and model."""
     each = plan.options
     return {
@@ -30,7 +30,7 @@ def main(plan: Plan) -> Planned:
     }
 
 
-def passes(plan: Plan) -> Planned:
+def passes(plan: TuningPlan) -> Planned:
     """Plans UEGR with 2 to 5 adversarial passes."""
     return {
         (m, seed): plan.settings(
@@ -41,7 +41,7 @@ def passes(plan: Plan) -> Planned:
     }
 
 
-def dropout(plan: Plan) -> Planned:
+def dropout(plan: TuningPlan) -> Planned:
     """Plans UEGR with each pair of rates of the grid."""
     return {
         (first, second, seed): plan.settings(
@@ -53,7 +53,7 @@ def dropout(plan: Plan) -> Planned:
     }
 
 
-def size(plan: Plan) -> Planned:
+def size(plan: TuningPlan) -> Planned:
     """Plans three methods on training sets of several sizes."""
     rows = len(read(plan.options.data, plan.options.sets[0]).train)
     largest = rows - held_of(rows)
@@ -66,7 +66,7 @@ def size(plan: Plan) -> Planned:
     }
 
 
-def drop_attack(plan: Plan) -> Planned:
+def drop_attack(plan: TuningPlan) -> Planned:
     """Plans DropAttack at several epsilons and shares of attacked elements."""
     return {
         (epsilon, p, seed): plan.settings(
@@ -78,7 +78,7 @@ def drop_attack(plan: Plan) -> Planned:
     }
 
 
-def epsilon(plan: Plan) -> Planned:
+def epsilon(plan: TuningPlan) -> Planned:
     """Plans the attacking methods at one learning rate and one epsilon after the other, their
     other options at their defaults.
     """
@@ -94,7 +94,7 @@ def epsilon(plan: Plan) -> Planned:
     }
 
 
-def selection(plan: Plan) -> Planned:
+def selection(plan: TuningPlan) -> Planned:
     """Plans plain training under every variant of the selection."""
     data, model = plan.first()
     found = {}
@@ -135,7 +135,7 @@ class Study(NamedTuple):
     """Holds a study of the first set and model: what tells its runs, and how they are reported."""
 
     title: str
-    runs: Callable[[Plan], Planned]
+    runs: Callable[[TuningPlan], Planned]
     describe: Callable[[Found, pathlib.Path], str]
     rests_on: tuple[str, ...]
 

@@ -261,7 +261,9 @@ struct SGDOptions {
     }
 };
 
-// The selection options as an operator's last arguments, and the struct they make.
+// The selection options as an operator's last arguments, in the order of OPTIONS in
+// uegr_kernels/selective/op.py, and the struct they make, SelectionOptions above: by it they go on.
+// The stable ABI hands a function each of a schema's arguments by itself, so no struct stands here.
 #define SELECTION_ARGUMENTS                                                                        \
     double threshold, double sharpness, int64_t normalization, bool salient, bool previous,        \
         bool rescale, double min_probability, double keep_probability, bool target_update

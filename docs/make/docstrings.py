@@ -83,7 +83,8 @@ class Docstrings(griffe.Extension):
             obj.docstring.value = markdown(obj.docstring.value)
 
     def on_attribute_instance(self, *, attr: griffe.Attribute, **kwargs: object) -> None:
-        """Shows the default of a recipe's option, `options.number(0.1)`."""
+        """Shows the default of a recipe's option, `options.number(0.1)` or `Selection.scope`."""
+        attr.value = self.defaults.get(str(attr.value), attr.value)
         called = OPTION.fullmatch(str(attr.value or ""))
         if called:
             first = called[2].split(",")[0]

@@ -14,6 +14,7 @@ from torch import nn
 import uegr_kernels as uk
 from uegr_kernels import recipes
 from uegr_kernels.recipes.registry import RECIPES
+from uegr_kernels.selective.options import FIELDS
 
 from .steps import build, sgd, small
 
@@ -135,6 +136,29 @@ def test_wrong_values(name, options, error, text):
     with pytest.raises(error, match=text):
         build(name, model, sgd(model), **options)
     assert not model.embedding._forward_hooks
+
+
+def test_an_options_default_is_what_it_is_handed_to_has():
+    """Of UEGR and R-AT-SU, which hand theirs on to the forward stage and to the optimizer."""
+    uegr, stage, optimizer = (
+        {name: parameter.default for name, parameter in inspect.signature(kind).parameters.items()}
+        for kind in (recipes.uegr, uk.BiStage, uk.SelectiveAdamW)
+    )
+    own = {"model", "embedding", "optimizer", "adaptive_dropout"}
+    selection = {name: optimizer[name] for name in (*FIELDS, "seed")}
+    del stage["model"], stage["embedding"]
+    assert {name: value for name, value in uegr.items() if name not in own} == stage | selection
+    su, at = (inspect.signature(recipe).parameters for recipe in (recipes.r_at_su, recipes.r_at))
+    assert {name: su[name].default for name in su.keys() - at.keys()} == selection
+
+
+@pytest.mark.parametrize("name", ["uegr", "r_at_su"])
+def test_an_optimizer_that_selects_keeps_the_options_that_a_recipe_is_not_given(name):
+    model = small()
+    optimizer = uk.SelectiveAdamW(model.parameters(), sharpness=2.0, threshold=0.5, seed=1)
+    build(name, model, optimizer, threshold=0.8).close()
+    (group,) = optimizer.param_groups
+    assert (group["threshold"], group["sharpness"], group["seed"]) == (0.8, 2.0, 1)
 
 
 NUMBERS = [

@@ -44,7 +44,7 @@ def as_parameters(tensors) -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(t.clone(memory_format=torch.preserve_format)) for t in tensors]
 
 
-def walk(optimizer, params, gradients) -> None:
+def run_steps(optimizer, params, gradients) -> None:
     for grads in gradients:
         for p, g in zip(params, grads, strict=True):
             p.grad = g
@@ -54,7 +54,7 @@ def walk(optimizer, params, gradients) -> None:
 def trained(cls, backend, start, gradients, **options):
     params = as_parameters(start)
     optimizer = cls(params, backend=backend, **options)
-    walk(optimizer, params, gradients)
+    run_steps(optimizer, params, gradients)
     return params, optimizer
 
 

@@ -23,11 +23,11 @@ from .problems import (
     in_dtype,
     noting_near_ties,
     problem,
+    run_steps,
     spread_gradient,
     states_of,
     trained,
     transposed,
-    walk,
 )
 
 # Which regime: each option at a value where it decides something, alone and where two of them meet.
@@ -314,11 +314,11 @@ def test_strides_change_nothing(backend, cls, of_parameter, of_gradient):
         options = SPREAD | options | {"lr": 0.1, "backend": backend}
         expected = as_parameters([start[0].view(shape)])
         straight = cls(expected, **options)
-        walk(straight, expected, contiguous)
+        run_steps(straight, expected, contiguous)
         p = of_parameter(start[0]).requires_grad_()
         strides = p.stride()
         optimizer = cls([p], **options)
-        walk(optimizer, [p], arranged)
+        run_steps(optimizer, [p], arranged)
         assert p.stride() == strides
         compare(p, expected[0], "equal", name="parameter")
         for key, value in states_of(straight, expected[0]).items():
@@ -371,11 +371,11 @@ def test_state_in_other_strides_than_the_parameter(backend, cls):
     expected, straight = trained(cls, start=start, gradients=gradients, **options)
     params = as_parameters(start)
     optimizer = cls(params, **options)
-    walk(optimizer, params, gradients[:1])
+    run_steps(optimizer, params, gradients[:1])
     for key, value in states_of(optimizer, params[0]).items():
         if value.dim() == 2:
             optimizer.state[params[0]][key] = transposed(value)
-    walk(optimizer, params, gradients[1:])
+    run_steps(optimizer, params, gradients[1:])
     compare(params[0], expected[0], "equal")
     for key, value in states_of(straight, expected[0]).items():
         compare(optimizer.state[params[0]][key], value, "equal", name=key)

@@ -3,8 +3,9 @@ last one did looks at it once.
 """
 
 import copy
-import dataclasses
+import functools
 import gc
+import importlib
 import io
 import pathlib
 import sys
@@ -16,7 +17,7 @@ import torch
 import uegr_kernels as uk
 from uegr_kernels.selective import op, reference
 
-from .problems import OPTIMIZERS, SPREAD, as_parameters, problem, same_bits, states_of, walk
+from .problems import OPTIMIZERS, SPREAD, as_parameters, problem, run_steps, same_bits, states_of
 
 
 def replace_state(optimizer, params):
@@ -123,7 +124,7 @@ EVENTS += [
 def test_a_parameter_that_comes_to_overlap_itself_between_steps_is_refused(native, count):
     params = as_parameters([torch.ones(3, 3)] * count)
     optimizer = uk.SelectiveAdamW(params, seed=1, backend=native)
-    walk(optimizer, params, [[torch.ones(3, 3)] * count] * 3)
+    run_steps(optimizer, params, [[torch.ones(3, 3)] * count] * 3)
     params[1].data = params[1].detach().as_strided((3, 3), (1, 1))
     before = params[0].detach().clone()
     with pytest.raises(ValueError, match="parameter 1 overlaps itself"):
@@ -136,7 +137,7 @@ def test_a_parameter_that_comes_to_overlap_itself_between_steps_is_refused(nativ
 def test_counts_that_float32_cannot_number_are_refused_in_every_step(native, count):
     params = as_parameters([torch.ones(3)] * count)
     optimizer = uk.SelectiveAdamW(params, seed=1, backend=native)
-    walk(optimizer, params, [[torch.ones(3)] * count] * 3)
+    run_steps(optimizer, params, [[torch.ones(3)] * count] * 3)
     optimizer.state[params[0]]["step"].fill_(2**24 - 2)
     optimizer.step()
     before = params[0].detach().clone()
@@ -151,7 +152,7 @@ def test_counts_that_float32_cannot_number_are_refused_in_every_step(native, cou
 def test_nothing_is_left_of_an_optimizer_that_is_gone():
     params = as_parameters([torch.ones(4)] * 70)
     optimizer = uk.SelectiveAdamW(params, seed=1)
-    walk(optimizer, params, [[torch.ones(4)] * 70] * 2)
+    run_steps(optimizer, params, [[torch.ones(4)] * 70] * 2)
     left = [weakref.ref(value) for p in params for value in optimizer.state[p].values()]
     left += [
         weakref.ref(value._base)
@@ -196,7 +197,7 @@ def test_a_missing_gradient_after_steps_in_global_scope(native, statistics):
     optimizer = uk.SelectiveAdamW(
         params, seed=1, scope="global", statistics=statistics, backend=native
     )
-    walk(optimizer, params, [[torch.ones(4)] * 3] * 3)
+    run_steps(optimizer, params, [[torch.ones(4)] * 3] * 3)
     params[0].grad = None
     optimizer.step()
     assert [optimizer.state[p]["step"].item() for p in params] == [3, 4, 4]
@@ -211,7 +212,7 @@ def test_a_missing_gradient_after_steps_in_global_scope(native, statistics):
 def test_many_small_parameters_have_states_side_by_side_each_of_its_own_size(native, statistics):
     params = as_parameters([torch.ones(2, 4)] * 70)
     optimizer = uk.SelectiveAdamW(params, seed=1, statistics=statistics, backend=native)
-    walk(optimizer, params, [[torch.ones(2, 4)] * 70] * 3)
+    run_steps(optimizer, params, [[torch.ones(2, 4)] * 70] * 3)
     for key, value in optimizer.state[params[0]].items():
         values = [optimizer.state[p][key] for p in params]
         addresses = [value.data_ptr() for value in values]
@@ -224,10 +225,10 @@ def test_many_small_parameters_have_states_side_by_side_each_of_its_own_size(nat
             assert copy.deepcopy(value).untyped_storage().nbytes() == value.nbytes
     assert all(optimizer.state[p]["step"] == 3 for p in params)
     version = optimizer.state[params[5]]["exp_avg"]._version
-    walk(optimizer, params, [[torch.ones(2, 4)] * 70])
+    run_steps(optimizer, params, [[torch.ones(2, 4)] * 70])
     assert optimizer.state[params[5]]["exp_avg"]._version > version
     copied = copy.deepcopy(optimizer)
-    walk(copied, copied.param_groups[0]["params"], [[torch.ones(2, 4)] * 70])
+    run_steps(copied, copied.param_groups[0]["params"], [[torch.ones(2, 4)] * 70])
     assert all(optimizer.state[p]["step"] == 4 for p in params)
 
 
@@ -239,8 +240,8 @@ def test_an_update_that_fails_is_never_tried_again(monkeypatch, backend, cls, st
     optimizer, expected = (
         cls(group, lr=0.1, seed=1, backend=backend) for group in (params, copy.deepcopy(params))
     )
-    walk(optimizer, params, [[torch.ones(4), torch.ones(3)]] * steps_before)
-    walk(
+    run_steps(optimizer, params, [[torch.ones(4), torch.ones(3)]] * steps_before)
+    run_steps(
         expected,
         expected.param_groups[0]["params"],
         [[torch.ones(4), torch.ones(3)]] * (steps_before + 1),
@@ -254,29 +255,65 @@ def test_an_update_that_fails_is_never_tried_again(monkeypatch, backend, cls, st
 
     monkeypatch.setattr(op, optimizer.operator.name, failing)
     with pytest.raises(RuntimeError, match="the launch failed"):
-        walk(optimizer, params, [[torch.ones(4), torch.ones(3)]])
+        run_steps(optimizer, params, [[torch.ones(4), torch.ones(3)]])
     monkeypatch.setattr(op, optimizer.operator.name, real)
     assert len(calls) == 1
     for p, q in zip(params, expected.param_groups[0]["params"], strict=True):
         assert optimizer.state[p]["step"] == steps_before + 1 and torch.equal(p, q)
-    walk(optimizer, params, [[torch.ones(4), torch.ones(3)]])
+    run_steps(optimizer, params, [[torch.ones(4), torch.ones(3)]])
     assert all(optimizer.state[p]["step"] == steps_before + 2 for p in params)
 
 
-# Where a launch fails midway: the tensors that were reached have taken the step, once, and the
-# others are as they were.
+# Where a launch of the backend's own fails midway: the tensors that were reached have taken the
+# step, once, and the others are as they were.
 
 
-def only_the_first(count, real, failures):
-    """An operator of which only the first tensors are reached before it raises."""
+class Failing:
+    """Stands for what a backend launches, and raises in the place of one of its launches."""
 
-    def failing(backend, *lists, common, own):
-        failures.append(len(lists[0]))
-        reached = dataclasses.replace(common, layout=common.layout[: 4 * count], plan=None)
-        real(backend, *(tensors[:count] for tensors in lists), common=reached, own=own)
-        raise RuntimeError("the launch failed")
+    def __init__(self, real, number: int):
+        self.real, self.number, self.launches = real, number, 0
 
-    return failing
+    def launch(self, real, *arguments, **options):
+        self.launches += 1
+        if self.launches == self.number:
+            raise RuntimeError("the launch failed")
+        return real(*arguments, **options)
+
+    def __call__(self, *arguments, **options):
+        return self.launch(self.real, *arguments, **options)
+
+    def __getitem__(self, grid):  # of a Triton kernel
+        return functools.partial(self.launch, self.real[grid])
+
+
+def fail_midway(patch, backend, operator) -> tuple[Failing, int, int]:
+    """Has a launch of a step over `midway` fail. Returns it, and how many tensors are reached
+    before it and by it.
+    """
+    if backend == "reference":  # tensors follow one another
+        owner, name = reference, f"{operator.name.split('_')[1]}_update_rule"
+        number, reached, failed = 2, 1, 1
+    elif backend == "triton":  # a strided tensor has launches of its own: statistics, then update
+        owner, name = (
+            importlib.import_module("uegr_kernels.selective.triton").launch,
+            "update_kernel",
+        )
+        number, reached, failed = 4, 1, 1
+    else:  # tensors of another dtype are another call
+        owner, name = operator, "default"
+        number, reached, failed = 2, 2, 1
+    failing = Failing(getattr(owner, name), number)
+    patch.setattr(owner, name, failing)
+    return failing, reached, failed
+
+
+def midway():
+    """Returns parameters and gradients: a dense tensor, a strided one, and one in float64."""
+    start = [torch.ones(4), torch.full((5, 3), 2.0).t(), torch.full((3,), 3.0).double()]
+    gradients = [torch.linspace(-1, 2, t.numel()).to(t.dtype).view(t.shape) for t in start]
+    gradients[1] = gradients[1].t().contiguous().t()
+    return as_parameters(start), gradients
 
 
 def everything_of(optimizer):
@@ -284,86 +321,42 @@ def everything_of(optimizer):
     return [[p.detach().clone(), copy.deepcopy(states_of(optimizer, p))] for p in params]
 
 
+def without_counts(everything):
+    """Returns all but the step counts: Triton has advanced a family's before it updates it."""
+    return [
+        [p, {key: value for key, value in states.items() if key != "step"}]
+        for p, states in everything
+    ]
+
+
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 @pytest.mark.parametrize("statistics", ["current", "previous"])
 @pytest.mark.parametrize("steps_before", [1, 3])
-def test_a_launch_that_fails_midway_is_raised_once_and_taken_once(
+def test_a_launch_that_fails_midway_is_raised_once_and_the_step_taken_once(
     monkeypatch, backend, cls, statistics, steps_before
 ):
-    start, gradients = problem([(4,), (3, 5), (2,), ()], steps=steps_before + 2)
     options = {**SPREAD, "lr": 0.1, "statistics": statistics, "backend": backend}
-    optimizer, expected = (cls(as_parameters(start), **options) for _ in range(2))
-    for one in (optimizer, expected):
-        walk(one, one.param_groups[0]["params"], gradients[:steps_before])
-    failures, before = [], everything_of(optimizer)
-    with monkeypatch.context() as patch:
-        real = getattr(op, optimizer.operator.name)
-        patch.setattr(op, optimizer.operator.name, only_the_first(2, real, failures))
-        with pytest.raises(RuntimeError, match="the launch failed"):
-            walk(optimizer, optimizer.param_groups[0]["params"], [gradients[steps_before]])
-    assert failures == [4]
-    walk(expected, expected.param_groups[0]["params"], [[*gradients[steps_before][:2], None, None]])
-    assert same_bits(everything_of(optimizer)[:2], everything_of(expected)[:2])
-    assert same_bits(everything_of(optimizer)[2:], before[2:])
-    for one in (optimizer, expected):  # and it goes on from there
-        walk(one, one.param_groups[0]["params"], [gradients[-1]])
-    assert same_bits(everything_of(optimizer), everything_of(expected))
-
-
-@pytest.mark.parametrize("cls", OPTIMIZERS)
-@pytest.mark.parametrize("steps_before", [0, 3])
-def test_a_second_call_that_fails_leaves_the_first_ones_step(
-    monkeypatch, backend, cls, steps_before
-):
-    """Of parameters of two dtypes, which are two calls."""
-    params = as_parameters([torch.ones(4), torch.ones(3).double()])
-    optimizer = cls(params, lr=0.1, seed=1, backend=backend)
-    gradients = [torch.ones(4), torch.ones(3).double()]
-    walk(optimizer, params, [gradients] * steps_before)
-    before, calls, real = everything_of(optimizer), [], getattr(op, optimizer.operator.name)
-
-    def failing(*args, **kwargs):
-        calls.append(args[1][0].dtype)
-        if calls[-1] == torch.float64:
-            raise RuntimeError("the launch failed")
-        return real(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(op, optimizer.operator.name, failing)
-        with pytest.raises(RuntimeError, match="the launch failed"):
-            walk(optimizer, params, [gradients])
-    assert calls == [torch.float32, torch.float64]
-    assert optimizer.state[params[0]]["step"] == steps_before + 1
-    assert torch.equal(params[1], before[1][0])
-    assert optimizer.state[params[1]]["step"] == steps_before
-    walk(optimizer, params, [gradients])
-    assert [int(optimizer.state[p]["step"]) for p in params] == [steps_before + 2, steps_before + 1]
-
-
-@pytest.mark.parametrize("cls", OPTIMIZERS)
-def test_an_update_rule_that_fails_on_the_second_tensor_is_called_once_for_each(monkeypatch, cls):
-    """Inside of the reference, whose tensors follow one another."""
-    params = as_parameters([torch.ones(4), torch.full((3,), 2.0), torch.ones(2)])
-    optimizer = cls(params, lr=0.1, seed=1, backend="reference")
-    gradients = [torch.ones(4), torch.ones(3), torch.ones(2)]
-    walk(optimizer, params, [gradients])
+    if cls is uk.SelectiveSGD:
+        options["momentum"] = 0.5
+    (params, gradients), (others, _) = midway(), midway()
+    optimizer, expected = cls(params, **options), cls(others, **options)
+    for one, group in ((optimizer, params), (expected, others)):
+        run_steps(one, group, [gradients] * steps_before)
     before = everything_of(optimizer)
-    rule = "adamw_update_rule" if cls is uk.SelectiveAdamW else "sgd_update_rule"
-    sizes, real = [], getattr(reference, rule)
-
-    def failing(theta, *args, **kwargs):
-        sizes.append(theta.numel())
-        if theta.numel() == 3:
-            raise RuntimeError("the launch failed")
-        return real(theta, *args, **kwargs)
-
-    monkeypatch.setattr(reference, rule, failing)
-    with pytest.raises(RuntimeError, match="the launch failed"):
-        walk(optimizer, params, [gradients])
-    assert sizes == [4, 3]
-    assert optimizer.state[params[0]]["step"] == 2 and not torch.equal(params[0], before[0][0])
-    assert torch.equal(params[1], before[1][0])
-    assert same_bits(everything_of(optimizer)[2], before[2])
+    with monkeypatch.context() as patch:
+        failing, reached, failed = fail_midway(patch, backend, optimizer.operator)
+        with pytest.raises(RuntimeError, match="the launch failed"):
+            run_steps(optimizer, params, [gradients])
+    assert failing.launches == failing.number, "nothing is launched after the failure"
+    missing = [None] * (len(params) - reached)
+    run_steps(expected, others, [[*gradients[:reached], *missing]])
+    assert same_bits(everything_of(optimizer)[:reached], everything_of(expected)[:reached])
+    rest = everything_of(optimizer)[reached:]
+    assert same_bits(without_counts(rest)[:failed], without_counts(before[reached:])[:failed])
+    assert same_bits(rest[failed:], before[reached + failed :])
+    run_steps(optimizer, params, [gradients])  # and it goes on from there
+    run_steps(expected, others, [gradients])
+    assert same_bits(everything_of(optimizer)[:reached], everything_of(expected)[:reached])
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
@@ -376,7 +369,7 @@ def test_a_cached_steps_calls_in_python_are_as_many_for_many_tensors_as_for_few(
     for count in (100, 400):
         params = as_parameters([torch.ones(4)] * count)
         optimizer = cls(params, seed=1, backend=native, **options)
-        walk(optimizer, params, [[torch.ones(4)] * count] * 3)
+        run_steps(optimizer, params, [[torch.ones(4)] * count] * 3)
         calls = []
 
         def note(frame, event, _, calls=calls):
@@ -405,7 +398,7 @@ def test_a_refused_step_after_others_changes_nothing(native, cls, gradient, erro
     many, bad = (64, 40) if native == "cpp" else (5, 3)
     params = as_parameters([torch.ones(4)] * many)
     optimizer = cls(params, seed=1, lr=0.1, backend=native)
-    walk(optimizer, params, [[torch.ones(4)] * many] * 3)
+    run_steps(optimizer, params, [[torch.ones(4)] * many] * 3)
     before = (
         [p.detach().clone() for p in params],
         copy.deepcopy([states_of(optimizer, p) for p in params]),

@@ -16,9 +16,9 @@ from .problems import (
     as_parameters,
     dtype_id,
     problem,
+    run_steps,
     same_bits,
     trained,
-    walk,
 )
 
 
@@ -120,7 +120,7 @@ def test_a_nonfinite_second_moment_stops_the_step_as_torchs(backend, target, ams
     )
     expected = as_parameters([start])
     torchs = torch.optim.AdamW(expected, foreach=False, **options)
-    walk(torchs, expected, gradients)
+    run_steps(torchs, expected, gradients)
     second = "max_exp_avg_sq" if amsgrad else "exp_avg_sq"
     assert (
         optimizer.state[found[0]][second].isinf().tolist()
@@ -158,7 +158,7 @@ def test_a_nonfinite_weight_ends_as_torchs(backend, cls, line, target, weight_de
     gradients = [[bad], [torch.ones_like(bad)], [-torch.ones_like(bad)]]
     found, _ = trained(cls, backend, [start], gradients, target=target, **NEUTRAL, **options)
     expected = as_parameters([start])
-    walk(TORCHS[cls](expected, foreach=False, **options), expected, gradients)
+    run_steps(TORCHS[cls](expected, foreach=False, **options), expected, gradients)
     compare(found[0], expected[0], "step")
     if weight_decay == 0:
         assert found[0][:2].tolist() == [torch.inf, -torch.inf]
@@ -208,7 +208,7 @@ def test_nothing_finite_is_no_error(backend):
             optimizer = uk.SelectiveSGD(
                 params, seed=1, normalization=normalization, backend=backend, **options
             )
-            walk(optimizer, params, [[g], gradients[0]])
+            run_steps(optimizer, params, [[g], gradients[0]])
             assert params[0].isnan().all()
 
 

@@ -14,9 +14,9 @@ from .problems import (
     as_parameters,
     probability,
     problem,
+    run_steps,
     same_bits,
     trained,
-    walk,
 )
 
 
@@ -58,7 +58,7 @@ def test_schedulers(backend, scheduler):
         optimizer = cls(params, lr=0.1, **options)
         schedule = scheduler(optimizer)
         for grads in gradients:
-            walk(optimizer, params, [grads])
+            run_steps(optimizer, params, [grads])
             schedule.step()
         results.append(params[0].detach())
     compare(results[1], results[0], "equal" if backend == "reference" else "trajectory")
@@ -84,7 +84,7 @@ def test_options_per_group(backend):
         seed=4,
         backend=backend,
     )
-    walk(optimizer, params, gradients)
+    run_steps(optimizer, params, gradients)
     # alone, at its own stream: behind parameters that have no gradient
     for i, options in enumerate(each):
         alone = [torch.nn.Parameter(torch.zeros(1)) for _ in range(i)] + as_parameters(

@@ -10,7 +10,7 @@ import torch
 import uegr_kernels as uk
 from uegr_kernels.selective.options import FIELDS
 
-from .problems import OPTIMIZERS, as_parameters, problem, same_bits, trained, walk
+from .problems import OPTIMIZERS, as_parameters, problem, run_steps, same_bits, trained
 
 BAD_OPTIONS = [
     ({"lr": -1.0}, ValueError, "Invalid learning rate: -1.0"),
@@ -35,13 +35,13 @@ BAD_OPTIONS = [
     (
         {"normalization": "max"},
         ValueError,
-        "normalization='max' .*'minmax' or 'range' or 'rank' or 'constant'",
+        "normalization='max' .*'minmax', 'range', 'rank', 'constant'",
     ),
     ({"normalization": 0}, ValueError, "normalization=0 .*'minmax'"),
-    ({"direction": "up"}, ValueError, "direction='up' .*'printed' or 'salient'"),
-    ({"scope": "all"}, ValueError, "scope='all' .*'tensor' or 'global'"),
-    ({"statistics": "old"}, ValueError, "statistics='old' .*'current' or 'previous'"),
-    ({"target": "theta"}, ValueError, "target='theta' .*'gradient' or 'update'"),
+    ({"direction": "up"}, ValueError, "direction='up' .*'printed', 'salient'"),
+    ({"scope": "all"}, ValueError, "scope='all' .*'tensor', 'global'"),
+    ({"statistics": "old"}, ValueError, "statistics='old' .*'current', 'previous'"),
+    ({"target": "theta"}, ValueError, "target='theta' .*'gradient', 'update'"),
     ({"target": ["update"]}, ValueError, r"target=\['update'\]"),
     ({"rescale": 1}, TypeError, "rescale=1 is a int"),
     ({"min_probability": 1.5}, ValueError, r"min_probability=1.5 .*\[0, 1\]"),
@@ -263,7 +263,7 @@ def test_a_state_that_does_not_fit_is_named_and_changes_nothing(
         statistics="previous",
         **options,
     )
-    walk(optimizer, params, [[torch.ones(3)] * 3] * 2)
+    run_steps(optimizer, params, [[torch.ones(3)] * 3] * 2)
     key = {"moment": "momentum_buffer" if cls is uk.SelectiveSGD else "exp_avg"}.get(key, key)
     before = copy.deepcopy([(p.detach(), dict(optimizer.state[p])) for p in params])
     optimizer.state[params[2]][key] = value
@@ -317,7 +317,7 @@ def test_stateless_functions_name_a_bad_option(options, error, message):
 
 def test_a_scope_is_for_several_gradients():
     p = fine_parameter()
-    with pytest.raises(ValueError, match="scope='all' .*'tensor' or 'global'"):
+    with pytest.raises(ValueError, match="scope='all' .*'tensor', 'global'"):
         uk.select_gradients_([p], seed=1, step=1, scope="all")
     for call in (uk.selection_probability, functools.partial(uk.selection_mask, seed=1, step=1)):
         with pytest.raises(TypeError, match="unexpected keyword argument 'scope'"):

@@ -21,9 +21,9 @@ from .problems import (
     in_dtype,
     probability,
     problem,
+    run_steps,
     states_of,
     trained,
-    walk,
 )
 
 # What torch.optim.AdamW and SGD both have, at values that matter.
@@ -57,7 +57,7 @@ def neutral_against_torch(cls, torch_class, backend, dtype, options, target):
     params, optimizer = trained(cls, backend, start, gradients, **NEUTRAL, **options, target=target)
     expected = as_parameters(start)
     other = torch_class(expected, foreach=False, **options)
-    walk(other, expected, gradients)
+    run_steps(other, expected, gradients)
     operation = "equal" if backend == "reference" and target == "gradient" else "trajectory"
     for i, (p, q) in enumerate(zip(params, expected, strict=True)):
         # A hundred steps may add up to next to nothing, and no larger element is there to compare
@@ -90,7 +90,7 @@ def test_roundings_of_a_hundred_steps_are_torchs(backend, options, target):
         uk.SelectiveAdamW, backend, start, gradients, **NEUTRAL, **options, target=target
     )
     expected = as_parameters(start)
-    walk(torch.optim.AdamW(expected, foreach=False, **options), expected, gradients)
+    run_steps(torch.optim.AdamW(expected, foreach=False, **options), expected, gradients)
     for i, (p, q) in enumerate(zip(params, expected, strict=True)):
         compare(p, q, "trajectory", name=f"parameter {i}")
 
@@ -133,7 +133,7 @@ def test_neutral_16_bit_equals_a_float32_optimizer_rounded_after_each_step(
     wide = as_parameters([t.float() for t in start])
     other = torch_class(wide, foreach=False, **options)
     for grads in gradients:
-        walk(other, wide, [[g.float() for g in grads]])
+        run_steps(other, wide, [[g.float() for g in grads]])
         for q in wide:
             q.data.copy_(q.data.to(dtype))
     operation = "equal" if backend == "reference" else "trajectory"
@@ -158,10 +158,10 @@ def test_lr_tensor_changed_in_place_between_steps_is_seen(backend, cls):
     lr = torch.tensor(0.1)
     params = as_parameters(start)
     optimizer = cls(params, lr=lr, backend=backend, **NEUTRAL)
-    walk(optimizer, params, gradients[:1])
+    run_steps(optimizer, params, gradients[:1])
     before = params[0].detach().clone()
     lr.zero_()
-    walk(optimizer, params, gradients[1:])
+    run_steps(optimizer, params, gradients[1:])
     assert torch.equal(params[0], before)
 
 

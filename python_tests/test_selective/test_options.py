@@ -21,11 +21,11 @@ from .problems import (
     noting_near_ties,
     probability,
     problem,
+    run_steps,
     same_bits,
     spread_gradient,
     states_of,
     trained,
-    walk,
 )
 
 
@@ -120,13 +120,13 @@ def test_grad_scale_divides_and_found_inf_skips_everything(backend, cls, options
     optimizer = cls(params, **options)
     for k, grads in enumerate(gradients):
         optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0**k), torch.tensor(0.0)
-        walk(optimizer, params, [[g * 2.0**k for g in grads]])
+        run_steps(optimizer, params, [[g * 2.0**k for g in grads]])
         before = (
             copy.deepcopy(optimizer.state_dict()["state"]),
             [p.detach().clone() for p in params],
         )
         optimizer.found_inf = torch.tensor(1.0)
-        walk(optimizer, params, [[g * float("inf") for g in grads]])
+        run_steps(optimizer, params, [[g * float("inf") for g in grads]])
         assert same_bits((optimizer.state_dict()["state"], [p.detach() for p in params]), before)
     assert same_bits(
         [*optimizer.state_dict()["state"].values()], [*straight.state_dict()["state"].values()]
@@ -146,10 +146,10 @@ def test_found_inf_at_the_first_step_leaves_the_start(backend, cls):
     params = as_parameters(start)
     optimizer = cls(params, **options)
     optimizer.grad_scale, optimizer.found_inf = None, torch.tensor(1.0)
-    walk(optimizer, params, [[torch.full((9,), float("inf"))]])
+    run_steps(optimizer, params, [[torch.full((9,), float("inf"))]])
     assert torch.equal(params[0], start[0]) and optimizer.state[params[0]]["step"] == 0
     optimizer.found_inf = torch.tensor(0.0)
-    walk(optimizer, params, gradients)
+    run_steps(optimizer, params, gradients)
     assert torch.equal(params[0], expected[0])
 
 
@@ -270,7 +270,7 @@ def test_target_update_is_torchs_step_where_selected(backend, cls, torch_class, 
     )
     stepped = as_parameters(start)
     other = torch_class(stepped, foreach=False, **line)
-    walk(other, stepped, gradients)
+    run_steps(other, stepped, gradients)
     for i, (p, q) in enumerate(zip(params, stepped, strict=True)):
         for key, value in states_of(other, q).items():
             compare(

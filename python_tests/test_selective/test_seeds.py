@@ -15,8 +15,8 @@ from .problems import (
     as_parameters,
     dtype_id,
     problem,
+    run_steps,
     trained,
-    walk,
 )
 
 
@@ -180,7 +180,7 @@ def test_a_gradient_of_another_dtype_is_taken_in_the_parameters_arithmetic(
         )
         params = as_parameters(start)
         params[0].grad_dtype = of_gradient
-        walk(cls(params, **options), params, given)
+        run_steps(cls(params, **options), params, given)
         for p, q in zip(params, expected, strict=True):
             compare(p, q, "step")
 

@@ -17,11 +17,11 @@ from .problems import (
     as_parameters,
     dtype_id,
     problem,
+    run_steps,
     same_bits,
     states_of,
     trained,
     transposed,
-    walk,
 )
 
 STATEFUL = [
@@ -74,17 +74,17 @@ def test_a_resumed_run_equals_the_uninterrupted_one(backend, cls, options, dtype
     options = {"lr": 0.1, "threshold": 0.5, "backend": backend} | options
     params = as_parameters(start)
     optimizer = cls(params, **options)  # its seed is drawn; the second one's is another
-    walk(optimizer, params, gradients[:2])
+    run_steps(optimizer, params, gradients[:2])
     file = io.BytesIO()
     torch.save({"optimizer": optimizer.state_dict(), "params": [p.detach() for p in params]}, file)
-    walk(optimizer, params, gradients[2:])
+    run_steps(optimizer, params, gradients[2:])
     file.seek(0)
     saved = torch.load(file, weights_only=True)
     resumed = as_parameters(saved["params"])
     second = cls(resumed, **(options | {"lr": 7.0}))
     assert second.param_groups[0]["seed"] != optimizer.param_groups[0]["seed"]
     second.load_state_dict(saved["optimizer"])
-    walk(second, resumed, gradients[2:])
+    run_steps(second, resumed, gradients[2:])
     assert same_bits(everything(resumed, second), everything(params, optimizer))
     assert second.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
 
@@ -97,15 +97,15 @@ def test_copies_go_on_alike(backend, cls, options, copied):
     start, gradients = problem([(70,), (3, 5)], torch.bfloat16, steps=4)
     params = as_parameters(start)
     optimizer = cls(params, lr=0.1, threshold=0.5, fused=True, backend=backend, **options)
-    walk(optimizer, params, gradients[:2])
+    run_steps(optimizer, params, gradients[:2])
     others, other = copied((params, optimizer))
     assert (
         other.backend == backend
         and other._step_supports_amp_scaling
         and other.param_groups[0]["params"][0] is others[0]
     )
-    walk(optimizer, params, gradients[2:])
-    walk(other, others, gradients[2:])
+    run_steps(optimizer, params, gradients[2:])
+    run_steps(other, others, gradients[2:])
     assert same_bits(everything(others, other), everything(params, optimizer))
 
 
@@ -116,7 +116,7 @@ def test_loading_into_a_fresh_copy_before_any_step_changes_nothing(backend):
     params = as_parameters(start)
     optimizer = uk.SelectiveSGD(params, **options)
     optimizer.load_state_dict(optimizer.state_dict())  # as Accelerate does when it wraps
-    walk(optimizer, params, gradients)
+    run_steps(optimizer, params, gradients)
     assert same_bits(params, expected)
 
 
@@ -224,7 +224,7 @@ def test_16_bit_parameters_keep_their_float32_moments_through_a_checkpoint(backe
 def test_checkpoints_go_both_ways(backend, cls, torch_class, options, ours_first):
     start, gradients = problem([(31,), (2, 3)], steps=6)
     expected = as_parameters(start)
-    walk(torch_class(expected, foreach=False, **options), expected, gradients)
+    run_steps(torch_class(expected, foreach=False, **options), expected, gradients)
 
     def ours(params):
         return cls(params, backend=backend, **NEUTRAL, **(options | {"lr": 3.0}))
@@ -235,7 +235,7 @@ def test_checkpoints_go_both_ways(backend, cls, torch_class, options, ours_first
     params = as_parameters(start)
     first = (ours if ours_first else torchs)(params)
     first.param_groups[0]["lr"] = 0.1
-    walk(first, params, gradients[:3])
+    run_steps(first, params, gradients[:3])
     second = (torchs if ours_first else ours)(params)
     file = io.BytesIO()
     torch.save(first.state_dict(), file)
@@ -243,7 +243,7 @@ def test_checkpoints_go_both_ways(backend, cls, torch_class, options, ours_first
     second.load_state_dict(torch.load(file, weights_only=True))
     if ours_first:
         second.param_groups[0]["foreach"] = False
-    walk(second, params, gradients[3:])
+    run_steps(second, params, gradients[3:])
     for p, q in zip(params, expected, strict=True):
         compare(p, q, "equal" if backend == "reference" else "trajectory")
     step = getattr(second.state[params[0]].get("step"), "item", lambda: None)()
@@ -255,7 +255,7 @@ def test_keys_missing_from_a_loaded_group_keep_their_value():
     start, gradients = problem([(5,), (4,)], steps=1)
     params = as_parameters(start)
     theirs = torch.optim.AdamW([{"params": [params[0]]}, {"params": [params[1]], "lr": 0.5}])
-    walk(theirs, params, gradients)
+    run_steps(theirs, params, gradients)
     groups = [
         {"params": [params[0]], "threshold": 0.1},
         {"params": [params[1]], "normalization": "rank", "direction": "salient"},
@@ -298,6 +298,6 @@ def test_state_that_is_already_there_is_respected(backend):
     other.state[expected[0]].update(
         step=torch.tensor(4.0), exp_avg=torch.full((9,), 0.5), exp_avg_sq=torch.full((9,), 0.25)
     )
-    walk(optimizer, params, gradients)
-    walk(other, expected, gradients)
+    run_steps(optimizer, params, gradients)
+    run_steps(other, expected, gradients)
     compare(params[0], expected[0], "equal" if backend == "reference" else "step")

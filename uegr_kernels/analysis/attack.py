@@ -8,9 +8,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..batch_axis import Batch, Inputs
 from ..core import checks
-from ..passes import Pass, Runner
+from ..passes import InputBatch, Inputs, Pass, Runner
 from ..perturbation import NORMS, fgm_perturbation, masked, pgd_step
 from .pictures import picture
 from .watching import held
@@ -187,7 +186,7 @@ def _deltas(
     return found
 
 
-def _seen(runner: Runner, batch: Batch, delta: Tensor | None) -> tuple[Tensor, Pass]:
+def _seen(runner: Runner, batch: InputBatch, delta: Tensor | None) -> tuple[Tensor, Pass]:
     """Returns logits, and a pass that knows the gradient at the embedding; of a sum over samples,
     so that none depends on its batch.
     """
@@ -208,6 +207,6 @@ def _seen(runner: Runner, batch: Batch, delta: Tensor | None) -> tuple[Tensor, P
     return logits.detach(), pass_
 
 
-def _logits(runner: Runner, batch: Batch, delta: Tensor) -> Tensor:
+def _logits(runner: Runner, batch: InputBatch, delta: Tensor) -> Tensor:
     with torch.no_grad(), runner.filled(Pass(batch, delta, watched=False)) as pass_:
         return runner.call(pass_)

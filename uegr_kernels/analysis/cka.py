@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.conv import _ConvNd as Convolution
 
-from ..batch_axis import Inputs
+from ..passes import Inputs
 from .pictures import picture
 from .watching import call, held, pooled
 

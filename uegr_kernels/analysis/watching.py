@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..batch_axis import Inputs
+from ..passes import Inputs
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterable
-from types import ModuleType
 
 import torch
 
@@ -133,12 +132,6 @@ def choose(
 
 
 torch.compiler.assume_constant_result(choose)  # a compiler need not look into it
-
-
-@functools.cache
-def triton_kernels(package: str) -> ModuleType:
-    """Returns the Triton kernels of an operator's package, imported when first asked for."""
-    return importlib.import_module(f"{package}.triton")
 
 
 def traced() -> bool:

@@ -46,6 +46,25 @@ def expanded(tensor: Tensor) -> bool:
     )
 
 
+def refuse_expanded(name: str, tensor: Tensor, error: type[Exception]) -> None:
+    """Raises the error for an expanded tensor, which is to be written."""
+    if expanded(tensor):
+        raise error(
+            f"{name} is expanded: its elements share memory and cannot be written; call .clone() "
+            "on it first"
+        )
+
+
+def refuse_overlap(name: str, tensor: Tensor) -> None:
+    """Raises ValueError for a tensor that is to be written and has two indices for one element."""
+    refuse_expanded(name, tensor, ValueError)
+    if overlaps_itself(tensor):
+        raise ValueError(
+            f"{name} overlaps itself: two of its indices name one element; call .clone() on it "
+            "first"
+        )
+
+
 def overlaps_itself(tensor: Tensor) -> bool:
     """Returns whether two of a tensor's indices name one element."""
     if not tensor.numel() or expanded(tensor):

@@ -27,13 +27,16 @@ class Context(Protocol):
 class Operator(Generic[P, R]):
     """Defines an operator in the package's namespace, and calls it on a backend that `choose` gave.
 
-    package    the folder's, `__package__` in its op.py
-    schema     "name(arguments) -> results", as PyTorch writes it
-    reference  reference.py's function of that name; the folder's Triton kernels have one too, with
-        the same arguments
-    fake       what the results are like, by the same arguments
-    words      for each option that the schema has as a number, the words whose positions it counts
-    no_vmap    the sentence of the error under torch.func.vmap; None: as PyTorch does without a rule
+    package      the folder's, `__package__` in its op.py
+    schema       "name(arguments) -> results", as PyTorch writes it
+    reference    reference.py's function of that name
+    load_triton  op.py's function that imports the folder's Triton kernels and sets `triton` of its
+        operators, each to the function with the reference's arguments; called at first use
+    fake         what the results are like, by the same arguments
+    words        for each option that the schema has as a number, the words whose positions it
+        counts
+    no_vmap      the sentence of the error under torch.func.vmap; None: as PyTorch does without a
+        rule
 
     A call takes and checks by types the reference's arguments, with words. Only the schema, and so
     the compiled kernels, have numbers.
@@ -45,11 +48,14 @@ class Operator(Generic[P, R]):
         schema: str,
         reference: Callable[P, R],
         *,
+        load_triton: Callable[[], None],
         fake: Callable[..., object],
         words: Mapping[str, tuple[str, ...]],
         no_vmap: str | None,
     ) -> None:
-        self.package, self.reference, self.words = package, reference, words
+        self.reference, self.words = reference, words
+        self.triton: Callable[P, R] | None = None
+        self._load_triton = load_triton
         self.name = schema.partition("(")[0]
         self.path = f"{package.rpartition('.')[2]}.{self.name}"
         name, arguments = native.qualified(self.name), schema.removeprefix(self.name)
@@ -78,10 +84,14 @@ class Operator(Generic[P, R]):
         """Returns the operator's function of a chosen backend, by the reference's arguments."""
         if backend == "reference":
             return self.reference
-        if backend == "triton":
-            found: Callable[P, R] = getattr(backends.triton_kernels(self.package), self.name)
-            return found
-        return self.registered
+        return self._triton_kernel() if backend == "triton" else self.registered
+
+    def _triton_kernel(self) -> Callable[P, R]:
+        if self.triton is None:
+            self._load_triton()
+        if self.triton is None:
+            raise RuntimeError(f"{self.path} was given no Triton function; set it in its op.py")
+        return self.triton
 
     def registered(self, *tensors: P.args, **options: P.kwargs) -> R:
         """Calls the operator through PyTorch's dispatcher, which compilers and torch.func see."""
@@ -140,7 +150,7 @@ class Operator(Generic[P, R]):
         return function(*tensors, **self.in_words(options))
 
     def _by_triton(self, *tensors: P.args, **options: P.kwargs) -> R:
-        return self.kernel("triton")(*tensors, **options)
+        return self._triton_kernel()(*tensors, **options)
 
 
 def writes_only(*_: object, **__: object) -> None:

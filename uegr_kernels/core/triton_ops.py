@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .memory import expanded as expanded
+from .memory import refuse_expanded as refuse_expanded
 
 # xor-ed into the key's low word for the words that round 16-bit moments
 ROUNDING_KEY = tl.constexpr(0x9E3779B9)

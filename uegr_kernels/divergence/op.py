@@ -72,6 +72,16 @@ def _fake_loss_(
     return _fake_loss(logits, labels, reduction=reduction, needs=needs)[:2]
 
 
+def _load_triton() -> None:
+    """Gives the operators their Triton functions."""
+    from . import triton
+
+    uegr_loss.triton = triton.uegr_loss
+    uegr_loss_.triton = triton.uegr_loss_
+    scale_gradients.triton = triton.scale_gradients
+    scale_gradients_.triton = triton.scale_gradients_
+
+
 # With labels the first pass of the logits is the clean one, which may be all; without, all are
 # compared in pairs. Returned: the loss, its three parts, and the gradients by the logits where
 # `needs` asks, in order.
@@ -79,6 +89,7 @@ uegr_loss = Operator(
     __package__,
     f"uegr_loss(Tensor[] logits, Tensor? labels, *, {OPTIONS}) -> (Tensor, Tensor, Tensor[])",
     reference.uegr_loss,
+    load_triton=_load_triton,
     fake=_fake_loss,
     words={"reduction": REDUCTIONS},
     no_vmap=NO_VMAP,
@@ -87,6 +98,7 @@ uegr_loss_ = Operator(
     __package__,
     f"uegr_loss_(Tensor(a!)[] logits, Tensor? labels, *, {OPTIONS}) -> (Tensor, Tensor)",
     reference.uegr_loss_,
+    load_triton=_load_triton,
     fake=_fake_loss_,
     words={"reduction": REDUCTIONS},
     no_vmap=NO_VMAP,
@@ -95,6 +107,7 @@ scale_gradients = Operator(
     __package__,
     "scale_gradients(Tensor[] gradients, Tensor grad_loss, Tensor parts) -> Tensor[]",
     reference.scale_gradients,
+    load_triton=_load_triton,
     fake=lambda gradients, *_: [torch.empty_like(g) for g in gradients],
     words={},
     no_vmap=NO_VMAP,
@@ -103,6 +116,7 @@ scale_gradients_ = Operator(
     __package__,
     "scale_gradients_(Tensor(a!)[] gradients, Tensor grad_loss) -> ()",
     reference.scale_gradients_,
+    load_triton=_load_triton,
     fake=writes_only,
     words={},
     no_vmap=NO_VMAP,
@@ -118,18 +132,9 @@ def kernel(operator: Operator[P, R], backend: str) -> Callable[P, R]:
 
     def run(*tensors: P.args, **options: P.kwargs) -> R:
         with torch._C._AutoDispatchBelowAutograd():
-            try:
-                return operator.registered(*tensors, **options)
-            except RuntimeError as error:
-                raise _as_value_error(error) from None
+            return operator.registered(*tensors, **options)
 
     return run
-
-
-def _as_value_error(error: RuntimeError) -> Exception:
-    """Returns the kernels' word on wrong labels as what the reference raises."""
-    found = str(error).partition("labels hold ")[1:]
-    return ValueError("".join(found).splitlines()[0]) if found[0] else error
 
 
 def _in_forward(needs: list[bool], reduction: int, row_weights: Tensor | None) -> list[bool]:
@@ -457,8 +462,7 @@ def loss_and_parts(
 ) -> tuple[Tensor, Tensor]:
     """Returns the loss, differentiable, and its parts; logits and labels as `uegr_loss` above."""
     backend = uegr_loss.choose(backend, logits[0].device, logits[0].dtype)
-    if backend in ("reference", "triton"):
-        _check_range(labels, logits[0].shape[-1], options.ignore_index)
+    _check_range(labels, logits[0].shape[-1], options.ignore_index)
     needs = [torch.is_grad_enabled() and x.requires_grad for x in logits]
 
     def run(reduction: str) -> tuple[Tensor, Tensor]:
@@ -516,8 +520,7 @@ def linear_loss_and_parts(
         for x in (*hidden, weight, bias)
     ]
     chosen = uegr_loss.choose(backend, weight.device, dtype)
-    if chosen in ("reference", "triton"):
-        _check_range(labels, len(weight), options.ignore_index)
+    _check_range(labels, len(weight), options.ignore_index)
 
     def run(reduction: str) -> tuple[Tensor, Tensor]:
         loss, parts, _ = linear_uegr_loss(
@@ -539,8 +542,8 @@ def linear_loss_and_parts(
 
 
 def _check_range(labels: Tensor | None, classes: int, ignore_index: int) -> None:
-    """Raises for class indices outside [0, classes), where they can be looked at; the compiled
-    kernels look themselves.
+    """Raises for class indices outside [0, classes), where they can be looked at: before a kernel
+    writes, and by two numbers where none is ignored.
     """
     if (
         labels is None
@@ -548,7 +551,11 @@ def _check_range(labels: Tensor | None, classes: int, ignore_index: int) -> None
         or labels.device.type != "cpu"
         or type(labels) is not Tensor
         or backends.traced()
+        or not labels.numel()
     ):
+        return
+    low, high = torch.aminmax(labels)
+    if low.item() >= 0 and high.item() < classes:
         return
     wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
     if len(wrong):

@@ -13,11 +13,22 @@ from . import reference
 
 NO_VMAP = "AdaptiveDropout of uegr_kernels does not run under torch.func.vmap; give the whole batch"
 
+
+def _load_triton() -> None:
+    """Gives the operators their Triton functions."""
+    from . import triton
+
+    adaptive_dropout.triton = triton.adaptive_dropout
+    adaptive_dropout_backward.triton = triton.adaptive_dropout_backward
+    dropout_rates_.triton = triton.dropout_rates_
+
+
 # key: a 0-d int64 tensor on the input's device, which only kernels read.
 adaptive_dropout = Operator(
     __package__,
     "adaptive_dropout(Tensor h, Tensor rates, Tensor key, Tensor pending) -> Tensor",
     reference.adaptive_dropout,
+    load_triton=_load_triton,
     fake=lambda h, *_: h.new_empty(h.shape),
     words={},
     no_vmap=NO_VMAP,
@@ -26,6 +37,7 @@ adaptive_dropout_backward = Operator(
     __package__,
     "adaptive_dropout_backward(Tensor grad, Tensor rates, Tensor key) -> (Tensor, Tensor)",
     reference.adaptive_dropout_backward,
+    load_triton=_load_triton,
     fake=lambda g, rates, _: (g.new_empty(g.shape), torch.empty_like(rates)),
     words={},
     no_vmap=NO_VMAP,
@@ -36,6 +48,7 @@ dropout_rates_ = Operator(
     "dropout_rates_(Tensor(a!) gradient_norm, Tensor(b!) pending, *, float p, float max_p, "
     "float momentum, bool fold) -> Tensor",
     reference.dropout_rates_,
+    load_triton=_load_triton,
     fake=lambda n, *_, **__: torch.empty_like(n),
     words={},
     no_vmap=NO_VMAP,

@@ -270,10 +270,7 @@ def dropout_rates_(
             "gradient_norm and pending must have one axis of the same size, and the same dtype"
         )
     for x, name in ((gradient_norm, "gradient_norm"), (pending, "pending")):
-        if len(x) > 1 and x.stride(0) == 0:
-            raise RuntimeError(
-                f"{name} is expanded; give a tensor whose elements have memory of their own"
-            )
+        triton_ops.refuse_expanded(name, x, RuntimeError)
     rates = gradient_norm.new_empty(gradient_norm.shape)
     if len(rates):
         numbers = (triton_ops.bits(x) for x in (p, max_p, momentum))

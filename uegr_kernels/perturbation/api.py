@@ -98,10 +98,14 @@ def pgd_step(
     norm       "l2": the ball is ||delta||_2 <= radius; "linf": the step is step_size * sign(g), the
         ball |delta| <= radius; "max": the step is step_size * g/max |g|, the ball that of "linf",
         in plain PyTorch alone
-    per, mask  as for `fgm_perturbation`; the ball has the same `per`
+    per        one norm, and one ball, a "sample" (first axis), a "token" (all elements of the last
+        axis), or for "all" elements
+    mask       [B, T], nonzero where a token is real, of any dtype: multiplies g before the norm is
+        taken
 
     Returns the new delta, contiguous and detached. A gradient that is 0, or whose norm is not
-    finite, makes no step. Raises as `fgm_perturbation`.
+    finite, makes no step. Raises TypeError or ValueError for wrong arguments, RuntimeError for a
+    backend that cannot serve the call.
 
     Equivalent to `reference.pgd_step_(delta, grad, mask, out, ...)`.
     """
@@ -169,7 +173,8 @@ def perturbed_weights(
 
     Run the backward of the perturbed pass inside: leaving restores saved copies, also after an
     exception. Entering and leaving increase the versions. A gradient that is 0, or whose norm is
-    not finite, moves nothing. Raises as `fgm_perturbation`, before a weight changes.
+    not finite, moves nothing. Raises TypeError or ValueError for wrong arguments, RuntimeError for
+    a backend that cannot serve the call, before a weight changes.
 
     Equivalent to `reference.perturb_weights_(params, gradients, seed, ...)` and copying back.
     """

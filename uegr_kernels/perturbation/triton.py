@@ -64,6 +64,11 @@ def kept(step, word, limit):
     return tl.where((word >> 8).to(tl.int32) < limit, step, 0.0)
 
 
+def draw_limit(keep_probability: float) -> int:
+    """Returns ceil(p * 2^24), below which the upper 24 bits of a word are kept."""
+    return math.ceil(keep_probability * 2**24)
+
+
 @triton.jit
 def projected(x, factor, radius, LINF: tl.constexpr):
     """Returns the nearest point of the ball; NaN stays."""
@@ -89,6 +94,23 @@ class Form(typing.NamedTuple):
     ALIGNED: bool  # groups start at multiples of 16 bytes
     STORAGE: object  # dtype of what a table names
     FULL: bool  # a group is a whole block
+
+
+class WeightRow(typing.NamedTuple):
+    """Holds what `part_kernel` knows of a weight: addresses, and which sums are its group's."""
+
+    gradient: int
+    weight: int
+    size: int
+    stream: int
+    first: int  # sum of its group
+    parts_of_group: int
+    number: int  # of its own first part
+
+
+# Where they stand in a row; a test compares.
+GRADIENT, WEIGHT, SIZE, STREAM, FIRST, PARTS_OF_GROUP, NUMBER = map(tl.constexpr, range(7))
+ROW = tl.constexpr(7)
 
 
 class Pointers(typing.NamedTuple):
@@ -252,17 +274,17 @@ def part_kernel(
     BLOCK: tl.constexpr = form.BLOCK
     program = tl.program_id(0).to(tl.int64)
     if items_ptr is not None:
-        row_ptr = table_ptr + tl.load(items_ptr + 2 * program).to(tl.int64) * 7
+        row_ptr = table_ptr + tl.load(items_ptr + 2 * program).to(tl.int64) * ROW
         part = tl.load(items_ptr + 2 * program + 1).to(tl.int64)
         if form.ALIGNED:
-            g_ptr = triton_ops.aligned_pointer(tl.load(row_ptr), form.STORAGE)
-            x_ptr = triton_ops.aligned_pointer(tl.load(row_ptr + 1), form.STORAGE)
+            g_ptr = triton_ops.aligned_pointer(tl.load(row_ptr + GRADIENT), form.STORAGE)
+            x_ptr = triton_ops.aligned_pointer(tl.load(row_ptr + WEIGHT), form.STORAGE)
         else:
-            g_ptr = triton_ops.pointer(tl.load(row_ptr), form.STORAGE)
-            x_ptr = triton_ops.pointer(tl.load(row_ptr + 1), form.STORAGE)
-        begin, end, stream = part * size, tl.load(row_ptr + 2), tl.load(row_ptr + 3)
-        first, parts = tl.load(row_ptr + 4), tl.load(row_ptr + 5)
-        number = tl.load(row_ptr + 6) + part
+            g_ptr = triton_ops.pointer(tl.load(row_ptr + GRADIENT), form.STORAGE)
+            x_ptr = triton_ops.pointer(tl.load(row_ptr + WEIGHT), form.STORAGE)
+        begin, end, stream = part * size, tl.load(row_ptr + SIZE), tl.load(row_ptr + STREAM)
+        first, parts = tl.load(row_ptr + FIRST), tl.load(row_ptr + PARTS_OF_GROUP)
+        number = tl.load(row_ptr + NUMBER) + part
         out_ptr = x_ptr
     else:
         number, stream = program, program * 0
@@ -318,15 +340,37 @@ def _part(longest: int) -> int:
     return max(PART, -(-longest // (PARTS * BLOCK)) * BLOCK)
 
 
-def _key(seed: Tensor | None) -> tuple[Tensor | None, int]:
-    """Returns a seed as the kernels take it: a 0-d tensor beside the others, or on the CPU."""
-    if seed is None or seed.is_cuda:
-        return seed, 0
-    return None, int(seed.item())
+class Numbers(typing.NamedTuple):
+    """Holds what both kernels take, under their arguments' names. The seed is a 0-d tensor beside
+    the others, or a number.
+    """
 
+    seed_ptr: Tensor | None
+    seed: int
+    step: int
+    limit: int
+    epsilon: int  # bits of float64
+    radius: int
 
-def _limit(keep_probability: float) -> int:
-    return math.ceil(keep_probability * 2**24)
+    @classmethod
+    def of(
+        cls,
+        seed: Tensor | None,
+        *,
+        step: int,
+        keep_probability: float,
+        epsilon: float,
+        radius: float | None,
+    ) -> "Numbers":
+        there = seed is None or seed.is_cuda
+        return cls(
+            seed_ptr=seed if there else None,
+            seed=0 if seed is None or there else int(seed.item()),
+            step=step,
+            limit=draw_limit(keep_probability),
+            epsilon=triton_ops.bits(epsilon),
+            radius=triton_ops.bits(radius or 0.0),
+        )
 
 
 def _move_(
@@ -372,15 +416,9 @@ def _move_(
     token = 1
     if mask is not None:
         token, mask = n // mask.numel(), (mask != 0).contiguous()
-    seed_at, number = _key(seed)
     x, g, groups = None if x is None else x.contiguous(), grad.contiguous(), n // length
-    numbers = (
-        seed_at,
-        number,
-        step,
-        _limit(keep_probability),
-        triton_ops.bits(epsilon),
-        triton_ops.bits(radius or 0.0),
+    numbers = Numbers.of(
+        seed, step=step, keep_probability=keep_probability, epsilon=epsilon, radius=radius
     )
     form = Form(
         BLOCK=BLOCK,
@@ -399,28 +437,36 @@ def _move_(
             warps = min(max(block // 512, 1), 8)
             form = form._replace(BLOCK=block, ALIGNED=False, FULL=block == length)
             group_kernel[(groups,)](
-                g, x, out, mask, token, length, *numbers, _constexprs(form), num_warps=warps
+                g_ptr=g,
+                x_ptr=x,
+                out_ptr=out,
+                mask_ptr=mask,
+                token=token,
+                length=length,
+                **numbers._asdict(),
+                form=_constexprs(form),
+                num_warps=warps,
             )
             return
         size = _part(length)
         parts = triton.cdiv(length, size)
-        squares, again = g.new_empty(2, groups * parts, dtype=torch.float64)
+        squares, moved_squares = g.new_empty(2, groups * parts, dtype=torch.float64)
         for stage in (0, 1, 2) if radius is not None and norm == "l2" else (0, 2):
             part_kernel[(groups * parts,)](
-                None,
-                None,
-                g,
-                x,
-                out,
-                mask,
-                token,
-                length,
-                size,
-                parts,
-                squares,
-                again,
-                *numbers,
-                _constexprs(form._replace(STAGE=stage)),
+                items_ptr=None,
+                table_ptr=None,
+                g_ptr=g,
+                x_ptr=x,
+                out_ptr=out,
+                mask_ptr=mask,
+                token=token,
+                length=length,
+                size=size,
+                parts=parts,
+                squares_ptr=squares,
+                moved_squares_ptr=moved_squares,
+                **numbers._asdict(),
+                form=_constexprs(form._replace(STAGE=stage)),
                 num_warps=4,
             )
 
@@ -431,7 +477,7 @@ def _move_(
 def fgm_perturbation_(grad, mask, seed, out, *, epsilon, norm, per, keep_probability, step) -> None:
     """Writes delta = b * eps * g/||g|| (Eq. 2), or b * eps * sign(g), into out."""
     _check_alike(grad, out, "grad", "out")
-    _check_written(out)
+    triton_ops.refuse_expanded("out", out, RuntimeError)
     _check_mask(mask, grad)
     _check_seed(seed)
     _move_(
@@ -453,7 +499,7 @@ def pgd_step_(delta, grad, mask, out, *, step_size, radius, norm, per) -> None:
     """Writes delta + step_size * g/||g|| (or sign(g)), projected on the ball, into out."""
     _check_alike(grad, delta, "grad", "delta")
     _check_alike(grad, out, "grad", "out")
-    _check_written(out)
+    triton_ops.refuse_expanded("out", out, RuntimeError)
     _check_mask(mask, grad)
     _move_(
         delta,
@@ -489,14 +535,8 @@ def perturb_weights_(
     counts = [triton.cdiv(params[i].numel(), size) for i in at]
     firsts = list(itertools.accumulate(counts, initial=0))[:-1]
     squares = torch.empty(sum(counts), dtype=torch.float64, device=device)
-    seed_at, number = _key(seed)
-    numbers = (
-        seed_at,
-        number,
-        step,
-        _limit(keep_probability),
-        triton_ops.bits(epsilon),
-        triton_ops.bits(0.0),
+    numbers = Numbers.of(
+        seed, step=step, keep_probability=keep_probability, epsilon=epsilon, radius=None
     )
     form = Form(
         BLOCK=BLOCK,
@@ -513,40 +553,43 @@ def perturb_weights_(
     visits = [(0, list(range(len(at)))), *((2, positions) for positions in _rounds(theta))]
     with triton_ops.on(theta[0]):
         for stage, positions in visits:
-            for (dtype, aligned), dense, kind in _kinds(positions, theta, g):
+            for kind in _kinds(positions, theta, g):
                 rows = [
-                    x
-                    for k, values in zip(kind, dense, strict=True)
-                    for x in (
-                        g[k].data_ptr(),
-                        values.data_ptr(),
-                        values.numel(),
-                        streams[at[k]],
-                        0 if together else firsts[k],
-                        len(squares) if together else counts[k],
-                        firsts[k],
+                    WeightRow(
+                        gradient=g[k].data_ptr(),
+                        weight=values.data_ptr(),
+                        size=values.numel(),
+                        stream=streams[at[k]],
+                        first=0 if together else firsts[k],
+                        parts_of_group=len(squares) if together else counts[k],
+                        number=firsts[k],
                     )
+                    for k, values in zip(kind.positions, kind.dense, strict=True)
                 ]
-                pieces = triton_ops.pieces([counts[k] for k in kind])
+                pieces = triton_ops.pieces([counts[k] for k in kind.positions])
+                table = [x for row in rows for x in row]
                 part_kernel[(len(pieces),)](
-                    triton_ops.to_device(pieces, torch.int32, device),
-                    triton_ops.to_device(rows, torch.int64, device),
-                    *[None] * 4,
-                    1,
-                    1,
-                    size,
-                    1,
-                    squares,
-                    squares,
-                    *numbers,
-                    _constexprs(
+                    items_ptr=triton_ops.to_device(pieces, torch.int32, device),
+                    table_ptr=triton_ops.to_device(table, torch.int64, device),
+                    g_ptr=None,
+                    x_ptr=None,
+                    out_ptr=None,
+                    mask_ptr=None,
+                    token=1,
+                    length=1,
+                    size=size,
+                    parts=1,
+                    squares_ptr=squares,
+                    moved_squares_ptr=squares,
+                    **numbers._asdict(),
+                    form=_constexprs(
                         form._replace(
-                            STAGE=stage, ALIGNED=aligned, STORAGE=triton_ops.DTYPES[dtype]
+                            STAGE=stage, ALIGNED=kind.aligned, STORAGE=triton_ops.DTYPES[kind.dtype]
                         )
                     ),
                     num_warps=4,
                 )
-                for k, values in zip(kind, dense, strict=True) if stage else ():
+                for k, values in zip(kind.positions, kind.dense, strict=True) if stage else ():
                     if values is not theta[k]:
                         theta[k].copy_(values)
 
@@ -555,32 +598,36 @@ def _rounds(params: list[Tensor]) -> list[list[int]]:
     """Returns positions whose tensors may be written together: one that stands there twice is
     written twice, one after the other.
     """
-    rounds: list[tuple[set[int], list[int]]] = []
+    rounds: list[dict[int, int]] = []  # position by address
     for i, theta in enumerate(params):
-        free = next((r for r in rounds if theta.data_ptr() not in r[0]), None)
+        address = theta.data_ptr()
+        free = next((positions for positions in rounds if address not in positions), None)
         if free is None:
-            free = (set(), [])
+            free = {}
             rounds.append(free)
-        free[0].add(theta.data_ptr())
-        free[1].append(i)
-    return [positions for _, positions in rounds]
+        free[address] = i
+    return [list(positions.values()) for positions in rounds]
 
 
-def _kinds(
-    some: list[int], params: list[Tensor], grads: list[Tensor]
-) -> list[tuple[tuple[torch.dtype, bool], list[Tensor], list[int]]]:
-    """Returns (dtype, whether all addresses are multiples of 16 bytes), the parameters, made
-    dense, and their positions: what one launch takes.
-    """
-    kinds: dict[tuple[torch.dtype, bool], tuple[list[Tensor], list[int]]] = {}
+class Kind(typing.NamedTuple):
+    """Holds the weights that one launch takes."""
+
+    dtype: torch.dtype
+    aligned: bool  # all addresses are multiples of 16 bytes
+    positions: list[int]
+    dense: list[Tensor]  # made so where they are not
+
+
+def _kinds(some: list[int], params: list[Tensor], grads: list[Tensor]) -> list[Kind]:
+    """Sorts weights by what they are launched with."""
+    kinds: dict[tuple[torch.dtype, bool], Kind] = {}
     for k in some:
         theta = params[k].contiguous()
-        kind = kinds.setdefault(
-            (theta.dtype, (theta.data_ptr() | grads[k].data_ptr()) % 16 == 0), ([], [])
-        )
-        kind[0].append(theta)
-        kind[1].append(k)
-    return [(key, *value) for key, value in kinds.items()]
+        aligned = (theta.data_ptr() | grads[k].data_ptr()) % 16 == 0
+        kind = kinds.setdefault((theta.dtype, aligned), Kind(theta.dtype, aligned, [], []))
+        kind.positions.append(k)
+        kind.dense.append(theta)
+    return list(kinds.values())
 
 
 def _check_alike(a: Tensor, b: Tensor, a_name: str, b_name: str) -> None:
@@ -593,11 +640,6 @@ def _check_alike(a: Tensor, b: Tensor, a_name: str, b_name: str) -> None:
             )
     if a.shape != b.shape:
         raise RuntimeError(f"{a_name} and {b_name} must have the same shape")
-
-
-def _check_written(out: Tensor) -> None:
-    if triton_ops.expanded(out):
-        raise RuntimeError("out is expanded; give a tensor whose elements have memory of their own")
 
 
 def _check_seed(seed: Tensor | None) -> None:

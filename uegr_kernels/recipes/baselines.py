@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ..batch_axis import Inputs
+from ..passes import Inputs
 from . import options
 from .recipe import PassRecipe, whole
 

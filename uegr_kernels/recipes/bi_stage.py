@@ -1,32 +1,33 @@
 """UEGR: the forward stage by BiStage, and the selective update."""
 
-import inspect
-from collections.abc import Mapping
-from typing import Any, ClassVar
+import functools
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..batch_axis import Inputs
 from ..bistage import BiStage
 from ..core import checks
+from ..passes import Inputs
+from ..selective.options import Selection
 from .lent_dropout import AdaptedDropouts
-from .selection import SelectiveUpdate, selection_of
-
-# what BiStage is built with beside a model and an embedding
-STAGE_OPTIONS = inspect.signature(BiStage).parameters.keys() - {"model", "embedding"}
+from .selection import SelectionRecipe
 
 
-class UEGR(SelectiveUpdate):
+class UEGR(SelectionRecipe):
     """Trains bi-stage: `BiStage` fills .grad, and the update goes to a random selection.
 
     See docs/methods.md, "UEGR" and "UEGR in detail".
 
     adaptive_dropout  True: until `close()` the model's nn.Dropout modules are `AdaptiveDropout` of
                       the same p; their state is in this state_dict, by name, not in the model's
-    seed              of the selection's masks; None: drawn from torch's default CPU generator
-    options           `BiStage`'s (epsilon, passes, js_weight, norm, per, dropout, passes_at_once,
-                      task, ...) and the selection's (threshold, sharpness, normalization, ...)
+    epsilon, passes, js_weight, norm, per, label_smoothing, ignore_index, task, passes_at_once,
+    dropout, input_range, batch_axis, relative  of the forward stage, as in `BiStage`
+    threshold, sharpness, normalization, direction, scope, statistics, rescale, min_probability,
+    keep_probability, target  of the selection, as in SelectiveAdamW
+    seed              of its masks; None: drawn from torch's default CPU generator
+    backend           of the operators
 
     A SelectiveAdamW or SelectiveSGD given as the optimizer selects inside its step, by its own
     options and those named here; for any other optimizer, or none, `before_step` selects .grad. 1 +
@@ -45,23 +46,74 @@ class UEGR(SelectiveUpdate):
         optimizer: torch.optim.Optimizer | None = None,
         *,
         adaptive_dropout: bool = True,
+        # the forward stage's, whose defaults are BiStage's: a test compares
+        epsilon: float = 0.1,
+        passes: int = 2,
+        js_weight: float = 0.01,
+        norm: str = "l2",
+        per: str = "sample",
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        task: str = "classification",
+        passes_at_once: int | None = None,
+        dropout: Sequence[float] | None = None,
+        input_range: tuple[float, float] | None = None,
+        batch_axis: int | None = None,
+        relative: bool = False,
+        threshold: float = Selection.threshold,
+        sharpness: float = Selection.sharpness,
+        normalization: str = Selection.normalization,
+        direction: str = Selection.direction,
+        scope: str = Selection.scope,
+        statistics: str = Selection.statistics,
+        rescale: bool = Selection.rescale,
+        min_probability: float = Selection.min_probability,
+        keep_probability: float = Selection.keep_probability,
+        target: str = Selection.target,
         seed: int | None = None,
         backend: str = "auto",
-        **options: Any,
     ) -> None:
-        checks.flag("adaptive_dropout", adaptive_dropout)
-        self.seed = None if seed is None else checks.integer("seed", seed)
-        self.backend = backend
-        self._selected, self._stage_options = selection_of(options)
+        self._adapts = checks.flag("adaptive_dropout", adaptive_dropout)
         self._adapted: AdaptedDropouts | None = None
-        super().__init__(model, embedding, optimizer)
-        if adaptive_dropout:
-            self._adapted = AdaptedDropouts(model, backend)
+        self.backend = backend
+        self._stage = functools.partial(
+            BiStage,
+            epsilon=epsilon,
+            passes=passes,
+            js_weight=js_weight,
+            norm=norm,
+            per=per,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            task=task,
+            passes_at_once=passes_at_once,
+            dropout=dropout,
+            input_range=input_range,
+            batch_axis=batch_axis,
+            relative=relative,
+            backend=backend,
+        )
+        super().__init__(
+            model,
+            embedding,
+            optimizer,
+            threshold=threshold,
+            sharpness=sharpness,
+            normalization=normalization,
+            direction=direction,
+            scope=scope,
+            statistics=statistics,
+            rescale=rescale,
+            min_probability=min_probability,
+            keep_probability=keep_probability,
+            target=target,
+            seed=seed,
+        )
 
-    @classmethod
-    def option_names(cls) -> set[str]:
-        """Returns the names of the keywords that the recipe is built with."""
-        return super().option_names() | STAGE_OPTIONS | {"adaptive_dropout", "seed"}
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self._adapts:
+            self._adapted = AdaptedDropouts(self.model, self.backend)
 
     @property
     def adaptive_dropout(self) -> dict[str, Tensor]:
@@ -91,12 +143,16 @@ class UEGR(SelectiveUpdate):
             self._adapted.close()
 
     def _make_runner(self) -> BiStage:
-        return BiStage(self.model, self.embedding, backend=self.backend, **self._stage_options)
+        return self._stage(self.model, self.embedding)
 
     def _names_kept(self) -> tuple[str, ...]:
         return self.kept if self._adapted is None else (*self.kept, "adaptive_dropout")
 
     def _backward(self, inputs: Inputs, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
-        result: dict[str, Tensor] = self._runner.backward(inputs, labels, scale=scale)._asdict()
-        del result["logits"]
-        return result
+        result = self._runner.backward(inputs, labels, scale=scale)
+        return {
+            "loss": result.loss,
+            "clean_loss": result.clean_loss,
+            "adversarial_loss": result.adversarial_loss,
+            "divergence": result.divergence,
+        }

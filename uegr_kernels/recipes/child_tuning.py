@@ -24,8 +24,10 @@ class ChildTuningF(SelectiveUpdate, Plain):
     See docs/methods.md, "Child-Tuning-F".
 
     keep_probability  p_F, in (0, 1]: g * mask(p_F)/p_F for every element of every parameter
-    rescale, target   of the selection, as in SelectiveAdamW (target="update" needs one);  seed  as
-        in `UEGR`
+    rescale           False: g * mask(p_F)
+    target            "gradient": b*g/p feeds the moments | "update": g does, and b/p multiplies the
+                      step, for which the optimizer must be a SelectiveAdamW or SelectiveSGD
+    seed              of the masks; None: drawn from torch's default CPU generator
     the common options  (`PassRecipe`)
 
     A SelectiveAdamW or SelectiveSGD given as the optimizer selects inside its step, whose

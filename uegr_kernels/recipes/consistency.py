@@ -1,18 +1,17 @@
 """R-Drop, R-AT and R-AT-SU: two passes held alike by the symmetric Kullback-Leibler divergence."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ..batch_axis import Inputs
-from ..core import checks
+from ..passes import Inputs
 from . import options
 from .attack import StepRecipe
 from .recipe import PassRecipe
-from .selection import SelectiveUpdate, selection_of
+from .selection import SelectionRecipe
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
@@ -98,7 +97,8 @@ class RAT(StepRecipe, RDrop):
     See docs/methods.md, "R-AT".
 
     epsilon, norm, per  the size of delta, as in `fgm_perturbation`
-    alpha, reduction    as in `RDrop`;  the common options  (`PassRecipe`)
+    alpha, reduction    of the divergence: its weight, and "mean" over the batch or "sum" over it;
+        the common options  (`PassRecipe`)
 
     L = CE(F(e)) + (CE(z1) + CE(z2))/2 + alpha * (KL(P1||P2) + KL(P2||P1))/2, z_k = F(e + delta; w,
     u_k). 3 forwards and backwards. Losses: loss, clean_loss, adversarial_loss, divergence.
@@ -114,28 +114,20 @@ class RAT(StepRecipe, RDrop):
         return losses | {"loss": clean + losses["loss"], "clean_loss": clean}
 
 
-class RATSU(SelectiveUpdate, RAT):
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
+class RATSU(SelectionRecipe, RAT):
     """Trains with R-AT's loss and UEGR's selective update.
 
     See docs/methods.md, "R-AT-SU".
 
-    seed, and the selection's options  as in `UEGR`;  the rest  as in `RAT`
+    threshold, sharpness, normalization, direction, scope, statistics, rescale, min_probability,
+    keep_probability, target  of the selection, as in SelectiveAdamW;  seed  of its masks
+    epsilon, norm, per  the size of delta, as in `fgm_perturbation`
+    alpha, reduction    of the divergence: its weight, and "mean" over the batch or "sum" over it;
+        the common options  (`PassRecipe`)
+
+    L = CE(F(e)) + (CE(z1) + CE(z2))/2 + alpha * (KL(P1||P2) + KL(P2||P1))/2, as in R-AT. A
+    SelectiveAdamW or SelectiveSGD given as the optimizer selects inside its step, by its own
+    options and those named here; for any other optimizer, or none, `before_step` selects .grad. 3
+    forwards and backwards. Losses: loss, clean_loss, adversarial_loss, divergence.
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        embedding: nn.Module | None,
-        optimizer: torch.optim.Optimizer | None = None,
-        *,
-        seed: int | None = None,
-        **options: Any,
-    ) -> None:
-        self.seed = None if seed is None else checks.integer("seed", seed)
-        self._selected, others = selection_of(options)
-        super().__init__(model, embedding, optimizer, **others)
-
-    @classmethod
-    def option_names(cls) -> set[str]:
-        """Returns the names of the keywords that the recipe is built with."""
-        return super().option_names() | {"seed"}

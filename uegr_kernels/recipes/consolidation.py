@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..batch_axis import Inputs
+from ..passes import Inputs
 from . import options
 from .baselines import Plain
 from .recipe import named_parameters, whole, write

@@ -7,8 +7,7 @@ from typing import ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..batch_axis import Inputs
-from ..passes import synchronisers, synchronises
+from ..passes import Inputs, synchronisers, synchronises
 from ..perturbation import NORMS
 from . import options
 from .attack import Start, climb, uniform_cube_start

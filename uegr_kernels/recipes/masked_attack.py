@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..batch_axis import Inputs
+from ..passes import Inputs
 from ..perturbation import perturbed_weights
 from . import options
 from .attack import StepRecipe

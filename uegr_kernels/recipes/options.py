@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from ..core import checks
 
+KEYWORD = inspect.Parameter.KEYWORD_ONLY
 T = TypeVar("T")
 Number = TypeVar("Number", bound=float | None)
 Integer = TypeVar("Integer", bound=int | None)
@@ -84,8 +85,9 @@ def check_values(recipe: Declares) -> None:
 
 
 def names_of(recipe: type[Declares]) -> set[str]:
-    """Returns the names of the options that a recipe's class declares."""
-    return {field.name for field in dataclasses.fields(recipe) if field.init and field.kw_only}
+    """Returns the names of the options that a recipe's class declares: its keywords."""
+    parameters = inspect.signature(recipe.__init__).parameters
+    return {name for name, parameter in parameters.items() if parameter.kind is KEYWORD}
 
 
 class Signature:

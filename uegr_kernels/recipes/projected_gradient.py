@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..batch_axis import Inputs
+from ..passes import Inputs
 from ..perturbation import ASCENT_NORMS, PERS
 from . import options
 from .attack import AttackRecipe, Start, tiny_noise_start, uniform_ball_start
@@ -72,11 +72,13 @@ class AdvEmbed(PGD):
 
     See docs/methods.md, "AdvEmbed".
 
-    epsilon, norm, per  0.1, and g divided by its largest |element| of each token; or as in `PGD`
+    epsilon, norm, per  the ball, as in `pgd_step`: g divided by its largest |element| of each token
     steps, step_size    1, of epsilon
     start               delta starts as U(0, 1) * start, in a pass of its own; 0: at the clean
         pass's gradient, which makes it `AT`'s cost
-    the rest            as in `PGD`
+    clean_weight        of the clean loss;  same_draw  every pass with the same dropout masks
+    the common options  (`PassRecipe`); `start` decides what random_start and first_step_from_clean
+        do in PGD
 
     3 forwards, 2 backwards and 1 that stops at the embedding. Losses: loss, clean_loss,
     adversarial_loss.

@@ -12,9 +12,10 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..batch_axis import Batch, Inputs
 from ..divergence import LossParts, check_loss_options, uegr_loss
 from ..passes import (
+    InputBatch,
+    Inputs,
     Pass,
     Runner,
     buffers_held,
@@ -63,9 +64,10 @@ class Recipe:
     model: nn.Module
     embedding: nn.Module | None
     optimizer: torch.optim.Optimizer | None = None
+    _given: frozenset[str] = dataclasses.field(init=False)  # names of the keywords it was built by
     _runner: Hooked = dataclasses.field(init=False)
     # what the passes are over, while one is
-    _taken: Batch | None = dataclasses.field(init=False, default=None)
+    _taken: InputBatch | None = dataclasses.field(init=False, default=None)
 
     __signature__ = options.Signature()
 
@@ -77,7 +79,9 @@ class Recipe:
                 f"{cls.__name__} has no option {min(unknown)!r}; its options "
                 f"are {', '.join(sorted(known))}"
             )
-        return super().__new__(cls)
+        recipe = super().__new__(cls)
+        recipe._given = frozenset(given)
+        return recipe
 
     def __post_init__(self) -> None:
         options.check_values(self)
@@ -121,14 +125,19 @@ class Recipe:
         """
         self._check(scale, inputs, labels)
         without = [p for p in self.model.parameters() if p.grad is None]
-        try:
-            return self._backward(inputs, labels, scale)
-        except BaseException:
+
+        def forget_gradients() -> None:
             for p in without:
                 p.grad = None
-            raise
+
+        try:
+            with contextlib.ExitStack() as on_error:
+                on_error.callback(forget_gradients)
+                losses = self._backward(inputs, labels, scale)
+                on_error.pop_all()
         finally:
             self._taken = None
+        return losses
 
     def before_step(self) -> None:
         """Does to the gradients or weights what the method wants ahead of the optimizer's step,
@@ -244,7 +253,7 @@ class PassRecipe(Recipe):
         self._taken = self._runner.take(inputs, labels)
 
     @property
-    def _batch(self) -> Batch:
+    def _batch(self) -> InputBatch:
         if self._taken is None:
             raise RuntimeError("no batch is taken: passes run inside of backward()")
         return self._taken

@@ -15,9 +15,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.conv import _ConvNd as Convolution
 
-from ..batch_axis import Inputs
 from ..divergence import LossParts
-from ..passes import Pass, ranks_of, synchronisers, synchronises
+from ..passes import Inputs, Pass, ranks_of, synchronisers, synchronises
 from ..perturbation import ASCENT_NORMS
 from . import options
 from .attack import AttackRecipe, Start, uniform_ball_start
@@ -59,9 +58,9 @@ class ARAT(AttackRecipe):
     clean_weight, adversarial_weight   w and w'; None: 1 - acc and acc, of the clean branch in eval
                        mode on the epoch's last `balance_rows` rows, from the end of the first
                        epoch; before that, and for regression, 0.5
-    epsilon, steps, step_size, norm, per, same_draw   of the attack, as in `PGD`;  random_start
-        uniform in the ball
-    the common options  (`PassRecipe`)
+    epsilon, steps, step_size, norm, per   of the attack, as in `pgd_step`; its step_size: epsilon/4
+    random_start       uniform in the ball;  same_draw  every pass with the same dropout masks;  the
+        common options  (`PassRecipe`)
 
     h and the clean branch have parameters of their own, `parameters()`; until `close()` they are in
     the last group of an optimizer given here, so build the recipe before a checkpoint of the

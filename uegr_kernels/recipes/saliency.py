@@ -2,6 +2,7 @@
 Child-Tuning-D and RoAST.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
@@ -9,8 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..batch_axis import Inputs
-from ..passes import synchronisers
+from ..passes import Inputs, synchronisers
 from .recipe import PassRecipe, check_whole, named_parameters, summed_over_ranks
 
 
@@ -48,17 +48,17 @@ class SaliencyRecipe(PassRecipe):
         The model's mode is the caller's; .grad and buffers stay as they are. Without it the first
         epoch is trained whole, and its gradients make the masks.
         """
-        before, self.squares, self.batches = (self.squares, self.batches), [], 0
         try:
-            for inputs, labels in batches:
-                self._check(1.0, inputs, labels)
-                _, gradients = self._weight_gradients(labels, 1.0, self._masked, ascent=True)
-                self._gather(gradients)
-            if not self.squares:
-                raise ValueError("batches holds none; give pairs (inputs, labels)")
-        except BaseException:
-            self.squares, self.batches = before
-            raise
+            with contextlib.ExitStack() as on_error:
+                on_error.callback(self._take_squares, self.squares, self.batches)
+                self._take_squares([], 0)
+                for inputs, labels in batches:
+                    self._check(1.0, inputs, labels)
+                    _, gradients = self._weight_gradients(labels, 1.0, self._masked, ascent=True)
+                    self._gather(gradients)
+                if not self.squares:
+                    raise ValueError("batches holds none; give pairs (inputs, labels)")
+                on_error.pop_all()
         finally:
             self._taken = None
         if synchronisers(self.model):
@@ -98,7 +98,10 @@ class SaliencyRecipe(PassRecipe):
     def _settle(self) -> None:
         """Makes new masks of `squares`, which then are gathered anew."""
         self.masks = self._mask(self.squares)
-        self.squares, self.batches = [], 0
+        self._take_squares([], 0)
+
+    def _take_squares(self, squares: list[Tensor], batches: int) -> None:
+        self.squares, self.batches = squares, batches
 
     def _mask(self, saliency: list[Tensor]) -> list[Tensor]:
         raise NotImplementedError

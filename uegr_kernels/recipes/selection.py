@@ -3,27 +3,18 @@
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar, TypedDict, TypeVar
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from ..selective import SelectiveAdamW, SelectiveSGD, select_gradients_
+from ..selective.options import FIELDS, WITH_STATE, Selection, agreed_seed
 from ..selective.options import TARGETS as TARGETS
-from ..selective.options import Selection as Options
+from . import options
 from .recipe import Recipe, check_whole
 
-DEFAULTS = dataclasses.asdict(Options())
-OPTIONS = frozenset(DEFAULTS)
-T = TypeVar("T")
-WITH_STATE = ("statistics", "target")  # mean something to an optimizer only
-
-
-def selection_of(options: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
-    """Returns the selection's options among those given, and the others."""
-    chosen = {name: value for name, value in options.items() if name in OPTIONS}
-    return chosen, {name: value for name, value in options.items() if name not in OPTIONS}
+DEFAULTS = dataclasses.asdict(Selection())
 
 
 class MaskState(TypedDict):
@@ -43,16 +34,10 @@ class SelectiveUpdate(Recipe):
 
     seed: int | None
     backend: str
-    _selected: dict[str, object]  # the selection's options that were given
-
-    @classmethod
-    def option_names(cls) -> set[str]:
-        """Returns the names of the keywords that the recipe is built with."""
-        return super().option_names() | (set() if cls.sets_selection else OPTIONS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._selection = Selection(
+        self._selection = GradientSelection(
             self.model, self.optimizer, self._selection_options(), self.seed, self.backend
         )
 
@@ -74,10 +59,37 @@ class SelectiveUpdate(Recipe):
         check_selection(self.optimizer, self._selection_options())
 
     def _selection_options(self) -> dict[str, object]:
-        return self._selected
+        """Returns the selection's options that the recipe sets, by name."""
+        raise NotImplementedError
 
 
-class Selection:
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
+class SelectionRecipe(SelectiveUpdate):
+    """Trains with an update of elements that the selection's options choose; those that a
+    SelectiveAdamW or SelectiveSGD has hold where the recipe is not given them.
+
+    threshold, sharpness, normalization, direction, scope, statistics, rescale, min_probability,
+    keep_probability, target  as in SelectiveAdamW
+    seed  of the masks; None: drawn from torch's default CPU generator
+    """
+
+    threshold: float = Selection.threshold
+    sharpness: float = Selection.sharpness
+    normalization: str = Selection.normalization
+    direction: str = Selection.direction
+    scope: str = Selection.scope
+    statistics: str = Selection.statistics
+    rescale: bool = Selection.rescale
+    min_probability: float = Selection.min_probability
+    keep_probability: float = Selection.keep_probability
+    target: str = Selection.target
+    seed: int | None = options.integer(None)
+
+    def _selection_options(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in FIELDS if name in self._given}
+
+
+class GradientSelection:
     """Selects the gradients of one optimizer's parameters, in its order, once a step.
 
     options  of the selection, by name, as `check_selection` lets them pass;  seed  as in
@@ -99,10 +111,8 @@ class Selection:
         self.drawn = False  # here, and not agreed on with the other ranks yet
         self.state = MaskState(seed=seed, step=0)
         self._bind(optimizer)
-        certain = (
-            options.get("normalization") == "constant" and options.get("keep_probability", 1.0) == 1
-        )
-        if seed is None and _selecting(optimizer) is None and not certain:
+        random = Selection.of_group(DEFAULTS | options).random
+        if seed is None and _selecting(optimizer) is None and random:
             self.state["seed"], self.drawn = int(torch.randint(-(2**63), 2**63 - 1, ())), True
 
     def before_step(self, optimizer: torch.optim.Optimizer | None) -> None:
@@ -114,7 +124,7 @@ class Selection:
             return
         seed = self.state["seed"]
         if self.drawn and seed is not None:
-            seed = self.state["seed"] = agreed(seed)
+            seed = self.state["seed"] = agreed_seed(seed)
             self.drawn = False
         params = self._params()
         check_whole(
@@ -153,26 +163,18 @@ def check_selection(optimizer: torch.optim.Optimizer | None, options: dict[str, 
     """Raises TypeError or ValueError for an option that the update by this optimizer, or by any
     other ahead of whose step .grad is selected, cannot have.
     """
-    chosen, own = Options.of_group(DEFAULTS | options), _selecting(optimizer)
+    chosen, own = Selection.of_group(DEFAULTS | options), _selecting(optimizer)
     if own is not None:
         for group in own.param_groups:
-            Options.of_group(group | options)
+            Selection.of_group(group | options)
         return
     for name in WITH_STATE:
-        value, only = getattr(chosen, name), getattr(Options, name)
+        value, only = getattr(chosen, name), getattr(Selection, name)
         if value != only:
             raise ValueError(
                 f"{name}={value!r} needs an optimizer's state; use {name}={only!r}, or "
                 "SelectiveAdamW or SelectiveSGD"
             )
-
-
-def agreed(seed: int) -> int:
-    """Returns rank 0's drawn seed, on every rank."""
-    seeds = [seed]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(seeds, src=0)
-    return seeds[0]
 
 
 def _selecting(optimizer: torch.optim.Optimizer | None) -> SelectiveAdamW | SelectiveSGD | None:

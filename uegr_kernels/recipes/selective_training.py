@@ -8,14 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..batch_axis import Inputs
+from ..passes import Inputs
 from ..selective import select_gradients_
+from ..selective.options import agreed_seed
 from . import options
 from .attack import climb, tiny_noise_start
 from .consistency import symmetric_divergence
 from .recipe import recomputed
 from .saliency import SaliencyRecipe
-from .selection import agreed
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
@@ -120,7 +120,7 @@ class RoAST(SaliencyRecipe):
         the epoch.
         """
         if self._drawn and self.seed is not None:
-            self.seed, self._drawn = agreed(self.seed), False
+            self.seed, self._drawn = agreed_seed(self.seed), False
         holders = [torch.empty_like(s) for s in saliency]
         for holder in holders:
             holder.grad = torch.ones_like(holder)

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..batch_axis import Inputs
+from ..passes import Inputs
 from ..perturbation import NORMS
 from . import options
 from .attack import StepRecipe

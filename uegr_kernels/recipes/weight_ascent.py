@@ -8,8 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..batch_axis import Inputs
-from ..passes import buffers_held, synchronises
+from ..passes import Inputs, buffers_held, synchronises
 from ..perturbation import perturbed_weights
 from . import options
 from .attack import AttackRecipe
@@ -85,8 +84,9 @@ class AWP(AttackRecipe):
         "weight" in the name
     warmup_epochs  so many epochs without it, counted by `epoch_end`
     steps          K of a PGD attack on the input that training is at; 0: the clean input
-    epsilon, step_size, norm, per, same_draw   of that attack, as in `PGD`;  the common options
-        (`PassRecipe`)
+    epsilon, step_size, norm, per   of that attack, as in `pgd_step`; step_size None:
+        2.5 * epsilon / steps
+    same_draw      every pass with the same dropout masks;  the common options  (`PassRecipe`)
 
     v = gamma * ||w||/||g|| * g, L = CE(F(x_adv; w + v)). `backward` restores w bit for bit;
     `before_step` goes to w + v again, where the optimizer steps (and decays), and `after_step` puts
@@ -164,21 +164,17 @@ class AWP(AttackRecipe):
 
     def _perturbed(self) -> contextlib.ExitStack:
         """Moves the weights to w + v until it is closed; each tensor has an epsilon of its own."""
-        stack = contextlib.ExitStack()
         if not self._gradients:
-            return stack
-        try:
+            return contextlib.ExitStack()
+        with contextlib.ExitStack() as moves:  # those that were made are undone on an error
             for weight, gradient, length in zip(
                 self._weights, self._gradients, _lengths(self._weights), strict=True
             ):
                 moved = perturbed_weights(
                     [weight], self.gamma * length, gradients=[gradient], backend=self.backend
                 )
-                stack.enter_context(moved)
-        except BaseException:
-            stack.close()
-            raise
-        return stack
+                moves.enter_context(moved)
+            return moves.pop_all()
 
 
 def _lengths(tensors: Sequence[Tensor]) -> list[float]:

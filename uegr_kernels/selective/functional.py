@@ -37,10 +37,16 @@ def select_gradients_(
         below 2^24
     saliency  a tensor s >= 0 for every parameter, of its shape, in the place of g*g (an accumulated
         Fisher estimate); None: g*g
-    The selection options are SelectiveAdamW's, but for `statistics` and `target`, which need an
-    optimizer's state. normalization="rank" is exact on the reference; native backends rank by bins
-    of |g|'s upper 16 bits, and by samples above 2^20 elements (help(SelectiveAdamW)). Raises,
-    before anything has changed: ValueError for a bad option, shape or overlapping gradient,
+    threshold, sharpness  where p is 1/2, in units of s~, and how steep p is there (>= 0)
+    normalization  "minmax" | "range" (Eq. 8 to the letter) | "rank" (share of smaller s; native
+        backends: by bins of |g|'s upper 16 bits, and by samples above 2^20 elements) | "constant"
+    direction  "printed": p falls with saliency, as Eq. 9 is printed | "salient": p rises
+    scope  "tensor" | "global": statistics over one tensor, or over all of the call
+    rescale  divide by p;  min_probability  floor of p, at least 2^-24;  keep_probability  p of
+        "constant", in (0, 1]
+    backend  "auto" | "reference" | "cpp" | "cuda" | "triton"
+
+    Raises, before anything has changed: ValueError for a bad option, shape or overlapping gradient,
     TypeError for a dtype, RuntimeError for a sparse gradient. Equivalent to
     `selective.reference.select_gradients_`.
     """
@@ -73,11 +79,7 @@ def select_gradients_(
                 f"saliency[{stream}] is None; give a tensor for every parameter that has a gradient"
             )
         _check_gradient("select_gradients_", f"params[{stream}].grad", p.grad, s)
-        if memory.expanded(p.grad):
-            raise ValueError(
-                f"params[{stream}].grad is expanded: its elements share memory and cannot be "
-                "written; call .clone() on it first"
-            )
+        memory.refuse_expanded(f"params[{stream}].grad", p.grad, ValueError)
         key = p.grad.device, p.grad.dtype
         if key not in parts:
             parts[key] = op.Part.empty(op.select_gradients_.choose(backend, *key))
@@ -121,13 +123,17 @@ def selection_probability(
 
     grad  any shape; float32, bfloat16, float16, float64;  saliency  s >= 0 of the same shape in the
         place of g*g
-    The selection options are SelectiveAdamW's, but for `statistics` and `target`, which need an
-    optimizer's state, and `scope`, which needs several tensors.
-    normalization="rank" is exact on the reference; native backends rank by bins of |g|'s upper 16
-    bits, and by samples above 2^20 elements (help(SelectiveAdamW)). Returns p in [2^-24, 1], of
-    grad's shape, float32 (float64 for float64); 1 where grad is not finite. Raises ValueError,
-    TypeError, RuntimeError as select_gradients_. Equivalent to
-    `selective.reference.selection_probability_`.
+    threshold, sharpness  where p is 1/2, in units of s~, and how steep p is there (>= 0)
+    normalization  "minmax" | "range" (Eq. 8 to the letter) | "rank" (share of smaller s; native
+        backends: by bins of |g|'s upper 16 bits, and by samples above 2^20 elements) | "constant"
+    direction  "printed": p falls with saliency, as Eq. 9 is printed | "salient": p rises
+    min_probability  floor of p, at least 2^-24;  keep_probability  p of "constant", in (0, 1]
+    rescale  of the gradient, not of p: no effect here
+    backend  "auto" | "reference" | "cpp" | "cuda" | "triton"
+
+    Returns p in [2^-24, 1], of grad's shape, float32 (float64 for float64); 1 where grad is not
+    finite. Raises ValueError for a bad option or shape, TypeError for a dtype, RuntimeError for a
+    sparse gradient. Equivalent to `selective.reference.selection_probability_`.
     """
     selection = Selection(
         threshold=threshold,
@@ -172,11 +178,16 @@ def selection_mask(
         place of g*g
     seed  any integer, modulo 2^64;  step  from 1, below 2^24;  stream  the parameter's number, in
         [0, 2^32)
-    The selection options are SelectiveAdamW's, but for `statistics` and `target`, which need an
-    optimizer's state, and `scope`, which needs several tensors.
-    normalization="rank" is exact on the reference; native backends rank by bins of |g|'s upper 16
-    bits, and by samples above 2^20 elements (help(SelectiveAdamW)). Returns a bool tensor of grad's
-    shape. Raises ValueError, TypeError, RuntimeError as select_gradients_. Equivalent to
+    threshold, sharpness  where p is 1/2, in units of s~, and how steep p is there (>= 0)
+    normalization  "minmax" | "range" (Eq. 8 to the letter) | "rank" (share of smaller s; native
+        backends: by bins of |g|'s upper 16 bits, and by samples above 2^20 elements) | "constant"
+    direction  "printed": p falls with saliency, as Eq. 9 is printed | "salient": p rises
+    min_probability  floor of p, at least 2^-24;  keep_probability  p of "constant", in (0, 1]
+    rescale  of the gradient, not of the mask: no effect here
+    backend  "auto" | "reference" | "cpp" | "cuda" | "triton"
+
+    Returns a bool tensor of grad's shape. Raises ValueError for a bad option or shape, TypeError
+    for a dtype, RuntimeError for a sparse gradient. Equivalent to
     `selective.reference.selection_mask_`.
     """
     selection = Selection(

@@ -86,20 +86,20 @@ class SteppingOperator(SelectingOperator[P, object]):
         self, schema: str, reference: Callable[P, None], own: type[AdamWOptions] | type[SGDOptions]
     ) -> None:
         self.own = own
-        super().__init__(__package__, schema, reference, fake=writes_only, words={}, no_vmap=None)
-
-    def kernel(self, backend: str) -> Callable[P, object]:
-        found: Callable[..., object] = super().kernel(backend)
-        if backend != "triton":
-            return found
-
-        def run(*tensors: P.args, **options: P.kwargs) -> object:
-            return found(*tensors, **_spelt(options))
-
-        return run
+        super().__init__(
+            __package__,
+            schema,
+            reference,
+            load_triton=_load_triton,
+            fake=writes_only,
+            words={},
+            no_vmap=None,
+        )
 
     def in_numbers(self, options: Mapping[str, Any]) -> dict[str, object]:
-        numbers: dict[str, object] = _spelt(options) | options["common"].selection.numbers()
+        # the schema's keywords are the names of the fields
+        common, own = options["common"], options["own"]
+        numbers = {**vars(common), **vars(own), **common.selection.numbers()}
         del numbers["selection"], numbers["plan"]
         return numbers
 
@@ -129,10 +129,6 @@ class SteppingOperator(SelectingOperator[P, object]):
         return super().by_schema(function, params, grads, *moments, *scalars, **options)
 
 
-def _spelt(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {**vars(options["common"]), **vars(options["own"])}
-
-
 def _apart(states: list[Tensor], like: list[Tensor]) -> list[Tensor]:
     """Returns a list of states as a tensor by parameter, of the shapes of `like`."""
     if len(states) != 1 or len(like) == 1:
@@ -152,6 +148,18 @@ def valueless(tensors: object) -> bool:
     """
     first = tensors[0] if isinstance(tensors, list) and tensors else tensors
     return isinstance(first, FakeTensor) or (isinstance(first, Tensor) and first.is_meta)
+
+
+def _load_triton() -> None:
+    """Gives the operators their Triton functions."""
+    from . import triton
+
+    selective_adamw_.triton = triton.selective_adamw_
+    selective_sgd_.triton = triton.selective_sgd_
+    select_gradients_.triton = triton.select_gradients_
+    selective_statistics_.triton = triton.selective_statistics_
+    selection_probability_.triton = triton.selection_probability_
+    selection_mask_.triton = triton.selection_mask_
 
 
 selective_adamw_ = SteppingOperator(
@@ -175,6 +183,7 @@ select_gradients_ = SelectingOperator(
     "select_gradients_(Tensor(a!)[] grads, Tensor[] saliencies, *, Tensor? scope_statistics, "
     f"int[] layout, int step, int seed, {OPTIONS}) -> ()",
     reference.select_gradients_,
+    load_triton=_load_triton,
     fake=writes_only,
     words={},
     no_vmap=None,
@@ -187,6 +196,7 @@ selective_statistics_ = SelectiveOperator(
     "Tensor[] saliency_maxs, *, int[] layout, int[] sizes, int normalization, Tensor? grad_scale, "
     "Tensor(a!) out) -> ()",
     reference.selective_statistics_,
+    load_triton=_load_triton,
     fake=writes_only,
     words={"normalization": NORMALIZATIONS},
     no_vmap=None,
@@ -195,6 +205,7 @@ selection_probability_ = SelectingOperator(
     __package__,
     f"selection_probability_(Tensor grad, Tensor? saliency, *, Tensor(a!) out, {OPTIONS}) -> ()",
     reference.selection_probability_,
+    load_triton=_load_triton,
     fake=writes_only,
     words={},
     no_vmap=None,
@@ -204,6 +215,7 @@ selection_mask_ = SelectingOperator(
     "selection_mask_(Tensor grad, Tensor? saliency, *, Tensor(a!) out, int[] layout, int step, "
     f"int seed, {OPTIONS}) -> ()",
     reference.selection_mask_,
+    load_triton=_load_triton,
     fake=writes_only,
     words={},
     no_vmap=None,

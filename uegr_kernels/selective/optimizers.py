@@ -15,7 +15,7 @@ from ..core import checks, memory, shards
 from . import op
 from .batch import Batch, Group, Scopes
 from .cached_step import CachedStep
-from .options import FIELDS, AdamWOptions, Selection, SGDOptions, StepOptions
+from .options import FIELDS, AdamWOptions, Selection, SGDOptions, StepOptions, agreed_seed
 from .state import Packed, check_batch, check_parameter, complete, placed, restore, without_none
 
 FORMAT = 1  # of the state's layout; a key of every group
@@ -43,8 +43,49 @@ class SelectiveOptimizer(Optimizer):
     _scopes: Scopes
 
     def __init__(
-        self, params: ParamsT, defaults: Mapping[str, object], *, seed: int | None, backend: str
+        self,
+        params: ParamsT,
+        own: Mapping[str, object],  # options that the two have not alike
+        *,
+        threshold: float,
+        sharpness: float,
+        normalization: str,
+        direction: str,
+        scope: str,
+        statistics: str,
+        rescale: bool,
+        min_probability: float,
+        keep_probability: float,
+        target: str,
+        maximize: bool,
+        foreach: bool | None,
+        capturable: bool,
+        differentiable: bool,
+        fused: bool | None,
+        state_dtype: torch.dtype | None,
+        seed: int | None,
+        backend: str,
     ):
+        defaults: dict[str, object] = {
+            **own,
+            "threshold": threshold,
+            "sharpness": sharpness,
+            "normalization": normalization,
+            "direction": direction,
+            "scope": scope,
+            "statistics": statistics,
+            "rescale": rescale,
+            "min_probability": min_probability,
+            "keep_probability": keep_probability,
+            "target": target,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "state_dtype": state_dtype,
+            **self.fixed,
+        }
         checks.backend(backend)
         if seed is not None:
             seed = checks.signed_seed(seed) % 2**64
@@ -53,7 +94,7 @@ class SelectiveOptimizer(Optimizer):
         self._drawn_seed: int | None = None  # drawn here and not agreed on with the other ranks yet
         self._check(defaults)
         super().__init__(params, {**defaults, "seed": seed, "format": FORMAT})
-        if defaults["fused"]:
+        if fused:
             self._step_supports_amp_scaling = True
 
     def _forget(self) -> None:
@@ -140,16 +181,11 @@ class SelectiveOptimizer(Optimizer):
     def _agree_on_seed(self) -> None:
         """Makes rank 0's drawn seed everyone's, once; a given or loaded one is not sent."""
         drawn, self._drawn_seed = self._drawn_seed, None
-        if (
-            drawn is not None
-            and torch.distributed.is_available()
-            and torch.distributed.is_initialized()
-        ):
-            agreed = [drawn]
-            torch.distributed.broadcast_object_list(agreed, src=0)
-            self.defaults["seed"] = agreed[0]
-            for group in self.param_groups:
-                group["seed"] = agreed[0] if group["seed"] == drawn else group["seed"]
+        if drawn is None:
+            return
+        seed = self.defaults["seed"] = agreed_seed(drawn)
+        for group in self.param_groups:
+            group["seed"] = seed if group["seed"] == drawn else group["seed"]
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -309,12 +345,7 @@ class SelectiveOptimizer(Optimizer):
             return found
         streams = [stream for batch in batches for stream in batch.layout[::4]]
         for stream, p in zip(streams, parts, strict=True):
-            if memory.overlaps_itself(p):
-                how = "is expanded" if memory.expanded(p) else "overlaps itself"
-                raise ValueError(
-                    f"parameter {stream} {how}: its elements share memory and cannot "
-                    "be written; call .clone() on it first"
-                )
+            memory.refuse_overlap(f"parameter {stream}", p)
         pair = memory.shared(parts)
         if pair:
             first, second = sorted(streams[i] for i in pair)
@@ -535,30 +566,35 @@ class SelectiveAdamW(SelectiveOptimizer):
         seed: int | None = None,
         backend: str = "auto",
     ):
-        defaults = {
+        own = {
             "lr": lr,
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
-            "threshold": threshold,
-            "sharpness": sharpness,
-            "normalization": normalization,
-            "direction": direction,
-            "scope": scope,
-            "statistics": statistics,
-            "rescale": rescale,
-            "min_probability": min_probability,
-            "keep_probability": keep_probability,
-            "target": target,
-            "maximize": maximize,
-            "foreach": foreach,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-            "state_dtype": state_dtype,
         }
-        super().__init__(params, defaults | self.fixed, seed=seed, backend=backend)
+        super().__init__(
+            params,
+            own,
+            threshold=threshold,
+            sharpness=sharpness,
+            normalization=normalization,
+            direction=direction,
+            scope=scope,
+            statistics=statistics,
+            rescale=rescale,
+            min_probability=min_probability,
+            keep_probability=keep_probability,
+            target=target,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            state_dtype=state_dtype,
+            seed=seed,
+            backend=backend,
+        )
 
     def _check(self, group: Mapping[str, Any]) -> None:
         super()._check(group)
@@ -633,14 +669,26 @@ class SelectiveAdamW(SelectiveOptimizer):
 class SelectiveSGD(SelectiveOptimizer):
     """Runs SGD on a random selection of the elements (UEGR, Eq. 7-9 and Algorithm 1 to the letter).
 
-    lr, momentum, dampening, weight_decay, nesterov  as in torch.optim.SGD; the keyword part as in
-        SelectiveAdamW
+    s = g*g, s~ = normalise(s), p = 1/(1 + exp(2*sharpness*(s~ - threshold))), b ~ Bernoulli(p),
+    theta = SGD(theta, b*g/p), in float32 (float64 for float64).
 
-    s and b act on the raw gradient; weight_decay*theta is added to b*g/p (target "gradient") or to
-    g ("update"), then momentum. The state keeps `step` beside `momentum_buffer`: the masks are
-    numbered by it. Raises ValueError, TypeError, RuntimeError for bad options, at
-    construction. Equivalent to `selective.reference.selective_sgd_` and, with
-    normalization="constant", to torch.optim.SGD.
+    lr, momentum, dampening, weight_decay, nesterov, maximize, capturable, differentiable  as in
+        torch.optim.SGD; weight_decay*theta is added to b*g/p, or, with target="update", to g
+    threshold, sharpness  where p is 1/2, in units of s~, and how steep p is there (>= 0)
+    normalization  "minmax" | "range" | "rank" (native: by bins) | "constant": keep_probability
+    direction  "printed": p falls with saliency | "salient": p rises
+    scope  "tensor" | "global": statistics over one tensor, or over all of the groups that say so
+    statistics  "current" | "previous": of this step's gradient, or of the one before
+    rescale  divide by p;  min_probability  floor of p, at least 2^-24;  keep_probability  in (0, 1]
+    target  "gradient": b*g/p feeds the momentum | "update": g does; b/p multiplies SGD's step
+    state_dtype  None, or torch.bfloat16: the momentum rounded stochastically
+    seed  integer, modulo 2^64; None: from torch's CPU generator (pass one if only some ranks step)
+    fused  True: GradScaler's scale and found_inf are handled inside;  foreach  has no effect
+    backend  "auto" | "reference" | "cpp" | "cuda" | "triton"
+
+    The state keeps `step`, which numbers the masks. Raises ValueError, TypeError, RuntimeError for
+    bad options, when built. Equivalent to `selective.reference.selective_sgd_` and, with
+    "constant", to torch.optim.SGD.
     """
 
     operator = op.selective_sgd_
@@ -675,30 +723,35 @@ class SelectiveSGD(SelectiveOptimizer):
         seed: int | None = None,
         backend: str = "auto",
     ):
-        defaults = {
+        own = {
             "lr": lr,
             "momentum": momentum,
             "dampening": dampening,
             "weight_decay": weight_decay,
             "nesterov": nesterov,
-            "threshold": threshold,
-            "sharpness": sharpness,
-            "normalization": normalization,
-            "direction": direction,
-            "scope": scope,
-            "statistics": statistics,
-            "rescale": rescale,
-            "min_probability": min_probability,
-            "keep_probability": keep_probability,
-            "target": target,
-            "maximize": maximize,
-            "foreach": foreach,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-            "state_dtype": state_dtype,
         }
-        super().__init__(params, defaults, seed=seed, backend=backend)
+        super().__init__(
+            params,
+            own,
+            threshold=threshold,
+            sharpness=sharpness,
+            normalization=normalization,
+            direction=direction,
+            scope=scope,
+            statistics=statistics,
+            rescale=rescale,
+            min_probability=min_probability,
+            keep_probability=keep_probability,
+            target=target,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            state_dtype=state_dtype,
+            seed=seed,
+            backend=backend,
+        )
 
     def _check(self, group: Mapping[str, Any]) -> None:
         super()._check(group)

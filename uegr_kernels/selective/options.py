@@ -1,4 +1,6 @@
-"""The ten selection options (docs/spec.md, 1): their defaults, checks and numbers, once."""
+"""The ten selection options (docs/spec.md, 1): their defaults, checks and numbers, once; and the
+seed that ranks agree on.
+"""
 
 import dataclasses
 import functools
@@ -6,6 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypedDict
 
+import torch
 from torch import Tensor
 
 from ..core import checks
@@ -17,6 +20,7 @@ DIRECTIONS = ("printed", "salient")
 SCOPES = ("tensor", "global")
 STATISTICS = ("current", "previous")
 TARGETS = ("gradient", "update")
+WITH_STATE = ("statistics", "target")  # options that mean something to an optimizer only
 
 
 class SelectionNumbers(TypedDict):
@@ -72,16 +76,11 @@ class Selection:
 
     def __post_init__(self) -> None:
         for name, choices in self.CHOICES.items():
-            value = getattr(self, name)
-            if not isinstance(value, str) or value not in choices:
-                raise ValueError(
-                    f"{name}={value!r} is not one of its values; use "
-                    f"{' or '.join(map(repr, choices))}"
-                )
+            checks.choice(name, getattr(self, name), choices)
         for name, (low, high) in self.RANGES.items():
-            object.__setattr__(self, name, checks.number(name, getattr(self, name), low, high))
-        if self.keep_probability == 0:
-            raise ValueError("keep_probability=0.0 is out of range; give a number in (0, 1]")
+            without = 0.0 if name == "keep_probability" else None
+            value = checks.number(name, getattr(self, name), low, high, without=without)
+            object.__setattr__(self, name, value)
         object.__setattr__(self, "rescale", checks.flag("rescale", self.rescale))
         if self.statistics == "previous" and self.normalization in ("rank", "constant"):
             raise ValueError(
@@ -149,6 +148,14 @@ class Selection:
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Selection))
 _remembered = functools.lru_cache(maxsize=64, typed=True)(Selection)
+
+
+def agreed_seed(drawn: int) -> int:
+    """Returns rank 0's drawn seed, on every rank."""
+    seeds = [drawn]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(seeds, src=0)
+    return seeds[0]
 
 
 @dataclasses.dataclass(frozen=True)

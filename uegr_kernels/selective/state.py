@@ -180,11 +180,7 @@ def check_parameter(stream: int, p: Tensor, grad: Tensor) -> None:
             f"parameter {stream} has shape {tuple(p.shape)} but its gradient "
             f"{tuple(grad.shape)}; they must be equal"
         )
-    if memory.expanded(p):
-        raise ValueError(
-            f"parameter {stream} is expanded: its elements share memory and cannot be "
-            "written; call .clone() on it first"
-        )
+    memory.refuse_expanded(f"parameter {stream}", p, ValueError)
 
 
 def check_state(stream: int, key: str, value: Tensor, p: Tensor, moment: bool) -> None:
@@ -217,11 +213,8 @@ def check_state(stream: int, key: str, value: Tensor, p: Tensor, moment: bool) -
             raise ValueError(
                 f"{named} is {value.item()}; give the number of steps taken, from 0 to 2^24 - 2"
             )
-    if 0 in value.stride() and memory.expanded(value):
-        raise ValueError(
-            f"{named} is expanded: its elements share memory and cannot be written; "
-            "call .clone() on it first"
-        )
+    if 0 in value.stride():
+        memory.refuse_expanded(named, value, ValueError)
 
 
 # ---- Loaded

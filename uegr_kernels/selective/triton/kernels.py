@@ -54,26 +54,31 @@ PIECE = tl.constexpr(16 * 1024)  # elements of an item
 LANES = tl.constexpr(128)  # tensors a program of `prepare_kernel` and `keep_kernel` looks at
 TABLES = tl.constexpr(4096)  # tables of bins that are alive at a time: 512 MiB at most
 
-# A row by tensor: addresses (0: no such list), then sizes. The elementwise lists stand first but
-# for g, whose addresses are in the head.
-COLUMNS = (
-    "theta",
-    "moment1",
-    "moment2",
-    "moment3",
-    "s",
-    "step",
-    "low",
-    "high",
-    "axes",
-    "size",
-    "stream",
-    "offset",
-    "run",
-    "stride",
-    "every",
-    "position",
-)
+
+class TensorRow(typing.NamedTuple):
+    """Holds what kernels know of a tensor, a column of it by tensor: addresses (0: no such list),
+    then sizes. g's address is not among it: it stands in the head.
+    """
+
+    theta: list[int]
+    moment1: list[int]
+    moment2: list[int]
+    moment3: list[int]
+    saliency: list[int]
+    step: list[int]
+    minimum: list[int]
+    maximum: list[int]
+    axes: list[int]
+    size: list[int]
+    stream: list[int]
+    offset: list[int]
+    run: list[int]
+    stride: list[int]
+    every: list[int]
+    position: list[int]
+
+
+# Where they stand in a row; a test compares.
 (
     THETA,
     MOMENT1,
@@ -93,22 +98,30 @@ COLUMNS = (
     POSITION,
 ) = map(tl.constexpr, range(16))
 ROW = tl.constexpr(16)
-# The head is what may change from step to step: float64 numbers, the seed and a step count, then
-# the address of every gradient.
-NUMBERS = (
-    "lr",
-    "beta1",
-    "beta2",
-    "eps",
-    "weight_decay",
-    "momentum",
-    "dampening",
-    "sign",
-    "steepness",
-    "threshold",
-    "largest",
-    "constant",
-)
+
+
+class StepHead(typing.NamedTuple):
+    """Holds what may change from step to step: float64 numbers, the seed and a step count. The
+    address of every gradient follows it.
+    """
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    momentum: float
+    dampening: float
+    sign: float  # -1: maximize
+    steepness: float
+    threshold: float
+    largest_inverse: float
+    constant_inverse: float
+    seed: int
+    count: int
+
+
+# Where they stand in the head; a test compares.
 (
     LR,
     BETA1,

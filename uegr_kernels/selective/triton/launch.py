@@ -2,13 +2,11 @@
 
 import array
 import collections
-import dataclasses
 import itertools
-import math
 import operator
+import struct
 import typing
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -17,16 +15,17 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ...core import triton_ops
+from ..options import AdamWOptions, Selection, SGDOptions, StepOptions
 from .kernels import (
-    COLUMNS,
     CONSTANTS,
     HEAD,
     LANES,
-    NUMBERS,
     PIECE,
     TABLE,
     TABLES,
     Form,
+    StepHead,
+    TensorRow,
     count_kernel,
     join_kernel,
     keep_kernel,
@@ -34,9 +33,9 @@ from .kernels import (
     tabulate_kernel,
     update_kernel,
 )
+from .math import curve, sampling_interval
 
-SMALLEST_PROBABILITY = 2.0**-24  # the step of u
-SAMPLED = 2**20  # a rank over more elements than this takes every k-th
+HEAD_FORMAT = struct.Struct("12d2q16x")  # StepHead, and its padding up to HEAD
 DTYPES = triton_ops.DTYPES | {torch.uint8: tl.int8}  # a mask is written as bytes
 
 
@@ -56,15 +55,23 @@ class TensorLists(typing.NamedTuple):
     g: Sequence[Tensor]
 
     @property
+    def written(self) -> tuple[Sequence[Tensor], ...]:
+        """Returns the elementwise ones that a step writes."""
+        return self.theta, self.moment1, self.moment2, self.moment3
+
+    @property
     def elementwise(self) -> tuple[Sequence[Tensor], ...]:
         """Returns those with an element for each of a gradient's, in the order of
         `strided_elements`.
         """
-        return *self[:5], self.g
+        return *self.written, self.s, self.g
 
     def of(self, i: int) -> "OneOfEach":
         """Returns the lists' tensors i."""
         return OneOfEach(*(tensors[i] if tensors else None for tensors in self))
+
+
+NO_LISTS = TensorLists._make([()] * len(TensorLists._fields))
 
 
 class OneOfEach(typing.NamedTuple):
@@ -82,25 +89,32 @@ class OneOfEach(typing.NamedTuple):
 
     @property
     def elementwise(self) -> tuple[Tensor | None, ...]:
-        return *self[:5], self.g
+        return self.theta, self.moment1, self.moment2, self.moment3, self.s, self.g
 
     def check(self, parameter: int) -> None:
         """Raises what a kernel would not survive."""
         g = typing.cast(Tensor, self.g)
-        for name, tensor in zip(ELEMENTS, self[:5], strict=True):
+        written = {
+            "value": self.theta,
+            "first moment": self.moment1,
+            "second moment": self.moment2,
+            "third moment": self.moment3,
+        }
+        for name, tensor in (*written.items(), ("saliency", self.s)):
             if tensor is not None and (tensor.shape != g.shape or tensor.device != g.device):
                 raise ValueError(
                     f"parameter {parameter}: its {name} has shape {tuple(tensor.shape)} on "
                     f"{tensor.device}, its gradient {tuple(g.shape)} on {g.device}; they must be "
                     "equal"
                 )
-        for name, tensor in zip(ELEMENTS[:4], self[:4], strict=True):
-            if tensor is not None and triton_ops.expanded(tensor):
-                raise ValueError(
-                    f"parameter {parameter}: its {name} is expanded and cannot be written; call "
-                    ".clone() on it first"
-                )
-        for name, tensor in zip(SCALARS, self[5:8], strict=True):
+        for name, tensor in written.items():
+            if tensor is not None:
+                triton_ops.refuse_expanded(f"parameter {parameter}'s {name}", tensor, ValueError)
+        for name, tensor in (
+            ("step", self.step),
+            ("kept minimum", self.low),
+            ("kept maximum", self.high),
+        ):
             if tensor is not None and (tensor.numel() != 1 or tensor.device != g.device):
                 raise ValueError(
                     f"parameter {parameter}: its {name} has {tensor.numel()} elements on "
@@ -108,8 +122,11 @@ class OneOfEach(typing.NamedTuple):
                 )
 
 
-ELEMENTS = ("value", "first moment", "second moment", "third moment", "saliency")
-SCALARS = ("step", "kept minimum", "kept maximum")
+class Compiled(typing.TypedDict):
+    """Names what Triton compiles a kernel with."""
+
+    form: Form
+    num_warps: int
 
 
 class Round(typing.NamedTuple):
@@ -136,31 +153,40 @@ class Family:
         self.form, self.constexprs = form, triton_ops.constexprs(form)
         self.tensors = len(positions)
         elements = [lists.g[i].numel() for i in positions]
-        columns = {
-            name: [tensors[i].data_ptr() for i in positions]
-            for name, tensors in zip(COLUMNS[:8], lists[:8], strict=True)
-            if tensors
-        }
-        columns |= {
-            name: [layout[4 * i + k] for i in positions]
-            for k, name in enumerate(("stream", "offset", "run", "stride"))
-        }
-        columns["run"] = [max(run, 1) for run in columns["run"]]
-        columns["every"] = [
-            n // SAMPLED | 1 if n > SAMPLED else 1
-            for n in ([sizes[i] for i in positions] if sizes else elements)
-        ]
-        columns |= {"size": elements, "position": positions}
+
+        def addresses(tensors: Sequence[Tensor]) -> list[int]:
+            return [tensors[i].data_ptr() if tensors else 0 for i in positions]
+
+        starts = [0] * self.tensors
         if form.STRIDED:
             axes = [_axes(lists.of(i).elementwise) for i in positions]
             self.axes = triton_ops.to_device(
                 [x for each in axes for x in each], torch.int64, device
             )
-            columns["axes"] = [
+            starts = [
                 self.axes.data_ptr() + 8 * at
                 for at in itertools.accumulate(map(len, axes[:-1]), initial=0)
             ]
-        table = [columns.get(name, [0] * self.tensors) for name in COLUMNS]
+        table = TensorRow(
+            theta=addresses(lists.theta),
+            moment1=addresses(lists.moment1),
+            moment2=addresses(lists.moment2),
+            moment3=addresses(lists.moment3),
+            saliency=addresses(lists.s),
+            step=addresses(lists.step),
+            minimum=addresses(lists.low),
+            maximum=addresses(lists.high),
+            axes=starts,
+            size=elements,
+            stream=[layout[4 * i] for i in positions],
+            offset=[layout[4 * i + 1] for i in positions],
+            run=[max(layout[4 * i + 2], 1) for i in positions],
+            stride=[layout[4 * i + 3] for i in positions],
+            every=list(
+                map(sampling_interval, [sizes[i] for i in positions] if sizes else elements)
+            ),
+            position=positions,
+        )
         self.rows = triton_ops.to_device(
             [x for row in zip(*table, strict=True) for x in row], torch.int64, device
         )
@@ -195,24 +221,40 @@ class Family:
             Round(together[start:], len(part)) for part, start in zip(parts, starts, strict=False)
         ]
 
-    def launch(
-        self, call: "Call", head: Tensor, scalars: list[Tensor | None], scope_tables: Tensor
-    ) -> None:
-        """Launches everything over these tensors, as the kernels' header says; `scalars`: learning
-        rate and betas that live on the device.
-        """
+    def launch(self, call: "Call", head: Tensor, scope_tables: Tensor) -> None:
+        """Launches everything over these tensors, as the kernels' header says."""
         form, programs, out = self.form, -(-self.tensors // LANES.value), call.out
-        room, rest = (self.bits, self.constants, self.counts), (call.grad_scale, call.found_inf)
-        options = {"form": self.constexprs, "num_warps": triton_ops.WARPS}
+        options: Compiled = {"form": self.constexprs, "num_warps": triton_ops.WARPS}
         prepare_kernel[(programs,)](
-            head, self.rows, *room, self.tensors, *scalars, call.found_inf, **options
+            head,
+            self.rows,
+            self.bits,
+            self.constants,
+            self.counts,
+            self.tensors,
+            call.rule.lr.tensor,
+            call.rule.beta1.tensor,
+            call.rule.beta2.tensor,
+            call.found_inf,
+            **options,
         )
+
+        def count(items: Tensor, n: int, counts: Tensor, *, many: bool) -> None:
+            count_kernel[(n,)](
+                head,
+                self.rows,
+                items,
+                counts,
+                call.grad_scale,
+                call.found_inf,
+                MANY=many,
+                **options,
+            )
+
         if form.NORMALIZATION == "rank" and form.RULE == "statistics":
             for items, n in self.rounds:
                 if n and out is not None:
-                    count_kernel[(n,)](
-                        head, self.rows, items, out, *rest, MANY=len(out) > 1, **options
-                    )
+                    count(items, n, out, many=len(out) > 1)
             return
         for k, (items, n) in enumerate(self.rounds):
             tables = scope_tables
@@ -220,7 +262,7 @@ class Family:
                 tables = self.tables[: self.tensors - k * TABLES.value].zero_()
                 counts = tables.view(torch.int32)
                 if n:
-                    count_kernel[(n,)](head, self.rows, items, counts, *rest, MANY=False, **options)
+                    count(items, n, counts, many=False)
                 tabulate_kernel[(len(tables),)](head, counts, tables, num_warps=16)
             if n:
                 gathers = form.SOURCE in ("own", "kept") and form.NORMALIZATION != "rank"
@@ -230,10 +272,13 @@ class Family:
                     head,
                     self.rows,
                     items,
-                    *room,
+                    self.bits,
+                    self.constants,
+                    self.counts,
                     call.scope,
                     tables,
-                    *rest,
+                    call.grad_scale,
+                    call.found_inf,
                     GATHERS=gathers,
                     form=self.constexprs,
                     num_warps=warps,
@@ -343,7 +388,7 @@ class Plan:
         self.upload = triton_ops.Upload(HEAD.value + len(lists.g), self.device)
         self.tables = torch.empty(0, TABLE.value, dtype=torch.float32, device=self.device)
 
-    def launch(self, call: "Call", head: Tensor, scalars: list[Tensor | None]) -> None:
+    def launch(self, call: "Call", head: Tensor) -> None:
         """Launches everything that a call needs."""
         if call.scope is not None and call.selection.normalization == "rank":
             if len(self.tables) != len(call.scope):
@@ -352,7 +397,7 @@ class Plan:
                 )
             tabulate_kernel[(len(call.scope),)](head, call.scope, self.tables, num_warps=16)
         for family in self.families:
-            family.launch(call, head, scalars, self.tables)
+            family.launch(call, head, self.tables)
 
 
 def _form_of(form: Form, each: OneOfEach) -> Form:
@@ -391,8 +436,9 @@ def _moving(lists: TensorLists, planes: list[int]) -> tuple[object, ...]:
     `planes`: which of the tensors that are written have several axes. One with a single axis would
     be another object, or elsewhere.
     """
-    addresses = [list(map(Tensor.data_ptr, tensors)) for tensors in lists[:8]]
-    written = [tensors for tensors in lists[:4] if tensors]
+    *others, _ = lists
+    addresses = [list(map(Tensor.data_ptr, tensors)) for tensors in others]
+    written = [tensors for tensors in lists.written if tensors]
     planar = [list(map(tensors.__getitem__, planes)) for tensors in written]
     contiguous = [list(map(Tensor.is_contiguous, tensors)) for tensors in (*planar, lists.g)]
     strides = (
@@ -423,93 +469,120 @@ def _standing(lists: TensorLists) -> list[object]:
     ]
 
 
-class Selecting(typing.Protocol):
-    """Types what a call reads of a selection (options.Selection, which is above this file)."""
+class Scalar(typing.NamedTuple):
+    """Holds an option of an update rule: a number of the head, or a tensor that kernels read."""
 
-    @property
-    def normalization(self) -> str: ...
-    @property
-    def direction(self) -> str: ...
-    @property
-    def sharpness(self) -> float: ...
-    @property
-    def threshold(self) -> float: ...
-    @property
-    def min_probability(self) -> float: ...
-    @property
-    def keep_probability(self) -> float: ...
-    @property
-    def random(self) -> bool: ...
-    @property
-    def rescale(self) -> bool: ...
-    @property
-    def target(self) -> str: ...
+    value: float
+    tensor: Tensor | None
+
+    def on(self, device: torch.device) -> "Scalar":
+        """Returns the same for kernels on the device: what lies elsewhere as a number."""
+        if self.tensor is None or self.tensor.device == device:
+            return self
+        return Scalar(float(self.tensor), None)
 
 
-@dataclasses.dataclass
-class Call:
-    """Holds a call of an operator: its lists and numbers."""
+NO_SCALAR = Scalar(0.0, None)
 
-    update_rule: str
-    g: list[Tensor]
-    selection: Selecting
+
+class Rule(typing.NamedTuple):
+    """Holds what is done with the selected gradient, and an update rule's options."""
+
+    name: str  # as Form's RULE
+    lr: Scalar
+    beta1: Scalar
+    beta2: Scalar
+    eps: float
+    weight_decay: float
+    momentum: float
+    dampening: float
+    nesterov: bool
+    maximize: bool
+
+    @classmethod
+    def without_options(cls, name: str) -> "Rule":
+        """Makes one that updates no parameter."""
+        return cls(
+            name=name,
+            lr=NO_SCALAR,
+            beta1=NO_SCALAR,
+            beta2=NO_SCALAR,
+            eps=0.0,
+            weight_decay=0.0,
+            momentum=0.0,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+        )
+
+    def on(self, device: torch.device) -> "Rule":
+        """Returns the same for kernels on the device."""
+        lr, beta1, beta2 = self.lr.on(device), self.beta1.on(device), self.beta2.on(device)
+        return self._replace(lr=lr, beta1=beta1, beta2=beta2)
+
+
+MULTIPLY, PROBABILITY, MASK, STATISTICS = map(
+    Rule.without_options, ("multiply", "probability", "mask", "statistics")
+)
+
+
+class Call(typing.NamedTuple):
+    """Holds a call of an operator."""
+
+    rule: Rule
+    lists: TensorLists
     layout: list[int]
-    seed: int = 0
-    step: int = 0
-    theta: list[Tensor] = dataclasses.field(default_factory=list)
-    moments: list[list[Tensor]] = dataclasses.field(default_factory=list)
-    s: list[Tensor] = dataclasses.field(default_factory=list)
-    steps: list[Tensor] = dataclasses.field(default_factory=list)
-    mins: list[Tensor] = dataclasses.field(default_factory=list)
-    maxs: list[Tensor] = dataclasses.field(default_factory=list)
-    sizes: list[int] = dataclasses.field(default_factory=list)
-    numbers: dict[str, float] = dataclasses.field(default_factory=dict)
-    # numbers that are tensors
-    tensors: dict[str, Tensor | None] = dataclasses.field(default_factory=dict)
-    nesterov: bool = False
-    maximize: bool = False
-    scope: Tensor | None = None
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
-    out: Tensor | None = None
+    sizes: list[int]  # of the unsharded tensors; empty: as they are
+    selection: Selection
+    seed: int
+    step: int
+    scope: Tensor | None
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    out: Tensor | None  # of statistics
 
     def run(self, plan: Plan | None) -> Plan | None:
         """Brings what the call needs to the device, then launches; `plan` and result as in
         op.SteppingOperator. Nothing here waits for the device.
         """
-        if not self.g:
+        lists = self.lists
+        if not lists.g:
             return None
-        device = self.g[0].device
-        with triton_ops.on(self.g[0]):
+        device = lists.g[0].device
+        with triton_ops.on(lists.g[0]):
             captured = triton_ops.capturing(device)
             plan = self.planned(plan, captured)
             upload = plan.upload
             if captured:
                 upload = plan.upload.apart()
                 (
-                    CAPTURED.setdefault(self.theta[0], []) if self.steps else CAPTURED_ELSEWHERE
+                    CAPTURED.setdefault(lists.theta[0], []) if lists.step else CAPTURED_ELSEWHERE
                 ).append((plan, upload))
-            away = {
-                name: float(value)
-                for name, value in self.tensors.items()
-                if value is not None and value.device != device
-            }
-            scalars = [None if name in away else self.tensors.get(name) for name in NUMBERS[:3]]
-            numbers = (
-                self.numbers
-                | away
-                | _selection_numbers(self.selection)
-                | {"sign": -1.0 if self.maximize else 1.0}
-            )
-            head = array.array("d", [numbers.get(name, 0.0) for name in NUMBERS]).tobytes()
-            upload.write(
-                head
-                + array.array(
-                    "q", [self.seed, self.step, 0, 0, *map(Tensor.data_ptr, self.g)]
-                ).tobytes()
-            )
-            plan.launch(self, upload.target, scalars)
+            call = self._replace(rule=self.rule.on(device))
+            addresses = array.array("q", map(Tensor.data_ptr, lists.g)).tobytes()
+            upload.write(HEAD_FORMAT.pack(*call.head()) + addresses)
+            plan.launch(call, upload.target)
         return None if captured else plan
+
+    def head(self) -> StepHead:
+        """Returns what may change from step to step."""
+        rule, shared = self.rule, curve(self.selection)
+        return StepHead(
+            lr=rule.lr.value,
+            beta1=rule.beta1.value,
+            beta2=rule.beta2.value,
+            eps=rule.eps,
+            weight_decay=rule.weight_decay,
+            momentum=rule.momentum,
+            dampening=rule.dampening,
+            sign=-1.0 if rule.maximize else 1.0,
+            steepness=shared.steepness,
+            threshold=shared.threshold,
+            largest_inverse=shared.largest_inverse,
+            constant_inverse=shared.constant_inverse,
+            seed=self.seed,
+            count=self.step,
+        )
 
     def form(self) -> Form:
         """Returns what a family's kernels are compiled for, but for what its tensors are."""
@@ -518,18 +591,18 @@ class Call:
             source = ""
         elif self.scope is not None:
             source = "scope" if len(self.scope) == 1 else "scopes"
-        elif self.mins and self.update_rule != "statistics":
+        elif self.lists.low and self.rule.name != "statistics":
             source = "kept"
-        wide = self.g[0] if not self.steps else self.theta[0]
+        wide = (self.lists.theta if self.lists.step else self.lists.g)[0]
         return Form(
-            RULE=self.update_rule,
+            RULE=self.rule.name,
             DTYPE=tl.float64 if wide.dtype == torch.float64 else tl.float32,
             NORMALIZATION=self.selection.normalization,
             SOURCE=source,
             RANDOM=self.selection.random,
             RESCALE=self.selection.rescale,
             TO_UPDATE=self.selection.target == "update",
-            NESTEROV=self.nesterov,
+            NESTEROV=self.rule.nesterov,
             THETA=None,
             MOMENT1=None,
             MOMENT2=None,
@@ -544,27 +617,15 @@ class Call:
 
     def planned(self, plan: Plan | None, captured: bool) -> Plan:
         """Returns the plan of the call: the one given, one that is kept, or a new one."""
-        moment1, moment2, moment3 = (*self.moments, [], [], [])[:3]
-        lists = TensorLists(
-            theta=self.theta,
-            moment1=moment1,
-            moment2=moment2,
-            moment3=moment3,
-            s=self.s,
-            step=self.steps,
-            low=self.mins,
-            high=self.maxs,
-            g=self.g,
-        )
-        form = self.form()
+        lists, form = self.lists, self.form()
         if plan is not None and plan.form == form and plan.moving == _moving(lists, plan.planes):
             return plan
         planes = [i for i, tensor in enumerate(lists.theta or lists.g) if tensor.dim() > 1]
         moving = _moving(lists, planes)
         standing = _standing(lists), self.layout, self.sizes
         plans, key = (
-            (PLANS.setdefault(self.steps[0], {}), form)
-            if self.steps
+            (PLANS.setdefault(lists.step[0], {}), form)
+            if lists.step
             else (RECENT, (form, tuple(self.layout)))
         )
         plan = plans.pop(key, None)
@@ -579,51 +640,24 @@ class Call:
         return plan
 
 
-def _selection_numbers(selection: Selecting) -> dict[str, float]:
-    direction = 1.0 if selection.direction == "printed" else -1.0
-    cap = 1 / max(selection.min_probability, SMALLEST_PROBABILITY)
-    return {
-        "steepness": direction * 2 * selection.sharpness * math.log2(math.e),
-        "threshold": selection.threshold,
-        "largest": cap,
-        "constant": min(1 / selection.keep_probability, cap),
-    }
-
-
 # ---- The operators, as reference.py has them.
 
 
-def _step(
-    update_rule: str,
-    params: list[Tensor],
-    grads: list[Tensor],
-    moments: list[list[Tensor]],
-    steps: list[Tensor],
-    mins: list[Tensor],
-    maxs: list[Tensor],
-    *,
-    scope_statistics: Tensor | None,
-    lr: float,
-    lr_tensor: Tensor | None,
-    weight_decay: float,
-    numbers: dict[str, float],
-    tensors: dict[str, Tensor | None],
-    plan: Plan | None,
-    **call: Any,
-) -> Plan | None:
-    return Call(
-        update_rule,
-        grads,
-        theta=params,
-        moments=moments,
-        steps=steps,
-        mins=mins,
-        maxs=maxs,
-        numbers=numbers | {"lr": lr, "weight_decay": weight_decay},
-        tensors=tensors | {"lr": lr_tensor},
-        scope=scope_statistics,
-        **call,
-    ).run(plan)
+def _step(rule: Rule, lists: TensorLists, common: StepOptions) -> Plan | None:
+    call = Call(
+        rule=rule,
+        lists=lists,
+        layout=common.layout,
+        sizes=[],
+        selection=common.selection,
+        seed=common.seed,
+        step=0,  # each tensor's own
+        scope=common.scope_statistics,
+        grad_scale=common.grad_scale,
+        found_inf=common.found_inf,
+        out=None,
+    )
+    return call.run(common.plan if isinstance(common.plan, Plan) else None)
 
 
 def selective_adamw_(
@@ -632,35 +666,73 @@ def selective_adamw_(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     max_exp_avg_sqs: list[Tensor],
-    *kept: list[Tensor],
-    beta1: float,
-    beta2: float,
-    beta1_tensor: Tensor | None,
-    beta2_tensor: Tensor | None,
-    eps: float,
-    **options: Any,
+    steps: list[Tensor],
+    saliency_mins: list[Tensor],
+    saliency_maxs: list[Tensor],
+    *,
+    common: StepOptions,
+    own: AdamWOptions,
 ) -> Plan | None:
     """Makes AdamW's step on g~ (target "gradient"), or AdamW's step where b ("update")."""
-    moments = [exp_avgs, exp_avg_sqs, max_exp_avg_sqs]
-    betas = {"beta1": beta1_tensor, "beta2": beta2_tensor}
-    numbers = {"beta1": beta1, "beta2": beta2, "eps": eps}
-    return _step("adamw", params, grads, moments, *kept, numbers=numbers, tensors=betas, **options)
+    rule = Rule(
+        name="adamw",
+        lr=Scalar(common.lr, common.lr_tensor),
+        beta1=Scalar(own.beta1, own.beta1_tensor),
+        beta2=Scalar(own.beta2, own.beta2_tensor),
+        eps=own.eps,
+        weight_decay=common.weight_decay,
+        momentum=0.0,
+        dampening=0.0,
+        nesterov=False,
+        maximize=common.maximize,
+    )
+    lists = TensorLists(
+        theta=params,
+        moment1=exp_avgs,
+        moment2=exp_avg_sqs,
+        moment3=max_exp_avg_sqs,
+        s=(),
+        step=steps,
+        low=saliency_mins,
+        high=saliency_maxs,
+        g=grads,
+    )
+    return _step(rule, lists, common)
 
 
 def selective_sgd_(
     params: list[Tensor],
     grads: list[Tensor],
     momentum_buffers: list[Tensor],
-    *kept: list[Tensor],
-    momentum: float,
-    dampening: float,
-    **options: Any,
+    steps: list[Tensor],
+    saliency_mins: list[Tensor],
+    saliency_maxs: list[Tensor],
+    *,
+    common: StepOptions,
+    own: SGDOptions,
 ) -> Plan | None:
     """Makes SGD's step on g~ (target "gradient"), or SGD's step where b ("update")."""
-    numbers = {"momentum": momentum, "dampening": dampening}
-    return _step(
-        "sgd", params, grads, [momentum_buffers], *kept, numbers=numbers, tensors={}, **options
+    rule = Rule(
+        name="sgd",
+        lr=Scalar(common.lr, common.lr_tensor),
+        beta1=NO_SCALAR,
+        beta2=NO_SCALAR,
+        eps=0.0,
+        weight_decay=common.weight_decay,
+        momentum=own.momentum,
+        dampening=own.dampening,
+        nesterov=own.nesterov,
+        maximize=common.maximize,
     )
+    lists = NO_LISTS._replace(
+        theta=params,
+        moment1=momentum_buffers,
+        step=steps,
+        low=saliency_mins,
+        high=saliency_maxs,
+        g=grads,
+    )
+    return _step(rule, lists, common)
 
 
 def select_gradients_(
@@ -671,14 +743,28 @@ def select_gradients_(
     layout: list[int],
     step: int,
     seed: int,
-    selection: Selecting,
+    selection: Selection,
 ) -> None:
     """Writes b*g/p over g; where every p is 1 nothing is touched."""
-    if selection.normalization == "constant" and selection.keep_probability == 1:
+    if not selection.random:
         return
     Call(
-        "multiply", grads, selection, layout, seed, step, s=saliencies, scope=scope_statistics
+        rule=MULTIPLY,
+        lists=NO_LISTS._replace(s=saliencies, g=grads),
+        layout=layout,
+        sizes=[],
+        selection=selection,
+        seed=seed,
+        step=step,
+        scope=scope_statistics,
+        grad_scale=None,
+        found_inf=None,
+        out=None,
     ).run(None)
+
+
+# Statistics are looked at, nothing is selected.
+RANK, EXTREMES = Selection(normalization="rank"), Selection(normalization="minmax")
 
 
 def selective_statistics_(
@@ -697,39 +783,52 @@ def selective_statistics_(
     What is kept stands for its tensor.
     """
     Call(
-        "statistics",
-        grads,
-        Statistics("rank" if normalization == "rank" else "minmax"),
-        layout,
-        s=saliencies,
-        mins=mins,
-        maxs=maxs,
+        rule=STATISTICS,
+        lists=NO_LISTS._replace(s=saliencies, low=mins, high=maxs, g=grads),
+        layout=layout,
         sizes=sizes,
+        selection=RANK if normalization == "rank" else EXTREMES,
+        seed=0,
+        step=0,
+        scope=None,
         grad_scale=grad_scale,
+        found_inf=None,
         out=out,
     ).run(None)
 
 
-class Statistics(typing.NamedTuple):
-    """Holds what a selection has where nothing is selected."""
-
-    normalization: str
-    direction: str = "printed"
-    sharpness: float = 0.0
-    threshold: float = 0.0
-    min_probability: float = 0.0
-    keep_probability: float = 1.0
-    random: bool = False
-    rescale: bool = False
-    target: str = "gradient"
+def _look(
+    rule: Rule,
+    grad: Tensor,
+    saliency: Tensor | None,
+    out: Tensor,
+    layout: list[int],
+    seed: int,
+    step: int,
+    selection: Selection,
+) -> None:
+    """Writes what `rule` says of every element into `out`."""
+    Call(
+        rule=rule,
+        lists=NO_LISTS._replace(theta=[out], s=() if saliency is None else [saliency], g=[grad]),
+        layout=layout,
+        sizes=[],
+        selection=selection,
+        seed=seed,
+        step=step,
+        scope=None,
+        grad_scale=None,
+        found_inf=None,
+        out=None,
+    ).run(None)
 
 
 def selection_probability_(
-    grad: Tensor, saliency: Tensor | None, *, out: Tensor, selection: Selecting
+    grad: Tensor, saliency: Tensor | None, *, out: Tensor, selection: Selection
 ) -> None:
     """Writes p of every element."""
-    n, s = grad.numel(), [] if saliency is None else [saliency]
-    Call("probability", [grad], selection, [0, 0, n, n], theta=[out], s=s).run(None)
+    n = grad.numel()
+    _look(PROBABILITY, grad, saliency, out, [0, 0, n, n], 0, 0, selection)
 
 
 def selection_mask_(
@@ -740,8 +839,7 @@ def selection_mask_(
     layout: list[int],
     step: int,
     seed: int,
-    selection: Selecting,
+    selection: Selection,
 ) -> None:
     """Writes b of every element."""
-    s, out_bytes = [] if saliency is None else [saliency], [out.view(torch.uint8)]
-    Call("mask", [grad], selection, layout, seed, step, theta=out_bytes, s=s).run(None)
+    _look(MASK, grad, saliency, out.view(torch.uint8), layout, seed, step, selection)

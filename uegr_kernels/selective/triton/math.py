@@ -2,14 +2,50 @@
 and selective.h.
 """
 
+import math
 import typing
 
 import triton
 import triton.language as tl
 
 from ...core import triton_ops
+from ..options import Selection
 
 UNIFORM_UNIT = tl.constexpr(2.0**24)
+SMALLEST_PROBABILITY = 2.0**-24  # the step of u
+SAMPLED = 2**20  # a rank over more elements than this takes every k-th
+
+
+# ---- On the host
+
+
+class Curve(typing.NamedTuple):
+    """Holds what 1/p (Eq. 9) is made of for all tensors alike, in powers of two."""
+
+    steepness: float
+    threshold: float
+    largest_inverse: float
+    constant_inverse: float  # of normalization "constant"
+
+
+def curve(selection: Selection) -> Curve:
+    """Works out the curve of 1/p = min(1 + 2^(steepness * (s~ - threshold)), largest)."""
+    direction = 1.0 if selection.direction == "printed" else -1.0
+    largest_inverse = 1 / max(selection.min_probability, SMALLEST_PROBABILITY)
+    return Curve(
+        steepness=direction * 2 * selection.sharpness * math.log2(math.e),
+        threshold=selection.threshold,
+        largest_inverse=largest_inverse,
+        constant_inverse=min(1 / selection.keep_probability, largest_inverse),
+    )
+
+
+def sampling_interval(elements: int) -> int:
+    """Returns k, where a rank over so many elements takes every k-th."""
+    return elements // SAMPLED | 1 if elements > SAMPLED else 1
+
+
+# ---- In kernels
 
 
 class Probability(typing.NamedTuple):
