@@ -8,7 +8,7 @@ INSTALL = $(RUN) -m pip install --disable-pip-version-check
 JOBS ?= 2
 OLD_TRITON := build/triton-3.6.0
 ENDINGS := -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu'
-SOURCES = $(shell find csrc python_tests $(ENDINGS))
+SOURCES = $(shell find csrc bench python_tests $(ENDINGS))
 
 .PHONY: help demo test bench gpu check format docs build wheel hub sanitize fuzz clean
 .PHONY: $(ASAN) $(TSAN)

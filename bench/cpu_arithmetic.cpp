@@ -5,8 +5,8 @@
 //     build/arithmetic
 //
 // Arithmetic: on a block that stays in the first-level cache. Memory: over arrays that no cache
-// holds, plain AdamW (28 bytes an element) and the whole selective step. Nanoseconds an element, the
-// least of many repetitions: other programs only add to them.
+// holds, plain AdamW (28 bytes an element) and the whole selective step. Nanoseconds an element,
+// the least of many repetitions: other programs only add to them.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -42,8 +42,8 @@ struct Arrays {
     float *theta, *g, *m, *v;
 
     explicit Arrays(int64_t n) : size(n), memory(4 * (n + block_size + 80) + 16) {
-        float* at = reinterpret_cast<float*>(
-            (reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+        float* at =
+            reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
         for (float** array : {&theta, &g, &m, &v}) *array = at, at += n + block_size + 80;
         for (int64_t i = 0; i < n; ++i) {
             const float x = static_cast<float>(i * 2654435761u >> 8 & 0xffff) / 65536.0f - 0.5f;

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import re
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -499,3 +501,15 @@ def test_the_model_of_sharded_training_is_arithmetic(capsys):
     with pytest.raises(SystemExit) as error:
         bench.main(["sharded", "--gpus", "-1"])
     assert error.value.code == 2
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_the_cpu_steps_loops_are_timed_one_by_one(tmp_path):
+    source, program = harness.ROOT / "bench/cpu_arithmetic.cpp", tmp_path / "arithmetic"
+    command = " ".join(re.findall("^// {5}(.*)", source.read_text(), re.MULTILINE)[:2])
+    subprocess.run(
+        command.replace("build/arithmetic", str(program)), shell=True, check=True, cwd=harness.ROOT
+    )
+    told = subprocess.run([program, "--quick"], check=True, capture_output=True, text=True).stdout
+    figures = dict(re.findall(r"^(in .*?) +(\d+\.\d+)$", told, re.MULTILINE))
+    assert len(figures) == 8 and all(float(figure) > 0 for figure in figures.values())

@@ -784,8 +784,8 @@ def unless_header(
 
 
 @rule(
-    "An operator's header includes `core` except `tensor.h`, and the standard library: no torch, "
-    "no CUDA, no other operator",
+    "An operator's header includes `core` except `tensor.h`, its own headers and the standard "
+    "library: no torch, no CUDA, no other operator",
     "csrc/(?!core/)[^/]+/(?!arguments[.]h$)[^/]+[.](h|cuh)",
     bad=[
         f"csrc/selective/selective.h | #include {header}"
@@ -799,14 +799,18 @@ def unless_header(
     ],
     good=[
         'csrc/selective/selective.h | #include <cmath>\n#include "../core/math.h"\n#include '
-        '"core/philox.h"'
+        '"core/philox.h"',
+        'csrc/selective/blocks_cpu.h | #include "selective.h"',
     ],
 )
 def operator_header(path, text):
     return unless_header(
         lambda place: (
             bool(STANDARD_HEADER.fullmatch(place))
-            or (place.startswith("core/") and place != "core/tensor.h")
+            or (
+                place.startswith(("core/", f"{path.parent.name}/"))
+                and place not in ("core/tensor.h", f"{path.parent.name}/arguments.h")
+            )
         ),
         path,
         text,

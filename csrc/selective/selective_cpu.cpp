@@ -40,10 +40,8 @@ template <class T, class UpdateRule> struct Entry : TensorArguments {
 
     void join(const Extremes<T>& found) {
         if (!found.all_finite) all_finite = false;
-        for (Bits now = low;
-             found.least < now && !low.compare_exchange_weak(now, found.least);) {}
-        for (Bits now = high;
-             found.most > now && !high.compare_exchange_weak(now, found.most);) {}
+        for (Bits now = low; found.least < now && !low.compare_exchange_weak(now, found.least);) {}
+        for (Bits now = high; found.most > now && !high.compare_exchange_weak(now, found.most);) {}
     }
     // Minimum and maximum of s in the previous step; NaN where nothing is kept yet.
     Range kept_range() const {
@@ -239,8 +237,8 @@ template <class T, class UpdateRule> struct Worker {
                 Extremes<T> here;
                 here.add(g, n);
                 const Range range = here.range(false);
-                plain = here.all_finite && e.probability.plain(static_cast<T>(range.low),
-                                                               static_cast<T>(range.high));
+                plain = here.all_finite &&
+                        e.probability.plain(static_cast<T>(range.low), static_cast<T>(range.high));
                 found.add(here);
             }
             const uint32_t* drawn =
