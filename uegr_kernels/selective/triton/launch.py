@@ -122,11 +122,27 @@ class OneOfEach(typing.NamedTuple):
                 )
 
 
-class Compiled(typing.TypedDict):
-    """Names what Triton compiles a kernel with."""
-
-    form: Form
-    num_warps: int
+# Nothing of a call, and no list.
+NO_FORM = Form(
+    RULE="",
+    DTYPE=None,
+    NORMALIZATION="",
+    SOURCE="",
+    RANDOM=False,
+    RESCALE=False,
+    TO_UPDATE=False,
+    NESTEROV=False,
+    THETA=None,
+    MOMENT1=None,
+    MOMENT2=None,
+    MOMENT3=None,
+    S=None,
+    G=None,
+    STEP=None,
+    KEPT=None,
+    STRIDED=False,
+    ROUNDING=False,
+)
 
 
 class Round(typing.NamedTuple):
@@ -150,7 +166,18 @@ class Family:
         sizes: list[int],
         device: torch.device,
     ):
-        self.form, self.constexprs = form, triton_ops.constexprs(form)
+        self.form, self.updating = form, triton_ops.constexprs(form)
+        # The small kernels see what they read: where the rest differs they are not compiled again.
+        rule = form.RULE if form.RULE in ("adamw", "sgd") else ""
+        self.preparing = triton_ops.constexprs(
+            NO_FORM._replace(RULE=rule, DTYPE=form.DTYPE, STEP=form.STEP)
+        )
+        self.counting = triton_ops.constexprs(
+            NO_FORM._replace(DTYPE=form.DTYPE, S=form.S, G=form.G, STRIDED=form.STRIDED)
+        )
+        self.keeping = triton_ops.constexprs(
+            NO_FORM._replace(DTYPE=form.DTYPE, S=form.S, KEPT=form.KEPT)
+        )
         self.tensors = len(positions)
         elements = [lists.g[i].numel() for i in positions]
 
@@ -224,7 +251,6 @@ class Family:
     def launch(self, call: "Call", head: Tensor, scope_tables: Tensor) -> None:
         """Launches everything over these tensors, as the kernels' header says."""
         form, programs, out = self.form, -(-self.tensors // LANES.value), call.out
-        options: Compiled = {"form": self.constexprs, "num_warps": triton_ops.WARPS}
         prepare_kernel[(programs,)](
             head,
             self.rows,
@@ -236,7 +262,8 @@ class Family:
             call.rule.beta1.tensor,
             call.rule.beta2.tensor,
             call.found_inf,
-            **options,
+            form=self.preparing,
+            num_warps=triton_ops.WARPS,
         )
 
         def count(items: Tensor, n: int, counts: Tensor, *, many: bool) -> None:
@@ -248,7 +275,8 @@ class Family:
                 call.grad_scale,
                 call.found_inf,
                 MANY=many,
-                **options,
+                form=self.counting,
+                num_warps=triton_ops.WARPS,
             )
 
         if form.NORMALIZATION == "rank" and form.RULE == "statistics":
@@ -280,13 +308,28 @@ class Family:
                     call.grad_scale,
                     call.found_inf,
                     GATHERS=gathers,
-                    form=self.constexprs,
+                    form=self.updating,
                     num_warps=warps,
                 )
         if out is not None:
-            join_kernel[(1,)](self.rows, self.bits, out, self.tensors, MANY=len(out) > 1, **options)
+            join_kernel[(1,)](
+                self.rows,
+                self.bits,
+                out,
+                self.tensors,
+                MANY=len(out) > 1,
+                form=self.keeping,
+                num_warps=triton_ops.WARPS,
+            )
         elif form.KEPT is not None:
-            keep_kernel[(programs,)](self.rows, self.bits, self.tensors, call.found_inf, **options)
+            keep_kernel[(programs,)](
+                self.rows,
+                self.bits,
+                self.tensors,
+                call.found_inf,
+                form=self.keeping,
+                num_warps=triton_ops.WARPS,
+            )
 
 
 def _items(elements: list[int], tensors: range, *, gathers: bool) -> Tensor:
@@ -594,7 +637,7 @@ class Call(typing.NamedTuple):
         elif self.lists.low and self.rule.name != "statistics":
             source = "kept"
         wide = (self.lists.theta if self.lists.step else self.lists.g)[0]
-        return Form(
+        return NO_FORM._replace(
             RULE=self.rule.name,
             DTYPE=tl.float64 if wide.dtype == torch.float64 else tl.float32,
             NORMALIZATION=self.selection.normalization,
@@ -603,16 +646,6 @@ class Call(typing.NamedTuple):
             RESCALE=self.selection.rescale,
             TO_UPDATE=self.selection.target == "update",
             NESTEROV=self.rule.nesterov,
-            THETA=None,
-            MOMENT1=None,
-            MOMENT2=None,
-            MOMENT3=None,
-            S=None,
-            G=None,
-            STEP=None,
-            KEPT=None,
-            STRIDED=False,
-            ROUNDING=False,
         )
 
     def planned(self, plan: Plan | None, captured: bool) -> Plan:
