@@ -8,7 +8,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -214,15 +214,6 @@ class _Trainer(UEGRTrainer):
     score: Callable[[], float]
     control: Any
 
-    def batches_in_order(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """Yields all texts to train on, as they stand, as (inputs, labels)."""
-        rows, size = self.train_dataset, self.args.per_device_train_batch_size
-        for first in range(0, len(rows), size):
-            some = [rows[i] for i in range(first, min(first + size, len(rows)))]
-            inputs = dict(self._prepare_inputs(self.data_collator(some)))
-            labels = inputs.pop("labels")
-            yield inputs, labels
-
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         found = {SCORE: self.score(), "epoch": self.state.epoch}
         self.log(dict(found))
@@ -249,9 +240,7 @@ class Observer(TrainerCallback):  # type: ignore[misc]
 
 
 class _Watch(Observer):
-    """Shows a bar, times steps, stops training between two of them, with a checkpoint, and shows
-    the texts to a recipe that looks at them before training.
-    """
+    """Shows a bar, times steps, and stops training between two of them, with a checkpoint."""
 
     def __init__(self, stopped: Callable[[], bool], title: str) -> None:
         self.stopped, self.stopping, self.title = stopped, False, title
@@ -268,9 +257,6 @@ class _Watch(Observer):
         )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        recipe = self.trainer.recipe
-        if state.global_step == 0 and recipe is not None and hasattr(recipe, "prepare"):
-            recipe.prepare(self.trainer.batches_in_order())
         self.started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
