@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import json
+import math
 import os
 import pathlib
 import re
@@ -266,9 +267,9 @@ def test_attacked_texts_are_of_both_labels_where_a_file_is_sorted(train, tmp_pat
 
     def seen(classifier, attack, strengths, examples, labels):
         asked.append(examples)
-        return [torch.ones(len(examples), dtype=bool)] * len(strengths)
+        return [torch.ones(len(examples), dtype=int)] * len(strengths)
 
-    monkeypatch.setattr(measures, "right_under", seen)
+    monkeypatch.setattr(measures, "predicted_under", seen)
     arguments = ["--model", "textcnn", "--test", test, "--output", tmp_path / "out"]
     assert run("--train", train, *arguments) == 0
     assert len(asked) == 2 and len(asked[0]) == 100 < len(whole)
@@ -299,6 +300,43 @@ MISTAKES = {
     "what the command says itself": (
         ["--trainer-options", "output_dir=x"],
         "'output_dir' is set by",
+    ),
+    "no evaluation": (
+        ["--trainer-options", "eval_strategy=no", "save_strategy=no"],
+        "eval_strategy='no', save_strategy='no': the best checkpoint is kept by its score",
+    ),
+    "evaluations without checkpoints": (
+        ["--trainer-options", "eval_strategy=steps"],
+        "eval_strategy='steps', save_strategy='epoch': the best checkpoint",
+    ),
+    "a word for a number": (
+        ["--trainer-options", "learning_rate=abc"],
+        "trainer_options learning_rate='abc' is a str; give a float",
+    ),
+    "a word for a flag": (["--trainer-options", "bf16=yes"], "bf16='yes' is a str; give a bool"),
+    "no best model": (
+        ["--trainer-options", "load_best_model_at_end=False"],
+        "'load_best_model_at_end' is set by the command; leave it out",
+    ),
+    "a seed of the Trainer's": (
+        ["--trainer-options", "seed=3"],
+        "'seed' is set by the command; us",
+    ),
+    "a misspelt trainer option": (["--trainer-options", "max_step=3"], "'max_steps' is near"),
+    "an optimizer's package": (["--trainer-options", "optim=galore_adamw"], "galore"),
+    "no texts a step": (["--trainer-options", "per_device_train_batch_size=0"], "batch_size"),
+    "no accumulation": (
+        ["--trainer-options", "gradient_accumulation_steps=0"],
+        "gradient_accumulation_steps",
+    ),
+    "no such schedule": (["--trainer-options", "lr_scheduler_type=flat"], "flat"),
+    "to begin anew and to go on": (
+        ["--overwrite", "--resume"],
+        "give one of --overwrite, --resume",
+    ),
+    "foreign texts of a regression": (
+        ["--regression", "--ood", "o=none.tsv"],
+        "ood o: foreign texts are told by the confidence, and a regression has none",
     ),
     "a column twice": (["--text-column", "text,text"], "one column is named twice"),
     "a separator of nothing": (["--pair-separator", ""], "pair_separator '' parts nothing"),
@@ -356,7 +394,31 @@ def test_the_function_s_arguments_and_defaults_are_the_command_s():
         ({"trainer_options": {"output_dir": "x"}}, UserError, "'output_dir' is set by"),
         ({"regression": "no"}, TypeError, "regression='no'"),
         ({"overwrite": 1}, TypeError, "overwrite=1"),
-        ({"compare": ["plain", 3]}, ValueError, "recipe=3"),
+        ({"compare": ["plain", 3]}, TypeError, "compare=['plain', 3] is a list; give recipes as"),
+        ({"compare": 3}, TypeError, "compare=3 is a int; give recipes as a list of strings"),
+        ({"compare": []}, UserError, "compare names no recipe"),
+        ({"recipe": None}, ValueError, "recipe=None is not one of its values"),
+        ({"shifted": "a.csv"}, TypeError, "shifted='a.csv' is a str; give a dict"),
+        ({"shifted": {"x": None}}, TypeError, "shifted x=None is a NoneType; give a path"),
+        ({"ood": ["a.csv"]}, TypeError, "ood=['a.csv'] is a list; give a dict"),
+        ({"ood": {3: "a.csv"}}, TypeError, "ood={3: 'a.csv'} is a dict; give a dict whose keys"),
+        ({"recipe_options": "passes=3"}, TypeError, "recipe_options='passes=3' is a str; give"),
+        ({"trainer_options": 3}, TypeError, "trainer_options=3 is a int; give a dict"),
+        ({"trainer_options": {"max_steps": torch}}, TypeError, "trainer_options max_steps=<module"),
+        ({"recipe_options": {"js_weight": math.nan}}, TypeError, "recipe_options js_weight=nan"),
+        ({"text_column": 3}, TypeError, "text_column=3 is a int; give columns as a list"),
+        ({"text_column": []}, UserError, "name one column, or two"),
+        ({"label_column": None}, TypeError, "label_column=None is a NoneType; give a string"),
+        ({"pair_separator": 3}, TypeError, "pair_separator=3 is a int; give a string"),
+        ({"model": None}, TypeError, "model=None is a NoneType; give a path"),
+        ({"test": b"a.csv"}, TypeError, "test=b'a.csv' is a bytes; give a path"),
+        ({"test": ""}, UserError, "test='' names no file or folder"),
+        ({"overwrite": True, "resume": True}, UserError, "give one of --overwrite, --resume"),
+        (
+            {"regression": True, "ood": {"o": "none.csv"}},
+            UserError,
+            "ood o: foreign texts are told",
+        ),
         ({"recipe_options": {"speed": 3}}, UserError, "uegr has no option 'speed'; the options"),
         ({"shifted": {"x": "none.csv"}}, UserError, "none.csv cannot be read"),
     ],
@@ -365,6 +427,13 @@ def test_the_function_names_what_is_wrong(train, tmp_path, wrong, error, message
     with pytest.raises(error, match=re.escape(message)):
         finetune(train, tmp_path / "out", **{"model": "textcnn"} | wrong)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["train", "output"])
+def test_paths_of_nothing(train, tmp_path, name):
+    paths = {"train": train, "output": tmp_path / "out"} | {name: None}
+    with pytest.raises(TypeError, match=f"{name}=None is a NoneType; give a path"):
+        finetune(**paths, model="textcnn")
 
 
 def test_a_folder_of_other_things_is_left_alone(train, tmp_path, capsys):

@@ -81,7 +81,11 @@ def read(path: str | pathlib.Path, columns: Columns) -> list[Example]:
 
 def digest(path: str | pathlib.Path) -> str:
     """Returns the SHA-256 of a file, by which a resumed run knows that it has not changed."""
-    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            found.update(piece)
+    return found.hexdigest()
 
 
 def _decoded(path: pathlib.Path) -> str:
@@ -94,8 +98,7 @@ def _decoded(path: pathlib.Path) -> str:
         raise UserError(f"{path} is not a whole gzip file ({error}); make it once more") from None
     except (OSError, ValueError) as error:  # the latter: a name with a NUL
         raise UserError(
-            f"{path} cannot be read: {getattr(error, 'strerror', error)}; name a file that "
-            "is there"
+            f"{path} cannot be read: {getattr(error, 'strerror', error)}; name a file that is there"
         ) from None
     for beginning, (what, remedy) in BEGINNINGS.items():
         if content.startswith(beginning):
