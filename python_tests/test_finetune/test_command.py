@@ -7,9 +7,11 @@ import math
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import types
 
@@ -22,18 +24,13 @@ from uegr_kernels.finetune.classifiers import load
 from uegr_kernels.finetune.tables import Columns, read
 from uegr_kernels.recipes.registry import RECIPES
 
-from .conftest import WORDS, texts, tsv
+from .conftest import SMALL, WORDS, run, strict, texts, tsv
 
 pytest.importorskip("transformers")
 
 from uegr_kernels.finetune import train as finetuning
 
 ROOT = pathlib.Path(__file__).parents[2]
-SMALL = ["--length", "16", "--batch", "8", "--epochs", "2", "--device", "cpu"]
-
-
-def run(*arguments):
-    return command.main([*map(str, arguments), *SMALL])
 
 
 def weights(folder):
@@ -90,8 +87,51 @@ def test_regression_and_pairs(tmp_path, bert):
     out, file = tmp_path / "out", tsv(tmp_path / "pairs.tsv", rows)
     arguments = ["--regression", "--pair-separator", "|||", "--compare", "plain,uegr"]
     assert run("--train", file, "--model", bert, *arguments, "--output", out) == 0
-    names = [each["name"] for each in json.loads((out / "report.json").read_text())["measures"]]
+    names = [each["name"] for each in strict(out)["measures"]]
     assert names[0] == "correlation, clean" and not any("PGD" in name for name in names)
+    report = (out / "report.md").read_text()
+    assert "ttack" not in report and "points" not in report
+    assert "A constant prediction has a correlation of 0." in report
+
+
+def test_a_bug_in_training_keeps_its_traceback(train, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(RECIPES["at"], "_backward", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        run("--train", train, "--model", "textcnn", "--recipe", "at", "--output", tmp_path / "out")
+
+
+def test_ctrl_c_before_training_and_after_it(train, tmp_path, monkeypatch, capsys):
+    def pressed(*_, **__):
+        raise KeyboardInterrupt
+
+    arguments = ["--train", train, "--model", "textcnn", "--output", tmp_path / "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(task.tables, "load", pressed)
+        assert run(*arguments) == 130
+    assert capsys.readouterr().err == "\nStopped; nothing is trained yet.\n"
+    with monkeypatch.context() as patch:
+        patch.setattr(measures, "measure", pressed)
+        assert run(*arguments) == 130
+    assert "Stopped; what is done is kept. Go on with" in capsys.readouterr().err
+    assert run(*arguments, "--resume") == 0
+
+
+def test_ctrl_c_during_the_imports():
+    code = "import _thread, sys\n" + textwrap.dedent("""
+        class Pressed:
+            def find_spec(self, name, *_):
+                if name == "transformers":
+                    raise KeyboardInterrupt
+
+        sys.meta_path.insert(0, Pressed())
+        from uegr_kernels.__main__ import main
+        sys.exit(main(["finetune", "--train", "a.tsv", "--output", "b"]))
+    """)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "\nStopped; nothing is trained yet.\n")
 
 
 @pytest.mark.parametrize("recipe", recipes.NAMES)
@@ -247,6 +287,56 @@ def test_a_gpu_that_is_not_there_is_asked_for(train, tmp_path):
         finetune(train, tmp_path / "out", model="textcnn", device="cuda")
 
 
+@pytest.mark.parametrize("content", ["[]", "{", '{"files": {}, "recipes": [".."], "seeds": [0]}'])
+@pytest.mark.parametrize("option", ["--resume", "--overwrite"])
+def test_settings_that_are_none(train, tmp_path, capsys, content, option):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "uegr_finetune.json").write_text(content)
+    assert run("--train", train, "--model", "textcnn", "--output", out, option) == 2
+    said = "holds no fine-tuning" if option == "--resume" else "none of a fine-tuning's"
+    assert said in capsys.readouterr().err
+    assert (out / "uegr_finetune.json").read_text() == content
+
+
+def test_an_output_that_is_no_folder(train, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for out, said in ((tmp_path / "link", "is a link to nothing"), (train, "is a file; name")):
+        assert run("--train", train, "--model", "textcnn", "--output", out) == 2
+        assert said in capsys.readouterr().err
+    (tmp_path / "there").mkdir()
+    (tmp_path / "through").symlink_to(tmp_path / "there")
+    assert run("--train", train, "--model", "textcnn", "--output", tmp_path / "through") == 0
+    assert (tmp_path / "there" / "report.md").exists()
+
+
+def test_what_overwriting_would_remove_is_not_read(train, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert (
+        run("--train", train, "--model", "textcnn", "--compare", "plain,at", "--output", out) == 0
+    )
+    inside = out / "at" / "0" / "train.tsv"
+    inside.write_text(train.read_text())
+    arguments = ["--model", "textcnn", "--output", out, "--overwrite"]
+    assert run("--train", inside, *arguments) == 2
+    assert f"--train {inside} is or lies in {out / 'at' / '0'}" in capsys.readouterr().err
+    assert inside.exists() and (out / "plain" / "0" / "model.safetensors").exists()
+
+
+def test_a_model_s_folder_that_changed_is_noticed(train, bert, tmp_path, capsys):
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(bert, model)
+    arguments = ["--train", train, "--model", model, "--recipe", "plain"]
+    assert run(*arguments, "--output", model) == 2
+    assert f"--model {model} is or lies in {model}" in capsys.readouterr().err
+    assert run(*arguments, "--output", out) == 0
+    assert run(*arguments, "--output", out, "--resume") == 0
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"hidden_dropout_prob": 0.2}))
+    assert run(*arguments, "--output", out, "--resume") == 2
+    assert f"--resume: the content of --model {model} has changed;" in capsys.readouterr().err
+
+
 def test_overwriting_leaves_what_others_wrote(train, tmp_path):
     out = tmp_path / "out"
     arguments = ["--model", "textcnn", "--output", out]
@@ -296,6 +386,8 @@ MISTAKES = {
     "a wrong recipe option": (["--recipe-options", "passes=0"], "passes=0"),
     "no such trainer option": (["--trainer-options", "speed=3"], "speed"),
     "no pair": (["--recipe-options", "passes"], "--recipe-options passes: write NAME=VALUE"),
+    "a set without a name": (["--shifted", "a.tsv"], "--shifted a.tsv: write NAME=FILE"),
+    "several recipes for one": (["--recipe", "plain,at"], "'plain,at' is one recipe; several are"),
     "a name twice": (["--ood", "a=b", "a=c"], "'a' is given twice"),
     "what the command says itself": (
         ["--trainer-options", "output_dir=x"],
@@ -324,11 +416,12 @@ MISTAKES = {
     ),
     "a misspelt trainer option": (["--trainer-options", "max_step=3"], "'max_steps' is near"),
     "an optimizer's package": (["--trainer-options", "optim=galore_adamw"], "galore"),
-    "no texts a step": (["--trainer-options", "per_device_train_batch_size=0"], "batch_size"),
+    "no texts a step": (["--trainer-options", "per_device_train_batch_size=0"], "batch_size=0 is"),
     "no accumulation": (
         ["--trainer-options", "gradient_accumulation_steps=0"],
-        "gradient_accumulation_steps",
+        "trainer_options gradient_accumulation_steps=0 is out of range",
     ),
+    "no steps": (["--trainer-options", "max_steps=0"], "trainer_options max_steps=0 is out of"),
     "no such schedule": (["--trainer-options", "lr_scheduler_type=flat"], "flat"),
     "to begin anew and to go on": (
         ["--overwrite", "--resume"],

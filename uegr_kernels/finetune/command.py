@@ -87,13 +87,13 @@ def parser(
     return top
 
 
-def pairs(option: str, given: Iterable[str]) -> dict[str, str]:
+def pairs(option: str, given: Iterable[str], what: str = "VALUE") -> dict[str, str]:
     """Returns NAME=VALUE arguments by name; raises UserError for one without a name or twice."""
     found: dict[str, str] = {}
     for each in given:
         name, sign, value = each.partition("=")
         if not sign or not name or not value:
-            raise UserError(f"{option} {each}: write NAME=VALUE")
+            raise UserError(f"{option} {each}: write NAME={what}")
         if name in found:
             raise UserError(f"{option} {each}: {name!r} is given twice")
         found[name] = value
@@ -116,7 +116,7 @@ def keywords_of(options: argparse.Namespace) -> dict[str, Any]:
     """Returns the arguments as `finetune` takes them."""
     found = vars(options).copy()
     for name in ("shifted", "ood"):
-        found[name] = pairs(f"--{name}", found[name])
+        found[name] = pairs(f"--{name}", found[name], "FILE")
     for name in ("recipe_options", "trainer_options"):
         found[name] = values(f"--{name.replace('_', '-')}", found[name])
     return found

@@ -417,7 +417,11 @@ def draw(path: pathlib.Path, table: Sequence[Row], recipes: Sequence[str]) -> No
             [scale * max(0.0, each.high - each.value) for each in found],
         ]
         axes.errorbar(values, ys, xerr=ends, linestyle="", label=recipe, **look(k))
-    names = [_one_line(row.name).replace("$", r"\$") for row in drawn_rows]
+    # what the axis says of all of them
+    names = [
+        _one_line(row.name).removeprefix("" if percent else "correlation, ").replace("$", r"\$")
+        for row in drawn_rows
+    ]
     axes.set_yticks(
         range(len(names)),
         [name if len(name) <= LONGEST else f"{name[:LONGEST]}..." for name in names],

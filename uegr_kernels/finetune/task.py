@@ -55,6 +55,8 @@ class Task:
 
     def __post_init__(self) -> None:
         for name in self.recipes:
+            if isinstance(name, str) and "," in name:
+                raise UserError(f"recipe={name!r} is one recipe; several are for compare")
             checks.choice("recipe", name, NAMES)
         if not self.recipes:
             raise UserError("compare names no recipe; give one or several, as plain,uegr")

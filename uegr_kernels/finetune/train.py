@@ -26,6 +26,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from ..core import checks
 from ..integrations.transformers import UEGRTrainer
 from . import measures
 from .classifiers import Classifier, Pretrained
@@ -37,6 +38,13 @@ from .tables import Example
 SCORE, COST, TIMES = "eval_score", "seconds_per_step", "seconds"
 TIMED = 200  # steps at most whose times are kept
 WEIGHT_DECAY, WARM_UP = 0.01, 0.06  # the latter of all steps
+# Options that the Trainer divides by, or trains nothing with.
+POSITIVE = (
+    "gradient_accumulation_steps",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+)
 # Options that the command itself gives the Trainer, and what to do instead.
 OURS = {
     "output_dir": "use --output",
@@ -133,6 +141,8 @@ def train(
     if watch.stopping:
         raise Stopped
     log = trainer.state.log_history
+    times = [entry[TIMES] for entry in log if TIMES in entry]
+    cost = [entry[COST] for entry in log if COST in entry][-1]
     best = max((entry for entry in log if SCORE in entry), key=lambda entry: entry[SCORE])
     wait_for_all()
     if is_first_process():
@@ -140,8 +150,8 @@ def train(
     return Trained(
         best_epoch=best["epoch"],
         validation=best[SCORE],
-        seconds_per_step=[entry[COST] for entry in log if COST in entry][-1],
-        seconds=[entry[TIMES] for entry in log if TIMES in entry][-1],
+        seconds_per_step=cost,
+        seconds=times[-1] if times else [cost],
         diverged=not all(
             math.isfinite(entry[name]) for entry in log for name in ("loss", SCORE) if name in entry
         ),
@@ -202,6 +212,8 @@ def check_options(options: Mapping[str, object]) -> None:
             raise UserTypeError(
                 f"{given} is a {type(value).__name__}; give a {kind or hints[name]}"
             )
+        if name in POSITIVE:
+            checks.number(f"trainer_options {name}", value, 0, without=0)
     both = [options.get(f"{what}_strategy", "epoch") for what in ("eval", "save")]
     if both[0] != both[1] or both[0] not in ("epoch", "steps"):
         raise UserError(

@@ -132,8 +132,8 @@ class Recipe:
             self._taken = None
 
     def prepare(self, batches: Iterable[tuple[Inputs, Tensor]]) -> None:
-        """Looks at the whole training set, as (inputs, labels), before the first step, where the
-        method does so; else `batches` is left untouched.
+        """Does what the method wants with the whole training set, as (inputs, labels), before the
+        first step; where it wants nothing, `batches` is left untouched.
         """
 
     def before_step(self) -> None:
