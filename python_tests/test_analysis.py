@@ -214,6 +214,8 @@ def test_an_attack_reaches_as_far_as_epsilon(attack, restarts):
     assert [each.accuracy for each in found] == [1.0, 7 / 8, 4 / 8, 0.0]
     assert [each.epsilon for each in found] == [0.0, 0.1, 0.4, 1.0]
     assert found[2].drop == 0.5 and found[2].relative_drop == 0.5
+    assert [sum(each.predicted) for each in found] == [0, 1, 4, 8]  # of class 1, the other one
+    assert all(each.outcomes == tuple(label == 0 for label in each.predicted) for each in found)
     assert unchanged(model) == before
 
 

@@ -19,6 +19,7 @@ from test_frameworks import Sentences, bert, weights  # noqa: E402
 from test_trainer import Net, both, ours, rows  # noqa: E402
 
 from uegr_kernels.integrations.transformers import UEGRTrainer  # noqa: E402
+from uegr_kernels.recipes.registry import RECIPES  # noqa: E402
 
 
 def trainer(folder, recipe="uegr", model=None, dataset=None, **kwargs):
@@ -194,6 +195,30 @@ def test_label_smoothing_is_the_recipes(tmp_path):
         torch.manual_seed(2)
         run.train()
     assert not torch.equal(*(weights(run.model) for run in runs))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("recipe", ["child_tuning_d", "roast"])
+def test_a_recipe_that_looks_first_is_shown_the_whole_training_set_once(
+    tmp_path, monkeypatch, recipe, stream
+):
+    seen, prepare = [], RECIPES[recipe].prepare
+
+    def watched(self, batches):
+        batches = list(batches)
+        seen.append([len(labels) for _, labels in batches])
+        prepare(self, batches)
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(Sentences())
+
+    monkeypatch.setattr(RECIPES[recipe], "prepare", watched)
+    dataset = Stream() if stream else Sentences()
+    run = trainer(tmp_path, recipe, dataset=dataset, arguments={"max_steps": 3})
+    run.train()
+    assert [sum(each) for each in seen] == ([] if stream else [len(Sentences())])
+    assert stream or max(seen[0]) == run.args.per_device_train_batch_size
 
 
 @pytest.mark.parametrize("recipe", ["child_tuning_d", "roast"])

@@ -113,14 +113,16 @@ def main(arguments: list[str] | None = None) -> int:
     )
     if arguments is None:
         arguments = sys.argv[1:]
-    if arguments[:1] == ["finetune"]:
-        from .finetune import command
+    if arguments[:1] in (["finetune"], ["demo"]):  # their options are their own
+        try:
+            from .finetune import command, demo
 
-        return command.main(arguments[1:])
-    if arguments[:1] == ["demo"]:  # its options are its own
-        from .finetune import demo
-
-        return demo.main(arguments[1:], native.why_not)
+            if arguments[0] == "demo":
+                return demo.main(arguments[1:], native.why_not)
+            return command.main(arguments[1:])
+        except KeyboardInterrupt:  # before the command itself minds it
+            print("\nStopped; nothing is trained yet.", file=sys.stderr)
+            return 130
     chosen = parser.parse_args(arguments).command
     if chosen is None:
         parser.print_help()

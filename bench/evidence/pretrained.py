@@ -227,8 +227,9 @@ def _right_under(
 ) -> list[str]:
     """Returns for each strength which texts are right, as a string of 0 and 1."""
     examples = training.examples_of(rows)
-    found = measures.right_under(classifier, attack, strengths, examples, labels)
-    return [digits(each) for each in found]
+    found = measures.predicted_under(classifier, attack, strengths, examples, labels)
+    expected = torch.tensor(measures.numbers(examples, labels))
+    return [digits(each == expected) for each in found]
 
 
 def _one_mask(recipe: Any) -> None:

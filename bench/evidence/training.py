@@ -269,8 +269,7 @@ def stepper(settings: Settings, folder: pathlib.Path) -> Callable[[], object]:
         model, start.classifier.embedding, optimizer, **settings.options, **task
     )
     inputs, labels = batches_of(start.classifier, data, start.train)(range(settings.batch))
-    if hasattr(recipe, "prepare"):
-        recipe.prepare([(inputs, labels)])
+    recipe.prepare([(inputs, labels)])
 
     def step() -> None:
         optimizer.zero_grad()

@@ -1,11 +1,15 @@
 """A set of texts whose words tell the label, and a random BERT of two layers that reads them."""
 
+import json
 import pathlib
 import random
 
 import pytest
 import torch
 
+from uegr_kernels.finetune import command
+
+SMALL = ["--length", "16", "--batch", "8", "--epochs", "2", "--device", "cpu"]
 WORDS = {"neg": "bad dull slow weak", "pos": "good fine fast strong"}
 OTHERS = "film number a the is so very".split()
 
@@ -21,6 +25,20 @@ def texts(count, seed=0):
 def tsv(path: pathlib.Path, rows):
     path.write_text("".join(f"{label}\t{text}\n" for label, text in [("label", "text"), *rows]))
     return path
+
+
+def run(*arguments):
+    """Runs the command on small batches of short texts."""
+    return command.main([*map(str, arguments), *SMALL])
+
+
+def strict(folder):
+    """Reads a report as a reader does who takes no NaN and no Infinity."""
+
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    return json.loads((folder / "report.json").read_text(), parse_constant=refuse)
 
 
 @pytest.fixture

@@ -3,12 +3,15 @@
 import contextlib
 import inspect
 import json
+import math
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import types
 
@@ -21,18 +24,13 @@ from uegr_kernels.finetune.classifiers import load
 from uegr_kernels.finetune.tables import Columns, read
 from uegr_kernels.recipes.registry import RECIPES
 
-from .conftest import WORDS, texts, tsv
+from .conftest import SMALL, WORDS, run, strict, texts, tsv
 
 pytest.importorskip("transformers")
 
 from uegr_kernels.finetune import train as finetuning
 
 ROOT = pathlib.Path(__file__).parents[2]
-SMALL = ["--length", "16", "--batch", "8", "--epochs", "2", "--device", "cpu"]
-
-
-def run(*arguments):
-    return command.main([*map(str, arguments), *SMALL])
 
 
 def weights(folder):
@@ -89,8 +87,51 @@ def test_regression_and_pairs(tmp_path, bert):
     out, file = tmp_path / "out", tsv(tmp_path / "pairs.tsv", rows)
     arguments = ["--regression", "--pair-separator", "|||", "--compare", "plain,uegr"]
     assert run("--train", file, "--model", bert, *arguments, "--output", out) == 0
-    names = [each["name"] for each in json.loads((out / "report.json").read_text())["measures"]]
+    names = [each["name"] for each in strict(out)["measures"]]
     assert names[0] == "correlation, clean" and not any("PGD" in name for name in names)
+    report = (out / "report.md").read_text()
+    assert "ttack" not in report and "points" not in report
+    assert "A constant prediction has a correlation of 0." in report
+
+
+def test_a_bug_in_training_keeps_its_traceback(train, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(RECIPES["at"], "_backward", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        run("--train", train, "--model", "textcnn", "--recipe", "at", "--output", tmp_path / "out")
+
+
+def test_ctrl_c_before_training_and_after_it(train, tmp_path, monkeypatch, capsys):
+    def pressed(*_, **__):
+        raise KeyboardInterrupt
+
+    arguments = ["--train", train, "--model", "textcnn", "--output", tmp_path / "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(task.tables, "load", pressed)
+        assert run(*arguments) == 130
+    assert capsys.readouterr().err == "\nStopped; nothing is trained yet.\n"
+    with monkeypatch.context() as patch:
+        patch.setattr(measures, "measure", pressed)
+        assert run(*arguments) == 130
+    assert "Stopped; what is done is kept. Go on with" in capsys.readouterr().err
+    assert run(*arguments, "--resume") == 0
+
+
+def test_ctrl_c_during_the_imports():
+    code = "import _thread, sys\n" + textwrap.dedent("""
+        class Pressed:
+            def find_spec(self, name, *_):
+                if name == "transformers":
+                    raise KeyboardInterrupt
+
+        sys.meta_path.insert(0, Pressed())
+        from uegr_kernels.__main__ import main
+        sys.exit(main(["finetune", "--train", "a.tsv", "--output", "b"]))
+    """)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "\nStopped; nothing is trained yet.\n")
 
 
 @pytest.mark.parametrize("recipe", recipes.NAMES)
@@ -246,6 +287,56 @@ def test_a_gpu_that_is_not_there_is_asked_for(train, tmp_path):
         finetune(train, tmp_path / "out", model="textcnn", device="cuda")
 
 
+@pytest.mark.parametrize("content", ["[]", "{", '{"files": {}, "recipes": [".."], "seeds": [0]}'])
+@pytest.mark.parametrize("option", ["--resume", "--overwrite"])
+def test_settings_that_are_none(train, tmp_path, capsys, content, option):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "uegr_finetune.json").write_text(content)
+    assert run("--train", train, "--model", "textcnn", "--output", out, option) == 2
+    said = "holds no fine-tuning" if option == "--resume" else "none of a fine-tuning's"
+    assert said in capsys.readouterr().err
+    assert (out / "uegr_finetune.json").read_text() == content
+
+
+def test_an_output_that_is_no_folder(train, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for out, said in ((tmp_path / "link", "is a link to nothing"), (train, "is a file; name")):
+        assert run("--train", train, "--model", "textcnn", "--output", out) == 2
+        assert said in capsys.readouterr().err
+    (tmp_path / "there").mkdir()
+    (tmp_path / "through").symlink_to(tmp_path / "there")
+    assert run("--train", train, "--model", "textcnn", "--output", tmp_path / "through") == 0
+    assert (tmp_path / "there" / "report.md").exists()
+
+
+def test_what_overwriting_would_remove_is_not_read(train, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert (
+        run("--train", train, "--model", "textcnn", "--compare", "plain,at", "--output", out) == 0
+    )
+    inside = out / "at" / "0" / "train.tsv"
+    inside.write_text(train.read_text())
+    arguments = ["--model", "textcnn", "--output", out, "--overwrite"]
+    assert run("--train", inside, *arguments) == 2
+    assert f"--train {inside} is or lies in {out / 'at' / '0'}" in capsys.readouterr().err
+    assert inside.exists() and (out / "plain" / "0" / "model.safetensors").exists()
+
+
+def test_a_model_s_folder_that_changed_is_noticed(train, bert, tmp_path, capsys):
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(bert, model)
+    arguments = ["--train", train, "--model", model, "--recipe", "plain"]
+    assert run(*arguments, "--output", model) == 2
+    assert f"--model {model} is or lies in {model}" in capsys.readouterr().err
+    assert run(*arguments, "--output", out) == 0
+    assert run(*arguments, "--output", out, "--resume") == 0
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"hidden_dropout_prob": 0.2}))
+    assert run(*arguments, "--output", out, "--resume") == 2
+    assert f"--resume: the content of --model {model} has changed;" in capsys.readouterr().err
+
+
 def test_overwriting_leaves_what_others_wrote(train, tmp_path):
     out = tmp_path / "out"
     arguments = ["--model", "textcnn", "--output", out]
@@ -266,9 +357,9 @@ def test_attacked_texts_are_of_both_labels_where_a_file_is_sorted(train, tmp_pat
 
     def seen(classifier, attack, strengths, examples, labels):
         asked.append(examples)
-        return [torch.ones(len(examples), dtype=bool)] * len(strengths)
+        return [torch.ones(len(examples), dtype=int)] * len(strengths)
 
-    monkeypatch.setattr(measures, "right_under", seen)
+    monkeypatch.setattr(measures, "predicted_under", seen)
     arguments = ["--model", "textcnn", "--test", test, "--output", tmp_path / "out"]
     assert run("--train", train, *arguments) == 0
     assert len(asked) == 2 and len(asked[0]) == 100 < len(whole)
@@ -295,10 +386,50 @@ MISTAKES = {
     "a wrong recipe option": (["--recipe-options", "passes=0"], "passes=0"),
     "no such trainer option": (["--trainer-options", "speed=3"], "speed"),
     "no pair": (["--recipe-options", "passes"], "--recipe-options passes: write NAME=VALUE"),
+    "a set without a name": (["--shifted", "a.tsv"], "--shifted a.tsv: write NAME=FILE"),
+    "several recipes for one": (["--recipe", "plain,at"], "'plain,at' is one recipe; several are"),
     "a name twice": (["--ood", "a=b", "a=c"], "'a' is given twice"),
     "what the command says itself": (
         ["--trainer-options", "output_dir=x"],
         "'output_dir' is set by",
+    ),
+    "no evaluation": (
+        ["--trainer-options", "eval_strategy=no", "save_strategy=no"],
+        "eval_strategy='no', save_strategy='no': the best checkpoint is kept by its score",
+    ),
+    "evaluations without checkpoints": (
+        ["--trainer-options", "eval_strategy=steps"],
+        "eval_strategy='steps', save_strategy='epoch': the best checkpoint",
+    ),
+    "a word for a number": (
+        ["--trainer-options", "learning_rate=abc"],
+        "trainer_options learning_rate='abc' is a str; give a float",
+    ),
+    "a word for a flag": (["--trainer-options", "bf16=yes"], "bf16='yes' is a str; give a bool"),
+    "no best model": (
+        ["--trainer-options", "load_best_model_at_end=False"],
+        "'load_best_model_at_end' is set by the command; leave it out",
+    ),
+    "a seed of the Trainer's": (
+        ["--trainer-options", "seed=3"],
+        "'seed' is set by the command; us",
+    ),
+    "a misspelt trainer option": (["--trainer-options", "max_step=3"], "'max_steps' is near"),
+    "an optimizer's package": (["--trainer-options", "optim=galore_adamw"], "galore"),
+    "no texts a step": (["--trainer-options", "per_device_train_batch_size=0"], "batch_size=0 is"),
+    "no accumulation": (
+        ["--trainer-options", "gradient_accumulation_steps=0"],
+        "trainer_options gradient_accumulation_steps=0 is out of range",
+    ),
+    "no steps": (["--trainer-options", "max_steps=0"], "trainer_options max_steps=0 is out of"),
+    "no such schedule": (["--trainer-options", "lr_scheduler_type=flat"], "flat"),
+    "to begin anew and to go on": (
+        ["--overwrite", "--resume"],
+        "give one of --overwrite, --resume",
+    ),
+    "foreign texts of a regression": (
+        ["--regression", "--ood", "o=none.tsv"],
+        "ood o: foreign texts are told by the confidence, and a regression has none",
     ),
     "a column twice": (["--text-column", "text,text"], "one column is named twice"),
     "a separator of nothing": (["--pair-separator", ""], "pair_separator '' parts nothing"),
@@ -356,7 +487,31 @@ def test_the_function_s_arguments_and_defaults_are_the_command_s():
         ({"trainer_options": {"output_dir": "x"}}, UserError, "'output_dir' is set by"),
         ({"regression": "no"}, TypeError, "regression='no'"),
         ({"overwrite": 1}, TypeError, "overwrite=1"),
-        ({"compare": ["plain", 3]}, ValueError, "recipe=3"),
+        ({"compare": ["plain", 3]}, TypeError, "compare=['plain', 3] is a list; give recipes as"),
+        ({"compare": 3}, TypeError, "compare=3 is a int; give recipes as a list of strings"),
+        ({"compare": []}, UserError, "compare names no recipe"),
+        ({"recipe": None}, ValueError, "recipe=None is not one of its values"),
+        ({"shifted": "a.csv"}, TypeError, "shifted='a.csv' is a str; give a dict"),
+        ({"shifted": {"x": None}}, TypeError, "shifted x=None is a NoneType; give a path"),
+        ({"ood": ["a.csv"]}, TypeError, "ood=['a.csv'] is a list; give a dict"),
+        ({"ood": {3: "a.csv"}}, TypeError, "ood={3: 'a.csv'} is a dict; give a dict whose keys"),
+        ({"recipe_options": "passes=3"}, TypeError, "recipe_options='passes=3' is a str; give"),
+        ({"trainer_options": 3}, TypeError, "trainer_options=3 is a int; give a dict"),
+        ({"trainer_options": {"max_steps": torch}}, TypeError, "trainer_options max_steps=<module"),
+        ({"recipe_options": {"js_weight": math.nan}}, TypeError, "recipe_options js_weight=nan"),
+        ({"text_column": 3}, TypeError, "text_column=3 is a int; give columns as a list"),
+        ({"text_column": []}, UserError, "name one column, or two"),
+        ({"label_column": None}, TypeError, "label_column=None is a NoneType; give a string"),
+        ({"pair_separator": 3}, TypeError, "pair_separator=3 is a int; give a string"),
+        ({"model": None}, TypeError, "model=None is a NoneType; give a path"),
+        ({"test": b"a.csv"}, TypeError, "test=b'a.csv' is a bytes; give a path"),
+        ({"test": ""}, UserError, "test='' names no file or folder"),
+        ({"overwrite": True, "resume": True}, UserError, "give one of --overwrite, --resume"),
+        (
+            {"regression": True, "ood": {"o": "none.csv"}},
+            UserError,
+            "ood o: foreign texts are told",
+        ),
         ({"recipe_options": {"speed": 3}}, UserError, "uegr has no option 'speed'; the options"),
         ({"shifted": {"x": "none.csv"}}, UserError, "none.csv cannot be read"),
     ],
@@ -365,6 +520,13 @@ def test_the_function_names_what_is_wrong(train, tmp_path, wrong, error, message
     with pytest.raises(error, match=re.escape(message)):
         finetune(train, tmp_path / "out", **{"model": "textcnn"} | wrong)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["train", "output"])
+def test_paths_of_nothing(train, tmp_path, name):
+    paths = {"train": train, "output": tmp_path / "out"} | {name: None}
+    with pytest.raises(TypeError, match=f"{name}=None is a NoneType; give a path"):
+        finetune(**paths, model="textcnn")
 
 
 def test_a_folder_of_other_things_is_left_alone(train, tmp_path, capsys):

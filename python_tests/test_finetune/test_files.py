@@ -66,6 +66,18 @@ ACCEPTED = {
         {"separator": "|||"},
         [("0", ("up", "down"), 2)],
     ),
+    "empty fields in CSV": (
+        "a.csv",
+        'id,text,label,more\n,go,0,\n"",up,1,""',
+        {},
+        [("0", ("go",), 2), ("1", ("up",), 3)],
+    ),
+    "numbers as people write them": (
+        "a.tsv",
+        "label\ttext\n-1.5e-3\ta\n+.5\tb\n2.\tc\n",
+        {"regression": True},
+        [("-1.5e-3", ("a",), 2), ("+.5", ("b",), 3), ("2.", ("c",), 4)],
+    ),
     "no labels": ("a.tsv", "text\nup\n", {"label": None}, [("", ("up",), 2)]),
 }
 
@@ -111,13 +123,104 @@ REFUSED = {
         {},
         "line 2: the line has 3 columns",
     ),
-    "a row too short": ("a.csv", "label,text\npos\n", {}, "line 2: the line has 1 columns"),
+    "a row too short": ("a.csv", "label,text\npos\n", {}, "line 2: the line has 1 column,"),
     "a line between": ("a.tsv", "label\ttext\n\npos\tgood\n", {}, "line 2: the line is empty"),
     "open quote": (
         "a.csv",
         'label,text\nneg,bad\npos,"go\n',
         {},
-        "line 3: unexpected end.*quote a field whole",
+        "line 3: a quote that is never closed; quote a field whole",
+    ),
+    "a quote in a field without": (
+        "a.csv",
+        'label,text\nneg,"d\ne"\npos,a "b" c\n',
+        {},
+        "line 4: a quote inside a field without quotes; quote a field whole",
+    ),
+    "text after a quote": (
+        "a.csv",
+        'label,text\npos,"go"od\n',
+        {},
+        "line 2: text after a closing quote; quote a field whole",
+    ),
+    "empty cells at the end of a TSV": (
+        "a.tsv",
+        "text\tlabel\ngood\tpos\n\t\n",
+        {},
+        "line 3: the text is empty",
+    ),
+    "an empty last cell": ("a.tsv", "text\tlabel\ngood\t", {}, "line 2: the label is empty"),
+    "text without width": (
+        "a.tsv",
+        "label\ttext\npos\t\u200b\ufeff\n",
+        {},
+        "line 2: the text is em",
+    ),
+    "label without width": ("a.tsv", "label\ttext\n\u200b\tgood\n", {}, "line 2: the label is em"),
+    "semicolons": (
+        "a.csv",
+        'label;text\npos;"good, fine"\n',
+        {},
+        "line 1: the columns are parted by semicolons, and those of .csv by commas; save",
+    ),
+    "commas in TSV": (
+        "a.tsv",
+        "label,text\npos,good\n",
+        {},
+        "by commas, and those of .tsv by tabs; save the file so, or let its name end in .csv",
+    ),
+    "tabs in CSV": ("a.csv", "label\ttext\npos\tgood\n", {}, "or let its name end in .tsv"),
+    "another case": (
+        "a.tsv",
+        "Label\ttext\npos\tgood\n",
+        {},
+        r"no column is called 'label' \('Label' is another: case counts\)",
+    ),
+    "another case in JSON": ("a.jsonl", '{"Text": "x", "label": 1}\n', {}, "no 'text' .'Text' is"),
+    "many columns": (
+        "a.tsv",
+        "\t".join(map(str, range(50))) + "\n",
+        {},
+        r"the first line names '0', .*'7', ... \(50 in all\)\. Name",
+    ),
+    "a text for a header": (
+        "a.tsv",
+        f"pos\t{'good ' * 100}\n",
+        {},
+        r"names 'pos', '(good ){11}go\.\.\.'\. Name the right one",
+    ),
+    "UTF-16": ("a.tsv", TWO.encode("utf-16"), {}, "line 1: the file is UTF-16.*iconv -f utf-16"),
+    "UTF-16 without a mark": ("a.tsv", TWO.encode("utf-16-le"), {}, "NUL.*UTF-16, convert it to"),
+    "gzip without its ending": (
+        "a.tsv",
+        gzip.compress(TWO.encode()),
+        {},
+        "the file is gzip, no UTF-8 text; let its name end in .gz",
+    ),
+    "gzip in gzip": (
+        "a.tsv.gz",
+        gzip.compress(gzip.compress(TWO.encode())),
+        {},
+        "the file is gzip once more inside",
+    ),
+    "a workbook": ("a.csv", b"PK\x03\x04\x14", {}, "zip archive or a workbook.*save the sheet as"),
+    "Python's underscore": (
+        "a.tsv",
+        "label\ttext\n1_0\tgood\n",
+        {"regression": True},
+        "line 2: the label '1_0' is no number",
+    ),
+    "another script's digits": (
+        "a.tsv",
+        "label\ttext\n\uff11\tgood\n",
+        {"regression": True},
+        "line 2: the label '\uff11' is no number",
+    ),
+    "too large a number": (
+        "a.tsv",
+        "label\ttext\n1e999\tgood\n",
+        {"regression": True},
+        "line 2: the label '1e999' is not finite",
     ),
     "broken gzip": ("a.tsv.gz", gzip.compress(TWO.encode())[:-4], {}, "not a whole gzip file"),
     "no gzip": ("a.tsv.gz", TWO, {}, "not a whole gzip file"),
@@ -204,6 +307,8 @@ def test_refuses(tmp_path, case):
 def test_missing_file(tmp_path):
     with pytest.raises(UserError, match=r"none.tsv cannot be read: No such file"):
         tables.read(tmp_path / "none.tsv", Columns())
+    with pytest.raises(UserError, match=r"a.b.tsv cannot be read: embedded null"):
+        tables.read("a\0b.tsv", Columns())
 
 
 def test_long_texts_are_cut_with_one_warning(tmp_path):
@@ -267,6 +372,27 @@ def test_a_label_unseen_in_training(write, option):
 def test_one_class(write):
     with pytest.raises(UserError, match=r"line 4: every label up to this last line is 'pos'"):
         tables.load(Files(write("a.tsv", [("pos", f"t {i}") for i in range(3)])), Columns())
+
+
+@pytest.mark.parametrize("part", ["train", "validation", "test", "shifted"])
+def test_a_regression_on_one_number(write, part):
+    files = Files(write("a.tsv", [(str(i % 7), f"t {i}") for i in range(60)]))
+    same = write("b.tsv", [(("1", "1.0")[i % 2], f"t {i}") for i in range(8)])
+    files = files._replace(**{part: {"b": same} if part == "shifted" else same})
+    with pytest.raises(UserError, match=r"b.tsv, line 9: every label .* is 1; a regression needs"):
+        tables.load(files, Columns(regression=True))
+
+
+def test_a_regression_left_with_one_number(write):
+    rows = [("1", f"t {i}") for i in range(30)] + [("2", "the only one")]
+    with pytest.raises(UserError, match=r"the examples left to train on, line \d+: every label"):
+        tables.load(Files(write("a.tsv", rows)), Columns(regression=True))
+
+
+def test_many_labels_are_cut_in_a_message(write):
+    many = write("a.tsv", [(f"c{i % 40}", f"t {i}") for i in range(200)])
+    with pytest.raises(UserError, match=r"labels are 'c0', .*, \.\.\. \(40 in all\); mend it"):
+        tables.load(Files(many, test=write("b.tsv", [("x", "up")])), Columns())
 
 
 def test_too_few_to_hold_out(write):

@@ -41,9 +41,10 @@ def test_figures():
     expected = np.array([0, 0, 0, 1, 1, 2.0])
     predicted = np.array([0, 0, 1, 1, 0, 2.0])
     # by hand: F1 of the classes 2/3, 1/2, 1
-    assert measures.f1(predicted.tolist(), expected.tolist()) == pytest.approx(
-        (2 / 3 + 1 / 2 + 1) / 3
-    )
+    assert report.f1(predicted, expected, 3) == pytest.approx((2 / 3 + 1 / 2 + 1) / 3)
+    # a class that is predicted and does not occur, and one that neither does: 0 for both
+    predicted[5] = 3
+    assert report.f1(predicted, expected, 5) == pytest.approx((2 / 3 + 1 / 2 + 0 + 0 + 0) / 5)
     logits = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(200) % 3
     sure = logits.softmax(1).amax(1).double().numpy()

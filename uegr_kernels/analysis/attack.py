@@ -28,6 +28,7 @@ class Attacked:
     accuracy  in [0, 1];  drop  from the clean accuracy;  relative_drop  the drop's share of it
     outcomes  of every sample, in the order of the batches: whether it is right (one whose label
               does not count is not)
+    predicted  of every sample, likewise: the class, after the first attack that succeeds
     """
 
     epsilon: float
@@ -36,6 +37,7 @@ class Attacked:
     drop: float
     relative_drop: float
     outcomes: tuple[bool, ...] = ()
+    predicted: tuple[int, ...] = ()
 
 
 def accuracy_under_attack(
@@ -78,6 +80,7 @@ def accuracy_under_attack(
     radii = [0.0, *(checks.number("epsilon", epsilon, 0) for epsilon in epsilons)]
     checks.choice("norm", norm, NORMS)
     outcomes: list[list[bool]] = [[] for _ in radii]
+    classes: list[list[int]] = [[] for _ in radii]
     count, shares = 0, [0.0] * len(radii)
     runner = Runner(
         model, embedding, input_range, batch_axis=batch_axis, relative=relative, norm=norm
@@ -101,14 +104,18 @@ def accuracy_under_attack(
                 )[counted]
                 count += int(counted.sum())
                 for i, epsilon in enumerate(radii):
-                    survives = (logits.argmax(1) == labels) & counted
+                    predicted = logits.argmax(1)
+                    survives = (predicted == labels) & counted
                     for delta in (
                         _deltas(runner, clean, epsilon, attack, steps, norm, restarts, generator)
                         if epsilon
                         else ()
                     ):
-                        survives &= _logits(runner, batch, delta).argmax(1) == labels
+                        found = _logits(runner, batch, delta).argmax(1)
+                        predicted = torch.where(survives, found, predicted)
+                        survives &= found == labels
                     outcomes[i] += survives.tolist()
+                    classes[i] += predicted.tolist()
                     share = (
                         torch.full_like(size, epsilon)
                         if relative or not epsilon
@@ -129,8 +136,11 @@ def accuracy_under_attack(
             clean_accuracy - n / count,
             1 - n / max(right[0], 1),
             tuple(each),
+            tuple(given),
         )
-        for epsilon, n, share, each in zip(radii, right, shares, outcomes, strict=True)
+        for epsilon, n, share, each, given in zip(
+            radii, right, shares, outcomes, classes, strict=True
+        )
     ]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from .classifiers import INSTALL
 from .data import UserError
+from .interrupts import Stopped
 from .task import EPSILON, finetune
 
 PROGRAM = "python -m uegr_kernels finetune"
@@ -86,13 +87,13 @@ def parser(
     return top
 
 
-def pairs(option: str, given: Iterable[str]) -> dict[str, str]:
+def pairs(option: str, given: Iterable[str], what: str = "VALUE") -> dict[str, str]:
     """Returns NAME=VALUE arguments by name; raises UserError for one without a name or twice."""
     found: dict[str, str] = {}
     for each in given:
         name, sign, value = each.partition("=")
         if not sign or not name or not value:
-            raise UserError(f"{option} {each}: write NAME=VALUE")
+            raise UserError(f"{option} {each}: write NAME={what}")
         if name in found:
             raise UserError(f"{option} {each}: {name!r} is given twice")
         found[name] = value
@@ -115,35 +116,48 @@ def keywords_of(options: argparse.Namespace) -> dict[str, Any]:
     """Returns the arguments as `finetune` takes them."""
     found = vars(options).copy()
     for name in ("shifted", "ood"):
-        found[name] = pairs(f"--{name}", found[name])
+        found[name] = pairs(f"--{name}", found[name], "FILE")
     for name in ("recipe_options", "trainer_options"):
         found[name] = values(f"--{name.replace('_', '-')}", found[name])
     return found
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command; returns 0, 2 for what the reader can mend, 130 for Ctrl-C."""
+    """Runs the command; returns 0, 1 where every training diverged, 2 for what the reader can mend,
+    130 for Ctrl-C.
+    """
     options = parser().parse_args(arguments)
     return run(options, f"{PROGRAM} {shlex.join(arguments)}")
+
+
+def _going_on(command: str) -> str:
+    """Returns the command that goes on with what the given one began."""
+    return " ".join(part for part in command.split(" ") if part != "--overwrite") + " --resume"
 
 
 def run(options: argparse.Namespace, command: str) -> int:
     """Trains with the arguments of `parser`, and prints the report, or what to mend."""
     try:
         from . import train
+
+        train.quiet()
+        found = finetune(**keywords_of(options), command=command)
     except ImportError as error:
+        if error.name is None or error.name.startswith(__name__.partition(".")[0]):
+            raise
         print(f"error: {error.name} is not installed: {INSTALL}", file=sys.stderr)
         return 2
-    train.quiet()
-    try:
-        finetune(**keywords_of(options), command=command)
-    except (ValueError, TypeError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (train.Stopped, KeyboardInterrupt):
-        again = command if options.resume else f"{command} --resume"
+    except Stopped:
+        again = command if options.resume else _going_on(command)
         print(f"\nStopped; what is done is kept. Go on with\n  {again}", file=sys.stderr)
         return 130
-    if train.is_first_process():
-        print(pathlib.Path(options.output, "report.md").read_text(encoding="utf-8"))
-    return 0
+    except KeyboardInterrupt:
+        print("\nStopped; nothing is trained yet.", file=sys.stderr)
+        return 130
+    if not train.is_first_process():
+        return 0
+    print(pathlib.Path(options.output, "report.md").read_text(encoding="utf-8"))
+    return 0 if found["measures"] else 1

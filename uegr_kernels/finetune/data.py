@@ -1,6 +1,7 @@
 """Makes words of texts, and reads this machine's docstrings as texts to try."""
 
 import ast
+import contextlib
 import hashlib
 import os
 import pathlib
@@ -8,7 +9,7 @@ import re
 import sysconfig
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 UNKNOWN, VOCABULARY = 1, 8000
@@ -32,6 +33,25 @@ SKIPPED = set(
 
 class UserError(ValueError):
     """Signals what the user can mend; a command shows it without a traceback."""
+
+
+class UserTypeError(UserError, TypeError):
+    """Signals an argument of a type that it cannot have, as UserError does."""
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Turns the ValueError and TypeError of a check of arguments into UserError, which a command
+    shows without a traceback.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except TypeError as error:
+        raise UserTypeError(str(error)) from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 class Progress(Protocol):

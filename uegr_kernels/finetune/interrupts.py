@@ -1,8 +1,13 @@
 """Notices Ctrl-C, so that what runs is stopped between two steps."""
 
 import contextlib
+import os
 import signal
 from collections.abc import Callable, Iterator
+
+
+class Stopped(Exception):
+    """Says that Ctrl-C was pressed; what is done is kept, and a checkpoint is written."""
 
 
 @contextlib.contextmanager
@@ -17,6 +22,8 @@ def interrupts_noticed() -> Iterator[Callable[[], bool]]:
         if pressed:
             raise KeyboardInterrupt
         pressed.append(number)
+        # print() is not to be called again while it runs
+        os.write(2, b"\nstopping after this step; Ctrl-C once more stops at once\n")
 
     try:
         before = signal.signal(signal.SIGINT, notice)

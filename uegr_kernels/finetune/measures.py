@@ -1,6 +1,8 @@
 """Measures a trained classifier: on clean texts, under attacks, on mistyped and foreign ones."""
 
+import collections
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,8 +24,8 @@ BATCH = 32
 class Outcomes:
     """Holds what a model made of every text, from which all figures of a report are drawn.
 
-    predicted   for each measure the predicted labels' numbers; under attack 1 where it is right
-    expected    for each measure the labels' numbers; under attack 1
+    predicted   for each measure the predicted labels' numbers
+    expected    for each measure the labels' numbers
     confidence  for the test set the largest probability, for OOD sets likewise
     """
 
@@ -42,6 +44,12 @@ def numbers(examples: Sequence[Example], labels: Sequence[str]) -> list[Any]:
         return [float(example.label) for example in examples]
     index = {label: i for i, label in enumerate(labels)}
     return [index[example.label] for example in examples]
+
+
+def commonest(examples: Sequence[Example], labels: Sequence[str]) -> int | None:
+    """Returns the number of the label that most examples have, None where there are no classes."""
+    found = collections.Counter(example.label for example in examples)
+    return labels.index(max(labels, key=found.__getitem__)) if labels else None
 
 
 def logits_of(classifier: Classifier, examples: Sequence[Example]) -> Tensor:
@@ -89,8 +97,15 @@ Metric = Callable[[Tensor, Sequence[float]], float]
 
 
 def metric_of(labels: Sequence[str]) -> Metric:
-    """Returns what an epoch is chosen by: accuracy, or for regression the Pearson correlation."""
-    return accuracy if labels else correlation
+    """Returns what an epoch is chosen by: accuracy, or for regression the Pearson correlation; less
+    than any of them where the model gives numbers that are not finite.
+    """
+    figure = accuracy if labels else correlation
+
+    def of_finite(logits: Tensor, expected: Sequence[float]) -> float:
+        return figure(logits, expected) if logits.isfinite().all() else -math.inf
+
+    return of_finite
 
 
 def accuracy(logits: Tensor, expected: Sequence[float]) -> float:
@@ -110,43 +125,34 @@ def pearson(x: Sequence[float], y: Sequence[float]) -> float:
     return found if found == found else 0.0
 
 
-def f1(predicted: Sequence[float], expected: Sequence[float]) -> float:
-    """Returns the mean over the classes that occur of their F1."""
-    found = []
-    for label in sorted({*expected}):
-        both = sum(p == e == label for p, e in zip(predicted, expected, strict=True))
-        among = sum(p == label for p in predicted) + sum(e == label for e in expected)
-        found.append(2 * both / among)
-    return sum(found) / len(found)
-
-
 def measure(classifier: Classifier, data: Data) -> Outcomes:
-    """Returns what the model makes of the test set, clean, attacked and mistyped, and of others.
+    """Returns what the model makes of the test set, clean, attacked and mistyped, and of others;
+    nothing where its outputs are not finite.
 
     Attacks perturb the embeddings of 100 texts by multiples of their norm (FGM in one
-    step, PGD in five); typos are those of `analysis.corrupted`, in 500. Both are left out
-    for regression, whose loss no attack here climbs.
+    step, PGD in five); they are left out for regression, whose loss no attack here climbs. Typos
+    are those of `analysis.corrupted`, in 500.
     """
     found = Outcomes()
     logits = logits_of(classifier, data.test)
+    if not logits.isfinite().all():
+        return found
     _add(found, "clean", logits, data.test, data.labels)
     if data.labels:
         found.confidence["clean"] = logits.softmax(1).amax(1).tolist()
         some = limited(data.test, ATTACKED)
         for attack in ("fgm", "pgd"):
-            found_right = right_under(classifier, attack, STRENGTHS, some, data.labels)
-            for strength, right in zip(STRENGTHS, found_right, strict=True):
-                # which other label a wrong one got is not known: right or wrong is all that counts
-                found.add(f"{attack} {strength:g}", right.long(), [1] * len(some))
+            attacked = predicted_under(classifier, attack, STRENGTHS, some, data.labels)
+            for strength, predicted in zip(STRENGTHS, attacked, strict=True):
+                found.add(f"{attack} {strength:g}", predicted, numbers(some, data.labels))
     for rate in TYPOS:
         typed = mistyped(limited(data.test, MISTYPED), rate)
         _add(found, f"typos {rate:g}", logits_of(classifier, typed), typed, data.labels)
     for name, examples in data.shifted.items():
         _add(found, f"shifted {name}", logits_of(classifier, examples), examples, data.labels)
     for name, examples in data.ood.items():
-        if data.labels:
-            outside = logits_of(classifier, examples).softmax(1).amax(1)
-            found.confidence[f"ood {name}"] = outside.tolist()
+        outside = logits_of(classifier, examples).softmax(1).amax(1)
+        found.confidence[f"ood {name}"] = outside.tolist()
     return found
 
 
@@ -165,15 +171,15 @@ def _add(
     found.add(name, predicted, numbers(examples, labels))
 
 
-def right_under(
+def predicted_under(
     classifier: Classifier,
     attack: str,
     strengths: Sequence[float],
     examples: Sequence[Example],
     labels: Sequence[str],
 ) -> list[Tensor]:
-    """Returns for each strength of an attack, in norms of a text's embeddings, which examples the
-    model is right on, bool [N].
+    """Returns for each strength of an attack, in norms of a text's embeddings, the classes that the
+    model gives the examples, [N].
     """
     device = next(classifier.model.parameters()).device
     order = _by_length(examples)
@@ -182,4 +188,4 @@ def right_under(
     seen = analysis.accuracy_under_attack(
         classifier.model, classifier.embedding, batches, strengths, attack, STEPS, relative=True
     )
-    return [torch.tensor(one.outcomes)[places] for one in seen[1:]]
+    return [torch.tensor(one.predicted)[places] for one in seen[1:]]

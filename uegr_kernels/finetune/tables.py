@@ -1,13 +1,12 @@
 """Reads labelled texts from files of one's own: .tsv, .csv and .jsonl, each also .gz."""
 
-import csv
 import gzip
 import hashlib
-import io
 import json
 import math
 import pathlib
 import re
+import unicodedata
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +17,19 @@ from .data import UserError
 FORMATS = (".tsv", ".csv", ".jsonl")
 # A longer text is cut: no model here reads so far, and a tokenizer takes seconds for a megabyte.
 LONGEST = 100_000  # characters
+SHOWN = 8  # names at most in a message
+# A field of RFC 4180 with what ends it, and a number as people write it; Python reads more, such as
+# 1_0 and other scripts' digits.
+FIELD = re.compile(r'(?:"([^"]*(?:""[^"]*)*)"|([^",\r\n]*))(,|\r?\n)')
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(inf(inity)?|nan)", re.ASCII | re.I)
+SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars"}
+# What another format begins with: what it is, and what to do.
+BEGINNINGS = {
+    b"\x1f\x8b": ("is gzip", "let its name end in .gz, or unpack it"),
+    b"PK\x03\x04": ("is a zip archive or a workbook", "unpack it, or save the sheet as .csv"),
+    b"\xff\xfe": ("is UTF-16", "iconv -f utf-16 -t utf-8 OLD > NEW"),
+    b"\xfe\xff": ("is UTF-16", "iconv -f utf-16 -t utf-8 OLD > NEW"),
+}
 
 
 class Columns(NamedTuple):
@@ -69,7 +81,11 @@ def read(path: str | pathlib.Path, columns: Columns) -> list[Example]:
 
 def digest(path: str | pathlib.Path) -> str:
     """Returns the SHA-256 of a file, by which a resumed run knows that it has not changed."""
-    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            found.update(piece)
+    return found.hexdigest()
 
 
 def _decoded(path: pathlib.Path) -> str:
@@ -80,8 +96,14 @@ def _decoded(path: pathlib.Path) -> str:
             content = gzip.decompress(content)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} is not a whole gzip file ({error}); make it once more") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # the latter: a name with a NUL
+        raise UserError(
+            f"{path} cannot be read: {getattr(error, 'strerror', error)}; name a file that is there"
+        ) from None
+    for beginning, (what, remedy) in BEGINNINGS.items():
+        if content.startswith(beginning):
+            again = " once more inside" * (path.suffix.lower() == ".gz" and what == "is gzip")
+            raise UserError(f"{path}, line 1: the file {what}{again}, no UTF-8 text; {remedy}")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -95,7 +117,7 @@ def _decoded(path: pathlib.Path) -> str:
             f"{path}, line 1: the file is empty; it must hold a label and a text a line"
         )
     for pattern, what, remedy in (
-        ("\0", "a NUL character", "is the file text? remove it"),
+        ("\0", "a NUL character", "remove it, or, where the file is UTF-16, convert it to UTF-8"),
         (r"\r(?!\n)", "a carriage return alone", "end lines with LF or CRLF"),
     ):
         found = re.search(pattern, text)
@@ -122,58 +144,91 @@ def _fields(path: pathlib.Path, content: str, kind: str, columns: Columns) -> It
         raise UserError(
             f"{path}, line 1: two columns are called {doubled!r}; give each a name of its own"
         )
-    at = [_place(path, names, name, "--text-column") for name in columns.text]
+    at = [_place(path, names, name, "--text-column", kind) for name in columns.text]
     of_label = None
     if columns.label is not None:
-        of_label = _place(path, names, columns.label, "--label-column")
+        of_label = _place(path, names, columns.label, "--label-column", kind)
     for fields, line in rows:
         if len(fields) != len(names):
-            what = "is empty" if fields in ([], [""]) else f"has {len(fields)} columns"
+            what = f"has {len(fields)} column{'s' * (len(fields) != 1)}"
             raise UserError(
-                f"{path}, line {line}: the line {what}, and the first one names {len(names)} "
-                f"({', '.join(names)}); mend or remove the line"
+                f"{path}, line {line}: the line {'is empty' if fields == [''] else what}, and the "
+                f"first one names {len(names)} ({listed(names)}); mend or remove the line"
             )
         label = "" if of_label is None else fields[of_label]
         yield _Row(tuple(fields[i] for i in at), label, line)
 
 
-def _place(path: pathlib.Path, names: list[str], name: str, option: str) -> int:
-    if name not in names:
-        raise UserError(
-            f"{path}, line 1: no column is called {name!r}; the first line names "
-            f"{', '.join(map(repr, names))}. Name the right one with {option}, or add a first "
-            "line of column names"
-        )
-    return names.index(name)
+def listed(names: Iterable[str]) -> str:
+    """Returns names for a message: the first few of many, each cut where it is long."""
+    every = [*names]
+    more = f", ... ({len(every)} in all)" if len(every) > SHOWN else ""
+    return ", ".join(map(shown, every[:SHOWN])) + more
+
+
+def shown(value: str) -> str:
+    """Returns a string in quotes for a message, cut where it is long."""
+    return repr(value if len(value) <= 60 else value[:57] + "...")
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    """Returns the name that differs by case or space alone, as a hint, or nothing."""
+    for other in names:
+        if other.strip().casefold() == name.strip().casefold():
+            return f" ({shown(other)} is another: case counts)"
+    return ""
+
+
+def _place(path: pathlib.Path, names: list[str], name: str, option: str, kind: str) -> int:
+    if name in names:
+        return names.index(name)
+    own = "\t" if kind == ".tsv" else ","
+    for separator, word in SEPARATORS.items():
+        parts = [part.strip().strip('"') for each in names for part in each.split(separator)]
+        if separator != own and name in parts:
+            raise UserError(
+                f"{path}, line 1: the columns are parted by {word}, and those of {kind} by "
+                f"{SEPARATORS[own]}; save the file so"
+                + (", or let its name end in .tsv" if separator == "\t" else "")
+                + (", or let its name end in .csv" if separator == "," else "")
+            )
+    raise UserError(
+        f"{path}, line 1: no column is called {name!r}{_near(name, names)}; the first line names "
+        f"{listed(names)}. Name the right one with {option}, or add a first line of column names"
+    )
 
 
 def _tabbed(content: str) -> Iterator[tuple[list[str], int]]:
     lines = content.split("\n")
-    while lines and not lines[-1].strip():
+    while lines[-1] in ("", "\r"):  # a line of tabs is a row of empty fields
         lines.pop()
     for number, line in enumerate(lines, 1):
         yield line.removesuffix("\r").split("\t"), number
 
 
 def _separated(path: pathlib.Path, content: str) -> Iterator[tuple[list[str], int]]:
-    limit = csv.field_size_limit(2**31 - 1)
-    try:
-        rows = csv.reader(io.StringIO(content.rstrip("\r\n") + "\n", newline=""), strict=True)
-        line = 1
-        while True:
-            try:
-                fields = next(rows)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                raise UserError(
-                    f"{path}, line {line}: {error}; quote a field whole, and write a quote in it "
-                    'twice ("")'
-                ) from None
+    """Yields the rows of RFC 4180 with their first lines; Python's csv takes quotes anywhere."""
+    content = content.rstrip("\r\n") + "\n"
+    place, line, lines = 0, 1, 1
+    fields: list[str] = []
+    while place < len(content):
+        found = FIELD.match(content, place)
+        if found is None:
+            what = "a quote inside a field without quotes"
+            if content[place] == '"':
+                whole = re.compile(r'"[^"]*(?:""[^"]*)*"').match(content, place)
+                what = "text after a closing quote" if whole else "a quote that is never closed"
+            raise UserError(
+                f"{path}, line {lines}: {what}; quote a field whole, and write a quote in it twice "
+                '("")'
+            )
+        quoted, plain, end = found.groups()
+        fields.append(plain if quoted is None else quoted.replace('""', '"'))
+        lines += found[0].count("\n")
+        place = found.end()
+        if end != ",":
             yield fields, line
-            line = rows.line_num + 1
-    finally:
-        csv.field_size_limit(limit)
+            fields, line = [], lines
 
 
 def _objects(path: pathlib.Path, content: str, columns: Columns) -> Iterator[_Row]:
@@ -198,8 +253,8 @@ def _objects(path: pathlib.Path, content: str, columns: Columns) -> Iterator[_Ro
             if name not in found:
                 option = "--label-column" if name == columns.label else "--text-column"
                 raise UserError(
-                    f"{where}: no {name!r}; the object has {', '.join(map(repr, found)) or 'none'}."
-                    f" Name the right one with {option}"
+                    f"{where}: no {name!r}{_near(name, found)}; the object has "
+                    f"{listed(found) or 'none'}. Name the right one with {option}"
                 )
         texts = tuple(found[name] for name in columns.text)
         yield _Row(texts, "" if columns.label is None else found[columns.label], number)
@@ -227,7 +282,7 @@ def _examples(path: pathlib.Path, rows: Iterable[_Row], columns: Columns) -> lis
                     f"{where}: {columns.separator!r} stands {len(texts) - 1} times in the text; "
                     "a pair has it once (--pair-separator)"
                 )
-        if not all(texts):
+        if not all(map(_visible, texts)):
             raise UserError(f"{where}: the text is empty; write one, or remove the line")
         if any(len(text) > LONGEST for text in texts):
             cut.append(row.line)
@@ -242,6 +297,11 @@ def _examples(path: pathlib.Path, rows: Iterable[_Row], columns: Columns) -> lis
             stacklevel=3,
         )
     return found
+
+
+def _visible(text: str) -> bool:
+    """Returns whether a text has a character that is neither space nor without width."""
+    return any(unicodedata.category(c) not in ("Zs", "Zl", "Zp", "Cc", "Cf") for c in text)
 
 
 def _text(where: str, value: object) -> str:
@@ -265,18 +325,17 @@ def _label(where: str, value: object, columns: Columns) -> str:
     if value is None or isinstance(value, dict | list):
         raise UserError(f"{where}: the label is {_kind(value)}; it must be a string or a number")
     if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{where}: the label {str(value)!r} is not finite; mend or remove the line")
+        raise UserError(f"{where}: the label '{value}' is not finite; mend or remove the line")
     label = _written(where, str(value).lower() if isinstance(value, bool) else str(value))
-    if not label:
+    if not _visible(label):
         raise UserError(f"{where}: the label is empty; write one, or remove the line")
     if columns.regression:
-        try:
-            number = float(label)
-        except ValueError:
+        if not NUMBER.fullmatch(label):
             raise UserError(
-                f"{where}: the label {label!r} is no number, and --regression needs one"
-            ) from None
-        if not math.isfinite(number):
+                f"{where}: the label {shown(label)} is no number, and --regression needs one, in "
+                "digits with a point"
+            )
+        if _finite(label) is None:
             raise UserError(f"{where}: the label {label!r} is not finite; mend or remove the line")
     return label
 
@@ -351,9 +410,11 @@ def load(files: Files, columns: Columns, limit: int | None = None) -> Data:
     if not columns.regression and len(labels) < 2:
         raise UserError(
             f"{files.train}, line {train[-1].line}: every label up to this last line is "
-            f"{train[0].label!r}; two are needed"
+            f"{shown(train[0].label)}; two are needed"
+            + ("" if limit is None else ", or a larger --limit")
         )
     _check_values(files.train, labels)
+    _check_spread(files.train, train, columns)
     rest = {}
     for option, path in files.named().items():
         if option == "--train":
@@ -363,9 +424,11 @@ def load(files: Files, columns: Columns, limit: int | None = None) -> Data:
         strange = next((one for one in found if labels and one.label not in labels), None)
         if strange is not None and not ood:
             raise UserError(
-                f"{path}, line {strange.line}: the label {strange.label!r} does not occur in "
-                f"{files.train}, whose labels are {', '.join(labels)}; mend it or remove the line"
+                f"{path}, line {strange.line}: the label {shown(strange.label)} does not occur in "
+                f"{files.train}, whose labels are {listed(labels)}; mend it or remove the line"
             )
+        if not ood:
+            _check_spread(path, found, columns)
         rest[option] = found
     _check_apart(files)
     parts = {}
@@ -379,6 +442,8 @@ def load(files: Files, columns: Columns, limit: int | None = None) -> Data:
                 f"{files.train}: {len(train)} examples are too few to hold out some for {option}; "
                 f"give more, or a file of your own with {option}"
             )
+        for what, some in ((f"held out for {option}", parts[option]), ("left to train on", train)):
+            _check_spread(f"{files.train}, the examples {what}", some, columns)
     return Data(
         train,
         parts["--validation"],
@@ -399,6 +464,15 @@ def _check_values(path: str, labels: Sequence[str]) -> None:
                 f"{path}: the labels {seen[number]!r} and {label!r} are one number; write it in "
                 "one way"
             )
+
+
+def _check_spread(where: str, examples: Sequence[Example], columns: Columns) -> None:
+    """Raises where all labels of a regression are one number: nothing correlates with it."""
+    if columns.regression and len({_finite(example.label) for example in examples}) < 2:
+        raise UserError(
+            f"{where}, line {examples[-1].line}: every label up to this last line is "
+            f"{examples[0].label}; a regression needs two different ones"
+        )
 
 
 def _check_apart(files: Files) -> None:
@@ -434,10 +508,7 @@ def _in_order(labels: set[str]) -> list[str]:
 
 def _finite(text: str) -> float | None:
     """Returns the number that a text is, or None."""
-    try:
-        number = float(text)
-    except ValueError:
-        return None
+    number = float(text) if NUMBER.fullmatch(text) else math.nan
     return number if math.isfinite(number) else None
 
 

@@ -4,10 +4,11 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import math
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,9 +17,9 @@ from ..core import checks
 from ..models import MODELS
 from ..recipes.registry import NAMES, RECIPES
 from . import measures, tables
-from .classifiers import Classifier, new
-from .data import UserError
-from .interrupts import interrupts_noticed
+from .classifiers import Classifier, new, source_of
+from .data import UserError, UserTypeError, refusals
+from .interrupts import Stopped, interrupts_noticed
 from .measures import Outcomes
 from .tables import Columns, Data, Files
 
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
 SETTINGS, OUTCOMES, CHECKPOINTS = "uegr_finetune.json", "uegr_outcomes.json", "checkpoints"
 REPORTS = ("report.md", "report.json", "report.png")
-# what the command itself says to the Trainer
-OURS = ("output_dir", "metric_for_best_model", "greater_is_better", "load_best_model_at_end")
 PRETRAINED, SMALL = (3.0, 5e-5), (10.0, 1e-3)  # epochs and learning rate
 EPSILON = 0.02  # in norms of a text's embeddings: what bench/evidence finds of use
 Path = str | os.PathLike[str]
@@ -56,9 +55,13 @@ class Task:
 
     def __post_init__(self) -> None:
         for name in self.recipes:
+            if isinstance(name, str) and "," in name:
+                raise UserError(f"recipe={name!r} is one recipe; several are for compare")
             checks.choice("recipe", name, NAMES)
+        if not self.recipes:
+            raise UserError("compare names no recipe; give one or several, as plain,uegr")
         text = self.columns.text
-        if len(text) > 2 or (len(text) == 2 and self.columns.separator is not None):
+        if not 1 <= len(text) <= 2 or (len(text) == 2 and self.columns.separator is not None):
             raise UserError(
                 f"text_column {','.join(text)}: name one column, or two without pair_separator"
             )
@@ -69,6 +72,11 @@ class Task:
             )
         if self.columns.separator == "":
             raise UserError("pair_separator '' parts nothing; give what stands between the texts")
+        if self.columns.regression and self.files.ood:
+            raise UserError(
+                f"ood {', '.join(self.files.ood)}: foreign texts are told by the confidence, and a "
+                "regression has none; leave it out, or give labelled ones with shifted"
+            )
         known = set[str]().union(*(RECIPES[name].option_names() for name in self.recipes))
         for option in self.recipe_options:
             if option not in known:
@@ -89,8 +97,15 @@ class Task:
             checks.choice("device", self.device, ("cpu", "cuda"))
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("device 'cuda': there is no GPU that torch can use; leave it out")
-        for option in self.trainer_options.keys() & {*OURS}:
-            raise UserError(f"trainer_options {option!r} is set by the command; leave it out")
+        for kind in ("recipe_options", "trainer_options"):
+            for option, value in getattr(self, kind).items():
+                try:
+                    json.dumps(value, allow_nan=False)
+                except (TypeError, ValueError) as error:
+                    raise UserTypeError(
+                        f"{kind} {option}={value!r} cannot be kept for --resume ({error}); give "
+                        "finite numbers, strings, True, False, None, or lists and dicts of them"
+                    ) from None
 
     def training(self) -> "Training":
         """Returns how each run is trained, but for its recipe and seed."""
@@ -103,6 +118,9 @@ class Task:
         found = dataclasses.asdict(self)
         found["files"] = {
             option: [path, tables.digest(path)] for option, path in self.files.named().items()
+        }
+        found["model_content"] = {
+            path.name: tables.digest(path) for path in _model_files(self.model)
         }
         kept: dict[str, object] = json.loads(json.dumps(found))
         return kept
@@ -169,46 +187,99 @@ def finetune(
     command          what the report names as its maker; None: this function
 
     Returns what report.json holds; an empty dict in torchrun's other processes. Raises UserError, a
-    ValueError, for files, models and folders that cannot be used, before anything is written;
-    ValueError and TypeError for options; `train.Stopped` after Ctrl-C.
+    ValueError (and, for an argument of a wrong type, a TypeError too), for files, models, folders
+    and options that cannot be used, before anything is written; `interrupts.Stopped` after Ctrl-C.
     """
     usual = SMALL if model in MODELS else PRETRAINED
-    task = Task(
-        Files(
-            os.fspath(train),
-            _path(validation),
-            _path(test),
-            {name: os.fspath(path) for name, path in (shifted or {}).items()},
-            {name: os.fspath(path) for name, path in (ood or {}).items()},
-        ),
-        Columns(
-            _names(text_column), label_column, pair_separator, checks.flag("regression", regression)
-        ),
-        limit,
-        os.fspath(model),
-        tuple(dict.fromkeys(_names(recipe if compare is None else compare))),
-        dict(recipe_options or {}),
-        dict(trainer_options or {}),
-        epsilon,
-        (seed,) if seeds is None else tuple(range(checks.integer("seeds", seeds, 1))),
-        usual[0] if epochs is None else epochs,
-        usual[1] if lr is None else lr,
-        batch,
-        length,
-        device,
-    )
+    recipes = (recipe,) if compare is None else _names("compare", compare, "recipes")
+    with refusals():
+        task = Task(
+            Files(
+                _path("train", train),
+                None if validation is None else _path("validation", validation),
+                None if test is None else _path("test", test),
+                {
+                    name: _path(f"shifted {name}", path)
+                    for name, path in _by_name("shifted", shifted)
+                },
+                {name: _path(f"ood {name}", path) for name, path in _by_name("ood", ood)},
+            ),
+            Columns(
+                _names("text_column", text_column, "columns"),
+                _word("label_column", label_column),
+                None if pair_separator is None else _word("pair_separator", pair_separator),
+                checks.flag("regression", regression),
+            ),
+            limit,
+            _path("model", model),
+            tuple(dict.fromkeys(recipes)),
+            dict(_by_name("recipe_options", recipe_options)),
+            dict(_by_name("trainer_options", trainer_options)),
+            epsilon,
+            (seed,) if seeds is None else tuple(range(checks.integer("seeds", seeds, 1))),
+            usual[0] if epochs is None else epochs,
+            usual[1] if lr is None else lr,
+            batch,
+            length,
+            device,
+        )
+        overwrite, resume = checks.flag("overwrite", overwrite), checks.flag("resume", resume)
+        folder = pathlib.Path(_path("output", output))
+    if overwrite and resume:
+        raise UserError(
+            "overwrite begins anew and resume goes on: give one of --overwrite, --resume"
+        )
     made_by = command or f"uegr_kernels.finetune.finetune, with the arguments in {SETTINGS}"
-    overwrite, resume = checks.flag("overwrite", overwrite), checks.flag("resume", resume)
-    return _train_all(task, pathlib.Path(output), made_by, overwrite=overwrite, resume=resume)
+    return _train_all(task, folder, made_by, overwrite=overwrite, resume=resume)
 
 
-def _path(path: Path | None) -> str | None:
-    return None if path is None else os.fspath(path)
+def _wrong(name: str, value: object, wanted: str) -> UserTypeError:
+    return UserTypeError(f"{name}={value!r} is a {type(value).__name__}; give {wanted}")
 
 
-def _names(given: str | Sequence[str]) -> tuple[str, ...]:
+def _path(name: str, value: object) -> str:
+    found = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(found, str):
+        raise _wrong(name, value, "a path, as a string or pathlib.Path")
+    if not found or "\0" in found:
+        raise UserError(f"{name}={found!r} names no file or folder; give a path")
+    return found
+
+
+def _word(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise _wrong(name, value, "a string")
+    return value
+
+
+def _names(name: str, given: object, what: str) -> tuple[str, ...]:
     """Returns names given as a list, or as one string with commas between them."""
-    return tuple(given.split(",")) if isinstance(given, str) else tuple(given)
+    if isinstance(given, str):
+        return tuple(part.strip() for part in given.split(","))
+    if not isinstance(given, list | tuple) or not all(isinstance(each, str) for each in given):
+        raise _wrong(name, given, f"{what} as a list of strings, or one string with commas")
+    return tuple(given)
+
+
+def _by_name(name: str, given: object) -> list[tuple[str, Any]]:
+    """Returns the entries of a dict whose keys are names; None is an empty one."""
+    if given is None:
+        return []
+    if not isinstance(given, Mapping) or not all(isinstance(key, str) and key for key in given):
+        raise _wrong(name, given, "a dict whose keys are names")
+    return list(given.items())
+
+
+def _model_files(model: str) -> list[pathlib.Path]:
+    """Returns the files of a model's folder, but for what this command writes beside them."""
+    folder = pathlib.Path(model if model in MODELS else source_of(model))
+    if model in MODELS or not folder.is_dir():
+        return []
+    return sorted(
+        file
+        for file in folder.iterdir()
+        if file.is_file() and file.name not in (SETTINGS, OUTCOMES, *REPORTS)
+    )
 
 
 def _train_all(
@@ -217,21 +288,59 @@ def _train_all(
     """Reads the texts, makes every training that is not there, and reports on all of them."""
     from . import report, train
 
+    with refusals():
+        train.check_options(task.trainer_options)
+    if pathlib.Path(task.model).is_dir() and task.model not in MODELS:
+        _check_outside(f"--model {task.model}", task.model, folder, "what is trained goes")
     data = tables.load(task.files, task.columns, task.limit)
     settings = task.settings()
     first = train.is_first_process()
     first_model = _start(task, data, task.seeds[0])
     for recipe in task.recipes:
-        train.check(
-            first_model,
-            recipe,
-            options_of(recipe, task),
-            (data.train, data.validation),
-            data.labels,
-            task.training(),
-        )
+        with refusals(), _named(task.trainer_options):
+            train.check(
+                first_model,
+                recipe,
+                options_of(recipe, task),
+                (data.train, data.validation),
+                data.labels,
+                task.training(),
+            )
     if first:
         _prepare(folder, settings, overwrite=overwrite, resume=resume)
+    try:
+        results = _results(task, data, folder, keep=first)
+        if not first:
+            return {}
+        usual = measures.commonest(data.train, data.labels)
+        return report.write(folder, results, data.labels, usual, made_by, _about(task, data))
+    except KeyboardInterrupt:
+        raise Stopped from None
+
+
+@contextlib.contextmanager
+def _named(options: Mapping[str, object]) -> Iterator[None]:
+    """Says which options the Trainer was given where it, or what it asks for, refuses them."""
+    try:
+        yield
+    except (ArithmeticError, ImportError, LookupError, OSError, RuntimeError) as error:
+        if not options:
+            raise
+        given = " ".join(f"{name}={value!r}" for name, value in options.items())
+        raise UserError(f"trainer_options {given}: {error}; mend them or leave them out") from error
+
+
+def _check_outside(what: str, path: Path, folder: pathlib.Path, why: str) -> None:
+    """Raises where a path is a folder or lies in it."""
+    place = pathlib.Path(path).resolve()
+    if folder.resolve() in (place, *place.parents):
+        raise UserError(f"{what} is or lies in {folder}, where {why}; move or copy it elsewhere")
+
+
+def _results(task: Task, data: Data, folder: pathlib.Path, *, keep: bool) -> list["Result"]:
+    """Returns what every training gave; makes those that are not there."""
+    from . import train
+
     results = []
     several = len(task.recipes) * len(task.seeds) > 1
     with interrupts_noticed() as stopped:
@@ -239,14 +348,12 @@ def _train_all(
             for recipe in task.recipes:
                 place = folder / recipe / str(seed) if several else folder
                 if not (place / OUTCOMES).exists():
-                    result = _run(task, data, recipe, seed, place, stopped, keep=first)
-                    if first:
+                    result = _run(task, data, recipe, seed, place, stopped, keep=keep)
+                    if keep:
                         _save(place / OUTCOMES, dataclasses.asdict(result))
                 train.wait_for_all()
                 results.append(_result(json.loads((place / OUTCOMES).read_text(encoding="utf-8"))))
-    if not first:
-        return {}
-    return report.write(folder, results, data.labels, made_by, _about(task, data))
+    return results
 
 
 def _start(task: Task, data: Data, seed: int) -> Classifier:
@@ -282,10 +389,12 @@ def _run(
     )
     outcomes = Outcomes()
     if keep:
-        classifier.save(place)
         outcomes = measures.measure(classifier, data)
+        if outcomes.predicted:  # a model that gives no numbers is of no use
+            classifier.save(place)
+    score = trained.validation if math.isfinite(trained.validation) else None
     return report.Result(
-        recipe, seed, outcomes, trained.seconds_per_step, trained.best_epoch, trained.validation
+        recipe, seed, outcomes, trained.seconds, trained.best_epoch, score, trained.diverged
     )
 
 
@@ -313,37 +422,58 @@ def _prepare(
     folder: pathlib.Path, settings: dict[str, object], *, overwrite: bool, resume: bool
 ) -> None:
     """Makes the folder, or looks whether what is there may be replaced or gone on with."""
-    file = folder / SETTINGS
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output {folder} is a file; name a folder")
-    there = folder.is_dir() and any(folder.iterdir())
-    if resume:
-        if not file.exists():
-            raise UserError(f"--resume: {folder} holds no fine-tuning; leave --resume out")
-        different = _differences(json.loads(file.read_text(encoding="utf-8")), settings)
-        if different:
-            raise UserError(
-                f"--resume: {'; '.join(different)}; give what was given then, or --overwrite"
-            )
-        return
-    if there and not file.exists():
-        raise UserError(
-            f"--output {folder} holds files that are none of a fine-tuning's; name another folder"
-        )
-    if there and not overwrite:
-        raise UserError(
-            f"--output {folder} holds a fine-tuning; add --resume to go on with it, --overwrite to "
-            "replace it, or name another folder"
-        )
     try:
-        if there:
-            _clear(folder, json.loads(file.read_text(encoding="utf-8")))
+        if os.path.lexists(folder) and not folder.is_dir():
+            what = "a link to nothing" if folder.is_symlink() else "a file"
+            raise UserError(f"--output {folder} is {what}; name a folder")
+        there = folder.is_dir() and any(folder.iterdir())
+        before = _settings_before(folder)
+        if resume and before is None:
+            raise UserError(f"--resume: {folder} holds no fine-tuning; leave --resume out")
+        if resume and before is not None:
+            if different := _differences(before, settings):
+                raise UserError(
+                    f"--resume: {'; '.join(different)}; give what was given then, or --overwrite"
+                )
+            return
+        if there and before is None:
+            raise UserError(
+                f"--output {folder} holds files that are none of a fine-tuning's; name another "
+                "folder"
+            )
+        if before is not None and not overwrite:
+            raise UserError(
+                f"--output {folder} holds a fine-tuning; add --resume to go on with it, "
+                "--overwrite to replace it, or name another folder"
+            )
+        if before is not None:
+            _clear(folder, before, settings)
         folder.mkdir(parents=True, exist_ok=True)
-        _save(file, settings)
+        _save(folder / SETTINGS, settings)
     except OSError as error:
         raise UserError(
-            f"--output {folder}: {error.strerror}; name a folder that can be made"
+            f"--output {folder}: {error.strerror}; name a folder that can be made and written to"
         ) from None
+
+
+def _settings_before(folder: pathlib.Path) -> dict[str, Any] | None:
+    """Returns the settings of the fine-tuning that a folder holds; None where it holds none. The
+    names in them become folders that are removed, so others than ours are none.
+    """
+    try:
+        found = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    whole = (
+        isinstance(found, dict)
+        and isinstance(found.get("files"), dict)
+        and all(isinstance(pair, list) and len(pair) == 2 for pair in found["files"].values())
+        and isinstance(found.get("recipes"), list)
+        and all(recipe in NAMES for recipe in found["recipes"])
+        and isinstance(found.get("seeds"), list)
+        and all(isinstance(seed, int) for seed in found["seeds"])
+    )
+    return found if whole else None
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -351,8 +481,10 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     found = [
         f"{name} is {now.get(name)!r} now and was {before.get(name)!r}"
         for name in {**before, **now}
-        if name != "files" and now.get(name) != before.get(name)
+        if name not in ("files", "model_content") and now.get(name) != before.get(name)
     ]
+    if now["model"] == before.get("model") and now["model_content"] != before.get("model_content"):
+        found.append(f"the content of --model {now['model']} has changed")
     for option in {**before["files"], **now["files"]}:
         one, other = before["files"].get(option), now["files"].get(option)
         if one is None or other is None:
@@ -364,13 +496,19 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return found
 
 
-def _clear(folder: pathlib.Path, settings: dict[str, Any]) -> None:
+def _clear(folder: pathlib.Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Removes what an earlier fine-tuning wrote, but for a model's files, which the next one
-    replaces, and leaves alone whatever else is there.
+    replaces, and leaves alone whatever else is there. Raises where a file to read is in it.
     """
-    for recipe in settings["recipes"]:
-        for seed in settings["seeds"]:
-            shutil.rmtree(folder / recipe / str(seed), ignore_errors=True)
+    removed = [
+        folder / recipe / str(seed) for recipe in before["recipes"] for seed in before["seeds"]
+    ]
+    for place in (*removed, folder / CHECKPOINTS):
+        for option, (path, _) in now["files"].items():
+            _check_outside(f"{option} {path}", path, place, "--overwrite removes everything")
+    for place in removed:
+        shutil.rmtree(place, ignore_errors=True)
+    for recipe in before["recipes"]:
         with contextlib.suppress(OSError):  # other things may be there
             (folder / recipe).rmdir()
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
@@ -382,7 +520,8 @@ def _save(path: pathlib.Path, content: object) -> None:
     """Writes JSON aside, then moves it: whatever happens, `path` is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False)
+    aside.write_text(text + "\n", encoding="utf-8")
     aside.replace(path)
 
 

@@ -1,14 +1,19 @@
 """Trains one classifier with one recipe, over UEGRTrainer; can be stopped and gone on with."""
 
 import dataclasses
+import difflib
+import enum
 import json
+import math
 import pathlib
 import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,17 +26,39 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from ..core import checks
 from ..integrations.transformers import UEGRTrainer
 from . import measures
 from .classifiers import Classifier, Pretrained
+from .data import UserError, UserTypeError
+from .interrupts import Stopped as Stopped
 from .tables import Example
 
-SCORE, COST = "eval_score", "seconds_per_step"  # in the log, which checkpoints carry
+# in the log, which checkpoints carry
+SCORE, COST, TIMES = "eval_score", "seconds_per_step", "seconds"
+TIMED = 200  # steps at most whose times are kept
 WEIGHT_DECAY, WARM_UP = 0.01, 0.06  # the latter of all steps
-
-
-class Stopped(Exception):
-    """Says that Ctrl-C was pressed; the checkpoint is written."""
+# Options that the Trainer divides by, or trains nothing with.
+POSITIVE = (
+    "gradient_accumulation_steps",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+)
+# Options that the command itself gives the Trainer, and what to do instead.
+OURS = {
+    "output_dir": "use --output",
+    "seed": "use --seed",
+    "data_seed": "use --seed",
+    "use_cpu": "use --device",
+    "resume_from_checkpoint": "use --resume",
+    "push_to_hub": "leave it out, and upload the folder when it is done",
+    **dict.fromkeys(
+        "load_best_model_at_end metric_for_best_model greater_is_better eval_delay save_only_model "
+        "remove_unused_columns".split(),
+        "leave it out",
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +98,15 @@ class Encoded(Dataset[dict[str, object]]):
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """Says how a run went: its best epoch by validation, the score there, and a step's cost."""
+    """Says how a run went: its best epoch by validation, the score there, a step's median cost, the
+    times of some of the steps, and whether loss or score were not finite at some time.
+    """
 
     best_epoch: float
     validation: float
     seconds_per_step: float
+    seconds: list[float]
+    diverged: bool
 
 
 def train(
@@ -110,6 +141,8 @@ def train(
     if watch.stopping:
         raise Stopped
     log = trainer.state.log_history
+    times = [entry[TIMES] for entry in log if TIMES in entry]
+    cost = [entry[COST] for entry in log if COST in entry][-1]
     best = max((entry for entry in log if SCORE in entry), key=lambda entry: entry[SCORE])
     wait_for_all()
     if is_first_process():
@@ -117,7 +150,11 @@ def train(
     return Trained(
         best_epoch=best["epoch"],
         validation=best[SCORE],
-        seconds_per_step=[entry[COST] for entry in log if COST in entry][-1],
+        seconds_per_step=cost,
+        seconds=times[-1] if times else [cost],
+        diverged=not all(
+            math.isfinite(entry[name]) for entry in log for name in ("loss", SCORE) if name in entry
+        ),
     )
 
 
@@ -147,9 +184,57 @@ def check(
     """Raises what `train` would raise for its options, and writes nothing that stays."""
     few = data[0][:2], data[1][:1]
     with tempfile.TemporaryDirectory() as folder:
-        _trainer(
+        trainer = _trainer(
             classifier, recipe, recipe_options, few, labels, 0, setup, pathlib.Path(folder), []
         )
+        trainer.get_train_dataloader()
+        trainer.create_optimizer_and_scheduler(1)
+
+
+def check_options(options: Mapping[str, object]) -> None:
+    """Raises for options of TrainingArguments that it does not have, that the command sets itself,
+    or of another type: the Trainer itself would notice many of them in the middle of a training.
+    """
+    hints = typing.get_type_hints(TrainingArguments)
+    known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
+    for name, value in options.items():
+        given = f"trainer_options {name}={value!r}"
+        if name in OURS:
+            raise UserError(f"trainer_options {name!r} is set by the command; {OURS[name]}")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise UserError(
+                f"{given}: transformers.TrainingArguments has no such option"
+                + (f"; {near[0]!r} is near" if near else "; its documentation lists them")
+            )
+        if not _fits(value, hints[name]):
+            kind = getattr(hints[name], "__name__", "") if isinstance(hints[name], type) else ""
+            raise UserTypeError(
+                f"{given} is a {type(value).__name__}; give a {kind or hints[name]}"
+            )
+        if name in POSITIVE:
+            checks.number(f"trainer_options {name}", value, 0, without=0)
+    both = [options.get(f"{what}_strategy", "epoch") for what in ("eval", "save")]
+    if both[0] != both[1] or both[0] not in ("epoch", "steps"):
+        raise UserError(
+            f"trainer_options eval_strategy={both[0]!r}, save_strategy={both[1]!r}: the best "
+            "checkpoint is kept by its score; give 'steps' for both, or leave both out"
+        )
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Returns whether a value is of an annotated type; of those that are not told apart, yes."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_fits(value, each) for each in typing.get_args(hint))
+    kind = typing.get_origin(hint) or hint
+    if not isinstance(kind, type):
+        return True
+    if issubclass(kind, enum.Enum):  # each has its words
+        return isinstance(value, str)
+    if kind in (int, float):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return whole or (kind is float and isinstance(value, float))
+    return isinstance(value, kind)
 
 
 def _trainer(
@@ -214,15 +299,6 @@ class _Trainer(UEGRTrainer):
     score: Callable[[], float]
     control: Any
 
-    def batches_in_order(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """Yields all texts to train on, as they stand, as (inputs, labels)."""
-        rows, size = self.train_dataset, self.args.per_device_train_batch_size
-        for first in range(0, len(rows), size):
-            some = [rows[i] for i in range(first, min(first + size, len(rows)))]
-            inputs = dict(self._prepare_inputs(self.data_collator(some)))
-            labels = inputs.pop("labels")
-            yield inputs, labels
-
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         found = {SCORE: self.score(), "epoch": self.state.epoch}
         self.log(dict(found))
@@ -249,9 +325,7 @@ class Observer(TrainerCallback):  # type: ignore[misc]
 
 
 class _Watch(Observer):
-    """Shows a bar, times steps, stops training between two of them, with a checkpoint, and shows
-    the texts to a recipe that looks at them before training.
-    """
+    """Shows a bar, times steps, and stops training between two of them, with a checkpoint."""
 
     def __init__(self, stopped: Callable[[], bool], title: str) -> None:
         self.stopped, self.stopping, self.title = stopped, False, title
@@ -268,9 +342,6 @@ class _Watch(Observer):
         )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        recipe = self.trainer.recipe
-        if state.global_step == 0 and recipe is not None and hasattr(recipe, "prepare"):
-            recipe.prepare(self.trainer.batches_in_order())
         self.started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -286,6 +357,9 @@ class _Watch(Observer):
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.seconds:
             self.trainer.log({COST: statistics.median(self.seconds)})
+            state.log_history = [entry for entry in state.log_history if TIMES not in entry]
+            some = self.seconds[:: -(-len(self.seconds) // TIMED)]
+            state.log_history.append({"step": state.global_step, TIMES: some})
         if self.stopping and abs(state.epoch - round(state.epoch)) > 1e-6:
             # a score within an epoch would count among the epochs' when the run is gone on with
             control.should_evaluate = False
@@ -329,7 +403,7 @@ def _any_process(said: bool, device: torch.device) -> bool:
 
 def _per_process(batch: int) -> int:
     if batch % processes():
-        raise ValueError(
+        raise UserError(
             f"--batch {batch} is no multiple of the {processes()} processes; make it one"
         )
     return batch // processes()

@@ -2,17 +2,19 @@
 
 import inspect
 import pathlib
+import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.loss.loss_utils import LOSS_MAPPING, ForSequenceClassificationLoss
 from transformers.trainer_pt_utils import LabelSmoother
-from transformers.utils import import_utils, is_sagemaker_mp_enabled
+from transformers.utils import import_utils, is_datasets_available, is_sagemaker_mp_enabled
 
 from ..analysis.selection import share_selected
 from ..divergence import uegr_loss
@@ -58,12 +60,14 @@ class UEGRTrainer(Trainer):
     losses (L_st is `clean_loss`, L_adv `adversarial_loss`, L_div `divergence`), averaged over the
     batches since the last log, and `share_selected`, of the step before the log. A checkpoint
     carries the recipe's state: a resumed run equals the one that was not interrupted. Every call of
-    `train` begins a recipe and closes it. Raises ValueError for an unknown recipe, and for what a
-    recipe cannot honour: an overridden compute_loss, compute_loss_func, models for several labels
-    or for tokens, ddp_static_graph, nn.DataParallel, DeepSpeed, context, sequence and tensor
-    parallelism, optimizers that step in the backward; TypeError or ValueError for wrong options.
-    All of it at construction, and once more when training begins. The first batch raises ValueError
-    where the model's own loss is another one than the recipe's.
+    `train` begins a recipe and closes it; one that looks at the data first (child_tuning_d, roast)
+    is shown the training set before the first step, unless that is a stream. Raises ValueError for
+    an unknown recipe, and for what a recipe cannot honour: an overridden compute_loss,
+    compute_loss_func, models for several labels or for tokens, ddp_static_graph, nn.DataParallel,
+    DeepSpeed, context, sequence and tensor parallelism, optimizers that step in the backward;
+    TypeError or ValueError for wrong options. All of it at construction, and once more when
+    training begins. The first batch raises ValueError where the model's own loss is another one
+    than the recipe's.
     """
 
     def __init__(
@@ -243,19 +247,10 @@ class UEGRTrainer(Trainer):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()  # schedule-free optimizers hold two sets of weights
-        inputs = dict(self._prepare_inputs(inputs))
-        name = self._label_name(inputs)
+        inputs, labels, name = self._taken_apart(inputs)
         recipe = self.recipe
         if recipe is None or recipe.model is not model:
             recipe = self._attach(model)
-        labels = inputs.pop(name)
-        if labels.dim() == 2 and labels.shape[1] == 1 and not labels.is_floating_point():
-            labels = labels.view(-1)  # as Transformers' models do
-        if (
-            not labels.is_floating_point()
-            and self._options(self._unwrapped(model)).get("task") == "regression"
-        ):
-            labels = labels.float()  # as a squared error does
         share = self._share(labels, num_items_in_batch)
         scaler = self.accelerator.scaler
         with self.compute_loss_context_manager():
@@ -271,6 +266,33 @@ class UEGRTrainer(Trainer):
             self._add(key, loss)
         total: Tensor = losses["loss"].detach() * share
         return total
+
+    def _taken_apart(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor, str]:
+        """Returns a batch's inputs, its labels as a recipe takes them, and the labels' name."""
+        inputs = dict(self._prepare_inputs(batch))
+        name = self._label_name(inputs)
+        labels = inputs.pop(name)
+        if labels.dim() == 2 and labels.shape[1] == 1 and not labels.is_floating_point():
+            labels = labels.view(-1)  # as Transformers' models do
+        if (
+            not labels.is_floating_point()
+            and self._options(self._unwrapped(self.model)).get("task") == "regression"
+        ):
+            labels = labels.float()  # as a squared error does
+        return inputs, labels, name
+
+    def _batches_in_order(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        """Yields the training set once, in its order, as (inputs, labels); draws nothing."""
+        rows, collate = self.train_dataset, self.data_collator
+        if is_datasets_available() and isinstance(rows, sys.modules["datasets"].Dataset):
+            rows = self._remove_unused_columns(rows, description="training")
+        else:
+            collate = self._get_collator_with_removed_columns(collate, description="training")
+        size = self.args.per_device_train_batch_size
+        for first in range(0, len(rows), size):
+            some = [rows[i] for i in range(first, min(first + size, len(rows)))]
+            inputs, labels, _ = self._taken_apart(collate(some))
+            yield inputs, labels
 
     def _label_name(self, batch: Mapping[str, object]) -> str:
         names = (
@@ -538,6 +560,19 @@ class _AroundTheStep(TrainerCallback):
     ) -> None:
         if self.trainer.recipe is None:  # a resumed run has it
             self.trainer._attach(self.trainer.model_wrapped)
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        trainer = self.trainer
+        # a stream cannot be looked through before it is trained on
+        stream = isinstance(trainer.train_dataset, IterableDataset)
+        if state.global_step == 0 and trainer.recipe is not None and not stream:
+            trainer.recipe.prepare(trainer._batches_in_order())
 
     def on_epoch_end(
         self,

@@ -42,6 +42,7 @@ class Recipe:
     """Trains by a method, with the interface that all have, so that one loop trains with any.
 
     backward(inputs, labels, *, scale=1.0)  fills .grad; returns the named losses
+    prepare(batches)                        before the first step, for methods that look at the data
     before_step(), after_step()             around the optimizer's step; before_step after unscaling
         and clipping
     epoch_end()                             after the last step of an epoch
@@ -138,6 +139,11 @@ class Recipe:
         finally:
             self._taken = None
         return losses
+
+    def prepare(self, batches: Iterable[tuple[Inputs, Tensor]]) -> None:
+        """Does what the method wants with the whole training set, as (inputs, labels), before the
+        first step; where it wants nothing, `batches` is left untouched.
+        """
 
     def before_step(self) -> None:
         """Does to the gradients or weights what the method wants ahead of the optimizer's step,
