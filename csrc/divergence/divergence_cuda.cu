@@ -14,11 +14,14 @@ namespace {
 constexpr int columns = 8; // that a thread takes at a time
 constexpr int warp_threads = 128, block_threads = 512, long_threads = 512, sweep_threads = 1024,
               finish_threads = 1024;
-constexpr int64_t warp_classes = 1024;
+// Of rows that a warp takes: those that are not together in memory, and those that are too short to
+// be shared.
+constexpr int64_t warp_classes = 1024, short_classes = 64;
 constexpr int most_cluster = 16, portable_cluster = 8;
 constexpr int most_passes = 32;
 constexpr size_t room_bytes = 64 * sizeof(double); // for the sums of a group that spans blocks
 constexpr float lowest = -HUGE_VALF;
+constexpr int lowest_column = -(1 << 30) - (1 << 30); // below all
 
 // The N rows of one pass.
 struct Rows {
@@ -394,6 +397,8 @@ __global__ void __launch_bounds__(block_threads, 1)
 // What 16 bytes of a row hold.
 template <Storage storage> struct Elements {
     static constexpr int columns = storage == Storage::float32 ? 4 : 8;
+    // The least finite number, or a little more.
+    static constexpr float least = storage == Storage::float16 ? -65504.0f : -3.3e38f;
     using Chunk = Pack<uint32_t>;
 
     static DEVICE void unpack(const Chunk& chunk, float (&x)[columns]) {
@@ -440,15 +445,12 @@ template <Storage storage> struct Elements {
     static DEVICE float element(const Chunk& chunk, int j) {
         return value_at<float>(reinterpret_cast<const char*>(&chunk) + j * (16 / columns), storage);
     }
-    // Makes it -inf.
-    static DEVICE void hide(Chunk& chunk, int j) {
-        if constexpr (storage == Storage::float32) chunk.x[j] = 0xff800000u;
-        else
-            reinterpret_cast<uint16_t*>(&chunk)[j] =
-                storage == Storage::bfloat16 ? 0xff80u : 0xfc00u;
-    }
     static DEVICE uint16_t narrow(float x) {
         return storage == Storage::bfloat16 ? round_bfloat16(x) : round_float16(x);
+    }
+    static DEVICE void set(Chunk& chunk, int j, float x) {
+        if constexpr (storage == Storage::float32) chunk.x[j] = bit_cast<uint32_t>(x);
+        else reinterpret_cast<uint16_t*>(&chunk)[j] = narrow(x);
     }
     static DEVICE Chunk pack(const float (&x)[columns]) {
         Chunk chunk;
@@ -535,6 +537,11 @@ template <class Joins, Storage storage, int passes, bool pairs> struct LongRows 
         for (int pass = 0; pass < passes; ++pass) of.row[pass] = row_of(batch.logits[pass], at);
         return of;
     }
+    static DEVICE Addresses settled_at(Addresses of) {
+        UNROLL
+        for (int pass = 0; pass < passes; ++pass) of.row[pass] = settled(of.row[pass]);
+        return of;
+    }
     DEVICE void copy(const Addresses& from, Chunk* slot, int first) const {
         UNROLL
         for (int pass = 0; pass < passes; ++pass)
@@ -589,9 +596,19 @@ template <class Joins, Storage storage, int passes, bool pairs> struct LongRows 
         while (n < batch.samples) {
             const int64_t next = counting(n + Joins::count());
             sample(place_of(n), next);
-            n = next, joins.next();
+            n = next;
         }
         Joins::leave();
+    }
+
+    // Gives what is in a chunk and no class a value, by pass.
+    template <class F> DEVICE void fill_parts(const Place& at, F value_of) {
+        each_part(at, [&](Chunk* slot, int first) {
+            for (int j = 0; j < columns; ++j)
+                if (first + j < 0 || first + j >= batch.classes)
+                    for (int pass = 0; pass < passes; ++pass)
+                        Of::set(slot[pass * of_pass], j, value_of(pass));
+        });
     }
 
     // A row's maximum, and the column where a pass has it, for all threads the same.
@@ -600,11 +617,7 @@ template <class Joins, Storage storage, int passes, bool pairs> struct LongRows 
         int columns_of[passes] = {};
         UNROLL
         for (int pass = 0; pass < passes; ++pass) most[pass] = lowest, found[pass] = slots;
-        each_part(at, [&](Chunk* slot, int first) { // what is no class has no part in anything
-            for (int j = 0; j < columns; ++j)
-                if (first + j < 0 || first + j >= batch.classes)
-                    for (int pass = 0; pass < passes; ++pass) Of::hide(slot[pass * of_pass], j);
-        });
+        fill_parts(at, [](int) { return lowest; });
         each(at, [&](const Chunk* slot, int first) {
             UNROLL
             for (int pass = 0; pass < passes; ++pass) {
@@ -640,22 +653,27 @@ template <class Joins, Storage storage, int passes, bool pairs> struct LongRows 
         }
     }
 
-    // The rows' sums. `moved`: what they count from, as in RowSums::max.
-    DEVICE void find_sums(const Place& at, const float (&most)[passes], RowSums (&rows)[passes],
-                          double (&moved)[passes]) {
+    // The rows' sums.
+    DEVICE void find_sums(const Place& at, const float (&most)[passes],
+                          const NearRow (&near)[passes], bool plain, RowSums (&rows)[passes]) {
         const double smoothing = batch.options.label_smoothing;
         const int64_t label = batch.indices ? batch.index(at.n) : -1;
         const bool is_class = label >= 0 && label < batch.classes;
         float sum[passes] = {}, differences[passes] = {};
-        each(at, [&](const Chunk* slot, int) {
-            UNROLL
-            for (int pass = 0; pass < passes; ++pass) {
-                float x[columns];
-                get(slot, pass, x);
+        auto add_up = [&](auto plain) {
+            each(at, [&](const Chunk* slot, int) {
                 UNROLL
-                for (int j = 0; j < columns; ++j) sum[pass] += near_e(x[j], most[pass]);
-            }
-        });
+                for (int pass = 0; pass < passes; ++pass) {
+                    float x[columns];
+                    get(slot, pass, x);
+                    UNROLL
+                    for (int j = 0; j < columns; ++j)
+                        sum[pass] += near[pass].template e<decltype(plain)::value>(x[j]);
+                }
+            });
+        };
+        if (plain) add_up(std::true_type());
+        else add_up(std::false_type());
         if (smoothing > 0)
             each(at, [&](const Chunk* slot, int first) {
                 UNROLL
@@ -682,26 +700,27 @@ template <class Joins, Storage storage, int passes, bool pairs> struct LongRows 
         UNROLL
         for (int pass = 0; pass < passes; ++pass) {
             RowSums& row = rows[pass];
-            // A row far out is moved by its maximum, as the differences would be lost in it.
-            moved[pass] =
-                absolute(most[pass]) <= static_cast<float>(far_out) ? 0.0 : double(most[pass]);
-            row.max = most[pass] - moved[pass], row.sum = sums[pass];
+            row.max = near[pass].max(), row.sum = sums[pass];
             row.settle();
             if (batch.indices) { // smoothing 1 leaves no label, whatever its logit
-                if (smoothing < 1) row.label = (1 - smoothing) * sums[2 * passes + pass];
+                const double apart = most[pass] - near[pass].moved - row.max;
+                if (smoothing < 1) row.label = (1 - smoothing) * (sums[2 * passes + pass] + apart);
                 if (smoothing > 0)
                     row.label +=
-                        smoothing / static_cast<double>(batch.classes) * sums[passes + pass];
+                        smoothing *
+                        (sums[passes + pass] / static_cast<double>(batch.classes) + apart);
                 if (!is_class) row.label = NAN;
             }
         }
     }
 
-    // The divergences of the last two passes, which are held as probabilities from here on.
+    // The divergences of the last two passes. Not `plain`: of rows far out, far apart, with a class
+    // that dominates, or with an infinite logit, as the NaN of such a row's sum tells.
     DEVICE PairOfRows find_pair(const Place& at, const int (&where)[passes],
-                                RowSums (&rows)[passes], const double (&moved)[passes]) {
+                                const NearRow (&near)[passes], RowSums (&rows)[passes],
+                                bool& plain) {
         RowSums &row_k = rows[k], &row_l = rows[k + 1];
-        PairOfRows pair(row_k, row_l, moved[k], moved[k + 1]);
+        PairOfRows pair(row_k, row_l, near[k].moved, near[k + 1].moved);
         // In each thread of the row's memory, which nobody writes before this sample's last join.
         auto ratio_at = [&](int column, bool of_k) {
             float ratio_k, ratio_l;
@@ -713,27 +732,29 @@ template <class Joins, Storage storage, int passes, bool pairs> struct LongRows 
         const float pivot_k = row_k.dominated() ? ratio_at(where[k], true) : 0,
                     pivot_l = row_l.dominated() ? ratio_at(where[k + 1], false) : 0;
         pair.pivot_k = pivot_k, pair.pivot_l = pivot_l;
-        float of_k = 0, of_l = 0;
+        plain = plain && pair.is_plain();
+        double sums[2];
         auto add_up = [&](auto plain) {
+            float of_k = 0, of_l = 0;
             each(at, [&](const Chunk* slot, int) {
                 float x_k[columns], x_l[columns];
                 get(slot, k, x_k), get(slot, k + 1, x_l);
                 UNROLL
                 for (int j = 0; j < columns; ++j) {
-                    float p_k, p_l, ratio_k, ratio_l;
-                    pair.find_probabilities(x_k[j], x_l[j], p_k, p_l);
+                    float ratio_k, ratio_l;
                     pair.template find_ratios<decltype(plain)::value>(x_k[j], x_l[j], ratio_k,
                                                                       ratio_l);
-                    of_k += p_k * ratio_k, of_l += p_l * ratio_l;
+                    of_k += near[k].template e<decltype(plain)::value>(x_k[j]) * ratio_k;
+                    of_l += near[k + 1].template e<decltype(plain)::value>(x_l[j]) * ratio_l;
                 }
             });
+            sums[0] = of_k, sums[1] = of_l;
+            joins.template join<decltype(plain)::value ? 2 : 3>(sums, 0.0, added<double>);
         };
-        if (pair.is_plain()) add_up(std::true_type());
-        else add_up(std::false_type());
-        double sums[2] = {of_k, of_l};
-        joins.template join<2>(sums, 0.0, added<double>);
-        row_k.pivot = pivot_k, row_k.kl = sums[0], row_l.pivot = pivot_l, row_l.kl = sums[1];
-        row_k.inverse = row_l.inverse = 1;
+        if (plain) add_up(std::true_type()), plain = sums[0] + sums[1] == sums[0] + sums[1];
+        if (!plain) add_up(std::false_type());
+        row_k.pivot = pivot_k * curvature_unit, row_k.kl = sums[0] * curvature_unit;
+        row_l.pivot = pivot_l * curvature_unit, row_l.kl = sums[1] * curvature_unit;
         return pair;
     }
 
@@ -741,10 +762,19 @@ template <class Joins, Storage storage, int passes, bool pairs> struct LongRows 
         float most[passes];
         int where[passes];
         RowSums rows[passes];
-        double moved[passes];
+        NearRow near[passes];
         await_copies();
         find_maxima(at, most, where);
-        find_sums(at, most, rows, moved);
+        bool plain = true;
+        UNROLL
+        for (int pass = 0; pass < passes; ++pass)
+            near[pass] = NearRow(most[pass]), plain = plain && near[pass].is_plain();
+        // So low that its e is 0, and finite where such a number is.
+        fill_parts(at, [&](int pass) {
+            const float low = most[pass] - 1e3f - 0.5f * absolute(most[pass]);
+            return low > Of::least && near[pass].is_plain() ? low : lowest;
+        });
+        find_sums(at, most, near, plain, rows);
         const double mass = batch.indices ? 1 : 0, unit = batch.unit();
         double clean = 0, adversarial = 0, divergence = 0;
         UNROLL
@@ -752,116 +782,131 @@ template <class Joins, Storage storage, int passes, bool pairs> struct LongRows 
             if (batch.labelled())
                 (pass == 0 ? clean : adversarial) +=
                     rows[pass].cross_entropy(mass) * batch.label_weight(pass);
+        auto write_all = [&](const auto& pair) {
+            if (plain) write_gradients<true>(at, next, near, rows, unit, mass, pair);
+            else write_gradients<false>(at, next, near, rows, unit, mass, pair);
+        };
         if constexpr (pairs) {
-            const PairOfRows pair = find_pair(at, where, rows, moved);
+            const PairOfRows pair = find_pair(at, where, near, rows, plain);
             divergence = pairs_divergence(rows[k].divergence() + rows[k + 1].divergence(), 2);
-            if (pair.is_plain()) write_gradients<true>(at, next, most, rows, unit, mass, pair);
-            else write_gradients<false>(at, next, most, rows, unit, mass, pair);
+            write_all(pair);
         } else {
-            write_gradients<true>(at, next, most, rows, unit, mass, {});
+            write_all(nullptr);
         }
         if (Joins::index() == 0) write(at.n, clean, adversarial, divergence);
     }
 
-    struct NoPair {};
-    using Pair = std::conditional_t<pairs, PairOfRows, NoPair>;
-    template <bool plain>
-    DEVICE void write_gradients(const Place& at, int64_t next, const float (&most)[passes],
+    template <bool plain, class Pair>
+    DEVICE void write_gradients(const Place& at, int64_t next, const NearRow (&near)[passes],
                                 const RowSums (&rows)[passes], double unit, double mass,
                                 [[maybe_unused]] const Pair& pair) {
         const int label = batch.indices ? static_cast<int>(batch.index(at.n)) : -1;
         const float share = static_cast<float>(1 - batch.options.label_smoothing);
         GradientFactors<float> factors[passes];
         UNROLL
-        for (int pass = 0; pass < passes; ++pass)
+        for (int pass = 0; pass < passes; ++pass) {
             factors[pass] = GradientFactors<float>(
                 rows[pass], unit * batch.label_weight(pass), mass, batch.smoothed(),
                 pairs && pass >= k ? unit * batch.options.js_weight : 0);
+            factors[pass].of_w *= static_cast<float>(curvature_unit);
+        }
+        // The next sample's chunks go to these places; its rows may begin elsewhere.
         const bool more = next < batch.samples;
         const Place after = more ? place_of(next) : at;
-        const Addresses from = logits_of(after);
-        // The next sample's chunk in this place, which begins elsewhere if its rows do.
+        const Addresses from = settled_at(logits_of(after));
+        const int classes = static_cast<int>(batch.classes), moved = at.shift - after.shift,
+                  end_of_next = more ? classes - moved : lowest_column;
         auto copy_next = [&](Chunk* slot, int first) {
-            const int next_first = first + at.shift - after.shift;
-            if (more && next_first < static_cast<int>(batch.classes)) copy(from, slot, next_first);
+            if (first < end_of_next) copy(from, slot, first + moved);
         };
-        Chunk* slot_after = slots;
         Addresses into;
-        bool wanted = false;
+        int wanted = 0; // a bit for each pass
         UNROLL
         for (int pass = 0; pass < passes; ++pass) {
             into.row[pass] = row_of(batch.gradients[pass], at);
-            wanted |= batch.gradients[pass].data != nullptr;
+            wanted |= (batch.gradients[pass].data != nullptr) << pass;
         }
+        into = settled_at(into), wanted = settled(wanted);
         auto find_gradients = [&](auto count, auto& x) { // of x[pass][j] in its place
             UNROLL
             for (int j = 0; j < decltype(count)::value; ++j) {
                 UNROLL
                 for (int pass = 0; pass < (pairs ? k : passes); ++pass)
-                    x[pass][j] = factors[pass].gradient(near_e(x[pass][j], most[pass]));
+                    x[pass][j] =
+                        factors[pass].gradient(near[pass].template e<plain>(x[pass][j]));
                 if constexpr (pairs) {
-                    float p_k, p_l, ratio_k, ratio_l;
-                    pair.find_probabilities(x[k][j], x[k + 1][j], p_k, p_l);
+                    float ratio_k, ratio_l;
                     pair.template find_ratios<plain>(x[k][j], x[k + 1][j], ratio_k, ratio_l);
-                    x[k][j] = factors[k].gradient_of(p_k, ratio_k);
-                    x[k + 1][j] = factors[k + 1].gradient_of(p_l, ratio_l);
+                    x[k][j] =
+                        factors[k].gradient_of(near[k].template e<plain>(x[k][j]), ratio_k);
+                    x[k + 1][j] = factors[k + 1].gradient_of(
+                        near[k + 1].template e<plain>(x[k + 1][j]), ratio_l);
                 }
             }
         };
-        float labelled[passes][1]; // the label's logits, which the thread that has them keeps
-        bool has_label = false;
-        if (!wanted) {
-            each(at, [&](Chunk* slot, int first) {
-                slot_after = slot + blockDim.x, copy_next(slot, first);
-            });
-        } else {
-            each(at, [&](Chunk* slot, int first) {
-                slot_after = slot + blockDim.x;
-                if (static_cast<unsigned>(label - first) < static_cast<unsigned>(columns)) {
-                    has_label = true;
-                    UNROLL
-                    for (int pass = 0; pass < passes; ++pass)
-                        labelled[pass][0] = Of::element(slot[pass * of_pass], label - first);
-                }
-                float x[passes][columns];
-                UNROLL
-                for (int pass = 0; pass < passes; ++pass) get(slot, pass, x[pass]);
-                find_gradients(std::integral_constant<int, columns>(), x);
+        auto of_chunk = [&](const Chunk* slot, Chunk (&packed)[passes]) {
+            float x[passes][columns];
+            UNROLL
+            for (int pass = 0; pass < passes; ++pass) get(slot, pass, x[pass]);
+            find_gradients(std::integral_constant<int, columns>(), x);
+            UNROLL
+            for (int pass = 0; pass < passes; ++pass) packed[pass] = Of::pack(x[pass]);
+        };
+        // The thread that has the label's chunk keeps its logits: what lies there is overwritten.
+        const int label_chunk = (label + at.shift) / columns;
+        const bool has_label = wanted && label >= 0 && label < classes &&
+                               label_chunk % Joins::size() == Joins::index();
+        float labelled[passes][1];
+        if (has_label) {
+            const Chunk* slot =
+                slots + label_chunk / Joins::size() * static_cast<int>(blockDim.x);
+            UNROLL
+            for (int pass = 0; pass < passes; ++pass)
+                labelled[pass][0] =
+                    Of::element(slot[pass * of_pass], (label + at.shift) % columns);
+        }
+        if (wanted) {
+            Chunk* slot = slots;
+            int first = Joins::index() * columns - at.shift;
+            // first of all a chunk in part, of which there may be one more at the end
+            if (first < 0) slot += blockDim.x, first += Joins::size() * columns;
+#pragma unroll 1
+            for (; first <= classes - columns;
+                 slot += blockDim.x, first += Joins::size() * columns) {
                 Chunk packed[passes];
-                UNROLL
-                for (int pass = 0; pass < passes; ++pass) packed[pass] = Of::pack(x[pass]);
-                if (is_whole(first)) {
-                    copy_next(slot, first);
-                    UNROLL
-                    for (int pass = 0; pass < passes; ++pass)
-                        if (batch.gradients[pass].data) put(into.row[pass], first, packed[pass]);
-                } else {
-                    UNROLL
-                    for (int pass = 0; pass < passes; ++pass) slot[pass * of_pass] = packed[pass];
-                }
-            });
-            each_part(at, [&](Chunk* slot, int first) {
+                of_chunk(slot, packed);
+                copy_next(slot, first);
                 UNROLL
                 for (int pass = 0; pass < passes; ++pass)
-                    if (batch.gradients[pass].data)
+                    if (wanted >> pass & 1) put(into.row[pass], first, packed[pass]);
+            }
+            each_part(at, [&](Chunk* slot, int first) {
+                Chunk packed[passes];
+                of_chunk(slot, packed);
+                UNROLL
+                for (int pass = 0; pass < passes; ++pass) {
+                    slot[pass * of_pass] = packed[pass];
+                    if (wanted >> pass & 1)
                         put_part(into.row[pass], first, slot[pass * of_pass]);
+                }
                 copy_next(slot, first);
             });
+        } else {
+            each(at, copy_next);
         }
         if (has_label) { // once more, over what this thread has just written
             find_gradients(std::integral_constant<int, 1>(), labelled);
             UNROLL
             for (int pass = 0; pass < passes; ++pass)
-                if (batch.gradients[pass].data)
+                if (wanted >> pass & 1)
                     batch.gradients[pass].put(at.n, label,
                                               factors[pass].labelled(labelled[pass][0], share));
         }
         // One more chunk, perhaps, than this sample had.
-        copy_next(slot_after, static_cast<int>((slot_after - slots) / static_cast<int>(blockDim.x) *
-                                                   Joins::size() +
-                                               Joins::index()) *
-                                      columns -
-                                  at.shift);
+        const int turns =
+            (at.chunks - Joins::index() + Joins::size() - 1) / Joins::size(); // of this thread
+        copy_next(slots + turns * static_cast<int>(blockDim.x),
+                  (turns * Joins::size() + Joins::index()) * columns - at.shift);
     }
 };
 template <Storage storage, int passes, bool pairs>
@@ -1280,7 +1325,7 @@ bool launch_long(Batch& batch, cudaStream_t stream) {
         if (cluster > 1 && !attribute_of_device(cudaDevAttrClusterLaunch)) return false;
         // Rows too short for so many threads have smaller blocks, and more of them run at once.
         int threads = long_threads;
-        while (cluster == 1 && threads > 128 && chunks <= threads) threads /= 2;
+        while (cluster == 1 && threads > warp_size && chunks <= threads) threads /= 2;
         const int64_t group = int64_t(cluster) * threads;
         batch.turns = static_cast<int>((chunks + group - 1) / group);
         const size_t room = cluster > 1 ? sizeof(ClusterJoins::Room) : sizeof(BlockJoins::Room),
@@ -1313,7 +1358,7 @@ template <int passes, bool pairs> bool launch_long(Batch& batch, cudaStream_t st
     }
 }
 bool run_long(Batch& batch, cudaStream_t stream) {
-    if (batch.classes <= warp_classes || !together(batch)) return false;
+    if (batch.classes <= short_classes || !together(batch)) return false;
     const bool pairs = batch.passes - batch.first == 2;
     if (batch.passes == 1) return launch_long<1, false>(batch, stream);
     if (batch.passes == 2)

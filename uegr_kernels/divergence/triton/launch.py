@@ -11,7 +11,7 @@ from torch import Tensor
 from ...core import triton_ops
 from .kernels import Form, add_up_kernel, loss_kernel, scale_kernel
 
-FEW = 9  # passes of which a thread holds a block each
+FEW = 5  # passes of which a thread holds a block each
 WIDE = 3  # those of which it holds 128 bits each, whatever their dtype
 SPLIT = 4  # passes of which a row's last block has code of its own
 HELD = 16 * 1024  # elements of rows that a program's registers hold
