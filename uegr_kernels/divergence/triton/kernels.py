@@ -623,9 +623,7 @@ def normalize(samples, form):
     if form.EXACT and form.PASSES - form.FIRST > 1:
         found = Passes(tops, bases, rests, totals, pivots, ratios)
         pivots = pivots_of(likeliest, samples, found, form)
-    return Passes(
-        tops=tops, bases=bases, rests=rests, totals=totals, pivots=pivots, ratios=ratios
-    )
+    return Passes(tops=tops, bases=bases, rests=rests, totals=totals, pivots=pivots, ratios=ratios)
 
 
 # ---- The second visit: sums over labels and pairs
@@ -871,16 +869,7 @@ def write_gradients(factors, gradients, there, keep, samples, passes, form):
         end = end_of_full(samples.classes, form)
         for at in range(0, end, BLOCK):
             write_block(
-                at,
-                None,
-                not form.MASKED,
-                factors,
-                gradients,
-                there,
-                keep,
-                samples,
-                passes,
-                form,
+                at, None, not form.MASKED, factors, gradients, there, keep, samples, passes, form
             )
         if form.TAIL:
             write_block(end, None, False, factors, gradients, there, keep, samples, passes, form)

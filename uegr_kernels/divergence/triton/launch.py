@@ -15,6 +15,9 @@ FEW = 5  # passes of which a thread holds a block each
 WIDE = 3  # those of which it holds 128 bits each, whatever their dtype
 SPLIT = 4  # passes of which a row's last block has code of its own
 HELD = 16 * 1024  # elements of rows that a program's registers hold
+# Blocks of held rows, times the pairs of passes, that have code each: the time that compiling takes
+# grows with the square of it.
+MOST_CODE = 8
 MOST_THREADS = 256  # with more one has too few registers
 COUNTED_BY_EACH = 4096  # labels up to which every program counts those that are not ignored
 NO_FORM = Form._make([None] * len(Form._fields))
@@ -102,7 +105,7 @@ def _registers(few: bool) -> dict[str, int]:
 
 @functools.cache
 def _block(
-    samples: int, classes: int, passes: int, itemsize: int, aligned: bool, lanes: int
+    samples: int, classes: int, passes: int, in_pairs: int, itemsize: int, aligned: bool, lanes: int
 ) -> Block:
     # a mask is as many scalar registers
     each = _run(passes, itemsize) if aligned else min(_run(passes, itemsize), 128 // lanes)
@@ -111,11 +114,15 @@ def _block(
     # several samples in a thread have addresses of their own, by pass
     own = each if passes <= WIDE else min(each, 2)
     rows = max(1, min(triton.next_power_of_2(samples), MOST_THREADS * own // block))
+    blocks, pairs = triton.cdiv(classes, block), in_pairs * (in_pairs - 1) // 2
+    held = (
+        passes <= FEW and passes * classes <= HELD and (blocks == 1 or blocks * pairs <= MOST_CODE)
+    )
     return Block(
         ROWS=rows,
         RUNS=block // run,
         RUN=run,
-        HELD=triton.cdiv(classes, block) if passes <= FEW and passes * classes <= HELD else 0,
+        HELD=blocks if held else 0,
         TAIL=classes % block != 0 and passes <= SPLIT,
         MASKED=classes % block != 0 and passes > SPLIT,
         ALIGNED=aligned,
@@ -178,7 +185,15 @@ def _evaluate(
     if aligned:
         passes, into = passes.in_runs(run), into.in_runs(run)
         row_stride = row_stride // run if kind == "soft" else row_stride
-    block = _block(samples, classes, count, first.element_size(), aligned, triton_ops.lanes())
+    block = _block(
+        samples,
+        classes,
+        count,
+        count - int(labels is not None),
+        first.element_size(),
+        aligned,
+        triton_ops.lanes(),
+    )
     programs = _programs(block, passes, first.device)
     wide = first.dtype == torch.float64
     dtype, by_row = torch.float64 if wide else torch.float32, reduction == "none"
@@ -301,7 +316,7 @@ def _scale_passes(passes: PassRows, into: PassRows, factor: Tensor, in_place: bo
     aligned = passes.aligned(run) and into.aligned(run)
     if aligned:
         passes, into = passes.in_runs(run), into.in_runs(run)
-    block = _block(samples, classes, count, first.element_size(), aligned, triton_ops.lanes())
+    block = _block(samples, classes, count, 0, first.element_size(), aligned, triton_ops.lanes())
     by_row = factor.dim() > 0
     form = NO_FORM._replace(
         PASSES=count,
