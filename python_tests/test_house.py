@@ -748,8 +748,8 @@ def unless_header(
 
 
 @rule(
-    "An operator's header includes `core` except `tensor.h`, and the standard library: no torch, "
-    "no CUDA, no other operator",
+    "An operator's header includes its operator's own, `core` except `tensor.h`, and the standard "
+    "library: no torch, no CUDA, no host check, no other operator",
     "csrc/(?!core/)[^/]+/(?!arguments[.]h$)[^/]+[.](h|cuh)",
     bad=[
         f"csrc/selective/selective.h | #include {header}"
@@ -759,9 +759,11 @@ def unless_header(
             '"core/tensor.h"',
             "<torch/a.h>",
             '"../dropout/dropout.h"',
+            '"arguments.h"',
         )
     ],
     good=[
+        'csrc/selective/rows.cuh | #include "selective.h"\n#include "../core/loops_cuda.cuh"',
         'csrc/selective/selective.h | #include <cmath>\n#include "../core/math.h"\n#include '
         '"core/philox.h"'
     ],
@@ -771,6 +773,7 @@ def operator_header(path, text):
         lambda place: (
             bool(STANDARD_HEADER.fullmatch(place))
             or (place.startswith("core/") and place != "core/tensor.h")
+            or (place.startswith(f"{path.parent.name}/") and not place.endswith("arguments.h"))
         ),
         path,
         text,

@@ -338,9 +338,10 @@ DEVICE void await_phase([[maybe_unused]] uint64_t* barrier, [[maybe_unused]] uns
 }
 
 // Joins of what all threads of a block, or of a cluster's blocks, have found: few a sample, each
-// with a room of its own, and called by all threads in the same order: which joins there are depends
-// on what all have found together. A room is written again after another join, which nobody passes
-// before all have read it; so one barrier a join is enough, and there must be two joins or more.
+// with a room of its own, and called by all threads in the same order: which joins there are
+// depends on what all have found together. A room is written again after another join, which nobody
+// passes before all have read it; so one barrier a join is enough, and there must be two joins or
+// more.
 constexpr int most_joined = 9, most_joins = 4;
 
 struct BlockJoins {

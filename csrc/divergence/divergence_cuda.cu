@@ -198,7 +198,8 @@ template <int m> bool run_on_chip(Batch& batch, bool full, cudaStream_t stream) 
 
 // --- Long rows ---
 
-// Whether all rows of a sample, soft labels too, have one dtype and begin at the same place of 16 bytes.
+// Whether all rows of a sample, soft labels too, have one dtype and begin at the same place of 16
+// bytes.
 bool together(const Batch& batch) {
     const Rows& first = batch.logits[0];
     auto like_first = [&](const Rows& rows) {
@@ -214,8 +215,8 @@ bool together(const Batch& batch) {
     return all && like_first(batch.soft);
 }
 
-// Runs rows that stay on chip as they are in memory, `rows` of a sample beside rooms of a block and of
-// a cluster; false where they do not.
+// Runs rows that stay on chip as they are in memory, `rows` of a sample beside rooms of a block and
+// of a cluster; false where they do not.
 template <Storage storage, class Kernel>
 bool launch_rows(Batch& batch, int rows, Kernel of_block, size_t block_room, Kernel of_cluster,
                  size_t cluster_room, cudaStream_t stream) {
@@ -232,8 +233,8 @@ bool launch_rows(Batch& batch, int rows, Kernel of_block, size_t block_room, Ker
         while (cluster == 1 && threads > warp_size && chunks <= threads) threads /= 2;
         const int64_t group = int64_t(cluster) * threads;
         batch.turns = static_cast<int>((chunks + group - 1) / group);
-        const size_t bytes = (cluster > 1 ? cluster_room : block_room) +
-                             size_t(16) * rows * batch.turns * threads;
+        const size_t bytes =
+            (cluster > 1 ? cluster_room : block_room) + size_t(16) * rows * batch.turns * threads;
         if (bytes > static_cast<size_t>(most)) continue;
         const auto kernel = cluster > 1 ? of_cluster : of_block;
         // As many as run at once: a sample's rows are then on their way while the one before is

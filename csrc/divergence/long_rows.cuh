@@ -66,7 +66,8 @@ template <Storage storage> struct Elements {
         if constexpr (storage == Storage::float32) chunk.x[j] = bit_cast<uint32_t>(x);
         else reinterpret_cast<uint16_t*>(&chunk)[j] = narrow(x);
     }
-    // What is so far below a row's maximum that its e is 0, and finite where there is such a number.
+    // What is so far below a row's maximum that its e is 0, and finite where there is such a
+    // number.
     static DEVICE float far_below(float most, const NearRow& near) {
         const float low = most - 1e3f - 0.5f * absolute(most);
         return low > least && near.is_plain() ? low : lowest;
@@ -96,9 +97,10 @@ DEVICE int column_of_key(uint64_t key) {
     return static_cast<int>(~0u - static_cast<uint32_t>(key));
 }
 
-// A sample's rows in shared memory as they are: chunks of 16 bytes, of which a thread has the same of
-// all rows, and nobody else looks at them. A row may begin anywhere, if all begin at the same place
-// of 16 bytes: the first and the last chunk then hold less, and what else they hold is no class.
+// A sample's rows in shared memory as they are: chunks of 16 bytes, of which a thread has the same
+// of all rows, and nobody else looks at them. A row may begin anywhere, if all begin at the same
+// place of 16 bytes: the first and the last chunk then hold less, and what else they hold is no
+// class.
 template <class Joins, Storage storage> struct RowsOnChip {
     using Of = Elements<storage>;
     using Chunk = typename Of::Chunk;
@@ -204,23 +206,22 @@ template <class Joins, Storage storage> struct RowsOnChip {
                 if (first + j < 0 || first + j >= batch.classes) {
                     UNROLL
                     for (int pass = 0; pass < most; ++pass)
-                        if (pass < batch.passes)
-                            Of::set(slot[pass * of_pass], j, value_of(pass));
+                        if (pass < batch.passes) Of::set(slot[pass * of_pass], j, value_of(pass));
                 }
         });
     }
 };
 
-// Samples one after another: all of a sample's rows are asked for at once. A visit finds the maxima,
-// one the sums, one the pairs, the last the gradients; the exponentials are found anew each time. As
-// the last visit leaves a chunk it asks for the next sample's.
+// Samples one after another: all of a sample's rows are asked for at once. A visit finds the
+// maxima, one the sums, one the pairs, the last the gradients; the exponentials are found anew each
+// time. As the last visit leaves a chunk it asks for the next sample's.
 template <class Joins, Storage storage, int passes, bool pairs>
 struct LongRows : RowsOnChip<Joins, storage> {
     using Base = RowsOnChip<Joins, storage>;
-    using typename Base::Of, typename Base::Chunk, typename Base::Place;
     using Base::columns, Base::batch, Base::joins, Base::slots, Base::of_pass, Base::place_of,
         Base::row_of, Base::column_of, Base::each, Base::each_part, Base::get, Base::put,
         Base::put_part, Base::counting, Base::write;
+    using typename Base::Of, typename Base::Chunk, typename Base::Place;
     static constexpr int k = passes - 2; // the pair: this pass and the one after it
 
     DEVICE LongRows(const Batch& batch, char* shared)
@@ -348,9 +349,8 @@ struct LongRows : RowsOnChip<Joins, storage> {
                 const double apart = most[pass] - near[pass].moved - row.max;
                 if (smoothing < 1) row.label = (1 - smoothing) * (sums[2 * passes + pass] + apart);
                 if (smoothing > 0)
-                    row.label +=
-                        smoothing *
-                        (sums[passes + pass] / static_cast<double>(batch.classes) + apart);
+                    row.label += smoothing *
+                                 (sums[passes + pass] / static_cast<double>(batch.classes) + apart);
                 if (!is_class) row.label = NAN;
             }
         }
@@ -411,7 +411,8 @@ struct LongRows : RowsOnChip<Joins, storage> {
         UNROLL
         for (int pass = 0; pass < passes; ++pass)
             near[pass] = NearRow(most[pass]), plain = plain && near[pass].is_plain();
-        this->template fill_parts<passes>(at, [&](int pass) { return Of::far_below(most[pass], near[pass]); });
+        this->template fill_parts<passes>(
+            at, [&](int pass) { return Of::far_below(most[pass], near[pass]); });
         find_sums(at, most, near, plain, rows);
         const double mass = batch.indices ? 1 : 0, unit = batch.unit();
         double clean = 0, adversarial = 0, divergence = 0;
@@ -470,19 +471,17 @@ struct LongRows : RowsOnChip<Joins, storage> {
             for (int j = 0; j < decltype(count)::value; ++j) {
                 UNROLL
                 for (int pass = 0; pass < (pairs ? k : passes); ++pass)
-                    x[pass][j] =
-                        factors[pass].gradient(near[pass].template e<plain>(x[pass][j]));
+                    x[pass][j] = factors[pass].gradient(near[pass].template e<plain>(x[pass][j]));
                 if constexpr (pairs) {
                     float ratio_k, ratio_l;
                     pair.template find_ratios<plain>(x[k][j], x[k + 1][j], ratio_k, ratio_l);
-                    x[k][j] =
-                        factors[k].gradient_of(near[k].template e<plain>(x[k][j]), ratio_k);
+                    x[k][j] = factors[k].gradient_of(near[k].template e<plain>(x[k][j]), ratio_k);
                     x[k + 1][j] = factors[k + 1].gradient_of(
                         near[k + 1].template e<plain>(x[k + 1][j]), ratio_l);
                 }
             }
         };
-        auto of_chunk = [&](const Chunk* slot, Chunk (&packed)[passes]) {
+        auto of_chunk = [&](const Chunk* slot, Chunk(&packed)[passes]) {
             float x[passes][columns];
             UNROLL
             for (int pass = 0; pass < passes; ++pass) get(slot, pass, x[pass]);
@@ -496,12 +495,10 @@ struct LongRows : RowsOnChip<Joins, storage> {
                                label_chunk % Joins::size() == Joins::index();
         float labelled[passes][1];
         if (has_label) {
-            const Chunk* slot =
-                slots + label_chunk / Joins::size() * static_cast<int>(blockDim.x);
+            const Chunk* slot = slots + label_chunk / Joins::size() * static_cast<int>(blockDim.x);
             UNROLL
             for (int pass = 0; pass < passes; ++pass)
-                labelled[pass][0] =
-                    Of::element(slot[pass * of_pass], (label + at.shift) % columns);
+                labelled[pass][0] = Of::element(slot[pass * of_pass], (label + at.shift) % columns);
         }
         if (wanted) {
             Chunk* slot = slots;
@@ -524,8 +521,7 @@ struct LongRows : RowsOnChip<Joins, storage> {
                 UNROLL
                 for (int pass = 0; pass < passes; ++pass) {
                     slot[pass * of_pass] = packed[pass];
-                    if (wanted >> pass & 1)
-                        put_part(into.row[pass], first, slot[pass * of_pass]);
+                    if (wanted >> pass & 1) put_part(into.row[pass], first, slot[pass * of_pass]);
                 }
                 copy_next(slot, first);
             });

@@ -1,5 +1,5 @@
-// More passes than long_rows.cuh has code for, up to 9, and soft labels: rows that stay on chip as they
-// are in memory.
+// More passes than long_rows.cuh has code for, up to 9, and soft labels: rows that stay on chip as
+// they are in memory.
 #pragma once
 
 #include "long_rows.cuh"
@@ -10,8 +10,8 @@ namespace {
 constexpr int many = 9; // passes at most
 static_assert(many <= most_joined);
 
-// What a block keeps beside the rows: by pass what was found of it, by pair the distance. Written by
-// some threads, and read by all after the block has met.
+// What a block keeps beside the rows: by pass what was found of it, by pair the distance. Written
+// by some threads, and read by all after the block has met.
 struct ManyRoom {
     struct Pass {
         NearRow near;
@@ -30,10 +30,10 @@ struct ManyRoom {
 // As LongRows, with the passes in loops: every pass meets every other. Soft labels are a row more.
 template <class Joins, Storage storage> struct ManyRows : RowsOnChip<Joins, storage> {
     using Base = RowsOnChip<Joins, storage>;
-    using typename Base::Of, typename Base::Chunk, typename Base::Place;
     using Base::columns, Base::batch, Base::joins, Base::slots, Base::of_pass, Base::place_of,
         Base::row_of, Base::column_of, Base::each, Base::each_part, Base::get, Base::put,
         Base::counting, Base::write, Base::is_whole;
+    using typename Base::Of, typename Base::Chunk, typename Base::Place;
     static constexpr size_t room = sizeof(typename Joins::Room) + sizeof(ManyRoom);
     ManyRoom& found;
     const bool pairs;
