@@ -765,7 +765,7 @@ def unless_header(
     good=[
         'csrc/selective/rows.cuh | #include "selective.h"\n#include "../core/loops_cuda.cuh"',
         'csrc/selective/selective.h | #include <cmath>\n#include "../core/math.h"\n#include '
-        '"core/philox.h"'
+        '"core/philox.h"',
     ],
 )
 def operator_header(path, text):
