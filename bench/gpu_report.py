@@ -14,6 +14,18 @@ from .gpu_runner import ROOT, Output
 LINES, CHARACTERS = 98, 12_000  # of the table at most: with its heading gpu.md has 100
 WIDTH = 300  # of a line's message
 PICTURE = 6.0  # seconds
+MODEL = ROOT / "bench/results/gpu_model.json"
+# What is calculated of a stage's first contestant, by its name in the model. Of a forward and a
+# backward the backward, whose share is the smaller one.
+CALCULATED = {
+    "bench-step": "AdamW, float32",
+    "bench-previous": 'AdamW, float32, "previous"',
+    "bench-bfloat16": 'AdamW, all bfloat16, "previous"',
+    "bench-1e9": "AdamW, float32",
+    "bench-loss-32000": "loss, bfloat16, C = 32,000",
+    "bench-loss-32000-float32": "loss, float32, C = 32,000",
+    "bench-dropout": "dropout, bfloat16, backward",
+}
 FACTS = ("gpu", "driver", "torch", "cuda", "triton", "python", "commit", "processors", "l2", "nvcc")
 
 
@@ -201,9 +213,20 @@ def stage_rows(records: list[dict], run: str) -> list[str]:
     return ["", *tables.table(["stage", "", "", ""], rows).split("\n")] if rows else []
 
 
+def calculated(records: list[dict]) -> dict[str, float]:
+    """Returns by stage which share of a copy's rate the model gives it on the GPU of the probe."""
+    names = [record.get("result", {}).get("gpu") for record in records]
+    gpu = next((name for name in names if isinstance(name, str)), "")
+    lines = json.loads(MODEL.read_text())["records"] if gpu and MODEL.exists() else []
+    shares = {
+        line["case"]: line["share"] for line in lines if line["gpu"].split()[0] in gpu.split()
+    }
+    return {stage: shares[name] for stage, name in CALCULATED.items() if name in shares}
+
+
 def case_rows(records: list[dict]) -> list[str]:
-    """Tells the figures of the cases, a row per contestant."""
-    rows = []
+    """Tells the figures of the cases, a row per contestant; of the first what was calculated."""
+    rows, shares = [], calculated(records)
     for case in measured(records):
         for i, one in enumerate(case["contestants"]):
             name = cell(case["case"]) if i == 0 else ""
@@ -214,6 +237,9 @@ def case_rows(records: list[dict]) -> list[str]:
                 continue
             ratio = tables.cell(one["ours_over_this"]) if "ours_over_this" in one else ""
             share = f"{one['copy_share']:.0%}" if one["bytes"] else "-"
+            stage = case["case"].split(":")[0]
+            if i == 0 and stage in shares:
+                share += f" ({shares[stage]:.0%} calculated)"
             parts = "".join(
                 f", {part} {1e6 * value['median']:.4g}"
                 for part, value in one.get("parts", {}).items()

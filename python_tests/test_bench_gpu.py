@@ -813,6 +813,19 @@ def test_the_closing_table_says_what_was_found_and_fits():
         assert re.search(r"\(\d+ lines more are in gpu.jsonl\)$", text)
 
 
+def test_measured_shares_stand_beside_calculated_ones():
+    names = {line["case"] for line in json.loads(gpu_report.MODEL.read_text())["records"]}
+    assert set(gpu_report.CALCULATED.values()) <= names
+    assert set(gpu_report.CALCULATED) <= {f"bench-{name}" for name in gpu_stages.BENCHES}
+    probe = {"run": "r", "stage": "probe", "status": "passed", "seconds": 1.0}
+    for gpu_name, expected in (("NVIDIA H200", r"50% \(\d+% calculated\)"), ("NVIDIA L4", "50%")):
+        lines = [probe | {"result": {"copy_rate": 4300.0, "gpu": gpu_name}}]
+        lines.append(ran_case("bench-loss-32000", 1))
+        ours, peer = gpu_report.case_rows(lines)[3:5]
+        assert re.search(rf"\| {expected} \|$", ours), ours
+        assert peer.endswith("| 50% |")
+
+
 def test_the_table_of_a_whole_run_fits():
     lines = []
     for stage in (stage for wave in gpu.plan() for stage in wave.stages):

@@ -244,6 +244,16 @@ struct ClusterGroup {
     }
 };
 
+// A value that the compiler keeps, as it does not know how to find it anew: it would do so in every
+// round of a loop.
+template <class T> DEVICE T settled(T x) {
+#ifdef ASSEMBLY
+    if constexpr (sizeof(T) == 8) asm volatile("" : "+l"(x));
+    else asm volatile("" : "+r"(x));
+#endif
+    return x;
+}
+
 // --- Copies that a thread does not wait for ---
 
 DEVICE unsigned shared_address(const void* shared) {
@@ -328,10 +338,11 @@ DEVICE void await_phase([[maybe_unused]] uint64_t* barrier, [[maybe_unused]] uns
 }
 
 // Joins of what all threads of a block, or of a cluster's blocks, have found: few a sample, each
-// with a room of its own, and every one of them called by all threads in the same order. A room is
-// written again after another join, which nobody passes before all have read it; so one barrier a
-// join is enough, and there must be two joins or more.
-constexpr int most_joined = 9, most_joins = 3;
+// with a room of its own, and called by all threads in the same order: which joins there are
+// depends on what all have found together. A room is written again after another join, which nobody
+// passes before all have read it; so one barrier a join is enough, and there must be two joins or
+// more.
+constexpr int most_joined = 9, most_joins = 4;
 
 struct BlockJoins {
     struct Room {
@@ -345,7 +356,6 @@ struct BlockJoins {
     static DEVICE int size() { return blockDim.x; }
     static DEVICE int64_t first() { return blockIdx.x; }
     static DEVICE int64_t count() { return gridDim.x; }
-    DEVICE void next() {}
     static DEVICE void leave() {}
 
     template <int stage, int n, class T, class Join>
@@ -382,13 +392,12 @@ struct ClusterJoins {
     };
     static_assert(sizeof(Room) % 16 == 0);
     Room& room;
-    unsigned parity = 0;
+    unsigned parities = 0; // a bit for each barrier: which phase is next
 
     static DEVICE int index() { return ClusterGroup::index(); }
     static DEVICE int size() { return ClusterGroup::size(); }
     static DEVICE int64_t first() { return ClusterGroup::first(); }
     static DEVICE int64_t count() { return ClusterGroup::count(); }
-    DEVICE void next() { parity ^= 1; }
     static DEVICE void leave() { ClusterGroup::sync(); }
 
     DEVICE explicit ClusterJoins(char* shared) : room(*reinterpret_cast<Room*>(shared)) {
@@ -408,7 +417,8 @@ struct ClusterJoins {
                 send(&room.of_block[stage][i][ClusterGroup::rank()], bit_cast<uint64_t>(x[i]),
                      barrier, lane);
         }
-        await_phase(barrier, parity);
+        await_phase(barrier, parities >> stage & 1);
+        parities ^= 1u << stage;
         UNROLL
         for (int i = 0; i < n; ++i)
             x[i] =

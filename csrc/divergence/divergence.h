@@ -37,21 +37,24 @@ template <class T> HOST_DEVICE void add_log_ratios(T d, T u, T& of_k, T& of_l) {
     of_l = of_l + (a - maximum(d, T{}));
 }
 
-// The same a from |d| by an approximate instruction, within 1e-6: where |d| < 1 it is |d|/2 -
-// log cosh(d/2), a series in d*d that needs no r, exactly 0 for 0; elsewhere log(1 + r) is small
-// beside ln 2 or no longer near it. Minimax.
-HOST_DEVICE float near_log_ratio(float distance) {
-    const float square = distance * distance, r = near_power_of_two(distance * -1.44269504f);
-    float cosh = square * -2.2538655e-05f + 0.000344929823f;
-    cosh = cosh * square - 0.00520788367f;
-    cosh = cosh * square + 0.124999986f;
-    float log = r * 0.0886179781f - 0.212010532f;
-    log = log * r + 0.326831673f;
-    log = log * r - 0.499491104f;
-    log = log * r + 0.99998666f;
-    const float close = distance * (0.5f - distance * cosh), apart = 0.693147181f - r * log;
-    return distance < 1 ? close : apart;
+// For H = log2(p_k/p_l) by an approximate instruction, g = 2 log2 cosh(H ln(2)/2) within 3e-6: the
+// log ratios are H - g and -H - g in halves of a power of two. Where |H ln 2| < 1 it is a series in
+// H*H that needs no power, exactly 0 for 0; elsewhere |H| - 2 + 2 log2(1 + r), r = 2^-|H|, whose
+// logarithm is small beside 2 or no longer near it. Minimax.
+HOST_DEVICE float near_curvature(float H) {
+    const float square = H * H, r = near_power_of_two(-absolute(H));
+    float cosh = square * -3.46526314e-06f + 0.000110379404f;
+    cosh = cosh * square - 0.00346870729f;
+    cosh = cosh * square + 0.173286776f;
+    cosh = cosh * square;
+    float log = r * 0.255697435f - 0.611733086f;
+    log = log * r + 0.943036868f;
+    log = log * r - 1.44122668f;
+    log = log * r + 2.88535159f;
+    const float apart = absolute(H) + (r * log - 2.0f);
+    return absolute(H) < 1.44269504f ? cosh : apart;
 }
+constexpr double curvature_unit = ln2 / 2; // what its units are in nats
 
 // A row's sums, in double.
 struct RowSums {
@@ -87,42 +90,49 @@ struct PairDistance {
     }
 };
 
-// e of a logit of a row by the approximate instruction; 1 for the maximum.
-HOST_DEVICE float near_e(float x, float max) { return near_power_of_two((x - max) * 1.44269504f); }
+// e of a row's logits by the approximate instruction: 2^(x log2 e - base), one rounding for both. A
+// rounded base is another `max`, which the row's sums count from; rows far out are `moved` first.
+struct NearRow {
+    static constexpr float log2_e = 1.44269504f;
+    float moved = 0, base = 0;
 
-// Two rows whose probabilities and log ratios are found anew from their logits x as they are, each
-// time they are needed. The rows' sums count from what they were `moved` by.
+    NearRow() = default;
+    HOST_DEVICE explicit NearRow(float most)
+        : moved(absolute(most) <= static_cast<float>(far_out) ? 0.0f : most),
+          base((most - moved) * log2_e) {}
+    HOST_DEVICE bool is_plain() const { return moved == 0; } // a NaN is not
+    HOST_DEVICE double max() const {
+        return static_cast<double>(base) / static_cast<double>(log2_e);
+    }
+    template <bool plain> HOST_DEVICE float e(float x) const {
+        return near_power_of_two(fmaf(plain ? x : x - moved, log2_e, -base));
+    }
+};
+
+// Two rows' log ratios from their logits as they are, found anew each time they are needed.
 struct PairOfRows {
-    float max_k, max_l, log2_k, log2_l, far_k, far_l, from_k, from_l, gap, pivot_k, pivot_l;
+    float far_k, far_l, from_k, from_l, gap, pivot_k = 0, pivot_l = 0;
 
     HOST_DEVICE PairOfRows(const RowSums& k, const RowSums& l, double moved_k, double moved_l) {
         const PairDistance between(k, l);
-        max_k = static_cast<float>(k.max + moved_k), max_l = static_cast<float>(l.max + moved_l);
-        log2_k = static_cast<float>(k.log_sum * 1.4426950408889634),
-        log2_l = static_cast<float>(l.log_sum * 1.4426950408889634);
-        far_k = static_cast<float>(max_k - far_below),
-        far_l = static_cast<float>(max_l - far_below);
+        far_k = static_cast<float>(k.max + moved_k - far_below),
+        far_l = static_cast<float>(l.max + moved_l - far_below);
         from_k = static_cast<float>(between.from_k + moved_k),
         from_l = static_cast<float>(between.from_l + moved_l);
-        gap = static_cast<float>(between.gap);
-        pivot_k = static_cast<float>(k.pivot), pivot_l = static_cast<float>(l.pivot);
+        gap = static_cast<float>(between.gap * static_cast<double>(NearRow::log2_e));
     }
     // Most pairs' logits are compared as they are, and no class holds much of p.
     HOST_DEVICE bool is_plain() const {
         return from_k == 0 && from_l == 0 && pivot_k == 0 && pivot_l == 0;
     }
-    // The log ratios less the pivots.
+    // The log ratios less the pivots, in units of near_curvature. Plain ones are NaN where both
+    // logits are -inf.
     template <bool plain>
     HOST_DEVICE void find_ratios(float x_k, float x_l, float& of_k, float& of_l) const {
-        const float held_k = at_least(x_k, far_k), held_l = at_least(x_l, far_l);
-        const float d = (plain ? held_k - held_l : (held_k - from_k) - (held_l - from_l)) - gap;
-        const float a = near_log_ratio(absolute(d));
-        of_k = (plain ? a : a - pivot_k) + at_most(d, 0.0f);
-        of_l = (plain ? a : a - pivot_l) - at_least(d, 0.0f);
-    }
-    HOST_DEVICE void find_probabilities(float x_k, float x_l, float& p_k, float& p_l) const {
-        p_k = near_power_of_two((x_k - max_k) * 1.44269504f - log2_k);
-        p_l = near_power_of_two((x_l - max_l) * 1.44269504f - log2_l);
+        if (!plain) x_k = at_least(x_k, far_k) - from_k, x_l = at_least(x_l, far_l) - from_l;
+        const float H = (x_k - x_l) * NearRow::log2_e - gap, g = near_curvature(H);
+        of_k = H - g, of_l = -g - H;
+        if (!plain) of_k -= pivot_k, of_l -= pivot_l;
     }
 };
 

@@ -15,13 +15,13 @@ from uegr_kernels.core import native
     ("classes", "passes"),
     [
         (5, 2),  # a warp, ragged
-        (1000, 2),  # a warp
+        (100, 2),  # a block of a warp
         (1024, 1),  # no pairs
         (2000, 2),  # a block
         (2003, 2),
         (5000, 2),  # a cluster of 2
         (9001, 2),  # of 4, ragged
-        (5000, 3),  # three passes: the sweep
+        (5000, 3),  # three passes, a cluster of 2
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -87,6 +87,68 @@ def test_rows_that_begin_anywhere(classes, m, dtype, smoothing):
     }[dtype]
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, **tolerance)
+
+
+@pytest.mark.parametrize(
+    ("classes", "m", "soft"),
+    [
+        (6, 3, False),  # a chunk or two
+        (1003, 4, False),  # every row begins elsewhere
+        (1003, 2, True),
+        (3001, 8, True),  # a cluster
+        (514, 0, True),  # labels alone
+        (257, 1, True),  # no pairs
+        (40, 9, False),  # more passes than stay on chip: the sweep
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_passes_and_soft_labels(classes, m, soft, dtype):
+    rows = 5
+    clean = 3 * torch.randn(rows, classes).to(dtype)
+    adversarial = 3 * torch.randn(m, rows, classes).to(dtype) if m else None
+    if m:
+        adversarial[0, 1, 2] = 40  # a class that dominates its row
+        adversarial[m - 1, 2, 0] = -torch.inf
+        adversarial[:, 3, 1] = -torch.inf
+    labels = torch.tensor([0, classes - 1, -100, 5, 4])
+    if soft:
+        labels = torch.randn(rows, classes).softmax(-1).to(dtype)
+        if m:
+            labels[2:4, :2] = 0
+    found = []
+    for backend in ("cpp", "reference"):
+        x = clean.clone().requires_grad_()
+        y = None if adversarial is None else adversarial.clone().requires_grad_()
+        loss = uk.uegr_loss(x, y, labels, js_weight=1.0, reduction="none", backend=backend)
+        loss.sum().backward()
+        found.append((loss.detach(), x.grad, *(() if y is None else (y.grad,))))
+    tolerance = (
+        {"rtol": 2e-2, "atol": 1e-4} if dtype == torch.bfloat16 else {"rtol": 2e-5, "atol": 2e-6}
+    )
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+@pytest.mark.parametrize("where", ["one pass", "both", "a row", "nan"])
+@pytest.mark.parametrize("m", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_infinite_logits(where, m, dtype):
+    x = torch.randn(m, 3, 1001).to(dtype)  # rows begin anywhere
+    if where == "a row":
+        x[0, 1] = -torch.inf
+    else:
+        some = slice(None) if where == "both" else 1
+        x[some, 1, ::7] = torch.nan if where == "nan" else -torch.inf
+    found = []
+    for backend in ("cpp", "reference"):
+        y = x.clone().requires_grad_()
+        loss = uk.pairwise_js(y, reduction="none", backend=backend)
+        found.append((loss.detach(), *torch.autograd.grad(loss.sum(), y)))
+    tolerance = (
+        {"rtol": 2e-5, "atol": 1e-7} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-4}
+    )
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, **tolerance, equal_nan=True)
 
 
 @pytest.mark.parametrize(

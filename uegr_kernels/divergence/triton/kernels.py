@@ -2,7 +2,8 @@
 up to three times.
 
 First for each row's maximum and sum of exponentials, then for the pairs' divergences, then for the
-gradients, by blocks of columns that registers hold; a row of one block is read once.
+gradients, by blocks of columns. Rows that a program's registers hold are read once; of others each
+visit reads all, and what needs no gradient has two.
 
 Upper case is what is known when a kernel is compiled: a kernel's options are one argument, `form`.
 """
@@ -32,6 +33,7 @@ INFINITY = tl.constexpr(float("inf"))
 # Of a row's maximum, from where on the row is moved by it first: FAR_BELOW would be lost in it.
 FAR_OUT = tl.constexpr(1e6)
 APART = tl.constexpr(1.0)  # of maxima, from where on rows are moved too
+UNROLLED = tl.constexpr(4)  # passes in pairs of which each pair has code of its own
 AT_ONCE = tl.constexpr(1024)  # samples of a loop over all of them
 
 
@@ -41,16 +43,16 @@ class Form(typing.NamedTuple):
     """
 
     PASSES: int
-    # no more than a program's registers hold together: their addresses are arguments, else in a
-    # table
+    # no more than a thread holds a block of each: their addresses are arguments, else in a table
     FEW: bool
     STORAGE: tl.dtype  # of the logits
     FIRST: int  # of those in pairs: 1 with labels, else 0
     ROWS: int
     RUNS: int
     RUN: int
-    ONE_BLOCK: bool  # is a row
-    TAIL: bool  # the last block of a row is not full
+    HELD: int  # blocks of a row, where registers hold all rows from one visit to the next; else 0
+    TAIL: bool  # the last block of a row is not full, and has code of its own
+    MASKED: bool  # it has not: all blocks look where their rows end
     ALIGNED: bool  # runs are 128 bits, dense, and rows end with one
     DENSE: bool  # neighbouring classes are neighbours in memory
     DTYPE: tl.dtype  # of the arithmetic
@@ -89,9 +91,12 @@ class Matrices(typing.NamedTuple):
 
 
 class Samples(typing.NamedTuple):
-    """Holds what is read of some samples: logits, and either labels or pointers to soft ones."""
+    """Holds what is read of some samples: logits, and either labels or pointers to soft ones.
+    `held`: the blocks of rows that are HELD, as they are in memory, by pass; soft labels' last.
+    """
 
     logits: Rows
+    held: object
     label: object
     soft_ptr: object
     soft_stride: object
@@ -101,8 +106,8 @@ class Samples(typing.NamedTuple):
 
 class Passes(typing.NamedTuple):
     """Holds what the first visit found of each pass: its maximum, what its logits are moved by,
-    the maximum after that, the sum of exp(x - maximum), the pivot; by pair what their maxima and
-    their sums differ by.
+    the maximum after that, the sum of exp(x - maximum), the pivot, and log2 of the sum's ratio to
+    that of the pairs' first pass.
     """
 
     tops: object
@@ -110,9 +115,17 @@ class Passes(typing.NamedTuple):
     rests: object
     totals: object
     pivots: object
-    # no tuple of NamedTuples: Triton 3.6 forgets their names where it joins tuples
-    gap_rests: object
-    gap_ratios: object
+    ratios: object
+
+
+class Side(typing.NamedTuple):
+    """Holds of the passes in pairs, from any of them on, the logits, and what their maxima and
+    their sums have in distances.
+    """
+
+    z: object
+    rests: object
+    ratios: object
 
 
 class Sums(typing.NamedTuple):
@@ -200,17 +213,73 @@ def columns(at, classes, form):
 
 
 @triton.jit
-def read(
+def end_of_full(classes, form):
+    """Returns where a row's blocks without a tail end."""
+    BLOCK: tl.constexpr = form.RUNS * form.RUN
+    if form.MASKED:
+        return tl.cdiv(classes, BLOCK) * BLOCK
+    else:
+        return classes // BLOCK * BLOCK
+
+
+@triton.jit
+def fetch(
     row_ptr, i, inside, stride, FILL: tl.constexpr, FULL: tl.constexpr, AGAIN: tl.constexpr, form
 ):
-    """Reads a block of rows, FILL past their end. AGAIN: it will be read once more."""
+    """Reads a block of rows as it is, FILL past their end. AGAIN: it will be read once more."""
     policy: tl.constexpr = "evict_last" if AGAIN else "evict_first"
     offsets = i if form.DENSE else i.to(tl.int64) * stride
     if FULL:
-        found = tl.load(row_ptr + offsets, eviction_policy=policy)
+        return tl.load(row_ptr + offsets, eviction_policy=policy)
     else:
-        found = tl.load(row_ptr + offsets, mask=inside, other=FILL, eviction_policy=policy)
-    return found.to(form.DTYPE)
+        return tl.load(row_ptr + offsets, mask=inside, other=FILL, eviction_policy=policy)
+
+
+@triton.jit
+def read(
+    row_ptr, i, inside, stride, FILL: tl.constexpr, FULL: tl.constexpr, AGAIN: tl.constexpr, form
+):
+    """Reads a block of rows in the arithmetic's dtype."""
+    return fetch(row_ptr, i, inside, stride, FILL, FULL, AGAIN, form).to(form.DTYPE)
+
+
+@triton.jit
+def hold(samples, form):
+    """Returns the blocks of rows that are HELD, all of which are asked for before one is used."""
+    BLOCK: tl.constexpr = form.RUNS * form.RUN
+    held = ()
+    if form.HELD:
+        for k in tl.static_range(form.PASSES):
+            row_ptr, stride = samples.logits.ptrs[k], samples.logits.strides[k]
+            for b in tl.static_range(form.HELD):
+                i, inside = columns(b * BLOCK, samples.classes, form)
+                x = fetch(
+                    row_ptr,
+                    i,
+                    inside,
+                    stride,
+                    -INFINITY,
+                    b < form.HELD - form.TAIL - form.MASKED,
+                    False,
+                    form,
+                )
+                held = held + (x,)
+        if form.LABELS == "soft":
+            row_ptr, stride = samples.soft_ptr, samples.soft_stride
+            for b in tl.static_range(form.HELD):
+                i, inside = columns(b * BLOCK, samples.classes, form)
+                t = fetch(
+                    row_ptr,
+                    i,
+                    inside,
+                    stride,
+                    0.0,
+                    b < form.HELD - form.TAIL - form.MASKED,
+                    False,
+                    form,
+                )
+                held = held + (t,)
+    return held
 
 
 @triton.jit
@@ -246,10 +315,13 @@ def row_of_pass(rows, k, form):
 
 
 @triton.jit
-def read_pass(k, i, inside, FULL: tl.constexpr, AGAIN: tl.constexpr, samples, form):
-    """Reads a block of pass k."""
-    row_ptr, stride = row_of_pass(samples.logits, k, form)
-    return read(row_ptr, i, inside, stride, -INFINITY, FULL, AGAIN, form)
+def read_pass(k, b, i, inside, FULL: tl.constexpr, AGAIN: tl.constexpr, samples, form):
+    """Returns a block of pass k; `b`: which of the HELD, else nothing."""
+    if form.HELD:
+        return samples.held[k * form.HELD + b].to(form.DTYPE)
+    else:
+        row_ptr, stride = row_of_pass(samples.logits, k, form)
+        return read(row_ptr, i, inside, stride, -INFINITY, FULL, AGAIN, form)
 
 
 @triton.jit
@@ -291,26 +363,55 @@ def first_ratio(shape: tl.constexpr, k, passes, form):
 
 
 @triton.jit
-def distance_of_pair(PAIR: tl.constexpr, x, y, passes):
-    """Returns log2(p/q) of a pair's two passes, whose logits are x and y."""
-    return log_distance(x, y, passes.gap_rests[PAIR], passes.gap_ratios[PAIR])
+def rotated(values):
+    """Returns the tuple with the first value behind the others."""
+    return values[1:] + values[:1]
+
+
+@triton.jit
+def add_pairs(COUNT: tl.constexpr, of_k, of_l, k, l, form):
+    """Returns the sums with those of the first COUNT pairs, pass j of `k` with pass j of `l`, added
+    on both sides.
+    """
+    for j in tl.static_range(COUNT):
+        d = log_distance(k.z[j], l.z[j], k.rests[j] - l.rests[j], k.ratios[j] - l.ratios[j])
+        a = log_ratio(d, form.EXACT)
+        of_k = add_to_known_item(of_k, j, a + tl.minimum(d, 0.0))
+        of_l = add_to_known_item(of_l, j, a - tl.maximum(d, 0.0))
+    return of_k, of_l
 
 
 @triton.jit
 def log_ratios(z, passes, form):
     """Returns for each pass the sum of log2(p/M) over its pairs less its pivot; z: the logits of
     the passes in pairs.
+
+    Every pass meets the one after it, then the one after that, half of the way round; a loop, as
+    compilers take a time that grows with the square of the code.
     """
     M: tl.constexpr = len(z)
+    of_k, of_l = (), ()
+    for k in tl.static_range(M):
+        of_k = of_k + (first_ratio(z[0].shape, k + form.FIRST, passes, form),)
+        of_l = of_l + (tl.full(z[0].shape, -0.0, form.DTYPE),)
+    own = Side(z=z, rests=passes.rests[form.FIRST :], ratios=passes.ratios)
+    if M <= UNROLLED:
+        other = own
+        for _ in tl.static_range((M - 1) // 2):
+            other = Side(rotated(other.z), rotated(other.rests), rotated(other.ratios))
+            of_k, of_l = add_pairs(M, of_k, rotated(of_l), own, other, form)
+    else:
+        z_l, rests, ratios = own
+        for _ in range((M - 1) // 2):
+            z_l, rests, ratios = rotated(z_l), rotated(rests), rotated(ratios)
+            of_k, of_l = add_pairs(M, of_k, rotated(of_l), own, Side(z_l, rests, ratios), form)
+        other = Side(z_l, rests, ratios)
+    if M % 2 == 0:
+        other = Side(rotated(other.z), rotated(other.rests), rotated(other.ratios))
+        of_k, of_l = add_pairs(M // 2, of_k, rotated(of_l), own, other, form)
     w = ()
-    for k in tl.static_range(M):
-        w = w + (first_ratio(z[0].shape, k + form.FIRST, passes, form),)
-    for k in tl.static_range(M):
-        for l in tl.static_range(k + 1, M):
-            d = distance_of_pair(k * (2 * M - k - 1) // 2 + l - k - 1, z[k], z[l], passes)
-            a = log_ratio(d, form.EXACT)
-            w = add_to_known_item(w, k, a + tl.minimum(d, 0.0))
-            w = add_to_known_item(w, l, a - tl.maximum(d, 0.0))
+    for k in tl.static_range(M):  # of_l has been turned so often
+        w = w + (of_k[k] + of_l[(k + M - M // 2) % M],)
     return w
 
 
@@ -322,7 +423,7 @@ def log_ratios_of(k, z, at, FULL: tl.constexpr, samples, passes, form):
     i, inside = columns(at, samples.classes, form)
     w = first_ratio(z.shape, k, passes, form)
     for l in range(form.FIRST, form.PASSES):
-        x = read_pass(l, i, inside, FULL, True, samples, form)
+        x = read_pass(l, None, i, inside, FULL, True, samples, form)
         w += log_ratio_of(k, l, z, x, passes, form)
     return w
 
@@ -353,32 +454,55 @@ def pivot_of(k, likeliest, samples, passes, form):
         get_item(passes.rests, k),
     )
     w = tl.zeros([form.ROWS, 1, 1], form.DTYPE)
-    if form.FEW:
-        for l in tl.static_range(form.FIRST, form.PASSES):
-            if l != k:
-                x = read_class(l, likeliest, samples, form)
-                w += log_ratio_of(k, l, z, x, passes, form)
-    else:
-        for l in range(form.FIRST, form.PASSES):
-            x = read_class(l, likeliest, samples, form)
-            w += tl.where(l == k, 0.0, log_ratio_of(k, l, z, x, passes, form))
+    for l in range(form.FIRST, form.PASSES):
+        x = read_class(l, likeliest, samples, form)
+        w += tl.where(l == k, 0.0, log_ratio_of(k, l, z, x, passes, form))
     return tl.where(get_item(passes.totals, k) < 4, w, 0.0)
+
+
+@triton.jit
+def pivots_together(likeliest, samples, passes, form):
+    """Returns the same for all passes in pairs: lane j is pass FIRST + j."""
+    M: tl.constexpr = form.PASSES - form.FIRST
+    lane = tl.arange(0, 2 if M <= 2 else 4 if M <= 4 else 8 if M <= 8 else 16)[None, :, None]
+    at = likeliest[form.FIRST]
+    for j in tl.static_range(1, M):
+        at = tl.where(lane == j, likeliest[j + form.FIRST], at)
+    z = ()
+    for l in tl.static_range(form.FIRST, form.PASSES):
+        z = z + (shifted(read_class(l, at, samples, form), passes.bases[l], passes.rests[l]),)
+    own, rest, ratio = z[0], passes.rests[form.FIRST], passes.ratios[0]
+    for j in tl.static_range(1, M):
+        own = tl.where(lane == j, z[j], own)
+        rest = tl.where(lane == j, passes.rests[j + form.FIRST], rest)
+        ratio = tl.where(lane == j, passes.ratios[j], ratio)
+    w = tl.zeros_like(own)
+    for j in tl.static_range(M):
+        d = log_distance(own, z[j], rest - passes.rests[j + form.FIRST], ratio - passes.ratios[j])
+        w += tl.where(lane == j, 0.0, log_ratio(d, form.EXACT) + tl.minimum(d, 0.0))
+    out = ()
+    for k in tl.static_range(form.PASSES):
+        if k < form.FIRST:
+            out = out + (tl.zeros([form.ROWS, 1, 1], form.DTYPE),)
+        else:
+            pivot = tl.sum(tl.where(lane == k - form.FIRST, w, 0.0), 1, keep_dims=True)
+            out = out + (tl.where(passes.totals[k] < 4, pivot, 0.0),)
+    return out
 
 
 @triton.jit
 def pivots_of(likeliest, samples, passes, form):
     """Returns the pivots of the passes; 0 for one that is in no pair."""
-    out = ()
-    for _ in tl.static_range(form.PASSES):
-        out = out + (tl.zeros([form.ROWS, 1, 1], form.DTYPE),)
     if form.FEW:
-        for k in tl.static_range(form.FIRST, form.PASSES):
-            out = set_item(out, k, pivot_of(k, likeliest[k], samples, passes, form))
+        return pivots_together(likeliest, samples, passes, form)
     else:
+        out = ()
+        for _ in tl.static_range(form.PASSES):
+            out = out + (tl.zeros([form.ROWS, 1, 1], form.DTYPE),)
         for k in range(form.FIRST, form.PASSES):
             pivot = pivot_of(k, get_item(likeliest, k), samples, passes, form)
             out = set_item(out, k, pivot)
-    return out
+        return out
 
 
 # ---- The first visit: maxima and sums of exponentials
@@ -398,47 +522,60 @@ def class_of(x, top, i):
 
 
 @triton.jit
+def held_normalizer(k, samples, form):
+    """Returns the same as `normalizer` for pass k whose blocks are HELD."""
+    BLOCK: tl.constexpr = form.RUNS * form.RUN
+    highest = samples.held[k * form.HELD].to(form.DTYPE)
+    for b in tl.static_range(1, form.HELD):
+        highest = tl.maximum(highest, samples.held[k * form.HELD + b].to(form.DTYPE))
+    top = tl.max(tl.max(highest, 2, keep_dims=True), 1, keep_dims=True)
+    total = tl.zeros([form.ROWS, form.RUNS, 1], form.DTYPE)
+    likeliest = tl.zeros([form.ROWS, form.RUNS, 1], tl.int32)
+    for b in tl.static_range(form.HELD):
+        x = samples.held[k * form.HELD + b].to(form.DTYPE)
+        total += over_runs(exponential(x - top))
+        if form.EXACT:
+            i = columns(b * BLOCK, samples.classes, form)[0]
+            likeliest = tl.maximum(likeliest, tl.max(tl.where(x == top, i, 0), 2, keep_dims=True))
+    total = tl.sum(total, 1, keep_dims=True)
+    likeliest = tl.max(likeliest, 1, keep_dims=True)
+    return top, likeliest, tl.where(total > 0, total, float("nan"))
+
+
+@triton.jit
 def normalizer(row_ptr, stride, classes, form):
     """Returns a row's maximum, a class that has it, and the sum of exp(x - maximum): NaN where all
     is -inf or something is no logit.
     """
     BLOCK: tl.constexpr = form.RUNS * form.RUN
     likeliest = tl.zeros([form.ROWS, 1, 1], tl.int32)
-    i, inside = columns(0, classes, form)
-    if form.ONE_BLOCK:
-        x = read(row_ptr, i, inside, stride, -INFINITY, not form.TAIL, False, form)
-        top = tl.max(tl.max(x, 2, keep_dims=True), 1, keep_dims=True)
-        total = over_row(exponential(x - top))
-        if form.EXACT:
-            likeliest = class_of(x, top, i)
-    else:
-        # of the block that has a run's maximum
-        begin = tl.zeros([form.ROWS, form.RUNS, 1], tl.int32)
-        highest = tl.full(
-            [form.ROWS, form.RUNS, 1],
-            -1.7976931348623157e308 if form.DTYPE == tl.float64 else -3.4028234e38,
-            form.DTYPE,
-        )
-        total = tl.zeros([form.ROWS, form.RUNS, 1], form.DTYPE)
-        end = classes // BLOCK * BLOCK
-        for at in range(0, end, BLOCK):
-            i, inside = columns(at, classes, form)
-            before = highest
-            x = read(row_ptr, i, inside, stride, -INFINITY, True, True, form)
-            highest, total = add_exponentials(x, highest, total)
-            begin = tl.where(highest > before, at, begin)
-        if form.TAIL:
-            i, inside = columns(end, classes, form)
-            before = highest
-            x = read(row_ptr, i, inside, stride, -INFINITY, False, True, form)
-            highest, total = add_exponentials(x, highest, total)
-            begin = tl.where(highest > before, end, begin)
-        top = tl.max(highest, 1, keep_dims=True)
-        total = tl.sum(total * exponential(highest - top), 1, keep_dims=True)
-        if form.EXACT:
-            i = begin + columns(0, classes, form)[0]
-            x = read(row_ptr, i, i < classes, stride, -INFINITY, False, True, form)
-            likeliest = class_of(x, top, i)
+    # of the block that has a run's maximum
+    begin = tl.zeros([form.ROWS, form.RUNS, 1], tl.int32)
+    highest = tl.full(
+        [form.ROWS, form.RUNS, 1],
+        -1.7976931348623157e308 if form.DTYPE == tl.float64 else -3.4028234e38,
+        form.DTYPE,
+    )
+    total = tl.zeros([form.ROWS, form.RUNS, 1], form.DTYPE)
+    end = end_of_full(classes, form)
+    for at in range(0, end, BLOCK):
+        i, inside = columns(at, classes, form)
+        before = highest
+        x = read(row_ptr, i, inside, stride, -INFINITY, not form.MASKED, True, form)
+        highest, total = add_exponentials(x, highest, total)
+        begin = tl.where(highest > before, at, begin)
+    if form.TAIL:
+        i, inside = columns(end, classes, form)
+        before = highest
+        x = read(row_ptr, i, inside, stride, -INFINITY, False, True, form)
+        highest, total = add_exponentials(x, highest, total)
+        begin = tl.where(highest > before, end, begin)
+    top = tl.max(highest, 1, keep_dims=True)
+    total = tl.sum(total * exponential(highest - top), 1, keep_dims=True)
+    if form.EXACT:
+        i = begin + columns(0, classes, form)[0]
+        x = read(row_ptr, i, i < classes, stride, -INFINITY, False, True, form)
+        likeliest = class_of(x, top, i)
     return top, likeliest, tl.where(total > 0, total, float("nan"))
 
 
@@ -448,9 +585,12 @@ def normalizers(samples, form):
     tops, likeliest, totals = (), (), ()
     if form.FEW:
         for k in tl.static_range(form.PASSES):
-            top, class_, total = normalizer(
-                samples.logits.ptrs[k], samples.logits.strides[k], samples.classes, form
-            )
+            if form.HELD:
+                top, class_, total = held_normalizer(k, samples, form)
+            else:
+                top, class_, total = normalizer(
+                    samples.logits.ptrs[k], samples.logits.strides[k], samples.classes, form
+                )
             tops, likeliest, totals = tops + (top,), likeliest + (class_,), totals + (total,)
     else:
         for _ in tl.static_range(form.PASSES):
@@ -469,7 +609,7 @@ def normalizers(samples, form):
 def normalize(samples, form):
     """Makes the first visit."""
     tops, likeliest, totals = normalizers(samples, form)
-    bases, rests, gap_rests, gap_ratios = (), (), (), ()
+    bases, rests, ratios, pivots = (), (), (), ()
     highest, lowest = tops[form.PASSES - 1], tops[form.PASSES - 1]
     for k in tl.static_range(form.FIRST, form.PASSES):
         highest, lowest = tl.maximum(highest, tops[k]), tl.minimum(lowest, tops[k])
@@ -478,33 +618,24 @@ def normalize(samples, form):
         if form.EXACT:  # differences of close rows are exact, of others they lose digits
             base = tl.where((highest - lowest > APART) | (tl.abs(base) > FAR_OUT), base, 0.0)
         bases, rests = bases + (base,), rests + (tops[k] - base,)
-    if form.FEW:
-        for k in tl.static_range(form.FIRST, form.PASSES):
-            for l in tl.static_range(k + 1, form.PASSES):
-                gap_rests = gap_rests + (rests[k] - rests[l],)
-                gap_ratios = gap_ratios + (log_gap(totals[k], totals[l]),)
-    pivots = ()
+        if form.FEW and k >= form.FIRST:
+            ratios = ratios + (log_gap(totals[k], totals[form.FIRST]),)
     if form.EXACT and form.PASSES - form.FIRST > 1:
-        found = Passes(tops, bases, rests, totals, pivots, gap_rests, gap_ratios)
+        found = Passes(tops, bases, rests, totals, pivots, ratios)
         pivots = pivots_of(likeliest, samples, found, form)
-    return Passes(
-        tops=tops,
-        bases=bases,
-        rests=rests,
-        totals=totals,
-        pivots=pivots,
-        gap_rests=gap_rests,
-        gap_ratios=gap_ratios,
-    )
+    return Passes(tops=tops, bases=bases, rests=rests, totals=totals, pivots=pivots, ratios=ratios)
 
 
 # ---- The second visit: sums over labels and pairs
 
 
 @triton.jit
-def targets(i, inside, FULL: tl.constexpr, AGAIN: tl.constexpr, samples, form):
+def targets(b, i, inside, FULL: tl.constexpr, AGAIN: tl.constexpr, samples, form):
     """Returns the probabilities t that soft labels stand for, 0 past the end."""
-    t = read(samples.soft_ptr, i, inside, samples.soft_stride, 0.0, FULL, AGAIN, form)
+    if form.HELD:
+        t = samples.held[form.PASSES * form.HELD + b].to(form.DTYPE)
+    else:
+        t = read(samples.soft_ptr, i, inside, samples.soft_stride, 0.0, FULL, AGAIN, form)
     if form.SMOOTH:
         t = smoothed(t, samples.smoothing, samples.classes)
         if not FULL:
@@ -526,19 +657,20 @@ def label_terms(t, y, inside, FULL: tl.constexpr):
 
 
 @triton.jit
-def add_block(at, FULL: tl.constexpr, sums, samples, passes, form):
-    """Returns the sums with a block added."""
+def add_block(at, b, FULL: tl.constexpr, sums, samples, passes, form):
+    """Returns the sums with a block added; `b`: which of the HELD, else nothing."""
+    AGAIN: tl.constexpr = form.NEEDS != 0
     masses, of_labels, of_pairs = sums.masses, sums.of_labels, sums.of_pairs
     i, inside = columns(at, samples.classes, form)
     t = None
     if form.LABELS == "soft":
-        t = targets(i, inside, FULL, True, samples, form)
+        t = targets(b, i, inside, FULL, AGAIN, samples, form)
         masses += over_runs(t)
     if form.FEW:
         z = ()
         for k in tl.static_range(form.PASSES):
             if form.LABEL_SUMS or k >= form.FIRST:
-                x = read_pass(k, i, inside, FULL, True, samples, form)
+                x = read_pass(k, b, i, inside, FULL, AGAIN, samples, form)
                 if form.LABEL_SUMS:
                     terms = label_terms(t, x - passes.tops[k], inside, FULL)
                     of_labels = add_to_known_item(of_labels, k, terms)
@@ -551,7 +683,7 @@ def add_block(at, FULL: tl.constexpr, sums, samples, passes, form):
                 of_pairs = add_to_known_item(of_pairs, k, over_runs(e * w[k - form.FIRST]))
     else:
         for k in range(form.PASSES):
-            x = read_pass(k, i, inside, FULL, True, samples, form)
+            x = read_pass(k, None, i, inside, FULL, True, samples, form)
             if form.LABEL_SUMS:
                 terms = label_terms(t, x - get_item(passes.tops, k), inside, FULL)
                 of_labels = add_to_item(of_labels, k, terms)
@@ -572,14 +704,25 @@ def sum_up(samples, passes, form):
         of_pairs=zeros(form.PASSES, form),
     )
     if form.LABEL_SUMS or form.PASSES - form.FIRST > 1:
-        if form.ONE_BLOCK:
-            sums = add_block(0, not form.TAIL, sums, samples, passes, form)
+        if form.HELD:
+            for b in tl.static_range(form.HELD):
+                sums = add_block(
+                    b * BLOCK,
+                    b,
+                    b < form.HELD - form.TAIL - form.MASKED,
+                    sums,
+                    samples,
+                    passes,
+                    form,
+                )
         else:  # from the end, which was read last
-            end = samples.classes // BLOCK * BLOCK
+            end = end_of_full(samples.classes, form)
             if form.TAIL:
-                sums = add_block(end, False, sums, samples, passes, form)
+                sums = add_block(end, None, False, sums, samples, passes, form)
             for at in range(0, end, BLOCK):
-                sums = add_block(end - BLOCK - at, True, sums, samples, passes, form)
+                sums = add_block(
+                    end - BLOCK - at, None, not form.MASKED, sums, samples, passes, form
+                )
     return sums
 
 
@@ -659,15 +802,15 @@ def less_targets(g, of_t, i, samples, form):
 
 
 @triton.jit
-def write_block(at, FULL: tl.constexpr, factors, gradients, there, keep, samples, passes, form):
-    """Writes a block's gradients."""
+def write_block(at, b, FULL: tl.constexpr, factors, gradients, there, keep, samples, passes, form):
+    """Writes a block's gradients; `b`: which of the HELD, else nothing."""
     i, inside = columns(at, samples.classes, form)
     if form.LABELS == "soft":
-        t = targets(i, inside, FULL, False, samples, form)
+        t = targets(b, i, inside, FULL, False, samples, form)
     z, w = (), ()
     if form.FEW:
         for k in tl.static_range(form.PASSES):
-            x = read_pass(k, i, inside, FULL, False, samples, form)
+            x = read_pass(k, b, i, inside, FULL, False, samples, form)
             z = z + (shifted(x, passes.bases[k], passes.rests[k]),)
         if form.PASSES - form.FIRST > 1:
             w = log_ratios(z[form.FIRST :], passes, form)
@@ -675,7 +818,7 @@ def write_block(at, FULL: tl.constexpr, factors, gradients, there, keep, samples
         for _ in tl.static_range(form.PASSES):
             w = w + (tl.zeros([form.ROWS, form.RUNS, form.RUN], form.DTYPE),)
         for k in range(form.FIRST, form.PASSES):
-            x = read_pass(k, i, inside, FULL, True, samples, form)
+            x = read_pass(k, None, i, inside, FULL, True, samples, form)
             x = shifted(x, get_item(passes.bases, k), get_item(passes.rests, k))
             ratios = log_ratios_of(k, x, at, FULL, samples, passes, form)
             w = set_item(w, k - form.FIRST, ratios)
@@ -684,7 +827,7 @@ def write_block(at, FULL: tl.constexpr, factors, gradients, there, keep, samples
             if form.FEW:
                 x = z[k]
             else:
-                x = read_pass(k, i, inside, FULL, False, samples, form)
+                x = read_pass(k, None, i, inside, FULL, False, samples, form)
                 x = shifted(x, passes.bases[k], passes.rests[k])
             g = factors.of_e[k]
             if k >= form.FIRST and form.PASSES - form.FIRST > 1:
@@ -708,14 +851,28 @@ def write_gradients(factors, gradients, there, keep, samples, passes, form):
     # over it
     if form.PASSES - form.FIRST <= 1:
         tl.debug_barrier()
-    if form.ONE_BLOCK:
-        write_block(0, not form.TAIL, factors, gradients, there, keep, samples, passes, form)
+    if form.HELD:
+        for b in tl.static_range(form.HELD):
+            write_block(
+                b * BLOCK,
+                b,
+                b < form.HELD - form.TAIL - form.MASKED,
+                factors,
+                gradients,
+                there,
+                keep,
+                samples,
+                passes,
+                form,
+            )
     else:
-        end = samples.classes // BLOCK * BLOCK
+        end = end_of_full(samples.classes, form)
         for at in range(0, end, BLOCK):
-            write_block(at, True, factors, gradients, there, keep, samples, passes, form)
+            write_block(
+                at, None, not form.MASKED, factors, gradients, there, keep, samples, passes, form
+            )
         if form.TAIL:
-            write_block(end, False, factors, gradients, there, keep, samples, passes, form)
+            write_block(end, None, False, factors, gradients, there, keep, samples, passes, form)
 
 
 @triton.jit
@@ -736,6 +893,15 @@ def write_zeros(gradients, there, classes, form):
 @triton.jit
 def classify(samples, gradients, there, keep, unit, js_weight, form):
     """Returns the losses of some samples, and writes what `unit` times them has for gradients."""
+    samples = Samples(
+        logits=samples.logits,
+        held=hold(samples, form),
+        label=samples.label,
+        soft_ptr=samples.soft_ptr,
+        soft_stride=samples.soft_stride,
+        smoothing=samples.smoothing,
+        classes=samples.classes,
+    )
     passes = normalize(samples, form)
     sums = sum_up(samples, passes, form)
     losses, factors = losses_of(unit, js_weight, sums, samples, passes, form)
@@ -782,16 +948,15 @@ def regress(samples, gradients, there, unit, js_weight, form):
     """
     BLOCK: tl.constexpr = form.RUNS * form.RUN
     classes = samples.classes
-    end = classes // BLOCK * BLOCK
+    end = end_of_full(classes, form)
     zero = zeros(3, form)
     sums = Losses(clean=zero[0], adversarial=zero[1], divergence=zero[2])
     unit = unit / classes
-    if not form.ONE_BLOCK:
-        for at in range(0, end, BLOCK):
-            sums = add_errors(at, True, sums, samples, gradients, there, unit, js_weight, form)
-    if form.ONE_BLOCK:
-        sums = add_errors(0, not form.TAIL, sums, samples, gradients, there, unit, js_weight, form)
-    elif form.TAIL:
+    for at in range(0, end, BLOCK):
+        sums = add_errors(
+            at, not form.MASKED, sums, samples, gradients, there, unit, js_weight, form
+        )
+    if form.TAIL:
         sums = add_errors(end, False, sums, samples, gradients, there, unit, js_weight, form)
     return Losses(
         clean=over_row(sums.clean) / classes,
@@ -895,6 +1060,7 @@ def loss_kernel(
             soft_ptr = labels_ptr + at * labels_row_stride * UNIT
         samples = Samples(
             logits=logits,
+            held=(),
             label=label,
             soft_ptr=soft_ptr,
             soft_stride=labels_stride,

@@ -11,7 +11,13 @@ from torch import Tensor
 from ...core import triton_ops
 from .kernels import Form, add_up_kernel, loss_kernel, scale_kernel
 
-FEW = 3  # passes
+FEW = 5  # passes of which a thread holds a block each
+WIDE = 3  # those of which it holds 128 bits each, whatever their dtype
+SPLIT = 4  # passes of which a row's last block has code of its own
+HELD = 16 * 1024  # elements of rows that a program's registers hold
+# Blocks of held rows, times the pairs of passes, that have code each: the time that compiling takes
+# grows with the square of it.
+MOST_CODE = 8
 MOST_THREADS = 256  # with more one has too few registers
 COUNTED_BY_EACH = 4096  # labels up to which every program counts those that are not ignored
 NO_FORM = Form._make([None] * len(Form._fields))
@@ -32,7 +38,7 @@ class PassRows(typing.NamedTuple):
 
     def some(self, at: int) -> "PassRows":
         """Returns those from `at` on that a program can hold."""
-        few = slice(at, at + FEW)
+        few = slice(at, at + WIDE)
         return PassRows(self.tensors[few], self.row_strides[few], self.strides[few])
 
     @property
@@ -69,8 +75,9 @@ class Block(typing.NamedTuple):
     ROWS: int
     RUNS: int
     RUN: int
-    ONE_BLOCK: bool
+    HELD: int
     TAIL: bool
+    MASKED: bool
     ALIGNED: bool
     warps: int
 
@@ -86,7 +93,7 @@ def _run(passes: int, itemsize: int) -> int:
     """Returns the elements of a pass in a thread, neighbours: 128 bits, or 64 where many passes
     want registers.
     """
-    return 16 // itemsize if passes <= FEW or itemsize > 2 else 4
+    return 16 // itemsize if passes <= WIDE or itemsize > 2 else 4
 
 
 def _registers(few: bool) -> dict[str, int]:
@@ -98,23 +105,28 @@ def _registers(few: bool) -> dict[str, int]:
 
 @functools.cache
 def _block(
-    samples: int, classes: int, passes: int, itemsize: int, aligned: bool, lanes: int
+    samples: int, classes: int, passes: int, in_pairs: int, itemsize: int, aligned: bool, lanes: int
 ) -> Block:
     # a mask is as many scalar registers
     each = _run(passes, itemsize) if aligned else min(_run(passes, itemsize), 128 // lanes)
     block = min(triton.next_power_of_2(classes), MOST_THREADS * each)
     run = min(each, block)
     # several samples in a thread have addresses of their own, by pass
-    held = each if passes <= FEW else min(each, 2)
-    rows = max(1, min(triton.next_power_of_2(samples), MOST_THREADS * held // block))
+    own = each if passes <= WIDE else min(each, 2)
+    rows = max(1, min(triton.next_power_of_2(samples), MOST_THREADS * own // block))
+    blocks, pairs = triton.cdiv(classes, block), in_pairs * (in_pairs - 1) // 2
+    held = (
+        passes <= FEW and passes * classes <= HELD and (blocks == 1 or blocks * pairs <= MOST_CODE)
+    )
     return Block(
         ROWS=rows,
         RUNS=block // run,
         RUN=run,
-        ONE_BLOCK=classes <= block,
-        TAIL=classes % block != 0,
+        HELD=blocks if held else 0,
+        TAIL=classes % block != 0 and passes <= SPLIT,
+        MASKED=classes % block != 0 and passes > SPLIT,
         ALIGNED=aligned,
-        warps=max(rows * block // (lanes * (held if rows > 1 else each)), 1),
+        warps=max(rows * block // (lanes * (own if rows > 1 else each)), 1),
     )
 
 
@@ -136,7 +148,7 @@ def _programs(block: Block, passes: PassRows, device: torch.device) -> int:
     tiles: int = triton.cdiv(samples, block.ROWS)
     if device.type == "cpu":  # the interpreter: a few, for their loops to go round
         return max(1, min(tiles, 3))
-    if block.ONE_BLOCK:
+    if block.HELD:
         return max(1, min(tiles, 2**31 - 1))
     processors, cache = _device(device)
     row = len(passes.tensors) * classes * passes.tensors[0].element_size()
@@ -173,7 +185,15 @@ def _evaluate(
     if aligned:
         passes, into = passes.in_runs(run), into.in_runs(run)
         row_stride = row_stride // run if kind == "soft" else row_stride
-    block = _block(samples, classes, count, first.element_size(), aligned, triton_ops.lanes())
+    block = _block(
+        samples,
+        classes,
+        count,
+        count - int(labels is not None),
+        first.element_size(),
+        aligned,
+        triton_ops.lanes(),
+    )
     programs = _programs(block, passes, first.device)
     wide = first.dtype == torch.float64
     dtype, by_row = torch.float64 if wide else torch.float32, reduction == "none"
@@ -286,7 +306,7 @@ def _scale(
     if gradients[0].dim() == 1:
         gradients, scaled = ([x[None] for x in some] for some in (gradients, scaled))
     passes, results = PassRows.of(gradients), PassRows.of(scaled)
-    for at in range(0, len(passes.tensors), FEW):
+    for at in range(0, len(passes.tensors), WIDE):
         _scale_passes(passes.some(at), results.some(at), factor, in_place)
 
 
@@ -296,7 +316,7 @@ def _scale_passes(passes: PassRows, into: PassRows, factor: Tensor, in_place: bo
     aligned = passes.aligned(run) and into.aligned(run)
     if aligned:
         passes, into = passes.in_runs(run), into.in_runs(run)
-    block = _block(samples, classes, count, first.element_size(), aligned, triton_ops.lanes())
+    block = _block(samples, classes, count, 0, first.element_size(), aligned, triton_ops.lanes())
     by_row = factor.dim() > 0
     form = NO_FORM._replace(
         PASSES=count,
