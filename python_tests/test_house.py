@@ -795,6 +795,7 @@ def unless_header(
             '"core/tensor.h"',
             "<torch/a.h>",
             '"../dropout/dropout.h"',
+            '"arguments.h"',
         )
     ],
     good=[
