@@ -25,7 +25,7 @@ def main() -> list[float]:
 
     # The forward stage perturbs what the embedding returns; relative: in lengths of that.
     embedding = model.get_input_embeddings()
-    stage = uk.BiStage(model, embedding, epsilon=0.1, relative=True, passes=2)
+    stage = uk.BiStage(model, embedding, epsilon=0.02, relative=True, passes=2)
     # The backward stage: in every step a random part of the elements, by their gradients' squares.
     optimizer = uk.SelectiveAdamW(model.parameters(), lr=2e-4)
 

@@ -46,7 +46,7 @@ def main() -> list[float]:
             args=arguments,
             train_dataset=rows,
             processing_class=tokenizer,
-            recipe_options={"epsilon": 0.1, "relative": True},
+            recipe_options={"epsilon": 0.02, "relative": True},
         )
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -42,7 +42,7 @@ def main() -> list[float]:
             train_dataset=rows,
             processing_class=tokenizer,
             recipe="uegr",  # or any other of uk.recipes.NAMES
-            recipe_options={"epsilon": 0.1, "relative": True},
+            recipe_options={"epsilon": 0.02, "relative": True},
         )
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

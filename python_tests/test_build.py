@@ -160,6 +160,19 @@ def test_missing_library_gives_reason_and_remedy(no_libraries):
     ) in reason and REINSTALL in reason
 
 
+def test_unbuilt_source_folder_says_that_it_is_one(tmp_path, monkeypatch):
+    """Which `python -m` in a clone takes ahead of what was installed from it."""
+    monkeypatch.setattr(native, "LIBRARIES", tmp_path / "uegr_kernels/_lib")
+    monkeypatch.delenv("UEGR_KERNELS_ISA", raising=False)
+    monkeypatch.setattr("torch.version.cuda", "12.8")
+    (tmp_path / "setup.py").touch()
+    for reason in (native.load.__wrapped__()[1], native.why_not_cuda.__wrapped__()):
+        assert f"from its source folder, {tmp_path}, where nothing is built" in reason
+        assert "pip install -e ." in reason and "compiler" not in reason and "nvcc" not in reason
+    native.LIBRARIES.mkdir(parents=True)
+    assert "from its source folder" not in native.load.__wrapped__()[1]
+
+
 def test_library_that_does_not_load_gives_reason_and_remedy(no_libraries):
     for isa in native.ISAS:
         (no_libraries / f"uegr_kernels_{isa}.so").write_text("no library")

@@ -239,6 +239,8 @@ def test_wrong_arguments(tmp_path):
         trainer(tmp_path, "adversarial")
     with pytest.raises(TypeError, match="epsilo"):
         trainer(tmp_path, recipe_options={"epsilo": 1.0})
+    with pytest.raises(TypeError, match="no argument 'epsilon'; .* recipe_options={'epsilon': "):
+        trainer(tmp_path, epsilon=1.0)
     with pytest.raises(ValueError, match="gradient_accumulation_steps=1"):
         trainer(tmp_path, "free_at", arguments={"gradient_accumulation_steps": 2})
     with pytest.raises(ValueError, match="compute_loss_func has no say"):

@@ -53,6 +53,21 @@ def _library(isa: str) -> pathlib.Path:
     return LIBRARIES / f"uegr_kernels_{isa}.so"
 
 
+def _why_missing(library: pathlib.Path, note: str, tool: str) -> str:
+    """Returns why a library is not there and what to do, as the end of a sentence."""
+    told, source = LIBRARIES / note, LIBRARIES.parent.parent
+    if told.exists():
+        return f"{told.read_text().strip()}; put that right, {REMEDY}"
+    # `python -m` in a clone finds the clone's package ahead of the installed one.
+    if not LIBRARIES.exists() and (source / "setup.py").exists():
+        return (
+            f"Python took the package from its source folder, {source}, where nothing is built; "
+            "start Python in another folder, to have the installed one, or run `pip install -e .` "
+            "in this one"
+        )
+    return f"{library} does not exist (install {tool}); put that right, {REMEDY}"
+
+
 @functools.cache
 def load() -> tuple[str | None, str | None]:
     """Loads exactly one library; returns (instruction set, None) or (None, the reason and the
@@ -74,14 +89,10 @@ def load() -> tuple[str | None, str | None]:
         )
     usable = [isa for isa in supported_isas() if isa in built_isas()]
     isa = wanted or (usable[-1] if usable else "baseline")
-    library, note = _library(isa), LIBRARIES / "not_built.txt"
+    library = _library(isa)
     if not library.exists():
-        reason = (
-            note.read_text().strip()
-            if note.exists()
-            else (f"{library} does not exist (install a C++17 compiler)")
-        )
-        return None, f"the compiled library was not built: {reason}; put that right, {REMEDY}"
+        reason = _why_missing(library, "not_built.txt", "a C++17 compiler")
+        return None, f"the compiled library was not built: {reason}"
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
@@ -99,14 +110,10 @@ def why_not_cuda() -> str | None:
     """
     if torch.version.cuda is None:
         return "this torch is built without CUDA; install a CUDA build of torch"
-    library, note = LIBRARIES / "uegr_kernels_cuda.so", LIBRARIES / "cuda_not_built.txt"
+    library = LIBRARIES / "uegr_kernels_cuda.so"
     if not library.exists():
-        reason = (
-            note.read_text().strip()
-            if note.exists()
-            else (f"{library} does not exist (install the CUDA toolkit, for nvcc)")
-        )
-        return f"the CUDA library was not built: {reason}; put that right, {REMEDY}"
+        reason = _why_missing(library, "cuda_not_built.txt", "the CUDA toolkit, for nvcc")
+        return f"the CUDA library was not built: {reason}"
     try:
         torch.ops.load_library(str(library))
     except OSError as error:

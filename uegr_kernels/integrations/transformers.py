@@ -94,7 +94,14 @@ class UEGRTrainer(Trainer):
         )
         self.recipe: Recipe | None = None
         self._forget()
-        given = inspect.signature(Trainer).bind_partial(*args, **kwargs).arguments
+        trainers = inspect.signature(Trainer)
+        for name in kwargs:
+            if name not in trainers.parameters:
+                raise TypeError(
+                    f"{type(self).__name__} has no argument {name!r}; a recipe's options go into "
+                    f"recipe_options={{{name!r}: ...}}"
+                )
+        given = trainers.bind_partial(*args, **kwargs).arguments
         self._check_arguments(given.get("args"), given.get("compute_loss_func"))
         super().__init__(*args, **kwargs)
         self._check_model()
