@@ -351,6 +351,38 @@ def test_overwriting_leaves_what_others_wrote(train, tmp_path):
     assert not settings.exists()  # an editor's would be taken for ours
 
 
+@pytest.mark.parametrize("after", [["--recipe", "plain"], ["--compare", "plain,at"], ["diverged"]])
+def test_overwriting_leaves_no_file_of_the_model_before(train, bert, tmp_path, after):
+    out = tmp_path / "out"
+    arguments = ["--train", train, "--output", out]
+    assert run(*arguments, "--recipe", "plain", "--model", bert) == 0
+    (out / "notes.json").write_text("{}")
+    small = [*arguments, "--overwrite", "--model", "textcnn"]
+    kept = {"notes.json", "report.json", "report.md", "uegr_finetune.json"}
+    if after == ["diverged"]:
+        assert run(*small, "--recipe", "plain", "--lr", "1e30") == 1
+        assert {each.name for each in out.iterdir()} == {*kept, "uegr_outcomes.json"}
+    elif "--compare" in after:
+        assert run(*small, *after) == 0
+        assert {each.name for each in out.iterdir()} == {*kept, "report.png", "plain", "at"}
+    else:
+        assert run(*small, *after) == 0
+        assert not (out / "config.json").exists()  # Transformers would read TextCNN's weights by it
+        arguments += ["--overwrite", "--model", bert]
+        assert run(*arguments, *after) == 0
+        assert load(out).model.config.model_type == "bert"
+
+
+@pytest.mark.parametrize("content", ["3", "{", '["../train.tsv", "plain", "..", 4, ""]'])
+def test_overwriting_removes_nothing_outside(train, tmp_path, content):
+    out = tmp_path / "out"
+    arguments = ["--train", train, "--model", "textcnn", "--recipe", "plain", "--output", out]
+    assert run(*arguments) == 0
+    (out / "uegr_model.json").write_text(content)
+    assert run(*arguments, "--overwrite") == 0
+    assert train.exists()
+
+
 def test_attacked_texts_are_of_both_labels_where_a_file_is_sorted(train, tmp_path, monkeypatch):
     test = tsv(tmp_path / "sorted.tsv", sorted({*texts(400, 9)}))
     whole, asked = read(test, Columns()), []

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .train import Training
 
 SETTINGS, OUTCOMES, CHECKPOINTS = "uegr_finetune.json", "uegr_outcomes.json", "checkpoints"
+KEPT = "uegr_model.json"  # the names of a model's files
 REPORTS = ("report.md", "report.json", "report.png")
 PRETRAINED, SMALL = (3.0, 5e-5), (10.0, 1e-3)  # epochs and learning rate
 EPSILON = 0.02  # in norms of a text's embeddings: what bench/evidence finds of use
@@ -278,7 +279,7 @@ def _model_files(model: str) -> list[pathlib.Path]:
     return sorted(
         file
         for file in folder.iterdir()
-        if file.is_file() and file.name not in (SETTINGS, OUTCOMES, *REPORTS)
+        if file.is_file() and file.name not in (SETTINGS, OUTCOMES, KEPT, *REPORTS)
     )
 
 
@@ -391,11 +392,23 @@ def _run(
     if keep:
         outcomes = measures.measure(classifier, data)
         if outcomes.predicted:  # a model that gives no numbers is of no use
-            classifier.save(place)
+            _keep(classifier, place)
     score = trained.validation if math.isfinite(trained.validation) else None
     return report.Result(
         recipe, seed, outcomes, trained.seconds, trained.best_epoch, score, trained.diverged
     )
+
+
+def _keep(classifier: Classifier, place: pathlib.Path) -> None:
+    """Saves a model, with the names of its files: another one's would be read in their place."""
+    aside = place / CHECKPOINTS
+    shutil.rmtree(aside, ignore_errors=True)
+    classifier.save(aside)
+    names = sorted(file.name for file in aside.iterdir())
+    _save(place / KEPT, names)
+    for name in names:
+        (aside / name).replace(place / name)
+    aside.rmdir()
 
 
 def options_of(recipe: str, task: Task) -> dict[str, object]:
@@ -497,8 +510,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _clear(folder: pathlib.Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Removes what an earlier fine-tuning wrote, but for a model's files, which the next one
-    replaces, and leaves alone whatever else is there. Raises where a file to read is in it.
+    """Removes what an earlier fine-tuning wrote, and leaves alone whatever else is there. Raises
+    where a file to read is in it.
     """
     removed = [
         folder / recipe / str(seed) for recipe in before["recipes"] for seed in before["seeds"]
@@ -512,8 +525,23 @@ def _clear(folder: pathlib.Path, before: dict[str, Any], now: dict[str, Any]) ->
         with contextlib.suppress(OSError):  # other things may be there
             (folder / recipe).rmdir()
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    for name in (OUTCOMES, *REPORTS):
+    for name in (*_kept(folder), KEPT, OUTCOMES, *REPORTS):
         (folder / name).unlink(missing_ok=True)
+
+
+def _kept(folder: pathlib.Path) -> list[str]:
+    """Returns the names of the files of the model that a folder holds; none where it holds none."""
+    try:
+        found = json.loads((folder / KEPT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    names = found if isinstance(found, list) else []
+    # whoever wrote them, nothing outside the folder is removed
+    return [
+        name
+        for name in names
+        if isinstance(name, str) and (folder / name).parent == folder and (folder / name).is_file()
+    ]
 
 
 def _save(path: pathlib.Path, content: object) -> None:
