@@ -166,6 +166,8 @@ def test_a_stopped_run_goes_on_exactly(train, bert, tmp_path, monkeypatch, model
         assert run(*arguments, "--output", parted) == 130
     assert "--resume" in capsys.readouterr().err
     assert not (parted / "report.md").exists()
+    # the last step's too, wherever the best epoch is
+    assert (parted / "checkpoints" / f"checkpoint-{after}").is_dir()
     assert run(*arguments, "--output", parted, "--resume") == 0
     assert same(whole, parted)
     first, second = (
@@ -211,7 +213,6 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(
 
 def test_a_run_killed_after_its_last_step_ends_as_it_would_have(train, tmp_path, monkeypatch):
     arguments = ["--train", train, "--model", "textcnn", "--lr", 5e-3]
-    arguments += ["--trainer-options", "save_total_limit=2"]  # the last one is there, too
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     assert run(*arguments, "--output", whole) == 0
 
@@ -441,6 +442,10 @@ MISTAKES = {
     "no best model": (
         ["--trainer-options", "load_best_model_at_end=False"],
         "'load_best_model_at_end' is set by the command; leave it out",
+    ),
+    "fewer checkpoints": (
+        ["--trainer-options", "save_total_limit=1"],
+        "'save_total_limit' is set by the command; leave it out",
     ),
     "a seed of the Trainer's": (
         ["--trainer-options", "seed=3"],
