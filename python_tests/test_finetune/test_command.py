@@ -443,6 +443,10 @@ MISTAKES = {
         ["--trainer-options", "load_best_model_at_end=False"],
         "'load_best_model_at_end' is set by the command; leave it out",
     ),
+    "a secret that would be written down": (
+        ["--trainer-options", "hub_token=x"],
+        "'hub_token' is set by the command; leave it out",
+    ),
     "fewer checkpoints": (
         ["--trainer-options", "save_total_limit=1"],
         "'save_total_limit' is set by the command; leave it out",
@@ -527,7 +531,10 @@ def test_the_function_s_arguments_and_defaults_are_the_command_s():
         ({"compare": ["plain", 3]}, TypeError, "compare=['plain', 3] is a list; give recipes as"),
         ({"compare": 3}, TypeError, "compare=3 is a int; give recipes as a list of strings"),
         ({"compare": []}, UserError, "compare names no recipe"),
-        ({"recipe": None}, ValueError, "recipe=None is not one of its values"),
+        ({"recipe": None}, TypeError, "recipe=None is a NoneType; give a string"),
+        ({"recipe": ["plain"]}, TypeError, "recipe=['plain'] is a list; give a string"),
+        ({"model": ["textcnn"]}, TypeError, "model=['textcnn'] is a list; give a path"),
+        ({"command": 3}, TypeError, "command=3 is a int; give a string"),
         ({"shifted": "a.csv"}, TypeError, "shifted='a.csv' is a str; give a dict"),
         ({"shifted": {"x": None}}, TypeError, "shifted x=None is a NoneType; give a path"),
         ({"ood": ["a.csv"]}, TypeError, "ood=['a.csv'] is a list; give a dict"),
@@ -557,6 +564,14 @@ def test_the_function_names_what_is_wrong(train, tmp_path, wrong, error, message
     with pytest.raises(error, match=re.escape(message)):
         finetune(train, tmp_path / "out", **{"model": "textcnn"} | wrong)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_small_model_named_by_a_path_is_trained_as_one(train, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(task, "_train_all", lambda found, *_, **__: seen.append(found))
+    for model in ("textcnn", pathlib.Path("textcnn")):
+        finetune(train, tmp_path / "out", model=model)
+    assert seen[0] == seen[1]
 
 
 @pytest.mark.parametrize("name", ["train", "output"])

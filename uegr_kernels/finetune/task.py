@@ -191,9 +191,13 @@ def finetune(
     ValueError (and, for an argument of a wrong type, a TypeError too), for files, models, folders
     and options that cannot be used, before anything is written; `interrupts.Stopped` after Ctrl-C.
     """
-    usual = SMALL if model in MODELS else PRETRAINED
-    recipes = (recipe,) if compare is None else _names("compare", compare, "recipes")
     with refusals():
+        chosen = _path("model", model)
+        usual = SMALL if chosen in MODELS else PRETRAINED
+        if compare is None:
+            recipes: tuple[str, ...] = (_word("recipe", recipe),)
+        else:
+            recipes = _names("compare", compare, "recipes")
         task = Task(
             Files(
                 _path("train", train),
@@ -212,7 +216,7 @@ def finetune(
                 checks.flag("regression", regression),
             ),
             limit,
-            _path("model", model),
+            chosen,
             tuple(dict.fromkeys(recipes)),
             dict(_by_name("recipe_options", recipe_options)),
             dict(_by_name("trainer_options", trainer_options)),
@@ -230,7 +234,8 @@ def finetune(
         raise UserError(
             "overwrite begins anew and resume goes on: give one of --overwrite, --resume"
         )
-    made_by = command or f"uegr_kernels.finetune.finetune, with the arguments in {SETTINGS}"
+    said = None if command is None else _word("command", command)
+    made_by = said or f"uegr_kernels.finetune.finetune, with the arguments in {SETTINGS}"
     return _train_all(task, folder, made_by, overwrite=overwrite, resume=resume)
 
 

@@ -53,6 +53,7 @@ OURS = {
     "use_cpu": "use --device",
     "resume_from_checkpoint": "use --resume",
     "push_to_hub": "leave it out, and upload the folder when it is done",
+    "hub_token": "leave it out, and upload the folder when it is done",
     **dict.fromkeys(
         "load_best_model_at_end metric_for_best_model greater_is_better eval_delay save_only_model "
         "save_total_limit remove_unused_columns".split(),
