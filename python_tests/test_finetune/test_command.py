@@ -166,6 +166,8 @@ def test_a_stopped_run_goes_on_exactly(train, bert, tmp_path, monkeypatch, model
         assert run(*arguments, "--output", parted) == 130
     assert "--resume" in capsys.readouterr().err
     assert not (parted / "report.md").exists()
+    # the last step's too, wherever the best epoch is
+    assert (parted / "checkpoints" / f"checkpoint-{after}").is_dir()
     assert run(*arguments, "--output", parted, "--resume") == 0
     assert same(whole, parted)
     first, second = (
@@ -211,7 +213,6 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(
 
 def test_a_run_killed_after_its_last_step_ends_as_it_would_have(train, tmp_path, monkeypatch):
     arguments = ["--train", train, "--model", "textcnn", "--lr", 5e-3]
-    arguments += ["--trainer-options", "save_total_limit=2"]  # the last one is there, too
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     assert run(*arguments, "--output", whole) == 0
 
@@ -351,6 +352,38 @@ def test_overwriting_leaves_what_others_wrote(train, tmp_path):
     assert not settings.exists()  # an editor's would be taken for ours
 
 
+@pytest.mark.parametrize("after", [["--recipe", "plain"], ["--compare", "plain,at"], ["diverged"]])
+def test_overwriting_leaves_no_file_of_the_model_before(train, bert, tmp_path, after):
+    out = tmp_path / "out"
+    arguments = ["--train", train, "--output", out]
+    assert run(*arguments, "--recipe", "plain", "--model", bert) == 0
+    (out / "notes.json").write_text("{}")
+    small = [*arguments, "--overwrite", "--model", "textcnn"]
+    kept = {"notes.json", "report.json", "report.md", "uegr_finetune.json"}
+    if after == ["diverged"]:
+        assert run(*small, "--recipe", "plain", "--lr", "1e30") == 1
+        assert {each.name for each in out.iterdir()} == {*kept, "uegr_outcomes.json"}
+    elif "--compare" in after:
+        assert run(*small, *after) == 0
+        assert {each.name for each in out.iterdir()} == {*kept, "report.png", "plain", "at"}
+    else:
+        assert run(*small, *after) == 0
+        assert not (out / "config.json").exists()  # Transformers would read TextCNN's weights by it
+        arguments += ["--overwrite", "--model", bert]
+        assert run(*arguments, *after) == 0
+        assert load(out).model.config.model_type == "bert"
+
+
+@pytest.mark.parametrize("content", ["3", "{", '["../train.tsv", "plain", "..", 4, ""]'])
+def test_overwriting_removes_nothing_outside(train, tmp_path, content):
+    out = tmp_path / "out"
+    arguments = ["--train", train, "--model", "textcnn", "--recipe", "plain", "--output", out]
+    assert run(*arguments) == 0
+    (out / "uegr_model.json").write_text(content)
+    assert run(*arguments, "--overwrite") == 0
+    assert train.exists()
+
+
 def test_attacked_texts_are_of_both_labels_where_a_file_is_sorted(train, tmp_path, monkeypatch):
     test = tsv(tmp_path / "sorted.tsv", sorted({*texts(400, 9)}))
     whole, asked = read(test, Columns()), []
@@ -409,6 +442,14 @@ MISTAKES = {
     "no best model": (
         ["--trainer-options", "load_best_model_at_end=False"],
         "'load_best_model_at_end' is set by the command; leave it out",
+    ),
+    "a secret that would be written down": (
+        ["--trainer-options", "hub_token=x"],
+        "'hub_token' is set by the command; leave it out",
+    ),
+    "fewer checkpoints": (
+        ["--trainer-options", "save_total_limit=1"],
+        "'save_total_limit' is set by the command; leave it out",
     ),
     "a seed of the Trainer's": (
         ["--trainer-options", "seed=3"],
@@ -490,7 +531,10 @@ def test_the_function_s_arguments_and_defaults_are_the_command_s():
         ({"compare": ["plain", 3]}, TypeError, "compare=['plain', 3] is a list; give recipes as"),
         ({"compare": 3}, TypeError, "compare=3 is a int; give recipes as a list of strings"),
         ({"compare": []}, UserError, "compare names no recipe"),
-        ({"recipe": None}, ValueError, "recipe=None is not one of its values"),
+        ({"recipe": None}, TypeError, "recipe=None is a NoneType; give a string"),
+        ({"recipe": ["plain"]}, TypeError, "recipe=['plain'] is a list; give a string"),
+        ({"model": ["textcnn"]}, TypeError, "model=['textcnn'] is a list; give a path"),
+        ({"command": 3}, TypeError, "command=3 is a int; give a string"),
         ({"shifted": "a.csv"}, TypeError, "shifted='a.csv' is a str; give a dict"),
         ({"shifted": {"x": None}}, TypeError, "shifted x=None is a NoneType; give a path"),
         ({"ood": ["a.csv"]}, TypeError, "ood=['a.csv'] is a list; give a dict"),
@@ -520,6 +564,14 @@ def test_the_function_names_what_is_wrong(train, tmp_path, wrong, error, message
     with pytest.raises(error, match=re.escape(message)):
         finetune(train, tmp_path / "out", **{"model": "textcnn"} | wrong)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_small_model_named_by_a_path_is_trained_as_one(train, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(task, "_train_all", lambda found, *_, **__: seen.append(found))
+    for model in ("textcnn", pathlib.Path("textcnn")):
+        finetune(train, tmp_path / "out", model=model)
+    assert seen[0] == seen[1]
 
 
 @pytest.mark.parametrize("name", ["train", "output"])

@@ -137,6 +137,12 @@ REFUSED = {
         {},
         "line 4: a quote inside a field without quotes; quote a field whole",
     ),
+    "a space before a quote": (
+        "a.csv",
+        'label,text\n"pos", "good"\n',
+        {},
+        "line 2: a space before a quote; quote a field whole",
+    ),
     "text after a quote": (
         "a.csv",
         'label,text\npos,"go"od\n',
@@ -398,3 +404,12 @@ def test_many_labels_are_cut_in_a_message(write):
 def test_too_few_to_hold_out(write):
     with pytest.raises(UserError, match=r"too few to hold out some for --test; give more"):
         tables.load(Files(write("a.tsv", MANY[:2])), Columns())
+    equal = [(label, "up") for label, _ in MANY[:20]]
+    with pytest.raises(UserError, match=r"20 examples \(different texts: 1, labels: 2\) are too"):
+        tables.load(Files(write("b.tsv", equal)), Columns())
+
+
+def test_numbers_without_regression(write):
+    scores = [(f"{i / 7:.2f}", text) for i, (_, text) in enumerate(MANY[:20])]
+    with pytest.raises(UserError, match="labels: 20.*where labels are numbers, add --regression"):
+        tables.load(Files(write("a.tsv", scores)), Columns())

@@ -215,6 +215,8 @@ def _separated(path: pathlib.Path, content: str) -> Iterator[tuple[list[str], in
         found = FIELD.match(content, place)
         if found is None:
             what = "a quote inside a field without quotes"
+            if re.compile(' +"').match(content, place):
+                what = "a space before a quote"
             if content[place] == '"':
                 whole = re.compile(r'"[^"]*(?:""[^"]*)*"').match(content, place)
                 what = "text after a closing quote" if whole else "a quote that is never closed"
@@ -436,11 +438,17 @@ def load(files: Files, columns: Columns, limit: int | None = None) -> Data:
         if option in rest:
             parts[option] = rest[option]
             continue
-        train, parts[option] = part(train, share, regression=columns.regression, salt=option)
+        before = train
+        train, parts[option] = part(before, share, regression=columns.regression, salt=option)
         if not parts[option] or not train:
             raise UserError(
-                f"{files.train}: {len(train)} examples are too few to hold out some for {option}; "
-                f"give more, or a file of your own with {option}"
+                f"{files.train}: {_counted(before, columns)} are too few to hold out some for "
+                f"{option}; give more, or a file of your own with {option}"
+                + (
+                    "; or, where labels are numbers, add --regression"
+                    if _all_numbers(labels)
+                    else ""
+                )
             )
         for what, some in ((f"held out for {option}", parts[option]), ("left to train on", train)):
             _check_spread(f"{files.train}, the examples {what}", some, columns)
@@ -452,6 +460,18 @@ def load(files: Files, columns: Columns, limit: int | None = None) -> Data:
         {name: rest[f"--ood {name}"] for name in files.ood},
         labels,
     )
+
+
+def _counted(examples: Sequence[Example], columns: Columns) -> str:
+    """Returns how many examples, texts and labels there are, for a message."""
+    texts, labels = ({each[i] for each in examples} for i in (0, 1))
+    classes = "" if columns.regression else f", labels: {len(labels)}"
+    return f"{len(examples)} examples (different texts: {len(texts)}{classes})"
+
+
+def _all_numbers(labels: Sequence[str]) -> bool:
+    """Returns whether there are more than two classes and all of them are numbers."""
+    return len(labels) > 2 and all(_finite(label) is not None for label in labels)
 
 
 def _check_values(path: str, labels: Sequence[str]) -> None:

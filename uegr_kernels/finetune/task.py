@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .train import Training
 
 SETTINGS, OUTCOMES, CHECKPOINTS = "uegr_finetune.json", "uegr_outcomes.json", "checkpoints"
+KEPT = "uegr_model.json"  # the names of a model's files
 REPORTS = ("report.md", "report.json", "report.png")
 PRETRAINED, SMALL = (3.0, 5e-5), (10.0, 1e-3)  # epochs and learning rate
 EPSILON = 0.02  # in norms of a text's embeddings: what bench/evidence finds of use
@@ -190,9 +191,13 @@ def finetune(
     ValueError (and, for an argument of a wrong type, a TypeError too), for files, models, folders
     and options that cannot be used, before anything is written; `interrupts.Stopped` after Ctrl-C.
     """
-    usual = SMALL if model in MODELS else PRETRAINED
-    recipes = (recipe,) if compare is None else _names("compare", compare, "recipes")
     with refusals():
+        chosen = _path("model", model)
+        usual = SMALL if chosen in MODELS else PRETRAINED
+        if compare is None:
+            recipes: tuple[str, ...] = (_word("recipe", recipe),)
+        else:
+            recipes = _names("compare", compare, "recipes")
         task = Task(
             Files(
                 _path("train", train),
@@ -211,7 +216,7 @@ def finetune(
                 checks.flag("regression", regression),
             ),
             limit,
-            _path("model", model),
+            chosen,
             tuple(dict.fromkeys(recipes)),
             dict(_by_name("recipe_options", recipe_options)),
             dict(_by_name("trainer_options", trainer_options)),
@@ -229,7 +234,8 @@ def finetune(
         raise UserError(
             "overwrite begins anew and resume goes on: give one of --overwrite, --resume"
         )
-    made_by = command or f"uegr_kernels.finetune.finetune, with the arguments in {SETTINGS}"
+    said = None if command is None else _word("command", command)
+    made_by = said or f"uegr_kernels.finetune.finetune, with the arguments in {SETTINGS}"
     return _train_all(task, folder, made_by, overwrite=overwrite, resume=resume)
 
 
@@ -278,7 +284,7 @@ def _model_files(model: str) -> list[pathlib.Path]:
     return sorted(
         file
         for file in folder.iterdir()
-        if file.is_file() and file.name not in (SETTINGS, OUTCOMES, *REPORTS)
+        if file.is_file() and file.name not in (SETTINGS, OUTCOMES, KEPT, *REPORTS)
     )
 
 
@@ -391,11 +397,23 @@ def _run(
     if keep:
         outcomes = measures.measure(classifier, data)
         if outcomes.predicted:  # a model that gives no numbers is of no use
-            classifier.save(place)
+            _keep(classifier, place)
     score = trained.validation if math.isfinite(trained.validation) else None
     return report.Result(
         recipe, seed, outcomes, trained.seconds, trained.best_epoch, score, trained.diverged
     )
+
+
+def _keep(classifier: Classifier, place: pathlib.Path) -> None:
+    """Saves a model, with the names of its files: another one's would be read in their place."""
+    aside = place / CHECKPOINTS
+    shutil.rmtree(aside, ignore_errors=True)
+    classifier.save(aside)
+    names = sorted(file.name for file in aside.iterdir())
+    _save(place / KEPT, names)
+    for name in names:
+        (aside / name).replace(place / name)
+    aside.rmdir()
 
 
 def options_of(recipe: str, task: Task) -> dict[str, object]:
@@ -497,8 +515,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _clear(folder: pathlib.Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Removes what an earlier fine-tuning wrote, but for a model's files, which the next one
-    replaces, and leaves alone whatever else is there. Raises where a file to read is in it.
+    """Removes what an earlier fine-tuning wrote, and leaves alone whatever else is there. Raises
+    where a file to read is in it.
     """
     removed = [
         folder / recipe / str(seed) for recipe in before["recipes"] for seed in before["seeds"]
@@ -512,8 +530,23 @@ def _clear(folder: pathlib.Path, before: dict[str, Any], now: dict[str, Any]) ->
         with contextlib.suppress(OSError):  # other things may be there
             (folder / recipe).rmdir()
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    for name in (OUTCOMES, *REPORTS):
+    for name in (*_kept(folder), KEPT, OUTCOMES, *REPORTS):
         (folder / name).unlink(missing_ok=True)
+
+
+def _kept(folder: pathlib.Path) -> list[str]:
+    """Returns the names of the files of the model that a folder holds; none where it holds none."""
+    try:
+        found = json.loads((folder / KEPT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    names = found if isinstance(found, list) else []
+    # whoever wrote them, nothing outside the folder is removed
+    return [
+        name
+        for name in names
+        if isinstance(name, str) and (folder / name).parent == folder and (folder / name).is_file()
+    ]
 
 
 def _save(path: pathlib.Path, content: object) -> None:

@@ -53,9 +53,10 @@ OURS = {
     "use_cpu": "use --device",
     "resume_from_checkpoint": "use --resume",
     "push_to_hub": "leave it out, and upload the folder when it is done",
+    "hub_token": "leave it out, and upload the folder when it is done",
     **dict.fromkeys(
         "load_best_model_at_end metric_for_best_model greater_is_better eval_delay save_only_model "
-        "remove_unused_columns".split(),
+        "save_total_limit remove_unused_columns".split(),
         "leave it out",
     ),
 }
@@ -261,7 +262,8 @@ def _trainer(
         "use_cpu": setup.device == "cpu",
         "eval_strategy": "epoch",
         "save_strategy": "epoch",
-        "save_total_limit": 1,
+        # with 1 the Trainer ends, also where it is stopped, by removing all but the best
+        "save_total_limit": 2,
         "load_best_model_at_end": True,
         "metric_for_best_model": SCORE,
         "greater_is_better": True,
