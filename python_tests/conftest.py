@@ -304,7 +304,6 @@ def compare(
         at = tuple(wrong.nonzero()[0].tolist())
         raise AssertionError(
             f"{name}: {int(wrong.sum())} of {wrong.numel()} elements differ; the first at {at}: "
-            f"{actual[at].item()!r}, "
-            f"expected {expected[at].item()!r}"
+            f"{actual[at].item()!r}, expected {expected[at].item()!r}"
             + (f" (strays allowed: {allowed}, found: {int(strays.sum())})" if allowed else "")
         )

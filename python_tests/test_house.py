@@ -1125,8 +1125,8 @@ def test_lines_have_at_most_100_columns():
 def test_folders_of_csrc_carry_the_packages_words():
     strangers = {folder.name for folder in (ROOT / "csrc").iterdir() if folder.is_dir()} - FOLDERS
     assert not strangers, (
-        "a folder is an operator (or core), with one name in csrc/ and "
-        f"{PACKAGE}/: {sorted(strangers)}"
+        f"a folder is an operator (or core), with one name in csrc/ and {PACKAGE}/: "
+        f"{sorted(strangers)}"
     )
 
 

@@ -138,11 +138,10 @@ class Pass:
         if x.shape[1:] != delta.shape[1:] or x.shape[0] != self.repeats * len(delta):
             raise RuntimeError(
                 f"the embedding's output is {list(x.shape)}, batch first, in an adversarial pass "
-                f"of {self.repeats} x {len(delta)} "
-                f"rows and {list(delta.shape)} in the clean one; the model must look up the "
-                "same tokens in every pass, and inputs "
-                "must have the batch as their first dimension, or be what the embedding is called "
-                "with (batch_axis=1)"
+                f"of {self.repeats} x {len(delta)} rows and {list(delta.shape)} in the clean one; "
+                "the model must look up the same tokens in every pass, and inputs must have the "
+                "batch as their first dimension, or be what the embedding is called with "
+                "(batch_axis=1)"
             )
         moved: Tensor = x.unflatten(0, (self.repeats, -1)) + delta.to(x.dtype)
         return self.batch.first(moved.flatten(0, 1))
@@ -340,9 +339,8 @@ class Runner:
             if pass_.calls == 0:
                 raise RuntimeError(
                     "the hook on the embedding did not run in this pass: the model does not call "
-                    "the embedding, or was compiled before "
-                    "the hook was there; pass the module that the model calls, and build this "
-                    "before compiling" + self._of_encoder()
+                    "the embedding, or was compiled before the hook was there; pass the module "
+                    "that the model calls, and build this before compiling" + self._of_encoder()
                 )
             logits = _logits(output)
             _check_logits(logits, batch, repeats)
@@ -524,8 +522,8 @@ def _floating(inputs: dict[str, object]) -> tuple[str, Tensor]:
     ]
     if len(found) != 1:
         raise ValueError(
-            "embedding=None perturbs the one floating input, and here are "
-            f"{len(found)}; pass one, or name an embedding"
+            f"embedding=None perturbs the one floating input, and here are {len(found)}; pass one, "
+            "or name an embedding"
         )
     return found[0]
 
@@ -545,8 +543,7 @@ def _logits(output: object) -> Tensor:
         keys = f" with {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
         raise TypeError(
             f"the model returned {_kind(output)}{keys}; return logits [N, C], an object with "
-            ".logits, a dict with 'logits', or a tuple of "
-            "them first"
+            ".logits, a dict with 'logits', or a tuple of them first"
         )
     return logits
 

@@ -611,8 +611,7 @@ def diagnostic(lab: Lab) -> Found:
         f"{how.batch}, selective: p = {how.keep:g}, "
     )
     told += (
-        f"adversarial: epsilon = {how.epsilon:g}; learning rate {how.lr:g} up to epoch "
-        f"{half}, "
+        f"adversarial: epsilon = {how.epsilon:g}; learning rate {how.lr:g} up to epoch {half}, "
         f"then {how.lr / 10:g}."
     )
     return {

@@ -207,8 +207,8 @@ def _seen(runner: Runner, batch: InputBatch, delta: Tensor | None) -> tuple[Tens
         ]
         if len(wrong):
             raise ValueError(
-                f"labels hold {wrong[0]}; give classes from 0 to "
-                f"{logits.shape[1] - 1}, or {IGNORED} for rows to leave out"
+                f"labels hold {wrong[0]}; give classes from 0 to {logits.shape[1] - 1}, or "
+                f"{IGNORED} for rows to leave out"
             )
         loss = torch.nn.functional.cross_entropy(
             logits.float(), batch.labels.long(), ignore_index=IGNORED, reduction="sum"

@@ -14,8 +14,7 @@ from . import op
 TASKS = ("classification", "regression")
 REVERSE_MODE = (
     "differentiate by logits, hidden states and weights with backward(), torch.func.grad, vjp or "
-    "jacrev, and give labels.detach(); or use "
-    "a loss of plain PyTorch"
+    "jacrev, and give labels.detach(); or use a loss of plain PyTorch"
 )
 
 
@@ -454,8 +453,8 @@ def _check_same_rows(tensors: dict[str, Tensor]) -> None:
     for name, y in others:
         if y.shape[-2:] != x.shape[-2:]:
             raise ValueError(
-                f"{name} has rows {tuple(y.shape[-2:])} and {first} "
-                f"{tuple(x.shape[-2:])}; give the same N and C"
+                f"{name} has rows {tuple(y.shape[-2:])} and {first} {tuple(x.shape[-2:])}; give "
+                "the same N and C"
             )
         checks.same_placement(first, x, name, y)
 
@@ -505,8 +504,8 @@ def _check_labels(
             )
         if labels.shape != (n, classes) and not (labels.shape == (n,) and classes == 1):
             raise ValueError(
-                f"labels have shape {tuple(labels.shape)}; give [N, C] = "
-                f"{(n, classes)}, or [N] where C is 1"
+                f"labels have shape {tuple(labels.shape)}; give [N, C] = {(n, classes)}, or [N] "
+                "where C is 1"
             )
         if not regression and ignore_index >= 0:
             raise ValueError(

@@ -81,8 +81,8 @@ def _backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _refuse_double_backward(*_: object) -> NoReturn:
     raise RuntimeError(
-        "AdaptiveDropout of uegr_kernels has no second derivative; use "
-        "torch.nn.Dropout where a gradient is differentiated"
+        "AdaptiveDropout of uegr_kernels has no second derivative; use torch.nn.Dropout where a "
+        "gradient is differentiated"
     )
 
 

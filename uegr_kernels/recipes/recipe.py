@@ -467,8 +467,7 @@ def check_reached(gradients: Sequence[Tensor | None]) -> None:
     if gradients and all(gradient is None for gradient in gradients):
         raise RuntimeError(
             "the loss gives none of the weights to perturb or mask a gradient; name weights that "
-            "it depends on, and train whole ones "
-            "(DDP), not those that FSDP shards"
+            "it depends on, and train whole ones (DDP), not those that FSDP shards"
         )
 
 

@@ -249,6 +249,6 @@ def _check_gradient(function: str, name: str, grad: Tensor, saliency: Tensor | N
         if saliency.shape != grad.shape or saliency.device != grad.device:
             found = f"{tuple(saliency.shape)} on {saliency.device}"
             raise ValueError(
-                f"the saliency of {name} has shape {found}; it must be "
-                f"{tuple(grad.shape)} on {grad.device}"
+                f"the saliency of {name} has shape {found}; it must be {tuple(grad.shape)} on "
+                f"{grad.device}"
             )

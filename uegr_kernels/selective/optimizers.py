@@ -138,8 +138,8 @@ class SelectiveOptimizer(Optimizer):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         if group["differentiable"] and self.backend not in ("auto", "reference"):
             raise RuntimeError(
-                "differentiable=True runs on the reference only, not on "
-                f"backend={self.backend!r}; use backend='auto'"
+                f"differentiable=True runs on the reference only, not on backend={self.backend!r}; "
+                "use backend='auto'"
             )
         if group["state_dtype"] not in (None, torch.bfloat16):
             raise ValueError(
@@ -329,8 +329,7 @@ class SelectiveOptimizer(Optimizer):
         if group["fused"] and device.type == "meta":
             raise RuntimeError(
                 "`fused=True` requires all the params to be floating point Tensors of supported "
-                f"devices: ['cpu', 'cuda'] but {dtype} "
-                "and meta"
+                f"devices: ['cpu', 'cuda'] but {dtype} and meta"
             )
         seed = checks.signed_seed(group["seed"])
         return Batch.empty(group, Selection.of_group(group), backend, seed)
@@ -351,8 +350,7 @@ class SelectiveOptimizer(Optimizer):
             first, second = sorted(streams[i] for i in pair)
             raise ValueError(
                 f"parameters {first} and {second} share memory, so that a step would change it "
-                "twice; pass one of them, "
-                "or give the other a .clone() of its own"
+                "twice; pass one of them, or give the other a .clone() of its own"
             )
         self._places = found
         return found
@@ -628,8 +626,8 @@ class SelectiveAdamW(SelectiveOptimizer):
                     )
                 if group["foreach"] and not group["capturable"]:
                     raise ValueError(
-                        f"betas[{i}] as a Tensor is not supported for "
-                        "capturable=False and foreach=True"
+                        f"betas[{i}] as a Tensor is not supported for capturable=False and "
+                        "foreach=True"
                     )
                 if betas[i].numel() != 1:
                     raise ValueError(f"Tensor betas[{i}] must be 1-element")

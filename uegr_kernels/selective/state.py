@@ -202,8 +202,8 @@ def check_state(stream: int, key: str, value: Tensor, p: Tensor, moment: bool) -
         )
     if moment and value.shape != p.shape:
         raise ValueError(
-            f"parameter {stream} has shape {tuple(p.shape)} but its {key} "
-            f"{tuple(value.shape)}; they must be equal"
+            f"parameter {stream} has shape {tuple(p.shape)} but its {key} {tuple(value.shape)}; "
+            "they must be equal"
         )
     if not moment and value.numel() != 1:
         raise ValueError(f"{named} has shape {tuple(value.shape)}; give one value")
