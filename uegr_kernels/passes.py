@@ -285,7 +285,7 @@ class Runner:
         return pass_.visit(output)
 
     def _of_encoder(self, more: str = "") -> str:
-        """Words on which embedding to pass, for a Transformers model that has two."""
+        """Returns words on which embedding to pass, for a Transformers model that has two."""
         config = getattr(getattr(self.model, "module", self.model), "config", None)
         if not getattr(config, "is_encoder_decoder", False):
             return ""
@@ -296,8 +296,7 @@ class Runner:
 
     def take(self, inputs: Inputs, labels: Tensor) -> InputBatch:
         """Returns the batch for the passes to come; raises what is wrong with it by itself."""
-        if not isinstance(labels, Tensor):
-            raise TypeError(f"labels are a {type(labels).__name__}; give a tensor")
+        checks.labels(labels)
         if labels.dim() == 0:
             raise ValueError(
                 "labels have shape (); give one a row: class indices [N], or floats [N] or [N, C]"
@@ -573,11 +572,7 @@ def _check_logits(logits: Tensor, batch: InputBatch, repeats: int) -> None:
             "the batch must be the first dimension of the logits, the labels and every input "
             "tensor (the second of time-first inputs)"
         )
-    if logits.device != batch.labels.device:
-        raise ValueError(
-            f"labels are on {batch.labels.device} and the logits on {logits.device}; "
-            "move them with .to()"
-        )
+    checks.labels_with(batch.labels, "the logits", logits.device)
 
 
 def _get_state(device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ from typing import NamedTuple, NoReturn, Protocol, TypedDict
 import torch
 from torch import Tensor
 
-from ..core import backends, native
+from ..core import backends, checks, native
 from ..core.operator import Context, Operator, P, R, refuse_vmap, writes_only
 from . import reference
 
@@ -474,7 +474,9 @@ def loss_and_parts(
                 needs=[True] * len(logits),
                 **options._asdict(),
             )
-            loss, parts, *_ = _TransformedLoss.apply(every, labels, *logits)  # type: ignore[no-untyped-call]
+            loss, parts, *_ = _TransformedLoss.apply(  # type: ignore[no-untyped-call]
+                every, labels, *logits
+            )
         elif traced and backend != "reference":
             loss, parts, _ = uegr_loss.registered(
                 logits, labels, reduction=reduction, needs=needs, **options._asdict()
@@ -557,13 +559,7 @@ def _check_range(labels: Tensor | None, classes: int, ignore_index: int) -> None
     low, high = torch.aminmax(labels)
     if low.item() >= 0 and high.item() < classes:
         return
-    wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
-    if len(wrong):
-        value = wrong[0].item()
-        raise ValueError(
-            f"labels hold {value}; give classes from 0 to {classes - 1}, or {ignore_index} "
-            "(ignore_index) for rows to leave out"
-        )
+    checks.classes(labels, classes, ignore_index)
 
 
 def _divided_last(

@@ -145,6 +145,8 @@ def dropped(
         backend, gradient_norm, pending, p=p, max_p=max_p, momentum=momentum, fold=fold
     )
     if backend in ("reference", "triton") and not backends.traced():
-        applied: Tensor = _Dropout.apply(backend, h, rates, key, pending)  # type: ignore[no-untyped-call]
+        applied: Tensor = _Dropout.apply(  # type: ignore[no-untyped-call]
+            backend, h, rates, key, pending
+        )
         return applied
     return adaptive_dropout.registered(h, rates, key, pending)

@@ -242,7 +242,7 @@ class Part:
 
     @classmethod
     def empty(cls, backend: str) -> "Part":
-        """Makes one of no tensors yet."""
+        """Makes a part of no tensors yet."""
         return cls(backend, [], [], [], [], None, [], [])
 
 

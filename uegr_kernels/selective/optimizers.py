@@ -383,8 +383,8 @@ class SelectiveOptimizer(Optimizer):
                 lists: list[list[Any]] = [[] for _ in range(4 + len(needed))]
                 self._init_group(group, first, part, *lists)
                 params, grads, layout, (backend, seed), *states = lists
-                selection = Selection(*(group[name] for name in FIELDS))  # type: ignore[literal-required]
-                batch = Batch.empty(group, selection, backend, seed)
+                options = [group[name] for name in FIELDS]  # type: ignore[literal-required]
+                batch = Batch.empty(group, Selection(*options), backend, seed)
                 batch.params, batch.grads, batch.layout = params, grads, layout
                 batch.state_lists = dict(zip(needed, states, strict=True))
                 batches.append(batch)
@@ -597,9 +597,8 @@ class SelectiveAdamW(SelectiveOptimizer):
     def _check(self, group: Mapping[str, Any]) -> None:
         super()._check(group)
         betas = group["betas"]
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-            raise TypeError(f"betas={betas!r} is no pair of numbers; give (beta1, beta2)")
-        for beta in betas:
+        is_pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+        for beta in betas if is_pair else (None,):
             if (
                 type(beta) not in checks.PLAIN
                 and not isinstance(beta, Tensor)
