@@ -164,6 +164,16 @@ def native(request) -> str:
     return serve_or_skip(request)
 
 
+@pytest.fixture
+def process_group(tmp_path):
+    """A group of this process alone."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """torch.empty gives NaN (the largest integer for integers), so that a result nobody wrote

@@ -336,7 +336,7 @@ def _backward_linear(
 ) -> tuple[object, ...]:
     if ctx.is_backward:
         _refuse_second_derivative()
-    # what a row counts is known only now, so the chunks are walked again
+    # what a row counts is known only now, so the chunks are visited again
     if ctx.by_row and grad_loss is not None:
         weight, bias, labels, *hidden = ctx.saved_tensors
         gradients = linear_uegr_loss(hidden, weight, bias, labels, grad_loss, **ctx.options)[2]
