@@ -66,8 +66,8 @@ def find_torch() -> Path:
 
 
 def ninja_lines(compiler: str, folder: Path, libraries: list[tuple[Path, list[Path], str, str]]):
-    """Ninja's text for libraries given as (file, sources, flags of the compiler, flags of the
-    linker).
+    """Yields Ninja's text for libraries given as (file, sources, flags of the compiler, flags of
+    the linker).
     """
     yield (
         f"builddir = {folder}\ncxx = {compiler}\nmore = {os.environ.get('CXXFLAGS', '')}\nrule "

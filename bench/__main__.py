@@ -53,13 +53,13 @@ def main(arguments: list[str] | None = None) -> int:
         suite.add_argument(
             "--rounds",
             metavar="N",
-            type=_count,
+            type=harness.count,
             help="how often ours and each peer take turns; default 20, with --quick 3",
         )
         suite.add_argument(
             "--threads",
             metavar="N",
-            type=_count,
+            type=harness.count,
             help=f"default: torch's own, {torch.get_num_threads()} here",
         )
         suite.add_argument(
@@ -129,12 +129,6 @@ def main(arguments: list[str] | None = None) -> int:
 def described(path: pathlib.Path) -> str:
     """Returns what a suite says of itself, in one line."""
     return " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split())
-
-
-def _count(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return int(text)
 
 
 class Patience:

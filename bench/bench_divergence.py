@@ -96,8 +96,8 @@ def ours_linear(clean: Tensor, adversarial: Tensor, weight: Tensor, labels: Tens
 
 
 class _Handed(torch.autograd.Function):
-    """Logits in given memory, as a linear layer would hand them on: without a copy, and free
-    to be written over.
+    """Hands logits in given memory on as a linear layer would: without a copy, and free to be
+    written over.
     """
 
     @staticmethod

@@ -97,11 +97,13 @@ def case(
     backend: str = "auto",
     threads: int | None = None,
 ) -> Case:
-    """kinds: of the peers these of torch's and no other. backend: of ours."""
+    """Plans a step of ours beside its peers; `kinds`: these of torch's peers and no other;
+    `backend`: ours.
+    """
     ours, torchs = (
         (uk.SelectiveSGD, torch.optim.SGD) if sgd else (uk.SelectiveAdamW, torch.optim.AdamW)
     )
-    line, moments = (
+    rule, moments = (
         ({"momentum": 0.9}, ("momentum_buffer",)) if sgd else ({}, ("exp_avg", "exp_avg_sq"))
     )
     sizes = [math.prod(shape) for shape in tensors]
@@ -147,13 +149,13 @@ def case(
 
         def selective(backend: str) -> Step:
             return stepping(
-                ours(params, LR, **line, **options, seed=0, backend=backend), state_dtype
+                ours(params, LR, **rule, **options, seed=0, backend=backend), state_dtype
             )
 
         def of_torch(kind: str, flags: dict, rounds: int | None, memory: int) -> Contestant:
             return Contestant(
                 f"torch {kind}",
-                stepping(torchs(params, LR, **line, **flags)),
+                stepping(torchs(params, LR, **rule, **flags)),
                 least,
                 rounds,
                 memory,
@@ -247,7 +249,7 @@ def case(
 
     def verify() -> str | None:
         def optimizer(params: list[Tensor], backend: str) -> torch.optim.Optimizer:
-            return ours(params, 1e-3, **line, **options, seed=0, backend=backend)
+            return ours(params, 1e-3, **rule, **options, seed=0, backend=backend)
 
         return disagreement(optimizer, dtype, device, backend)
 

@@ -2,6 +2,7 @@
 README.md states the protocol.
 """
 
+import argparse
 import contextlib
 import gc
 import importlib.metadata
@@ -252,6 +253,13 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + "+" * bool(changed)
+
+
+def count(text: str) -> int:
+    """Reads a positive number of the command line."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return int(text)
 
 
 def read(path: pathlib.Path) -> list[dict]:

@@ -10,7 +10,7 @@ def linear(outputs: int, inputs: int) -> Shapes:
 def textcnn(
     words: int = 30_000, dimension: int = 300, filters: int = 100, classes: int = 2
 ) -> Shapes:
-    """Convolutions of widths 3, 4, 5 over word vectors."""
+    """Returns the shapes of convolutions of widths 3, 4, 5 over word vectors."""
     convolutions = [
         shape for width in (3, 4, 5) for shape in [(filters, dimension, width), (filters,)]
     ]

@@ -22,7 +22,7 @@ ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
 
 def architectures(names: str) -> list[str]:
-    """nvcc's words for what TORCH_CUDA_ARCH_LIST holds: numbers as in "8.0;9.0a+PTX"."""
+    """Returns nvcc's words for what TORCH_CUDA_ARCH_LIST holds: numbers as in "8.0;9.0a+PTX"."""
     words = []
     for name in re.split("[; ]+", names.strip("; ")):
         found = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", name)

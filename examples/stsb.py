@@ -22,7 +22,7 @@ LENGTH = 32  # words of a sentence that are read
 
 
 class Similarity(nn.Module):
-    """ids [N, 2 * LENGTH], two sentences side by side -> their similarity [N, 1]."""
+    """Scores ids [N, 2 * LENGTH], two sentences side by side: their similarity [N, 1]."""
 
     def __init__(self, words: int, dimension: int = 128, dropout: float = 0.2) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def read(path: pathlib.Path) -> list[tuple[float, list[list[str]]]]:
 
 
 def encoded(pairs: list, numbers: dict[str, int]) -> tuple[Tensor, Tensor]:
-    """ids [n, 2 * LENGTH], 0 = padding, 1 = unknown, and scores [n]."""
+    """Returns ids [n, 2 * LENGTH], 0 = padding, 1 = unknown, and scores [n]."""
     ids = torch.zeros(len(pairs), 2, LENGTH, dtype=torch.int64)
     for row, (_, sentences) in zip(ids, pairs, strict=True):
         for half, words in zip(row, sentences, strict=True):
@@ -69,7 +69,7 @@ def encoded(pairs: list, numbers: dict[str, int]) -> tuple[Tensor, Tensor]:
 
 
 def correlations(model: nn.Module, ids: Tensor, scores: Tensor) -> tuple[float, float]:
-    """Pearson's and Spearman's, of the model in eval mode."""
+    """Returns Pearson's and Spearman's, of the model in eval mode."""
     model.eval()
     with torch.no_grad():
         guesses = torch.cat([model(part, (part != 0).float())[:, 0] for part in ids.split(256)])

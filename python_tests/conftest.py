@@ -164,6 +164,16 @@ def native(request) -> str:
     return serve_or_skip(request)
 
 
+@pytest.fixture
+def process_group(tmp_path):
+    """A group of this process alone."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """torch.empty gives NaN (the largest integer for integers), so that a result nobody wrote
@@ -304,7 +314,6 @@ def compare(
         at = tuple(wrong.nonzero()[0].tolist())
         raise AssertionError(
             f"{name}: {int(wrong.sum())} of {wrong.numel()} elements differ; the first at {at}: "
-            f"{actual[at].item()!r}, "
-            f"expected {expected[at].item()!r}"
+            f"{actual[at].item()!r}, expected {expected[at].item()!r}"
             + (f" (strays allowed: {allowed}, found: {int(strays.sum())})" if allowed else "")
         )

@@ -517,8 +517,8 @@ class Fuzzer:
                 inside.copy_(tensor)
             same = torch.equal(bits_of(memory), bits_of(before))
             assert same, (
-                f"{name} was {outcome} and wrote where it must not: shape "
-                f"{tuple(tensor.shape)}, strides {tensor.stride()}"
+                f"{name} was {outcome} and wrote where it must not: shape {tuple(tensor.shape)}, "
+                f"strides {tensor.stride()}"
             )
         return outcome
 

@@ -785,15 +785,6 @@ def test_only_the_last_backward_synchronises(switch, options, noted):
         assert not any(model.noted)
 
 
-@pytest.fixture
-def process_group(tmp_path):
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
-    )
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize(
     "options",
     [{}, {"passes_at_once": 1}, {"dropout": (0.2, 0.4)}],

@@ -98,9 +98,8 @@ def test_libraries_ask_for_torchs_c_functions_and_the_system_only(library):
         )
         strange = [name for name in others if not re.match(r"(aoti_)?torch_\w+$", name)]
         assert not strange, (
-            f"{file.name} needs more than torch's C functions, which alone stay "
-            "as "
-            f"they are: {strange}"
+            f"{file.name} needs more than torch's C functions, which alone stay as they are: "
+            f"{strange}"
         )
         libraries = needed(file)
         assert "libtorch_cpu.so" in libraries
@@ -527,8 +526,8 @@ def test_wheel_works_with_another_torch_and_another_python(wheel, tmp_path):
     }
     if not others:
         pytest.skip(
-            f"torch and Python are {here}, and no others are here "
-            "(UEGR_KERNELS_TEST_PYTHONS can name some)"
+            f"torch and Python are {here}, and no others are here (UEGR_KERNELS_TEST_PYTHONS can "
+            "name some)"
         )
     for version, python in others.items():
         operators = ["selective", "divergence", "perturbation", "dropout", "bistage"]

@@ -442,7 +442,8 @@ def finetune_is_imported(path, text):
 @rule(
     "The package needs torch alone: anything else is imported inside a function (Triton by "
     "triton.py or triton/, and core/triton_ops.py)",
-    f"{PACKAGE}/(?!integrations/|finetune/(train|report|intervals).py|.*triton(_ops)?.py|.*/triton/).*",
+    f"{PACKAGE}/(?!integrations/|finetune/(train|report|intervals).py|.*triton(_ops)?.py|"
+    ".*/triton/).*",
     bad=[
         "uegr_kernels/analysis/cka.py | import matplotlib.pyplot as plt",
         "uegr_kernels/core/backends.py | try:\n  import triton\nexcept ImportError: ...",
@@ -1126,8 +1127,8 @@ def test_lines_have_at_most_100_columns():
 def test_folders_of_csrc_carry_the_packages_words():
     strangers = {folder.name for folder in (ROOT / "csrc").iterdir() if folder.is_dir()} - FOLDERS
     assert not strangers, (
-        "a folder is an operator (or core), with one name in csrc/ and "
-        f"{PACKAGE}/: {sorted(strangers)}"
+        f"a folder is an operator (or core), with one name in csrc/ and {PACKAGE}/: "
+        f"{sorted(strangers)}"
     )
 
 
@@ -1137,8 +1138,7 @@ def test_no_module_of_recipes_bears_a_recipes_name():
     """
     modules = {path.stem for path in (ROOT / PACKAGE / "recipes").glob("*.py")}
     named = re.findall(
-        r"^from \S+ import \w+ as "
-        r"(\w+)$",
+        r"^from \S+ import \w+ as (\w+)$",
         (ROOT / PACKAGE / "recipes/__init__.py").read_text(),
         re.MULTILINE,
     )

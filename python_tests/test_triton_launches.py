@@ -31,8 +31,8 @@ def test_every_option_has_values(family, name):
         if p not in launches.VALUES[family] and p not in launches.SAME[family]
     ]
     assert not unknown, (
-        f"{name}: give {unknown} values in launches.VALUES, or a place in "
-        "launches.SAME if they change no kernel"
+        f"{name}: give {unknown} values in launches.VALUES, or a place in launches.SAME if they "
+        "change no kernel"
     )
 
 
@@ -92,8 +92,8 @@ def test_every_statement_compiles_and_spills_next_to_nothing(version, target):
     folder = compiled.VERSIONS[version]
     if folder is not None and not folder.exists():
         pytest.skip(
-            f"Triton {version} is not in {folder}; `make "
-            f"{folder.relative_to(compiled.ROOT)}` puts it there"
+            f"Triton {version} is not in {folder}; `make {folder.relative_to(compiled.ROOT)}` puts "
+            "it there"
         )
     found = compiled.usage(*launches.calls())[version, target]
     assert [line["statement"] for line in found] == list(launches.calls())

@@ -56,7 +56,7 @@ def _gpus() -> int:
 
 
 def _gpu(index: int) -> str:
-    """Name and architecture of a GPU, whether the CUDA library holds code for it, and which
+    """Returns name and architecture of a GPU, whether the CUDA library holds code for it, and which
     backend "auto" takes there, and why.
     """
     device, found = torch.device("cuda", index), torch.cuda.get_device_properties(index)

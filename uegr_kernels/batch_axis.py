@@ -132,8 +132,8 @@ class BatchAxis:
         elif as_inputs is None and batch.rows > 1:
             raise ValueError(
                 f"the embedding's output is {shape} for {batch.rows} rows: either of its first two "
-                "axes can be the batch; pass batch_axis=0, or "
-                "batch_axis=1 for a model that looks words up time-first"
+                "axes can be the batch; pass batch_axis=0, or batch_axis=1 for a model that looks "
+                "words up time-first"
             )
         else:
             axis = int(as_inputs is False)

@@ -173,7 +173,9 @@ class TextTransformer(TextClassifier):
 
 
 class _Attention(nn.Module):
-    """The mean of states [N, T, size] weighed by a learned query; padding weighs nothing."""
+    """Computes the mean of states [N, T, size] weighed by a learned query; padding weighs
+    nothing.
+    """
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -188,8 +190,8 @@ class _Attention(nn.Module):
 
 
 def _read(reader: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
-    """A recurrent network's outputs over each text's own length, so that neither direction
-    reads padding.
+    """Returns a recurrent network's outputs over each text's own length, so that neither
+    direction reads padding.
     """
     lengths = mask.sum(1).clamp(min=1).cpu()
     packed, _ = reader(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))

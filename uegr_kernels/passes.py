@@ -138,11 +138,10 @@ class Pass:
         if x.shape[1:] != delta.shape[1:] or x.shape[0] != self.repeats * len(delta):
             raise RuntimeError(
                 f"the embedding's output is {list(x.shape)}, batch first, in an adversarial pass "
-                f"of {self.repeats} x {len(delta)} "
-                f"rows and {list(delta.shape)} in the clean one; the model must look up the "
-                "same tokens in every pass, and inputs "
-                "must have the batch as their first dimension, or be what the embedding is called "
-                "with (batch_axis=1)"
+                f"of {self.repeats} x {len(delta)} rows and {list(delta.shape)} in the clean one; "
+                "the model must look up the same tokens in every pass, and inputs must have the "
+                "batch as their first dimension, or be what the embedding is called with "
+                "(batch_axis=1)"
             )
         moved: Tensor = x.unflatten(0, (self.repeats, -1)) + delta.to(x.dtype)
         return self.batch.first(moved.flatten(0, 1))
@@ -286,7 +285,7 @@ class Runner:
         return pass_.visit(output)
 
     def _of_encoder(self, more: str = "") -> str:
-        """Words on which embedding to pass, for a Transformers model that has two."""
+        """Returns words on which embedding to pass, for a Transformers model that has two."""
         config = getattr(getattr(self.model, "module", self.model), "config", None)
         if not getattr(config, "is_encoder_decoder", False):
             return ""
@@ -297,8 +296,7 @@ class Runner:
 
     def take(self, inputs: Inputs, labels: Tensor) -> InputBatch:
         """Returns the batch for the passes to come; raises what is wrong with it by itself."""
-        if not isinstance(labels, Tensor):
-            raise TypeError(f"labels are a {type(labels).__name__}; give a tensor")
+        checks.labels(labels)
         if labels.dim() == 0:
             raise ValueError(
                 "labels have shape (); give one a row: class indices [N], or floats [N] or [N, C]"
@@ -340,9 +338,8 @@ class Runner:
             if pass_.calls == 0:
                 raise RuntimeError(
                     "the hook on the embedding did not run in this pass: the model does not call "
-                    "the embedding, or was compiled before "
-                    "the hook was there; pass the module that the model calls, and build this "
-                    "before compiling" + self._of_encoder()
+                    "the embedding, or was compiled before the hook was there; pass the module "
+                    "that the model calls, and build this before compiling" + self._of_encoder()
                 )
             logits = _logits(output)
             _check_logits(logits, batch, repeats)
@@ -524,8 +521,8 @@ def _floating(inputs: dict[str, object]) -> tuple[str, Tensor]:
     ]
     if len(found) != 1:
         raise ValueError(
-            "embedding=None perturbs the one floating input, and here are "
-            f"{len(found)}; pass one, or name an embedding"
+            f"embedding=None perturbs the one floating input, and here are {len(found)}; pass one, "
+            "or name an embedding"
         )
     return found[0]
 
@@ -545,8 +542,7 @@ def _logits(output: object) -> Tensor:
         keys = f" with {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
         raise TypeError(
             f"the model returned {_kind(output)}{keys}; return logits [N, C], an object with "
-            ".logits, a dict with 'logits', or a tuple of "
-            "them first"
+            ".logits, a dict with 'logits', or a tuple of them first"
         )
     return logits
 
@@ -576,11 +572,7 @@ def _check_logits(logits: Tensor, batch: InputBatch, repeats: int) -> None:
             "the batch must be the first dimension of the logits, the labels and every input "
             "tensor (the second of time-first inputs)"
         )
-    if logits.device != batch.labels.device:
-        raise ValueError(
-            f"labels are on {batch.labels.device} and the logits on {logits.device}; "
-            "move them with .to()"
-        )
+    checks.labels_with(batch.labels, "the logits", logits.device)
 
 
 def _get_state(device: torch.device) -> Tensor:

@@ -21,6 +21,7 @@ from .. import harness, machine
 from . import data, pretrained, report, training
 from .plan import CONTROLS, METHODS, PAPER, MethodRuns, TuningPlan
 from .report import BASE
+from .runs import refused, stopped
 from .studies import NAMES, STUDIES
 from .studies import main as main_study
 
@@ -66,11 +67,6 @@ def parser() -> argparse.ArgumentParser:
             raise argparse.ArgumentTypeError(f"{text} is less than 0")
         return int(text)
 
-    def count(text: str) -> int:
-        if int(text) < 1:
-            raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-        return int(text)
-
     top = argparse.ArgumentParser(
         prog="python -m bench.accuracy",
         description="Trains and evaluates every method on real text.",
@@ -109,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
         default=["main"],
         help=f"all, or some of {','.join(NAMES)}",
     )
-    top.add_argument("--seeds", metavar="N", type=count, default=5)
+    top.add_argument("--seeds", metavar="N", type=harness.count, default=5)
     top.add_argument(
         "--examples",
         metavar="N",
@@ -117,9 +113,13 @@ def parser() -> argparse.ArgumentParser:
         default=1000,
         help="to train on, drawn anew for every seed; 0: all; default 1000",
     )
-    top.add_argument("--epochs", metavar="N", type=count, default=6)
+    top.add_argument("--epochs", metavar="N", type=harness.count, default=6)
     top.add_argument(
-        "--length", metavar="N", type=count, default=64, help="words (tokens) of a text at most"
+        "--length",
+        metavar="N",
+        type=harness.count,
+        default=64,
+        help="words (tokens) of a text at most",
     )
     top.add_argument(
         "--attacked",
@@ -143,16 +143,16 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--trials",
         metavar="N",
-        type=count,
+        type=harness.count,
         default=6,
         help="runs by which each method is tuned on each set; default 6",
     )
     top.add_argument("--lr", metavar="LIST", type=rates, help="learning rates to tune over")
-    top.add_argument("--jobs", metavar="N", type=count, default=1, help="runs at a time")
+    top.add_argument("--jobs", metavar="N", type=harness.count, default=1, help="runs at a time")
     top.add_argument(
         "--threads",
         metavar="N",
-        type=count,
+        type=harness.count,
         default=1,
         help="of a run; more pay for large models on an idle machine",
     )
@@ -202,11 +202,9 @@ def main(arguments: list[str] | None = None) -> int:
         options.output.mkdir(parents=True, exist_ok=True)
         run(options, command)
     except (UserError, FileExistsError, NotADirectoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refused(error)
     except KeyboardInterrupt:
-        print(f"\nStopped. What is finished is kept; go on with\n  {command}", file=sys.stderr)
-        return 130
+        return stopped(f"What is finished is kept; go on with\n  {command}")
     return 0
 
 

@@ -37,6 +37,7 @@ from .accuracy import RESULTS
 from .data import Row, read
 from .plan import METHODS, RATES, settings_of, with_parents
 from .report import mean_and_deviation
+from .runs import refused, stopped
 from .training import Settings, Start
 
 DOCS = harness.ROOT / "docs" / "analyses"
@@ -611,8 +612,7 @@ def diagnostic(lab: Lab) -> Found:
         f"{how.batch}, selective: p = {how.keep:g}, "
     )
     told += (
-        f"adversarial: epsilon = {how.epsilon:g}; learning rate {how.lr:g} up to epoch "
-        f"{half}, "
+        f"adversarial: epsilon = {how.epsilon:g}; learning rate {how.lr:g} up to epoch {half}, "
         f"then {how.lr / 10:g}."
     )
     return {
@@ -692,11 +692,6 @@ def parser() -> argparse.ArgumentParser:
 
         return chosen
 
-    def count(text: str) -> int:
-        if int(text) < 1:
-            raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-        return int(text)
-
     top = argparse.ArgumentParser(
         prog="python -m bench.analyses", description="Looks at models trained on real text."
     )
@@ -732,17 +727,22 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--examples",
         metavar="N",
-        type=count,
+        type=harness.count,
         help=f"to train on at first, and as many to tune on; default {usual.examples}",
     )
-    add("--epochs", metavar="N", type=count, help=f"of each; default {usual.epochs}")
-    add("--seeds", metavar="N", type=count, help=f"models of each method; default {usual.seeds}")
+    add("--epochs", metavar="N", type=harness.count, help=f"of each; default {usual.epochs}")
+    add(
+        "--seeds",
+        metavar="N",
+        type=harness.count,
+        help=f"models of each method; default {usual.seeds}",
+    )
     add("--seed", metavar="N", type=int, default=0, help="the first one; default 0")
     add("--quick", action="store_true", help="very small, to see that it runs: a matter of seconds")
     add(
         "--threads",
         metavar="N",
-        type=count,
+        type=harness.count,
         default=1,
         help="more pay for large models on an idle machine; default 1",
     )
@@ -779,14 +779,9 @@ def main(arguments: list[str] | None = None) -> int:
         with machine.threads(options.threads):
             run(options, sizes, command)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refused(error)
     except KeyboardInterrupt:
-        print(
-            "\nStopped. The analyses that are finished are written; --only LIST makes the others.",
-            file=sys.stderr,
-        )
-        return 130
+        return stopped("The analyses that are finished are written; --only LIST makes the others.")
     return 0
 
 

@@ -11,7 +11,6 @@ import json
 import os
 import pathlib
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,7 +28,7 @@ from .. import harness
 from . import data as sets
 from . import training
 from .data import Row
-from .runs import Call, Runs
+from .runs import Call, Runs, refused, stopped
 
 # Changes so far of what a model is scored on, and how; with training's protocol it makes a run's.
 SCORING = 0
@@ -417,9 +416,7 @@ def main(arguments: Sequence[str]) -> int:
             TierPlan(runs, {}).finish(tier, only)
         print(pretrained_report.write(TierPlan(runs, {"protocol": protocol}), options.output))
     except (UserError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refused(error)
     except KeyboardInterrupt:
-        print(f"\nStopped. What is finished is kept; go on with\n  {command}", file=sys.stderr)
-        return 130
+        return stopped(f"What is finished is kept; go on with\n  {command}")
     return 0

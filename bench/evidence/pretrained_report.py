@@ -147,11 +147,9 @@ def described(
     parts = [
         f"## {data}",
         "Percent of texts that are right, with 95 % intervals (bootstrap over seeds and texts; "
-        "with five seeds somewhat too "
-        "narrow). FGM and PGD: strength in norms of a text's embeddings. Passes: forwards and "
-        "backwards for each text "
-        "of plain training's. Seconds of one processor, which other work on the machine lengthens "
-        "less than the clock's.",
+        "with five seeds somewhat too narrow). FGM and PGD: strength in norms of a text's "
+        "embeddings. Passes: forwards and backwards for each text of plain training's. Seconds of "
+        "one processor, which other work on the machine lengthens less than the clock's.",
         table(heads, cells),
     ]
     if contrasts := _contrasts(rows):

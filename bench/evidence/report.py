@@ -227,17 +227,14 @@ def main_study(found: Found, output: pathlib.Path) -> str:
             table(heads, rows),
             f"![{model}]({picture.name})",
             f"The medium strength is {statistics.fmean(relative or [0]):.1%} of the norm of a "
-            "text's embeddings. "
-            "ms a step: median, with other runs beside it. selected: in the last step of the last "
-            "epoch. "
-            "p: paired t-test over seeds, two-sided, uncorrected for the number of rows: without "
-            "any effect one in twenty has p < 0.05.",
+            "text's embeddings. ms a step: median, with other runs beside it. selected: in the "
+            "last step of the last epoch. p: paired t-test over seeds, two-sided, uncorrected for "
+            "the number of rows: without any effect one in twenty has p < 0.05.",
             "A method against itself without its attack, or without its selection: same point, so "
             "the difference is that part's.",
             same,
             "A method against another that is tuned by itself (learning rate and dropout too), or "
-            "against plain training for as many "
-            "passes at the learning rate tuned for one:",
+            "against plain training for as many passes at the learning rate tuned for one:",
             own,
             "Clean, by set:",
             table(["method", *main.sets], sets),

@@ -140,6 +140,18 @@ def whole_records(path: pathlib.Path) -> list[dict[str, Any]]:
         ) from None
 
 
+def refused(error: Exception) -> int:
+    """Says what is wrong with arguments or data; returns the exit status."""
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+def stopped(advice: str) -> int:
+    """Says how to go on after Ctrl-C; returns the exit status."""
+    print(f"\nStopped. {advice}", file=sys.stderr)
+    return 130
+
+
 def rounded(value: Any) -> Any:
     """Returns a result with its floats to six digits; what is not finite is None."""
     if isinstance(value, dict):

@@ -265,8 +265,8 @@ template <class T, class UpdateRule> struct Worker {
 
 struct Item {
     enum Kind { pack, statistics, update } kind;
-    int64_t first, count, begin,
-        end; // entries [first, first + count); elements [begin, end) of a large one
+    int64_t first, count; // entries [first, first + count)
+    int64_t begin, end; // elements [begin, end) of a large one
 };
 
 // The call's items, in an order in which each waits for earlier ones only. Between a large tensor's

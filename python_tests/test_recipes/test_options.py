@@ -139,11 +139,24 @@ def test_wrong_values(name, options, error, text):
 
 
 def test_an_options_default_is_what_it_is_handed_to_has():
-    """Of UEGR and R-AT-SU, which hand theirs on to the forward stage and to the optimizer."""
-    uegr, stage, optimizer = (
+    """Of UEGR and R-AT-SU, which hand theirs on to the forward stage and to the optimizer, and of
+    all that hand theirs on to the losses.
+    """
+    uegr, stage, optimizer, loss, linear, plain = (
         {name: parameter.default for name, parameter in inspect.signature(kind).parameters.items()}
-        for kind in (recipes.uegr, uk.BiStage, uk.SelectiveAdamW)
+        for kind in (
+            recipes.uegr,
+            uk.BiStage,
+            uk.SelectiveAdamW,
+            uk.uegr_loss,
+            uk.linear_uegr_loss,
+            recipes.plain,
+        )
     )
+    for kind in (stage, linear, plain):
+        handed = kind.keys() & {"js_weight", "label_smoothing", "ignore_index", "task"}
+        assert len(handed) >= 3
+        assert {name: kind[name] for name in handed} == {name: loss[name] for name in handed}
     own = {"model", "embedding", "optimizer", "adaptive_dropout"}
     selection = {name: optimizer[name] for name in (*FIELDS, "seed")}
     del stage["model"], stage["embedding"]

@@ -104,15 +104,6 @@ def test_a_model_compiled_after_the_recipe_was_built(name, options):
         assert_equal(actual, expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.fixture
-def process_group(tmp_path):
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
-    )
-    yield
-    torch.distributed.destroy_process_group()
-
-
 SHARDED = {  # what recipes of whole weights say to sharded ones
     "sam": (RuntimeError, "train whole ones"),
     "awp": (RuntimeError, "train whole ones"),

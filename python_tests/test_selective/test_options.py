@@ -295,12 +295,10 @@ def test_target_update_is_torchs_step_where_selected(backend, cls, torch_class, 
         np.testing.assert_allclose(share.detach().numpy(), expected.numpy(), rtol=1e-3)
 
 
-# plain SGD with lr 1: the parameter moves by -g/p where selected
-STEEP = {"threshold": 0.8, "lr": 1.0, "seed": 5, "rescale": True}
-
-
 def inverse_by_sgd(backend, before, after, gradient) -> torch.Tensor:
-    """1/p of the selected elements, NaN elsewhere, as SGD with lr 1 shows it."""
+    """Returns 1/p of the selected elements, NaN elsewhere: by plain SGD with lr 1 the parameter
+    moves by -g/p where selected.
+    """
     factor = (before - after) / gradient
     return torch.where(factor == 0, torch.nan, factor).detach()
 

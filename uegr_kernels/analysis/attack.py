@@ -70,8 +70,7 @@ def accuracy_under_attack(
     are left as they were. Raises TypeError or ValueError for a wrong option or label, for an empty
     batch, and where there is none.
     """
-    if attack not in ("fgm", "pgd"):
-        raise ValueError(f"attack={attack!r} is not one of its values; use 'fgm' or 'pgd'")
+    checks.choice("attack", attack, ("fgm", "pgd"))
     steps, restarts = checks.integer("steps", steps, 1), checks.integer("restarts", restarts, 1)
     if not isinstance(epsilons, Iterable):
         raise TypeError(
@@ -202,14 +201,7 @@ def _seen(runner: Runner, batch: InputBatch, delta: Tensor | None) -> tuple[Tens
     """
     with runner.filled(Pass(batch, delta, watched=True)) as pass_:
         logits = runner.call(pass_)
-        wrong = batch.labels[
-            ((batch.labels < 0) | (batch.labels >= logits.shape[1])) & (batch.labels != IGNORED)
-        ]
-        if len(wrong):
-            raise ValueError(
-                f"labels hold {wrong[0]}; give classes from 0 to "
-                f"{logits.shape[1] - 1}, or {IGNORED} for rows to leave out"
-            )
+        checks.classes(batch.labels, logits.shape[1], IGNORED)
         loss = torch.nn.functional.cross_entropy(
             logits.float(), batch.labels.long(), ignore_index=IGNORED, reduction="sum"
         )

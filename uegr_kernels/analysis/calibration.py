@@ -3,6 +3,7 @@ another set's texts from its own.
 """
 
 import pathlib
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,10 +37,14 @@ def plot_calibration(
         axes.plot([0, 1], [0, 1], linestyle=":", color=GREY, marker="")
         for name, each in series.items():
             found = [
-                entry for entry in _binned(*_sure_and_right(each, labels), bins) if entry[0] > 0
+                entry for entry in _binned(*_sure_and_right(each, labels), bins) if entry.share > 0
             ]
             label = f"{name}: error {calibration_error(each, labels, bins=bins):.3f}"
-            axes.plot([sure for _, _, sure in found], [right for _, right, _ in found], label=label)
+            axes.plot(
+                [entry.confidence for entry in found],
+                [entry.accuracy for entry in found],
+                label=label,
+            )
         axes.set(
             xlabel="confidence of the model", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1)
         )
@@ -104,8 +109,14 @@ def _sure_and_right(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return sure, guess == labels
 
 
-def _binned(sure: Tensor, right: Tensor, bins: int) -> list[tuple[float, float, float]]:
-    """Returns share of samples, accuracy and mean confidence by bin."""
+class _Bin(NamedTuple):
+    share: float  # of the samples
+    accuracy: float
+    confidence: float  # their mean
+
+
+def _binned(sure: Tensor, right: Tensor, bins: int) -> list[_Bin]:
+    """Returns what lies in each bin of confidence."""
     bins = checks.integer("bins", bins, 1)
     at = (sure * bins).ceil().long().clamp(1, bins) - 1
     count = torch.bincount(at, minlength=bins)
@@ -113,4 +124,5 @@ def _binned(sure: Tensor, right: Tensor, bins: int) -> list[tuple[float, float, 
     hits, sums = (
         torch.bincount(at, values.double(), minlength=bins) / filled for values in (right, sure)
     )
-    return list(zip((count / len(sure)).tolist(), hits.tolist(), sums.tolist(), strict=True))
+    shares = count / len(sure)
+    return list(map(_Bin, shares.tolist(), hits.tolist(), sums.tolist()))

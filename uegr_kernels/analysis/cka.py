@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.conv import _ConvNd as Convolution
 
+from ..core import checks
 from ..passes import Inputs
 from .pictures import picture
 from .watching import call, held, pooled
@@ -58,8 +59,7 @@ def cka(
     Returns the CKA by layer, in [0, 1], in order. The models are left as they were. Raises
     ValueError for an unknown layer or no batch.
     """
-    if pooling not in ("mean", "first"):
-        raise ValueError(f"pooling={pooling!r} is not one of its values; use 'mean' or 'first'")
+    checks.choice("pooling", pooling, ("mean", "first"))
     names = list(layers) if layers is not None else _blocks(model_a)
     for model, which in ((model_a, "model_a"), (model_b, "model_b")):
         missing = [name for name in names if name not in dict(model.named_modules())]

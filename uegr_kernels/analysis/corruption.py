@@ -49,10 +49,7 @@ def corrupted(
     """
     if isinstance(texts, str):
         raise TypeError("texts is one string; give a list of them")
-    if kind not in KINDS:
-        raise ValueError(
-            f"kind={kind!r} is not one of its values; use {', '.join(map(repr, KINDS))}"
-        )
+    checks.choice("kind", kind, KINDS)
     rate, seed = checks.number("rate", rate, 0, 1), checks.integer("seed", seed)
     return [_mistyped(text, kind, rate, random.Random(f"{seed} {kind} {text}")) for text in texts]
 

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import pathlib
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -144,6 +145,16 @@ def share_selected(optimizer: object) -> float | None:
     return chosen / elements if elements else None
 
 
+class _Stepped(NamedTuple):
+    name: str
+    stream: int
+    gradient: Tensor
+    options: dict[str, Any]  # of the selection, as selection_probability takes them
+    scope: tuple[str, str]  # equal where gradients have statistics in common
+    seed: int
+    step: int
+
+
 def _selections(optimizer: object) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
     """Yields name, gradient, p and mask of every parameter with a gradient; no mask where only its
     probability is known.
@@ -153,10 +164,11 @@ def _selections(optimizer: object) -> Iterator[tuple[str, Tensor, Tensor, Tensor
         raise TypeError(
             f"optimizer is a {type(optimizer).__name__}; pass a SelectiveAdamW or SelectiveSGD"
         )
-    found, stream = [], 0
+    found: list[_Stepped] = []
+    stream = 0
     for group in optimizer.param_groups:
         options = {name: group[name] for name in OPTIONS}
-        scope = group["scope"], group["normalization"]  # which gradients have statistics in common
+        scope = group["scope"], group["normalization"]
         for i, p in enumerate(group["params"]):
             step = int(optimizer.state.get(p, {}).get("step", 0))
             if p.grad is not None and step:
@@ -165,7 +177,9 @@ def _selections(optimizer: object) -> Iterator[tuple[str, Tensor, Tensor, Tensor
                     if i < len(group.get("param_names", ()))
                     else str(stream)
                 )
-                found.append((name, stream, p.grad.detach(), options, scope, group["seed"], step))
+                found.append(
+                    _Stepped(name, stream, p.grad.detach(), options, scope, group["seed"], step)
+                )
             stream += 1
     # by options: p of every parameter of a scope that spans them
     wide: dict[tuple[tuple[str, object], ...], dict[int, Tensor]] = {}
@@ -173,9 +187,7 @@ def _selections(optimizer: object) -> Iterator[tuple[str, Tensor, Tensor, Tensor
         if scope[0] == "global" and options["normalization"] != "constant":
             key = tuple(options.items())
             if key not in wide:
-                members = {
-                    other: theirs for _, other, theirs, _, its, _, _ in found if its == scope
-                }
+                members = {other.stream: other.gradient for other in found if other.scope == scope}
                 together = torch.cat(
                     [theirs.flatten().to(g.device, torch.float64) for theirs in members.values()]
                 )

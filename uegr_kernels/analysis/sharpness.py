@@ -168,9 +168,8 @@ def _lanczos(
         value = high
     warnings.warn(
         f"largest_eigenvalue={value:.6g} has not converged in {len(basis)} iterations: eigenvalues "
-        f"from {low:.6g} (residual "
-        f"{residuals[0]:.2g}) to {high:.6g} (residual {residuals[-1]:.2g}), asked for {near:.2g} "
-        "and, by magnitude, both signs told apart; "
+        f"from {low:.6g} (residual {residuals[0]:.2g}) to {high:.6g} (residual "
+        f"{residuals[-1]:.2g}), asked for {near:.2g} and, by magnitude, both signs told apart; "
         "give more iterations, or a larger tolerance",
         stacklevel=3,
     )

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any, NoReturn, Protocol
 
@@ -98,19 +98,62 @@ def choice(name: str, value: object, choices: Sequence[str]) -> str:
     return value
 
 
-def tensor(name: str, x: object, shape: str = "") -> None:
+def options(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises TypeError for the name of an option that is not one of the owner's."""
+    unknown = set(given) - set(known)
+    if unknown:
+        raise TypeError(
+            f"{owner} has no option {min(unknown)!r}; its options are {', '.join(sorted(known))}"
+        )
+
+
+def is_tensor(name: str, x: object, shape: str = "") -> None:
+    """Raises TypeError for what is no tensor; `shape` is what the caller wants, in words."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}; give a tensor{shape and ' '}{shape}")
+
+
+def floating(name: str, x: Tensor) -> None:
+    """Raises TypeError for a tensor of a dtype that no kernel computes with."""
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} is {x.dtype}; give float32, bfloat16, float16 or float64")
+
+
+def tensor(name: str, x: Tensor, shape: str = "") -> None:
     """Raises TypeError for what is no dense tensor of floating point; `shape` is what the
     caller wants, in words.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is a {type(x).__name__}; give a tensor{shape and ' '}{shape}")
+    is_tensor(name, x, shape)
     if x.layout != torch.strided:
         raise TypeError(
             f"{name} is sparse ({x.layout}); give {name}.to_dense(), or build an "
             "embedding with sparse=False"
         )
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{name} is {x.dtype}; give float32, bfloat16, float16 or float64")
+    floating(name, x)
+
+
+def labels(given: object) -> None:
+    """Raises TypeError for labels that are no tensor."""
+    if not isinstance(given, Tensor):
+        raise TypeError(f"labels are a {type(given).__name__}; give a tensor")
+
+
+def labels_with(labels: Tensor, others: str, device: torch.device) -> None:
+    """Raises ValueError for labels that are not where the others are."""
+    if labels.device != device:
+        raise ValueError(
+            f"labels are on {labels.device} and {others} on {device}; move them with .to()"
+        )
+
+
+def classes(labels: Tensor, count: int, ignore_index: int) -> None:
+    """Raises ValueError for class indices outside [0, count) that are not `ignore_index`."""
+    wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= count))]
+    if len(wrong):
+        raise ValueError(
+            f"labels hold {wrong[0].item()}; give classes from 0 to {count - 1}, or "
+            f"{ignore_index} (ignore_index) for rows to leave out"
+        )
 
 
 def same_device(first: str, x: Tensor, name: str, y: Tensor) -> None:

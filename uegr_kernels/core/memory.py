@@ -1,5 +1,7 @@
 """The tests of memory before it is written: whether it is there, and whether tensors share it."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -27,15 +29,18 @@ def check_there(name: str, tensor: Tensor) -> None:
         )
 
 
-Places = tuple[list[int], list[torch.Size], list[tuple[int, ...]]]
+class Places(NamedTuple):
+    """Holds where tensors lie, in their order."""
+
+    addresses: list[int]  # 0 of fake tensors
+    shapes: list[torch.Size]
+    strides: list[tuple[int, ...]]
 
 
 def places(tensors: list[Tensor]) -> Places:
-    """Returns tensors' addresses (0 of fake tensors), shapes and strides."""
-    return (
-        [t.data_ptr() for t in tensors],
-        [t.shape for t in tensors],
-        [t.stride() for t in tensors],
+    """Returns where tensors lie."""
+    return Places(
+        [t.data_ptr() for t in tensors], [t.shape for t in tensors], [t.stride() for t in tensors]
     )
 
 
@@ -83,7 +88,7 @@ def shared(tensors: list[Tensor]) -> tuple[int, int] | None:
     """Returns the positions of two tensors that have an element in common, if any do."""
     spans = [
         (address, i)
-        for i, address in enumerate(places(tensors)[0])
+        for i, address in enumerate(places(tensors).addresses)
         if address and tensors[i].numel()
     ]
     open_spans: list[tuple[int, int]] = []  # end, position

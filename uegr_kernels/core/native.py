@@ -84,8 +84,8 @@ def load() -> tuple[str | None, str | None]:
         )
     if wanted is not None and wanted not in supported_isas():
         raise RuntimeError(
-            f"UEGR_KERNELS_ISA={wanted} is more than this processor has "
-            f"({supported_isas()[-1]}); choose that or unset it"
+            f"UEGR_KERNELS_ISA={wanted} is more than this processor has ({supported_isas()[-1]}); "
+            "choose that or unset it"
         )
     usable = [isa for isa in supported_isas() if isa in built_isas()]
     isa = wanted or (usable[-1] if usable else "baseline")
@@ -228,14 +228,12 @@ def why_not_gpu(index: int) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     least, here = (f"{major}.{minor}" for major, minor in (LEAST, capability))
     missing = (
-        f"the CUDA library holds code for {', '.join(architectures())}, which GPU {index}, "
-        "a "
+        f"the CUDA library holds code for {', '.join(architectures())}, which GPU {index}, a "
         f"{here}, does not run ({answer})"
     )
     if capability < LEAST:
         return (
-            f"{missing}, and its kernels need {least} or newer; use backend='auto', 'triton' "
-            "or "
+            f"{missing}, and its kernels need {least} or newer; use backend='auto', 'triton' or "
             "'reference'"
         )
     return f"{missing}; set TORCH_CUDA_ARCH_LIST={here}, {REMEDY}"

@@ -61,8 +61,8 @@ def layout(name: str, tensor: "DTensor") -> tuple[int, int, int]:
     except NotImplementedError:
         raise ValueError(
             f"{name} of shape {tuple(tensor.shape)} has placements {tensor.placements}, whose "
-            "parts are no evenly spaced runs of the "
-            "whole; shard it along one dimension, or call full_tensor() on it"
+            "parts are no evenly spaced runs of the whole; shard it along one dimension, or call "
+            "full_tensor() on it"
         ) from None
 
 

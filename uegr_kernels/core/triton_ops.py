@@ -32,6 +32,15 @@ DTYPES = {
 }
 
 
+def check_dtype(name: str, x: Tensor) -> None:
+    """Raises RuntimeError for a tensor of a dtype that no kernel takes."""
+    if x.dtype not in DTYPES:
+        raise RuntimeError(
+            f"{name} is {str(x.dtype).removeprefix('torch.')}; use float32, bfloat16, float16 or "
+            "float64"
+        )
+
+
 def on(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Makes the tensor's GPU the current one, which is where Triton launches; nothing to do on
     the CPU, for the interpreter.

@@ -14,8 +14,7 @@ from . import op
 TASKS = ("classification", "regression")
 REVERSE_MODE = (
     "differentiate by logits, hidden states and weights with backward(), torch.func.grad, vjp or "
-    "jacrev, and give labels.detach(); or use "
-    "a loss of plain PyTorch"
+    "jacrev, and give labels.detach(); or use a loss of plain PyTorch"
 )
 
 
@@ -323,12 +322,7 @@ class _LossModule(nn.Module):
             for name, p in inspect.signature(type(self).function).parameters.items()
             if p.kind is p.KEYWORD_ONLY
         }
-        unknown = sorted(options.keys() - known.keys())
-        if unknown:
-            raise TypeError(
-                f"{type(self).__name__} has no option {unknown[0]!r}; its options are "
-                f"{', '.join(sorted(known))}"
-            )
+        checks.options(type(self).__name__, options, known)
         self._check(known | options)
         self.options = options
 
@@ -454,8 +448,8 @@ def _check_same_rows(tensors: dict[str, Tensor]) -> None:
     for name, y in others:
         if y.shape[-2:] != x.shape[-2:]:
             raise ValueError(
-                f"{name} has rows {tuple(y.shape[-2:])} and {first} "
-                f"{tuple(x.shape[-2:])}; give the same N and C"
+                f"{name} has rows {tuple(y.shape[-2:])} and {first} {tuple(x.shape[-2:])}; give "
+                "the same N and C"
             )
         checks.same_placement(first, x, name, y)
 
@@ -483,18 +477,13 @@ def _check_labels(
     the loss's other tensors has their rows.
     """
     rows, ignore_index, regression = tensors[0], options.ignore_index, options.regression
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels are a {type(labels).__name__}; give a tensor")
+    checks.labels(labels)
     if labels.layout != torch.strided or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(
             f"labels are {labels.dtype}, {labels.layout}; give dense class indices "
             "(int64) or floats"
         )
-    if labels.device != rows.device:
-        raise ValueError(
-            f"labels are on {labels.device}, the other arguments on {rows.device}; "
-            "move them with .to()"
-        )
+    checks.labels_with(labels, "the other arguments", rows.device)
     checks.refuse_transforms(loss, tensors, REVERSE_MODE, constants=[labels])
     n, labels = rows.shape[0], labels.detach()
     if labels.is_floating_point():
@@ -505,8 +494,8 @@ def _check_labels(
             )
         if labels.shape != (n, classes) and not (labels.shape == (n,) and classes == 1):
             raise ValueError(
-                f"labels have shape {tuple(labels.shape)}; give [N, C] = "
-                f"{(n, classes)}, or [N] where C is 1"
+                f"labels have shape {tuple(labels.shape)}; give [N, C] = {(n, classes)}, or [N] "
+                "where C is 1"
             )
         if not regression and ignore_index >= 0:
             raise ValueError(

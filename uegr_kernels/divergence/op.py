@@ -7,7 +7,7 @@ from typing import NamedTuple, NoReturn, Protocol, TypedDict
 import torch
 from torch import Tensor
 
-from ..core import backends, native
+from ..core import backends, checks, native
 from ..core.operator import Context, Operator, P, R, refuse_vmap, writes_only
 from . import reference
 
@@ -336,7 +336,7 @@ def _backward_linear(
 ) -> tuple[object, ...]:
     if ctx.is_backward:
         _refuse_second_derivative()
-    # what a row counts is known only now, so the chunks are walked again
+    # what a row counts is known only now, so the chunks are visited again
     if ctx.by_row and grad_loss is not None:
         weight, bias, labels, *hidden = ctx.saved_tensors
         gradients = linear_uegr_loss(hidden, weight, bias, labels, grad_loss, **ctx.options)[2]
@@ -474,7 +474,9 @@ def loss_and_parts(
                 needs=[True] * len(logits),
                 **options._asdict(),
             )
-            loss, parts, *_ = _TransformedLoss.apply(every, labels, *logits)  # type: ignore[no-untyped-call]
+            loss, parts, *_ = _TransformedLoss.apply(  # type: ignore[no-untyped-call]
+                every, labels, *logits
+            )
         elif traced and backend != "reference":
             loss, parts, _ = uegr_loss.registered(
                 logits, labels, reduction=reduction, needs=needs, **options._asdict()
@@ -557,13 +559,7 @@ def _check_range(labels: Tensor | None, classes: int, ignore_index: int) -> None
     low, high = torch.aminmax(labels)
     if low.item() >= 0 and high.item() < classes:
         return
-    wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
-    if len(wrong):
-        value = wrong[0].item()
-        raise ValueError(
-            f"labels hold {value}; give classes from 0 to {classes - 1}, or {ignore_index} "
-            "(ignore_index) for rows to leave out"
-        )
+    checks.classes(labels, classes, ignore_index)
 
 
 def _divided_last(

@@ -176,12 +176,14 @@ def linear_uegr_loss(
     labels: Tensor | None,
     row_weights: Tensor | None,
     *,
+    js_weight: float,
+    label_smoothing: float,
     ignore_index: int,
     reduction: str,
+    regression: bool,
     needs: list[bool],
     dtype: torch.dtype,
     chunk_rows: int,
-    **options: object,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Computes `uegr_loss` of the logits hidden @ weight.T + bias in `dtype`, `chunk_rows` of the N
     rows at a time.
@@ -212,10 +214,12 @@ def linear_uegr_loss(
         loss, parts = kernel(
             of_inputs,
             None if labels is None else labels[at : at + chunk_rows],
+            js_weight=js_weight,
+            label_smoothing=label_smoothing,
             ignore_index=ignore_index,
             reduction="none",
+            regression=regression,
             needs=need_logits,
-            **options,
         )
         losses.append(torch.cat((loss[None], parts)))
         if row_weights is not None:

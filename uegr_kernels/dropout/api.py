@@ -210,8 +210,7 @@ class AdaptiveDropout(nn.Module):
         if self.num_features is not None and not self._used:
             raise ValueError(
                 f"input of shape {tuple(input.shape)} has {input.shape[-1]} units, the module "
-                f"{known}; "
-                "build it with num_features=None, or give every width a module of its own"
+                f"{known}; build it with num_features=None, or give every width a module of its own"
             )
         _warn(
             f"{self._name or 'An AdaptiveDropout'}: the last axis had size {known} and now has "

@@ -81,8 +81,8 @@ def _backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _refuse_double_backward(*_: object) -> NoReturn:
     raise RuntimeError(
-        "AdaptiveDropout of uegr_kernels has no second derivative; use "
-        "torch.nn.Dropout where a gradient is differentiated"
+        "AdaptiveDropout of uegr_kernels has no second derivative; use torch.nn.Dropout where a "
+        "gradient is differentiated"
     )
 
 
@@ -145,6 +145,8 @@ def dropped(
         backend, gradient_norm, pending, p=p, max_p=max_p, momentum=momentum, fold=fold
     )
     if backend in ("reference", "triton") and not backends.traced():
-        applied: Tensor = _Dropout.apply(backend, h, rates, key, pending)  # type: ignore[no-untyped-call]
+        applied: Tensor = _Dropout.apply(  # type: ignore[no-untyped-call]
+            backend, h, rates, key, pending
+        )
         return applied
     return adaptive_dropout.registered(h, rates, key, pending)

@@ -183,11 +183,7 @@ _constexprs = functools.cache(triton_ops.constexprs)
 
 def _drop(h: Tensor, name: str, rates: Tensor, key: Tensor, *, squares: Tensor | None) -> Tensor:
     """Returns h dropped; adds the squares of every unit's elements to `squares`, zeros."""
-    if h.dtype not in triton_ops.DTYPES:
-        raise RuntimeError(
-            f"{name} is {str(h.dtype).removeprefix('torch.')}; use float32, "
-            "bfloat16, float16 or float64"
-        )
+    triton_ops.check_dtype(name, h)
     if rates.dtype not in (torch.float32, torch.float64):
         raise RuntimeError("rates must be float32 or float64")
     if h.dim() == 0 or rates.shape != h.shape[-1:]:

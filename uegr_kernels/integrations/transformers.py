@@ -114,8 +114,8 @@ class UEGRTrainer(Trainer):
         if getattr(self.compute_loss, "__func__", None) is not Trainer.compute_loss:
             raise ValueError(
                 f"{type(self).__name__} overrides compute_loss, which a recipe would never call: "
-                "its loss is of the model's logits "
-                "and labels; leave it out, use recipe_options, or train with transformers.Trainer"
+                "its loss is of the model's logits and labels; leave it out, use recipe_options, "
+                "or train with transformers.Trainer"
             )
         if compute_loss_func is not None:
             raise ValueError(
@@ -166,8 +166,8 @@ class UEGRTrainer(Trainer):
                 size = getattr(config, f"{short}_size", None)
                 raise ValueError(
                     f"parallelism_config has {short}_size={size}: {name} parallelism gives a "
-                    "process part of a sample's embedding or "
-                    "model, and perturbations are of whole samples; use DDP or FSDP"
+                    "process part of a sample's embedding or model, and perturbations are of whole "
+                    "samples; use DDP or FSDP"
                 )
 
     def _check_model(self) -> None:
@@ -187,8 +187,8 @@ class UEGRTrainer(Trainer):
         if problem == "multi_label_classification":
             raise ValueError(
                 f"problem_type={problem!r} is trained with a sigmoid for each label, and recipes "
-                "have one softmax over the classes, or "
-                "regression; use transformers.Trainer, or another problem_type"
+                "have one softmax over the classes, or regression; use transformers.Trainer, or "
+                "another problem_type"
             )
         loss = getattr(model, "loss_type", None)
         if (
@@ -197,8 +197,8 @@ class UEGRTrainer(Trainer):
         ):
             raise ValueError(
                 f"{type(model).__name__}'s loss is {loss}, and recipes train logits [N, C], one "
-                "row for each sample; use a model for "
-                "sequence classification or regression, or transformers.Trainer"
+                "row for each sample; use a model for sequence classification or regression, or "
+                "transformers.Trainer"
             )
         if self.label_smoother is not None and type(self.label_smoother) is not LabelSmoother:
             raise ValueError(
@@ -309,8 +309,7 @@ class UEGRTrainer(Trainer):
         if found is None:
             raise ValueError(
                 f"the batch has no {names[0]!r} but {sorted(batch)}; give the dataset's labels "
-                "that name, or name them in "
-                "TrainingArguments(label_names=[...])"
+                "that name, or name them in TrainingArguments(label_names=[...])"
             )
         return str(found)
 

@@ -271,8 +271,7 @@ def _check_plain(backend: str) -> None:
 def _check_mask(mask: Tensor | None, name: str, x: Tensor) -> Tensor | None:
     if mask is None:
         return None
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask is a {type(mask).__name__}; give a tensor [B, T]")
+    checks.is_tensor("mask", mask, "[B, T]")
     if mask.layout != torch.strided or mask.is_complex():
         raise TypeError(
             f"mask is {mask.dtype}, {mask.layout}; give a dense tensor of bool, integers or floats"

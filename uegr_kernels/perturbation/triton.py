@@ -633,11 +633,7 @@ def _kinds(some: list[int], params: list[Tensor], grads: list[Tensor]) -> list[K
 def _check_alike(a: Tensor, b: Tensor, a_name: str, b_name: str) -> None:
     """Raises what a kernel would not survive."""
     for x, name in ((a, a_name), (b, b_name)):
-        if x.dtype not in triton_ops.DTYPES:
-            raise RuntimeError(
-                f"{name} is {str(x.dtype).removeprefix('torch.')}; use float32, "
-                "bfloat16, float16 or float64"
-            )
+        triton_ops.check_dtype(name, x)
     if a.shape != b.shape:
         raise RuntimeError(f"{a_name} and {b_name} must have the same shape")
 

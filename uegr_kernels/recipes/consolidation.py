@@ -4,7 +4,7 @@ annealing.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,14 @@ from ..passes import Inputs
 from . import options
 from .baselines import Plain
 from .recipe import named_parameters, whole, write
+
+
+class Anchored(NamedTuple):
+    """Holds a weight, where it came from, and the optimizer's group that it is in."""
+
+    weight: Tensor
+    origin: Tensor
+    group: dict[str, Any]
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
@@ -25,7 +33,7 @@ class WeightConsolidation(Plain):
     names      of the pre-trained parameters, such as "bert.*"; None: all trainable ones. A new head
         is best left out
     form       "decoupled": w <- w - lr * kappa * (w - w0), with the optimizer's lr, ahead of its
-               step "penalty": L = CE + kappa/2 * ||w - w0||^2 "annealed": RecAdam, w <- w - lam *
+               step; "penalty": L = CE + kappa/2 * ||w - w0||^2; "annealed": RecAdam, w <- w - lam *
                (the optimizer's step) - lr * (1 - lam) * gamma * (w - w0) - lr * weight_decay * w
                with lam = 1/(1 + exp(-k (t - t0))), for AdamW's step number t; lr * gamma must be
                below 1
@@ -81,7 +89,8 @@ class WeightConsolidation(Plain):
         if self.form == "penalty":
             return
         groups = self._groups()
-        if not all(bool(p.grad.isfinite().all()) for p, _, _ in groups if p.grad is not None):
+        gradients = [each.weight.grad for each in groups]
+        if not all(bool(grad.isfinite().all()) for grad in gradients if grad is not None):
             return  # a step that a loss scaler skips
         if self.form == "decoupled":
             for p, p0, group in groups:
@@ -94,7 +103,7 @@ class WeightConsolidation(Plain):
                         "more, which diverges; lower one of them"
                     )
             self.steps += 1
-            self._before = [p.detach().clone() for p, _, _ in groups]
+            self._before = [each.weight.detach().clone() for each in groups]
 
     def after_step(self) -> None:
         """Anneals the optimizer's step, where that is the form."""
@@ -121,11 +130,11 @@ class WeightConsolidation(Plain):
             )
         self._before = []
 
-    def _groups(self) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
-        """Returns the weights, where they came from, and the optimizer's group they are in."""
+    def _groups(self) -> list[Anchored]:
+        """Returns the weights that the optimizer steps."""
         groups = {id(p): group for group in self._stepped().param_groups for p in group["params"]}
         return [
-            (p, p0, groups[id(p)])
+            Anchored(p, p0, groups[id(p)])
             for p, p0 in zip(self._weights, self.origin, strict=True)
             if id(p) in groups
         ]

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..core import checks
 from ..divergence import LossParts, check_loss_options, uegr_loss
 from ..passes import (
     InputBatch,
@@ -73,13 +74,8 @@ class Recipe:
     __signature__ = options.Signature()
 
     def __new__(cls, *positional: object, **given: object) -> "Recipe":
-        known = cls.option_names()
-        unknown = given.keys() - known - {"model", "embedding", "optimizer"}
-        if unknown:
-            raise TypeError(
-                f"{cls.__name__} has no option {min(unknown)!r}; its options "
-                f"are {', '.join(sorted(known))}"
-            )
+        named = given.keys() - {"model", "embedding", "optimizer"}
+        checks.options(cls.__name__, named, cls.option_names())
         recipe = super().__new__(cls)
         recipe._given = frozenset(given)
         return recipe
@@ -467,8 +463,7 @@ def check_reached(gradients: Sequence[Tensor | None]) -> None:
     if gradients and all(gradient is None for gradient in gradients):
         raise RuntimeError(
             "the loss gives none of the weights to perturb or mask a gradient; name weights that "
-            "it depends on, and train whole ones "
-            "(DDP), not those that FSDP shards"
+            "it depends on, and train whole ones (DDP), not those that FSDP shards"
         )
 
 

@@ -3,7 +3,7 @@
 """
 
 import dataclasses
-from typing import Any, ClassVar, TypedDict
+from typing import ClassVar, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -133,11 +133,20 @@ class GradientSelection:
             "shards inside its step",
         )
         self.state["step"] += 1
-        stateless: dict[str, Any] = {
-            key: value for key, value in self.options.items() if key not in WITH_STATE
-        }
+        chosen = Selection.of_group(DEFAULTS | self.options)
         select_gradients_(
-            params, seed=seed or 0, step=self.state["step"], **stateless, backend=self.backend
+            params,
+            seed=seed or 0,
+            step=self.state["step"],
+            threshold=chosen.threshold,
+            sharpness=chosen.sharpness,
+            normalization=chosen.normalization,
+            direction=chosen.direction,
+            scope=chosen.scope,
+            rescale=chosen.rescale,
+            min_probability=chosen.min_probability,
+            keep_probability=chosen.keep_probability,
+            backend=self.backend,
         )
 
     def load(self, state: MaskState) -> None:

@@ -32,7 +32,9 @@ class GroupOfBoth(TypedDict):
 
 
 class Group(GroupOfBoth, total=False):
-    """Types the entries that one of them has."""
+    """Types the entries of a group that SelectiveAdamW or SelectiveSGD has; the group is
+    torch.optim's.
+    """
 
     betas: tuple[float | Tensor, float | Tensor]
     eps: float
@@ -67,7 +69,7 @@ class Batch:
 
     @classmethod
     def empty(cls, group: Group, selection: Selection, backend: str, seed: int) -> "Batch":
-        """Makes one of no parameters yet."""
+        """Makes a batch of no parameters yet."""
         return cls(group, selection, backend, seed, [], [], [], [], {}, None, None, [], [], [])
 
     @property

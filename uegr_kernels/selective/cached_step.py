@@ -74,11 +74,13 @@ class CachedStep:
         ):
             if len(now) != len(then) or not all(map(operator.is_, now, then)):
                 return "parameters or states were added, taken away or replaced"
-        addresses, shapes, strides = self.places
-        if addresses != list(map(Tensor.data_ptr, params)):
+        places = self.places
+        if places.addresses != list(map(Tensor.data_ptr, params)):
             return "a parameter is elsewhere"
         if self.sizes is None:
-            if shapes != list(map(SHAPE, params)) or strides != list(map(Tensor.stride, params)):
+            if places.shapes != list(map(SHAPE, params)) or places.strides != list(
+                map(Tensor.stride, params)
+            ):
                 return "a parameter has another shape or strides"
         elif (
             # contiguous ones of as many elements are stepped alike, whatever their shape

@@ -220,8 +220,7 @@ def selection_mask(
 
 
 def _check_gradient(function: str, name: str, grad: Tensor, saliency: Tensor | None) -> None:
-    if not isinstance(grad, Tensor):
-        raise TypeError(f"{name} is a {type(grad).__name__}; give a tensor")
+    checks.is_tensor(name, grad)
     if shards.sharded(grad):
         raise TypeError(
             f"{name} is a DTensor, whose parts this function does not join; use an "
@@ -229,11 +228,10 @@ def _check_gradient(function: str, name: str, grad: Tensor, saliency: Tensor | N
         )
     if grad.layout is not torch.strided:
         raise RuntimeError(
-            f"{name} is sparse ({grad.layout}), which is not supported; call "
-            ".to_dense() on it first"
+            f"{name} is sparse ({grad.layout}), which is not supported; call .to_dense() on it "
+            "first"
         )
-    if grad.dtype not in checks.DTYPES:
-        raise TypeError(f"{name} is {grad.dtype}; give float32, bfloat16, float16 or float64")
+    checks.floating(name, grad)
     tensors = [grad] if saliency is None else [grad, saliency]
     checks.refuse_transforms(function, [], CONSTANT, constants=tensors)
     if saliency is not None:
@@ -249,6 +247,6 @@ def _check_gradient(function: str, name: str, grad: Tensor, saliency: Tensor | N
         if saliency.shape != grad.shape or saliency.device != grad.device:
             found = f"{tuple(saliency.shape)} on {saliency.device}"
             raise ValueError(
-                f"the saliency of {name} has shape {found}; it must be "
-                f"{tuple(grad.shape)} on {grad.device}"
+                f"the saliency of {name} has shape {found}; it must be {tuple(grad.shape)} on "
+                f"{grad.device}"
             )

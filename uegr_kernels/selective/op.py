@@ -21,19 +21,17 @@ from .options import (
 )
 
 OPTIONS = (
-    "float threshold, float sharpness, int normalization, bool salient, bool previous, bool "
-    "rescale, "
-    "float min_probability, float keep_probability, bool target_update"
+    "float threshold, float sharpness, int normalization, bool salient, bool previous, "
+    "bool rescale, float min_probability, float keep_probability, bool target_update"
 )
 # A list of states has a tensor by parameter, or for several of them a single one with their
 # elements one after another. layout: per tensor stream, offset, run, stride. scope_statistics: [1
 # or T, 2] float64 minimum and maximum of s, or [1 or T, RANK_BINS] int64 counts, over a wider scope
 # than the tensor; None: over each tensor.
 STEP = (
-    "Tensor({}!)[] steps, Tensor({}!)[] saliency_mins, Tensor({}!)[] saliency_maxs, *, Tensor? "
-    "scope_statistics, int[] layout, "
-    "Tensor? grad_scale, Tensor? found_inf, float lr, Tensor? lr_tensor, float weight_decay, bool "
-    "maximize, int seed, "
+    "Tensor({}!)[] steps, Tensor({}!)[] saliency_mins, Tensor({}!)[] saliency_maxs, *, "
+    "Tensor? scope_statistics, int[] layout, Tensor? grad_scale, Tensor? found_inf, "
+    "float lr, Tensor? lr_tensor, float weight_decay, bool maximize, int seed, "
 )
 
 
@@ -244,7 +242,7 @@ class Part:
 
     @classmethod
     def empty(cls, backend: str) -> "Part":
-        """Makes one of no tensors yet."""
+        """Makes a part of no tensors yet."""
         return cls(backend, [], [], [], [], None, [], [])
 
 

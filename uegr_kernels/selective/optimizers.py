@@ -138,8 +138,8 @@ class SelectiveOptimizer(Optimizer):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         if group["differentiable"] and self.backend not in ("auto", "reference"):
             raise RuntimeError(
-                "differentiable=True runs on the reference only, not on "
-                f"backend={self.backend!r}; use backend='auto'"
+                f"differentiable=True runs on the reference only, not on backend={self.backend!r}; "
+                "use backend='auto'"
             )
         if group["state_dtype"] not in (None, torch.bfloat16):
             raise ValueError(
@@ -329,8 +329,7 @@ class SelectiveOptimizer(Optimizer):
         if group["fused"] and device.type == "meta":
             raise RuntimeError(
                 "`fused=True` requires all the params to be floating point Tensors of supported "
-                f"devices: ['cpu', 'cuda'] but {dtype} "
-                "and meta"
+                f"devices: ['cpu', 'cuda'] but {dtype} and meta"
             )
         seed = checks.signed_seed(group["seed"])
         return Batch.empty(group, Selection.of_group(group), backend, seed)
@@ -351,8 +350,7 @@ class SelectiveOptimizer(Optimizer):
             first, second = sorted(streams[i] for i in pair)
             raise ValueError(
                 f"parameters {first} and {second} share memory, so that a step would change it "
-                "twice; pass one of them, "
-                "or give the other a .clone() of its own"
+                "twice; pass one of them, or give the other a .clone() of its own"
             )
         self._places = found
         return found
@@ -385,8 +383,8 @@ class SelectiveOptimizer(Optimizer):
                 lists: list[list[Any]] = [[] for _ in range(4 + len(needed))]
                 self._init_group(group, first, part, *lists)
                 params, grads, layout, (backend, seed), *states = lists
-                selection = Selection(*(group[name] for name in FIELDS))  # type: ignore[literal-required]
-                batch = Batch.empty(group, selection, backend, seed)
+                options = [group[name] for name in FIELDS]  # type: ignore[literal-required]
+                batch = Batch.empty(group, Selection(*options), backend, seed)
                 batch.params, batch.grads, batch.layout = params, grads, layout
                 batch.state_lists = dict(zip(needed, states, strict=True))
                 batches.append(batch)
@@ -599,9 +597,8 @@ class SelectiveAdamW(SelectiveOptimizer):
     def _check(self, group: Mapping[str, Any]) -> None:
         super()._check(group)
         betas = group["betas"]
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-            raise TypeError(f"betas={betas!r} is no pair of numbers; give (beta1, beta2)")
-        for beta in betas:
+        is_pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+        for beta in betas if is_pair else (None,):
             if (
                 type(beta) not in checks.PLAIN
                 and not isinstance(beta, Tensor)
@@ -628,8 +625,8 @@ class SelectiveAdamW(SelectiveOptimizer):
                     )
                 if group["foreach"] and not group["capturable"]:
                     raise ValueError(
-                        f"betas[{i}] as a Tensor is not supported for "
-                        "capturable=False and foreach=True"
+                        f"betas[{i}] as a Tensor is not supported for capturable=False and "
+                        "foreach=True"
                     )
                 if betas[i].numel() != 1:
                     raise ValueError(f"Tensor betas[{i}] must be 1-element")

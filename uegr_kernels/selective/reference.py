@@ -197,7 +197,8 @@ def adamw_update_rule(
     if weight_decay != 0:
         theta.mul_(1 - lr * weight_decay)
     exp_avg.lerp_(g, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)  # type: ignore[arg-type]  # takes a tensor too
+    # addcmul_ takes a tensor too, whatever its type says
+    exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)  # type: ignore[arg-type]
     if max_exp_avg_sq is not None:
         # clones: autograd keeps both
         max_exp_avg_sq.copy_(torch.maximum(max_exp_avg_sq.clone(), exp_avg_sq.clone()))

@@ -176,10 +176,7 @@ def check_parameter(stream: int, p: Tensor, grad: Tensor) -> None:
             "make both DTensors, or neither"
         )
     if grad.shape != p.shape:
-        raise ValueError(
-            f"parameter {stream} has shape {tuple(p.shape)} but its gradient "
-            f"{tuple(grad.shape)}; they must be equal"
-        )
+        raise _unequal(stream, p, "gradient", grad)
     memory.refuse_expanded(f"parameter {stream}", p, ValueError)
 
 
@@ -201,10 +198,7 @@ def check_state(stream: int, key: str, value: Tensor, p: Tensor, moment: bool) -
             f"{named} is on {value.device}, the parameter on {p.device}; move it with .to()"
         )
     if moment and value.shape != p.shape:
-        raise ValueError(
-            f"parameter {stream} has shape {tuple(p.shape)} but its {key} "
-            f"{tuple(value.shape)}; they must be equal"
-        )
+        raise _unequal(stream, p, key, value)
     if not moment and value.numel() != 1:
         raise ValueError(f"{named} has shape {tuple(value.shape)}; give one value")
     memory.check_there(named, value)
@@ -215,6 +209,13 @@ def check_state(stream: int, key: str, value: Tensor, p: Tensor, moment: bool) -
             )
     if 0 in value.stride():
         memory.refuse_expanded(named, value, ValueError)
+
+
+def _unequal(stream: int, p: Tensor, name: str, value: Tensor) -> ValueError:
+    return ValueError(
+        f"parameter {stream} has shape {tuple(p.shape)} but its {name} {tuple(value.shape)}; they "
+        "must be equal"
+    )
 
 
 # ---- Loaded

@@ -519,7 +519,7 @@ class Scalar(typing.NamedTuple):
     tensor: Tensor | None
 
     def on(self, device: torch.device) -> "Scalar":
-        """Returns the same for kernels on the device: what lies elsewhere as a number."""
+        """Returns the option for kernels on the device: what lies elsewhere as a number."""
         if self.tensor is None or self.tensor.device == device:
             return self
         return Scalar(float(self.tensor), None)
@@ -544,7 +544,7 @@ class Rule(typing.NamedTuple):
 
     @classmethod
     def without_options(cls, name: str) -> "Rule":
-        """Makes one that updates no parameter."""
+        """Makes a rule that updates no parameter."""
         return cls(
             name=name,
             lr=NO_SCALAR,
@@ -559,7 +559,7 @@ class Rule(typing.NamedTuple):
         )
 
     def on(self, device: torch.device) -> "Rule":
-        """Returns the same for kernels on the device."""
+        """Returns the rule for kernels on the device: options that lie elsewhere as numbers."""
         lr, beta1, beta2 = self.lr.on(device), self.beta1.on(device), self.beta2.on(device)
         return self._replace(lr=lr, beta1=beta1, beta2=beta2)
 
