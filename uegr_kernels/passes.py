@@ -584,6 +584,7 @@ def _get_state(device: torch.device) -> Tensor:
 
 
 def _set_state(device: torch.device, state: Tensor) -> None:
-    torch.set_rng_state(state) if device.type == "cpu" else torch.get_device_module(
-        device
-    ).set_rng_state(state, device)
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.get_device_module(device).set_rng_state(state, device)

@@ -44,9 +44,9 @@ class RDrop(PassRecipe):
         self, labels: Tensor, scale: float | Tensor, delta: Tensor | None
     ) -> dict[str, Tensor]:
         """Runs two passes at delta and one backward of both, the last of the step."""
-        # the pass that announces the backward to a synchronising wrapper comes first:
+        # The pass that announces the backward to a synchronising wrapper comes first: it may write
+        # into buffers that the other's graph has saved.
         with self._pass(delta) as pass_:
-            # it may write into buffers that the other's graph has saved
             first = self._runner.call(pass_)
         with self._runner.without_sync(), self._pass(delta) as pass_:
             second = self._runner.call(pass_)

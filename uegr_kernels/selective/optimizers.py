@@ -35,7 +35,7 @@ class SelectiveOptimizer(Optimizer):
     operator: op.SteppingOperator[...]
     numbers: tuple[str, ...]  # options of this optimizer's own that are numbers
     fixed: ClassVar[dict[str, object]] = {}  # what every group has, a loaded one too
-    # and that are True or False
+    # options that are True or False
     flags: tuple[str, ...] = ("maximize", "capturable", "differentiable", "foreach", "fused")
     _cached_step: CachedStep | None
     _places: memory.Places | None  # of the parameters whose memory was looked at last

@@ -165,9 +165,8 @@ def select(
 ) -> tuple[Tensor, Tensor]:
     """Returns b, and the factor of a selected element: 1/p, or 1 without `rescale`."""
     inverse = inverse_probability(g, saliency, statistics, selection)
-    return draw(
-        inverse, layout, seed=seed, step=step
-    ), inverse if selection.rescale else torch.ones_like(inverse)
+    b = draw(inverse, layout, seed=seed, step=step)
+    return b, inverse if selection.rescale else torch.ones_like(inverse)
 
 
 def round_stochastically(x: Tensor, word: Tensor) -> Tensor:
