@@ -5,7 +5,7 @@ import pathlib
 import runpy
 
 
-def test_the_example_on_sentence_similarity(tmp_path, capsys):
+def test_the_example_on_sentence_similarity(tmp_path):
     for part in ("train", "test"):
         lines = [
             f"{score:.3f}\tA man eats {word} ||| A man eats rice\n"
@@ -15,8 +15,5 @@ def test_the_example_on_sentence_similarity(tmp_path, capsys):
             file.writelines(["label\ttext\n", *lines * 3])
     root = pathlib.Path(__file__).parents[2]
     example = runpy.run_path(str(root / "examples" / "stsb.py"))
-    pearson, spearman = example["main"](
-        [str(tmp_path), "--recipe", "r_at", "--epochs", "8", "--batch", "4"]
-    )
+    pearson, spearman = example["main"](str(tmp_path), "r_at", epochs=8, batch=4)
     assert pearson > 0.9 and spearman > 0.9
-    assert capsys.readouterr().out.startswith("epoch 1: loss ")
