@@ -240,7 +240,7 @@ def _difference(figure: Any, runs: Sequence[tuple[Result, Result]], measure: str
     return bootstrap(over, pairs)
 
 
-def baseline(results: Sequence[Result], labels: Sequence[str], usual: int | None) -> float:
+def baseline(results: Sequence[Result], usual: int | None) -> float:
     """Computes what one answer for every text gets on the test set: the share of texts that have
     the commonest training label, or, for regression, the correlation of a constant, 0.
     """
@@ -269,7 +269,7 @@ def warnings_of(
             )
     if not table:
         return lines
-    bar = baseline([each for each in results if each.usable], labels, usual)
+    bar = baseline([each for each in results if each.usable], usual)
     what = (
         "a constant prediction has 0"
         if usual is None
@@ -324,7 +324,7 @@ def write(
         "sentence": said_once,
         "warnings": warned,
         "labels": list(labels),
-        "baseline": baseline(good, labels, usual) if good else None,
+        "baseline": baseline(good, usual) if good else None,
         "seeds": seeds,
         "measures": [
             {
@@ -361,7 +361,7 @@ def _intervals_in_words(
         said.append(
             f"Attacks perturb the embeddings of {measures.ATTACKED} texts at most, by multiples of "
             f"their norm. Always answering {_one_line(shown(labels[usual]))}, the commonest label, "
-            f"is right on {baseline(good, labels, usual):.1%} of the clean texts."
+            f"is right on {baseline(good, usual):.1%} of the clean texts."
         )
     elif good:
         said.append("A constant prediction has a correlation of 0.")
