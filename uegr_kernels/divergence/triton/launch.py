@@ -112,7 +112,7 @@ def _block(
     block = min(triton.next_power_of_2(classes), MOST_THREADS * each)
     run = min(each, block)
     # several samples in a thread have addresses of their own, by pass
-    own = each if passes <= WIDE else min(each, 2)
+    own = each if passes < WIDE else min(each, 2)
     rows = max(1, min(triton.next_power_of_2(samples), MOST_THREADS * own // block))
     blocks, pairs = triton.cdiv(classes, block), in_pairs * (in_pairs - 1) // 2
     held = (
