@@ -630,7 +630,10 @@ def mean(values: Iterable[float] | dict[str, float]) -> float:
 
 def averaged(found: Iterable[uk.analysis.Attacked]) -> uk.analysis.Attacked:
     """Returns the mean of each figure; the samples of several runs have no outcome in common."""
-    figures = (dataclasses.astuple(dataclasses.replace(each, outcomes=()))[:-1] for each in found)
+    figures = (
+        (each.epsilon, each.relative, each.accuracy, each.drop, each.relative_drop)
+        for each in found
+    )
     return uk.analysis.Attacked(*map(mean, zip(*figures, strict=True)))
 
 
@@ -638,7 +641,8 @@ def rounded(value: Any) -> Any:
     """Returns data for JSON: floats to five digits, NaN as null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         figures = dataclasses.asdict(value)
-        figures.pop("outcomes", None)  # of every text: too many
+        for each in ("outcomes", "predicted"):  # of every text: too many
+            figures.pop(each, None)
         return rounded(figures)
     if isinstance(value, dict):
         return {str(key): rounded(each) for key, each in value.items()}
