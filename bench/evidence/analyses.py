@@ -628,22 +628,29 @@ def mean(values: Iterable[float] | dict[str, float]) -> float:
     return statistics.fmean(values.values() if isinstance(values, dict) else values)
 
 
+def figures_of(attacked: uk.analysis.Attacked) -> dict[str, float]:
+    """Returns what came of an attack, but for the single texts: they are many, and those of several
+    runs have nothing in common.
+    """
+    found = dataclasses.asdict(attacked)
+    del found["outcomes"], found["predicted"]
+    return found
+
+
 def averaged(found: Iterable[uk.analysis.Attacked]) -> uk.analysis.Attacked:
-    """Returns the mean of each figure; the samples of several runs have no outcome in common."""
-    figures = (
-        (each.epsilon, each.relative, each.accuracy, each.drop, each.relative_drop)
-        for each in found
+    """Returns the mean of each figure."""
+    several = list(map(figures_of, found))
+    return uk.analysis.Attacked(
+        **{name: mean(each[name] for each in several) for name in several[0]}
     )
-    return uk.analysis.Attacked(*map(mean, zip(*figures, strict=True)))
 
 
 def rounded(value: Any) -> Any:
     """Returns data for JSON: floats to five digits, NaN as null."""
+    if isinstance(value, uk.analysis.Attacked):
+        return rounded(figures_of(value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        figures = dataclasses.asdict(value)
-        for each in ("outcomes", "predicted"):  # of every text: too many
-            figures.pop(each, None)
-        return rounded(figures)
+        return rounded(dataclasses.asdict(value))
     if isinstance(value, dict):
         return {str(key): rounded(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
