@@ -768,6 +768,31 @@ def selective_sgd_(
     return _step(rule, lists, common)
 
 
+def _select(
+    rule: Rule,
+    lists: TensorLists,
+    layout: list[int],
+    seed: int,
+    step: int,
+    selection: Selection,
+    scope: Tensor | None,
+) -> None:
+    """Does what `rule` says with the selection of every element, without an optimizer."""
+    Call(
+        rule=rule,
+        lists=lists,
+        layout=layout,
+        sizes=[],
+        selection=selection,
+        seed=seed,
+        step=step,
+        scope=scope,
+        grad_scale=None,
+        found_inf=None,
+        out=None,
+    ).run(None)
+
+
 def select_gradients_(
     grads: list[Tensor],
     saliencies: list[Tensor],
@@ -781,19 +806,8 @@ def select_gradients_(
     """Writes b*g/p over g; where every p is 1 nothing is touched."""
     if not selection.random:
         return
-    Call(
-        rule=MULTIPLY,
-        lists=NO_LISTS._replace(s=saliencies, g=grads),
-        layout=layout,
-        sizes=[],
-        selection=selection,
-        seed=seed,
-        step=step,
-        scope=scope_statistics,
-        grad_scale=None,
-        found_inf=None,
-        out=None,
-    ).run(None)
+    lists = NO_LISTS._replace(s=saliencies, g=grads)
+    _select(MULTIPLY, lists, layout, seed, step, selection, scope_statistics)
 
 
 # Statistics are looked at, nothing is selected.
@@ -830,38 +844,17 @@ def selective_statistics_(
     ).run(None)
 
 
-def _look(
-    rule: Rule,
-    grad: Tensor,
-    saliency: Tensor | None,
-    out: Tensor,
-    layout: list[int],
-    seed: int,
-    step: int,
-    selection: Selection,
-) -> None:
-    """Writes what `rule` says of every element into `out`."""
-    Call(
-        rule=rule,
-        lists=NO_LISTS._replace(theta=[out], s=() if saliency is None else [saliency], g=[grad]),
-        layout=layout,
-        sizes=[],
-        selection=selection,
-        seed=seed,
-        step=step,
-        scope=None,
-        grad_scale=None,
-        found_inf=None,
-        out=None,
-    ).run(None)
+def _looked_at(grad: Tensor, saliency: Tensor | None, out: Tensor) -> TensorLists:
+    """Returns the lists of what is written of every element into `out`."""
+    return NO_LISTS._replace(theta=[out], s=() if saliency is None else [saliency], g=[grad])
 
 
 def selection_probability_(
     grad: Tensor, saliency: Tensor | None, *, out: Tensor, selection: Selection
 ) -> None:
     """Writes p of every element."""
-    n = grad.numel()
-    _look(PROBABILITY, grad, saliency, out, [0, 0, n, n], 0, 0, selection)
+    lists, n = _looked_at(grad, saliency, out), grad.numel()
+    _select(PROBABILITY, lists, [0, 0, n, n], 0, 0, selection, None)
 
 
 def selection_mask_(
@@ -875,4 +868,5 @@ def selection_mask_(
     selection: Selection,
 ) -> None:
     """Writes b of every element."""
-    _look(MASK, grad, saliency, out.view(torch.uint8), layout, seed, step, selection)
+    lists = _looked_at(grad, saliency, out.view(torch.uint8))
+    _select(MASK, lists, layout, seed, step, selection, None)
