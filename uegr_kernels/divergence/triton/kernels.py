@@ -244,41 +244,29 @@ def read(
 
 
 @triton.jit
+def held_blocks(row_ptr, stride, FILL: tl.constexpr, samples, form):
+    """Reads the blocks of a row that is HELD, as they are."""
+    BLOCK: tl.constexpr = form.RUNS * form.RUN
+    blocks = ()
+    for b in tl.static_range(form.HELD):
+        i, inside = columns(b * BLOCK, samples.classes, form)
+        x = fetch(
+            row_ptr, i, inside, stride, FILL, b < form.HELD - form.TAIL - form.MASKED, False, form
+        )
+        blocks = blocks + (x,)
+    return blocks
+
+
+@triton.jit
 def hold(samples, form):
     """Returns the blocks of rows that are HELD, all of which are asked for before one is used."""
-    BLOCK: tl.constexpr = form.RUNS * form.RUN
     held = ()
     if form.HELD:
         for k in tl.static_range(form.PASSES):
             row_ptr, stride = samples.logits.ptrs[k], samples.logits.strides[k]
-            for b in tl.static_range(form.HELD):
-                i, inside = columns(b * BLOCK, samples.classes, form)
-                x = fetch(
-                    row_ptr,
-                    i,
-                    inside,
-                    stride,
-                    -INFINITY,
-                    b < form.HELD - form.TAIL - form.MASKED,
-                    False,
-                    form,
-                )
-                held = held + (x,)
+            held = held + held_blocks(row_ptr, stride, -INFINITY, samples, form)
         if form.LABELS == "soft":
-            row_ptr, stride = samples.soft_ptr, samples.soft_stride
-            for b in tl.static_range(form.HELD):
-                i, inside = columns(b * BLOCK, samples.classes, form)
-                t = fetch(
-                    row_ptr,
-                    i,
-                    inside,
-                    stride,
-                    0.0,
-                    b < form.HELD - form.TAIL - form.MASKED,
-                    False,
-                    form,
-                )
-                held = held + (t,)
+            held = held + held_blocks(samples.soft_ptr, samples.soft_stride, 0.0, samples, form)
     return held
 
 
