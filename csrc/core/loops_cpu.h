@@ -117,8 +117,8 @@ inline void look_up(int n, const float* table, const int32_t* index, float* out)
 }
 
 // Whether to ask for memory ahead of its turn. Most hardware does not reach across pages, and
-// arithmetic between the accesses keeps it from running far enough ahead; Zen's does better alone
-// (docs/performance.md).
+// arithmetic between the accesses keeps it from running far enough ahead; Zen 4's does better
+// alone.
 #ifdef __x86_64__
 inline const bool asks_ahead = !__builtin_cpu_is("amd");
 #else
