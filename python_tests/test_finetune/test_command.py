@@ -134,6 +134,26 @@ def test_ctrl_c_during_the_imports():
     assert (done.returncode, done.stderr) == (130, "\nStopped; nothing is trained yet.\n")
 
 
+@pytest.mark.parametrize("name", ["uegr_kernels", "other"])
+def test_ctrl_c_while_torch_is_imported(tmp_path, name):
+    # Python imports the package before its __main__; another package's Ctrl-C is its own affair
+    (tmp_path / "torch.py").write_text("import os\nos.kill(os.getpid(), 2)\nraise SystemExit(1)")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "__init__.py").write_text("import uegr_kernels")
+    done = subprocess.run(
+        [sys.executable, "-m", name, "info"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    if name == "other":
+        assert "KeyboardInterrupt" in done.stderr
+    else:
+        assert (done.returncode, done.stderr) == (130, "\nStopped; nothing is done yet.\n")
+
+
 @pytest.mark.parametrize("recipe", recipes.NAMES)
 def test_every_recipe(train, tmp_path, recipe):
     out = tmp_path / "out"
