@@ -50,7 +50,7 @@ def test_a_file_of_ones_own_and_options_of_the_command(sentences, tmp_path, caps
     out = tmp_path / "out"
     arguments = ["--train", str(sentences), "--recipe", "at", "--seed", "3", "--output", str(out)]
     assert demo.main([*QUICK, *arguments]) == 0
-    assert "at: " in capsys.readouterr().out
+    assert "`at`: " in capsys.readouterr().out
     assert "docstrings.tsv" not in files(out)
     before = (out / "models" / "model.safetensors").read_bytes()
     assert demo.main([*QUICK, *arguments, "--resume"]) == 0  # what is finished stays
