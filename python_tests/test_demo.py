@@ -40,7 +40,7 @@ def test_it_compares_adamw_with_uegr_on_docstrings(few_docstrings, tmp_path, cap
     assert demo.main([*QUICK, "--output", str(out)]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"\| +\| +plain \| +uegr \|", printed) and "under PGD at 0.05" in printed
-    assert f"Picture: {out / 'models' / 'report.png'}. Time: " in printed
+    assert f"{out / 'models' / 'report.png'}\n" in printed and "\nTime: " in printed
     assert {"docstrings.tsv", "models/report.png", "models/report.md"} <= files(out)
     lines = (out / "docstrings.tsv").read_text().splitlines()
     assert len(lines) == 61 and len({line.split("\t")[0] for line in lines[1:]}) == 3
