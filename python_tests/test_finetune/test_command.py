@@ -566,6 +566,23 @@ def test_where_model_and_report_lie_is_said_and_how_to_use_them(train, bert, tmp
     assert names["answer"].shape == (1, 2)
 
 
+def test_a_warning_is_a_line(train, tmp_path):
+    # in a process of its own: pytest takes warnings away
+    arguments = ["--train", train, "--test", train, "--model", "textcnn"]
+    code = (
+        "import sys; from uegr_kernels.finetune import command, task; "
+        "task._start = lambda *_: sys.exit(3); command.main(sys.argv[1:])"
+    )
+    given = [str(each) for each in (*arguments, "--output", tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *given], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 3 and done.stderr.splitlines() == [
+        f"warning: --test {train} is the file of --train too: what is reported should not have "
+        "been trained on, nor chosen by; name another, or leave it out"
+    ]
+
+
 @pytest.mark.parametrize("case", MISTAKES)
 def test_mistakes_are_named_and_nothing_is_written(train, tmp_path, capsys, monkeypatch, case):
     # what HF_HUB_OFFLINE=1 sets when the hub's package is imported: no waiting for a network

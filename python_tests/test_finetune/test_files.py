@@ -428,3 +428,9 @@ def test_texts_taken_for_labels(tmp_path):
     said = "different texts: 2, labels: 20.*no label occurs twice: is --label-column the right one"
     with pytest.raises(UserError, match=said):
         tables.load(Files(str(path)), Columns())
+
+
+def test_labels_that_differ_by_case_alone(write):
+    rows = [(label.upper() if i < 10 else label, text) for i, (label, text) in enumerate(MANY)]
+    with pytest.warns(UserWarning, match="labels '.*' and '.*' differ by case alone"):
+        tables.load(Files(write("a.tsv", rows)), Columns())

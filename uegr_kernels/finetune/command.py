@@ -2,11 +2,13 @@
 
 import argparse
 import ast
+import contextlib
 import pathlib
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from ..core import checks
@@ -206,13 +208,33 @@ def _going_on(command: str) -> str:
     return " ".join(part for part in command.split(" ") if part != "--overwrite") + " --resume"
 
 
+@contextlib.contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Shows the command's own warnings without the place in the code that others have."""
+    usual, here = warnings.formatwarning, pathlib.Path(__file__).parent
+
+    def line(
+        message: Warning | str, kind: type[Warning], file: str, at: int, code: str | None = None
+    ) -> str:
+        if here in pathlib.Path(file).parents:
+            return f"warning: {message}\n"
+        return usual(message, kind, file, at, code)
+
+    warnings.formatwarning = line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
+
+
 def run(options: argparse.Namespace, command: str) -> int:
     """Trains with the arguments of `parser`, and prints the report, or what to mend."""
     try:
         from . import train
 
         train.quiet()
-        found = finetune(**keywords_of(options), command=command)
+        with _warnings_in_a_line():
+            found = finetune(**keywords_of(options), command=command)
     except ImportError as error:
         if error.name is None or error.name.startswith(__name__.partition(".")[0]):
             raise

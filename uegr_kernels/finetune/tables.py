@@ -480,7 +480,7 @@ def _mistaken(examples: Sequence[Example], labels: Sequence[str]) -> str:
 
 
 def _check_values(path: str, labels: Sequence[str]) -> None:
-    """Raises where two labels are one number, as 1 and 1.0 are."""
+    """Raises where two labels are one number, as 1 and 1.0 are; warns where two are one word."""
     seen: dict[float, str] = {}
     for label in labels:
         number = _finite(label)
@@ -488,6 +488,14 @@ def _check_values(path: str, labels: Sequence[str]) -> None:
             raise UserError(
                 f"{path}: the labels {seen[number]!r} and {label!r} are one number; write it in "
                 "one way"
+            )
+    spelt: dict[str, str] = {}
+    for label in labels:
+        if spelt.setdefault(label.casefold(), label) != label:
+            warnings.warn(
+                f"{path}: the labels {shown(spelt[label.casefold()])} and {shown(label)} differ by "
+                "case alone, and are learned as two; where they are one, write it in one way",
+                stacklevel=4,
             )
 
 
