@@ -78,12 +78,14 @@ def test_a_model_that_learned_nothing_is_named(train, tmp_path):
     said = strict(tmp_path / "nothing")["warnings"]
     assert [line.partition(" ")[0] for line in said] == ["`plain`", "`at`"]
     assert "is not shown to have learned anything" in said[0]
-    assert "always answering 'neg' is right on 50.0%" in said[0]
+    assert "always answering 'neg' is right on 50.0 %" in said[0]
     assert f"**{said[0]}**" in (tmp_path / "nothing" / "report.md").read_text()
     assert run(*arguments, 1e-2, "--epochs", 4, "--output", tmp_path / "much") == 0
     found = strict(tmp_path / "much")
     assert found["warnings"] == [] and found["baseline"] == 0.5
-    assert "the commonest label, is right on 50.0%" in (tmp_path / "much" / "report.md").read_text()
+    assert (
+        "the commonest label, is right on 50.0 %" in (tmp_path / "much" / "report.md").read_text()
+    )
 
 
 def test_a_diverged_training_is_told_in_words(train, tmp_path):

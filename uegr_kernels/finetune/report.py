@@ -212,7 +212,7 @@ def sentence(results: Sequence[Result], labels: Sequence[str]) -> str:
 
 def _said(figure: Any, results: Sequence[Result], measure: str, labels: Sequence[str]) -> str:
     mean = statistics.fmean(figure(*_arrays(each.outcomes, measure)) for each in results)
-    return f"{mean:.1%}" if labels else f"a correlation of {mean:.3f}"
+    return f"{100 * mean:.1f} %" if labels else f"a correlation of {mean:.3f}"
 
 
 def _cost(results: Sequence[Result]) -> float:
@@ -273,7 +273,7 @@ def warnings_of(
     what = (
         "a constant prediction has 0"
         if usual is None
-        else (f"always answering {shown(labels[usual])} is right on {bar:.1%}")
+        else (f"always answering {shown(labels[usual])} is right on {100 * bar:.1f} %")
     )
     for recipe, found in table[0].figures.items():
         if found.low <= bar:
@@ -361,7 +361,7 @@ def _intervals_in_words(
         said.append(
             f"Attacks perturb the embeddings of {measures.ATTACKED} texts at most, by multiples of "
             f"their norm. Always answering {_one_line(shown(labels[usual]))}, the commonest label, "
-            f"is right on {baseline(good, usual):.1%} of the clean texts."
+            f"is right on {100 * baseline(good, usual):.1f} % of the clean texts."
         )
     elif good:
         said.append("A constant prediction has a correlation of 0.")
