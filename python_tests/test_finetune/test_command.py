@@ -566,6 +566,14 @@ def test_where_model_and_report_lie_is_said_and_how_to_use_them(train, bert, tmp
     assert names["answer"].shape == (1, 2)
 
 
+def test_help_names_what_may_be_given(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(name in said for name in (*recipes.NAMES, "textcnn", "(default: uegr)"))
+    assert "(default: 0)" in said and not re.search(r"default: (None|False|\[)", said)
+
+
 def test_a_warning_is_a_line(train, tmp_path):
     # in a process of its own: pytest takes warnings away
     arguments = ["--train", train, "--test", train, "--model", "textcnn"]

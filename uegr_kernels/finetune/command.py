@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from ..core import checks
+from ..models import MODELS
+from ..recipes.registry import NAMES
 from .classifiers import INSTALL, SETTINGS
 from .data import UserError
 from .interrupts import Stopped
@@ -29,6 +31,15 @@ LISTS = ("--compare", "--text-column")  # several names with commas
 ELSEWHERE = {"--learning-rate": "--lr"}  # a word of other programs' that is not near to ours
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
+
+
 class _Parser(argparse.ArgumentParser):
     """Raises UserError for a mistake; argparse itself prints a page before it and exits."""
 
@@ -43,7 +54,9 @@ def parser(
     top = _Parser(
         prog=program,
         description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
+        epilog=f"Recipes: {', '.join(NAMES)}. For example: {program} --train reviews.csv "
+        "--compare plain,at,r_at_su --output reviews",
     )
     add = top.add_argument
     files = top.add_argument_group("texts", "files .tsv, .csv or .jsonl, each also .gz")
@@ -75,7 +88,7 @@ def parser(
     files.add_argument("--pair-separator", metavar="S", help="what parts a pair in one column")
     files.add_argument("--regression", action="store_true", help="labels are numbers")
     files.add_argument("--limit", metavar="N", type=_integer, help="texts of each file at most")
-    add("--model", default="minilm", help="minilm, a folder, a hub name, textcnn, bilstm, ...")
+    add("--model", default="minilm", help=f"a folder, a hub name, minilm, {', '.join(MODELS)}")
     which = top.add_mutually_exclusive_group()
     which.add_argument("--recipe", default="uegr", help="how to train")
     which.add_argument("--compare", metavar="LIST", help="several recipes: plain,at,uegr")
