@@ -226,14 +226,18 @@ def _warnings_in_a_line() -> Iterator[None]:
     """Shows the command's own warnings without the place in the code that others have."""
     usual, here = warnings.formatwarning, pathlib.Path(__file__).parent
 
-    def line(
-        message: Warning | str, kind: type[Warning], file: str, at: int, code: str | None = None
+    def said(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        line: str | None = None,
     ) -> str:
-        if here in pathlib.Path(file).parents:
+        if here in pathlib.Path(filename).parents:
             return f"warning: {message}\n"
-        return usual(message, kind, file, at, code)
+        return usual(message, category, filename, lineno, line)
 
-    warnings.formatwarning = line
+    warnings.formatwarning = said
     try:
         yield
     finally:
