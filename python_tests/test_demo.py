@@ -40,7 +40,7 @@ def test_it_compares_adamw_with_uegr_on_docstrings(few_docstrings, tmp_path, cap
     assert demo.main([*QUICK, "--output", str(out)]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"\| +\| +plain \| +uegr \|", printed) and "under PGD at 0.05" in printed
-    assert f"Picture: {out / 'models' / 'report.png'}. Time: " in printed
+    assert f"{out / 'models' / 'report.png'}\n" in printed and "\nTime: " in printed
     assert {"docstrings.tsv", "models/report.png", "models/report.md"} <= files(out)
     lines = (out / "docstrings.tsv").read_text().splitlines()
     assert len(lines) == 61 and len({line.split("\t")[0] for line in lines[1:]}) == 3
@@ -50,7 +50,7 @@ def test_a_file_of_ones_own_and_options_of_the_command(sentences, tmp_path, caps
     out = tmp_path / "out"
     arguments = ["--train", str(sentences), "--recipe", "at", "--seed", "3", "--output", str(out)]
     assert demo.main([*QUICK, *arguments]) == 0
-    assert "at: " in capsys.readouterr().out
+    assert "`at`: " in capsys.readouterr().out
     assert "docstrings.tsv" not in files(out)
     before = (out / "models" / "model.safetensors").read_bytes()
     assert demo.main([*QUICK, *arguments, "--resume"]) == 0  # what is finished stays

@@ -2,7 +2,19 @@
 generalise and withstand attack (UEGR).
 """
 
+import os
+import signal
+import sys
 import types
+
+if getattr(sys, "argv", [])[:1] == ["-m"] and __name__ in sys.orig_argv:
+    # `python -m uegr_kernels`: torch is imported for seconds, in which Ctrl-C would end in a
+    # traceback. `__main__` takes the signal back.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(
+            signal.SIGINT,
+            lambda *_: (os.write(2, b"\nStopped; nothing is done yet.\n"), os._exit(130)),
+        )
 
 from . import recipes
 from .bistage import BiStage, BiStageResult

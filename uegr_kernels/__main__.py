@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import signal
 import sys
 from collections.abc import Iterable
 
@@ -135,4 +136,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if callable(signal.getsignal(signal.SIGINT)):  # the package's own, until it was imported
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -134,6 +134,26 @@ def test_ctrl_c_during_the_imports():
     assert (done.returncode, done.stderr) == (130, "\nStopped; nothing is trained yet.\n")
 
 
+@pytest.mark.parametrize("name", ["uegr_kernels", "other"])
+def test_ctrl_c_while_torch_is_imported(tmp_path, name):
+    # Python imports the package before its __main__; another package's Ctrl-C is its own affair
+    (tmp_path / "torch.py").write_text("import os\nos.kill(os.getpid(), 2)\nraise SystemExit(1)")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "__init__.py").write_text("import uegr_kernels")
+    done = subprocess.run(
+        [sys.executable, "-m", name, "info"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    if name == "other":
+        assert "KeyboardInterrupt" in done.stderr
+    else:
+        assert (done.returncode, done.stderr) == (130, "\nStopped; nothing is done yet.\n")
+
+
 @pytest.mark.parametrize("recipe", recipes.NAMES)
 def test_every_recipe(train, tmp_path, recipe):
     out = tmp_path / "out"
@@ -411,6 +431,16 @@ def test_sets_and_options_may_be_named_one_by_one(train, tmp_path):
 
 
 MISTAKES = {
+    "a misspelt recipe": (["--recipe", "R-AT-SU"], "'arat'; 'r_at_su' is near"),
+    "a missing name": (["--compare", "plain,,at"], "compare='plain,,at' has an empty name"),
+    "a misspelt recipe option": (["--recipe-options", "pases=3"], "; 'passes' is near"),
+    "a space around the sign": (["--recipe-options", "passes", "=", "3"], "without spaces around"),
+    "options with a comma": (
+        ["--recipe-options", "scope=x,passes=3"],
+        "--recipe-options scope=x,passes=3: a comma stands between options; write a space",
+    ),
+    "a misspelt model": (["--model", "TextCNN"], "transformer; 'textcnn' is near"),
+    "a folder of texts": (["--test", "."], ". is a folder; name a file"),
     "no such recipe": (["--recipe", "adam"], "recipe='adam' is not one of its values; use 'plain'"),
     "no such recipe of several": (["--compare", "plain,x"], "recipe='x' is not one of its values"),
     "no such model": (["--model", "./nothing"], "--model ./nothing: there is no such folder"),
@@ -478,6 +508,87 @@ MISTAKES = {
     "three columns": (["--text-column", "a,b,c"], "text_column a,b,c: name one column"),
     "no such column": (["--text-column", "body"], "no column is called 'body'"),
 }
+
+
+WORDS_WITHOUT_PLACE = {
+    "a space for a comma": (["--compare", "plain", "at"], "write --compare plain,at ("),
+    "a space after the comma": (["--text-column", "a,", "b"], "write --text-column a,b ("),
+    "a space in a name": (["--train", "my", "texts.csv"], "'texts.csv' is one value too many; put"),
+    "no name": (["texts.csv", "--train", "a.csv"], "write --train texts.csv ("),
+    "another spelling": (["--text_column=a"], "no argument --text_column; '--text-column' is near"),
+    "a longer name": (["--batch-size", "8"], "no argument --batch-size; '--batch' is near"),
+    "another program's name": (["--learning-rate", "1"], "--learning-rate; it is --lr here"),
+    "a comma in a number": (["--lr", "0,1"], "argument --lr: '0,1' is no number; give one in"),
+    "numbers of seeds": (["--seeds", "0,1"], "argument --seeds: '0,1' is no integer; give one"),
+}
+
+
+@pytest.mark.parametrize("case", WORDS_WITHOUT_PLACE)
+def test_arguments_without_a_place_are_answered_with_a_remedy(case, capsys):
+    arguments, message = WORDS_WITHOUT_PLACE[case]
+    assert command.main([*arguments, "--train=a.csv", "--output=b"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and message in said
+
+
+def test_models_that_cannot_be_read(train, bert, tmp_path, capsys):
+    for broken in ("weights", "tokenizer"):
+        shutil.copytree(bert, tmp_path / broken)
+    (tmp_path / "weights" / "model.safetensors").write_bytes(b"{}")
+    for file in (tmp_path / "tokenizer").glob("*tok*"):
+        file.unlink()
+    (tmp_path / "tokenizer" / "vocab.txt").unlink()  # Transformers makes an empty one
+    for model, said in (
+        (tmp_path / "weights", "holds no model that Transformers can load ("),
+        (tmp_path / "tokenizer", "its tokenizer knows none of the texts' words; where"),
+        (bert / "config.json", "config.json is a file; name the folder that it lies in"),
+    ):
+        assert run("--train", train, "--model", model, "--output", tmp_path / "out") == 2
+        assert f"error: --model {model}" in (err := capsys.readouterr().err) and said in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_where_model_and_report_lie_is_said_and_how_to_use_them(train, bert, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("--train", train, "--model", bert, "--recipe", "plain", "--output", out) == 0
+    said = capsys.readouterr().out
+    assert f"\nModel: {out}\nReport: {out / 'report.md'}, {out / 'report.json'}, " in said
+    used = re.findall("^  (.*)$", said, re.MULTILINE)[-2:]
+    names: dict = {}
+    exec(f"{used[0]}\nanswer = {used[1]}", names)
+    assert names["answer"][0]["label"] in WORDS
+    small = ["--model", "textcnn", "--compare", "plain,at", "--overwrite"]
+    assert run("--train", train, *small, "--output", out) == 0
+    said = capsys.readouterr().out
+    assert f"\nModels: {out / 'plain' / '0'}, {out / 'at' / '0'}\n" in said
+    used = re.findall("^  (.*)$", said, re.MULTILINE)[-4:]
+    exec("\n".join([*used[:3], f"answer = {used[3]}"]), names)
+    assert names["answer"].shape == (1, 2)
+
+
+def test_help_names_what_may_be_given(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(name in said for name in (*recipes.NAMES, "textcnn", "(default: uegr)"))
+    assert "(default: 0)" in said and not re.search(r"default: (None|False|\[)", said)
+
+
+def test_a_warning_is_a_line(train, tmp_path):
+    # in a process of its own: pytest takes warnings away
+    arguments = ["--train", train, "--test", train, "--model", "textcnn"]
+    code = (
+        "import sys; from uegr_kernels.finetune import command, task; "
+        "task._start = lambda *_: sys.exit(3); command.main(sys.argv[1:])"
+    )
+    given = [str(each) for each in (*arguments, "--output", tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *given], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 3 and done.stderr.splitlines() == [
+        f"warning: --test {train} is the file of --train too: what is reported should not have "
+        "been trained on, nor chosen by; name another, or leave it out"
+    ]
 
 
 @pytest.mark.parametrize("case", MISTAKES)

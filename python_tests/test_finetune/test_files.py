@@ -91,6 +91,13 @@ def test_reads(tmp_path, case):
 
 
 REFUSED = {
+    "a comma that is not quoted": (
+        "a.csv",
+        "label,text\npos,good, fine\n",
+        {},
+        'line 2: the line has 3 columns.*; a text with a comma in it stands in quotes, "so, then"',
+    ),
+    "an array": ("a.jsonl", '[{"text": "a"}]', {}, "line 1: a list, no object; .*: jq -c"),
     "empty file": ("a.tsv", "", {}, "line 1: the file is empty"),
     "blank file": ("a.tsv", "\n \n", {}, "line 1: the file is empty"),
     "header alone": ("a.tsv", "label\ttext\n", {}, "line 2: the file ends without an example"),
@@ -413,3 +420,17 @@ def test_numbers_without_regression(write):
     scores = [(f"{i / 7:.2f}", text) for i, (_, text) in enumerate(MANY[:20])]
     with pytest.raises(UserError, match="labels: 20.*where labels are numbers, add --regression"):
         tables.load(Files(write("a.tsv", scores)), Columns())
+
+
+def test_texts_taken_for_labels(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\n" + "".join(f"{i % 2},text {i}\n" for i in range(20)))
+    said = "different texts: 2, labels: 20.*no label occurs twice: is --label-column the right one"
+    with pytest.raises(UserError, match=said):
+        tables.load(Files(str(path)), Columns())
+
+
+def test_labels_that_differ_by_case_alone(write):
+    rows = [(label.upper() if i < 10 else label, text) for i, (label, text) in enumerate(MANY)]
+    with pytest.warns(UserWarning, match="labels '.*' and '.*' differ by case alone"):
+        tables.load(Files(write("a.tsv", rows)), Columns())

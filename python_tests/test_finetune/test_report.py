@@ -76,14 +76,16 @@ def test_a_model_that_learned_nothing_is_named(train, tmp_path):
     arguments = ["--train", train, "--model", "textcnn", "--compare", "plain,at", "--lr"]
     assert run(*arguments, 0, "--output", tmp_path / "nothing") == 0
     said = strict(tmp_path / "nothing")["warnings"]
-    assert [line.partition(" ")[0] for line in said] == ["plain", "at"]
+    assert [line.partition(" ")[0] for line in said] == ["`plain`", "`at`"]
     assert "is not shown to have learned anything" in said[0]
-    assert "always answering 'neg' is right on 50.0%" in said[0]
+    assert "always answering 'neg' is right on 50.0 %" in said[0]
     assert f"**{said[0]}**" in (tmp_path / "nothing" / "report.md").read_text()
     assert run(*arguments, 1e-2, "--epochs", 4, "--output", tmp_path / "much") == 0
     found = strict(tmp_path / "much")
     assert found["warnings"] == [] and found["baseline"] == 0.5
-    assert "the commonest label, is right on 50.0%" in (tmp_path / "much" / "report.md").read_text()
+    assert (
+        "the commonest label, is right on 50.0 %" in (tmp_path / "much" / "report.md").read_text()
+    )
 
 
 def test_a_diverged_training_is_told_in_words(train, tmp_path):
@@ -92,7 +94,7 @@ def test_a_diverged_training_is_told_in_words(train, tmp_path):
     assert run("--train", train, "--model", "textcnn", *options, "--output", out) == 1
     found, said = strict(out), (out / "report.md").read_text()
     assert found["measures"] == [] and len(found["warnings"]) == 2
-    assert "plain, seed 0: training diverged (the model's outputs are no finite" in said
+    assert "`plain`, seed 0: training diverged (the model's outputs are no finite" in said
     assert "Try a smaller --lr" in said and "nan" not in said.lower()
     assert not (out / "plain" / "0" / "model.safetensors").exists()
     assert not (out / "report.png").exists()
@@ -112,9 +114,9 @@ def test_one_diverged_seed_leaves_the_others(train, tmp_path, monkeypatch):
     arguments = ["--train", train, "--model", "textcnn", "--compare", "plain,at", "--seeds", 2]
     assert run(*arguments, "--output", out) == 0
     found = strict(out)
-    assert "at, seed 0: training diverged" in found["warnings"][0]
+    assert "`at`, seed 0: training diverged" in found["warnings"][0]
     assert [*found["measures"][0]["figures"]] == ["plain", "at"]
-    assert "at reaches" in found["sentence"]
+    assert re.match(r"Under PGD at 0.02 `at` reaches .* and `plain` ", found["sentence"])
 
 
 def test_the_best_epoch_is_one_before_training_diverged(train, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The checks of arguments, before anything is done: one rule and one sentence for each kind."""
 
+import difflib
 import math
 import sys
 from collections.abc import Iterable, Sequence
@@ -89,11 +90,23 @@ def flag(name: str, value: object) -> bool:
     return bool(value)
 
 
+def near(word: object, names: Iterable[str]) -> str:
+    """Returns the end of a message that says what a misspelt word may mean, or nothing."""
+
+    def spelt(name: object) -> str:
+        return str(name).lower().replace("-", "_")
+
+    by_spelling = {spelt(name): name for name in names}
+    found = difflib.get_close_matches(spelt(word), by_spelling, 1)
+    return f"; {by_spelling[found[0]]!r} is near" if found else ""
+
+
 def choice(name: str, value: object, choices: Sequence[str]) -> str:
     """Returns a word that is one of the choices; ValueError for what is not."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(
             f"{name}={value!r} is not one of its values; use {', '.join(map(repr, choices))}"
+            + near(value, choices)
         )
     return value
 
@@ -104,6 +117,7 @@ def options(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
     if unknown:
         raise TypeError(
             f"{owner} has no option {min(unknown)!r}; its options are {', '.join(sorted(known))}"
+            + near(min(unknown), known)
         )
 
 

@@ -1,15 +1,18 @@
 """Classifiers to fine-tune: what Transformers can load, and the package's own small ones."""
 
 import importlib.util
+import itertools
 import json
 import pathlib
 import re
 from collections.abc import Sequence
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..core import checks
 from ..models import MODELS, PADDING, TextClassifier
 from .data import UNKNOWN, UserError, vocabulary, words_of
 
@@ -150,9 +153,12 @@ def new(
     if name in MODELS:
         index = vocabulary(words_of(" ".join(each)) for each in texts)
         return Words(name, index, labels, length, len(texts[0]) == 2, dropout)
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     source = source_of(name)
+    if pathlib.Path(source).is_file():
+        raise UserError(f"--model {name} is a file; name the folder that it lies in")
     try:
         config = AutoConfig.from_pretrained(
             source, num_labels=max(len(labels), 1), finetuning_task="text-classification"
@@ -174,9 +180,23 @@ def new(
             source, config=config, ignore_mismatched_sizes=True, dtype=torch.float32
         )
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, SafetensorError, UnpicklingError, ValueError) as error:
         raise UserError(_no_model(name, error)) from None
+    if not _reads(tokenizer, texts[:100]):
+        raise UserError(
+            f"--model {name}: its tokenizer knows none of the texts' words; where the folder has "
+            "no tokenizer's files, save them beside the model (tokenizer.save_pretrained), else "
+            "take a model of the texts' language"
+        )
     return Pretrained(model, tokenizer, length)
+
+
+def _reads(tokenizer: Any, texts: Texts) -> bool:
+    """Returns whether a tokenizer has tokens for the texts: where its files are missing,
+    Transformers makes one with a few special tokens alone.
+    """
+    rows = tokenizer([" ".join(each) for each in texts], add_special_tokens=False)["input_ids"]
+    return len({*itertools.chain(*rows)} - {*tokenizer.all_special_ids}) > 1
 
 
 def load(folder: str | pathlib.Path, length: int | None = None) -> Classifier:
@@ -204,11 +224,14 @@ def _no_model(name: str, error: Exception) -> str:
     own = ", ".join(("minilm", *MODELS))
     if pathlib.Path(name).is_dir():
         why = str(error).strip().splitlines()[0]
-        return f"--model {name}: the folder holds no model that Transformers can load ({why})"
+        return (
+            f"--model {name}: the folder holds no model that Transformers can load ({why}); name "
+            "one with what save_pretrained writes of model and tokenizer"
+        )
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         return f"--model {name}: there is no such folder; name one, or one of {own}"
     return (
         f"--model {name}: neither here nor to be had from the hub (no network, or no such model); "
         f"download it where there is a network (hf download {name}) and name its folder, or take "
-        f"one of {own}"
+        f"one of {own}{checks.near(name, ('minilm', *MODELS))}"
     )

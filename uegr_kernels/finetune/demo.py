@@ -37,9 +37,13 @@ def main(argv: Sequence[str], why_slow: Callable[[], str | None] = lambda: None)
     lacking = importlib.util.find_spec(MINILM) is None
     model = "textcnn" if lacking else "minilm"
     parser.set_defaults(model=model, output="demo_output", recipe=None)
-    small = parser.parse_known_args(argv)[0].model in MODELS
-    parser.set_defaults(**(SMALL if small else PRETRAINED))
-    options = parser.parse_args(argv)
+    try:
+        small = command.parsed(parser, argv).model in MODELS
+        parser.set_defaults(**(SMALL if small else PRETRAINED))
+        options = command.parsed(parser, argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if options.recipe is None and options.compare is None:
         options.compare = COMPARE
     if lacking and options.model == "textcnn":
@@ -64,9 +68,7 @@ def main(argv: Sequence[str], why_slow: Callable[[], str | None] = lambda: None)
             return 2
     status = command.run(options, again)
     if status == 0:
-        print(
-            f"Picture: {options.output / 'report.png'}. Time: {time.perf_counter() - began:.0f} s."
-        )
+        print(f"Time: {time.perf_counter() - began:.0f} s.")
         print("With texts of your own: python -m uegr_kernels finetune --train FILE --output DIR")
     return status
 

@@ -188,9 +188,9 @@ def sentence(results: Sequence[Result], labels: Sequence[str]) -> str:
     figure = accuracy if labels else _pearson
     if len(names) == 1:
         return (
-            f"{base}: {_said(figure, by_recipe[base], 'clean', labels)} on clean texts, "
+            f"`{base}`: {_said(figure, by_recipe[base], 'clean', labels)} on clean texts, "
             f"{_said(figure, by_recipe[base], hard, labels)} {said(hard)}; what it cost and gained "
-            f"is seen beside others: --compare plain,{'at' if base == 'plain' else base}."
+            f"is seen beside others: `--compare plain,{'at' if base == 'plain' else base}`."
         )
     lines = []
     for name in names:
@@ -203,7 +203,7 @@ def sentence(results: Sequence[Result], labels: Sequence[str]) -> str:
         cost = _cost(by_recipe[name]) / _cost(by_recipe[base])
         mine, its = (_said(figure, by_recipe[each], hard, labels) for each in (name, base))
         lines.append(
-            f"{said(hard)[0].upper()}{said(hard)[1:]} {name} reaches {mine} and {base} {its} "
+            f"{said(hard)[0].upper()}{said(hard)[1:]} `{name}` reaches {mine} and `{base}` {its} "
             f"({_points(gain, labels)}), at the price of {cost:.1f} times the seconds a step and, "
             f"on clean texts, {_points(price, labels)}."
         )
@@ -212,7 +212,7 @@ def sentence(results: Sequence[Result], labels: Sequence[str]) -> str:
 
 def _said(figure: Any, results: Sequence[Result], measure: str, labels: Sequence[str]) -> str:
     mean = statistics.fmean(figure(*_arrays(each.outcomes, measure)) for each in results)
-    return f"{mean:.1%}" if labels else f"a correlation of {mean:.3f}"
+    return f"{100 * mean:.1f} %" if labels else f"a correlation of {mean:.3f}"
 
 
 def _cost(results: Sequence[Result]) -> float:
@@ -259,12 +259,12 @@ def warnings_of(
     for each in results:
         if each.usable and each.diverged:
             lines.append(
-                f"{each.recipe}, seed {each.seed}: training diverged at some time (its loss was no "
-                f"finite number); the model is that of epoch {each.best_epoch:g}. {REMEDY}"
+                f"`{each.recipe}`, seed {each.seed}: training diverged at some time (its loss was "
+                f"no finite number); the model is that of epoch {each.best_epoch:g}. {REMEDY}"
             )
         elif not each.usable:
             lines.append(
-                f"{each.recipe}, seed {each.seed}: training diverged (the model's outputs are no "
+                f"`{each.recipe}`, seed {each.seed}: training diverged (the model's outputs are no "
                 f"finite numbers); nothing is reported of it, and no model is kept. {REMEDY}"
             )
     if not table:
@@ -273,13 +273,13 @@ def warnings_of(
     what = (
         "a constant prediction has 0"
         if usual is None
-        else (f"always answering {shown(labels[usual])} is right on {bar:.1%}")
+        else (f"always answering {shown(labels[usual])} is right on {100 * bar:.1f} %")
     )
     for recipe, found in table[0].figures.items():
         if found.low <= bar:
             lines.append(
-                f"{recipe} is not shown to have learned anything: {_cell(found, table[0].unit)} on "
-                f"clean texts, and {what}. Try more texts or epochs, another --lr, or a smaller "
+                f"`{recipe}` is not shown to have learned anything: {_cell(found, table[0].unit)} "
+                f"on clean texts, and {what}. Try more texts or epochs, another --lr, or a smaller "
                 "--epsilon."
             )
     return lines
@@ -361,7 +361,7 @@ def _intervals_in_words(
         said.append(
             f"Attacks perturb the embeddings of {measures.ATTACKED} texts at most, by multiples of "
             f"their norm. Always answering {_one_line(shown(labels[usual]))}, the commonest label, "
-            f"is right on {baseline(good, usual):.1%} of the clean texts."
+            f"is right on {100 * baseline(good, usual):.1f} % of the clean texts."
         )
     elif good:
         said.append("A constant prediction has a correlation of 0.")

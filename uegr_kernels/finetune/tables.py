@@ -64,6 +64,8 @@ def read(path: str | pathlib.Path, columns: Columns) -> list[Example]:
     Raises UserError, naming file, line and remedy, for everything else.
     """
     path = pathlib.Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file")
     kind = path.with_suffix("").suffix if path.suffix.lower() == ".gz" else path.suffix
     kind = kind.lower()
     if kind not in FORMATS:
@@ -151,9 +153,11 @@ def _fields(path: pathlib.Path, content: str, kind: str, columns: Columns) -> It
     for fields, line in rows:
         if len(fields) != len(names):
             what = f"has {len(fields)} column{'s' * (len(fields) != 1)}"
+            more = len(fields) > len(names) and kind == ".csv"
             raise UserError(
                 f"{path}, line {line}: the line {'is empty' if fields == [''] else what}, and the "
                 f"first one names {len(names)} ({listed(names)}); mend or remove the line"
+                + ('; a text with a comma in it stands in quotes, "so, then"' if more else "")
             )
         label = "" if of_label is None else fields[of_label]
         yield _Row(tuple(fields[i] for i in at), label, line)
@@ -249,7 +253,8 @@ def _objects(path: pathlib.Path, content: str, columns: Columns) -> Iterator[_Ro
             why = "the line is empty" if not line.strip() else f"not JSON ({error})"
             raise UserError(f"{where}: {why}; write one object a line") from None
         if not isinstance(found, dict):
-            raise UserError(f"{where}: {_kind(found)}, no object; write one object a line")
+            array = ": jq -c '.[]' OLD > NEW" if isinstance(found, list) else ""
+            raise UserError(f"{where}: {_kind(found)}, no object; write one object a line{array}")
         names = [*columns.text, *([] if columns.label is None else [columns.label])]
         for name in names:
             if name not in found:
@@ -444,11 +449,7 @@ def load(files: Files, columns: Columns, limit: int | None = None) -> Data:
             raise UserError(
                 f"{files.train}: {_counted(before, columns)} are too few to hold out some for "
                 f"{option}; give more, or a file of your own with {option}"
-                + (
-                    "; or, where labels are numbers, add --regression"
-                    if _all_numbers(labels)
-                    else ""
-                )
+                + _mistaken(before, labels)
             )
         for what, some in ((f"held out for {option}", parts[option]), ("left to train on", train)):
             _check_spread(f"{files.train}, the examples {what}", some, columns)
@@ -469,13 +470,17 @@ def _counted(examples: Sequence[Example], columns: Columns) -> str:
     return f"{len(examples)} examples (different texts: {len(texts)}{classes})"
 
 
-def _all_numbers(labels: Sequence[str]) -> bool:
-    """Returns whether there are more than two classes and all of them are numbers."""
-    return len(labels) > 2 and all(_finite(label) is not None for label in labels)
+def _mistaken(examples: Sequence[Example], labels: Sequence[str]) -> str:
+    """Returns what else may be wrong where examples are too few for their classes, or nothing."""
+    if len(labels) > 2 and all(_finite(label) is not None for label in labels):
+        return "; or, where labels are numbers, add --regression"
+    if len(labels) == len(examples) > 2:
+        return "; no label occurs twice: is --label-column the right one?"
+    return ""
 
 
 def _check_values(path: str, labels: Sequence[str]) -> None:
-    """Raises where two labels are one number, as 1 and 1.0 are."""
+    """Raises where two labels are one number, as 1 and 1.0 are; warns where two are one word."""
     seen: dict[float, str] = {}
     for label in labels:
         number = _finite(label)
@@ -483,6 +488,14 @@ def _check_values(path: str, labels: Sequence[str]) -> None:
             raise UserError(
                 f"{path}: the labels {seen[number]!r} and {label!r} are one number; write it in "
                 "one way"
+            )
+    spelt: dict[str, str] = {}
+    for label in labels:
+        if spelt.setdefault(label.casefold(), label) != label:
+            warnings.warn(
+                f"{path}: the labels {shown(spelt[label.casefold()])} and {shown(label)} differ by "
+                "case alone, and are learned as two; where they are one, write it in one way",
+                stacklevel=4,
             )
 
 

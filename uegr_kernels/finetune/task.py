@@ -83,7 +83,7 @@ class Task:
             if option not in known:
                 raise UserError(
                     f"recipe_options: {' and '.join(self.recipes)} has no option {option!r}; the "
-                    f"options are {', '.join(sorted(known))}"
+                    f"options are {', '.join(sorted(known))}{checks.near(option, known)}"
                 )
         if self.limit is not None:
             checks.integer("limit", self.limit, 2)
@@ -261,7 +261,10 @@ def _word(name: str, value: object) -> str:
 def _names(name: str, given: object, what: str) -> tuple[str, ...]:
     """Returns names given as a list, or as one string with commas between them."""
     if isinstance(given, str):
-        return tuple(part.strip() for part in given.split(","))
+        names = tuple(part.strip() for part in given.split(","))
+        if "" in names:
+            raise UserError(f"{name}={given!r} has an empty name; write names with one comma each")
+        return names
     if not isinstance(given, list | tuple) or not all(isinstance(each, str) for each in given):
         raise _wrong(name, given, f"{what} as a list of strings, or one string with commas")
     return tuple(given)

@@ -1,7 +1,6 @@
 """Trains one classifier with one recipe, over UEGRTrainer; can be stopped and gone on with."""
 
 import dataclasses
-import difflib
 import enum
 import json
 import math
@@ -203,10 +202,9 @@ def check_options(options: Mapping[str, object]) -> None:
         if name in OURS:
             raise UserError(f"trainer_options {name!r} is set by the command; {OURS[name]}")
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
             raise UserError(
                 f"{given}: transformers.TrainingArguments has no such option"
-                + (f"; {near[0]!r} is near" if near else "; its documentation lists them")
+                + (checks.near(name, known) or "; its documentation lists them")
             )
         if not _fits(value, hints[name]):
             kind = getattr(hints[name], "__name__", "") if isinstance(hints[name], type) else ""
