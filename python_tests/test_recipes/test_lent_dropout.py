@@ -152,7 +152,7 @@ def test_names_are_the_plain_models_whatever_wraps_its_parts():
 
     outer, model = wrapped()
     recipe = recipes.uegr(outer, model.embedding, seed=0)
-    assert list(recipe.adaptive_dropout) == ["0.dropout"]
+    assert list(recipe.state_dict()["adaptive_dropout"]) == ["0.dropout"]
     outer, model = wrapped()
     recipes.child_tuning_d(outer, model.embedding, names="0.layer_norm.weight")
 

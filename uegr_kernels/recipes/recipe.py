@@ -156,30 +156,34 @@ class Recipe:
         """Returns what a resumed run needs besides the model's and the optimizer's: numbers,
         tensors, lists and dicts of them.
         """
-        return {"recipe": type(self).__name__} | {
-            name: getattr(self, name) for name in self._names_kept()
-        }
+        return {"recipe": type(self).__name__} | self._state()
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Takes over a copy of what `state_dict` gave; raises ValueError for another recipe's,
         before anything has changed.
         """
-        names = self._names_kept()
+        names = self._state().keys()
         if state.get("recipe") != type(self).__name__ or state.keys() - {"recipe"} != set(names):
             raise ValueError(
                 f"the state is of recipe {state.get('recipe')!r} with "
                 f"{sorted(state.keys() - {'recipe'})}, this is {type(self).__name__!r} "
                 f"with {sorted(names)}; load it into the recipe that gave it"
             )
-        for name in names:
-            setattr(self, name, _moved(copy.deepcopy(state[name]), device_of(self.model)))
+        device = device_of(self.model)
+        self._load({name: _moved(copy.deepcopy(state[name]), device) for name in names})
 
     def close(self) -> None:
         """Removes the hooks from the model; the recipe cannot be used afterwards."""
         self._runner.close()
 
-    def _names_kept(self) -> tuple[str, ...]:
-        return self.kept
+    def _state(self) -> dict[str, Any]:
+        """Returns what a checkpoint carries, by name."""
+        return {name: getattr(self, name) for name in self.kept}
+
+    def _load(self, state: dict[str, Any]) -> None:
+        """Takes over what `_state` gave."""
+        for name, value in state.items():
+            setattr(self, name, value)
 
     def _check(self, scale: float | Tensor, inputs: Inputs, labels: Tensor) -> None:
         """Raises what stands against a call now."""
