@@ -264,19 +264,55 @@ def _evaluate(
 
 
 def uegr_loss(
-    logits: list[Tensor], labels: Tensor | None, *, needs: list[bool], **options: Any
+    logits: list[Tensor],
+    labels: Tensor | None,
+    *,
+    js_weight: float,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    regression: bool,
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Computes the loss, its parts and the gradients that are needed, as the reference does."""
     into = [x.new_empty(x.shape) if need else x for x, need in zip(logits, needs, strict=True)]
-    loss, parts = _evaluate(logits, labels, into, needs=needs, **options)
+    loss, parts = _evaluate(
+        logits,
+        labels,
+        into,
+        js_weight=js_weight,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        regression=regression,
+        needs=needs,
+    )
     return loss, parts, [x for x, need in zip(into, needs, strict=True) if need]
 
 
 def uegr_loss_(
-    logits: list[Tensor], labels: Tensor | None, **options: Any
+    logits: list[Tensor],
+    labels: Tensor | None,
+    *,
+    js_weight: float,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    regression: bool,
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor]:
     """Computes the loss and its parts, and writes gradients over the logits that need one."""
-    return _evaluate(logits, labels, logits, **options)
+    return _evaluate(
+        logits,
+        labels,
+        logits,
+        js_weight=js_weight,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        regression=regression,
+        needs=needs,
+    )
 
 
 def scale_gradients(gradients: list[Tensor], grad_loss: Tensor, parts: Tensor) -> list[Tensor]:

@@ -139,7 +139,13 @@ class StepHead(typing.NamedTuple):
     COUNT,
 ) = map(tl.constexpr, range(14))
 HEAD = tl.constexpr(16)
-CONSTANTS = tl.constexpr(8)  # a tensor's row of them, as `prepare_kernel` fills it
+
+# Where `prepare_kernel` puts the scalars of a tensor's step into its row of them; SGD has one.
+CONSTANTS = tl.constexpr(8)
+(OWN_DECAY, OWN_STEP_SIZE, OWN_INVERSE_ROOT, OWN_BETA2, OWN_COMPLEMENT1, OWN_COMPLEMENT2) = map(
+    tl.constexpr, range(6)
+)
+OWN_RATE = tl.constexpr(0)
 
 
 class Form(typing.NamedTuple):
@@ -518,20 +524,20 @@ def apply_rule(ptrs, mask, g, factor, rounding_word, rule, form):
     if form.RULE == "sgd":
         theta = read(ptrs.theta, mask, form.DTYPE)
         buffer = read(ptrs.moment1, mask, form.DTYPE) if form.MOMENT1 is not None else theta
-        theta, buffer = sgd_update_rule(theta, g, factor, buffer, rule, form)
-        write(ptrs.theta, theta, mask)
+        stepped = sgd_update_rule(theta, g, factor, buffer, rule, form)
+        write(ptrs.theta, stepped.theta, mask)
         if form.MOMENT1 is not None:
-            write_moment(ptrs.moment1, buffer, mask, rounding_word & 0xFFFF)
+            write_moment(ptrs.moment1, stepped.buffer, mask, rounding_word & 0xFFFF)
     else:
         theta = read(ptrs.theta, mask, form.DTYPE)
         m, v = read(ptrs.moment1, mask, form.DTYPE), read(ptrs.moment2, mask, form.DTYPE)
         v_max = read(ptrs.moment3, mask, form.DTYPE) if form.MOMENT3 is not None else v
-        theta, m, v, v_max = adamw_update_rule(theta, g, factor, m, v, v_max, rule, form)
-        write(ptrs.theta, theta, mask)
-        write_moment(ptrs.moment1, m, mask, rounding_word & 0xFFFF)
-        write_moment(ptrs.moment2, v, mask, rounding_word >> 16)
+        stepped = adamw_update_rule(theta, g, factor, m, v, v_max, rule, form)
+        write(ptrs.theta, stepped.theta, mask)
+        write_moment(ptrs.moment1, stepped.m, mask, rounding_word & 0xFFFF)
+        write_moment(ptrs.moment2, stepped.v, mask, rounding_word >> 16)
         if form.MOMENT3 is not None:
-            write_moment(ptrs.moment3, v_max, mask, rounding_word >> 16)
+            write_moment(ptrs.moment3, stepped.v_max, mask, rounding_word >> 16)
 
 
 @triton.jit
@@ -601,22 +607,22 @@ def update_elements(head_ptr, row_ptr, bits_ptr, start, end, step, shared, form)
 
 
 @triton.jit
-def rule_constants(head_ptr, constants_ptr, form):
+def rule_constants(head_ptr, own_ptr, form):
     """Reads the scalars of a tensor's AdamW or SGD step."""
     if form.RULE == "adamw":
         return AdamW(
-            decay=tl.load(constants_ptr),
-            step_size=tl.load(constants_ptr + 1),
-            inverse_root=tl.load(constants_ptr + 2),
-            beta2=tl.load(constants_ptr + 3),
-            complement1=tl.load(constants_ptr + 4),
-            complement2=tl.load(constants_ptr + 5),
+            decay=tl.load(own_ptr + OWN_DECAY),
+            step_size=tl.load(own_ptr + OWN_STEP_SIZE),
+            inverse_root=tl.load(own_ptr + OWN_INVERSE_ROOT),
+            beta2=tl.load(own_ptr + OWN_BETA2),
+            complement1=tl.load(own_ptr + OWN_COMPLEMENT1),
+            complement2=tl.load(own_ptr + OWN_COMPLEMENT2),
             eps=number(head_ptr, EPS).to(form.DTYPE),
         )
     else:
         return SGD(
             complement=(1 - number(head_ptr, DAMPENING)).to(form.DTYPE),
-            lr=tl.load(constants_ptr),
+            lr=tl.load(own_ptr + OWN_RATE),
             momentum=number(head_ptr, MOMENTUM).to(form.DTYPE),
             weight_decay=number(head_ptr, WEIGHT_DECAY).to(form.DTYPE),
         )
@@ -676,12 +682,12 @@ def store_adamw_constants(own_ptr, head_ptr, rate, count, beta1_ptr, beta2_ptr, 
     power2 = tl.where(second > 0, tl.exp(count * tl.log(tl.where(second > 0, second, 1.0))), 0.0)
     nothing = count * 0
     decay = nothing + 1 - rate * number(head_ptr, WEIGHT_DECAY)
-    tl.store(own_ptr, decay.to(DTYPE), mask=there)
-    tl.store(own_ptr + 1, (rate / (1 - power1)).to(DTYPE), mask=there)
-    tl.store(own_ptr + 2, (1 / tl.sqrt(1 - power2)).to(DTYPE), mask=there)
-    tl.store(own_ptr + 3, (nothing + second).to(DTYPE), mask=there)
-    tl.store(own_ptr + 4, (nothing + 1 - first).to(DTYPE), mask=there)
-    tl.store(own_ptr + 5, (nothing + 1 - second).to(DTYPE), mask=there)
+    tl.store(own_ptr + OWN_DECAY, decay.to(DTYPE), mask=there)
+    tl.store(own_ptr + OWN_STEP_SIZE, (rate / (1 - power1)).to(DTYPE), mask=there)
+    tl.store(own_ptr + OWN_INVERSE_ROOT, (1 / tl.sqrt(1 - power2)).to(DTYPE), mask=there)
+    tl.store(own_ptr + OWN_BETA2, (nothing + second).to(DTYPE), mask=there)
+    tl.store(own_ptr + OWN_COMPLEMENT1, (nothing + 1 - first).to(DTYPE), mask=there)
+    tl.store(own_ptr + OWN_COMPLEMENT2, (nothing + 1 - second).to(DTYPE), mask=there)
 
 
 @triton.jit(do_not_specialize=["tensors"])
@@ -718,7 +724,7 @@ def prepare_kernel(
         rate = number(head_ptr, LR) if lr_ptr is None else tl.load(lr_ptr).to(tl.float64)
         if form.RULE == "sgd":
             rates = tl.zeros([LANES], form.DTYPE) + rate.to(form.DTYPE)
-            tl.store(own_ptr, rates, mask=there)
+            tl.store(own_ptr + OWN_RATE, rates, mask=there)
         else:
             store_adamw_constants(own_ptr, head_ptr, rate, count, beta1_ptr, beta2_ptr, there, form)
 

@@ -73,6 +73,15 @@ class AdamW(typing.NamedTuple):
     eps: object
 
 
+class AdamWState(typing.NamedTuple):
+    """Holds a block of elements and of their moments, as AdamW leaves them."""
+
+    theta: object
+    m: object
+    v: object
+    v_max: object
+
+
 class SGD(typing.NamedTuple):
     """Holds the scalars of a tensor's SGD step."""
 
@@ -80,6 +89,13 @@ class SGD(typing.NamedTuple):
     momentum: object
     complement: object  # 1 - dampening
     weight_decay: object
+
+
+class SGDState(typing.NamedTuple):
+    """Holds a block of elements and of their buffer, as SGD leaves them."""
+
+    theta: object
+    buffer: object
 
 
 @triton.jit
@@ -219,7 +235,7 @@ def adamw_update_rule(theta, g, factor, m, v, v_max, rule, form):
         denominator = root(v) * rule.inverse_root + rule.eps
     stepped = (theta * rule.decay + 0.0) - divide(rule.step_size * m, denominator)
     theta = moved(theta, stepped, factor) if form.TO_UPDATE else stepped
-    return theta, m, v, v_max
+    return AdamWState(theta=theta, m=m, v=v, v_max=v_max)
 
 
 @triton.jit
@@ -241,4 +257,4 @@ def sgd_update_rule(theta, g, factor, buffer, rule, form):
         fed = fed + rule.momentum * buffer if form.NESTEROV else buffer
     stepped = theta - (factor * rule.lr if form.TO_UPDATE else rule.lr) * fed
     theta = tl.where(factor == 0, theta, stepped) if form.TO_UPDATE else stepped
-    return theta, buffer
+    return SGDState(theta=theta, buffer=buffer)
