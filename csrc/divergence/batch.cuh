@@ -32,7 +32,7 @@ struct Rows {
     DEVICE void put(int64_t n, int64_t i, float x) const { put_value(at(n, i), storage, x); }
 };
 
-struct Batch {
+struct LossBatch {
     LossOptions options{};
     int64_t samples = 0, classes = 0;
     int passes = 0, first = 0; // first: pass of the pairs

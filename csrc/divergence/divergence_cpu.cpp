@@ -60,7 +60,7 @@ struct Values {
     double clean = 0, adversarial = 0, divergence = 0;
 };
 
-struct Batch {
+struct LossBatch {
     LossOptions options{};
     int64_t samples = 0, classes = 0, first = 0; // first: pass of the pairs
     std::vector<Rows> logits, gradients;
@@ -70,7 +70,7 @@ struct Batch {
     double unit = 1; // of the gradients: 1/count
     std::vector<Values> values;
 
-    explicit Batch(const LossArguments& a)
+    explicit LossBatch(const LossArguments& a)
         : options(a.options), samples(a.samples), classes(a.classes), first(a.first),
           indices(a.indices), index_stride(a.index_stride) {
         for (const View& v : a.logits)
@@ -94,7 +94,7 @@ template <class T> class Worker {
     struct Free {
         void operator()(T* p) const { ::operator delete(p, std::align_val_t{64}); }
     };
-    const Batch& batch;
+    const LossBatch& batch;
     const int64_t classes, padded, passes, m;
     const int lanes; // that a row reaches
     std::unique_ptr<T, Free> memory;
@@ -104,7 +104,7 @@ template <class T> class Worker {
     alignas(64) T gradient[span], difference[span];
 
 public:
-    explicit Worker(const Batch& b)
+    explicit Worker(const LossBatch& b)
         : batch(b), classes(b.classes), padded((classes + 15) / 16 * 16), passes(b.passes()),
           m(b.passes() - b.first), lanes(static_cast<int>(std::min<int64_t>(width<T>, classes))),
           x(passes), sums(passes) {
@@ -416,7 +416,7 @@ private:
     }
 };
 
-template <class T> void work(Batch& batch) {
+template <class T> void work(LossBatch& batch) {
     const int64_t grain = std::max<int64_t>(1, worth_a_thread / (batch.passes() * batch.classes));
     auto part = [&](int64_t begin, int64_t end) {
         std::make_unique<Worker<T>>(batch)->run(begin, end, batch.values.data());
@@ -427,7 +427,7 @@ template <class T> void work(Batch& batch) {
 }
 
 // How many rows count; raises where a class is none.
-int64_t count_rows(const Batch& batch) {
+int64_t count_rows(const LossBatch& batch) {
     int64_t count = batch.samples;
     for (int64_t n = 0; batch.indices && n < batch.samples; ++n) {
         const int64_t label = batch.index(n), ignored = batch.options.ignore_index;
@@ -440,7 +440,7 @@ int64_t count_rows(const Batch& batch) {
 }
 
 // Runs a batch and returns the loss and its parts.
-std::pair<Tensor, Tensor> run(Batch& batch, const Tensor& like, int64_t count) {
+std::pair<Tensor, Tensor> run(LossBatch& batch, const Tensor& like, int64_t count) {
     const bool by_row = batch.options.reduction == Reduction::none,
                mean = batch.options.reduction == Reduction::mean;
     const bool wide = like.scalar_type() == ScalarType::Double;
@@ -482,7 +482,7 @@ std::pair<Tensor, Tensor> run(Batch& batch, const Tensor& like, int64_t count) {
 }
 
 // Where the gradients of a tensor of logits go: memory that is written whole, or nowhere.
-void direct_gradients(Batch& batch, int64_t passes, const Tensor* into, bool fresh) {
+void direct_gradients(LossBatch& batch, int64_t passes, const Tensor* into, bool fresh) {
     const int64_t bytes = into ? into->numel() * into->element_size() : 0;
     if (into && fresh) expect_large_pages(static_cast<char*>(into->mutable_data_ptr()), bytes);
     for (int64_t pass = 0; pass < passes; ++pass) {
@@ -518,7 +518,7 @@ template <class T> void scale_rows(const ScalingArguments& a) {
 static std::pair<Tensor, Tensor> evaluate(const LossArguments& arguments,
                                           const std::vector<bool>& needs, const Tensors& gradients,
                                           bool fresh) {
-    Batch batch(arguments);
+    LossBatch batch(arguments);
     const int64_t count = count_rows(batch);
     size_t at = 0;
     for (size_t i = 0; i < needs.size(); ++i)

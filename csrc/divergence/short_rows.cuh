@@ -31,7 +31,7 @@ struct Kept {
 };
 
 template <class Group, class Columns> struct Sample {
-    const Batch& batch;
+    const LossBatch& batch;
     Group group;
     Kept kept;
     int64_t n;
@@ -223,7 +223,7 @@ template <class Group, class Columns> struct Sample {
     }
 };
 
-template <class Group, class Columns, int m> DEVICE void over_samples(const Batch& batch) {
+template <class Group, class Columns, int m> DEVICE void over_samples(const LossBatch& batch) {
     char* shared = dynamic_shared();
     const int keepers = Group::spans_block ? blockDim.x : warp_size;
     constexpr int64_t roles = m == 2 ? 4 : 1;
@@ -242,17 +242,17 @@ template <class Group, class Columns, int m> DEVICE void over_samples(const Batc
 }
 template <int m>
 __global__ void __launch_bounds__(warp_threads, 4)
-    loss_full_warp(const __grid_constant__ Batch batch) {
+    loss_full_warp(const __grid_constant__ LossBatch batch) {
     over_samples<WarpGroup, FullColumns, m>(batch);
 }
 template <int m>
 __global__ void __launch_bounds__(warp_threads, 4)
-    loss_ragged_warp(const __grid_constant__ Batch batch) {
+    loss_ragged_warp(const __grid_constant__ LossBatch batch) {
     over_samples<WarpGroup, RaggedColumns, m>(batch);
 }
 template <int m>
 __global__ void __launch_bounds__(block_threads, 1)
-    loss_ragged_cluster(const __grid_constant__ Batch batch) {
+    loss_ragged_cluster(const __grid_constant__ LossBatch batch) {
     over_samples<ClusterGroup, RaggedColumns, m>(batch);
 }
 

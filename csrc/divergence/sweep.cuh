@@ -8,7 +8,7 @@ namespace {
 
 // A block for each sample, element by element; `scratch` has the sums of every pass.
 struct Sweep {
-    const Batch& batch;
+    const LossBatch& batch;
     BlockGroup group;
     RowSums* rows;
     float* moved;
@@ -176,7 +176,8 @@ struct Sweep {
     }
 };
 
-__global__ void __launch_bounds__(sweep_threads) loss_sweep(const __grid_constant__ Batch batch) {
+__global__ void __launch_bounds__(sweep_threads)
+    loss_sweep(const __grid_constant__ LossBatch batch) {
     __shared__ double room[64];
     __shared__ Room<most_passes * sizeof(RowSums)> rows;
     __shared__ float moved[most_passes];
