@@ -137,9 +137,20 @@ def accuracy() -> str:
     return "\n\n".join([(folder / "summary.md").read_text().strip(), *pictures])
 
 
+def pretrained() -> str:
+    """Returns what the runs on a pre-trained model left for docs/evidence.md, with pictures."""
+    folder = RESULTS / "pretrained"
+    pictures = [
+        f"![all-MiniLM-L6 trained on {path.stem}](../{path.relative_to(HERE.parent)})"
+        for path in sorted(folder.glob("*.png"))
+    ]
+    return "\n\n".join([(folder / "summary.md").read_text().strip(), *pictures])
+
+
 BLOCKS = [
     Block(DOCS / "performance.md", "figures", figures),
     Block(DOCS / "evidence.md", "accuracy", accuracy),
+    Block(DOCS / "evidence.md", "pretrained", pretrained),
     Block(HERE / "README.md", "sharded", sharded_model.default_comparison),
 ]
 

@@ -125,8 +125,11 @@ def test_every_method_is_tuned_run_and_reported(data, small, tiers, tmp_path):
     written = pretrained_report.write(pretrained.TierPlan(again, small), tmp_path)
     assert "not finished" not in written.split("tier 1, sst2")[0]
     page = (tmp_path / "README.md").read_text()
-    assert all(f"| {name} |" in page for name in pretrained.METHODS)
-    assert all(question in page for question in pretrained_report.QUESTIONS)
+    summary = (tmp_path / "summary.md").read_text()
+    for text in (page, summary):
+        assert all(question in text for question in pretrained_report.QUESTIONS)
+        assert all(text.count(f"\n| {name} | ") >= 1 for name in pretrained.METHODS)
+    assert summary.count("\n| uegr | ") == 1
     assert (tmp_path / "sst2.png").stat().st_size > 10_000
 
 
@@ -215,7 +218,8 @@ def test_every_committed_run_of_the_pre_trained_model_is_known(tmp_path):
         assert all((run in known) == (run.protocol == protocol) for run in made)
     assert records
     pretrained_report.write(pretrained.TierPlan(known, {}), tmp_path)
-    assert (tmp_path / "README.md").read_bytes() == (folder / "README.md").read_bytes()
+    for name in ("README.md", "summary.md"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_a_protocol_is_part_of_every_key(data, tmp_path, monkeypatch):

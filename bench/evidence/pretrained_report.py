@@ -81,14 +81,16 @@ def points(interval: Interval, scale: float = 100) -> str:
 
 
 def write(plan: TierPlan, output: pathlib.Path) -> str:
-    """Writes README.md and the pictures into `output`; returns what is written and what is
-    missing.
+    """Writes README.md, the pictures and, for docs/evidence.md, summary.md into `output`; returns
+    what is written and what is missing.
     """
     parts, missing = ["# What each method buys a pre-trained language model"], []
+    short = []
     for data in FURTHER:
         rows, runs = whole(plan, data)
         if rows:
             parts += described(data, rows, runs, output)
+            short += summarised(data, rows)
         tiers = [tier for tier, (_, sets, _) in TIERS.items() if data in sets]
         for tier in tiers:
             names = [name for name in TIERS[tier][0] if not any(name == row for row, _ in rows)]
@@ -103,6 +105,9 @@ def write(plan: TierPlan, output: pathlib.Path) -> str:
             + "\n".join(f"- {each}" for each in missing)
         )
     (output / "README.md").write_text("\n\n".join(parts) + "\n")
+    (output / "summary.md").write_text(
+        "\n\n".join(short or ["No method has all its runs yet."]) + "\n"
+    )
     return f"Written: {output / 'README.md'}" + "".join(
         f"\nnot finished: {each}" for each in missing
     )
@@ -162,6 +167,35 @@ def described(
         ]
     picture = _picture(data, rows, output / f"{data}.png")
     return [*parts, f"![{data}]({picture.name})"]
+
+
+def summarised(data: str, rows: Rows) -> list[str]:
+    """Returns the main columns of each method, tuned under PGD, and the questions' answers."""
+    columns = picks(data)
+    titles = ["clean", f"PGD {STRENGTHS[MIDDLE]:g}", f"{TYPOS[-1]:.0%} typos", *FURTHER[data]]
+    cells = []
+    for name in dict.fromkeys(name for name, _ in rows):
+        results = _chosen_under_pgd(rows, name) or []
+        accuracies = (
+            intervals.of_accuracy([columns[title](result) for result in results])
+            for title in titles
+        )
+        passes = METHODS[name].passes * METHODS[name].times
+        share = statistics.fmean(result["share"] for result in results)
+        cells.append([name, *map(points, accuracies), str(passes), f"{share:.2%}"])
+    seeds = {len(results) for results in rows.values()}
+    parts = [
+        f"Trained on `{data}`, tuned under PGD; percent right, with 95 % intervals over "
+        f"{' or '.join(map(str, sorted(seeds)))} seeds and texts:",
+        table(["method", *titles, "passes", "selected"], cells),
+    ]
+    if contrasts := _contrasts(rows):
+        parts += [
+            f"The questions: difference in points under PGD at {STRENGTHS[MIDDLE]:g}, paired by "
+            "seed and text; p by Holm.",
+            table(["question", "contrast", "difference", "p"], contrasts),
+        ]
+    return parts
 
 
 def _chosen_under_pgd(rows: Rows, name: str) -> list[dict[str, Any]] | None:

@@ -415,3 +415,40 @@ def test_a_refused_step_after_others_changes_nothing(native, cls, gradient, erro
     params[bad].data, params[bad].grad = torch.ones(4), torch.ones(4)
     optimizer.step()
     assert all(optimizer.state[p]["step"] == 4 for p in params)
+
+
+@pytest.mark.parametrize("native", ["cpp"], indirect=True)
+def test_options_that_changed_are_checked_again(native):
+    p = torch.nn.Parameter(torch.ones(4))
+    p.grad = torch.ones(4)
+    optimizer = uk.SelectiveAdamW([p], betas=[0.9, 0.99], seed=1, backend=native)
+    group, before = optimizer.param_groups[0], None
+    for _ in range(3):
+        optimizer.step()
+    for name, wrong, right in [
+        ("lr", -1.0, 1e-3),
+        ("lr", True, 1e-3),
+        ("lr", float("inf"), 1e-3),
+        ("eps", -1.0, 1e-8),
+        ("threshold", float("nan"), 0.8),
+        ("seed", "one", 1),
+        ("betas", [0.9, 1.5], (0.9, 0.99)),
+    ]:
+        group[name], before = wrong, p.detach().clone()
+        with pytest.raises((ValueError, TypeError)):
+            optimizer.step()
+        assert torch.equal(p, before), name
+        group[name] = right
+        optimizer.step()
+        assert not torch.equal(p, before), name
+    group["betas"] = [0.9, 0.99]
+    for _ in range(2):
+        optimizer.step()
+    group["betas"][1] = 1.5  # the same list
+    with pytest.raises(ValueError, match="index 1"):
+        optimizer.step()
+    group["betas"] = (0.9, 0.99)
+    optimizer.step()
+    optimizer.backend = "cuda"
+    with pytest.raises(RuntimeError, match="backend='cuda' cannot serve"):
+        optimizer.step()

@@ -5,19 +5,55 @@ was, need not look at every tensor in Python.
 import dataclasses
 import itertools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from ..core import memory
-from .batch import Batch
+from ..core import checks, memory
+from .batch import Batch, Group
 from .state import Packed
 
 SHAPE = operator.attrgetter("shape")
 LAYOUT = operator.attrgetter("layout")
 PLACEMENT = operator.attrgetter("device", "dtype")
+# An option of these types is as good as checked while it is the same object.
+IMMUTABLE = frozenset((float, int, bool, str, torch.dtype, type(None)))
+LARGEST = 1e300  # of the options that are numbers
+
+
+class CheckedOptions(NamedTuple):
+    """Holds the options of a group that a step checked, but for the learning rate, which schedules
+    change.
+    """
+
+    read: Callable[[Group], tuple[object, ...]]
+    checked: tuple[object, ...]
+    backend: str  # as the user asked for it
+
+    @classmethod
+    def of(cls, group: Group, names: Iterable[str], backend: str) -> "CheckedOptions | None":
+        """Remembers checked options; None where one can be changed in place."""
+        read = operator.itemgetter(*(name for name in names if name != "lr"))
+        checked = read(group)
+        parts = [
+            part for option in checked for part in (option if type(option) is tuple else (option,))
+        ]
+        return cls(read, checked, backend) if IMMUTABLE.issuperset(map(type, parts)) else None
+
+    def are_of(self, group: Group, backend: str) -> bool:
+        """Tells whether the group has these options still, and a learning rate that needs no
+        look.
+        """
+        lr = group["lr"]
+        return (
+            type(lr) in checks.PLAIN
+            and bool(0 <= lr <= LARGEST)
+            and backend is self.backend
+            and all(map(operator.is_, self.read(group), self.checked))
+        )
 
 
 @dataclasses.dataclass
@@ -33,10 +69,15 @@ class CachedStep:
     sizes: list[int] | None  # elements of the parameters, where all are contiguous
     empty: list[Tensor]  # parameters without an element, which have no address
     placements: list[tuple[torch.device, torch.dtype]]  # and theirs
+    options: CheckedOptions | None  # that were checked; None where they must be again
 
     @classmethod
     def of(
-        cls, batch: Batch, state: Mapping[Tensor, dict[str, Tensor]], places: memory.Places
+        cls,
+        batch: Batch,
+        state: Mapping[Tensor, dict[str, Tensor]],
+        places: memory.Places,
+        options: CheckedOptions | None,
     ) -> "CachedStep":
         """Remembers a step that was taken."""
         params = batch.params
@@ -50,6 +91,7 @@ class CachedStep:
             sizes=list(map(Tensor.numel, params)) if contiguous else None,
             empty=empty,
             placements=list(map(PLACEMENT, empty)),
+            options=options,
         )
 
     def why_not(

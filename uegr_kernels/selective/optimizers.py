@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 from ..core import checks, memory, shards
 from . import op
 from .batch import Batch, Group, Scopes
-from .cached_step import CachedStep
+from .cached_step import LARGEST, CachedStep, CheckedOptions
 from .options import FIELDS, AdamWOptions, Selection, SGDOptions, StepOptions, agreed_seed
 from .state import Packed, check_batch, check_parameter, complete, placed, restore, without_none
 
@@ -128,7 +128,7 @@ class SelectiveOptimizer(Optimizer):
         if not 0.0 <= lr:
             raise ValueError(f"Invalid learning rate: {lr}")
         for name in ("lr", "weight_decay", *self.numbers):
-            if not isinstance(group[name], Tensor) and abs(checks.plain(group[name])) > 1e300:
+            if not isinstance(group[name], Tensor) and abs(checks.plain(group[name])) > LARGEST:
                 raise ValueError(f"{name}={group[name]} is out of range; give a finite number")
         if not 0.0 <= group["weight_decay"]:
             raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
@@ -218,7 +218,7 @@ class SelectiveOptimizer(Optimizer):
             if cached and batch:
                 self._update_all([batch])
                 batch.forget_gradients()
-                cached.batch, self._cached_step = batch, cached
+                self._cached_step = cached
             else:
                 self._cached_step = self._step_anew()
             return loss
@@ -232,24 +232,27 @@ class SelectiveOptimizer(Optimizer):
 
     def _batch_again(self, cached: CachedStep) -> Batch | None:
         """Returns the batch of a cached step with the gradients of now, ready to be stepped; None
-        where anything else may differ. Changes nothing.
+        where anything else may differ. Changes nothing but the cached step.
         """
-        then = cached.batch
-        group, grads = then.group, list(map(GRADIENT, then.params))
+        batch = cached.batch
+        group, grads = batch.group, list(map(GRADIENT, batch.params))
         needed = self._needed(group)
         if cached.why_not(self.param_groups, self.state, grads, needed) is not None:
             return None
-        self._check(group)
-        batch = self._new_batch(group, then.params[0].device, then.params[0].dtype)
-        if batch.backend != then.backend:
-            return None
+        if cached.options is None or not cached.options.are_of(group, self.backend):
+            self._check(group)
+            new = self._new_batch(group, batch.device, batch.params[0].dtype)
+            if new.backend != batch.backend:
+                return None
+            batch.selection, batch.seed = new.selection, new.seed
+            cached.options = CheckedOptions.of(group, self.defaults, self.backend)
+        lists = {}
         for key in needed:
             tensors = cached.state_list(key, self._packed.get(key))
             if tensors is None:
                 return None
-            batch.state_lists[key] = tensors
-        batch.params, batch.grads, batch.layout = then.params, grads, then.layout
-        batch.states, batch.plan = then.states, then.plan
+            lists[key] = tensors
+        batch.grads, batch.state_lists = grads, lists
         return batch
 
     def _step_anew(self) -> CachedStep | None:
@@ -271,7 +274,8 @@ class SelectiveOptimizer(Optimizer):
         ):
             return None
         batches[0].forget_gradients()
-        return CachedStep.of(batches[0], self.state, places)
+        options = CheckedOptions.of(batches[0].group, self.defaults, self.backend)
+        return CachedStep.of(batches[0], self.state, places, options)
 
     def _groups(self) -> Iterator[tuple[Group, int]]:
         """Returns every group with the stream of its first parameter: streams number the

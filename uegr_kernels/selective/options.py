@@ -158,7 +158,7 @@ def agreed_seed(drawn: int) -> int:
     return seeds[0]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class StepOptions:
     """Holds what AdamW's and SGD's operators have in common (op.STEP), the selection as one
     object, and the plan. A learning rate is a number, or a tensor of one element.
@@ -177,7 +177,7 @@ class StepOptions:
     plan: object  # what the operator returned at the last step
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class AdamWOptions:
     """Holds what AdamW's operator has of its own; the betas are numbers, or tensors of one
     element.
@@ -190,7 +190,7 @@ class AdamWOptions:
     eps: float
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class SGDOptions:
     """Holds what SGD's operator has of its own."""
 
