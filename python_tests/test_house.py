@@ -6,10 +6,12 @@ import ast
 import collections
 import dataclasses
 import functools
+import io
 import pathlib
 import re
 import subprocess
 import sys
+import tokenize
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -982,6 +984,46 @@ def names(path, text):
 )
 def exact_math(path, text):
     return re.findall(r"-ffast-math|-Ofast|-?-use_fast_math", text)
+
+
+SHAPE = re.compile(r"(#|//) (\([^)]*\)|\[[^]]*\]|\w{1,2}(, \w{1,2})+)")
+FOR_A_TOOL = re.compile(r"(#|//) *(noqa|type:|pragma|fmt:|NOLINT|namespace)")
+CODE_AND_COMMENT = re.compile(r'((?:[^"/]|"(?:[^"\\]|\\.)*"|/(?!/))*\S)\s*(//.*)')
+
+
+def trailing_comments(path: pathlib.PurePosixPath, text: str) -> Iterator[tuple[int, str]]:
+    if path.suffix == ".py":
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type == tokenize.COMMENT and token.line[: token.start[1]].strip():
+                yield token.start[0], token.string
+    else:
+        for number, line in enumerate(text.splitlines(), 1):
+            found = CODE_AND_COMMENT.fullmatch(line)
+            if found and line.lstrip()[:1] not in "#/":
+                yield number, found[2]
+
+
+@rule(
+    "A comment stands on a line of its own, above what it is on; at a line's end stand shapes, and "
+    "words for tools",
+    f"({PACKAGE}/(?!perturbation/|dropout/|finetune/)|csrc/(?!perturbation/|dropout/)|setup.py).*",
+    bad=[
+        "uegr_kernels/bistage.py | x = 1  # of each pass",
+        "uegr_kernels/bistage.py | f(\n  x,  # s\n)",
+        "csrc/core/math.h | int x = 1; // bytes",
+        'csrc/core/math.h | f("//"); // (why)not',
+    ],
+    good=[
+        "uegr_kernels/bistage.py | # of each pass\nx = 1  # (N, C)\ny = 2  # m, N, C\nz = '# s'",
+        "uegr_kernels/bistage.py | import x  # noqa: F401\nw: int = y  # type: ignore[misc]",
+        'csrc/core/math.h | // bytes\nint x = 1; // [N]\n#endif // X\nf("a // b");',
+        "csrc/core/math.h | } // namespace uegr",
+    ],
+)
+def comments_above(path, text):
+    for number, comment in trailing_comments(path, text):
+        if not SHAPE.fullmatch(comment) and not FOR_A_TOOL.match(comment):
+            yield f"line {number} ends with {comment}"
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.check.__name__)

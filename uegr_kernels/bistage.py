@@ -186,7 +186,8 @@ class BiStage(StageOptions):
         # A wrapper that synchronises allows for one backward after each forward, not for several
         # forwards first.
         again = self._at_once < self.passes or (len(groups) > 1 and bool(synchronisers(self.model)))
-        calls: list[tuple[Tensor, Pass]] = []  # logits and the slot's content of each
+        # logits and the slot's content of each
+        calls: list[tuple[Tensor, Pass]] = []
         states = []
         for group in groups:
             with contextlib.ExitStack() as stack:
@@ -217,7 +218,8 @@ class BiStage(StageOptions):
                         hold()
                         with replayed(states[i]):
                             group_logits, pass_ = self._adversarial(batch, delta, group)
-                    else:  # no graph outlives its backward
+                    else:
+                        # no graph outlives its backward
                         group_logits, pass_ = calls.pop(0)
                     with self._rate(group), self._runner.filled(pass_):
                         group_logits.backward(logits.grad[group.start : group.stop].flatten(0, 1))

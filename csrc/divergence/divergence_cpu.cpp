@@ -15,17 +15,20 @@
 namespace uegr {
 namespace {
 
-constexpr int64_t span =
-    1024;           // elements whose sum is taken in T; whose gradient passes through L1 together
-constexpr int64_t worth_a_thread = 1 << 15; // logits
-constexpr int64_t worth_streaming =
-    1 << 23; // bytes of a fresh gradient: more than it pays to put into a cache
+// elements whose sum is taken in T; whose gradient passes through L1 together
+constexpr int64_t span = 1024;
+// logits
+constexpr int64_t worth_a_thread = 1 << 15;
+// bytes of a fresh gradient: more than it pays to put into a cache
+constexpr int64_t worth_streaming = 1 << 23;
 
 // The N rows of one pass, in the caller's memory.
 struct Rows {
-    char* data = nullptr; // null: nothing is wanted here
+    // null: nothing is wanted here
+    char* data = nullptr;
     Storage storage = Storage::float32;
-    int64_t row = 0, column = 1, classes = 0; // strides, in elements
+    // strides, in elements
+    int64_t row = 0, column = 1, classes = 0;
     bool streamed = false;
 
     Rows() = default;
@@ -62,12 +65,14 @@ struct Values {
 
 struct LossBatch {
     LossOptions options{};
-    int64_t samples = 0, classes = 0, first = 0; // first: pass of the pairs
+    // first: pass of the pairs
+    int64_t samples = 0, classes = 0, first = 0;
     std::vector<Rows> logits, gradients;
     const int64_t* indices = nullptr;
     int64_t index_stride = 0;
     Rows soft;
-    double unit = 1; // of the gradients: 1/count
+    // of the gradients: 1/count
+    double unit = 1;
     std::vector<Values> values;
 
     explicit LossBatch(const LossArguments& a)
@@ -96,7 +101,8 @@ template <class T> class Worker {
     };
     const LossBatch& batch;
     const int64_t classes, padded, passes, m;
-    const int lanes; // that a row reaches
+    // that a row reaches
+    const int lanes;
     std::unique_ptr<T, Free> memory;
     T *staged, *targets;
     std::vector<const T*> x;
@@ -257,7 +263,8 @@ private:
         }
     }
 
-    void start_ratios(int64_t k, int64_t begin, int64_t end, T from) { // whole vectors
+    // whole vectors
+    void start_ratios(int64_t k, int64_t begin, int64_t end, T from) {
         T* w = products_of(batch.first + k);
         std::fill(w + begin, w + end, from);
     }

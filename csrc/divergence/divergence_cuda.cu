@@ -74,7 +74,8 @@ __global__ void __launch_bounds__(warp_threads)
 struct Scaling {
     Slot from, to, factor;
     int64_t size, classes, samples;
-    bool by_row, in_place; // in place, times 1 is left alone
+    // in place, times 1 is left alone
+    bool by_row, in_place;
 };
 template <bool full, bool by_row> DEVICE void scale(const Scaling& s, const int64_t* axes) {
     constexpr int n = full ? columns : 1;
@@ -100,7 +101,8 @@ template <bool full, bool by_row> DEVICE void scale(const Scaling& s, const int6
     }
 }
 struct Axes {
-    int64_t at[28]; // of up to three views with up to four axes
+    // of up to three views with up to four axes
+    int64_t at[28];
 };
 __global__ void __launch_bounds__(block_threads)
     scale_full(const __grid_constant__ Scaling scaling, const __grid_constant__ Axes axes) {
@@ -123,7 +125,8 @@ Rows rows_of(const View& v, int64_t pass) {
     rows.data = v.data + (v.dim == 3 ? pass * v.strides[0] * bytes_of(v.storage) : 0);
     return rows;
 }
-bool covered(const Rows& rows, int64_t samples) { // by whole accesses
+// by whole accesses
+bool covered(const Rows& rows, int64_t samples) {
     const int64_t row_bytes = rows.row * bytes_of(rows.storage);
     return !rows.data || (rows.column == 1 && reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 &&
                           (row_bytes % 16 == 0 || samples <= 1));
@@ -153,7 +156,8 @@ template <class Kernel> bool allow_large_cluster(Kernel kernel) {
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) ==
         cudaSuccess)
         return true;
-    cudaGetLastError(); // else the next call would be blamed
+    // else the next call would be blamed
+    cudaGetLastError();
     return false;
 }
 
@@ -247,7 +251,8 @@ bool launch_rows(LossBatch& batch, int rows, Kernel of_block, size_t block_room,
             if (cluster > portable_cluster && !allow_large_cluster(kernel)) return false;
             shape.blocks =
                 minimum<int64_t>(batch.samples, active_clusters(kernel, shape)) * cluster;
-            if (shape.blocks == 0) return false; // all of them are refused
+            // all of them are refused
+            if (shape.blocks == 0) return false;
         }
         launch(kernel, shape, stream, batch);
         return true;

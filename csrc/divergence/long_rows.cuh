@@ -32,7 +32,8 @@ template <Storage storage> struct Elements {
         else asm("max.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
         return a;
 #else
-        auto larger = [](uint32_t x, uint32_t y) { // ordered as the floats
+        // ordered as the floats
+        auto larger = [](uint32_t x, uint32_t y) {
             auto key = [](uint32_t h) { return h >> 15 ? 0x7fffu - (h & 0x7fffu) : h + 0x8000u; };
             return key(x) > key(y) ? x : y;
         };
@@ -107,8 +108,10 @@ template <class Joins, Storage storage> struct RowsOnChip {
     static constexpr int columns = Of::columns;
     const LossBatch& batch;
     Joins joins;
-    Chunk* slots; // this thread's first
-    int of_pass; // slots of a pass
+    // this thread's first
+    Chunk* slots;
+    // slots of a pass
+    int of_pass;
 
     DEVICE RowsOnChip(const LossBatch& batch, char* shared, size_t room)
         : batch(batch), joins(shared), slots(reinterpret_cast<Chunk*>(shared + room) + threadIdx.x),
@@ -117,7 +120,8 @@ template <class Joins, Storage storage> struct RowsOnChip {
     // A sample's rows.
     struct Sample {
         int64_t n;
-        int shift; // columns from the start of 16 bytes to that of a row
+        // columns from the start of 16 bytes to that of a row
+        int shift;
         int chunks;
     };
     DEVICE Sample sample_of(int64_t n) const {
@@ -222,7 +226,8 @@ struct LongRows : RowsOnChip<Joins, storage> {
         Base::row_of, Base::column_of, Base::each, Base::each_part, Base::get, Base::put,
         Base::put_part, Base::counting, Base::write;
     using typename Base::Of, typename Base::Chunk, typename Base::Sample;
-    static constexpr int k = passes - 2; // the pair: this pass and the one after it
+    // the pair: this pass and the one after it
+    static constexpr int k = passes - 2;
 
     DEVICE LongRows(const LossBatch& batch, char* shared)
         : Base(batch, shared, sizeof(typename Joins::Room)) {}
@@ -345,7 +350,8 @@ struct LongRows : RowsOnChip<Joins, storage> {
             RowSums& row = rows[pass];
             row.max = near[pass].max(), row.sum = sums[pass];
             row.settle();
-            if (batch.indices) { // smoothing 1 leaves no label, whatever its logit
+            // smoothing 1 leaves no label, whatever its logit
+            if (batch.indices) {
                 const double apart = most[pass] - near[pass].moved - row.max;
                 if (smoothing < 1) row.label = (1 - smoothing) * (sums[2 * passes + pass] + apart);
                 if (smoothing > 0)
@@ -459,14 +465,16 @@ struct LongRows : RowsOnChip<Joins, storage> {
             if (first < end_of_next) copy(from, slot, first + moved);
         };
         Addresses into;
-        int wanted = 0; // a bit for each pass
+        // a bit for each pass
+        int wanted = 0;
         UNROLL
         for (int pass = 0; pass < passes; ++pass) {
             into.row[pass] = row_of(batch.gradients[pass], at);
             wanted |= (batch.gradients[pass].data != nullptr) << pass;
         }
         into = settled_at(into), wanted = settled(wanted);
-        auto find_gradients = [&](auto count, auto& x) { // of x[pass][j] in its place
+        // of x[pass][j] in its place
+        auto find_gradients = [&](auto count, auto& x) {
             UNROLL
             for (int j = 0; j < decltype(count)::value; ++j) {
                 UNROLL
@@ -528,7 +536,8 @@ struct LongRows : RowsOnChip<Joins, storage> {
         } else {
             each(at, copy_next);
         }
-        if (has_label) { // once more, over what this thread has just written
+        // once more, over what this thread has just written
+        if (has_label) {
             find_gradients(std::integral_constant<int, 1>(), labelled);
             UNROLL
             for (int pass = 0; pass < passes; ++pass)
@@ -537,8 +546,8 @@ struct LongRows : RowsOnChip<Joins, storage> {
                                               factors[pass].labelled(labelled[pass][0], share));
         }
         // One more chunk, perhaps, than this sample had.
-        const int turns =
-            (at.chunks - Joins::index() + Joins::size() - 1) / Joins::size(); // of this thread
+        // of this thread
+        const int turns = (at.chunks - Joins::index() + Joins::size() - 1) / Joins::size();
         copy_next(slots + turns * static_cast<int>(blockDim.x),
                   (turns * Joins::size() + Joins::index()) * columns - at.shift);
     }

@@ -7,7 +7,8 @@
 namespace uegr {
 namespace {
 
-constexpr int many = 9; // passes at most
+// passes at most
+constexpr int many = 9;
 static_assert(many <= most_joined);
 
 // What a block keeps beside the rows: by pass what was found of it, by pair the distance. Written
@@ -268,7 +269,8 @@ template <class Joins, Storage storage> struct ManyRows : RowsOnChip<Joins, stor
         double sums[many];
         UNROLL
         for (int pass = 0; pass < many; ++pass) sums[pass] = kl[pass];
-        joins.template join<1>(sums, 0.0, added<double>); // of this sample again, after others
+        // of this sample again, after others
+        joins.template join<1>(sums, 0.0, added<double>);
         if (static_cast<int>(threadIdx.x) < batch.passes)
             found.of(static_cast<int>(threadIdx.x)).row.kl = own(sums) * curvature_unit;
     }

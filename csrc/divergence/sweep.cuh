@@ -109,8 +109,9 @@ struct Sweep {
             if (pairs && pass >= batch.first) divergence += rows[pass].divergence();
         }
         const double unit = batch.unit();
-        each([&](int64_t i) { // in place, a class's logits are read before any of its gradients is
-                              // written
+        // in place, a class's logits are read before any of its gradients is
+        // written
+        each([&](int64_t i) {
             float gradient[most_passes];
             for (int pass = 0; pass < batch.passes; ++pass) {
                 if (!batch.gradients[pass].data) continue;

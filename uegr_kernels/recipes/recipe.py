@@ -57,16 +57,22 @@ class Recipe:
     """
 
     # What a class says of its method, without a model:
-    steps_itself: ClassVar[bool] = False  # `backward` steps the optimizer
-    selects_update: ClassVar[bool] = False  # the update goes to a random selection of elements
-    sets_selection: ClassVar[bool] = False  # by options of its own, not the optimizer's
-    passes: ClassVar[int] = 1  # through the model, of a batch with the default options
-    kept: ClassVar[tuple[str, ...]] = ()  # attributes that a checkpoint carries
+    # `backward` steps the optimizer
+    steps_itself: ClassVar[bool] = False
+    # the update goes to a random selection of elements
+    selects_update: ClassVar[bool] = False
+    # by options of its own, not the optimizer's
+    sets_selection: ClassVar[bool] = False
+    # through the model, of a batch with the default options
+    passes: ClassVar[int] = 1
+    # attributes that a checkpoint carries
+    kept: ClassVar[tuple[str, ...]] = ()
 
     model: nn.Module
     embedding: nn.Module | None
     optimizer: torch.optim.Optimizer | None = None
-    _given: frozenset[str] = dataclasses.field(init=False)  # names of the keywords it was built by
+    # names of the keywords it was built by
+    _given: frozenset[str] = dataclasses.field(init=False)
     _runner: Hooked = dataclasses.field(init=False)
     # what the passes are over, while one is
     _taken: InputBatch | None = dataclasses.field(init=False, default=None)

@@ -11,15 +11,21 @@ from torch import Tensor
 from ...core import triton_ops
 from .kernels import Form, add_up_kernel, loss_kernel, scale_kernel
 
-FEW = 5  # passes of which a thread holds a block each
-WIDE = 3  # those of which it holds 128 bits each, whatever their dtype
-SPLIT = 4  # passes of which a row's last block has code of its own
-HELD = 16 * 1024  # elements of rows that a program's registers hold
+# passes of which a thread holds a block each
+FEW = 5
+# those of which it holds 128 bits each, whatever their dtype
+WIDE = 3
+# passes of which a row's last block has code of its own
+SPLIT = 4
+# elements of rows that a program's registers hold
+HELD = 16 * 1024
 # Blocks of held rows, times the pairs of passes, that have code each: the time that compiling takes
 # grows with the square of it.
 MOST_CODE = 8
-MOST_THREADS = 256  # with more one has too few registers
-COUNTED_BY_EACH = 4096  # labels up to which every program counts those that are not ignored
+# with more one has too few registers
+MOST_THREADS = 256
+# labels up to which every program counts those that are not ignored
+COUNTED_BY_EACH = 4096
 NO_FORM = Form._make([None] * len(Form._fields))
 
 
@@ -146,7 +152,8 @@ def _programs(block: Block, passes: PassRows, device: torch.device) -> int:
     """
     samples, classes = passes.tensors[0].shape
     tiles: int = triton.cdiv(samples, block.ROWS)
-    if device.type == "cpu":  # the interpreter: a few, for their loops to go round
+    # the interpreter: a few, for their loops to go round
+    if device.type == "cpu":
         return max(1, min(tiles, 3))
     if block.HELD:
         return max(1, min(tiles, 2**31 - 1))

@@ -43,16 +43,22 @@ from .math import (
     square,
 )
 
-RANK_BINS = tl.constexpr(0x7F80)  # the upper 16 bits of a finite |g|
-TABLE = tl.constexpr(0x8000)  # from one table of bins to the next
+# the upper 16 bits of a finite |g|
+RANK_BINS = tl.constexpr(0x7F80)
+# from one table of bins to the next
+TABLE = tl.constexpr(0x8000)
 
-BLOCK = tl.constexpr(1024)  # elements at a time
+# elements at a time
+BLOCK = tl.constexpr(1024)
 # the same behind a mask, where an element has an index, a call of Philox and perhaps offsets of its
 # own
 TAIL = tl.constexpr(256)
-PIECE = tl.constexpr(16 * 1024)  # elements of an item
-LANES = tl.constexpr(128)  # tensors a program of `prepare_kernel` and `keep_kernel` looks at
-TABLES = tl.constexpr(4096)  # tables of bins that are alive at a time: 512 MiB at most
+# elements of an item
+PIECE = tl.constexpr(16 * 1024)
+# tensors a program of `prepare_kernel` and `keep_kernel` looks at
+LANES = tl.constexpr(128)
+# tables of bins that are alive at a time: 512 MiB at most
+TABLES = tl.constexpr(4096)
 
 
 class TensorRow(typing.NamedTuple):
@@ -112,7 +118,8 @@ class StepHead(typing.NamedTuple):
     weight_decay: float
     momentum: float
     dampening: float
-    sign: float  # -1: maximize
+    # -1: maximize
+    sign: float
     steepness: float
     threshold: float
     largest_inverse: float
@@ -155,14 +162,16 @@ class Form(typing.NamedTuple):
 
     # "adamw", "sgd", "multiply" (the gradient in place), "probability", "mask", "statistics"
     RULE: str
-    DTYPE: object  # of the arithmetic
+    # of the arithmetic
+    DTYPE: object
     NORMALIZATION: str
     # of the statistics: "own", "kept", "scope" (a row for all), "scopes" (a row each), "" where
     # there are none
     SOURCE: str
     RANDOM: bool
     RESCALE: bool
-    TO_UPDATE: bool  # target
+    # of the target "update"
+    TO_UPDATE: bool
     NESTEROV: bool
     THETA: object
     MOMENT1: object
@@ -173,7 +182,8 @@ class Form(typing.NamedTuple):
     STEP: object
     KEPT: object
     STRIDED: bool
-    ROUNDING: bool  # a moment is rounded stochastically
+    # a moment is rounded stochastically
+    ROUNDING: bool
 
 
 # What travels together.
@@ -506,7 +516,8 @@ def selected_inverse(g, s, shared, form):
     if form.NORMALIZATION == "constant":
         inverse = tl.zeros_like(g) + shared.largest_inverse
     elif form.NORMALIZATION == "rank":
-        magnitude = tl.abs(root(s) if form.S is not None else g)  # the root of -0 is -0
+        # the root of -0 is -0
+        magnitude = tl.abs(root(s) if form.S is not None else g)
         counted = finite(magnitude)
         ptrs = shared.table_ptr + tl.where(counted, rank_bin(magnitude), 0)
         inverse = tl.load(ptrs, mask=counted, other=1.0).to(form.DTYPE)
@@ -797,7 +808,8 @@ def count_kernel(
         bins_ptr = out_ptr + (tl.load(row_ptr + POSITION) * RANK_BINS if MANY else 0)
     else:
         bins_ptr = out_ptr + tensor % TABLES * TABLE
-    ordered = run >= n  # then the wanted ones are known; else each index is looked at
+    # then the wanted ones are known; else each index is looked at
+    ordered = run >= n
     jump = tl.where(ordered, every, 1)
     start += tl.where(ordered, (every - (offset + start) % every) % every, 0)
     lists = list_pointers(head_ptr, row_ptr, form, False)

@@ -12,8 +12,10 @@ from ...core import triton_ops
 from ..options import Selection
 
 UNIFORM_UNIT = tl.constexpr(2.0**24)
-SMALLEST_PROBABILITY = 2.0**-24  # the step of u
-SAMPLED = 2**20  # a rank over more elements than this takes every k-th
+# the step of u
+SMALLEST_PROBABILITY = 2.0**-24
+# a rank over more elements than this takes every k-th
+SAMPLED = 2**20
 
 
 # ---- On the host
@@ -25,7 +27,8 @@ class Curve(typing.NamedTuple):
     steepness: float
     threshold: float
     largest_inverse: float
-    constant_inverse: float  # of normalization "constant"
+    # of normalization "constant"
+    constant_inverse: float
 
 
 def curve(selection: Selection) -> Curve:
@@ -65,11 +68,15 @@ class AdamW(typing.NamedTuple):
     """Holds the scalars of a tensor's AdamW step."""
 
     beta2: object
-    complement1: object  # 1 - beta1
+    # 1 - beta1
+    complement1: object
     complement2: object
-    decay: object  # 1 - lr * weight_decay
-    step_size: object  # lr / (1 - beta1^step)
-    inverse_root: object  # 1 / sqrt(1 - beta2^step)
+    # 1 - lr * weight_decay
+    decay: object
+    # lr / (1 - beta1^step)
+    step_size: object
+    # 1 / sqrt(1 - beta2^step)
+    inverse_root: object
     eps: object
 
 
@@ -87,7 +94,8 @@ class SGD(typing.NamedTuple):
 
     lr: object
     momentum: object
-    complement: object  # 1 - dampening
+    # 1 - dampening
+    complement: object
     weight_decay: object
 
 
