@@ -414,7 +414,7 @@ def work(options: argparse.Namespace, output: Output) -> int:
     found: dict = {}
 
     def probe(again: str) -> Stop | None:
-        """Its record is judged; what it found stays."""
+        """Runs the probe; its record is judged, what it found stays."""
         stage = dataclasses.replace(
             PROBE,
             name=f"probe{again}",

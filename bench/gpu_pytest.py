@@ -51,7 +51,7 @@ def kernels(item: pytest.Item) -> str:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that name no backend go with Triton's. What others leave out after this is missed:
+    """Lets tests that name no backend go with Triton's. What others leave out after this is missed:
     it was expected.
     """
     backend = os.environ["GPU_TESTS"]

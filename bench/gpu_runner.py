@@ -60,7 +60,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Wave:
-    """Stages that run at the same time, `at_once` of them at most, and end within `limit`
+    """Holds stages that run at the same time, `at_once` of them at most, and end within `limit`
     seconds in all.
     """
 

@@ -58,7 +58,7 @@ class Place:
 
 
 class Disagreement(Exception):
-    """Ours is wrong."""
+    """Says that ours is wrong."""
 
 
 def agree(found: Tensor, expected: Tensor, what: str, allowed: float = 1e-5) -> None:
@@ -126,7 +126,7 @@ def unloaded() -> str | None:
 
 
 def triton_version() -> str | None:
-    """Its distribution's, which has another name in ROCm's and nightly builds."""
+    """Returns its distribution's, which has another name in ROCm's and nightly builds."""
     for name in ("triton", "triton-rocm", "pytorch-triton-rocm", "pytorch-triton"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
@@ -220,7 +220,7 @@ def captured(at: Place, function: Callable[[], object]) -> Callable[[], object]:
 
 
 def graph(at: Place) -> None:
-    """Replays between eager steps make what eager steps alone make."""
+    """Checks that replays between eager steps make what eager steps alone make."""
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=generator) for shape in ((5, 41), (1025,), (70_001,))]
     gradients = [
@@ -348,7 +348,7 @@ def perturbed(at: Place) -> harness.Case:
 
 
 def sweep(at: Place) -> harness.Case:
-    """Warps and the bytes of a group of tensors in the Triton step; ours, the first, is the
+    """Times warps and the bytes of a group of tensors in the Triton step; ours, the first, is the
     setting in use.
     """
     from uegr_kernels.core import triton_ops

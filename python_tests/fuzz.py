@@ -104,7 +104,7 @@ class Fuzzer:
         ]
 
     def tensor(self, shape, dtype: torch.dtype, *, plain: bool = False) -> Tensor:
-        """Random values in random strides, with memory of nobody's around and between them."""
+        """Gives random values in random strides, memory of nobody's around and between them."""
         shape, strides, at = list(shape), [0] * len(shape), 1
         order = list(reversed(range(len(shape))))
         if not plain and self.chance(0.3):
@@ -169,7 +169,7 @@ class Fuzzer:
         return self.tensor(self.shape(), dtype)
 
     def spoil(self, value):
-        """Something else in an argument's place, of its type as a rule."""
+        """Gives something else in an argument's place, of its type as a rule."""
         if isinstance(value, bool):
             return not value
         if isinstance(value, int):
@@ -238,7 +238,7 @@ class Fuzzer:
     def one_by_one(
         self, count: int, value: float, dtype: torch.dtype = torch.float32
     ) -> list[Tensor]:
-        """A state of one value by parameter, or all of them in one tensor."""
+        """Gives a state of one value by parameter, or all of them in one tensor."""
         if count > 1 and self.chance(0.2):
             out = self.tensor((count,), dtype, plain=True)
             out.copy_(torch.tensor(value, dtype=torch.float64))

@@ -36,7 +36,7 @@ def rows(count: int) -> list[tuple[str, str]]:
 
 @pytest.fixture
 def data(tmp_path):
-    """Two sets in our format, equal but in their names."""
+    """Gives two sets in our format, equal but in their names."""
     for name in ("one", "two"):
         for part, count in (("train", 40), ("test", 12)):
             path = tmp_path / "data" / name / f"{part}.tsv.gz"

@@ -23,7 +23,7 @@ WORDS = {"good": "fine great lovely bright happy", "bad": "poor awful dull grim 
 
 
 def write(folder, name, rows):
-    """A set whose texts' words give their labels away."""
+    """Writes a set whose texts' words give their labels away."""
     draw = random.Random(name)
     (folder / name).mkdir(parents=True)
     for part in ("train", "test"):

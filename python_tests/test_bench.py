@@ -28,7 +28,7 @@ README = harness.ROOT / "bench" / "README.md"
 
 
 def documented() -> dict[str, str]:
-    """The keys in bench/README.md's table, and where they are found."""
+    """Gives the keys in bench/README.md's table, and where they are found."""
     rows = re.findall(
         r"^\| (`[^|]+) \| ([^|]+) "
         r"\|",
@@ -39,7 +39,7 @@ def documented() -> dict[str, str]:
 
 
 def unlike_documented(line: dict, known: dict[str, str], needed: tuple[str, ...]) -> list[str]:
-    """Keys that bench/README.md does not have, and those that it promises and the line lacks."""
+    """Gives keys that bench/README.md does not have, and those it promises that the line lacks."""
     wrong = [f"{key} is not documented" for key in line if key not in known]
     wrong += [
         f"{key} is missing"
@@ -229,7 +229,7 @@ def test_memory_of_a_step_is_seen():
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A machine whose others and time a test says: the seconds slept, and what others use."""
+    """Gives a machine whose others and time a test says: the seconds slept, and what others use."""
     state = {"slept": 0.0, "others": lambda slept: 0.0}
 
     def sleep(seconds):

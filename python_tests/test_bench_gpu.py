@@ -30,7 +30,7 @@ HERE = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 def stand_in(name: str, lines: str, limit: float = 30.0, **more) -> Stage:
-    """A stage that runs a few lines of Python; `say` is what a stage answers by."""
+    """Gives a stage that runs a few lines of Python; `say` is what a stage answers by."""
     start = (
         f"import sys, os, time, signal, subprocess\nsys.path.insert(0, {str(ROOT)!r})\nfrom "
         "bench.gpu_runner import answer as say\n"
@@ -42,7 +42,7 @@ GOOD = "say({'said': 'good'})"
 
 
 def ran(folder, *waves, seconds: float = 60.0, judge=lambda *_: None):
-    """The lines kept on the disk, by stage, and why the run stopped."""
+    """Gives the lines kept on the disk, by stage, and why the run stopped."""
     output = Output(folder)
     stop = run(list(waves), output, time.monotonic() + seconds, judge, lambda line: None)
     lines = gpu_report.read(folder / "gpu.jsonl")
@@ -50,7 +50,7 @@ def ran(folder, *waves, seconds: float = 60.0, judge=lambda *_: None):
 
 
 def alive(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
+    """Tells whether a process is there and no zombie."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rsplit(")", 1)[1].split()[0] != "Z"
@@ -59,7 +59,7 @@ def alive(pid: int) -> bool:
 
 
 def written(path) -> int:
-    """The number that another process writes into a file."""
+    """Gives the number that another process writes into a file."""
     until = time.monotonic() + 60
     while not (path.exists() and path.read_text().endswith("\n")) and time.monotonic() < until:
         time.sleep(0.05)
@@ -455,7 +455,7 @@ def test_a_probe_that_is_killed_is_tried_once_more(tmp_path, monkeypatch, capsys
 
 
 def built_on_the_spot(tmp_path, monkeypatch, why_not_after: str | None):
-    """A run whose probe finds no library but nvcc, and a stand-in for the build."""
+    """Gives a run whose probe finds no library but nvcc, and a stand-in for the build."""
     after = tmp_path / "built"
     facts = {"no_gpu": None, "cuda": "13.0", "nvcc": "/nvcc", "capability": "9.0"}
     program = f"""
@@ -959,7 +959,7 @@ ALLOWED = ("torch", "numpy", "pytest", "hypothesis")
 
 
 def needs(names) -> set[str]:
-    """These distributions and what they need, in turn; extras aside."""
+    """Gives these distributions and what they need, in turn; extras aside."""
     found, waiting = set(), list(names)
     while waiting:
         name = re.sub("[-_.]+", "-", waiting.pop()).lower()
@@ -1173,7 +1173,7 @@ def test_the_empty_kernel_is_one(tmp_path):
 
 
 class Queue:
-    """A GPU's queue, with a clock: steps take a second there, and the host a hundredth."""
+    """Feigns a GPU's queue, with a clock: steps take a second there, and the host a hundredth."""
 
     def __init__(self, monkeypatch):
         self.calls, self.clock = [], 0.0

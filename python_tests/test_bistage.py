@@ -58,7 +58,7 @@ def gradients(model):
 
 
 def outcome(model, run):
-    """What `run` returns and the gradients it leaves, from none and from one random state."""
+    """Gives what `run` returns and the gradients it leaves, from none and from one random state."""
     model.zero_grad()
     torch.manual_seed(7)
     return run(), {name: gradient.clone() for name, gradient in gradients(model).items()}
@@ -231,7 +231,7 @@ def test_backward_equals_the_loss_for_every_model(name):
 
 
 def counted(model):
-    """Rows that a model's first layer after the embedding sees forward and backward."""
+    """Counts rows that a model's first layer after the embedding sees forward and backward."""
     rows = types.SimpleNamespace(forward=[], backward=[])
     model.hidden.register_forward_hook(
         lambda module, inputs, output: rows.forward.append(len(output))

@@ -305,7 +305,7 @@ def test_zero_redundancy():
 
 
 def two(make):
-    """Two parameters with gradients, from `make`, which gives their tensors; and an optimizer
+    """Gives two parameters with gradients, from `make`, which gives their tensors; and an optimizer
     of both.
     """
     params = [torch.nn.Parameter(tensor) for tensor in make()]

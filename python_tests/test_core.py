@@ -354,8 +354,8 @@ def test_power_of_two_is_numpys(bindings, suffix, dtype):
 
 
 def ulps(found, expected, dtype):
-    """The largest error in units of the last place, relative to NumPy's longdouble; zeros must
-    be zeros.
+    """Gives the largest error in units of the last place, relative to NumPy's longdouble; zeros
+    must be zeros.
     """
     assert np.array_equal(found == 0, expected.astype(dtype) == 0)
     gaps = np.abs(found - expected)[expected != 0] / np.abs(expected)[expected != 0]

@@ -84,7 +84,7 @@ def test_full_blocks_keep_to_registers_and_whole_accesses(read, operator):
 
 
 def updates(kernel: Kernel) -> list[str]:
-    """The loop that updates elements."""
+    """Gives the loop that updates elements."""
     (loop,) = [loop for loop in kernel.element_loops() if count(loop, "STG") and count(loop, "LDG")]
     return loop
 
@@ -317,7 +317,7 @@ def test_the_model_of_the_kernels_is_of_this_code(read, arch):
 
 @pytest.fixture(scope="session")
 def on_host() -> pathlib.Path:
-    """The CUDA operators compiled for a CPU, under the name of the baseline's library."""
+    """Loads the CUDA operators compiled for a CPU, under the name of the baseline's library."""
     if not shutil.which("c++") or sys.platform != "linux":
         pytest.skip("needs a C++ compiler on Linux")
     flags = [
@@ -417,7 +417,7 @@ CHOICES = {
 
 
 def pytest_on(library: pathlib.Path | None, *arguments, **variables) -> None:
-    """The CPU's tests run on a library of CUDA operators for a host, or on the CPU's own."""
+    """Runs the CPU's tests on a library of CUDA operators for a host, or on the CPU's own."""
     environment = {
         **os.environ,
         **variables,

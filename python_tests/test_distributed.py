@@ -80,7 +80,7 @@ def model():
 
 
 def train(net, optimizer, steps=STEPS, first=0, skip=None):
-    """The same batch on every process: gradients are bit-equal to one process's."""
+    """Trains on the same batch on every process: gradients are bit-equal to one process's."""
     for step in range(first, first + steps):
         torch.manual_seed(100 + step)
         ids, labels = torch.randint(0, 13, (8, 5)), torch.randint(0, 3, (8,))
@@ -327,7 +327,7 @@ def dropping(num_features=None):
 
 
 def learn(net, rank, steps=3):
-    """Data of each process's own; the weights stay alike."""
+    """Trains on data of each process's own; the weights stay alike."""
     for step in range(steps):
         torch.manual_seed(1000 * rank + step)
         net.zero_grad()
@@ -338,7 +338,7 @@ def learn(net, rank, steps=3):
 
 
 def differ(layer):
-    """The norms are those of each process's data, and nobody's were broadcast."""
+    """Checks that the norms are those of each process's data, and nobody's were broadcast."""
     found = [torch.empty(3, 7) for _ in range(dist.get_world_size())]
     dist.all_gather(found, uk.AdaptiveDropout.get_extra_state(layer))
     assert all(each[:2].isfinite().all() and each[:2].any() for each in found)

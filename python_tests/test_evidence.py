@@ -39,7 +39,7 @@ def text(label: str, i: int) -> str:
 
 @pytest.fixture
 def data(tmp_path):
-    """`sst2` and the sets that its models are scored on too, of a few texts."""
+    """Gives `sst2` and the sets that its models are scored on too, of a few texts."""
     for name in ("sst2", *pretrained.FURTHER["sst2"]):
         for part, count in (("train", 60), ("test", 14)) if name == "sst2" else (("test", 6),):
             path = tmp_path / "data" / name / f"{part}.tsv.gz"
@@ -51,7 +51,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A random BERT of two layers with its tokenizer, as Transformers saves them."""
+    """Gives a random BERT of two layers with its tokenizer, as Transformers saves them."""
     transformers = pytest.importorskip("transformers")
     folder = tmp_path / "bert"
     folder.mkdir()
@@ -98,7 +98,7 @@ def small(checkpoint):
 
 @pytest.fixture
 def tiers(monkeypatch):
-    """Every method, on one set with two seeds."""
+    """Gives every method, on one set with two seeds."""
     monkeypatch.setattr(pretrained, "TIERS", {1: (tuple(pretrained.METHODS), ("sst2",), 2)})
     monkeypatch.setattr(pretrained_report, "TIERS", pretrained.TIERS)
 
@@ -173,8 +173,8 @@ def test_runs_of_another_protocol_are_not_taken(data, small, tmp_path):
 
 @pytest.fixture
 def committed(tmp_path, monkeypatch):
-    """A copy of the committed runs, their data's digests and sizes as they were, and UEGR with the
-    plain dropout that it had then; a run that is missing fails.
+    """Gives a copy of the committed runs, their data's digests and sizes as they were, and UEGR
+    with the plain dropout that it had then; a run that is missing fails.
     """
     folder = command.RESULTS
     for name in ("runs.jsonl", "cost.jsonl"):

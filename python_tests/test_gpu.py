@@ -41,7 +41,7 @@ def gpu() -> torch.device:
 
 @pytest.fixture(params=("cuda", "triton"))
 def kernels(request, gpu) -> str:
-    """Every backend with kernels for this GPU."""
+    """Gives every backend with kernels for this GPU."""
     reason = backends.why_not(request.param, "selective.selective_adamw_", gpu)
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")

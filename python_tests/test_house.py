@@ -107,7 +107,7 @@ class Import:
 
     @property
     def layer(self) -> str:
-        """The package for a foreign module; for ours the operator's layer, the module's name,
+        """Gives the package for a foreign module; for ours the operator's layer, the module's name,
         or "public".
         """
         words = self.module.split(".")
@@ -764,7 +764,7 @@ def includes(text: str) -> list[str]:
 
 
 def resolve(path: pathlib.PurePosixPath, header: str) -> str:
-    """Where a quoted header lies: beside the file, or from csrc/; as a path from csrc/."""
+    """Tells where a quoted header lies: beside the file, or from csrc/; as a path from csrc/."""
     words = []
     name = header.strip('"')
     for word in [
@@ -778,7 +778,9 @@ def resolve(path: pathlib.PurePosixPath, header: str) -> str:
 def unless_header(
     allowed: Callable[[str], bool], path: pathlib.PurePosixPath, text: str
 ) -> Iterator[str]:
-    """`allowed` sees <header> as it stands and "header" as a path from csrc/."""
+    """Yields what is not allowed: `allowed` sees <header> as it stands and "header" as a path from
+    csrc/.
+    """
     seen = {
         header: header if header.startswith("<") else resolve(path, header)
         for header in includes(text)

@@ -82,7 +82,7 @@ def named(dotted: str):
 
 
 def split(signature: inspect.Signature) -> tuple[list, dict]:
-    """(name, default) of the positional arguments in order, and of the keywords by name."""
+    """Returns (name, default) of the positional arguments in order, and of the keywords by name."""
     positional, keywords = [], {}
     for p in signature.parameters.values():
         assert p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY), f"{p} takes anything"

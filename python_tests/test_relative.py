@@ -56,7 +56,7 @@ def batch():
 
 
 def size(model, i):
-    """The norm of sample i's real words."""
+    """Gives the norm of sample i's real words."""
     ids, mask, _ = batch()
     return model.embedding.weight[ids[i][mask[i] != 0]].norm().item()
 

@@ -130,7 +130,7 @@ def test_two_optimizers_step_in_two_threads():
 
 
 def results() -> dict[str, torch.Tensor]:
-    """What the compiled operators make of the same arguments, by name; what stands before the
+    """Gives what the compiled operators make of the same arguments, by name; what stands before the
     colon is a row of the tolerance table.
     """
     generator = torch.Generator().manual_seed(5)

@@ -54,7 +54,7 @@ def vit():
 
 
 class Net(nn.Module):
-    """A module of one's own, which returns what `gives` says."""
+    """Returns, as a module of one's own, what `gives` says."""
 
     def __init__(self, gives="dict", loss=nn.functional.cross_entropy):
         super().__init__()
@@ -74,7 +74,7 @@ class Net(nn.Module):
 
 
 class Named(Net):
-    """A module whose labels have another name, which the Trainer finds in the signature."""
+    """Has labels with another name, which the Trainer finds in the signature."""
 
     def forward(self, input_ids, attention_mask=None, own_label=None):
         return super().forward(input_ids, attention_mask, own_label)

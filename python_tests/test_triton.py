@@ -45,7 +45,7 @@ def words_kernel(out, numbers, BLOCK: tl.constexpr, IN_ORDER: tl.constexpr):
 
 
 def triton_words(first, n, layout, step, seed, in_order) -> list[int]:
-    """The words of local elements [first, first + n), by one call for four neighbours or by a
+    """Gives the words of local elements [first, first + n), by one call for four neighbours or by a
     call each.
     """
     out = torch.zeros(max(triton.next_power_of_2(n), 4), dtype=torch.int32)
@@ -207,7 +207,7 @@ def test_a_plan_made_under_capture_serves_no_other_step(monkeypatch):
 
 @pytest.fixture
 def launched_kernels(monkeypatch) -> list[str]:
-    """The names of kernels in the order of their launches, which do nothing."""
+    """Gives the names of kernels in the order of their launches, which do nothing."""
     names: list[str] = []
     monkeypatch.setattr(
         InterpretedFunction, "run", lambda self, *args, **kwargs: names.append(self.fn.__name__)
@@ -229,7 +229,7 @@ STEADY = [
 
 
 def steady(count: int, **options):
-    """Parameters, and what steps them with gradients that moved."""
+    """Gives parameters, and what steps them with gradients that moved."""
     params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(count)]
     optimizer = uk.SelectiveAdamW(params, seed=1, capturable=True, backend="triton", **options)
 
@@ -266,7 +266,7 @@ def test_perturbed_weights_launches_are_as_many_for_500_tensors_as_for_5(launche
 
 
 class Allocations(TorchDispatchMode):
-    """Operators that give fresh memory."""
+    """Counts operators that give fresh memory."""
 
     def __init__(self):
         super().__init__()

@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="Triton is not installed; run `pip install 
 
 
 def loss(m, n, c, dtype, labels="indices", call="", backward=""):
-    """A statement that computes a UEGR loss, and what comes after."""
+    """Gives a statement that computes a UEGR loss, and what comes after."""
     y = (
         f"torch.zeros({n}, dtype=torch.long)"
         if labels == "indices"

@@ -20,8 +20,8 @@ def test_gradients_in_float32_are_right_to_the_rows_largest(backend):
 
 
 def compare_with_wide_reference(native, logits, labels, **options):
-    """Losses to 1e-5 or 1e-7 nats a pair, gradients to 1e-5 of their row's largest or 1e-7,
-    against the reference in float64.
+    """Compares losses to 1e-5 or 1e-7 nats a pair, gradients to 1e-5 of their row's largest or
+    1e-7, against the reference in float64.
     """
     narrow, wide = (
         [x.clone().requires_grad_() for x in logits],

@@ -67,7 +67,7 @@ def test_gradients_of_a_batch_of_gradients_are_theirs_one_by_one(backend, reduct
 
 
 def losses_of_one_tensor(backend, inplace_backward=False, reduction="mean"):
-    """Each loss as a function of its adversarial logits or hidden states [3, 5, 7], and the
+    """Gives each loss as a function of its adversarial logits or hidden states [3, 5, 7], and the
     same by PyTorch's functions.
     """
     clean, _, labels = batch(requires_grad=False)

@@ -30,7 +30,7 @@ def of_weights(loss, weights):
 
 
 def masked_by(seed, keep, stream=0):
-    """The public generator's mask of a tensor."""
+    """Gives the public generator's mask of a tensor."""
     return lambda x: reference.kept(
         x, torch.tensor(seed), keep_probability=keep, step=0, stream=stream
     )

@@ -30,7 +30,7 @@ from .steps import (
 
 
 class Twice(nn.Module):
-    """Two convolutions with BatchNorm."""
+    """Has two convolutions with BatchNorm."""
 
     def __init__(self):
         super().__init__()

@@ -34,7 +34,7 @@ def test_a_recomputed_embedding(name):
 
 
 class Blocks(nn.Module):
-    """A block behind the embedding that activation checkpointing recomputes."""
+    """Has a block behind the embedding that activation checkpointing recomputes."""
 
     def __init__(self, reentrant):
         super().__init__()
@@ -169,7 +169,7 @@ def one_rank(rank, path):
 
 
 class Wrapper(nn.Module):
-    """Somebody's module around the model."""
+    """Wraps the model as somebody's module."""
 
     def __init__(self, model):
         super().__init__()

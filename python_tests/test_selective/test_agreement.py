@@ -101,13 +101,13 @@ SGD_CASES = [
 
 
 def sharpness_scale(options: dict) -> float:
-    """The table's bounds are for z up to 10."""
+    """Returns a factor: the table's bounds are for z up to 10."""
     return max(1.0, options.get("sharpness", 5.0) / 5)
 
 
 def agree(monkeypatch, cls, native, start, gradients, **options) -> None:
-    """Both backends over the same steps: parameters and all states, but for elements that came
-    near a tie in some step.
+    """Compares both backends over the same steps: parameters and all states, but for elements that
+    came near a tie in some step.
     """
     options = SPREAD | {"lr": 0.3} | in_dtype(options, start[0].dtype)
     ranked = options.get("normalization") == "rank"
@@ -383,7 +383,7 @@ def test_state_in_other_strides_than_the_parameter(backend, cls):
 
 @st.composite
 def random_cases(draw):
-    """A gradient of any shape, values and strides, and a selection."""
+    """Gives a gradient of any shape, values and strides, and a selection."""
     shape = tuple(draw(st.lists(st.integers(0, 9), min_size=0, max_size=4)))
     dtype = draw(st.sampled_from(DTYPES))
     kind = draw(st.sampled_from(["spread", "normal", "few values", "with specials", "wide"]))

@@ -161,7 +161,7 @@ def test_distributed_checkpoint_of_a_fresh_optimizer():
 
 
 def through_two_steps(cls, start, gradients, lr, **options) -> torch.Tensor:
-    """The parameter after a differentiable step on each gradient."""
+    """Gives the parameter after a differentiable step on each gradient."""
     p = start.clone()
     optimizer = cls([p], lr=lr, differentiable=True, **options)
     for g in gradients:

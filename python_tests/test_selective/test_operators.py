@@ -61,7 +61,7 @@ def test_a_step_makes_no_temporary_of_a_parameters_size(native, cls, options, st
 
 
 def memory(key: str) -> int:
-    """A line of /proc/self/status in bytes."""
+    """Gives a line of /proc/self/status in bytes."""
     try:
         with open("/proc/self/status") as status:
             return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))
@@ -78,7 +78,9 @@ def reset_peak() -> None:
 
 
 def operator_arguments(name: str, dtype: torch.dtype, normalization: str) -> tuple[tuple, dict]:
-    """Positional and keyword arguments for an operator: a dense permuted tensor and a 0-dim one."""
+    """Gives positional and keyword arguments for an operator: a dense permuted tensor and a 0-dim
+    one.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def tensors(dtype=dtype):

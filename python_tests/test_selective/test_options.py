@@ -304,7 +304,7 @@ def inverse_by_sgd(backend, before, after, gradient) -> torch.Tensor:
 
 
 def assert_inverse(found, probabilities) -> None:
-    """`found` (NaN: not selected) is 1/p; at least one element was selected."""
+    """Checks that `found` (NaN: not selected) is 1/p; at least one element was selected."""
     found, expected = (
         found.double().flatten().numpy(),
         1 / np.asarray(probabilities, dtype=float).ravel(),
