@@ -8,7 +8,8 @@ import pytest
 
 from .gpu_runner import answer
 
-EXCUSED = "the GPU has too little memory"  # a reason that lets a test be skipped and still count
+# a reason that lets a test be skipped and still count
+EXCUSED = "the GPU has too little memory"
 
 
 class Count:

@@ -40,8 +40,10 @@ OPERATOR = "selective.selective_adamw_"
 # One of each folder: all are in one library.
 OPERATORS = ("selective_adamw_", "uegr_loss", "fgm_perturbation_", "adaptive_dropout")
 BRAIN = torch.bfloat16
-CLOSING = 2.5  # seconds from a benchmark's last round to its limit
-FACTOR = 64  # by which --small divides the larger sizes
+# seconds from a benchmark's last round to its limit
+CLOSING = 2.5
+# by which --small divides the larger sizes
+FACTOR = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +51,17 @@ class Place:
     """Says where a case runs, with which backend of ours, at which size, and until when."""
 
     device: str = "cuda"
-    backend: str = "cuda"  # "auto" on the CPU
+    # "auto" on the CPU
+    backend: str = "cuda"
     small: bool = False
-    until: float = math.inf  # by time.monotonic(): no round of a benchmark begins after it
-    compiled: bool = False  # with torch.compile among the peers
-    compile_alone: bool = False  # only call it once: what it compiles stays in its cache
-    counters: bool = False  # under a profiler of kernels
+    # by time.monotonic(): no round of a benchmark begins after it
+    until: float = math.inf
+    # with torch.compile among the peers
+    compiled: bool = False
+    # only call it once: what it compiles stays in its cache
+    compile_alone: bool = False
+    # under a profiler of kernels
+    counters: bool = False
 
 
 class Disagreement(Exception):
@@ -112,7 +119,8 @@ def probe(no_gpu: str | None) -> dict:
         said["capability"] = (
             ".".join(map(str, torch.cuda.get_device_capability())) if torch.version.cuda else None
         )
-        answer(said)  # ahead of the first kernel
+        # ahead of the first kernel
+        answer(said)
         said["copy_rate"] = timer.spread(machine.Copy(2**30, "cuda")(5))["median"]
     return said
 

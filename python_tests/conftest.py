@@ -18,7 +18,8 @@ import torch
 from uegr_kernels.core import backends
 
 if os.environ["TRITON_INTERPRET"] == "1":
-    with contextlib.suppress(ModuleNotFoundError):  # Triton is an extra
+    # Triton is an extra
+    with contextlib.suppress(ModuleNotFoundError):
         import interpreter
 
         interpreter.quicken()
@@ -183,7 +184,8 @@ def poisoned_memory():
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
-    torch.use_deterministic_algorithms(True, warn_only=True)  # what torch fills fresh memory under
+    # what torch fills fresh memory under
+    torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 

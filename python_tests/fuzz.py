@@ -505,7 +505,8 @@ class Fuzzer:
             try:
                 getattr(torch.ops.uegr_kernels, name).default(*args, **options)
                 outcome = "done"
-            except Exception:  # whatever its type: the arguments may be anything
+            except Exception:
+                # whatever its type: the arguments may be anything
                 outcome = "refused"
         for tensor, memory, before in () if self.elsewhere else self.memory:
             if (
@@ -536,7 +537,8 @@ OPERATORS = {
     for name in torch._C._dispatch_get_all_op_names()
     if "uegr_kernels::" in name
 }
-OPERATORS = sorted(OPERATORS - {"linear_uegr_loss"})  # that one is composed in Python
+# that one is composed in Python
+OPERATORS = sorted(OPERATORS - {"linear_uegr_loss"})
 
 
 def run_case(seed: int, case: int) -> str:

@@ -50,7 +50,8 @@ def test_ranges_and_quantiles_by_hand():
     (found,) = uk.analysis.selection_report(optimizer).parameters
     assert (found.s_min, found.s_max, found.largest_inverse) == (0.0, 9.0, 2.0)
     assert found.s_quantiles[2] == 4.0
-    assert found.histogram[10] == 4 and found.histogram[19] == 1  # what is not finite has p = 1
+    # what is not finite has p = 1
+    assert found.histogram[10] == 4 and found.histogram[19] == 1
 
 
 def test_a_global_scope_spans_the_parameters():
@@ -214,7 +215,8 @@ def test_an_attack_reaches_as_far_as_epsilon(attack, restarts):
     assert [each.accuracy for each in found] == [1.0, 7 / 8, 4 / 8, 0.0]
     assert [each.epsilon for each in found] == [0.0, 0.1, 0.4, 1.0]
     assert found[2].drop == 0.5 and found[2].relative_drop == 0.5
-    assert [sum(each.predicted) for each in found] == [0, 1, 4, 8]  # of class 1, the other one
+    # of class 1, the other one
+    assert [sum(each.predicted) for each in found] == [0, 1, 4, 8]
     assert all(each.outcomes == tuple(label == 0 for label in each.predicted) for each in found)
     assert unchanged(model) == before
 
@@ -458,7 +460,8 @@ def test_largest_eigenvalue_and_trace(values):
     assert unchanged(model) == before
 
 
-@pytest.mark.filterwarnings("error")  # nothing is said where it has converged
+# nothing is said where it has converged
+@pytest.mark.filterwarnings("error")
 def test_the_eigenvalue_of_largest_magnitude_is_numpys():
     signs = set()
     for seed in range(50):
@@ -728,7 +731,8 @@ def squares(model):
     return model.weight.square().sum()
 
 
-NUMBERS = {  # name: a call, its integers, its other numbers
+# name: a call, its integers, its other numbers
+NUMBERS = {
     "attack": (
         lambda **o: uk.analysis.accuracy_under_attack(
             torch.nn.Sequential(TEXTS, torch.nn.Flatten(), torch.nn.Linear(12, 2)),

@@ -45,7 +45,8 @@ def processes(world):
             assert not late and all(worker.exitcode == 0 for worker in workers)
 
         BODIES[body.__name__] = body
-        del test.__wrapped__  # pytest asks it for its arguments
+        # pytest asks it for its arguments
+        del test.__wrapped__
         return test
 
     return decorate
@@ -121,7 +122,8 @@ OPTIONS = [
 
 @processes(2)
 def test_ddp_agrees_on_a_seed_and_equals_one_process(rank, path):
-    torch.manual_seed(rank)  # other seeds are drawn
+    # other seeds are drawn
+    torch.manual_seed(rank)
     net, alone = model(), model()
     torch.manual_seed(10 + rank)
     optimizer = uk.SelectiveAdamW(net.parameters(), lr=0.05, threshold=0.3)
@@ -164,7 +166,8 @@ def test_fsdp_on_two_processes_equals_one(rank, path):
 @pytest.mark.long
 @processes(4)
 def test_fsdp_on_four_processes_equals_one(rank, path):
-    fsdp_equals_one_process()  # the last layer has fewer rows than processes: empty parts
+    # the last layer has fewer rows than processes: empty parts
+    fsdp_equals_one_process()
 
 
 @processes(2)
@@ -370,7 +373,8 @@ def test_norms_in_a_distributed_checkpoint(rank, path):
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
     net = shard(dropping(7))
-    state = learn(net, 0).get_extra_state()  # the same on both: a checkpoint has one
+    # the same on both: a checkpoint has one
+    state = learn(net, 0).get_extra_state()
     dcp.save({"model": get_model_state_dict(net)}, checkpoint_id=f"{path}/checkpoint")
     again = shard(dropping(7))
     found = {"model": get_model_state_dict(again)}

@@ -13,7 +13,8 @@ from documents import BLOCKS, MARKS, PAGES, REVIEWS, ROOT, blocks_of, written_in
 
 import uegr_kernels as uk
 
-MOST_MARKS = 10  # shell blocks that are parsed alone
+# shell blocks that are parsed alone
+MOST_MARKS = 10
 README = (ROOT / "README.md").read_text()
 
 
@@ -75,7 +76,8 @@ def trained(folder: pathlib.Path) -> None:
     transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
 
 
-@pytest.mark.filterwarnings("ignore")  # frameworks warn of their own affairs
+# frameworks warn of their own affairs
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("block", written_in("python"), ids=str)
 def test_python_runs(reader, block):
     for package in ("transformers", "lightning", "matplotlib"):
@@ -91,7 +93,8 @@ def test_every_block_is_python_or_shell():
     """A language that no test knows is a block that no test runs; so is an indented command."""
     assert {str(block) for block in BLOCKS if block.language not in ("python", "sh")} == set()
     command = re.compile(r"^    (?:\w+=\S+ )*(?:make|pip|python3?|torchrun) .*", re.MULTILINE)
-    spec = "    python -m uegr_kernels info | demo | finetune"  # a list of names
+    # a list of names
+    spec = "    python -m uegr_kernels info | demo | finetune"
     found = [line for page in PAGES for line in command.findall(page.read_text())]
     assert [line for line in found if line != spec] == []
 
@@ -210,7 +213,8 @@ def test_a_message_that_no_code_has_is_found_out():
 @pytest.mark.parametrize("message", ERRORS)
 def test_the_page_of_errors_has_the_codes_messages(message):
     assert is_said(message)
-    assert len(message.replace("…", "")) > 20  # else it is said anywhere
+    # else it is said anywhere
+    assert len(message.replace("…", "")) > 20
 
 
 def test_the_page_of_departures_has_every_recipe():

@@ -20,7 +20,8 @@ from scipy import stats
 
 import uegr_kernels as uk
 
-pytest.importorskip("transformers")  # which the evidence trains by
+# which the evidence trains by
+pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from bench import accuracy, harness
@@ -201,7 +202,8 @@ def test_committed_runs_are_known_and_make_the_committed_report(committed, capsy
     ]
     arguments = [*call.split()[3:], "--output", str(output)]
     options = command.parser().parse_args(arguments)
-    options.methods.remove("uegr_plain_dropout")  # then the same as uegr
+    # then the same as uegr
+    options.methods.remove("uegr_plain_dropout")
     command.run(options, call)
     texts = [path for path in folder.iterdir() if path.suffix in (".md", ".json", ".jsonl")]
     assert len(texts) > 10

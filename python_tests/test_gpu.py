@@ -158,7 +158,8 @@ def test_gpu_masks_equal_the_references(gpu, kernels):
         uk.selection_mask(x, seed=3, step=7, backend=b).cpu()
         for x, b in ((g.to(gpu), kernels), (g, "reference"))
     )
-    assert (found != expected).sum() <= 2  # u and p closer than 2^-22
+    # u and p closer than 2^-22
+    assert (found != expected).sum() <= 2
 
 
 # a warp, a block, clusters, ragged rows

@@ -76,7 +76,8 @@ def test_recipes(name):
         results = []
         for relative in (True, False):
             model = small()
-            model.embedding.requires_grad_(name != "free_at")  # whose repeats would change its norm
+            # whose repeats would change its norm
+            model.embedding.requires_grad_(name != "free_at")
             factor = 1.0 if relative else size(model, i)
             given = {key: value * factor for key, value in lengths.items()}
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -105,7 +106,8 @@ def test_every_sample_has_its_own_length(name):
     delta = (seen[-1][:N] - model.embedding(ids).detach()).flatten(1)
     sizes = torch.tensor([size(model, i) for i in range(N)], dtype=torch.float64)
     shares = (delta.abs().amax(1) if name in ("roast", "adv_embed") else delta.norm(dim=1)) / sizes
-    if name == "drop_attack":  # elements are left out
+    # elements are left out
+    if name == "drop_attack":
         assert (shares < 0.3).all() and (shares > 0.1).all()
     else:
         torch.testing.assert_close(shares, shares.mean().expand(N), rtol=0.5, atol=0)

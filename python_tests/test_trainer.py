@@ -321,7 +321,8 @@ def test_every_optim_is_the_trainers_but_torchs_adamw(tmp_path, name):
             == [0.1, 0]
         )
     elif isinstance(theirs, tuple):
-        assert mine == theirs  # the package that is missing
+        # the package that is missing
+        assert mine == theirs
     else:
         assert type(mine) is type(theirs) and mine.defaults == theirs.defaults
 

@@ -393,9 +393,11 @@ def test_every_kernel_is_compiled():
 def test_the_whole_blocks_of_a_float32_step_are_read_and_written_by_128_bits(name, target):
     update = next(kernel for kernel in launched(name, target) if kernel.name == "update_kernel")
     threads = 256 if target.startswith("gfx9") else 128
-    each = 1024 // 4 // threads  # 128-bit accesses of a thread to a list's block
+    # 128-bit accesses of a thread to a list's block
+    each = 1024 // 4 // threads
     loads, stores = update.wide
-    assert loads >= 5 * each  # parameter, moments, gradient; the gradient of what is gathered
+    # parameter, moments, gradient; the gradient of what is gathered
+    assert loads >= 5 * each
     assert stores == 3 * each
     # Only unmasked accesses say how long the cache is to keep them.
     assert update.count(r"(LDG|STG)\..*\.E[FL]\b(?!.*\b128\b).*") == 0, (

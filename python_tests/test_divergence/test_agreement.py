@@ -50,7 +50,8 @@ def compare_with_wide_reference(native, logits, labels, **options):
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 6, 8])
 def test_kernel_is_the_wide_reference(native, m, c):
     if native == "triton" and m * c > 5000:
-        m = 2  # many passes of many blocks take the interpreter long
+        # many passes of many blocks take the interpreter long
+        m = 2
     logits = [
         random_logits(3, c, dtype=torch.float32, seed=1, scale=5.0),
         random_logits(m, 3, c, dtype=torch.float32, seed=2, scale=5.0),

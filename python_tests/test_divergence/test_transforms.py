@@ -135,7 +135,8 @@ def test_forward_mode_is_refused(backend, name, mode, inplace_backward):
         RuntimeError, match="of uegr_kernels has no forward-mode derivative .*torch.func.grad"
     ):
         FORWARD_MODE[mode](loss, x, torch.ones_like(x))
-    with torch.autograd.forward_ad.dual_level():  # what has no tangent is served
+    # what has no tangent is served
+    with torch.autograd.forward_ad.dual_level():
         torch.testing.assert_close(loss(x), losses_of_one_tensor(backend)[name][1](x))
 
 

@@ -273,20 +273,24 @@ COSTS = {
     "l2": (1, 1, 1),
     "at": (2, 2, 2),
     "fgsm": (2, 2, 2),
-    "pgd": (5, 5, 2),  # K = 3
+    # K = 3
+    "pgd": (5, 5, 2),
     "free_at": (3, 3, 3),
     "free_lb": (3, 3, 3),
     "r_drop": (2, 2, 1),
     "r_at": (3, 3, 2),
     "r_at_su": (3, 3, 2),
-    "uegr": (2, 2, 2),  # of N and of 2N rows
+    # of N and of 2N rows
+    "uegr": (2, 2, 2),
     "drop_attack": (2, 2, 2),
-    "drop_attack_k": (4, 4, 4),  # K = 3
+    # K = 3
+    "drop_attack_k": (4, 4, 4),
     "child_tuning_f": (1, 1, 1),
     "child_tuning_d": (1, 1, 1),
     "roast": (3, 3, 1),
     "weight_consolidation": (1, 1, 1),
-    "arat": (12, 12, 2),  # K = 10
+    # K = 10
+    "arat": (12, 12, 2),
     "adv_embed": (3, 3, 2),
     "sam": (2, 2, 1),
     "awp": (2, 2, 1),

@@ -155,7 +155,8 @@ def in_dtype(options: dict, dtype) -> dict:
     return {key: converted(value) for key, value in options.items()}
 
 
-HAND = torch.tensor([1.0, -2.0, 3.0, 5.0])  # s = 1, 4, 9, 25
+# s = 1, 4, 9, 25
+HAND = torch.tensor([1.0, -2.0, 3.0, 5.0])
 # The smallest, odd ones, one block and its neighbours, no axis, a transposed one: all of them in
 # one call.
 AGREEMENT_SHAPES = [(), (0,), (1,), (3,), (5, 41), (1023,), (1024,), (1025,)]

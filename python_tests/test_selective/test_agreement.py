@@ -48,7 +48,8 @@ SELECTION_CASES = [
     ),
     pytest.param({"rescale": False}, id="not rescaled"),
     pytest.param({"min_probability": 0.25}, id="floor"),
-    pytest.param({"sharpness": 40.0}, id="sharp"),  # 1/p up to its cap of 2^24
+    # 1/p up to its cap of 2^24
+    pytest.param({"sharpness": 40.0}, id="sharp"),
     pytest.param({"sharpness": 0.0}, id="coin"),
     pytest.param({"scope": "global"}, id="global"),
     pytest.param(
@@ -126,7 +127,8 @@ def agree(monkeypatch, cls, native, start, gradients, **options) -> None:
             found = optimizer.state[p][key]
             if key == "step" or key.startswith("saliency"):
                 compare(found, value, "equal", name=f"{key} of parameter {i}")
-            else:  # SGD's weight decay feeds the parameter, as rounded, to its buffer
+            else:
+                # SGD's weight decay feeds the parameter, as rounded, to its buffer
                 compare(
                     found,
                     value,
@@ -234,7 +236,8 @@ def test_the_shared_histograms_rank_is_off_by_at_most_the_share_of_the_bin(nativ
         .max()
         .item()
     )
-    assert gap <= 4.0 / 2 * share + 1e-6  # no slope of p is steeper than sharpness/2
+    # no slope of p is steeper than sharpness/2
+    assert gap <= 4.0 / 2 * share + 1e-6
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)

@@ -113,7 +113,8 @@ def test_hooks_fire_once(cls):
     assert fired == ["before", "after"]
     optimizer.load_state_dict(optimizer.state_dict())
     assert fired == ["before", "after", "loading", "loaded"]
-    optimizer.load_state_dict(optimizer.state_dict())  # its own hooks are gone again
+    # its own hooks are gone again
+    optimizer.load_state_dict(optimizer.state_dict())
     assert fired[4:] == ["loading", "loaded"]
 
 
