@@ -17,7 +17,7 @@ WORDS, D, CLASSES = 20, 5, 3
 
 
 class Reader(nn.Module):
-    """Embedding, LSTM, LayerNorm, the mean over the real tokens, linear; `order` says where the
+    """Has embedding, LSTM, LayerNorm, the mean over the real tokens, linear; `order` says where the
     words lie.
 
     "batch"  ids [N, T], looked up as they are;  "time"  ids [T, N], looked up as they are
@@ -71,7 +71,7 @@ def assert_same(actual, expected):
 
 
 def asked(order, n, length):
-    """Only of words that are given time-first, as many as there are texts, one has to say so."""
+    """Gives the axis, of time-first words that are as many as the texts: the rest is found."""
     return {"batch_axis": 1} if order == "time" and n == length else {}
 
 

@@ -19,7 +19,7 @@ N, T, WORDS, CLASSES = 5, 9, 30, 4
 
 
 class Small(nn.Module):
-    """An embedding, a dropout and two linear layers over the mean; subclasses change how the
+    """Has an embedding, a dropout and two linear layers over the mean; subclasses change how the
     embedding is used.
     """
 

@@ -83,7 +83,7 @@ def checkpoint(tmp_path):
 
 @pytest.fixture
 def small(checkpoint):
-    """What makes a run small."""
+    """Gives what makes a run small."""
     return {
         **{
             "model": str(checkpoint),

@@ -62,7 +62,7 @@ def size(model, i):
 
 
 def gradients(model):
-    """Of one's own, or, where the recipe steps, the weights."""
+    """Gives a model's own gradients, or, where the recipe steps, the weights."""
     return torch.cat(
         [(p.detach() if p.grad is None else p.grad).flatten() for p in model.parameters()]
     )

@@ -38,8 +38,8 @@ def bert(**config):
 
 
 def vit():
-    """Its loss is divided by num_items_in_batch, where BERT's model takes that number and
-    leaves it aside.
+    """Gives a model whose loss is divided by num_items_in_batch, where BERT's model takes that
+    number and leaves it aside.
     """
     torch.manual_seed(0)
     sizes = {

@@ -129,7 +129,7 @@ def test_padding_is_not_perturbed(name):
 
 
 class Factor(Small):
-    """Logits times a factor a sample, which makes gradients zero, tiny or infinite."""
+    """Gives logits times a factor a sample, which makes gradients zero, tiny or infinite."""
 
     def forward(self, ids, attention_mask=None, factor=None):
         return self.classify(self.embedding(ids)) * factor[:, None]

@@ -182,8 +182,8 @@ class Wrapper(nn.Module):
 
 
 def one_recipe(name, rank, inside):
-    """Under DDP, or with DDP inside another module, beside the same recipe on a plain model
-    whose gradients are averaged by hand.
+    """Runs one recipe under DDP, or with DDP inside another module, beside the same recipe on a
+    plain model whose gradients are averaged by hand.
     """
     given = {
         "arat": {"steps": 2},

@@ -83,8 +83,8 @@ def same_bits(a, b) -> bool:
 
 @contextlib.contextmanager
 def noting_near_ties(monkeypatch, histogram: bool = False):
-    """What the reference decides inside this block: a bool tensor by stream of the elements whose u
-    and p are so close, 2^-22 * max(1, sharpness), that a kernel may decide otherwise.
+    """Gives what the reference decides inside this block: a bool tensor by stream of the elements
+    whose u and p are so close, 2^-22 * max(1, sharpness), that a kernel may decide otherwise.
 
     `histogram`: the reference ranks by the histogram that native kernels share, so that what is
     compared is the rest.
@@ -139,7 +139,7 @@ def probability(grad, **options) -> torch.Tensor:
 
 
 def in_dtype(options: dict, dtype) -> dict:
-    """Tensor options in the arithmetic's dtype: torch computes with them in their own, kernels
+    """Puts tensor options in the arithmetic's dtype: torch computes with them in their own, kernels
     in the arithmetic's.
     """
 
