@@ -204,7 +204,8 @@ class Wheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
         # without a library a wheel serves every platform
         self.root_is_pure = not any(Path(self.bdist_dir).rglob("*.so"))
-        return "py3", "none", super().get_tag()[2]  # the libraries hold no Python symbol
+        # the libraries hold no Python symbol
+        return "py3", "none", super().get_tag()[2]
 
 
 setup(

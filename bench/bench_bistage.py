@@ -93,7 +93,7 @@ def case(name: str, sizes: dict, batch: tuple[int, int], passes: int, device: st
         )
 
     def breakdown() -> dict[str, float]:
-        """Shares of a step, each part by itself, medians of ten."""
+        """Returns shares of a step, each part by itself, medians of ten."""
         model = copy.deepcopy(start)
         optimizer = uk.SelectiveAdamW(model.parameters(), 1e-4, seed=0)
         x = model.embedding(ids)

@@ -23,7 +23,8 @@ def cases(quick: bool, device: str) -> list[Case]:
 
 def case(name: str, options: dict, tensors: int, device: str) -> Case:
     if device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # lets the backend take tensors on the CPU
+        # lets the backend take tensors on the CPU
+        os.environ["TRITON_INTERPRET"] = "1"
     options = options | {"seed": 1, "backend": "triton", "capturable": True}
 
     def contestants() -> list[Contestant]:
@@ -64,7 +65,8 @@ def case(name: str, options: dict, tensors: int, device: str) -> Case:
         return [Contestant("uegr_kernels", ours), Contestant("torch fused", fused)]
 
     facts = {"tensors": tensors, "dtype": "float32", "backend": "triton"}
-    return Case(name, facts, 2**20, lambda: None, contestants, device=device)  # nothing is computed
+    # nothing is computed
+    return Case(name, facts, 2**20, lambda: None, contestants, device=device)
 
 
 def nothing(*args, **kwargs) -> None:

@@ -17,7 +17,8 @@ from .timer import Step
 
 # bytes up to which a second read of a gradient is served by a cache and moves nothing
 IN_CACHE = {"cpu": 2**20, "cuda": 2**25}
-BLOCK = 2**20  # random elements, repeated to fill a tensor
+# random elements, repeated to fill a tensor
+BLOCK = 2**20
 LR = 1e-5
 BRAIN = {"state_dtype": torch.bfloat16}
 SETTINGS = {
@@ -30,7 +31,8 @@ SETTINGS = {
 }
 # elements from which on slow peers are left out, and others get few rounds
 SLOW, LARGE = 20_000_000, 200_000_000
-MANY = 300  # tensors from which on the slowest is left out
+# tensors from which on the slowest is left out
+MANY = 300
 
 
 def cases(quick: bool, device: str) -> list[Case]:
@@ -221,7 +223,8 @@ def case(
         random numbers.
         """
         named = "plain PyTorch"
-        ranked = options.get("normalization") == "rank"  # it sorts
+        # it sorts
+        ranked = options.get("normalization") == "rank"
         if elements > (SLOW / 10 if ranked else SLOW) or len(tensors) > MANY:
             return Contestant(
                 named,

@@ -62,7 +62,8 @@ def shown(results: pathlib.Path) -> str:
 
 def agrees(results: pathlib.Path, picture: pathlib.Path) -> bool:
     """Returns whether a picture shows these results."""
-    from PIL import Image  # matplotlib has it
+    # matplotlib has it
+    from PIL import Image
 
     if not picture.exists():
         return False

@@ -40,9 +40,11 @@ def run(*command, **options) -> str:
 class Kernel:
     name: str
     registers: int
-    stack: int  # bytes
+    # bytes
+    stack: int
     spilled: int
-    instructions: list[tuple[int, str]]  # address, text
+    # address, text
+    instructions: list[tuple[int, str]]
 
     def spans(self) -> list[tuple[int, int]]:
         """Returns the loops' first and last addresses, by their backward branches."""

@@ -32,14 +32,19 @@ from .gpu_runner import (
 
 # exit statuses; WRONG_BACKEND and TOO_FEW_TESTS are the runner's, 130 is Ctrl-C
 OK, FAILED, ARGUMENTS, NO_GPU = 0, 1, 2, 3
-BUDGET = 480.0  # seconds for all but a build
-BUILD = 120.0  # seconds that a build on the spot adds
-CLOSING = 8.0  # seconds kept for the table and the picture
-CASE = 12.0  # seconds of a benchmark case, its process's start included
+# seconds for all but a build
+BUDGET = 480.0
+# seconds that a build on the spot adds
+BUILD = 120.0
+# seconds kept for the table and the picture
+CLOSING = 8.0
+# seconds of a benchmark case, its process's start included
+CASE = 12.0
 # seconds that a probe takes where the limits are right, and by which one that takes longer raises
 # them at most
 START, MOST = 8.0, 10.0
-TESTS = {"cuda": 40, "triton": 40}  # that python_tests/test_gpu.py has at least for each backend
+# that python_tests/test_gpu.py has at least for each backend
+TESTS = {"cuda": 40, "triton": 40}
 
 SMOKE = (
     "clusters",
@@ -147,7 +152,8 @@ def plan() -> list[Wave]:
     Triton, the sanitizers and compilers late.
     """
     one_at_a_time = {"CUDA_LAUNCH_BLOCKING": "1"}
-    no_pool = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor's end is seen, not its pool's
+    # each tensor's end is seen, not its pool's
+    no_pool = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     # Not among the sources, which may be read only.
     cache = {
         "TORCHINDUCTOR_CACHE_DIR": str(
@@ -367,7 +373,8 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
         help="build, load, collect the tests, run every case on the CPU; needs no GPU",
     )
     options = parser.parse_args(arguments)
-    least = PROBE.limit + CLOSING + 1  # the start takes a moment too
+    # the start takes a moment too
+    least = PROBE.limit + CLOSING + 1
     if options.budget is not None and not least <= options.budget < math.inf:
         parser.error(
             f"--budget {options.budget:g} is too little for the probe; give {least:.0f} "
@@ -414,7 +421,7 @@ def work(options: argparse.Namespace, output: Output) -> int:
     found: dict = {}
 
     def probe(again: str) -> Stop | None:
-        """Its record is judged; what it found stays."""
+        """Runs the probe; its record is judged, what it found stays."""
         stage = dataclasses.replace(
             PROBE,
             name=f"probe{again}",

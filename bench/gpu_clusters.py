@@ -7,11 +7,14 @@ import ctypes
 import torch
 
 SIZES = (2, 4, 8, 16)
-SHARED = 131 * 1024 + 512  # bytes of a block, as the loss kernel takes at 128,256 classes
+# bytes of a block, as the loss kernel takes at 128,256 classes
+SHARED = 131 * 1024 + 512
 THREADS = 512
 PTX = b".version 7.8\n.target sm_90\n.address_size 64\n.visible .entry nothing() { ret; }\n\0"
-CLUSTER = 4  # of CUlaunchAttributeID
-DYNAMIC_SHARED, ANY_CLUSTER = 8, 14  # of CUfunction_attribute
+# of CUlaunchAttributeID
+CLUSTER = 4
+# of CUfunction_attribute
+DYNAMIC_SHARED, ANY_CLUSTER = 8, 14
 
 
 class Attribute(ctypes.Structure):
@@ -38,7 +41,8 @@ def clusters() -> dict[str, int | str]:
     """Returns, by size, the clusters of blocks of SHARED bytes that run at once, or the driver's
     word against it.
     """
-    torch.zeros(1, device="cuda")  # makes the context
+    # makes the context
+    torch.zeros(1, device="cuda")
     if torch.version.cuda is None or torch.cuda.get_device_capability() < (9, 0):
         return {"all": "this GPU has no clusters"}
     driver = ctypes.CDLL("libcuda.so.1")

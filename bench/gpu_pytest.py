@@ -8,7 +8,8 @@ import pytest
 
 from .gpu_runner import answer
 
-EXCUSED = "the GPU has too little memory"  # a reason that lets a test be skipped and still count
+# a reason that lets a test be skipped and still count
+EXCUSED = "the GPU has too little memory"
 
 
 class Count:
@@ -51,7 +52,7 @@ def kernels(item: pytest.Item) -> str:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that name no backend go with Triton's. What others leave out after this is missed:
+    """Lets tests that name no backend go with Triton's. What others leave out after this is missed:
     it was expected.
     """
     backend = os.environ["GPU_TESTS"]

@@ -11,9 +11,12 @@ import sys
 from . import plot, tables
 from .gpu_runner import ROOT, Output
 
-LINES, CHARACTERS = 98, 12_000  # of the table at most: with its heading gpu.md has 100
-WIDTH = 300  # of a line's message
-PICTURE = 6.0  # seconds
+# of the table at most: with its heading gpu.md has 100
+LINES, CHARACTERS = 98, 12_000
+# of a line's message
+WIDTH = 300
+# seconds
+PICTURE = 6.0
 MODEL = ROOT / "bench/results/gpu_model.json"
 # What is calculated of a stage's first contestant, by its name in the model. Of a forward and a
 # backward the backward, whose share is the smaller one.
@@ -121,7 +124,8 @@ def close(output: Output, status: int) -> str:
             timeout=PICTURE,
             capture_output=True,
         )
-    except (subprocess.TimeoutExpired, OSError) as error:  # the figures are there without them
+    except (subprocess.TimeoutExpired, OSError) as error:
+        # the figures are there without them
         say(f"no gpu.md or no picture: {error}")
     return text
 
@@ -163,7 +167,8 @@ def read(path: pathlib.Path) -> list[dict]:
     for text in path.read_text(errors="replace").splitlines():
         try:
             records.append(json.loads(text))
-        except ValueError:  # of a run that was killed while it wrote
+        except ValueError:
+            # of a run that was killed while it wrote
             continue
     return [record for record in records if isinstance(record, dict) and "stage" in record]
 
@@ -266,6 +271,7 @@ def fitted(texts: list[str]) -> str:
     return "\n".join(kept)
 
 
-if __name__ == "__main__":  # a process of its own: a picture that hangs or fails costs nothing else
+# a process of its own: a picture that hangs or fails costs nothing else
+if __name__ == "__main__":
     where = pathlib.Path(sys.argv[1])
     plot.pictures(where / "gpu.jsonl", measured(latest(where, sys.argv[2])))

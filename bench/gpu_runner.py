@@ -31,11 +31,16 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Of a stage's environment: the file it answers in, what marks its processes, and when it is killed,
 # by time.monotonic().
 ANSWER, MARK, END = "UEGR_GPU_ANSWER", "UEGR_GPU_STAGE", "UEGR_GPU_END"
-FILES = 6  # in the folder of results at most
-LOG = 200_000  # bytes kept of a stage's log
-GRACE = 1.0  # seconds between SIGTERM and SIGKILL, within the limit
-DEATH = 2.0  # seconds that a killed process has to go; one that waits for a driver may never
-FAILED, WRONG_BACKEND, TOO_FEW_TESTS = 1, 4, 5  # exit statuses
+# in the folder of results at most
+FILES = 6
+# bytes kept of a stage's log
+LOG = 200_000
+# seconds between SIGTERM and SIGKILL, within the limit
+GRACE = 1.0
+# seconds that a killed process has to go; one that waits for a driver may never
+DEATH = 2.0
+# exit statuses
+FAILED, WRONG_BACKEND, TOO_FEW_TESTS = 1, 4, 5
 
 
 @dataclass(frozen=True)
@@ -50,17 +55,20 @@ class Stage:
     command: tuple[str, ...]
     limit: float
     environment: dict[str, str] = field(default_factory=dict)
-    backend: str | None = None  # that it measures
-    least_tests: int | None = None  # that it runs at least, where it runs tests
+    # that it measures
+    backend: str | None = None
+    # that it runs at least, where it runs tests
+    least_tests: int | None = None
     # Of other people, that it runs under. Where that ends badly before the stage has said `begun`,
     # it does not work here.
     program: str | None = None
-    silent: bool = False  # other people's program, which does not answer
+    # other people's program, which does not answer
+    silent: bool = False
 
 
 @dataclass(frozen=True)
 class Wave:
-    """Stages that run at the same time, `at_once` of them at most, and end within `limit`
+    """Holds stages that run at the same time, `at_once` of them at most, and end within `limit`
     seconds in all.
     """
 
@@ -143,7 +151,8 @@ class Output:
                     f"another run is writing to --output {self.folder}; name another "
                     "folder, or wait for its end"
                 ) from None
-            except OSError:  # a file system without locks
+            except OSError:
+                # a file system without locks
                 pass
             yield
 
@@ -161,7 +170,8 @@ class Output:
         with (self.folder / "gpu.jsonl").open("ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
-                cut = file.read() != b"\n"  # an earlier run was killed while it wrote
+                # an earlier run was killed while it wrote
+                cut = file.read() != b"\n"
                 file.write(b"\n" * cut)
             file.write(json.dumps(record).encode() + b"\n")
             file.flush()

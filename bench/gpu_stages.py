@@ -40,8 +40,10 @@ OPERATOR = "selective.selective_adamw_"
 # One of each folder: all are in one library.
 OPERATORS = ("selective_adamw_", "uegr_loss", "fgm_perturbation_", "adaptive_dropout")
 BRAIN = torch.bfloat16
-CLOSING = 2.5  # seconds from a benchmark's last round to its limit
-FACTOR = 64  # by which --small divides the larger sizes
+# seconds from a benchmark's last round to its limit
+CLOSING = 2.5
+# by which --small divides the larger sizes
+FACTOR = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,16 +51,21 @@ class Place:
     """Says where a case runs, with which backend of ours, at which size, and until when."""
 
     device: str = "cuda"
-    backend: str = "cuda"  # "auto" on the CPU
+    # "auto" on the CPU
+    backend: str = "cuda"
     small: bool = False
-    until: float = math.inf  # by time.monotonic(): no round of a benchmark begins after it
-    compiled: bool = False  # with torch.compile among the peers
-    compile_alone: bool = False  # only call it once: what it compiles stays in its cache
-    counters: bool = False  # under a profiler of kernels
+    # by time.monotonic(): no round of a benchmark begins after it
+    until: float = math.inf
+    # with torch.compile among the peers
+    compiled: bool = False
+    # only call it once: what it compiles stays in its cache
+    compile_alone: bool = False
+    # under a profiler of kernels
+    counters: bool = False
 
 
 class Disagreement(Exception):
-    """Ours is wrong."""
+    """Says that ours is wrong."""
 
 
 def agree(found: Tensor, expected: Tensor, what: str, allowed: float = 1e-5) -> None:
@@ -112,7 +119,8 @@ def probe(no_gpu: str | None) -> dict:
         said["capability"] = (
             ".".join(map(str, torch.cuda.get_device_capability())) if torch.version.cuda else None
         )
-        answer(said)  # ahead of the first kernel
+        # ahead of the first kernel
+        answer(said)
         said["copy_rate"] = timer.spread(machine.Copy(2**30, "cuda")(5))["median"]
     return said
 
@@ -126,7 +134,7 @@ def unloaded() -> str | None:
 
 
 def triton_version() -> str | None:
-    """Its distribution's, which has another name in ROCm's and nightly builds."""
+    """Returns its distribution's, which has another name in ROCm's and nightly builds."""
     for name in ("triton", "triton-rocm", "pytorch-triton-rocm", "pytorch-triton"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
@@ -220,7 +228,7 @@ def captured(at: Place, function: Callable[[], object]) -> Callable[[], object]:
 
 
 def graph(at: Place) -> None:
-    """Replays between eager steps make what eager steps alone make."""
+    """Checks that replays between eager steps make what eager steps alone make."""
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=generator) for shape in ((5, 41), (1025,), (70_001,))]
     gradients = [
@@ -348,7 +356,7 @@ def perturbed(at: Place) -> harness.Case:
 
 
 def sweep(at: Place) -> harness.Case:
-    """Warps and the bytes of a group of tensors in the Triton step; ours, the first, is the
+    """Times warps and the bytes of a group of tensors in the Triton step; ours, the first, is the
     setting in use.
     """
     from uegr_kernels.core import triton_ops

@@ -28,7 +28,8 @@ from . import machine, timer
 from .timer import Step, spread
 
 ROOT = pathlib.Path(__file__).parent.parent
-SHARE = 0.8  # of the free memory that a case may take
+# of the free memory that a case may take
+SHARE = 0.8
 # packages whose versions are kept, where they are installed
 PEERS = ("triton", "liger_kernel", "bitsandbytes", "deepspeed")
 
@@ -41,14 +42,18 @@ class Contestant:
 
     name: str
     step: Step | None
-    bytes: int = 0  # that one step must move; 0: not stated
-    rounds: int | None = None  # at most so many, for the very slow; None: all
-    memory: int = 0  # bytes that it takes beside the case's
+    # that one step must move; 0: not stated
+    bytes: int = 0
+    # at most so many, for the very slow; None: all
+    rounds: int | None = None
+    # bytes that it takes beside the case's
+    memory: int = 0
     # other people's code that need not run here: an error of its first step is the reason why it is
     # missing
     may_fail: bool = False
     missing: str = ""
-    parts: dict[str, Step] = field(default_factory=dict)  # of the step, timed apart
+    # of the step, timed apart
+    parts: dict[str, Step] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,14 +63,17 @@ class Case:
     """
 
     name: str
-    facts: dict  # copied into the result: sizes, dtype, options
-    memory: int  # bytes the tensors take
+    # copied into the result: sizes, dtype, options
+    facts: dict
+    # bytes the tensors take
+    memory: int
     verify: Callable[[], str | None]
     contestants: Callable[[], list[Contestant]]
     # shares of ours by part, measured apart
     breakdown: Callable[[], dict[str, float]] | None = None
     device: str = "cpu"
-    threads: int | None = None  # None: as many as the run has
+    # None: as many as the run has
+    threads: int | None = None
 
 
 def measure(

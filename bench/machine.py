@@ -17,8 +17,10 @@ import torch
 
 from .timer import Step, sample
 
-BUSY = 0.2  # processors that other programs use, from which on a machine does not count as quiet
-LOOK = 2.0  # seconds over which that is measured
+# processors that other programs use, from which on a machine does not count as quiet
+BUSY = 0.2
+# seconds over which that is measured
+LOOK = 2.0
 
 
 def no_gpu() -> str | None:
@@ -43,7 +45,8 @@ def poisoned_memory() -> Iterator[None]:
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
-    torch.use_deterministic_algorithms(True, warn_only=True)  # what torch fills fresh memory under
+    # what torch fills fresh memory under
+    torch.use_deterministic_algorithms(True, warn_only=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -86,7 +89,8 @@ def peak_extra(step: Step, device: str = "cpu") -> int | None:
         return torch.cuda.max_memory_allocated() - before
     try:
         ctypes.CDLL(None).malloc_trim(0)
-        pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        # resets the peak
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
         before = _kilobytes("self/status", "VmHWM")
         step()
         return 1024 * max(0, _kilobytes("self/status", "VmHWM") - before)
@@ -117,7 +121,8 @@ def launches(step: Step, device: str = "cpu") -> int | None:
     the CPU: calls of operators ("aten::add_", "uegr_kernels::uegr_loss") that no other operator
     made, and calls of graphs that torch.compile made.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its notes on starting and stopping
+    # its notes on starting and stopping
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     activity = (
         torch.profiler.ProfilerActivity.CUDA
         if device == "cuda"

@@ -105,7 +105,8 @@ def five_passes(
     parameters), probability, a stored mask of Bernoulli draws over p, and AdamW on the masked
     gradient. There the first four run once an epoch; here, as in UEGR, at every step.
     """
-    twins = [p.detach() for p in params]  # the same memory; their gradients are the masked ones
+    # the same memory; their gradients are the masked ones
+    twins = [p.detach() for p in params]
     optimizer = adamw(twins)
     slope = (1 if salient else -1) * 2 * DEFAULTS["sharpness"]
 

@@ -38,7 +38,8 @@ def pictures(path: pathlib.Path, records: list[dict]) -> list[pathlib.Path]:
     ]
 
 
-WIDE = 12  # largest over smallest speed, from which on a plain axis shows the small ones no more
+# largest over smallest speed, from which on a plain axis shows the small ones no more
+WIDE = 12
 
 
 @styled()

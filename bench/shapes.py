@@ -44,16 +44,25 @@ def decoder(hidden: int, layers: int, inner: int, words: int, keys: int, tied: b
 
 MODELS = {
     "TextCNN": textcnn(),
-    "BERT-base": bert(),  # 109,483,778 elements in 201 tensors, at its published sizes
+    # 109,483,778 elements in 201 tensors, at its published sizes
+    "BERT-base": bert(),
     "BERT-large": bert(1024, 24),
     "RoBERTa-large": bert(1024, 24, 50_265, 514, 1),
-    "1 B decoder": decoder(2048, 16, 8192, 128_256, 512, tied=True),  # Llama 3.2 1B's sizes
-    "7 B decoder": decoder(4096, 32, 11_008, 32_000, 4096, tied=False),  # Llama 2 7B's
+    # Llama 3.2 1B's sizes
+    "1 B decoder": decoder(2048, 16, 8192, 128_256, 512, tied=True),
+    # Llama 2 7B's
+    "7 B decoder": decoder(4096, 32, 11_008, 32_000, 4096, tied=False),
 }
 SMALL = [(64,)] * 10_000
-SIZES = [10**k for k in range(3, 10)]  # elements of one tensor
-COUNTS = [10**k for k in range(5)]  # tensors of 1,000
-PASSES = (2, 3, 4, 5)  # m
-ROWS = {2: 16, 1_000: 1024, 32_000: 128, 128_256: 32}  # classes C: rows N
-HIDDEN = 512  # of the losses from hidden states
-BERT_BATCH = (16, 128)  # texts, words
+# elements of one tensor
+SIZES = [10**k for k in range(3, 10)]
+# tensors of 1,000
+COUNTS = [10**k for k in range(5)]
+# m
+PASSES = (2, 3, 4, 5)
+# classes C: rows N
+ROWS = {2: 16, 1_000: 1024, 32_000: 128, 128_256: 32}
+# of the losses from hidden states
+HIDDEN = 512
+# texts, words
+BERT_BATCH = (16, 128)

@@ -10,9 +10,12 @@ from . import tables
 
 # bytes AdamW moves for one element in float32: parameter 4 + 4, gradient 4, two moments 8 + 8
 ELEMENT = 28
-SECOND_READ = 4  # of the gradient, where min-max is taken over this step's
-STATE = 16  # bytes an element lies in: parameter, gradient, two moments
-STATISTICS = 8  # bytes of one tensor's minimum and maximum in a collective
+# of the gradient, where min-max is taken over this step's
+SECOND_READ = 4
+# bytes an element lies in: parameter, gradient, two moments
+STATE = 16
+# bytes of one tensor's minimum and maximum in a collective
+STATISTICS = 8
 
 
 @dataclass(frozen=True)
@@ -21,18 +24,26 @@ class Training:
     not a measurement.
     """
 
-    parameters: float = 1e11  # the question
-    gpus: float = 1024  # assumed
-    tensors: float = 1000  # assumed: about 100 layers of ten
+    # the question
+    parameters: float = 1e11
+    # assumed
+    gpus: float = 1024
+    # assumed: about 100 layers of ten
+    tensors: float = 1000
     # in a step: assumed, the order of what models of this size are trained with
     tokens: float = 4e6
-    passes: float = 2  # m, the method's default
-    memory_bandwidth: float = 3.35e12  # bytes per second and GPU: data sheet of the H100 SXM5
-    network_bandwidth: float = 5e10  # bytes per second and GPU: a port of 400 Gb/s
-    latency: float = 1e-5  # seconds for one message between two GPUs: assumed
+    # m, the method's default
+    passes: float = 2
+    # bytes per second and GPU: data sheet of the H100 SXM5
+    memory_bandwidth: float = 3.35e12
+    # bytes per second and GPU: a port of 400 Gb/s
+    network_bandwidth: float = 5e10
+    # seconds for one message between two GPUs: assumed
+    latency: float = 1e-5
     # operations per second and GPU: data sheet of the H100 SXM5, bfloat16 without sparsity
     peak: float = 9.89e14
-    utilization: float = 0.4  # of that peak: assumed
+    # of that peak: assumed
+    utilization: float = 0.4
 
 
 def step_bytes(given: Training, bytes_an_element: int) -> float:
@@ -61,7 +72,8 @@ def comparison(given: Training) -> str:
     """Returns the model's quantities for AdamW and for the selective step with either kind of
     statistics.
     """
-    kinds = {  # bytes an element, collectives, passes
+    # bytes an element, collectives, passes
+    kinds = {
         "AdamW": (ELEMENT, 0, 1),
         'UEGR, `statistics="current"`': (ELEMENT + SECOND_READ, 1, 1 + given.passes),
         # behind the update, which waits for none

@@ -16,7 +16,8 @@ pytest.importorskip(
 )
 
 DEVICE = "cpu" if machine.no_gpu() else "cuda"
-MAIN = {  # a suite's cases at the sizes of --quick
+# a suite's cases at the sizes of --quick
+MAIN = {
     "selective": (
         "small BERT: defaults (min-max)",
         "small BERT: previous",

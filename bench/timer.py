@@ -18,10 +18,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-SHORTEST = 0.01  # seconds a sample takes at least on a CPU: shorter steps are repeated within one
-FEWEST = 3  # rounds, however late it is
-CLOCK = 2e9  # cycles a second that no GPU's clock exceeds by much
-SHORTEST_PAUSE, LONGEST_PAUSE = 1e-3, 0.5  # seconds
+# seconds a sample takes at least on a CPU: shorter steps are repeated within one
+SHORTEST = 0.01
+# rounds, however late it is
+FEWEST = 3
+# cycles a second that no GPU's clock exceeds by much
+CLOCK = 2e9
+# seconds
+SHORTEST_PAUSE, LONGEST_PAUSE = 1e-3, 0.5
 Step = Callable[[], object]
 
 

@@ -69,6 +69,7 @@ def build(torch: Path, objects: Path, library: Path) -> None:
     )
     objects.mkdir(parents=True, exist_ok=True)
     (objects / "build.ninja").write_text(ninja_text(torch, objects, library, nvcc, names))
+    # as setup.py does, which imports nothing of the tree
     ninja = [
         sys.executable,
         "-m",

@@ -28,9 +28,11 @@ import typing
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx1100")
 ROOT = pathlib.Path(__file__).parents[1]
-OLD = ROOT / "build/triton-3.6.0"  # `make` puts it there
+# `make` puts it there
+OLD = ROOT / "build/triton-3.6.0"
 VERSIONS = {"installed": None, "3.6.0": OLD}
-MOST_SPILLED = 16  # bytes a kernel
+# bytes a kernel
+MOST_SPILLED = 16
 
 
 class Kernel(typing.NamedTuple):
@@ -43,7 +45,8 @@ class Kernel(typing.NamedTuple):
     registers: int
     # bytes of stack and local memory; scalar registers that lie in vector registers do not count
     spilled: int
-    shared: int  # bytes
+    # bytes
+    shared: int
     memory: dict[str, int]
 
     def count(self, pattern: str) -> int:
@@ -168,7 +171,8 @@ def main() -> None:
         try:
             exec(statement, {"torch": torch, "uk": uk})
             line["kernels"] = [looked_at(kernel) for kernel in dict.fromkeys(seen)]
-        except Exception as error:  # a compiler's may be any
+        except Exception as error:
+            # a compiler's may be any
             while error.__cause__ is not None:
                 error = error.__cause__
             line["error"] = f"{type(error).__name__}: {error}"

@@ -18,7 +18,8 @@ import torch
 from uegr_kernels.core import backends
 
 if os.environ["TRITON_INTERPRET"] == "1":
-    with contextlib.suppress(ModuleNotFoundError):  # Triton is an extra
+    # Triton is an extra
+    with contextlib.suppress(ModuleNotFoundError):
         import interpreter
 
         interpreter.quicken()
@@ -154,19 +155,19 @@ def serve_or_skip(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=("reference", "cpp", "triton"))
 def backend(request) -> str:
-    """Every backend that serves the test module's OPERATORS ("folder.name") on the CPU."""
+    """Gives every backend that serves the test module's OPERATORS ("folder.name") on the CPU."""
     return serve_or_skip(request)
 
 
 @pytest.fixture(params=("cpp", "triton"))
 def native(request) -> str:
-    """The same without the reference: what agreement with the reference is tested on."""
+    """Gives the same without the reference: what agreement with the reference is tested on."""
     return serve_or_skip(request)
 
 
 @pytest.fixture
 def process_group(tmp_path):
-    """A group of this process alone."""
+    """Gives a group of this process alone."""
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
     )
@@ -176,14 +177,15 @@ def process_group(tmp_path):
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """torch.empty gives NaN (the largest integer for integers), so that a result nobody wrote
+    """Makes torch.empty give NaN (the largest integer for integers), so that a result nobody wrote
     shows.
     """
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
-    torch.use_deterministic_algorithms(True, warn_only=True)  # what torch fills fresh memory under
+    # what torch fills fresh memory under
+    torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
@@ -195,8 +197,8 @@ def fixed_seed():
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Small tensors on many threads wait for each other on a busy machine. A test of threads
-    sets their number itself.
+    """Keeps to one thread: small tensors on many threads wait for each other on a busy machine. A
+    test of threads sets their number itself.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -205,8 +207,8 @@ def one_thread():
 
 
 class Tolerance(typing.NamedTuple):
-    """Elements agree within `relative` of themselves plus `largest` of the tensor's largest
-    magnitude.
+    """Says how elements agree: within `relative` of themselves plus `largest` of the tensor's
+    largest magnitude.
 
     A share of `strays` may be further away, by one unit in the last place (`ulp`, relative): two
     roundings of nearly equal numbers.

@@ -9,7 +9,8 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
-MARKS = ("install", "GPU", "distributed")  # shell blocks that are parsed, not run
+# shell blocks that are parsed, not run
+MARKS = ("install", "GPU", "distributed")
 FENCE = re.compile(
     r"(?:^<!-- (?P<mark>[^\n]*?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,

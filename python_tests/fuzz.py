@@ -104,7 +104,7 @@ class Fuzzer:
         ]
 
     def tensor(self, shape, dtype: torch.dtype, *, plain: bool = False) -> Tensor:
-        """Random values in random strides, with memory of nobody's around and between them."""
+        """Gives random values in random strides, memory of nobody's around and between them."""
         shape, strides, at = list(shape), [0] * len(shape), 1
         order = list(reversed(range(len(shape))))
         if not plain and self.chance(0.3):
@@ -169,7 +169,7 @@ class Fuzzer:
         return self.tensor(self.shape(), dtype)
 
     def spoil(self, value):
-        """Something else in an argument's place, of its type as a rule."""
+        """Gives something else in an argument's place, of its type as a rule."""
         if isinstance(value, bool):
             return not value
         if isinstance(value, int):
@@ -238,7 +238,7 @@ class Fuzzer:
     def one_by_one(
         self, count: int, value: float, dtype: torch.dtype = torch.float32
     ) -> list[Tensor]:
-        """A state of one value by parameter, or all of them in one tensor."""
+        """Gives a state of one value by parameter, or all of them in one tensor."""
         if count > 1 and self.chance(0.2):
             out = self.tensor((count,), dtype, plain=True)
             out.copy_(torch.tensor(value, dtype=torch.float64))
@@ -505,7 +505,8 @@ class Fuzzer:
             try:
                 getattr(torch.ops.uegr_kernels, name).default(*args, **options)
                 outcome = "done"
-            except Exception:  # whatever its type: the arguments may be anything
+            except Exception:
+                # whatever its type: the arguments may be anything
                 outcome = "refused"
         for tensor, memory, before in () if self.elsewhere else self.memory:
             if (
@@ -536,7 +537,8 @@ OPERATORS = {
     for name in torch._C._dispatch_get_all_op_names()
     if "uegr_kernels::" in name
 }
-OPERATORS = sorted(OPERATORS - {"linear_uegr_loss"})  # that one is composed in Python
+# that one is composed in Python
+OPERATORS = sorted(OPERATORS - {"linear_uegr_loss"})
 
 
 def run_case(seed: int, case: int) -> str:

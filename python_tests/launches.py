@@ -37,7 +37,8 @@ VALUES: dict[str, dict[str, tuple[Any, ...]]] = {
         "dtype": DTYPES,
         "passes": (2, 3, 4, 8),
         "classes": (2, 3, 32000, 32003),
-        "rows": (4, 5000),  # few; more than every program counts labels of
+        # few; more than every program counts labels of
+        "rows": (4, 5000),
         "layout": ("stacked", "sequence", "strided"),
         "labels": ("indices", "probabilities", "values"),
         "label_smoothing": (0.0, 0.1),
@@ -68,7 +69,8 @@ VALUES: dict[str, dict[str, tuple[Any, ...]]] = {
         "nesterov": (False, True),
         "maximize": (False, True),
         "capturable": (False, True),
-        "fused": (None, True),  # True: with a loss scale, as GradScaler sets it
+        # True: with a loss scale, as GradScaler sets it
+        "fused": (None, True),
         "state_dtype": (None, "bfloat16"),
     },
     "perturbation": {
@@ -161,7 +163,8 @@ EXCLUDED: dict[str, list[Row]] = {
         {"labels": "values", "label_smoothing": 0.1},
         {"rows": 5000, "classes": 32000},
         {"rows": 5000, "classes": 32003},
-        {"inplace_backward": True, "layout": "strided"},  # a view of a leaf is not written
+        # a view of a leaf is not written
+        {"inplace_backward": True, "layout": "strided"},
     ],
     "selection": [
         {"statistics": "previous", "normalization": "rank"},

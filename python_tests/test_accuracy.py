@@ -10,7 +10,8 @@ import torch
 
 import uegr_kernels as uk
 
-pytest.importorskip("transformers")  # which the evidence trains by
+# which the evidence trains by
+pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from bench import accuracy
@@ -36,7 +37,7 @@ def rows(count: int) -> list[tuple[str, str]]:
 
 @pytest.fixture
 def data(tmp_path):
-    """Two sets in our format, equal but in their names."""
+    """Gives two sets in our format, equal but in their names."""
     for name in ("one", "two"):
         for part, count in (("train", 40), ("test", 12)):
             path = tmp_path / "data" / name / f"{part}.tsv.gz"
@@ -201,7 +202,8 @@ def test_a_run_goes_on_from_its_last_epoch(data, tmp_path, monkeypatch):
 
     def stops(*arguments):
         calls.append(None)
-        if len(calls) == 5:  # of two steps an epoch: the first of the third
+        # of two steps an epoch: the first of the third
+        if len(calls) == 5:
             raise KeyboardInterrupt
         return step(*arguments)
 
@@ -348,7 +350,8 @@ def test_robustness_relative_to_the_base(data, tmp_path, capsys):
     results = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     finals = [line["result"] for line in results if line["settings"]["final"]]
     for result in finals:
-        assert result["shifted"] == result["test"]  # the same texts
+        # the same texts
+        assert result["shifted"] == result["test"]
         assert result["auroc"] == pytest.approx(0.5)
     base, at = (
         statistics.fmean(

@@ -11,7 +11,8 @@ import torch
 
 import uegr_kernels as uk
 
-pytest.importorskip("transformers")  # which the evidence trains by
+# which the evidence trains by
+pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from bench.evidence import analyses, sgd_noise
@@ -23,7 +24,7 @@ WORDS = {"good": "fine great lovely bright happy", "bad": "poor awful dull grim 
 
 
 def write(folder, name, rows):
-    """A set whose texts' words give their labels away."""
+    """Writes a set whose texts' words give their labels away."""
     draw = random.Random(name)
     (folder / name).mkdir(parents=True)
     for part in ("train", "test"):
@@ -109,7 +110,8 @@ def test_a_quick_run_makes_every_picture_and_its_data(folder, tmp_path, capsys):
 def test_wrong_arguments(folder, tmp_path, capsys, change, told):
     try:
         status = analyses.main(command(folder, tmp_path / "out", *change))
-    except SystemExit as exit:  # argparse's own
+    except SystemExit as exit:
+        # argparse's own
         status = exit.code
     assert status == 2 and told in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -141,7 +143,8 @@ def test_the_optimizers_scatter_as_the_closed_form_says(name):
     closed, simulated, _ = sgd_noise.quadratic(sgd_noise.CASES[name], 4000)
     assert len(simulated) > 10
     for step, value in simulated.items():
-        assert value == pytest.approx(closed[step], rel=0.12)  # five standard errors or more
+        # five standard errors or more
+        assert value == pytest.approx(closed[step], rel=0.12)
 
 
 def test_the_worst_cases_hessian_is_autograds_where_there_is_no_attack():

@@ -50,7 +50,8 @@ def test_ranges_and_quantiles_by_hand():
     (found,) = uk.analysis.selection_report(optimizer).parameters
     assert (found.s_min, found.s_max, found.largest_inverse) == (0.0, 9.0, 2.0)
     assert found.s_quantiles[2] == 4.0
-    assert found.histogram[10] == 4 and found.histogram[19] == 1  # what is not finite has p = 1
+    # what is not finite has p = 1
+    assert found.histogram[10] == 4 and found.histogram[19] == 1
 
 
 def test_a_global_scope_spans_the_parameters():
@@ -132,7 +133,7 @@ def batches(count=4):
 
 
 def unchanged(model):
-    """Weights, modes, .grad, hooks and random state, for a comparison of before and after."""
+    """Holds weights, modes, .grad, hooks and random state, for a comparison of before and after."""
     weights = [p.detach().clone() for p in model.parameters()]
     return (
         [w.tolist() for w in weights],
@@ -188,7 +189,7 @@ def test_cka_takes_a_convolutions_channels_as_features():
 
 
 def linear_model():
-    """Logits (x . w, 0) over an embedding of one token, so that margin and attack are known:
+    """Gives logits (x . w, 0) over an embedding of one token, so that margin and attack are known:
     |w| = 5.
     """
     model = torch.nn.Sequential(torch.nn.Embedding(8, 2), torch.nn.Flatten(), torch.nn.Linear(2, 2))
@@ -214,9 +215,34 @@ def test_an_attack_reaches_as_far_as_epsilon(attack, restarts):
     assert [each.accuracy for each in found] == [1.0, 7 / 8, 4 / 8, 0.0]
     assert [each.epsilon for each in found] == [0.0, 0.1, 0.4, 1.0]
     assert found[2].drop == 0.5 and found[2].relative_drop == 0.5
-    assert [sum(each.predicted) for each in found] == [0, 1, 4, 8]  # of class 1, the other one
+    # of class 1, the other one
+    assert [sum(each.predicted) for each in found] == [0, 1, 4, 8]
     assert all(each.outcomes == tuple(label == 0 for label in each.predicted) for each in found)
     assert unchanged(model) == before
+
+
+class Bump(torch.nn.Module):
+    """Gives logits (0, 1 - x^2) of one word's embedding x."""
+
+    def __init__(self, x):
+        super().__init__()
+        self.embedding = torch.nn.Embedding.from_pretrained(torch.tensor([[x]]), freeze=False)
+
+    def forward(self, ids):
+        x = self.embedding(ids).flatten(1)
+        return torch.cat((torch.zeros_like(x), 1 - x * x), 1)
+
+
+@pytest.mark.parametrize(("attack", "restarts"), [("fgm", 1), ("pgd", 3)])
+def test_a_wrong_text_that_an_attack_puts_right_stays_wrong(attack, restarts):
+    """The class is 0 outside of [-1, 1]: a step of 2 down the slope leads from 0.5 past it."""
+    model = Bump(0.5)
+    data = [(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))]
+    found = uk.analysis.accuracy_under_attack(
+        model, model.embedding, data, [2.0], attack, steps=1, restarts=restarts
+    )
+    assert [each.outcomes for each in found] == [(False,), (False,)]
+    assert [each.predicted for each in found] == [(1,), (1,)]
 
 
 def test_a_relative_attack_is_a_multiple_of_the_embeddings_norm():
@@ -327,7 +353,7 @@ def test_fgms_first_order(tmp_path):
 
 
 class Bowl(torch.nn.Module):
-    """loss = x' H x / 2 of one weight."""
+    """Computes a loss of one weight, x' H x / 2."""
 
     def __init__(self, hessian):
         super().__init__()
@@ -434,7 +460,8 @@ def test_largest_eigenvalue_and_trace(values):
     assert unchanged(model) == before
 
 
-@pytest.mark.filterwarnings("error")  # nothing is said where it has converged
+# nothing is said where it has converged
+@pytest.mark.filterwarnings("error")
 def test_the_eigenvalue_of_largest_magnitude_is_numpys():
     signs = set()
     for seed in range(50):
@@ -704,7 +731,8 @@ def squares(model):
     return model.weight.square().sum()
 
 
-NUMBERS = {  # name: a call, its integers, its other numbers
+# name: a call, its integers, its other numbers
+NUMBERS = {
     "attack": (
         lambda **o: uk.analysis.accuracy_under_attack(
             torch.nn.Sequential(TEXTS, torch.nn.Flatten(), torch.nn.Linear(12, 2)),

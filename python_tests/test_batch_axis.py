@@ -17,7 +17,7 @@ WORDS, D, CLASSES = 20, 5, 3
 
 
 class Reader(nn.Module):
-    """Embedding, LSTM, LayerNorm, the mean over the real tokens, linear; `order` says where the
+    """Has embedding, LSTM, LayerNorm, the mean over the real tokens, linear; `order` says where the
     words lie.
 
     "batch"  ids [N, T], looked up as they are;  "time"  ids [T, N], looked up as they are
@@ -71,7 +71,7 @@ def assert_same(actual, expected):
 
 
 def asked(order, n, length):
-    """Only of words that are given time-first, as many as there are texts, one has to say so."""
+    """Gives the axis, of time-first words that are as many as the texts: the rest is found."""
     return {"batch_axis": 1} if order == "time" and n == length else {}
 
 
@@ -170,7 +170,8 @@ def test_accuracy_under_attack(options, order, n, length, mask):
         )
         found.append([number for each in attacked for number in (each.relative, each.accuracy)])
     assert found[0] == pytest.approx(found[1])
-    assert found[0][-1] < found[0][1]  # the strongest attack has an effect
+    # the strongest attack has an effect
+    assert found[0][-1] < found[0][1]
 
 
 def xlnet():
@@ -260,7 +261,8 @@ def test_where_nothing_tells_the_option_is_asked_for():
             .loss
         )
         stage = uk.BiStage(model, model.embedding)
-        stage.backward(*batch(4, 6, True, order))  # leaves no doubt, and so none after it
+        # leaves no doubt, and so none after it
+        stage.backward(*batch(4, 6, True, order))
         assert torch.equal(stage.backward(*batch(5, 5, True, order)).loss, told)
 
 
@@ -278,7 +280,8 @@ def test_one_word_everywhere():
         model = Viewed(order).double()
         results.append(uk.BiStage(model, model.embedding).backward(ids, labels).loss)
     torch.testing.assert_close(*results)
-    model = reader("turned")  # which copies
+    # which copies
+    model = reader("turned")
     with pytest.raises(ValueError, match="batch_axis"):
         uk.BiStage(model, model.embedding).backward(ids, labels)
 
@@ -372,7 +375,8 @@ def test_a_mask_that_does_not_fit_the_words():
     inputs["attention_mask"] = inputs["attention_mask"].T
     with pytest.raises(ValueError, match=r"attention_mask is \(6, 4\).*give \[N, T\]"):
         uk.BiStage(model, model.embedding).backward(inputs, labels)
-    uk.recipes.plain(model, model.embedding).backward(inputs, labels)  # which perturbs nothing
+    # which perturbs nothing
+    uk.recipes.plain(model, model.embedding).backward(inputs, labels)
     inputs["attention_mask"] = torch.ones(4, 6, device="meta")
     with pytest.raises(ValueError, match="attention_mask is on meta"):
         uk.BiStage(model, model.embedding).backward(inputs, labels)

@@ -28,7 +28,7 @@ README = harness.ROOT / "bench" / "README.md"
 
 
 def documented() -> dict[str, str]:
-    """The keys in bench/README.md's table, and where they are found."""
+    """Gives the keys in bench/README.md's table, and where they are found."""
     rows = re.findall(
         r"^\| (`[^|]+) \| ([^|]+) "
         r"\|",
@@ -39,7 +39,7 @@ def documented() -> dict[str, str]:
 
 
 def unlike_documented(line: dict, known: dict[str, str], needed: tuple[str, ...]) -> list[str]:
-    """Keys that bench/README.md does not have, and those that it promises and the line lacks."""
+    """Gives keys that bench/README.md does not have, and those it promises that the line lacks."""
     wrong = [f"{key} is not documented" for key in line if key not in known]
     wrong += [
         f"{key} is missing"
@@ -65,7 +65,8 @@ def ran(*arguments: str) -> int:
 
 # ---- Suites
 
-QUICK = {  # a case of each that takes seconds, and which peers to leave out
+# a case of each that takes seconds, and which peers to leave out
+QUICK = {
     "selective": ("600 tensors of 64: previous", "plain"),
     "divergence": ("UEGR loss, m = 2, N = 16, C = 2", "compile"),
     "perturbation": ("FGM", "compile"),
@@ -229,7 +230,7 @@ def test_memory_of_a_step_is_seen():
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A machine whose others and time a test says: the seconds slept, and what others use."""
+    """Gives a machine whose others and time a test says: the seconds slept, and what others use."""
     state = {"slept": 0.0, "others": lambda slept: 0.0}
 
     def sleep(seconds):
@@ -254,7 +255,8 @@ def test_a_busy_machine_is_waited_for_and_no_longer_than_allowed(clock, capsys):
     began = clock["slept"]
     assert "the machine is busy (other programs use 1.50" in machine.wait_until_quiet(60)
     assert 60 <= clock["slept"] - began < 65
-    clock["others"] = lambda slept: None  # where it cannot be known
+    # where it cannot be known
+    clock["others"] = lambda slept: None
     assert machine.wait_until_quiet(0) is None
 
 
@@ -309,7 +311,8 @@ def test_ours_takes_its_turn_beside_each_peer(monkeypatch, device):
         "b": [1.0, 1.0],
         "c": [4.0, 4.0],
     }
-    assert seen == ["b", "c"] * 2  # beside the warm-up
+    # beside the warm-up
+    assert seen == ["b", "c"] * 2
 
 
 def test_no_round_begins_after_the_end_but_the_first_three():
@@ -373,7 +376,8 @@ def test_the_step_in_five_passes_leaves_gradients_alone():
     )
     step()
     assert all(torch.equal(p.grad, grad) for p, grad in zip(params, kept, strict=True))
-    assert 0.1 < (params[0] != 0).float().mean() < 0.4  # about 1 - threshold of them are selected
+    # about 1 - threshold of them are selected
+    assert 0.1 < (params[0] != 0).float().mean() < 0.4
     assert (params[0][900:] != 0).float().mean() > 0.6 and not params[0][:300].any()
     one, other = peers.ranks([torch.tensor([3.0, 1.0]), torch.tensor([2.0])])
     assert one.tolist() == [1.0, 0.0] and other.tolist() == [0.5]
@@ -449,7 +453,8 @@ def test_the_model_of_the_gpus_kernels_is_arithmetic():
     code = {"registers": 57, "bytes_ahead": 64, "instructions": 50.0, "special": 3.0}
     code |= {"wide": 5.0, "float32": 15.0}
     found = gpu_model.predicted(case, code, gpu)
-    assert (found["blocks"], found["flight"]) == (4, 4 * 256 * 64)  # 64 registers a thread
+    # 64 registers a thread
+    assert (found["blocks"], found["flight"]) == (4, 4 * 256 * 64)
     # 50 instructions at 128 * 10 * 1e9 a second, 28 bytes at 0.9e12
     assert found["limit"] == "instructions"
     assert math.isclose(found["share"], (28 / 0.9e12) / (50 / 1.28e12))

@@ -30,7 +30,7 @@ HERE = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 def stand_in(name: str, lines: str, limit: float = 30.0, **more) -> Stage:
-    """A stage that runs a few lines of Python; `say` is what a stage answers by."""
+    """Gives a stage that runs a few lines of Python; `say` is what a stage answers by."""
     start = (
         f"import sys, os, time, signal, subprocess\nsys.path.insert(0, {str(ROOT)!r})\nfrom "
         "bench.gpu_runner import answer as say\n"
@@ -42,7 +42,7 @@ GOOD = "say({'said': 'good'})"
 
 
 def ran(folder, *waves, seconds: float = 60.0, judge=lambda *_: None):
-    """The lines kept on the disk, by stage, and why the run stopped."""
+    """Gives the lines kept on the disk, by stage, and why the run stopped."""
     output = Output(folder)
     stop = run(list(waves), output, time.monotonic() + seconds, judge, lambda line: None)
     lines = gpu_report.read(folder / "gpu.jsonl")
@@ -50,7 +50,7 @@ def ran(folder, *waves, seconds: float = 60.0, judge=lambda *_: None):
 
 
 def alive(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
+    """Tells whether a process is there and no zombie."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rsplit(")", 1)[1].split()[0] != "Z"
@@ -59,7 +59,7 @@ def alive(pid: int) -> bool:
 
 
 def written(path) -> int:
-    """The number that another process writes into a file."""
+    """Gives the number that another process writes into a file."""
     until = time.monotonic() + 60
     while not (path.exists() and path.read_text().endswith("\n")) and time.monotonic() < until:
         time.sleep(0.05)
@@ -315,7 +315,8 @@ ran(pathlib.Path({str(tmp_path / "out")!r}), *stages, seconds=100)
     until = time.monotonic() + 5
     while alive(stage) and time.monotonic() < until:
         time.sleep(0.05)
-    assert not alive(stage)  # the kernel ends it with its parent
+    # the kernel ends it with its parent
+    assert not alive(stage)
     lines = [json.loads(text) for text in (tmp_path / "out" / "gpu.jsonl").read_text().splitlines()]
     assert [(line["stage"], line["status"]) for line in lines] == [("first", "passed")]
 
@@ -455,7 +456,7 @@ def test_a_probe_that_is_killed_is_tried_once_more(tmp_path, monkeypatch, capsys
 
 
 def built_on_the_spot(tmp_path, monkeypatch, why_not_after: str | None):
-    """A run whose probe finds no library but nvcc, and a stand-in for the build."""
+    """Gives a run whose probe finds no library but nvcc, and a stand-in for the build."""
     after = tmp_path / "built"
     facts = {"no_gpu": None, "cuda": "13.0", "nvcc": "/nvcc", "capability": "9.0"}
     program = f"""
@@ -531,7 +532,8 @@ sys.exit(gpu.main(["--output", {str(tmp_path / "out")!r}]))
     runner.stdout.close()
     try:
         stage = written(tmp_path / "pid")
-        runner.send_signal(signal.SIGHUP)  # as a connection that breaks does
+        # as a connection that breaks does
+        runner.send_signal(signal.SIGHUP)
         time.sleep(0.5)
         assert runner.poll() is None and alive(stage)
         runner.send_signal(signal.SIGTERM)
@@ -584,7 +586,8 @@ def test_without_a_gpu_the_command_says_so(tmp_path):
         (["--dry-run"], 4, "cuda was to be measured and cannot be"),
     ):
         if arguments and torch.version.cuda:
-            continue  # there it builds
+            # there it builds
+            continue
         command = [sys.executable, "-m", "bench.gpu", *arguments, "--output", str(tmp_path / "new")]
         done = subprocess.run(
             command, cwd=ROOT, env=os.environ | HERE, capture_output=True, text=True
@@ -721,11 +724,14 @@ def test_of_an_archive_of_logs_that_is_cut_off_the_rest_is_kept(tmp_path):
 
 
 def test_a_second_run_adds_to_the_first_and_the_folder_stays_small(tmp_path):
-    (tmp_path / "log").write_text("the user's own")  # as by `| tee DIR/log`
+    # as by `| tee DIR/log`
+    (tmp_path / "log").write_text("the user's own")
     ran(tmp_path, alone(stand_in("first", f"print('hello'); {GOOD}")))
     with (tmp_path / "gpu.jsonl").open("a") as file:
-        file.write('{"stage": "half')  # as a killed run leaves it
-    time.sleep(1.1)  # a run is named by its second
+        # as a killed run leaves it
+        file.write('{"stage": "half')
+    # a run is named by its second
+    time.sleep(1.1)
     ran(tmp_path, alone(stand_in("second", f"print('hello'); {GOOD}")))
     text = gpu_report.close(Output(tmp_path), 0)
     assert [line["stage"] for line in gpu_report.read(tmp_path / "gpu.jsonl")] == [
@@ -831,7 +837,8 @@ def test_the_table_of_a_whole_run_fits():
     for stage in (stage for wave in gpu.plan() for stage in wave.stages):
         if re.match("bench|compiled|triton", stage.name):
             line = ran_case(stage.name, 11 if stage.name == "triton-sweep" else 2)
-            line["result"]["contestants"].pop()  # none is missing
+            # none is missing
+            line["result"]["contestants"].pop()
         else:
             result = (
                 {"expected": 46, "passed": 46}
@@ -869,7 +876,8 @@ def test_a_case_goes_through_to_the_table_and_the_picture(tmp_path, monkeypatch,
         ([alone(odd)], "odd passed (its answer is not"),
     ):
         monkeypatch.chdir(tmp_path)
-        folder = pathlib.Path(f"{len(odds)} odd")  # of where the user stands
+        # of where the user stands
+        folder = pathlib.Path(f"{len(odds)} odd")
         assert gpu.main(["--output", str(folder)]) == 0
         out = capsys.readouterr().out
         assert out.startswith("A copy moves 4,300 GB/s") and re.search(
@@ -959,7 +967,7 @@ ALLOWED = ("torch", "numpy", "pytest", "hypothesis")
 
 
 def needs(names) -> set[str]:
-    """These distributions and what they need, in turn; extras aside."""
+    """Gives these distributions and what they need, in turn; extras aside."""
     found, waiting = set(), list(names)
     while waiting:
         name = re.sub("[-_.]+", "-", waiting.pop()).lower()
@@ -1173,7 +1181,7 @@ def test_the_empty_kernel_is_one(tmp_path):
 
 
 class Queue:
-    """A GPU's queue, with a clock: steps take a second there, and the host a hundredth."""
+    """Feigns a GPU's queue, with a clock: steps take a second there, and the host a hundredth."""
 
     def __init__(self, monkeypatch):
         self.calls, self.clock = [], 0.0
@@ -1205,7 +1213,8 @@ class Queue:
 def test_a_step_on_a_gpu_waits_in_the_queue_until_the_host_is_through(monkeypatch):
     queue = Queue(monkeypatch)
     assert timer.sample(queue.step, 2, "cuda") == 1.0
-    pause = ("pause", pytest.approx(0.1))  # ten times the host's part
+    # ten times the host's part
+    pause = ("pause", pytest.approx(0.1))
     assert (
         queue.calls
         == ["wait", "step", "wait", pause, "other data", "event", "step", "event", "wait"] * 2

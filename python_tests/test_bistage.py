@@ -19,7 +19,7 @@ N, T, WORDS, CLASSES = 5, 9, 30, 4
 
 
 class Small(nn.Module):
-    """An embedding, a dropout and two linear layers over the mean; subclasses change how the
+    """Has an embedding, a dropout and two linear layers over the mean; subclasses change how the
     embedding is used.
     """
 
@@ -58,7 +58,7 @@ def gradients(model):
 
 
 def outcome(model, run):
-    """What `run` returns and the gradients it leaves, from none and from one random state."""
+    """Gives what `run` returns and the gradients it leaves, from none and from one random state."""
     model.zero_grad()
     torch.manual_seed(7)
     return run(), {name: gradient.clone() for name, gradient in gradients(model).items()}
@@ -231,7 +231,7 @@ def test_backward_equals_the_loss_for_every_model(name):
 
 
 def counted(model):
-    """Rows that a model's first layer after the embedding sees forward and backward."""
+    """Counts rows that a model's first layer after the embedding sees forward and backward."""
     rows = types.SimpleNamespace(forward=[], backward=[])
     model.hidden.register_forward_hook(
         lambda module, inputs, output: rows.forward.append(len(output))
@@ -314,7 +314,8 @@ def test_a_pass_runs_again_with_the_same_masks(adaptive):
         stage = BiStage(
             model, model.embedding, passes=3, js_weight=2.0, dropout=rates, passes_at_once=at_once
         )
-        for seed in range(3):  # adaptive rates need a gradient to have been seen
+        # adaptive rates need a gradient to have been seen
+        for seed in range(3):
             torch.manual_seed(seed)
             model.zero_grad()
             result = stage.backward(*batch(seed))
@@ -525,7 +526,8 @@ class Recomputes(Small):
 @pytest.mark.parametrize("form", ["backward", "loss"])
 def test_unusual_embeddings(kind, frozen, twin, form):
     if kind is Recomputes:
-        form = "backward"  # `loss` says that it does not serve these
+        # `loss` says that it does not serve these
+        form = "backward"
     usual, model = twin(dropout=0.3).double(), kind(dropout=0.3).double()
     model.load_state_dict(usual.state_dict())
     model.embedding.requires_grad_(not frozen)
@@ -562,7 +564,8 @@ def test_reentrant_checkpointing_behind_a_frozen_embedding(form, at_once):
     stage = BiStage(model, model.embedding, epsilon=1.0, passes_at_once=at_once)
     found = []
     for model.reentrant in (False, True):
-        if form == "loss" and model.reentrant:  # whose first half is torch.autograd.grad
+        # whose first half is torch.autograd.grad
+        if form == "loss" and model.reentrant:
             with pytest.raises(RuntimeError, match="use_reentrant=True"):
                 stage.loss(*batch())
             return
@@ -659,7 +662,8 @@ def test_after_an_error_the_model_is_as_before(told, error, text, at):
         stage.backward(inputs, labels)
     vars(model).update(times=1, fail=False)
     assert torch.equal(model(inputs), expected) and model.dropout.p == 0.2
-    stage.backward(inputs, labels)  # and works again
+    # and works again
+    stage.backward(inputs, labels)
 
 
 def test_logits_that_ignore_the_embedding():
@@ -720,7 +724,8 @@ def test_rates_are_set_for_their_pass_and_restored(layer, options, seen):
     model = Small()
     model.dropout = layer(p=0.2)
     model.dropout.register_forward_pre_hook(lambda module, inputs: rates.append(module.p))
-    model.eval()  # Dropout2d and 3d want images when they drop
+    # Dropout2d and 3d want images when they drop
+    model.eval()
     BiStage(model, model.embedding, **options).backward(*batch())
     assert rates == seen and model.dropout.p == 0.2
 
@@ -823,7 +828,8 @@ def test_under_ddp(process_group, options, form, inside):
             rtol=1e-9,
             atol=1e-12,
         )
-        (reduced,) = reductions  # once, and the whole gradient
+        # once, and the whole gradient
+        (reduced,) = reductions
         torch.testing.assert_close(
             reduced.norm(), torch.cat([gradient.flatten() for gradient in expected.values()]).norm()
         )
@@ -931,7 +937,8 @@ def test_an_encoder_decoder_is_told_which_embedding():
         BiStage(model, model.model.shared).backward({"input_ids": ids}, labels)
     of_encoder = model.get_encoder().get_input_embeddings()
     assert BiStage(model, of_encoder).backward({"input_ids": ids}, labels).loss.isfinite()
-    model.set_input_embeddings(nn.Embedding(WORDS, 8))  # one for both
+    # one for both
+    model.set_input_embeddings(nn.Embedding(WORDS, 8))
     with pytest.raises(
         RuntimeError,
         match="called twice.*encoder-decoder: pass the encoder's embedding.*of its own",

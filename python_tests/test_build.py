@@ -67,7 +67,7 @@ SYSTEM = r"libc|libm|libstdc\+\+|libgcc_s|ld-linux[\w-]*"
 
 
 def symbols(file: pathlib.Path) -> list[tuple[str, str]]:
-    """What a library asks others for: the symbol, and the version of the system library it is
+    """Gives what a library asks others for: the symbol, and the version of the system library it is
     from, or "".
     """
     text = subprocess.run(["nm", "-D", file], capture_output=True, text=True, check=True).stdout
@@ -212,7 +212,7 @@ needs_setuptools = pytest.mark.skipif(
 
 
 class Tree:
-    """A copy of what the build reads, around sources that compile in a moment."""
+    """Makes a copy of what the build reads, around sources that compile in a moment."""
 
     def __init__(self, root: pathlib.Path):
         self.root, self.libraries = root, root / "uegr_kernels/_lib"
@@ -382,7 +382,7 @@ PATHS = "import sysconfig; print(sysconfig.get_path('purelib'))"
 
 
 class Environment:
-    """A virtual environment that may have a wheel, and on its path what another Python has
+    """Makes a virtual environment that may have a wheel, and on its path what another Python has
     installed.
     """
 
@@ -418,7 +418,7 @@ class Environment:
 
 
 def pythons() -> list[str]:
-    """This Python, and others that have a torch: python3.N on the path, and the ones that
+    """Gives this Python, and others that have a torch: python3.N on the path, and the ones that
     UEGR_KERNELS_TEST_PYTHONS names.
     """
     on_path = [shutil.which(f"python3.{minor}") for minor in range(10, 16)]
@@ -437,7 +437,7 @@ def torch_of(python: str) -> str | None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> pathlib.Path:
-    """What `make wheel` makes, linked from what `make build` has compiled."""
+    """Gives what `make wheel` makes, linked from what `make build` has compiled."""
     ninja = run("-m", "ninja", "-n", "-f", "build/inplace/build.ninja", cwd=ROOT)
     if "no work to do" not in ninja.stdout or native.why_not():
         pytest.skip("what build/inplace holds is not of these sources; run `make build`")
@@ -554,7 +554,7 @@ NOT_SOURCES = ".*,build,dist,site,_lib,__pycache__,*.so,*.egg-info".split(",")
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory) -> pathlib.Path:
-    """What `python -m build` makes of the sources, unpacked."""
+    """Gives what `python -m build` makes of the sources, unpacked."""
     if not importlib.util.find_spec("build"):
         pytest.skip("build is not installed")
     folder = tmp_path_factory.mktemp("sdist")

@@ -12,7 +12,8 @@ from torch.testing._internal import common_optimizers as theirs
 
 import uegr_kernels as uk
 
-hypothesis.settings.load_profile("house")  # what was just imported has loaded its own
+# what was just imported has loaded its own
+hypothesis.settings.load_profile("house")
 NEUTRAL = {"normalization": "constant", "keep_probability": 1.0}
 OURS = {
     "AdamW": (
@@ -280,7 +281,8 @@ def test_one_optimizer_a_parameter_steps_inside_the_backward(name):
     assert all(p.grad is None for p in models[1].parameters())
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+# torch's own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 # it orders the parameters its own way: masks are others than without it
 def test_zero_redundancy():
     from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -305,7 +307,7 @@ def test_zero_redundancy():
 
 
 def two(make):
-    """Two parameters with gradients, from `make`, which gives their tensors; and an optimizer
+    """Gives two parameters with gradients, from `make`, which gives their tensors; and an optimizer
     of both.
     """
     params = [torch.nn.Parameter(tensor) for tensor in make()]
@@ -363,7 +365,8 @@ def test_parameters_side_by_side_in_one_storage_step(name, make):
 def test_parameters_that_share_an_element_are_refused_and_nothing_changes(name, make, groups):
     params = two(make)
     optimizer = OURS[name][0](params if groups == 1 else [{"params": [p]} for p in params])
-    for _ in range(2):  # a second time too
+    # a second time too
+    for _ in range(2):
         with pytest.raises(ValueError, match=r"parameters \d and \d share memory.*\.clone\(\)"):
             optimizer.step()
     assert all(bool((p == 1).all()) for p in params) and not any(optimizer.state.values())
@@ -410,7 +413,8 @@ def test_a_parameter_that_changes_its_shape_is_refused_until_its_state_is_gone(n
 
 
 @pytest.mark.long
-def test_a_hundred_thousand_parameters():  # a million step too, in a minute
+# a million step too, in a minute
+def test_a_hundred_thousand_parameters():
     count = 2**17
     values = torch.arange(float(count)) % 7 + 1
     params = [torch.nn.Parameter(value) for value in values.clone().unbind()]
@@ -639,7 +643,8 @@ def test_tensor_numbers_and_closures_are_torchs(name, options, groups):
         except (ValueError, AssertionError) as error:
             results.append([str(error)])
     if results[1][0] == results[0][0] and isinstance(results[1][0], str):
-        return  # the same words
+        # the same words
+        return
     # torch's foreach asks for a GPU here, ours does not
     if name == "AdamW" and "capturable" in options:
         return

@@ -10,7 +10,9 @@ from scipy import stats
 from uegr_kernels.core import backends, native, philox
 from uegr_kernels.core.operator import Operator
 from uegr_kernels.divergence.op import REDUCTIONS
-from uegr_kernels.selective import op, options  # op defines the operators that are asked about
+
+# op defines the operators that are asked about
+from uegr_kernels.selective import op, options
 
 CPU = torch.device("cpu")
 
@@ -49,7 +51,8 @@ def test_philox_known_answers(counter, key, expected):
 def test_words_place_index_step_stream_and_seed_in_the_known_answers_counter():
     # Counter (q low, q high, step, stream); here the step is a full 32-bit word, as the vector has
     # it.
-    q = 0x85A308D3_243F6A88 % 2**61  # an element index is below 2^63
+    # an element index is below 2^63
+    q = 0x85A308D3_243F6A88 % 2**61
     place = {"seed": PI_SEED, "step": 0x13198A2E, "stream": 0x03707344}
     expected = philox.philox4x32(
         (q & 0xFFFFFFFF, q >> 32, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0)
@@ -151,7 +154,8 @@ def test_the_reference_serves_everything():
 
 @pytest.mark.parametrize("backend", [b for b in backends.BACKENDS if b != "reference"])
 def test_why_not_names_the_reason_and_the_remedy(backend):
-    away = torch.device("meta")  # no backend but the reference runs there
+    # no backend but the reference runs there
+    away = torch.device("meta")
     reason = backends.why_not(backend, OPERATOR, away)
     assert reason is not None and ("use backend=" in reason or "install" in reason)
     dtype_reason = backends.why_not(backend, OPERATOR, CPU, torch.complex64)
@@ -354,8 +358,8 @@ def test_power_of_two_is_numpys(bindings, suffix, dtype):
 
 
 def ulps(found, expected, dtype):
-    """The largest error in units of the last place, relative to NumPy's longdouble; zeros must
-    be zeros.
+    """Gives the largest error in units of the last place, relative to NumPy's longdouble; zeros
+    must be zeros.
     """
     assert np.array_equal(found == 0, expected.astype(dtype) == 0)
     gaps = np.abs(found - expected)[expected != 0] / np.abs(expected)[expected != 0]
@@ -422,7 +426,8 @@ def test_16_bit_conversions_are_torchs(bindings, name, dtype):
     assert np.isnan(found[~finite]).all()
 
     values = expected[np.isfinite(expected)]
-    between = (np.sort(values)[:-1] / 2 + np.sort(values)[1:] / 2).astype(np.float32)  # ties
+    # ties
+    between = (np.sort(values)[:-1] / 2 + np.sort(values)[1:] / 2).astype(np.float32)
     noise = np.random.default_rng(0).integers(0, 2**32, 100_000, dtype=np.uint32).view(np.float32)
     x = np.concatenate(
         (

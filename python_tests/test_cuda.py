@@ -84,7 +84,7 @@ def test_full_blocks_keep_to_registers_and_whole_accesses(read, operator):
 
 
 def updates(kernel: Kernel) -> list[str]:
-    """The loop that updates elements."""
+    """Gives the loop that updates elements."""
     (loop,) = [loop for loop in kernel.element_loops() if count(loop, "STG") and count(loop, "LDG")]
     return loop
 
@@ -121,7 +121,8 @@ def test_the_step_asks_for_all_lists_before_it_waits_for_one(read):
         if match := FULL.match(name):
             expected = lists[match[5] + match[4]]
         elif match := re.match(r"step_mixedILb([01])ENS_\d+(AdamW|SGD)", name):
-            expected = 2 * lists[match[2] + match[1]]  # two loads where a list is float32
+            # two loads where a list is float32
+            expected = 2 * lists[match[2] + match[1]]
         else:
             continue
         loop = updates(kernel)
@@ -144,7 +145,8 @@ def test_gradients_are_selected_and_gathered_by_whole_accesses(read):
     found = read("selective")
     (multiply,) = [found[name] for name in found if re.match(r"step_mixed.*NoUpdateRule", name)]
     loop = updates(multiply)
-    assert count(loop, r"LDG.*\.128") == 4 and count(loop, r"STG.*\.128") == 2  # g and s; g
+    # g and s; g
+    assert count(loop, r"LDG.*\.128") == 4 and count(loop, r"STG.*\.128") == 2
     assert count(loop, "STG") == 2
     # a call of Philox serves four elements; what is not whole are ranks' tables
     assert count(loop, r"IMAD\.WIDE") <= 2 * 20 + 8 + 20
@@ -157,7 +159,8 @@ def test_the_loss_of_short_rows_takes_two_special_functions_a_logit(read):
     found = {
         name: kernel for name, kernel in read("divergence").items() if name.startswith("loss_full")
     }
-    assert len(found) == 2, found.keys()  # one or two passes in the pairs
+    # one or two passes in the pairs
+    assert len(found) == 2, found.keys()
     for name, kernel in found.items():
         # A loop takes 8 logits of a row, or of two. What runs once a row, logarithms in double
         # above all, stands outside.
@@ -172,11 +175,13 @@ def test_dropout_takes_few_instructions_an_element(read):
     found = {
         name: kernel for name, kernel in read("dropout").items() if name.startswith("drop_full")
     }
-    assert len(found) == 6, found.keys()  # three dtypes, forward and backward
+    # three dtypes, forward and backward
+    assert len(found) == 6, found.keys()
     for name, kernel in found.items():
         (loop,) = kernel.element_loops()
         assert len(loop) <= 8 * 24, f"{name}: {len(loop) / 8} instructions an element"
-        accesses = 2 if "E0E" in name else 1  # float32
+        # float32
+        accesses = 2 if "E0E" in name else 1
         assert count(loop, r"LDG.*\.128") == count(loop, r"STG.*\.128") == accesses, name
         # a call of Philox serves four elements
         assert 0 < count(loop, r"IMAD\.WIDE|IMAD\.HI") <= 2 * 20 + 8, name
@@ -235,7 +240,8 @@ def test_long_rows_take_few_instructions_a_logit(long_rows):
         assert count(min(writing, key=len), "ISETP") <= 16, kernel.name
 
 
-@pytest.mark.parametrize("classes", [30_522, 50_257, 50_265])  # BERT, GPT-2, RoBERTa
+# BERT, GPT-2, RoBERTa
+@pytest.mark.parametrize("classes", [30_522, 50_257, 50_265])
 def test_real_vocabularies_cost_little_more_than_aligned_rows(long_rows, classes):
     """A row that begins anywhere has a chunk more, and two chunks in part, which go element by
     element: a warp each for all of it.
@@ -290,7 +296,8 @@ def test_long_rows_meet_without_a_barrier_of_the_whole_gpu(long_rows, arch):
     for match, kernel in long_rows.items():
         places = [at for at, text in kernel.instructions if re.search(r"MEMBAR\S*GPU", text)]
         sent = [at for at, text in kernel.instructions if re.match(r"STAS|ST\.ASYNC", opcode(text))]
-        if match[1] == "block" or arch == "sm_80":  # whose clusters are never launched
+        # whose clusters are never launched
+        if match[1] == "block" or arch == "sm_80":
             assert not places and not sent, kernel.name
             continue
         # as the kernel begins, and before it ends
@@ -317,7 +324,7 @@ def test_the_model_of_the_kernels_is_of_this_code(read, arch):
 
 @pytest.fixture(scope="session")
 def on_host() -> pathlib.Path:
-    """The CUDA operators compiled for a CPU, under the name of the baseline's library."""
+    """Loads the CUDA operators compiled for a CPU, under the name of the baseline's library."""
     if not shutil.which("c++") or sys.platform != "linux":
         pytest.skip("needs a C++ compiler on Linux")
     flags = [
@@ -411,13 +418,14 @@ CHOICES = {
     "strided) or nonfinite",
     "divergence": "half_precision or parts or regression or as_labels or ignored or minus_infinity "
     "or literals or backward_writes",
-    "perturbation": "not number_of_threads",  # which is for large tensors
+    # which is for large tensors
+    "perturbation": "not number_of_threads",
     "dropout": "cpp",
 }
 
 
 def pytest_on(library: pathlib.Path | None, *arguments, **variables) -> None:
-    """The CPU's tests run on a library of CUDA operators for a host, or on the CPU's own."""
+    """Runs the CPU's tests on a library of CUDA operators for a host, or on the CPU's own."""
     environment = {
         **os.environ,
         **variables,
@@ -449,8 +457,10 @@ def test_what_they_compute_of_long_rows_and_many_items(on_host):
 @pytest.mark.parametrize(
     "cases",
     [
-        "unwritten.py",  # what would stay as it is is not written
-        "labels_alone.py",  # the losses take labels without another pass
+        # what would stay as it is is not written
+        "unwritten.py",
+        # the losses take labels without another pass
+        "labels_alone.py",
     ],
 )
 def test_both_libraries_pass(request, cases, on_gpu):
@@ -669,7 +679,8 @@ def test_tensors_on_the_cpu_are_told_that_moving_them_would_not_do(machine, know
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_tensors_on_the_cpu_are_told_to_move_where_that_does(machine, backend):
-    machine(V100, H200)  # the current one is the last
+    # the current one is the last
+    machine(V100, H200)
     with pytest.raises(RuntimeError, match="these are on cpu; move them, or use backend='auto'"):
         uk.pairwise_js(torch.zeros(2, 3, 4), backend=backend)
     machine(V100)
@@ -758,7 +769,8 @@ def test_the_dispatchers_gpu_kernel_is_one_that_the_gpu_runs(machine, monkeypatc
                 ("triton", 7),
             ]
     kernels.clear()
-    machine(H200)  # with the library loaded its own kernels are the dispatcher's
+    # with the library loaded its own kernels are the dispatcher's
+    machine(H200)
     backends.define(
         "step", "(Tensor[] x, *, int y) -> ()", lambda *_, **__: None, lambda *_, **__: None
     )

@@ -45,7 +45,8 @@ def processes(world):
             assert not late and all(worker.exitcode == 0 for worker in workers)
 
         BODIES[body.__name__] = body
-        del test.__wrapped__  # pytest asks it for its arguments
+        # pytest asks it for its arguments
+        del test.__wrapped__
         return test
 
     return decorate
@@ -80,7 +81,7 @@ def model():
 
 
 def train(net, optimizer, steps=STEPS, first=0, skip=None):
-    """The same batch on every process: gradients are bit-equal to one process's."""
+    """Trains on the same batch on every process: gradients are bit-equal to one process's."""
     for step in range(first, first + steps):
         torch.manual_seed(100 + step)
         ids, labels = torch.randint(0, 13, (8, 5)), torch.randint(0, 3, (8,))
@@ -121,7 +122,8 @@ OPTIONS = [
 
 @processes(2)
 def test_ddp_agrees_on_a_seed_and_equals_one_process(rank, path):
-    torch.manual_seed(rank)  # other seeds are drawn
+    # other seeds are drawn
+    torch.manual_seed(rank)
     net, alone = model(), model()
     torch.manual_seed(10 + rank)
     optimizer = uk.SelectiveAdamW(net.parameters(), lr=0.05, threshold=0.3)
@@ -164,7 +166,8 @@ def test_fsdp_on_two_processes_equals_one(rank, path):
 @pytest.mark.long
 @processes(4)
 def test_fsdp_on_four_processes_equals_one(rank, path):
-    fsdp_equals_one_process()  # the last layer has fewer rows than processes: empty parts
+    # the last layer has fewer rows than processes: empty parts
+    fsdp_equals_one_process()
 
 
 @processes(2)
@@ -327,7 +330,7 @@ def dropping(num_features=None):
 
 
 def learn(net, rank, steps=3):
-    """Data of each process's own; the weights stay alike."""
+    """Trains on data of each process's own; the weights stay alike."""
     for step in range(steps):
         torch.manual_seed(1000 * rank + step)
         net.zero_grad()
@@ -338,7 +341,7 @@ def learn(net, rank, steps=3):
 
 
 def differ(layer):
-    """The norms are those of each process's data, and nobody's were broadcast."""
+    """Checks that the norms are those of each process's data, and nobody's were broadcast."""
     found = [torch.empty(3, 7) for _ in range(dist.get_world_size())]
     dist.all_gather(found, uk.AdaptiveDropout.get_extra_state(layer))
     assert all(each[:2].isfinite().all() and each[:2].any() for each in found)
@@ -370,7 +373,8 @@ def test_norms_in_a_distributed_checkpoint(rank, path):
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
     net = shard(dropping(7))
-    state = learn(net, 0).get_extra_state()  # the same on both: a checkpoint has one
+    # the same on both: a checkpoint has one
+    state = learn(net, 0).get_extra_state()
     dcp.save({"model": get_model_state_dict(net)}, checkpoint_id=f"{path}/checkpoint")
     again = shard(dropping(7))
     found = {"model": get_model_state_dict(again)}

@@ -20,7 +20,8 @@ from scipy import stats
 
 import uegr_kernels as uk
 
-pytest.importorskip("transformers")  # which the evidence trains by
+# which the evidence trains by
+pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from bench import accuracy, harness
@@ -39,7 +40,7 @@ def text(label: str, i: int) -> str:
 
 @pytest.fixture
 def data(tmp_path):
-    """`sst2` and the sets that its models are scored on too, of a few texts."""
+    """Gives `sst2` and the sets that its models are scored on too, of a few texts."""
     for name in ("sst2", *pretrained.FURTHER["sst2"]):
         for part, count in (("train", 60), ("test", 14)) if name == "sst2" else (("test", 6),):
             path = tmp_path / "data" / name / f"{part}.tsv.gz"
@@ -51,7 +52,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A random BERT of two layers with its tokenizer, as Transformers saves them."""
+    """Gives a random BERT of two layers with its tokenizer, as Transformers saves them."""
     transformers = pytest.importorskip("transformers")
     folder = tmp_path / "bert"
     folder.mkdir()
@@ -82,7 +83,7 @@ def checkpoint(tmp_path):
 
 @pytest.fixture
 def small(checkpoint):
-    """What makes a run small."""
+    """Gives what makes a run small."""
     return {
         **{
             "model": str(checkpoint),
@@ -98,7 +99,7 @@ def small(checkpoint):
 
 @pytest.fixture
 def tiers(monkeypatch):
-    """Every method, on one set with two seeds."""
+    """Gives every method, on one set with two seeds."""
     monkeypatch.setattr(pretrained, "TIERS", {1: (tuple(pretrained.METHODS), ("sst2",), 2)})
     monkeypatch.setattr(pretrained_report, "TIERS", pretrained.TIERS)
 
@@ -173,8 +174,8 @@ def test_runs_of_another_protocol_are_not_taken(data, small, tmp_path):
 
 @pytest.fixture
 def committed(tmp_path, monkeypatch):
-    """A copy of the committed runs, their data's digests and sizes as they were, and UEGR with the
-    plain dropout that it had then; a run that is missing fails.
+    """Gives a copy of the committed runs, their data's digests and sizes as they were, and UEGR
+    with the plain dropout that it had then; a run that is missing fails.
     """
     folder = command.RESULTS
     for name in ("runs.jsonl", "cost.jsonl"):
@@ -201,7 +202,8 @@ def test_committed_runs_are_known_and_make_the_committed_report(committed, capsy
     ]
     arguments = [*call.split()[3:], "--output", str(output)]
     options = command.parser().parse_args(arguments)
-    options.methods.remove("uegr_plain_dropout")  # then the same as uegr
+    # then the same as uegr
+    options.methods.remove("uegr_plain_dropout")
     command.run(options, call)
     texts = [path for path in folder.iterdir() if path.suffix in (".md", ".json", ".jsonl")]
     assert len(texts) > 10

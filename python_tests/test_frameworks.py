@@ -142,7 +142,8 @@ def lightning_module():
     return Module()
 
 
-@pytest.mark.filterwarnings("ignore")  # of few workers, no logger and other advice
+# of few workers, no logger and other advice
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_lightning_clips_and_resumes_exactly(tmp_path, precision):
     lightning = pytest.importorskip("lightning")

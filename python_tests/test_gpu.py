@@ -41,7 +41,7 @@ def gpu() -> torch.device:
 
 @pytest.fixture(params=("cuda", "triton"))
 def kernels(request, gpu) -> str:
-    """Every backend with kernels for this GPU."""
+    """Gives every backend with kernels for this GPU."""
     reason = backends.why_not(request.param, "selective.selective_adamw_", gpu)
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
@@ -158,7 +158,8 @@ def test_gpu_masks_equal_the_references(gpu, kernels):
         uk.selection_mask(x, seed=3, step=7, backend=b).cpu()
         for x, b in ((g.to(gpu), kernels), (g, "reference"))
     )
-    assert (found != expected).sum() <= 2  # u and p closer than 2^-22
+    # u and p closer than 2^-22
+    assert (found != expected).sum() <= 2
 
 
 # a warp, a block, clusters, ragged rows

@@ -6,10 +6,12 @@ import ast
 import collections
 import dataclasses
 import functools
+import io
 import pathlib
 import re
 import subprocess
 import sys
+import tokenize
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -45,9 +47,11 @@ MODULES = (
 @dataclasses.dataclass(frozen=True)
 class Rule:
     sentence: str
-    files: str  # a regular expression over whole paths
+    # a regular expression over whole paths
+    files: str
     check: Callable[[pathlib.PurePosixPath, str], Iterator[str]]
-    bad: tuple[str, ...]  # "path | text"
+    # "path | text"
+    bad: tuple[str, ...]
     good: tuple[str, ...]
 
 
@@ -91,8 +95,10 @@ def tree_files() -> tuple[pathlib.PurePosixPath, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Import:
-    module: str  # absolute; for `from a import b`, a.b
-    lazy: bool  # inside a function
+    # absolute; for `from a import b`, a.b
+    module: str
+    # inside a function
+    lazy: bool
 
     @property
     def ours(self) -> bool:
@@ -105,7 +111,7 @@ class Import:
 
     @property
     def layer(self) -> str:
-        """The package for a foreign module; for ours the operator's layer, the module's name,
+        """Gives the package for a foreign module; for ours the operator's layer, the module's name,
         or "public".
         """
         words = self.module.split(".")
@@ -325,7 +331,8 @@ def reference_imports(path, text):
         "Form",
     ],
 )
-def imports_of_triton(path, text):  # "[triton" would be taken for a backend's case
+# "[triton" would be taken for a backend's case
+def imports_of_triton(path, text):
     allowed = ("torch", "triton")
     own_files = f"{PACKAGE}.{path.parts[1]}.triton."
     return unless(
@@ -762,7 +769,7 @@ def includes(text: str) -> list[str]:
 
 
 def resolve(path: pathlib.PurePosixPath, header: str) -> str:
-    """Where a quoted header lies: beside the file, or from csrc/; as a path from csrc/."""
+    """Tells where a quoted header lies: beside the file, or from csrc/; as a path from csrc/."""
     words = []
     name = header.strip('"')
     for word in [
@@ -776,7 +783,9 @@ def resolve(path: pathlib.PurePosixPath, header: str) -> str:
 def unless_header(
     allowed: Callable[[str], bool], path: pathlib.PurePosixPath, text: str
 ) -> Iterator[str]:
-    """`allowed` sees <header> as it stands and "header" as a path from csrc/."""
+    """Yields what is not allowed: `allowed` sees <header> as it stands and "header" as a path from
+    csrc/.
+    """
     seen = {
         header: header if header.startswith("<") else resolve(path, header)
         for header in includes(text)
@@ -984,6 +993,55 @@ def exact_math(path, text):
     return re.findall(r"-ffast-math|-Ofast|-?-use_fast_math", text)
 
 
+# In whose paths comments still stand at lines' ends.
+COMMENTS_AT_THE_END = (
+    "perturbation",
+    "dropout",
+    "finetune",
+    "test_demo",
+    "cuda_on_host",
+    "gpu_model",
+)
+SHAPE = re.compile(r"(#|//) (\([^)]*\)|\[[^]]*\]|\w{1,2}(, \w{1,2})+)")
+FOR_A_TOOL = re.compile(r"(#|//) *(noqa|type:|pragma|fmt:|NOLINT|namespace)")
+CODE_AND_COMMENT = re.compile(r'((?:[^"/]|"(?:[^"\\]|\\.)*"|/(?!/))*\S)\s*(//.*)')
+
+
+def trailing_comments(path: pathlib.PurePosixPath, text: str) -> Iterator[tuple[int, str]]:
+    if path.suffix == ".py":
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type == tokenize.COMMENT and token.line[: token.start[1]].strip():
+                yield token.start[0], token.string
+    else:
+        for number, line in enumerate(text.splitlines(), 1):
+            found = CODE_AND_COMMENT.fullmatch(line)
+            if found and line.lstrip()[:1] not in "#/":
+                yield number, found[2]
+
+
+@rule(
+    "A comment stands on a line of its own, above what it is on; at a line's end stand shapes, and "
+    "words for tools",
+    f"(?!.*({'|'.join(COMMENTS_AT_THE_END)})).*",
+    bad=[
+        "uegr_kernels/bistage.py | x = 1  # of each pass",
+        "uegr_kernels/bistage.py | f(\n  x,  # s\n)",
+        "csrc/core/math.h | int x = 1; // bytes",
+        'csrc/core/math.h | f("//"); // (why)not',
+    ],
+    good=[
+        "uegr_kernels/bistage.py | # of each pass\nx = 1  # (N, C)\ny = 2  # m, N, C\nz = '# s'",
+        "uegr_kernels/bistage.py | import x  # noqa: F401\nw: int = y  # type: ignore[misc]",
+        'csrc/core/math.h | // bytes\nint x = 1; // [N]\n#endif // X\nf("a // b");',
+        "csrc/core/math.h | } // namespace uegr",
+    ],
+)
+def comments_above(path, text):
+    for number, comment in trailing_comments(path, text):
+        if not SHAPE.fullmatch(comment) and not FOR_A_TOOL.match(comment):
+            yield f"line {number} ends with {comment}"
+
+
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.check.__name__)
 def test_rule_can_fail(rule):
     for example, breaks in [
@@ -1011,7 +1069,8 @@ def test_rule(rule):
         pytest.fail("\n".join([f"{rule.sentence}:", *broken]), pytrace=False)
 
 
-MOST_ANY = 120  # lines of the package
+# lines of the package
+MOST_ANY = 120
 
 
 def without_a_type(texts: dict[str, str]) -> list[str]:

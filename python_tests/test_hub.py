@@ -22,7 +22,7 @@ UNIVERSAL = "build/torch-universal"
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory) -> pathlib.Path:
-    """The repository, linked from what `make build` has compiled."""
+    """Gives the repository, linked from what `make build` has compiled."""
     ninja = run("-m", "ninja", "-n", "-f", "build/inplace/build.ninja", cwd=ROOT)
     if "no work to do" not in ninja.stdout or native.why_not():
         pytest.skip("what build/inplace holds is not of these sources; run `make build`")
@@ -34,7 +34,7 @@ def hub(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def without_package(tmp_path_factory) -> Environment:
-    """An environment that has torch and `kernels`, and not the package."""
+    """Gives an environment that has torch and `kernels`, and not the package."""
     return Environment(sys.executable, tmp_path_factory.mktemp("environment") / "venv")
 
 

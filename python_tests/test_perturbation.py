@@ -34,7 +34,7 @@ def gradient(*shape, dtype=torch.float32, seed=0, scale=1.0):
 
 
 def mask_of(shape, keep_probability, seed, step=0, stream=0):
-    """The mask docs/spec.md promises, by a generator whose known answers test_core.py has."""
+    """Gives the mask docs/spec.md promises, by a generator whose known answers test_core.py has."""
     indices = torch.arange(math.prod(shape))
     return (
         philox.uniform(philox.words(indices, seed=seed, step=step, stream=stream), torch.float64)
@@ -706,7 +706,7 @@ WEIGHTS = {"epsilon": 1.0, "together": False, "keep_probability": 1.0, "step": 0
 
 
 def by_schema(operator, native):
-    """A backend's function by the schema's arguments, in which words are numbers."""
+    """Gives a backend's function by the schema's arguments, in which words are numbers."""
     if native == "cpp":
         return operator.default
     return functools.partial(operator.by_schema, operator.kernel(native))

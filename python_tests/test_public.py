@@ -82,7 +82,7 @@ def named(dotted: str):
 
 
 def split(signature: inspect.Signature) -> tuple[list, dict]:
-    """(name, default) of the positional arguments in order, and of the keywords by name."""
+    """Returns (name, default) of the positional arguments in order, and of the keywords by name."""
     positional, keywords = [], {}
     for p in signature.parameters.values():
         assert p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY), f"{p} takes anything"
@@ -95,7 +95,8 @@ def split(signature: inspect.Signature) -> tuple[list, dict]:
 
 def promised(text: str) -> tuple[list, dict]:
     scope: dict = {}
-    exec(f"def promised{text}: pass", {}, scope)  # the literal is Python, read by Python
+    # the literal is Python, read by Python
+    exec(f"def promised{text}: pass", {}, scope)
     return split(inspect.signature(scope["promised"]))
 
 
@@ -104,7 +105,8 @@ def test_signature(name):
     positional, keywords = split(inspect.signature(named(name)))
     assert (positional, keywords) == promised(SIGNATURES[name])
     for (_, default), (_, expected) in zip(positional, promised(SIGNATURES[name])[0], strict=True):
-        assert type(default) is type(expected)  # True == 1
+        # True == 1
+        assert type(default) is type(expected)
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -240,7 +242,8 @@ COMPILED = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore")  # torch warns of what it does not trace
+# torch warns of what it does not trace
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("name", "options"), COMPILED)
 def test_a_compiled_step_is_one_graph_and_equals_the_eager_one(name, options):
     torch._dynamo.reset()
@@ -279,7 +282,8 @@ def test_a_compiled_step_is_one_graph_and_equals_the_eager_one(name, options):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.filterwarnings("ignore")  # torch warns of what it does not trace
+# torch warns of what it does not trace
+@pytest.mark.filterwarnings("ignore")
 def test_a_compiled_step_names_what_it_refuses_and_changes_nothing():
     torch._dynamo.reset()
     params = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))]
@@ -366,7 +370,8 @@ def test_representations_show_the_selection():
 def test_version_is_semantic_and_stands_in_one_place():
     assert re.fullmatch(r"\d+\.\d+\.\d+(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?", uk.__version__)
     root = pathlib.Path(uk.__file__).parent.parent
-    if (root / "pyproject.toml").exists():  # the wheel's name is tested with the build
+    # the wheel's name is tested with the build
+    if (root / "pyproject.toml").exists():
         assert ('version = { attr = "uegr_kernels.__version__" }') in (
             root / "pyproject.toml"
         ).read_text()

@@ -56,13 +56,13 @@ def batch():
 
 
 def size(model, i):
-    """The norm of sample i's real words."""
+    """Gives the norm of sample i's real words."""
     ids, mask, _ = batch()
     return model.embedding.weight[ids[i][mask[i] != 0]].norm().item()
 
 
 def gradients(model):
-    """Of one's own, or, where the recipe steps, the weights."""
+    """Gives a model's own gradients, or, where the recipe steps, the weights."""
     return torch.cat(
         [(p.detach() if p.grad is None else p.grad).flatten() for p in model.parameters()]
     )
@@ -76,7 +76,8 @@ def test_recipes(name):
         results = []
         for relative in (True, False):
             model = small()
-            model.embedding.requires_grad_(name != "free_at")  # whose repeats would change its norm
+            # whose repeats would change its norm
+            model.embedding.requires_grad_(name != "free_at")
             factor = 1.0 if relative else size(model, i)
             given = {key: value * factor for key, value in lengths.items()}
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -105,7 +106,8 @@ def test_every_sample_has_its_own_length(name):
     delta = (seen[-1][:N] - model.embedding(ids).detach()).flatten(1)
     sizes = torch.tensor([size(model, i) for i in range(N)], dtype=torch.float64)
     shares = (delta.abs().amax(1) if name in ("roast", "adv_embed") else delta.norm(dim=1)) / sizes
-    if name == "drop_attack":  # elements are left out
+    # elements are left out
+    if name == "drop_attack":
         assert (shares < 0.3).all() and (shares > 0.1).all()
     else:
         torch.testing.assert_close(shares, shares.mean().expand(N), rtol=0.5, atol=0)

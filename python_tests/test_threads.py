@@ -82,7 +82,8 @@ def test_python_goes_on_while_an_operator_runs(make):
     sys.setswitchinterval(1e6)
     try:
         gate.release()
-        sum(range(10**7))  # keeps it
+        # keeps it
+        sum(range(10**7))
         kept_by_a_sum = not ran.is_set()
         for _ in range(100):
             if not ran.is_set():
@@ -130,7 +131,7 @@ def test_two_optimizers_step_in_two_threads():
 
 
 def results() -> dict[str, torch.Tensor]:
-    """What the compiled operators make of the same arguments, by name; what stands before the
+    """Gives what the compiled operators make of the same arguments, by name; what stands before the
     colon is a row of the tolerance table.
     """
     generator = torch.Generator().manual_seed(5)

@@ -38,8 +38,8 @@ def bert(**config):
 
 
 def vit():
-    """Its loss is divided by num_items_in_batch, where BERT's model takes that number and
-    leaves it aside.
+    """Gives a model whose loss is divided by num_items_in_batch, where BERT's model takes that
+    number and leaves it aside.
     """
     torch.manual_seed(0)
     sizes = {
@@ -54,7 +54,7 @@ def vit():
 
 
 class Net(nn.Module):
-    """A module of one's own, which returns what `gives` says."""
+    """Returns, as a module of one's own, what `gives` says."""
 
     def __init__(self, gives="dict", loss=nn.functional.cross_entropy):
         super().__init__()
@@ -74,7 +74,7 @@ class Net(nn.Module):
 
 
 class Named(Net):
-    """A module whose labels have another name, which the Trainer finds in the signature."""
+    """Has labels with another name, which the Trainer finds in the signature."""
 
     def forward(self, input_ids, attention_mask=None, own_label=None):
         return super().forward(input_ids, attention_mask, own_label)
@@ -321,7 +321,8 @@ def test_every_optim_is_the_trainers_but_torchs_adamw(tmp_path, name):
             == [0.1, 0]
         )
     elif isinstance(theirs, tuple):
-        assert mine == theirs  # the package that is missing
+        # the package that is missing
+        assert mine == theirs
     else:
         assert type(mine) is type(theirs) and mine.defaults == theirs.defaults
 

@@ -45,7 +45,7 @@ def words_kernel(out, numbers, BLOCK: tl.constexpr, IN_ORDER: tl.constexpr):
 
 
 def triton_words(first, n, layout, step, seed, in_order) -> list[int]:
-    """The words of local elements [first, first + n), by one call for four neighbours or by a
+    """Gives the words of local elements [first, first + n), by one call for four neighbours or by a
     call each.
     """
     out = torch.zeros(max(triton.next_power_of_2(n), 4), dtype=torch.int32)
@@ -207,7 +207,7 @@ def test_a_plan_made_under_capture_serves_no_other_step(monkeypatch):
 
 @pytest.fixture
 def launched_kernels(monkeypatch) -> list[str]:
-    """The names of kernels in the order of their launches, which do nothing."""
+    """Gives the names of kernels in the order of their launches, which do nothing."""
     names: list[str] = []
     monkeypatch.setattr(
         InterpretedFunction, "run", lambda self, *args, **kwargs: names.append(self.fn.__name__)
@@ -229,7 +229,7 @@ STEADY = [
 
 
 def steady(count: int, **options):
-    """Parameters, and what steps them with gradients that moved."""
+    """Gives parameters, and what steps them with gradients that moved."""
     params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(count)]
     optimizer = uk.SelectiveAdamW(params, seed=1, capturable=True, backend="triton", **options)
 
@@ -266,7 +266,7 @@ def test_perturbed_weights_launches_are_as_many_for_500_tensors_as_for_5(launche
 
 
 class Allocations(TorchDispatchMode):
-    """Operators that give fresh memory."""
+    """Counts operators that give fresh memory."""
 
     def __init__(self):
         super().__init__()
@@ -393,9 +393,11 @@ def test_every_kernel_is_compiled():
 def test_the_whole_blocks_of_a_float32_step_are_read_and_written_by_128_bits(name, target):
     update = next(kernel for kernel in launched(name, target) if kernel.name == "update_kernel")
     threads = 256 if target.startswith("gfx9") else 128
-    each = 1024 // 4 // threads  # 128-bit accesses of a thread to a list's block
+    # 128-bit accesses of a thread to a list's block
+    each = 1024 // 4 // threads
     loads, stores = update.wide
-    assert loads >= 5 * each  # parameter, moments, gradient; the gradient of what is gathered
+    # parameter, moments, gradient; the gradient of what is gathered
+    assert loads >= 5 * each
     assert stores == 3 * each
     # Only unmasked accesses say how long the cache is to keep them.
     assert update.count(r"(LDG|STG)\..*\.E[FL]\b(?!.*\b128\b).*") == 0, (

@@ -96,8 +96,10 @@ def test_labels_alone_without_a_gradient():
 
 # ---- What is multiplied by 1, or moved by 0, is neither read nor written
 
-KEPT = []  # the memory lives as long as the process
-ROW_BYTES = mmap.PAGESIZE  # each row has pages of its own
+# the memory lives as long as the process
+KEPT = []
+# each row has pages of its own
+ROW_BYTES = mmap.PAGESIZE
 
 
 def protect(tensor: torch.Tensor, access: int) -> None:
@@ -128,7 +130,8 @@ def touches(rows: Iterable[torch.Tensor], run) -> bool:
     (_, status) = os.waitpid(child, 0)
     for row in rows:
         protect(row, mmap.PROT_READ | mmap.PROT_WRITE)
-    assert status in (0, 11), "the call failed"  # 11: a segmentation fault
+    # 11: a segmentation fault
+    assert status in (0, 11), "the call failed"
     return status != 0
 
 

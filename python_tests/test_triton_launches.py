@@ -75,7 +75,9 @@ def test_statements_are_calls_that_run(statement):
 
 
 def leaves_all_alone(statement):
-    """Whether every probability is 1: the gradients stay as they are, and nothing is launched."""
+    """Tells whether every probability is 1: the gradients stay as they are, and nothing is
+    launched.
+    """
     words = ("select_gradients_(", "normalization='constant'", "keep_probability=1.0")
     return all(word in statement for word in words)
 

@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="Triton is not installed; run `pip install 
 
 
 def loss(m, n, c, dtype, labels="indices", call="", backward=""):
-    """A statement that computes a UEGR loss, and what comes after."""
+    """Gives a statement that computes a UEGR loss, and what comes after."""
     y = (
         f"torch.zeros({n}, dtype=torch.long)"
         if labels == "indices"
@@ -130,4 +130,5 @@ def test_the_forward_alone_is_cheaper(found, target):
 def test_whole_blocks_of_parts_are_read_and_written_128_bits_at_a_time(found, name, target):
     kernels = [kernel for kernel in found[STATEMENTS[name], target] if kernel.name == "part_kernel"]
     assert all(kernel.wide[0] > 0 for kernel in kernels)
-    assert sum(kernel.wide[1] > 0 for kernel in kernels) == 1  # the others write sums alone
+    # the others write sums alone
+    assert sum(kernel.wide[1] > 0 for kernel in kernels) == 1

@@ -39,7 +39,8 @@ from .selective import (
 
 
 def __getattr__(name: str) -> types.ModuleType:
-    if name == "analysis":  # on demand: training needs none of it
+    # on demand: training needs none of it
+    if name == "analysis":
         import importlib
 
         return importlib.import_module(".analysis", __name__)

@@ -14,7 +14,8 @@ import torch
 from . import __version__
 from .core import backends, native
 
-OPERATOR = "selective.selective_adamw_"  # a backend has this operator before any other
+# a backend has this operator before any other
+OPERATOR = "selective.selective_adamw_"
 
 
 def info() -> str:
@@ -114,14 +115,16 @@ def main(arguments: list[str] | None = None) -> int:
     )
     if arguments is None:
         arguments = sys.argv[1:]
-    if arguments[:1] in (["finetune"], ["demo"]):  # their options are their own
+    # their options are their own
+    if arguments[:1] in (["finetune"], ["demo"]):
         try:
             from .finetune import command, demo
 
             if arguments[0] == "demo":
                 return demo.main(arguments[1:], native.why_not)
             return command.main(arguments[1:])
-        except KeyboardInterrupt:  # before the command itself minds it
+        except KeyboardInterrupt:
+            # before the command itself minds it
             print("\nStopped; nothing is trained yet.", file=sys.stderr)
             return 130
     chosen = parser.parse_args(arguments).command
@@ -130,7 +133,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         print(info())
-    except (ValueError, RuntimeError) as error:  # a UEGR_KERNELS_ISA that cannot be served
+    except (ValueError, RuntimeError) as error:
+        # a UEGR_KERNELS_ISA that cannot be served
         parser.error(str(error))
     return 0
 

@@ -1,6 +1,7 @@
 """Algorithm 1's forward stage in one call: Eq. 2 to 6, composed of the operators' own functions."""
 
 import contextlib
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple, TypedDict
 
@@ -55,7 +56,28 @@ class _LossKeywords(TypedDict):
     backend: str
 
 
-class BiStage:
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
+class StageOptions:
+    """Holds the options of `BiStage`, which `uk.recipes.uegr` hands on to it."""
+
+    epsilon: float = 0.1
+    passes: int = 2
+    js_weight: float = 0.01
+    norm: str = "l2"
+    per: str = "sample"
+    label_smoothing: float = 0.0
+    ignore_index: int = -100
+    task: str = "classification"
+    passes_at_once: int | None = None
+    dropout: Sequence[float] | None = None
+    input_range: tuple[float, float] | None = None
+    batch_axis: int | None = None
+    relative: bool = False
+    backend: str = "auto"
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class BiStage(StageOptions):
     """Computes L_train = L_st + L_adv + js_weight * L_div, Algorithm 1's first stage (Eq. 2-6).
 
     model           nn.Module from inputs to logits [N, C] (or what has them as `.logits`,
@@ -80,28 +102,14 @@ class BiStage:
     Equivalent to `uegr_loss` of the clean logits and of m passes with `fgm_perturbation` added.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        embedding: nn.Module | None,
-        *,
-        epsilon: float = 0.1,
-        passes: int = 2,
-        js_weight: float = 0.01,
-        norm: str = "l2",
-        per: str = "sample",
-        label_smoothing: float = 0.0,
-        ignore_index: int = -100,
-        task: str = "classification",
-        passes_at_once: int | None = None,
-        dropout: Sequence[float] | None = None,
-        input_range: tuple[float, float] | None = None,
-        batch_axis: int | None = None,
-        relative: bool = False,
-        backend: str = "auto",
-    ) -> None:
+    model: nn.Module
+    embedding: nn.Module | None
+
+    def __post_init__(self) -> None:
+        passes, dropout = self.passes, self.dropout
         checks.integer("passes", passes, 1)
-        checks.integer("passes_at_once", passes if passes_at_once is None else passes_at_once, 1)
+        at_once = passes if self.passes_at_once is None else self.passes_at_once
+        checks.integer("passes_at_once", at_once, 1)
         if dropout is not None and (not isinstance(dropout, Sequence) or isinstance(dropout, str)):
             raise TypeError(
                 f"dropout={dropout!r} is not a sequence; pass one rate per pass, such "
@@ -115,39 +123,37 @@ class BiStage:
                 f"dropout={dropout!r} with passes={passes}; pass one rate in [0, 1] "
                 f"per pass, such as {[0.3] * passes}"
             )
-        self.model, self.embedding, self.passes, self.dropout, self.input_range = (
-            model,
-            embedding,
-            passes,
-            dropout,
-            input_range,
-        )
-        self.passes_at_once = min(passes_at_once or passes, passes)
+        self.passes_at_once = self._at_once = min(at_once, passes)
         self._perturbation: _PerturbationKeywords = {
-            "epsilon": epsilon,
-            "norm": norm,
-            "per": per,
-            "backend": backend,
+            "epsilon": self.epsilon,
+            "norm": self.norm,
+            "per": self.per,
+            "backend": self.backend,
         }
         self._loss: _LossKeywords = {
-            "js_weight": js_weight,
-            "label_smoothing": label_smoothing,
-            "ignore_index": ignore_index,
-            "task": task,
-            "backend": backend,
+            "js_weight": self.js_weight,
+            "label_smoothing": self.label_smoothing,
+            "ignore_index": self.ignore_index,
+            "task": self.task,
+            "backend": self.backend,
         }
-        checks.choice("norm", norm, NORMS)
-        checks.choice("per", per, PERS)
-        checks.number("epsilon", epsilon, 0)
+        checks.choice("norm", self.norm, NORMS)
+        checks.choice("per", self.per, PERS)
+        checks.number("epsilon", self.epsilon, 0)
         check_loss_options(
-            js_weight=js_weight,
-            label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
-            task=task,
+            js_weight=self.js_weight,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+            task=self.task,
         )
-        checks.backend(backend)
+        checks.backend(self.backend)
         self._runner = Runner(
-            model, embedding, input_range, batch_axis=batch_axis, relative=relative, norm=norm
+            self.model,
+            self.embedding,
+            self.input_range,
+            batch_axis=self.batch_axis,
+            relative=self.relative,
+            norm=self.norm,
         )
 
     def backward(
@@ -179,10 +185,9 @@ class BiStage:
         groups = self._groups()
         # A wrapper that synchronises allows for one backward after each forward, not for several
         # forwards first.
-        again = self.passes_at_once < self.passes or (
-            len(groups) > 1 and bool(synchronisers(self.model))
-        )
-        calls: list[tuple[Tensor, Pass]] = []  # logits and the slot's content of each
+        again = self._at_once < self.passes or (len(groups) > 1 and bool(synchronisers(self.model)))
+        # logits and the slot's content of each
+        calls: list[tuple[Tensor, Pass]] = []
         states = []
         for group in groups:
             with contextlib.ExitStack() as stack:
@@ -213,7 +218,8 @@ class BiStage:
                         hold()
                         with replayed(states[i]):
                             group_logits, pass_ = self._adversarial(batch, delta, group)
-                    else:  # no graph outlives its backward
+                    else:
+                        # no graph outlives its backward
                         group_logits, pass_ = calls.pop(0)
                     with self._rate(group), self._runner.filled(pass_):
                         group_logits.backward(logits.grad[group.start : group.stop].flatten(0, 1))
@@ -242,7 +248,7 @@ class BiStage:
         delta = self._delta(pass_)
 
         def logits_of(group: range) -> Tensor:
-            if self.passes_at_once == self.passes:
+            if self._at_once == self.passes:
                 return self._adversarial(batch, delta, group)[0]
             again: tuple[Tensor, Pass] = checkpoint(
                 self._adversarial, batch, delta, group, use_reentrant=False
@@ -290,7 +296,7 @@ class BiStage:
 
     def _groups(self) -> list[range]:
         """Returns the passes of each call of the model."""
-        size = 1 if self.dropout is not None and len(set(self.dropout)) > 1 else self.passes_at_once
+        size = 1 if self.dropout is not None and len(set(self.dropout)) > 1 else self._at_once
         return [
             range(first, min(first + size, self.passes)) for first in range(0, self.passes, size)
         ]

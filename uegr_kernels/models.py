@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 PADDING = 0
-WIDTHS = (3, 4, 5)  # TextCNN's windows
+# TextCNN's windows
+WIDTHS = (3, 4, 5)
 
 
 class TextClassifier(nn.Module):

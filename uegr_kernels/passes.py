@@ -34,8 +34,10 @@ class Pass:
     delta, output, gradient and unit have the batch first, whatever the model's order is.
     """
 
-    seen: Tensor  # the embedding's output, in the model's order
-    edge: GradientEdge  # where a watched pass's gradient arrives
+    # the embedding's output, in the model's order
+    seen: Tensor
+    # where a watched pass's gradient arrives
+    edge: GradientEdge
 
     def __init__(
         self,
@@ -49,9 +51,11 @@ class Pass:
         self.delta = delta
         self.watched, self.at = watched, at
         self.calls, self.repeats = 0, 1
-        self.forward = True  # a recompute in the backward is not a second call
+        # a recompute in the backward is not a second call
+        self.forward = True
         self.differentiable = False
-        self.given: list[Tensor] = []  # what the embedding was called with
+        # what the embedding was called with
+        self.given: list[Tensor] = []
         # the gradient as `seen` is, once a watched pass went back
         self._gradient: Tensor | None = None
 
@@ -126,7 +130,8 @@ class Pass:
         """
         if x.requires_grad:
             return x
-        with torch.enable_grad():  # a table looked up under no_grad has a g_x too
+        # a table looked up under no_grad has a g_x too
+        with torch.enable_grad():
             return x.detach().requires_grad_().clone()
 
     def _perturb(self, x: Tensor, delta: Tensor | Callable[[Tensor], Tensor]) -> Tensor:
@@ -366,7 +371,8 @@ def _told_of_copies(repeats: int) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        if repeats > 1:  # a note would do, from Python 3.11
+        # a note would do, from Python 3.11
+        if repeats > 1:
             remedy = "passes_at_once=1 calls the model on the batch as it is"
             error.args = (f"{error}\n(in a call on {repeats} copies of the batch; {remedy})",)
         raise
@@ -481,7 +487,8 @@ def gradient_norms_held(model: nn.Module) -> Iterator[Callable[[], None]]:
         yield hold
     finally:
         for layer, pending in held:
-            if len(pending):  # the layer had its size by then
+            # the layer had its size by then
+            if len(pending):
                 layer.pending.add_(pending)
 
 

@@ -182,7 +182,8 @@ def main(arguments: list[str] | None = None) -> int:
     given, others = which.parse_known_args(arguments)
     if given.model == "minilm":
         return pretrained.main(others)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # its workers end with it
+    # its workers end with it
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         options = parser().parse_args(arguments)
         there = data.sets_in(options.data)

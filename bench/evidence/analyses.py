@@ -41,7 +41,8 @@ from .runs import refused, stopped
 from .training import Settings, Start
 
 DOCS = harness.ROOT / "docs" / "analyses"
-RELATIVE = (0.01, 0.03, 0.1)  # attacks by the norm of a text's embeddings
+# attacks by the norm of a text's embeddings
+RELATIVE = (0.01, 0.03, 0.1)
 # Layers whose outputs are features of a text: the last but one, named for the dropout behind it, is
 # what the logits are made of.
 LAYERS = {
@@ -80,8 +81,10 @@ class Sizes:
     samples: int = 12
     outside: int = 500
     conflict_batches: int = 8
-    quadratics: int = 4000  # chains of the simulation on a quadratic
-    chains: int = 20  # and on text
+    # chains of the simulation on a quadratic
+    quadratics: int = 4000
+    # and on text
+    chains: int = 20
     chain_rows: int = 96
     chain_epochs: int = 16
 
@@ -667,7 +670,8 @@ class Part(NamedTuple):
 
     of: Callable[[Lab], Found]
     ticks: Callable[[Sizes, int], int]
-    models: bool = True  # of every method
+    # of every method
+    models: bool = True
 
 
 PARTS = {

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from uegr_kernels.finetune.data import UserError
 
-PAIR = " ||| "  # between the two texts of a pair
+# between the two texts of a pair
+PAIR = " ||| "
 # File stem of the test, columns of the text or texts, column of the label, metric (GLUE's; names,
 # or numbers where there is no header).
 GLUE: dict[str, tuple[str, tuple[Any, ...], Any, str]] = {
@@ -31,7 +32,8 @@ class Row(NamedTuple):
     """Holds an example as it is on disk."""
 
     label: str
-    texts: tuple[str, ...]  # one, or a pair
+    # one, or a pair
+    texts: tuple[str, ...]
 
 
 class TextSet(NamedTuple):

@@ -20,7 +20,8 @@ from .data import digest
 from .runs import Call, Runs
 from .training import PROTOCOL, Settings
 
-TUNING_SEED = 1000  # the final seeds are 0, 1, ...
+# the final seeds are 0, 1, ...
+TUNING_SEED = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +44,10 @@ class Method:
 RATES = {"lr": (2e-3, 4e-3, 8e-3), "dropout": (0.3, 0.4, 0.5)}
 # None: the checkpoint's own
 PRETRAINED_RATES = {"lr": (1e-5, 2e-5, 3e-5, 5e-5), "dropout": (None, 0.1, 0.3)}
-EPSILON = (0.01, 0.1, 0.4)  # UEGR VI-A
-SELECTION = {"threshold": (0.6, 0.8, 0.95), "sharpness": (1.0, 5.0, 10.0)}  # UEGR VI-A
+# UEGR VI-A
+EPSILON = (0.01, 0.1, 0.4)
+# UEGR VI-A
+SELECTION = {"threshold": (0.6, 0.8, 0.95), "sharpness": (1.0, 5.0, 10.0)}
 METHODS = {
     "none": Method("plain", fixed={"dropout": 0.0}),
     "dropout": Method("plain"),

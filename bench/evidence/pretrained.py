@@ -34,11 +34,14 @@ from .runs import Call, Runs, refused, stopped
 SCORING = 0
 PROTOCOL = training.PROTOCOL + SCORING
 RESULTS = harness.ROOT / "bench" / "results" / "pretrained"
-TUNING_SEED = 1000  # the final seeds are 0, 1, ...
+# the final seeds are 0, 1, ...
+TUNING_SEED = 1000
 # of the norm of a text's embeddings; of the weights
 EPSILON, RHO = (0.01, 0.025, 0.05), (0.01, 0.05, 0.1)
-MIDDLE = 1  # of the strengths of attacks, the one by which epsilon is chosen
-FURTHER = {  # sets that a model of this one is scored on too, with the tokens of a text at most
+# of the strengths of attacks, the one by which epsilon is chosen
+MIDDLE = 1
+# sets that a model of this one is scored on too, with the tokens of a text at most
+FURTHER = {
     "sst2": {"advglue-sst2": 64, "cad-imdb-original": 256, "cad-imdb": 256},
     "nli": {"cad-nli": 64, "advglue-nli": 64},
 }
@@ -57,10 +60,12 @@ class Method:
     tuned: str = ""
     values: tuple[float, ...] = ()
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    selection: dict[str, Any] | None = None  # None: torch's AdamW
+    # None: torch's AdamW
+    selection: dict[str, Any] | None = None
     of: str = ""
     share_of: str = ""
-    times: int = 1  # the epochs
+    # the epochs
+    times: int = 1
     passes: int = 1
 
 
@@ -99,7 +104,8 @@ METHODS = {
         selection={"normalization": "constant"}, share_of="uegr_rank_salient"
     ),
 }
-STATIC = "uegr_static_mask"  # one mask for the whole run
+# one mask for the whole run
+STATIC = "uegr_static_mask"
 TIERS = {
     1: (tuple(METHODS)[:8], ("sst2",), 5),
     2: (tuple(METHODS)[:8], ("nli",), 5),
@@ -131,7 +137,8 @@ class Run:
     length: int = 64
     attacked: int = 100
     mistyped: int = 500
-    tested: int = 0  # texts of each test set; 0: all
+    # texts of each test set; 0: all
+    tested: int = 0
     protocol: int = PROTOCOL
 
     @property
@@ -148,7 +155,8 @@ class Run:
         if self.share is not None:
             selection["keep_probability"] = self.share
         optimizer = "adamw" if method.selection is None else "selective_adamw"
-        if self.method == STATIC:  # the recipe masks .grad ahead of torch's AdamW
+        # the recipe masks .grad ahead of torch's AdamW
+        if self.method == STATIC:
             options, selection, optimizer = options | selection, {}, "adamw"
         return training.Settings(
             data=self.data,

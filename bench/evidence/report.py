@@ -16,9 +16,12 @@ from ..tables import table
 # figures of a study's runs, by what tells them apart; the seed stands last
 Found = dict[tuple, dict[str, Any]]
 Pick = Callable[[dict[str, Any]], float]
-TWINS = {"sst2": "mr"}  # the same sentences: in means over sets the two count as one
-BASE = "dropout"  # what every method is tested against
-SAME_POINT = (  # a method, and itself without a part
+# the same sentences: in means over sets the two count as one
+TWINS = {"sst2": "mr"}
+# what every method is tested against
+BASE = "dropout"
+# a method, and itself without a part
+SAME_POINT = (
     *(
         ("at", "at_epsilon_0"),
         ("r_at", "r_at_epsilon_0"),
@@ -44,7 +47,8 @@ OWN_POINTS = (
     ),
     *(("r_at_su", "r_at"), ("uegr", "r_at_su"), ("uegr", "at")),
 )
-MEDIUM = 1  # of STRENGTHS
+# of STRENGTHS
+MEDIUM = 1
 
 
 def accuracy(result: dict[str, Any]) -> float:
@@ -81,7 +85,8 @@ def mean_and_deviation(values: list[float], scale: float = 100) -> str:
     """Returns mean and standard deviation, accuracies in points; "-" where there is no figure."""
     if any(map(math.isnan, values)):
         return "-"
-    middle = round(statistics.fmean(values) * scale, 1) + 0.0  # no -0.0
+    # no -0.0
+    middle = round(statistics.fmean(values) * scale, 1) + 0.0
     return f"{middle:.1f}" + (f" ± {deviation(values) * scale:.1f}" if len(values) > 1 else "")
 
 

@@ -24,7 +24,8 @@ from uegr_kernels.finetune.data import UserError
 
 from .. import harness, machine
 
-Run = TypeVar("Run")  # a dataclass with all that a run's figures depend on
+# a dataclass with all that a run's figures depend on
+Run = TypeVar("Run")
 
 
 class Call(NamedTuple):
@@ -46,7 +47,8 @@ class Runs(Generic[Run]):
     A subclass says what a run is: `settings_in`, `key_of`, `call_of` and `name_of`.
     """
 
-    protocol: int  # of the runs that count
+    # of the runs that count
+    protocol: int
 
     def __init__(self, path: pathlib.Path, jobs: int, threads: int, command: str) -> None:
         self.path, self.jobs, self.threads = path, jobs, threads
@@ -107,7 +109,8 @@ class Runs(Generic[Run]):
                 self._keep(run, result)
                 bar.set_postfix_str(self.name_of(run), refresh=False)
                 bar.update()
-        with contextlib.suppress(OSError):  # another command may have runs there
+        # another command may have runs there
+        with contextlib.suppress(OSError):
             checkpoints.rmdir()
 
     def _keep(self, run: Run, result: dict[str, Any]) -> None:
@@ -120,7 +123,8 @@ class Runs(Generic[Run]):
         }
         self.done[self.key_of(run)] = record
         with self.path.open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # another command may write there too
+            # another command may write there too
+            fcntl.flock(file, fcntl.LOCK_EX)
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())

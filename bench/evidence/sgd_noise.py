@@ -19,13 +19,15 @@ from uegr_kernels.models import TextClassifier
 HESSIAN = torch.tensor([[1.0, 0.4, 0.0], [0.4, 0.5, 0.1], [0.0, 0.1, 0.2]], dtype=torch.float64)
 NOISE = torch.tensor([[1.0, -0.3, 0.2], [-0.3, 0.6, 0.0], [0.2, 0.0, 0.8]], dtype=torch.float64)
 STEPS, EVERY = 120, 8
-CASES: dict[str, dict[str, Any]] = {  # steps at each learning rate, then the options
+# steps at each learning rate, then the options
+CASES: dict[str, dict[str, Any]] = {
     "learning rate 0.2": {"rates": (0.2,)},
     "0.2, then 0.02": {"rates": (0.2, 0.02)},
     "0.05, momentum 0.9": {"rates": (0.05,), "momentum": 0.9},
     "0.2, selective, p = 0.3": {"rates": (0.2,), "keep_probability": 0.3},
 }
-EPSILON = 0.5  # of the attack on the small model
+# of the attack on the small model
+EPSILON = 0.5
 # of the small model at most: a covariance of selective SGD takes the fourth power of it
 PARAMETERS = 30
 

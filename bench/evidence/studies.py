@@ -14,8 +14,10 @@ from .report import BASE, Found
 from .training import Settings, held_of
 
 SIZES = (100, 300, 1000, 3000)
-GRID = (0.1, 0.3, 0.5, 0.7)  # rates of the dropout study
-Planned = dict[tuple, Settings]  # settings by what tells them apart; the seed stands last
+# rates of the dropout study
+GRID = (0.1, 0.3, 0.5, 0.7)
+# settings by what tells them apart; the seed stands last
+Planned = dict[tuple, Settings]
 
 
 def main(plan: TuningPlan) -> Planned:

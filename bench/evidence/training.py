@@ -31,7 +31,8 @@ PROTOCOL = 2
 
 MOMENTUM = 0.9
 PROCESSOR = "processor_seconds_per_step"
-VALIDATION = 1000  # rows of the training set at most, and no more than a fifth of it
+# rows of the training set at most, and no more than a fifth of it
+VALIDATION = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +163,8 @@ class _Observer(train.Observer):
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any
     ) -> None:
-        if self._ends_epoch(state.global_step + 1):  # before the recipe's mask
+        # before the recipe's mask
+        if self._ends_epoch(state.global_step + 1):
             self.before = _nonzero(model)
 
     def on_optimizer_step(
@@ -175,7 +177,8 @@ class _Observer(train.Observer):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.processor.append(time.process_time() - self.began)
-        if self._ends_epoch(state.global_step):  # a checkpoint carries what is logged
+        # a checkpoint carries what is logged
+        if self._ends_epoch(state.global_step):
             cost = statistics.median(self.processor)
             self.trainer.log(self.selected | {PROCESSOR: cost})
         if self.stepped:
@@ -305,7 +308,8 @@ def score(logits: Tensor, expected: Sequence[float], metric: str) -> float:
     """Returns the metric of a set, by its name."""
     if metric == "accuracy":
         return measures.accuracy(logits, expected)
-    if metric == "matthews":  # Pearson's of two binary variables
+    # Pearson's of two binary variables
+    if metric == "matthews":
         return measures.pearson(logits.argmax(1).tolist(), expected)
     from scipy.stats import spearmanr
 

@@ -16,15 +16,18 @@
 
 namespace uegr {
 
-constexpr int block_size = 256; // elements that pass through L1 together
-constexpr int prefetch_distance = 256; // elements
+// elements that pass through L1 together
+constexpr int block_size = 256;
+// elements
+constexpr int prefetch_distance = 256;
 
 #if defined(__AVX512F__)
 typedef uint64_t Lanes __attribute__((vector_size(64)));
 constexpr int philox_chains = 4;
 template <> inline Lanes multiply_low(Lanes a, Lanes b) {
+    // unmasked: GCC 12 warns
     return (Lanes)_mm512_maskz_mul_epu32(255, (__m512i)a, (__m512i)b);
-} // unmasked: GCC 12 warns
+}
 constexpr Lanes lane_numbers{0, 1, 2, 3, 4, 5, 6, 7};
 inline Lanes low_pairs(Lanes a, Lanes b) {
     return __builtin_shuffle(a, b, Lanes{0, 8, 1, 9, 2, 10, 3, 11});
@@ -97,7 +100,8 @@ inline void fill_words(uint32_t* words, int n, uint64_t q, uint32_t step, uint32
     }
 }
 
-constexpr int slice = 16; // elements that a loop over part of a block rounds n up to
+// elements that a loop over part of a block rounds n up to
+constexpr int slice = 16;
 
 // Calls element(i) for n elements in whole slices.
 template <class Element> inline void slices(int n, Element element) {
@@ -149,13 +153,13 @@ inline const uint32_t* element_words(uint32_t* words, int64_t begin, int n, cons
         fill_words(words, n, index / 4, step, stream, keys);
         return words;
     }
-    for (int done = 0;
-         done < n;) { // run by run, each from the counter its first element belongs to
+    // run by run, each from the counter its first element belongs to
+    for (int done = 0; done < n;) {
         const int64_t l = begin + done, left = at.run - l % at.run;
         const int64_t from = at.offset + l / at.run * at.stride + l % at.run;
         const int skip = static_cast<int>(from % 4);
-        const int64_t wraps = 4 * ((int64_t(1) << 32) - (from / 4 & 0xffffffff)) -
-                              skip; // elements before the counter's low half does
+        // elements before the counter's low half does
+        const int64_t wraps = 4 * ((int64_t(1) << 32) - (from / 4 & 0xffffffff)) - skip;
         const int64_t most = minimum(minimum<int64_t>(left, block_size - skip), wraps);
         const int count = static_cast<int>(minimum<int64_t>(most, n - done));
         uint32_t* fresh = words + block_size + 4;
@@ -398,8 +402,8 @@ inline void stream(char* to, const char* from, int64_t bytes) {
     memcpy(to, from, bytes);
 #endif
 }
-template <class T>
-void stream_vector(T* to, int count, typename Vector<T>::Type v) { // `to` is aligned
+// `to` is aligned
+template <class T> void stream_vector(T* to, int count, typename Vector<T>::Type v) {
     if (count < width<T>) memcpy(to, &v, count * sizeof(T));
 #if defined(__AVX512F__)
     else _mm512_stream_si512(reinterpret_cast<__m512i*>(to), reinterpret_cast<__m512i>(v));

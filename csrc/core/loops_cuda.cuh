@@ -20,7 +20,8 @@ namespace uegr {
 
 inline void check_cuda(cudaError_t error, const char* what) {
     if (error == cudaSuccess) return;
-    cudaGetLastError(); // else the next call would be blamed
+    // else the next call would be blamed
+    cudaGetLastError();
     throw std::runtime_error(std::string("CUDA: ") + what +
                              " failed: " + cudaGetErrorString(error));
 }
@@ -28,8 +29,10 @@ inline void check_cuda(cudaError_t error, const char* what) {
 struct Shape {
     int64_t blocks;
     int threads;
-    size_t shared = 0; // dynamic, bytes
-    int cluster = 1;   // blocks
+    // dynamic, bytes
+    size_t shared = 0;
+    // blocks
+    int cluster = 1;
 };
 
 template <class... Parameters, class... Arguments>
@@ -79,7 +82,8 @@ template <class Kernel> int active_clusters(Kernel kernel, const Shape& shape) {
     config.attrs = &attribute, config.numAttrs = 1;
     int clusters = 0;
     if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess) return clusters;
-    cudaGetLastError(); // else the next call would be blamed
+    // else the next call would be blamed
+    cudaGetLastError();
     return 0;
 }
 
@@ -124,7 +128,8 @@ template <class T> DEVICE T warp_sum(T x) {
 // `room`: 32 values in shared memory.
 template <class T, class Join> DEVICE T over_block(T x, T* room, T neutral, Join join) {
     x = over_warp(x, join);
-    __syncthreads(); // the room may still be read
+    // the room may still be read
+    __syncthreads();
     if (threadIdx.x % warp_size == 0) room[threadIdx.x / warp_size] = x;
     __syncthreads();
     const unsigned warps = (blockDim.x + warp_size - 1) / warp_size, lane = threadIdx.x % warp_size;
@@ -186,7 +191,8 @@ struct WarpGroup {
 };
 struct BlockGroup {
     static constexpr bool spans_block = true;
-    double* room; // 2 * 16 + 32 values in shared memory
+    // 2 * 16 + 32 values in shared memory
+    double* room;
 
     static DEVICE int index() { return threadIdx.x; }
     static DEVICE int size() { return blockDim.x; }
@@ -204,7 +210,8 @@ struct BlockGroup {
 struct ClusterGroup {
     static constexpr bool spans_block = true;
     double* room;
-    int turn = 0; // a value is read by others until the next one is there
+    // a value is read by others until the next one is there
+    int turn = 0;
 
 #if HAS_CLUSTERS
     static DEVICE int rank() { return __clusterRelativeBlockRank(); }
@@ -223,7 +230,8 @@ struct ClusterGroup {
     static DEVICE int size() { return blocks() * blockDim.x; }
     static DEVICE int64_t first() { return blockIdx.x / blocks(); }
     static DEVICE int64_t count() { return gridDim.x / blocks(); }
-    static DEVICE void leave() { sync(); } // nobody goes while its memory may be read
+    // nobody goes while its memory may be read
+    static DEVICE void leave() { sync(); }
 
     DEVICE explicit ClusterGroup(double* room) : room(room) {}
     template <int n, class T, class Join> DEVICE void join(T (&x)[n], T neutral, Join f) {
@@ -392,7 +400,8 @@ struct ClusterJoins {
     };
     static_assert(sizeof(Room) % 16 == 0);
     Room& room;
-    unsigned parities = 0; // a bit for each barrier: which phase is next
+    // a bit for each barrier: which phase is next
+    unsigned parities = 0;
 
     static DEVICE int index() { return ClusterGroup::index(); }
     static DEVICE int size() { return ClusterGroup::size(); }
@@ -403,7 +412,8 @@ struct ClusterJoins {
     DEVICE explicit ClusterJoins(char* shared) : room(*reinterpret_cast<Room*>(shared)) {
         if (threadIdx.x == 0)
             for (int i = 0; i < most_joins; ++i) make_barrier(&room.barriers[i]);
-        ClusterGroup::sync(); // nobody sends before the barriers are there
+        // nobody sends before the barriers are there
+        ClusterGroup::sync();
     }
     template <int stage, int n, class T, class Join>
     DEVICE void join(T (&x)[n], T neutral, Join f) {
@@ -461,8 +471,8 @@ DEVICE bool is_last(uint32_t* left, uint32_t by) {
 // A view that kernels read, its axes in a table beside them: 16 bytes.
 struct alignas(16) Slot {
     char* data = nullptr;
-    int32_t axes =
-        -1; // where its number of axes, sizes and strides stand in the table; -1: contiguous
+    // where its number of axes, sizes and strides stand in the table; -1: contiguous
+    int32_t axes = -1;
     Storage storage = Storage::float32;
 };
 

@@ -97,7 +97,8 @@ template <class T> HOST_DEVICE void split_exponential(T x, T& scale, T& small) {
         T shifted = held * 1.44269504f + 12582912.0f;
         T k = shifted - 12582912.0f;
         T r = (held - k * 0.693359375f) + k * 2.12194440e-4f;
-        T square = r * r; // by pairs of terms: fewer of them wait for each other
+        // by pairs of terms: fewer of them wait for each other
+        T square = r * r;
         T q = (square * 0.0013882522f + (r * 0.00836652f + 0.0416672f)) * square +
               (r * 0.16666543f + 0.49999997f);
         small = r + square * q;
@@ -145,7 +146,8 @@ template <class T> HOST_DEVICE T half_complement(T x) {
 // -log(1 - u) for 0 <= u <= 1/2, under 2 ulp, and exactly 0 for 0: no other argument occurs, so no
 // exponent is taken apart.
 template <class T> HOST_DEVICE T minus_log_of_complement(T u) {
-    if constexpr (sizeof(typename Float<T>::Element) == 4) { // minimax
+    // minimax
+    if constexpr (sizeof(typename Float<T>::Element) == 4) {
         T q = u * 1.414553f - 1.6395996f;
         q = q * u + 1.2087215f;
         q = q * u - 0.18095523f;
@@ -154,7 +156,8 @@ template <class T> HOST_DEVICE T minus_log_of_complement(T u) {
         q = q * u + 0.3336321f;
         q = q * u + 0.49999523f;
         return u + u * u * q;
-    } else { // 2 artanh(s), s = u/(2 - u) <= 1/3
+    } else {
+        // 2 artanh(s), s = u/(2 - u) <= 1/3
         T s = u / (2.0 - u), square = s * s, q = T{} + 1 / 35.0;
         UNROLL
         for (int n = 33; n > 1; n -= 2) q = q * square + 1.0 / n;

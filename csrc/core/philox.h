@@ -8,8 +8,8 @@
 
 namespace uegr {
 
-constexpr uint32_t rounding_key =
-    0x9E3779B9u; // xor-ed into the key's low word for the words that round 16-bit moments
+// xor-ed into the key's low word for the words that round 16-bit moments
+constexpr uint32_t rounding_key = 0x9E3779B9u;
 
 // The product of the low halves of 64-bit lanes. For vectors of lanes loops_cpu.h has the
 // instruction that ignores the upper halves by itself, so nothing below ever masks them: a lane's

@@ -162,8 +162,8 @@ HOST_DEVICE bool try_widen_float16([[maybe_unused]] uint16_t h, [[maybe_unused]]
 // infinity included. The operator branches on a device.
 HOST_DEVICE float quotient(float a, float b) {
 #ifdef HAS_INSTRUCTIONS
-    b = instruction::smaller(
-        b, 3.402823466e38f); // times the 0 that infinity's reciprocal is, it would be NaN
+    // times the 0 that infinity's reciprocal is, it would be NaN
+    b = instruction::smaller(b, 3.402823466e38f);
     float inverse = instruction::reciprocal(b);
     inverse = fmaf(fmaf(-b, inverse, 1.0f), inverse, inverse);
     const float near = a * inverse;

@@ -27,9 +27,11 @@ static cudaError_t ask_device(int device) {
 
 // cudaSuccess where the kernels run on a device, else why not.
 cudaError_t probe_device(int device) {
-    static std::atomic<int> answers[64]; // one more than the error's number; two threads may both
-                                         // ask, and hear the same
-    if (device < 0) device = 0; // a host's, in tests
+    // one more than the error's number; two threads may both
+    // ask, and hear the same
+    static std::atomic<int> answers[64];
+    // a host's, in tests
+    if (device < 0) device = 0;
     if (device >= 64) return ask_device(device);
     if (answers[device] == 0) { answers[device] = static_cast<int>(ask_device(device)) + 1; }
     return static_cast<cudaError_t>(answers[device] - 1);

@@ -47,10 +47,12 @@ using OptionalTensor = std::optional<Tensor>;
 // Thrown ahead of any writing where the CUDA kernels leave a call to the operator's overload
 // `fallback`: Triton's, or the reference.
 struct LeftToOthers {};
-cudaError_t probe_device(int device); // probe.cuh
+// in probe.cuh
+cudaError_t probe_device(int device);
 
 template <class T> StableIValue boxed(const T& x) { return torch::stable::detail::from(x); }
-inline StableIValue boxed(const std::vector<bool>& x) { // whose elements are bits
+// whose elements are bits
+inline StableIValue boxed(const std::vector<bool>& x) {
     std::unique_ptr<bool[]> copy(new bool[x.size()]);
     std::copy(x.begin(), x.end(), copy.get());
     return torch::stable::detail::from(
@@ -194,7 +196,8 @@ inline void check_layout(const Layout& at, int64_t size, size_t i) {
 struct List {
     const Tensors& tensors;
     const char* name;
-    int64_t offset = 0; // of the next parameter, in a single tensor
+    // of the next parameter, in a single tensor
+    int64_t offset = 0;
 
     List(const Tensors& tensors, const char* name, size_t count, int64_t elements)
         : tensors(tensors), name(name) {
@@ -279,7 +282,8 @@ inline void upload(const std::vector<char>& bytes, Tensor& to, cudaStream_t stre
     }
     Tensor host = pinned_bytes(static_cast<int64_t>(bytes.size()));
     std::copy(bytes.begin(), bytes.end(), static_cast<char*>(host.mutable_data_ptr()));
-    torch::stable::copy_(to, host, true); // torch keeps the pinned memory until the copy is done
+    // torch keeps the pinned memory until the copy is done
+    torch::stable::copy_(to, host, true);
 }
 
 // Makes a tensor's GPU the current one for as long as it lives, and knows its current stream.

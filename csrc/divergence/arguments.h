@@ -28,10 +28,13 @@ struct LossArguments {
     LossOptions options;
     const Tensor& like;
     std::vector<View> logits;
-    int64_t samples = 0, classes = 0, passes = 0, first = 0; // first: pass of the pairs
-    const int64_t* indices = nullptr; // classes, or
+    // first: pass of the pairs
+    int64_t samples = 0, classes = 0, passes = 0, first = 0;
+    // classes, or
+    const int64_t* indices = nullptr;
     int64_t index_stride = 0;
-    View soft; // probabilities, or numbers to come close to; without data: none
+    // probabilities, or numbers to come close to; without data: none
+    View soft;
 
     LossArguments(const Tensors& tensors, const OptionalTensor& labels, const LossOptions& options,
                   const std::vector<bool>& needs)
@@ -139,7 +142,8 @@ static Tensors scale_gradients(Tensors gradients, Tensor grad_loss, Tensor) {
 }
 
 static void scale_gradients_(Tensors gradients, Tensor grad_loss) {
-    std::vector<ScalingArguments> all; // before anything is written
+    // before anything is written
+    std::vector<ScalingArguments> all;
     for (const Tensor& g : gradients) all.emplace_back(g, g, grad_loss);
 
     for (const ScalingArguments& arguments : all) scale(arguments);

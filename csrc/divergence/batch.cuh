@@ -7,7 +7,8 @@
 namespace uegr {
 namespace {
 
-constexpr int columns = 8; // that a thread takes at a time
+// that a thread takes at a time
+constexpr int columns = 8;
 constexpr int warp_threads = 128, block_threads = 512, long_threads = 512, sweep_threads = 1024,
               finish_threads = 1024;
 // Of rows that a warp takes: those that are not together in memory, and those that are too short to
@@ -15,15 +16,19 @@ constexpr int warp_threads = 128, block_threads = 512, long_threads = 512, sweep
 constexpr int64_t warp_classes = 1024, short_classes = 64;
 constexpr int most_cluster = 16, portable_cluster = 8;
 constexpr int most_passes = 32;
-constexpr size_t room_bytes = 64 * sizeof(double); // for the sums of a group that spans blocks
+// for the sums of a group that spans blocks
+constexpr size_t room_bytes = 64 * sizeof(double);
 constexpr float lowest = -HUGE_VALF;
-constexpr int lowest_column = -(1 << 30) - (1 << 30); // below all
+// below all
+constexpr int lowest_column = -(1 << 30) - (1 << 30);
 
 // The N rows of one pass.
 struct Rows {
-    char* data = nullptr; // null: nothing is wanted here
+    // null: nothing is wanted here
+    char* data = nullptr;
     Storage storage = Storage::float32;
-    int64_t row = 0, column = 1; // strides, in elements
+    // strides, in elements
+    int64_t row = 0, column = 1;
 
     DEVICE char* at(int64_t n, int64_t i) const {
         return data + (n * row + i * column) * bytes_of(storage);
@@ -32,17 +37,22 @@ struct Rows {
     DEVICE void put(int64_t n, int64_t i, float x) const { put_value(at(n, i), storage, x); }
 };
 
-struct Batch {
+struct LossBatch {
     LossOptions options{};
     int64_t samples = 0, classes = 0;
-    int passes = 0, first = 0; // first: pass of the pairs
+    // first: pass of the pairs
+    int passes = 0, first = 0;
     Rows logits[most_passes], gradients[most_passes], soft;
     const int64_t* indices = nullptr;
     int64_t index_stride = 0;
-    const int64_t* count = nullptr; // rows that count
-    double* values = nullptr; // clean, adversarial, divergence of each row
-    int64_t kept = 0; // bytes of shared memory a thread group keeps for a role
-    int turns = 0; // chunks of a long row that a thread has
+    // rows that count
+    const int64_t* count = nullptr;
+    // clean, adversarial, divergence of each row
+    double* values = nullptr;
+    // bytes of shared memory a thread group keeps for a role
+    int64_t kept = 0;
+    // chunks of a long row that a thread has
+    int turns = 0;
 
     HOST_DEVICE bool labelled() const { return indices || soft.data; }
     DEVICE int64_t index(int64_t n) const { return indices[n * index_stride]; }

@@ -54,14 +54,19 @@ HOST_DEVICE float near_curvature(float H) {
     const float apart = absolute(H) + (r * log - 2.0f);
     return absolute(H) < 1.44269504f ? cosh : apart;
 }
-constexpr double curvature_unit = ln2 / 2; // what its units are in nats
+// what its units are in nats
+constexpr double curvature_unit = ln2 / 2;
 
 // A row's sums, in double.
 struct RowSums {
-    double max = 0, sum = 0; // of x, of e
-    double pivot = 0; // sum over the other passes of the log ratio at the most probable class, or 0
-    double kl = 0; // of e * (the other passes' log ratios - pivot)
-    double label = 0; // of t * (x - max) over the labels' t > 0
+    // of x, of e
+    double max = 0, sum = 0;
+    // sum over the other passes of the log ratio at the most probable class, or 0
+    double pivot = 0;
+    // of e * (the other passes' log ratios - pivot)
+    double kl = 0;
+    // of t * (x - max) over the labels' t > 0
+    double label = 0;
     double log_sum = 0, inverse = 0;
 
     HOST_DEVICE void settle() { log_sum = std::log(sum), inverse = 1 / sum; }
@@ -100,7 +105,8 @@ struct NearRow {
     HOST_DEVICE explicit NearRow(float most)
         : moved(absolute(most) <= static_cast<float>(far_out) ? 0.0f : most),
           base((most - moved) * log2_e) {}
-    HOST_DEVICE bool is_plain() const { return moved == 0; } // a NaN is not
+    // a NaN is not
+    HOST_DEVICE bool is_plain() const { return moved == 0; }
     HOST_DEVICE double max() const {
         return static_cast<double>(base) / static_cast<double>(log2_e);
     }

@@ -15,17 +15,20 @@
 namespace uegr {
 namespace {
 
-constexpr int64_t span =
-    1024;           // elements whose sum is taken in T; whose gradient passes through L1 together
-constexpr int64_t worth_a_thread = 1 << 15; // logits
-constexpr int64_t worth_streaming =
-    1 << 23; // bytes of a fresh gradient: more than it pays to put into a cache
+// elements whose sum is taken in T; whose gradient passes through L1 together
+constexpr int64_t span = 1024;
+// logits
+constexpr int64_t worth_a_thread = 1 << 15;
+// bytes of a fresh gradient: more than it pays to put into a cache
+constexpr int64_t worth_streaming = 1 << 23;
 
 // The N rows of one pass, in the caller's memory.
 struct Rows {
-    char* data = nullptr; // null: nothing is wanted here
+    // null: nothing is wanted here
+    char* data = nullptr;
     Storage storage = Storage::float32;
-    int64_t row = 0, column = 1, classes = 0; // strides, in elements
+    // strides, in elements
+    int64_t row = 0, column = 1, classes = 0;
     bool streamed = false;
 
     Rows() = default;
@@ -60,17 +63,19 @@ struct Values {
     double clean = 0, adversarial = 0, divergence = 0;
 };
 
-struct Batch {
+struct LossBatch {
     LossOptions options{};
-    int64_t samples = 0, classes = 0, first = 0; // first: pass of the pairs
+    // first: pass of the pairs
+    int64_t samples = 0, classes = 0, first = 0;
     std::vector<Rows> logits, gradients;
     const int64_t* indices = nullptr;
     int64_t index_stride = 0;
     Rows soft;
-    double unit = 1; // of the gradients: 1/count
+    // of the gradients: 1/count
+    double unit = 1;
     std::vector<Values> values;
 
-    explicit Batch(const LossArguments& a)
+    explicit LossBatch(const LossArguments& a)
         : options(a.options), samples(a.samples), classes(a.classes), first(a.first),
           indices(a.indices), index_stride(a.index_stride) {
         for (const View& v : a.logits)
@@ -94,9 +99,10 @@ template <class T> class Worker {
     struct Free {
         void operator()(T* p) const { ::operator delete(p, std::align_val_t{64}); }
     };
-    const Batch& batch;
+    const LossBatch& batch;
     const int64_t classes, padded, passes, m;
-    const int lanes; // that a row reaches
+    // that a row reaches
+    const int lanes;
     std::unique_ptr<T, Free> memory;
     T *staged, *targets;
     std::vector<const T*> x;
@@ -104,7 +110,7 @@ template <class T> class Worker {
     alignas(64) T gradient[span], difference[span];
 
 public:
-    explicit Worker(const Batch& b)
+    explicit Worker(const LossBatch& b)
         : batch(b), classes(b.classes), padded((classes + 15) / 16 * 16), passes(b.passes()),
           m(b.passes() - b.first), lanes(static_cast<int>(std::min<int64_t>(width<T>, classes))),
           x(passes), sums(passes) {
@@ -257,7 +263,8 @@ private:
         }
     }
 
-    void start_ratios(int64_t k, int64_t begin, int64_t end, T from) { // whole vectors
+    // whole vectors
+    void start_ratios(int64_t k, int64_t begin, int64_t end, T from) {
         T* w = products_of(batch.first + k);
         std::fill(w + begin, w + end, from);
     }
@@ -416,7 +423,7 @@ private:
     }
 };
 
-template <class T> void work(Batch& batch) {
+template <class T> void work(LossBatch& batch) {
     const int64_t grain = std::max<int64_t>(1, worth_a_thread / (batch.passes() * batch.classes));
     auto part = [&](int64_t begin, int64_t end) {
         std::make_unique<Worker<T>>(batch)->run(begin, end, batch.values.data());
@@ -427,7 +434,7 @@ template <class T> void work(Batch& batch) {
 }
 
 // How many rows count; raises where a class is none.
-int64_t count_rows(const Batch& batch) {
+int64_t count_rows(const LossBatch& batch) {
     int64_t count = batch.samples;
     for (int64_t n = 0; batch.indices && n < batch.samples; ++n) {
         const int64_t label = batch.index(n), ignored = batch.options.ignore_index;
@@ -440,7 +447,7 @@ int64_t count_rows(const Batch& batch) {
 }
 
 // Runs a batch and returns the loss and its parts.
-std::pair<Tensor, Tensor> run(Batch& batch, const Tensor& like, int64_t count) {
+std::pair<Tensor, Tensor> run(LossBatch& batch, const Tensor& like, int64_t count) {
     const bool by_row = batch.options.reduction == Reduction::none,
                mean = batch.options.reduction == Reduction::mean;
     const bool wide = like.scalar_type() == ScalarType::Double;
@@ -482,7 +489,7 @@ std::pair<Tensor, Tensor> run(Batch& batch, const Tensor& like, int64_t count) {
 }
 
 // Where the gradients of a tensor of logits go: memory that is written whole, or nowhere.
-void direct_gradients(Batch& batch, int64_t passes, const Tensor* into, bool fresh) {
+void direct_gradients(LossBatch& batch, int64_t passes, const Tensor* into, bool fresh) {
     const int64_t bytes = into ? into->numel() * into->element_size() : 0;
     if (into && fresh) expect_large_pages(static_cast<char*>(into->mutable_data_ptr()), bytes);
     for (int64_t pass = 0; pass < passes; ++pass) {
@@ -518,7 +525,7 @@ template <class T> void scale_rows(const ScalingArguments& a) {
 static std::pair<Tensor, Tensor> evaluate(const LossArguments& arguments,
                                           const std::vector<bool>& needs, const Tensors& gradients,
                                           bool fresh) {
-    Batch batch(arguments);
+    LossBatch batch(arguments);
     const int64_t count = count_rows(batch);
     size_t at = 0;
     for (size_t i = 0; i < needs.size(); ++i)

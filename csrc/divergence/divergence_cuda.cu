@@ -17,7 +17,7 @@ namespace {
 // --- Before and after the rows ---
 
 // By one block, whose threads all have the count afterwards.
-DEVICE void count(const Batch& batch, double* room, int64_t* count) {
+DEVICE void count(const LossBatch& batch, double* room, int64_t* count) {
     double rows[1] = {};
     for (int64_t n = threadIdx.x; n < batch.samples; n += blockDim.x)
         rows[0] += batch.ignored(n) ? 0 : 1;
@@ -25,7 +25,7 @@ DEVICE void count(const Batch& batch, double* room, int64_t* count) {
     if (threadIdx.x == 0) *count = static_cast<int64_t>(rows[0]);
     __syncthreads();
 }
-DEVICE void finish(const Batch& batch, double* room, float* loss, float* parts) {
+DEVICE void finish(const LossBatch& batch, double* room, float* loss, float* parts) {
     const bool by_row = batch.options.reduction == Reduction::none;
     double sums[3] = {};
     auto put = [&](int64_t n, int64_t rows, const double* v) {
@@ -48,12 +48,12 @@ DEVICE void finish(const Batch& batch, double* room, float* loss, float* parts) 
     if (threadIdx.x == 0) put(0, 1, sums);
 }
 __global__ void __launch_bounds__(finish_threads)
-    count_rows(const __grid_constant__ Batch batch, int64_t* into) {
+    count_rows(const __grid_constant__ LossBatch batch, int64_t* into) {
     __shared__ double room[64];
     count(batch, room, into);
 }
 __global__ void __launch_bounds__(finish_threads)
-    finish_loss(const __grid_constant__ Batch batch, float* loss, float* parts) {
+    finish_loss(const __grid_constant__ LossBatch batch, float* loss, float* parts) {
     __shared__ double room[64];
     finish(batch, room, loss, parts);
 }
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(finish_threads)
 // values, as barriers of the block stand between.
 template <int m>
 __global__ void __launch_bounds__(warp_threads)
-    loss_small(const __grid_constant__ Batch batch, int64_t* into, float* loss, float* parts) {
+    loss_small(const __grid_constant__ LossBatch batch, int64_t* into, float* loss, float* parts) {
     __shared__ double room[64];
     count(batch, room, into);
     over_samples<WarpGroup, RaggedColumns, m>(batch);
@@ -74,7 +74,8 @@ __global__ void __launch_bounds__(warp_threads)
 struct Scaling {
     Slot from, to, factor;
     int64_t size, classes, samples;
-    bool by_row, in_place; // in place, times 1 is left alone
+    // in place, times 1 is left alone
+    bool by_row, in_place;
 };
 template <bool full, bool by_row> DEVICE void scale(const Scaling& s, const int64_t* axes) {
     constexpr int n = full ? columns : 1;
@@ -100,7 +101,8 @@ template <bool full, bool by_row> DEVICE void scale(const Scaling& s, const int6
     }
 }
 struct Axes {
-    int64_t at[28]; // of up to three views with up to four axes
+    // of up to three views with up to four axes
+    int64_t at[28];
 };
 __global__ void __launch_bounds__(block_threads)
     scale_full(const __grid_constant__ Scaling scaling, const __grid_constant__ Axes axes) {
@@ -123,15 +125,16 @@ Rows rows_of(const View& v, int64_t pass) {
     rows.data = v.data + (v.dim == 3 ? pass * v.strides[0] * bytes_of(v.storage) : 0);
     return rows;
 }
-bool covered(const Rows& rows, int64_t samples) { // by whole accesses
+// by whole accesses
+bool covered(const Rows& rows, int64_t samples) {
     const int64_t row_bytes = rows.row * bytes_of(rows.storage);
     return !rows.data || (rows.column == 1 && reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 &&
                           (row_bytes % 16 == 0 || samples <= 1));
 }
 
-Batch make_batch(const LossArguments& arguments) {
+LossBatch make_batch(const LossArguments& arguments) {
     if (arguments.passes > most_passes) throw LeftToOthers();
-    Batch batch;
+    LossBatch batch;
     batch.options = arguments.options;
     batch.samples = arguments.samples, batch.classes = arguments.classes;
     batch.first = static_cast<int>(arguments.first);
@@ -153,12 +156,13 @@ template <class Kernel> bool allow_large_cluster(Kernel kernel) {
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) ==
         cudaSuccess)
         return true;
-    cudaGetLastError(); // else the next call would be blamed
+    // else the next call would be blamed
+    cudaGetLastError();
     return false;
 }
 
 // Runs rows that stay on chip; false where they do not.
-template <int m> bool run_on_chip(Batch& batch, bool full, cudaStream_t stream) {
+template <int m> bool run_on_chip(LossBatch& batch, bool full, cudaStream_t stream) {
     constexpr int64_t roles = m == 2 ? 4 : 1;
     const int64_t chunks = (batch.classes + columns - 1) / columns,
                   sms = attribute_of_device(cudaDevAttrMultiProcessorCount);
@@ -200,7 +204,7 @@ template <int m> bool run_on_chip(Batch& batch, bool full, cudaStream_t stream) 
 
 // Whether all rows of a sample, soft labels too, have one dtype and begin at the same place of 16
 // bytes.
-bool together(const Batch& batch) {
+bool together(const LossBatch& batch) {
     const Rows& first = batch.logits[0];
     auto like_first = [&](const Rows& rows) {
         const int64_t size = bytes_of(rows.storage);
@@ -218,7 +222,7 @@ bool together(const Batch& batch) {
 // Runs rows that stay on chip as they are in memory, `rows` of a sample beside rooms of a block and
 // of a cluster; false where they do not.
 template <Storage storage, class Kernel>
-bool launch_rows(Batch& batch, int rows, Kernel of_block, size_t block_room, Kernel of_cluster,
+bool launch_rows(LossBatch& batch, int rows, Kernel of_block, size_t block_room, Kernel of_cluster,
                  size_t cluster_room, cudaStream_t stream) {
     constexpr int size = Elements<storage>::columns;
     const Rows& first = batch.logits[0];
@@ -247,7 +251,8 @@ bool launch_rows(Batch& batch, int rows, Kernel of_block, size_t block_room, Ker
             if (cluster > portable_cluster && !allow_large_cluster(kernel)) return false;
             shape.blocks =
                 minimum<int64_t>(batch.samples, active_clusters(kernel, shape)) * cluster;
-            if (shape.blocks == 0) return false; // all of them are refused
+            // all of them are refused
+            if (shape.blocks == 0) return false;
         }
         launch(kernel, shape, stream, batch);
         return true;
@@ -255,25 +260,25 @@ bool launch_rows(Batch& batch, int rows, Kernel of_block, size_t block_room, Ker
     return false;
 }
 template <Storage storage, int passes, bool pairs>
-bool launch_long(Batch& batch, cudaStream_t stream) {
+bool launch_long(LossBatch& batch, cudaStream_t stream) {
     return launch_rows<storage>(batch, passes, loss_long_block<storage, passes, pairs>,
                                 sizeof(BlockJoins::Room), loss_long_cluster<storage, passes, pairs>,
                                 sizeof(ClusterJoins::Room), stream);
 }
-template <Storage storage> bool launch_many(Batch& batch, cudaStream_t stream) {
+template <Storage storage> bool launch_many(LossBatch& batch, cudaStream_t stream) {
     return launch_rows<storage>(batch, batch.passes + (batch.soft.data ? 1 : 0),
                                 loss_many_block<storage>, ManyRows<BlockJoins, storage>::room,
                                 loss_many_cluster<storage>, ManyRows<ClusterJoins, storage>::room,
                                 stream);
 }
-template <int passes, bool pairs> bool launch_long(Batch& batch, cudaStream_t stream) {
+template <int passes, bool pairs> bool launch_long(LossBatch& batch, cudaStream_t stream) {
     switch (batch.logits[0].storage) {
     case Storage::float32: return launch_long<Storage::float32, passes, pairs>(batch, stream);
     case Storage::bfloat16: return launch_long<Storage::bfloat16, passes, pairs>(batch, stream);
     default: return launch_long<Storage::float16, passes, pairs>(batch, stream);
     }
 }
-bool run_long(Batch& batch, cudaStream_t stream) {
+bool run_long(LossBatch& batch, cudaStream_t stream) {
     if (batch.classes <= short_classes || !together(batch)) return false;
     const bool pairs = batch.passes - batch.first == 2;
     if (batch.passes == 1) return launch_long<1, false>(batch, stream);
@@ -282,7 +287,7 @@ bool run_long(Batch& batch, cudaStream_t stream) {
     return launch_long<3, true>(batch, stream);
 }
 
-bool run_many(Batch& batch, cudaStream_t stream) {
+bool run_many(LossBatch& batch, cudaStream_t stream) {
     if (batch.passes > many || !together(batch)) return false;
     switch (batch.logits[0].storage) {
     case Storage::float32: return launch_many<Storage::float32>(batch, stream);
@@ -292,13 +297,13 @@ bool run_many(Batch& batch, cudaStream_t stream) {
 }
 
 // Whether one block does all of a batch: a few samples for each of its warps, of few classes.
-bool is_small(const Batch& batch) {
+bool is_small(const LossBatch& batch) {
     return !batch.options.regression && !batch.soft.data && batch.passes - batch.first <= 2 &&
            batch.samples <= 64 && batch.classes <= 64;
 }
 
 // Runs a batch and returns the loss and its parts.
-std::pair<Tensor, Tensor> run(Batch batch, const Tensor& like, cudaStream_t stream) {
+std::pair<Tensor, Tensor> run(LossBatch batch, const Tensor& like, cudaStream_t stream) {
     const bool by_row = batch.options.reduction == Reduction::none;
     const auto shape = [&](std::vector<int64_t> front) {
         if (by_row) front.push_back(batch.samples);
@@ -354,7 +359,7 @@ std::pair<Tensor, Tensor> run(Batch batch, const Tensor& like, cudaStream_t stre
 static std::pair<Tensor, Tensor> evaluate(const LossArguments& arguments,
                                           const std::vector<bool>& needs, const Tensors& gradients,
                                           bool) {
-    Batch batch = make_batch(arguments);
+    LossBatch batch = make_batch(arguments);
     size_t at = 0;
     int pass = 0;
     for (size_t i = 0; i < needs.size(); ++i) {

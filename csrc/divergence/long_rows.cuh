@@ -32,7 +32,8 @@ template <Storage storage> struct Elements {
         else asm("max.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
         return a;
 #else
-        auto larger = [](uint32_t x, uint32_t y) { // ordered as the floats
+        // ordered as the floats
+        auto larger = [](uint32_t x, uint32_t y) {
             auto key = [](uint32_t h) { return h >> 15 ? 0x7fffu - (h & 0x7fffu) : h + 0x8000u; };
             return key(x) > key(y) ? x : y;
         };
@@ -105,29 +106,32 @@ template <class Joins, Storage storage> struct RowsOnChip {
     using Of = Elements<storage>;
     using Chunk = typename Of::Chunk;
     static constexpr int columns = Of::columns;
-    const Batch& batch;
+    const LossBatch& batch;
     Joins joins;
-    Chunk* slots; // this thread's first
-    int of_pass; // slots of a pass
+    // this thread's first
+    Chunk* slots;
+    // slots of a pass
+    int of_pass;
 
-    DEVICE RowsOnChip(const Batch& batch, char* shared, size_t room)
+    DEVICE RowsOnChip(const LossBatch& batch, char* shared, size_t room)
         : batch(batch), joins(shared), slots(reinterpret_cast<Chunk*>(shared + room) + threadIdx.x),
           of_pass(batch.turns * static_cast<int>(blockDim.x)) {}
 
     // A sample's rows.
-    struct Place {
+    struct Sample {
         int64_t n;
-        int shift; // columns from the start of 16 bytes to that of a row
+        // columns from the start of 16 bytes to that of a row
+        int shift;
         int chunks;
     };
-    DEVICE Place place_of(int64_t n) const {
+    DEVICE Sample sample_of(int64_t n) const {
         const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(batch.logits[0].at(n, 0)) %
                                            16 / (16 / columns));
         const int classes = static_cast<int>(batch.classes);
         return {n, shift, (classes + shift + columns - 1) / columns};
     }
     // Where a sample's row begins in a pass.
-    static DEVICE char* row_of(const Rows& rows, const Place& at) {
+    static DEVICE char* row_of(const Rows& rows, const Sample& at) {
         return rows.data + at.n * rows.row * (16 / columns);
     }
     static DEVICE char* column_of(char* row, int column) {
@@ -135,7 +139,7 @@ template <class Joins, Storage storage> struct RowsOnChip {
     }
     // Calls f(slot, first) for this thread's chunks: where the first pass's lies, and its first
     // column.
-    template <class F> DEVICE void each(const Place& at, F f) const {
+    template <class F> DEVICE void each(const Sample& at, F f) const {
         const int classes = static_cast<int>(batch.classes);
         int first = Joins::index() * columns - at.shift;
         Chunk* slot = slots;
@@ -144,7 +148,7 @@ template <class Joins, Storage storage> struct RowsOnChip {
             f(slot, first);
     }
     // The same for those of them that are classes in part: a row's first chunk and its last.
-    template <class F> DEVICE void each_part(const Place& at, F f) const {
+    template <class F> DEVICE void each_part(const Sample& at, F f) const {
 #pragma unroll 1
         for (int last = 0; last < 2; ++last) {
             const int chunk = last ? at.chunks - 1 : 0, first = chunk * columns - at.shift;
@@ -179,12 +183,12 @@ template <class Joins, Storage storage> struct RowsOnChip {
         for (; n < batch.samples && batch.ignored(n); n += Joins::count()) {
 #pragma unroll 1
             for (int pass = 0; pass < batch.passes; ++pass)
-                if (batch.gradients[pass].data) clear(batch.gradients[pass], place_of(n));
+                if (batch.gradients[pass].data) clear(batch.gradients[pass], sample_of(n));
             if (Joins::index() == 0) write(n, 0, 0, 0);
         }
         return n;
     }
-    DEVICE void clear(const Rows& into, const Place& at) const {
+    DEVICE void clear(const Rows& into, const Sample& at) const {
         char* row = row_of(into, at);
         each(at, [&](Chunk*, int first) {
             if (is_whole(first)) put(row, first, Chunk{});
@@ -200,7 +204,7 @@ template <class Joins, Storage storage> struct RowsOnChip {
     }
 
     // Gives what is in a chunk and no class a value, by pass; of `most` passes at most.
-    template <int most, class F> DEVICE void fill_parts(const Place& at, F value_of) {
+    template <int most, class F> DEVICE void fill_parts(const Sample& at, F value_of) {
         each_part(at, [&](Chunk* slot, int first) {
             for (int j = 0; j < columns; ++j)
                 if (first + j < 0 || first + j >= batch.classes) {
@@ -218,19 +222,20 @@ template <class Joins, Storage storage> struct RowsOnChip {
 template <class Joins, Storage storage, int passes, bool pairs>
 struct LongRows : RowsOnChip<Joins, storage> {
     using Base = RowsOnChip<Joins, storage>;
-    using Base::columns, Base::batch, Base::joins, Base::slots, Base::of_pass, Base::place_of,
+    using Base::columns, Base::batch, Base::joins, Base::slots, Base::of_pass, Base::sample_of,
         Base::row_of, Base::column_of, Base::each, Base::each_part, Base::get, Base::put,
         Base::put_part, Base::counting, Base::write;
-    using typename Base::Of, typename Base::Chunk, typename Base::Place;
-    static constexpr int k = passes - 2; // the pair: this pass and the one after it
+    using typename Base::Of, typename Base::Chunk, typename Base::Sample;
+    // the pair: this pass and the one after it
+    static constexpr int k = passes - 2;
 
-    DEVICE LongRows(const Batch& batch, char* shared)
+    DEVICE LongRows(const LossBatch& batch, char* shared)
         : Base(batch, shared, sizeof(typename Joins::Room)) {}
 
     struct Addresses {
         char* row[passes];
     };
-    DEVICE Addresses logits_of(const Place& at) const {
+    DEVICE Addresses logits_of(const Sample& at) const {
         Addresses of;
         UNROLL
         for (int pass = 0; pass < passes; ++pass) of.row[pass] = row_of(batch.logits[pass], at);
@@ -249,19 +254,19 @@ struct LongRows : RowsOnChip<Joins, storage> {
     DEVICE void run() {
         int64_t n = counting(Joins::first());
         if (n < batch.samples) {
-            const Addresses from = logits_of(place_of(n));
-            each(place_of(n), [&](Chunk* slot, int first) { copy(from, slot, first); });
+            const Addresses from = logits_of(sample_of(n));
+            each(sample_of(n), [&](Chunk* slot, int first) { copy(from, slot, first); });
         }
         while (n < batch.samples) {
             const int64_t next = counting(n + Joins::count());
-            sample(place_of(n), next);
+            sample(sample_of(n), next);
             n = next;
         }
         Joins::leave();
     }
 
     // A row's maximum, and the column where a pass has it, for all threads the same.
-    DEVICE void find_maxima(const Place& at, float (&most)[passes], int (&where)[passes]) {
+    DEVICE void find_maxima(const Sample& at, float (&most)[passes], int (&where)[passes]) {
         const Chunk* found[passes];
         int columns_of[passes] = {};
         UNROLL
@@ -297,7 +302,7 @@ struct LongRows : RowsOnChip<Joins, storage> {
     }
 
     // The rows' sums.
-    DEVICE void find_sums(const Place& at, const float (&most)[passes],
+    DEVICE void find_sums(const Sample& at, const float (&most)[passes],
                           const NearRow (&near)[passes], bool plain, RowSums (&rows)[passes]) {
         const double smoothing = batch.options.label_smoothing;
         const int64_t label = batch.indices ? batch.index(at.n) : -1;
@@ -345,7 +350,8 @@ struct LongRows : RowsOnChip<Joins, storage> {
             RowSums& row = rows[pass];
             row.max = near[pass].max(), row.sum = sums[pass];
             row.settle();
-            if (batch.indices) { // smoothing 1 leaves no label, whatever its logit
+            // smoothing 1 leaves no label, whatever its logit
+            if (batch.indices) {
                 const double apart = most[pass] - near[pass].moved - row.max;
                 if (smoothing < 1) row.label = (1 - smoothing) * (sums[2 * passes + pass] + apart);
                 if (smoothing > 0)
@@ -358,7 +364,7 @@ struct LongRows : RowsOnChip<Joins, storage> {
 
     // The divergences of the last two passes. Not `plain`: of rows far out, far apart, with a class
     // that dominates, or with an infinite logit, as the NaN of such a row's sum tells.
-    DEVICE PairOfRows find_pair(const Place& at, const int (&where)[passes],
+    DEVICE PairOfRows find_pair(const Sample& at, const int (&where)[passes],
                                 const NearRow (&near)[passes], RowSums (&rows)[passes],
                                 bool& plain) {
         RowSums &row_k = rows[k], &row_l = rows[k + 1];
@@ -400,7 +406,7 @@ struct LongRows : RowsOnChip<Joins, storage> {
         return pair;
     }
 
-    DEVICE void sample(const Place& at, int64_t next) {
+    DEVICE void sample(const Sample& at, int64_t next) {
         float most[passes];
         int where[passes];
         RowSums rows[passes];
@@ -436,7 +442,7 @@ struct LongRows : RowsOnChip<Joins, storage> {
     }
 
     template <bool plain, class Pair>
-    DEVICE void write_gradients(const Place& at, int64_t next, const NearRow (&near)[passes],
+    DEVICE void write_gradients(const Sample& at, int64_t next, const NearRow (&near)[passes],
                                 const RowSums (&rows)[passes], double unit, double mass,
                                 [[maybe_unused]] const Pair& pair) {
         const int label = batch.indices ? static_cast<int>(batch.index(at.n)) : -1;
@@ -451,7 +457,7 @@ struct LongRows : RowsOnChip<Joins, storage> {
         }
         // The next sample's chunks go to these places; its rows may begin elsewhere.
         const bool more = next < batch.samples;
-        const Place after = more ? place_of(next) : at;
+        const Sample after = more ? sample_of(next) : at;
         const Addresses from = settled_at(logits_of(after));
         const int classes = static_cast<int>(batch.classes), moved = at.shift - after.shift,
                   end_of_next = more ? classes - moved : lowest_column;
@@ -459,14 +465,16 @@ struct LongRows : RowsOnChip<Joins, storage> {
             if (first < end_of_next) copy(from, slot, first + moved);
         };
         Addresses into;
-        int wanted = 0; // a bit for each pass
+        // a bit for each pass
+        int wanted = 0;
         UNROLL
         for (int pass = 0; pass < passes; ++pass) {
             into.row[pass] = row_of(batch.gradients[pass], at);
             wanted |= (batch.gradients[pass].data != nullptr) << pass;
         }
         into = settled_at(into), wanted = settled(wanted);
-        auto find_gradients = [&](auto count, auto& x) { // of x[pass][j] in its place
+        // of x[pass][j] in its place
+        auto find_gradients = [&](auto count, auto& x) {
             UNROLL
             for (int j = 0; j < decltype(count)::value; ++j) {
                 UNROLL
@@ -528,7 +536,8 @@ struct LongRows : RowsOnChip<Joins, storage> {
         } else {
             each(at, copy_next);
         }
-        if (has_label) { // once more, over what this thread has just written
+        // once more, over what this thread has just written
+        if (has_label) {
             find_gradients(std::integral_constant<int, 1>(), labelled);
             UNROLL
             for (int pass = 0; pass < passes; ++pass)
@@ -537,20 +546,20 @@ struct LongRows : RowsOnChip<Joins, storage> {
                                               factors[pass].labelled(labelled[pass][0], share));
         }
         // One more chunk, perhaps, than this sample had.
-        const int turns =
-            (at.chunks - Joins::index() + Joins::size() - 1) / Joins::size(); // of this thread
+        // of this thread
+        const int turns = (at.chunks - Joins::index() + Joins::size() - 1) / Joins::size();
         copy_next(slots + turns * static_cast<int>(blockDim.x),
                   (turns * Joins::size() + Joins::index()) * columns - at.shift);
     }
 };
 template <Storage storage, int passes, bool pairs>
 __global__ void __launch_bounds__(long_threads, 1)
-    loss_long_block(const __grid_constant__ Batch batch) {
+    loss_long_block(const __grid_constant__ LossBatch batch) {
     LongRows<BlockJoins, storage, passes, pairs>(batch, dynamic_shared()).run();
 }
 template <Storage storage, int passes, bool pairs>
 __global__ void __launch_bounds__(long_threads, 1)
-    loss_long_cluster(const __grid_constant__ Batch batch) {
+    loss_long_cluster(const __grid_constant__ LossBatch batch) {
     LongRows<ClusterJoins, storage, passes, pairs>(batch, dynamic_shared()).run();
 }
 

@@ -7,7 +7,8 @@
 namespace uegr {
 namespace {
 
-constexpr int many = 9; // passes at most
+// passes at most
+constexpr int many = 9;
 static_assert(many <= most_joined);
 
 // What a block keeps beside the rows: by pass what was found of it, by pair the distance. Written
@@ -30,15 +31,15 @@ struct ManyRoom {
 // As LongRows, with the passes in loops: every pass meets every other. Soft labels are a row more.
 template <class Joins, Storage storage> struct ManyRows : RowsOnChip<Joins, storage> {
     using Base = RowsOnChip<Joins, storage>;
-    using Base::columns, Base::batch, Base::joins, Base::slots, Base::of_pass, Base::place_of,
+    using Base::columns, Base::batch, Base::joins, Base::slots, Base::of_pass, Base::sample_of,
         Base::row_of, Base::column_of, Base::each, Base::each_part, Base::get, Base::put,
         Base::counting, Base::write, Base::is_whole;
-    using typename Base::Of, typename Base::Chunk, typename Base::Place;
+    using typename Base::Of, typename Base::Chunk, typename Base::Sample;
     static constexpr size_t room = sizeof(typename Joins::Room) + sizeof(ManyRoom);
     ManyRoom& found;
     const bool pairs;
 
-    DEVICE ManyRows(const Batch& batch, char* shared)
+    DEVICE ManyRows(const LossBatch& batch, char* shared)
         : Base(batch, shared, room),
           found(*reinterpret_cast<ManyRoom*>(shared + sizeof(typename Joins::Room))),
           pairs(batch.passes - batch.first > 1) {}
@@ -64,7 +65,7 @@ template <class Joins, Storage storage> struct ManyRows : RowsOnChip<Joins, stor
     DEVICE void run() {
         for (int64_t n = counting(Joins::first()); n < batch.samples;
              n = counting(n + Joins::count())) {
-            const Place at = place_of(n);
+            const Sample at = sample_of(n);
             each(at, [&](Chunk* slot, int first) {
                 for (int pass = 0; pass < batch.passes; ++pass)
                     copy_async(slot + pass * of_pass,
@@ -79,7 +80,7 @@ template <class Joins, Storage storage> struct ManyRows : RowsOnChip<Joins, stor
         Joins::leave();
     }
 
-    DEVICE void sample(const Place& at) {
+    DEVICE void sample(const Sample& at) {
         float most[many];
         int where[many];
         find_maxima(at, most, where);
@@ -114,7 +115,7 @@ template <class Joins, Storage storage> struct ManyRows : RowsOnChip<Joins, stor
         write_gradients(at);
     }
 
-    DEVICE void find_maxima(const Place& at, float (&most)[many], int (&where)[many]) {
+    DEVICE void find_maxima(const Sample& at, float (&most)[many], int (&where)[many]) {
         const Chunk* chunks[many];
         int firsts[many] = {};
         UNROLL
@@ -158,7 +159,7 @@ template <class Joins, Storage storage> struct ManyRows : RowsOnChip<Joins, stor
     }
 
     // Of every pass the sum of e, and that of t * (x - most) over the labels; the labels' own.
-    DEVICE void find_sums(const Place& at, const float (&most)[many], double (&sums)[many],
+    DEVICE void find_sums(const Sample& at, const float (&most)[many], double (&sums)[many],
                           double (&labels)[many], double (&mass)[1]) {
         const double smoothing = batch.options.label_smoothing;
         const float smoothed = static_cast<float>(batch.smoothed());
@@ -202,7 +203,7 @@ template <class Joins, Storage storage> struct ManyRows : RowsOnChip<Joins, stor
         }
     }
 
-    DEVICE void settle(const Place& at, float most, double sum, double label, double mass) {
+    DEVICE void settle(const Sample& at, float most, double sum, double label, double mass) {
         ManyRoom::Pass& pass = found.of(static_cast<int>(threadIdx.x));
         pass.near = NearRow(most);
         RowSums row;
@@ -218,7 +219,7 @@ template <class Joins, Storage storage> struct ManyRows : RowsOnChip<Joins, stor
 
     // The log ratios of pass k at its most probable class, where that dominates: of the row's
     // memory, which nobody writes before this sample's last join.
-    DEVICE void find_pivot(const Place& at, int k, int column) {
+    DEVICE void find_pivot(const Sample& at, int k, int column) {
         RowSums& row = found.of(k).row;
         float pivot = 0;
         if (k >= batch.first && row.dominated())
@@ -253,7 +254,7 @@ template <class Joins, Storage storage> struct ManyRows : RowsOnChip<Joins, stor
         }
     }
 
-    DEVICE void find_divergences(const Place& at) {
+    DEVICE void find_divergences(const Sample& at) {
         float kl[many] = {};
         each(at, [&](const Chunk* slot, int) {
             each_pass([&](int pass) {
@@ -268,12 +269,13 @@ template <class Joins, Storage storage> struct ManyRows : RowsOnChip<Joins, stor
         double sums[many];
         UNROLL
         for (int pass = 0; pass < many; ++pass) sums[pass] = kl[pass];
-        joins.template join<1>(sums, 0.0, added<double>); // of this sample again, after others
+        // of this sample again, after others
+        joins.template join<1>(sums, 0.0, added<double>);
         if (static_cast<int>(threadIdx.x) < batch.passes)
             found.of(static_cast<int>(threadIdx.x)).row.kl = own(sums) * curvature_unit;
     }
 
-    DEVICE void add_up(const Place& at, double mass) {
+    DEVICE void add_up(const Sample& at, double mass) {
         double clean = 0, adversarial = 0, divergence = 0;
         for (int pass = 0; pass < batch.passes; ++pass) {
             const RowSums& row = found.of(pass).row;
@@ -285,7 +287,7 @@ template <class Joins, Storage storage> struct ManyRows : RowsOnChip<Joins, stor
               pairs ? pairs_divergence(divergence, batch.passes - batch.first) : 0);
     }
 
-    DEVICE void write_gradients(const Place& at) const {
+    DEVICE void write_gradients(const Sample& at) const {
         const int label = batch.indices ? static_cast<int>(batch.index(at.n)) : -1;
         const float share = static_cast<float>(1 - batch.options.label_smoothing);
         each(at, [&](const Chunk* slot, int first) {
@@ -320,12 +322,12 @@ template <class Joins, Storage storage> struct ManyRows : RowsOnChip<Joins, stor
 };
 template <Storage storage>
 __global__ void __launch_bounds__(long_threads, 1)
-    loss_many_block(const __grid_constant__ Batch batch) {
+    loss_many_block(const __grid_constant__ LossBatch batch) {
     ManyRows<BlockJoins, storage>(batch, dynamic_shared()).run();
 }
 template <Storage storage>
 __global__ void __launch_bounds__(long_threads, 1)
-    loss_many_cluster(const __grid_constant__ Batch batch) {
+    loss_many_cluster(const __grid_constant__ LossBatch batch) {
     ManyRows<ClusterJoins, storage>(batch, dynamic_shared()).run();
 }
 

@@ -10,8 +10,10 @@ namespace {
 // What a thread keeps of its columns, in a role: x or w, and e, of each pass.
 struct Kept {
     float4* base;
-    int64_t role_size; // in float4
-    int stride; // threads of a block that keep some
+    // in float4
+    int64_t role_size;
+    // threads of a block that keep some
+    int stride;
 
     DEVICE float4* at(int role, int turn) const {
         return base + role * role_size + 2 * turn * stride;
@@ -31,7 +33,7 @@ struct Kept {
 };
 
 template <class Group, class Columns> struct Sample {
-    const Batch& batch;
+    const LossBatch& batch;
     Group group;
     Kept kept;
     int64_t n;
@@ -61,7 +63,8 @@ template <class Group, class Columns> struct Sample {
                     max = most[0] - moved;
         const double smoothing = batch.options.label_smoothing;
         const int64_t label = batch.indices ? batch.index(n) : -1;
-        double sums[3] = {}; // of e; of x - max; of the labels
+        // of e; of x - max; of the labels
+        double sums[3] = {};
         each([&](int turn, int64_t i) {
             float x[columns], e[columns], sum = 0, differences = 0, labels = 0;
             kept.get(role, turn, x);
@@ -87,7 +90,8 @@ template <class Group, class Columns> struct Sample {
         RowSums row;
         row.max = max, row.sum = sums[0];
         row.settle();
-        if (batch.indices) { // smoothing 1 leaves no label, whatever its logit
+        // smoothing 1 leaves no label, whatever its logit
+        if (batch.indices) {
             if (smoothing < 1) row.label = (1 - smoothing) * sums[2];
             if (smoothing > 0)
                 row.label += smoothing / static_cast<double>(batch.classes) * sums[1];
@@ -108,9 +112,10 @@ template <class Group, class Columns> struct Sample {
             const float d = (maximum(far_k, x_k) - from_k) - (maximum(far_l, x_l) - from_l) - gap;
             add_log_ratios(d, half_complement(minus_absolute(d)), of_k, of_l);
         };
-        if (k.dominated() ||
-            l.dominated()) { // the log ratios at the first of the most probable classes
-            float first[2] = {HUGE_VALF, HUGE_VALF}; // by the 8 columns they are in
+        // the log ratios at the first of the most probable classes
+        if (k.dominated() || l.dominated()) {
+            // by the 8 columns they are in
+            float first[2] = {HUGE_VALF, HUGE_VALF};
             auto likeliest = [&](int side, auto f) {
                 each([&](int turn, int64_t i) {
                     for (int j = 0; j < columns; ++j)
@@ -129,7 +134,8 @@ template <class Group, class Columns> struct Sample {
             for (int side = 0; side < 2; ++side)
                 likeliest(side, [&](int turn, int j, float chunk) {
                     if (chunk != first[side]) return;
-                    first[side] = -1; // one of them
+                    // one of them
+                    first[side] = -1;
                     float ratios[2] = {};
                     add_ratios(kept.one(0, turn, j), kept.one(2, turn, j), ratios[0], ratios[1]);
                     pivots[side] = ratios[side];
@@ -223,7 +229,7 @@ template <class Group, class Columns> struct Sample {
     }
 };
 
-template <class Group, class Columns, int m> DEVICE void over_samples(const Batch& batch) {
+template <class Group, class Columns, int m> DEVICE void over_samples(const LossBatch& batch) {
     char* shared = dynamic_shared();
     const int keepers = Group::spans_block ? blockDim.x : warp_size;
     constexpr int64_t roles = m == 2 ? 4 : 1;
@@ -242,17 +248,17 @@ template <class Group, class Columns, int m> DEVICE void over_samples(const Batc
 }
 template <int m>
 __global__ void __launch_bounds__(warp_threads, 4)
-    loss_full_warp(const __grid_constant__ Batch batch) {
+    loss_full_warp(const __grid_constant__ LossBatch batch) {
     over_samples<WarpGroup, FullColumns, m>(batch);
 }
 template <int m>
 __global__ void __launch_bounds__(warp_threads, 4)
-    loss_ragged_warp(const __grid_constant__ Batch batch) {
+    loss_ragged_warp(const __grid_constant__ LossBatch batch) {
     over_samples<WarpGroup, RaggedColumns, m>(batch);
 }
 template <int m>
 __global__ void __launch_bounds__(block_threads, 1)
-    loss_ragged_cluster(const __grid_constant__ Batch batch) {
+    loss_ragged_cluster(const __grid_constant__ LossBatch batch) {
     over_samples<ClusterGroup, RaggedColumns, m>(batch);
 }
 

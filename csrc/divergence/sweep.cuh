@@ -8,7 +8,7 @@ namespace {
 
 // A block for each sample, element by element; `scratch` has the sums of every pass.
 struct Sweep {
-    const Batch& batch;
+    const LossBatch& batch;
     BlockGroup group;
     RowSums* rows;
     float* moved;
@@ -109,8 +109,9 @@ struct Sweep {
             if (pairs && pass >= batch.first) divergence += rows[pass].divergence();
         }
         const double unit = batch.unit();
-        each([&](int64_t i) { // in place, a class's logits are read before any of its gradients is
-                              // written
+        // in place, a class's logits are read before any of its gradients is
+        // written
+        each([&](int64_t i) {
             float gradient[most_passes];
             for (int pass = 0; pass < batch.passes; ++pass) {
                 if (!batch.gradients[pass].data) continue;
@@ -176,7 +177,8 @@ struct Sweep {
     }
 };
 
-__global__ void __launch_bounds__(sweep_threads) loss_sweep(const __grid_constant__ Batch batch) {
+__global__ void __launch_bounds__(sweep_threads)
+    loss_sweep(const __grid_constant__ LossBatch batch) {
     __shared__ double room[64];
     __shared__ Room<most_passes * sizeof(RowSums)> rows;
     __shared__ float moved[most_passes];

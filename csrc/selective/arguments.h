@@ -13,7 +13,8 @@ namespace uegr {
 
 // One tensor of a call; those that an operator does not have are empty.
 struct TensorArguments {
-    View g, s, theta, states[3], kept[2]; // s: in the place of g*g; kept: minimum and maximum of s
+    // s: in the place of g*g; kept: minimum and maximum of s
+    View g, s, theta, states[3], kept[2];
     View step;
     int states_count = 0;
     int64_t size = 0;
@@ -50,7 +51,8 @@ struct SelectionArguments {
     uint64_t seed;
     const Tensors& grads;
     std::vector<TensorArguments> tensors;
-    StatisticsRows scope; // statistics handed in, where there is a count
+    // statistics handed in, where there is a count
+    StatisticsRows scope;
 
     SelectionArguments(const SelectionOptions& options, int64_t seed, const Tensors& grads,
                        const Tensors& saliencies, const std::vector<int64_t>& layout,
@@ -94,7 +96,8 @@ struct SelectionArguments {
 // What the two optimizers share. `states`: the operator's lists, empty ones unused.
 struct StepArguments : SelectionArguments {
     Number grad_scale, found_inf;
-    bool maximize, rounding = false; // rounding: some state is bfloat16
+    // rounding: some state is bfloat16
+    bool maximize, rounding = false;
 
     StepArguments(SelectionArguments&& selection, const Tensors& params,
                   const std::vector<const Tensors*>& states, const Tensors& steps,
@@ -135,7 +138,8 @@ struct StepArguments : SelectionArguments {
 
 // What statistics over a scope take; they join the rows of `out`.
 struct StatisticsArguments : SelectionArguments {
-    const std::vector<int64_t>& sizes; // of the unsharded tensors, or none
+    // of the unsharded tensors, or none
+    const std::vector<int64_t>& sizes;
     Number grad_scale;
     StatisticsRows out;
 
@@ -164,7 +168,8 @@ struct InspectionArguments : SelectionArguments {
     InspectionArguments(SelectionArguments&& selection, const Tensor& out)
         : SelectionArguments(std::move(selection)) {
         View &to = tensors[0].theta, &g = tensors[0].g;
-        to = operand_view(out, "out", true); // a mask may be bool
+        // a mask may be bool
+        to = operand_view(out, "out", true);
         STD_TORCH_CHECK(to.dim == g.dim && std::equal(g.sizes, g.sizes + g.dim, to.sizes),
                         "out has another shape than the gradient; they must be equal");
     }
@@ -228,7 +233,8 @@ static void select_gradients_(Tensors grads, Tensors saliencies, OptionalTensor 
     for (size_t i = 0; i < grads.size(); ++i)
         arguments.tensors[i].theta = float_view(grads[i], "grads", true);
 
-    if (grads.empty() || !is_random(arguments.options)) return; // every factor is 1
+    // every factor is 1
+    if (grads.empty() || !is_random(arguments.options)) return;
 
     multiply(arguments, step);
 }
@@ -260,7 +266,8 @@ static void selection_mask_(Tensor grad, OptionalTensor saliency, Tensor out,
 
 static void selection_probability_(Tensor grad, OptionalTensor saliency, Tensor out,
                                    SELECTION_ARGUMENTS) {
-    rescale = true; // the factors are then 1/p
+    // the factors are then 1/p
+    rescale = true;
     const int64_t n = grad.numel();
     const std::vector<int64_t> layout{0, 0, n, n};
     const Tensors grads{grad}, saliencies = saliency ? Tensors{*saliency} : Tensors{};

@@ -26,7 +26,8 @@ template <class T> struct Extremes {
     Range range(bool given) const { return range_of<T>(least, most, given); }
 
 private:
-    static constexpr int lanes = 256 / sizeof(T); // four vectors of each, in registers
+    // four vectors of each, in registers
+    static constexpr int lanes = 256 / sizeof(T);
 
     // `some`: leaves out what is not finite.
     template <bool some> static Extremes of(const T* x, int64_t n) {
@@ -70,7 +71,8 @@ template <class T, bool update, bool amsgrad>
 void update_block(const AdamW<T>& given, int n, T* __restrict theta, const T* __restrict g,
                   const T* __restrict factor, T* __restrict m, T* __restrict v,
                   T* __restrict v_max) {
-    const AdamW<T> update_rule = given; // a copy no store can touch
+    // a copy no store can touch
+    const AdamW<T> update_rule = given;
     block_loop<T>({theta, g, m, v}, n, [=](int i) {
         T unused = 0;
         update_rule.template step<update, amsgrad>(theta[i], g[i], factor[i], m[i], v[i],

@@ -14,8 +14,10 @@ namespace uegr {
 // The numbers Python's names travel as (NORMALIZATIONS in uegr_kernels/selective/options.py).
 enum class Normalization : int64_t { minmax, range, rank, constant };
 
-constexpr int rank_bins = 0x7F80;         // the upper 16 bits of a finite |g|
-constexpr int64_t rank_sampled = 1 << 20; // a rank over more elements than this takes every k-th
+// the upper 16 bits of a finite |g|
+constexpr int rank_bins = 0x7F80;
+// a rank over more elements than this takes every k-th
+constexpr int64_t rank_sampled = 1 << 20;
 
 // The selection options as the operators take them; scope and statistics are settled outside.
 struct SelectionOptions {
@@ -47,9 +49,8 @@ HOST_DEVICE int rank_bin(double magnitude) {
 
 // s = g*g (Eq. 7); one that overflows counts as the largest float.
 template <class T> HOST_DEVICE T saliency(T g) { return g * g; }
-template <class T> HOST_DEVICE T root(T s) {
-    return absolute(std::sqrt(s));
-} // |g| of a given saliency; of -0, 0
+// |g| of a given saliency; of -0, 0
+template <class T> HOST_DEVICE T root(T s) { return absolute(std::sqrt(s)); }
 template <class T> HOST_DEVICE bool finite(T g) { return absolute(g) <= Float<T>::largest; }
 
 // Minimum and maximum of s over a scope; infinity and its negative where nothing is finite.
@@ -103,7 +104,8 @@ template <class T> struct Probability {
         z_low = static_cast<T>(maximum(-100.0, minimum(100.0, minimum(first, last))));
         z_high = static_cast<T>(maximum(-100.0, minimum(100.0, maximum(first, last))));
         largest_inverse = static_cast<T>(1 / maximum(o.min_probability, 0x1p-24));
-        if (span > 0) { // as `exponent` rounds there, so that it is held nowhere between
+        // as `exponent` rounds there, so that it is held nowhere between
+        if (span > 0) {
             const T at_first = exponent(reaches ? least : low),
                     at_last = exponent(low == least || reaches ? most : span);
             z_low = maximum(T(-100), minimum(z_low, minimum(at_first, at_last)));
@@ -228,8 +230,8 @@ template <class T> struct SGD {
     HOST_DEVICE void step(T& theta, T g, T factor, T& buffer) const {
         T fed = update ? g : g * factor;
         using Bits = typename Float<T>::Bits;
-        const Bits decaying =
-            weight_decay == 0 ? Bits(0) : ~Bits(0); // 0 times an infinite theta would be NaN
+        // 0 times an infinite theta would be NaN
+        const Bits decaying = weight_decay == 0 ? Bits(0) : ~Bits(0);
         fed = fed + weight_decay * bit_cast<T>(bit_cast<Bits>(theta) & decaying);
         if (has_momentum) {
             const bool fresh = bit_cast<Bits>(buffer) == Bits(1) << (8 * sizeof(T) - 1);

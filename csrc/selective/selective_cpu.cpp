@@ -20,19 +20,26 @@
 namespace uegr {
 namespace {
 
-constexpr int64_t item_size = 1 << 18; // elements; their gradient fits a second-level cache
-constexpr int64_t rank_slots = 8; // tables of large tensors that are alive at a time
-constexpr int rank_table = rank_bins + 1; // 1/p by bin; the last one serves what is not finite
+// elements; their gradient fits a second-level cache
+constexpr int64_t item_size = 1 << 18;
+// tables of large tensors that are alive at a time
+constexpr int64_t rank_slots = 8;
+// 1/p by bin; the last one serves what is not finite
+constexpr int rank_table = rank_bins + 1;
 
 // One tensor of a call.
 template <class T, class UpdateRule> struct Entry : TensorArguments {
     using Bits = typename Float<T>::Bits;
-    uint32_t steps = 0; // taken, with this one
+    // taken, with this one
+    uint32_t steps = 0;
     UpdateRule update_rule{};
     Probability<T> probability{};
-    bool plain = false; // `probability` is so for every element
-    const float* by_bin = nullptr; // "rank"
-    bool own_statistics = false; // gathered in this call, before the update
+    // `probability` is so for every element
+    bool plain = false;
+    // "rank"
+    const float* by_bin = nullptr;
+    // gathered in this call, before the update
+    bool own_statistics = false;
     std::atomic<bool> ready{false};
     std::atomic<int> statistics_left{0}, updates_left{0};
     std::atomic<Bits> low{~Bits(0)}, high{0};
@@ -58,10 +65,14 @@ template <class T, class UpdateRule> struct Call {
                                  T* a, T* b, T* c);
     SelectionOptions options{};
     uint64_t seed = 0;
-    T unscale = 1; // 1/grad_scale, negative to maximize
-    bool draws = true; // false: every u is 0
-    bool rounding = false; // some state is bfloat16
-    BlockUpdate update_block = nullptr; // null: statistics alone
+    // 1/grad_scale, negative to maximize
+    T unscale = 1;
+    // false: every u is 0
+    bool draws = true;
+    // some state is bfloat16
+    bool rounding = false;
+    // null: statistics alone
+    BlockUpdate update_block = nullptr;
     std::vector<Entry<T, UpdateRule>> entries;
 
     explicit Call(const SelectionArguments& arguments)
@@ -93,12 +104,14 @@ void table_from_counts(float* table, int first, int last, const SelectionOptions
 template <class T, class UpdateRule> struct Worker {
     const Call<T, UpdateRule>& call;
     RoundKeys keys, rounding_keys;
-    std::vector<float> table; // "rank": of a small tensor
+    // "rank": of a small tensor
+    std::vector<float> table;
     alignas(64) T g[block_size], s[block_size], factor[block_size], theta[block_size],
         states[3][block_size];
     alignas(64) uint32_t words[2 * block_size + 4] = {}, rounding[2 * block_size + 4];
     alignas(64) int32_t bins[block_size];
-    alignas(64) float ranks[block_size]; // 1/p
+    // 1/p
+    alignas(64) float ranks[block_size];
 
     explicit Worker(const Call<T, UpdateRule>& call)
         : call(call), keys(call.seed), rounding_keys(call.seed ^ rounding_key) {
@@ -179,7 +192,8 @@ template <class T, class UpdateRule> struct Worker {
     void rank(Entry<T, UpdateRule>& e, float* into) {
         int first = 0, last = rank_bins - 1;
         const int64_t every = rank_stride(e.size);
-        if (every == 1) { // every element is counted: no other bin will be looked up
+        // every element is counted: no other bin will be looked up
+        if (every == 1) {
             gather(e, 0, e.size);
             const T least = bit_cast<T>(e.low.load()), most = bit_cast<T>(e.high.load());
             first = e.low >= Float<T>::infinity ? 0 : rank_bin(e.s.data ? root(least) : least);
@@ -265,8 +279,10 @@ template <class T, class UpdateRule> struct Worker {
 
 struct Item {
     enum Kind { pack, statistics, update } kind;
-    int64_t first, count; // entries [first, first + count)
-    int64_t begin, end; // elements [begin, end) of a large one
+    // entries [first, first + count)
+    int64_t first, count;
+    // elements [begin, end) of a large one
+    int64_t begin, end;
 };
 
 // The call's items, in an order in which each waits for earlier ones only. Between a large tensor's
@@ -390,7 +406,8 @@ std::vector<float> settle_statistics(Call<T, UpdateRule>& call, const Statistics
         }
         const double* handed = given.count > 0 ? given.range(row) : nullptr;
         const Range range = handed ? Range{handed[0], handed[1]} : e.kept_range();
-        if (!handed && std::isnan(range.low)) // nothing kept yet
+        // nothing kept yet
+        if (!handed && std::isnan(range.low))
             e.own_statistics = call.options.normalization != Normalization::constant;
         else e.probability = Probability<T>(call.options, range.low, range.high);
     }
@@ -446,9 +463,9 @@ typename Call<T, UpdateRule>::BlockUpdate choose_block(bool update, bool more) {
 }
 
 struct NoUpdateRule {};
+// theta may be g
 template <class T>
-void multiply_block(const NoUpdateRule&, int n, T* theta, const T* g, const T* factor, T*, T*,
-                    T*) { // theta may be g
+void multiply_block(const NoUpdateRule&, int n, T* theta, const T* g, const T* factor, T*, T*, T*) {
     slices(n, [=](int i) { theta[i] = g[i] * factor[i]; });
 }
 template <class T>

@@ -10,33 +10,40 @@
 namespace uegr {
 namespace {
 
-constexpr int64_t item_size = 1 << 15; // elements
-constexpr int64_t seldom_item = 1 << 18; // of statistics that only a tensor's first step needs
-constexpr int64_t ranked_at_once = 1 << 10; // tensors; a table of ranks has 128 KB
+// elements
+constexpr int64_t item_size = 1 << 15;
+// of statistics that only a tensor's first step needs
+constexpr int64_t seldom_item = 1 << 18;
+// tensors; a table of ranks has 128 KB
+constexpr int64_t ranked_at_once = 1 << 10;
 constexpr int threads = 256;
 constexpr int table_threads = 1024;
-constexpr int rank_table = rank_bins + 1; // 1/p by bin; the last one serves what is not finite
-constexpr int rank_parts = 64; // blocks that count a tensor's bins
+// 1/p by bin; the last one serves what is not finite
+constexpr int rank_table = rank_bins + 1;
+// blocks that count a tensor's bins
+constexpr int rank_parts = 64;
 
-enum Role {
-    theta,
-    gradient,
-    first_state,
-    given = first_state + 3,
-    roles
-}; // given: a saliency in the place of g*g
+// given: a saliency in the place of g*g
+enum Role { theta, gradient, first_state, given = first_state + 3, roles };
 
 // One tensor of a call, as the host knows it.
 struct alignas(16) Entry {
-    Slot slots[roles], step, kept[2]; // kept: "previous", minimum and maximum of s
-    int64_t size = 0, bulk = 0; // elements; those that whole accesses cover
+    // kept: "previous", minimum and maximum of s
+    Slot slots[roles], step, kept[2];
+    // elements; those that whole accesses cover
+    int64_t size = 0, bulk = 0;
     Layout layout{};
-    int32_t statistics_at = -1, updates_at = -1, ragged_at = -1; // where its items start
-    int32_t table = 0; // "rank"
+    // where its items start
+    int32_t statistics_at = -1, updates_at = -1, ragged_at = -1;
+    // "rank"
+    int32_t table = 0;
     int32_t statistics_items = 0, updates_items = 0;
-    int32_t row = 0; // of the scope's statistics
-    bool backward = false; // updated from its end
-    bool own = false; // its statistics are taken in this call (kept ones: if there are none yet)
+    // of the scope's statistics
+    int32_t row = 0;
+    // updated from its end
+    bool backward = false;
+    // its statistics are taken in this call (kept ones: if there are none yet)
+    bool own = false;
 };
 
 enum Kind : int32_t { gathering, updating, nothing };
@@ -47,7 +54,8 @@ struct alignas(16) Item {
 
 // What becomes of a tensor in the course of a call.
 struct alignas(16) Progress {
-    uint32_t low, high; // bits of the least and largest |g| over finite elements
+    // bits of the least and largest |g| over finite elements
+    uint32_t low, high;
     uint32_t statistics_left, updates_left, ready, unused[3];
 };
 
@@ -56,7 +64,8 @@ struct NoUpdateRule {};
 // Per-tensor constants, computed once and read by every element.
 struct alignas(16) Curve {
     Probability<float> probability;
-    float unscale; // 1/grad_scale, negative to maximize
+    // 1/grad_scale, negative to maximize
+    float unscale;
 };
 template <class UpdateRule> struct alignas(16) RuleConstants {
     UpdateRule update_rule;
@@ -64,15 +73,18 @@ template <class UpdateRule> struct alignas(16) RuleConstants {
 template <class UpdateRule> struct alignas(16) Settled {
     Curve curve;
     RuleConstants<UpdateRule> rule;
-    float constant; // 1/p of "constant"
+    // 1/p of "constant"
+    float constant;
     uint32_t step;
     bool own, skipped;
 };
 
 template <class UpdateRule> struct Call {
     SelectionOptions options{};
-    RoundKeys keys, rounding_keys; // in constant memory, which instructions read as they go
-    int64_t fixed_step = 0; // where the tensors have none of their own
+    // in constant memory, which instructions read as they go
+    RoundKeys keys, rounding_keys;
+    // where the tensors have none of their own
+    int64_t fixed_step = 0;
     Number grad_scale{1}, found_inf{0};
     bool maximize = false, random, rounding = false;
     Out out = Out::multiplied;
@@ -83,7 +95,8 @@ template <class UpdateRule> struct Call {
     Item *items = nullptr, *ragged = nullptr;
     uint32_t *next = nullptr, count = 0, ragged_count = 0;
     float* tables = nullptr;
-    const void* scope; // statistics handed in
+    // statistics handed in
+    const void* scope;
     int64_t scope_rows;
 
     explicit Call(const SelectionArguments& arguments)
@@ -146,7 +159,8 @@ __global__ void __launch_bounds__(128, 8) prepare(Call<UpdateRule> call, Options
         } else if (e.kept[0].data) {
             range = kept_range(e);
         }
-        to.own = e.own && range.low != range.low; // nothing handed in, nothing kept yet
+        // nothing handed in, nothing kept yet
+        to.own = e.own && range.low != range.low;
         if (!to.own) to.curve.probability = Probability<float>(call.options, range.low, range.high);
         call.progress[tensor] = {~0u,
                                  0,
@@ -265,7 +279,8 @@ template <class T, bool keeps_> struct Full {
     static constexpr int count = Pack<T>::count, at_once = 4;
     // linear normalisation, rescaled, not sharded within a row
     static constexpr bool usual = true;
-    static constexpr bool keeps = keeps_; // statistics for the next step
+    // statistics for the next step
+    static constexpr bool keeps = keeps_;
     static constexpr bool wide = sizeof(T) == 4;
     // The halves of a pack take turns: both at once would need more registers than there are.
     static constexpr bool turns = !wide;
@@ -304,11 +319,13 @@ template <class T, bool keeps_> struct Full {
     }
 };
 
-struct Mixed { // float32, bfloat16 and float16
+// float32, bfloat16 and float16
+struct Mixed {
     static constexpr int count = 8, at_once = 4;
     static constexpr bool usual = false, keeps = true, turns = false;
     struct Raw {
-        Pack<uint32_t> low, high; // the second half of float32's
+        // the second half of float32's
+        Pack<uint32_t> low, high;
     };
     const Entry& e;
     int64_t l;
@@ -372,7 +389,8 @@ struct Mixed { // float32, bfloat16 and float16
     }
 };
 
-struct Ragged { // anything
+// anything
+struct Ragged {
     static constexpr int count = 1, at_once = 1;
     static constexpr bool usual = false, keeps = true, turns = false;
     using Raw = float;
@@ -502,7 +520,8 @@ DEVICE void update_elements(const Call<UpdateRule>& call, const Work<UpdateRule>
     const bool gathers = Access::keeps && work.entry.kept[0].data && !work.settled.own;
     const bool has_saliency = !has_update_rule && work.entry.slots[given].data;
     bool rounding = call.rounding;
-    if constexpr (Access::usual) rounding = !Access::wide; // known as it is compiled
+    // known as it is compiled
+    if constexpr (Access::usual) rounding = !Access::wide;
     int left = static_cast<int>(end - begin) - static_cast<int>(threadIdx.x) * n;
     Access access(work.entry, call.axes, begin + threadIdx.x * n);
     Extremes found;
@@ -526,8 +545,8 @@ DEVICE void update_elements(const Call<UpdateRule>& call, const Work<UpdateRule>
                                              work.settled.step, call.keys);
             access.template get<gradient>(raw_g, first, g);
             if (has_saliency) access.template get<given>(raw_s, first, s);
-            const Curve curve =
-                reread(work.settled.curve); // for these elements only: registers are few
+            // for these elements only: registers are few
+            const Curve curve = reread(work.settled.curve);
             UNROLL
             for (int i = 0; i < at_once; ++i) g[i] *= curve.unscale;
             if constexpr (Access::usual) {
@@ -667,7 +686,8 @@ __global__ void __launch_bounds__(threads)
     const Entry& e = call.entries[tensor];
     const bool has_saliency = e.slots[given].data;
     const int64_t every = rank_stride(sizes ? sizes[tensor] : e.size);
-    const bool straight = e.layout.run >= e.size; // then only elements that count are looked at
+    // then only elements that count are looked at
+    const bool straight = e.layout.run >= e.size;
     const int64_t first = straight ? (every - e.layout.offset % every) % every : 0,
                   apart = straight ? every : 1;
     Count* into = counts + (by_row ? tensor * row_size : 0);
@@ -702,7 +722,8 @@ __global__ void __launch_bounds__(table_threads) scan_bins(Call<UpdateRule> call
     double below = 0;
     for (int bin = begin; bin < end; ++bin) below += count(bin);
     sums[me] = below;
-    for (int apart = 1; apart < table_threads; apart *= 2) { // running sums
+    // running sums
+    for (int apart = 1; apart < table_threads; apart *= 2) {
         __syncthreads();
         const double before = me >= apart ? sums[me - apart] : 0;
         __syncthreads();
@@ -789,7 +810,8 @@ void order(Call<UpdateRule>& call, std::vector<Entry>& entries, int64_t window, 
             entries[i].updates_at = static_cast<int32_t>(at),
             at += pieces_of(entries[i].bulk, item_size);
     };
-    size_t last = 0, now = 0; // the group before, and this one
+    // the group before, and this one
+    size_t last = 0, now = 0;
     for (size_t i = 0; i < entries.size();) {
         for (int64_t bytes = 0;
              i < entries.size() && (i == now || bytes + 4 * entries[i].size <= window / 2); ++i) {
@@ -979,10 +1001,12 @@ static void gather_statistics(const StatisticsArguments& arguments) {
     const DeviceGuard device(like);
     const cudaStream_t stream = device.stream;
     const bool rank = call.ranks();
-    const int64_t at = static_cast<int64_t>(tensors.axes.size()); // sizes travel beside the axes
+    // sizes travel beside the axes
+    const int64_t at = static_cast<int64_t>(tensors.axes.size());
     tensors.axes.insert(tensors.axes.end(), arguments.sizes.begin(), arguments.sizes.end());
     for (Entry& e : tensors.entries) e.own = !rank;
-    if (rank) call.options.normalization = Normalization::constant; // no tables of its own
+    // no tables of its own
+    if (rank) call.options.normalization = Normalization::constant;
     const Memory memory = begin(call, tensors, NoOptions(), 8, {false, false}, like, stream);
     if (rank) {
         launch(count_bins<NoUpdateRule, unsigned long long>, {n * rank_parts, threads}, stream,

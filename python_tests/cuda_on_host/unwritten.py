@@ -17,7 +17,7 @@ KEPT = []  # the memory lives as long as the process
 
 
 def read_only(values: torch.Tensor) -> torch.Tensor:
-    """The values in pages that nobody may write."""
+    """Gives the values in pages that nobody may write."""
     memory = mmap.mmap(-1, -(-values.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
     KEPT.append(memory)
     tensor = (

@@ -25,7 +25,7 @@ def random_logits(*shape, dtype=torch.float64, seed=0, scale=2.0):
 
 
 def batch(m=3, n=5, c=7, dtype=torch.float64, requires_grad=True):
-    """Clean logits, adversarial logits, labels of which one is ignored."""
+    """Gives clean logits, adversarial logits, labels of which one is ignored."""
     labels = torch.randint(0, c, (n,), generator=torch.Generator().manual_seed(1))
     labels[1] = -100
     clean, adversarial = (
@@ -36,7 +36,7 @@ def batch(m=3, n=5, c=7, dtype=torch.float64, requires_grad=True):
 
 
 def scipy_js(logits):
-    """Rows' sum over pairs, by SciPy."""
+    """Gives rows' sum over pairs, by SciPy."""
     p = logits.detach().double().softmax(-1).numpy()
     pairs = [(k, l) for k in range(len(p)) for l in range(k + 1, len(p))]
     return torch.tensor(
@@ -48,7 +48,7 @@ def scipy_js(logits):
 
 
 def torch_js(logits):
-    """The same by F.kl_div, differentiable; plain, for distributions that are not close."""
+    """Gives the same by F.kl_div, differentiable; plain, for distributions that are not close."""
     log_p = logits.log_softmax(-1)
     total = 0
     for k in range(len(logits)):
@@ -66,7 +66,7 @@ def torch_js(logits):
 
 
 def torch_loss(clean, adversarial, labels, js_weight, reduction="mean", **options):
-    """L_train by PyTorch's functions; every term divided by the rows that are not ignored."""
+    """Gives L_train by PyTorch's functions; every term divided by the rows that are not ignored."""
     keep = (
         labels != options.get("ignore_index", -100)
         if labels.dim() == 1

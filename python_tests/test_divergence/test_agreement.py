@@ -20,8 +20,8 @@ def test_gradients_in_float32_are_right_to_the_rows_largest(backend):
 
 
 def compare_with_wide_reference(native, logits, labels, **options):
-    """Losses to 1e-5 or 1e-7 nats a pair, gradients to 1e-5 of their row's largest or 1e-7,
-    against the reference in float64.
+    """Compares losses to 1e-5 or 1e-7 nats a pair, gradients to 1e-5 of their row's largest or
+    1e-7, against the reference in float64.
     """
     narrow, wide = (
         [x.clone().requires_grad_() for x in logits],
@@ -50,7 +50,8 @@ def compare_with_wide_reference(native, logits, labels, **options):
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 6, 8])
 def test_kernel_is_the_wide_reference(native, m, c):
     if native == "triton" and m * c > 5000:
-        m = 2  # many passes of many blocks take the interpreter long
+        # many passes of many blocks take the interpreter long
+        m = 2
     logits = [
         random_logits(3, c, dtype=torch.float32, seed=1, scale=5.0),
         random_logits(m, 3, c, dtype=torch.float32, seed=2, scale=5.0),

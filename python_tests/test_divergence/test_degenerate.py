@@ -91,8 +91,10 @@ def test_label_on_a_masked_class_is_infinite(backend, smoothing):
 def test_row_of_minus_infinity_is_nan_and_alone(backend):
     clean, adversarial, labels = batch()
     with torch.no_grad():
-        adversarial[1, 0] = -torch.inf  # a row that counts
-        adversarial[1, 1] = -torch.inf  # a row that is ignored
+        # a row that counts
+        adversarial[1, 0] = -torch.inf
+        # a row that is ignored
+        adversarial[1, 1] = -torch.inf
     parts = uegr_loss(
         clean, adversarial, labels, reduction="none", return_parts=True, backend=backend
     )

@@ -19,7 +19,8 @@ from uegr_kernels.divergence import (
 from .logits import batch, random_logits
 
 
-@pytest.mark.filterwarnings("error")  # NumPy warns where a comparison overflows its narrow types
+# NumPy warns where a comparison overflows its narrow types
+@pytest.mark.filterwarnings("error")
 def test_numpys_numbers_and_flags_are_taken(backend):
     clean, adversarial, labels = batch(requires_grad=False)
     plain = {

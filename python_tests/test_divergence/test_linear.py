@@ -30,7 +30,8 @@ def test_linear_gradcheck(backend, reduction):
     labels = labels.clamp(max=2)
     options = {"reduction": reduction, "chunk_rows": 2, "backend": backend}
     inputs = (clean, adversarial, weight, bias)
-    fast = {"fast_mode": backend == "triton"}  # a random direction for each input
+    # a random direction for each input
+    fast = {"fast_mode": backend == "triton"}
     assert torch.autograd.gradcheck(
         lambda c, a, w, b: linear_uegr_loss(c, a, w, labels, b, js_weight=0.5, **options),
         inputs,
@@ -205,7 +206,8 @@ def test_linear_never_has_the_logits():
         reference.linear_uegr_loss(
             reference.uegr_loss_, hidden, weight, None, torch.zeros(256).long(), None, **options
         )
-    assert mode.largest == 3 * 8 * 4000  # a chunk's, of 3 * 256 * 4000
+    # a chunk's, of 3 * 256 * 4000
+    assert mode.largest == 3 * 8 * 4000
 
 
 PEAK = """
@@ -238,7 +240,8 @@ def test_linear_holds_one_chunk_at_a_time(native, scale):
     run = subprocess.run(
         [sys.executable, "-c", PEAK, scale], capture_output=True, text=True, check=True
     )
-    assert float(run.stdout) < 3  # chunks of logits, matrix products' own buffers included
+    # chunks of logits, matrix products' own buffers included
+    assert float(run.stdout) < 3
 
 
 def test_linear_without_rows(backend):

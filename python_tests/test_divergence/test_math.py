@@ -194,7 +194,8 @@ def test_parts(backend, reduction):
     torch.testing.assert_close(
         parts.divergence, {"mean": js.sum() / 4, "sum": js.sum(), "none": js}[reduction]
     )
-    parts.clean_loss.add_(1)  # what is handed out is nobody else's
+    # what is handed out is nobody else's
+    parts.clean_loss.add_(1)
     parts.loss.sum().backward()
 
 
@@ -205,7 +206,8 @@ def test_gradcheck(backend, reduction):
     assert torch.autograd.gradcheck(
         lambda c, a: uegr_loss(c, a, labels, **options), (clean, adversarial)
     )
-    fast = {"fast_mode": backend == "triton"}  # a random direction for each input
+    # a random direction for each input
+    fast = {"fast_mode": backend == "triton"}
     assert torch.autograd.gradcheck(
         lambda c, a, b: uegr_loss(c, [a, b], labels, **options), (clean, *adversarial), **fast
     )

@@ -67,7 +67,7 @@ def test_gradients_of_a_batch_of_gradients_are_theirs_one_by_one(backend, reduct
 
 
 def losses_of_one_tensor(backend, inplace_backward=False, reduction="mean"):
-    """Each loss as a function of its adversarial logits or hidden states [3, 5, 7], and the
+    """Gives each loss as a function of its adversarial logits or hidden states [3, 5, 7], and the
     same by PyTorch's functions.
     """
     clean, _, labels = batch(requires_grad=False)
@@ -135,7 +135,8 @@ def test_forward_mode_is_refused(backend, name, mode, inplace_backward):
         RuntimeError, match="of uegr_kernels has no forward-mode derivative .*torch.func.grad"
     ):
         FORWARD_MODE[mode](loss, x, torch.ones_like(x))
-    with torch.autograd.forward_ad.dual_level():  # what has no tangent is served
+    # what has no tangent is served
+    with torch.autograd.forward_ad.dual_level():
         torch.testing.assert_close(loss(x), losses_of_one_tensor(backend)[name][1](x))
 
 

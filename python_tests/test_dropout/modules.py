@@ -16,7 +16,7 @@ RELATIVE = {torch.float64: 1e-6, torch.float32: 1e-6, torch.bfloat16: 2**-8, tor
 
 
 def next_key():
-    """The key that the next call will draw; leaves the generator as it is."""
+    """Gives the key that the next call will draw; leaves the generator as it is."""
     state = torch.get_rng_state()
     key = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)
     torch.set_rng_state(state)
@@ -30,7 +30,9 @@ def uniform(shape, key):
 
 
 def teach(module, norms):
-    """A call and a backward that leave the given norms of dL/dh_j, and the call that folds them."""
+    """Makes a call and a backward that leave the given norms of dL/dh_j, and the call that folds
+    them.
+    """
     norms = torch.as_tensor(norms, dtype=module.gradient_norm.dtype)
     x = torch.zeros(1, len(norms), dtype=norms.dtype, requires_grad=True)
     module(x).backward(norms[None])
@@ -38,7 +40,7 @@ def teach(module, norms):
 
 
 def taught(norms=(1.0, 2.0, 3.0), num_features=None, **options):
-    """A module that has seen these norms, and has one more backward's pending."""
+    """Gives a module that has seen these norms, and has one more backward's pending."""
     module = AdaptiveDropout(num_features, p=options.pop("p", 0.2), **options)
     module(torch.ones(1, len(norms)))
     teach(module, norms)

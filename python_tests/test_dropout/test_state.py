@@ -168,7 +168,7 @@ def test_averaged_model(use_buffers, num_features, called):
 
 
 def assert_new(module, units):
-    """Its rates are all p, and it learns."""
+    """Checks that its rates are all p, and that it learns."""
     x = torch.ones(50, units, requires_grad=True)
     expected = uniform(x.shape, next_key()) < torch.tensor(0.1)
     h = module(x)

@@ -19,7 +19,7 @@ LR = 0.1
 
 
 class Small(nn.Module):
-    """Embedding, LSTM, convolution, BatchNorm, mean over time (padding included), LayerNorm,
+    """Has embedding, LSTM, convolution, BatchNorm, mean over time (padding included), LayerNorm,
     dropout, linear.
     """
 
@@ -44,7 +44,7 @@ class Small(nn.Module):
 
 
 class Images(nn.Module):
-    """A small convolutional net over images in [0, 1]."""
+    """Has a small convolutional net over images in [0, 1]."""
 
     def __init__(self, classes=CLASSES):
         super().__init__()
@@ -93,7 +93,7 @@ def images(seed=0):
 
 
 def build(name, model, *more, **options):
-    """The recipe of this name, on the model's embedding."""
+    """Gives the recipe of this name, on the model's embedding."""
     return getattr(recipes, name)(model, getattr(model, "embedding", None), *more, **options)
 
 
@@ -102,7 +102,7 @@ def sgd(model):
 
 
 def state(model):
-    """All that a call may change in the model."""
+    """Gives all that a call may change in the model."""
     return {
         **{name: p.detach().clone() for name, p in model.state_dict().items()},
         **{
@@ -122,8 +122,8 @@ def assert_equal(actual, expected, **tolerance):
 
 
 def assert_same_steps(model, run, restated, rtol=1e-9, atol=1e-12):
-    """Both leave the same gradients, weights, buffers and random state, and return the same
-    losses.
+    """Checks that both leave the same gradients, weights, buffers and random state, and return the
+    same losses.
     """
     twin = copy.deepcopy(model)
     torch.manual_seed(11)
@@ -143,8 +143,8 @@ def assert_same_steps(model, run, restated, rtol=1e-9, atol=1e-12):
 
 
 class Steps:
-    """One batch and one model, in the words of docs/methods.md: e, CE, N2; what a method's numbered
-    steps are made of.
+    """Steps one batch and one model, in the words of docs/methods.md: e, CE, N2; what a method's
+    numbered steps are made of.
     """
 
     def __init__(self, model, inputs, labels, task="classification"):
@@ -168,7 +168,7 @@ class Steps:
         )
 
     def clean(self, weight=1.0):
-        """Loss of the clean pass, which goes backward, and g."""
+        """Gives the loss of the clean pass, which goes backward, and g."""
         e = self.embedded()
         e = e if e.requires_grad else e.clone().requires_grad_()
         e.retain_grad()
@@ -185,7 +185,7 @@ class Steps:
         return loss
 
     def input_gradient(self, delta):
-        """d CE / d delta of a pass that leaves parameters and BatchNorm's statistics alone."""
+        """Gives d CE / d delta of a pass that leaves weights and BatchNorm's statistics alone."""
         statistics = {name: b.clone() for name, b in self.model.named_buffers()}
         delta = delta.clone().requires_grad_()
         (g,) = torch.autograd.grad(self.loss(self.model.classify(self.embedded() + delta)), delta)
@@ -216,7 +216,7 @@ def ball(delta, radius, kind):
 
 @contextlib.contextmanager
 def draw_of(drawn, same):
-    """The random state that the first pass found, and afterwards the one there was."""
+    """Gives the random state that the first pass found, and afterwards the one there was."""
     present = torch.get_rng_state()
     if not drawn or not same:
         drawn.append(present)
@@ -233,7 +233,7 @@ def per_token(g):
 
 
 def cube(steps, size):
-    """FreeLB's random start."""
+    """Gives FreeLB's random start."""
     generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
     noise = 2 * torch.rand(N, T, D, dtype=torch.float64, generator=generator) - 1
     return steps.masked(noise) * size / (steps.mask.sum(1) * D).sqrt()[:, None, None]
@@ -241,7 +241,7 @@ def cube(steps, size):
 
 @contextlib.contextmanager
 def moved(weights, by):
-    """The weights plus `by`, then their copies again."""
+    """Moves the weights by `by`, and back."""
     before = [w.detach().clone() for w in weights]
     for w, v in zip(weights, by, strict=True):
         w.data = w.data + v
@@ -273,20 +273,24 @@ COSTS = {
     "l2": (1, 1, 1),
     "at": (2, 2, 2),
     "fgsm": (2, 2, 2),
-    "pgd": (5, 5, 2),  # K = 3
+    # K = 3
+    "pgd": (5, 5, 2),
     "free_at": (3, 3, 3),
     "free_lb": (3, 3, 3),
     "r_drop": (2, 2, 1),
     "r_at": (3, 3, 2),
     "r_at_su": (3, 3, 2),
-    "uegr": (2, 2, 2),  # of N and of 2N rows
+    # of N and of 2N rows
+    "uegr": (2, 2, 2),
     "drop_attack": (2, 2, 2),
-    "drop_attack_k": (4, 4, 4),  # K = 3
+    # K = 3
+    "drop_attack_k": (4, 4, 4),
     "child_tuning_f": (1, 1, 1),
     "child_tuning_d": (1, 1, 1),
     "roast": (3, 3, 1),
     "weight_consolidation": (1, 1, 1),
-    "arat": (12, 12, 2),  # K = 10
+    # K = 10
+    "arat": (12, 12, 2),
     "adv_embed": (3, 3, 2),
     "sam": (2, 2, 1),
     "awp": (2, 2, 1),
@@ -294,7 +298,7 @@ COSTS = {
 
 
 def train(name, model, *, steps=2, optimizer=None, data=batch, **options):
-    """A few steps with everything called; returns the losses and the recipe."""
+    """Takes a few steps with everything called; returns the losses and the recipe."""
     optimizer = sgd(model) if optimizer is None else optimizer
     recipe = build(name, model, optimizer, **options)
     losses = []

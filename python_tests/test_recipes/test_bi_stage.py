@@ -47,7 +47,8 @@ def test_uegr_is_the_stage(adaptive):
         plain = model.dropout
         if adaptive is not False:
             uk.replace_dropout(model)
-        for step in range(3):  # the rates differ once a gradient has been seen
+        # the rates differ once a gradient has been seen
+        for step in range(3):
             result = uk.BiStage(model, model.embedding, **options).backward(*batch(step))._asdict()
         model.dropout = plain
         del result["logits"]

@@ -95,13 +95,15 @@ def test_child_tuning_d(target, keep):
         if target == "update":
             for w, mask, copied in zip(chosen, masks, copies, strict=True):
                 w.data = torch.where(mask, w.data, copied)
-        recipe.epoch_end()  # the mask is the run's
+        # the mask is the run's
+        recipe.epoch_end()
     assert_equal(state(model), state(twin), rtol=1e-7, atol=1e-7)
 
 
 def test_child_tuning_d_keeps_ties_and_makes_its_mask_of_the_first_epoch():
     model = small()
-    recipe = build("child_tuning_d", model, names="embedding.weight")  # most words do not occur
+    # most words do not occur
+    recipe = build("child_tuning_d", model, names="embedding.weight")
     recipe.backward(*batch())
     gradient = model.embedding.weight.grad.clone()
     recipe.before_step()

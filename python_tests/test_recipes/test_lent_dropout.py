@@ -31,7 +31,7 @@ from .steps import (
 
 
 class Many(Small):
-    """Dropouts of several kinds and places: one module twice, one that is adaptive already,
+    """Has dropouts of several kinds and places: one module twice, one that is adaptive already,
     one that is out of the registry.
     """
 
@@ -52,7 +52,7 @@ def many():
 
 
 def all_of(model):
-    """Every module with its place, its class, and what it is made of."""
+    """Gives every module with its place, its class, and what it is made of."""
     named = model.named_modules(remove_duplicate=False)
     return [
         (
@@ -131,7 +131,7 @@ def test_lent_dropout_is_resumed_exactly(wrapped, tmp_path):
 
 
 class Through(nn.Module):
-    """A wrapper whose model is called `module`, as DDP's."""
+    """Wraps a model that is called `module`, as DDP's."""
 
     def __init__(self, wrapped):
         super().__init__()
@@ -152,7 +152,7 @@ def test_names_are_the_plain_models_whatever_wraps_its_parts():
 
     outer, model = wrapped()
     recipe = recipes.uegr(outer, model.embedding, seed=0)
-    assert list(recipe.adaptive_dropout) == ["0.dropout"]
+    assert list(recipe.state_dict()["adaptive_dropout"]) == ["0.dropout"]
     outer, model = wrapped()
     recipes.child_tuning_d(outer, model.embedding, names="0.layer_norm.weight")
 

@@ -30,7 +30,7 @@ def of_weights(loss, weights):
 
 
 def masked_by(seed, keep, stream=0):
-    """The public generator's mask of a tensor."""
+    """Gives the public generator's mask of a tensor."""
     return lambda x: reference.kept(
         x, torch.tensor(seed), keep_probability=keep, step=0, stream=stream
     )
@@ -132,14 +132,16 @@ def test_the_mask_of_drop_attack_is_kept_and_does_not_rescale():
     assert all(torch.equal(mask, kept[0]) for mask in kept) and 0.4 < kept[0].double().mean() < 0.6
     for x in attacked:
         sizes = (x - clean).flatten(1).norm(dim=1)
-        assert (sizes < 2.0).all() and (sizes > 1.0).all()  # about sqrt(p) * epsilon, and no 1/p
+        # about sqrt(p) * epsilon, and no 1/p
+        assert (sizes < 2.0).all() and (sizes > 1.0).all()
 
 
 def test_drop_attack_with_everything_kept_is_at():
     def attack(model):
         return build("drop_attack", model, epsilon=0.5, keep_probability=1.0).backward(*batch())
 
-    model = small(0.0)  # the masks' seeds are drawn between the passes
+    # the masks' seeds are drawn between the passes
+    model = small(0.0)
     twin = copy.deepcopy(model)
     assert_equal(
         attack(model), build("at", twin, epsilon=0.5).backward(*batch()), rtol=1e-12, atol=0

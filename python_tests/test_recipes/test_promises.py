@@ -77,9 +77,11 @@ def test_an_exception_leaves_the_model_as_it_was(name, where):
         assert {name: b.data_ptr() for name, b in model.named_buffers()} == buffers
         assert all(p.grad is None for p in model.parameters())
         with torch.no_grad():
-            assert not model.embedding(batch()[0]["ids"]).requires_grad  # the hook sleeps
+            # the hook sleeps
+            assert not model.embedding(batch()[0]["ids"]).requires_grad
         model.zero_grad()
-    recipe.backward(*batch())  # and works again
+    # and works again
+    recipe.backward(*batch())
 
 
 @pytest.mark.parametrize("name", recipes.NAMES)
@@ -127,7 +129,7 @@ def test_padding_is_not_perturbed(name):
 
 
 class Factor(Small):
-    """Logits times a factor a sample, which makes gradients zero, tiny or infinite."""
+    """Gives logits times a factor a sample, which makes gradients zero, tiny or infinite."""
 
     def forward(self, ids, attention_mask=None, factor=None):
         return self.classify(self.embedding(ids)) * factor[:, None]
@@ -217,7 +219,8 @@ def test_autocast_sees_the_weights_where_they_are(name, options):
         losses = []
         with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=cache):
             for step in range(2):
-                model(**batch(step)[0])  # every weight is cast once
+                # every weight is cast once
+                model(**batch(step)[0])
                 losses.append(recipe.backward(*batch(step))["loss"])
                 losses.append(model.eval()(**batch(step)[0]).detach().sum())
                 model.train()
@@ -225,7 +228,8 @@ def test_autocast_sees_the_weights_where_they_are(name, options):
                 losses.append(recipe.backward(*batch(step))["loss"])
                 recipe.before_step()
                 recipe.optimizer.step()
-                torch.clear_autocast_cache()  # a step of torch's does not
+                # a step of torch's does not
+                torch.clear_autocast_cache()
                 model(**batch(step)[0])
                 recipe.after_step()
                 losses.append(recipe.backward(*batch(step))["loss"])
@@ -259,7 +263,8 @@ def test_an_empty_batch(name):
         recipe.prepare([(inputs["ids"][:0], labels[:0])])
     assert_equal(state(model), before, rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), drawn) or looks
-    recipe.backward(inputs, labels)  # and works again
+    # and works again
+    recipe.backward(inputs, labels)
 
 
 @pytest.mark.parametrize("name", recipes.NAMES)

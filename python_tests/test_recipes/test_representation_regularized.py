@@ -30,7 +30,7 @@ from .steps import (
 
 
 class Twice(nn.Module):
-    """Two convolutions with BatchNorm."""
+    """Has two convolutions with BatchNorm."""
 
     def __init__(self):
         super().__init__()
@@ -170,7 +170,8 @@ def test_arat_balances_by_the_clean_branchs_accuracy():
         torch.testing.assert_close(
             losses["loss"], (losses["clean_loss"] + losses["adversarial_loss"]) / 2
         )
-    assert len(recipe.recent) == 2  # of four rows each
+    # of four rows each
+    assert len(recipe.recent) == 2
     clean = copy.deepcopy(model)
     clean.first_norm, clean.second_norm = copy.deepcopy(list(recipe.clean_branch))
     clean.eval()
@@ -260,7 +261,8 @@ def test_arat_as_if_ignored_rows_were_not_there(predictor, stop_gradient, random
         nn.Embedding(WORDS, D), nn.Flatten(), nn.Linear(T * D, 6), nn.Tanh(), nn.Linear(6, CLASSES)
     ).double()
     ids, labels = torch.randint(WORDS, (8, T)), torch.arange(8) % CLASSES
-    kept = torch.arange(8) < 5  # those before the others, so that they start at the same noise
+    # those before the others, so that they start at the same noise
+    kept = torch.arange(8) < 5
     results = []
     for inputs, targets in ((ids, torch.where(kept, labels, -100)), (ids[kept], labels[kept])):
         model = copy.deepcopy(first)

@@ -73,7 +73,8 @@ def test_roast_masks_once_an_epoch_by_the_rank_of_the_last_one():
             recipe.backward(*batch(10 * epoch + step))
             raw, others = [p.grad.clone() for p in chosen], model.head.weight.grad.clone()
             recipe.before_step()
-            if step:  # the first batch is skipped
+            # the first batch is skipped
+            if step:
                 for total, g in zip(sums[-1], raw, strict=True):
                     total += g**2
             assert torch.equal(model.head.weight.grad, others)

@@ -26,7 +26,8 @@ def test_a_recomputed_embedding(name):
     for kind in (Small, Recomputes):
         torch.manual_seed(3)
         model = kind(0.3).double()
-        model.batch_norm.track_running_stats = False  # which a recompute would move again
+        # which a recompute would move again
+        model.batch_norm.track_running_stats = False
         torch.manual_seed(5)
         results.append((build(name, model, sgd(model)).backward(*batch()), state(model)))
     for actual, expected in zip(*results, strict=True):
@@ -34,7 +35,7 @@ def test_a_recomputed_embedding(name):
 
 
 class Blocks(nn.Module):
-    """A block behind the embedding that activation checkpointing recomputes."""
+    """Has a block behind the embedding that activation checkpointing recomputes."""
 
     def __init__(self, reentrant):
         super().__init__()
@@ -104,7 +105,8 @@ def test_a_model_compiled_after_the_recipe_was_built(name, options):
         assert_equal(actual, expected, rtol=1e-9, atol=1e-12)
 
 
-SHARDED = {  # what recipes of whole weights say to sharded ones
+# what recipes of whole weights say to sharded ones
+SHARDED = {
     "sam": (RuntimeError, "train whole ones"),
     "awp": (RuntimeError, "train whole ones"),
     "drop_attack": (RuntimeError, "train whole ones"),
@@ -169,7 +171,7 @@ def one_rank(rank, path):
 
 
 class Wrapper(nn.Module):
-    """Somebody's module around the model."""
+    """Wraps the model as somebody's module."""
 
     def __init__(self, model):
         super().__init__()
@@ -180,8 +182,8 @@ class Wrapper(nn.Module):
 
 
 def one_recipe(name, rank, inside):
-    """Under DDP, or with DDP inside another module, beside the same recipe on a plain model
-    whose gradients are averaged by hand.
+    """Runs one recipe under DDP, or with DDP inside another module, beside the same recipe on a
+    plain model whose gradients are averaged by hand.
     """
     given = {
         "arat": {"steps": 2},
@@ -201,7 +203,8 @@ def one_recipe(name, rank, inside):
     optimizer = sgd(wrapped)
     torch.manual_seed(0)
     of_plain = build(name, plain, sgd(plain), **options)
-    torch.manual_seed(rank)  # what the recipe draws when it is built must not part the ranks
+    # what the recipe draws when it is built must not part the ranks
+    torch.manual_seed(rank)
     recipe = getattr(recipes, name)(
         Wrapper(wrapped) if inside else wrapped, inner.embedding, optimizer, **options
     )

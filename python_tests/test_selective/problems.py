@@ -23,7 +23,7 @@ def dtype_id(dtype) -> str:
 def spread_gradient(
     shape, generator: torch.Generator, dtype=torch.float32, scale: float = 1.0
 ) -> torch.Tensor:
-    """Both signs, squares uniform over [0, scale^2], none of them 0."""
+    """Gives both signs, squares uniform over [0, scale^2], none of them 0."""
     sign = torch.randint(0, 2, shape, generator=generator) * 2 - 1
     return ((torch.rand(shape, generator=generator) * 0.999 + 0.001).sqrt() * sign * scale).to(
         dtype
@@ -31,7 +31,7 @@ def spread_gradient(
 
 
 def problem(shapes, dtype=torch.float32, steps: int = 3, seed: int = 0, scale: float = 1.0):
-    """Starting values, and the gradients of every step."""
+    """Gives starting values, and the gradients of every step."""
     generator = torch.Generator().manual_seed(seed)
     start = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     return start, [
@@ -40,7 +40,7 @@ def problem(shapes, dtype=torch.float32, steps: int = 3, seed: int = 0, scale: f
 
 
 def as_parameters(tensors) -> list[torch.nn.Parameter]:
-    """Parameters of the same values and strides."""
+    """Gives parameters of the same values and strides."""
     return [torch.nn.Parameter(t.clone(memory_format=torch.preserve_format)) for t in tensors]
 
 
@@ -65,7 +65,9 @@ def states_of(optimizer, p) -> dict:
 
 
 def same_bits(a, b) -> bool:
-    """Equal as torch.equal, NaN equal to NaN, for tensors or for nests of them."""
+    """Tells whether both are equal as torch.equal, NaN equal to NaN, for tensors or for nests of
+    them.
+    """
     if isinstance(a, torch.Tensor):
         return (
             a.dtype == b.dtype
@@ -81,8 +83,8 @@ def same_bits(a, b) -> bool:
 
 @contextlib.contextmanager
 def noting_near_ties(monkeypatch, histogram: bool = False):
-    """What the reference decides inside this block: a bool tensor by stream of the elements whose u
-    and p are so close, 2^-22 * max(1, sharpness), that a kernel may decide otherwise.
+    """Gives what the reference decides inside this block: a bool tensor by stream of the elements
+    whose u and p are so close, 2^-22 * max(1, sharpness), that a kernel may decide otherwise.
 
     `histogram`: the reference ranks by the histogram that native kernels share, so that what is
     compared is the rest.
@@ -137,7 +139,7 @@ def probability(grad, **options) -> torch.Tensor:
 
 
 def in_dtype(options: dict, dtype) -> dict:
-    """Tensor options in the arithmetic's dtype: torch computes with them in their own, kernels
+    """Puts tensor options in the arithmetic's dtype: torch computes with them in their own, kernels
     in the arithmetic's.
     """
 
@@ -153,7 +155,8 @@ def in_dtype(options: dict, dtype) -> dict:
     return {key: converted(value) for key, value in options.items()}
 
 
-HAND = torch.tensor([1.0, -2.0, 3.0, 5.0])  # s = 1, 4, 9, 25
+# s = 1, 4, 9, 25
+HAND = torch.tensor([1.0, -2.0, 3.0, 5.0])
 # The smallest, odd ones, one block and its neighbours, no axis, a transposed one: all of them in
 # one call.
 AGREEMENT_SHAPES = [(), (0,), (1,), (3,), (5, 41), (1023,), (1024,), (1025,)]

@@ -48,7 +48,8 @@ SELECTION_CASES = [
     ),
     pytest.param({"rescale": False}, id="not rescaled"),
     pytest.param({"min_probability": 0.25}, id="floor"),
-    pytest.param({"sharpness": 40.0}, id="sharp"),  # 1/p up to its cap of 2^24
+    # 1/p up to its cap of 2^24
+    pytest.param({"sharpness": 40.0}, id="sharp"),
     pytest.param({"sharpness": 0.0}, id="coin"),
     pytest.param({"scope": "global"}, id="global"),
     pytest.param(
@@ -101,13 +102,13 @@ SGD_CASES = [
 
 
 def sharpness_scale(options: dict) -> float:
-    """The table's bounds are for z up to 10."""
+    """Returns a factor: the table's bounds are for z up to 10."""
     return max(1.0, options.get("sharpness", 5.0) / 5)
 
 
 def agree(monkeypatch, cls, native, start, gradients, **options) -> None:
-    """Both backends over the same steps: parameters and all states, but for elements that came
-    near a tie in some step.
+    """Compares both backends over the same steps: parameters and all states, but for elements that
+    came near a tie in some step.
     """
     options = SPREAD | {"lr": 0.3} | in_dtype(options, start[0].dtype)
     ranked = options.get("normalization") == "rank"
@@ -126,7 +127,8 @@ def agree(monkeypatch, cls, native, start, gradients, **options) -> None:
             found = optimizer.state[p][key]
             if key == "step" or key.startswith("saliency"):
                 compare(found, value, "equal", name=f"{key} of parameter {i}")
-            else:  # SGD's weight decay feeds the parameter, as rounded, to its buffer
+            else:
+                # SGD's weight decay feeds the parameter, as rounded, to its buffer
                 compare(
                     found,
                     value,
@@ -234,7 +236,8 @@ def test_the_shared_histograms_rank_is_off_by_at_most_the_share_of_the_bin(nativ
         .max()
         .item()
     )
-    assert gap <= 4.0 / 2 * share + 1e-6  # no slope of p is steeper than sharpness/2
+    # no slope of p is steeper than sharpness/2
+    assert gap <= 4.0 / 2 * share + 1e-6
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -383,7 +386,7 @@ def test_state_in_other_strides_than_the_parameter(backend, cls):
 
 @st.composite
 def random_cases(draw):
-    """A gradient of any shape, values and strides, and a selection."""
+    """Gives a gradient of any shape, values and strides, and a selection."""
     shape = tuple(draw(st.lists(st.integers(0, 9), min_size=0, max_size=4)))
     dtype = draw(st.sampled_from(DTYPES))
     kind = draw(st.sampled_from(["spread", "normal", "few values", "with specials", "wide"]))

@@ -132,7 +132,8 @@ def test_a_parameter_that_comes_to_overlap_itself_between_steps_is_refused(nativ
     assert torch.equal(params[0], before)
 
 
-@pytest.mark.parametrize("native", ["cpp"], indirect=True)  # on a GPU nobody looks at a count
+# on a GPU nobody looks at a count
+@pytest.mark.parametrize("native", ["cpp"], indirect=True)
 @pytest.mark.parametrize("count", [1, 70])
 def test_counts_that_float32_cannot_number_are_refused_in_every_step(native, count):
     params = as_parameters([torch.ones(3)] * count)
@@ -283,7 +284,8 @@ class Failing:
     def __call__(self, *arguments, **options):
         return self.launch(self.real, *arguments, **options)
 
-    def __getitem__(self, grid):  # of a Triton kernel
+    # of a Triton kernel
+    def __getitem__(self, grid):
         return functools.partial(self.launch, self.real[grid])
 
 
@@ -291,16 +293,19 @@ def fail_midway(patch, backend, operator) -> tuple[Failing, int, int]:
     """Has a launch of a step over `midway` fail. Returns it, and how many tensors are reached
     before it and by it.
     """
-    if backend == "reference":  # tensors follow one another
+    # tensors follow one another
+    if backend == "reference":
         owner, name = reference, f"{operator.name.split('_')[1]}_update_rule"
         number, reached, failed = 2, 1, 1
-    elif backend == "triton":  # a strided tensor has launches of its own: statistics, then update
+    elif backend == "triton":
+        # a strided tensor has launches of its own: statistics, then update
         owner, name = (
             importlib.import_module("uegr_kernels.selective.triton").launch,
             "update_kernel",
         )
         number, reached, failed = 4, 1, 1
-    else:  # tensors of another dtype are another call
+    else:
+        # tensors of another dtype are another call
         owner, name = operator, "default"
         number, reached, failed = 2, 2, 1
     failing = Failing(getattr(owner, name), number)
@@ -354,7 +359,8 @@ def test_a_launch_that_fails_midway_is_raised_once_and_the_step_taken_once(
     rest = everything_of(optimizer)[reached:]
     assert same_bits(without_counts(rest)[:failed], without_counts(before[reached:])[:failed])
     assert same_bits(rest[failed:], before[reached + failed :])
-    run_steps(optimizer, params, [gradients])  # and it goes on from there
+    # and it goes on from there
+    run_steps(optimizer, params, [gradients])
     run_steps(expected, others, [gradients])
     assert same_bits(everything_of(optimizer)[:reached], everything_of(expected)[:reached])
 
@@ -444,7 +450,8 @@ def test_options_that_changed_are_checked_again(native):
     group["betas"] = [0.9, 0.99]
     for _ in range(2):
         optimizer.step()
-    group["betas"][1] = 1.5  # the same list
+    # the same list
+    group["betas"][1] = 1.5
     with pytest.raises(ValueError, match="index 1"):
         optimizer.step()
     group["betas"] = (0.9, 0.99)

@@ -76,7 +76,8 @@ def test_one_bad_element_spoils_itself_alone(backend, cls, bad, dtype, options):
     assert not found[0][at].isfinite() or (cls is uk.SelectiveAdamW and spoiled[at].isinf())
     others = torch.arange(41) != at
     assert found[0][others].isfinite().all()
-    if options.get("normalization") != "rank":  # a rank counts its elements
+    # a rank counts its elements
+    if options.get("normalization") != "rank":
         expected, _ = trained(cls, start=start, gradients=[[harmless]], **options)
         compare(found[0][others], expected[0][others], "equal")
     p = uk.selection_probability(
@@ -187,7 +188,8 @@ def test_a_nonfinite_weight_that_is_not_selected_stays(backend, cls, weight_deca
     infinite = selected & start.isinf()
     if cls is uk.SelectiveAdamW or weight_decay == 0:
         assert same_bits(found[0].detach()[infinite], start[infinite])
-    else:  # inf - lr * inf, as in torch.optim.SGD
+    else:
+        # inf - lr * inf, as in torch.optim.SGD
         assert found[0][infinite].isnan().all()
 
 
@@ -215,7 +217,8 @@ def test_nothing_finite_is_no_error(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=dtype_id)
 def test_squares_that_overflow_are_the_largest_float(backend, dtype):
     large = torch.finfo(dtype).max
-    g = torch.tensor([1.0, large, -large / 4, 0.0], dtype=dtype)  # s~: 0, 1, 1, 0
+    # s~: 0, 1, 1, 0
+    g = torch.tensor([1.0, large, -large / 4, 0.0], dtype=dtype)
     for normalization in ("minmax", "range"):
         p = uk.selection_probability(g, normalization=normalization, backend=backend)
         np.testing.assert_allclose(
@@ -274,7 +277,8 @@ def test_empty_tensors_and_no_tensors(backend, cls):
         )
         assert optimizer.state[params[0]]["step"] == 2
         alone = torch.nn.Parameter(torch.ones(2))
-        cls([alone], seed=1, backend=backend, **options).step()  # no gradient at all
+        # no gradient at all
+        cls([alone], seed=1, backend=backend, **options).step()
         assert alone.tolist() == [1.0, 1.0]
     uk.select_gradients_([], seed=1, step=1, backend=backend)
     assert uk.selection_probability(torch.zeros(0, 4), backend=backend).shape == (0, 4)
@@ -293,7 +297,8 @@ def test_one_element(backend):
 
 
 def test_minus_zero_is_a_saliency_of_zero(backend):
-    n = 5000 if backend == "triton" else 2**20 + 1  # one more than a rank looks at every element of
+    # one more than a rank looks at every element of
+    n = 5000 if backend == "triton" else 2**20 + 1
     g, s = torch.ones(n), torch.zeros(n)
     s[: n // 2] = 1
     options = {
@@ -318,7 +323,8 @@ def test_the_loops_for_finite_gradients_give_the_same_bits(backend, cls, options
     start, gradients = problem([(600,)], steps=2)
     options = SPREAD | {"lr": 0.1, "backend": backend} | options
     for g in gradients:
-        g[0][at] = 0.5  # no extreme
+        # no extreme
+        g[0][at] = 0.5
     finite, _ = trained(cls, start=start, gradients=gradients, **options)
     gradients[1][0][at] = bad
     guarded, _ = trained(cls, start=start, gradients=gradients, **options)

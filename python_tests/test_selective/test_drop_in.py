@@ -113,7 +113,8 @@ def test_hooks_fire_once(cls):
     assert fired == ["before", "after"]
     optimizer.load_state_dict(optimizer.state_dict())
     assert fired == ["before", "after", "loading", "loaded"]
-    optimizer.load_state_dict(optimizer.state_dict())  # its own hooks are gone again
+    # its own hooks are gone again
+    optimizer.load_state_dict(optimizer.state_dict())
     assert fired[4:] == ["loading", "loaded"]
 
 
@@ -161,7 +162,7 @@ def test_distributed_checkpoint_of_a_fresh_optimizer():
 
 
 def through_two_steps(cls, start, gradients, lr, **options) -> torch.Tensor:
-    """The parameter after a differentiable step on each gradient."""
+    """Gives the parameter after a differentiable step on each gradient."""
     p = start.clone()
     optimizer = cls([p], lr=lr, differentiable=True, **options)
     for g in gradients:

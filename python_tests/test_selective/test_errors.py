@@ -384,7 +384,8 @@ def test_select_gradients_names_a_bad_gradient_and_changes_none(
     assert params[0].grad.tolist() == [1.0, 1.0, 1.0]
 
 
-@pytest.mark.filterwarnings("error")  # NumPy warns where a comparison overflows its narrow types
+# NumPy warns where a comparison overflows its narrow types
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 def test_numpys_numbers_are_numbers(backend, cls):
     start, gradients = problem([(9, 5)])

@@ -227,7 +227,8 @@ def test_probability_by_hand(backend, dtype, normalization, direction, s, p):
 
 
 def test_rank_is_scipys(backend):
-    g = torch.tensor([3.0, -1.0, 0.0, 2.0, -3.0, 0.5, 0.0, 7.0, -2.0])  # ties, one of them at 0
+    # ties, one of them at 0
+    g = torch.tensor([3.0, -1.0, 0.0, 2.0, -3.0, 0.5, 0.0, 7.0, -2.0])
     stats = pytest.importorskip("scipy.stats")
     ranks = (stats.rankdata((g.double() ** 2).numpy(), method="min") - 1) / g.numel()
     expected = 1 / (1 + np.exp(4 * (ranks - 0.5)))
@@ -265,7 +266,8 @@ def test_min_probability_is_a_floor(backend):
         found.numpy(), [0.005, 0.005, 0.009315959345, 0.880797078], rtol=4e-6
     )
     steep = uk.selection_probability(HAND, sharpness=1000.0, **options)
-    assert steep[0].item() == 2.0**-24  # u's own step
+    # u's own step
+    assert steep[0].item() == 2.0**-24
     constant = uk.selection_probability(
         HAND, normalization="constant", keep_probability=0.1, min_probability=0.25, backend=backend
     )

@@ -28,7 +28,8 @@ from .problems import OPTIMIZERS, problem, same_bits
 # Triton's interpreter is made of temporaries
 @pytest.mark.parametrize("native", ["cpp"], indirect=True)
 def test_a_step_makes_no_temporary_of_a_parameters_size(native, cls, options, strided):
-    n, tensors = 1000, 3  # 4 MB each
+    # 4 MB each
+    n, tensors = 1000, 3
     start = [torch.zeros(n, n) for _ in range(tensors)]
     params = [torch.nn.Parameter(t.t() if strided else t) for t in start]
     for p in params:
@@ -42,7 +43,8 @@ def test_a_step_makes_no_temporary_of_a_parameters_size(native, cls, options, st
         **options,
     )
     torch.set_num_threads(2)
-    optimizer.step()  # makes the states
+    # makes the states
+    optimizer.step()
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
@@ -61,7 +63,7 @@ def test_a_step_makes_no_temporary_of_a_parameters_size(native, cls, options, st
 
 
 def memory(key: str) -> int:
-    """A line of /proc/self/status in bytes."""
+    """Gives a line of /proc/self/status in bytes."""
     try:
         with open("/proc/self/status") as status:
             return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))
@@ -78,7 +80,9 @@ def reset_peak() -> None:
 
 
 def operator_arguments(name: str, dtype: torch.dtype, normalization: str) -> tuple[tuple, dict]:
-    """Positional and keyword arguments for an operator: a dense permuted tensor and a 0-dim one."""
+    """Gives positional and keyword arguments for an operator: a dense permuted tensor and a 0-dim
+    one.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def tensors(dtype=dtype):

@@ -96,9 +96,11 @@ def test_bfloat16_states_are_unbiased(backend, cls):
                 optimizer.state[rounded[0]][key].double(),
                 straight.state[exact[0]][key].double()[0],
             )
-            assert values.unique().numel() == 2  # the two neighbours
+            # the two neighbours
+            assert values.unique().numel() == 2
             assert abs(values.mean() - mean) <= 5 * values.std() / n**0.5, key
-    if cls is uk.SelectiveAdamW:  # low 16 bits of the word for one, high 16 for the other
+    # low 16 bits of the word for one, high 16 for the other
+    if cls is uk.SelectiveAdamW:
         a, b = (optimizer.state[rounded[0]][key].double() for key in ("exp_avg", "exp_avg_sq"))
         assert abs(np.corrcoef(a, b)[0, 1]) < 6 / n**0.5
 
@@ -169,7 +171,8 @@ def test_grad_scaler(backend, fused):
         for k in range(4):
             optimizer.zero_grad()
             loss = torch.nn.functional.mse_loss(model(x), y)
-            if k == 2 and scaled:  # an overflow, then the same batch again
+            # an overflow, then the same batch again
+            if k == 2 and scaled:
                 scaler.scale(loss * float("inf")).backward()
                 scaler.step(optimizer)
                 scaler.update()
@@ -304,7 +307,7 @@ def inverse_by_sgd(backend, before, after, gradient) -> torch.Tensor:
 
 
 def assert_inverse(found, probabilities) -> None:
-    """`found` (NaN: not selected) is 1/p; at least one element was selected."""
+    """Checks that `found` (NaN: not selected) is 1/p; at least one element was selected."""
     found, expected = (
         found.double().flatten().numpy(),
         1 / np.asarray(probabilities, dtype=float).ravel(),
@@ -336,7 +339,8 @@ def assert_inverse(found, probabilities) -> None:
 def test_previous_statistics_by_hand(backend, normalization, first, second):
     gradients = [torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, 2.0, -5.0])]
     seen = [set(), set()]
-    for seed in (0, 4, 5, 6):  # each element is selected by one of them at least
+    # each element is selected by one of them at least
+    for seed in (0, 4, 5, 6):
         p = torch.nn.Parameter(torch.zeros(3))
         optimizer = uk.SelectiveSGD(
             [p],

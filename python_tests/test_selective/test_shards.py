@@ -115,7 +115,8 @@ def test_statistics_are_the_references(native, dtype):
 
 
 def test_a_large_ranks_histogram_takes_every_kth_element(native):
-    n, whole = (2077, [2**21 + 77]) if native == "triton" else (2**21 + 77, [])  # k = 3
+    # k = 3
+    n, whole = (2077, [2**21 + 77]) if native == "triton" else (2**21 + 77, [])
     g = spread_gradient((n,), torch.Generator().manual_seed(8), torch.bfloat16)
     found = []
     for backend in ("reference", native):

@@ -73,7 +73,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one(backend, cls, options, dtype
     start, gradients = problem([(700,), (3, 5)], dtype, steps=5)
     options = {"lr": 0.1, "threshold": 0.5, "backend": backend} | options
     params = as_parameters(start)
-    optimizer = cls(params, **options)  # its seed is drawn; the second one's is another
+    # its seed is drawn; the second one's is another
+    optimizer = cls(params, **options)
     run_steps(optimizer, params, gradients[:2])
     file = io.BytesIO()
     torch.save({"optimizer": optimizer.state_dict(), "params": [p.detach() for p in params]}, file)
@@ -115,7 +116,8 @@ def test_loading_into_a_fresh_copy_before_any_step_changes_nothing(backend):
     expected, _ = trained(uk.SelectiveSGD, start=start, gradients=gradients, **options)
     params = as_parameters(start)
     optimizer = uk.SelectiveSGD(params, **options)
-    optimizer.load_state_dict(optimizer.state_dict())  # as Accelerate does when it wraps
+    # as Accelerate does when it wraps
+    optimizer.load_state_dict(optimizer.state_dict())
     run_steps(optimizer, params, gradients)
     assert same_bits(params, expected)
 
@@ -134,7 +136,8 @@ def test_loading_into_a_fresh_copy_before_any_step_changes_nothing(backend):
 # no host's thread computes in a Triton kernel
 @pytest.mark.parametrize("backend", ["reference", "cpp"], indirect=True)
 def test_the_number_of_threads_changes_nothing(backend, options):
-    size = 40_000 if backend == "reference" else 300_000  # more than one thread's piece
+    # more than one thread's piece
+    size = 40_000 if backend == "reference" else 300_000
     shapes = [(size,), (517, size // 500), (7,), (100, size // 100)]
     start, gradients = problem(shapes, steps=1)
     start[1], gradients[0][3] = transposed(start[1]), transposed(gradients[0][3])

@@ -14,8 +14,10 @@ from ..perturbation import NORMS, fgm_perturbation, masked, pgd_step
 from .pictures import picture
 from .watching import held
 
-STRENGTHS = (0.01, 0.25, 0.5)  # weak, medium, strong
-IGNORED = -100  # a label that does not count, as in F.cross_entropy
+# weak, medium, strong
+STRENGTHS = (0.01, 0.25, 0.5)
+# a label that does not count, as in F.cross_entropy
+IGNORED = -100
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,9 +110,11 @@ def _sure_and_right(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Bin(NamedTuple):
-    share: float  # of the samples
+    # of the samples
+    share: float
     accuracy: float
-    confidence: float  # their mean
+    # their mean
+    confidence: float
 
 
 def _binned(sure: Tensor, right: Tensor, bins: int) -> list[_Bin]:

@@ -57,7 +57,8 @@ def corrupted(
 def _mistyped(text: str, kind: str, rate: float, draw: random.Random) -> str:
     draws = [(draw.random(), draw.random(), draw.random()) for _ in text]
     typed = list(text)
-    moved = -1  # where the last swap put a letter, which is left there
+    # where the last swap put a letter, which is left there
+    moved = -1
     for i, (u, which_way, which_key) in enumerate(draws):
         if not text[i].isalpha() or u >= rate or i == moved:
             continue

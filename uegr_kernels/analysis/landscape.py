@@ -108,7 +108,8 @@ def plot_loss_plane(
     values = values[values.isfinite()]
     low, high = (values.min().item(), values.max().item()) if len(values) else (0.0, 1.0)
     high = high if high > low else low + 1
-    levels = [low + (high - low) * (i / 15) ** 2 for i in range(1, 16)]  # closer around the minimum
+    # closer around the minimum
+    levels = [low + (high - low) * (i / 15) ** 2 for i in range(1, 16)]
     with pictures(path, len(planes), projection="3d" if surface else None) as panels:
         for axes, (name, each) in zip(panels, planes.items(), strict=True):
             a, b = torch.meshgrid(each.a, each.b, indexing="ij")

@@ -9,8 +9,10 @@ from typing import Any
 
 # Okabe and Ito's colours, which the colour-blind tell apart; the yellow is too light for lines.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-GREY = "#777777"  # what others are compared with, controls and lines of reference
-MAP = "cividis"  # of a number's size, as the colour-blind see it too
+# what others are compared with, controls and lines of reference
+GREY = "#777777"
+# of a number's size, as the colour-blind see it too
+MAP = "cividis"
 SHAPES = ("o", "s", "^", "D", "v", "P", "X")
 STYLE: dict[str, object] = {
     "font.size": 11,
@@ -39,7 +41,7 @@ STYLE: dict[str, object] = {
 def styled() -> Iterator[None]:
     """Draws in the style what is drawn inside; also a decorator."""
     import matplotlib
-    from cycler import cycler  # a part of matplotlib
+    from cycler import cycler
 
     # dashed where there are more lines than colours
     lines = cycler(linestyle=("-", "--")) * (cycler(color=COLOURS) + cycler(marker=SHAPES))

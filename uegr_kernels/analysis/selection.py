@@ -18,7 +18,8 @@ OPTIONS = tuple(
     inspect.signature(selection_probability).parameters.keys() - {"grad", "saliency", "backend"}
 )
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
-BINS = 20  # of p, over [0, 1]
+# of p, over [0, 1]
+BINS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,8 +150,10 @@ class _Stepped(NamedTuple):
     name: str
     stream: int
     gradient: Tensor
-    options: dict[str, Any]  # of the selection, as selection_probability takes them
-    scope: tuple[str, str]  # equal where gradients have statistics in common
+    # of the selection, as selection_probability takes them
+    options: dict[str, Any]
+    # equal where gradients have statistics in common
+    scope: tuple[str, str]
     seed: int
     step: int
 
@@ -218,7 +221,8 @@ def _describe(name: str, g: Tensor, p: Tensor, mask: Tensor | None) -> Parameter
 
 
 def _quantiles(s: Tensor) -> list[float]:
-    ordered = s.sort().values  # torch.quantile refuses more than 16 million
+    # torch.quantile refuses more than 16 million
+    ordered = s.sort().values
     return [ordered[round(q * (ordered.numel() - 1))].item() for q in QUANTILES]
 
 

@@ -95,7 +95,8 @@ def _hessian(model: nn.Module, loss: Loss) -> Callable[[list[Tensor]], list[Tens
     kept = [i for i, g in enumerate(gradients) if g is not None and g.requires_grad]
 
     def product(v: list[Tensor]) -> list[Tensor]:
-        if not kept:  # a linear loss
+        # a linear loss
+        if not kept:
             return [torch.zeros_like(p) for p in params]
         found = torch.autograd.grad(
             [gradients[i] for i in kept],
@@ -137,7 +138,8 @@ def _lanczos(
         parts = [part.view_as(p).to(p) for part, p in zip(q.split(sizes), params, strict=True)]
         w = torch.cat([part.flatten().to(device, dtype) for part in product(parts)])
         diagonal.append(torch.dot(q, w).item())
-        for v in [*basis, *basis]:  # twice is enough
+        # twice is enough
+        for v in [*basis, *basis]:
             w = w - torch.dot(v, w) * v
         length = torch.linalg.vector_norm(w).item()
         if not math.isfinite(length + diagonal[-1]):

@@ -60,7 +60,8 @@ def moved(params: list[nn.Parameter]) -> Iterator[Callable[[list[Tensor]], None]
         with torch.no_grad():
             for p, value in zip(params, values, strict=True):
                 p.copy_(value)
-        torch.clear_autocast_cache()  # it keeps casts of weights until its region ends
+        # it keeps casts of weights until its region ends
+        torch.clear_autocast_cache()
 
     try:
         yield lambda by: put(at + step for at, step in zip(start, by, strict=True))

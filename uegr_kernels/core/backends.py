@@ -64,7 +64,8 @@ def _why_not(
 def _why_no_gpu(backend: str) -> str | None:
     """Returns why there is no GPU to move to, where the backend's own reasons do not say it."""
     if backend == "cuda" and (torch.version.cuda is None or native.why_not_cuda() is None):
-        return None  # the library, where it is loaded, has looked for a GPU itself
+        # the library, where it is loaded, has looked for a GPU itself
+        return None
     return native.why_no_gpu()
 
 
@@ -131,7 +132,8 @@ def choose(
     return backend
 
 
-torch.compiler.assume_constant_result(choose)  # a compiler need not look into it
+# a compiler need not look into it
+torch.compiler.assume_constant_result(choose)
 
 
 def traced() -> bool:

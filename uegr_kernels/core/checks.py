@@ -14,7 +14,8 @@ from torch.autograd import forward_ad
 from .backends import DTYPES as DTYPES
 from .backends import check_name
 
-PLAIN = frozenset((float, int))  # types that are numbers at first sight
+# types that are numbers at first sight
+PLAIN = frozenset((float, int))
 LARGEST = sys.float_info.max
 backend = check_name
 

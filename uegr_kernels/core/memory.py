@@ -32,7 +32,8 @@ def check_there(name: str, tensor: Tensor) -> None:
 class Places(NamedTuple):
     """Holds where tensors lie, in their order."""
 
-    addresses: list[int]  # 0 of fake tensors
+    # 0 of fake tensors
+    addresses: list[int]
     shapes: list[torch.Size]
     strides: list[tuple[int, ...]]
 
@@ -91,7 +92,8 @@ def shared(tensors: list[Tensor]) -> tuple[int, int] | None:
         for i, address in enumerate(places(tensors).addresses)
         if address and tensors[i].numel()
     ]
-    open_spans: list[tuple[int, int]] = []  # end, position
+    # end, position
+    open_spans: list[tuple[int, int]] = []
     for start, i in sorted(spans):
         open_spans = [span for span in open_spans if span[0] > start]
         for _, j in open_spans:

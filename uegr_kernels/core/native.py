@@ -7,14 +7,18 @@ import pathlib
 
 import torch
 
-PACKAGE = __name__.removesuffix(".core.native")  # on the Kernel Hub each build has its own name
-NAMESPACE = PACKAGE.rpartition(".")[2]  # of the operators, in the libraries too
+# on the Kernel Hub each build has its own name
+PACKAGE = __name__.removesuffix(".core.native")
+# of the operators, in the libraries too
+NAMESPACE = PACKAGE.rpartition(".")[2]
 LIBRARIES = pathlib.Path(__file__).parent.parent / "_lib"
-ISAS = ("baseline", "avx2", "avx512")  # weakest first
+# weakest first
+ISAS = ("baseline", "avx2", "avx512")
 # torch says AVX2 only of a processor that has FMA too, AVX512 only of one with F, BW, DQ and VL;
 # its own kernels use what setup.py does.
 SUPPORTED = {"AVX2": 1, "AVX512": 2}
-NO_CODE = {  # what the CUDA runtime calls code that a GPU does not run
+# what the CUDA runtime calls code that a GPU does not run
+NO_CODE = {
     f"cudaError{name}"
     for name in (
         *(
@@ -26,7 +30,8 @@ NO_CODE = {  # what the CUDA runtime calls code that a GPU does not run
         *("InvalidPtx", "JitCompilerNotFound", "JitCompilationDisabled"),
     )
 }
-LEAST = (8, 0)  # the oldest architecture that the CUDA kernels compile for, and Triton supports
+# the oldest architecture that the CUDA kernels compile for, and Triton supports
+LEAST = (8, 0)
 # Without --no-cache-dir pip may take a wheel again that it made of a source archive.
 REMEDY = (
     "then run `pip install --force-reinstall --no-deps --no-cache-dir .` in the source folder, or "

@@ -62,7 +62,8 @@ class Operator(Generic[P, R]):
         by_reference = functools.partial(self.by_schema, reference)
         by_triton = functools.partial(self.by_schema, self._by_triton)
         backends.define(self.name, arguments, by_reference, by_triton)
-        if fake is not writes_only:  # which takes any arguments
+        # which takes any arguments
+        if fake is not writes_only:
             fake = functools.partial(self.by_schema, fake)
         for overload in (name, f"{name}.fallback"):
             torch.library.register_fake(overload, fake)
@@ -70,7 +71,8 @@ class Operator(Generic[P, R]):
             refuse_vmap(self.name, no_vmap)
         packet = getattr(getattr(torch.ops, native.NAMESPACE), self.name)
         self.default, self.fallback = packet.default, packet.fallback
-        self._written = [  # positions, and names of keywords
+        # positions, and names of keywords
+        self._written = [
             argument.name if argument.kwarg_only else position
             for position, argument in enumerate(self.default._schema.arguments)
             if argument.alias_info is not None and argument.alias_info.is_write
@@ -106,7 +108,8 @@ class Operator(Generic[P, R]):
         if backends.traced():
             return self.registered(*tensors, **options)
         result = self.kernel(backend)(*tensors, **options)
-        if backend != "reference":  # autograd would miss a stale graph
+        # autograd would miss a stale graph
+        if backend != "reference":
             torch.autograd.graph.increment_version(self.written(tensors, options))
         return result
 

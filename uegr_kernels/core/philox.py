@@ -9,7 +9,8 @@ from torch import Tensor
 
 MASK = 0xFFFFFFFF
 Word = int | Tensor
-ROUNDING_KEY = 0x9E3779B9  # xor-ed into the key's low word for the words that round 16-bit moments
+# xor-ed into the key's low word for the words that round 16-bit moments
+ROUNDING_KEY = 0x9E3779B9
 
 
 def philox4x32(

@@ -124,7 +124,8 @@ def join_(statistics: Tensor, cut: Cut) -> None:
     # not always where the parts are: those may be offloaded
     there = statistics.to(mesh.device_type)
     for dim in dims:
-        if statistics.is_floating_point():  # maxima both: the minimum changes its sign
+        # maxima both: the minimum changes its sign
+        if statistics.is_floating_point():
             there[..., 0].neg_()
             torch.distributed.all_reduce(there, torch.distributed.ReduceOp.MAX, mesh.get_group(dim))
             there[..., 0].neg_()

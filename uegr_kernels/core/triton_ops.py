@@ -20,10 +20,12 @@ from .memory import refuse_expanded as refuse_expanded
 ROUNDING_KEY = tl.constexpr(0x9E3779B9)
 # as Triton asks, when a kernel is decorated
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-WARPS = 4  # of an elementwise program
+# of an elementwise program
+WARPS = 4
 # of gradients between their statistics and their update: what stays in the second-level cache
 GROUP_BYTES = 24 << 20
-CAPTURED: list[Tensor] = []  # what replays of graphs copy to the device again
+# what replays of graphs copy to the device again
+CAPTURED: list[Tensor] = []
 DTYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
@@ -108,7 +110,8 @@ class Upload:
         self.content = b""
         # each with what says that its last copy is through
         self.sources: list[tuple[Tensor, torch.cuda.Event | None]] = []
-        self.spare: Tensor | None = None  # for a capture, which should not allocate pinned memory
+        # for a capture, which should not allocate pinned memory
+        self.spare: Tensor | None = None
 
     def write(self, content: bytes) -> None:
         """Makes `target` hold the content; nothing is copied where it already does."""

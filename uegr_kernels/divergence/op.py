@@ -411,7 +411,8 @@ class _Loss(torch.autograd.Function):
         if ctx.spent and grad_loss is not None:
             if not _is_one(grad_loss):
                 scale_gradients_(ctx.backend, gradients, grad_loss)
-            wanted = iter(gradients)  # a leaf and its .grad must not share memory
+            # a leaf and its .grad must not share memory
+            wanted = iter(gradients)
             given = [
                 (next(wanted).clone() if leaf else next(wanted)) if need else None
                 for need, leaf in zip(ctx.needs, ctx.leaves, strict=True)

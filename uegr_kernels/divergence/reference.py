@@ -228,7 +228,8 @@ def linear_uegr_loss(
                     z.view(-1, len(loss), z.shape[-1]) * row_weights[at : at + chunk_rows, None]
                 ).view_as(z)
             )
-        for into, g in zip(d_hidden, of_inputs, strict=True):  # z holds the gradients now
+        # z holds the gradients now
+        for into, g in zip(d_hidden, of_inputs, strict=True):
             if into is not None:
                 into[..., at : at + chunk_rows, :] = g @ w
         if d_weight is not None:

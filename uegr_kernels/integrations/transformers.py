@@ -24,7 +24,8 @@ from ..selective import SelectiveAdamW
 
 # of a SelectiveAdamW that is AdamW
 NEUTRAL = {"normalization": "constant", "keep_probability": 1.0}
-STATE = "recipe.pt"  # in a checkpoint's folder
+# in a checkpoint's folder
+STATE = "recipe.pt"
 # of the state, what every process has for itself: process 1's is in recipe_1.pt
 OWN = ("adaptive_dropout",)
 # Optimizers that step while a backward runs, and the package each needs, whose absence the Trainer
@@ -106,7 +107,8 @@ class UEGRTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._check_model()
         with torch.random.fork_rng():
-            self._build_recipe(self.model, self.optimizer).close()  # raises for wrong options
+            # raises for wrong options
+            self._build_recipe(self.model, self.optimizer).close()
         self.add_callback(_AroundTheStep(self))
 
     def _check_arguments(self, args: TrainingArguments | None, compute_loss_func: object) -> None:
@@ -253,7 +255,8 @@ class UEGRTrainer(Trainer):
         """
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()  # schedule-free optimizers hold two sets of weights
+            # schedule-free optimizers hold two sets of weights
+            self.optimizer.train()
         inputs, labels, name = self._taken_apart(inputs)
         recipe = self.recipe
         if recipe is None or recipe.model is not model:
@@ -280,12 +283,14 @@ class UEGRTrainer(Trainer):
         name = self._label_name(inputs)
         labels = inputs.pop(name)
         if labels.dim() == 2 and labels.shape[1] == 1 and not labels.is_floating_point():
-            labels = labels.view(-1)  # as Transformers' models do
+            # as Transformers' models do
+            labels = labels.view(-1)
         if (
             not labels.is_floating_point()
             and self._options(self._unwrapped(self.model)).get("task") == "regression"
         ):
-            labels = labels.float()  # as a squared error does
+            # as a squared error does
+            labels = labels.float()
         return inputs, labels, name
 
     def _batches_in_order(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
@@ -399,8 +404,10 @@ class UEGRTrainer(Trainer):
         super()._load_best_model()
 
     def _forget(self) -> None:
-        self._recipe_state: pathlib.Path | None = None  # to be loaded once the recipe is there
-        self._saved = -1, pathlib.Path()  # the last checkpoint's step and folder
+        # to be loaded once the recipe is there
+        self._recipe_state: pathlib.Path | None = None
+        # the last checkpoint's step and folder
+        self._saved = -1, pathlib.Path()
         self._compared = False
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
@@ -413,7 +420,8 @@ class UEGRTrainer(Trainer):
                 self._sums[name].to(self.args.device, torch.float32) / self._counts[name]
                 for name in names
             ]
-            if names:  # over all processes, as the loss
+            # over all processes, as the loss
+            if names:
                 logs |= dict(
                     zip(
                         names,
@@ -564,7 +572,8 @@ class _AroundTheStep(TrainerCallback):
         control: TrainerControl,
         **kwargs: object,
     ) -> None:
-        if self.trainer.recipe is None:  # a resumed run has it
+        # a resumed run has it
+        if self.trainer.recipe is None:
             self.trainer._attach(self.trainer.model_wrapped)
 
     def on_step_begin(

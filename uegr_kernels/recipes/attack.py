@@ -17,7 +17,8 @@ from ..perturbation import ASCENT_NORMS, NORMS, PERS, fgm_perturbation, masked, 
 from . import options
 from .recipe import PassRecipe
 
-Start = Callable[[Tensor], Tensor]  # from the embedding's output to the first delta
+# from the embedding's output to the first delta
+Start = Callable[[Tensor], Tensor]
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)

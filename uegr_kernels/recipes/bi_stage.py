@@ -1,21 +1,20 @@
 """UEGR: the forward stage by BiStage, and the selective update."""
 
-import functools
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..bistage import BiStage
-from ..core import checks
+from ..bistage import BiStage, StageOptions
 from ..passes import Inputs
-from ..selective.options import Selection
+from . import options
 from .lent_dropout import AdaptedDropouts
 from .selection import SelectionRecipe
 
 
-class UEGR(SelectionRecipe):
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
+class UEGR(StageOptions, SelectionRecipe):
     """Trains bi-stage: `BiStage` fills .grad, and the update goes to a random selection.
 
     See docs/methods.md, "UEGR" and "UEGR in detail".
@@ -35,95 +34,18 @@ class UEGR(SelectionRecipe):
     divergence.
     """
 
-    passes: ClassVar[int] = 3
+    # The class's, as every recipe's; an instance has the stage's option of that name, which an
+    # assignment without a type leaves alone.
+    passes = 3  # type: ignore[misc]
 
-    _runner: BiStage
-
-    def __init__(
-        self,
-        model: nn.Module,
-        embedding: nn.Module | None,
-        optimizer: torch.optim.Optimizer | None = None,
-        *,
-        adaptive_dropout: bool = True,
-        # the forward stage's, whose defaults are BiStage's: a test compares
-        epsilon: float = 0.1,
-        passes: int = 2,
-        js_weight: float = 0.01,
-        norm: str = "l2",
-        per: str = "sample",
-        label_smoothing: float = 0.0,
-        ignore_index: int = -100,
-        task: str = "classification",
-        passes_at_once: int | None = None,
-        dropout: Sequence[float] | None = None,
-        input_range: tuple[float, float] | None = None,
-        batch_axis: int | None = None,
-        relative: bool = False,
-        threshold: float = Selection.threshold,
-        sharpness: float = Selection.sharpness,
-        normalization: str = Selection.normalization,
-        direction: str = Selection.direction,
-        scope: str = Selection.scope,
-        statistics: str = Selection.statistics,
-        rescale: bool = Selection.rescale,
-        min_probability: float = Selection.min_probability,
-        keep_probability: float = Selection.keep_probability,
-        target: str = Selection.target,
-        seed: int | None = None,
-        backend: str = "auto",
-    ) -> None:
-        self._adapts = checks.flag("adaptive_dropout", adaptive_dropout)
-        self._adapted: AdaptedDropouts | None = None
-        self.backend = backend
-        self._stage = functools.partial(
-            BiStage,
-            epsilon=epsilon,
-            passes=passes,
-            js_weight=js_weight,
-            norm=norm,
-            per=per,
-            label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
-            task=task,
-            passes_at_once=passes_at_once,
-            dropout=dropout,
-            input_range=input_range,
-            batch_axis=batch_axis,
-            relative=relative,
-            backend=backend,
-        )
-        super().__init__(
-            model,
-            embedding,
-            optimizer,
-            threshold=threshold,
-            sharpness=sharpness,
-            normalization=normalization,
-            direction=direction,
-            scope=scope,
-            statistics=statistics,
-            rescale=rescale,
-            min_probability=min_probability,
-            keep_probability=keep_probability,
-            target=target,
-            seed=seed,
-        )
+    adaptive_dropout: bool = options.flag(True)
+    _runner: BiStage = dataclasses.field(init=False)
+    _adapted: AdaptedDropouts | None = dataclasses.field(init=False, default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self._adapts:
+        if self.adaptive_dropout:
             self._adapted = AdaptedDropouts(self.model, self.backend)
-
-    @property
-    def adaptive_dropout(self) -> dict[str, Tensor]:
-        """Returns the state of each adaptive dropout by its module's name, for checkpoints."""
-        return self._adapted.state_dict() if self._adapted is not None else {}
-
-    @adaptive_dropout.setter
-    def adaptive_dropout(self, state: dict[str, Tensor]) -> None:
-        if self._adapted is not None:
-            self._adapted.load_state_dict(state)
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Takes over what `state_dict` gave."""
@@ -143,10 +65,18 @@ class UEGR(SelectionRecipe):
             self._adapted.close()
 
     def _make_runner(self) -> BiStage:
-        return self._stage(self.model, self.embedding)
+        names = [field.name for field in dataclasses.fields(StageOptions)]
+        return BiStage(self.model, self.embedding, **{name: getattr(self, name) for name in names})
 
-    def _names_kept(self) -> tuple[str, ...]:
-        return self.kept if self._adapted is None else (*self.kept, "adaptive_dropout")
+    def _state(self) -> dict[str, Any]:
+        if self._adapted is None:
+            return super()._state()
+        return super()._state() | {"adaptive_dropout": self._adapted.state_dict()}
+
+    def _load(self, state: dict[str, Any]) -> None:
+        if self._adapted is not None:
+            self._adapted.load_state_dict(state.pop("adaptive_dropout"))
+        super()._load(state)
 
     def _backward(self, inputs: Inputs, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         result = self._runner.backward(inputs, labels, scale=scale)

@@ -83,7 +83,8 @@ class ChildTuningD(SaliencyRecipe, Plain):
 
     def after_step(self) -> None:
         """Undoes the step where nothing is to be trained, with target="update"."""
-        if self._before:  # nothing to undo without a before_step
+        # nothing to undo without a before_step
+        if self._before:
             write(
                 self._masked,
                 [

@@ -54,7 +54,8 @@ class RDrop(PassRecipe):
         divergence = symmetric_divergence(
             first, second, labels, self.reduction, task=self.task, ignore_index=self.ignore_index
         )
-        with self._pass(delta) as pass_:  # for a model that recomputes its embedding
+        # for a model that recomputes its embedding
+        with self._pass(delta) as pass_:
             pass_.forward = False
             ((parts.loss + self.alpha * divergence) * scale).backward()
         loss = parts.adversarial_loss + self.alpha * divergence.detach()

@@ -91,7 +91,8 @@ class WeightConsolidation(Plain):
         groups = self._groups()
         gradients = [each.weight.grad for each in groups]
         if not all(bool(grad.isfinite().all()) for grad in gradients if grad is not None):
-            return  # a step that a loss scaler skips
+            # a step that a loss scaler skips
+            return
         if self.form == "decoupled":
             for p, p0, group in groups:
                 write([p], [p.detach() - (p.detach() - p0) * (group["lr"] * self.kappa)])

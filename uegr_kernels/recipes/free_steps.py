@@ -198,7 +198,8 @@ class FreeAT(PassRecipe):
             gradient.isfinite().all() for gradient in gradients
         ):
             optimizer.step()
-            torch.clear_autocast_cache()  # the next repeat is in the caller's autocast region too
+            # the next repeat is in the caller's autocast region too
+            torch.clear_autocast_cache()
         optimizer.zero_grad(set_to_none=True)
 
 

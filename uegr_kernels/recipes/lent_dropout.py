@@ -16,9 +16,12 @@ class LentDropout(AdaptiveDropout):
     refers to it, have one module all along.
     """
 
-    _own: type[nn.Dropout]  # its class before and after
-    _lent: list[str]  # attributes that are for the time between
-    _recipes: int  # that have it
+    # its class before and after
+    _own: type[nn.Dropout]
+    # attributes that are for the time between
+    _lent: list[str]
+    # that have it
+    _recipes: int
 
     get_extra_state = nn.Module.get_extra_state
     set_extra_state = nn.Module.set_extra_state
@@ -37,7 +40,8 @@ class AdaptedDropouts:
 
     def __init__(self, model: nn.Module, backend: str) -> None:
         self.modules: dict[str, LentDropout] = {}
-        self._last: dict[str, Tensor] = {}  # state at `close()`
+        # state at `close()`
+        self._last: dict[str, Tensor] = {}
         for name, module in plain_names(model.named_modules()):
             # A subclass that does something else stays what it is.
             own = type(module)

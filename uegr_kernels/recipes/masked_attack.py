@@ -45,7 +45,8 @@ class DropAttack(StepRecipe):
     passes: ClassVar[int] = 2
 
     steps: int = dataclasses.field(init=False, default=1)
-    epsilon: float = options.number(0.44)  # the paper's 5 of a batch of 128, by sample
+    # the paper's 5 of a batch of 128, by sample
+    epsilon: float = options.number(0.44)
     keep_probability: float = options.number(0.5, 0, 1)
     weights: str | Sequence[str] = ()
     epsilon_weights: float = options.number(5.0)
@@ -117,7 +118,8 @@ class DropAttack(StepRecipe):
         gradients: list[Tensor | None] = [None] * len(self._attacked)
 
         def keep(i: int, gradient: Tensor) -> None:
-            gradients[i] = gradient.clone()  # .grad may take the tensor itself, and then grows
+            # .grad may take the tensor itself, and then grows
+            gradients[i] = gradient.clone()
 
         handles = [
             weight.register_hook(lambda gradient, i=i: keep(i, gradient))

@@ -57,16 +57,22 @@ class Recipe:
     """
 
     # What a class says of its method, without a model:
-    steps_itself: ClassVar[bool] = False  # `backward` steps the optimizer
-    selects_update: ClassVar[bool] = False  # the update goes to a random selection of elements
-    sets_selection: ClassVar[bool] = False  # by options of its own, not the optimizer's
-    passes: ClassVar[int] = 1  # through the model, of a batch with the default options
-    kept: ClassVar[tuple[str, ...]] = ()  # attributes that a checkpoint carries
+    # `backward` steps the optimizer
+    steps_itself: ClassVar[bool] = False
+    # the update goes to a random selection of elements
+    selects_update: ClassVar[bool] = False
+    # by options of its own, not the optimizer's
+    sets_selection: ClassVar[bool] = False
+    # through the model, of a batch with the default options
+    passes: ClassVar[int] = 1
+    # attributes that a checkpoint carries
+    kept: ClassVar[tuple[str, ...]] = ()
 
     model: nn.Module
     embedding: nn.Module | None
     optimizer: torch.optim.Optimizer | None = None
-    _given: frozenset[str] = dataclasses.field(init=False)  # names of the keywords it was built by
+    # names of the keywords it was built by
+    _given: frozenset[str] = dataclasses.field(init=False)
     _runner: Hooked = dataclasses.field(init=False)
     # what the passes are over, while one is
     _taken: InputBatch | None = dataclasses.field(init=False, default=None)
@@ -156,30 +162,34 @@ class Recipe:
         """Returns what a resumed run needs besides the model's and the optimizer's: numbers,
         tensors, lists and dicts of them.
         """
-        return {"recipe": type(self).__name__} | {
-            name: getattr(self, name) for name in self._names_kept()
-        }
+        return {"recipe": type(self).__name__} | self._state()
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Takes over a copy of what `state_dict` gave; raises ValueError for another recipe's,
         before anything has changed.
         """
-        names = self._names_kept()
+        names = self._state().keys()
         if state.get("recipe") != type(self).__name__ or state.keys() - {"recipe"} != set(names):
             raise ValueError(
                 f"the state is of recipe {state.get('recipe')!r} with "
                 f"{sorted(state.keys() - {'recipe'})}, this is {type(self).__name__!r} "
                 f"with {sorted(names)}; load it into the recipe that gave it"
             )
-        for name in names:
-            setattr(self, name, _moved(copy.deepcopy(state[name]), device_of(self.model)))
+        device = device_of(self.model)
+        self._load({name: _moved(copy.deepcopy(state[name]), device) for name in names})
 
     def close(self) -> None:
         """Removes the hooks from the model; the recipe cannot be used afterwards."""
         self._runner.close()
 
-    def _names_kept(self) -> tuple[str, ...]:
-        return self.kept
+    def _state(self) -> dict[str, Any]:
+        """Returns what a checkpoint carries, by name."""
+        return {name: getattr(self, name) for name in self.kept}
+
+    def _load(self, state: dict[str, Any]) -> None:
+        """Takes over what `_state` gave."""
+        for name, value in state.items():
+            setattr(self, name, value)
 
     def _check(self, scale: float | Tensor, inputs: Inputs, labels: Tensor) -> None:
         """Raises what stands against a call now."""

@@ -94,7 +94,8 @@ class ARAT(AttackRecipe):
         # inputs and labels of the epoch's last batches
         self.recent: list[tuple[Inputs, Tensor]] = []
         self._features = _Features()
-        self._synchronised = False  # own modules on all ranks
+        # own modules on all ranks
+        self._synchronised = False
         model, optimizer = self.model, self.optimizer
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
         self.predictors = nn.ModuleList(_predictor(width) for width in self._widths).to(
@@ -168,7 +169,8 @@ class ARAT(AttackRecipe):
             held = self._runner.without_sync() if self.stop_gradient else contextlib.nullcontext()
             with held, draw(), self._clean(), self._pass() as pass_:
                 clean, features = self._recorded(labels, pass_)
-                if self.stop_gradient:  # its graph goes before the other's comes
+                # its graph goes before the other's comes
+                if self.stop_gradient:
                     (clean.loss * weight * scale).backward()
                     features = [f.detach() for f in features]
             held = contextlib.nullcontext() if self.stop_gradient else self._runner.without_sync()
@@ -281,7 +283,8 @@ class ARAT(AttackRecipe):
         return self._loss_of(logits, labels), features
 
     def _invariance(self, adversarial: list[Tensor], clean: list[Tensor]) -> Tensor:
-        self.predictors.train(len(clean[0]) > 1)  # a single row has no variance
+        # a single row has no variance
+        self.predictors.train(len(clean[0]) > 1)
         predicted = (
             [h(f) for h, f in zip(self.predictors, adversarial, strict=True)]
             if len(self.predictors)
@@ -386,7 +389,8 @@ def _pooled(layer: nn.Module, output: Tensor, pass_: Pass) -> Tensor:
         return x
     if isinstance(layer, CHANNELS_SECOND):
         return x.flatten(2).mean(2)
-    if list(x.shape[:2]) == [batch.length, batch.rows]:  # time-first, or both are as long
+    # time-first, or both are as long
+    if list(x.shape[:2]) == [batch.length, batch.rows]:
         x = batch.first(x) if batch.length == batch.rows else x.transpose(0, 1)
     if mask is None or x.shape[:2] != mask.shape or x.dim() != 3:
         return x.flatten(1, -2).mean(1)

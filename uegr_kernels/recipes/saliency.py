@@ -32,7 +32,8 @@ class SaliencyRecipe(PassRecipe):
         super().__post_init__()
         if self.names is None:
             self._masked = _encoder(self.model, self.embedding)
-        self.squares: list[Tensor] = []  # sums over the batches of an epoch
+        # sums over the batches of an epoch
+        self.squares: list[Tensor] = []
         self.batches, self.epoch = 0, 0
         self.masks: list[Tensor] = []
 

@@ -108,7 +108,8 @@ class GradientSelection:
         backend: str,
     ) -> None:
         self.model, self.options, self.backend, self.given = model, options, backend, seed
-        self.drawn = False  # here, and not agreed on with the other ranks yet
+        # here, and not agreed on with the other ranks yet
+        self.drawn = False
         self.state = MaskState(seed=seed, step=0)
         self._bind(optimizer)
         random = Selection.of_group(DEFAULTS | options).random
@@ -117,7 +118,8 @@ class GradientSelection:
 
     def before_step(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Selects .grad, where the optimizer does not select inside its step."""
-        if optimizer is not self.optimizer:  # given later
+        # given later
+        if optimizer is not self.optimizer:
             check_selection(optimizer, self.options)
             self._bind(optimizer)
         if _selecting(optimizer) is not None:

@@ -67,7 +67,8 @@ class RoAST(SaliencyRecipe):
         return "max"
 
     def _backward(self, inputs: Inputs, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
-        with self._pass() as clean:  # first, as in R-Drop
+        # first, as in R-Drop
+        with self._pass() as clean:
             clean.batch.keeps_output |= self.detach_embedding
             z0 = self._runner.call(clean)
         at = clean.seen if self.detach_embedding else None
@@ -113,7 +114,8 @@ class RoAST(SaliencyRecipe):
         if self.batches:
             self._gather(gradients)
         else:
-            self.batches = 1  # the first batch of an epoch is not gathered
+            # the first batch of an epoch is not gathered
+            self.batches = 1
 
     def _mask(self, saliency: list[Tensor]) -> list[Tensor]:
         """Returns Bernoulli(p)/p, p of the rank over all tensors together; fixed by the seed and

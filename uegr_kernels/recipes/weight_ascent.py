@@ -115,7 +115,8 @@ class AWP(AttackRecipe):
         ]
 
     def _backward(self, inputs: Inputs, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
-        self.after_step()  # of a step that left it out
+        # of a step that left it out
+        self.after_step()
         self._gradients = []
         with self._draws(self.same_draw) as draw:
             delta = self._attack(labels, scale, draw)
@@ -124,7 +125,8 @@ class AWP(AttackRecipe):
                     _, self._gradients = self._weight_gradients(
                         labels, scale, self._weights, delta, ascent=True
                     )
-                if synchronises(self.model):  # ranks that step at different weights would part
+                # ranks that step at different weights would part
+                if synchronises(self.model):
                     summed_over_ranks(self.model, self._gradients)
             with draw(), self._perturbed():
                 loss, _ = self._descend(labels, scale, delta, last=True)
@@ -166,7 +168,8 @@ class AWP(AttackRecipe):
         """Moves the weights to w + v until it is closed; each tensor has an epsilon of its own."""
         if not self._gradients:
             return contextlib.ExitStack()
-        with contextlib.ExitStack() as moves:  # those that were made are undone on an error
+        # those that were made are undone on an error
+        with contextlib.ExitStack() as moves:
             for weight, gradient, length in zip(
                 self._weights, self._gradients, _lengths(self._weights), strict=True
             ):

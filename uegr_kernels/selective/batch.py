@@ -56,12 +56,16 @@ class Batch:
     seed: int
     params: list[Tensor]
     grads: list[Tensor]
-    layout: list[int]  # by parameter: stream, offset, run, stride
-    states: list[dict[str, Tensor]]  # by parameter, as torch.optim keeps them
+    # by parameter: stream, offset, run, stride
+    layout: list[int]
+    # by parameter, as torch.optim keeps them
+    states: list[dict[str, Tensor]]
     # by key of the states: a tensor by parameter, or one for all (state.Packed)
     state_lists: dict[str, list[Tensor]]
-    statistics: Tensor | None  # over a wider scope than each tensor
-    plan: object  # what op returned at the last step
+    # over a wider scope than each tensor
+    statistics: Tensor | None
+    # what op returned at the last step
+    plan: object
     # of sharded parameters: their cuts, the sizes of the whole, and the DTensors that are written
     cuts: list[shards.Cut]
     sizes: list[int]
@@ -257,5 +261,6 @@ class Scopes:
             shards.join_(pairs, cut)
             for values, joined in zip(kept, pairs.unbind(1), strict=True):
                 torch._foreach_copy_([values[i] for i in chosen], list(joined.unbind()))
-        if found_inf is None:  # else a first step may have kept nothing
+        # else a first step may have kept nothing
+        if found_inf is None:
             self.joined |= {id(low): low for low in batch.saliency_mins}

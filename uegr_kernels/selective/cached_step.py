@@ -21,7 +21,8 @@ LAYOUT = operator.attrgetter("layout")
 PLACEMENT = operator.attrgetter("device", "dtype")
 # An option of these types is as good as checked while it is the same object.
 IMMUTABLE = frozenset((float, int, bool, str, torch.dtype, type(None)))
-LARGEST = 1e300  # of the options that are numbers
+# of the options that are numbers
+LARGEST = 1e300
 
 
 class CheckedOptions(NamedTuple):
@@ -31,7 +32,8 @@ class CheckedOptions(NamedTuple):
 
     read: Callable[[Group], tuple[object, ...]]
     checked: tuple[object, ...]
-    backend: str  # as the user asked for it
+    # as the user asked for it
+    backend: str
 
     @classmethod
     def of(cls, group: Group, names: Iterable[str], backend: str) -> "CheckedOptions | None":
@@ -63,13 +65,19 @@ class CachedStep:
     """
 
     batch: Batch
-    keys: list[Tensor]  # of the optimizer's state, and its values
+    # of the optimizer's state, and its values
+    keys: list[Tensor]
     values: list[dict[str, Tensor]]
-    places: memory.Places  # of the parameters
-    sizes: list[int] | None  # elements of the parameters, where all are contiguous
-    empty: list[Tensor]  # parameters without an element, which have no address
-    placements: list[tuple[torch.device, torch.dtype]]  # and theirs
-    options: CheckedOptions | None  # that were checked; None where they must be again
+    # of the parameters
+    places: memory.Places
+    # elements of the parameters, where all are contiguous
+    sizes: list[int] | None
+    # parameters without an element, which have no address
+    empty: list[Tensor]
+    # and theirs
+    placements: list[tuple[torch.device, torch.dtype]]
+    # that were checked; None where they must be again
+    options: CheckedOptions | None
 
     @classmethod
     def of(
@@ -136,7 +144,8 @@ class CachedStep:
             map(is_functorch_wrapped_tensor, grads)
         ):
             return "a gradient is sparse, or torch.func's"
-        zeros = list(map(Tensor.data_ptr, grads)).count(0)  # the address of freed memory is 0
+        # the address of freed memory is 0
+        zeros = list(map(Tensor.data_ptr, grads)).count(0)
         if zeros != len(self.empty) or list(map(PLACEMENT, self.empty)) != self.placements:
             return "a gradient has no memory"
         for key in needed:

@@ -18,7 +18,8 @@ from .cached_step import LARGEST, CachedStep, CheckedOptions
 from .options import FIELDS, AdamWOptions, Selection, SGDOptions, StepOptions, agreed_seed
 from .state import Packed, check_batch, check_parameter, complete, placed, restore, without_none
 
-FORMAT = 1  # of the state's layout; a key of every group
+# of the state's layout; a key of every group
+FORMAT = 1
 GRADIENT = operator.attrgetter("grad")
 
 
@@ -33,19 +34,24 @@ class SelectiveOptimizer(Optimizer):
     """
 
     operator: op.SteppingOperator[...]
-    numbers: tuple[str, ...]  # options of this optimizer's own that are numbers
-    fixed: ClassVar[dict[str, object]] = {}  # what every group has, a loaded one too
+    # options of this optimizer's own that are numbers
+    numbers: tuple[str, ...]
+    # what every group has, a loaded one too
+    fixed: ClassVar[dict[str, object]] = {}
     # options that are True or False
     flags: tuple[str, ...] = ("maximize", "capturable", "differentiable", "foreach", "fused")
     _cached_step: CachedStep | None
-    _places: memory.Places | None  # of the parameters whose memory was looked at last
-    _packed: dict[str, Packed]  # by key of the state
+    # of the parameters whose memory was looked at last
+    _places: memory.Places | None
+    # by key of the state
+    _packed: dict[str, Packed]
     _scopes: Scopes
 
     def __init__(
         self,
         params: ParamsT,
-        own: Mapping[str, object],  # options that the two have not alike
+        # options that the two have not alike
+        own: Mapping[str, object],
         *,
         threshold: float,
         sharpness: float,
@@ -91,7 +97,8 @@ class SelectiveOptimizer(Optimizer):
             seed = checks.signed_seed(seed) % 2**64
         self.backend = backend
         self._forget()
-        self._drawn_seed: int | None = None  # drawn here and not agreed on with the other ranks yet
+        # drawn here and not agreed on with the other ranks yet
+        self._drawn_seed: int | None = None
         self._check(defaults)
         super().__init__(params, {**defaults, "seed": seed, "format": FORMAT})
         if fused:
@@ -172,7 +179,8 @@ class SelectiveOptimizer(Optimizer):
         if self.defaults["seed"] is None and any(
             Selection.of_group(group).random or group["state_dtype"] for group in self.param_groups
         ):
-            with unset_fake_temporarily():  # a fake tensor has no value to draw
+            # a fake tensor has no value to draw
+            with unset_fake_temporarily():
                 drawn = int(torch.randint(-(2**63), 2**63 - 1, (), device="cpu"))
             self.defaults["seed"] = self._drawn_seed = drawn % 2**64
         for group in self.param_groups:
@@ -210,10 +218,12 @@ class SelectiveOptimizer(Optimizer):
             if torch.compiler.is_compiling():
                 self._run(self._traced_batches())
                 return loss
-            self._agree_on_seed()  # before anything can raise: every rank takes part
+            # before anything can raise: every rank takes part
+            self._agree_on_seed()
             if forward_ad._current_level >= 0:
                 self._refuse_tangents()
-            cached, self._cached_step = self._cached_step, None  # comes back with the step taken
+            # comes back with the step taken
+            cached, self._cached_step = self._cached_step, None
             batch = self._batch_again(cached) if cached else None
             if cached and batch:
                 self._update_all([batch])
@@ -282,7 +292,8 @@ class SelectiveOptimizer(Optimizer):
         parameters across groups, gradient or not.
         """
         first = 0
-        groups: list[Any] = self.param_groups  # torch types no entry
+        # torch types no entry
+        groups: list[Any] = self.param_groups
         for group in groups:
             yield group, first
             first += len(group["params"])
@@ -411,7 +422,8 @@ class SelectiveOptimizer(Optimizer):
     def _run(self, batches: list[Batch]) -> None:
         if not torch.compiler.is_compiling():
             for batch in batches:
-                if batch.params[0].is_meta:  # nothing to compute; the steps lie on the CPU
+                # nothing to compute; the steps lie on the CPU
+                if batch.params[0].is_meta:
                     torch._foreach_add_(batch.steps, 1)
             batches = [batch for batch in batches if not batch.params[0].is_meta]
         for batch in batches:
@@ -463,7 +475,8 @@ class SelectiveOptimizer(Optimizer):
                 for group in self.param_groups
             ]
             groups = state_dict["param_groups"]
-            if len(groups) == len(keep):  # else the base class says so
+            # else the base class says so
+            if len(groups) == len(keep):
                 groups = [
                     kept | saved | self.fixed for kept, saved in zip(keep, groups, strict=True)
                 ]

@@ -20,7 +20,8 @@ DIRECTIONS = ("printed", "salient")
 SCOPES = ("tensor", "global")
 STATISTICS = ("current", "previous")
 TARGETS = ("gradient", "update")
-WITH_STATE = ("statistics", "target")  # options that mean something to an optimizer only
+# options that mean something to an optimizer only
+WITH_STATE = ("statistics", "target")
 
 
 class SelectionNumbers(TypedDict):
@@ -95,7 +96,8 @@ class Selection:
         options = [group[name] for name in FIELDS]
         try:
             return _remembered(*options)
-        except TypeError:  # an option that cannot be hashed: the class itself names it
+        except TypeError:
+            # an option that cannot be hashed: the class itself names it
             return cls(*options)
 
     @classmethod
@@ -174,7 +176,8 @@ class StepOptions:
     maximize: bool
     seed: int
     selection: Selection
-    plan: object  # what the operator returned at the last step
+    # what the operator returned at the last step
+    plan: object
 
 
 @dataclasses.dataclass

@@ -18,9 +18,12 @@ Number = float | Tensor
 # steps a tensor in place, by its value, its selected gradient, its states and the step's number
 UpdateRule = Callable[[Tensor, Tensor, Sequence[Tensor], int], None]
 
-SMALLEST_PROBABILITY = 2.0**-24  # the step of u
-RANK_BINS = 0x7F80  # the upper 16 bits of a finite |g|
-SAMPLED = 2**20  # a rank over more elements than this takes every k-th
+# the step of u
+SMALLEST_PROBABILITY = 2.0**-24
+# the upper 16 bits of a finite |g|
+RANK_BINS = 0x7F80
+# a rank over more elements than this takes every k-th
+SAMPLED = 2**20
 
 
 class Layout(NamedTuple):
@@ -98,7 +101,8 @@ def normalise(
             return (torch.searchsorted(ordered, s.contiguous()) / max(ordered.numel(), 1)).to(
                 s.dtype
             )
-        if statistics.is_floating_point():  # every finite s of the scope, in order
+        # every finite s of the scope, in order
+        if statistics.is_floating_point():
             return (
                 torch.searchsorted(statistics, s.double().contiguous()) / max(statistics.numel(), 1)
             ).to(s.dtype)
@@ -291,7 +295,8 @@ def step_(
         g = unscaled(grad.to(dtype), common.grad_scale)
         steps[i] += 1
         step = int(steps[i].item())
-        with torch.no_grad():  # p and b are constants
+        # p and b are constants
+        with torch.no_grad():
             statistics = row(common.scope_statistics, i)
             if selection.statistics == "previous":
                 kept, this = (

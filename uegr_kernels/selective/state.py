@@ -19,7 +19,8 @@ from .batch import Batch
 COMPILED = ("cpp", "cuda")
 # parameters from which on, and elements a parameter up to which, states share one tensor
 PACK_MIN_TENSORS, PACK_MAX_ELEMENTS = 64, 4096
-SINGLE = ("step", "saliency_min", "saliency_max")  # states of one value
+# states of one value
+SINGLE = ("step", "saliency_min", "saliency_max")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +34,10 @@ class Packed:
 
     whole: Tensor
     parts: list[Tensor]
-    addresses: list[int]  # of the parts, as long as they lie there
-    single: bool  # parts of one element each, which have one layout
+    # of the parts, as long as they lie there
+    addresses: list[int]
+    # parts of one element each, which have one layout
+    single: bool
 
     def stands_for(self, states: list[Tensor]) -> bool:
         """Tells whether the states are the parts, still where and as they were."""
@@ -63,7 +66,8 @@ def start(key: str, p: Tensor, state_dtype: torch.dtype | None) -> Start:
     if key == "step":
         return Start(0.0, torch.float32, p.device if p.is_cuda else "cpu")
     if key.startswith("saliency"):
-        return Start(torch.nan, wide(p.dtype), p.device)  # nothing kept yet
+        # nothing kept yet
+        return Start(torch.nan, wide(p.dtype), p.device)
     # -0.0 marks a momentum buffer that has seen nothing; to a moment of AdamW it is 0.
     value = -0.0 if key == "momentum_buffer" else 0.0
     return Start(value, state_dtype or wide(p.dtype), p.device)
@@ -98,7 +102,8 @@ def complete(batch: Batch, needed: tuple[str, ...], *, may_pack: bool) -> dict[s
             continue
         for i in lacking:
             states[i][key] = fresh(key, params[i], batch.group["state_dtype"])
-        if key == "step" and params[0].is_cuda:  # one found on the CPU, after a load, moves
+        # one found on the CPU, after a load, moves
+        if key == "step" and params[0].is_cuda:
             for state in states:
                 state[key] = state[key].to(params[0].device)
         batch.state_lists[key] = [state[key] for state in states]
@@ -246,6 +251,7 @@ def restore(
     for key, value in saved.items():
         if isinstance(value, Tensor) and value.is_floating_point() and key != "step":
             if key == "momentum_buffer" and "step" not in saved:
-                value = value + 0.0  # torch's: a -0.0 in it has seen a gradient
+                # torch's: a -0.0 in it has seen a gradient
+                value = value + 0.0
             dtype = start(key, p, state_dtype).dtype
             state[key] = value.to(dtype=dtype, device=p.device)

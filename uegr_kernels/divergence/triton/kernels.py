@@ -32,9 +32,12 @@ from .math import (
 INFINITY = tl.constexpr(float("inf"))
 # Of a row's maximum, from where on the row is moved by it first: FAR_BELOW would be lost in it.
 FAR_OUT = tl.constexpr(1e6)
-APART = tl.constexpr(1.0)  # of maxima, from where on rows are moved too
-UNROLLED = tl.constexpr(4)  # passes in pairs of which each pair has code of its own
-AT_ONCE = tl.constexpr(1024)  # samples of a loop over all of them
+# of maxima, from where on rows are moved too
+APART = tl.constexpr(1.0)
+# passes in pairs of which each pair has code of its own
+UNROLLED = tl.constexpr(4)
+# samples of a loop over all of them
+AT_ONCE = tl.constexpr(1024)
 
 
 class Form(typing.NamedTuple):
@@ -45,27 +48,42 @@ class Form(typing.NamedTuple):
     PASSES: int
     # no more than a thread holds a block of each: their addresses are arguments, else in a table
     FEW: bool
-    STORAGE: tl.dtype  # of the logits
-    FIRST: int  # of those in pairs: 1 with labels, else 0
+    # of the logits
+    STORAGE: tl.dtype
+    # of those in pairs: 1 with labels, else 0
+    FIRST: int
     ROWS: int
     RUNS: int
     RUN: int
-    HELD: int  # blocks of a row, where registers hold all rows from one visit to the next; else 0
-    TAIL: bool  # the last block of a row is not full, and has code of its own
-    MASKED: bool  # it has not: all blocks look where their rows end
-    ALIGNED: bool  # runs are 128 bits, dense, and rows end with one
-    DENSE: bool  # neighbouring classes are neighbours in memory
-    DTYPE: tl.dtype  # of the arithmetic
-    EXACT: bool  # the logits have its precision
+    # blocks of a row, where registers hold all rows from one visit to the next; else 0
+    HELD: int
+    # the last block of a row is not full, and has code of its own
+    TAIL: bool
+    # it has not: all blocks look where their rows end
+    MASKED: bool
+    # runs are 128 bits, dense, and rows end with one
+    ALIGNED: bool
+    # neighbouring classes are neighbours in memory
+    DENSE: bool
+    # of the arithmetic
+    DTYPE: tl.dtype
+    # the logits have its precision
+    EXACT: bool
     REGRESSION: bool
-    LABELS: str  # "none", "indices", "soft"
+    # "none", "indices", "soft"
+    LABELS: str
     SMOOTH: bool
-    LABEL_SUMS: bool  # their cross entropy has more than one term
-    NEEDS: int  # of a gradient, a bit for each pass
+    # their cross entropy has more than one term
+    LABEL_SUMS: bool
+    # of a gradient, a bit for each pass
+    NEEDS: int
     MEAN: bool
-    BY_ROW: bool  # a loss each; of scaling: a factor each
-    ONE_PROGRAM: bool  # sees all samples, and adds them up
-    IN_PLACE: bool  # of scaling
+    # a loss each; of scaling: a factor each
+    BY_ROW: bool
+    # sees all samples, and adds them up
+    ONE_PROGRAM: bool
+    # of scaling
+    IN_PLACE: bool
 
 
 # What travels together. A field by pass is a tuple of blocks [ROWS, 1, 1].
@@ -206,7 +224,8 @@ def columns(at, classes, form):
     if form.ALIGNED:
         i = at + w * form.RUN + v
         inside = at + w * form.RUN < classes
-    else:  # neighbouring threads have neighbouring columns
+    else:
+        # neighbouring threads have neighbouring columns
         i = at + v * form.RUNS + w
         inside = i < classes
     return i, inside
@@ -344,7 +363,8 @@ def zeros(SIZE: tl.constexpr, form):
 @triton.jit
 def first_ratio(shape: tl.constexpr, k, passes, form):
     """Returns what log ratios are added to: less the pivot."""
-    w = tl.full(shape, -0.0, form.DTYPE)  # -0 + x is x, and costs nothing
+    # -0 + x is x, and costs nothing
+    w = tl.full(shape, -0.0, form.DTYPE)
     if form.EXACT:
         w -= get_item(passes.pivots, k)
     return w
@@ -398,7 +418,8 @@ def log_ratios(z, passes, form):
         other = Side(rotated(other.z), rotated(other.rests), rotated(other.ratios))
         of_k, of_l = add_pairs(M // 2, of_k, rotated(of_l), own, other, form)
     w = ()
-    for k in tl.static_range(M):  # of_l has been turned so often
+    # of_l has been turned so often
+    for k in tl.static_range(M):
         w = w + (of_k[k] + of_l[(k + M - M // 2) % M],)
     return w
 
@@ -603,7 +624,8 @@ def normalize(samples, form):
         highest, lowest = tl.maximum(highest, tops[k]), tl.minimum(lowest, tops[k])
     for k in tl.static_range(form.PASSES):
         base = tops[k]
-        if form.EXACT:  # differences of close rows are exact, of others they lose digits
+        # differences of close rows are exact, of others they lose digits
+        if form.EXACT:
             base = tl.where((highest - lowest > APART) | (tl.abs(base) > FAR_OUT), base, 0.0)
         bases, rests = bases + (base,), rests + (tops[k] - base,)
         if form.FEW and k >= form.FIRST:
@@ -703,7 +725,8 @@ def sum_up(samples, passes, form):
                     passes,
                     form,
                 )
-        else:  # from the end, which was read last
+        else:
+            # from the end, which was read last
             end = end_of_full(samples.classes, form)
             if form.TAIL:
                 sums = add_block(end, None, False, sums, samples, passes, form)
@@ -753,7 +776,8 @@ def losses_of(unit, js_weight, sums, samples, passes, form):
                 share = unit / (form.PASSES - 1)
             factor = share * mass
             of_t = of_t + (share,)
-        if k >= form.FIRST and form.PASSES - form.FIRST > 1:  # p * (log ratios - KL)/2
+        # p * (log ratios - KL)/2
+        if k >= form.FIRST and form.PASSES - form.FIRST > 1:
             divergence = over_row(sums.of_pairs[k]) / passes.totals[k]
             pair_factor = unit * js_weight * (LN2 / 2)
             factor -= pair_factor * divergence
@@ -764,7 +788,8 @@ def losses_of(unit, js_weight, sums, samples, passes, form):
         else:
             of_w = of_w + (0.0,)
         of_e = of_e + (factor / passes.totals[k],)
-    if form.LABELS == "indices":  # a label that is no class
+    # a label that is no class
+    if form.LABELS == "indices":
         clean = tl.where(samples.label < 0, float("nan"), clean)
     divergence = pairs_divergence(divergences, form.PASSES - form.FIRST)
     losses = Losses(clean=clean, adversarial=adversarial, divergence=divergence)
@@ -802,7 +827,8 @@ def write_block(at, b, FULL: tl.constexpr, factors, gradients, there, keep, samp
             z = z + (shifted(x, passes.bases[k], passes.rests[k]),)
         if form.PASSES - form.FIRST > 1:
             w = log_ratios(z[form.FIRST :], passes, form)
-    else:  # all of them before a gradient is written, which may be over logits
+    else:
+        # all of them before a gradient is written, which may be over logits
         for _ in tl.static_range(form.PASSES):
             w = w + (tl.zeros([form.ROWS, form.RUNS, form.RUN], form.DTYPE),)
         for k in range(form.FIRST, form.PASSES):
@@ -961,7 +987,8 @@ def counted(labels_ptr, label_stride, count_ptr, ignore_index, N, form):
     """Returns what sums are divided by: the samples that are not ignored, or 1. A number: what a
     block of it meets would get its layout.
     """
-    if not form.MEAN:  # a branch each, as what stands after a return is compiled too
+    # a branch each, as what stands after a return is compiled too
+    if not form.MEAN:
         return tl.full((), 1, form.DTYPE)
     elif form.LABELS != "indices":
         return N.to(form.DTYPE)
@@ -1016,7 +1043,8 @@ def loss_kernel(
     """
     js_weight, smoothing = from_bits(js_weight).to(form.DTYPE), from_bits(smoothing).to(form.DTYPE)
     count = counted(labels_ptr, labels_row_stride, count_ptr, ignore_index, N, form)
-    UNIT: tl.constexpr = form.RUN if form.ALIGNED else 1  # of the row strides
+    # of the row strides
+    UNIT: tl.constexpr = form.RUN if form.ALIGNED else 1
     nothing = tl.zeros([1, 1, 1], form.DTYPE)
     total = Losses(clean=nothing, adversarial=nothing, divergence=nothing)
     for tile in range(tl.program_id(0), tl.cdiv(N, form.ROWS), tl.num_programs(0)):
@@ -1024,7 +1052,8 @@ def loss_kernel(
             :, None, None
         ]
         there = row < N
-        at = tl.minimum(row, N - 1)  # whatever is read there is not used
+        # whatever is read there is not used
+        at = tl.minimum(row, N - 1)
         if form.FEW:
             ptrs, gradient_ptrs = (), ()
             for k in tl.static_range(form.PASSES):
@@ -1116,7 +1145,8 @@ def add_up_kernel(rows_ptr, loss_ptr, parts_ptr, N, js_weight: tl.int64, form):
 def scale_block(at, FULL: tl.constexpr, row, there, gradients, scaled, factor, C, form):
     """Writes a block of the gradients times the factor."""
     UNIT: tl.constexpr = form.RUN if form.ALIGNED else 1
-    SOME: tl.constexpr = form.IN_PLACE and form.BY_ROW and form.ROWS > 1  # rows, not a whole block
+    # rows, not a whole block
+    SOME: tl.constexpr = form.IN_PLACE and form.BY_ROW and form.ROWS > 1
     i, inside = columns(at, C, form)
     if SOME:
         inside = inside & there

@@ -11,15 +11,21 @@ from torch import Tensor
 from ...core import triton_ops
 from .kernels import Form, add_up_kernel, loss_kernel, scale_kernel
 
-FEW = 5  # passes of which a thread holds a block each
-WIDE = 3  # those of which it holds 128 bits each, whatever their dtype
-SPLIT = 4  # passes of which a row's last block has code of its own
-HELD = 16 * 1024  # elements of rows that a program's registers hold
+# passes of which a thread holds a block each
+FEW = 5
+# those of which it holds 128 bits each, whatever their dtype
+WIDE = 3
+# passes of which a row's last block has code of its own
+SPLIT = 4
+# elements of rows that a program's registers hold
+HELD = 16 * 1024
 # Blocks of held rows, times the pairs of passes, that have code each: the time that compiling takes
 # grows with the square of it.
 MOST_CODE = 8
-MOST_THREADS = 256  # with more one has too few registers
-COUNTED_BY_EACH = 4096  # labels up to which every program counts those that are not ignored
+# with more one has too few registers
+MOST_THREADS = 256
+# labels up to which every program counts those that are not ignored
+COUNTED_BY_EACH = 4096
 NO_FORM = Form._make([None] * len(Form._fields))
 
 
@@ -146,7 +152,8 @@ def _programs(block: Block, passes: PassRows, device: torch.device) -> int:
     """
     samples, classes = passes.tensors[0].shape
     tiles: int = triton.cdiv(samples, block.ROWS)
-    if device.type == "cpu":  # the interpreter: a few, for their loops to go round
+    # the interpreter: a few, for their loops to go round
+    if device.type == "cpu":
         return max(1, min(tiles, 3))
     if block.HELD:
         return max(1, min(tiles, 2**31 - 1))
@@ -264,19 +271,55 @@ def _evaluate(
 
 
 def uegr_loss(
-    logits: list[Tensor], labels: Tensor | None, *, needs: list[bool], **options: Any
+    logits: list[Tensor],
+    labels: Tensor | None,
+    *,
+    js_weight: float,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    regression: bool,
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Computes the loss, its parts and the gradients that are needed, as the reference does."""
     into = [x.new_empty(x.shape) if need else x for x, need in zip(logits, needs, strict=True)]
-    loss, parts = _evaluate(logits, labels, into, needs=needs, **options)
+    loss, parts = _evaluate(
+        logits,
+        labels,
+        into,
+        js_weight=js_weight,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        regression=regression,
+        needs=needs,
+    )
     return loss, parts, [x for x, need in zip(into, needs, strict=True) if need]
 
 
 def uegr_loss_(
-    logits: list[Tensor], labels: Tensor | None, **options: Any
+    logits: list[Tensor],
+    labels: Tensor | None,
+    *,
+    js_weight: float,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    regression: bool,
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor]:
     """Computes the loss and its parts, and writes gradients over the logits that need one."""
-    return _evaluate(logits, labels, logits, **options)
+    return _evaluate(
+        logits,
+        labels,
+        logits,
+        js_weight=js_weight,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        regression=regression,
+        needs=needs,
+    )
 
 
 def scale_gradients(gradients: list[Tensor], grad_loss: Tensor, parts: Tensor) -> list[Tensor]:

@@ -43,16 +43,22 @@ from .math import (
     square,
 )
 
-RANK_BINS = tl.constexpr(0x7F80)  # the upper 16 bits of a finite |g|
-TABLE = tl.constexpr(0x8000)  # from one table of bins to the next
+# the upper 16 bits of a finite |g|
+RANK_BINS = tl.constexpr(0x7F80)
+# from one table of bins to the next
+TABLE = tl.constexpr(0x8000)
 
-BLOCK = tl.constexpr(1024)  # elements at a time
+# elements at a time
+BLOCK = tl.constexpr(1024)
 # the same behind a mask, where an element has an index, a call of Philox and perhaps offsets of its
 # own
 TAIL = tl.constexpr(256)
-PIECE = tl.constexpr(16 * 1024)  # elements of an item
-LANES = tl.constexpr(128)  # tensors a program of `prepare_kernel` and `keep_kernel` looks at
-TABLES = tl.constexpr(4096)  # tables of bins that are alive at a time: 512 MiB at most
+# elements of an item
+PIECE = tl.constexpr(16 * 1024)
+# tensors a program of `prepare_kernel` and `keep_kernel` looks at
+LANES = tl.constexpr(128)
+# tables of bins that are alive at a time: 512 MiB at most
+TABLES = tl.constexpr(4096)
 
 
 class TensorRow(typing.NamedTuple):
@@ -112,7 +118,8 @@ class StepHead(typing.NamedTuple):
     weight_decay: float
     momentum: float
     dampening: float
-    sign: float  # -1: maximize
+    # -1: maximize
+    sign: float
     steepness: float
     threshold: float
     largest_inverse: float
@@ -139,7 +146,13 @@ class StepHead(typing.NamedTuple):
     COUNT,
 ) = map(tl.constexpr, range(14))
 HEAD = tl.constexpr(16)
-CONSTANTS = tl.constexpr(8)  # a tensor's row of them, as `prepare_kernel` fills it
+
+# Where `prepare_kernel` puts the scalars of a tensor's step into its row of them; SGD has one.
+CONSTANTS = tl.constexpr(8)
+(OWN_DECAY, OWN_STEP_SIZE, OWN_INVERSE_ROOT, OWN_BETA2, OWN_COMPLEMENT1, OWN_COMPLEMENT2) = map(
+    tl.constexpr, range(6)
+)
+OWN_RATE = tl.constexpr(0)
 
 
 class Form(typing.NamedTuple):
@@ -149,14 +162,16 @@ class Form(typing.NamedTuple):
 
     # "adamw", "sgd", "multiply" (the gradient in place), "probability", "mask", "statistics"
     RULE: str
-    DTYPE: object  # of the arithmetic
+    # of the arithmetic
+    DTYPE: object
     NORMALIZATION: str
     # of the statistics: "own", "kept", "scope" (a row for all), "scopes" (a row each), "" where
     # there are none
     SOURCE: str
     RANDOM: bool
     RESCALE: bool
-    TO_UPDATE: bool  # target
+    # of the target "update"
+    TO_UPDATE: bool
     NESTEROV: bool
     THETA: object
     MOMENT1: object
@@ -167,7 +182,8 @@ class Form(typing.NamedTuple):
     STEP: object
     KEPT: object
     STRIDED: bool
-    ROUNDING: bool  # a moment is rounded stochastically
+    # a moment is rounded stochastically
+    ROUNDING: bool
 
 
 # What travels together.
@@ -500,7 +516,8 @@ def selected_inverse(g, s, shared, form):
     if form.NORMALIZATION == "constant":
         inverse = tl.zeros_like(g) + shared.largest_inverse
     elif form.NORMALIZATION == "rank":
-        magnitude = tl.abs(root(s) if form.S is not None else g)  # the root of -0 is -0
+        # the root of -0 is -0
+        magnitude = tl.abs(root(s) if form.S is not None else g)
         counted = finite(magnitude)
         ptrs = shared.table_ptr + tl.where(counted, rank_bin(magnitude), 0)
         inverse = tl.load(ptrs, mask=counted, other=1.0).to(form.DTYPE)
@@ -518,20 +535,20 @@ def apply_rule(ptrs, mask, g, factor, rounding_word, rule, form):
     if form.RULE == "sgd":
         theta = read(ptrs.theta, mask, form.DTYPE)
         buffer = read(ptrs.moment1, mask, form.DTYPE) if form.MOMENT1 is not None else theta
-        theta, buffer = sgd_update_rule(theta, g, factor, buffer, rule, form)
-        write(ptrs.theta, theta, mask)
+        stepped = sgd_update_rule(theta, g, factor, buffer, rule, form)
+        write(ptrs.theta, stepped.theta, mask)
         if form.MOMENT1 is not None:
-            write_moment(ptrs.moment1, buffer, mask, rounding_word & 0xFFFF)
+            write_moment(ptrs.moment1, stepped.buffer, mask, rounding_word & 0xFFFF)
     else:
         theta = read(ptrs.theta, mask, form.DTYPE)
         m, v = read(ptrs.moment1, mask, form.DTYPE), read(ptrs.moment2, mask, form.DTYPE)
         v_max = read(ptrs.moment3, mask, form.DTYPE) if form.MOMENT3 is not None else v
-        theta, m, v, v_max = adamw_update_rule(theta, g, factor, m, v, v_max, rule, form)
-        write(ptrs.theta, theta, mask)
-        write_moment(ptrs.moment1, m, mask, rounding_word & 0xFFFF)
-        write_moment(ptrs.moment2, v, mask, rounding_word >> 16)
+        stepped = adamw_update_rule(theta, g, factor, m, v, v_max, rule, form)
+        write(ptrs.theta, stepped.theta, mask)
+        write_moment(ptrs.moment1, stepped.m, mask, rounding_word & 0xFFFF)
+        write_moment(ptrs.moment2, stepped.v, mask, rounding_word >> 16)
         if form.MOMENT3 is not None:
-            write_moment(ptrs.moment3, v_max, mask, rounding_word >> 16)
+            write_moment(ptrs.moment3, stepped.v_max, mask, rounding_word >> 16)
 
 
 @triton.jit
@@ -601,22 +618,22 @@ def update_elements(head_ptr, row_ptr, bits_ptr, start, end, step, shared, form)
 
 
 @triton.jit
-def rule_constants(head_ptr, constants_ptr, form):
+def rule_constants(head_ptr, own_ptr, form):
     """Reads the scalars of a tensor's AdamW or SGD step."""
     if form.RULE == "adamw":
         return AdamW(
-            decay=tl.load(constants_ptr),
-            step_size=tl.load(constants_ptr + 1),
-            inverse_root=tl.load(constants_ptr + 2),
-            beta2=tl.load(constants_ptr + 3),
-            complement1=tl.load(constants_ptr + 4),
-            complement2=tl.load(constants_ptr + 5),
+            decay=tl.load(own_ptr + OWN_DECAY),
+            step_size=tl.load(own_ptr + OWN_STEP_SIZE),
+            inverse_root=tl.load(own_ptr + OWN_INVERSE_ROOT),
+            beta2=tl.load(own_ptr + OWN_BETA2),
+            complement1=tl.load(own_ptr + OWN_COMPLEMENT1),
+            complement2=tl.load(own_ptr + OWN_COMPLEMENT2),
             eps=number(head_ptr, EPS).to(form.DTYPE),
         )
     else:
         return SGD(
             complement=(1 - number(head_ptr, DAMPENING)).to(form.DTYPE),
-            lr=tl.load(constants_ptr),
+            lr=tl.load(own_ptr + OWN_RATE),
             momentum=number(head_ptr, MOMENTUM).to(form.DTYPE),
             weight_decay=number(head_ptr, WEIGHT_DECAY).to(form.DTYPE),
         )
@@ -676,12 +693,12 @@ def store_adamw_constants(own_ptr, head_ptr, rate, count, beta1_ptr, beta2_ptr, 
     power2 = tl.where(second > 0, tl.exp(count * tl.log(tl.where(second > 0, second, 1.0))), 0.0)
     nothing = count * 0
     decay = nothing + 1 - rate * number(head_ptr, WEIGHT_DECAY)
-    tl.store(own_ptr, decay.to(DTYPE), mask=there)
-    tl.store(own_ptr + 1, (rate / (1 - power1)).to(DTYPE), mask=there)
-    tl.store(own_ptr + 2, (1 / tl.sqrt(1 - power2)).to(DTYPE), mask=there)
-    tl.store(own_ptr + 3, (nothing + second).to(DTYPE), mask=there)
-    tl.store(own_ptr + 4, (nothing + 1 - first).to(DTYPE), mask=there)
-    tl.store(own_ptr + 5, (nothing + 1 - second).to(DTYPE), mask=there)
+    tl.store(own_ptr + OWN_DECAY, decay.to(DTYPE), mask=there)
+    tl.store(own_ptr + OWN_STEP_SIZE, (rate / (1 - power1)).to(DTYPE), mask=there)
+    tl.store(own_ptr + OWN_INVERSE_ROOT, (1 / tl.sqrt(1 - power2)).to(DTYPE), mask=there)
+    tl.store(own_ptr + OWN_BETA2, (nothing + second).to(DTYPE), mask=there)
+    tl.store(own_ptr + OWN_COMPLEMENT1, (nothing + 1 - first).to(DTYPE), mask=there)
+    tl.store(own_ptr + OWN_COMPLEMENT2, (nothing + 1 - second).to(DTYPE), mask=there)
 
 
 @triton.jit(do_not_specialize=["tensors"])
@@ -718,7 +735,7 @@ def prepare_kernel(
         rate = number(head_ptr, LR) if lr_ptr is None else tl.load(lr_ptr).to(tl.float64)
         if form.RULE == "sgd":
             rates = tl.zeros([LANES], form.DTYPE) + rate.to(form.DTYPE)
-            tl.store(own_ptr, rates, mask=there)
+            tl.store(own_ptr + OWN_RATE, rates, mask=there)
         else:
             store_adamw_constants(own_ptr, head_ptr, rate, count, beta1_ptr, beta2_ptr, there, form)
 
@@ -791,7 +808,8 @@ def count_kernel(
         bins_ptr = out_ptr + (tl.load(row_ptr + POSITION) * RANK_BINS if MANY else 0)
     else:
         bins_ptr = out_ptr + tensor % TABLES * TABLE
-    ordered = run >= n  # then the wanted ones are known; else each index is looked at
+    # then the wanted ones are known; else each index is looked at
+    ordered = run >= n
     jump = tl.where(ordered, every, 1)
     start += tl.where(ordered, (every - (offset + start) % every) % every, 0)
     lists = list_pointers(head_ptr, row_ptr, form, False)

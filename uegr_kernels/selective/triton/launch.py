@@ -35,8 +35,10 @@ from .kernels import (
 )
 from .math import curve, sampling_interval
 
-HEAD_FORMAT = struct.Struct("12d2q16x")  # StepHead, and its padding up to HEAD
-DTYPES = triton_ops.DTYPES | {torch.uint8: tl.int8}  # a mask is written as bytes
+# StepHead, and its padding up to HEAD
+HEAD_FORMAT = struct.Struct("12d2q16x")
+# a mask is written as bytes
+DTYPES = triton_ops.DTYPES | {torch.uint8: tl.int8}
 
 
 class TensorLists(typing.NamedTuple):
@@ -531,7 +533,8 @@ NO_SCALAR = Scalar(0.0, None)
 class Rule(typing.NamedTuple):
     """Holds what is done with the selected gradient, and an update rule's options."""
 
-    name: str  # as Form's RULE
+    # as Form's RULE
+    name: str
     lr: Scalar
     beta1: Scalar
     beta2: Scalar
@@ -575,14 +578,16 @@ class Call(typing.NamedTuple):
     rule: Rule
     lists: TensorLists
     layout: list[int]
-    sizes: list[int]  # of the unsharded tensors; empty: as they are
+    # of the unsharded tensors; empty: as they are
+    sizes: list[int]
     selection: Selection
     seed: int
     step: int
     scope: Tensor | None
     grad_scale: Tensor | None
     found_inf: Tensor | None
-    out: Tensor | None  # of statistics
+    # of statistics
+    out: Tensor | None
 
     def run(self, plan: Plan | None) -> Plan | None:
         """Brings what the call needs to the device, then launches; `plan` and result as in
@@ -684,7 +689,8 @@ def _step(rule: Rule, lists: TensorLists, common: StepOptions) -> Plan | None:
         sizes=[],
         selection=common.selection,
         seed=common.seed,
-        step=0,  # each tensor's own
+        # each tensor's own
+        step=0,
         scope=common.scope_statistics,
         grad_scale=common.grad_scale,
         found_inf=common.found_inf,

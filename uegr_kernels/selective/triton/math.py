@@ -12,8 +12,10 @@ from ...core import triton_ops
 from ..options import Selection
 
 UNIFORM_UNIT = tl.constexpr(2.0**24)
-SMALLEST_PROBABILITY = 2.0**-24  # the step of u
-SAMPLED = 2**20  # a rank over more elements than this takes every k-th
+# the step of u
+SMALLEST_PROBABILITY = 2.0**-24
+# a rank over more elements than this takes every k-th
+SAMPLED = 2**20
 
 
 # ---- On the host
@@ -25,7 +27,8 @@ class Curve(typing.NamedTuple):
     steepness: float
     threshold: float
     largest_inverse: float
-    constant_inverse: float  # of normalization "constant"
+    # of normalization "constant"
+    constant_inverse: float
 
 
 def curve(selection: Selection) -> Curve:
@@ -65,12 +68,25 @@ class AdamW(typing.NamedTuple):
     """Holds the scalars of a tensor's AdamW step."""
 
     beta2: object
-    complement1: object  # 1 - beta1
+    # 1 - beta1
+    complement1: object
     complement2: object
-    decay: object  # 1 - lr * weight_decay
-    step_size: object  # lr / (1 - beta1^step)
-    inverse_root: object  # 1 / sqrt(1 - beta2^step)
+    # 1 - lr * weight_decay
+    decay: object
+    # lr / (1 - beta1^step)
+    step_size: object
+    # 1 / sqrt(1 - beta2^step)
+    inverse_root: object
     eps: object
+
+
+class AdamWState(typing.NamedTuple):
+    """Holds a block of elements and of their moments, as AdamW leaves them."""
+
+    theta: object
+    m: object
+    v: object
+    v_max: object
 
 
 class SGD(typing.NamedTuple):
@@ -78,8 +94,16 @@ class SGD(typing.NamedTuple):
 
     lr: object
     momentum: object
-    complement: object  # 1 - dampening
+    # 1 - dampening
+    complement: object
     weight_decay: object
+
+
+class SGDState(typing.NamedTuple):
+    """Holds a block of elements and of their buffer, as SGD leaves them."""
+
+    theta: object
+    buffer: object
 
 
 @triton.jit
@@ -219,7 +243,7 @@ def adamw_update_rule(theta, g, factor, m, v, v_max, rule, form):
         denominator = root(v) * rule.inverse_root + rule.eps
     stepped = (theta * rule.decay + 0.0) - divide(rule.step_size * m, denominator)
     theta = moved(theta, stepped, factor) if form.TO_UPDATE else stepped
-    return theta, m, v, v_max
+    return AdamWState(theta=theta, m=m, v=v, v_max=v_max)
 
 
 @triton.jit
@@ -241,4 +265,4 @@ def sgd_update_rule(theta, g, factor, buffer, rule, form):
         fed = fed + rule.momentum * buffer if form.NESTEROV else buffer
     stepped = theta - (factor * rule.lr if form.TO_UPDATE else rule.lr) * fed
     theta = tl.where(factor == 0, theta, stepped) if form.TO_UPDATE else stepped
-    return theta, buffer
+    return SGDState(theta=theta, buffer=buffer)
