@@ -26,20 +26,21 @@ class Gpu(typing.NamedTuple):
     clock: float  # Hz
     rate: float  # bytes/s
     lanes: int  # float32
+    doubles: int  # lanes of float64
     shared: int  # bytes a block may take
     clusters: bool = True
     issued: int = 128
-    special: int = 16
+    special: int = 16  # conversions between float32 and float64 too
     wide: int = 32  # 32-bit products of 64 bits: assumed, no data sheet says so
     registers: int = 65536
     threads: int = 2048
 
 
 GPUS = (
-    Gpu("A100 80GB", "sm_80", 108, 1.41e9, 2.04e12, 64, 163 << 10, clusters=False),
-    Gpu("H100 SXM", "sm_90a", 132, 1.98e9, 3.35e12, 128, 227 << 10),
-    Gpu("H200", "sm_90a", 132, 1.98e9, 4.8e12, 128, 227 << 10),
-    Gpu("B200", "sm_100", 148, 1.965e9, 8.0e12, 128, 227 << 10),
+    Gpu("A100 80GB", "sm_80", 108, 1.41e9, 2.04e12, 64, 32, 163 << 10, clusters=False),
+    Gpu("H100 SXM", "sm_90a", 132, 1.98e9, 3.35e12, 128, 64, 227 << 10),
+    Gpu("H200", "sm_90a", 132, 1.98e9, 4.8e12, 128, 64, 227 << 10),
+    Gpu("B200", "sm_100", 148, 1.965e9, 8.0e12, 128, 64, 227 << 10),
 )
 
 
@@ -60,6 +61,8 @@ class Case(typing.NamedTuple):
     rows: int = 0
 
 
+NORM = r"squaresINS\d+_\d+WholeILNS_\d+StorageE{dtype}E"
+STEP = r"take_stepINS\d+_\d+WholeILNS_\d+StorageE{dtype}EEELNS_\d+NormE0ELb{from_x}ELb0E"
 ADAMW = r"Lb{previous}ELb0ELb0ENS_\d+AdamW"
 CASES = (
     Case(
@@ -74,6 +77,9 @@ CASES = (
     ),
     Case('AdamW, all bfloat16, "previous"', "selective", "step_fullIt" + ADAMW.format(previous=1),
          8, 8, 6, turns=2),
+    # theta and g of 2 bytes, m and v of 4
+    Case('AdamW, bfloat16, moments in float32, "previous"', "selective",
+         r"step_mixedILb0ENS_\d+AdamW", 8, 12, 10),
     Case("loss, float32, C = 32,000", "divergence", r"loss_long_clusterILNS_\d+StorageE0ELi3ELb1",
          12, 4, 4, threads=512, rows=3 * 4 * 16000),
     Case("loss, bfloat16, C = 32,000", "divergence", r"loss_long_blockILNS_\d+StorageE1ELi3ELb1",
@@ -81,6 +87,11 @@ CASES = (
     Case("dropout, float32, forward", "dropout", r"drop_fullILNS_\d+StorageE0ELb0", 8, 4, 4),
     Case("dropout, bfloat16, forward", "dropout", r"drop_fullILNS_\d+StorageE1ELb0", 8, 2, 2),
     Case("dropout, bfloat16, backward", "dropout", r"drop_fullILNS_\d+StorageE1ELb1", 8, 2, 2),
+    Case("FGM, float32, the norm", "perturbation", NORM.format(dtype=0), 8, 4, 0),
+    Case("FGM, float32, the step", "perturbation", STEP.format(dtype=0, from_x=0), 8, 4, 4),
+    Case("FGM, bfloat16, the norm", "perturbation", NORM.format(dtype=1), 16, 2, 0),
+    Case("FGM, bfloat16, the step", "perturbation", STEP.format(dtype=1, from_x=0), 16, 2, 2),
+    Case("PGD, float32, the step", "perturbation", STEP.format(dtype=0, from_x=1), 8, 8, 4),
 )  # fmt: skip
 
 
@@ -105,9 +116,15 @@ def main_path(kernel: Kernel) -> list[str]:
 
 
 def element_path(case: Case, kernel: Kernel) -> list[str]:
-    """Returns the loop that updates elements."""
-    (loop,) = [loop for loop in kernel.element_loops() if count(loop, "STG") and count(loop, "LDG")]
-    return kernel.run_through(loop, case.turns)
+    """Returns the loop that elements pass through: of two, the longer one is in double, for factors
+    that a float does not hold.
+    """
+    loops = [
+        loop
+        for loop in kernel.element_loops()
+        if count(loop, "LDG") and bool(count(loop, "STG")) == bool(case.written)
+    ]
+    return kernel.run_through(min(loops, key=len), case.turns)
 
 
 def measured(case: Case, arch: str) -> dict[str, float]:
@@ -122,16 +139,18 @@ def measured(case: Case, arch: str) -> dict[str, float]:
     path = main_path(kernel) if case.rows else element_path(case, kernel)
     patterns = {
         "instructions": ".",
-        "special": "MUFU",
+        "special": r"MUFU|F2F\.F64|F2F\.F32\.F64",
         "wide": r"IMAD\.WIDE|IMAD\.HI",
         "float32": "FFMA|FADD|FMUL",
+        "float64": "D(ADD|MUL|FMA|SETP)",
     }
     values = {name: count(path, pattern) / case.elements for name, pattern in patterns.items()}
     if case.gathers:
         (gather,) = [loop for loop in kernel.element_loops() if not count(loop, "STG|STS")]
         values["instructions"] += len(gather) / (case.elements * 4)
         values["float32"] += count(gather, patterns["float32"]) / (case.elements * 4)
-    ahead = 16 * count(path, r"LDG.*\.128")  # bytes a thread asks for at a time
+    # bytes a thread asks for at a time; a list of 16 bits leaves one of two loads out
+    ahead = min(16 * count(path, r"LDG.*\.128"), int(case.read * case.elements))
     return {"registers": kernel.registers, "bytes_ahead": ahead, **values}
 
 
@@ -152,6 +171,7 @@ def predicted(case: Case, code: dict[str, float], gpu: Gpu) -> dict[str, typing.
         "special functions": code["special"] / (gpu.special * clocks),
         "wide products": code["wide"] / (gpu.wide * clocks),
         "float32 arithmetic": code["float32"] / (gpu.lanes * clocks),
+        "float64 arithmetic": code["float64"] / (gpu.doubles * clocks),
     }
     limit = max(seconds, key=lambda name: seconds[name])
     return {
@@ -212,10 +232,16 @@ copy's rate the slowest of these allows, as if all others hid behind it.
 
 A copy is taken to reach {COPY:.0%} of the data sheet's rate, a load to take {LATENCY * 1e6:.1f} us.
 Instructions are those of the loops over elements, what runs seldom included. Lanes a clock: 128
-instructions, 16 special functions, 32 wide products (assumed). Joins between threads, launches and
-tails are left out. The loss has two passes in the pairs beside the clean one; one block reads its
-rows in 16 bits, two in float32, where there are clusters and memory for that. The CUDA sources are
-not for AMD's GPUs, which Triton serves.
+instructions, 16 special functions, 32 wide products (assumed). Conversions between float32 and
+float64 count as special functions. Joins between threads, launches and tails are left out. The loss
+has two passes in the pairs beside the clean one; one block reads its rows in 16 bits, two in
+float32, where there are clusters and memory for that. The step with moments of another dtype holds
+an arm for each dtype and option, which are all counted here: its share is at least this. A
+perturbation visits the gradient for the norm and again for the step; what the L2 still holds of it
+by then is left out.
+
+MI300X has no figures yet. The CUDA sources are not for it; Triton's kernels compile for it
+(gfx942), but nothing counts the loops of that code.
 
 {tables.table(heads, rows)}
 """

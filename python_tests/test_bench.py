@@ -451,10 +451,10 @@ def test_committed_results_have_documented_keys():
 
 
 def test_the_model_of_the_gpus_kernels_is_arithmetic():
-    gpu = gpu_model.Gpu("one", "sm_80", 10, 1e9, 1e12, 64, 1 << 17)
+    gpu = gpu_model.Gpu("one", "sm_80", 10, 1e9, 1e12, 64, 32, 1 << 17)
     case = gpu_model.Case("step", "selective", "", 4, 16, 12)
     code = {"registers": 57, "bytes_ahead": 64, "instructions": 50.0, "special": 3.0}
-    code |= {"wide": 5.0, "float32": 15.0}
+    code |= {"wide": 5.0, "float32": 15.0, "float64": 1.0}
     found = gpu_model.predicted(case, code, gpu)
     # 64 registers a thread
     assert (found["blocks"], found["flight"]) == (4, 4 * 256 * 64)

@@ -69,7 +69,7 @@ def test_sources_compile_without_a_warning(arch, operator):
 
 @pytest.mark.parametrize("operator", SOURCES)
 def test_full_blocks_keep_to_registers_and_whole_accesses(read, operator):
-    found = {name: kernel for name, kernel in read(operator).items() if "_full" in name}
+    found = {name: one for name, one in read(operator).items() if re.search("_full|Whole", name)}
     assert found, "no kernel is named full"
     for name, kernel in found.items():
         assert (kernel.stack, kernel.spilled) == (0, 0), f"{name} spills"
@@ -79,7 +79,8 @@ def test_full_blocks_keep_to_registers_and_whole_accesses(read, operator):
         loops = kernel.element_loops()
         assert loops, f"{name} has no loop over elements"
         accesses = [text for loop in loops for text in loop if is_global(text)]
-        narrow = [text for text in accesses if not is_whole(text)]
+        # a mask of tokens has a byte for many elements
+        narrow = [text for text in accesses if not is_whole(text) and ".U8" not in text]
         assert len(narrow) <= 0.05 * len(accesses), f"{name}: {narrow}"
 
 
@@ -185,6 +186,46 @@ def test_dropout_takes_few_instructions_an_element(read):
         assert count(loop, r"LDG.*\.128") == count(loop, r"STG.*\.128") == accesses, name
         # a call of Philox serves four elements
         assert 0 < count(loop, r"IMAD\.WIDE|IMAD\.HI") <= 2 * 20 + 8, name
+
+
+PERTURBING = re.compile(
+    r"(squares|moved_squares|take_step)INS\d+_\d+WholeILNS_\d+StorageE(\d)EEE"
+    r"(?:LNS_\d+NormE(\d)ELb(\d)ELb(\d)E)?"
+)
+# Instructions an element at most, in float32 and in 16 bits, of l2 and without a random mask: the
+# norm, the step, from x the sum of squares and the step.
+FEW = {"squares": (9, 7), "take_step": (11, 9), "moved_squares": (17, 14), "from x": (20, 18)}
+
+
+def test_perturbations_take_few_instructions_an_element(read):
+    found = {
+        match: one
+        for name, one in read("perturbation").items()
+        if (match := PERTURBING.match(name))
+    }
+    # three dtypes: the norm, the norm after the step, and the step: l2 and linf, from x or not,
+    # with a mask or not, but for linf from x with one
+    assert len(found) == 3 * (2 + 7), found.keys()
+    for match, kernel in found.items():
+        stage, dtype, norm, from_x, random = match.groups()
+        assert kernel.registers <= (80 if random == "1" else 64), kernel.name
+        loops = [loop for loop in kernel.element_loops() if count(loop, "LDG")]
+        lists = 2 if stage == "moved_squares" or from_x == "1" else 1
+        for loop in loops:
+            loads = count(loop, r"LDG.*\.128")
+            assert loads == asked_ahead(loop), f"{kernel.name}: {asked_ahead(loop)} of {loads}"
+            assert loads in (2, 2 * lists), kernel.name
+        last = min((loop for loop in loops if count(loop, "STG") or stage != "take_step"), key=len)
+        assert count(last, r"LDG.*\.128") == 2 * lists, kernel.name
+        if stage == "take_step":
+            assert count(last, r"STG.*\.128") == 2, kernel.name
+            # without x in float where that will do
+            assert (count(last, r"D(ADD|MUL|FMA)|F2F\.F(64|32\.F64)") > 0) == (from_x == "1")
+        if norm != "1" and random != "1":
+            wide = dtype != "0"
+            most = FEW["from x" if from_x == "1" else stage][wide]
+            elements = 16 if wide else 8
+            assert len(last) <= most * elements, f"{kernel.name}: {len(last) / elements} an element"
 
 
 # Blocks or clusters; float32, bfloat16 or float16; passes, and whether two of them are a pair.

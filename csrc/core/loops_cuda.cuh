@@ -111,6 +111,31 @@ template <class T> DEVICE void store_last(T* to, const Pack<T>& pack) {
     __stcs(reinterpret_cast<float4*>(to), bit_cast<float4>(pack));
 }
 
+// A pack's elements of a dtype as floats, and back.
+template <Storage storage> DEVICE void widen(const Pack<uint32_t>& pack, float* x) {
+    UNROLL
+    for (int i = 0; i < 4; ++i) {
+        const uint32_t word = pack.x[i];
+        if constexpr (storage == Storage::float32) x[i] = bit_cast<float>(word);
+        else if constexpr (storage == Storage::bfloat16)
+            x[2 * i] = first_bfloat16(word), x[2 * i + 1] = second_bfloat16(word);
+        else
+            x[2 * i] = widen_float16(static_cast<uint16_t>(word)),
+                  x[2 * i + 1] = widen_float16(static_cast<uint16_t>(word >> 16));
+    }
+}
+template <Storage storage> DEVICE Pack<uint32_t> narrowed(const float* x) {
+    Pack<uint32_t> pack;
+    UNROLL
+    for (int i = 0; i < 4; ++i) {
+        if constexpr (storage == Storage::float32) pack.x[i] = bit_cast<uint32_t>(x[i]);
+        else if constexpr (storage == Storage::bfloat16)
+            pack.x[i] = pair_of(round_bfloat16(x[2 * i]), round_bfloat16(x[2 * i + 1]));
+        else pack.x[i] = pair_of(round_float16(x[2 * i]), round_float16(x[2 * i + 1]));
+    }
+    return pack;
+}
+
 constexpr int warp_size = 32;
 constexpr unsigned whole_warp = 0xffffffffu;
 

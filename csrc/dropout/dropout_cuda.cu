@@ -46,24 +46,11 @@ template <Storage storage> struct Full {
     }
     static DEVICE void get(const Raw& raw, float (&h)[count]) {
         UNROLL
-        for (int j = 0; j < count; ++j) {
-            const uint32_t word = raw.part[j / 4 % parts].x[parts == 2 ? j % 4 : j / 2];
-            if constexpr (storage == Storage::float32) h[j] = bit_cast<float>(word);
-            else if constexpr (storage == Storage::bfloat16)
-                h[j] = j % 2 ? second_bfloat16(word) : first_bfloat16(word);
-            else h[j] = widen_float16(static_cast<uint16_t>(word >> (j % 2 * 16)));
-        }
+        for (int i = 0; i < parts; ++i) widen<storage>(raw.part[i], h + 4 * i);
     }
     static DEVICE void put(Raw& raw, const float (&h)[count]) {
         UNROLL
-        for (int j = 0; j < count; j += 2) {
-            if constexpr (storage == Storage::float32)
-                raw.part[j / 4].x[j % 4] = bit_cast<uint32_t>(h[j]),
-                                      raw.part[j / 4].x[j % 4 + 1] = bit_cast<uint32_t>(h[j + 1]);
-            else if constexpr (storage == Storage::bfloat16)
-                raw.part[0].x[j / 2] = pair_of(round_bfloat16(h[j]), round_bfloat16(h[j + 1]));
-            else raw.part[0].x[j / 2] = pair_of(round_float16(h[j]), round_float16(h[j + 1]));
-        }
+        for (int i = 0; i < parts; ++i) raw.part[i] = narrowed<storage>(h + 4 * i);
     }
 };
 struct Ragged {

@@ -11,7 +11,7 @@ namespace uegr {
 namespace {
 
 constexpr int64_t piece_size = 1 << 14;
-constexpr int threads = 256;
+constexpr int most_threads = 256;
 
 // One tensor of a call; none is empty.
 struct Entry {
@@ -30,7 +30,8 @@ struct Call {
     double epsilon = 0, radius = HUGE_VAL;
     bool projects = false;
     bool together = false; // one norm over all entries
-    Slot mask; // of tokens of `token` elements each
+    bool alone = false;    // a group is a piece: its block finds its factors
+    Slot mask;             // of tokens of `token` elements each
     int64_t token = 1;
     bool random = false;
     const int64_t* seed = nullptr; // on the device, or null for
@@ -47,7 +48,8 @@ struct Call {
 
 struct Piece {
     Entry e;
-    int64_t group, begin, end;
+    int64_t number, group, begin;
+    int size;
 };
 
 // The entry whose first piece, or group, is the last that is not after `at`.
@@ -59,186 +61,265 @@ template <int64_t Entry::* first> DEVICE const Entry& entry_of(const Call& call,
     }
     return call.entries[low];
 }
-DEVICE Piece piece_of(const Call& call, int64_t p) {
+// A block's piece, counted from the first or from the last of the launch: what was read last may
+// still be in the L2.
+DEVICE Piece piece_of_block(const Call& call, int64_t first_piece, bool backwards) {
+    const int64_t p = first_piece + (backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
     const Entry e = entry_of<&Entry::first_piece>(call, p);
     const int64_t group = (p - e.first_piece) / e.pieces(),
                   within = (p - e.first_piece) % e.pieces() * piece_size;
     const int64_t begin = group * e.length + within;
-    return {e, e.first_group + group, begin, begin + minimum(piece_size, e.length - within)};
+    return {e, p, e.first_group + group, begin,
+            static_cast<int>(minimum(piece_size, e.length - within))};
 }
 
-// n elements from l on: 8 that whole accesses cover, or 1.
-template <int n> DEVICE void load(const Slot& from, const int64_t* axes, int64_t l, float (&x)[n]) {
-    if constexpr (n == 1) {
-        x[0] = value_at<float>(place_of(from, axes, l), from.storage);
-    } else if (from.storage == Storage::float32) {
-        const float* at = reinterpret_cast<const float*>(from.data) + l;
-        const float4 low = reinterpret_cast<const float4*>(at)[0],
-                     high = reinterpret_cast<const float4*>(at)[1];
-        x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w, x[4] = high.x, x[5] = high.y,
-        x[6] = high.z, x[7] = high.w;
-    } else {
-        const auto pack =
-            bit_cast<Pack<uint16_t>>(*reinterpret_cast<const float4*>(from.data + 2 * l));
-        UNROLL
-        for (int j = 0; j < n; ++j)
-            x[j] = from.storage == Storage::bfloat16 ? widen_bfloat16(pack.x[j])
-                                                     : widen_float16(pack.x[j]);
+// What a thread takes of a tensor at a time: 128 bits of one dtype, or an element, of that dtype or
+// of any, with strides. Of each list it asks for so many ahead.
+template <Storage storage> struct Whole {
+    static constexpr int size = storage == Storage::float32 ? 4 : 2, count = 16 / size, ahead = 2;
+    static constexpr bool any = false;
+    using Raw = Pack<uint32_t>;
+
+    template <class T> static DEVICE T* place(const Slot& s, int64_t l) {
+        return reinterpret_cast<T*>(s.data + l * size);
     }
+    template <bool last> static DEVICE Raw load(const Call&, const Slot& from, int64_t l) {
+        const uint32_t* at = place<const uint32_t>(from, l);
+        return last ? load_last(at) : load_pack(at);
+    }
+    static DEVICE void store(const Call&, const Slot& to, int64_t l, const float (&x)[count]) {
+        store_last(place<uint32_t>(to, l), narrowed<storage>(x));
+    }
+    static DEVICE void get(const Raw& raw, float (&x)[count]) { widen<storage>(raw, x); }
+};
+template <bool of_any, Storage known = Storage::float32> struct One {
+    static constexpr int count = 1, ahead = of_any ? 4 : 1;
+    static constexpr bool any = of_any;
+    using Raw = float;
+
+    static DEVICE Storage storage(const Slot& s) { return any ? s.storage : known; }
+    static DEVICE char* place(const Call& call, const Slot& s, int64_t l) {
+        return any ? place_of(s, call.axes, l) : s.data + l * bytes_of(known);
+    }
+    template <bool> static DEVICE Raw load(const Call& call, const Slot& from, int64_t l) {
+        return value_at<float>(place(call, from, l), storage(from));
+    }
+    static DEVICE void store(const Call& call, const Slot& to, int64_t l, const float (&x)[1]) {
+        put_value(place(call, to, l), storage(to), x[0]);
+    }
+    static DEVICE void get(Raw raw, float (&x)[1]) { x[0] = raw; }
+};
+
+// Calls visit(access, i, end) for all of a piece: the thread has access::ahead times access::count
+// elements from i on, in turns with the block's other threads; those from `end` on are left out.
+template <Storage storage, class Visit>
+DEVICE void each_of(const Piece& piece, Whole<storage> whole, Visit visit) {
+    constexpr int n = whole.count;
+    const int past = static_cast<int>(
+        (reinterpret_cast<uintptr_t>(piece.e.g.data) / whole.size + piece.begin) % n);
+    const int from = minimum(piece.size, (n - past) % n), to = from + (piece.size - from) / n * n;
+    for (int i = from + n * threadIdx.x; i < to; i += whole.ahead * n * blockDim.x)
+        visit(whole, i, to);
+    // What lies ahead and behind: fewer than threads.
+    const int i = threadIdx.x;
+    if (i < from + piece.size - to)
+        visit(One<false, storage>(), i < from ? i : to + i - from, piece.size);
 }
-template <int n>
-DEVICE void store(const Slot& to, const int64_t* axes, int64_t l, const float (&x)[n]) {
-    if constexpr (n == 1) {
-        put_value(place_of(to, axes, l), to.storage, x[0]);
-    } else if (to.storage == Storage::float32) {
-        float4* at = reinterpret_cast<float4*>(reinterpret_cast<float*>(to.data) + l);
-        at[0] = {x[0], x[1], x[2], x[3]}, at[1] = {x[4], x[5], x[6], x[7]};
-    } else {
-        Pack<uint16_t> pack;
+template <class Visit> DEVICE void each_of(const Piece& piece, One<true> one, Visit visit) {
+    for (int i = threadIdx.x; i < piece.size; i += one.ahead * blockDim.x)
+        visit(one, i, piece.size);
+}
+
+// The place of the turn-th of them.
+template <class A> DEVICE int on_turn(int turn, int i) {
+    return i + turn * A::count * static_cast<int>(blockDim.x);
+}
+
+// The marks of a piece's tokens, of which one that is longer than a piece is as good as one of its
+// size. Indices of less than 2^15 are divided by at most 2^14: by a product, exactly.
+struct Tokens {
+    int64_t first = 0;
+    uint32_t inverse = 0, behind = 0; // elements of the first token that are not the piece's
+
+    DEVICE Tokens(const Call& call, const Piece& piece) {
+        if (!call.mask.data) return;
+        const int64_t size = minimum(call.token, piece_size);
+        first = piece.begin / call.token;
+        inverse = (1u << 31) / static_cast<uint32_t>(size) + 1;
+        behind = static_cast<uint32_t>(size -
+                                       minimum(call.token - piece.begin % call.token, piece_size));
+    }
+    template <bool any> DEVICE bool is_real(const Call& call, int i) const {
+        const int64_t token =
+            first + (wide_product(static_cast<uint32_t>(i) + behind, inverse) >> 31);
+        return any ? value_at<float>(place_of(call.mask, call.axes, token), call.mask.storage) != 0
+                   : call.mask.data[token] != 0;
+    }
+};
+
+// Reads g, or zeros where the mask has them, or where there is none.
+template <class A, bool last>
+DEVICE void load_gradient(const Call& call, const Piece& piece, const Tokens& tokens, int i,
+                          int end, typename A::Raw (&raw)[A::ahead]) {
+    bool real[A::ahead];
+    UNROLL
+    for (int u = 0; u < A::ahead; ++u) real[u] = on_turn<A>(u, i) < end;
+    if (call.mask.data) {
         UNROLL
-        for (int j = 0; j < n; ++j)
-            pack.x[j] =
-                to.storage == Storage::bfloat16 ? round_bfloat16(x[j]) : round_float16(x[j]);
-        *reinterpret_cast<float4*>(to.data + 2 * l) = bit_cast<float4>(pack);
+        for (int u = 0; u < A::ahead; ++u)
+            if (real[u]) real[u] = tokens.is_real<A::any>(call, on_turn<A>(u, i));
+    }
+    UNROLL
+    for (int u = 0; u < A::ahead; ++u) {
+        raw[u] = {};
+        if (real[u])
+            raw[u] = A::template load<last>(call, piece.e.g, piece.begin + on_turn<A>(u, i));
     }
 }
 
-// g with zeros where the mask has them.
-template <int n, bool masked>
-DEVICE void gradient(const Call& call, const Entry& e, int64_t l, float (&g)[n]) {
-    load(e.g, call.axes, l, g);
-    if constexpr (masked) {
-        const bool real =
-            !call.mask.data ||
-            value_at<float>(place_of(call.mask, call.axes, l / call.token), call.mask.storage) != 0;
+template <class Access> DEVICE double squares_of_gradient(const Call& call, const Piece& piece) {
+    const Tokens tokens(call, piece);
+    double sum = 0;
+    each_of(piece, Access(), [&](auto access, int i, int end) {
+        using A = decltype(access);
+        typename A::Raw raw[A::ahead];
+        load_gradient<A, false>(call, piece, tokens, i, end, raw);
         UNROLL
-        for (int j = 0; j < n; ++j) g[j] = real ? g[j] : 0;
-    }
-}
-
-// Calls use(l, y): y are the n elements from l on of x + b * step, in double; without x in float
-// where that will do.
-template <int n, bool masked, Norm norm, class Use>
-DEVICE void move(const Call& call, const Piece& piece, Use use) {
-    const Entry& e = piece.e;
-    const double factor = call.direction_factors[piece.group];
-    const bool single = !e.x.data && fits_float(factor);
-    const RoundKeys keys(static_cast<uint64_t>(call.seed ? *call.seed : call.seed_value));
-    for (int64_t l = piece.begin + n * threadIdx.x; l < piece.end; l += n * threads) {
-        float g[n], x[n] = {};
-        double y[n];
-        gradient<n, masked>(call, e, l, g);
-        if (e.x.data) load(e.x, call.axes, l, x);
-        UNROLL
-        for (int j = 0; j < n; ++j)
-            y[j] = single ? static_cast<double>(step_along<norm>(g[j], static_cast<float>(factor)))
-                          : step_along<norm, double>(g[j], factor);
-        if (call.random) {
+        for (int u = 0; u < A::ahead; ++u) {
+            float g[A::count];
+            A::get(raw[u], g);
             UNROLL
-            for (int j = 0; j < n; j += 4) {
-                const FourWords words = philox(static_cast<uint64_t>(l + j) / 4, call.step,
-                                               static_cast<uint32_t>(e.stream), keys);
-                if constexpr (n == 1) {
-                    const uint32_t lower = l & 1 ? words.at[1] : words.at[0],
-                                   upper = l & 1 ? words.at[3] : words.at[2];
-                    y[0] = uegr::kept(y[0], l & 2 ? upper : lower, call.limit);
-                } else {
-                    UNROLL
-                    for (int i = 0; i < 4; ++i)
-                        y[j + i] = uegr::kept(y[j + i], words.at[i], call.limit);
+            for (int j = 0; j < A::count; ++j) sum += square(g[j]);
+        }
+    });
+    return sum;
+}
+
+// Calls use(access, l, y): y are the elements from l on of x + b * step.
+template <class Access, bool last, Norm norm, bool from_x, bool random, class T, class Use>
+DEVICE void move(const Call& call, const Piece& piece, T factor, Use use) {
+    const Entry& e = piece.e;
+    const Tokens tokens(call, piece);
+    const RoundKeys keys(static_cast<uint64_t>(call.seed ? *call.seed : call.seed_value));
+    each_of(piece, Access(), [&](auto access, int i, int end) {
+        using A = decltype(access);
+        constexpr int n = A::count;
+        typename A::Raw of_g[A::ahead], of_x[A::ahead] = {};
+        load_gradient<A, last>(call, piece, tokens, i, factor > 0 ? end : 0, of_g);
+        UNROLL
+        for (int u = 0; u < A::ahead; ++u)
+            if (from_x && on_turn<A>(u, i) < end)
+                of_x[u] = A::template load<last>(call, e.x, piece.begin + on_turn<A>(u, i));
+        UNROLL
+        for (int u = 0; u < A::ahead; ++u) {
+            if (on_turn<A>(u, i) >= end) continue;
+            const int64_t at = piece.begin + on_turn<A>(u, i);
+            float g[n], x[n];
+            T y[n];
+            A::get(of_g[u], g), A::get(of_x[u], x);
+            UNROLL
+            for (int j = 0; j < n; ++j) y[j] = step_along<norm, T>(g[j], factor);
+            if constexpr (random) {
+                UNROLL
+                for (int j = 0; j < n; j += 4) {
+                    const FourWords words = philox(static_cast<uint64_t>(at + j) / 4, call.step,
+                                                   static_cast<uint32_t>(e.stream), keys);
+                    if constexpr (n == 1) {
+                        const uint32_t lower = at & 1 ? words.at[1] : words.at[0],
+                                       upper = at & 1 ? words.at[3] : words.at[2];
+                        y[0] = uegr::kept(y[0], at & 2 ? upper : lower, call.limit);
+                    } else {
+                        UNROLL
+                        for (int i = 0; i < 4; ++i)
+                            y[j + i] = uegr::kept(y[j + i], words.at[i], call.limit);
+                    }
                 }
             }
+            if constexpr (from_x) {
+                UNROLL
+                for (int j = 0; j < n; ++j) y[j] = static_cast<T>(x[j]) + y[j];
+            }
+            use(access, at, y);
         }
-        if (e.x.data) {
-            UNROLL
-            for (int j = 0; j < n; ++j) y[j] = static_cast<double>(x[j]) + y[j];
-        }
-        use(l, y);
-    }
+    });
+}
+template <class Access>
+DEVICE double squares_of_moved(const Call& call, const Piece& piece, double factor) {
+    double sum = 0;
+    auto add = [&](auto access, int64_t, const auto& y) {
+        UNROLL
+        for (int j = 0; j < decltype(access)::count; ++j) sum += square(y[j]);
+    };
+    move<Access, false, Norm::l2, true, false>(call, piece, factor, add);
+    return sum;
 }
 
-template <int n, bool masked> DEVICE void sum_gradient(const Call& call) {
+// Of a multiprocessor, for the loads under way; the generator's keys take registers too.
+template <class Access, bool random>
+constexpr int blocks_at_once = Access::count == 1 ? 2
+                               : random           ? 3
+                                                  : 4;
+
+template <class Access>
+__global__ void __launch_bounds__(most_threads, blocks_at_once<Access, false>)
+    squares(const __grid_constant__ Call call, int64_t first_piece, bool backwards) {
     __shared__ double room[warp_size];
-    const Piece piece = piece_of(call, blockIdx.x);
-    double sum = 0;
-    for (int64_t l = piece.begin + n * threadIdx.x; l < piece.end; l += n * threads) {
-        float g[n];
-        gradient<n, masked>(call, piece.e, l, g);
-        UNROLL
-        for (int j = 0; j < n; ++j) sum += square(g[j]);
-    }
-    sum = block_sum(sum, room);
-    if (threadIdx.x == 0) call.squares[blockIdx.x] = sum;
+    const Piece piece = piece_of_block(call, first_piece, backwards);
+    const double sum = block_sum(squares_of_gradient<Access>(call, piece), room);
+    if (threadIdx.x == 0) call.squares[piece.number] = sum;
 }
-template <int n, bool masked, Norm norm> DEVICE void sum_moved(const Call& call) {
+template <class Access>
+__global__ void __launch_bounds__(most_threads, blocks_at_once<Access, false>)
+    moved_squares(const __grid_constant__ Call call, int64_t first_piece, bool backwards) {
     __shared__ double room[warp_size];
-    double sum = 0;
-    move<n, masked, norm>(call, piece_of(call, blockIdx.x), [&](int64_t, const double (&y)[n]) {
-        UNROLL
-        for (int j = 0; j < n; ++j) sum += square(y[j]);
-    });
-    sum = block_sum(sum, room);
-    if (threadIdx.x == 0) call.squares[blockIdx.x] = sum;
+    const Piece piece = piece_of_block(call, first_piece, backwards);
+    const double factor = call.direction_factors[piece.group],
+                 sum = block_sum(squares_of_moved<Access>(call, piece, factor), room);
+    if (threadIdx.x == 0) call.squares[piece.number] = sum;
 }
-template <int n, bool masked, Norm norm> DEVICE void write(const Call& call, int64_t first_piece) {
-    const Piece piece = piece_of(call, first_piece + blockIdx.x);
+
+// Writes a piece: the step itself in float where that will do, else x + b * step on the ball, whose
+// factor is 1 where there is none.
+template <class Access, Norm norm, bool from_x, bool random>
+__global__ void __launch_bounds__(most_threads, blocks_at_once<Access, random>)
+    take_step(const __grid_constant__ Call call, int64_t first_piece, bool backwards) {
+    __shared__ double room[warp_size];
+    const Piece piece = piece_of_block(call, first_piece, backwards);
+    double factor, ball = 1;
+    if (call.alone) {
+        const double sum = block_sum(squares_of_gradient<Access>(call, piece), room);
+        factor = direction_factor(sum, call.epsilon, norm);
+    } else factor = call.direction_factors[piece.group];
     // A weight that does not move is left alone.
-    if (!call.projects && piece.e.out.data == piece.e.x.data &&
-        call.direction_factors[piece.group] == 0)
-        return;
-    const double factor = call.projects && norm == Norm::l2 ? call.ball_factors[piece.group] : 1;
-    move<n, masked, norm>(call, piece, [&](int64_t l, const double (&y)[n]) {
+    if (from_x && !call.projects && factor == 0) return;
+    if constexpr (from_x && !random && norm == Norm::l2) {
+        if (call.projects && call.alone)
+            ball = ball_factor(block_sum(squares_of_moved<Access>(call, piece, factor), room),
+                               call.radius);
+        else if (call.projects) ball = call.ball_factors[piece.group];
+    }
+    auto store = [&](auto access, int64_t l, const auto& y) {
+        constexpr int n = decltype(access)::count;
         float result[n];
         UNROLL
-        for (int j = 0; j < n; ++j)
-            result[j] = static_cast<float>(
-                call.projects ? projected<norm>(y[j], factor, call.radius) : y[j]);
-        store(piece.e.out, call.axes, l, result);
-    });
-}
-
-__global__ void __launch_bounds__(threads) squares_full(const __grid_constant__ Call call) {
-    sum_gradient<8, false>(call);
-}
-__global__ void __launch_bounds__(threads) squares_masked(const __grid_constant__ Call call) {
-    sum_gradient<8, true>(call);
-}
-__global__ void __launch_bounds__(threads) squares_ragged(const __grid_constant__ Call call) {
-    sum_gradient<1, true>(call);
-}
-template <Norm norm>
-__global__ void __launch_bounds__(threads) moved_full(const __grid_constant__ Call call) {
-    sum_moved<8, false, norm>(call);
-}
-template <Norm norm>
-__global__ void __launch_bounds__(threads) moved_masked(const __grid_constant__ Call call) {
-    sum_moved<8, true, norm>(call);
-}
-template <Norm norm>
-__global__ void __launch_bounds__(threads) moved_ragged(const __grid_constant__ Call call) {
-    sum_moved<1, true, norm>(call);
-}
-template <Norm norm>
-__global__ void __launch_bounds__(threads)
-    move_full(const __grid_constant__ Call call, int64_t first_piece) {
-    write<8, false, norm>(call, first_piece);
-}
-template <Norm norm>
-__global__ void __launch_bounds__(threads)
-    move_masked(const __grid_constant__ Call call, int64_t first_piece) {
-    write<8, true, norm>(call, first_piece);
-}
-template <Norm norm>
-__global__ void __launch_bounds__(threads)
-    move_ragged(const __grid_constant__ Call call, int64_t first_piece) {
-    write<1, true, norm>(call, first_piece);
+        for (int j = 0; j < n; ++j) {
+            if constexpr (from_x)
+                result[j] = static_cast<float>(projected<norm>(y[j], ball, call.radius));
+            else result[j] = static_cast<float>(y[j]);
+        }
+        access.store(call, piece.e.out, l, result);
+    };
+    if (!from_x && fits_float(factor))
+        move<Access, true, norm, from_x, random>(call, piece, static_cast<float>(factor), store);
+    else move<Access, true, norm, from_x, random>(call, piece, factor, store);
 }
 
 // The factor of each group from its pieces' sums, in their order; a warp for each, its lanes 32
 // apart.
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(most_threads)
     find_factors(const __grid_constant__ Call call, bool of_ball) {
-    const int64_t group = int64_t(blockIdx.x) * (threads / warp_size) + threadIdx.x / warp_size;
+    const int64_t group =
+        int64_t(blockIdx.x) * (most_threads / warp_size) + threadIdx.x / warp_size;
     if (group >= call.groups) return;
     const Entry& e = entry_of<&Entry::first_group>(call, group);
     const int64_t pieces = call.together ? call.pieces : e.pieces();
@@ -254,31 +335,88 @@ __global__ void __launch_bounds__(threads)
 
 // --- The host's side ---
 
-bool covered(const Slot& s) { return s.axes < 0 && reinterpret_cast<uintptr_t>(s.data) % 16 == 0; }
+using Kernel = void (*)(Call, int64_t first_piece, bool backwards);
 
-template <Norm norm>
-void run(Call& call, const std::vector<Entry>& entries, bool in_order, bool full,
-         cudaStream_t stream) {
-    const Shape pieces{call.pieces, threads},
-        groups{(call.groups + threads / warp_size - 1) / (threads / warp_size), threads};
-    launch(!full            ? squares_ragged
-           : call.mask.data ? squares_masked
-                            : squares_full,
-           pieces, stream, call);
-    launch(find_factors, groups, stream, call, false);
-    if (call.projects && norm == Norm::l2) {
-        launch(!full            ? moved_ragged<norm>
-               : call.mask.data ? moved_masked<norm>
-                                : moved_full<norm>,
-               pieces, stream, call);
-        launch(find_factors, groups, stream, call, true);
+// Entries that follow each other and share their launches, and the kernels for their dtype.
+struct Run {
+    Kernel squares, moved_squares, take_step;
+    int64_t at_once; // elements that a thread asks for
+    int64_t first_piece = 0, pieces = 0, longest = 0;
+};
+
+template <class Access> Run run_by(const Call& call, const Entry& e) {
+    Kernel step;
+    if (call.norm == Norm::linf)
+        step = e.x.data      ? take_step<Access, Norm::linf, true, false>
+               : call.random ? take_step<Access, Norm::linf, false, true>
+                             : take_step<Access, Norm::linf, false, false>;
+    else if (e.x.data)
+        step = call.random ? take_step<Access, Norm::l2, true, true>
+                           : take_step<Access, Norm::l2, true, false>;
+    else
+        step = call.random ? take_step<Access, Norm::l2, false, true>
+                           : take_step<Access, Norm::l2, false, false>;
+    return {squares<Access>, moved_squares<Access>, step, Access::count * Access::ahead,
+            e.first_piece};
+}
+
+// Whether whole accesses of g's dtype cover an entry but for the ends of its pieces: all lists
+// alike, at one place in 16 bytes, which does not cut what a counter of the generator serves, or a
+// token.
+bool is_whole(const Call& call, const Entry& e) {
+    const int64_t past = reinterpret_cast<uintptr_t>(e.g.data) % 16, size = bytes_of(e.g.storage);
+    auto alike = [&](const Slot& s) {
+        return !s.data || (s.axes < 0 && s.storage == e.g.storage &&
+                           static_cast<int64_t>(reinterpret_cast<uintptr_t>(s.data) % 16) == past);
+    };
+    if (!alike(e.g) || !alike(e.x) || !alike(e.out)) return false;
+    if (call.random && past / size % 4 != 0) return false;
+    return !call.mask.data || (call.mask.storage == Storage::boolean && call.mask.axes < 0 &&
+                               past == 0 && call.token % (16 / size) == 0);
+}
+int access_of(const Call& call, const Entry& e) {
+    return is_whole(call, e) ? static_cast<int>(e.g.storage) : -1;
+}
+Run run_of(const Call& call, const Entry& e) {
+    switch (access_of(call, e)) {
+    case static_cast<int>(Storage::float32): return run_by<Whole<Storage::float32>>(call, e);
+    case static_cast<int>(Storage::bfloat16): return run_by<Whole<Storage::bfloat16>>(call, e);
+    case static_cast<int>(Storage::float16): return run_by<Whole<Storage::float16>>(call, e);
+    default: return run_by<One<true>>(call, e);
     }
-    const auto step = !full            ? move_ragged<norm>
-                      : call.mask.data ? move_masked<norm>
-                                       : move_full<norm>;
-    if (!in_order) return launch(step, pieces, stream, call, int64_t(0));
-    for (const Entry& e : entries)
-        launch(step, {e.groups() * e.pieces(), threads}, stream, call, e.first_piece);
+}
+
+void run(const Call& call, const std::vector<Entry>& entries, bool in_order, cudaStream_t stream) {
+    std::vector<Run> runs;
+    for (size_t i = 0; i < entries.size(); ++i) {
+        const Entry& e = entries[i];
+        if (i == 0 || in_order || access_of(call, e) != access_of(call, entries[i - 1]))
+            runs.push_back(run_of(call, e));
+        Run& run = runs.back();
+        run.pieces += e.groups() * e.pieces(), run.longest = maximum(run.longest, e.length);
+    }
+    auto launch_all = [&](Kernel Run::* kernel, bool backwards) {
+        for (const Run& run : runs) {
+            // of a short group that is alone no more threads than have a part of it
+            const int64_t wanted = (run.longest + run.at_once - 1) / run.at_once,
+                          warps = (wanted + warp_size - 1) / warp_size;
+            const int64_t threads = minimum<int64_t>(warps * warp_size, most_threads);
+            launch(run.*kernel, {run.pieces, static_cast<int>(threads)}, stream, call,
+                   run.first_piece, backwards);
+        }
+    };
+    const bool on_ball = call.projects && call.norm == Norm::l2;
+    if (!call.alone) {
+        constexpr int at_once = most_threads / warp_size;
+        const Shape groups{(call.groups + at_once - 1) / at_once, most_threads};
+        launch_all(&Run::squares, false);
+        launch(find_factors, groups, stream, call, false);
+        if (on_ball) {
+            launch_all(&Run::moved_squares, true);
+            launch(find_factors, groups, stream, call, true);
+        }
+    }
+    launch_all(&Run::take_step, !on_ball);
 }
 
 } // namespace
@@ -292,13 +430,18 @@ static void perturb(const PerturbationArguments& arguments, const Tensor& like) 
     AxesTable table;
     call.mask = table.slot(arguments.mask), call.token = arguments.token;
     std::vector<Entry> entries;
-    bool full = !call.mask.data || call.token % 8 == 0;
-    for (const PerturbedTensor& t : arguments.tensors) {
-        Entry e{table.slot(t.g), table.slot(t.x), table.slot(t.out), t.size, t.length};
-        e.first_piece = call.pieces, e.first_group = call.groups, e.stream = t.stream;
+    for (const PerturbedTensor& t : arguments.tensors)
+        entries.push_back({table.slot(t.g), table.slot(t.x), table.slot(t.out), t.size, t.length, 0,
+                           0, t.stream});
+    if (!arguments.in_order)
+        std::stable_sort(entries.begin(), entries.end(), [&](const Entry& a, const Entry& b) {
+            return access_of(call, a) < access_of(call, b);
+        });
+    call.alone = !call.together || entries.size() == 1;
+    for (Entry& e : entries) {
+        e.first_piece = call.pieces, e.first_group = call.groups;
         call.pieces += e.groups() * e.pieces(), call.groups += e.groups();
-        full &= covered(e.g) && covered(e.x) && covered(e.out) && e.length % 8 == 0;
-        entries.push_back(e);
+        call.alone &= e.pieces() == 1;
     }
     call.count = static_cast<int>(entries.size());
     const DeviceGuard device(like);
@@ -318,8 +461,7 @@ static void perturb(const PerturbationArguments& arguments, const Tensor& like) 
     call.squares = static_cast<double*>(sums.mutable_data_ptr());
     call.direction_factors = call.squares + call.pieces,
     call.ball_factors = call.direction_factors + call.groups;
-    const auto go = call.norm == Norm::l2 ? run<Norm::l2> : run<Norm::linf>;
-    go(call, entries, arguments.in_order, full, device.stream);
+    run(call, entries, arguments.in_order, device.stream);
 }
 
 } // namespace uegr

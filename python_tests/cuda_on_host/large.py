@@ -152,7 +152,7 @@ def test_infinite_logits(where, m, dtype):
 
 
 @pytest.mark.parametrize(
-    ("shape", "m", "launches"),
+    ("shape", "m", "expected"),
     [
         ((16, 2), 2, 1),  # a fine-tuning batch: one launch
         ((16, 2), 0, 1),
@@ -162,8 +162,7 @@ def test_infinite_logits(where, m, dtype):
     ],
 )
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_launches_of_a_forward(shape, m, launches, reduction):
-    library = ctypes.CDLL(str(native.LIBRARIES / "uegr_kernels_baseline.so"))
+def test_launches_of_a_forward(shape, m, expected, reduction):
     x = torch.randn(shape)
     y = torch.randn(m, *shape) if m else None
     labels = torch.randint(0, shape[1], shape[:1])
@@ -172,10 +171,10 @@ def test_launches_of_a_forward(shape, m, launches, reduction):
     for backend in ("cpp", "reference"):
         a = x.clone().requires_grad_()
         b = None if y is None else y.clone().requires_grad_()
-        before = library.launches_on_host()
+        before = launches()
         loss = uk.uegr_loss(a, b, labels, reduction=reduction, backend=backend)
         if backend == "cpp":
-            assert library.launches_on_host() - before == launches
+            assert launches() - before == expected
         loss.sum().backward()
         found.append((loss.detach(), a.grad, *(() if b is None else (b.grad,))))
     for a, b in zip(*found, strict=True):
@@ -212,6 +211,115 @@ def test_a_device_that_refuses_clusters_sweeps(monkeypatch, refused, classes):
         found.append((loss.detach(), *torch.autograd.grad(loss, x)))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-7)
+
+
+def launches():
+    return ctypes.CDLL(str(native.LIBRARIES / "uegr_kernels_baseline.so")).launches_on_host()
+
+
+def at_place(values, place):
+    """The same values, from an element on that no access of 128 bits need begin at."""
+    room = torch.empty(values.numel() + place, dtype=values.dtype)
+    return room[place:].view(values.shape).copy_(values)
+
+
+TOLERANCE = {
+    torch.float32: {"rtol": 2e-6, "atol": 1e-7},
+    torch.bfloat16: {"rtol": 2**-7, "atol": 1e-7},
+    torch.float16: {"rtol": 2**-9, "atol": 1e-7},
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "place", "masked"),
+    [
+        ((2, 3, 64), 0, True),
+        ((2, 3, 64), 0, False),
+        ((3, 5, 61), 0, False),  # groups begin anywhere
+        ((2, 3, 64), 1, False),
+        ((2, 3, 5500), 0, True),  # several pieces, with ends of tokens within
+        ((2, 3, 5501), 4, False),  # every piece has ends; whole counters, or half packs
+        ((2, 3, 5501), 3, False),
+        ((1, 2, 20_000), 0, True),  # tokens longer than a piece
+        ((1, 2, 20_000), 2, True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_perturbations_of_tensors_that_begin_anywhere(shape, place, masked, norm, dtype):
+    g, delta = (at_place(torch.randn(shape).to(dtype), place) for _ in range(2))
+    mask = None
+    if masked:
+        mask = torch.ones(shape[:2], dtype=torch.bool)
+        mask[0, 1] = mask[-1, 0] = False
+        g[~mask] = torch.nan  # what is masked is not looked at
+    for per in ("sample", "token", "all"):
+        options = {"norm": norm, "per": per, "mask": mask}
+        found = []
+        for backend in ("cpp", "reference"):
+            clean = g.nan_to_num(0.0) if backend == "reference" else g
+            found.append(
+                (
+                    uk.fgm_perturbation(clean, 0.3, backend=backend, **options),
+                    uk.fgm_perturbation(
+                        clean, 0.3, backend=backend, keep_probability=0.6, seed=5, **options
+                    ),
+                    uk.pgd_step(
+                        delta, clean, step_size=0.3, radius=2.0, backend=backend, **options
+                    ),
+                )
+            )
+        for a, b in zip(*found, strict=True):
+            assert torch.equal(a == 0, b == 0)
+            torch.testing.assert_close(a, b, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["each", "all"])
+@pytest.mark.parametrize("keep_probability", [1.0, 0.5])
+def test_weights_of_all_kinds_move_at_once(together, keep_probability):
+    # size, dtype, and where the weight and its gradient begin
+    kinds = [(n, dtype, 0, 0) for dtype in TOLERANCE for n in (2, 768, 40_001)]
+    kinds += [
+        (20_003, torch.float32, 3, 3),  # no counter begins where a whole access does
+        (20_003, torch.bfloat16, 4, 4),
+        (20_003, torch.float32, 0, 3),  # element by element
+    ]
+    start = [torch.randn(n).to(dtype) for n, dtype, _, _ in kinds]
+    grads = [at_place(torch.randn_like(x), kind[3]) for x, kind in zip(start, kinds, strict=True)]
+    options = {"per": "all" if together else "tensor", "keep_probability": keep_probability}
+    found = []
+    for backend in ("cpp", "reference"):
+        params = [
+            torch.nn.Parameter(at_place(x, kind[2])) for x, kind in zip(start, kinds, strict=True)
+        ]
+        before = launches()
+        with uk.perturbed_weights(params, 0.3, gradients=grads, seed=9, backend=backend, **options):
+            if backend == "cpp":  # three dtypes and what is misaligned, twice; the factors
+                assert launches() - before == 2 * 4 + 1
+            found.append([p.detach().clone() for p in params])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, **TOLERANCE[a.dtype])
+
+
+@pytest.mark.parametrize(
+    ("per", "length", "step", "onto_ball"),
+    [
+        ("token", 768, 1, 1),  # a group is one piece's: from its norm to its step at once
+        ("sample", 768, 1, 1),
+        ("all", 768, 1, 1),
+        ("sample", 6000, 3, 5),
+    ],
+)
+def test_launches_of_a_perturbation(per, length, step, onto_ball):
+    g = torch.randn(2, 3, length)
+    before = launches()
+    uk.fgm_perturbation(g, 0.1, per=per, backend="cpp")
+    assert launches() - before == step
+    uk.pgd_step(g, g, step_size=0.1, radius=0.2, per=per, backend="cpp")
+    assert launches() - before == step + onto_ball
+    uk.pgd_step(g, g, step_size=0.1, radius=0.2, per=per, norm="linf", backend="cpp")
+    assert launches() - before == 2 * step + onto_ball
 
 
 OPTIONS = [

@@ -227,7 +227,8 @@ def group_kernel(
     value = moved(along, ptrs, factor, draw, begin, i, end, form.FULL, form)
     if form.PROJECTS:
         radius = from_bits(radius)
-        squares = tl.sum(tl.where(begin + i < end, value * value, 0.0), 0)
+        # what lies outside of the group is 0
+        squares = tl.sum(value * value, 0)
         value = projected(value, ball_factor(squares, radius), radius, form.LINF)
     write(ptrs.out, begin, i, end, value, form.FULL)
 
@@ -319,7 +320,7 @@ def part_kernel(
 
 @triton.jit
 def visit_block(at, end, i, sums, ptrs, move, draw, FULL: tl.constexpr, form):
-    """Adds a block's squares, or writes the block."""
+    """Adds a block's squares, or writes the block. What lies outside of the group is 0."""
     value = read_gradient(ptrs, at, i, end, FULL)
     if form.STAGE > 0:
         value = moved(value, ptrs, move.factor, draw, at, i, end, FULL, form)
@@ -329,7 +330,7 @@ def visit_block(at, end, i, sums, ptrs, move, draw, FULL: tl.constexpr, form):
         write(ptrs.out, at, i, end, value, FULL)
         return sums
     else:
-        return sums + tl.where(at + i < end, value * value, 0.0)
+        return sums + value * value
 
 
 _constexprs = functools.cache(triton_ops.constexprs)
