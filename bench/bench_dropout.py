@@ -32,7 +32,8 @@ def case(
 ) -> Case:
     """Returns a case. backend: of ours."""
     elements = torch.Size(shape).numel()
-    must_move = 4 * dtype.itemsize * elements  # input, output and both gradients; no mask
+    # input, output and both gradients; no mask
+    must_move = 4 * dtype.itemsize * elements
 
     def contestants() -> list[Contestant]:
         generator = torch.Generator().manual_seed(0)

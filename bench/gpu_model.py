@@ -13,8 +13,10 @@ from bench.cuda_code import Kernel, count
 
 RESULTS = cuda_code.ROOT / "bench/results/gpu_model.json"
 PAGE = cuda_code.ROOT / "docs/performance_gpu.md"
-COPY = 0.9  # of the data sheet's rate: what a copy reaches
-LATENCY = 0.8e-6  # s, of memory under load
+# of the data sheet's rate: what a copy reaches
+COPY = 0.9
+# s, of memory under load
+LATENCY = 0.8e-6
 
 
 class Gpu(typing.NamedTuple):
@@ -23,15 +25,22 @@ class Gpu(typing.NamedTuple):
     name: str
     arch: str
     multiprocessors: int
-    clock: float  # Hz
-    rate: float  # bytes/s
-    lanes: int  # float32
-    doubles: int  # lanes of float64
-    shared: int  # bytes a block may take
+    # Hz
+    clock: float
+    # bytes/s
+    rate: float
+    # float32
+    lanes: int
+    # lanes of float64
+    doubles: int
+    # bytes a block may take
+    shared: int
     clusters: bool = True
     issued: int = 128
-    special: int = 16  # conversions between float32 and float64 too
-    wide: int = 32  # 32-bit products of 64 bits: assumed, no data sheet says so
+    # conversions between float32 and float64 too
+    special: int = 16
+    # 32-bit products of 64 bits: assumed, no data sheet says so
+    wide: int = 32
     registers: int = 65536
     threads: int = 2048
 
@@ -51,13 +60,18 @@ class Case(typing.NamedTuple):
 
     name: str
     operator: str
-    kernel: str  # a pattern
-    elements: int  # of a turn of the loops
-    read: float  # bytes an element
+    # a pattern
+    kernel: str
+    # of a turn of the loops
+    elements: int
+    # bytes an element
+    read: float
     written: float
     threads: int = 256
-    turns: int = 1  # of a loop inside
-    gathers: bool = False  # statistics are taken first, 16 bytes a turn, unrolled by four
+    # of a loop inside
+    turns: int = 1
+    # statistics are taken first, 16 bytes a turn, unrolled by four
+    gathers: bool = False
     rows: int = 0
 
 

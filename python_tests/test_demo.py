@@ -53,8 +53,10 @@ def test_a_file_of_ones_own_and_options_of_the_command(sentences, tmp_path, caps
     assert "`at`: " in capsys.readouterr().out
     assert "docstrings.tsv" not in files(out)
     before = (out / "models" / "model.safetensors").read_bytes()
-    assert demo.main([*QUICK, *arguments, "--resume"]) == 0  # what is finished stays
-    assert demo.main([*QUICK, *arguments]) == 0  # begun anew, the same seed
+    # what is finished stays
+    assert demo.main([*QUICK, *arguments, "--resume"]) == 0
+    # begun anew, the same seed
+    assert demo.main([*QUICK, *arguments]) == 0
     assert (out / "models" / "model.safetensors").read_bytes() == before
 
 

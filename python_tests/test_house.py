@@ -993,15 +993,6 @@ def exact_math(path, text):
     return re.findall(r"-ffast-math|-Ofast|-?-use_fast_math", text)
 
 
-# In whose paths comments still stand at lines' ends.
-COMMENTS_AT_THE_END = (
-    "perturbation",
-    "dropout",
-    "finetune",
-    "test_demo",
-    "cuda_on_host",
-    "gpu_model",
-)
 SHAPE = re.compile(r"(#|//) (\([^)]*\)|\[[^]]*\]|\w{1,2}(, \w{1,2})+)")
 FOR_A_TOOL = re.compile(r"(#|//) *(noqa|type:|pragma|fmt:|NOLINT|namespace)")
 CODE_AND_COMMENT = re.compile(r'((?:[^"/]|"(?:[^"\\]|\\.)*"|/(?!/))*\S)\s*(//.*)')
@@ -1022,7 +1013,7 @@ def trailing_comments(path: pathlib.PurePosixPath, text: str) -> Iterator[tuple[
 @rule(
     "A comment stands on a line of its own, above what it is on; at a line's end stand shapes, and "
     "words for tools",
-    f"(?!.*({'|'.join(COMMENTS_AT_THE_END)})).*",
+    ".*",
     bad=[
         "uegr_kernels/bistage.py | x = 1  # of each pass",
         "uegr_kernels/bistage.py | f(\n  x,  # s\n)",

@@ -100,7 +100,8 @@ def test_no_gradient_is_too_small_or_too_large(backend, scale):
     torch.testing.assert_close(
         fgm_perturbation(g, 1.0, backend=backend), torch.full((2, 4), 0.5), rtol=1e-5, atol=0
     )
-    half = torch.full((1, 40000), 60000.0, dtype=torch.float16)  # its norm overflows float16
+    # its norm overflows float16
+    half = torch.full((1, 40000), 60000.0, dtype=torch.float16)
     torch.testing.assert_close(
         fgm_perturbation(half, 2.0, backend=backend), torch.full_like(half, 0.01)
     )
@@ -131,7 +132,8 @@ def test_a_norm_that_is_not_finite_gives_zero_for_its_group(backend, bad, norm):
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32], ids=str)
 def test_mask_comes_before_the_norm(backend, dtype):
     g, mask = gradient(2, 4, 3), torch.tensor([[1, 1, 0, 0], [1, 0, 1, 1]])
-    g[0, 3] = torch.nan  # padding may hold anything
+    # padding may hold anything
+    g[0, 3] = torch.nan
     shown = (mask * 2).to(dtype)
     expected = fgm_perturbation(g.nan_to_num() * mask[..., None], 0.5, backend=backend)
     assert torch.equal(fgm_perturbation(g, 0.5, mask=shown, backend=backend), expected)
@@ -258,7 +260,8 @@ def parameters(dtype=torch.float32):
         for shape in ((4, 5), (5,), (), (3, 2), (0, 3))
     ]
     for i, param in enumerate(params):
-        if i != 1:  # params[1] has no gradient
+        # params[1] has no gradient
+        if i != 1:
             param.grad = gradient(*param.shape, dtype=dtype, seed=i)
     return params
 
@@ -305,7 +308,8 @@ def test_weights_come_back_after_an_exception(backend):
     with pytest.raises(KeyboardInterrupt), perturbed_weights(params, 0.3, backend=backend):
         assert not torch.equal(params[0], before[0])
         with torch.no_grad():
-            params[0].zero_()  # a step inside is undone too
+            # a step inside is undone too
+            params[0].zero_()
         raise KeyboardInterrupt
     assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))
 
@@ -321,7 +325,8 @@ def test_weights_gradients_given(backend):
         perturbed_weights([], 1.0, backend=backend),
         perturbed_weights([torch.zeros(3)], 1.0, backend=backend),
     ):
-        pass  # nothing to move
+        # nothing to move
+        pass
 
 
 def test_weights_mask_has_the_parameters_position_as_stream(backend):
@@ -443,7 +448,8 @@ def test_native_weights_agree_with_the_reference_from_any_number_of_threads(nati
             laid_out(gradient(*s, dtype=d, seed=1), "transposed")
             for s, d in zip(shapes, (*DTYPES, DTYPES[1]), strict=True)
         ]
-        params.append(params[3])  # the same memory twice
+        # the same memory twice
+        params.append(params[3])
         grads = [gradient(*p.shape, dtype=p.dtype, seed=i) for i, p in enumerate(params)]
         with perturbed_weights(
             params,
@@ -632,7 +638,8 @@ def test_derivatives_of_constants_are_refused(backend, name):
     )
 
 
-@pytest.mark.filterwarnings("error")  # NumPy warns where a comparison overflows its narrow types
+# NumPy warns where a comparison overflows its narrow types
+@pytest.mark.filterwarnings("error")
 def test_numpys_numbers_are_taken(backend):
     g = gradient(2, 3, 4)
     plain = {"epsilon": 0.5, "keep_probability": 0.25, "seed": 3, "step": 2}

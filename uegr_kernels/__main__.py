@@ -140,6 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if callable(signal.getsignal(signal.SIGINT)):  # the package's own, until it was imported
+    # the package's own, until it was imported
+    if callable(signal.getsignal(signal.SIGINT)):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

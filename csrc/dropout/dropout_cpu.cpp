@@ -15,9 +15,10 @@
 namespace uegr {
 namespace {
 
-constexpr int64_t thread_blocks = 64;   // that are worth a thread
-constexpr int64_t least_part =
-    1 << 16; // elements, at least, whose squares are added up on their own: so threads do not show
+// blocks that are worth a thread
+constexpr int64_t thread_blocks = 64;
+// elements, at least, whose squares are added up on their own: so threads do not show
+constexpr int64_t least_part = 1 << 16;
 constexpr int64_t most_parts = 64;
 
 template <class T> std::vector<T> values(const View& view, int64_t n) {
@@ -68,7 +69,8 @@ template <class T> struct Call {
             prefetch_block(in, begin + block_size);
             fill_words(words, block_size, begin / 4, 0, 0, keys);
             const T* block = block_at(in, begin, n, from);
-            const bool direct = out.storage == storage_of<T> && n == block_size; // out is fresh
+            // out is fresh
+            const bool direct = out.storage == storage_of<T> && n == block_size;
             T* result = direct ? reinterpret_cast<T*>(out.data) + begin : to;
             drop_block(block, words, &limits[unit], &scales[unit], result);
             if (!direct) store_block(out, begin, n, to);

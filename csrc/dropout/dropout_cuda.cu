@@ -10,15 +10,18 @@
 namespace uegr {
 namespace {
 
-constexpr int width = 32, depth = 8; // a block's threads along the units and along the rows
-constexpr int64_t part_rows = 64; // at least, of a part whose squares are added up on their own
+// a block's threads along the units and along the rows
+constexpr int width = 32, depth = 8;
+// at least, of a part whose squares are added up on their own
+constexpr int64_t part_rows = 64;
 constexpr int rate_threads = 1024;
 
 struct Call {
     const char* in;
     char* out;
     Storage storage;
-    int64_t rows, units, part; // part: rows of it
+    // part: rows of it
+    int64_t rows, units, part;
     const float* rates;
     const int64_t* key;
     double* sums; // [parts, units]
@@ -30,7 +33,8 @@ template <Storage storage> struct Full {
     struct Raw {
         Pack<uint32_t> part[storage == Storage::float32 ? 2 : 1];
     };
-    static constexpr int parts = sizeof(Raw) / 16, size = 2 * parts; // bytes of an element
+    // bytes of an element
+    static constexpr int parts = sizeof(Raw) / 16, size = 2 * parts;
 
     static DEVICE Raw load(const Call& c, int64_t l) {
         Raw raw;

@@ -13,7 +13,8 @@ namespace uegr {
 // One tensor of a call: out = x + step along g, x without data being 0.
 struct PerturbedTensor {
     View g, x, out;
-    int64_t size = 0, length = 0; // elements; of a group with one norm
+    // elements; of a group with one norm
+    int64_t size = 0, length = 0;
     uint32_t stream = 0;
 
     int64_t groups() const { return size / length; }
@@ -35,16 +36,21 @@ struct PerturbationArguments {
     Norm norm = Norm::l2;
     double epsilon, radius = HUGE_VAL;
     bool projects = false;
-    bool together = false; // one norm over all tensors
-    bool in_order = false; // some tensors share memory: one is written after the other
-    View mask;             // of tokens of `token` elements each; without data: none
+    // one norm over all tensors
+    bool together = false;
+    // some tensors share memory: one is written after the other
+    bool in_order = false;
+    // of tokens of `token` elements each; without data: none
+    View mask;
     int64_t token = 1;
     bool random = false;
     int64_t seed = 0;
-    const int64_t* seed_on_gpu = nullptr; // in the place of `seed`
+    // in the place of `seed`
+    const int64_t* seed_on_gpu = nullptr;
     uint32_t step = 0;
     int32_t limit = 1 << 24;
-    std::vector<PerturbedTensor> tensors; // none of them empty
+    // none of them empty
+    std::vector<PerturbedTensor> tensors;
 
     // One tensor in groups by `per`, and its mask of the first axes.
     PerturbationArguments(const Tensor& grad, const Tensor* delta, const Tensor& out,

@@ -16,15 +16,17 @@ namespace uegr {
 namespace {
 
 constexpr int64_t piece_size = 1 << 14;
-constexpr int64_t cached_size =
-    1 << 18; // elements that stay in a second-level cache from the norm to the step
-constexpr int64_t thread_size = 1 << 14; // elements that are worth a thread
+// elements that stay in a second-level cache from the norm to the step
+constexpr int64_t cached_size = 1 << 18;
+// elements that are worth a thread
+constexpr int64_t thread_size = 1 << 14;
 
 // One tensor of a call.
 struct Entry : PerturbedTensor {
     int64_t first_piece = 0, first_group = 0;
 
-    int64_t pieces() const { return (length + piece_size - 1) / piece_size; } // of a group
+    // of a group
+    int64_t pieces() const { return (length + piece_size - 1) / piece_size; }
     bool is_double() const {
         return g.storage == Storage::float64 || out.storage == Storage::float64 ||
                (x.data && x.storage == Storage::float64);
@@ -38,10 +40,12 @@ struct Piece {
 
 struct Call {
     const PerturbationArguments& arguments;
-    std::vector<uint8_t> real; // the mask, where there is one
+    // the mask, where there is one
+    std::vector<uint8_t> real;
     std::vector<Entry> entries;
     int64_t pieces = 0, groups = 0, size = 0;
-    std::vector<double> squares, direction_factors, ball_factors; // by piece; by group
+    // by piece; by group
+    std::vector<double> squares, direction_factors, ball_factors;
 
     explicit Call(const PerturbationArguments& arguments) : arguments(arguments) {
         for (const PerturbedTensor& t : arguments.tensors) {
@@ -237,7 +241,8 @@ template <Norm norm> void run(Call& call) {
     const Entry& first = call.entries[0];
     if (call.entries.size() == 1 && first.length <= cached_size &&
         call.groups >= static_cast<int64_t>(torch::stable::get_num_threads())) {
-        const int64_t pieces = first.pieces(); // every group on its own, while it is in cache
+        // every group on its own, while it is in cache
+        const int64_t pieces = first.pieces();
         parallel(0, call.groups, [&](Thread& thread, int64_t group) {
             auto each = [&](auto f) {
                 for (int64_t p = group * pieces; p < (group + 1) * pieces; ++p) f(thread, p);

@@ -15,13 +15,13 @@ constexpr int most_threads = 256;
 
 // One tensor of a call; none is empty.
 struct Entry {
-    Slot g, x, out; // out = x + step along g; no data: x is 0
+    // out = x + step along g; no data: x is 0
+    Slot g, x, out;
     int64_t size = 0, length = 0, first_piece = 0, first_group = 0;
     int64_t stream = 0;
 
-    HOST_DEVICE int64_t pieces() const {
-        return (length + piece_size - 1) / piece_size;
-    } // of a group
+    // of a group
+    HOST_DEVICE int64_t pieces() const { return (length + piece_size - 1) / piece_size; }
     HOST_DEVICE int64_t groups() const { return size / length; }
 };
 
@@ -29,12 +29,16 @@ struct Call {
     Norm norm = Norm::l2;
     double epsilon = 0, radius = HUGE_VAL;
     bool projects = false;
-    bool together = false; // one norm over all entries
-    bool alone = false;    // a group is a piece: its block finds its factors
-    Slot mask;             // of tokens of `token` elements each
+    // one norm over all entries
+    bool together = false;
+    // a group is a piece: its block finds its factors
+    bool alone = false;
+    // of tokens of `token` elements each
+    Slot mask;
     int64_t token = 1;
     bool random = false;
-    const int64_t* seed = nullptr; // on the device, or null for
+    // on the device, or null for
+    const int64_t* seed = nullptr;
     int64_t seed_value = 0;
     uint32_t step = 0;
     int32_t limit = 1 << 24;
@@ -42,8 +46,8 @@ struct Call {
     const int64_t* axes = nullptr;
     int count = 0;
     int64_t pieces = 0, groups = 0;
-    double *squares = nullptr, *direction_factors = nullptr,
-           *ball_factors = nullptr; // by piece; by group
+    // by piece; by group
+    double *squares = nullptr, *direction_factors = nullptr, *ball_factors = nullptr;
 };
 
 struct Piece {
@@ -139,7 +143,8 @@ template <class A> DEVICE int on_turn(int turn, int i) {
 // size. Indices of less than 2^15 are divided by at most 2^14: by a product, exactly.
 struct Tokens {
     int64_t first = 0;
-    uint32_t inverse = 0, behind = 0; // elements of the first token that are not the piece's
+    // elements of the first token that are not the piece's
+    uint32_t inverse = 0, behind = 0;
 
     DEVICE Tokens(const Call& call, const Piece& piece) {
         if (!call.mask.data) return;
@@ -340,7 +345,8 @@ using Kernel = void (*)(Call, int64_t first_piece, bool backwards);
 // Entries that follow each other and share their launches, and the kernels for their dtype.
 struct Run {
     Kernel squares, moved_squares, take_step;
-    int64_t at_once; // elements that a thread asks for
+    // elements that a thread asks for
+    int64_t at_once;
     int64_t first_piece = 0, pieces = 0, longest = 0;
 };
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from uegr_kernels.core import native
 
-assert native.load()[0] == "baseline"  # the operators below are called past what would load it
+# the operators below are called past what would load it
+assert native.load()[0] == "baseline"
 LOSSES = torch.ops.uegr_kernels
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -40,7 +41,8 @@ def agree(found, x, loss_of):
     close = {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(loss, expected.detach().float(), **close)
     torch.testing.assert_close(parts[0], expected.detach().float(), **close)
-    assert not parts[1:].any()  # no adversarial loss, no divergence
+    # no adversarial loss, no divergence
+    assert not parts[1:].any()
     torch.testing.assert_close(gradient, wide.grad.float(), **close)
 
 

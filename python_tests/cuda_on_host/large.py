@@ -14,14 +14,21 @@ from uegr_kernels.core import native
 @pytest.mark.parametrize(
     ("classes", "passes"),
     [
-        (5, 2),  # a warp, ragged
-        (100, 2),  # a block of a warp
-        (1024, 1),  # no pairs
-        (2000, 2),  # a block
+        # a warp, ragged
+        (5, 2),
+        # a block of a warp
+        (100, 2),
+        # no pairs
+        (1024, 1),
+        # a block
+        (2000, 2),
         (2003, 2),
-        (5000, 2),  # a cluster of 2
-        (9001, 2),  # of 4, ragged
-        (5000, 3),  # three passes, a cluster of 2
+        # a cluster of 2
+        (5000, 2),
+        # of 4, ragged
+        (9001, 2),
+        # three passes, a cluster of 2
+        (5000, 3),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -30,7 +37,8 @@ def test_losses(classes, passes, dtype, in_place):
     clean, adversarial = (
         3 * torch.randn(*shape, 3, classes).to(dtype) for shape in ((), (passes,))
     )
-    adversarial[0, 1, 2] = 40  # a class that dominates its row
+    # a class that dominates its row
+    adversarial[0, 1, 2] = 40
     labels = torch.tensor([1, -100, classes - 1])
     found = []
     for backend in ("cpp", "reference"):
@@ -54,11 +62,15 @@ def test_losses(classes, passes, dtype, in_place):
 @pytest.mark.parametrize(
     ("classes", "m"),
     [
-        (1500, 2),  # a block of 128 threads; every row begins elsewhere
+        # a block of 128 threads; every row begins elsewhere
+        (1500, 2),
         (2003, 1),
-        (5003, 2),  # a block, or a cluster of 2
-        (9001, 2),  # a cluster of 2, or of 4
-        (1027, 0),  # labels alone
+        # a block, or a cluster of 2
+        (5003, 2),
+        # a cluster of 2, or of 4
+        (9001, 2),
+        # labels alone
+        (1027, 0),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -76,7 +88,8 @@ def test_rows_that_begin_anywhere(classes, m, dtype, smoothing):
         options = {"js_weight": 1.0, "label_smoothing": smoothing, "reduction": "none"}
         loss = uk.uegr_loss(x, y, labels, backend=backend, **options)
         loss.sum().backward()
-        with torch.no_grad():  # the forward alone
+        # the forward alone
+        with torch.no_grad():
             alone = uk.uegr_loss(x, y, labels, backend=backend, **options)
         assert torch.equal(alone, loss.detach())
         found.append((loss.detach(), x.grad, *(() if y is None else (y.grad,))))
@@ -92,13 +105,19 @@ def test_rows_that_begin_anywhere(classes, m, dtype, smoothing):
 @pytest.mark.parametrize(
     ("classes", "m", "soft"),
     [
-        (6, 3, False),  # a chunk or two
-        (1003, 4, False),  # every row begins elsewhere
+        # a chunk or two
+        (6, 3, False),
+        # every row begins elsewhere
+        (1003, 4, False),
         (1003, 2, True),
-        (3001, 8, True),  # a cluster
-        (514, 0, True),  # labels alone
-        (257, 1, True),  # no pairs
-        (40, 9, False),  # more passes than stay on chip: the sweep
+        # a cluster
+        (3001, 8, True),
+        # labels alone
+        (514, 0, True),
+        # no pairs
+        (257, 1, True),
+        # more passes than stay on chip: the sweep
+        (40, 9, False),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -107,7 +126,8 @@ def test_many_passes_and_soft_labels(classes, m, soft, dtype):
     clean = 3 * torch.randn(rows, classes).to(dtype)
     adversarial = 3 * torch.randn(m, rows, classes).to(dtype) if m else None
     if m:
-        adversarial[0, 1, 2] = 40  # a class that dominates its row
+        # a class that dominates its row
+        adversarial[0, 1, 2] = 40
         adversarial[m - 1, 2, 0] = -torch.inf
         adversarial[:, 3, 1] = -torch.inf
     labels = torch.tensor([0, classes - 1, -100, 5, 4])
@@ -133,7 +153,8 @@ def test_many_passes_and_soft_labels(classes, m, soft, dtype):
 @pytest.mark.parametrize("m", [2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_infinite_logits(where, m, dtype):
-    x = torch.randn(m, 3, 1001).to(dtype)  # rows begin anywhere
+    # rows begin anywhere
+    x = torch.randn(m, 3, 1001).to(dtype)
     if where == "a row":
         x[0, 1] = -torch.inf
     else:
@@ -154,10 +175,12 @@ def test_infinite_logits(where, m, dtype):
 @pytest.mark.parametrize(
     ("shape", "m", "expected"),
     [
-        ((16, 2), 2, 1),  # a fine-tuning batch: one launch
+        # a fine-tuning batch: one launch
+        ((16, 2), 2, 1),
         ((16, 2), 0, 1),
         ((64, 64), 2, 1),
-        ((65, 2), 2, 3),  # count, loss, sum
+        # count, loss, sum
+        ((65, 2), 2, 3),
         ((16, 65), 2, 3),
     ],
 )
@@ -201,7 +224,8 @@ def test_small_divergences_are_exact(dominated):
 
 
 @pytest.mark.parametrize("refused", ["nothing", "large clusters", "clusters"])
-@pytest.mark.parametrize("classes", [5000, 33_000])  # clusters of 2, and of 16
+# clusters of 2, and of 16
+@pytest.mark.parametrize("classes", [5000, 33_000])
 def test_a_device_that_refuses_clusters_sweeps(monkeypatch, refused, classes):
     monkeypatch.setenv("CUDA_ON_HOST_REFUSES", refused)
     x = (3 * torch.randn(2, 1, classes)).requires_grad_()
@@ -236,12 +260,16 @@ TOLERANCE = {
     [
         ((2, 3, 64), 0, True),
         ((2, 3, 64), 0, False),
-        ((3, 5, 61), 0, False),  # groups begin anywhere
+        # groups begin anywhere
+        ((3, 5, 61), 0, False),
         ((2, 3, 64), 1, False),
-        ((2, 3, 5500), 0, True),  # several pieces, with ends of tokens within
-        ((2, 3, 5501), 4, False),  # every piece has ends; whole counters, or half packs
+        # several pieces, with ends of tokens within
+        ((2, 3, 5500), 0, True),
+        # every piece has ends; whole counters, or half packs
+        ((2, 3, 5501), 4, False),
         ((2, 3, 5501), 3, False),
-        ((1, 2, 20_000), 0, True),  # tokens longer than a piece
+        # tokens longer than a piece
+        ((1, 2, 20_000), 0, True),
         ((1, 2, 20_000), 2, True),
     ],
     ids=str,
@@ -253,7 +281,8 @@ def test_perturbations_of_tensors_that_begin_anywhere(shape, place, masked, norm
     if masked:
         mask = torch.ones(shape[:2], dtype=torch.bool)
         mask[0, 1] = mask[-1, 0] = False
-        g[~mask] = torch.nan  # what is masked is not looked at
+        # what is masked is not looked at
+        g[~mask] = torch.nan
     for per in ("sample", "token", "all"):
         options = {"norm": norm, "per": per, "mask": mask}
         found = []
@@ -281,9 +310,11 @@ def test_weights_of_all_kinds_move_at_once(together, keep_probability):
     # size, dtype, and where the weight and its gradient begin
     kinds = [(n, dtype, 0, 0) for dtype in TOLERANCE for n in (2, 768, 40_001)]
     kinds += [
-        (20_003, torch.float32, 3, 3),  # no counter begins where a whole access does
+        # no counter begins where a whole access does
+        (20_003, torch.float32, 3, 3),
         (20_003, torch.bfloat16, 4, 4),
-        (20_003, torch.float32, 0, 3),  # element by element
+        # element by element
+        (20_003, torch.float32, 0, 3),
     ]
     start = [torch.randn(n).to(dtype) for n, dtype, _, _ in kinds]
     grads = [at_place(torch.randn_like(x), kind[3]) for x, kind in zip(start, kinds, strict=True)]
@@ -295,7 +326,8 @@ def test_weights_of_all_kinds_move_at_once(together, keep_probability):
         ]
         before = launches()
         with uk.perturbed_weights(params, 0.3, gradients=grads, seed=9, backend=backend, **options):
-            if backend == "cpp":  # three dtypes and what is misaligned, twice; the factors
+            # three dtypes and what is misaligned, twice; the factors
+            if backend == "cpp":
                 assert launches() - before == 2 * 4 + 1
             found.append([p.detach().clone() for p in params])
     for a, b in zip(*found, strict=True):
@@ -305,7 +337,8 @@ def test_weights_of_all_kinds_move_at_once(together, keep_probability):
 @pytest.mark.parametrize(
     ("per", "length", "step", "onto_ball"),
     [
-        ("token", 768, 1, 1),  # a group is one piece's: from its norm to its step at once
+        # a group is one piece's: from its norm to its step at once
+        ("token", 768, 1, 1),
         ("sample", 768, 1, 1),
         ("all", 768, 1, 1),
         ("sample", 6000, 3, 5),

@@ -12,8 +12,10 @@ import uegr_kernels as uk
 from uegr_kernels.core import native
 from uegr_kernels.divergence import op
 
-assert native.load()[0] == "baseline"  # the operators below are called past what would load it
-KEPT = []  # the memory lives as long as the process
+# the operators below are called past what would load it
+assert native.load()[0] == "baseline"
+# the memory lives as long as the process
+KEPT = []
 
 
 def read_only(values: torch.Tensor) -> torch.Tensor:
@@ -33,7 +35,8 @@ def read_only(values: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-SHAPES = [(2, 3, 16), (2, 3, 7), (5, 2048), (33,)]  # whole accesses, single elements, a bias
+# whole accesses, single elements, a bias
+SHAPES = [(2, 3, 16), (2, 3, 7), (5, 2048), (33,)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -50,7 +53,8 @@ def test_gradients_times_one(shape, dtype):
 
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
 def test_rows_times_one_beside_others(shape):
-    values, factors = torch.randn(shape), torch.arange(shape[-2]).float()  # 0, 1, 2, ..
+    # 0, 1, 2, ..
+    values, factors = torch.randn(shape), torch.arange(shape[-2]).float()
     found = values.clone()
     torch.ops.uegr_kernels.scale_gradients_([found], factors)
     torch.testing.assert_close(found, values * factors[:, None], rtol=0, atol=0)

@@ -36,7 +36,8 @@ def test_native_agrees_with_the_reference_from_any_number_of_threads(native, dty
     h.view(-1)[5:6] = torch.inf
     rates[:1] = 1.0
     results = []
-    for threads in (1, 2, 4)[: 3 if native == "cpp" else 1]:  # the interpreter has one
+    # the interpreter has one
+    for threads in (1, 2, 4)[: 3 if native == "cpp" else 1]:
         torch.set_num_threads(threads)
         results.append(
             (

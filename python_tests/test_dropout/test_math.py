@@ -45,7 +45,8 @@ def test_gradcheck(backend):
 
 def test_rates_follow_the_norms(backend):
     module = AdaptiveDropout(4, p=0.2, max_p=0.5, backend=backend)
-    teach(module, [0.0, 1.0, 2.0, 13.0])  # the mean is 4: rates 0, 0.05, 0.1 and, cut, 0.5
+    # the mean is 4: rates 0, 0.05, 0.1 and, cut, 0.5
+    teach(module, [0.0, 1.0, 2.0, 13.0])
     x = torch.ones(20000, 4)
     expected = uniform(x.shape, next_key()) < torch.tensor([0.0, 0.05, 0.1, 0.5])
     h = module(x)
@@ -67,7 +68,8 @@ def test_moving_average(backend):
     assert module.gradient_norm.tolist() == [1.0, 2.0, 0.0] and module.pending.count_nonzero() == 0
     teach(module, [5.0, 2.0, 4.0])
     assert module.gradient_norm.tolist() == [2.0, 2.0, 1.0]
-    module(torch.ones(2, 3))  # nothing seen since
+    # nothing seen since
+    module(torch.ones(2, 3))
     assert module.gradient_norm.tolist() == [2.0, 2.0, 1.0]
 
 

@@ -102,7 +102,8 @@ def test_replace_dropout_skips_by_name(skip, kept):
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, nn.Dropout)
     ]
-    if "attention.twice" in kept:  # one module under two names, which stays one
+    # one module under two names, which stays one
+    if "attention.twice" in kept:
         kept = sorted({*kept, "twice"})
     count = replace_dropout(model, skip=skip)
     after = {

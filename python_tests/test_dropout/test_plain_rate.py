@@ -28,7 +28,8 @@ def test_four_axes_have_no_units(backend, num_features):
             assert torch.equal(h, nn.functional.dropout(x, 0.4))
             h.sum().backward()
     assert torch.equal(module.get_extra_state(), before)
-    teach(module.to(torch.float64), torch.ones(5))  # what has units still adapts
+    # what has units still adapts
+    teach(module.to(torch.float64), torch.ones(5))
     assert module.gradient_norm.all()
 
 

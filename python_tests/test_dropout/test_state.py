@@ -23,7 +23,8 @@ def test_activation_checkpointing(backend, reentrant):
         module, linear = AdaptiveDropout(6, p=0.5, backend=backend), nn.Linear(6, 6)
         teach(module, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
         x = torch.ones(4, 6, requires_grad=True)
-        module(x).sum().backward()  # leaves something to fold: by the forward, not by the recompute
+        # leaves something to fold: by the forward, not by the recompute
+        module(x).sum().backward()
         x.grad = None
 
         def block(x, linear=linear, module=module):
@@ -42,7 +43,8 @@ def test_state_dict(backend):
     module = taught(backend=backend)
     assert set(module.state_dict()) == {"_extra_state"} and not list(module.buffers())
     assert module.get_extra_state().tolist()[0] == [1.0, 2.0, 3.0]
-    for other in (AdaptiveDropout(), AdaptiveDropout(3)):  # sized by the state, or already
+    # sized by the state, or already
+    for other in (AdaptiveDropout(), AdaptiveDropout(3)):
         other.load_state_dict(module.state_dict())
         assert_same_state(other, module)
     fresh = AdaptiveDropout()
@@ -194,7 +196,8 @@ def test_from_the_meta_device(num_features):
     finally:
         torch.use_deterministic_algorithms(False)
     assert_new(moved, 4)
-    assert_new(copy.deepcopy(module), 4)  # whose owner moved parameters and buffers alone
+    # whose owner moved parameters and buffers alone
+    assert_new(copy.deepcopy(module), 4)
     loaded = copy.deepcopy(module)
     loaded.load_state_dict(taught([1.0, 2.0, 3.0, 4.0]).state_dict(), assign=True)
     assert loaded.gradient_norm.tolist() == [1.0, 2.0, 3.0, 4.0]
@@ -254,7 +257,8 @@ def test_the_state_stays_wide(backend):
     module = AdaptiveDropout(3, backend=backend).half()
     assert module.gradient_norm.dtype == torch.float32
     x = torch.ones(2, 3, dtype=torch.float16, requires_grad=True)
-    module(x).backward(torch.full_like(x, 1000.0))  # its square overflows float16
+    # its square overflows float16
+    module(x).backward(torch.full_like(x, 1000.0))
     assert module.pending.tolist() == [2e6] * 3 and x.grad.dtype == torch.float16
     # nor do its values pass through 16 bits
     for cast in (module.half, module.bfloat16, module.to_empty):

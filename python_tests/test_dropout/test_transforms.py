@@ -27,7 +27,8 @@ def test_compiled(backend, compiler, num_features):
         x = torch.randn(n, 6, requires_grad=True)
         h = compiled(x)
         h.square().sum().backward()
-        plain(torch.ones(1, 6))  # folds; the same gradients reach it by hand
+        # folds; the same gradients reach it by hand
+        plain(torch.ones(1, 6))
         torch.testing.assert_close(module.gradient_norm, plain.gradient_norm)
         reference.add_squares_(plain.pending, (4 * h).square().sum(0).detach())
         torch.testing.assert_close(module.pending, plain.pending)

@@ -165,9 +165,8 @@ def test_every_recipe(train, tmp_path, recipe):
 
 
 @pytest.mark.parametrize("model", ["bert", "textcnn"])
-@pytest.mark.parametrize(
-    "after", [1, 6, 8]
-)  # in the first epoch, at its end (6 steps), in the second
+# in the first epoch, at its end (6 steps), in the second
+@pytest.mark.parametrize("after", [1, 6, 8])
 def test_a_stopped_run_goes_on_exactly(train, bert, tmp_path, monkeypatch, model, after, capsys):
     arguments = ["--train", train, "--model", bert if model == "bert" else model, "--lr", 5e-3]
     whole, parted = tmp_path / "whole", tmp_path / "parted"
@@ -236,7 +235,8 @@ def test_a_run_killed_after_its_last_step_ends_as_it_would_have(train, tmp_path,
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     assert run(*arguments, "--output", whole) == 0
 
-    def killed(*_, **__):  # where the checkpoints are to go, after the last of them
+    # where the checkpoints are to go, after the last of them
+    def killed(*_, **__):
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -369,7 +369,8 @@ def test_overwriting_leaves_what_others_wrote(train, tmp_path):
     assert inside.exists() and (out / "thesis.txt").read_text() == "years of work"
     assert not (out / "at").exists() and not (out / "plain" / "0").exists()
     settings = out / "settings.json"
-    assert not settings.exists()  # an editor's would be taken for ours
+    # an editor's would be taken for ours
+    assert not settings.exists()
 
 
 @pytest.mark.parametrize("after", [["--recipe", "plain"], ["--compare", "plain,at"], ["diverged"]])
@@ -388,7 +389,8 @@ def test_overwriting_leaves_no_file_of_the_model_before(train, bert, tmp_path, a
         assert {each.name for each in out.iterdir()} == {*kept, "report.png", "plain", "at"}
     else:
         assert run(*small, *after) == 0
-        assert not (out / "config.json").exists()  # Transformers would read TextCNN's weights by it
+        # Transformers would read TextCNN's weights by it
+        assert not (out / "config.json").exists()
         arguments += ["--overwrite", "--model", bert]
         assert run(*arguments, *after) == 0
         assert load(out).model.config.model_type == "bert"
@@ -537,7 +539,8 @@ def test_models_that_cannot_be_read(train, bert, tmp_path, capsys):
     (tmp_path / "weights" / "model.safetensors").write_bytes(b"{}")
     for file in (tmp_path / "tokenizer").glob("*tok*"):
         file.unlink()
-    (tmp_path / "tokenizer" / "vocab.txt").unlink()  # Transformers makes an empty one
+    # Transformers makes an empty one
+    (tmp_path / "tokenizer" / "vocab.txt").unlink()
     for model, said in (
         (tmp_path / "weights", "holds no model that Transformers can load ("),
         (tmp_path / "tokenizer", "its tokenizer knows none of the texts' words; where"),
@@ -605,7 +608,8 @@ def test_mistakes_are_named_and_nothing_is_written(train, tmp_path, capsys, monk
 
 def test_the_function_takes_the_command_s_arguments(train, tmp_path):
     options = {"model": "textcnn", "epochs": 2, "lr": 1e-2, "device": "cpu", "seeds": 2}
-    options |= {"recipe_options": {"passes": 3, "alpha": 2.0}}  # uegr's and r_drop's
+    # uegr's and r_drop's
+    options |= {"recipe_options": {"passes": 3, "alpha": 2.0}}
     found = finetune(train, tmp_path / "out", compare=["r_drop", "uegr"], **options)
     assert found == json.loads((tmp_path / "out" / "report.json").read_text())
     assert [(run["recipe"], run["seed"]) for run in found["runs"]] == [

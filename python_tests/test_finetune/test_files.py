@@ -325,7 +325,8 @@ def test_missing_file(tmp_path):
 
 
 def test_long_texts_are_cut_with_one_warning(tmp_path):
-    long = "word " * 2_000_000  # 10 MB
+    # 10 MB
+    long = "word " * 2_000_000
     content = f"label\ttext\npos\tgood\nneg\t{long}\npos\t{long}\n"
     with pytest.warns(UserWarning, match=r"line 3: a text of more than 100,000.*1 more") as seen:
         found = read(tmp_path, "a.tsv", content)

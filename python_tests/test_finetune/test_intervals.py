@@ -26,7 +26,8 @@ def test_bootstrap_of_one_seed():
 
 
 def test_bootstrap_draws_seeds_too():
-    seeds = [(np.full(50, value),) for value in (0.0, 1.0)]  # within a seed nothing varies
+    # within a seed nothing varies
+    seeds = [(np.full(50, value),) for value in (0.0, 1.0)]
     assert bootstrap(lambda x: float(x.mean()), seeds) == (0.5, 0.0, 1.0)
 
 

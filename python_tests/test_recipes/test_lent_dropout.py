@@ -236,7 +236,8 @@ def test_two_recipes_share_the_dropouts():
     first.backward(*batch())
     first.close()
     second.backward(*batch())
-    assert second.state_dict()["adaptive_dropout"]["dropout"][0].any()  # folded by the second
+    # folded by the second
+    assert second.state_dict()["adaptive_dropout"]["dropout"][0].any()
     second.close()
     first.close()
     assert_same_modules(model, before)

@@ -71,8 +71,10 @@ class AdaptiveDropout(nn.Module):
             momentum,
             backend,
         )
-        self._name = ""  # in a model, for the warning
-        self._make(num_features or 0, torch.float32, None)  # empty until the size is known
+        # in a model, for the warning
+        self._name = ""
+        # empty until the size is known
+        self._make(num_features or 0, torch.float32, None)
 
     def forward(self, input: Tensor) -> Tensor:
         """Drops units of the input, in training mode."""
@@ -85,7 +87,8 @@ class AdaptiveDropout(nn.Module):
         # A call inside a backward is a recompute, which has to find the rates of its forward.
         fold = torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
         norm = self.gradient_norm
-        if self._plain:  # the same operator on norms of 0: a recompute may be of the call before
+        # the same operator on norms of 0: a recompute may be of the call before
+        if self._plain:
             norm, fold = torch.zeros_like(norm), False
         key = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=input.device)
         return op.dropped(
@@ -109,7 +112,8 @@ class AdaptiveDropout(nn.Module):
         else zeros.
         """
         norm, pending = self.gradient_norm, self.pending
-        if norm.is_meta:  # nothing was seen there, and a checkpoint wants values
+        # nothing was seen there, and a checkpoint wants values
+        if norm.is_meta:
             norm = pending = torch.zeros_like(norm, device="cpu")
         return torch.stack((norm, pending, torch.full_like(norm, float(self._plain))))
 
@@ -150,7 +154,8 @@ class AdaptiveDropout(nn.Module):
 
     def _make(self, units: int, dtype: torch.dtype, device: torch.device | None) -> None:
         """Makes the state of a module that has seen nothing."""
-        with torch.inference_mode(False):  # what is made inside it cannot be written in training
+        # what is made inside it cannot be written in training
+        with torch.inference_mode(False):
             self.gradient_norm = torch.zeros(units, dtype=dtype, device=device)
             self.pending = torch.zeros(units, dtype=dtype, device=device)
         self._used = self._plain = False
@@ -163,7 +168,8 @@ class AdaptiveDropout(nn.Module):
             for name in STATE:
                 old = getattr(self, name)
                 new = fn(old)
-                if new.dtype not in (torch.float32, torch.float64):  # squares do not fit 16 bits
+                # squares do not fit 16 bits
+                if new.dtype not in (torch.float32, torch.float64):
                     new = torch.empty_like(old, dtype=torch.float32, device=new.device)
                 if new is not old:
                     new.zero_() if old.is_meta else new.copy_(old)
@@ -247,7 +253,8 @@ class AdaptiveDropout(nn.Module):
     ) -> None:
         key, buffers = prefix + "_extra_state", [prefix + name for name in STATE]
         own = dict(state_dict)
-        if all(name in own for name in buffers):  # of a version in which they were buffers
+        # of a version in which they were buffers
+        if all(name in own for name in buffers):
             norm, pending = map(own.pop, buffers)
             own.setdefault(key, torch.stack((norm, pending, torch.zeros_like(norm))))
         reason = self._why_not(own[key]) if key in own else None
@@ -257,7 +264,8 @@ class AdaptiveDropout(nn.Module):
         super()._load_from_state_dict(
             own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if key in missing_keys:  # a checkpoint of the model with nn.Dropout has none
+        # a checkpoint of the model with nn.Dropout has none
+        if key in missing_keys:
             missing_keys.remove(key)
 
     def extra_repr(self) -> str:
@@ -307,7 +315,8 @@ def replace_dropout(model: nn.Module, *, skip: Iterable[str] = (), **options: An
             raise TypeError(
                 f"skip names {pattern!r}, a {kind}; give patterns, such as '*attention*'"
             )
-    AdaptiveDropout(**options)  # raises for wrong options
+    # raises for wrong options
+    AdaptiveDropout(**options)
     places = [
         (parent, name, f"{path}.{name}" if path else name, child)
         for path, parent in model.named_modules()

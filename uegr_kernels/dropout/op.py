@@ -63,7 +63,8 @@ class _Context(Context, Protocol):
 def _setup(ctx: _Context, inputs: tuple[Tensor, ...], output: object) -> None:
     _, rates, key, pending = inputs
     ctx.save_for_backward(rates, key)
-    ctx.pending = pending  # not saved: other calls and backwards write into it in between
+    # not saved: other calls and backwards write into it in between
+    ctx.pending = pending
 
 
 def _backward_by(

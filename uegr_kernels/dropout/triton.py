@@ -18,10 +18,14 @@ from torch import Tensor
 from ..core import triton_ops
 from ..core.triton_ops import from_bits
 
-UNITS = 256  # of a tile, at most
-ROWS = 4096  # elements of a tile at a time
-AT_ONCE = tl.constexpr(1024)  # units, or parts, of a loop over all of them
-PARTS = 256  # of the rows, at most
+# units of a tile, at most
+UNITS = 256
+# elements of a tile at a time
+ROWS = 4096
+# units, or parts, of a loop over all of them
+AT_ONCE = tl.constexpr(1024)
+# parts of the rows, at most
+PARTS = 256
 
 # ---- The formulas
 
@@ -64,10 +68,14 @@ class Form(typing.NamedTuple):
 
     ROWS: int
     UNITS: int
-    DTYPE: object  # of the arithmetic
-    IN_ORDER: bool  # one call of Philox serves four neighbours
-    SQUARES: bool  # are summed
-    FOLD: bool  # what is pending goes into n
+    # dtype of the arithmetic
+    DTYPE: object
+    # one call of Philox serves four neighbours
+    IN_ORDER: bool
+    # squares are summed
+    SQUARES: bool
+    # what is pending goes into n
+    FOLD: bool
 
 
 NO_FORM = Form._make([None] * len(Form._fields))
@@ -171,7 +179,8 @@ def rates_kernel(
         total += n.to(tl.float64)
         seen |= (n != 0).to(tl.int32)
     mean, first = tl.sum(total, 0) / units, tl.max(seen, 0) == 0
-    for at in range(0, units, AT_ONCE):  # each thread finds what it has written itself
+    # each thread finds what it has written itself
+    for at in range(0, units, AT_ONCE):
         j = (at + tl.arange(0, AT_ONCE)).to(tl.int64)
         n = tl.load(norm_ptr + j * norm_stride, mask=j < units, other=0.0)
         rate = tl.where(first, p.to(n.dtype), dropout_rate(n, mean.to(n.dtype), p, max_p))

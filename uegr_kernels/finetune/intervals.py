@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 SAMPLES, LEVEL = 2000, 0.95
-Z = 1.959963984540054  # of the normal distribution, at LEVEL
+# of the normal distribution, at LEVEL
+Z = 1.959963984540054
 
 Figures = NDArray[np.float64]
 

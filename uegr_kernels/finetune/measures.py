@@ -13,10 +13,13 @@ from .. import analysis
 from .classifiers import Classifier
 from .tables import Data, Example, limited
 
-STRENGTHS = (0.01, 0.02, 0.05)  # of attacks, in norms of a text's embeddings
-STEPS = 5  # of PGD
+# of attacks, in norms of a text's embeddings
+STRENGTHS = (0.01, 0.02, 0.05)
+# of PGD
+STEPS = 5
 TYPOS = (0.05, 0.1)
-ATTACKED, MISTYPED = 100, 500  # texts of the test set at most
+# texts of the test set at most
+ATTACKED, MISTYPED = 100, 500
 BATCH = 32
 
 

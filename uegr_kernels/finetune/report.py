@@ -20,9 +20,11 @@ from .intervals import Figures, Interval, bootstrap, wilson
 from .measures import Outcomes
 from .tables import shown
 
-LONGEST = 45  # characters of a name in the picture
+# characters of a name in the picture
+LONGEST = 45
 REMEDY = "Try a smaller --lr, or a smaller --epsilon."
-UNEVEN = 1.5  # the commonest label over the rarest, from which on F1 is reported too
+# the commonest label over the rarest, from which on F1 is reported too
+UNEVEN = 1.5
 
 
 @dataclasses.dataclass(frozen=True)

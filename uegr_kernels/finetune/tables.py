@@ -16,8 +16,10 @@ from .data import UserError
 
 FORMATS = (".tsv", ".csv", ".jsonl")
 # A longer text is cut: no model here reads so far, and a tokenizer takes seconds for a megabyte.
-LONGEST = 100_000  # characters
-SHOWN = 8  # names at most in a message
+# characters
+LONGEST = 100_000
+# names at most in a message
+SHOWN = 8
 # A field of RFC 4180 with what ends it, and a number as people write it; Python reads more, such as
 # 1_0 and other scripts' digits.
 FIELD = re.compile(r'(?:"([^"]*(?:""[^"]*)*)"|([^",\r\n]*))(,|\r?\n)')
@@ -98,7 +100,8 @@ def _decoded(path: pathlib.Path) -> str:
             content = gzip.decompress(content)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} is not a whole gzip file ({error}); make it once more") from None
-    except (OSError, ValueError) as error:  # the latter: a name with a NUL
+    except (OSError, ValueError) as error:
+        # the latter: a name with a NUL
         raise UserError(
             f"{path} cannot be read: {getattr(error, 'strerror', error)}; name a file that is there"
         ) from None
@@ -204,7 +207,8 @@ def _place(path: pathlib.Path, names: list[str], name: str, option: str, kind: s
 
 def _tabbed(content: str) -> Iterator[tuple[list[str], int]]:
     lines = content.split("\n")
-    while lines[-1] in ("", "\r"):  # a line of tabs is a row of empty fields
+    # a line of tabs is a row of empty fields
+    while lines[-1] in ("", "\r"):
         lines.pop()
     for number, line in enumerate(lines, 1):
         yield line.removesuffix("\r").split("\t"), number
@@ -357,7 +361,8 @@ def part(
     """
     by_label: dict[str, dict[tuple[str, ...], None]] = {}
     seen: set[tuple[str, ...]] = set()
-    for example in sorted(examples):  # whatever their order in the file
+    # whatever their order in the file
+    for example in sorted(examples):
         if example.texts not in seen:
             seen.add(example.texts)
             label = "" if regression else example.label

@@ -28,10 +28,13 @@ if TYPE_CHECKING:
     from .train import Training
 
 SETTINGS, OUTCOMES, CHECKPOINTS = "uegr_finetune.json", "uegr_outcomes.json", "checkpoints"
-KEPT = "uegr_model.json"  # the names of a model's files
+# the names of a model's files
+KEPT = "uegr_model.json"
 REPORTS = ("report.md", "report.json", "report.png")
-PRETRAINED, SMALL = (3.0, 5e-5), (10.0, 1e-3)  # epochs and learning rate
-EPSILON = 0.02  # in norms of a text's embeddings; bench/evidence tunes over 0.01 to 0.05
+# epochs and learning rate
+PRETRAINED, SMALL = (3.0, 5e-5), (10.0, 1e-3)
+# in norms of a text's embeddings; bench/evidence tunes over 0.01 to 0.05
+EPSILON = 0.02
 Path = str | os.PathLike[str]
 
 
@@ -399,7 +402,8 @@ def _run(
     outcomes = Outcomes()
     if keep:
         outcomes = measures.measure(classifier, data)
-        if outcomes.predicted:  # a model that gives no numbers is of no use
+        # a model that gives no numbers is of no use
+        if outcomes.predicted:
             _keep(classifier, place)
     score = trained.validation if math.isfinite(trained.validation) else None
     return report.Result(
@@ -434,7 +438,8 @@ def _size_option(recipe: str) -> str | None:
     norm, steps = options.get("norm"), options.get("steps")
     if (norm is not None and norm.default != "l2") or (steps is not None and steps.default == 0):
         return None
-    if "epsilon" in options or "options" in options:  # the latter: BiStage's
+    # the latter: BiStage's
+    if "epsilon" in options or "options" in options:
         return "epsilon"
     return "adv_lr" if "adv_lr" in options else None
 
@@ -530,7 +535,8 @@ def _clear(folder: pathlib.Path, before: dict[str, Any], now: dict[str, Any]) ->
     for place in removed:
         shutil.rmtree(place, ignore_errors=True)
     for recipe in before["recipes"]:
-        with contextlib.suppress(OSError):  # other things may be there
+        # other things may be there
+        with contextlib.suppress(OSError):
             (folder / recipe).rmdir()
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     for name in (*_kept(folder), KEPT, OUTCOMES, *REPORTS):

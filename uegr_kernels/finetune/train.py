@@ -35,8 +35,10 @@ from .tables import Example
 
 # in the log, which checkpoints carry
 SCORE, COST, TIMES = "eval_score", "seconds_per_step", "seconds"
-TIMED = 200  # steps at most whose times are kept
-WEIGHT_DECAY, WARM_UP = 0.01, 0.06  # the latter of all steps
+# steps at most whose times are kept
+TIMED = 200
+# the latter of all steps
+WEIGHT_DECAY, WARM_UP = 0.01, 0.06
 # Options that the Trainer divides by, or trains nothing with.
 POSITIVE = (
     "gradient_accumulation_steps",
@@ -228,7 +230,8 @@ def _fits(value: object, hint: Any) -> bool:
     kind = typing.get_origin(hint) or hint
     if not isinstance(kind, type):
         return True
-    if issubclass(kind, enum.Enum):  # each has its words
+    # each has its words
+    if issubclass(kind, enum.Enum):
         return isinstance(value, str)
     if kind in (int, float):
         whole = isinstance(value, int) and not isinstance(value, bool)
@@ -286,7 +289,8 @@ def _trainer(
     )
     for observer in observers:
         observer.trainer = trainer
-    trainer.remove_callback(PrinterCallback)  # the bar says it
+    # the bar says it
+    trainer.remove_callback(PrinterCallback)
     expected = measures.numbers(data[1], labels)
     metric = setup.metric or measures.metric_of(labels)
     trainer.score = lambda: metric(measures.logits_of(classifier, data[1]), expected)

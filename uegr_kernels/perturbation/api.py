@@ -12,7 +12,8 @@ from . import op
 CONSTANT = "its result is a constant; give it tensors that are detached, such as grad.detach()"
 
 NORMS, PERS = op.NORMS, op.PERS
-ASCENT_NORMS = (*NORMS, "max")  # of `pgd_step`
+# of `pgd_step`
+ASCENT_NORMS = (*NORMS, "max")
 masked = op.reference.masked
 
 
@@ -249,7 +250,8 @@ def _perturbed(
             keep_probability=keep_probability,
             step=step,
         )
-        torch.clear_autocast_cache()  # it keeps casts of weights until its region ends
+        # it keeps casts of weights until its region ends
+        torch.clear_autocast_cache()
         yield
     finally:
         with torch.no_grad():

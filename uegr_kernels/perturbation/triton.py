@@ -21,10 +21,14 @@ from torch import Tensor
 from ..core import triton_ops
 from ..core.triton_ops import from_bits
 
-WHOLE = 4096  # elements of a group that a program holds
-BLOCK = 1024  # of a longer one's at a time
-PART, PARTS = 1 << 14, 1024  # elements of a part, at least; parts of a group, about at most
-SUMS = tl.constexpr(1024)  # sums of parts at a time
+# elements of a group that a program holds
+WHOLE = 4096
+# elements of a longer one at a time
+BLOCK = 1024
+# elements of a part, at least; parts of a group, about at most
+PART, PARTS = 1 << 14, 1024
+# sums of parts at a time
+SUMS = tl.constexpr(1024)
 INFINITY = tl.constexpr(float("inf"))
 
 # ---- The formulas
@@ -84,16 +88,24 @@ def projected(x, factor, radius, LINF: tl.constexpr):
 class Form(typing.NamedTuple):
     """Says what a kernel is compiled for."""
 
-    BLOCK: int  # elements at a time
-    LINF: bool  # norm
-    PROJECTS: bool  # on a ball
-    RANDOM: bool  # a mask is drawn
-    IN_ORDER: bool  # one call of Philox serves four neighbours
+    # elements at a time
+    BLOCK: int
+    # the norm is linf, else l2
+    LINF: bool
+    # what is written lies on a ball
+    PROJECTS: bool
+    # a mask is drawn
+    RANDOM: bool
+    # one call of Philox serves four neighbours
+    IN_ORDER: bool
     # of `part_kernel`, 0: adds the squares of g; 1: those of x + step, for the ball; 2: writes
     STAGE: int
-    ALIGNED: bool  # groups start at multiples of 16 bytes
-    STORAGE: object  # dtype of what a table names
-    FULL: bool  # a group is a whole block
+    # groups start at multiples of 16 bytes
+    ALIGNED: bool
+    # dtype of what a table names
+    STORAGE: object
+    # a group is a whole block
+    FULL: bool
 
 
 class WeightRow(typing.NamedTuple):
@@ -103,9 +115,11 @@ class WeightRow(typing.NamedTuple):
     weight: int
     size: int
     stream: int
-    first: int  # sum of its group
+    # where its group's sums begin
+    first: int
     parts_of_group: int
-    number: int  # of its own first part
+    # where those of its own parts begin
+    number: int
 
 
 # Where they stand in a row; a test compares.
@@ -350,7 +364,8 @@ class Numbers(typing.NamedTuple):
     seed: int
     step: int
     limit: int
-    epsilon: int  # bits of float64
+    # bits of float64
+    epsilon: int
     radius: int
 
     @classmethod
@@ -599,7 +614,8 @@ def _rounds(params: list[Tensor]) -> list[list[int]]:
     """Returns positions whose tensors may be written together: one that stands there twice is
     written twice, one after the other.
     """
-    rounds: list[dict[int, int]] = []  # position by address
+    # position by address
+    rounds: list[dict[int, int]] = []
     for i, theta in enumerate(params):
         address = theta.data_ptr()
         free = next((positions for positions in rounds if address not in positions), None)
@@ -614,9 +630,11 @@ class Kind(typing.NamedTuple):
     """Holds the weights that one launch takes."""
 
     dtype: torch.dtype
-    aligned: bool  # all addresses are multiples of 16 bytes
+    # all addresses are multiples of 16 bytes
+    aligned: bool
     positions: list[int]
-    dense: list[Tensor]  # made so where they are not
+    # made so where they are not
+    dense: list[Tensor]
 
 
 def _kinds(some: list[int], params: list[Tensor], grads: list[Tensor]) -> list[Kind]:
