@@ -660,6 +660,21 @@ def test_numpys_numbers_are_taken(backend):
     assert torch.equal(*found)
 
 
+# One piece of a GPU's kernels, and several.
+@pytest.mark.parametrize("n", [64, 20_000])
+@pytest.mark.parametrize("chosen", [(0, 0), (0, 1), (0, 1, 0)], ids=str)
+def test_gradients_that_are_weights_are_those_on_entering(backend, n, chosen):
+    w = gradient(n) / n**0.5
+    both = [w, 2 * w]
+    moved = {}
+    for i in chosen:
+        moved[i] = moved.get(i, both[i]) + 0.5 * w / w.norm()
+    params = [both[i] for i in chosen]
+    with perturbed_weights(params, 0.5, gradients=[w] * len(params), backend=backend):
+        for i, expected in moved.items():
+            torch.testing.assert_close(both[i], expected)
+
+
 G = torch.zeros(2, 4, 3)
 P = torch.zeros(3, requires_grad=True)
 

@@ -39,6 +39,10 @@ template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const Shape& shape, cudaStream_t stream,
             const Arguments&... arguments) {
     if (shape.blocks == 0) return;
+    if (shape.blocks > INT32_MAX)
+        throw std::runtime_error(
+            "CUDA: a launch of " + std::to_string(shape.blocks) +
+            " blocks; a grid has 2,147,483,647; give fewer elements at a time");
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(shape.blocks)),
     config.blockDim = dim3(shape.threads);
@@ -95,7 +99,8 @@ inline bool is_captured(cudaStream_t stream) {
 
 // --- The device's side ---
 
-// What one access of 128 bits brings; nobody writes it meanwhile.
+// What one access of 128 bits brings. Nobody has written it in the launch when it is read: by a
+// path that sees no writes.
 template <class T> struct alignas(16) Pack {
     static constexpr int count = 16 / sizeof(T);
     T x[count];

@@ -12,6 +12,8 @@ namespace {
 
 constexpr int64_t piece_size = 1 << 14;
 constexpr int most_threads = 256;
+// of a launch
+constexpr int64_t most_blocks = 1 << 30;
 
 // One tensor of a call; none is empty.
 struct Entry {
@@ -402,13 +404,18 @@ void run(const Call& call, const std::vector<Entry>& entries, bool in_order, cud
         run.pieces += e.groups() * e.pieces(), run.longest = maximum(run.longest, e.length);
     }
     auto launch_all = [&](Kernel Run::* kernel, bool backwards) {
-        for (const Run& run : runs) {
+        for (size_t r = 0; r < runs.size(); ++r) {
+            const Run& run = runs[backwards && !in_order ? runs.size() - 1 - r : r];
             // of a short group that is alone no more threads than have a part of it
             const int64_t wanted = (run.longest + run.at_once - 1) / run.at_once,
                           warps = (wanted + warp_size - 1) / warp_size;
             const int64_t threads = minimum<int64_t>(warps * warp_size, most_threads);
-            launch(run.*kernel, {run.pieces, static_cast<int>(threads)}, stream, call,
-                   run.first_piece, backwards);
+            for (int64_t done = 0; done < run.pieces; done += most_blocks) {
+                const int64_t pieces = minimum(most_blocks, run.pieces - done),
+                              begin = backwards ? run.pieces - done - pieces : done;
+                launch(run.*kernel, {pieces, static_cast<int>(threads)}, stream, call,
+                       run.first_piece + begin, backwards);
+            }
         }
     };
     const bool on_ball = call.projects && call.norm == Norm::l2;
@@ -462,11 +469,13 @@ static void perturb(const PerturbationArguments& arguments, const Tensor& like) 
     const char* at = static_cast<const char*>(uploaded.data_ptr());
     call.entries = reinterpret_cast<const Entry*>(at);
     call.axes = reinterpret_cast<const int64_t*>(at + entry_bytes);
-    Tensor sums =
-        torch::stable::new_empty(like, {call.pieces + 2 * call.groups}, ScalarType::Double);
-    call.squares = static_cast<double*>(sums.mutable_data_ptr());
-    call.direction_factors = call.squares + call.pieces,
-    call.ball_factors = call.direction_factors + call.groups;
+    const int64_t kept = call.alone ? 0 : call.pieces + 2 * call.groups;
+    Tensor sums = torch::stable::new_empty(like, {kept}, ScalarType::Double);
+    if (!call.alone) {
+        call.squares = static_cast<double*>(sums.mutable_data_ptr());
+        call.direction_factors = call.squares + call.pieces,
+        call.ball_factors = call.direction_factors + call.groups;
+    }
     run(call, entries, arguments.in_order, device.stream);
 }
 

@@ -103,6 +103,14 @@ def shared(tensors: list[Tensor]) -> tuple[int, int] | None:
     return None
 
 
+def apart_from(tensors: list[Tensor], written: list[Tensor]) -> list[Tensor]:
+    """Returns tensors that a write into others does not change: copies of those that lie in the
+    storage of one.
+    """
+    storages = {each.untyped_storage().data_ptr() for each in written}
+    return [t.clone() if t.untyped_storage().data_ptr() in storages else t for t in tensors]
+
+
 def _reach(tensor: Tensor) -> int:
     """Returns how many elements lie from a tensor's first to its last, both counted."""
     return 1 + sum(

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..core import checks
+from ..core import backends, checks, memory
 from . import op
 
 CONSTANT = "its result is a constant; give it tensors that are detached, such as grad.detach()"
@@ -235,6 +235,9 @@ def _perturbed(
     # they share memory and versions
     weights = [params[i].detach() for i in streams]
     grads = [grad.detach() for grad in given.values()]
+    if not backends.traced():
+        # a gradient that is a weight is as it was on entering
+        grads = memory.apart_from(grads, weights)
     backend = op.perturb_weights_.choose(backend, weights[0].device, weights[0].dtype)
     key = _key(seed, keep_probability, weights[0].device)
     saved = [weight.clone() for weight in weights]
