@@ -286,7 +286,7 @@ def op_imports(path, text):
 
 
 @rule(
-    "`reference` imports torch, `core.philox` and the classes of `options`, and no more than "
+    "`reference` imports torch, `core.philox` and `options`, and no more than "
     "Python itself besides",
     f"{PACKAGE}/{OPERATOR}/reference.py",
     bad=[
@@ -312,8 +312,8 @@ def reference_imports(path, text):
 
 
 @rule(
-    "`triton.py`, or the folder `triton/`, imports torch, triton, `core.triton_ops`, the classes "
-    "of `options` and its own files, and no more than Python itself besides",
+    "`triton.py`, or the folder `triton/`, imports torch, triton, `core.triton_ops`, `options` and "
+    "its own files, and no more than Python itself besides",
     f"{PACKAGE}/{OPERATOR}/triton(/.*)?.py",
     bad=[
         f"uegr_kernels/perturbation/triton.py | {text}"

@@ -48,7 +48,7 @@ HOST_DEVICE int rank_bin(double magnitude) {
 }
 
 // s = g*g (Eq. 7); one that overflows counts as the largest float.
-template <class T> HOST_DEVICE T saliency(T g) { return g * g; }
+template <class T> HOST_DEVICE T square(T g) { return g * g; }
 // |g| of a given saliency; of -0, 0
 template <class T> HOST_DEVICE T root(T s) { return absolute(std::sqrt(s)); }
 template <class T> HOST_DEVICE bool finite(T g) { return absolute(g) <= Float<T>::largest; }
@@ -65,7 +65,7 @@ HOST_DEVICE Range range_of(typename Float<T>::Bits low, typename Float<T>::Bits 
     if (low >= Float<T>::infinity) return {HUGE_VAL, -HUGE_VAL};
     const T least = bit_cast<T>(low), most = bit_cast<T>(high);
     return given ? Range{least, most}
-                 : Range{minimum(saliency(least), largest), minimum(saliency(most), largest)};
+                 : Range{minimum(square(least), largest), minimum(square(most), largest)};
 }
 
 constexpr double log2_e = 1.4426950408889634;

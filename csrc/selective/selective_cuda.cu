@@ -233,8 +233,8 @@ template <class UpdateRule> DEVICE bool take(const Call<UpdateRule>& call, Work<
 
 // Words of the generator: element l is the first of a whole counter, or anywhere.
 template <int n, bool unsharded>
-DEVICE void draw(uint32_t (&words)[n], const Layout& at, int64_t l, uint32_t step,
-                 const RoundKeys& keys) {
+DEVICE void draw_words(uint32_t (&words)[n], const Layout& at, int64_t l, uint32_t step,
+                       const RoundKeys& keys) {
     const uint32_t stream = static_cast<uint32_t>(at.stream);
     const int64_t index = unsharded ? at.offset + l : element_index(at, l);
     const FourWords four = philox(static_cast<uint64_t>(index) / 4, step, stream, keys);
@@ -486,7 +486,7 @@ DEVICE void find_inverses(const Call<UpdateRule>& call, const Work<UpdateRule>& 
     } else if (has_saliency) {
         each([&](int i) { return finite(s[i]) ? probability.inverse(s[i]) : 1.0f; });
     } else {
-        each([&](int i) { return probability.inverse(saliency(g[i])); });
+        each([&](int i) { return probability.inverse(square(g[i])); });
     }
 }
 
@@ -541,8 +541,8 @@ DEVICE void update_elements(const Call<UpdateRule>& call, const Work<UpdateRule>
                               parameters[at_once] = {}, state[3][at_once] = {};
             uint32_t words[at_once] = {};
             if (Access::usual || call.random)
-                draw<at_once, Access::usual>(words, work.entry.layout, access.l + part,
-                                             work.settled.step, call.keys);
+                draw_words<at_once, Access::usual>(words, work.entry.layout, access.l + part,
+                                                   work.settled.step, call.keys);
             access.template get<gradient>(raw_g, first, g);
             if (has_saliency) access.template get<given>(raw_s, first, s);
             // for these elements only: registers are few
@@ -552,7 +552,7 @@ DEVICE void update_elements(const Call<UpdateRule>& call, const Work<UpdateRule>
             if constexpr (Access::usual) {
                 UNROLL
                 for (int i = 0; i < at_once; ++i)
-                    inverse[i] = curve.probability.inverse(saliency(g[i]));
+                    inverse[i] = curve.probability.inverse(square(g[i]));
             } else {
                 find_inverses(call, work, curve.probability, g, s, inverse);
             }
@@ -580,8 +580,8 @@ DEVICE void update_elements(const Call<UpdateRule>& call, const Work<UpdateRule>
             else apply_all(false);
             access.template put<theta>(raw_theta, first, parameters, words, to_nearest);
             if (states > 0 && rounding)
-                draw<at_once, Access::usual>(words, work.entry.layout, access.l + part,
-                                             work.settled.step, call.rounding_keys);
+                draw_words<at_once, Access::usual>(words, work.entry.layout, access.l + part,
+                                                   work.settled.step, call.rounding_keys);
             const Rounding low = rounding ? by_low_bits : to_nearest,
                            high = rounding ? by_high_bits : to_nearest;
             if (states > 0)

@@ -13,6 +13,7 @@ from ..core.operator import Operator, P, R, writes_only
 from . import reference
 from .options import (
     NORMALIZATIONS,
+    RANK_BINS,
     AdamWOptions,
     Selection,
     SelectionNumbers,
@@ -249,9 +250,7 @@ class Part:
 def no_statistics(rows: int, normalization: str, device: torch.device) -> Tensor:
     """Returns statistics of nothing, for the statistics operator to join others to."""
     sizes, dtype = (
-        ((rows, reference.RANK_BINS), torch.int64)
-        if normalization == "rank"
-        else ((rows, 2), torch.float64)
+        ((rows, RANK_BINS), torch.int64) if normalization == "rank" else ((rows, 2), torch.float64)
     )
     return emptied(torch.empty(sizes, dtype=dtype, device=device))
 

@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 
 from ..core import philox
-from .options import AdamWOptions, Selection, SGDOptions, StepOptions
+from .options import (
+    RANK_BINS,
+    RANK_SAMPLED,
+    SMALLEST_PROBABILITY,
+    AdamWOptions,
+    Selection,
+    SGDOptions,
+    StepOptions,
+)
 
 Number = float | Tensor
 # steps a tensor in place, by its value, its selected gradient, its states and the step's number
 UpdateRule = Callable[[Tensor, Tensor, Sequence[Tensor], int], None]
-
-# the step of u
-SMALLEST_PROBABILITY = 2.0**-24
-# the upper 16 bits of a finite |g|
-RANK_BINS = 0x7F80
-# a rank over more elements than this takes every k-th
-SAMPLED = 2**20
 
 
 class Layout(NamedTuple):
@@ -71,9 +72,14 @@ def bins(magnitudes: Tensor) -> Tensor:
     return rounded.view(torch.int32).long() >> 16
 
 
+def rank_stride(size: int) -> int:
+    """Returns k, where a rank over so many elements takes every k-th."""
+    return size // RANK_SAMPLED | 1 if size > RANK_SAMPLED else 1
+
+
 def histogram(magnitudes: Tensor, finite: Tensor, layout: Layout, size: int) -> Tensor:
     """Counts by bin, over every k-th element of a large tensor, each counting k times."""
-    every = size // SAMPLED | 1 if size > SAMPLED else 1
+    every = rank_stride(size)
     indices = layout.indices(finite.numel(), finite.device).view(finite.shape)
     taken = finite & (indices % every == 0)
     return torch.bincount(bins(magnitudes[taken]), minlength=RANK_BINS) * every

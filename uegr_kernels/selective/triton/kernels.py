@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from ...core import triton_ops
+from .. import options
 from .math import (
     SGD,
     AdamW,
@@ -43,8 +44,7 @@ from .math import (
     square,
 )
 
-# the upper 16 bits of a finite |g|
-RANK_BINS = tl.constexpr(0x7F80)
+RANK_BINS = tl.constexpr(options.RANK_BINS)
 # from one table of bins to the next
 TABLE = tl.constexpr(0x8000)
 

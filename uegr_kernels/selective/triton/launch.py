@@ -33,7 +33,7 @@ from .kernels import (
     tabulate_kernel,
     update_kernel,
 )
-from .math import curve, sampling_interval
+from .math import curve, rank_stride
 
 # StepHead, and its padding up to HEAD
 HEAD_FORMAT = struct.Struct("12d2q16x")
@@ -211,9 +211,7 @@ class Family:
             offset=[layout[4 * i + 1] for i in positions],
             run=[max(layout[4 * i + 2], 1) for i in positions],
             stride=[layout[4 * i + 3] for i in positions],
-            every=list(
-                map(sampling_interval, [sizes[i] for i in positions] if sizes else elements)
-            ),
+            every=list(map(rank_stride, [sizes[i] for i in positions] if sizes else elements)),
             position=positions,
         )
         self.rows = triton_ops.to_device(

@@ -9,13 +9,9 @@ import triton
 import triton.language as tl
 
 from ...core import triton_ops
-from ..options import Selection
+from ..options import RANK_SAMPLED, SMALLEST_PROBABILITY, Selection
 
 UNIFORM_UNIT = tl.constexpr(2.0**24)
-# the step of u
-SMALLEST_PROBABILITY = 2.0**-24
-# a rank over more elements than this takes every k-th
-SAMPLED = 2**20
 
 
 # ---- On the host
@@ -43,9 +39,9 @@ def curve(selection: Selection) -> Curve:
     )
 
 
-def sampling_interval(elements: int) -> int:
+def rank_stride(size: int) -> int:
     """Returns k, where a rank over so many elements takes every k-th."""
-    return elements // SAMPLED | 1 if elements > SAMPLED else 1
+    return size // RANK_SAMPLED | 1 if size > RANK_SAMPLED else 1
 
 
 # ---- In kernels
