@@ -60,7 +60,7 @@ template <class T, class UpdateRule> struct Entry : TensorArguments {
 };
 
 template <class T, class UpdateRule> struct Call {
-    // What an operator does with a block of parameters, gradients, factors b/p and states.
+    // Updates a block from its parameters, gradients, factors b/p and states, as an operator does.
     using BlockUpdate = void (*)(const UpdateRule&, int n, T* theta, const T* g, const T* factor,
                                  T* a, T* b, T* c);
     SelectionOptions options{};
@@ -414,8 +414,8 @@ std::vector<float> settle_statistics(Call<T, UpdateRule>& call, const Statistics
     return tables;
 }
 
-// What AdamW and SGD share: the steps advance, then the run. Nothing is written before every step
-// is known to be a number of steps.
+// Takes a step of AdamW or SGD: the step counts advance, then the run. Nothing is written before
+// every step is known to be a number of steps.
 template <class T, class UpdateRule, class Options>
 void step(const StepArguments& arguments, const Options& options,
           typename Call<T, UpdateRule>::BlockUpdate update_block) {

@@ -52,7 +52,7 @@ struct alignas(16) Item {
     int64_t begin;
 };
 
-// What becomes of a tensor in the course of a call.
+// Holds what becomes of a tensor in the course of a call.
 struct alignas(16) Progress {
     // bits of the least and largest |g| over finite elements
     uint32_t low, high;
@@ -248,7 +248,7 @@ DEVICE void draw_words(uint32_t (&words)[n], const Layout& at, int64_t l, uint32
     }
 }
 
-// Where in a word the bits are that round an element of a list.
+// Says where in a word the bits are that round an element of a list.
 enum Rounding { to_nearest = -1, by_low_bits = 0, by_high_bits = 16 };
 DEVICE uint16_t rounded_bfloat16(float x, uint32_t word, Rounding rounding) {
     return rounding == to_nearest ? round_bfloat16(x) : cut_bfloat16(x, word >> rounding & 0xffffu);
@@ -259,7 +259,7 @@ DEVICE uint16_t rounded_bfloat16(float x, uint32_t word, Rounding rounding) {
 // waits for one; then `at_once` of them after the other are looked at (get) and replaced (put):
 // what a counter of the generator has words for.
 
-// What 4 elements of a list become between memory and arithmetic; 16-bit ones lie in pairs.
+// Turn 4 elements of a list from what memory has into floats, and back; 16-bit ones lie in pairs.
 template <int n> DEVICE void widen_pairs(const uint32_t* pairs, float (&x)[n]) {
     UNROLL
     for (int i = 0; i < n; i += 2)
@@ -779,12 +779,13 @@ struct TensorTable : AxesTable {
     }
 };
 
-// What a call is for: `draws` words for its elements, `updates` them, or takes statistics alone.
+// Says what a call is for: `draws` words for its elements, `updates` them, or takes statistics
+// alone.
 struct Purpose {
     bool draws = true, updates = true;
 };
 
-// Which elements of a tensor whole accesses of `pack` elements cover.
+// Returns how many elements of a tensor whole accesses of `pack` elements cover.
 int64_t bulk_of(const Entry& e, int pack, const Purpose& purpose) {
     const Layout& at = e.layout;
     bool covered =
@@ -894,7 +895,7 @@ Memory begin(Call<UpdateRule>& call, TensorTable& tensors, const Options& option
     return {uploaded, scratch};
 }
 
-// What a call's lists have in common.
+// Names the dtype that a call's lists have in common.
 enum class Lists { float32, bfloat16, mixed };
 
 template <bool update, bool more, class UpdateRule>
