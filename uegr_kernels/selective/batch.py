@@ -119,7 +119,9 @@ class Batch:
         }
 
     def parts(self, grad_scale: Tensor | None) -> Iterator[tuple[shards.Cut, list[int], op.Part]]:
-        """Divides the tensors by how they are cut: the cut, which they are, and they."""
+        """Divides the tensors by how they are cut: yields each cut, the positions of its tensors in
+        the batch, and the tensors.
+        """
         if not self.cuts:
             everything = list(range(len(self.params)))
             mins, maxs = self.saliency_mins, self.saliency_maxs

@@ -62,11 +62,13 @@ class SelectingOperator(SelectiveOperator[P, R]):
     """Takes its options as one `selection`, which the schema has spelt out."""
 
     def in_numbers(self, options: Mapping[str, Any]) -> dict[str, object]:
+        """Returns the options as the schema has them, the `selection` spelt out in numbers."""
         numbers = {**options, **options["selection"].numbers()}
         del numbers["selection"]
         return numbers
 
     def in_words(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Returns the options as the reference has them, with one `selection`."""
         names = SelectionNumbers.__annotations__
         selection = Selection.of_numbers(**{name: options[name] for name in names})
         others = {name: value for name, value in options.items() if name not in names}
@@ -96,6 +98,7 @@ class SteppingOperator(SelectingOperator[P, object]):
         )
 
     def in_numbers(self, options: Mapping[str, Any]) -> dict[str, object]:
+        """Returns the step's option objects as the schema's keywords, words as numbers."""
         # the schema's keywords are the names of the fields
         common, own = options["common"], options["own"]
         numbers = {**vars(common), **vars(own), **common.selection.numbers()}
@@ -103,6 +106,7 @@ class SteppingOperator(SelectingOperator[P, object]):
         return numbers
 
     def in_words(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Returns the schema's keywords as the step's option objects."""
         words, names = super().in_words(options) | {"plan": None}, StepOptions.__dataclass_fields__
         common = {name: words.pop(name) for name in names}
         return {"common": StepOptions(**common), "own": self.own(**words)}

@@ -163,6 +163,7 @@ class SelectiveOptimizer(Optimizer):
         raise NotImplementedError
 
     def add_param_group(self, param_group: dict[str, object]) -> None:
+        """Adds a group of parameters, as torch's optimizers do, once its options are checked."""
         if isinstance(param_group, dict):
             self._check(self.defaults | param_group)
             if param_group.get("seed") is not None:

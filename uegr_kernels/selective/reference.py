@@ -58,7 +58,7 @@ def magnitude(g: Tensor, saliency: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def square(g: Tensor, saliency: Tensor | None) -> Tensor:
-    """Squares: s = g*g (Eq. 7), the largest float where that overflows; or the given one."""
+    """Returns s = g*g (Eq. 7), the largest float where that overflows; or the given saliency."""
     s = g * g if saliency is None else saliency.to(g.dtype)
     return s.nan_to_num(0).clamp(max=torch.finfo(g.dtype).max)
 
@@ -424,7 +424,7 @@ def select_gradients_(
     seed: int,
     selection: Selection,
 ) -> None:
-    """Selects: g <- b*g/p."""
+    """Writes b*g/p (b*g without `rescale`) over g, element by element."""
     for i, (grad, place) in enumerate(zip(grads, layouts(layout), strict=True)):
         g = grad.to(compute_dtype(grad.dtype))
         b, factor = select(
@@ -452,7 +452,7 @@ def selective_statistics_(
     out: Tensor,
 ) -> None:
     """Joins (min, max) or the histogram of s into `out`: one row for all tensors, or a row
-    each. What is kept stands for its tensor.
+    each. The extremes in `mins` and `maxs`, kept from the previous step, stand for their tensors.
     """
     for i, (grad, place) in enumerate(zip(grads, layouts(layout), strict=True)):
         g = unscaled(grad, grad_scale)
@@ -472,7 +472,7 @@ def selective_statistics_(
 def selection_probability_(
     grad: Tensor, saliency: Tensor | None, *, out: Tensor, selection: Selection
 ) -> None:
-    """Computes p of every element."""
+    """Writes p of every element into `out`."""
     out.copy_(1 / inverse_probability(grad.to(out.dtype), saliency, None, selection))
 
 
@@ -486,6 +486,6 @@ def selection_mask_(
     seed: int,
     selection: Selection,
 ) -> None:
-    """Draws b of every element."""
+    """Draws b of every element into `out`."""
     g = grad.to(compute_dtype(grad.dtype))
     out.copy_(select(g, saliency, None, layouts(layout)[0], selection, seed=seed, step=step)[0])

@@ -43,7 +43,7 @@ class PassRows(typing.NamedTuple):
         return cls(passes, row_strides, strides)
 
     def some(self, at: int) -> "PassRows":
-        """Returns those from `at` on that a program can hold."""
+        """Returns the passes from `at` on that a program can hold."""
         few = slice(at, at + WIDE)
         return PassRows(self.tensors[few], self.row_strides[few], self.strides[few])
 
@@ -71,7 +71,7 @@ class PassRows(typing.NamedTuple):
         )
 
     def in_runs(self, run: int) -> "PassRows":
-        """Returns the same with row strides counted in runs."""
+        """Returns the passes with row strides counted in runs."""
         return self._replace(row_strides=tuple(stride // run for stride in self.row_strides))
 
 
@@ -89,7 +89,7 @@ class Block(typing.NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Returns the fields that are a form's."""
+        """Returns the fields of a block that are a form's."""
         options = self._asdict()
         del options["warps"]
         return options

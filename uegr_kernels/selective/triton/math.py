@@ -104,11 +104,13 @@ class SGDState(typing.NamedTuple):
 
 @triton.jit
 def largest(dtype: tl.constexpr):
+    """Returns the largest finite float32 or float64."""
     return 1.7976931348623157e308 if dtype == tl.float64 else 3.4028234663852886e38
 
 
 @triton.jit
 def finite(x):
+    """Returns whether x is neither infinite nor NaN."""
     return tl.abs(x) <= largest(x.dtype)
 
 
@@ -126,6 +128,7 @@ def divide(x, y):
 
 @triton.jit
 def root(x):
+    """Returns the square root, in float32 rounded to nearest as torch's is."""
     return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
 
 
