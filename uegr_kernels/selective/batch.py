@@ -253,7 +253,7 @@ class Scopes:
         return () if all(self.joined.get(id(kept)) is kept for kept in mins) else cut
 
     def join_kept(self, batch: Batch, found_inf: Tensor | None) -> None:
-        """Makes what was kept of every process's part that of the whole."""
+        """Joins the extremes that every process kept of its part of a tensor into the whole's."""
         torch.autograd.graph.increment_version(batch.wholes)
         if not batch.keeps:
             return

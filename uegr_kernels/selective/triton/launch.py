@@ -91,6 +91,7 @@ class OneOfEach(typing.NamedTuple):
 
     @property
     def elementwise(self) -> tuple[Tensor | None, ...]:
+        """Returns the tensors with an element for each of a gradient's, in the lists' order."""
         return self.theta, self.moment1, self.moment2, self.moment3, self.s, self.g
 
     def check(self, parameter: int) -> None:
