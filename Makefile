@@ -15,7 +15,8 @@ SOURCES = $(shell find csrc bench python_tests $(ENDINGS))
 
 help:
 	@echo "make demo    fine-tune a text classifier, selective AdamW beside plain AdamW"
-	@echo "make test    run the tests; with ARGS=--long those that take minutes too, as CI does"
+	@echo "make test    run the tests; ARGS=--long: those that take minutes too; ARGS=--only-triton:" \
+		"Triton's alone; CI does both"
 	@echo "make bench   time the operators beside their peers"
 	@echo "make gpu     everything that needs a GPU: tests, benchmarks, results in build/gpu; fails" \
 		"where there is none (docs/gpu.md)"

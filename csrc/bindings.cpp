@@ -23,8 +23,8 @@ template <class To, class From, class F> Array<To> map(const Array<From>& in, F 
     return out;
 }
 
-// The same through the vectors that loops over rows are made of; a NaN for one that scalars give
-// another value than vectors do.
+// Applies f to every element through the vectors that loops over rows are made of; gives a NaN for
+// one that scalars give another value than vectors do.
 template <class T, class F> Array<T> map_vectors(const Array<T>& in, F f) {
     Array<T> out = map<T>(in, f);
     vectors<T>(0, in.size(), [&](int64_t i, int count) {

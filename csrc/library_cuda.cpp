@@ -1,4 +1,4 @@
-// The same operators on CUDA, in a library of its own.
+// The compiled operators on CUDA, in a library of their own.
 #include "core/probe.cuh"
 #include "core/tensor.h"
 #include "operators.h"

@@ -286,7 +286,7 @@ def op_imports(path, text):
 
 
 @rule(
-    "`reference` imports torch, `core.philox` and the classes of `options`, and no more than "
+    "`reference` imports torch, `core.philox` and `options`, and no more than "
     "Python itself besides",
     f"{PACKAGE}/{OPERATOR}/reference.py",
     bad=[
@@ -312,8 +312,8 @@ def reference_imports(path, text):
 
 
 @rule(
-    "`triton.py`, or the folder `triton/`, imports torch, triton, `core.triton_ops`, the classes "
-    "of `options` and its own files, and no more than Python itself besides",
+    "`triton.py`, or the folder `triton/`, imports torch, triton, `core.triton_ops`, `options` and "
+    "its own files, and no more than Python itself besides",
     f"{PACKAGE}/{OPERATOR}/triton(/.*)?.py",
     bad=[
         f"uegr_kernels/perturbation/triton.py | {text}"
@@ -1031,6 +1031,32 @@ def comments_above(path, text):
     for number, comment in trailing_comments(path, text):
         if not SHAPE.fullmatch(comment) and not FOR_A_TOOL.match(comment):
             yield f"line {number} ends with {comment}"
+
+
+HALF_A_SENTENCE = re.compile(r" *// *((What|Whether|Which|How|Where|The same)\b.*)")
+
+
+@rule(
+    "A comment of C++ is complete by itself: one on a declaration begins with a verb, none with "
+    "What, Whether, Which, How, Where or The same",
+    "csrc/.*",
+    bad=[
+        "csrc/core/math.h | // Whether x is whole.\nbool is_whole(float x);",
+        "csrc/core/view.h | // What a kernel knows of a tensor.\n#pragma once",
+        "csrc/core/view.h | int f();\n    // The same, in place.\n    int f_();",
+    ],
+    good=[
+        "csrc/core/math.h | // Returns whether x is whole.\nbool is_whole(float x);",
+        "csrc/core/view.h | // Holds an address.\n// What else there is, is not here.\nint x;",
+    ],
+)
+def comments_are_whole(path, text):
+    inside = False
+    for number, line in enumerate(text.splitlines(), 1):
+        found = HALF_A_SENTENCE.fullmatch(line)
+        if found and not inside:
+            yield f"line {number} begins with {found[1]}"
+        inside = line.lstrip().startswith("//")
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.check.__name__)

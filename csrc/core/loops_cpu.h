@@ -120,9 +120,9 @@ inline void look_up(int n, const float* table, const int32_t* index, float* out)
 #endif
 }
 
-// Whether to ask for memory ahead of its turn. Most hardware does not reach across pages, and
-// arithmetic between the accesses keeps it from running far enough ahead; Zen 4's does better
-// alone.
+// True where memory is to be asked for ahead of its turn. Most hardware does not reach across
+// pages, and arithmetic between the accesses keeps it from running far enough ahead; Zen 4's does
+// better alone.
 #ifdef __x86_64__
 inline const bool asks_ahead = !__builtin_cpu_is("amd");
 #else
@@ -219,7 +219,7 @@ template <class T> void load(const View& view, int64_t begin, int n, T* out) {
     }
 }
 
-// The same with zeros up to a whole block: no loop has a tail of its own.
+// Loads elements as `load` does, and zeros up to a whole block: no loop has a tail of its own.
 template <class T> void load_block(const View& view, int64_t begin, int n, T* out) {
     load(view, begin, n, out);
     for (int i = n; i < block_size; ++i) out[i] = 0;
@@ -301,7 +301,7 @@ template <> struct Float<Vector<double>::Type> {
     using Element = double;
     using Bits = Vector<double>::Bits;
 };
-// What the compiler would take two instructions for.
+// Single instructions, where the compiler would take two.
 #if defined(__AVX512F__)
 template <> inline Vector<float>::Type maximum(Vector<float>::Type a, Vector<float>::Type b) {
     return _mm512_maskz_max_ps(65535, a, b);

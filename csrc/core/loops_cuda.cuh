@@ -1,5 +1,5 @@
-// What the CUDA sources share: launches, 128-bit accesses, sums over warps, blocks and clusters,
-// waiting for another block.
+// Gives the CUDA sources what they share: launches, 128-bit accesses, sums over warps, blocks and
+// clusters, waiting for another block.
 #pragma once
 
 #include <cstdint>
@@ -73,7 +73,7 @@ int64_t resident_blocks(Kernel kernel, int threads, int64_t wanted, size_t share
                                         attribute_of_device(cudaDevAttrMultiProcessorCount));
 }
 
-// How many clusters of a launch run at once; 0 where the device refuses them.
+// Returns how many clusters of a launch run at once; 0 where the device refuses them.
 template <class Kernel> int active_clusters(Kernel kernel, const Shape& shape) {
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(shape.blocks)),
@@ -99,8 +99,8 @@ inline bool is_captured(cudaStream_t stream) {
 
 // --- The device's side ---
 
-// What one access of 128 bits brings. Nobody has written it in the launch when it is read: by a
-// path that sees no writes.
+// Holds what one access of 128 bits brings. Nobody has written it in the launch when it is read: by
+// a path that sees no writes.
 template <class T> struct alignas(16) Pack {
     static constexpr int count = 16 / sizeof(T);
     T x[count];
@@ -108,7 +108,7 @@ template <class T> struct alignas(16) Pack {
 template <class T> DEVICE Pack<T> load_pack(const T* from) {
     return bit_cast<Pack<T>>(__ldg(reinterpret_cast<const float4*>(from)));
 }
-// The same for what nobody reads again before it has left the cache.
+// Reads, and writes, a pack that nobody reads again before it has left the cache.
 template <class T> DEVICE Pack<T> load_last(const T* from) {
     return bit_cast<Pack<T>>(__ldcs(reinterpret_cast<const float4*>(from)));
 }
@@ -466,8 +466,8 @@ struct ClusterJoins {
     }
 };
 
-// What lies in shared memory, read anew each time: what the compiler would keep in registers from
-// one round of a loop to the next.
+// Reads from shared memory anew each time what the compiler would keep in registers from one round
+// of a loop to the next.
 template <class T> DEVICE T reread(const T& shared) {
     static_assert(sizeof(T) % 16 == 0 && alignof(T) == 16);
     Room<sizeof(T)> read;
@@ -479,8 +479,8 @@ template <class T> DEVICE T reread(const T& shared) {
     return bit_cast<T>(read);
 }
 
-// What a block has written, for those that wait for the mark; called by one thread after the block
-// has met.
+// Publishes what a block has written, for those that wait for the mark; called by one thread after
+// the block has met.
 DEVICE void publish(uint32_t* mark) {
     __threadfence();
     atomicExch(mark, 1u);
@@ -489,8 +489,8 @@ DEVICE void await(const uint32_t* mark) {
     while (*const_cast<const volatile uint32_t*>(mark) == 0) {}
     __threadfence();
 }
-// Whether this is the last of those that count down to 0; what the others wrote before is seen
-// then.
+// Returns whether this is the last of those that count down to 0; what the others wrote before is
+// seen then.
 DEVICE bool is_last(uint32_t* left, uint32_t by) {
     __threadfence();
     const bool last = atomicSub(left, by) == by;
@@ -506,7 +506,7 @@ struct alignas(16) Slot {
     Storage storage = Storage::float32;
 };
 
-// What makes slots of views.
+// Makes slots of views.
 struct AxesTable {
     std::vector<int64_t> axes{0};
 
@@ -522,8 +522,8 @@ struct AxesTable {
     }
 };
 
-// Where element l lies by its axes: their number, sizes and strides. Seldom asked for, long, and so
-// once in each source.
+// Returns where element l lies by its axes: their number, sizes and strides. Seldom asked for,
+// long, and so once in each source.
 static __device__ NOT_INLINE int64_t strided_offset(const int64_t* axes, int64_t l) {
     const int64_t dim = axes[0];
     int64_t offset = 0;

@@ -1,4 +1,5 @@
-// What differs between a host and a device compiler; the only file that asks which one is at work.
+// Hides what differs between a host and a device compiler; the only file that asks which one is at
+// work.
 #pragma once
 
 #include <cmath>
@@ -72,7 +73,8 @@ namespace uegr {
 
 constexpr bool on_gpu = ON_GPU;
 
-// What a device has one instruction for, where it would take the host's expression for more.
+// Operations for which a device has one instruction, where it would take more for the host's
+// expression.
 
 HOST_DEVICE uint64_t wide_product(uint32_t a, uint32_t b) {
 #ifdef __CUDA_ARCH__

@@ -1,5 +1,5 @@
-// Whether a GPU runs this library: its driver, and code for its architecture. Asked of a kernel
-// that does nothing, once by device.
+// Finds out by a kernel that does nothing, once by device, whether a GPU runs this library: its
+// driver, and code for its architecture.
 #pragma once
 
 #include <atomic>
@@ -54,5 +54,5 @@ EXPORTED void uegr_kernels_versions(int* driver, int* library) {
     *driver = *library = 0;
     cudaDriverGetVersion(driver), cudaRuntimeGetVersion(library);
 }
-// What build_cuda.py compiled for: "8.0/9.0a/10.0+PTX".
+// Returns the architectures that build_cuda.py compiled for: "8.0/9.0a/10.0+PTX".
 EXPORTED const char* uegr_kernels_architectures() { return TEXT(ARCHITECTURES); }

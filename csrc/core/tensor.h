@@ -24,7 +24,8 @@
 
 #include LOOPS // of the compiler at work
 
-// Where torch has the operators: the package's name, or that of a build for the Kernel Hub.
+// The namespace of the operators in torch: the package's name, or that of a build for the Kernel
+// Hub.
 #ifndef UEGR_NAMESPACE
 #define UEGR_NAMESPACE uegr_kernels
 #endif
@@ -152,7 +153,7 @@ inline void leave_doubles([[maybe_unused]] const View& v) {
 #endif
 }
 
-// The same of a tensor that is computed with.
+// Returns the `view` of a tensor that is computed with; leaves one of float64 on a GPU to others.
 inline View operand_view(const Tensor& t, const char* name, bool written) {
     const View v = view(t, name, written);
     leave_doubles(v);

@@ -1,4 +1,4 @@
-// What a kernel knows of a tensor's memory, on any device.
+// Describes a tensor's memory as kernels see it, on any device.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,8 @@
 
 namespace uegr {
 
-// Where local element l of a shard lies in the unsharded tensor: offset + (l / run) * stride + l %
-// run.
+// Says where local element l of a shard lies in the unsharded tensor: offset + (l / run) * stride +
+// l % run.
 struct Layout {
     int64_t stream, offset, run, stride;
 };

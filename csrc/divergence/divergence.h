@@ -22,8 +22,8 @@ struct LossOptions {
     bool regression;
 };
 
-// What is far enough below a row's maximum that p is 0 while differences stay finite; and from
-// where on a row is moved by its maximum first, as this distance would be lost in it.
+// `far_below` a row's maximum p is 0 while differences stay finite. From `far_out` on a row is
+// moved by its maximum first, as that distance would be lost in it.
 constexpr double far_below = 1e3, far_out = 1e6;
 
 constexpr double ln2 = 0.6931471805599453;
@@ -73,8 +73,8 @@ struct RowSums {
 
     // -sum t log p, the t adding up to `mass`.
     HOST_DEVICE double cross_entropy(double mass) const { return mass * log_sum - label; }
-    // Whether one class holds much of p: then its log ratio is nearly the divergence, and only
-    // their difference is exact enough.
+    // Returns whether one class holds much of p: then its log ratio is nearly the divergence, and
+    // only their difference is exact enough.
     HOST_DEVICE bool dominated() const { return sum < 4; }
     // Sum over l of KL(P || M_l), less the pivot.
     HOST_DEVICE double from_pivot() const { return kl * inverse; }

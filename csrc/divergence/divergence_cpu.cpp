@@ -181,8 +181,8 @@ private:
         return total.total(lanes);
     }
 
-    // Where the row to be read after a pass's begins, to be asked for meanwhile; some memory at
-    // hand where there is none or it is strided.
+    // Returns where the row to be read after a pass's begins, to be asked for meanwhile; some
+    // memory at hand where there is none or it is strided.
     const char* ahead(int64_t pass, int64_t n, int64_t next) const {
         const Rows& from = batch.logits[pass == passes ? 0 : pass];
         return from.column == 1 ? from.at(pass == passes ? next : n)
@@ -433,7 +433,7 @@ template <class T> void work(LossBatch& batch) {
     else torch::stable::parallel_for(0, batch.samples, grain, part);
 }
 
-// How many rows count; raises where a class is none.
+// Counts the rows that are not ignored; raises where a class is none.
 int64_t count_rows(const LossBatch& batch) {
     int64_t count = batch.samples;
     for (int64_t n = 0; batch.indices && n < batch.samples; ++n) {
@@ -488,7 +488,7 @@ std::pair<Tensor, Tensor> run(LossBatch& batch, const Tensor& like, int64_t coun
     return {loss, parts};
 }
 
-// Where the gradients of a tensor of logits go: memory that is written whole, or nowhere.
+// Says where the gradients of a tensor of logits go: memory that is written whole, or nowhere.
 void direct_gradients(LossBatch& batch, int64_t passes, const Tensor* into, bool fresh) {
     const int64_t bytes = into ? into->numel() * into->element_size() : 0;
     if (into && fresh) expect_large_pages(static_cast<char*>(into->mutable_data_ptr()), bytes);

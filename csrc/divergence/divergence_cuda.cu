@@ -202,8 +202,8 @@ template <int m> bool run_on_chip(LossBatch& batch, bool full, cudaStream_t stre
 
 // --- Long rows ---
 
-// Whether all rows of a sample, soft labels too, have one dtype and begin at the same place of 16
-// bytes.
+// Returns whether all rows of a sample, soft labels too, have one dtype and begin at the same place
+// of 16 bytes.
 bool together(const LossBatch& batch) {
     const Rows& first = batch.logits[0];
     auto like_first = [&](const Rows& rows) {
@@ -296,7 +296,8 @@ bool run_many(LossBatch& batch, cudaStream_t stream) {
     }
 }
 
-// Whether one block does all of a batch: a few samples for each of its warps, of few classes.
+// Returns whether one block does all of a batch: a few samples for each of its warps, of few
+// classes.
 bool is_small(const LossBatch& batch) {
     return !batch.options.regression && !batch.soft.data && batch.passes - batch.first <= 2 &&
            batch.samples <= 64 && batch.classes <= 64;
@@ -405,8 +406,8 @@ static void scale(const ScalingArguments& arguments) {
            {minimum(blocks, most), block_threads}, device.stream, s, axes);
 }
 
-// What is left to others takes the operator in place, over copies: torch's dispatcher confuses
-// tensors and lists that are returned together.
+// Leaves a loss to others: they have the operator in place, over copies, since torch's dispatcher
+// confuses tensors and lists that are returned together.
 static std::tuple<Tensor, Tensor, Tensors> leave(Tensors logits, const OptionalTensor& labels,
                                                  LOSS_ARGUMENTS) {
     Tensors gradients;

@@ -8,7 +8,7 @@
 namespace uegr {
 namespace {
 
-// What 16 bytes of a row hold.
+// Takes apart what 16 bytes of a row hold.
 template <Storage storage> struct Elements {
     static constexpr int columns = storage == Storage::float32 ? 4 : 8;
     // The least finite number, or a little more.
@@ -67,8 +67,8 @@ template <Storage storage> struct Elements {
         if constexpr (storage == Storage::float32) chunk.x[j] = bit_cast<uint32_t>(x);
         else reinterpret_cast<uint16_t*>(&chunk)[j] = narrow(x);
     }
-    // What is so far below a row's maximum that its e is 0, and finite where there is such a
-    // number.
+    // Returns a logit so far below a row's maximum that its e is 0; a finite one where there is
+    // such a number.
     static DEVICE float far_below(float most, const NearRow& near) {
         const float low = most - 1e3f - 0.5f * absolute(most);
         return low > least && near.is_plain() ? low : lowest;
@@ -130,7 +130,7 @@ template <class Joins, Storage storage> struct RowsOnChip {
         const int classes = static_cast<int>(batch.classes);
         return {n, shift, (classes + shift + columns - 1) / columns};
     }
-    // Where a sample's row begins in a pass.
+    // Returns where a sample's row begins in a pass.
     static DEVICE char* row_of(const Rows& rows, const Sample& at) {
         return rows.data + at.n * rows.row * (16 / columns);
     }
@@ -147,7 +147,8 @@ template <class Joins, Storage storage> struct RowsOnChip {
         for (; first < classes; slot += blockDim.x, first += Joins::size() * columns)
             f(slot, first);
     }
-    // The same for those of them that are classes in part: a row's first chunk and its last.
+    // Calls f(slot, first), as `each` does, for those of this thread's chunks that are classes in
+    // part: a row's first and its last.
     template <class F> DEVICE void each_part(const Sample& at, F f) const {
 #pragma unroll 1
         for (int last = 0; last < 2; ++last) {

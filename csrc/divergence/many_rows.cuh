@@ -11,8 +11,8 @@ namespace {
 constexpr int many = 9;
 static_assert(many <= most_joined);
 
-// What a block keeps beside the rows: by pass what was found of it, by pair the distance. Written
-// by some threads, and read by all after the block has met.
+// Holds what a block keeps beside the rows: by pass what was found of it, by pair the distance.
+// Written by some threads, and read by all after the block has met.
 struct ManyRoom {
     struct Pass {
         NearRow near;
@@ -148,7 +148,8 @@ template <class Joins, Storage storage> struct ManyRows : RowsOnChip<Joins, stor
             at, [&](int pass) { return Of::far_below(most[pass], NearRow(most[pass])); });
     }
 
-    // What soft labels, smoothed, give the classes of a chunk; 0 to what is none.
+    // Writes the targets t that soft labels, smoothed, give the classes of a chunk; 0 for what is
+    // no class.
     DEVICE void get_targets(const Chunk* slot, int first, float (&t)[columns]) const {
         const float share = static_cast<float>(1 - batch.options.label_smoothing),
                     floor = static_cast<float>(batch.options.label_smoothing /

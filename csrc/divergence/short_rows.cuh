@@ -7,7 +7,7 @@
 namespace uegr {
 namespace {
 
-// What a thread keeps of its columns, in a role: x or w, and e, of each pass.
+// Holds what a thread keeps of its columns, in a role: x or w, and e, of each pass.
 struct Kept {
     float4* base;
     // in float4

@@ -17,7 +17,7 @@ inline View unit_view(const Tensor& t, const char* name, bool written) {
     return v;
 }
 
-// What is dropped, or its gradient.
+// Holds what is dropped, or its gradient.
 struct DropoutArguments {
     const Tensor& tensor;
     View in, rates;
@@ -39,7 +39,8 @@ struct DropoutArguments {
     }
 };
 
-// What the rates are made of; `fold`: what backwards left in `pending` goes into the norm first.
+// Holds what the rates are made of; `fold`: what backwards left in `pending` goes into the norm
+// first.
 struct RatesArguments {
     View norm, pending;
     int64_t units;

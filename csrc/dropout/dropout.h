@@ -9,8 +9,8 @@
 
 namespace uegr {
 
-// What kept elements of a unit are multiplied by, 1/(1 - r), the difference taken in the rate's own
-// type.
+// Gives what kept elements of a unit are multiplied by: 1/(1 - r), the difference taken in the
+// rate's own type.
 template <class T, class Rate> HOST_DEVICE T keep_scale(Rate r) {
     return 1 / static_cast<T>(1 - r);
 }

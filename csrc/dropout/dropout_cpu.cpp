@@ -85,7 +85,7 @@ template <class T> struct Call {
         });
     }
 
-    // The same, and the sum of squares of each unit.
+    // Drops all elements as `run` does, and returns the sum of squares of each unit.
     std::vector<double> run_with_squares() const {
         // A part has at least 8 rows: so the sums stay small beside the elements.
         const int64_t wanted =

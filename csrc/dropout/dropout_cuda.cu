@@ -27,7 +27,7 @@ struct Call {
     double* sums; // [parts, units]
 };
 
-// What a thread takes of a row at a time: whole accesses of one dtype, or an element of any.
+// Holds what a thread takes of a row at a time: whole accesses of one dtype, or an element of any.
 template <Storage storage> struct Full {
     static constexpr int count = 8;
     struct Raw {

@@ -16,15 +16,15 @@ enum class Per : int64_t { sample, token, all };
 
 HOST_DEVICE double square(double x) { return x * x; }
 
-// What a group's g (or sign(g)) is multiplied by, from its sum of squares: eps/||g||, or eps; 0
-// where the norm is 0 or not finite.
+// Returns what a group's g (or sign(g)) is multiplied by, from its sum of squares: eps/||g||, or
+// eps; 0 where the norm is 0 or not finite.
 HOST_DEVICE double direction_factor(double squares, double epsilon, Norm norm) {
     const double length = std::sqrt(squares);
     if (!(length > 0 && length <= Float<double>::largest)) return 0;
     return norm == Norm::l2 ? epsilon / length : epsilon;
 }
 
-// What a group is multiplied by to lie in the ball: radius/||delta||, or 1.
+// Returns what a group is multiplied by to lie in the ball: radius/||delta||, or 1.
 HOST_DEVICE double ball_factor(double squares, double radius) {
     const double length = std::sqrt(squares);
     return length > radius ? radius / length : 1;
@@ -32,7 +32,7 @@ HOST_DEVICE double ball_factor(double squares, double radius) {
 
 template <class T> HOST_DEVICE T sign(T x) { return static_cast<T>(x > 0) - static_cast<T>(x < 0); }
 
-// Whether a step may be taken in float: its factor is far from a float's limits.
+// Returns whether a step may be taken in float: its factor is far from a float's limits.
 HOST_DEVICE bool fits_float(double factor) {
     return factor == 0 || (factor > 0x1p-100 && factor < 0x1p100);
 }

@@ -79,8 +79,8 @@ DEVICE Piece piece_of_block(const Call& call, int64_t first_piece, bool backward
             static_cast<int>(minimum(piece_size, e.length - within))};
 }
 
-// What a thread takes of a tensor at a time: 128 bits of one dtype, or an element, of that dtype or
-// of any, with strides. Of each list it asks for so many ahead.
+// Holds what a thread takes of a tensor at a time: 128 bits of one dtype, or an element, of that
+// dtype or of any, with strides. Of each list it asks for so many ahead.
 template <Storage storage> struct Whole {
     static constexpr int size = storage == Storage::float32 ? 4 : 2, count = 16 / size, ahead = 2;
     static constexpr bool any = false;
@@ -126,7 +126,7 @@ DEVICE void each_of(const Piece& piece, Whole<storage> whole, Visit visit) {
     const int from = minimum(piece.size, (n - past) % n), to = from + (piece.size - from) / n * n;
     for (int i = from + n * threadIdx.x; i < to; i += whole.ahead * n * blockDim.x)
         visit(whole, i, to);
-    // What lies ahead and behind: fewer than threads.
+    // The elements ahead and behind: fewer than threads.
     const int i = threadIdx.x;
     if (i < from + piece.size - to)
         visit(One<false, storage>(), i < from ? i : to + i - from, piece.size);
@@ -368,9 +368,9 @@ template <class Access> Run run_by(const Call& call, const Entry& e) {
             e.first_piece};
 }
 
-// Whether whole accesses of g's dtype cover an entry but for the ends of its pieces: all lists
-// alike, at one place in 16 bytes, which does not cut what a counter of the generator serves, or a
-// token.
+// Returns whether whole accesses of g's dtype cover an entry but for the ends of its pieces: all
+// lists alike, at one place in 16 bytes, which does not cut what a counter of the generator serves,
+// or a token.
 bool is_whole(const Call& call, const Entry& e) {
     const int64_t past = reinterpret_cast<uintptr_t>(e.g.data) % 16, size = bytes_of(e.g.storage);
     auto alike = [&](const Slot& s) {

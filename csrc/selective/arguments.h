@@ -45,7 +45,7 @@ struct StatisticsRows {
     int64_t* bins(int64_t row) const { return static_cast<int64_t*>(data) + row * rank_bins; }
 };
 
-// What every selecting operator takes.
+// Holds what every selecting operator takes.
 struct SelectionArguments {
     SelectionOptions options;
     uint64_t seed;
@@ -93,7 +93,8 @@ struct SelectionArguments {
     }
 };
 
-// What the two optimizers share. `states`: the operator's lists, empty ones unused.
+// Holds the arguments that the two optimizers share. `states`: the operator's lists, empty ones
+// unused.
 struct StepArguments : SelectionArguments {
     Number grad_scale, found_inf;
     // rounding: some state is bfloat16
@@ -136,7 +137,7 @@ struct StepArguments : SelectionArguments {
     }
 };
 
-// What statistics over a scope take; they join the rows of `out`.
+// Holds the arguments of statistics over a scope; they join the rows of `out`.
 struct StatisticsArguments : SelectionArguments {
     // of the unsharded tensors, or none
     const std::vector<int64_t>& sizes;
@@ -160,7 +161,7 @@ struct StatisticsArguments : SelectionArguments {
     }
 };
 
-// What an operator without an update rule writes: g * factor, b/p itself, or p.
+// Says what an operator without an update rule writes: g * factor, b/p itself, or p.
 enum class Out { multiplied, factor, probability };
 
 // One tensor that is looked at: `out` is written, the gradient stays.

@@ -33,7 +33,7 @@ struct SelectionOptions {
     HOST_DEVICE bool ranks() const { return normalization == Normalization::rank; }
 };
 
-// Every how many elements a rank over `size` of them takes.
+// Returns k, where a rank over so many elements takes every k-th.
 HOST_DEVICE int64_t rank_stride(int64_t size) { return size > rank_sampled ? (size >> 20) | 1 : 1; }
 
 // |g| converted to float32 toward zero, by its upper 16 bits: those of a positive float order as it
@@ -48,7 +48,7 @@ HOST_DEVICE int rank_bin(double magnitude) {
 }
 
 // s = g*g (Eq. 7); one that overflows counts as the largest float.
-template <class T> HOST_DEVICE T saliency(T g) { return g * g; }
+template <class T> HOST_DEVICE T square(T g) { return g * g; }
 // |g| of a given saliency; of -0, 0
 template <class T> HOST_DEVICE T root(T s) { return absolute(std::sqrt(s)); }
 template <class T> HOST_DEVICE bool finite(T g) { return absolute(g) <= Float<T>::largest; }
@@ -65,7 +65,7 @@ HOST_DEVICE Range range_of(typename Float<T>::Bits low, typename Float<T>::Bits 
     if (low >= Float<T>::infinity) return {HUGE_VAL, -HUGE_VAL};
     const T least = bit_cast<T>(low), most = bit_cast<T>(high);
     return given ? Range{least, most}
-                 : Range{minimum(saliency(least), largest), minimum(saliency(most), largest)};
+                 : Range{minimum(square(least), largest), minimum(square(most), largest)};
 }
 
 constexpr double log2_e = 1.4426950408889634;
@@ -128,8 +128,8 @@ template <class T> struct Probability {
                        largest_inverse);
     }
 
-    // Whether nothing is held or scaled up on the way to 1/p of any s in [s_min, s_max]; then
-    // `plain_inverse` is `inverse` to the bit.
+    // Returns whether nothing is held or scaled up on the way to 1/p of any s in [s_min, s_max];
+    // then `plain_inverse` is `inverse` to the bit.
     CALLED_ON_BOTH bool plain(T s_min, T s_max) const {
         const T first = exponent(s_min), last = exponent(s_max);
         return s_max < Float<T>::largest && up == 1 && minimum(first, last) >= z_low &&
@@ -151,7 +151,7 @@ HOST_DEVICE double inverse_of_constant(const SelectionOptions& o) {
     return minimum(1 / o.keep_probability, 1 / maximum(o.min_probability, 0x1p-24));
 }
 
-// Whether anything is drawn: elsewhere every element is selected and its factor is 1.
+// Returns whether anything is drawn: elsewhere every element is selected and its factor is 1.
 HOST_DEVICE bool is_random(const SelectionOptions& o) {
     return o.normalization != Normalization::constant || inverse_of_constant(o) != 1;
 }
@@ -169,8 +169,8 @@ struct RankCurve {
     }
 };
 
-// What an element is multiplied by: 1/p (or 1, without rescale) where u < p, that is u * 1/p < 1,
-// without a division; else 0. A g that is not finite has p = 1.
+// Returns what an element is multiplied by: 1/p (or 1, without rescale) where u < p, that is u *
+// 1/p < 1, without a division; else 0. A g that is not finite has p = 1.
 template <bool rescale, class T> HOST_DEVICE T drawn_factor(T inverse, uint32_t word) {
     return uniform_times_unit<T>(word) * inverse < uniform_unit ? (rescale ? inverse : T(1)) : T(0);
 }

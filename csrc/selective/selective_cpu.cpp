@@ -60,7 +60,7 @@ template <class T, class UpdateRule> struct Entry : TensorArguments {
 };
 
 template <class T, class UpdateRule> struct Call {
-    // What an operator does with a block of parameters, gradients, factors b/p and states.
+    // Updates a block from its parameters, gradients, factors b/p and states, as an operator does.
     using BlockUpdate = void (*)(const UpdateRule&, int n, T* theta, const T* g, const T* factor,
                                  T* a, T* b, T* c);
     SelectionOptions options{};
@@ -233,11 +233,11 @@ template <class T, class UpdateRule> struct Worker {
                 });
             else if (plain)
                 factor_block<rescale, true>(n, g, drawn, factor, [=](int i) {
-                    return probability.plain_inverse(saliency(g[i]));
+                    return probability.plain_inverse(square(g[i]));
                 });
             else
                 factor_block<rescale>(n, g, drawn, factor,
-                                      [=](int i) { return probability.inverse(saliency(g[i])); });
+                                      [=](int i) { return probability.inverse(square(g[i])); });
         }
     }
 
@@ -290,7 +290,7 @@ struct Item {
 // that none of them waits; and the pieces whose gradient was read last, which the cache still has,
 // are updated first.
 template <class T, class UpdateRule>
-std::vector<Item> plan(Call<T, UpdateRule>& call, int64_t threads) {
+std::vector<Item> items_in_order(Call<T, UpdateRule>& call, int64_t threads) {
     std::vector<Item> items, updates;
     auto flush = [&](size_t all_but) {
         const auto end = updates.end() - std::min(all_but, updates.size());
@@ -328,7 +328,7 @@ std::vector<Item> plan(Call<T, UpdateRule>& call, int64_t threads) {
 }
 
 template <class T, class UpdateRule> void run(Call<T, UpdateRule>& call) {
-    const std::vector<Item> items = plan(call, torch::stable::get_num_threads());
+    const std::vector<Item> items = items_in_order(call, torch::stable::get_num_threads());
     if (items.empty()) return;
     const bool rank = call.ranks();
     std::vector<std::vector<float>> slots(rank ? rank_slots : 0);
@@ -414,8 +414,8 @@ std::vector<float> settle_statistics(Call<T, UpdateRule>& call, const Statistics
     return tables;
 }
 
-// What AdamW and SGD share: the steps advance, then the run. Nothing is written before every step
-// is known to be a number of steps.
+// Takes a step of AdamW or SGD: the step counts advance, then the run. Nothing is written before
+// every step is known to be a number of steps.
 template <class T, class UpdateRule, class Options>
 void step(const StepArguments& arguments, const Options& options,
           typename Call<T, UpdateRule>::BlockUpdate update_block) {

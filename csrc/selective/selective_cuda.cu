@@ -52,7 +52,7 @@ struct alignas(16) Item {
     int64_t begin;
 };
 
-// What becomes of a tensor in the course of a call.
+// Holds what becomes of a tensor in the course of a call.
 struct alignas(16) Progress {
     // bits of the least and largest |g| over finite elements
     uint32_t low, high;
@@ -233,8 +233,8 @@ template <class UpdateRule> DEVICE bool take(const Call<UpdateRule>& call, Work<
 
 // Words of the generator: element l is the first of a whole counter, or anywhere.
 template <int n, bool unsharded>
-DEVICE void draw(uint32_t (&words)[n], const Layout& at, int64_t l, uint32_t step,
-                 const RoundKeys& keys) {
+DEVICE void draw_words(uint32_t (&words)[n], const Layout& at, int64_t l, uint32_t step,
+                       const RoundKeys& keys) {
     const uint32_t stream = static_cast<uint32_t>(at.stream);
     const int64_t index = unsharded ? at.offset + l : element_index(at, l);
     const FourWords four = philox(static_cast<uint64_t>(index) / 4, step, stream, keys);
@@ -248,7 +248,7 @@ DEVICE void draw(uint32_t (&words)[n], const Layout& at, int64_t l, uint32_t ste
     }
 }
 
-// Where in a word the bits are that round an element of a list.
+// Says where in a word the bits are that round an element of a list.
 enum Rounding { to_nearest = -1, by_low_bits = 0, by_high_bits = 16 };
 DEVICE uint16_t rounded_bfloat16(float x, uint32_t word, Rounding rounding) {
     return rounding == to_nearest ? round_bfloat16(x) : cut_bfloat16(x, word >> rounding & 0xffffu);
@@ -259,7 +259,7 @@ DEVICE uint16_t rounded_bfloat16(float x, uint32_t word, Rounding rounding) {
 // waits for one; then `at_once` of them after the other are looked at (get) and replaced (put):
 // what a counter of the generator has words for.
 
-// What 4 elements of a list become between memory and arithmetic; 16-bit ones lie in pairs.
+// Turn 4 elements of a list from what memory has into floats, and back; 16-bit ones lie in pairs.
 template <int n> DEVICE void widen_pairs(const uint32_t* pairs, float (&x)[n]) {
     UNROLL
     for (int i = 0; i < n; i += 2)
@@ -486,7 +486,7 @@ DEVICE void find_inverses(const Call<UpdateRule>& call, const Work<UpdateRule>& 
     } else if (has_saliency) {
         each([&](int i) { return finite(s[i]) ? probability.inverse(s[i]) : 1.0f; });
     } else {
-        each([&](int i) { return probability.inverse(saliency(g[i])); });
+        each([&](int i) { return probability.inverse(square(g[i])); });
     }
 }
 
@@ -541,8 +541,8 @@ DEVICE void update_elements(const Call<UpdateRule>& call, const Work<UpdateRule>
                               parameters[at_once] = {}, state[3][at_once] = {};
             uint32_t words[at_once] = {};
             if (Access::usual || call.random)
-                draw<at_once, Access::usual>(words, work.entry.layout, access.l + part,
-                                             work.settled.step, call.keys);
+                draw_words<at_once, Access::usual>(words, work.entry.layout, access.l + part,
+                                                   work.settled.step, call.keys);
             access.template get<gradient>(raw_g, first, g);
             if (has_saliency) access.template get<given>(raw_s, first, s);
             // for these elements only: registers are few
@@ -552,7 +552,7 @@ DEVICE void update_elements(const Call<UpdateRule>& call, const Work<UpdateRule>
             if constexpr (Access::usual) {
                 UNROLL
                 for (int i = 0; i < at_once; ++i)
-                    inverse[i] = curve.probability.inverse(saliency(g[i]));
+                    inverse[i] = curve.probability.inverse(square(g[i]));
             } else {
                 find_inverses(call, work, curve.probability, g, s, inverse);
             }
@@ -580,8 +580,8 @@ DEVICE void update_elements(const Call<UpdateRule>& call, const Work<UpdateRule>
             else apply_all(false);
             access.template put<theta>(raw_theta, first, parameters, words, to_nearest);
             if (states > 0 && rounding)
-                draw<at_once, Access::usual>(words, work.entry.layout, access.l + part,
-                                             work.settled.step, call.rounding_keys);
+                draw_words<at_once, Access::usual>(words, work.entry.layout, access.l + part,
+                                                   work.settled.step, call.rounding_keys);
             const Rounding low = rounding ? by_low_bits : to_nearest,
                            high = rounding ? by_high_bits : to_nearest;
             if (states > 0)
@@ -779,12 +779,13 @@ struct TensorTable : AxesTable {
     }
 };
 
-// What a call is for: `draws` words for its elements, `updates` them, or takes statistics alone.
+// Says what a call is for: `draws` words for its elements, `updates` them, or takes statistics
+// alone.
 struct Purpose {
     bool draws = true, updates = true;
 };
 
-// Which elements of a tensor whole accesses of `pack` elements cover.
+// Returns how many elements of a tensor whole accesses of `pack` elements cover.
 int64_t bulk_of(const Entry& e, int pack, const Purpose& purpose) {
     const Layout& at = e.layout;
     bool covered =
@@ -894,7 +895,7 @@ Memory begin(Call<UpdateRule>& call, TensorTable& tensors, const Options& option
     return {uploaded, scratch};
 }
 
-// What a call's lists have in common.
+// Names the dtype that a call's lists have in common.
 enum class Lists { float32, bfloat16, mixed };
 
 template <bool update, bool more, class UpdateRule>

@@ -180,8 +180,8 @@ inline char* of_block(void* shared, int rank) {
     return dynamic_shared(rank) + (static_cast<char*>(shared) - dynamic_shared(machine.rank()));
 }
 
-// What is copied or sent is not there before its wait; until then its place is NaN, as its old
-// contents may be gone.
+// Copies at the wait; until then the place of what is copied or sent is NaN, as its old contents
+// may be gone.
 inline void copy_async(void* to, const void* from) {
     if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) abort();
     memset(to, 0xff, 16);
@@ -298,7 +298,8 @@ struct cudaLaunchConfig_t {
     cudaLaunchAttribute* attrs;
     unsigned numAttrs;
 };
-// What a device refuses, the environment says: "code", "large clusters", "clusters".
+// Returns whether a device refuses something, which the environment says: "code", "large clusters",
+// "clusters".
 inline bool is_refused(const char* what) {
     const char* refused = getenv("CUDA_ON_HOST_REFUSES");
     return refused && !strcmp(refused, what);

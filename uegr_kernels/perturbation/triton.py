@@ -196,6 +196,7 @@ def moved(g, ptrs, factor, draw, begin, i, end, FULL: tl.constexpr, form):
 
 @triton.jit
 def write(out_ptr, begin, i, end, value, FULL: tl.constexpr):
+    """Writes elements begin + i of out, none from `end` on."""
     value = triton_ops.nearest(value, out_ptr.dtype.element_ty)
     if FULL:
         tl.store(out_ptr + begin + i, value)

@@ -119,7 +119,9 @@ class Batch:
         }
 
     def parts(self, grad_scale: Tensor | None) -> Iterator[tuple[shards.Cut, list[int], op.Part]]:
-        """Divides the tensors by how they are cut: the cut, which they are, and they."""
+        """Divides the tensors by how they are cut: yields each cut, the positions of its tensors in
+        the batch, and the tensors.
+        """
         if not self.cuts:
             everything = list(range(len(self.params)))
             mins, maxs = self.saliency_mins, self.saliency_maxs
@@ -251,7 +253,7 @@ class Scopes:
         return () if all(self.joined.get(id(kept)) is kept for kept in mins) else cut
 
     def join_kept(self, batch: Batch, found_inf: Tensor | None) -> None:
-        """Makes what was kept of every process's part that of the whole."""
+        """Joins the extremes that every process kept of its part of a tensor into the whole's."""
         torch.autograd.graph.increment_version(batch.wholes)
         if not batch.keeps:
             return

@@ -18,7 +18,7 @@ from .state import Packed
 
 SHAPE = operator.attrgetter("shape")
 LAYOUT = operator.attrgetter("layout")
-PLACEMENT = operator.attrgetter("device", "dtype")
+DEVICE_AND_DTYPE = operator.attrgetter("device", "dtype")
 # An option of these types is as good as checked while it is the same object.
 IMMUTABLE = frozenset((float, int, bool, str, torch.dtype, type(None)))
 # of the options that are numbers
@@ -75,7 +75,7 @@ class CachedStep:
     # parameters without an element, which have no address
     empty: list[Tensor]
     # and theirs
-    placements: list[tuple[torch.device, torch.dtype]]
+    devices_and_dtypes: list[tuple[torch.device, torch.dtype]]
     # that were checked; None where they must be again
     options: CheckedOptions | None
 
@@ -98,7 +98,7 @@ class CachedStep:
             places=places,
             sizes=list(map(Tensor.numel, params)) if contiguous else None,
             empty=empty,
-            placements=list(map(PLACEMENT, empty)),
+            devices_and_dtypes=list(map(DEVICE_AND_DTYPE, empty)),
             options=options,
         )
 
@@ -146,7 +146,10 @@ class CachedStep:
             return "a gradient is sparse, or torch.func's"
         # the address of freed memory is 0
         zeros = list(map(Tensor.data_ptr, grads)).count(0)
-        if zeros != len(self.empty) or list(map(PLACEMENT, self.empty)) != self.placements:
+        if (
+            zeros != len(self.empty)
+            or list(map(DEVICE_AND_DTYPE, self.empty)) != self.devices_and_dtypes
+        ):
             return "a gradient has no memory"
         for key in needed:
             if key not in self.batch.state_lists or not all(

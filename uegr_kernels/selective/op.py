@@ -13,6 +13,7 @@ from ..core.operator import Operator, P, R, writes_only
 from . import reference
 from .options import (
     NORMALIZATIONS,
+    RANK_BINS,
     AdamWOptions,
     Selection,
     SelectionNumbers,
@@ -61,11 +62,13 @@ class SelectingOperator(SelectiveOperator[P, R]):
     """Takes its options as one `selection`, which the schema has spelt out."""
 
     def in_numbers(self, options: Mapping[str, Any]) -> dict[str, object]:
+        """Returns the options as the schema has them, the `selection` spelt out in numbers."""
         numbers = {**options, **options["selection"].numbers()}
         del numbers["selection"]
         return numbers
 
     def in_words(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Returns the options as the reference has them, with one `selection`."""
         names = SelectionNumbers.__annotations__
         selection = Selection.of_numbers(**{name: options[name] for name in names})
         others = {name: value for name, value in options.items() if name not in names}
@@ -95,6 +98,7 @@ class SteppingOperator(SelectingOperator[P, object]):
         )
 
     def in_numbers(self, options: Mapping[str, Any]) -> dict[str, object]:
+        """Returns the step's option objects as the schema's keywords, words as numbers."""
         # the schema's keywords are the names of the fields
         common, own = options["common"], options["own"]
         numbers = {**vars(common), **vars(own), **common.selection.numbers()}
@@ -102,6 +106,7 @@ class SteppingOperator(SelectingOperator[P, object]):
         return numbers
 
     def in_words(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Returns the schema's keywords as the step's option objects."""
         words, names = super().in_words(options) | {"plan": None}, StepOptions.__dataclass_fields__
         common = {name: words.pop(name) for name in names}
         return {"common": StepOptions(**common), "own": self.own(**words)}
@@ -249,9 +254,7 @@ class Part:
 def no_statistics(rows: int, normalization: str, device: torch.device) -> Tensor:
     """Returns statistics of nothing, for the statistics operator to join others to."""
     sizes, dtype = (
-        ((rows, reference.RANK_BINS), torch.int64)
-        if normalization == "rank"
-        else ((rows, 2), torch.float64)
+        ((rows, RANK_BINS), torch.int64) if normalization == "rank" else ((rows, 2), torch.float64)
     )
     return emptied(torch.empty(sizes, dtype=dtype, device=device))
 

@@ -163,6 +163,7 @@ class SelectiveOptimizer(Optimizer):
         raise NotImplementedError
 
     def add_param_group(self, param_group: dict[str, object]) -> None:
+        """Adds a group of parameters, as torch's optimizers do, once its options are checked."""
         if isinstance(param_group, dict):
             self._check(self.defaults | param_group)
             if param_group.get("seed") is not None:
@@ -394,9 +395,9 @@ class SelectiveOptimizer(Optimizer):
         batches = []
         for group, first in self._groups():
             needed = self._needed(group)
-            for part in range(self._init_group(group, first, -1)):
+            for number in range(self._init_group(group, first, -1)):
                 lists: list[list[Any]] = [[] for _ in range(4 + len(needed))]
-                self._init_group(group, first, part, *lists)
+                self._init_group(group, first, number, *lists)
                 params, grads, layout, (backend, seed), *states = lists
                 options = [group[name] for name in FIELDS]  # type: ignore[literal-required]
                 batch = Batch.empty(group, Selection(*options), backend, seed)
@@ -405,13 +406,13 @@ class SelectiveOptimizer(Optimizer):
                 batches.append(batch)
         return batches
 
-    def _init_group(self, group: Group, first: int, part: int, *lists: list[Any]) -> int:
-        """Checks the group, creates its states and fills the lists with its batch `part`.
+    def _init_group(self, group: Group, first: int, number: int, *lists: list[Any]) -> int:
+        """Checks the group, creates its states and fills the lists with its batch `number`.
         Returns how many batches there are.
         """
         batches = self._batches(group, first)
         self._complete(batches)
-        for batch in batches[part : part + 1] if lists else ():
+        for batch in batches[number : number + 1] if lists else ():
             states = [batch.state_lists[key] for key in self._needed(group)]
             values: list[Sequence[object]] = [batch.params, batch.grads, batch.layout]
             values += [[batch.backend, batch.seed], *states]

@@ -22,6 +22,12 @@ STATISTICS = ("current", "previous")
 TARGETS = ("gradient", "update")
 # options that mean something to an optimizer only
 WITH_STATE = ("statistics", "target")
+# the step of u
+SMALLEST_PROBABILITY = 2.0**-24
+# the upper 16 bits of a finite |g|
+RANK_BINS = 0x7F80
+# a rank over more elements than this takes every k-th
+RANK_SAMPLED = 2**20
 
 
 class SelectionNumbers(TypedDict):

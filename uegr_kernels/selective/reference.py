@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 
 from ..core import philox
-from .options import AdamWOptions, Selection, SGDOptions, StepOptions
+from .options import (
+    RANK_BINS,
+    RANK_SAMPLED,
+    SMALLEST_PROBABILITY,
+    AdamWOptions,
+    Selection,
+    SGDOptions,
+    StepOptions,
+)
 
 Number = float | Tensor
 # steps a tensor in place, by its value, its selected gradient, its states and the step's number
 UpdateRule = Callable[[Tensor, Tensor, Sequence[Tensor], int], None]
-
-# the step of u
-SMALLEST_PROBABILITY = 2.0**-24
-# the upper 16 bits of a finite |g|
-RANK_BINS = 0x7F80
-# a rank over more elements than this takes every k-th
-SAMPLED = 2**20
 
 
 class Layout(NamedTuple):
@@ -57,7 +58,7 @@ def magnitude(g: Tensor, saliency: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def square(g: Tensor, saliency: Tensor | None) -> Tensor:
-    """Squares: s = g*g (Eq. 7), the largest float where that overflows; or the given one."""
+    """Returns s = g*g (Eq. 7), the largest float where that overflows; or the given saliency."""
     s = g * g if saliency is None else saliency.to(g.dtype)
     return s.nan_to_num(0).clamp(max=torch.finfo(g.dtype).max)
 
@@ -71,9 +72,14 @@ def bins(magnitudes: Tensor) -> Tensor:
     return rounded.view(torch.int32).long() >> 16
 
 
+def rank_stride(size: int) -> int:
+    """Returns k, where a rank over so many elements takes every k-th."""
+    return size // RANK_SAMPLED | 1 if size > RANK_SAMPLED else 1
+
+
 def histogram(magnitudes: Tensor, finite: Tensor, layout: Layout, size: int) -> Tensor:
     """Counts by bin, over every k-th element of a large tensor, each counting k times."""
-    every = size // SAMPLED | 1 if size > SAMPLED else 1
+    every = rank_stride(size)
     indices = layout.indices(finite.numel(), finite.device).view(finite.shape)
     taken = finite & (indices % every == 0)
     return torch.bincount(bins(magnitudes[taken]), minlength=RANK_BINS) * every
@@ -418,7 +424,7 @@ def select_gradients_(
     seed: int,
     selection: Selection,
 ) -> None:
-    """Selects: g <- b*g/p."""
+    """Writes b*g/p (b*g without `rescale`) over g, element by element."""
     for i, (grad, place) in enumerate(zip(grads, layouts(layout), strict=True)):
         g = grad.to(compute_dtype(grad.dtype))
         b, factor = select(
@@ -446,7 +452,7 @@ def selective_statistics_(
     out: Tensor,
 ) -> None:
     """Joins (min, max) or the histogram of s into `out`: one row for all tensors, or a row
-    each. What is kept stands for its tensor.
+    each. The extremes in `mins` and `maxs`, kept from the previous step, stand for their tensors.
     """
     for i, (grad, place) in enumerate(zip(grads, layouts(layout), strict=True)):
         g = unscaled(grad, grad_scale)
@@ -466,7 +472,7 @@ def selective_statistics_(
 def selection_probability_(
     grad: Tensor, saliency: Tensor | None, *, out: Tensor, selection: Selection
 ) -> None:
-    """Computes p of every element."""
+    """Writes p of every element into `out`."""
     out.copy_(1 / inverse_probability(grad.to(out.dtype), saliency, None, selection))
 
 
@@ -480,6 +486,6 @@ def selection_mask_(
     seed: int,
     selection: Selection,
 ) -> None:
-    """Draws b of every element."""
+    """Draws b of every element into `out`."""
     g = grad.to(compute_dtype(grad.dtype))
     out.copy_(select(g, saliency, None, layouts(layout)[0], selection, seed=seed, step=step)[0])

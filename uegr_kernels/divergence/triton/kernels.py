@@ -323,7 +323,7 @@ def row_of_pass(rows, k, form):
 
 @triton.jit
 def read_pass(k, b, i, inside, FULL: tl.constexpr, AGAIN: tl.constexpr, samples, form):
-    """Returns a block of pass k; `b`: which of the HELD, else nothing."""
+    """Returns a block of pass k; `b`: which of the HELD blocks it is, else nothing."""
     if form.HELD:
         return samples.held[k * form.HELD + b].to(form.DTYPE)
     else:
@@ -340,11 +340,13 @@ def read_class(k, i, samples, form):
 
 @triton.jit
 def over_runs(x):
+    """Sums over the elements of each run."""
     return tl.sum(x, 2, keep_dims=True)
 
 
 @triton.jit
 def over_row(x):
+    """Sums over each row."""
     return tl.sum(tl.sum(x, 2, keep_dims=True), 1, keep_dims=True)
 
 
@@ -362,7 +364,7 @@ def zeros(SIZE: tl.constexpr, form):
 
 @triton.jit
 def first_ratio(shape: tl.constexpr, k, passes, form):
-    """Returns what log ratios are added to: less the pivot."""
+    """Returns what pass k's log ratios are added to: minus its pivot, or -0."""
     # -0 + x is x, and costs nothing
     w = tl.full(shape, -0.0, form.DTYPE)
     if form.EXACT:
@@ -378,8 +380,8 @@ def rotated(values):
 
 @triton.jit
 def add_pairs(COUNT: tl.constexpr, of_k, of_l, k, l, form):
-    """Returns the sums with those of the first COUNT pairs, pass j of `k` with pass j of `l`, added
-    on both sides.
+    """Returns the sums of log ratios with those of the first COUNT pairs, pass j of `k` with pass j
+    of `l`, added on both sides.
     """
     for j in tl.static_range(COUNT):
         d = log_distance(k.z[j], l.z[j], k.rests[j] - l.rests[j], k.ratios[j] - l.ratios[j])
@@ -426,8 +428,8 @@ def log_ratios(z, passes, form):
 
 @triton.jit
 def log_ratios_of(k, z, at, FULL: tl.constexpr, samples, passes, form):
-    """Returns that sum for pass k alone, whose logits are z, in a block of columns; with itself a
-    pass has 0.
+    """Returns the sum of log2(p/M) over the pairs of pass k alone, whose logits are z, less its
+    pivot, in a block of columns; with itself a pass has 0.
     """
     i, inside = columns(at, samples.classes, form)
     w = first_ratio(z.shape, k, passes, form)
@@ -471,7 +473,7 @@ def pivot_of(k, likeliest, samples, passes, form):
 
 @triton.jit
 def pivots_together(likeliest, samples, passes, form):
-    """Returns the same for all passes in pairs: lane j is pass FIRST + j."""
+    """Returns what `pivot_of` does, for all passes in pairs at once: lane j is pass FIRST + j."""
     M: tl.constexpr = form.PASSES - form.FIRST
     lane = tl.arange(0, 2 if M <= 2 else 4 if M <= 4 else 8 if M <= 8 else 16)[None, :, None]
     at = likeliest[form.FIRST]
@@ -519,7 +521,7 @@ def pivots_of(likeliest, samples, passes, form):
 
 @triton.jit
 def add_exponentials(x, highest, total):
-    """Returns maxima and sums of exp(x - maximum) of every run, a block later."""
+    """Returns maxima and sums of exp(x - maximum) of every run, with a block x added."""
     higher = tl.maximum(highest, tl.max(x, 2, keep_dims=True))
     return higher, total * exponential(highest - higher) + over_runs(exponential(x - higher))
 
@@ -532,7 +534,9 @@ def class_of(x, top, i):
 
 @triton.jit
 def held_normalizer(k, samples, form):
-    """Returns the same as `normalizer` for pass k whose blocks are HELD."""
+    """Returns a row's maximum, a class that has it, and the sum of exponentials, as `normalizer`
+    does, for pass k whose blocks are HELD.
+    """
     BLOCK: tl.constexpr = form.RUNS * form.RUN
     highest = samples.held[k * form.HELD].to(form.DTYPE)
     for b in tl.static_range(1, form.HELD):
@@ -616,7 +620,7 @@ def normalizers(samples, form):
 
 @triton.jit
 def normalize(samples, form):
-    """Makes the first visit."""
+    """Makes the first visit to rows: finds each pass's maximum, sum of exponentials and pivot."""
     tops, likeliest, totals = normalizers(samples, form)
     bases, rests, ratios, pivots = (), (), (), ()
     highest, lowest = tops[form.PASSES - 1], tops[form.PASSES - 1]
@@ -668,7 +672,9 @@ def label_terms(t, y, inside, FULL: tl.constexpr):
 
 @triton.jit
 def add_block(at, b, FULL: tl.constexpr, sums, samples, passes, form):
-    """Returns the sums with a block added; `b`: which of the HELD, else nothing."""
+    """Returns the sums over labels and pairs with a block added; `b`: which of the HELD blocks it
+    is, else nothing.
+    """
     AGAIN: tl.constexpr = form.NEEDS != 0
     masses, of_labels, of_pairs = sums.masses, sums.of_labels, sums.of_pairs
     i, inside = columns(at, samples.classes, form)
@@ -706,7 +712,7 @@ def add_block(at, b, FULL: tl.constexpr, sums, samples, passes, form):
 
 @triton.jit
 def sum_up(samples, passes, form):
-    """Makes the second visit."""
+    """Makes the second visit to rows: sums over labels and pairs."""
     BLOCK: tl.constexpr = form.RUNS * form.RUN
     sums = Sums(
         masses=tl.zeros([form.ROWS, form.RUNS, 1], form.DTYPE),
@@ -755,7 +761,7 @@ def cross_entropy(k, mass, sums, samples, passes, form):
 
 @triton.jit
 def losses_of(unit, js_weight, sums, samples, passes, form):
-    """Returns the losses, and what `unit` times them has for gradients."""
+    """Returns the losses, and the factors of the gradients of `unit` times them."""
     clean = tl.zeros([form.ROWS, 1, 1], form.DTYPE)
     adversarial, divergences = clean, clean
     mass = (
@@ -816,7 +822,7 @@ def less_targets(g, of_t, i, samples, form):
 
 @triton.jit
 def write_block(at, b, FULL: tl.constexpr, factors, gradients, there, keep, samples, passes, form):
-    """Writes a block's gradients; `b`: which of the HELD, else nothing."""
+    """Writes a block's gradients; `b`: which of the HELD blocks it is, else nothing."""
     i, inside = columns(at, samples.classes, form)
     if form.LABELS == "soft":
         t = targets(b, i, inside, FULL, False, samples, form)
@@ -859,7 +865,7 @@ def write_block(at, b, FULL: tl.constexpr, factors, gradients, there, keep, samp
 
 @triton.jit
 def write_gradients(factors, gradients, there, keep, samples, passes, form):
-    """Makes the third visit."""
+    """Makes the third visit to rows: writes the gradients."""
     BLOCK: tl.constexpr = form.RUNS * form.RUN
     # else sums have waited: every thread has a label's logit before a gradient may be written
     # over it
@@ -891,7 +897,7 @@ def write_gradients(factors, gradients, there, keep, samples, passes, form):
 
 @triton.jit
 def write_zeros(gradients, there, classes, form):
-    """Writes gradients of 0."""
+    """Writes gradients of 0 for the samples that are `there`."""
     for at in range(0, classes, form.RUNS * form.RUN):
         i, inside = columns(at, classes, form)
         for k in tl.static_range(form.PASSES):
@@ -906,7 +912,7 @@ def write_zeros(gradients, there, classes, form):
 
 @triton.jit
 def classify(samples, gradients, there, keep, unit, js_weight, form):
-    """Returns the losses of some samples, and writes what `unit` times them has for gradients."""
+    """Returns the losses of some samples, and writes the gradients of `unit` times them."""
     samples = Samples(
         logits=samples.logits,
         held=hold(samples, form),
@@ -926,7 +932,7 @@ def classify(samples, gradients, there, keep, unit, js_weight, form):
 
 @triton.jit
 def add_errors(at, FULL: tl.constexpr, sums, samples, gradients, there, unit, js_weight, form):
-    """Returns the sums of squares with a block added, and writes its gradients."""
+    """Returns the sums of squared errors with a block added, and writes its gradients."""
     clean, adversarial, divergence = sums.clean, sums.adversarial, sums.divergence
     i, inside = columns(at, samples.classes, form)
     if form.LABELS != "none":
@@ -1180,8 +1186,8 @@ def scale_kernel(
     C,
     form,
 ):
-    """Multiplies the gradients by that of the loss, one for all or one for each sample. In place
-    what is times 1 is neither read nor written.
+    """Multiplies the gradients by the loss's own, one for all or one for each sample. In place what
+    is times 1 is neither read nor written.
     """
     BLOCK: tl.constexpr = form.RUNS * form.RUN
     gradients = Matrices(gradients_ptrs, gradients_row_strides, gradients_strides)

@@ -38,12 +38,13 @@ class PassRows(typing.NamedTuple):
 
     @classmethod
     def of(cls, tensors: list[Tensor]) -> "PassRows":
+        """Takes the tensors apart into passes."""
         passes = tuple(one for x in tensors for one in (x.unbind() if x.dim() == 3 else (x,)))
         row_strides, strides = zip(*(one.stride() for one in passes), strict=True)
         return cls(passes, row_strides, strides)
 
     def some(self, at: int) -> "PassRows":
-        """Returns those from `at` on that a program can hold."""
+        """Returns the passes from `at` on that a program can hold."""
         few = slice(at, at + WIDE)
         return PassRows(self.tensors[few], self.row_strides[few], self.strides[few])
 
@@ -57,6 +58,7 @@ class PassRows(typing.NamedTuple):
 
     @property
     def dense(self) -> bool:
+        """Returns whether the classes of every row are neighbours."""
         return self.tensors[0].shape[1] == 1 or all(stride == 1 for stride in self.strides)
 
     def aligned(self, run: int) -> bool:
@@ -71,7 +73,7 @@ class PassRows(typing.NamedTuple):
         )
 
     def in_runs(self, run: int) -> "PassRows":
-        """Returns the same with row strides counted in runs."""
+        """Returns the passes with row strides counted in runs."""
         return self._replace(row_strides=tuple(stride // run for stride in self.row_strides))
 
 
@@ -89,7 +91,7 @@ class Block(typing.NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Returns the fields that are a form's."""
+        """Returns the fields of a block that are a form's."""
         options = self._asdict()
         del options["warps"]
         return options
@@ -247,26 +249,39 @@ def _evaluate(
         )
     with triton_ops.on(first):
         loss_kernel[(programs,)](
-            *((*passes, *into) if few else [None] * 6),
-            table,
-            labels,
-            row_stride,
-            stride,
-            kept,
-            loss,
-            rows,
-            samples,
-            classes,
-            weight,
-            smoothing,
-            ignore_index,
-            _constexprs(form),
+            logits_ptrs=passes.tensors if few else None,
+            logits_row_strides=passes.row_strides if few else None,
+            logits_strides=passes.strides if few else None,
+            gradients_ptrs=into.tensors if few else None,
+            gradients_row_strides=into.row_strides if few else None,
+            gradients_strides=into.strides if few else None,
+            table_ptr=table,
+            labels_ptr=labels,
+            labels_row_stride=row_stride,
+            labels_stride=stride,
+            count_ptr=kept,
+            loss_ptr=loss,
+            parts_ptr=rows,
+            N=samples,
+            C=classes,
+            js_weight=weight,
+            smoothing=smoothing,
+            ignore_index=ignore_index,
+            form=_constexprs(form),
             num_warps=block.warps,
             **_registers(few),
         )
         if not (by_row or one_program):
             form = NO_FORM._replace(DTYPE=triton_ops.DTYPES[dtype])
-            add_up_kernel[(1,)](rows, loss, parts, samples, weight, _constexprs(form), num_warps=8)
+            add_up_kernel[(1,)](
+                rows_ptr=rows,
+                loss_ptr=loss,
+                parts_ptr=parts,
+                N=samples,
+                js_weight=weight,
+                form=_constexprs(form),
+                num_warps=8,
+            )
     return loss, parts
 
 
@@ -374,12 +389,16 @@ def _scale_passes(passes: PassRows, into: PassRows, factor: Tensor, in_place: bo
     programs = min(pieces, 3 if first.device.type == "cpu" else 2**16)
     with triton_ops.on(first):
         scale_kernel[(programs,)](
-            *passes,
-            *into,
-            factor,
-            factor.stride(0) if by_row else 0,
-            samples,
-            classes,
-            _constexprs(form),
+            gradients_ptrs=passes.tensors,
+            gradients_row_strides=passes.row_strides,
+            gradients_strides=passes.strides,
+            scaled_ptrs=into.tensors,
+            scaled_row_strides=into.row_strides,
+            scaled_strides=into.strides,
+            factor_ptr=factor,
+            factor_stride=factor.stride(0) if by_row else 0,
+            N=samples,
+            C=classes,
+            form=_constexprs(form),
             num_warps=block.warps,
         )

@@ -13,6 +13,7 @@ FAR_BELOW = tl.constexpr(1e3)
 
 @triton.jit
 def exponential(y):
+    """Returns exp(y), by a power of two."""
     return tl.exp2(y * LOG2_E)
 
 

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from ...core import triton_ops
+from .. import options
 from .math import (
     SGD,
     AdamW,
@@ -43,8 +44,7 @@ from .math import (
     square,
 )
 
-# the upper 16 bits of a finite |g|
-RANK_BINS = tl.constexpr(0x7F80)
+RANK_BINS = tl.constexpr(options.RANK_BINS)
 # from one table of bins to the next
 TABLE = tl.constexpr(0x8000)
 
@@ -249,6 +249,7 @@ def bounds(row_ptr, piece, found_inf_ptr):
 
 @triton.jit
 def read(ptrs, mask, DTYPE: tl.constexpr):
+    """Reads elements in another dtype, 0 where the mask leaves them out."""
     if mask is None:
         return triton_ops.widened(tl.load(ptrs, eviction_policy="evict_first"), DTYPE)
     else:
@@ -257,12 +258,13 @@ def read(ptrs, mask, DTYPE: tl.constexpr):
 
 @triton.jit
 def read_again(ptrs, DTYPE: tl.constexpr):
-    """Reads what will be read once more soon."""
+    """Reads whole blocks in another dtype, which will be read once more soon."""
     return triton_ops.widened(tl.load(ptrs, eviction_policy="evict_last"), DTYPE)
 
 
 @triton.jit
 def write(ptrs, value, mask):
+    """Writes elements, rounded to nearest in the dtype of the memory."""
     value = triton_ops.nearest(value, ptrs.dtype.element_ty)
     if mask is None:
         tl.store(ptrs, value, eviction_policy="evict_first")
@@ -272,6 +274,7 @@ def write(ptrs, value, mask):
 
 @triton.jit
 def write_moment(ptrs, value, mask, low16):
+    """Writes elements of a moment; to bfloat16 by stochastic rounding with 16 random bits each."""
     if ptrs.dtype.element_ty == tl.bfloat16:
         write(ptrs, round_stochastically(value, low16), mask)
     else:
@@ -403,6 +406,7 @@ def bits_of(x):
 
 @triton.jit
 def from_bits(bits, DTYPE: tl.constexpr):
+    """Returns the float of a dtype whose bits these are."""
     return bits.to(DTYPE, bitcast=True)
 
 
@@ -857,7 +861,7 @@ def tabulate_kernel(head_ptr, counts_ptr, tables_ptr):
 
 @triton.jit
 def extreme_pointers(rows_ptr, i, there, form):
-    """Returns pointers to what tensors keep."""
+    """Returns pointers to the minima and maxima of s that tensors keep."""
     minima = tl.load(rows_ptr + i * ROW + MINIMUM, mask=there, other=0)
     maxima = tl.load(rows_ptr + i * ROW + MAXIMUM, mask=there, other=0)
     return Extremes(

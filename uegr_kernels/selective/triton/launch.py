@@ -33,7 +33,7 @@ from .kernels import (
     tabulate_kernel,
     update_kernel,
 )
-from .math import curve, sampling_interval
+from .math import curve, rank_stride
 
 # StepHead, and its padding up to HEAD
 HEAD_FORMAT = struct.Struct("12d2q16x")
@@ -58,18 +58,18 @@ class TensorLists(typing.NamedTuple):
 
     @property
     def written(self) -> tuple[Sequence[Tensor], ...]:
-        """Returns the elementwise ones that a step writes."""
+        """Returns the elementwise lists that a step writes."""
         return self.theta, self.moment1, self.moment2, self.moment3
 
     @property
     def elementwise(self) -> tuple[Sequence[Tensor], ...]:
-        """Returns those with an element for each of a gradient's, in the order of
+        """Returns the lists with an element for each of a gradient's, in the order of
         `strided_elements`.
         """
         return *self.written, self.s, self.g
 
     def of(self, i: int) -> "OneOfEach":
-        """Returns the lists' tensors i."""
+        """Returns tensor i of every list."""
         return OneOfEach(*(tensors[i] if tensors else None for tensors in self))
 
 
@@ -91,6 +91,7 @@ class OneOfEach(typing.NamedTuple):
 
     @property
     def elementwise(self) -> tuple[Tensor | None, ...]:
+        """Returns the tensors with an element for each of a gradient's, in the lists' order."""
         return self.theta, self.moment1, self.moment2, self.moment3, self.s, self.g
 
     def check(self, parameter: int) -> None:
@@ -211,9 +212,7 @@ class Family:
             offset=[layout[4 * i + 1] for i in positions],
             run=[max(layout[4 * i + 2], 1) for i in positions],
             stride=[layout[4 * i + 3] for i in positions],
-            every=list(
-                map(sampling_interval, [sizes[i] for i in positions] if sizes else elements)
-            ),
+            every=list(map(rank_stride, [sizes[i] for i in positions] if sizes else elements)),
             position=positions,
         )
         self.rows = triton_ops.to_device(
@@ -382,7 +381,7 @@ def _rounds(form: Form, elements: list[int], width: int) -> list[Tensor]:
 
 
 def _interleaved(a: Tensor, b: Tensor) -> Tensor:
-    """Returns both, spread evenly: reading and writing share the machine."""
+    """Returns both rows of items as one, spread evenly: reading and writing share the machine."""
     places = torch.cat([(torch.arange(len(part)) + 0.5) / max(len(part), 1) for part in (a, b)])
     return torch.cat((a, b))[places.argsort(stable=True)]
 
@@ -501,7 +500,7 @@ def _moving(lists: TensorLists, planes: list[int]) -> tuple[object, ...]:
 
 
 def _standing(lists: TensorLists) -> list[object]:
-    """Returns what may differ between tensors beside that."""
+    """Returns what may differ between calls with other tensors, beside `_moving`."""
     strides = [
         (k, i, t.shape, t.stride())
         for k, tensors in enumerate(lists.elementwise)

@@ -9,13 +9,9 @@ import triton
 import triton.language as tl
 
 from ...core import triton_ops
-from ..options import Selection
+from ..options import RANK_SAMPLED, SMALLEST_PROBABILITY, Selection
 
 UNIFORM_UNIT = tl.constexpr(2.0**24)
-# the step of u
-SMALLEST_PROBABILITY = 2.0**-24
-# a rank over more elements than this takes every k-th
-SAMPLED = 2**20
 
 
 # ---- On the host
@@ -43,9 +39,9 @@ def curve(selection: Selection) -> Curve:
     )
 
 
-def sampling_interval(elements: int) -> int:
+def rank_stride(size: int) -> int:
     """Returns k, where a rank over so many elements takes every k-th."""
-    return elements // SAMPLED | 1 if elements > SAMPLED else 1
+    return size // RANK_SAMPLED | 1 if size > RANK_SAMPLED else 1
 
 
 # ---- In kernels
@@ -108,11 +104,13 @@ class SGDState(typing.NamedTuple):
 
 @triton.jit
 def largest(dtype: tl.constexpr):
+    """Returns the largest finite float32 or float64."""
     return 1.7976931348623157e308 if dtype == tl.float64 else 3.4028234663852886e38
 
 
 @triton.jit
 def finite(x):
+    """Returns whether x is neither infinite nor NaN."""
     return tl.abs(x) <= largest(x.dtype)
 
 
@@ -130,6 +128,7 @@ def divide(x, y):
 
 @triton.jit
 def root(x):
+    """Returns the square root, in float32 rounded to nearest as torch's is."""
     return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
 
 
