@@ -204,3 +204,19 @@ def test_numbers_are_taken_by_one_rule(name, option):
             getattr(uk.recipes, name)(
                 model, embedding, torch.optim.SGD(model.parameters(), lr=0.1), **{option: bad}
             )
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.NAMES if name != "uegr"])
+def test_recipes_keep_pythons_numbers(name):
+    kind = getattr(recipes, name)
+    defaults = {
+        option: parameter.default
+        for option, parameter in inspect.signature(kind).parameters.items()
+        if type(parameter.default) in (int, float, bool)
+    }
+    model = small()
+    given = {option: numpy.array(value)[()] for option, value in defaults.items()}
+    recipe = kind(model, model.embedding, sgd(model), **given)
+    kept = {option: getattr(recipe, option) for option in defaults}
+    assert kept == defaults
+    assert {type(value) for value in kept.values()} <= {int, float, bool}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import checks
-from ..divergence import LossParts, check_loss_options, uegr_loss
+from ..divergence import TASKS, LossParts, check_loss_options, uegr_loss
 from ..passes import (
     InputBatch,
     Inputs,
@@ -227,9 +227,9 @@ class PassRecipe(Recipe):
     TypeError or ValueError for wrong options, before anything has changed.
     """
 
-    task: str = "classification"
-    label_smoothing: float = 0.0
-    ignore_index: int = -100
+    task: str = options.choice("classification", TASKS)
+    label_smoothing: float = options.number(0.0, 0, 1)
+    ignore_index: int = options.integer(-100, -(2**63), bits=63)
     dropout: float | None = options.number(None, 0, 1)
     input_range: tuple[float, float] | None = None
     batch_axis: int | None = None

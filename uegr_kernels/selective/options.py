@@ -76,19 +76,25 @@ class Selection:
     }
 
     def __post_init__(self) -> None:
-        for name, choices in self.CHOICES.items():
-            checks.choice(name, getattr(self, name), choices)
-        for name, (low, high) in self.RANGES.items():
-            without = 0.0 if name == "keep_probability" else None
-            value = checks.number(name, getattr(self, name), low, high, without=without)
-            object.__setattr__(self, name, value)
-        object.__setattr__(self, "rescale", checks.flag("rescale", self.rescale))
+        for name in (*self.CHOICES, *self.RANGES, "rescale"):
+            object.__setattr__(self, name, self.checked(name, getattr(self, name)))
         if self.statistics == "previous" and self.normalization in ("rank", "constant"):
             raise ValueError(
                 "statistics='previous' keeps a minimum and a maximum, for which "
                 f"normalization={self.normalization!r} has no use; "
                 "give statistics='current', or normalization='minmax' or 'range'"
             )
+
+    @classmethod
+    def checked(cls, name: str, value: object) -> Any:
+        """Returns the value of one option, numbers as Python's."""
+        if name in cls.CHOICES:
+            return checks.choice(name, value, cls.CHOICES[name])
+        if name == "rescale":
+            return checks.flag(name, value)
+        low, high = cls.RANGES[name]
+        without = 0.0 if name == "keep_probability" else None
+        return checks.number(name, value, low, high, without=without)
 
     @classmethod
     def of_group(cls, group: Mapping[str, Any]) -> "Selection":
