@@ -448,8 +448,7 @@ def _size_option(recipe: str) -> str | None:
     norm, steps = options.get("norm"), options.get("steps")
     if (norm is not None and norm.default != "l2") or (steps is not None and steps.default == 0):
         return None
-    # the latter: BiStage's
-    if "epsilon" in options or "options" in options:
+    if "epsilon" in options:
         return "epsilon"
     return "adv_lr" if "adv_lr" in options else None
 
