@@ -16,7 +16,9 @@ from .backends import check_name
 
 # types that are numbers at first sight
 PLAIN = frozenset((float, int))
-LARGEST = sys.float_info.max
+# Of the numbers that are options: it leaves room below float64's largest, 1.8e308, for what they
+# are multiplied with before a kernel has them, as a learning rate with a bias correction.
+LARGEST = 1e300
 backend = check_name
 
 

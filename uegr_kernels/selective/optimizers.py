@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 from ..core import checks, memory, shards
 from . import op
 from .batch import Batch, Group, Scopes
-from .cached_step import LARGEST, CachedStep, CheckedOptions
+from .cached_step import CachedStep, CheckedOptions
 from .options import FIELDS, AdamWOptions, Selection, SGDOptions, StepOptions, agreed_seed
 from .state import Packed, check_batch, check_parameter, complete, placed, restore, without_none
 
@@ -135,8 +135,9 @@ class SelectiveOptimizer(Optimizer):
         if not 0.0 <= lr:
             raise ValueError(f"Invalid learning rate: {lr}")
         for name in ("lr", "weight_decay", *self.numbers):
-            if not isinstance(group[name], Tensor) and abs(checks.plain(group[name])) > LARGEST:
-                raise ValueError(f"{name}={group[name]} is out of range; give a finite number")
+            value = group[name]
+            if not isinstance(value, Tensor) and abs(checks.plain(value)) > checks.LARGEST:
+                raise ValueError(f"{name}={value} is out of range; give a finite number")
         if not 0.0 <= group["weight_decay"]:
             raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
         if group["fused"] and group["differentiable"]:
