@@ -50,6 +50,19 @@ def test_docstring(name):
     assert sections and set(sections) <= set(SECTIONS)
 
 
+def in_help(name):
+    """Gives the docstring of a recipe, and those that it points at."""
+    doc = getattr(recipes, name).__doc__
+    return doc + "".join(map(in_help, re.findall(r"`help\(uk\.recipes\.(\w+)\)`", doc)))
+
+
+@pytest.mark.parametrize("name", recipes.NAMES)
+def test_help_names_every_option(name):
+    found = in_help(name)
+    options = sorted(getattr(recipes, name).option_names())
+    assert [option for option in options if not re.search(rf"\b{option}\b", found)] == []
+
+
 @pytest.mark.parametrize("name", recipes.NAMES)
 def test_wrong_options(name):
     model = small()

@@ -15,7 +15,20 @@ class Plain(PassRecipe):
 
     See docs/methods.md, "Plain, L1 and L2".
 
-    The common options (`PassRecipe`) alone; dropout=0.0 is the tables' "no dropout".
+    task             "classification", or "regression": squared error in place of CE
+    label_smoothing  number in [0, 1];  ignore_index  integer: as in `uegr_loss`
+    dropout          rate in [0, 1] of every nn.Dropout* and AdaptiveDropout in the recipe's passes,
+        0.0 for the tables' "no dropout"; None: the layers' own
+    input_range      (low, high), to which the perturbed input is clamped; with embedding=None only
+    batch_axis       0 or 1, the batch's in the embedding's output; None: found by N
+    relative         True: every length of a perturbation of the embeddings (epsilon, steps, radii,
+        random starts) is in multiples of the L2 norm of each sample's (real tokens, no gradient).
+        Not with norm="linf", nor where no embedding is perturbed, as here
+    backend          of the operators: "auto", "reference", "cpp", "cuda" or "triton"
+
+    These are the common options, which nearly all recipes have. Raises TypeError or ValueError for
+    wrong ones, before anything has changed.
+
     1 forward, 1 backward. Losses: loss, clean_loss.
     Equivalent to: `F.cross_entropy(model(inputs), labels).backward()`.
     """
@@ -55,7 +68,7 @@ class L1(_Penalised):
 
     See docs/methods.md, "Plain, L1 and L2".
 
-    weight  >= 0, over all trainable parameters;  the common options (`PassRecipe`)
+    weight  >= 0, over all trainable parameters;  the common options  (`help(uk.recipes.plain)`)
     1 forward, 1 backward. Losses: loss, clean_loss, penalty (weight * sum |w|).
     """
 
@@ -72,7 +85,7 @@ class L2(_Penalised):
     See docs/methods.md, "Plain, L1 and L2".
 
     weight  >= 0, over all trainable parameters, as torch.optim.SGD's weight_decay;  the common
-        options (`PassRecipe`)
+        options  (`help(uk.recipes.plain)`)
     1 forward, 1 backward. Losses: loss, clean_loss, penalty (weight/2 * sum w^2).
     """
 

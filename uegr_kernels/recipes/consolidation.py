@@ -38,7 +38,7 @@ class WeightConsolidation(Plain):
                with lam = 1/(1 + exp(-k (t - t0))), for AdamW's step number t; lr * gamma must be
                below 1
     k, t0, gamma   of "annealed"
-    the common options  (`PassRecipe`)
+    the common options  (`help(uk.recipes.plain)`)
 
     "decoupled" and "annealed" need the optimizer. 1 forward, 1 backward. Losses: loss, clean_loss,
     and "penalty" in that form.

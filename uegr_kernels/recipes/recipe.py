@@ -209,18 +209,7 @@ class Recipe:
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class PassRecipe(Recipe):
-    """Trains by passes through the model.
-
-    task, label_smoothing, ignore_index   as in `uegr_loss`
-    dropout      rate of every nn.Dropout* and AdaptiveDropout in the recipe's passes, 0 for none;
-        None: the layers' own
-    input_range  (low, high) to which the perturbed input is clamped; with embedding=None only
-    batch_axis   of the embedding's output that is the batch, as in `BiStage`
-    relative     True: every length of a perturbation of the embeddings (epsilon, steps, radii,
-                 random starts) is in multiples of the L2 norm of each sample's embeddings (real
-                 tokens, no gradient). ValueError with norm="linf", and where there is no such
-                 perturbation
-    backend      of the operators
+    """Trains by passes through the model, with the options that `help(uk.recipes.plain)` lists.
 
     model and embedding are as in `BiStage`; embedding=None perturbs the one floating input. The
     model's mode is the caller's in every pass. Build the recipe before `torch.compile`. Raises
