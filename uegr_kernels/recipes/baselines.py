@@ -1,6 +1,7 @@
 """The plain baselines: the loss alone, and with an L1 or L2 penalty on the weights."""
 
 import dataclasses
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -37,26 +38,31 @@ class Plain(PassRecipe):
         loss, _ = self._descend(labels, scale, last=True)
         return {"loss": loss, "clean_loss": loss}
 
-
-@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
-class _Penalised(PassRecipe):
-    weight: float = options.number(0.0)
-
-    def _backward(self, inputs: Inputs, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
+    def _descend_penalised(
+        self, labels: Tensor, scale: float | Tensor, weight: float, penalties: Iterable[Tensor]
+    ) -> dict[str, Tensor]:
+        """Adds the gradient of the loss and weight * the sum of the penalties, which are computed
+        as they are read, after the forward pass; returns the losses.
+        """
         with self._pass() as pass_:
             parts = self._loss_of(self._runner.call(pass_), labels)
-            of_tensors = [
-                whole(self._penalty(p)).to(parts.loss)
-                for p in self.model.parameters()
-                if p.requires_grad
-            ]
-            penalty = self.weight * sum(of_tensors, torch.zeros_like(parts.loss))
+            of_tensors = [whole(each).to(parts.loss) for each in penalties]
+            penalty = weight * sum(of_tensors, torch.zeros_like(parts.loss))
             ((parts.loss + penalty) * scale).backward()
         return {
             "loss": parts.clean_loss + penalty.detach(),
             "clean_loss": parts.clean_loss,
             "penalty": penalty.detach(),
         }
+
+
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
+class _Penalised(Plain):
+    weight: float = options.number(0.0)
+
+    def _backward(self, inputs: Inputs, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
+        weights = (p for p in self.model.parameters() if p.requires_grad)
+        return self._descend_penalised(labels, scale, self.weight, map(self._penalty, weights))
 
     def _penalty(self, p: Tensor) -> Tensor:
         raise NotImplementedError
