@@ -15,7 +15,7 @@ from ..core import checks, memory, shards
 from . import op
 from .batch import Batch, Group, Scopes
 from .cached_step import CachedStep, CheckedOptions
-from .options import FIELDS, AdamWOptions, Selection, SGDOptions, StepOptions, agreed_seed
+from .options import AdamWOptions, Selection, SGDOptions, StepOptions, agreed_seed, options_of
 from .state import Packed, check_batch, check_parameter, complete, placed, restore, without_none
 
 # of the state's layout; a key of every group
@@ -399,8 +399,7 @@ class SelectiveOptimizer(Optimizer):
                 lists: list[list[Any]] = [[] for _ in range(4 + len(needed))]
                 self._init_group(group, first, part, *lists)
                 params, grads, layout, (backend, seed), *states = lists
-                options = [group[name] for name in FIELDS]  # type: ignore[literal-required]
-                batch = Batch.empty(group, Selection(*options), backend, seed)
+                batch = Batch.empty(group, Selection(**options_of(group)), backend, seed)
                 batch.params, batch.grads, batch.layout = params, grads, layout
                 batch.state_lists = dict(zip(needed, states, strict=True))
                 batches.append(batch)

@@ -24,6 +24,21 @@ TARGETS = ("gradient", "update")
 WITH_STATE = ("statistics", "target")
 
 
+class SelectionOptions(TypedDict):
+    """Names the ten options, as the groups of an optimizer have them."""
+
+    threshold: float
+    sharpness: float
+    normalization: str
+    direction: str
+    scope: str
+    statistics: str
+    rescale: bool
+    min_probability: float
+    keep_probability: float
+    target: str
+
+
 class SelectionNumbers(TypedDict):
     """Names the selection's arguments to an operator, words as numbers.
 
@@ -99,12 +114,12 @@ class Selection:
     @classmethod
     def of_group(cls, group: Mapping[str, Any]) -> "Selection":
         """Reads the options of an optimizer's group; every step does, and they rarely change."""
-        options = [group[name] for name in FIELDS]
+        options = options_of(group)
         try:
-            return _remembered(*options)
+            return _remembered(**options)
         except TypeError:
             # an option that cannot be hashed: the class itself names it
-            return cls(*options)
+            return cls(**options)
 
     @classmethod
     def of_numbers(
@@ -152,6 +167,22 @@ class Selection:
     def random(self) -> bool:
         """Tells whether an element can go unselected."""
         return self.normalization != "constant" or self.keep_probability != 1
+
+
+def options_of(group: Mapping[str, Any]) -> SelectionOptions:
+    """Returns the ten options among those of an optimizer's group."""
+    return {
+        "threshold": group["threshold"],
+        "sharpness": group["sharpness"],
+        "normalization": group["normalization"],
+        "direction": group["direction"],
+        "scope": group["scope"],
+        "statistics": group["statistics"],
+        "rescale": group["rescale"],
+        "min_probability": group["min_probability"],
+        "keep_probability": group["keep_probability"],
+        "target": group["target"],
+    }
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Selection))
