@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ..core import shards
 from . import op
-from .options import Selection, SelectionOptions
+from .options import Selection, SelectionEntries
 
 # Room for a scope's statistics, kept from step to step, by what they are statistics of.
 Room = dict[tuple[str, torch.device, int, shards.Cut], Tensor]
 
 
-class GroupOfBoth(SelectionOptions):
+class GroupOfBoth(SelectionEntries):
     """Types the entries of a group that both optimizers have; the group is torch.optim's."""
 
     params: list[Tensor]

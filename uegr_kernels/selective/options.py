@@ -24,7 +24,7 @@ TARGETS = ("gradient", "update")
 WITH_STATE = ("statistics", "target")
 
 
-class SelectionOptions(TypedDict):
+class SelectionEntries(TypedDict):
     """Names the ten options, as the groups of an optimizer have them."""
 
     threshold: float
@@ -169,7 +169,7 @@ class Selection:
         return self.normalization != "constant" or self.keep_probability != 1
 
 
-def options_of(group: Mapping[str, Any]) -> SelectionOptions:
+def options_of(group: Mapping[str, Any]) -> SelectionEntries:
     """Returns the ten options among those of an optimizer's group."""
     return {
         "threshold": group["threshold"],
