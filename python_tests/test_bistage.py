@@ -6,6 +6,7 @@ import contextlib
 import copy
 import types
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -1038,6 +1039,26 @@ def test_wrong_options(options, error, text):
     with pytest.raises(error, match=text):
         BiStage(options.pop("model"), options.pop("embedding"), **options)
     assert not model.embedding._forward_hooks
+
+
+def test_numbers_of_numpy_are_kept_as_pythons():
+    options = {
+        "passes": 2,
+        "passes_at_once": 1,
+        "epsilon": 0.5,
+        "js_weight": 0.25,
+        "label_smoothing": 0.125,
+        "ignore_index": -7,
+    }
+    of_numpy = {name: np.array(value)[()] for name, value in options.items()}
+    model = Small()
+    stage = BiStage(model, model.embedding, dropout=[np.float32(0.5), np.float64(0.25)], **of_numpy)
+    kept = {name: getattr(stage, name) for name in options}
+    assert kept == options and stage.dropout == [0.5, 0.25]
+    assert [type(value) for value in kept.values()] == [int, int, float, float, float, int]
+    assert [type(rate) for rate in stage.dropout] == [float, float]
+    assert "np." not in repr(stage)
+    stage.backward(*batch())
 
 
 def test_wrong_calls():

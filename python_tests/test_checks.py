@@ -34,6 +34,8 @@ def test_what_is_no_number_is_refused(value):
         (math.nan, {}, "give a finite number"),
         (math.inf, {}, "give a finite number"),
         (10**400, {}, "give a finite number"),
+        # finite, and what multiplies it overflows
+        (-1.5e308, {}, "give a finite number"),
         (-1, {"low": 0}, "give a finite number >= 0"),
         (0, {"low": 0, "without": 0}, "give a finite number > 0"),
         (2, {"low": 0, "high": 1}, "give a number in [0, 1]"),

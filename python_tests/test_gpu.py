@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import compare
 from test_selective.problems import (
-    DTYPES,
     OPTIMIZERS,
     SPREAD,
     as_parameters,
@@ -18,7 +17,6 @@ from test_selective.problems import (
     states_of,
     trained,
 )
-from test_selective.test_agreement import ADAMW_CASES, SGD_CASES
 
 import uegr_kernels as uk
 from bench import machine
@@ -52,11 +50,91 @@ def moved(tensors, device):
     return [t.to(device) for t in tensors]
 
 
-CASES = [(uk.SelectiveAdamW, case.values[0], case.id) for case in ADAMW_CASES[::3]]
-CASES += [(uk.SelectiveSGD, case.values[0], case.id) for case in SGD_CASES[1::3]]
+def case(cls, regime: str, dtype: torch.dtype, **options):
+    return pytest.param(cls, options, dtype, id=f"{cls.__name__} {regime}")
+
+
+# Which regime: what makes a kernel another one (a normalisation, where its statistics come from,
+# the target, an update rule's states), and each dtype under both update rules. The CUDA library
+# refuses float64.
 CASES = [
-    pytest.param(*case[:2], DTYPES[i % 4], id=f"{case[0].__name__} {case[2]}")
-    for i, case in enumerate(CASES)
+    case(uk.SelectiveAdamW, "minmax", torch.float32),
+    case(uk.SelectiveSGD, "minmax salient", torch.bfloat16, direction="salient"),
+    # s over its span, not less the minimum
+    case(
+        uk.SelectiveAdamW,
+        "range salient",
+        torch.bfloat16,
+        normalization="range",
+        direction="salient",
+    ),
+    # a histogram before the step
+    case(uk.SelectiveSGD, "rank", torch.float16, normalization="rank"),
+    # no statistics: a single pass over the gradient
+    case(
+        uk.SelectiveAdamW, "constant", torch.float16, normalization="constant", keep_probability=0.3
+    ),
+    case(
+        uk.SelectiveSGD,
+        "constant not rescaled",
+        torch.float64,
+        normalization="constant",
+        keep_probability=0.3,
+        rescale=False,
+    ),
+    # p at its two ends
+    case(uk.SelectiveAdamW, "floor", torch.float64, min_probability=0.25),
+    case(uk.SelectiveSGD, "sharp", torch.float32, sharpness=40.0),
+    # statistics over all tensors
+    case(uk.SelectiveAdamW, "global", torch.float32, scope="global"),
+    case(
+        uk.SelectiveSGD,
+        "global range",
+        torch.bfloat16,
+        scope="global",
+        normalization="range",
+        direction="salient",
+    ),
+    # statistics of the step before, which are states
+    case(uk.SelectiveAdamW, "previous", torch.bfloat16, statistics="previous"),
+    case(
+        uk.SelectiveSGD,
+        "previous range salient",
+        torch.float16,
+        statistics="previous",
+        normalization="range",
+        direction="salient",
+    ),
+    # the mask is on the step, not on the gradient
+    case(uk.SelectiveAdamW, "update", torch.float16, target="update"),
+    case(
+        uk.SelectiveSGD,
+        "update not rescaled",
+        torch.float64,
+        target="update",
+        rescale=False,
+        normalization="rank",
+    ),
+    case(uk.SelectiveSGD, "update with decay", torch.float32, target="update", weight_decay=0.3),
+    # the update rules' own options and states
+    case(uk.SelectiveAdamW, "maximize", torch.float64, maximize=True),
+    case(
+        uk.SelectiveAdamW,
+        "amsgrad update",
+        torch.float32,
+        amsgrad=True,
+        betas=(0.5, 0.6),
+        target="update",
+    ),
+    case(
+        uk.SelectiveSGD,
+        "dampening update",
+        torch.bfloat16,
+        momentum=0.9,
+        dampening=0.4,
+        weight_decay=0.2,
+        target="update",
+    ),
 ]
 
 

@@ -106,10 +106,10 @@ class BiStage(StageOptions):
     embedding: nn.Module | None
 
     def __post_init__(self) -> None:
-        passes, dropout = self.passes, self.dropout
-        checks.integer("passes", passes, 1)
+        self.passes = passes = checks.integer("passes", self.passes, 1)
         at_once = passes if self.passes_at_once is None else self.passes_at_once
-        checks.integer("passes_at_once", at_once, 1)
+        at_once = checks.integer("passes_at_once", at_once, 1)
+        dropout = self.dropout
         if dropout is not None and (not isinstance(dropout, Sequence) or isinstance(dropout, str)):
             raise TypeError(
                 f"dropout={dropout!r} is not a sequence; pass one rate per pass, such "
@@ -123,7 +123,21 @@ class BiStage(StageOptions):
                 f"dropout={dropout!r} with passes={passes}; pass one rate in [0, 1] "
                 f"per pass, such as {[0.3] * passes}"
             )
+        if dropout is not None:
+            self.dropout = [float(rate) for rate in dropout]
         self.passes_at_once = self._at_once = min(at_once, passes)
+        checks.choice("norm", self.norm, NORMS)
+        checks.choice("per", self.per, PERS)
+        self.epsilon = checks.number("epsilon", self.epsilon, 0)
+        loss = check_loss_options(
+            js_weight=self.js_weight,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+            task=self.task,
+        )
+        self.js_weight, self.label_smoothing = loss.js_weight, loss.label_smoothing
+        self.ignore_index = loss.ignore_index
+        checks.backend(self.backend)
         self._perturbation: _PerturbationKeywords = {
             "epsilon": self.epsilon,
             "norm": self.norm,
@@ -137,16 +151,6 @@ class BiStage(StageOptions):
             "task": self.task,
             "backend": self.backend,
         }
-        checks.choice("norm", self.norm, NORMS)
-        checks.choice("per", self.per, PERS)
-        checks.number("epsilon", self.epsilon, 0)
-        check_loss_options(
-            js_weight=self.js_weight,
-            label_smoothing=self.label_smoothing,
-            ignore_index=self.ignore_index,
-            task=self.task,
-        )
-        checks.backend(self.backend)
         self._runner = Runner(
             self.model,
             self.embedding,

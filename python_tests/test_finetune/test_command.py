@@ -15,6 +15,7 @@ import textwrap
 import time
 import types
 
+import numpy as np
 import pytest
 import torch
 
@@ -679,6 +680,34 @@ def test_the_function_names_what_is_wrong(train, tmp_path, wrong, error, message
     with pytest.raises(error, match=re.escape(message)):
         finetune(train, tmp_path / "out", **{"model": "textcnn"} | wrong)
     assert not (tmp_path / "out").exists()
+
+
+def test_numbers_of_numpy_are_taken_as_pythons(train, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(task, "_train_all", lambda found, *_, **__: seen.append(found))
+    trainer = {"max_steps": 3, "weight_decay": 0.5, "bf16": False}
+    numbers = {"limit": 9, "epsilon": 0.5, "epochs": 2.0, "lr": 0.25, "batch": 4, "length": 8}
+    for kind in (lambda value: value, lambda value: np.array(value)[()]):
+        of_numpy = {name: kind(value) for name, value in trainer.items()}
+        finetuning.check_options(of_numpy)
+        finetune(
+            train,
+            tmp_path / "out",
+            model="textcnn",
+            seed=kind(7),
+            recipe_options={"passes": kind(3), "js_weight": kind(0.5)},
+            trainer_options=of_numpy,
+            **{name: kind(value) for name, value in numbers.items()},
+        )
+    assert json.dumps(seen[1].settings()) == json.dumps(seen[0].settings())
+    assert {type(value) for value in seen[1].trainer_options.values()} == {int, float, bool}
+    for name, wrong in (
+        ("max_steps", np.float32(3)),
+        ("max_steps", np.bool_(True)),
+        ("weight_decay", np.bool_(True)),
+    ):
+        with pytest.raises(TypeError, match=f"trainer_options {name}"):
+            finetuning.check_options({name: wrong})
 
 
 def test_a_small_model_named_by_a_path_is_trained_as_one(train, tmp_path, monkeypatch):

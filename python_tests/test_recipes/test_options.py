@@ -50,6 +50,19 @@ def test_docstring(name):
     assert sections and set(sections) <= set(SECTIONS)
 
 
+def in_help(name):
+    """Gives the docstring of a recipe, and those that it points at."""
+    doc = getattr(recipes, name).__doc__
+    return doc + "".join(map(in_help, re.findall(r"`help\(uk\.recipes\.(\w+)\)`", doc)))
+
+
+@pytest.mark.parametrize("name", recipes.NAMES)
+def test_help_names_every_option(name):
+    found = in_help(name)
+    options = sorted(getattr(recipes, name).option_names())
+    assert [option for option in options if not re.search(rf"\b{option}\b", found)] == []
+
+
 @pytest.mark.parametrize("name", recipes.NAMES)
 def test_wrong_options(name):
     model = small()
@@ -204,3 +217,19 @@ def test_numbers_are_taken_by_one_rule(name, option):
             getattr(uk.recipes, name)(
                 model, embedding, torch.optim.SGD(model.parameters(), lr=0.1), **{option: bad}
             )
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.NAMES if name != "uegr"])
+def test_recipes_keep_pythons_numbers(name):
+    kind = getattr(recipes, name)
+    defaults = {
+        option: parameter.default
+        for option, parameter in inspect.signature(kind).parameters.items()
+        if type(parameter.default) in (int, float, bool)
+    }
+    model = small()
+    given = {option: numpy.array(value)[()] for option, value in defaults.items()}
+    recipe = kind(model, model.embedding, sgd(model), **given)
+    kept = {option: getattr(recipe, option) for option in defaults}
+    assert kept == defaults
+    assert {type(value) for value in kept.values()} <= {int, float, bool}

@@ -17,6 +17,8 @@ def calibration_error(logits: Tensor, labels: Tensor, *, bins: int = 15) -> floa
     - confidence| of their bin, in [0, 1].
 
     logits [N, C];  labels [N] int64;  bins  equal bins of the largest probability over (0, 1]
+
+    Raises ValueError for other shapes, no sample or no bin, TypeError for bins that are no integer.
     """
     return expected_error(*_sure_and_right(logits, labels), bins=bins)
 
@@ -58,6 +60,8 @@ def ood_auroc(inside: Tensor, outside: Tensor) -> float:
 
     inside, outside  scores [N], or logits [N, C], whose score is the largest probability (Hendrycks
         and Gimpel 2017). Ties count a half.
+
+    Raises ValueError where one of them has no sample.
     """
     scores = [_scores(x) for x in (inside, outside)]
     n, m = (len(score) for score in scores)

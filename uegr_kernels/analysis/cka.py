@@ -25,7 +25,7 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
     to rotation and scale.
 
     x [n, p], y [n, q]: n samples' features; give a few times more samples than features. NaN where
-    one of them is constant.
+    one of them is constant. Raises ValueError for other shapes.
     """
     if x.dim() != 2 or y.dim() != 2 or len(x) != len(y):
         raise ValueError(

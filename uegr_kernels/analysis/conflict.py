@@ -35,7 +35,8 @@ def gradient_conflict(
         trainable parameter, in order
 
     A parameter that one of the losses does not depend on counts as 0 there. NaN where a gradient is
-    0 as a whole.
+    0 as a whole. Raises ValueError for gradients that are not one for each parameter, of its shape
+    or None; RuntimeError for a loss without a graph.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     pair: list[Gradients] = []

@@ -29,6 +29,7 @@ def random_directions(model: nn.Module, seed: int = 0) -> tuple[list[Tensor], li
     own; 0 for parameters with one axis or none.
 
     One seed gives models of one architecture the same draws, each normalised by its own weights.
+    Raises TypeError for a seed that is no integer.
     """
     generator = torch.Generator().manual_seed(checks.signed_seed(seed))
 

@@ -73,6 +73,10 @@ def sgd_covariance(
 def sgd_diagnostic(hessian: Tensor, covariance: Tensor) -> dict[str, float]:
     """Tells what a covariance S says beside a Hessian H: "trace", tr S; "excess_loss", tr(HS)/2,
     the expected loss above the minimum's.
+
+    hessian, covariance  [d, d]
+
+    Raises RuntimeError for shapes that have no product.
     """
     h, s = hessian.double(), covariance.double()
     return {"trace": s.trace().item(), "excess_loss": (h @ s).trace().item() / 2}

@@ -16,7 +16,9 @@ from .backends import check_name
 
 # types that are numbers at first sight
 PLAIN = frozenset((float, int))
-LARGEST = sys.float_info.max
+# Of the numbers that are options: it leaves room below float64's largest, 1.8e308, for what they
+# are multiplied with before a kernel has them, as a learning rate with a bias correction.
+LARGEST = 1e300
 backend = check_name
 
 
@@ -24,6 +26,12 @@ def is_number(value: object) -> bool:
     """Returns whether a value is a number of Python's or NumPy's; True and False are none."""
     kind = type(value)
     return kind in PLAIN or (kind is not bool and isinstance(value, Real))
+
+
+def is_integer(value: object) -> bool:
+    """Returns whether a value is an integer of Python's or NumPy's; True and False are none."""
+    kind = type(value)
+    return kind is int or (kind is not bool and isinstance(value, Integral))
 
 
 def plain(value: Any) -> Any:
@@ -60,9 +68,8 @@ def integer(name: str, value: Any, low: float = -math.inf, *, bits: int | None =
     """Returns the value of an integer of Python's or NumPy's that is at least `low` and below
     2^bits.
     """
-    kind = type(value)
-    if kind is not int and (kind is bool or not isinstance(value, Integral)):
-        raise TypeError(f"{name}={value!r} is a {kind.__name__}; give an integer")
+    if type(value) is not int and not is_integer(value):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give an integer")
     if value < low or (bits is not None and value >= 2**bits):
         span = f">= {low}" if bits is None else f"in [{low}, 2^{bits})"
         raise ValueError(f"{name}={value!r} is out of range; give an integer {span}")

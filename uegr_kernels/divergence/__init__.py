@@ -1,6 +1,7 @@
 """Losses of the forward stage: Jensen-Shannon divergence between passes, and L_train (Eq. 3-6)."""
 
 from .api import (
+    TASKS,
     LossParts,
     PairwiseJSLoss,
     UEGRLoss,
@@ -12,6 +13,7 @@ from .api import (
 )
 
 __all__ = [
+    "TASKS",
     "LossParts",
     "PairwiseJSLoss",
     "UEGRLoss",

@@ -266,11 +266,20 @@ def linear_uegr_loss(
 
     clean_hidden        [N, H]     float32, bfloat16, float16 or float64
     adversarial_hidden  [m, N, H]  of the same dtype; None: no adversarial passes
-    weight, bias, chunk_rows       as for `linear_pairwise_js`
+    weight, bias        [C, H] and [C] or None, the classifier's
+    labels              [N] class indices or [N, C] probabilities; for regression floats
+    js_weight           lambda, >= 0;  label_smoothing  in [0, 1];  ignore_index  label of rows to
+        leave out, as all three in `uegr_loss`
+    reduction           "mean" over the rows that are not ignored, "sum", or "none"
+    task                "classification", or "regression": squared errors and differences
+    return_parts        True: returns LossParts (loss, clean_loss, adversarial_loss, divergence)
     inplace_backward    no effect: these logits are nobody else's
-    labels and the rest            as for `uegr_loss`
+    chunk_rows          of the N rows at a time, all passes of them; None: near 100 MB of them
+    backend             "auto", "reference", "cpp", "cuda" or "triton"
 
-    Returns and raises as `uegr_loss`; gradients and autocast as for `linear_pairwise_js`.
+    Returns () or, for "none", [N], float32 (float64 for float64), in nats, >= 0. Gradients and
+    autocast as for `linear_pairwise_js`. Raises TypeError or ValueError for wrong arguments,
+    RuntimeError for a backend that cannot serve the call.
 
     Equivalent to `reference.linear_uegr_loss(reference.uegr_loss_, [clean_hidden,
     adversarial_hidden], weight, bias, labels, ...)[0]`.
@@ -336,7 +345,18 @@ class _LossModule(nn.Module):
 
 
 class PairwiseJSLoss(_LossModule):
-    """Computes `pairwise_js`, as a module: the same keywords, then the logits."""
+    """Computes the Jensen-Shannon divergence of m passes' softmaxes, summed over pairs (Eq. 4).
+
+    reduction         "mean" over the N rows, "sum" over them, or "none"
+    inplace_backward  True: the gradient is written over the logits, as in `pairwise_js`
+    backend           "auto", "reference", "cpp", "cuda" or "triton"
+
+    It is called with the logits, [m, N, C] or a sequence of m >= 2 tensors [N, C], and returns ()
+    or, for "none", [N], in nats. Raises TypeError or ValueError for wrong keywords when it is
+    built, for wrong logits and a wrong backend when it is called; RuntimeError as `pairwise_js`.
+
+    Equivalent to `pairwise_js(logits, **keywords)`.
+    """
 
     function = staticmethod(pairwise_js)
 
@@ -346,7 +366,23 @@ class PairwiseJSLoss(_LossModule):
 
 
 class UEGRLoss(_LossModule):
-    """Computes `uegr_loss`, as a module: the same keywords, then clean, adversarial, labels."""
+    """Computes CE(clean) + mean CE(adversarial passes) + js_weight * JS of their pairs (Eq. 2-6).
+
+    js_weight         lambda, >= 0
+    label_smoothing   in [0, 1];  ignore_index  label of rows to leave out
+    reduction         "mean" over the rows that are not ignored, "sum", or "none"
+    task              "classification", or "regression": squared errors and differences
+    return_parts      True: returns LossParts (loss, clean_loss, adversarial_loss, divergence)
+    inplace_backward  True: the gradient is written over the logits, as in `pairwise_js`
+    backend           "auto", "reference", "cpp", "cuda" or "triton"
+
+    It is called with clean logits [N, C], adversarial ones [m, N, C] (or a sequence of m tensors
+    [N, C], or None) and labels [N] or [N, C], and returns () or, for "none", [N], in nats. Raises
+    TypeError or ValueError for wrong keywords when it is built, for wrong tensors and a wrong
+    backend when it is called; RuntimeError as `uegr_loss`.
+
+    Equivalent to `uegr_loss(clean_logits, adversarial_logits, labels, **keywords)`.
+    """
 
     function = staticmethod(uegr_loss)
 

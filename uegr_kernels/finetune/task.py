@@ -88,15 +88,17 @@ class Task:
                     f"recipe_options: {' and '.join(self.recipes)} has no option {option!r}; the "
                     f"options are {', '.join(sorted(known))}{checks.near(option, known)}"
                 )
-        if self.limit is not None:
-            checks.integer("limit", self.limit, 2)
-        for seed in self.seeds:
-            checks.integer("seed", seed, 0, bits=32)
-        checks.number("epsilon", self.epsilon, 0)
-        checks.number("epochs", self.epochs, 0, without=0)
-        checks.number("lr", self.lr, 0)
-        checks.integer("batch", self.batch, 1)
-        checks.integer("length", self.length, 2)
+        numbers: dict[str, object] = {
+            "limit": None if self.limit is None else checks.integer("limit", self.limit, 2),
+            "seeds": tuple(checks.integer("seed", seed, 0, bits=32) for seed in self.seeds),
+            "epsilon": checks.number("epsilon", self.epsilon, 0),
+            "epochs": checks.number("epochs", self.epochs, 0, without=0),
+            "lr": checks.number("lr", self.lr, 0),
+            "batch": checks.integer("batch", self.batch, 1),
+            "length": checks.integer("length", self.length, 2),
+        }
+        for name, value in numbers.items():
+            object.__setattr__(self, name, value)
         if self.device is not None:
             checks.choice("device", self.device, ("cpu", "cuda"))
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -221,8 +223,8 @@ def finetune(
             limit,
             chosen,
             tuple(dict.fromkeys(recipes)),
-            dict(_by_name("recipe_options", recipe_options)),
-            dict(_by_name("trainer_options", trainer_options)),
+            _options("recipe_options", recipe_options),
+            _options("trainer_options", trainer_options),
             epsilon,
             (seed,) if seeds is None else tuple(range(checks.integer("seeds", seeds, 1))),
             usual[0] if epochs is None else epochs,
@@ -280,6 +282,14 @@ def _by_name(name: str, given: object) -> list[tuple[str, Any]]:
     if not isinstance(given, Mapping) or not all(isinstance(key, str) and key for key in given):
         raise _wrong(name, given, "a dict whose keys are names")
     return list(given.items())
+
+
+def _options(name: str, given: object) -> dict[str, object]:
+    """Returns the entries of a dict whose keys are names, NumPy's numbers and flags as Python's."""
+    return {
+        option: checks.plain(value) if checks.is_number(value) or checks.is_flag(value) else value
+        for option, value in _by_name(name, given)
+    }
 
 
 def _model_files(model: str) -> list[pathlib.Path]:
@@ -438,8 +448,7 @@ def _size_option(recipe: str) -> str | None:
     norm, steps = options.get("norm"), options.get("steps")
     if (norm is not None and norm.default != "l2") or (steps is not None and steps.default == 0):
         return None
-    # the latter: BiStage's
-    if "epsilon" in options or "options" in options:
+    if "epsilon" in options:
         return "epsilon"
     return "adv_lr" if "adv_lr" in options else None
 

@@ -233,9 +233,12 @@ def _fits(value: object, hint: Any) -> bool:
     # each has its words
     if issubclass(kind, enum.Enum):
         return isinstance(value, str)
-    if kind in (int, float):
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        return whole or (kind is float and isinstance(value, float))
+    if kind is bool:
+        return checks.is_flag(value)
+    if kind is int:
+        return checks.is_integer(value)
+    if kind is float:
+        return checks.is_number(value)
     return isinstance(value, kind)
 
 

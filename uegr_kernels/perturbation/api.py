@@ -1,7 +1,8 @@
 """The public perturbations, of embeddings, and of weights for the length of a `with`."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -122,22 +123,14 @@ def pgd_step(
     )
     mask = _check_mask(mask, "grad", grad)
     out = torch.empty(delta.shape, dtype=delta.dtype, device=delta.device)
+    step: Callable[..., None]
     if norm == "max":
         _check_plain(backend)
-        op.reference.pgd_step_(
-            delta.detach(),
-            grad.detach(),
-            mask,
-            out,
-            step_size=step_size,
-            radius=radius,
-            norm=norm,
-            per=per,
-        )
-        return out
-    backend = op.pgd_step_.choose(backend, delta.device, delta.dtype)
-    op.pgd_step_(
-        backend,
+        step = op.reference.pgd_step_
+    else:
+        backend = op.pgd_step_.choose(backend, delta.device, delta.dtype)
+        step = functools.partial(op.pgd_step_, backend)
+    step(
         delta.detach(),
         grad.detach(),
         mask,

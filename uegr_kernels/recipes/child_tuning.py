@@ -28,7 +28,7 @@ class ChildTuningF(SelectiveUpdate, Plain):
     target            "gradient": b*g/p feeds the moments | "update": g does, and b/p multiplies the
                       step, for which the optimizer must be a SelectiveAdamW or SelectiveSGD
     seed              of the masks; None: drawn from torch's default CPU generator
-    the common options  (`PassRecipe`)
+    the common options  (`help(uk.recipes.plain)`)
 
     A SelectiveAdamW or SelectiveSGD given as the optimizer selects inside its step, whose
     normalization becomes "constant"; for any other, `before_step` selects .grad. 1 forward, 1
@@ -63,7 +63,7 @@ class ChildTuningD(SaliencyRecipe, Plain):
     max_grad_norm     each tensor's gradient is clipped to it before it is squared
     target            "gradient": g * M feeds the optimizer, and weight decay acts on every element;
                       "update": the step of an element that is not trained is undone, decay included
-    the common options  (`PassRecipe`)
+    the common options  (`help(uk.recipes.plain)`)
 
     Call `prepare(batches)` before training, or the first epoch trains everything and makes the
     mask. 1 forward, 1 backward. Losses: loss, clean_loss.

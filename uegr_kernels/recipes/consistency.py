@@ -23,7 +23,7 @@ class RDrop(PassRecipe):
     alpha      weight of the divergence
     reduction  of the divergence: "mean" over the batch, or "sum" over it, as in the public code:
         alpha then grows with the batch
-    the common options  (`PassRecipe`)
+    the common options  (`help(uk.recipes.plain)`)
 
     L = (CE(z1) + CE(z2))/2 + alpha * (KL(P1||P2) + KL(P2||P1))/2; task="regression": squared
     errors, squared difference of the outputs. 2 forwards and backwards. Losses: loss, clean_loss
@@ -99,7 +99,7 @@ class RAT(StepRecipe, RDrop):
 
     epsilon, norm, per  the size of delta, as in `fgm_perturbation`
     alpha, reduction    of the divergence: its weight, and "mean" over the batch or "sum" over it;
-        the common options  (`PassRecipe`)
+        the common options  (`help(uk.recipes.plain)`)
 
     L = CE(F(e)) + (CE(z1) + CE(z2))/2 + alpha * (KL(P1||P2) + KL(P2||P1))/2, z_k = F(e + delta; w,
     u_k). 3 forwards and backwards. Losses: loss, clean_loss, adversarial_loss, divergence.
@@ -125,7 +125,7 @@ class RATSU(SelectionRecipe, RAT):
     keep_probability, target  of the selection, as in SelectiveAdamW;  seed  of its masks
     epsilon, norm, per  the size of delta, as in `fgm_perturbation`
     alpha, reduction    of the divergence: its weight, and "mean" over the batch or "sum" over it;
-        the common options  (`PassRecipe`)
+        the common options  (`help(uk.recipes.plain)`)
 
     L = CE(F(e)) + (CE(z1) + CE(z2))/2 + alpha * (KL(P1||P2) + KL(P2||P1))/2, as in R-AT. A
     SelectiveAdamW or SelectiveSGD given as the optimizer selects inside its step, by its own

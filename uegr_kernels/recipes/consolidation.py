@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..passes import Inputs
 from . import options
 from .baselines import Plain
-from .recipe import named_parameters, whole, write
+from .recipe import named_parameters, write
 
 
 class Anchored(NamedTuple):
@@ -38,7 +38,7 @@ class WeightConsolidation(Plain):
                with lam = 1/(1 + exp(-k (t - t0))), for AdamW's step number t; lr * gamma must be
                below 1
     k, t0, gamma   of "annealed"
-    the common options  (`PassRecipe`)
+    the common options  (`help(uk.recipes.plain)`)
 
     "decoupled" and "annealed" need the optimizer. 1 forward, 1 backward. Losses: loss, clean_loss,
     and "penalty" in that form.
@@ -70,19 +70,9 @@ class WeightConsolidation(Plain):
     def _backward(self, inputs: Inputs, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
         if self.form != "penalty":
             return super()._backward(inputs, labels, scale)
-        with self._pass() as pass_:
-            parts = self._loss_of(self._runner.call(pass_), labels)
-            of_tensors = [
-                whole(_squared_distance(p, p0)).to(parts.loss)
-                for p, p0 in zip(self._weights, self.origin, strict=True)
-            ]
-            penalty = self.kappa / 2 * sum(of_tensors, torch.zeros_like(parts.loss))
-            ((parts.loss + penalty) * scale).backward()
-        return {
-            "loss": parts.clean_loss + penalty.detach(),
-            "clean_loss": parts.clean_loss,
-            "penalty": penalty.detach(),
-        }
+        pairs = zip(self._weights, self.origin, strict=True)
+        distances = (_squared_distance(p, p0) for p, p0 in pairs)
+        return self._descend_penalised(labels, scale, self.kappa / 2, distances)
 
     def before_step(self) -> None:
         """Draws the weights back, or keeps them for `after_step`."""

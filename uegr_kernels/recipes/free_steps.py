@@ -27,7 +27,7 @@ class FreeLB(PassRecipe):
     norm       "l2"; "max": the gradient is divided by its largest |element|, the ball is |delta| <=
         max_norm; "linf": its sign is taken
     same_draw  one dropout draw for all passes of a batch
-    the common options  (`PassRecipe`)
+    the common options  (`help(uk.recipes.plain)`)
 
     K forwards, K backwards, no clean pass. Losses: loss, adversarial_loss (the mean over the
     passes).
@@ -103,7 +103,7 @@ class FreeAT(PassRecipe):
         with embedding=None
     persistent  delta goes on with the next batch; None: False, or True with embedding=None
         (positions of texts hold other words)
-    the common options  (`PassRecipe`)
+    the common options  (`help(uk.recipes.plain)`)
 
     m forwards, m backwards, m updates; each repeat has a dropout draw of its own. Losses: loss,
     adversarial_loss, the mean over them.

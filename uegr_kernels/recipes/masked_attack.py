@@ -34,7 +34,8 @@ class DropAttack(StepRecipe):
                               (I)
     epsilon_weights, keep_probability_weights   the L2 size of each attacked tensor's perturbation,
         and p there
-    attack_input              False: the weights alone;  the common options  (`PassRecipe`)
+    attack_input              False: the weights alone
+    the common options        (`help(uk.recipes.plain)`)
 
     L = CE(F(e; w)) + CE(F(e + M r; w)) + CE(F(e; W + M_W r_W)); the masks do not rescale. The
     weights' pass goes backward while they are perturbed, and leaving it restores every bit. 2
@@ -140,7 +141,7 @@ class DropAttackK(DropAttack):
 
     steps     K; each attacks along the clean gradient plus 1/K of that of every step before it, and
               its perturbation, of the full size, takes the place of the one before
-    the rest  as in `DropAttack`, which is K = 1
+    the rest  as in DropAttack, which is K = 1 (`help(uk.recipes.drop_attack)`)
 
     The K input passes, and the K of the weights, count 1/K each. 1 + K forwards and backwards for
     (I), 1 + 2K for (I&W).

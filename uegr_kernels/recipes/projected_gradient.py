@@ -24,7 +24,7 @@ class PGD(AttackRecipe):
     same_draw              the same dropout masks in every pass
     first_step_from_clean  the clean pass's gradient makes the first step and saves a pass; needs a
         clean pass and no random start
-    the common options     (`PassRecipe`)
+    the common options     (`help(uk.recipes.plain)`)
 
     K + 2 forwards, 2 backwards and K that stop at the embedding; one less of each with
     first_step_from_clean. Losses: loss, clean_loss, adversarial_loss.
@@ -77,8 +77,8 @@ class AdvEmbed(PGD):
     start               delta starts as U(0, 1) * start, in a pass of its own; 0: at the clean
         pass's gradient, which makes it `AT`'s cost
     clean_weight        of the clean loss;  same_draw  every pass with the same dropout masks
-    the common options  (`PassRecipe`); `start` decides what random_start and first_step_from_clean
-        do in PGD
+    the common options  (`help(uk.recipes.plain)`); `start` decides what random_start and
+        first_step_from_clean do in PGD
 
     3 forwards, 2 backwards and 1 that stops at the embedding. Losses: loss, clean_loss,
     adversarial_loss.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import checks
-from ..divergence import LossParts, check_loss_options, uegr_loss
+from ..divergence import TASKS, LossParts, check_loss_options, uegr_loss
 from ..passes import (
     InputBatch,
     Inputs,
@@ -209,27 +209,16 @@ class Recipe:
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class PassRecipe(Recipe):
-    """Trains by passes through the model.
-
-    task, label_smoothing, ignore_index   as in `uegr_loss`
-    dropout      rate of every nn.Dropout* and AdaptiveDropout in the recipe's passes, 0 for none;
-        None: the layers' own
-    input_range  (low, high) to which the perturbed input is clamped; with embedding=None only
-    batch_axis   of the embedding's output that is the batch, as in `BiStage`
-    relative     True: every length of a perturbation of the embeddings (epsilon, steps, radii,
-                 random starts) is in multiples of the L2 norm of each sample's embeddings (real
-                 tokens, no gradient). ValueError with norm="linf", and where there is no such
-                 perturbation
-    backend      of the operators
+    """Trains by passes through the model, with the options that `help(uk.recipes.plain)` lists.
 
     model and embedding are as in `BiStage`; embedding=None perturbs the one floating input. The
     model's mode is the caller's in every pass. Build the recipe before `torch.compile`. Raises
     TypeError or ValueError for wrong options, before anything has changed.
     """
 
-    task: str = "classification"
-    label_smoothing: float = 0.0
-    ignore_index: int = -100
+    task: str = options.choice("classification", TASKS)
+    label_smoothing: float = options.number(0.0, 0, 1)
+    ignore_index: int = options.integer(-100, -(2**63), bits=63)
     dropout: float | None = options.number(None, 0, 1)
     input_range: tuple[float, float] | None = None
     batch_axis: int | None = None

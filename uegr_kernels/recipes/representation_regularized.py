@@ -60,7 +60,7 @@ class ARAT(AttackRecipe):
                        epoch; before that, and for regression, 0.5
     epsilon, steps, step_size, norm, per   of the attack, as in `pgd_step`; its step_size: epsilon/4
     random_start       uniform in the ball;  same_draw  every pass with the same dropout masks;  the
-        common options  (`PassRecipe`)
+        common options  (`help(uk.recipes.plain)`)
 
     h and the clean branch have parameters of their own, `parameters()`; until `close()` they are in
     the last group of an optimizer given here, so build the recipe before a checkpoint of the

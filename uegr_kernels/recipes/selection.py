@@ -73,16 +73,16 @@ class SelectionRecipe(SelectiveUpdate):
     seed  of the masks; None: drawn from torch's default CPU generator
     """
 
-    threshold: float = Selection.threshold
-    sharpness: float = Selection.sharpness
-    normalization: str = Selection.normalization
-    direction: str = Selection.direction
-    scope: str = Selection.scope
-    statistics: str = Selection.statistics
-    rescale: bool = Selection.rescale
-    min_probability: float = Selection.min_probability
-    keep_probability: float = Selection.keep_probability
-    target: str = Selection.target
+    threshold: float = options.option(Selection.threshold, Selection.checked)
+    sharpness: float = options.option(Selection.sharpness, Selection.checked)
+    normalization: str = options.option(Selection.normalization, Selection.checked)
+    direction: str = options.option(Selection.direction, Selection.checked)
+    scope: str = options.option(Selection.scope, Selection.checked)
+    statistics: str = options.option(Selection.statistics, Selection.checked)
+    rescale: bool = options.option(Selection.rescale, Selection.checked)
+    min_probability: float = options.option(Selection.min_probability, Selection.checked)
+    keep_probability: float = options.option(Selection.keep_probability, Selection.checked)
+    target: str = options.option(Selection.target, Selection.checked)
     seed: int | None = options.integer(None)
 
     def _selection_options(self) -> dict[str, object]:

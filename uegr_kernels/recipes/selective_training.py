@@ -35,7 +35,7 @@ class RoAST(SaliencyRecipe):
     detach_embedding       True: h is the first pass's output and gets no adversarial gradient, as
         in the public code
     seed                   of the masks; None: drawn from torch's default CPU generator;  the common
-        options  (`PassRecipe`)
+        options  (`help(uk.recipes.plain)`)
 
     Give as `embedding` what is to be perturbed: the published form perturbs after LayerNorm and
     dropout. Call `prepare(batches)` for masks in the first epoch, else it is trained whole. 3

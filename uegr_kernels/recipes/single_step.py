@@ -21,7 +21,7 @@ class AT(StepRecipe):
         norm, as in attacks on the table
     clean_weight        of L1 in L = clean_weight * L1 + L2; 0 is the min-max form, with nothing but
         delta taken from the clean pass
-    the common options  (`PassRecipe`)
+    the common options  (`help(uk.recipes.plain)`)
 
     L1 = CE(F(e; w, u1), y), delta = epsilon * g/||g||, L2 = CE(F(e + delta; w, u2), y). 2 forwards,
     2 backwards. Losses: loss, clean_loss, adversarial_loss. Equivalent to: `BiStage(model,
@@ -55,7 +55,8 @@ class FGSM(AT):
     See docs/methods.md, "FGSM".
 
     epsilon  of every element, so that delta's L2 length is epsilon * sqrt(T d): far smaller than
-        AT's;  the rest as in `AT`
+        AT's
+    the rest as in AT  (`help(uk.recipes.at)`)
     """
 
     epsilon: float = options.number(0.01)

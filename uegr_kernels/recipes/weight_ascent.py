@@ -24,7 +24,7 @@ class SAM(PassRecipe):
     rho        length of the weights' perturbation, over all trainable parameters together
     adaptive   True: ASAM, each element's share grows with its square
     same_draw  both passes with the same dropout masks
-    the common options  (`PassRecipe`)
+    the common options  (`help(uk.recipes.plain)`)
 
     eps_w = rho * g1/||g1||, L = CE(F(e; w + eps_w)). The clean gradient is not added, the second
     pass leaves BatchNorm's statistics alone, and the weights are restored bit for bit. Under DDP
@@ -86,7 +86,8 @@ class AWP(AttackRecipe):
     steps          K of a PGD attack on the input that training is at; 0: the clean input
     epsilon, step_size, norm, per   of that attack, as in `pgd_step`; step_size None:
         2.5 * epsilon / steps
-    same_draw      every pass with the same dropout masks;  the common options  (`PassRecipe`)
+    same_draw      every pass with the same dropout masks
+    the common options  (`help(uk.recipes.plain)`)
 
     v = gamma * ||w||/||g|| * g, L = CE(F(x_adv; w + v)). `backward` restores w bit for bit;
     `before_step` goes to w + v again, where the optimizer steps (and decays), and `after_step` puts

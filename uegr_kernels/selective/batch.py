@@ -4,26 +4,24 @@ and the statistics of the scopes that are wider than a tensor.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from ..core import shards
 from . import op
-from .options import Selection
+from .options import Selection, SelectionEntries
 
 # Room for a scope's statistics, kept from step to step, by what they are statistics of.
 Room = dict[tuple[str, torch.device, int, shards.Cut], Tensor]
 
 
-class GroupOfBoth(TypedDict):
+class GroupOfBoth(SelectionEntries):
     """Types the entries of a group that both optimizers have; the group is torch.optim's."""
 
     params: list[Tensor]
     lr: float | Tensor
     weight_decay: float
-    statistics: str
     maximize: bool
     differentiable: bool
     fused: bool | None

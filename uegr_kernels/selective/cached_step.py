@@ -21,8 +21,6 @@ LAYOUT = operator.attrgetter("layout")
 DEVICE_AND_DTYPE = operator.attrgetter("device", "dtype")
 # An option of these types is as good as checked while it is the same object.
 IMMUTABLE = frozenset((float, int, bool, str, torch.dtype, type(None)))
-# of the options that are numbers
-LARGEST = 1e300
 
 
 class CheckedOptions(NamedTuple):
@@ -52,7 +50,7 @@ class CheckedOptions(NamedTuple):
         lr = group["lr"]
         return (
             type(lr) in checks.PLAIN
-            and bool(0 <= lr <= LARGEST)
+            and bool(0 <= lr <= checks.LARGEST)
             and backend is self.backend
             and all(map(operator.is_, self.read(group), self.checked))
         )

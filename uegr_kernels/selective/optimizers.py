@@ -14,8 +14,8 @@ from torch.optim.optimizer import ParamsT
 from ..core import checks, memory, shards
 from . import op
 from .batch import Batch, Group, Scopes
-from .cached_step import LARGEST, CachedStep, CheckedOptions
-from .options import FIELDS, AdamWOptions, Selection, SGDOptions, StepOptions, agreed_seed
+from .cached_step import CachedStep, CheckedOptions
+from .options import AdamWOptions, Selection, SGDOptions, StepOptions, agreed_seed, options_of
 from .state import Packed, check_batch, check_parameter, complete, placed, restore, without_none
 
 # of the state's layout; a key of every group
@@ -135,8 +135,9 @@ class SelectiveOptimizer(Optimizer):
         if not 0.0 <= lr:
             raise ValueError(f"Invalid learning rate: {lr}")
         for name in ("lr", "weight_decay", *self.numbers):
-            if not isinstance(group[name], Tensor) and abs(checks.plain(group[name])) > LARGEST:
-                raise ValueError(f"{name}={group[name]} is out of range; give a finite number")
+            value = group[name]
+            if not isinstance(value, Tensor) and abs(checks.plain(value)) > checks.LARGEST:
+                raise ValueError(f"{name}={value} is out of range; give a finite number")
         if not 0.0 <= group["weight_decay"]:
             raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
         if group["fused"] and group["differentiable"]:
@@ -399,8 +400,7 @@ class SelectiveOptimizer(Optimizer):
                 lists: list[list[Any]] = [[] for _ in range(4 + len(needed))]
                 self._init_group(group, first, number, *lists)
                 params, grads, layout, (backend, seed), *states = lists
-                options = [group[name] for name in FIELDS]  # type: ignore[literal-required]
-                batch = Batch.empty(group, Selection(*options), backend, seed)
+                batch = Batch.empty(group, Selection(**options_of(group)), backend, seed)
                 batch.params, batch.grads, batch.layout = params, grads, layout
                 batch.state_lists = dict(zip(needed, states, strict=True))
                 batches.append(batch)

@@ -30,6 +30,21 @@ RANK_BINS = 0x7F80
 RANK_SAMPLED = 2**20
 
 
+class SelectionEntries(TypedDict):
+    """Names the ten options, as the groups of an optimizer have them."""
+
+    threshold: float
+    sharpness: float
+    normalization: str
+    direction: str
+    scope: str
+    statistics: str
+    rescale: bool
+    min_probability: float
+    keep_probability: float
+    target: str
+
+
 class SelectionNumbers(TypedDict):
     """Names the selection's arguments to an operator, words as numbers.
 
@@ -82,13 +97,8 @@ class Selection:
     }
 
     def __post_init__(self) -> None:
-        for name, choices in self.CHOICES.items():
-            checks.choice(name, getattr(self, name), choices)
-        for name, (low, high) in self.RANGES.items():
-            without = 0.0 if name == "keep_probability" else None
-            value = checks.number(name, getattr(self, name), low, high, without=without)
-            object.__setattr__(self, name, value)
-        object.__setattr__(self, "rescale", checks.flag("rescale", self.rescale))
+        for name in (*self.CHOICES, *self.RANGES, "rescale"):
+            object.__setattr__(self, name, self.checked(name, getattr(self, name)))
         if self.statistics == "previous" and self.normalization in ("rank", "constant"):
             raise ValueError(
                 "statistics='previous' keeps a minimum and a maximum, for which "
@@ -97,14 +107,25 @@ class Selection:
             )
 
     @classmethod
+    def checked(cls, name: str, value: object) -> Any:
+        """Returns the value of one option, numbers as Python's."""
+        if name in cls.CHOICES:
+            return checks.choice(name, value, cls.CHOICES[name])
+        if name == "rescale":
+            return checks.flag(name, value)
+        low, high = cls.RANGES[name]
+        without = 0.0 if name == "keep_probability" else None
+        return checks.number(name, value, low, high, without=without)
+
+    @classmethod
     def of_group(cls, group: Mapping[str, Any]) -> "Selection":
         """Reads the options of an optimizer's group; every step does, and they rarely change."""
-        options = [group[name] for name in FIELDS]
+        options = options_of(group)
         try:
-            return _remembered(*options)
+            return _remembered(**options)
         except TypeError:
             # an option that cannot be hashed: the class itself names it
-            return cls(*options)
+            return cls(**options)
 
     @classmethod
     def of_numbers(
@@ -152,6 +173,22 @@ class Selection:
     def random(self) -> bool:
         """Tells whether an element can go unselected."""
         return self.normalization != "constant" or self.keep_probability != 1
+
+
+def options_of(group: Mapping[str, Any]) -> SelectionEntries:
+    """Returns the ten options among those of an optimizer's group."""
+    return {
+        "threshold": group["threshold"],
+        "sharpness": group["sharpness"],
+        "normalization": group["normalization"],
+        "direction": group["direction"],
+        "scope": group["scope"],
+        "statistics": group["statistics"],
+        "rescale": group["rescale"],
+        "min_probability": group["min_probability"],
+        "keep_probability": group["keep_probability"],
+        "target": group["target"],
+    }
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Selection))
