@@ -66,12 +66,12 @@ struct Step {
     void select(const float* g) {
         const Probability<float> p = probability;
         factor_block<true, true>(block_size, g, words, factor,
-                                 [=](int i) { return p.plain_inverse(saliency(g[i])); });
+                                 [=](int i) { return p.plain_inverse(square(g[i])); });
     }
     void select_any(const float* g) {
         const Probability<float> p = probability;
         factor_block<true>(block_size, g, words, factor,
-                           [=](int i) { return p.inverse(saliency(g[i])); });
+                           [=](int i) { return p.inverse(square(g[i])); });
     }
     void update(const Arrays& x, int64_t at) {
         update_block<float, false, false>(update_rule, block_size, x.theta + at, x.g + at, factor,
