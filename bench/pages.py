@@ -130,21 +130,20 @@ def _suite(suite: str, device: str, cases: tuple[str, ...], peers: tuple[str, ..
 def accuracy() -> str:
     """Returns what the main study on real text left for docs/evidence.md, and its picture."""
     folder = RESULTS / "accuracy"
-    pictures = [
-        f"![{path.stem}](../{path.relative_to(HERE.parent)})"
-        for path in sorted(folder.glob("main-*.png"))[:1]
-    ]
-    return "\n\n".join([(folder / "summary.md").read_text().strip(), *pictures])
+    return _left_in(folder, {path: path.stem for path in sorted(folder.glob("main-*.png"))[:1]})
 
 
 def pretrained() -> str:
     """Returns what the runs on a pre-trained model left for docs/evidence.md, with pictures."""
     folder = RESULTS / "pretrained"
-    pictures = [
-        f"![all-MiniLM-L6 trained on {path.stem}](../{path.relative_to(HERE.parent)})"
-        for path in sorted(folder.glob("*.png"))
-    ]
-    return "\n\n".join([(folder / "summary.md").read_text().strip(), *pictures])
+    pictures = sorted(folder.glob("*.png"))
+    return _left_in(folder, {path: f"all-MiniLM-L6 trained on {path.stem}" for path in pictures})
+
+
+def _left_in(folder: pathlib.Path, pictures: dict[pathlib.Path, str]) -> str:
+    """Returns a folder's summary, and its pictures with what they show."""
+    shown = [f"![{what}](../{path.relative_to(HERE.parent)})" for path, what in pictures.items()]
+    return "\n\n".join([(folder / "summary.md").read_text().strip(), *shown])
 
 
 BLOCKS = [

@@ -107,8 +107,7 @@ class BiStage(StageOptions):
 
     def __post_init__(self) -> None:
         self.passes = passes = checks.integer("passes", self.passes, 1)
-        at_once = passes if self.passes_at_once is None else self.passes_at_once
-        at_once = checks.integer("passes_at_once", at_once, 1)
+        at_once = checks.integer("passes_at_once", self._at_once, 1)
         dropout = self.dropout
         if dropout is not None and (not isinstance(dropout, Sequence) or isinstance(dropout, str)):
             raise TypeError(
@@ -125,7 +124,7 @@ class BiStage(StageOptions):
             )
         if dropout is not None:
             self.dropout = [float(rate) for rate in dropout]
-        self.passes_at_once = self._at_once = min(at_once, passes)
+        self.passes_at_once = min(at_once, passes)
         checks.choice("norm", self.norm, NORMS)
         checks.choice("per", self.per, PERS)
         self.epsilon = checks.number("epsilon", self.epsilon, 0)
@@ -138,19 +137,6 @@ class BiStage(StageOptions):
         self.js_weight, self.label_smoothing = loss.js_weight, loss.label_smoothing
         self.ignore_index = loss.ignore_index
         checks.backend(self.backend)
-        self._perturbation: _PerturbationKeywords = {
-            "epsilon": self.epsilon,
-            "norm": self.norm,
-            "per": self.per,
-            "backend": self.backend,
-        }
-        self._loss: _LossKeywords = {
-            "js_weight": self.js_weight,
-            "label_smoothing": self.label_smoothing,
-            "ignore_index": self.ignore_index,
-            "task": self.task,
-            "backend": self.backend,
-        }
         self._runner = Runner(
             self.model,
             self.embedding,
@@ -159,6 +145,29 @@ class BiStage(StageOptions):
             relative=self.relative,
             norm=self.norm,
         )
+
+    @property
+    def _at_once(self) -> int:
+        return self.passes if self.passes_at_once is None else self.passes_at_once
+
+    @property
+    def _perturbation(self) -> _PerturbationKeywords:
+        return {
+            "epsilon": self.epsilon,
+            "norm": self.norm,
+            "per": self.per,
+            "backend": self.backend,
+        }
+
+    @property
+    def _loss(self) -> _LossKeywords:
+        return {
+            "js_weight": self.js_weight,
+            "label_smoothing": self.label_smoothing,
+            "ignore_index": self.ignore_index,
+            "task": self.task,
+            "backend": self.backend,
+        }
 
     def backward(
         self, inputs: Inputs, labels: Tensor, *, scale: float | Tensor = 1.0

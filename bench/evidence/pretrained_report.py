@@ -72,6 +72,11 @@ def picks(data: str) -> dict[str, Any]:
     return columns | {name: (lambda result, name=name: result[name]) for name in FURTHER[data]}
 
 
+def main_titles(data: str) -> list[str]:
+    """Returns the titles of the main columns, which the summary and the picture have."""
+    return ["clean", f"PGD {STRENGTHS[MIDDLE]:g}", f"{TYPOS[-1]:.0%} typos", *FURTHER[data]]
+
+
 def points(interval: Interval, scale: float = 100) -> str:
     """Returns a mean and its interval in points."""
     low, middle, high = (
@@ -171,8 +176,7 @@ def described(
 
 def summarised(data: str, rows: Rows) -> list[str]:
     """Returns the main columns of each method, tuned under PGD, and the questions' answers."""
-    columns = picks(data)
-    titles = ["clean", f"PGD {STRENGTHS[MIDDLE]:g}", f"{TYPOS[-1]:.0%} typos", *FURTHER[data]]
+    columns, titles = picks(data), main_titles(data)
     cells = []
     for name in dict.fromkeys(name for name, _ in rows):
         results = _chosen_under_pgd(rows, name) or []
@@ -219,8 +223,7 @@ def _contrasts(rows: Rows) -> list[list[str]]:
 @styled()
 def _picture(data: str, rows: Rows, path: pathlib.Path) -> pathlib.Path:
     """Draws a dot with its interval for each method, a panel for each of the main measures."""
-    columns = picks(data)
-    titles = ["clean", f"PGD {STRENGTHS[MIDDLE]:g}", f"{TYPOS[-1]:.0%} typos", *FURTHER[data]]
+    columns, titles = picks(data), main_titles(data)
     figure = plot.figure(3 * len(titles) + 2, 0.33 * len(rows) + 1.6)
     for axes, title in zip(figure.subplots(1, len(titles), sharey=True), titles, strict=True):
         for place, results in enumerate(rows.values()):
