@@ -15,8 +15,8 @@ SOURCES = $(shell find csrc bench python_tests $(ENDINGS))
 
 help:
 	@echo "make demo    fine-tune a text classifier, selective AdamW beside plain AdamW"
-	@echo "make test    run the tests; ARGS=--long: those that take minutes too; ARGS=--only-triton:" \
-		"Triton's alone; CI does both"
+	@echo "make test    run the tests; ARGS=--long: those that take minutes too, as CI does;" \
+		"ARGS=--only-triton: those of Triton's kernels alone"
 	@echo "make bench   time the operators beside their peers"
 	@echo "make gpu     everything that needs a GPU: tests, benchmarks, results in build/gpu; fails" \
 		"where there is none (docs/gpu.md)"
@@ -33,7 +33,7 @@ demo: build $(VENV)/.frameworks
 
 # In the tests' build a failure is an error; elsewhere the package goes on without native code.
 test bench: export UEGR_KERNELS_BUILD ?= 1
-test: build $(VENV)/.frameworks $(if $(findstring triton,$(ARGS)),$(OLD_TRITON))
+test: build $(VENV)/.frameworks $(if $(filter --long --only-triton,$(ARGS)),$(OLD_TRITON))
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 bench: build

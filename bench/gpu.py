@@ -129,7 +129,7 @@ def tests(backend: str, limit: float, *options: str) -> Stage:
         "bench.gpu_pytest",
         "-p",
         "no:cacheprovider",
-        "--triton",
+        "--long",
         *options,
     ]
     if importlib.util.find_spec("xdist") and "--collect-only" not in options:

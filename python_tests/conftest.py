@@ -38,17 +38,11 @@ def pytest_addoption(parser):
     parser.addoption(
         "--long",
         action="store_true",
-        help="what takes minutes too: compiles for GPUs, Transformers' Trainer, examples, wheels",
+        help="what takes minutes too: compiles for GPUs, Transformers' Trainer, examples, wheels, "
+        "Triton's kernels on its interpreter",
     )
     parser.addoption(
-        "--triton",
-        action="store_true",
-        help="Triton's kernels too: many minutes on its interpreter, one for all compiles",
-    )
-    parser.addoption(
-        "--only-triton",
-        action="store_true",
-        help="these alone: what a run without either option leaves out",
+        "--only-triton", action="store_true", help="of all tests, those of Triton's kernels alone"
     )
     parser.addoption(
         "--every-case",
@@ -69,12 +63,15 @@ LONG = (
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out what is long, unless it is asked for, by name or by option.
+    """Leaves out what is long, unless it is asked for: by option, or, but for Triton's kernels, by
+    a file's name.
 
     Triton's interpreter, as slow as it is, gets the cases in triton_cases.txt alone.
     """
     named = any(argument.split("::")[0].endswith(".py") for argument in config.args)
-    if not (named or config.getoption("--long") or config.getoption("--only-triton")):
+    only_triton = config.getoption("--only-triton")
+    everything = config.getoption("--long") or only_triton
+    if not (named or everything):
         long = [
             item
             for item in items
@@ -92,8 +89,8 @@ def pytest_collection_modifyitems(config, items):
         or "-triton" in item.name
     }
     left_out = slow
-    if config.getoption("--triton") or config.getoption("--only-triton"):
-        left_out = set(items) - slow if config.getoption("--only-triton") else set()
+    if everything:
+        left_out = set(items) - slow if only_triton else set()
         whole = not any("::" in argument for argument in config.args)
         left_out |= set() if config.getoption("--every-case") else not_chosen(slow, whole=whole)
     items[:] = [item for item in items if item not in left_out]
