@@ -352,15 +352,14 @@ BAD_SECOND_GRADIENTS = [
         fine_parameter,
         [torch.ones(3), torch.ones(4)],
         ValueError,
-        r"params\[1\].grad has shape "
-        r"\(4,\).*\(3,\)",
+        r"saliency\[1\] has shape \(4,\) and params\[1\].grad \(3,\)",
         id="saliency's shape",
     ),
     pytest.param(
         fine_parameter,
         [torch.ones(3), torch.ones(3).long()],
         TypeError,
-        r"saliency of params\[1\].grad",
+        r"saliency\[1\] is torch",
         id="saliency's dtype",
     ),
 ]
@@ -465,7 +464,7 @@ def test_looking_functions_name_a_bad_argument():
             function([1.0], **more)
         with pytest.raises(TypeError, match=r"grad is torch\.int64"):
             function(torch.ones(3).long(), **more)
-        with pytest.raises(ValueError, match=r"saliency of grad has shape \(2,\)"):
+        with pytest.raises(ValueError, match=r"saliency has shape \(2,\)"):
             function(torch.ones(3), saliency=torch.ones(2), **more)
         with pytest.raises(RuntimeError, match="grad is sparse"):
             function(torch.ones(3).to_sparse(), **more)

@@ -192,11 +192,16 @@ def same_placement(first: str, x: Tensor, name: str, y: Tensor) -> None:
 
 
 def same_shape(first: str, x: Tensor, name: str, y: Tensor) -> None:
-    """Raises where two tensors differ in shape (ValueError) or as `same_placement` says."""
+    """Raises ValueError where two tensors differ in shape."""
     if y.shape != x.shape:
         raise ValueError(
             f"{name} has shape {tuple(y.shape)} and {first} {tuple(x.shape)}; give the same"
         )
+
+
+def alike(first: str, x: Tensor, name: str, y: Tensor) -> None:
+    """Raises where two tensors differ in shape, device (ValueError) or dtype (TypeError)."""
+    same_shape(first, x, name, y)
     same_placement(first, x, name, y)
 
 

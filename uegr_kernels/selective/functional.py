@@ -69,8 +69,7 @@ def select_gradients_(
         )
     parts: dict[tuple[torch.device, torch.dtype], op.Part] = {}
     for stream, p in enumerate(params):
-        if not isinstance(p, Tensor):
-            raise TypeError(f"params[{stream}] is a {type(p).__name__}; give tensors")
+        checks.is_tensor(f"params[{stream}]", p)
         if p.grad is None:
             continue
         s = None if saliency is None else saliency[stream]
@@ -78,8 +77,11 @@ def select_gradients_(
             raise TypeError(
                 f"saliency[{stream}] is None; give a tensor for every parameter that has a gradient"
             )
-        _check_gradient("select_gradients_", f"params[{stream}].grad", p.grad, s)
-        memory.refuse_expanded(f"params[{stream}].grad", p.grad, ValueError)
+        named = f"params[{stream}].grad"
+        _check_gradient("select_gradients_", named, p.grad)
+        if s is not None:
+            _check_saliency("select_gradients_", f"saliency[{stream}]", s, named, p.grad)
+        memory.refuse_expanded(named, p.grad, ValueError)
         key = p.grad.device, p.grad.dtype
         if key not in parts:
             parts[key] = op.Part.empty(op.select_gradients_.choose(backend, *key))
@@ -144,7 +146,9 @@ def selection_probability(
         min_probability=min_probability,
         keep_probability=keep_probability,
     )
-    _check_gradient("selection_probability", "grad", grad, saliency)
+    _check_gradient("selection_probability", "grad", grad)
+    if saliency is not None:
+        _check_saliency("selection_probability", "saliency", saliency, "grad", grad)
     chosen = op.selection_probability_.choose(backend, grad.device, grad.dtype)
     with torch.no_grad():
         out = torch.empty(
@@ -199,7 +203,9 @@ def selection_mask(
         min_probability=min_probability,
         keep_probability=keep_probability,
     )
-    _check_gradient("selection_mask", "grad", grad, saliency)
+    _check_gradient("selection_mask", "grad", grad)
+    if saliency is not None:
+        _check_saliency("selection_mask", "saliency", saliency, "grad", grad)
     seed, step = checks.signed_seed(seed), checks.integer("step", step, 0, bits=24)
     stream = checks.integer("stream", stream, 0, bits=32)
     chosen = op.selection_mask_.choose(backend, grad.device, grad.dtype)
@@ -219,7 +225,7 @@ def selection_mask(
     return out
 
 
-def _check_gradient(function: str, name: str, grad: Tensor, saliency: Tensor | None) -> None:
+def _check_gradient(function: str, name: str, grad: Tensor) -> None:
     checks.is_tensor(name, grad)
     if shards.sharded(grad):
         raise TypeError(
@@ -232,21 +238,13 @@ def _check_gradient(function: str, name: str, grad: Tensor, saliency: Tensor | N
             "first"
         )
     checks.floating(name, grad)
-    tensors = [grad] if saliency is None else [grad, saliency]
-    checks.refuse_transforms(function, [], CONSTANT, constants=tensors)
-    if saliency is not None:
-        if (
-            not isinstance(saliency, Tensor)
-            or saliency.dtype not in checks.DTYPES
-            or saliency.layout is not torch.strided
-        ):
-            raise TypeError(
-                f"the saliency of {name} is no dense floating-point tensor; give "
-                "float32, bfloat16, float16 or float64"
-            )
-        if saliency.shape != grad.shape or saliency.device != grad.device:
-            found = f"{tuple(saliency.shape)} on {saliency.device}"
-            raise ValueError(
-                f"the saliency of {name} has shape {found}; it must be {tuple(grad.shape)} on "
-                f"{grad.device}"
-            )
+    checks.refuse_transforms(function, [], CONSTANT, constants=[grad])
+
+
+def _check_saliency(
+    function: str, name: str, saliency: Tensor, grad_name: str, grad: Tensor
+) -> None:
+    checks.tensor(name, saliency)
+    checks.same_shape(grad_name, grad, name, saliency)
+    checks.same_device(grad_name, grad, name, saliency)
+    checks.refuse_transforms(function, [], CONSTANT, constants=[saliency])
