@@ -18,16 +18,17 @@ WIDTH = 300
 # seconds
 PICTURE = 6.0
 MODEL = ROOT / "bench/results/gpu_model.json"
-# What is calculated of a stage's first contestant, by its name in the model. Of a forward and a
-# backward the backward, whose share is the smaller one.
+# What is calculated of a stage's first contestant: the kernels that it runs one after another, by
+# their names in the model. Of a forward and a backward the latter, whose share is the smaller one.
 CALCULATED = {
-    "bench-step": "AdamW, float32",
-    "bench-previous": 'AdamW, float32, "previous"',
-    "bench-bfloat16": 'AdamW, all bfloat16, "previous"',
-    "bench-1e9": "AdamW, float32",
-    "bench-loss-32000": "loss, bfloat16, C = 32,000",
-    "bench-loss-32000-float32": "loss, float32, C = 32,000",
-    "bench-dropout": "dropout, bfloat16, backward",
+    "bench-step": ("AdamW, float32",),
+    "bench-previous": ('AdamW, float32, "previous"',),
+    "bench-bfloat16": ('AdamW, all bfloat16, "previous"',),
+    "bench-1e9": ("AdamW, float32",),
+    "bench-loss-32000": ("loss, bfloat16, C = 32,000",),
+    "bench-loss-32000-float32": ("loss, float32, C = 32,000",),
+    "bench-dropout": ("dropout, bfloat16, backward",),
+    "bench-fgm": ("FGM, float32, the norm", "FGM, float32, the step"),
 }
 FACTS = ("gpu", "driver", "torch", "cuda", "triton", "python", "commit", "processors", "l2", "nvcc")
 
@@ -219,14 +220,19 @@ def stage_rows(records: list[dict], run: str) -> list[str]:
 
 
 def calculated(records: list[dict]) -> dict[str, float]:
-    """Returns by stage which share of a copy's rate the model gives it on the GPU of the probe."""
+    """Returns by stage which share of a copy's rate the model gives it on the GPU of the probe:
+    the bytes that the last of its kernels moves, in the time of all.
+    """
     names = [record.get("result", {}).get("gpu") for record in records]
     gpu = next((name for name in names if isinstance(name, str)), "")
     lines = json.loads(MODEL.read_text())["records"] if gpu and MODEL.exists() else []
-    shares = {
-        line["case"]: line["share"] for line in lines if line["gpu"].split()[0] in gpu.split()
-    }
-    return {stage: shares[name] for stage, name in CALCULATED.items() if name in shares}
+    found = {line["case"]: line for line in lines if line["gpu"].split()[0] in gpu.split()}
+    shares = {}
+    for stage, names in CALCULATED.items():
+        run = [found[name] for name in names if name in found]
+        if len(run) == len(names):
+            shares[stage] = run[-1]["bytes"] / sum(line["bytes"] / line["share"] for line in run)
+    return shares
 
 
 def case_rows(records: list[dict]) -> list[str]:

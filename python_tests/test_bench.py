@@ -453,7 +453,13 @@ def test_committed_results_have_documented_keys():
 def test_the_model_of_the_gpus_kernels_is_arithmetic():
     gpu = gpu_model.Gpu("one", "sm_80", 10, 1e9, 1e12, 64, 32, 1 << 17)
     case = gpu_model.Case("step", "selective", "", 4, 16, 12)
-    code = {"registers": 57, "bytes_ahead": 64, "instructions": 50.0, "special": 3.0}
+    code = {
+        "registers": 57,
+        "threads": 256,
+        "bytes_ahead": 64,
+        "instructions": 50.0,
+        "special": 3.0,
+    }
     code |= {"wide": 5.0, "float32": 15.0, "float64": 1.0}
     found = gpu_model.predicted(case, code, gpu)
     # 64 registers a thread
@@ -461,8 +467,8 @@ def test_the_model_of_the_gpus_kernels_is_arithmetic():
     # 50 instructions at 128 * 10 * 1e9 a second, 28 bytes at 0.9e12
     assert found["limit"] == "instructions"
     assert math.isclose(found["share"], (28 / 0.9e12) / (50 / 1.28e12))
-    rows = case._replace(rows=1 << 16, threads=512)
-    assert gpu_model.predicted(rows, code, gpu)["blocks"] == 2
+    rows = case._replace(rows=1 << 16)
+    assert gpu_model.predicted(rows, code | {"threads": 512}, gpu)["blocks"] == 2
     slow = gpu_model.predicted(case, code | {"bytes_ahead": 1}, gpu)
     assert slow["limit"] == "loads under way"
     assert math.isclose(slow["share"], (28 / 0.9e12) / (16 * 0.8e-6 / (4 * 256 * 10)))
@@ -477,7 +483,7 @@ def test_the_page_of_the_gpus_kernels_is_made_of_its_results():
         for case in gpu_model.CASES
         for gpu in gpu_model.GPUS
         if gpu_model.served(case, gpu)
-    ]
+    ] + [(case.name, gpu_model.MI300X.name) for case in gpu_model.TRITON_CASES]
 
 
 def test_the_model_of_sharded_training_is_arithmetic(capsys):

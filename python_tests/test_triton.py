@@ -8,12 +8,12 @@ import weakref
 
 import pytest
 import torch
-from compiled import TARGETS, kernels
 from test_core import WORD_CASES
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import uegr_kernels as uk
+from bench.triton_code import TARGETS, kernels
 from uegr_kernels.core import philox
 
 triton = pytest.importorskip("triton", reason="Triton is not installed; run `pip install triton`")

@@ -5,12 +5,12 @@ registers: for each target, with both Tritons.
 import itertools
 import re
 
-import compiled
 import launches
 import pytest
 import torch
 
 import uegr_kernels as uk
+from bench import triton_code
 
 FUNCTIONS = [(family, name) for family, names in launches.FAMILIES.items() for name in names]
 
@@ -84,26 +84,26 @@ def leaves_all_alone(statement):
 
 EVERY = [
     pytest.param(*one, id="-".join(("triton", *one)))
-    for one in itertools.product(compiled.VERSIONS, compiled.TARGETS)
+    for one in itertools.product(triton_code.VERSIONS, triton_code.TARGETS)
 ]
 
 
 @pytest.mark.parametrize(("version", "target"), EVERY)
 def test_every_statement_compiles_and_spills_next_to_nothing(version, target):
     pytest.importorskip("triton", reason="Triton is not installed; run `pip install triton`")
-    folder = compiled.VERSIONS[version]
+    folder = triton_code.VERSIONS[version]
     if folder is not None and not folder.exists():
         pytest.skip(
-            f"Triton {version} is not in {folder}; `make {folder.relative_to(compiled.ROOT)}` puts "
-            "it there"
+            f"Triton {version} is not in {folder}; "
+            f"`make {folder.relative_to(triton_code.ROOT)}` puts it there"
         )
-    found = compiled.usage(*launches.calls())[version, target]
+    found = triton_code.usage(*launches.calls())[version, target]
     assert [line["statement"] for line in found] == list(launches.calls())
     errors = [f"{line['error']} in\n{line['statement']}" for line in found if "error" in line]
     assert not errors, "\n".join(errors)
     for line in found:
         assert bool(line["kernels"]) != leaves_all_alone(line["statement"]), line["statement"]
-        spilled = [kernel[:4] for kernel in line["kernels"] if kernel[3] > compiled.MOST_SPILLED]
+        spilled = [kernel[:4] for kernel in line["kernels"] if kernel[3] > triton_code.MOST_SPILLED]
         assert not spilled or "float64" in line["statement"], f"{spilled} in\n{line['statement']}"
 
 

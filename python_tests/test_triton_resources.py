@@ -2,10 +2,13 @@
 spills, wide loads and stores.
 """
 
-import compiled
+import json
+
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed; run `pip install triton`")
+from bench import gpu_model, triton_code
+
+triton = pytest.importorskip("triton", reason="Triton is not installed; run `pip install triton`")
 
 
 def loss(m, n, c, dtype, labels="indices", call="", backward=""):
@@ -71,19 +74,30 @@ KERNELS = {
 KERNELS |= {"dropout": {"drop_kernel", "add_parts_kernel", "rates_kernel"}}
 
 
+def test_the_model_of_the_kernels_is_of_this_code():
+    document = json.loads(gpu_model.RESULTS.read_text())
+    if document["triton"] != triton.__version__:
+        pytest.skip("another Triton made the model")
+    lines = {line["case"]: line for line in document["records"] if line["gpu"] == "MI300X"}
+    for case in gpu_model.TRITON_CASES:
+        found = gpu_model.in_triton(case, gpu_model.MI300X.arch)
+        assert found == lines[case.name]["code"], f"{case.name}: run `python -m bench.gpu_model`"
+
+
 @pytest.fixture(scope="module")
 def found():
-    return compiled.kernels(*STATEMENTS.values())
+    return triton_code.kernels(*STATEMENTS.values())
 
 
-@pytest.mark.parametrize("target", compiled.TARGETS)
+@pytest.mark.parametrize("target", triton_code.TARGETS)
 @pytest.mark.parametrize("name", STATEMENTS)
 def test_nothing_is_spilled(found, name, target):
     kernels = found[STATEMENTS[name], target]
-    assert kernels and all(kernel.spilled <= compiled.MOST_SPILLED for kernel in kernels), kernels
+    most = triton_code.MOST_SPILLED
+    assert kernels and all(kernel.spilled <= most for kernel in kernels), kernels
 
 
-@pytest.mark.parametrize("target", compiled.TARGETS)
+@pytest.mark.parametrize("target", triton_code.TARGETS)
 def test_every_kernel_is_compiled(found, target):
     names = {
         kernel.name
@@ -94,7 +108,7 @@ def test_every_kernel_is_compiled(found, target):
     assert names == set().union(*KERNELS.values())
 
 
-@pytest.mark.parametrize("target", compiled.TARGETS)
+@pytest.mark.parametrize("target", triton_code.TARGETS)
 @pytest.mark.parametrize("name", WIDE)
 def test_aligned_rows_are_read_and_written_128_bits_at_a_time(found, name, target):
     kernels = [kernel for kernel in found[STATEMENTS[name], target] if kernel.name == WIDE[name]]
@@ -106,14 +120,14 @@ def loss_kernel(found, name, target):
     return kernel
 
 
-@pytest.mark.parametrize("target", compiled.TARGETS)
+@pytest.mark.parametrize("target", triton_code.TARGETS)
 def test_rows_that_registers_hold_are_read_once(found, target):
     # 3 rows of 5 blocks, the last of them behind a mask; a thread has 128 bits of each
     assert loss_kernel(found, "loss m=2 float32, read once", target).wide[0] == 3 * 5
     assert loss_kernel(found, "loss m=2 float32", target).wide[0] > 3 * 2
 
 
-@pytest.mark.parametrize("target", compiled.TARGETS)
+@pytest.mark.parametrize("target", triton_code.TARGETS)
 def test_the_forward_alone_is_cheaper(found, target):
     def reads_and_writes(name):
         return loss_kernel(found, name, target).wide
@@ -125,7 +139,7 @@ def test_the_forward_alone_is_cheaper(found, target):
     assert reads <= reads_and_writes(long)[0] - 3 and writes == 0
 
 
-@pytest.mark.parametrize("target", compiled.TARGETS)
+@pytest.mark.parametrize("target", triton_code.TARGETS)
 @pytest.mark.parametrize("name", ["fgm by sample", "pgd by sample"])
 def test_whole_blocks_of_parts_are_read_and_written_128_bits_at_a_time(found, name, target):
     kernels = [kernel for kernel in found[STATEMENTS[name], target] if kernel.name == "part_kernel"]

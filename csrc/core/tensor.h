@@ -287,6 +287,30 @@ inline void upload(const std::vector<char>& bytes, Tensor& to, cudaStream_t stre
     torch::stable::copy_(to, host, true);
 }
 
+// Holds a call's table on the device: what it works on, and the axes of those tensors.
+template <class Entry> struct DeviceTable {
+    Tensor memory;
+    const Entry* entries;
+    const int64_t* axes;
+};
+
+// Copies a call's table to the device of `like`.
+template <class Entry>
+DeviceTable<Entry> upload_table(const std::vector<Entry>& entries, const std::vector<int64_t>& axes,
+                                const Tensor& like, cudaStream_t stream) {
+    const size_t entry_bytes = entries.size() * sizeof(Entry),
+                 axes_bytes = axes.size() * sizeof(int64_t);
+    std::vector<char> bytes(entry_bytes + axes_bytes);
+    memcpy(bytes.data(), entries.data(), entry_bytes),
+        memcpy(bytes.data() + entry_bytes, axes.data(), axes_bytes);
+    Tensor memory =
+        torch::stable::new_empty(like, {static_cast<int64_t>(bytes.size())}, ScalarType::Byte);
+    upload(bytes, memory, stream);
+    const char* at = static_cast<const char*>(memory.data_ptr());
+    return {memory, reinterpret_cast<const Entry*>(at),
+            reinterpret_cast<const int64_t*>(at + entry_bytes)};
+}
+
 // Makes a tensor's GPU the current one for as long as it lives, and knows its current stream.
 class DeviceGuard {
     torch::stable::accelerator::DeviceGuard guard;

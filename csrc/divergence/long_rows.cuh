@@ -215,6 +215,41 @@ template <class Joins, Storage storage> struct RowsOnChip {
                 }
         });
     }
+
+    // Finds each row's maximum, for all threads the same, and the column where a pass has it: of
+    // the passes that `placed` names, for the others 0. each_pass(f) calls f for every pass.
+    template <int most_passes, class EachPass, class Placed>
+    DEVICE void find_maxima(const Sample& at, float (&most)[most_passes], int (&where)[most_passes],
+                            EachPass each_pass, Placed placed) {
+        const Chunk* chunks[most_passes];
+        int firsts[most_passes] = {};
+        UNROLL
+        for (int pass = 0; pass < most_passes; ++pass) most[pass] = lowest, chunks[pass] = slots;
+        fill_parts<most_passes>(at, [](int) { return lowest; });
+        each(at, [&](const Chunk* slot, int first) {
+            each_pass([&](int pass) {
+                const float here = Of::largest(slot[pass * of_pass]);
+                if (placed(pass) && here > most[pass]) chunks[pass] = slot, firsts[pass] = first;
+                most[pass] = at_least(here, most[pass]);
+            });
+        });
+        uint64_t keys[most_passes] = {};
+        each_pass([&](int pass) {
+            int column = 0;
+            if (placed(pass) && most[pass] > lowest) {
+                float x[columns];
+                get(chunks[pass], pass, x);
+                UNROLL
+                for (int j = columns - 1; j >= 0; --j)
+                    if (x[j] == most[pass]) column = firsts[pass] + j;
+            }
+            keys[pass] = key_of(most[pass], column);
+        });
+        joins.template join<0>(keys, uint64_t(0), larger<uint64_t>);
+        UNROLL
+        for (int pass = 0; pass < most_passes; ++pass)
+            most[pass] = value_of_key(keys[pass]), where[pass] = column_of_key(keys[pass]);
+    }
 };
 
 // Samples one after another: all of a sample's rows are asked for at once. A visit finds the
@@ -264,42 +299,6 @@ struct LongRows : RowsOnChip<Joins, storage> {
             n = next;
         }
         Joins::leave();
-    }
-
-    // A row's maximum, and the column where a pass has it, for all threads the same.
-    DEVICE void find_maxima(const Sample& at, float (&most)[passes], int (&where)[passes]) {
-        const Chunk* found[passes];
-        int columns_of[passes] = {};
-        UNROLL
-        for (int pass = 0; pass < passes; ++pass) most[pass] = lowest, found[pass] = slots;
-        this->template fill_parts<passes>(at, [](int) { return lowest; });
-        each(at, [&](const Chunk* slot, int first) {
-            UNROLL
-            for (int pass = 0; pass < passes; ++pass) {
-                const float here = Of::largest(slot[pass * of_pass]);
-                if (pairs && pass >= k && here > most[pass])
-                    found[pass] = slot, columns_of[pass] = first;
-                most[pass] = at_least(here, most[pass]);
-            }
-        });
-        uint64_t keys[passes];
-        UNROLL
-        for (int pass = 0; pass < passes; ++pass) {
-            int column = 0;
-            if (pairs && pass >= k && most[pass] > lowest) {
-                float x[columns];
-                get(found[pass], pass, x);
-                UNROLL
-                for (int j = columns - 1; j >= 0; --j)
-                    if (x[j] == most[pass]) column = columns_of[pass] + j;
-            }
-            keys[pass] = key_of(most[pass], column);
-        }
-        joins.template join<0>(keys, uint64_t(0), larger<uint64_t>);
-        UNROLL
-        for (int pass = 0; pass < passes; ++pass) {
-            most[pass] = value_of_key(keys[pass]), where[pass] = column_of_key(keys[pass]);
-        }
     }
 
     // The rows' sums.
@@ -413,7 +412,13 @@ struct LongRows : RowsOnChip<Joins, storage> {
         RowSums rows[passes];
         NearRow near[passes];
         await_copies();
-        find_maxima(at, most, where);
+        this->find_maxima(
+            at, most, where,
+            [](auto f) {
+                UNROLL
+                for (int pass = 0; pass < passes; ++pass) f(pass);
+            },
+            [](int pass) { return pairs && pass >= k; });
         bool plain = true;
         UNROLL
         for (int pass = 0; pass < passes; ++pass)

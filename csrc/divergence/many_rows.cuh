@@ -83,7 +83,9 @@ template <class Joins, Storage storage> struct ManyRows : RowsOnChip<Joins, stor
     DEVICE void sample(const Sample& at) {
         float most[many];
         int where[many];
-        find_maxima(at, most, where);
+        this->find_maxima(at, most, where, [&](auto f) { each_pass(f); }, [](int) { return true; });
+        this->template fill_parts<many>(
+            at, [&](int pass) { return Of::far_below(most[pass], NearRow(most[pass])); });
         double sums[many], labels[many], mass[1] = {batch.indices ? 1.0 : 0.0};
         find_sums(at, most, sums, labels, mass);
         const bool has_pass = static_cast<int>(threadIdx.x) < batch.passes;
@@ -113,39 +115,6 @@ template <class Joins, Storage storage> struct ManyRows : RowsOnChip<Joins, stor
         __syncthreads();
         if (Joins::index() == 0) add_up(at, mass[0]);
         write_gradients(at);
-    }
-
-    DEVICE void find_maxima(const Sample& at, float (&most)[many], int (&where)[many]) {
-        const Chunk* chunks[many];
-        int firsts[many] = {};
-        UNROLL
-        for (int pass = 0; pass < many; ++pass) most[pass] = lowest, chunks[pass] = slots;
-        this->template fill_parts<many>(at, [](int) { return lowest; });
-        each(at, [&](const Chunk* slot, int first) {
-            each_pass([&](int pass) {
-                const float here = Of::largest(slot[pass * of_pass]);
-                if (here > most[pass]) chunks[pass] = slot, firsts[pass] = first;
-                most[pass] = at_least(here, most[pass]);
-            });
-        });
-        uint64_t keys[many] = {};
-        each_pass([&](int pass) {
-            int column = 0;
-            if (most[pass] > lowest) {
-                float x[columns];
-                get(chunks[pass], pass, x);
-                UNROLL
-                for (int j = columns - 1; j >= 0; --j)
-                    if (x[j] == most[pass]) column = firsts[pass] + j;
-            }
-            keys[pass] = key_of(most[pass], column);
-        });
-        joins.template join<0>(keys, uint64_t(0), larger<uint64_t>);
-        UNROLL
-        for (int pass = 0; pass < many; ++pass)
-            most[pass] = value_of_key(keys[pass]), where[pass] = column_of_key(keys[pass]);
-        this->template fill_parts<many>(
-            at, [&](int pass) { return Of::far_below(most[pass], NearRow(most[pass])); });
     }
 
     // Writes the targets t that soft labels, smoothed, give the classes of a chunk; 0 for what is

@@ -458,17 +458,8 @@ static void perturb(const PerturbationArguments& arguments, const Tensor& like) 
     }
     call.count = static_cast<int>(entries.size());
     const DeviceGuard device(like);
-    const size_t entry_bytes = entries.size() * sizeof(Entry),
-                 axes_bytes = table.axes.size() * sizeof(int64_t);
-    std::vector<char> bytes(entry_bytes + axes_bytes);
-    memcpy(bytes.data(), entries.data(), entry_bytes),
-        memcpy(bytes.data() + entry_bytes, table.axes.data(), axes_bytes);
-    Tensor uploaded =
-        torch::stable::new_empty(like, {static_cast<int64_t>(bytes.size())}, ScalarType::Byte);
-    upload(bytes, uploaded, device.stream);
-    const char* at = static_cast<const char*>(uploaded.data_ptr());
-    call.entries = reinterpret_cast<const Entry*>(at);
-    call.axes = reinterpret_cast<const int64_t*>(at + entry_bytes);
+    const DeviceTable<Entry> on_device = upload_table(entries, table.axes, like, device.stream);
+    call.entries = on_device.entries, call.axes = on_device.axes;
     const int64_t kept = call.alone ? 0 : call.pieces + 2 * call.groups;
     Tensor sums = torch::stable::new_empty(like, {kept}, ScalarType::Double);
     if (!call.alone) {

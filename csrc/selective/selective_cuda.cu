@@ -850,17 +850,8 @@ Memory begin(Call<UpdateRule>& call, TensorTable& tensors, const Options& option
     const size_t n = entries.size();
     for (Entry& e : entries) e.bulk = bulk_of(e, pack, purpose);
     order(call, entries, attribute_of_device(cudaDevAttrL2CacheSize) / 3, purpose.updates);
-    const size_t entry_bytes = n * sizeof(Entry),
-                 axes_bytes = tensors.axes.size() * sizeof(int64_t);
-    std::vector<char> bytes(entry_bytes + axes_bytes);
-    memcpy(bytes.data(), entries.data(), entry_bytes),
-        memcpy(bytes.data() + entry_bytes, tensors.axes.data(), axes_bytes);
-    Tensor uploaded =
-        torch::stable::new_empty(like, {static_cast<int64_t>(bytes.size())}, ScalarType::Byte);
-    upload(bytes, uploaded, stream);
-    const char* at = static_cast<const char*>(uploaded.data_ptr());
-    call.entries = reinterpret_cast<const Entry*>(at),
-    call.axes = reinterpret_cast<const int64_t*>(at + entry_bytes);
+    const DeviceTable<Entry> table = upload_table(entries, tensors.axes, like, stream);
+    call.entries = table.entries, call.axes = table.axes;
 
     const int64_t tables = !call.ranks() ? 0
                            : call.scope  ? call.scope_rows
@@ -892,7 +883,7 @@ Memory begin(Call<UpdateRule>& call, TensorTable& tensors, const Options& option
                static_cast<const int64_t*>(nullptr));
     }
     launch(scan_bins<UpdateRule>, {tables, table_threads}, stream, call);
-    return {uploaded, scratch};
+    return {table.memory, scratch};
 }
 
 // Names the dtype that a call's lists have in common.

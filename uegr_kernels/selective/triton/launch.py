@@ -295,8 +295,10 @@ class Family:
                 tabulate_kernel[(len(tables),)](head, counts, tables, num_warps=16)
             if n:
                 gathers = form.SOURCE in ("own", "kept") and form.NORMALIZATION != "rank"
-                # two draws an element: with fewer warps sm_100 spills
-                warps = triton_ops.WARPS * (2 if form.ROUNDING else 1)
+                # two draws an element: with fewer warps sm_100 spills; a thread has all that a
+                # call of the generator draws for
+                twice = form.ROUNDING and triton_ops.lanes() == 32
+                warps = triton_ops.WARPS * (2 if twice else 1)
                 update_kernel[(n,)](
                     head,
                     self.rows,

@@ -6,17 +6,11 @@ compiles its kernel for a target in the place of running it. All of it happens i
 own, since this one may have decorated its kernels for the interpreter, and there are several
 versions of Triton: the one that is installed, and 3.6.0, which torch 2.11 brings, in a folder of
 its own.
-
-    python python_tests/compiled.py --all FILE
-
-compiles the whole product (launches.py says of what) for every target with both, a line of FILE for
-each statement; what stands in FILE already is not done again.
 """
 
 import collections
 import concurrent.futures
 import functools
-import itertools
 import json
 import os
 import pathlib
@@ -27,7 +21,7 @@ import tempfile
 import typing
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx1100")
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parent.parent
 # `make` puts it there
 OLD = ROOT / "build/triton-3.6.0"
 VERSIONS = {"installed": None, "3.6.0": OLD}
@@ -63,13 +57,44 @@ class Kernel(typing.NamedTuple):
         )
 
 
+class Assembly(typing.NamedTuple):
+    """Holds the code of a kernel for one of AMD's GPUs: instructions, and labels as `.L...:`."""
+
+    name: str
+    registers: int
+    warps: int
+    lines: list[str]
+
+    def loops(self) -> list[list[str]]:
+        """Returns the instructions of the innermost loops, by the backward branches."""
+        labels = {line[:-1]: at for at, line in enumerate(self.lines) if line.endswith(":")}
+        spans = []
+        for at, line in enumerate(self.lines):
+            target = re.match(r"s_c?branch\S*\s+(\.L\w+)", line)
+            if target and labels[target[1]] < at:
+                spans.append((labels[target[1]], at))
+        return [
+            [line for line in self.lines[a : b + 1] if not line.endswith(":")]
+            for a, b in spans
+            if not any(a <= c and d <= b for c, d in spans if (a, b) != (c, d))
+        ]
+
+
+@functools.cache
+def assembly(statement: str, target: str) -> list[Assembly]:
+    """Compiles what a statement launches for one of AMD's GPUs, in the order of the launches."""
+    (line,) = compiled((statement,), target, code="text")
+    assert "error" not in line, f"{statement} for {target}: {line['error']}"
+    return [Assembly(*fields) for fields in line["kernels"]]
+
+
 @functools.cache
 def kernels(*statements: str) -> dict[tuple[str, str], list[Kernel]]:
     """Compiles what each statement launches, by (statement, target). `import torch` and `import
     uegr_kernels as uk` are done already.
     """
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        parts = list(pool.map(lambda target: _compiled(statements, target), TARGETS))
+        parts = list(pool.map(lambda target: compiled(statements, target, code="memory"), TARGETS))
     found: dict[tuple[str, str], list[Kernel]] = {
         (statement, target): [] for statement in statements for target in TARGETS
     }
@@ -95,20 +120,26 @@ def usage(*statements: str) -> dict[tuple[str, str], list[dict[str, typing.Any]]
         return dict(
             zip(
                 every,
-                pool.map(lambda one: _compiled(statements, one[1], one[0], code=False), every),
+                pool.map(lambda one: compiled(statements, one[1], one[0]), every),
                 strict=True,
             )
         )
 
 
-def _compiled(
-    statements: tuple[str, ...], target: str, version: str = "installed", *, code: bool = True
+def compiled(
+    statements: tuple[str, ...], target: str, version: str = "installed", *, code: str = ""
 ) -> list[dict[str, typing.Any]]:
+    """Compiles what each statement launches for one target with one version of Triton, and returns
+    a line a statement: the kernels' fields, or the error.
+
+    code  "": the kernels without their instructions; "memory": with those that read or write
+        memory; "text": the fields of Assembly instead
+    """
     folder = VERSIONS[version]
     paths = [str(folder)] * (folder is not None) + [os.environ.get("PYTHONPATH", ""), str(ROOT)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__]
+    command = [sys.executable, "-m", "bench.triton_code"]
     run = subprocess.run(
         command,
         input=json.dumps([statements, target, code]),
@@ -163,7 +194,11 @@ def main() -> None:
     driver.set_active(Absent(target))
     torch.version.hip = "absent" if target.startswith("gfx") else None
     looked_at = functools.cache(
-        lambda kernel: [kernel.name, target, *resources(kernel, target, code)]
+        lambda kernel: (
+            text_of(kernel)
+            if code == "text"
+            else [kernel.name, target, *resources(kernel, target, code == "memory")]
+        )
     )
     for statement in statements:
         seen.clear()
@@ -179,51 +214,14 @@ def main() -> None:
         print(json.dumps(line), flush=True)
 
 
-def compile_all(path: pathlib.Path) -> None:
-    """Compiles the whole product: a line of the file for each version, target, function and dtype;
-    those that it has are not done again.
-    """
-    import launches
-
-    known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {
-        tuple(line[key] for key in ("version", "target", "function", "dtype")) for line in known
-    }
-    functions = [(family, name) for family, names in launches.FAMILIES.items() for name in names]
-    for (family, name), dtype, version, target in itertools.product(
-        functions, launches.DTYPES, VERSIONS, TARGETS
-    ):
-        if (version, target, name, dtype) in done:
-            continue
-        calls = launches.product(family, name, dtype)
-        found = _compiled(calls, target, version, code=False)
-        assert len(found) == len(calls)
-        every = {tuple(kernel[:5]) for line in found for kernel in line.get("kernels", ())}
-        line = {
-            "version": version,
-            "target": target,
-            "function": name,
-            "dtype": dtype,
-            "calls": len(calls),
-            "kernels": len(every),
-        }
-        line |= {
-            "most_registers": max(kernel[2] for kernel in every),
-            "most_spilled": max(kernel[3] for kernel in every),
-        }
-        above = [
-            one["statement"]
-            for one in found
-            if any(kernel[3] > MOST_SPILLED for kernel in one.get("kernels", ()))
-        ]
-        line |= {"spilling": len(above), "first_spilling": above[:1]}
-        line |= {
-            "errors": [[one["statement"], one["error"][:500]] for one in found if "error" in one][
-                :3
-            ]
-        }
-        with path.open("a") as file:
-            print(json.dumps(line), file=file, flush=True)
+def text_of(kernel) -> list[typing.Any]:
+    """Returns the fields of Assembly."""
+    text = kernel.asm["amdgcn"]
+    lines = re.findall(
+        r"^(?:(\.L\w+:)|\s+((?:[vs]|global|buffer|flat|scratch|ds)_.*\S))", text, re.MULTILINE
+    )
+    registers = int(re.search(r"\.vgpr_count: *(\d+)", text)[1])
+    return [kernel.name, registers, kernel.metadata.num_warps, [a or b for a, b in lines]]
 
 
 def resources(kernel, target: str, code: bool) -> tuple[int, int, int, dict[str, int]]:
@@ -263,7 +261,4 @@ def resources(kernel, target: str, code: bool) -> tuple[int, int, int, dict[str,
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--all"]:
-        compile_all(pathlib.Path(sys.argv[2]))
-    else:
-        main()
+    main()
