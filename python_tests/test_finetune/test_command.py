@@ -23,7 +23,7 @@ from uegr_kernels import recipes
 from uegr_kernels.finetune import UserError, command, finetune, measures, task
 from uegr_kernels.finetune.classifiers import load
 from uegr_kernels.finetune.tables import Columns, read
-from uegr_kernels.recipes.registry import RECIPES
+from uegr_kernels.recipes import RECIPES
 
 from .conftest import SMALL, WORDS, run, strict, texts, tsv
 

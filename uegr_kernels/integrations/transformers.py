@@ -16,18 +16,15 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForSequenceClassification
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils import import_utils, is_datasets_available, is_sagemaker_mp_enabled
 
-from ..analysis.selection import share_selected
+from ..analysis import share_selected
 from ..divergence import uegr_loss
-from ..recipes.recipe import Recipe
-from ..recipes.registry import RECIPES
+from ..recipes import RECIPES, Recipe
 from ..selective import SelectiveAdamW
 
 # of a SelectiveAdamW that is AdamW
 NEUTRAL = {"normalization": "constant", "keep_probability": 1.0}
 # in a checkpoint's folder
 STATE = "recipe.pt"
-# of the state, what every process has for itself: process 1's is in recipe_1.pt
-OWN = ("adaptive_dropout",)
 # Optimizers that step while a backward runs, and the package each needs, whose absence the Trainer
 # reports itself.
 STEP_IN_BACKWARD = {
@@ -504,7 +501,8 @@ class UEGRTrainer(Trainer):
         state = self.recipe.state_dict()
         if self.args.should_save:
             _write(state, folder / STATE)
-        own = {name: state[name] for name in OWN if name in state}
+        # process 1's is in recipe_1.pt
+        own = {name: state[name] for name in self.recipe.kept_by_each_process if name in state}
         if own and self.args.process_index > 0:
             _write(own, self._own_file(folder))
 

@@ -64,9 +64,13 @@ class Recipe:
     # by options of its own, not the optimizer's
     sets_selection: ClassVar[bool] = False
     # through the model, of a batch with the default options
-    passes: ClassVar[int] = 1
+    passes_per_batch: ClassVar[int] = 1
+    # the option that is the L2 length of a perturbation of the embeddings
+    size_option: ClassVar[str | None] = None
     # attributes that a checkpoint carries
     kept: ClassVar[tuple[str, ...]] = ()
+    # what of `state_dict` differs between the processes that train one model
+    kept_by_each_process: ClassVar[tuple[str, ...]] = ()
 
     model: nn.Module
     embedding: nn.Module | None
