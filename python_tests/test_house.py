@@ -643,6 +643,32 @@ def no_defaults(path, text):
 
 
 @rule(
+    "Defaults of the loss's options stand in the public losses and in `StageOptions`: what is "
+    "built on them names `StageOptions`",
+    f"{PACKAGE}/(recipes|integrations|finetune)/.*",
+    bad=[
+        "uegr_kernels/recipes/recipe.py | class A:\n  task: str = choice('classification', TASKS)",
+        "uegr_kernels/recipes/recipe.py | class A:\n  ignore_index: int = integer(-100)",
+        "uegr_kernels/finetune/train.py | def f(*, task='classification'): ...",
+    ],
+    good=[
+        "uegr_kernels/recipes/recipe.py | class A:\n  task: str = choice(StageOptions.task, TASKS)",
+        "uegr_kernels/recipes/consolidation.py | class A:\n  kappa: float = number(10.0)",
+    ],
+)
+def loss_defaults(path, text):
+    for node in ast.walk(ast.parse(text)):
+        given = []
+        if isinstance(node, ast.AnnAssign):
+            given = [node.value]
+        elif isinstance(node, (ast.FunctionDef, ast.Lambda)):
+            given = [*node.args.defaults, *node.args.kw_defaults]
+        for each in (part for value in given if value is not None for part in ast.walk(value)):
+            if ast.unparse(each) in ("'classification'", "-100"):
+                yield f"line {each.lineno} has {ast.unparse(each)} for a default"
+
+
+@rule(
     "No environment variable chooses anything outside `core`, and there none chooses a backend",
     f"{PACKAGE}/.*",
     bad=[
