@@ -338,6 +338,17 @@ def test_options_of_a_selection_inside_the_optimizer(tmp_path):
         ours(tmp_path, bert(), "uegr", **options, optim="sgd")
 
 
+def test_a_further_process_saves_what_is_its_own(tmp_path, monkeypatch):
+    run = ours(tmp_path, bert(), "uegr")
+    state = run._attach(run.model).state_dict()
+    run._saved = run.state.global_step, tmp_path
+    monkeypatch.setattr(transformers.TrainingArguments, "process_index", 1)
+    run._save_recipe()
+    run._detach()
+    saved = torch.load(tmp_path / "recipe_1.pt")
+    assert saved.keys() == {"adaptive_dropout"} < state.keys()
+
+
 class Modes(torch.optim.SGD):
     """Steps in train mode only, as schedule-free optimizers do."""
 
