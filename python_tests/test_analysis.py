@@ -675,6 +675,11 @@ def test_calibration_by_hand(tmp_path):
         )
     with pytest.raises(ValueError, match=r"give \[N, C\] and \[N\]"):
         uk.analysis.calibration_error(logits, labels[:2])
+    right = torch.tensor([True, False, True, True])
+    assert uk.analysis.expected_calibration_error(sure, right, bins=10) == pytest.approx(0.4)
+    for wrong in ((sure, right[:2]), (logits, right), (sure[:0], right[:0])):
+        with pytest.raises(ValueError, match=r"give \[N\] and \[N\]"):
+            uk.analysis.expected_calibration_error(*wrong)
 
 
 def test_auroc_by_hand(tmp_path):

@@ -6,6 +6,7 @@ import ast
 import collections
 import dataclasses
 import functools
+import importlib
 import io
 import pathlib
 import re
@@ -381,6 +382,11 @@ def bistage_imports(path, text):
     return unless(lambda entry: not entry.ours or entry.layer in allowed, path, text)
 
 
+@functools.cache
+def exported(folder: str) -> frozenset[str]:
+    return frozenset(importlib.import_module(f"{PACKAGE}.{folder}").__all__)
+
+
 # What the users of the public names may import besides, by folder.
 BESIDES = {
     "recipes": ("passes", "core.checks", "options"),
@@ -391,10 +397,10 @@ BESIDES = {
 
 
 @rule(
-    "`recipes`, `analysis`, `integrations` and `finetune` use public names, as a user would; "
-    "`recipes` and `analysis` make passes of their own with `passes` and use `core.checks`, and "
-    "`recipes` the operators' `options`; `finetune` uses `models`, `integrations` and "
-    "`core.checks`",
+    "`recipes`, `analysis`, `integrations` and `finetune` use public names, as a user would: of "
+    "each other's folder what its `__all__` names; `recipes` and `analysis` make passes of their "
+    "own with `passes` and use `core.checks`, and `recipes` the operators' `options`; `finetune` "
+    "uses `models`, `integrations` and `core.checks`",
     f"{PACKAGE}/(recipes|analysis|integrations|finetune)/.*",
     bad=[
         "uegr_kernels/recipes/weight_ascent.py | from ..core import philox",
@@ -407,6 +413,9 @@ BESIDES = {
         "uegr_kernels/finetune/command.py | from ..core import native",
         "uegr_kernels/finetune/train.py | from ..passes import Runner",
         "uegr_kernels/finetune/train.py | from ..selective.api import SelectiveAdamW",
+        "uegr_kernels/finetune/report.py | from ..analysis.calibration import ood_auroc",
+        "uegr_kernels/analysis/cka.py | def f():\n  from ..recipes.registry import NAMES",
+        "uegr_kernels/integrations/transformers.py | from ..recipes import options",
     ],
     good=[
         "uegr_kernels/recipes/weight_ascent.py | from .. import perturbed_weights\nfrom ..bistage "
@@ -416,7 +425,8 @@ BESIDES = {
         "uegr_kernels/recipes/selection.py | from ..selective.options import Selection",
         "uegr_kernels/analysis/attack.py | from ..core import checks\nfrom ..passes import Runner",
         "uegr_kernels/finetune/train.py | from .. import recipes\nfrom ..analysis import cka\n"
-        "from ..models import MODELS\nfrom .data import Data",
+        "from ..analysis.pictures import figure\nfrom ..models import MODELS\n"
+        "from .data import Data",
     ],
 )
 def users_import(path, text):
@@ -424,6 +434,9 @@ def users_import(path, text):
 
     def may(entry: Import) -> bool:
         checks = entry.module.startswith(f"{PACKAGE}.core.checks")
+        if entry.layer in ("recipes", "analysis") and entry.layer != path.parent.name:
+            folder, name = [*entry.module.split("."), "*"][1:3]
+            return name == "*" or name in exported(folder)
         return not entry.ours or ("core.checks" if checks else entry.layer) in allowed
 
     return unless(may, path, text)
@@ -627,6 +640,32 @@ def no_defaults(path, text):
             node.args.defaults or any(node.args.kw_defaults)
         ):
             yield f"line {node.lineno} gives {getattr(node, 'name', 'a lambda')} a default"
+
+
+@rule(
+    "Defaults of the loss's options stand in the public losses and in `StageOptions`: what is "
+    "built on them names `StageOptions`",
+    f"{PACKAGE}/(recipes|integrations|finetune)/.*",
+    bad=[
+        "uegr_kernels/recipes/recipe.py | class A:\n  task: str = choice('classification', TASKS)",
+        "uegr_kernels/recipes/recipe.py | class A:\n  ignore_index: int = integer(-100)",
+        "uegr_kernels/finetune/train.py | def f(*, task='classification'): ...",
+    ],
+    good=[
+        "uegr_kernels/recipes/recipe.py | class A:\n  task: str = choice(StageOptions.task, TASKS)",
+        "uegr_kernels/recipes/consolidation.py | class A:\n  kappa: float = number(10.0)",
+    ],
+)
+def loss_defaults(path, text):
+    for node in ast.walk(ast.parse(text)):
+        given = []
+        if isinstance(node, ast.AnnAssign):
+            given = [node.value]
+        elif isinstance(node, (ast.FunctionDef, ast.Lambda)):
+            given = [*node.args.defaults, *node.args.kw_defaults]
+        for each in (part for value in given if value is not None for part in ast.walk(value)):
+            if ast.unparse(each) in ("'classification'", "-100"):
+                yield f"line {each.lineno} has {ast.unparse(each)} for a default"
 
 
 @rule(

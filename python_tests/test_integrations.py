@@ -19,7 +19,7 @@ from test_frameworks import Sentences, bert, weights  # noqa: E402
 from test_trainer import Net, both, ours, rows  # noqa: E402
 
 from uegr_kernels.integrations.transformers import UEGRTrainer  # noqa: E402
-from uegr_kernels.recipes.registry import RECIPES  # noqa: E402
+from uegr_kernels.recipes import RECIPES  # noqa: E402
 
 
 def trainer(folder, recipe="uegr", model=None, dataset=None, **kwargs):

@@ -327,6 +327,28 @@ def test_every_optim_is_the_trainers_but_torchs_adamw(tmp_path, name):
         assert type(mine) is type(theirs) and mine.defaults == theirs.defaults
 
 
+def test_options_of_a_selection_inside_the_optimizer(tmp_path):
+    options = {"recipe_options": {"target": "update"}}
+    run = ours(tmp_path, bert(), "uegr", **options, max_steps=1)
+    run.train()
+    assert {group["target"] for group in run.optimizer.param_groups} == {"update"}
+    sgd = {"optimizer_cls_and_kwargs": (uk.SelectiveSGD, {"lr": 0.1})}
+    ours(tmp_path, bert(), "child_tuning_f", **options, given=sgd)
+    with pytest.raises(ValueError, match="target='update' needs an optimizer's state"):
+        ours(tmp_path, bert(), "uegr", **options, optim="sgd")
+
+
+def test_a_further_process_saves_what_is_its_own(tmp_path, monkeypatch):
+    run = ours(tmp_path, bert(), "uegr")
+    state = run._attach(run.model).state_dict()
+    run._saved = run.state.global_step, tmp_path
+    monkeypatch.setattr(transformers.TrainingArguments, "process_index", 1)
+    run._save_recipe()
+    run._detach()
+    saved = torch.load(tmp_path / "recipe_1.pt")
+    assert saved.keys() == {"adaptive_dropout"} < state.keys()
+
+
 class Modes(torch.optim.SGD):
     """Steps in train mode only, as schedule-free optimizers do."""
 

@@ -14,7 +14,7 @@ from .batch_axis import BatchAxis
 from .batch_axis import InputBatch as InputBatch
 from .batch_axis import Inputs as Inputs
 from .core import checks
-from .core.backends import DTYPES
+from .core.backends import DTYPES, why_not
 from .dropout import AdaptiveDropout
 from .perturbation import masked
 
@@ -382,6 +382,13 @@ def check_model(model: object) -> None:
     """Raises TypeError for what is no nn.Module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; pass the nn.Module to train")
+
+
+def why_no_loss(backend: str, device: torch.device) -> str | None:
+    """Returns None where the backend can serve the loss, which every step has, of a model on a
+    device; else why not and what to do.
+    """
+    return None if backend == "auto" else why_not(backend, "divergence.uegr_loss", device)
 
 
 @contextlib.contextmanager

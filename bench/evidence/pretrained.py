@@ -53,7 +53,6 @@ class Method:
 
     of        a control: the points of that method
     share_of  its keep_probability is the share that this method selected in its tuning run
-    passes    forwards and backwards of a step
     """
 
     recipe: str
@@ -66,7 +65,11 @@ class Method:
     share_of: str = ""
     # the epochs
     times: int = 1
-    passes: int = 1
+
+    @property
+    def passes(self) -> int:
+        """Returns the forwards and backwards of a step."""
+        return uk.recipes.RECIPES[self.recipe].passes_per_batch
 
 
 def _uegr(**changes: Any) -> Method:
@@ -77,7 +80,7 @@ def _uegr(**changes: Any) -> Method:
         "selection": {},
         "of": "uegr",
     }
-    return Method("uegr", **common | {"passes": 3} | changes)
+    return Method("uegr", **common | changes)
 
 
 RELATIVE = {"relative": True}
@@ -85,20 +88,20 @@ RANK = {"normalization": "rank", "direction": "salient"}
 METHODS = {
     "plain": Method("plain"),
     "plain_as_many_passes": Method("plain", of="plain", times=3),
-    "at": Method("at", "epsilon", EPSILON, RELATIVE, passes=2),
-    "r_at_su": Method("r_at_su", "epsilon", EPSILON, RELATIVE, {}, passes=3),
+    "at": Method("at", "epsilon", EPSILON, RELATIVE),
+    "r_at_su": Method("r_at_su", "epsilon", EPSILON, RELATIVE, {}),
     "uegr": _uegr(of=""),
     "uegr_all_selected": _uegr(selection={"normalization": "constant"}),
     "uegr_constant_same_share": _uegr(selection={"normalization": "constant"}, share_of="uegr"),
     "uegr_plain_dropout": _uegr(options=RELATIVE | {"adaptive_dropout": False}),
-    "free_lb": Method("free_lb", "adv_lr", EPSILON, RELATIVE, passes=3),
-    "r_drop": Method("r_drop", passes=2),
-    "r_at": Method("r_at", "epsilon", EPSILON, RELATIVE, passes=3),
-    "roast": Method("roast", "epsilon", EPSILON, RELATIVE, passes=3),
-    "drop_attack": Method("drop_attack", "epsilon", EPSILON, RELATIVE, passes=2),
+    "free_lb": Method("free_lb", "adv_lr", EPSILON, RELATIVE),
+    "r_drop": Method("r_drop"),
+    "r_at": Method("r_at", "epsilon", EPSILON, RELATIVE),
+    "roast": Method("roast", "epsilon", EPSILON, RELATIVE),
+    "drop_attack": Method("drop_attack", "epsilon", EPSILON, RELATIVE),
     "child_tuning_f": Method("child_tuning_f", selection={}),
     "child_tuning_d": Method("child_tuning_d"),
-    "sam": Method("sam", "rho", RHO, passes=2),
+    "sam": Method("sam", "rho", RHO),
     "uegr_rank_salient": _uegr(selection=RANK),
     "uegr_static_mask": _uegr(
         selection={"normalization": "constant"}, share_of="uegr_rank_salient"

@@ -230,7 +230,9 @@ def loss(embedded: Tensor, inputs: dict[str, Tensor], labels: Tensor, model: Bag
 def at_embedding(
     model: nn.Module, inputs: dict[str, Tensor], labels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Returns the embedded words, and the loss's gradient at them."""
+    """Returns the embedded words, and the loss's gradient at them, which `fgm_perturbation` takes:
+    `accuracy_under_attack` perturbs in the same way and shows the answers alone.
+    """
     with torch.enable_grad():
         embedded = model.embedding(inputs["ids"]).detach().requires_grad_()
         total = F.cross_entropy(

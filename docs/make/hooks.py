@@ -13,7 +13,7 @@ import griffe
 from mkdocs.structure.files import File
 
 LOG = logging.getLogger("mkdocs.plugins.uegr_kernels")  # strict counts what it warns of
-# `__all__ = ["NAMES", *NAMES]` says more than Griffe reads
+# `__all__ = ["NAMES", ..., *NAMES]` says more than Griffe reads
 logging.getLogger("griffe").addFilter(lambda record: "Unsupported item" not in record.getMessage())
 logging.getLogger("mkdocs.plugins.griffe").addFilter(
     lambda record: "Unsupported item" not in record.getMessage()

@@ -186,7 +186,12 @@ BAD_INPUT = {
         TypeError,
         "skip names 1, a int",
     ),
-    "option": (lambda: replace_dropout(nn.Sequential(nn.Dropout()), rate=0.5), TypeError, "rate"),
+    "option of none": (lambda: replace_dropout(nn.Sequential(), max_p=2), ValueError, "max_p=2"),
+    "option": (
+        lambda: replace_dropout(nn.Sequential(nn.Dropout()), momentun=0.5),
+        TypeError,
+        "AdaptiveDropout has no option 'momentun'.*; 'momentum' is near",
+    ),
     "option value": (
         lambda: replace_dropout(nn.Sequential(nn.Dropout()), p=2),
         ValueError,

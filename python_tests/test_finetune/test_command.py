@@ -23,7 +23,7 @@ from uegr_kernels import recipes
 from uegr_kernels.finetune import UserError, command, finetune, measures, task
 from uegr_kernels.finetune.classifiers import load
 from uegr_kernels.finetune.tables import Columns, read
-from uegr_kernels.recipes.registry import RECIPES
+from uegr_kernels.recipes import RECIPES
 
 from .conftest import SMALL, WORDS, run, strict, texts, tsv
 
@@ -451,6 +451,14 @@ MISTAKES = {
     "no such recipe option": (["--recipe-options", "speed=3"], "speed"),
     "a wrong recipe option": (["--recipe-options", "passes=0"], "passes=0"),
     "no such trainer option": (["--trainer-options", "speed=3"], "speed"),
+    "a backend that is not there": (
+        ["--recipe-options", "backend=cuda"],
+        "recipe_options backend='cuda': its kernels run on cuda tensors, these are on cpu; ",
+    ),
+    "parts of a model": (
+        ["--trainer-options", "fsdp=full_shard"],
+        "trainer_options fsdp='full_shard': the command trains whole models, one on each of",
+    ),
     "no pair": (["--recipe-options", "passes"], "--recipe-options passes: write NAME=VALUE"),
     "a set without a name": (["--shifted", "a.tsv"], "--shifted a.tsv: write NAME=FILE"),
     "several recipes for one": (["--recipe", "plain,at"], "'plain,at' is one recipe; several are"),

@@ -423,6 +423,29 @@ def test_numbers_without_regression(write):
         tables.load(Files(write("a.tsv", scores)), Columns())
 
 
+@pytest.mark.parametrize(
+    ("labels", "hinted"),
+    [
+        (("3.2", "4.75"), True),
+        (("1200", "98500"), True),
+        (("0", "1"), False),
+        (("-1", "1.0"), False),
+        (("1", "999"), False),
+        (("3.2", "good"), False),
+    ],
+)
+def test_numbers_that_are_no_classes_numbers(write, recwarn, labels, hinted):
+    rows = [(labels[i % 2], text) for i, (_, text) in enumerate(MANY)]
+    path = write("a.tsv", rows)
+    tables.load(Files(path), Columns())
+    said = f"{path}: the labels are numbers ('{labels[0]}', '{labels[1]}'), and each is learned as"
+    assert [said in str(each.message) for each in recwarn] == [True] * hinted
+    recwarn.clear()
+    if hinted:
+        tables.load(Files(path), Columns(regression=True))
+        assert not recwarn
+
+
 def test_texts_taken_for_labels(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("text,label\n" + "".join(f"{i % 2},text {i}\n" for i in range(20)))

@@ -6,7 +6,7 @@ from scipy import stats
 
 import uegr_kernels as uk
 from uegr_kernels.finetune import measures, report
-from uegr_kernels.finetune.intervals import bootstrap, wilson
+from uegr_kernels.finetune.intervals import bootstrap, resampled, resampled_scores, wilson
 
 
 @pytest.mark.parametrize("right,texts", [(0, 10), (3, 10), (10, 10), (87, 100), (1500, 1821)])
@@ -34,6 +34,15 @@ def test_bootstrap_draws_seeds_too():
 def test_bootstrap_draws_paired_arrays_together():
     x = np.random.default_rng(0).normal(size=40)
     assert bootstrap(lambda a, b: float((a - b).mean()), [(x, x - 1)]) == pytest.approx((1, 1, 1))
+
+
+def test_both_ways_to_resample_have_one_distribution():
+    draw = np.random.default_rng(0)
+    rows = np.stack([draw.choice((-1, 0, 1), 60, p=p) for p in ((0.2, 0.3, 0.5), (0.4, 0.5, 0.1))])
+    each = resampled(np.mean, [(row,) for row in rows], 4000), resampled_scores(rows, 4000)
+    ends = [np.quantile(means, (0.025, 0.25, 0.5, 0.75, 0.975)) for means in each]
+    np.testing.assert_allclose(*ends, atol=0.04)
+    assert stats.ks_2samp(*each).statistic < 0.04
 
 
 def test_figures():

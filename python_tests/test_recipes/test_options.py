@@ -13,7 +13,7 @@ from torch import nn
 
 import uegr_kernels as uk
 from uegr_kernels import recipes
-from uegr_kernels.recipes.registry import RECIPES
+from uegr_kernels.recipes import RECIPES, Recipe
 from uegr_kernels.selective.options import FIELDS
 
 from .steps import build, sgd, small
@@ -32,6 +32,34 @@ def test_names():
         "selects_update": ["r_at_su", "uegr", "child_tuning_f"],
         "sets_selection": ["child_tuning_f"],
     }
+
+
+def test_what_a_class_says_is_no_option():
+    """An instance's option would be another thing under the name."""
+    said = {name for name, kind in Recipe.__annotations__.items() if "ClassVar" in str(kind)}
+    assert {"passes_per_batch", "size_option", "kept"} <= said
+    assert [(name, said & kind.option_names()) for name, kind in RECIPES.items()] == [
+        (name, set()) for name in RECIPES
+    ]
+    recipe = build("uegr", small(), passes=5)
+    assert (recipe.passes, recipe.passes_per_batch) == (5, 3)
+
+
+def test_the_option_that_is_the_size_of_a_perturbation():
+    """A user's one epsilon goes to all of these: L2 lengths, where a recipe can have others."""
+    sizes = {name: kind.size_option for name, kind in RECIPES.items() if kind.size_option}
+    names = "at pgd r_at r_at_su uegr drop_attack drop_attack_k roast".split()
+    assert sizes == dict.fromkeys(names, "epsilon") | {"free_lb": "adv_lr"}
+    for name, option in sizes.items():
+        recipe = build(name, small(), **{option: 0.25}, relative=True)
+        assert getattr(recipe, option) == 0.25
+        assert getattr(recipe, "norm", "l2") == "l2"
+
+
+def test_what_each_process_keeps_is_in_the_state():
+    kept = {name: kind.kept_by_each_process for name, kind in RECIPES.items()}
+    assert {name for name in kept if kept[name]} == {"uegr"}
+    assert set(kept["uegr"]) <= build("uegr", small()).state_dict().keys()
 
 
 METHODS = (pathlib.Path(__file__).parents[2] / "docs" / "methods.md").read_text()

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import uegr_kernels as uk
 from uegr_kernels import recipes
-from uegr_kernels.recipes.recipe import Recipe
+from uegr_kernels.recipes import Recipe
 
 from .steps import (
     COSTS,

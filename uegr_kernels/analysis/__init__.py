@@ -2,14 +2,27 @@
 `uk.analysis`.
 """
 
+from . import pictures
 from .attack import Attacked, accuracy_under_attack, plot_accuracy_under_attack
-from .calibration import calibration_error, ood_auroc, plot_calibration, plot_ood_auroc
+from .calibration import (
+    calibration_error,
+    expected_calibration_error,
+    ood_auroc,
+    plot_calibration,
+    plot_ood_auroc,
+)
 from .cka import cka, linear_cka, plot_cka
 from .conflict import Conflict, gradient_conflict, plot_gradient_conflict
 from .corruption import corrupted
 from .landscape import LossPlane, loss_plane, plot_loss_plane, random_directions
 from .posterior import plot_sgd_covariance, plot_sgd_diagnostic, sgd_covariance, sgd_diagnostic
-from .selection import ParameterSelection, SelectionReport, plot_selection_report, selection_report
+from .selection import (
+    ParameterSelection,
+    SelectionReport,
+    plot_selection_report,
+    selection_report,
+    share_selected,
+)
 from .sharpness import hessian_trace, largest_eigenvalue
 
 __all__ = [
@@ -22,12 +35,14 @@ __all__ = [
     "calibration_error",
     "cka",
     "corrupted",
+    "expected_calibration_error",
     "gradient_conflict",
     "hessian_trace",
     "largest_eigenvalue",
     "linear_cka",
     "loss_plane",
     "ood_auroc",
+    "pictures",
     "plot_accuracy_under_attack",
     "plot_calibration",
     "plot_cka",
@@ -41,4 +56,5 @@ __all__ = [
     "selection_report",
     "sgd_covariance",
     "sgd_diagnostic",
+    "share_selected",
 ]

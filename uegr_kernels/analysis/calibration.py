@@ -20,12 +20,23 @@ def calibration_error(logits: Tensor, labels: Tensor, *, bins: int = 15) -> floa
 
     Raises ValueError for other shapes, no sample or no bin, TypeError for bins that are no integer.
     """
-    return expected_error(*_sure_and_right(logits, labels), bins=bins)
+    return expected_calibration_error(*_sure_and_right(logits, labels), bins=bins)
 
 
-def expected_error(sure: Tensor, right: Tensor, *, bins: int = 15) -> float:
-    """Computes the expected calibration error of confidences [N]; right [N]: 1 or 0 for each."""
-    return sum(abs(r - s) * share for share, r, s in _binned(sure, right, bins))
+def expected_calibration_error(confidence: Tensor, right: Tensor, *, bins: int = 15) -> float:
+    """Computes `calibration_error` where logits are not at hand, from confidences, in [0, 1].
+
+    confidence [N] floats in [0, 1];  right [N]  1 or 0, or True or False: whether the sample's
+        answer was right;  bins  as in `calibration_error`
+
+    Raises ValueError for other shapes, no sample or no bin, TypeError for bins that are no integer.
+    """
+    if confidence.dim() != 1 or right.shape != confidence.shape or not len(right):
+        raise ValueError(
+            f"confidence has shape {tuple(confidence.shape)}, right {tuple(right.shape)}; "
+            "give [N] and [N], N above 0"
+        )
+    return sum(abs(r - s) * share for share, r, s in _binned(confidence, right, bins))
 
 
 def plot_calibration(

@@ -133,8 +133,13 @@ def selection_report(optimizer: object) -> SelectionReport:
 
 
 def share_selected(optimizer: object) -> float | None:
-    """Returns the share of elements that the last step updated; None for an optimizer that selects
-    none, and where there is no gradient.
+    """Computes the share of elements that the optimizer's last step updated, in [0, 1]; call it
+    after `step()` and before `zero_grad()`.
+
+    optimizer  as in `selection_report`, or any other
+
+    Returns None for an optimizer that selects nothing, and where no parameter has a gradient.
+    Equivalent to: `selection_report(optimizer).selected`.
     """
     own = getattr(optimizer, "optimizer", optimizer)
     if not isinstance(own, SelectiveAdamW | SelectiveSGD):

@@ -1,6 +1,7 @@
 """The public dropout module, and a function that puts it in the place of a model's dropouts."""
 
 import fnmatch
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -59,22 +60,14 @@ class AdaptiveDropout(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if num_features is not None:
-            num_features = checks.integer("num_features", num_features, 1)
-        p, max_p = checks.number("p", p, 0, 1), checks.number("max_p", max_p, 0, 1)
-        momentum = checks.number("momentum", momentum, 0, 1, without=1)
-        checks.backend(backend)
-        self.num_features, self.p, self.max_p, self.momentum, self.backend = (
-            num_features,
-            p,
-            max_p,
-            momentum,
-            backend,
+        self.num_features, self.p, self.max_p, self.momentum = _checked(
+            num_features, p, max_p, momentum, backend
         )
+        self.backend = backend
         # in a model, for the warning
         self._name = ""
         # empty until the size is known
-        self._make(num_features or 0, torch.float32, None)
+        self._make(self.num_features or 0, torch.float32, None)
 
     def forward(self, input: Tensor) -> Tensor:
         """Drops units of the input, in training mode."""
@@ -277,6 +270,19 @@ class AdaptiveDropout(nn.Module):
         )
 
 
+def _checked(
+    num_features: int | None, p: float, max_p: float, momentum: float, backend: str
+) -> tuple[int | None, float, float, float]:
+    """Returns AdaptiveDropout's numbers as Python's; raises for wrong arguments."""
+    checks.backend(backend)
+    return (
+        None if num_features is None else checks.integer("num_features", num_features, 1),
+        checks.number("p", p, 0, 1),
+        checks.number("max_p", max_p, 0, 1),
+        checks.number("momentum", momentum, 0, 1, without=1),
+    )
+
+
 def _warn(text: str) -> None:
     """Warns, under a compiler while it traces: a graph cannot warn."""
     warnings.warn(text, stacklevel=2)
@@ -315,8 +321,11 @@ def replace_dropout(model: nn.Module, *, skip: Iterable[str] = (), **options: An
             raise TypeError(
                 f"skip names {pattern!r}, a {kind}; give patterns, such as '*attention*'"
             )
-    # raises for wrong options
-    AdaptiveDropout(**options)
+    signature = inspect.signature(AdaptiveDropout)
+    checks.options("AdaptiveDropout", options, signature.parameters)
+    arguments = signature.bind(**options)
+    arguments.apply_defaults()
+    _checked(**arguments.arguments)
     places = [
         (parent, name, f"{path}.{name}" if path else name, child)
         for path, parent in model.named_modules()

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from ..core import checks
 from ..models import MODELS
-from ..recipes.registry import NAMES
+from ..recipes import NAMES
 from .classifiers import INSTALL, SETTINGS
 from .data import UserError
 from .interrupts import Stopped

@@ -40,10 +40,25 @@ def bootstrap(
     figure  of arrays that have an entry for each text
     seeds   those arrays, for each seed; arrays of one length are drawn together, by the same texts
 
-    Seeds are drawn with replacement and, within each, texts. The percentile interval.
+    The percentile interval of `resampled`.
+    """
+    value = float(np.mean([figure(*arrays) for arrays in seeds]))
+    return between(value, resampled(figure, seeds, samples))
+
+
+def between(value: float, means: Figures) -> Interval:
+    """Returns a figure with the percentile interval of what its resamplings gave."""
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(value), float(low), float(high))
+
+
+def resampled(
+    figure: Callable[..., float], seeds: Sequence[tuple[Figures, ...]], samples: int
+) -> Figures:
+    """Computes the mean over seeds that a figure has in each of so many resamplings: seeds are
+    drawn with replacement and, within each, texts. Arguments as in `bootstrap`.
     """
     draw = np.random.default_rng(0)
-    value = float(np.mean([figure(*arrays) for arrays in seeds]))
     found = []
     for _ in range(samples):
         means = []
@@ -51,5 +66,19 @@ def bootstrap(
             rows = {len(array): draw.integers(len(array), size=len(array)) for array in seeds[i]}
             means.append(figure(*(array[rows[len(array)]] for array in seeds[i])))
         found.append(np.mean(means))
-    low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(value, float(low), float(high))
+    return np.array(found)
+
+
+def resampled_scores(rows: NDArray[np.int_], samples: int) -> Figures:
+    """Computes what `resampled` does of the mean of rows [seeds, texts] of -1, 0 and 1, by other
+    draws, for resamplings of many texts by the ten thousand.
+
+    Drawing T texts of a row with replacement draws how many are of each value from a multinomial
+    distribution, so no text is drawn by itself.
+    """
+    draw = np.random.default_rng(0)
+    seeds, texts = rows.shape
+    shares = np.stack([(rows == value).mean(1) for value in (-1, 0, 1)], axis=1)
+    counts = draw.multinomial(texts, shares[draw.integers(seeds, size=(samples, seeds))])
+    means: Figures = (counts[..., 2] - counts[..., 0]).mean(1) / texts
+    return means

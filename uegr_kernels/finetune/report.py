@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..analysis.calibration import expected_error, ood_auroc
+from ..analysis import expected_calibration_error, ood_auroc
 from ..analysis.pictures import COLOURS, SHAPES, figure, styled
 from . import measures
 from .intervals import Figures, Interval, bootstrap, wilson
@@ -68,7 +68,7 @@ def accuracy(predicted: Figures, expected: Figures) -> float:
 
 def calibration(right: Figures, confidence: Figures) -> float:
     """Computes the expected calibration error of confidences."""
-    return expected_error(torch.from_numpy(confidence), torch.from_numpy(right))
+    return expected_calibration_error(torch.from_numpy(confidence), torch.from_numpy(right))
 
 
 def auroc(inside: Figures, outside: Figures) -> float:

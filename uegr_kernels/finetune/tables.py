@@ -20,6 +20,8 @@ FORMATS = (".tsv", ".csv", ".jsonl")
 LONGEST = 100_000
 # names at most in a message
 SHOWN = 8
+# from here on a number rather measures than counts classes
+COUNTED = 1000
 # A field of RFC 4180 with what ends it, and a number as people write it; Python reads more, such as
 # 1_0 and other scripts' digits.
 FIELD = re.compile(r'(?:"([^"]*(?:""[^"]*)*)"|([^",\r\n]*))(,|\r?\n)')
@@ -458,6 +460,7 @@ def load(files: Files, columns: Columns, limit: int | None = None) -> Data:
             )
         for what, some in ((f"held out for {option}", parts[option]), ("left to train on", train)):
             _check_spread(f"{files.train}, the examples {what}", some, columns)
+    _check_classes(files.train, labels)
     return Data(
         train,
         parts["--validation"],
@@ -502,6 +505,17 @@ def _check_values(path: str, labels: Sequence[str]) -> None:
                 "case alone, and are learned as two; where they are one, write it in one way",
                 stacklevel=4,
             )
+
+
+def _check_classes(path: str, labels: Sequence[str]) -> None:
+    """Warns where all labels are numbers, and not those that classes are counted or named by."""
+    numbers = [number for label in labels if (number := _finite(label)) is not None]
+    if len(numbers) == len(labels) and any(n % 1 or abs(n) >= COUNTED for n in numbers):
+        warnings.warn(
+            f"{path}: the labels are numbers ({listed(labels)}), and each is learned as a class; "
+            "where they measure something, add --regression",
+            stacklevel=4,
+        )
 
 
 def _check_spread(where: str, examples: Sequence[Example], columns: Columns) -> None:

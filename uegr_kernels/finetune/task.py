@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import inspect
 import json
 import math
 import os
@@ -15,7 +14,7 @@ import torch
 
 from ..core import checks
 from ..models import MODELS
-from ..recipes.registry import NAMES, RECIPES
+from ..recipes import NAMES, RECIPES
 from . import measures, tables
 from .classifiers import Classifier, new, source_of
 from .data import UserError, UserTypeError, refusals
@@ -438,19 +437,8 @@ def options_of(recipe: str, task: Task) -> dict[str, object]:
     in norms.
     """
     given = {k: v for k, v in task.recipe_options.items() if k in RECIPES[recipe].option_names()}
-    size = _size_option(recipe)
+    size = RECIPES[recipe].size_option
     return given if size is None else {size: task.epsilon, "relative": True} | given
-
-
-def _size_option(recipe: str) -> str | None:
-    """Returns the option that is the L2 size of a perturbation of the embeddings."""
-    options = inspect.signature(RECIPES[recipe]).parameters
-    norm, steps = options.get("norm"), options.get("steps")
-    if (norm is not None and norm.default != "l2") or (steps is not None and steps.default == 0):
-        return None
-    if "epsilon" in options:
-        return "epsilon"
-    return "adv_lr" if "adv_lr" in options else None
 
 
 def _prepare(

@@ -61,6 +61,8 @@ OURS = {
         "leave it out",
     ),
 }
+# Options that leave a process with a part of the model.
+SHARDING = ("deepspeed", "fsdp", "fsdp_config", "parallelism_config")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +209,11 @@ def check_options(options: Mapping[str, object]) -> None:
             raise UserError(
                 f"{given}: transformers.TrainingArguments has no such option"
                 + (checks.near(name, known) or "; its documentation lists them")
+            )
+        if name in SHARDING and value:
+            raise UserError(
+                f"{given}: the command trains whole models, one on each of torchrun's processes "
+                "(DDP); leave it out, or shard with UEGRTrainer, which takes FSDP"
             )
         if not _fits(value, hints[name]):
             kind = getattr(hints[name], "__name__", "") if isinstance(hints[name], type) else ""

@@ -16,18 +16,18 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForSequenceClassification
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils import import_utils, is_datasets_available, is_sagemaker_mp_enabled
 
-from ..analysis.selection import share_selected
+from ..analysis import share_selected
+from ..bistage import BiStage
 from ..divergence import uegr_loss
-from ..recipes.recipe import Recipe
-from ..recipes.registry import RECIPES
-from ..selective import SelectiveAdamW
+from ..recipes import RECIPES, Recipe
+from ..selective import SelectiveAdamW, SelectiveSGD
 
 # of a SelectiveAdamW that is AdamW
 NEUTRAL = {"normalization": "constant", "keep_probability": 1.0}
+# the Trainer's names of AdamW
+ADAMW = ("adamw_torch", "adamw_torch_fused")
 # in a checkpoint's folder
 STATE = "recipe.pt"
-# of the state, what every process has for itself: process 1's is in recipe_1.pt
-OWN = ("adaptive_dropout",)
 # Optimizers that step while a backward runs, and the package each needs, whose absence the Trainer
 # reports itself.
 STEP_IN_BACKWARD = {
@@ -65,10 +65,10 @@ class UEGRTrainer(Trainer):
     is shown the training set before the first step, unless that is a stream. Raises ValueError for
     an unknown recipe, and for what a recipe cannot honour: an overridden compute_loss,
     compute_loss_func, models for several labels or for tokens, ddp_static_graph, nn.DataParallel,
-    DeepSpeed, context, sequence and tensor parallelism, optimizers that step in the backward;
-    TypeError or ValueError for wrong options. All of it at construction, and once more when
-    training begins. The first batch raises ValueError where the model's own loss is another one
-    than the recipe's.
+    DeepSpeed, context, sequence and tensor parallelism, optimizers that step in the backward, a
+    backend that cannot serve on the device; TypeError or ValueError for wrong options. All of it at
+    construction, and once more when training begins. The first batch raises ValueError where the
+    model's own loss is another one than the recipe's.
     """
 
     def __init__(
@@ -107,8 +107,13 @@ class UEGRTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._check_model()
         with torch.random.fork_rng():
-            # raises for wrong options
-            self._build_recipe(self.model, self.optimizer).close()
+            # The recipe itself is the check: what it refuses is a matter of this model, embedding
+            # and optimizer too.
+            built = self._build_recipe(self.model, self._optimizer_to_check())
+            built.close()
+        reason = built.why_not(self.args.device)
+        if reason is not None:
+            raise ValueError(f"recipe_options backend={built.backend!r}: {reason}")
         self.add_callback(_AroundTheStep(self))
 
     def _check_arguments(self, args: TrainingArguments | None, compute_loss_func: object) -> None:
@@ -231,7 +236,7 @@ class UEGRTrainer(Trainer):
         """Returns SelectiveAdamW where the arguments name torch's AdamW, else the Trainer's own
         choice.
         """
-        if args.optim not in ("adamw_torch", "adamw_torch_fused"):
+        if args.optim not in ADAMW:
             theirs: tuple[type, dict[str, object]] = Trainer.get_optimizer_cls_and_kwargs(
                 args, model
             )
@@ -243,6 +248,21 @@ class UEGRTrainer(Trainer):
         }
         selects = RECIPES[self.recipe_name].selects_update
         return SelectiveAdamW, options | ({} if selects else NEUTRAL)
+
+    def _optimizer_to_check(self) -> torch.optim.Optimizer | None:
+        """Returns the optimizer; where the Trainer is to make one that selects, another of its
+        class and options, of no weight of the model's.
+        """
+        given: torch.optim.Optimizer | None = self.optimizer
+        chosen = self.optimizer_cls_and_kwargs
+        if chosen is None and self.args.optim in ADAMW:
+            chosen = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        if given is not None or chosen is None:
+            return given
+        kind, options = chosen
+        if not (isinstance(kind, type) and issubclass(kind, SelectiveAdamW | SelectiveSGD)):
+            return None
+        return kind(**options | {"params": [nn.Parameter(torch.zeros(1))]})
 
     def training_step(
         self,
@@ -328,6 +348,7 @@ class UEGRTrainer(Trainer):
         share = torch.ones((), device=labels.device)
         counted = items if self.model_accepts_loss_kwargs else None
         if counted is not None:
+            # as the Trainer counts, whatever the recipe's ignore_index
             share = labels.ne(-100).sum() / counted
             if self.args.average_tokens_across_devices:
                 share = share * self.accelerator.num_processes
@@ -369,7 +390,7 @@ class UEGRTrainer(Trainer):
         theirs, logits = _loss_and_logits(output)
         if theirs is None or logits is None or theirs.numel() != 1 or logits.dim() != 2:
             return
-        task = self._options(plain).get("task", "classification")
+        task = self._options(plain).get("task", BiStage.task)
         ours = uegr_loss(logits, None, labels, task=task)
         if torch.isclose(theirs.to(ours).reshape(()), ours, rtol=0.02, atol=1e-3, equal_nan=True):
             return
@@ -504,7 +525,8 @@ class UEGRTrainer(Trainer):
         state = self.recipe.state_dict()
         if self.args.should_save:
             _write(state, folder / STATE)
-        own = {name: state[name] for name in OWN if name in state}
+        # process 1's is in recipe_1.pt
+        own = {name: state[name] for name in self.recipe.kept_by_each_process if name in state}
         if own and self.args.process_index > 0:
             _write(own, self._own_file(folder))
 

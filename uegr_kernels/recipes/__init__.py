@@ -18,6 +18,7 @@ from .masked_attack import DropAttack as drop_attack
 from .masked_attack import DropAttackK as drop_attack_k
 from .projected_gradient import PGD as pgd
 from .projected_gradient import AdvEmbed as adv_embed
+from .recipe import Recipe
 from .registry import NAMES, RECIPES
 from .representation_regularized import ARAT as arat
 from .selective_training import RoAST as roast
@@ -26,4 +27,4 @@ from .single_step import FGSM as fgsm
 from .weight_ascent import AWP as awp
 from .weight_ascent import SAM as sam
 
-__all__ = ["NAMES", *NAMES]
+__all__ = ["NAMES", "RECIPES", "Recipe", *NAMES]

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -34,9 +34,9 @@ class UEGR(StageOptions, SelectionRecipe):
     divergence.
     """
 
-    # The class's, as every recipe's; an instance has the stage's option of that name, which an
-    # assignment without a type leaves alone.
-    passes = 3  # type: ignore[misc]
+    passes_per_batch: ClassVar[int] = 3
+    size_option: ClassVar[str | None] = "epsilon"
+    kept_by_each_process: ClassVar[tuple[str, ...]] = ("adaptive_dropout",)
 
     adaptive_dropout: bool = options.flag(True)
     _runner: BiStage = dataclasses.field(init=False)

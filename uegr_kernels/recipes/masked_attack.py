@@ -43,7 +43,8 @@ class DropAttack(StepRecipe):
     weight_loss.
     """
 
-    passes: ClassVar[int] = 2
+    passes_per_batch: ClassVar[int] = 2
+    size_option: ClassVar[str | None] = "epsilon"
 
     steps: int = dataclasses.field(init=False, default=1)
     # the paper's 5 of a batch of 128, by sample
@@ -147,7 +148,7 @@ class DropAttackK(DropAttack):
     (I), 1 + 2K for (I&W).
     """
 
-    passes: ClassVar[int] = 4
+    passes_per_batch: ClassVar[int] = 4
 
     steps: int = options.integer(3, 1)
 

@@ -31,7 +31,7 @@ def option(default: T, check: Callable[[str, object], object]) -> T:
     """Declares an option; the recipe keeps what check(name, value) returns, or the value where
     that is None. None passes unchecked where it is the default.
     """
-    return dataclasses.field(default=default, metadata={"check": check})
+    return dataclasses.field(default=default, kw_only=True, metadata={"check": check})
 
 
 def number(default: Number, low: float = 0, high: float = math.inf) -> Number:

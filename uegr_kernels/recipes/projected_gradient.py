@@ -30,7 +30,8 @@ class PGD(AttackRecipe):
     first_step_from_clean. Losses: loss, clean_loss, adversarial_loss.
     """
 
-    passes: ClassVar[int] = 5
+    passes_per_batch: ClassVar[int] = 5
+    size_option: ClassVar[str | None] = "epsilon"
 
     clean_weight: float = options.number(1.0)
     random_start: bool = options.flag(False)
@@ -84,7 +85,8 @@ class AdvEmbed(PGD):
     adversarial_loss.
     """
 
-    passes: ClassVar[int] = 3
+    passes_per_batch: ClassVar[int] = 3
+    size_option: ClassVar[str | None] = None
 
     steps: int = options.integer(1, 1)
     norm: str = options.choice("max", ASCENT_NORMS)

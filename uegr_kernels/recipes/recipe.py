@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..bistage import StageOptions
 from ..core import checks
 from ..divergence import TASKS, LossParts, check_loss_options, uegr_loss
 from ..passes import (
@@ -26,6 +27,7 @@ from ..passes import (
     random_state,
     ranks_of,
     replayed,
+    why_no_loss,
 )
 from . import options
 
@@ -49,6 +51,7 @@ class Recipe:
     epoch_end()                             after the last step of an epoch
     state_dict(), load_state_dict(state)    what a resumed run needs besides the model's and the
         optimizer's
+    why_not(device)                         what stands against its backend there
     close()                                 takes the hooks off the model
 
     Weights, modes and hooks are after a call what they were before it, also where an exception
@@ -64,13 +67,18 @@ class Recipe:
     # by options of its own, not the optimizer's
     sets_selection: ClassVar[bool] = False
     # through the model, of a batch with the default options
-    passes: ClassVar[int] = 1
+    passes_per_batch: ClassVar[int] = 1
+    # the option that is the L2 length of a perturbation of the embeddings
+    size_option: ClassVar[str | None] = None
     # attributes that a checkpoint carries
     kept: ClassVar[tuple[str, ...]] = ()
+    # what of `state_dict` differs between the processes that train one model
+    kept_by_each_process: ClassVar[tuple[str, ...]] = ()
 
     model: nn.Module
     embedding: nn.Module | None
     optimizer: torch.optim.Optimizer | None = None
+    backend: str = options.backend()
     # names of the keywords it was built by
     _given: frozenset[str] = dataclasses.field(init=False)
     _runner: Hooked = dataclasses.field(init=False)
@@ -103,6 +111,12 @@ class Recipe:
     def option_names(cls) -> set[str]:
         """Returns the names of the keywords that the recipe is built with."""
         return options.names_of(cls)
+
+    def why_not(self, device: torch.device) -> str | None:
+        """Returns None where the recipe's backend can serve it on a device, else why not and what
+        to do.
+        """
+        return why_no_loss(self.backend, device)
 
     def _settle_options(self) -> None:
         """Checks what the options say together, before the model has a hook."""
@@ -216,14 +230,13 @@ class PassRecipe(Recipe):
     TypeError or ValueError for wrong options, before anything has changed.
     """
 
-    task: str = options.choice("classification", TASKS)
-    label_smoothing: float = options.number(0.0, 0, 1)
-    ignore_index: int = options.integer(-100, -(2**63), bits=63)
+    task: str = options.choice(StageOptions.task, TASKS)
+    label_smoothing: float = options.number(StageOptions.label_smoothing, 0, 1)
+    ignore_index: int = options.integer(StageOptions.ignore_index, -(2**63), bits=63)
     dropout: float | None = options.number(None, 0, 1)
     input_range: tuple[float, float] | None = None
     batch_axis: int | None = None
     relative: bool = options.flag(False)
-    backend: str = options.backend()
     _runner: Runner = dataclasses.field(init=False)
 
     def _settle_options(self) -> None:

@@ -33,7 +33,6 @@ class SelectiveUpdate(Recipe):
     kept: ClassVar[tuple[str, ...]] = ("selection",)
 
     seed: int | None
-    backend: str
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -45,7 +45,8 @@ class RoAST(SaliencyRecipe):
 
     kept: ClassVar[tuple[str, ...]] = (*SaliencyRecipe.kept, "seed")
 
-    passes: ClassVar[int] = 3
+    passes_per_batch: ClassVar[int] = 3
+    size_option: ClassVar[str | None] = "epsilon"
 
     epsilon: float = options.number(0.1)
     kl_weight: float = options.number(0.01)

@@ -28,7 +28,8 @@ class AT(StepRecipe):
     embedding, passes=1)`, one pass at a time.
     """
 
-    passes: ClassVar[int] = 2
+    passes_per_batch: ClassVar[int] = 2
+    size_option: ClassVar[str | None] = "epsilon"
 
     clean_weight: float = options.number(1.0)
 
@@ -58,6 +59,8 @@ class FGSM(AT):
         AT's
     the rest as in AT  (`help(uk.recipes.at)`)
     """
+
+    size_option: ClassVar[str | None] = None
 
     epsilon: float = options.number(0.01)
     norm: str = options.choice("linf", NORMS)
