@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .batch_axis import InputBatch, Inputs
 from .core import checks
-from .divergence import check_loss_options, uegr_loss
+from .divergence import LossOptions, uegr_loss
 from .passes import (
     Pass,
     Runner,
@@ -128,12 +128,12 @@ class BiStage(StageOptions):
         checks.choice("norm", self.norm, NORMS)
         checks.choice("per", self.per, PERS)
         self.epsilon = checks.number("epsilon", self.epsilon, 0)
-        loss = check_loss_options(
+        loss = LossOptions(
             js_weight=self.js_weight,
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
             task=self.task,
-        )
+        ).checked()
         self.js_weight, self.label_smoothing = loss.js_weight, loss.label_smoothing
         self.ignore_index = loss.ignore_index
         checks.backend(self.backend)

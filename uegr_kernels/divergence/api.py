@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from ..core import backends, checks, memory
 from . import op
+from .options import REDUCTIONS
+from .options import TASKS as TASKS
+from .options import LossOptions as LossOptions
 
-TASKS = ("classification", "regression")
 REVERSE_MODE = (
     "differentiate by logits, hidden states and weights with backward(), torch.func.grad, vjp or "
     "jacrev, and give labels.detach(); or use a loss of plain PyTorch"
@@ -32,7 +34,7 @@ class LossParts(typing.NamedTuple):
 def pairwise_js(
     logits: Tensor | Sequence[Tensor],
     *,
-    reduction: str = "mean",
+    reduction: str = LossOptions.reduction,
     inplace_backward: bool = False,
     backend: str = "auto",
 ) -> Tensor:
@@ -51,9 +53,9 @@ def pairwise_js(
     RuntimeError for a backend that cannot serve the call and for overlapping logits with
     inplace_backward. It has no second derivative and does not run under torch.func.vmap.
 
-    Equivalent to `reference.uegr_loss([logits], None, js_weight=1, ...)[0]`.
+    Equivalent to `reference.uegr_loss([logits], None, options=LossOptions(js_weight=1), ...)[0]`.
     """
-    checks.choice("reduction", reduction, op.REDUCTIONS)
+    checks.choice("reduction", reduction, REDUCTIONS)
     in_place = checks.flag("inplace_backward", inplace_backward)
     logits = _passes("logits", logits)
     checks.refuse_transforms("pairwise_js", logits, REVERSE_MODE)
@@ -66,7 +68,7 @@ def pairwise_js(
     if in_place and not backends.traced():
         _check_apart(logits)
     return op.loss_and_parts(
-        logits, None, ONLY_PAIRS, reduction=reduction, in_place=in_place, backend=backend
+        logits, None, ONLY_PAIRS[reduction], in_place=in_place, backend=backend
     )[0]
 
 
@@ -105,11 +107,11 @@ def uegr_loss(
     adversarial_logits: Tensor | Sequence[Tensor] | None,
     labels: Tensor,
     *,
-    js_weight: float = 0.01,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    task: str = "classification",
+    js_weight: float = LossOptions.js_weight,
+    label_smoothing: float = LossOptions.label_smoothing,
+    ignore_index: int = LossOptions.ignore_index,
+    reduction: str = LossOptions.reduction,
+    task: str = LossOptions.task,
     return_parts: bool = False,
     inplace_backward: bool = False,
     backend: str = "auto",
@@ -139,10 +141,13 @@ def uegr_loss(
 
     Equivalent to `reference.uegr_loss([clean_logits, adversarial_logits], labels, ...)[0]`.
     """
-    checks.choice("reduction", reduction, op.REDUCTIONS)
-    options = check_loss_options(
-        js_weight=js_weight, label_smoothing=label_smoothing, ignore_index=ignore_index, task=task
-    )
+    options = LossOptions(
+        js_weight=js_weight,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        task=task,
+    ).checked()
     in_place = checks.flag("inplace_backward", inplace_backward)
     with_parts = checks.flag("return_parts", return_parts)
     _check_tensor("clean_logits", clean_logits, 2, "[N, C]")
@@ -153,9 +158,7 @@ def uegr_loss(
     labels = _check_labels("uegr_loss", labels, logits, clean_logits.shape[-1], options)
     if in_place and not backends.traced():
         _check_apart(logits)
-    loss, parts = op.loss_and_parts(
-        logits, labels, options, reduction=reduction, in_place=in_place, backend=backend
-    )
+    loss, parts = op.loss_and_parts(logits, labels, options, in_place=in_place, backend=backend)
     return _with_parts(loss, parts) if with_parts else loss
 
 
@@ -164,7 +167,7 @@ def linear_pairwise_js(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    reduction: str = "mean",
+    reduction: str = LossOptions.reduction,
     chunk_rows: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -184,7 +187,7 @@ def linear_pairwise_js(
     Equivalent to `reference.linear_uegr_loss(reference.uegr_loss_, [hidden], weight, bias, None,
     ...)[0]`.
     """
-    checks.choice("reduction", reduction, op.REDUCTIONS)
+    checks.choice("reduction", reduction, REDUCTIONS)
     chunk_rows = _check_chunk(chunk_rows)
     _check_tensor("hidden", hidden, 3, "[m, N, H]")
     if len(hidden) < 2:
@@ -201,8 +204,7 @@ def linear_pairwise_js(
         weight,
         bias,
         None,
-        ONLY_PAIRS,
-        reduction=reduction,
+        ONLY_PAIRS[reduction],
         dtype=dtype,
         chunk_rows=chunk_rows,
         backend=backend,
@@ -252,11 +254,11 @@ def linear_uegr_loss(
     labels: Tensor,
     bias: Tensor | None = None,
     *,
-    js_weight: float = 0.01,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    task: str = "classification",
+    js_weight: float = LossOptions.js_weight,
+    label_smoothing: float = LossOptions.label_smoothing,
+    ignore_index: int = LossOptions.ignore_index,
+    reduction: str = LossOptions.reduction,
+    task: str = LossOptions.task,
     return_parts: bool = False,
     inplace_backward: bool = False,
     chunk_rows: int | None = None,
@@ -284,10 +286,13 @@ def linear_uegr_loss(
     Equivalent to `reference.linear_uegr_loss(reference.uegr_loss_, [clean_hidden,
     adversarial_hidden], weight, bias, labels, ...)[0]`.
     """
-    checks.choice("reduction", reduction, op.REDUCTIONS)
-    options = check_loss_options(
-        js_weight=js_weight, label_smoothing=label_smoothing, ignore_index=ignore_index, task=task
-    )
+    options = LossOptions(
+        js_weight=js_weight,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        task=task,
+    ).checked()
     chunk_rows = _check_chunk(chunk_rows)
     checks.flag("inplace_backward", inplace_backward)
     with_parts = checks.flag("return_parts", return_parts)
@@ -306,15 +311,7 @@ def linear_uegr_loss(
     tensors = [*hidden, weight] if bias is None else [*hidden, weight, bias]
     labels = _check_labels("linear_uegr_loss", labels, tensors, len(weight), options)
     loss, parts = op.linear_loss_and_parts(
-        hidden,
-        weight,
-        bias,
-        labels,
-        options,
-        reduction=reduction,
-        dtype=dtype,
-        chunk_rows=chunk_rows,
-        backend=backend,
+        hidden, weight, bias, labels, options, dtype=dtype, chunk_rows=chunk_rows, backend=backend
     )
     return _with_parts(loss, parts) if with_parts else loss
 
@@ -337,7 +334,7 @@ class _LossModule(nn.Module):
 
     def _check(self, options: dict[str, object]) -> None:
         """Raises what is wrong with a value. The backend waits for the tensors' device."""
-        checks.choice("reduction", options["reduction"], op.REDUCTIONS)
+        checks.choice("reduction", options["reduction"], REDUCTIONS)
         checks.flag("inplace_backward", options["inplace_backward"])
 
     def extra_repr(self) -> str:
@@ -401,16 +398,19 @@ class UEGRLoss(_LossModule):
     def _check(self, options: dict[str, Any]) -> None:
         super()._check(options)
         checks.flag("return_parts", options["return_parts"])
-        check_loss_options(
+        LossOptions(
             js_weight=options["js_weight"],
             label_smoothing=options["label_smoothing"],
             ignore_index=options["ignore_index"],
+            reduction=options["reduction"],
             task=options["task"],
-        )
+        ).checked()
 
 
-# What uegr_loss is without labels.
-ONLY_PAIRS = op.Options(js_weight=1.0, label_smoothing=0.0, ignore_index=-100, regression=False)
+# What uegr_loss is without labels, by reduction.
+ONLY_PAIRS = {
+    reduction: LossOptions(js_weight=1.0, reduction=reduction) for reduction in REDUCTIONS
+}
 
 
 def _with_parts(loss: Tensor, parts: Tensor) -> LossParts:
@@ -424,23 +424,6 @@ def _shape(tensors: Sequence[Tensor]) -> str:
 
 def _named(name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
     return {name if len(tensors) == 1 else f"{name}[{i}]": x for i, x in enumerate(tensors)}
-
-
-def check_loss_options(
-    *, js_weight: float, label_smoothing: float, ignore_index: int, task: str
-) -> op.Options:
-    """Returns the options as the operators take them, Python's own numbers."""
-    options = op.Options(
-        js_weight=checks.number("js_weight", js_weight, 0),
-        label_smoothing=checks.number("label_smoothing", label_smoothing, 0, 1),
-        ignore_index=checks.integer("ignore_index", ignore_index, -(2**63), bits=63),
-        regression=checks.choice("task", task, TASKS) == "regression",
-    )
-    if options.regression and options.label_smoothing != 0:
-        raise ValueError(
-            f"label_smoothing={label_smoothing!r} means nothing for task='regression'; leave it 0"
-        )
-    return options
 
 
 def _check_chunk(chunk_rows: int | None) -> int | None:
@@ -507,12 +490,12 @@ def _check_apart(logits: list[Tensor]) -> None:
 
 
 def _check_labels(
-    loss: str, labels: Tensor, tensors: list[Tensor], classes: int, options: op.Options
+    loss: str, labels: Tensor, tensors: list[Tensor], classes: int, options: LossOptions
 ) -> Tensor:
     """Returns the labels as the operators take them: int64 [N], or floating [N, C]; the first of
     the loss's other tensors has their rows.
     """
-    rows, ignore_index, regression = tensors[0], options.ignore_index, options.regression
+    rows, ignore_index, regression = tensors[0], options.ignore_index, options.task == "regression"
     checks.labels(labels)
     if labels.layout != torch.strided or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(

@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from ...core import triton_ops
+from ..options import LossOptions
 from .kernels import Form, add_up_kernel, loss_kernel, scale_kernel
 
 # passes of which a thread holds a block each
@@ -169,11 +170,7 @@ def _evaluate(
     labels: Tensor | None,
     gradients: list[Tensor],
     *,
-    js_weight: float,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: str,
-    regression: bool,
+    options: LossOptions,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor]:
     """Computes the loss and its parts; writes the gradients of the logits that need them where
@@ -205,14 +202,14 @@ def _evaluate(
     )
     programs = _programs(block, passes, first.device)
     wide = first.dtype == torch.float64
-    dtype, by_row = torch.float64 if wide else torch.float32, reduction == "none"
+    dtype, by_row = torch.float64 if wide else torch.float32, options.reduction == "none"
     one_program = programs == 1 and not by_row
     needed = [
         need
         for x, need in zip(logits, needs, strict=True)
         for _ in range(len(x) if x.dim() == 3 else 1)
     ]
-    smooth, few = kind != "none" and label_smoothing > 0, count <= FEW
+    smooth, few = kind != "none" and options.label_smoothing > 0, count <= FEW
     form = Form(
         PASSES=count,
         FEW=few,
@@ -222,24 +219,24 @@ def _evaluate(
         DENSE=all(x.dense for x in involved),
         DTYPE=triton_ops.DTYPES[dtype],
         EXACT=first.dtype == dtype,
-        REGRESSION=regression,
+        REGRESSION=options.task == "regression",
         LABELS=kind,
         SMOOTH=smooth,
         LABEL_SUMS=smooth or kind == "soft",
         NEEDS=sum(need << k for k, need in enumerate(needed)),
-        MEAN=reduction == "mean",
+        MEAN=options.reduction == "mean",
         BY_ROW=by_row,
         ONE_PROGRAM=one_program,
         IN_PLACE=False,
     )
     kept = None
-    if labels is not None and kind == "indices" and reduction == "mean":
+    if labels is not None and kind == "indices" and options.reduction == "mean":
         if samples > COUNTED_BY_EACH:
-            kept = (labels != ignore_index).sum()
+            kept = (labels != options.ignore_index).sum()
     loss = first.new_empty((samples,) if by_row else (), dtype=dtype)
     parts = first.new_empty((3, samples) if by_row else (3,), dtype=dtype)
     rows = parts if by_row or one_program else first.new_empty(3 * samples + 1, dtype=dtype)
-    weight, smoothing = triton_ops.bits(js_weight), triton_ops.bits(label_smoothing)
+    weight = triton_ops.bits(options.js_weight)
     table = None
     if not few:
         table = triton_ops.to_device(
@@ -265,8 +262,8 @@ def _evaluate(
             N=samples,
             C=classes,
             js_weight=weight,
-            smoothing=smoothing,
-            ignore_index=ignore_index,
+            smoothing=triton_ops.bits(options.label_smoothing),
+            ignore_index=options.ignore_index,
             form=_constexprs(form),
             num_warps=block.warps,
             **_registers(few),
@@ -286,55 +283,19 @@ def _evaluate(
 
 
 def uegr_loss(
-    logits: list[Tensor],
-    labels: Tensor | None,
-    *,
-    js_weight: float,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: str,
-    regression: bool,
-    needs: list[bool],
+    logits: list[Tensor], labels: Tensor | None, *, options: LossOptions, needs: list[bool]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Computes the loss, its parts and the gradients that are needed, as the reference does."""
     into = [x.new_empty(x.shape) if need else x for x, need in zip(logits, needs, strict=True)]
-    loss, parts = _evaluate(
-        logits,
-        labels,
-        into,
-        js_weight=js_weight,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        regression=regression,
-        needs=needs,
-    )
+    loss, parts = _evaluate(logits, labels, into, options=options, needs=needs)
     return loss, parts, [x for x, need in zip(into, needs, strict=True) if need]
 
 
 def uegr_loss_(
-    logits: list[Tensor],
-    labels: Tensor | None,
-    *,
-    js_weight: float,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: str,
-    regression: bool,
-    needs: list[bool],
+    logits: list[Tensor], labels: Tensor | None, *, options: LossOptions, needs: list[bool]
 ) -> tuple[Tensor, Tensor]:
     """Computes the loss and its parts, and writes gradients over the logits that need one."""
-    return _evaluate(
-        logits,
-        labels,
-        logits,
-        js_weight=js_weight,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        regression=regression,
-        needs=needs,
-    )
+    return _evaluate(logits, labels, logits, options=options, needs=needs)
 
 
 def scale_gradients(gradients: list[Tensor], grad_loss: Tensor, parts: Tensor) -> list[Tensor]:
