@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...core import triton_ops
 from ..options import LossOptions
-from .kernels import Form, add_up_kernel, loss_kernel, scale_kernel
+from .kernels import Entry, Form, add_up_kernel, loss_kernel, scale_kernel
 
 # passes of which a thread holds a block each
 FEW = 5
@@ -42,19 +42,23 @@ class PassRows(typing.NamedTuple):
         """Takes the tensors apart into passes."""
         passes = tuple(one for x in tensors for one in (x.unbind() if x.dim() == 3 else (x,)))
         row_strides, strides = zip(*(one.stride() for one in passes), strict=True)
-        return cls(passes, row_strides, strides)
+        return cls(tensors=passes, row_strides=row_strides, strides=strides)
 
     def some(self, at: int) -> "PassRows":
         """Returns the passes from `at` on that a program can hold."""
         few = slice(at, at + WIDE)
-        return PassRows(self.tensors[few], self.row_strides[few], self.strides[few])
+        return PassRows(
+            tensors=self.tensors[few], row_strides=self.row_strides[few], strides=self.strides[few]
+        )
 
     @property
-    def addresses(self) -> list[tuple[int, int, int]]:
-        """Returns each pass's address and strides."""
+    def entries(self) -> list[Entry]:
+        """Returns each pass's entry in a table."""
         return [
-            (one.data_ptr(), down, along)
-            for one, down, along in zip(self.tensors, self.row_strides, self.strides, strict=True)
+            Entry(address=one.data_ptr(), row_stride=row_stride, stride=stride)
+            for one, row_stride, stride in zip(
+                self.tensors, self.row_strides, self.strides, strict=True
+            )
         ]
 
     @property
@@ -185,7 +189,9 @@ def _evaluate(
         kind, row_stride = "indices", labels.stride(0)
         if labels.is_floating_point():
             kind, stride = "soft", labels.stride(1)
-            involved.append(PassRows((labels,), (row_stride,), (stride,)))
+            involved.append(
+                PassRows(tensors=(labels,), row_strides=(row_stride,), strides=(stride,))
+            )
     run = _run(count, first.element_size())
     aligned = all(x.aligned(run) for x in involved)
     if aligned:
@@ -240,7 +246,7 @@ def _evaluate(
     table = None
     if not few:
         table = triton_ops.to_device(
-            [x for part in (passes, into) for one in part.addresses for x in one],
+            [number for part in (passes, into) for entry in part.entries for number in entry],
             torch.int64,
             first.device,
         )
