@@ -59,11 +59,7 @@ def pairwise_js(
     in_place = checks.flag("inplace_backward", inplace_backward)
     logits = _passes("logits", logits)
     checks.refuse_transforms("pairwise_js", logits, REVERSE_MODE)
-    if sum(len(x) if x.dim() == 3 else 1 for x in logits) < 2:
-        raise ValueError(
-            f"logits hold one pass (shape {_shape(logits)}), which has no pair; give "
-            "[m, N, C] with m >= 2"
-        )
+    _check_pairs("logits", logits, "[m, N, C]")
     _check_same_rows(_named("logits", logits))
     if in_place and not backends.traced():
         _check_apart(logits)
@@ -150,7 +146,7 @@ def uegr_loss(
     ).checked()
     in_place = checks.flag("inplace_backward", inplace_backward)
     with_parts = checks.flag("return_parts", return_parts)
-    _check_tensor("clean_logits", clean_logits, 2, "[N, C]")
+    checks.axes("clean_logits", clean_logits, "[N, C]", 2)
     logits = [clean_logits]
     if adversarial_logits is not None:
         logits += _passes("adversarial_logits", adversarial_logits)
@@ -189,12 +185,8 @@ def linear_pairwise_js(
     """
     checks.choice("reduction", reduction, REDUCTIONS)
     chunk_rows = _check_chunk(chunk_rows)
-    _check_tensor("hidden", hidden, 3, "[m, N, H]")
-    if len(hidden) < 2:
-        raise ValueError(
-            f"hidden holds {len(hidden)} passes (shape {tuple(hidden.shape)}), too "
-            "few for a pair; give [m, N, H] with m >= 2"
-        )
+    _check_stacked("hidden", hidden, "[m, N, H]")
+    _check_pairs("hidden", [hidden], "[m, N, H]")
     dtype = _check_linear({"hidden": hidden}, weight, bias)
     checks.refuse_transforms(
         "linear_pairwise_js", [hidden, weight, *([] if bias is None else [bias])], REVERSE_MODE
@@ -296,15 +288,10 @@ def linear_uegr_loss(
     chunk_rows = _check_chunk(chunk_rows)
     checks.flag("inplace_backward", inplace_backward)
     with_parts = checks.flag("return_parts", return_parts)
-    _check_tensor("clean_hidden", clean_hidden, 2, "[N, H]")
+    checks.axes("clean_hidden", clean_hidden, "[N, H]", 2)
     named = {"clean_hidden": clean_hidden}
     if adversarial_hidden is not None:
-        _check_tensor("adversarial_hidden", adversarial_hidden, 3, "[m, N, H]")
-        if len(adversarial_hidden) < 1:
-            raise ValueError(
-                f"adversarial_hidden of shape {tuple(adversarial_hidden.shape)} holds no "
-                "pass; give [m, N, H] with m >= 1"
-            )
+        _check_stacked("adversarial_hidden", adversarial_hidden, "[m, N, H]")
         named["adversarial_hidden"] = adversarial_hidden
     dtype = _check_linear(named, weight, bias)
     hidden = list(named.values())
@@ -430,34 +417,31 @@ def _check_chunk(chunk_rows: int | None) -> int | None:
     return None if chunk_rows is None else checks.integer("chunk_rows", chunk_rows, 1, bits=63)
 
 
-def _check_tensor(name: str, x: Tensor, dims: int, shape: str) -> None:
-    checks.tensor(name, x, shape)
-    if x.dim() != dims:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; give {shape}")
-    if x.shape[-1] < 1:
+def _check_stacked(name: str, x: Tensor, shape: str) -> None:
+    """Raises for what is no tensor of at least one pass."""
+    checks.axes(name, x, shape, 3)
+    if len(x) < 1:
+        raise ValueError(f"{name} of shape {tuple(x.shape)} holds no pass; give at least one")
+
+
+def _check_pairs(name: str, tensors: Sequence[Tensor], shape: str) -> None:
+    """Raises where there is one pass alone."""
+    if sum(len(x) if x.dim() == 3 else 1 for x in tensors) < 2:
         raise ValueError(
-            f"{name} of shape {tuple(x.shape)} has an empty last axis; give at least one class"
+            f"{name} hold one pass (shape {_shape(tensors)}), which has no pair; give {shape} "
+            "with m >= 2"
         )
 
 
 def _passes(name: str, logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
     """Returns the passes as the operators take them: a stacked tensor as one element, in place."""
-    if isinstance(logits, Tensor):
-        _check_tensor(name, logits, 3, "[m, N, C], or a sequence of m tensors [N, C]")
-        if len(logits) < 1:
-            raise ValueError(
-                f"{name} of shape {tuple(logits.shape)} holds no pass; give at least one"
-            )
+    if isinstance(logits, Tensor) or not isinstance(logits, Sequence):
+        _check_stacked(name, logits, "[m, N, C], or a sequence of m tensors [N, C]")
         return [logits]
-    if not isinstance(logits, Sequence):
-        raise TypeError(
-            f"{name} is a {type(logits).__name__}; give a tensor [m, N, C] or a "
-            "sequence of m tensors [N, C]"
-        )
     if len(logits) < 1:
         raise ValueError(f"{name} is an empty sequence; give at least one tensor [N, C]")
     for i, x in enumerate(logits):
-        _check_tensor(f"{name}[{i}]", x, 2, "[N, C]")
+        checks.axes(f"{name}[{i}]", x, "[N, C]", 2)
     return list(logits)
 
 
@@ -538,9 +522,9 @@ def _check_linear(hidden: dict[str, Tensor], weight: Tensor, bias: Tensor | None
     """Returns the dtype of the logits: autocast's where it would cast F.linear's operands, else the
     operands' own, which then must agree.
     """
-    _check_tensor("weight", weight, 2, "[C, H]")
+    checks.axes("weight", weight, "[C, H]", 2)
     if bias is not None:
-        _check_tensor("bias", bias, 1, "[C]")
+        checks.axes("bias", bias, "[C]", 1)
         if bias.shape != weight.shape[:1]:
             raise ValueError(
                 f"bias has shape {tuple(bias.shape)}; give [C] = ({weight.shape[0]},) as weight has"
