@@ -107,7 +107,7 @@ def test_shared(tensors, pair):
 
 
 def test_an_operator_says_which_numbers_stand_for_words():
-    options = op.Options(0.0, 0.0, -100, False)._asdict() | {"reduction": 3, "needs": [False]}
+    options = {**op.LossOptions().numbers(), "reduction": 3, "needs": [False]}
     with pytest.raises(
         RuntimeError, match=r"reduction is 3; use 0 \(mean\), 1 \(sum\), 2 \(none\)"
     ):

@@ -9,7 +9,7 @@ from scipy import stats
 
 from uegr_kernels.core import backends, native, philox
 from uegr_kernels.core.operator import Operator
-from uegr_kernels.divergence.op import REDUCTIONS
+from uegr_kernels.divergence.options import REDUCTIONS
 
 # op defines the operators that are asked about
 from uegr_kernels.selective import op, options

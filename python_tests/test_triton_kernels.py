@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import uegr_kernels as uk
-from uegr_kernels.divergence import op
+from uegr_kernels.divergence import LossOptions, op
 from uegr_kernels.perturbation import op as perturbation
 
 pytest.importorskip("triton", reason="Triton is not installed; run `pip install triton`")
@@ -27,7 +27,7 @@ CASES = {
     "smoothed": {"label_smoothing": 0.1},
     "soft": {"labels": "soft"},
     "soft, smoothed": {"labels": "soft", "label_smoothing": 0.1},
-    "regression": {"labels": "values", "regression": True},
+    "regression": {"labels": "values", "task": "regression"},
 }
 
 
@@ -40,8 +40,8 @@ def labels_of(kind: str, classes: int, dtype: torch.dtype) -> torch.Tensor:
     return values.softmax(-1) if kind == "soft" else values
 
 
-def expected(x, labels, reduction, label_smoothing, regression):
-    if regression:
+def expected(x, labels, reduction, label_smoothing, task):
+    if task == "regression":
         rows = F.mse_loss(x, labels, reduction="none").mean(-1)
         return {"none": rows, "sum": rows.sum(), "mean": rows.mean()}[reduction]
     return F.cross_entropy(x, labels, reduction=reduction, label_smoothing=label_smoothing)
@@ -61,7 +61,7 @@ RUNS = [
 @pytest.mark.parametrize("case", CASES)
 def test_labels_alone(case, classes, reduction, in_place):
     dtype = torch.float32 if classes == 300 else torch.float64
-    options = {"label_smoothing": 0.0, "regression": False, "labels": "indices"} | CASES[case]
+    options = {"label_smoothing": 0.0, "task": "classification", "labels": "indices"} | CASES[case]
     x = torch.randn(ROWS, classes, dtype=dtype)
     labels = labels_of(options.pop("labels"), classes, dtype)
     leaf = x.clone().requires_grad_()
@@ -69,7 +69,10 @@ def test_labels_alone(case, classes, reduction, in_place):
     (want_gradient,) = torch.autograd.grad(want.sum(), leaf)
     name = "uegr_loss_" if in_place else "uegr_loss"
     loss, parts, *rest = getattr(op, name).kernel("triton")(
-        [x], labels, js_weight=0.5, ignore_index=-100, reduction=reduction, needs=[True], **options
+        [x],
+        labels,
+        options=LossOptions(js_weight=0.5, reduction=reduction, **options),
+        needs=[True],
     )
     gradient = x if in_place else rest[0][0]
     torch.testing.assert_close(loss, want.detach())
@@ -81,14 +84,7 @@ def test_labels_alone(case, classes, reduction, in_place):
 def test_labels_alone_without_a_gradient():
     x, labels = torch.randn(ROWS, 10), torch.arange(ROWS)
     loss, _, gradients = op.uegr_loss.kernel("triton")(
-        [x],
-        labels,
-        js_weight=0.5,
-        label_smoothing=0.0,
-        ignore_index=-100,
-        reduction="mean",
-        regression=False,
-        needs=[False],
+        [x], labels, options=LossOptions(js_weight=0.5), needs=[False]
     )
     torch.testing.assert_close(loss, F.cross_entropy(x, labels))
     assert gradients == []

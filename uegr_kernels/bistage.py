@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .batch_axis import InputBatch, Inputs
 from .core import checks
-from .divergence import check_loss_options, uegr_loss
+from .divergence import LossOptions, uegr_loss
 from .passes import (
     Pass,
     Runner,
@@ -62,12 +62,12 @@ class StageOptions:
 
     epsilon: float = 0.1
     passes: int = 2
-    js_weight: float = 0.01
+    js_weight: float = LossOptions.js_weight
     norm: str = "l2"
     per: str = "sample"
-    label_smoothing: float = 0.0
-    ignore_index: int = -100
-    task: str = "classification"
+    label_smoothing: float = LossOptions.label_smoothing
+    ignore_index: int = LossOptions.ignore_index
+    task: str = LossOptions.task
     passes_at_once: int | None = None
     dropout: Sequence[float] | None = None
     input_range: tuple[float, float] | None = None
@@ -128,12 +128,12 @@ class BiStage(StageOptions):
         checks.choice("norm", self.norm, NORMS)
         checks.choice("per", self.per, PERS)
         self.epsilon = checks.number("epsilon", self.epsilon, 0)
-        loss = check_loss_options(
+        loss = LossOptions(
             js_weight=self.js_weight,
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
             task=self.task,
-        )
+        ).checked()
         self.js_weight, self.label_smoothing = loss.js_weight, loss.label_smoothing
         self.ignore_index = loss.ignore_index
         checks.backend(self.backend)

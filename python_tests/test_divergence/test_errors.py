@@ -92,13 +92,23 @@ Y = torch.zeros(4, dtype=torch.long)
 
 BAD_INPUT = {
     "one pass": (lambda: pairwise_js(X[:1]), ValueError, "logits hold one pass"),
+    "one pass of hidden states": (
+        lambda: linear_pairwise_js(X[:1], X[0]),
+        ValueError,
+        r"hidden hold one pass \(shape \(1, 4, 3\)\)",
+    ),
+    "no pass": (
+        lambda: linear_uegr_loss(X[0], X[:0], X[0], Y),
+        ValueError,
+        r"adversarial_hidden of shape \(0, 4, 3\) holds no pass",
+    ),
     "two axes": (
         lambda: pairwise_js(X[0]),
         ValueError,
         r"logits has shape \(4, 3\); give \[m, N, "
         r"C\]",
     ),
-    "no tensor": (lambda: pairwise_js(3), TypeError, "logits is a int"),
+    "no tensor": (lambda: pairwise_js(3), TypeError, r"logits is a int; give a tensor \[m"),
     "list of lists": (lambda: pairwise_js([[1.0], [2.0]]), TypeError, r"logits\[0\] is a list"),
     "integers": (lambda: pairwise_js(X.long()), TypeError, "logits is torch.int64"),
     "complex": (lambda: pairwise_js(X.to(torch.complex64)), TypeError, "logits is torch.complex64"),

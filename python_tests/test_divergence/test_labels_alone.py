@@ -4,22 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from uegr_kernels.divergence import UEGRLoss, linear_uegr_loss, op, uegr_loss
+from uegr_kernels.divergence import LossOptions, UEGRLoss, linear_uegr_loss, op, uegr_loss
 
 from .logits import DTYPES, TOLERANCE, batch, random_logits
 
 
 def test_a_clean_pass_alone(native):
     clean, labels = random_logits(5, 40, dtype=torch.float32), torch.arange(5)
-    options = {
-        "js_weight": 0.01,
-        "label_smoothing": 0.0,
-        "ignore_index": -100,
-        "reduction": "mean",
-        "regression": False,
-        "needs": [True],
-    }
-    loss, _, (gradient,) = op.kernel(op.uegr_loss, native)([clean], labels, **options)
+    loss, _, (gradient,) = op.kernel(op.uegr_loss, native)(
+        [clean], labels, options=LossOptions(), needs=[True]
+    )
     torch.testing.assert_close(loss, F.cross_entropy(clean.requires_grad_(), labels))
     torch.testing.assert_close(
         gradient,

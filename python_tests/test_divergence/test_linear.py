@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from uegr_kernels.divergence import (
+    LossOptions,
     linear_pairwise_js,
     linear_uegr_loss,
     pairwise_js,
@@ -194,17 +195,18 @@ class LargestTensor(TorchDispatchMode):
 
 def test_linear_never_has_the_logits():
     hidden, weight = [torch.randn(256, 8), torch.randn(2, 256, 8)], torch.randn(4000, 8)
-    options = {
-        "js_weight": 0.01,
-        "label_smoothing": 0.0,
-        "ignore_index": -100,
-        "reduction": "mean",
-        "regression": False,
-    }
-    options |= {"needs": [True, True, True, False], "dtype": torch.float32, "chunk_rows": 8}
     with LargestTensor() as mode:
         reference.linear_uegr_loss(
-            reference.uegr_loss_, hidden, weight, None, torch.zeros(256).long(), None, **options
+            reference.uegr_loss_,
+            hidden,
+            weight,
+            None,
+            torch.zeros(256).long(),
+            None,
+            options=LossOptions(),
+            needs=[True, True, True, False],
+            dtype=torch.float32,
+            chunk_rows=8,
         )
     # a chunk's, of 3 * 256 * 4000
     assert mode.largest == 3 * 8 * 4000

@@ -169,11 +169,20 @@ BAD_INPUT = {
         "input is torch.complex64",
     ),
     "sparse": (lambda: AdaptiveDropout()(X.to_sparse()), TypeError, "input is sparse"),
-    "no axis": (lambda: AdaptiveDropout()(X[0, 0]), ValueError, r"input has shape \(\)"),
+    "no axis": (
+        lambda: AdaptiveDropout()(X[0, 0]),
+        ValueError,
+        r"input has shape \(\); give \[..., F\]",
+    ),
+    "no units": (
+        lambda: AdaptiveDropout()(X[:, :0]),
+        ValueError,
+        r"input of shape \(.*, 0\) has an empty last axis",
+    ),
     "elsewhere": (
         lambda: AdaptiveDropout(3)(X.to("meta")),
         ValueError,
-        "input is on meta, the module's state on cpu",
+        "input is on meta and the module's state on cpu; move one",
     ),
     "no model": (lambda: replace_dropout([nn.Dropout()]), TypeError, "model is a list"),
     "a dropout": (

@@ -277,3 +277,16 @@ class _Transformed(torch.autograd.Function):
         raise RuntimeError(
             f"{name} of uegr_kernels does not run under torch.func.vmap; give the whole batch"
         )
+
+
+def axes(name: str, x: Tensor, shape: str, count: int | None = None) -> None:
+    """Raises as `tensor` does, and ValueError for another number of axes than `count` (None: for
+    none at all) or an empty last one.
+    """
+    tensor(name, x, shape)
+    if x.dim() != count if count is not None else x.dim() == 0:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; give {shape}")
+    if x.shape[-1] == 0:
+        raise ValueError(
+            f"{name} of shape {tuple(x.shape)} has an empty last axis; give at least one element"
+        )

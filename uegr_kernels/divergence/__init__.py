@@ -2,10 +2,10 @@
 
 from .api import (
     TASKS,
+    LossOptions,
     LossParts,
     PairwiseJSLoss,
     UEGRLoss,
-    check_loss_options,
     linear_pairwise_js,
     linear_uegr_loss,
     pairwise_js,
@@ -14,10 +14,10 @@ from .api import (
 
 __all__ = [
     "TASKS",
+    "LossOptions",
     "LossParts",
     "PairwiseJSLoss",
     "UEGRLoss",
-    "check_loss_options",
     "linear_pairwise_js",
     "linear_uegr_loss",
     "pairwise_js",

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from ..core import backends, checks, memory
 from . import op
+from .options import REDUCTIONS
+from .options import TASKS as TASKS
+from .options import LossOptions as LossOptions
 
-TASKS = ("classification", "regression")
 REVERSE_MODE = (
     "differentiate by logits, hidden states and weights with backward(), torch.func.grad, vjp or "
     "jacrev, and give labels.detach(); or use a loss of plain PyTorch"
@@ -32,7 +34,7 @@ class LossParts(typing.NamedTuple):
 def pairwise_js(
     logits: Tensor | Sequence[Tensor],
     *,
-    reduction: str = "mean",
+    reduction: str = LossOptions.reduction,
     inplace_backward: bool = False,
     backend: str = "auto",
 ) -> Tensor:
@@ -51,22 +53,18 @@ def pairwise_js(
     RuntimeError for a backend that cannot serve the call and for overlapping logits with
     inplace_backward. It has no second derivative and does not run under torch.func.vmap.
 
-    Equivalent to `reference.uegr_loss([logits], None, js_weight=1, ...)[0]`.
+    Equivalent to `reference.uegr_loss([logits], None, options=LossOptions(js_weight=1), ...)[0]`.
     """
-    checks.choice("reduction", reduction, op.REDUCTIONS)
+    checks.choice("reduction", reduction, REDUCTIONS)
     in_place = checks.flag("inplace_backward", inplace_backward)
     logits = _passes("logits", logits)
     checks.refuse_transforms("pairwise_js", logits, REVERSE_MODE)
-    if sum(len(x) if x.dim() == 3 else 1 for x in logits) < 2:
-        raise ValueError(
-            f"logits hold one pass (shape {_shape(logits)}), which has no pair; give "
-            "[m, N, C] with m >= 2"
-        )
+    _check_pairs("logits", logits, "[m, N, C]")
     _check_same_rows(_named("logits", logits))
     if in_place and not backends.traced():
         _check_apart(logits)
     return op.loss_and_parts(
-        logits, None, ONLY_PAIRS, reduction=reduction, in_place=in_place, backend=backend
+        logits, None, ONLY_PAIRS[reduction], in_place=in_place, backend=backend
     )[0]
 
 
@@ -105,11 +103,11 @@ def uegr_loss(
     adversarial_logits: Tensor | Sequence[Tensor] | None,
     labels: Tensor,
     *,
-    js_weight: float = 0.01,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    task: str = "classification",
+    js_weight: float = LossOptions.js_weight,
+    label_smoothing: float = LossOptions.label_smoothing,
+    ignore_index: int = LossOptions.ignore_index,
+    reduction: str = LossOptions.reduction,
+    task: str = LossOptions.task,
     return_parts: bool = False,
     inplace_backward: bool = False,
     backend: str = "auto",
@@ -139,13 +137,16 @@ def uegr_loss(
 
     Equivalent to `reference.uegr_loss([clean_logits, adversarial_logits], labels, ...)[0]`.
     """
-    checks.choice("reduction", reduction, op.REDUCTIONS)
-    options = check_loss_options(
-        js_weight=js_weight, label_smoothing=label_smoothing, ignore_index=ignore_index, task=task
-    )
+    options = LossOptions(
+        js_weight=js_weight,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        task=task,
+    ).checked()
     in_place = checks.flag("inplace_backward", inplace_backward)
     with_parts = checks.flag("return_parts", return_parts)
-    _check_tensor("clean_logits", clean_logits, 2, "[N, C]")
+    checks.axes("clean_logits", clean_logits, "[N, C]", 2)
     logits = [clean_logits]
     if adversarial_logits is not None:
         logits += _passes("adversarial_logits", adversarial_logits)
@@ -153,9 +154,7 @@ def uegr_loss(
     labels = _check_labels("uegr_loss", labels, logits, clean_logits.shape[-1], options)
     if in_place and not backends.traced():
         _check_apart(logits)
-    loss, parts = op.loss_and_parts(
-        logits, labels, options, reduction=reduction, in_place=in_place, backend=backend
-    )
+    loss, parts = op.loss_and_parts(logits, labels, options, in_place=in_place, backend=backend)
     return _with_parts(loss, parts) if with_parts else loss
 
 
@@ -164,7 +163,7 @@ def linear_pairwise_js(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    reduction: str = "mean",
+    reduction: str = LossOptions.reduction,
     chunk_rows: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -184,14 +183,10 @@ def linear_pairwise_js(
     Equivalent to `reference.linear_uegr_loss(reference.uegr_loss_, [hidden], weight, bias, None,
     ...)[0]`.
     """
-    checks.choice("reduction", reduction, op.REDUCTIONS)
+    checks.choice("reduction", reduction, REDUCTIONS)
     chunk_rows = _check_chunk(chunk_rows)
-    _check_tensor("hidden", hidden, 3, "[m, N, H]")
-    if len(hidden) < 2:
-        raise ValueError(
-            f"hidden holds {len(hidden)} passes (shape {tuple(hidden.shape)}), too "
-            "few for a pair; give [m, N, H] with m >= 2"
-        )
+    _check_stacked("hidden", hidden, "[m, N, H]")
+    _check_pairs("hidden", [hidden], "[m, N, H]")
     dtype = _check_linear({"hidden": hidden}, weight, bias)
     checks.refuse_transforms(
         "linear_pairwise_js", [hidden, weight, *([] if bias is None else [bias])], REVERSE_MODE
@@ -201,8 +196,7 @@ def linear_pairwise_js(
         weight,
         bias,
         None,
-        ONLY_PAIRS,
-        reduction=reduction,
+        ONLY_PAIRS[reduction],
         dtype=dtype,
         chunk_rows=chunk_rows,
         backend=backend,
@@ -252,11 +246,11 @@ def linear_uegr_loss(
     labels: Tensor,
     bias: Tensor | None = None,
     *,
-    js_weight: float = 0.01,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    task: str = "classification",
+    js_weight: float = LossOptions.js_weight,
+    label_smoothing: float = LossOptions.label_smoothing,
+    ignore_index: int = LossOptions.ignore_index,
+    reduction: str = LossOptions.reduction,
+    task: str = LossOptions.task,
     return_parts: bool = False,
     inplace_backward: bool = False,
     chunk_rows: int | None = None,
@@ -284,37 +278,27 @@ def linear_uegr_loss(
     Equivalent to `reference.linear_uegr_loss(reference.uegr_loss_, [clean_hidden,
     adversarial_hidden], weight, bias, labels, ...)[0]`.
     """
-    checks.choice("reduction", reduction, op.REDUCTIONS)
-    options = check_loss_options(
-        js_weight=js_weight, label_smoothing=label_smoothing, ignore_index=ignore_index, task=task
-    )
+    options = LossOptions(
+        js_weight=js_weight,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        task=task,
+    ).checked()
     chunk_rows = _check_chunk(chunk_rows)
     checks.flag("inplace_backward", inplace_backward)
     with_parts = checks.flag("return_parts", return_parts)
-    _check_tensor("clean_hidden", clean_hidden, 2, "[N, H]")
+    checks.axes("clean_hidden", clean_hidden, "[N, H]", 2)
     named = {"clean_hidden": clean_hidden}
     if adversarial_hidden is not None:
-        _check_tensor("adversarial_hidden", adversarial_hidden, 3, "[m, N, H]")
-        if len(adversarial_hidden) < 1:
-            raise ValueError(
-                f"adversarial_hidden of shape {tuple(adversarial_hidden.shape)} holds no "
-                "pass; give [m, N, H] with m >= 1"
-            )
+        _check_stacked("adversarial_hidden", adversarial_hidden, "[m, N, H]")
         named["adversarial_hidden"] = adversarial_hidden
     dtype = _check_linear(named, weight, bias)
     hidden = list(named.values())
     tensors = [*hidden, weight] if bias is None else [*hidden, weight, bias]
     labels = _check_labels("linear_uegr_loss", labels, tensors, len(weight), options)
     loss, parts = op.linear_loss_and_parts(
-        hidden,
-        weight,
-        bias,
-        labels,
-        options,
-        reduction=reduction,
-        dtype=dtype,
-        chunk_rows=chunk_rows,
-        backend=backend,
+        hidden, weight, bias, labels, options, dtype=dtype, chunk_rows=chunk_rows, backend=backend
     )
     return _with_parts(loss, parts) if with_parts else loss
 
@@ -337,7 +321,7 @@ class _LossModule(nn.Module):
 
     def _check(self, options: dict[str, object]) -> None:
         """Raises what is wrong with a value. The backend waits for the tensors' device."""
-        checks.choice("reduction", options["reduction"], op.REDUCTIONS)
+        checks.choice("reduction", options["reduction"], REDUCTIONS)
         checks.flag("inplace_backward", options["inplace_backward"])
 
     def extra_repr(self) -> str:
@@ -401,16 +385,19 @@ class UEGRLoss(_LossModule):
     def _check(self, options: dict[str, Any]) -> None:
         super()._check(options)
         checks.flag("return_parts", options["return_parts"])
-        check_loss_options(
+        LossOptions(
             js_weight=options["js_weight"],
             label_smoothing=options["label_smoothing"],
             ignore_index=options["ignore_index"],
+            reduction=options["reduction"],
             task=options["task"],
-        )
+        ).checked()
 
 
-# What uegr_loss is without labels.
-ONLY_PAIRS = op.Options(js_weight=1.0, label_smoothing=0.0, ignore_index=-100, regression=False)
+# What uegr_loss is without labels, by reduction.
+ONLY_PAIRS = {
+    reduction: LossOptions(js_weight=1.0, reduction=reduction) for reduction in REDUCTIONS
+}
 
 
 def _with_parts(loss: Tensor, parts: Tensor) -> LossParts:
@@ -426,55 +413,35 @@ def _named(name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
     return {name if len(tensors) == 1 else f"{name}[{i}]": x for i, x in enumerate(tensors)}
 
 
-def check_loss_options(
-    *, js_weight: float, label_smoothing: float, ignore_index: int, task: str
-) -> op.Options:
-    """Returns the options as the operators take them, Python's own numbers."""
-    options = op.Options(
-        js_weight=checks.number("js_weight", js_weight, 0),
-        label_smoothing=checks.number("label_smoothing", label_smoothing, 0, 1),
-        ignore_index=checks.integer("ignore_index", ignore_index, -(2**63), bits=63),
-        regression=checks.choice("task", task, TASKS) == "regression",
-    )
-    if options.regression and options.label_smoothing != 0:
-        raise ValueError(
-            f"label_smoothing={label_smoothing!r} means nothing for task='regression'; leave it 0"
-        )
-    return options
-
-
 def _check_chunk(chunk_rows: int | None) -> int | None:
     return None if chunk_rows is None else checks.integer("chunk_rows", chunk_rows, 1, bits=63)
 
 
-def _check_tensor(name: str, x: Tensor, dims: int, shape: str) -> None:
-    checks.tensor(name, x, shape)
-    if x.dim() != dims:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; give {shape}")
-    if x.shape[-1] < 1:
+def _check_stacked(name: str, x: Tensor, shape: str) -> None:
+    """Raises for what is no tensor of at least one pass."""
+    checks.axes(name, x, shape, 3)
+    if len(x) < 1:
+        raise ValueError(f"{name} of shape {tuple(x.shape)} holds no pass; give at least one")
+
+
+def _check_pairs(name: str, tensors: Sequence[Tensor], shape: str) -> None:
+    """Raises where there is one pass alone."""
+    if sum(len(x) if x.dim() == 3 else 1 for x in tensors) < 2:
         raise ValueError(
-            f"{name} of shape {tuple(x.shape)} has an empty last axis; give at least one class"
+            f"{name} hold one pass (shape {_shape(tensors)}), which has no pair; give {shape} "
+            "with m >= 2"
         )
 
 
 def _passes(name: str, logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
     """Returns the passes as the operators take them: a stacked tensor as one element, in place."""
-    if isinstance(logits, Tensor):
-        _check_tensor(name, logits, 3, "[m, N, C], or a sequence of m tensors [N, C]")
-        if len(logits) < 1:
-            raise ValueError(
-                f"{name} of shape {tuple(logits.shape)} holds no pass; give at least one"
-            )
+    if isinstance(logits, Tensor) or not isinstance(logits, Sequence):
+        _check_stacked(name, logits, "[m, N, C], or a sequence of m tensors [N, C]")
         return [logits]
-    if not isinstance(logits, Sequence):
-        raise TypeError(
-            f"{name} is a {type(logits).__name__}; give a tensor [m, N, C] or a "
-            "sequence of m tensors [N, C]"
-        )
     if len(logits) < 1:
         raise ValueError(f"{name} is an empty sequence; give at least one tensor [N, C]")
     for i, x in enumerate(logits):
-        _check_tensor(f"{name}[{i}]", x, 2, "[N, C]")
+        checks.axes(f"{name}[{i}]", x, "[N, C]", 2)
     return list(logits)
 
 
@@ -507,12 +474,12 @@ def _check_apart(logits: list[Tensor]) -> None:
 
 
 def _check_labels(
-    loss: str, labels: Tensor, tensors: list[Tensor], classes: int, options: op.Options
+    loss: str, labels: Tensor, tensors: list[Tensor], classes: int, options: LossOptions
 ) -> Tensor:
     """Returns the labels as the operators take them: int64 [N], or floating [N, C]; the first of
     the loss's other tensors has their rows.
     """
-    rows, ignore_index, regression = tensors[0], options.ignore_index, options.regression
+    rows, ignore_index, regression = tensors[0], options.ignore_index, options.task == "regression"
     checks.labels(labels)
     if labels.layout != torch.strided or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(
@@ -555,9 +522,9 @@ def _check_linear(hidden: dict[str, Tensor], weight: Tensor, bias: Tensor | None
     """Returns the dtype of the logits: autocast's where it would cast F.linear's operands, else the
     operands' own, which then must agree.
     """
-    _check_tensor("weight", weight, 2, "[C, H]")
+    checks.axes("weight", weight, "[C, H]", 2)
     if bias is not None:
-        _check_tensor("bias", bias, 1, "[C]")
+        checks.axes("bias", bias, "[C]", 1)
         if bias.shape != weight.shape[:1]:
             raise ValueError(
                 f"bias has shape {tuple(bias.shape)}; give [C] = ({weight.shape[0]},) as weight has"

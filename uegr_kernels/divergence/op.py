@@ -1,8 +1,9 @@
 """The loss operators: schemas, fakes, autograd, and the losses that they make up."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, NoReturn, Protocol, TypedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -10,10 +11,8 @@ from torch import Tensor
 from ..core import backends, checks, native
 from ..core.operator import Context, Operator, P, R, refuse_vmap, writes_only
 from . import reference
+from .options import REDUCTIONS, LossNumbers, LossOptions
 
-# To the compiled kernels a reduction is its position here (csrc/divergence/divergence.h has the
-# same order; a test compares).
-REDUCTIONS = ("mean", "sum", "none")
 # Bytes of a chunk's logits, counted in the arithmetic's dtype. The reference keeps many tensors of
 # that size, the kernels work in place; a GPU wants larger matrices.
 ON_GPU = ("cuda", "triton")
@@ -32,13 +31,19 @@ NO_VMAP = (
 Results = tuple[Tensor, Tensor, list[Tensor]]
 
 
-class Options(NamedTuple):
-    """Holds the options of a loss, but for its reduction."""
+class LossOperator(Operator[P, R]):
+    """Takes a loss's options as one, `options`, which the schema has spelt out."""
 
-    js_weight: float
-    label_smoothing: float
-    ignore_index: int
-    regression: bool
+    def in_numbers(self, options: Mapping[str, Any]) -> dict[str, object]:
+        """Returns the options as the schema has them."""
+        return {**options["options"].numbers(), "needs": options["needs"]}
+
+    def in_words(self, options: dict[str, Any]) -> dict[str, object]:
+        """Returns the options as the reference has them."""
+        # raises for a number that stands for no reduction
+        super().in_words(options)
+        numbers = {name: options[name] for name in LossNumbers.__annotations__}
+        return {"options": LossOptions.of_numbers(**numbers), "needs": options["needs"]}
 
 
 def _fake(
@@ -61,15 +66,15 @@ def _fake(
 
 
 def _fake_loss(
-    logits: list[Tensor], labels: Tensor | None, *, reduction: str, needs: list[bool], **_: object
+    logits: list[Tensor], labels: Tensor | None, *, options: LossOptions, needs: list[bool]
 ) -> Results:
-    return _fake(logits[0], logits, reduction, needs, logits[0].dtype)
+    return _fake(logits[0], logits, options.reduction, needs, logits[0].dtype)
 
 
 def _fake_loss_(
-    logits: list[Tensor], labels: Tensor | None, *, reduction: str, needs: list[bool], **_: object
+    logits: list[Tensor], labels: Tensor | None, *, options: LossOptions, needs: list[bool]
 ) -> tuple[Tensor, Tensor]:
-    return _fake_loss(logits, labels, reduction=reduction, needs=needs)[:2]
+    return _fake_loss(logits, labels, options=options, needs=needs)[:2]
 
 
 def _load_triton() -> None:
@@ -85,7 +90,7 @@ def _load_triton() -> None:
 # With labels the first pass of the logits is the clean one, which may be all; without, all are
 # compared in pairs. Returned: the loss, its three parts, and the gradients by the logits where
 # `needs` asks, in order.
-uegr_loss = Operator(
+uegr_loss = LossOperator(
     __package__,
     f"uegr_loss(Tensor[] logits, Tensor? labels, *, {OPTIONS}) -> (Tensor, Tensor, Tensor[])",
     reference.uegr_loss,
@@ -94,7 +99,7 @@ uegr_loss = Operator(
     words={"reduction": REDUCTIONS},
     no_vmap=NO_VMAP,
 )
-uegr_loss_ = Operator(
+uegr_loss_ = LossOperator(
     __package__,
     f"uegr_loss_(Tensor(a!)[] logits, Tensor? labels, *, {OPTIONS}) -> (Tensor, Tensor)",
     reference.uegr_loss_,
@@ -137,8 +142,8 @@ def kernel(operator: Operator[P, R], backend: str) -> Callable[P, R]:
     return run
 
 
-def _in_forward(needs: list[bool], reduction: int, row_weights: Tensor | None) -> list[bool]:
-    return [need and (REDUCTIONS[reduction] != "none" or row_weights is not None) for need in needs]
+def _in_forward(needs: list[bool], reduction: str, row_weights: Tensor | None) -> list[bool]:
+    return [need and (reduction != "none" or row_weights is not None) for need in needs]
 
 
 def _linear_uegr_loss(
@@ -148,19 +153,16 @@ def _linear_uegr_loss(
     labels: Tensor | None,
     row_weights: Tensor | None,
     *,
-    js_weight: float,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: int,
-    regression: bool,
     needs: list[bool],
     chunk_rows: int | None,
     backend: str,
     dtype: torch.dtype,
+    **numbers: Any,
 ) -> Results:
     """Runs the reference's chunks with the backend's rows, in the dtype that autocast decided
-    above.
+    above; `numbers`: LossNumbers.
     """
+    options = LossOptions.of_numbers(**numbers)
     passes = sum(x.shape[0] if x.dim() == 3 else 1 for x in hidden)
     limit = CHUNK_BYTES.get(backend, NATIVE_CHUNK_BYTES)
     chunk_rows = chunk_rows or max(
@@ -174,14 +176,10 @@ def _linear_uegr_loss(
             bias,
             labels,
             row_weights,
-            reduction=REDUCTIONS[reduction],
-            needs=_in_forward(needs, reduction, row_weights),
+            options=options,
+            needs=_in_forward(needs, options.reduction, row_weights),
             dtype=dtype,
             chunk_rows=chunk_rows,
-            js_weight=js_weight,
-            label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
-            regression=regression,
         )
 
 
@@ -197,7 +195,7 @@ def _fake_linear(
     dtype: torch.dtype,
     **_: object,
 ) -> Results:
-    wanted = _in_forward(needs, reduction, row_weights)
+    wanted = _in_forward(needs, REDUCTIONS[reduction], row_weights)
     return _fake(hidden[0], [*hidden, weight, bias], REDUCTIONS[reduction], wanted, dtype)
 
 
@@ -258,14 +256,9 @@ def _hand_out(
     return [next(wanted) if need else None for need in needs]
 
 
-class LossKeywords(TypedDict):
+class LossKeywords(LossNumbers):
     """Types the keywords of the schema of a loss."""
 
-    js_weight: float
-    label_smoothing: float
-    ignore_index: int
-    reduction: int
-    regression: bool
     needs: list[bool]
 
 
@@ -377,9 +370,8 @@ class _Loss(torch.autograd.Function):
         labels: Tensor | None,
         backend: str,
         in_place: bool,
-        reduction: str,
         needs: list[bool],
-        options: Options,
+        options: LossOptions,
         *logits: Tensor,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
@@ -388,13 +380,13 @@ class _Loss(torch.autograd.Function):
         detached = [x.detach() for x in logits]
         if in_place:
             loss, parts = kernel(uegr_loss_, backend)(
-                detached, labels, reduction=reduction, needs=needs, **options._asdict()
+                detached, labels, options=options, needs=needs
             )
             gradients = [x for x, need in zip(detached, needs, strict=True) if need]
             torch.autograd.graph.increment_version(gradients)
         else:
             loss, parts, gradients = kernel(uegr_loss, backend)(
-                detached, labels, reduction=reduction, needs=needs, **options._asdict()
+                detached, labels, options=options, needs=needs
             )
         ctx.save_for_backward(parts, *gradients)
         return loss, parts
@@ -419,7 +411,7 @@ class _Loss(torch.autograd.Function):
             ]
         else:
             given = _hand_out(grad_loss, gradients, ctx.needs, parts, ctx.backend)
-        return None, None, None, None, None, None, *given
+        return None, None, None, None, None, *given
 
 
 class _TransformedLoss(torch.autograd.Function):
@@ -455,9 +447,8 @@ class _TransformedLoss(torch.autograd.Function):
 def loss_and_parts(
     logits: list[Tensor],
     labels: Tensor | None,
-    options: Options,
+    options: LossOptions,
     *,
-    reduction: str,
     in_place: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
@@ -466,32 +457,27 @@ def loss_and_parts(
     _check_range(labels, logits[0].shape[-1], options.ignore_index)
     needs = [torch.is_grad_enabled() and x.requires_grad for x in logits]
 
-    def run(reduction: str) -> tuple[Tensor, Tensor]:
+    def run(options: LossOptions) -> tuple[Tensor, Tensor]:
         traced = backends.traced()
         if traced and backends.transformed():
             every = functools.partial(
-                kernel(uegr_loss, backend),
-                reduction=reduction,
-                needs=[True] * len(logits),
-                **options._asdict(),
+                kernel(uegr_loss, backend), options=options, needs=[True] * len(logits)
             )
             loss, parts, *_ = _TransformedLoss.apply(  # type: ignore[no-untyped-call]
                 every, labels, *logits
             )
         elif traced and backend != "reference":
-            loss, parts, _ = uegr_loss.registered(
-                logits, labels, reduction=reduction, needs=needs, **options._asdict()
-            )
+            loss, parts, _ = uegr_loss.registered(logits, labels, options=options, needs=needs)
         elif not any(needs):
             loss, parts, _ = kernel(uegr_loss, backend)(
-                logits, labels, reduction=reduction, needs=needs, **options._asdict()
+                logits, labels, options=options, needs=needs
             )
         else:
-            given = (labels, backend, in_place and not traced, reduction, needs, options)
+            given = (labels, backend, in_place and not traced, needs, options)
             loss, parts = _Loss.apply(*given, *logits)  # type: ignore[no-untyped-call]
         return loss, parts
 
-    return _divided_last(run, reduction, logits[0], labels, logits[0].dtype, options.ignore_index)
+    return _divided_last(run, options, logits[0], labels, logits[0].dtype)
 
 
 def linear_loss_and_parts(
@@ -499,9 +485,8 @@ def linear_loss_and_parts(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor | None,
-    options: Options,
+    options: LossOptions,
     *,
-    reduction: str,
     dtype: torch.dtype,
     chunk_rows: int | None,
     backend: str,
@@ -515,9 +500,7 @@ def linear_loss_and_parts(
         with torch.autocast(weight.device.type, enabled=False):
             w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
             logits = [torch.nn.functional.linear(x.to(dtype), w, b) for x in hidden]
-        return loss_and_parts(
-            logits, labels, options, reduction=reduction, in_place=False, backend=backend
-        )
+        return loss_and_parts(logits, labels, options, in_place=False, backend=backend)
     needs = [
         x is not None and torch.is_grad_enabled() and x.requires_grad
         for x in (*hidden, weight, bias)
@@ -525,23 +508,22 @@ def linear_loss_and_parts(
     chosen = uegr_loss.choose(backend, weight.device, dtype)
     _check_range(labels, len(weight), options.ignore_index)
 
-    def run(reduction: str) -> tuple[Tensor, Tensor]:
+    def run(options: LossOptions) -> tuple[Tensor, Tensor]:
         loss, parts, _ = linear_uegr_loss(
             hidden,
             weight,
             bias,
             labels,
             None,
-            reduction=REDUCTIONS.index(reduction),
             needs=needs,
             dtype=dtype,
             chunk_rows=chunk_rows,
             backend=chosen,
-            **options._asdict(),
+            **options.numbers(),
         )
         return loss, parts
 
-    return _divided_last(run, reduction, hidden[0], labels, dtype, options.ignore_index)
+    return _divided_last(run, options, hidden[0], labels, dtype)
 
 
 def _check_range(labels: Tensor | None, classes: int, ignore_index: int) -> None:
@@ -564,20 +546,20 @@ def _check_range(labels: Tensor | None, classes: int, ignore_index: int) -> None
 
 
 def _divided_last(
-    run: Callable[[str], tuple[Tensor, Tensor]],
-    reduction: str,
+    run: Callable[[LossOptions], tuple[Tensor, Tensor]],
+    options: LossOptions,
     rows: Tensor,
     labels: Tensor | None,
     dtype: torch.dtype,
-    ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
     """Runs a loss, and for float16 divides its sum by N outside: a gradient divided inside would
     vanish before the loss scale lifts it.
     """
-    if reduction != "mean" or dtype != torch.float16:
-        return run(reduction)
-    count = reference.kept_rows(labels, rows, ignore_index).sum()
+    if options.reduction != "mean" or dtype != torch.float16:
+        return run(options)
+    count = reference.kept_rows(labels, rows, options.ignore_index).sum()
     loss, parts = (
-        torch.where(count > 0, total / count.clamp(min=1), torch.nan) for total in run("sum")
+        torch.where(count > 0, total / count.clamp(min=1), torch.nan)
+        for total in run(dataclasses.replace(options, reduction="sum"))
     )
     return loss, parts

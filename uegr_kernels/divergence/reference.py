@@ -5,12 +5,15 @@ A row function takes rows [N, C] and returns a value per row [N] and its gradien
 `uegr_loss` and what follows have the operators' arguments (op.py).
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from .options import LossOptions
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -73,15 +76,7 @@ def targets(labels: Tensor, rows: Tensor, keep: Tensor, label_smoothing: float) 
 
 
 def uegr_loss(
-    logits: list[Tensor],
-    labels: Tensor | None,
-    *,
-    js_weight: float,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: str,
-    regression: bool,
-    needs: list[bool],
+    logits: list[Tensor], labels: Tensor | None, *, options: LossOptions, needs: list[bool]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Computes L_train (Eq. 6); its parts [3] or [3, N]: CE of the clean pass, of the others (Eq.
     3), divergence (Eq. 4); gradients where needed.
@@ -91,16 +86,17 @@ def uegr_loss(
     """
     dtype = compute_dtype(logits[0].dtype)
     rows = [row.to(dtype) for x in logits for row in (x.unbind() if x.dim() == 3 else [x])]
+    regression = options.task == "regression"
     rows = rows if regression else [row.log_softmax(-1) for row in rows]
     label_loss, pair_loss = (
         (squared_error, squared_difference) if regression else (cross_entropy, jensen_shannon)
     )
-    keep = kept_rows(labels, rows[0], ignore_index)
+    keep = kept_rows(labels, rows[0], options.ignore_index)
     taken = [x.new_zeros(x.shape, dtype=dtype) for x in logits]
     gradients = [g for x in taken for g in (x.unbind() if x.dim() == 3 else [x])]
     clean, adversarial, divergence = torch.zeros(3, len(keep), dtype=dtype, device=keep.device)
     if labels is not None:
-        t = targets(labels, rows[0], keep, label_smoothing)
+        t = targets(labels, rows[0], keep, options.label_smoothing)
         clean, gradient = label_loss(rows[0], t)
         gradients[0].add_(gradient)
         for row, into in zip(rows[1:], gradients[1:], strict=True):
@@ -112,12 +108,12 @@ def uegr_loss(
         value, *pair = pair_loss(rows[k], rows[l])
         divergence = divergence + value
         for i, gradient in zip((k, l), pair, strict=True):
-            gradients[i].add_(gradient, alpha=js_weight)
-    count = keep.sum() if reduction == "mean" else 1
+            gradients[i].add_(gradient, alpha=options.js_weight)
+    count = keep.sum() if options.reduction == "mean" else 1
     losses = torch.stack(
-        (clean + adversarial + js_weight * divergence, clean, adversarial, divergence)
+        (clean + adversarial + options.js_weight * divergence, clean, adversarial, divergence)
     ).where(keep, 0)
-    losses = losses if reduction == "none" else losses.sum(-1) / count
+    losses = losses if options.reduction == "none" else losses.sum(-1) / count
     for gradient in taken:
         gradient.div_(count).masked_fill_(~keep[:, None], 0)
     return (
@@ -128,27 +124,10 @@ def uegr_loss(
 
 
 def uegr_loss_(
-    logits: list[Tensor],
-    labels: Tensor | None,
-    *,
-    js_weight: float,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: str,
-    regression: bool,
-    needs: list[bool],
+    logits: list[Tensor], labels: Tensor | None, *, options: LossOptions, needs: list[bool]
 ) -> tuple[Tensor, Tensor]:
     """Computes what `uegr_loss` does, and writes the gradients over the logits that need one."""
-    loss, parts, gradients = uegr_loss(
-        logits,
-        labels,
-        js_weight=js_weight,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        regression=regression,
-        needs=needs,
-    )
+    loss, parts, gradients = uegr_loss(logits, labels, options=options, needs=needs)
     for x, gradient in zip(
         [x for x, need in zip(logits, needs, strict=True) if need], gradients, strict=True
     ):
@@ -176,11 +155,7 @@ def linear_uegr_loss(
     labels: Tensor | None,
     row_weights: Tensor | None,
     *,
-    js_weight: float,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: str,
-    regression: bool,
+    options: LossOptions,
     needs: list[bool],
     dtype: torch.dtype,
     chunk_rows: int,
@@ -191,7 +166,7 @@ def linear_uegr_loss(
     `kernel` is a `uegr_loss_`. Gradients for hidden, weight, bias where needed: of the reduced
     loss, or of sum(row_weights * loss).
     """
-    wide = compute_dtype(dtype)
+    wide, by_row = compute_dtype(dtype), dataclasses.replace(options, reduction="none")
     w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
     *need_hidden, need_weight, need_bias = needs
     need_logits = [need or need_weight or need_bias for need in need_hidden]
@@ -200,7 +175,8 @@ def linear_uegr_loss(
     ]
     d_weight = w.new_zeros(w.shape, dtype=wide) if need_weight else None
     d_bias = b.new_zeros(b.shape, dtype=wide) if b is not None and need_bias else None
-    keep, losses, buffer = kept_rows(labels, hidden[0], ignore_index), [], w.new_empty(0)
+    keep, losses = kept_rows(labels, hidden[0], options.ignore_index), []
+    buffer = w.new_empty(0)
     for at in range(0, max(len(keep), 1), chunk_rows):
         slices = [x[..., at : at + chunk_rows, :] for x in hidden]
         h = torch.cat([x.reshape(-1, x.shape[-1]) for x in slices]).to(dtype)
@@ -214,11 +190,7 @@ def linear_uegr_loss(
         loss, parts = kernel(
             of_inputs,
             None if labels is None else labels[at : at + chunk_rows],
-            js_weight=js_weight,
-            label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
-            reduction="none",
-            regression=regression,
+            options=by_row,
             needs=need_logits,
         )
         losses.append(torch.cat((loss[None], parts)))
@@ -238,9 +210,11 @@ def linear_uegr_loss(
             d_bias += z.sum(0, dtype=wide)
     values = torch.cat(losses, -1)
     count = (
-        keep.sum() if reduction == "mean" else torch.ones((), dtype=torch.int64, device=keep.device)
+        keep.sum()
+        if options.reduction == "mean"
+        else torch.ones((), dtype=torch.int64, device=keep.device)
     )
-    values = values if reduction == "none" else values.sum(-1) / count
+    values = values if options.reduction == "none" else values.sum(-1) / count
     gradients = zip((*d_hidden, d_weight, d_bias), (*hidden, weight, bias), strict=True)
     return (
         values[0].clone(),

@@ -73,7 +73,7 @@ class AdaptiveDropout(nn.Module):
         """Drops units of the input, in training mode."""
         if not self.training:
             return input
-        self._check(input)
+        checks.axes("input", input, "[..., F]")
         backend = op.adaptive_dropout.choose(self.backend, input.device, input.dtype)
         if input.dim() > MOST_AXES or not self._ready(input):
             return F.dropout(input, self.p)
@@ -173,13 +173,6 @@ class AdaptiveDropout(nn.Module):
         self._move(fn)
         return self
 
-    def _check(self, input: Tensor) -> None:
-        checks.tensor("input", input)
-        if input.dim() == 0 or input.shape[-1] == 0:
-            raise ValueError(
-                f"input has shape {tuple(input.shape)}; give a last axis with the units"
-            )
-
     def _ready(self, input: Tensor) -> bool:
         """Returns whether the state is that of the input's units, where they are; if not, the rate
         is plain.
@@ -227,12 +220,11 @@ class AdaptiveDropout(nn.Module):
         dtype = torch.float64 if double else norm.dtype
         if not len(norm):
             self._make(input.shape[-1], torch.float64 if double else torch.float32, input.device)
-        elif input.is_meta:
-            raise ValueError(
-                f"input is on meta, the module's state on {norm.device}; move the module with .to()"
-            )
-        else:
-            self._move(lambda tensor: torch.empty_like(tensor, dtype=dtype, device=input.device))
+            return
+        # which has no values, and would lose the state's
+        if input.is_meta:
+            checks.same_device("the module's state", norm, "input", input)
+        self._move(lambda tensor: torch.empty_like(tensor, dtype=dtype, device=input.device))
 
     def _load_from_state_dict(
         self,

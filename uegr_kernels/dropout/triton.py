@@ -222,22 +222,27 @@ def _drop(h: Tensor, name: str, rates: Tensor, key: Tensor, *, squares: Tensor |
     )
     with triton_ops.on(h):
         drop_kernel[(triton.cdiv(units, tile), parts)](
-            h,
-            rates,
-            rates.stride(0),
-            key,
-            out,
-            sums,
-            rows,
-            units,
-            size,
-            _constexprs(form),
+            h_ptr=h,
+            rates_ptr=rates,
+            rates_stride=rates.stride(0),
+            key_ptr=key,
+            out_ptr=out,
+            squares_ptr=sums,
+            rows=rows,
+            units=units,
+            size=size,
+            form=_constexprs(form),
             num_warps=8 if at_once * tile >= 2048 else 1,
         )
         if with_squares:
-            form = _constexprs(NO_FORM._replace(ROWS=16, UNITS=32))
-            add_parts_kernel[(triton.cdiv(units, 32),)](
-                sums, squares, parts, units, form, num_warps=2
+            form = NO_FORM._replace(ROWS=16, UNITS=32)
+            add_parts_kernel[(triton.cdiv(units, form.UNITS),)](
+                squares_ptr=sums,
+                out_ptr=squares,
+                parts=parts,
+                units=units,
+                form=_constexprs(form),
+                num_warps=2,
             )
     return out
 
@@ -278,17 +283,18 @@ def dropout_rates_(
         triton_ops.refuse_expanded(name, x, RuntimeError)
     rates = gradient_norm.new_empty(gradient_norm.shape)
     if len(rates):
-        numbers = (triton_ops.bits(x) for x in (p, max_p, momentum))
         with triton_ops.on(rates):
             rates_kernel[(1,)](
-                gradient_norm,
-                gradient_norm.stride(0),
-                pending,
-                pending.stride(0),
-                rates,
-                len(rates),
-                *numbers,
-                _constexprs(NO_FORM._replace(FOLD=fold)),
+                norm_ptr=gradient_norm,
+                norm_stride=gradient_norm.stride(0),
+                pending_ptr=pending,
+                pending_stride=pending.stride(0),
+                rates_ptr=rates,
+                units=len(rates),
+                p=triton_ops.bits(p),
+                max_p=triton_ops.bits(max_p),
+                momentum=triton_ops.bits(momentum),
+                form=_constexprs(NO_FORM._replace(FOLD=fold)),
                 num_warps=4,
             )
     return rates

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..bistage import StageOptions
 from ..core import checks
-from ..divergence import TASKS, LossParts, check_loss_options, uegr_loss
+from ..divergence import TASKS, LossOptions, LossParts, uegr_loss
 from ..passes import (
     InputBatch,
     Inputs,
@@ -241,12 +241,9 @@ class PassRecipe(Recipe):
 
     def _settle_options(self) -> None:
         super()._settle_options()
-        check_loss_options(
-            js_weight=0.0,
-            label_smoothing=self.label_smoothing,
-            ignore_index=self.ignore_index,
-            task=self.task,
-        )
+        LossOptions(
+            label_smoothing=self.label_smoothing, ignore_index=self.ignore_index, task=self.task
+        ).checked()
 
     def _make_runner(self) -> Runner:
         return Runner(

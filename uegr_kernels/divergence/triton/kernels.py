@@ -86,6 +86,19 @@ class Form(typing.NamedTuple):
     IN_PLACE: bool
 
 
+class Entry(typing.NamedTuple):
+    """Holds where a pass is, as the table of many passes has it, in numbers of 64 bits."""
+
+    address: int
+    row_stride: int
+    stride: int
+
+
+# of an entry: how many numbers it has, and where these are
+ENTRY = tl.constexpr(len(Entry._fields))
+ROW_STRIDE = tl.constexpr(Entry._fields.index("row_stride"))
+STRIDE = tl.constexpr(Entry._fields.index("stride"))
+
 # What travels together. A field by pass is a tuple of blocks [ROWS, 1, 1].
 
 
@@ -108,18 +121,42 @@ class Matrices(typing.NamedTuple):
     strides: object
 
 
-class Samples(typing.NamedTuple):
-    """Holds what is read of some samples: logits, and either labels or pointers to soft ones.
-    `held`: the blocks of rows that are HELD, as they are in memory, by pass; soft labels' last.
+class Held(typing.NamedTuple):
+    """Holds the blocks of rows that are HELD, as they are in memory: those of each pass, and of
+    soft labels.
     """
 
+    logits: object
+    soft: object
+
+
+class Samples(typing.NamedTuple):
+    """Holds what is read of some samples: logits, and either labels or pointers to soft ones."""
+
     logits: Rows
-    held: object
+    held: Held
     label: object
     soft_ptr: object
     soft_stride: object
     smoothing: object
     classes: object
+
+
+class BlockColumns(typing.NamedTuple):
+    """Holds the columns of a block, and which of them there are."""
+
+    i: object
+    inside: object
+
+
+class Normalizer(typing.NamedTuple):
+    """Holds of a row its maximum, a class that has it, and the sum of exp(x - maximum); of several
+    passes' rows, each by pass.
+    """
+
+    top: object
+    likeliest: object
+    total: object
 
 
 class Passes(typing.NamedTuple):
@@ -165,12 +202,14 @@ class Factors(typing.NamedTuple):
 
 
 class Losses(typing.NamedTuple):
-    """Holds the three parts of a loss."""
+    """Holds the three parts of a loss, which memory has in this order too."""
 
     clean: object
     adversarial: object
     divergence: object
 
+
+PARTS = tl.constexpr(len(Losses._fields))
 
 # ---- Tuples as arrays: Triton's have no item that is written, nor one that a number picks.
 
@@ -219,7 +258,7 @@ def add_to_known_item(values, K: tl.constexpr, term):
 
 @triton.jit
 def columns(at, classes, form):
-    """Returns the columns of the block from `at` on, and which of them there are."""
+    """Returns the columns of the block from `at` on."""
     w, v = tl.arange(0, form.RUNS)[None, :, None], tl.arange(0, form.RUN)[None, None, :]
     if form.ALIGNED:
         i = at + w * form.RUN + v
@@ -228,7 +267,7 @@ def columns(at, classes, form):
         # neighbouring threads have neighbouring columns
         i = at + v * form.RUNS + w
         inside = i < classes
-    return i, inside
+    return BlockColumns(i=i, inside=inside)
 
 
 @triton.jit
@@ -279,14 +318,14 @@ def held_blocks(row_ptr, stride, FILL: tl.constexpr, samples, form):
 @triton.jit
 def hold(samples, form):
     """Returns the blocks of rows that are HELD, all of which are asked for before one is used."""
-    held = ()
+    logits, soft = (), ()
     if form.HELD:
         for k in tl.static_range(form.PASSES):
             row_ptr, stride = samples.logits.ptrs[k], samples.logits.strides[k]
-            held = held + held_blocks(row_ptr, stride, -INFINITY, samples, form)
+            logits = logits + (held_blocks(row_ptr, stride, -INFINITY, samples, form),)
         if form.LABELS == "soft":
-            held = held + held_blocks(samples.soft_ptr, samples.soft_stride, 0.0, samples, form)
-    return held
+            soft = held_blocks(samples.soft_ptr, samples.soft_stride, 0.0, samples, form)
+    return Held(logits=logits, soft=soft)
 
 
 @triton.jit
@@ -308,12 +347,10 @@ def row_of_pass(rows, k, form):
     if form.FEW:
         return rows.ptrs[k], rows.strides[k]
     else:
-        entry_ptr = rows.table_ptr + 3 * k
-        begin, row_stride, stride = (
-            tl.load(entry_ptr),
-            tl.load(entry_ptr + 1),
-            tl.load(entry_ptr + 2),
-        )
+        entry_ptr = rows.table_ptr + ENTRY * k
+        begin = tl.load(entry_ptr)
+        row_stride = tl.load(entry_ptr + ROW_STRIDE)
+        stride = tl.load(entry_ptr + STRIDE)
         if form.ALIGNED:
             row_ptr = triton_ops.aligned_pointer(begin, form.STORAGE)
             return row_ptr + rows.row * row_stride * form.RUN, stride
@@ -325,7 +362,7 @@ def row_of_pass(rows, k, form):
 def read_pass(k, b, i, inside, FULL: tl.constexpr, AGAIN: tl.constexpr, samples, form):
     """Returns a block of pass k; `b`: which of the HELD blocks it is, else nothing."""
     if form.HELD:
-        return samples.held[k * form.HELD + b].to(form.DTYPE)
+        return samples.held.logits[k][b].to(form.DTYPE)
     else:
         row_ptr, stride = row_of_pass(samples.logits, k, form)
         return read(row_ptr, i, inside, stride, -INFINITY, FULL, AGAIN, form)
@@ -379,6 +416,12 @@ def rotated(values):
 
 
 @triton.jit
+def next_side(side):
+    """Returns the side in which every pass has the place of the one before it."""
+    return Side(z=rotated(side.z), rests=rotated(side.rests), ratios=rotated(side.ratios))
+
+
+@triton.jit
 def add_pairs(COUNT: tl.constexpr, of_k, of_l, k, l, form):
     """Returns the sums of log ratios with those of the first COUNT pairs, pass j of `k` with pass j
     of `l`, added on both sides.
@@ -405,19 +448,17 @@ def log_ratios(z, passes, form):
         of_k = of_k + (first_ratio(z[0].shape, k + form.FIRST, passes, form),)
         of_l = of_l + (tl.full(z[0].shape, -0.0, form.DTYPE),)
     own = Side(z=z, rests=passes.rests[form.FIRST :], ratios=passes.ratios)
+    other = own
     if M <= UNROLLED:
-        other = own
         for _ in tl.static_range((M - 1) // 2):
-            other = Side(rotated(other.z), rotated(other.rests), rotated(other.ratios))
+            other = next_side(other)
             of_k, of_l = add_pairs(M, of_k, rotated(of_l), own, other, form)
     else:
-        z_l, rests, ratios = own
         for _ in range((M - 1) // 2):
-            z_l, rests, ratios = rotated(z_l), rotated(rests), rotated(ratios)
-            of_k, of_l = add_pairs(M, of_k, rotated(of_l), own, Side(z_l, rests, ratios), form)
-        other = Side(z_l, rests, ratios)
+            other = next_side(other)
+            of_k, of_l = add_pairs(M, of_k, rotated(of_l), own, other, form)
     if M % 2 == 0:
-        other = Side(rotated(other.z), rotated(other.rests), rotated(other.ratios))
+        other = next_side(other)
         of_k, of_l = add_pairs(M // 2, of_k, rotated(of_l), own, other, form)
     w = ()
     # of_l has been turned so often
@@ -534,32 +575,30 @@ def class_of(x, top, i):
 
 @triton.jit
 def held_normalizer(k, samples, form):
-    """Returns a row's maximum, a class that has it, and the sum of exponentials, as `normalizer`
-    does, for pass k whose blocks are HELD.
-    """
+    """Returns a row's normalizer, as `normalizer` does, for pass k whose blocks are HELD."""
     BLOCK: tl.constexpr = form.RUNS * form.RUN
-    highest = samples.held[k * form.HELD].to(form.DTYPE)
+    blocks = samples.held.logits[k]
+    highest = blocks[0].to(form.DTYPE)
     for b in tl.static_range(1, form.HELD):
-        highest = tl.maximum(highest, samples.held[k * form.HELD + b].to(form.DTYPE))
+        highest = tl.maximum(highest, blocks[b].to(form.DTYPE))
     top = tl.max(tl.max(highest, 2, keep_dims=True), 1, keep_dims=True)
     total = tl.zeros([form.ROWS, form.RUNS, 1], form.DTYPE)
     likeliest = tl.zeros([form.ROWS, form.RUNS, 1], tl.int32)
     for b in tl.static_range(form.HELD):
-        x = samples.held[k * form.HELD + b].to(form.DTYPE)
+        x = blocks[b].to(form.DTYPE)
         total += over_runs(exponential(x - top))
         if form.EXACT:
-            i = columns(b * BLOCK, samples.classes, form)[0]
+            i = columns(b * BLOCK, samples.classes, form).i
             likeliest = tl.maximum(likeliest, tl.max(tl.where(x == top, i, 0), 2, keep_dims=True))
     total = tl.sum(total, 1, keep_dims=True)
     likeliest = tl.max(likeliest, 1, keep_dims=True)
-    return top, likeliest, tl.where(total > 0, total, float("nan"))
+    total = tl.where(total > 0, total, float("nan"))
+    return Normalizer(top=top, likeliest=likeliest, total=total)
 
 
 @triton.jit
 def normalizer(row_ptr, stride, classes, form):
-    """Returns a row's maximum, a class that has it, and the sum of exp(x - maximum): NaN where all
-    is -inf or something is no logit.
-    """
+    """Returns a row's normalizer; its total is NaN where all is -inf or something is no logit."""
     BLOCK: tl.constexpr = form.RUNS * form.RUN
     likeliest = tl.zeros([form.ROWS, 1, 1], tl.int32)
     # of the block that has a run's maximum
@@ -586,25 +625,27 @@ def normalizer(row_ptr, stride, classes, form):
     top = tl.max(highest, 1, keep_dims=True)
     total = tl.sum(total * exponential(highest - top), 1, keep_dims=True)
     if form.EXACT:
-        i = begin + columns(0, classes, form)[0]
+        i = begin + columns(0, classes, form).i
         x = read(row_ptr, i, i < classes, stride, -INFINITY, False, True, form)
         likeliest = class_of(x, top, i)
-    return top, likeliest, tl.where(total > 0, total, float("nan"))
+    total = tl.where(total > 0, total, float("nan"))
+    return Normalizer(top=top, likeliest=likeliest, total=total)
 
 
 @triton.jit
 def normalizers(samples, form):
-    """Returns by pass its rows' maxima, classes that have them, and sums of exponentials."""
+    """Returns the passes' normalizers, each of their values by pass."""
     tops, likeliest, totals = (), (), ()
     if form.FEW:
         for k in tl.static_range(form.PASSES):
             if form.HELD:
-                top, class_, total = held_normalizer(k, samples, form)
+                found = held_normalizer(k, samples, form)
             else:
-                top, class_, total = normalizer(
+                found = normalizer(
                     samples.logits.ptrs[k], samples.logits.strides[k], samples.classes, form
                 )
-            tops, likeliest, totals = tops + (top,), likeliest + (class_,), totals + (total,)
+            tops, totals = tops + (found.top,), totals + (found.total,)
+            likeliest = likeliest + (found.likeliest,)
     else:
         for _ in tl.static_range(form.PASSES):
             tops = tops + (tl.zeros([form.ROWS, 1, 1], form.DTYPE),)
@@ -612,16 +653,17 @@ def normalizers(samples, form):
             likeliest = likeliest + (tl.zeros([form.ROWS, 1, 1], tl.int32),)
         for k in range(form.PASSES):
             row_ptr, stride = row_of_pass(samples.logits, k, form)
-            top, class_, total = normalizer(row_ptr, stride, samples.classes, form)
-            tops, likeliest = set_item(tops, k, top), set_item(likeliest, k, class_)
-            totals = set_item(totals, k, total)
-    return tops, likeliest, totals
+            found = normalizer(row_ptr, stride, samples.classes, form)
+            tops, totals = set_item(tops, k, found.top), set_item(totals, k, found.total)
+            likeliest = set_item(likeliest, k, found.likeliest)
+    return Normalizer(top=tops, likeliest=likeliest, total=totals)
 
 
 @triton.jit
 def normalize(samples, form):
     """Makes the first visit to rows: finds each pass's maximum, sum of exponentials and pivot."""
-    tops, likeliest, totals = normalizers(samples, form)
+    normalizer_of = normalizers(samples, form)
+    tops, totals = normalizer_of.top, normalizer_of.total
     bases, rests, ratios, pivots = (), (), (), ()
     highest, lowest = tops[form.PASSES - 1], tops[form.PASSES - 1]
     for k in tl.static_range(form.FIRST, form.PASSES):
@@ -635,8 +677,10 @@ def normalize(samples, form):
         if form.FEW and k >= form.FIRST:
             ratios = ratios + (log_gap(totals[k], totals[form.FIRST]),)
     if form.EXACT and form.PASSES - form.FIRST > 1:
-        found = Passes(tops, bases, rests, totals, pivots, ratios)
-        pivots = pivots_of(likeliest, samples, found, form)
+        found = Passes(
+            tops=tops, bases=bases, rests=rests, totals=totals, pivots=pivots, ratios=ratios
+        )
+        pivots = pivots_of(normalizer_of.likeliest, samples, found, form)
     return Passes(tops=tops, bases=bases, rests=rests, totals=totals, pivots=pivots, ratios=ratios)
 
 
@@ -647,7 +691,7 @@ def normalize(samples, form):
 def targets(b, i, inside, FULL: tl.constexpr, AGAIN: tl.constexpr, samples, form):
     """Returns the probabilities t that soft labels stand for, 0 past the end."""
     if form.HELD:
-        t = samples.held[form.PASSES * form.HELD + b].to(form.DTYPE)
+        t = samples.held.soft[b].to(form.DTYPE)
     else:
         t = read(samples.soft_ptr, i, inside, samples.soft_stride, 0.0, FULL, AGAIN, form)
     if form.SMOOTH:
@@ -969,8 +1013,8 @@ def regress(samples, gradients, there, unit, js_weight, form):
     BLOCK: tl.constexpr = form.RUNS * form.RUN
     classes = samples.classes
     end = end_of_full(classes, form)
-    zero = zeros(3, form)
-    sums = Losses(clean=zero[0], adversarial=zero[1], divergence=zero[2])
+    zero = tl.zeros([form.ROWS, form.RUNS, 1], form.DTYPE)
+    sums = Losses(clean=zero, adversarial=zero, divergence=zero)
     unit = unit / classes
     for at in range(0, end, BLOCK):
         sums = add_errors(
@@ -1073,7 +1117,8 @@ def loss_kernel(
             )
         else:
             logits = Rows(ptrs=(), strides=(), table_ptr=table_ptr, row=at)
-            gradients = Rows(ptrs=(), strides=(), table_ptr=table_ptr + 3 * form.PASSES, row=at)
+            gradients_ptr = table_ptr + ENTRY * form.PASSES
+            gradients = Rows(ptrs=(), strides=(), table_ptr=gradients_ptr, row=at)
         keep, label, soft_ptr = there, None, None
         if form.LABELS == "indices":
             label = tl.load(labels_ptr + at * labels_row_stride)
@@ -1083,7 +1128,7 @@ def loss_kernel(
             soft_ptr = labels_ptr + at * labels_row_stride * UNIT
         samples = Samples(
             logits=logits,
-            held=(),
+            held=Held(logits=(), soft=()),
             label=label,
             soft_ptr=soft_ptr,
             soft_stride=labels_stride,
@@ -1123,7 +1168,7 @@ def loss_kernel(
         store_losses(loss_ptr, parts_ptr, here, 1, mean, js_weight, None, True)
     elif not form.BY_ROW:
         if tl.program_id(0) == 0:
-            tl.store(parts_ptr + 3 * N.to(tl.int64) + here, count)
+            tl.store(parts_ptr + PARTS * N.to(tl.int64) + here, count)
 
 
 @triton.jit(do_not_specialize=["N", "js_weight"])
@@ -1137,7 +1182,7 @@ def add_up_kernel(rows_ptr, loss_ptr, parts_ptr, N, js_weight: tl.int64, form):
         clean += tl.load(rows_ptr + n, mask=n < N, other=0.0)
         adversarial += tl.load(rows_ptr + size + n, mask=n < N, other=0.0)
         divergence += tl.load(rows_ptr + 2 * size + n, mask=n < N, other=0.0)
-    count = tl.load(rows_ptr + 3 * size)
+    count = tl.load(rows_ptr + PARTS * size)
     mean = Losses(
         clean=tl.sum(clean, 0) / count,
         adversarial=tl.sum(adversarial, 0) / count,
@@ -1190,8 +1235,10 @@ def scale_kernel(
     is times 1 is neither read nor written.
     """
     BLOCK: tl.constexpr = form.RUNS * form.RUN
-    gradients = Matrices(gradients_ptrs, gradients_row_strides, gradients_strides)
-    scaled = Matrices(scaled_ptrs, scaled_row_strides, scaled_strides)
+    gradients = Matrices(
+        ptrs=gradients_ptrs, row_strides=gradients_row_strides, strides=gradients_strides
+    )
+    scaled = Matrices(ptrs=scaled_ptrs, row_strides=scaled_row_strides, strides=scaled_strides)
     blocks = tl.cdiv(C, BLOCK)
     pieces = tl.cdiv(N, form.ROWS).to(tl.int64) * blocks
     if not form.BY_ROW:

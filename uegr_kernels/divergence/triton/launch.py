@@ -9,7 +9,8 @@ import triton
 from torch import Tensor
 
 from ...core import triton_ops
-from .kernels import Form, add_up_kernel, loss_kernel, scale_kernel
+from ..options import LossOptions
+from .kernels import Entry, Form, add_up_kernel, loss_kernel, scale_kernel
 
 # passes of which a thread holds a block each
 FEW = 5
@@ -41,19 +42,23 @@ class PassRows(typing.NamedTuple):
         """Takes the tensors apart into passes."""
         passes = tuple(one for x in tensors for one in (x.unbind() if x.dim() == 3 else (x,)))
         row_strides, strides = zip(*(one.stride() for one in passes), strict=True)
-        return cls(passes, row_strides, strides)
+        return cls(tensors=passes, row_strides=row_strides, strides=strides)
 
     def some(self, at: int) -> "PassRows":
         """Returns the passes from `at` on that a program can hold."""
         few = slice(at, at + WIDE)
-        return PassRows(self.tensors[few], self.row_strides[few], self.strides[few])
+        return PassRows(
+            tensors=self.tensors[few], row_strides=self.row_strides[few], strides=self.strides[few]
+        )
 
     @property
-    def addresses(self) -> list[tuple[int, int, int]]:
-        """Returns each pass's address and strides."""
+    def entries(self) -> list[Entry]:
+        """Returns each pass's entry in a table."""
         return [
-            (one.data_ptr(), down, along)
-            for one, down, along in zip(self.tensors, self.row_strides, self.strides, strict=True)
+            Entry(address=one.data_ptr(), row_stride=row_stride, stride=stride)
+            for one, row_stride, stride in zip(
+                self.tensors, self.row_strides, self.strides, strict=True
+            )
         ]
 
     @property
@@ -169,11 +174,7 @@ def _evaluate(
     labels: Tensor | None,
     gradients: list[Tensor],
     *,
-    js_weight: float,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: str,
-    regression: bool,
+    options: LossOptions,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor]:
     """Computes the loss and its parts; writes the gradients of the logits that need them where
@@ -188,7 +189,9 @@ def _evaluate(
         kind, row_stride = "indices", labels.stride(0)
         if labels.is_floating_point():
             kind, stride = "soft", labels.stride(1)
-            involved.append(PassRows((labels,), (row_stride,), (stride,)))
+            involved.append(
+                PassRows(tensors=(labels,), row_strides=(row_stride,), strides=(stride,))
+            )
     run = _run(count, first.element_size())
     aligned = all(x.aligned(run) for x in involved)
     if aligned:
@@ -205,14 +208,14 @@ def _evaluate(
     )
     programs = _programs(block, passes, first.device)
     wide = first.dtype == torch.float64
-    dtype, by_row = torch.float64 if wide else torch.float32, reduction == "none"
+    dtype, by_row = torch.float64 if wide else torch.float32, options.reduction == "none"
     one_program = programs == 1 and not by_row
     needed = [
         need
         for x, need in zip(logits, needs, strict=True)
         for _ in range(len(x) if x.dim() == 3 else 1)
     ]
-    smooth, few = kind != "none" and label_smoothing > 0, count <= FEW
+    smooth, few = kind != "none" and options.label_smoothing > 0, count <= FEW
     form = Form(
         PASSES=count,
         FEW=few,
@@ -222,28 +225,28 @@ def _evaluate(
         DENSE=all(x.dense for x in involved),
         DTYPE=triton_ops.DTYPES[dtype],
         EXACT=first.dtype == dtype,
-        REGRESSION=regression,
+        REGRESSION=options.task == "regression",
         LABELS=kind,
         SMOOTH=smooth,
         LABEL_SUMS=smooth or kind == "soft",
         NEEDS=sum(need << k for k, need in enumerate(needed)),
-        MEAN=reduction == "mean",
+        MEAN=options.reduction == "mean",
         BY_ROW=by_row,
         ONE_PROGRAM=one_program,
         IN_PLACE=False,
     )
     kept = None
-    if labels is not None and kind == "indices" and reduction == "mean":
+    if labels is not None and kind == "indices" and options.reduction == "mean":
         if samples > COUNTED_BY_EACH:
-            kept = (labels != ignore_index).sum()
+            kept = (labels != options.ignore_index).sum()
     loss = first.new_empty((samples,) if by_row else (), dtype=dtype)
     parts = first.new_empty((3, samples) if by_row else (3,), dtype=dtype)
     rows = parts if by_row or one_program else first.new_empty(3 * samples + 1, dtype=dtype)
-    weight, smoothing = triton_ops.bits(js_weight), triton_ops.bits(label_smoothing)
+    weight = triton_ops.bits(options.js_weight)
     table = None
     if not few:
         table = triton_ops.to_device(
-            [x for part in (passes, into) for one in part.addresses for x in one],
+            [number for part in (passes, into) for entry in part.entries for number in entry],
             torch.int64,
             first.device,
         )
@@ -265,8 +268,8 @@ def _evaluate(
             N=samples,
             C=classes,
             js_weight=weight,
-            smoothing=smoothing,
-            ignore_index=ignore_index,
+            smoothing=triton_ops.bits(options.label_smoothing),
+            ignore_index=options.ignore_index,
             form=_constexprs(form),
             num_warps=block.warps,
             **_registers(few),
@@ -286,55 +289,19 @@ def _evaluate(
 
 
 def uegr_loss(
-    logits: list[Tensor],
-    labels: Tensor | None,
-    *,
-    js_weight: float,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: str,
-    regression: bool,
-    needs: list[bool],
+    logits: list[Tensor], labels: Tensor | None, *, options: LossOptions, needs: list[bool]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Computes the loss, its parts and the gradients that are needed, as the reference does."""
     into = [x.new_empty(x.shape) if need else x for x, need in zip(logits, needs, strict=True)]
-    loss, parts = _evaluate(
-        logits,
-        labels,
-        into,
-        js_weight=js_weight,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        regression=regression,
-        needs=needs,
-    )
+    loss, parts = _evaluate(logits, labels, into, options=options, needs=needs)
     return loss, parts, [x for x, need in zip(into, needs, strict=True) if need]
 
 
 def uegr_loss_(
-    logits: list[Tensor],
-    labels: Tensor | None,
-    *,
-    js_weight: float,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: str,
-    regression: bool,
-    needs: list[bool],
+    logits: list[Tensor], labels: Tensor | None, *, options: LossOptions, needs: list[bool]
 ) -> tuple[Tensor, Tensor]:
     """Computes the loss and its parts, and writes gradients over the logits that need one."""
-    return _evaluate(
-        logits,
-        labels,
-        logits,
-        js_weight=js_weight,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        regression=regression,
-        needs=needs,
-    )
+    return _evaluate(logits, labels, logits, options=options, needs=needs)
 
 
 def scale_gradients(gradients: list[Tensor], grad_loss: Tensor, parts: Tensor) -> list[Tensor]:
