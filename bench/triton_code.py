@@ -139,6 +139,8 @@ def compiled(
     paths = [str(folder)] * (folder is not None) + [os.environ.get("PYTHONPATH", ""), str(ROOT)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+    # what Triton 3.10 does unless a launch asks for it
+    environment["TRITON_DEFAULT_FP_FUSION"] = "0"
     command = [sys.executable, "-m", "bench.triton_code"]
     run = subprocess.run(
         command,
@@ -226,6 +228,7 @@ def text_of(kernel) -> list[typing.Any]:
 
 def resources(kernel, target: str, code: bool) -> tuple[int, int, int, dict[str, int]]:
     """Returns registers, spilled, shared memory, and with `code` the memory instructions."""
+    assert kernel.metadata.enable_fp_fusion, "take the launch's options from compile_options"
     if target.startswith("gfx"):
         text = kernel.asm["amdgcn"]
         registers, spilled = (

@@ -52,6 +52,13 @@ def on(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(tensor.device)
 
 
+def compile_options(warps: int) -> dict[str, int]:
+    """Returns what a launch has its kernel compiled with. Products and sums are fused, which is
+    Triton's default up to 3.9, with a warning, and no longer after that.
+    """
+    return {"num_warps": warps, "enable_fp_fusion": True}
+
+
 def lanes() -> int:
     """Returns the threads of a warp on the current GPU: of AMD's some have 64, some 32."""
     return (

@@ -232,7 +232,7 @@ def _drop(h: Tensor, name: str, rates: Tensor, key: Tensor, *, squares: Tensor |
             units=units,
             size=size,
             form=_constexprs(form),
-            num_warps=8 if at_once * tile >= 2048 else 1,
+            **triton_ops.compile_options(8 if at_once * tile >= 2048 else 1),
         )
         if with_squares:
             form = NO_FORM._replace(ROWS=16, UNITS=32)
@@ -242,7 +242,7 @@ def _drop(h: Tensor, name: str, rates: Tensor, key: Tensor, *, squares: Tensor |
                 parts=parts,
                 units=units,
                 form=_constexprs(form),
-                num_warps=2,
+                **triton_ops.compile_options(2),
             )
     return out
 
@@ -295,6 +295,6 @@ def dropout_rates_(
                 max_p=triton_ops.bits(max_p),
                 momentum=triton_ops.bits(momentum),
                 form=_constexprs(NO_FORM._replace(FOLD=fold)),
-                num_warps=4,
+                **triton_ops.compile_options(4),
             )
     return rates

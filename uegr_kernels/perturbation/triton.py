@@ -462,7 +462,7 @@ def _move_(
                 length=length,
                 **numbers._asdict(),
                 form=_constexprs(form),
-                num_warps=warps,
+                **triton_ops.compile_options(warps),
             )
             return
         size = _part(length)
@@ -484,7 +484,7 @@ def _move_(
                 moved_squares_ptr=moved_squares,
                 **numbers._asdict(),
                 form=_constexprs(form._replace(STAGE=stage)),
-                num_warps=4,
+                **triton_ops.compile_options(4),
             )
 
 
@@ -604,7 +604,7 @@ def perturb_weights_(
                             STAGE=stage, ALIGNED=kind.aligned, STORAGE=triton_ops.DTYPES[kind.dtype]
                         )
                     ),
-                    num_warps=4,
+                    **triton_ops.compile_options(4),
                 )
                 for k, values in zip(kind.positions, kind.dense, strict=True) if stage else ():
                     if values is not theta[k]:

@@ -271,7 +271,7 @@ def _evaluate(
             smoothing=triton_ops.bits(options.label_smoothing),
             ignore_index=options.ignore_index,
             form=_constexprs(form),
-            num_warps=block.warps,
+            **triton_ops.compile_options(block.warps),
             **_registers(few),
         )
         if not (by_row or one_program):
@@ -283,7 +283,7 @@ def _evaluate(
                 N=samples,
                 js_weight=weight,
                 form=_constexprs(form),
-                num_warps=8,
+                **triton_ops.compile_options(8),
             )
     return loss, parts
 
@@ -367,5 +367,5 @@ def _scale_passes(passes: PassRows, into: PassRows, factor: Tensor, in_place: bo
             N=samples,
             C=classes,
             form=_constexprs(form),
-            num_warps=block.warps,
+            **triton_ops.compile_options(block.warps),
         )

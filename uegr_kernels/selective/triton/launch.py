@@ -264,7 +264,7 @@ class Family:
             call.rule.beta2.tensor,
             call.found_inf,
             form=self.preparing,
-            num_warps=triton_ops.WARPS,
+            **triton_ops.compile_options(triton_ops.WARPS),
         )
 
         def count(items: Tensor, n: int, counts: Tensor, *, many: bool) -> None:
@@ -277,7 +277,7 @@ class Family:
                 call.found_inf,
                 MANY=many,
                 form=self.counting,
-                num_warps=triton_ops.WARPS,
+                **triton_ops.compile_options(triton_ops.WARPS),
             )
 
         if form.NORMALIZATION == "rank" and form.RULE == "statistics":
@@ -292,7 +292,9 @@ class Family:
                 counts = tables.view(torch.int32)
                 if n:
                     count(items, n, counts, many=False)
-                tabulate_kernel[(len(tables),)](head, counts, tables, num_warps=16)
+                tabulate_kernel[(len(tables),)](
+                    head, counts, tables, **triton_ops.compile_options(16)
+                )
             if n:
                 gathers = form.SOURCE in ("own", "kept") and form.NORMALIZATION != "rank"
                 # two draws an element: with fewer warps sm_100 spills; a thread has all that a
@@ -312,7 +314,7 @@ class Family:
                     call.found_inf,
                     GATHERS=gathers,
                     form=self.updating,
-                    num_warps=warps,
+                    **triton_ops.compile_options(warps),
                 )
         if out is not None:
             join_kernel[(1,)](
@@ -322,7 +324,7 @@ class Family:
                 self.tensors,
                 MANY=len(out) > 1,
                 form=self.keeping,
-                num_warps=triton_ops.WARPS,
+                **triton_ops.compile_options(triton_ops.WARPS),
             )
         elif form.KEPT is not None:
             keep_kernel[(programs,)](
@@ -331,7 +333,7 @@ class Family:
                 self.tensors,
                 call.found_inf,
                 form=self.keeping,
-                num_warps=triton_ops.WARPS,
+                **triton_ops.compile_options(triton_ops.WARPS),
             )
 
 
@@ -441,7 +443,9 @@ class Plan:
                 self.tables = torch.empty(
                     len(call.scope), TABLE.value, dtype=torch.float32, device=self.device
                 )
-            tabulate_kernel[(len(call.scope),)](head, call.scope, self.tables, num_warps=16)
+            tabulate_kernel[(len(call.scope),)](
+                head, call.scope, self.tables, **triton_ops.compile_options(16)
+            )
         for family in self.families:
             family.launch(call, head, self.tables)
 
