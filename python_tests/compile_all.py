@@ -21,6 +21,11 @@ def compile_all(path: pathlib.Path) -> None:
     """Compiles the whole product: a line of the file for each version, target, function and dtype;
     those that it has are not done again.
     """
+    for version, folder in triton_code.VERSIONS.items():
+        if folder is not None and not folder.exists():
+            sys.exit(
+                f"Triton {version} is not in {folder}; `make build/triton-3.6.0` puts it there"
+            )
     known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {
         tuple(line[key] for key in ("version", "target", "function", "dtype")) for line in known
@@ -63,4 +68,6 @@ def compile_all(path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     compile_all(pathlib.Path(sys.argv[1]))

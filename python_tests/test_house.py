@@ -17,6 +17,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from uegr_kernels.bistage import StageOptions
+from uegr_kernels.divergence import LossOptions
+
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = "uegr_kernels"
 FOLDERS = {
@@ -643,12 +646,14 @@ def no_defaults(path, text):
 
 
 @rule(
-    "Defaults of the loss's options stand in the public losses and in `StageOptions`: what is "
-    "built on them names `StageOptions`",
+    "Defaults of the loss's options stand in `LossOptions`: what is built on them names it, or "
+    "`StageOptions`, which does",
     f"{PACKAGE}/(recipes|integrations|finetune)/.*",
     bad=[
         "uegr_kernels/recipes/recipe.py | class A:\n  task: str = choice('classification', TASKS)",
         "uegr_kernels/recipes/recipe.py | class A:\n  ignore_index: int = integer(-100)",
+        "uegr_kernels/recipes/recipe.py | class A:\n  label_smoothing: float = number(0.0, 0, 1)",
+        "uegr_kernels/finetune/train.py | def f(*, js_weight=0.01): ...",
         "uegr_kernels/finetune/train.py | def f(*, task='classification'): ...",
     ],
     good=[
@@ -657,15 +662,21 @@ def no_defaults(path, text):
     ],
 )
 def loss_defaults(path, text):
+    names = LossOptions.__dataclass_fields__.keys() & StageOptions.__dataclass_fields__.keys()
     for node in ast.walk(ast.parse(text)):
         given = []
-        if isinstance(node, ast.AnnAssign):
-            given = [node.value]
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            given = [(node.target.id, node.value)]
         elif isinstance(node, (ast.FunctionDef, ast.Lambda)):
-            given = [*node.args.defaults, *node.args.kw_defaults]
-        for each in (part for value in given if value is not None for part in ast.walk(value)):
-            if ast.unparse(each) in ("'classification'", "-100"):
-                yield f"line {each.lineno} has {ast.unparse(each)} for a default"
+            arguments = [*node.args.posonlyargs, *node.args.args]
+            given = [*zip(reversed(arguments), reversed(node.args.defaults), strict=False)]
+            given += zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+            given = [(argument.arg, value) for argument, value in given]
+        for name, value in given:
+            if name in names and value is not None:
+                first = value.args[0] if isinstance(value, ast.Call) and value.args else value
+                if not isinstance(first, ast.Attribute):
+                    yield f"line {value.lineno} gives {name} the default {ast.unparse(first)}"
 
 
 @rule(

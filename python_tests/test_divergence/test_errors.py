@@ -91,11 +91,11 @@ Y = torch.zeros(4, dtype=torch.long)
 
 
 BAD_INPUT = {
-    "one pass": (lambda: pairwise_js(X[:1]), ValueError, "logits hold one pass"),
+    "one pass": (lambda: pairwise_js(X[:1]), ValueError, "logits: one pass alone"),
     "one pass of hidden states": (
         lambda: linear_pairwise_js(X[:1], X[0]),
         ValueError,
-        r"hidden hold one pass \(shape \(1, 4, 3\)\)",
+        r"hidden: one pass alone \(shape \(1, 4, 3\)\)",
     ),
     "no pass": (
         lambda: linear_uegr_loss(X[0], X[:0], X[0], Y),

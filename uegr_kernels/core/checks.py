@@ -154,6 +154,19 @@ def tensor(name: str, x: Tensor, shape: str = "") -> None:
     floating(name, x)
 
 
+def axes(name: str, x: Tensor, shape: str, count: int | None = None) -> None:
+    """Raises as `tensor` does, and ValueError for another number of axes than `count` (None: at
+    least one) or an empty last one.
+    """
+    tensor(name, x, shape)
+    if x.dim() == 0 or count not in (None, x.dim()):
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; give {shape}")
+    if x.shape[-1] == 0:
+        raise ValueError(
+            f"{name} of shape {tuple(x.shape)} has an empty last axis; give at least one element"
+        )
+
+
 def labels(given: object) -> None:
     """Raises TypeError for labels that are no tensor."""
     if not isinstance(given, Tensor):
@@ -199,7 +212,7 @@ def same_shape(first: str, x: Tensor, name: str, y: Tensor) -> None:
         )
 
 
-def alike(first: str, x: Tensor, name: str, y: Tensor) -> None:
+def same_shape_and_placement(first: str, x: Tensor, name: str, y: Tensor) -> None:
     """Raises where two tensors differ in shape, device (ValueError) or dtype (TypeError)."""
     same_shape(first, x, name, y)
     same_placement(first, x, name, y)
@@ -276,17 +289,4 @@ class _Transformed(torch.autograd.Function):
     def vmap(info: object, in_dims: object, name: str, advice: str, *_: object) -> NoReturn:
         raise RuntimeError(
             f"{name} of uegr_kernels does not run under torch.func.vmap; give the whole batch"
-        )
-
-
-def axes(name: str, x: Tensor, shape: str, count: int | None = None) -> None:
-    """Raises as `tensor` does, and ValueError for another number of axes than `count` (None: for
-    none at all) or an empty last one.
-    """
-    tensor(name, x, shape)
-    if x.dim() != count if count is not None else x.dim() == 0:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; give {shape}")
-    if x.shape[-1] == 0:
-        raise ValueError(
-            f"{name} of shape {tuple(x.shape)} has an empty last axis; give at least one element"
         )

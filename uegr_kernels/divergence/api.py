@@ -1,5 +1,6 @@
 """The public losses of UEGR's forward stage, from logits or from hidden states."""
 
+import dataclasses
 import inspect
 import typing
 from collections.abc import Callable, Sequence
@@ -385,13 +386,8 @@ class UEGRLoss(_LossModule):
     def _check(self, options: dict[str, Any]) -> None:
         super()._check(options)
         checks.flag("return_parts", options["return_parts"])
-        LossOptions(
-            js_weight=options["js_weight"],
-            label_smoothing=options["label_smoothing"],
-            ignore_index=options["ignore_index"],
-            reduction=options["reduction"],
-            task=options["task"],
-        ).checked()
+        names = [field.name for field in dataclasses.fields(LossOptions)]
+        LossOptions(**{name: options[name] for name in names}).checked()
 
 
 # What uegr_loss is without labels, by reduction.
@@ -428,8 +424,8 @@ def _check_pairs(name: str, tensors: Sequence[Tensor], shape: str) -> None:
     """Raises where there is one pass alone."""
     if sum(len(x) if x.dim() == 3 else 1 for x in tensors) < 2:
         raise ValueError(
-            f"{name} hold one pass (shape {_shape(tensors)}), which has no pair; give {shape} "
-            "with m >= 2"
+            f"{name}: one pass alone (shape {_shape(tensors)}) has no pair; give {shape} with "
+            "m >= 2"
         )
 
 

@@ -36,14 +36,18 @@ class LossOperator(Operator[P, R]):
 
     def in_numbers(self, options: Mapping[str, Any]) -> dict[str, object]:
         """Returns the options as the schema has them."""
-        return {**options["options"].numbers(), "needs": options["needs"]}
+        numbers = {**options, **options["options"].numbers()}
+        del numbers["options"]
+        return numbers
 
     def in_words(self, options: dict[str, Any]) -> dict[str, object]:
         """Returns the options as the reference has them."""
         # raises for a number that stands for no reduction
         super().in_words(options)
-        numbers = {name: options[name] for name in LossNumbers.__annotations__}
-        return {"options": LossOptions.of_numbers(**numbers), "needs": options["needs"]}
+        names = LossNumbers.__annotations__
+        loss = LossOptions.of_numbers(**{name: options[name] for name in names})
+        others = {name: value for name, value in options.items() if name not in names}
+        return others | {"options": loss}
 
 
 def _fake(
@@ -153,16 +157,26 @@ def _linear_uegr_loss(
     labels: Tensor | None,
     row_weights: Tensor | None,
     *,
+    js_weight: float,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: int,
+    regression: bool,
     needs: list[bool],
     chunk_rows: int | None,
     backend: str,
     dtype: torch.dtype,
-    **numbers: Any,
 ) -> Results:
     """Runs the reference's chunks with the backend's rows, in the dtype that autocast decided
-    above; `numbers`: LossNumbers.
+    above.
     """
-    options = LossOptions.of_numbers(**numbers)
+    options = LossOptions.of_numbers(
+        js_weight=js_weight,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        regression=regression,
+    )
     passes = sum(x.shape[0] if x.dim() == 3 else 1 for x in hidden)
     limit = CHUNK_BYTES.get(backend, NATIVE_CHUNK_BYTES)
     chunk_rows = chunk_rows or max(

@@ -4,7 +4,7 @@ import fnmatch
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,9 +60,9 @@ class AdaptiveDropout(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.num_features, self.p, self.max_p, self.momentum = _checked(
-            num_features, p, max_p, momentum, backend
-        )
+        checked = _checked(num_features, p, max_p, momentum, backend)
+        self.num_features, self.p = checked.num_features, checked.p
+        self.max_p, self.momentum = checked.max_p, checked.momentum
         self.backend = backend
         # in a model, for the warning
         self._name = ""
@@ -262,12 +262,19 @@ class AdaptiveDropout(nn.Module):
         )
 
 
+class _Numbers(NamedTuple):
+    num_features: int | None
+    p: float
+    max_p: float
+    momentum: float
+
+
 def _checked(
     num_features: int | None, p: float, max_p: float, momentum: float, backend: str
-) -> tuple[int | None, float, float, float]:
+) -> _Numbers:
     """Returns AdaptiveDropout's numbers as Python's; raises for wrong arguments."""
     checks.backend(backend)
-    return (
+    return _Numbers(
         None if num_features is None else checks.integer("num_features", num_features, 1),
         checks.number("p", p, 0, 1),
         checks.number("max_p", max_p, 0, 1),

@@ -113,7 +113,7 @@ def pgd_step(
     """
     checks.tensor("delta", delta)
     checks.tensor("grad", grad)
-    checks.alike("delta", delta, "grad", grad)
+    checks.same_shape_and_placement("delta", delta, "grad", grad)
     checks.choice("norm", norm, ASCENT_NORMS)
     checks.choice("per", per, op.PERS)
     step_size = checks.number("step_size", step_size, 0)
@@ -219,7 +219,7 @@ def _perturbed(
     }
     for i, grad in given.items():
         checks.tensor(f"gradients[{i}]", grad)
-        checks.alike(f"params[{i}]", params[i], f"gradients[{i}]", grad)
+        checks.same_shape_and_placement(f"params[{i}]", params[i], f"gradients[{i}]", grad)
     if not given:
         yield
         return

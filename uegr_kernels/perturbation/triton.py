@@ -493,7 +493,7 @@ def _move_(
 
 def fgm_perturbation_(grad, mask, seed, out, *, epsilon, norm, per, keep_probability, step) -> None:
     """Writes delta = b * eps * g/||g|| (Eq. 2), or b * eps * sign(g), into out."""
-    _check_alike(grad, out, "grad", "out")
+    _check_placement(grad, out, "grad", "out")
     triton_ops.refuse_expanded("out", out, RuntimeError)
     _check_mask(mask, grad)
     _check_seed(seed)
@@ -514,8 +514,8 @@ def fgm_perturbation_(grad, mask, seed, out, *, epsilon, norm, per, keep_probabi
 
 def pgd_step_(delta, grad, mask, out, *, step_size, radius, norm, per) -> None:
     """Writes delta + step_size * g/||g|| (or sign(g)), projected on the ball, into out."""
-    _check_alike(grad, delta, "grad", "delta")
-    _check_alike(grad, out, "grad", "out")
+    _check_placement(grad, delta, "grad", "delta")
+    _check_placement(grad, out, "grad", "out")
     triton_ops.refuse_expanded("out", out, RuntimeError)
     _check_mask(mask, grad)
     _move_(
@@ -542,7 +542,7 @@ def perturb_weights_(
     if not len(params) == len(grads) == len(streams):
         raise RuntimeError("params, grads and streams must be of one length")
     for theta, g in zip(params, grads, strict=True):
-        _check_alike(g, theta, "grads", "params")
+        _check_placement(g, theta, "grads", "params")
     at = [i for i, theta in enumerate(params) if theta.numel()]
     if not at or epsilon == 0:
         return
@@ -650,7 +650,7 @@ def _kinds(some: list[int], params: list[Tensor], grads: list[Tensor]) -> list[K
     return list(kinds.values())
 
 
-def _check_alike(a: Tensor, b: Tensor, a_name: str, b_name: str) -> None:
+def _check_placement(a: Tensor, b: Tensor, a_name: str, b_name: str) -> None:
     """Raises what a kernel would not survive."""
     for x, name in ((a, a_name), (b, b_name)):
         triton_ops.check_dtype(name, x)

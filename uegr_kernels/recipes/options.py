@@ -95,4 +95,7 @@ class Signature:
 
     def __get__(self, recipe: object, kind: Any) -> inspect.Signature:
         signature = inspect.signature(kind.__init__)
-        return signature.replace(parameters=list(signature.parameters.values())[1:])
+        parameters = list(signature.parameters.values())[1:]
+        # that of every recipe stands behind its own
+        parameters.sort(key=lambda parameter: parameter.name == "backend")
+        return signature.replace(parameters=parameters)
