@@ -69,7 +69,7 @@ class Method:
     @property
     def passes(self) -> int:
         """Returns the forwards and backwards of a step."""
-        return uk.recipes.RECIPES[self.recipe].passes_per_batch
+        return uk.recipes.RECIPES[self.recipe].passes
 
 
 def _uegr(**changes: Any) -> Method:

@@ -28,7 +28,7 @@ def test_cost(name):
     counts = count(model)
     build(name, model, sgd(model)).backward(*batch())
     assert (counts.forward, counts.backward, counts.reached) == COSTS[name]
-    assert counts.rows == N * getattr(recipes, name).passes_per_batch
+    assert counts.rows == N * getattr(recipes, name).passes
 
 
 @pytest.mark.parametrize(

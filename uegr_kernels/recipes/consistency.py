@@ -32,7 +32,7 @@ class RDrop(PassRecipe):
 
     _of_pair: ClassVar[str] = "clean_loss"
 
-    passes_per_batch: ClassVar[int] = 2
+    passes: ClassVar[int] = 2
 
     alpha: float = options.number(1.0)
     reduction: str = options.choice("mean", ("mean", "sum"))
@@ -107,7 +107,7 @@ class RAT(StepRecipe, RDrop):
 
     _of_pair: ClassVar[str] = "adversarial_loss"
 
-    passes_per_batch: ClassVar[int] = 3
+    passes: ClassVar[int] = 3
     size_option: ClassVar[str | None] = "epsilon"
 
     def _backward(self, inputs: Inputs, labels: Tensor, scale: float | Tensor) -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ class FreeLB(PassRecipe):
     passes).
     """
 
-    passes_per_batch: ClassVar[int] = 3
+    passes: ClassVar[int] = 3
     size_option: ClassVar[str | None] = "adv_lr"
 
     steps: int = options.integer(3, 1)
@@ -113,7 +113,7 @@ class FreeAT(PassRecipe):
     kept: ClassVar[tuple[str, ...]] = ("delta",)
 
     steps_itself: ClassVar[bool] = True
-    passes_per_batch: ClassVar[int] = 3
+    passes: ClassVar[int] = 3
 
     epsilon: float | None = options.number(None)
     steps: int | None = options.integer(None, 1)

@@ -43,7 +43,7 @@ class DropAttack(StepRecipe):
     weight_loss.
     """
 
-    passes_per_batch: ClassVar[int] = 2
+    passes: ClassVar[int] = 2
     size_option: ClassVar[str | None] = "epsilon"
 
     steps: int = dataclasses.field(init=False, default=1)
@@ -148,7 +148,7 @@ class DropAttackK(DropAttack):
     (I), 1 + 2K for (I&W).
     """
 
-    passes_per_batch: ClassVar[int] = 4
+    passes: ClassVar[int] = 4
 
     steps: int = options.integer(3, 1)
 

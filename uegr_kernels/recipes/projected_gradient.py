@@ -30,7 +30,7 @@ class PGD(AttackRecipe):
     first_step_from_clean. Losses: loss, clean_loss, adversarial_loss.
     """
 
-    passes_per_batch: ClassVar[int] = 5
+    passes: ClassVar[int] = 5
     size_option: ClassVar[str | None] = "epsilon"
 
     clean_weight: float = options.number(1.0)
@@ -85,7 +85,7 @@ class AdvEmbed(PGD):
     adversarial_loss.
     """
 
-    passes_per_batch: ClassVar[int] = 3
+    passes: ClassVar[int] = 3
     size_option: ClassVar[str | None] = None
 
     steps: int = options.integer(1, 1)

@@ -67,7 +67,7 @@ class Recipe:
     # by options of its own, not the optimizer's
     sets_selection: ClassVar[bool] = False
     # through the model, of a batch with the default options
-    passes_per_batch: ClassVar[int] = 1
+    passes: ClassVar[int] = 1
     # the option that is the L2 length of a perturbation of the embeddings
     size_option: ClassVar[str | None] = None
     # attributes that a checkpoint carries

@@ -70,7 +70,7 @@ class ARAT(AttackRecipe):
 
     kept: ClassVar[tuple[str, ...]] = ("own_modules", "accuracy", "recent")
 
-    passes_per_batch: ClassVar[int] = 12
+    passes: ClassVar[int] = 12
 
     invariance_weight: float = options.number(30.0)
     layers: str | Sequence[str] | None = None

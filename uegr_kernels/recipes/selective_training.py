@@ -45,7 +45,7 @@ class RoAST(SaliencyRecipe):
 
     kept: ClassVar[tuple[str, ...]] = (*SaliencyRecipe.kept, "seed")
 
-    passes_per_batch: ClassVar[int] = 3
+    passes: ClassVar[int] = 3
     size_option: ClassVar[str | None] = "epsilon"
 
     epsilon: float = options.number(0.1)

@@ -28,7 +28,7 @@ class AT(StepRecipe):
     embedding, passes=1)`, one pass at a time.
     """
 
-    passes_per_batch: ClassVar[int] = 2
+    passes: ClassVar[int] = 2
     size_option: ClassVar[str | None] = "epsilon"
 
     clean_weight: float = options.number(1.0)

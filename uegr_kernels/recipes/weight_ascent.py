@@ -32,7 +32,7 @@ class SAM(PassRecipe):
     weights), clean_loss.
     """
 
-    passes_per_batch: ClassVar[int] = 2
+    passes: ClassVar[int] = 2
 
     rho: float = options.number(0.05)
     adaptive: bool = options.flag(False)
@@ -97,7 +97,7 @@ class AWP(AttackRecipe):
 
     kept: ClassVar[tuple[str, ...]] = ("epoch",)
 
-    passes_per_batch: ClassVar[int] = 2
+    passes: ClassVar[int] = 2
 
     gamma: float = options.number(0.01)
     warmup_epochs: int = options.integer(0, 0)
