@@ -179,7 +179,10 @@ def summarised(data: str, rows: Rows) -> list[str]:
     columns, titles = picks(data), main_titles(data)
     cells = []
     for name in dict.fromkeys(name for name, _ in rows):
-        results = _chosen_under_pgd(rows, name) or []
+        results = _chosen_under_pgd(rows, name)
+        if results is None:
+            # only the point chosen for clean accuracy is whole yet
+            continue
         accuracies = (
             intervals.of_accuracy([columns[title](result) for result in results])
             for title in titles

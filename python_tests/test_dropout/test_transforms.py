@@ -63,6 +63,8 @@ def test_compiled_after_inference_mode(backend):
 
 
 def test_a_step_is_compiled_once(backend):
+    # what other tests compiled of the module would count towards the limit of recompiles
+    torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     module = AdaptiveDropout(6, p=0.5, backend=backend)
     compiled = torch.compile(module, fullgraph=True, backend=counter)
