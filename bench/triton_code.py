@@ -80,6 +80,14 @@ class Assembly(typing.NamedTuple):
         ]
 
 
+def why_not(version: str) -> str | None:
+    """Tells why a version of Triton cannot compile here, and what to do; None where it can."""
+    folder = VERSIONS[version]
+    if folder is None or folder.exists():
+        return None
+    return f"Triton {version} is not in {folder}; `make {folder.relative_to(ROOT)}` puts it there"
+
+
 @functools.cache
 def assembly(statement: str, target: str) -> list[Assembly]:
     """Compiles what a statement launches for one of AMD's GPUs, in the order of the launches."""
@@ -110,12 +118,7 @@ def usage(*statements: str) -> dict[tuple[str, str], list[dict[str, typing.Any]]
     """Compiles, by (version, target), what each statement launches, or says why it cannot be;
     without the kernels' instructions.
     """
-    every = [
-        (name, target)
-        for name, folder in VERSIONS.items()
-        if folder is None or folder.exists()
-        for target in TARGETS
-    ]
+    every = [(name, target) for name in VERSIONS if why_not(name) is None for target in TARGETS]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         return dict(
             zip(
@@ -135,6 +138,9 @@ def compiled(
     code  "": the kernels without their instructions; "memory": with those that read or write
         memory; "text": the fields of Assembly instead
     """
+    # the installed one would take its place unseen
+    reason = why_not(version)
+    assert reason is None, reason
     folder = VERSIONS[version]
     paths = [str(folder)] * (folder is not None) + [os.environ.get("PYTHONPATH", ""), str(ROOT)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -21,11 +21,9 @@ def compile_all(path: pathlib.Path) -> None:
     """Compiles the whole product: a line of the file for each version, target, function and dtype;
     those that it has are not done again.
     """
-    for version, folder in triton_code.VERSIONS.items():
-        if folder is not None and not folder.exists():
-            sys.exit(
-                f"Triton {version} is not in {folder}; `make build/triton-3.6.0` puts it there"
-            )
+    for reason in map(triton_code.why_not, triton_code.VERSIONS):
+        if reason is not None:
+            sys.exit(reason)
     known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {
         tuple(line[key] for key in ("version", "target", "function", "dtype")) for line in known

@@ -91,12 +91,8 @@ EVERY = [
 @pytest.mark.parametrize(("version", "target"), EVERY)
 def test_every_statement_compiles_and_spills_next_to_nothing(version, target):
     pytest.importorskip("triton", reason="Triton is not installed; run `pip install triton`")
-    folder = triton_code.VERSIONS[version]
-    if folder is not None and not folder.exists():
-        pytest.skip(
-            f"Triton {version} is not in {folder}; "
-            f"`make {folder.relative_to(triton_code.ROOT)}` puts it there"
-        )
+    if (reason := triton_code.why_not(version)) is not None:
+        pytest.skip(reason)
     found = triton_code.usage(*launches.calls())[version, target]
     assert [line["statement"] for line in found] == list(launches.calls())
     errors = [f"{line['error']} in\n{line['statement']}" for line in found if "error" in line]
