@@ -18,8 +18,6 @@ namespace uegr {
 
 // elements that pass through L1 together
 constexpr int block_size = 256;
-// elements
-constexpr int prefetch_distance = 256;
 
 #if defined(__AVX512F__)
 typedef uint64_t Lanes __attribute__((vector_size(64)));
@@ -79,78 +77,103 @@ inline void store_words(uint32_t* words, const Words& c) {
     memcpy(words + 2 * lane_count, &second, sizeof(second));
 }
 
+// elements that a loop over part of a block rounds n up to
+constexpr int slice = 16;
+
+// Asks for the memory of some arrays, a slice of each at a time, two blocks ahead of their turn.
+// The words of a block take long and read no memory: asking among them keeps it busy, where
+// hardware's own prefetching, which waits for reads, stops.
+template <int arrays> class Ahead {
+    static constexpr int distance = 2 * block_size;
+    const char* next[arrays];
+    // bytes
+    int64_t step[arrays];
+
+public:
+    // `first` is in the others' place until they are given.
+    Ahead(const View& first, int64_t begin) {
+        for (int i = 0; i < arrays; ++i) follow(i, first, begin);
+    }
+    void follow(int i, const View& view, int64_t begin) {
+        const int64_t bytes = bytes_of(view.storage);
+        next[i] = view.data + (begin + distance) * bytes, step[i] = slice * bytes;
+    }
+    void ask() {
+        for (int i = 0; i < arrays; ++i) __builtin_prefetch(next[i]), next[i] += step[i];
+    }
+};
+struct NothingAhead {
+    void ask() {}
+};
+
 // At least the n words from the counter q on, within a block, several chains at a time: one chain's
 // multiplications hide another's.
+template <class Memory = NothingAhead>
 inline void fill_words(uint32_t* words, int n, uint64_t q, uint32_t step, uint32_t stream,
-                       const RoundKeys& keys) {
-    constexpr int chains = philox_chains;
-    for (int done = 0; 4 * done < n; done += chains * lane_count) {
+                       const RoundKeys& keys, Memory ahead = {}) {
+    constexpr int chains = philox_chains, at_once = 4 * chains * lane_count;
+    // one slice in so many rounds, of the eight there are with the first three taken as one
+    constexpr int pace = 8 * slice / at_once;
+    static_assert(pace > 0 && 8 * slice % at_once == 0);
+    for (int done = 0; done < n; done += at_once) {
         Words c[chains];
+        ahead.ask();
 #pragma GCC unroll 4
         for (int i = 0; i < chains; ++i)
-            c[i] = mixed(q + done + i * lane_count, step, stream, keys);
+            c[i] = mixed(q + done / 4 + i * lane_count, step, stream, keys);
 #pragma GCC unroll 10
         for (int round = 3; round < 10; ++round) {
+            if ((round - 2) % pace == 0) ahead.ask();
 #pragma GCC unroll 4
             for (int i = 0; i < chains; ++i)
                 c[i] = philox_round(c[i], keys.k0[round], keys.k1[round]);
         }
 #pragma GCC unroll 4
-        for (int i = 0; i < chains; ++i) store_words(words + 4 * (done + i * lane_count), c[i]);
+        for (int i = 0; i < chains; ++i) store_words(words + done + 4 * i * lane_count, c[i]);
     }
 }
 
-// elements that a loop over part of a block rounds n up to
-constexpr int slice = 16;
-
-// Calls element(i) for n elements in whole slices.
+// Calls element(i) for n elements in whole slices. No element may read what another one writes:
+// the compiler is told so, since it would look at all arrays anew before each slice.
 template <class Element> inline void slices(int n, Element element) {
-    for (int begin = 0; begin < n; begin += slice)
+    for (int begin = 0; begin < n; begin += slice) {
+#pragma GCC ivdep
         for (int i = begin; i < begin + slice; ++i) element(i);
+    }
 }
 
-// Entries of a table; the compiler would take the indices out of their vector one by one.
+// Entries of a table, by the instruction for it where that is the faster way: Zen's takes longer
+// than so many loads.
 inline void look_up(int n, const float* table, const int32_t* index, float* out) {
 #if defined(__AVX512F__)
-    for (int i = 0; i < n; i += 16)
-        _mm512_storeu_ps(out + i, _mm512_mask_i32gather_ps(
-                                      __m512{}, 65535, _mm512_loadu_si512(index + i), table, 4));
-#else
-    slices(n, [=](int i) { out[i] = table[index[i]]; });
+    static const bool slow = __builtin_cpu_is("amd");
+    if (!slow) {
+        for (int i = 0; i < n; i += 16)
+            _mm512_storeu_ps(
+                out + i,
+                _mm512_mask_i32gather_ps(__m512{}, 65535, _mm512_loadu_si512(index + i), table, 4));
+        return;
+    }
 #endif
-}
-
-// True where memory is to be asked for ahead of its turn. Most hardware does not reach across
-// pages, and arithmetic between the accesses keeps it from running far enough ahead; Zen 4's does
-// better alone.
-#ifdef __x86_64__
-inline const bool asks_ahead = !__builtin_cpu_is("amd");
-#else
-constexpr bool asks_ahead = true;
-#endif
-
-// Calls element(i) likewise, and asks for what lies a block on.
-template <class T, class Element>
-inline void block_loop(const T* const (&arrays)[4], int n, Element element) {
-    const bool ahead = asks_ahead;
-    for (int begin = 0; begin < n; begin += slice) {
-        if (ahead)
-            for (const T* array : arrays)
-                for (unsigned i = 0; i < slice; i += 64 / sizeof(T))
-                    __builtin_prefetch(array + begin + prefetch_distance + i);
-        for (int i = begin; i < begin + slice; ++i) element(i);
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) {
+        int32_t at = index[i];
+        // else the compiler makes vectors of indices and takes them apart again
+        asm("" : "+r"(at));
+        out[i] = table[at];
     }
 }
 
 // The words of elements [begin, begin + n), n <= block_size, at the start of what is returned;
 // `words` holds 2 blocks and 4 more.
-inline const uint32_t* element_words(uint32_t* words, int64_t begin, int n, const Layout& at,
-                                     uint32_t step, const RoundKeys& keys) {
+template <class Memory = NothingAhead>
+const uint32_t* element_words(uint32_t* words, int64_t begin, int n, const Layout& at,
+                              uint32_t step, const RoundKeys& keys, Memory ahead = {}) {
     const uint32_t stream = static_cast<uint32_t>(at.stream);
     const int64_t index = at.offset + begin / at.run * at.stride + begin % at.run,
                   within = at.run - begin % at.run;
     if (index % block_size == 0 && within >= n) {
-        fill_words(words, n, index / 4, step, stream, keys);
+        fill_words(words, n, index / 4, step, stream, keys, ahead);
         return words;
     }
     // run by run, each from the counter its first element belongs to
@@ -163,7 +186,8 @@ inline const uint32_t* element_words(uint32_t* words, int64_t begin, int n, cons
         const int64_t most = minimum(minimum<int64_t>(left, block_size - skip), wraps);
         const int count = static_cast<int>(minimum<int64_t>(most, n - done));
         uint32_t* fresh = words + block_size + 4;
-        fill_words(fresh, skip + count, from / 4, step, stream, keys);
+        if (done == 0) fill_words(fresh, skip + count, from / 4, step, stream, keys, ahead);
+        else fill_words(fresh, skip + count, from / 4, step, stream, keys);
         memcpy(words + done, fresh + skip, count * sizeof(uint32_t));
         done += count;
     }

@@ -66,8 +66,7 @@ template <class T> struct Call {
         for (int64_t begin = first; begin < last; begin += block_size) {
             const int n = static_cast<int>(std::min<int64_t>(block_size, last - begin));
             const int64_t unit = begin % units;
-            prefetch_block(in, begin + block_size);
-            fill_words(words, block_size, begin / 4, 0, 0, keys);
+            fill_words(words, block_size, begin / 4, 0, 0, keys, Ahead<1>(in, begin));
             const T* block = block_at(in, begin, n, from);
             // out is fresh
             const bool direct = out.storage == storage_of<T> && n == block_size;

@@ -73,10 +73,12 @@ void update_block(const AdamW<T>& given, int n, T* __restrict theta, const T* __
                   T* __restrict v_max) {
     // a copy no store can touch
     const AdamW<T> update_rule = given;
-    block_loop<T>({theta, g, m, v}, n, [=](int i) {
-        T unused = 0;
-        update_rule.template step<update, amsgrad>(theta[i], g[i], factor[i], m[i], v[i],
-                                                   amsgrad ? v_max[i] : unused);
+    slices(n, [=](int i) {
+        // all loads ahead of the first store, which might have changed them
+        T x = theta[i], first = m[i], second = v[i], largest = amsgrad ? v_max[i] : T(0);
+        update_rule.template step<update, amsgrad>(x, g[i], factor[i], first, second, largest);
+        theta[i] = x, m[i] = first, v[i] = second;
+        if (amsgrad) v_max[i] = largest;
     });
 }
 
@@ -84,10 +86,11 @@ template <class T, bool update, bool has_momentum>
 void update_block(const SGD<T>& given, int n, T* __restrict theta, const T* __restrict g,
                   const T* __restrict factor, T* __restrict buffer, T*, T*) {
     const SGD<T> update_rule = given;
-    block_loop<T>({theta, g, has_momentum ? buffer : theta, theta}, n, [=](int i) {
-        T unused = 0;
-        update_rule.template step<update, has_momentum>(theta[i], g[i], factor[i],
-                                                        has_momentum ? buffer[i] : unused);
+    slices(n, [=](int i) {
+        T x = theta[i], moment = has_momentum ? buffer[i] : T(0);
+        update_rule.template step<update, has_momentum>(x, g[i], factor[i], moment);
+        theta[i] = x;
+        if (has_momentum) buffer[i] = moment;
     });
 }
 

@@ -84,14 +84,16 @@ template <class T, class UpdateRule> struct Call {
     bool ranks() const { return options.ranks(); }
 };
 
-// 1/p by bin from counts by bin, in place; bins outside [first, last] are taken to be empty and
-// left alone.
-void table_from_counts(float* table, int first, int last, const SelectionOptions& o) {
+// 1/p by bin from counts by bin, which may lie in the same place; bins outside [first, last] are
+// taken to be empty and left alone.
+template <class Count>
+void table_from_counts(const Count* counts, float* table, int first, int last,
+                       const SelectionOptions& o) {
     double total = 0;
-    for (int bin = first; bin <= last; ++bin) total += table[bin];
+    for (int bin = first; bin <= last; ++bin) total += counts[bin];
     double below = 0;
     for (int bin = first; bin <= last; ++bin) {
-        const double count = table[bin];
+        const double count = counts[bin];
         table[bin] = static_cast<float>(below / std::max(total, 1.0));
         below += count;
     }
@@ -104,7 +106,8 @@ void table_from_counts(float* table, int first, int last, const SelectionOptions
 template <class T, class UpdateRule> struct Worker {
     const Call<T, UpdateRule>& call;
     RoundKeys keys, rounding_keys;
-    // "rank": of a small tensor
+    // "rank": of a tensor; of a small one
+    std::vector<uint32_t> counts;
     std::vector<float> table;
     alignas(64) T g[block_size], s[block_size], factor[block_size], theta[block_size],
         states[3][block_size];
@@ -115,7 +118,7 @@ template <class T, class UpdateRule> struct Worker {
 
     explicit Worker(const Call<T, UpdateRule>& call)
         : call(call), keys(call.seed), rounding_keys(call.seed ^ rounding_key) {
-        if (call.ranks()) table.resize(rank_table);
+        if (call.ranks()) counts.resize(rank_table), table.resize(rank_table);
     }
 
     const T* gradient(const Entry<T, UpdateRule>& e, int64_t begin, int n) {
@@ -153,24 +156,21 @@ template <class T, class UpdateRule> struct Worker {
         else fill(bins, [=](int i) { return absolute(g[i]); });
     }
 
-    // Counts by bin: elements [0, size) whose unsharded index is a multiple of `every`, each
-    // counting `weight`.
-    template <class Count>
-    void count(const Entry<T, UpdateRule>& e, int64_t every, Count* counts, Count weight) {
-        auto add = [&](T x) {
-            x = e.s.data ? root(x) : absolute(x * call.unscale);
-            if (finite(x)) counts[rank_bin(x)] += weight;
-        };
+    // Calls add(bin) for elements [0, size) whose unsharded index is a multiple of `every`; the bin
+    // after the last is for what is not finite.
+    template <class Add> void count(const Entry<T, UpdateRule>& e, int64_t every, Add add) {
         const View& from = e.s.data ? e.s : e.g;
         if (every == 1) {
             blocks(0, e.size, [&](int64_t at, int n) {
                 bin(n, e.s.data ? nullptr : gradient(e, at, n),
                     e.s.data ? block_at(e.s, at, n, s, slice) : nullptr);
-                for (int i = 0; i < n; ++i)
-                    if (bins[i] < rank_bins) counts[bins[i]] += weight;
+                for (int i = 0; i < n; ++i) add(bins[i]);
             });
             return;
         }
+        auto add_one = [&](T x) {
+            add(minimum(rank_bin(e.s.data ? root(x) : absolute(x * call.unscale)), rank_bins));
+        };
         const Layout& at = e.layout;
         for (int64_t run = 0; run < e.size; run += at.run) {
             const int64_t first = at.offset + run / at.run * at.stride,
@@ -178,13 +178,13 @@ template <class T, class UpdateRule> struct Worker {
             const int64_t begin = (every - first % every) % every;
             if (from.contiguous && from.storage == storage_of<T>) {
                 const T* x = reinterpret_cast<const T*>(from.data) + run;
-                for (int64_t l = begin; l < end; l += every) add(x[l]);
+                for (int64_t l = begin; l < end; l += every) add_one(x[l]);
                 continue;
             }
             for (int64_t l = begin; l < end; l += every) {
                 T x;
                 load(from, run + l, 1, &x);
-                add(x);
+                add_one(x);
             }
         }
     }
@@ -199,9 +199,9 @@ template <class T, class UpdateRule> struct Worker {
             first = e.low >= Float<T>::infinity ? 0 : rank_bin(e.s.data ? root(least) : least);
             last = e.low >= Float<T>::infinity ? 0 : rank_bin(e.s.data ? root(most) : most);
         }
-        std::fill(into + first, into + last + 1, 0.0f);
-        count(e, every, into, 1.0f);
-        table_from_counts(into, first, last, call.options);
+        std::fill(counts.begin() + first, counts.begin() + last + 1, 0);
+        count(e, every, [by_bin = counts.data()](int bin) { ++by_bin[bin]; });
+        table_from_counts(counts.data(), into, first, last, call.options);
         e.by_bin = into;
     }
 
@@ -241,9 +241,17 @@ template <class T, class UpdateRule> struct Worker {
         }
     }
 
+    static Ahead<4> ahead_of(const Entry<T, UpdateRule>& e, int64_t at) {
+        Ahead<4> ahead(e.g, at);
+        ahead.follow(1, e.theta, at);
+        // the hardware asks for AMSGrad's third
+        for (int k = 0; k < std::min(e.states_count, 2); ++k) ahead.follow(2 + k, e.states[k], at);
+        return ahead;
+    }
+
     void update(Entry<T, UpdateRule>& e, int64_t begin, int64_t end) {
         Extremes<T> found;
-        const bool gathers = e.kept[0].data && !e.own_statistics;
+        const bool gathers = e.kept[0].data && !e.own_statistics, random = call.random();
         blocks(begin, end, [&](int64_t at, int n) {
             const T* g = gradient(e, at, n);
             bool plain = e.plain;
@@ -256,7 +264,8 @@ template <class T, class UpdateRule> struct Worker {
                 found.add(here);
             }
             const uint32_t* drawn =
-                call.random() ? element_words(words, at, n, e.layout, e.steps, keys) : words;
+                random ? element_words(words, at, n, e.layout, e.steps, keys, ahead_of(e, at))
+                       : words;
             T* parameters = block_at(e.theta, at, n, theta, slice);
             T* moments[3] = {};
             for (int k = 0; k < e.states_count; ++k)
@@ -387,7 +396,7 @@ void table_from_row(const int64_t* counts, float* table, const SelectionOptions&
     const double unit = 16777216.0 / static_cast<double>(std::max<int64_t>(total, 1));
     for (int bin = 0; bin < rank_bins; ++bin)
         table[bin] = static_cast<float>(static_cast<double>(counts[bin]) * unit);
-    table_from_counts(table, 0, rank_bins - 1, o);
+    table_from_counts(table, table, 0, rank_bins - 1, o);
 }
 
 // Says where each entry's statistics come from: handed in, kept from the previous step, or this
@@ -528,7 +537,9 @@ static void gather_statistics(const StatisticsArguments& arguments) {
             if (rank) {
                 const int64_t every =
                     rank_stride(arguments.sizes.empty() ? e.size : arguments.sizes[i]);
-                worker->count(e, every, arguments.out.bins(row), every);
+                worker->count(e, every, [every, counts = arguments.out.bins(row)](int bin) {
+                    if (bin < rank_bins) counts[bin] += every;
+                });
             } else {
                 double* into = arguments.out.range(row);
                 const Range range = e.own_statistics ? e.range() : e.kept_range();
