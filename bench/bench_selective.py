@@ -183,7 +183,8 @@ def case(
             # their moments are float32
             facts = {
                 "bytes": least,
-                "rounds": few,
+                # on a CPU bitsandbytes takes a second for 100 M elements
+                "rounds": few or (3 if device == "cpu" else None),
                 "memory": 8 * elements * (dtype != torch.float32),
             }
             found.append(
@@ -194,7 +195,26 @@ def case(
                     **facts,
                 )
             )
+        found.append(torchao(params))
         return [*found, roast_like(params, stepping), plain(selective), compiled(params, stepping)]
+
+    def torchao(params: list[Tensor]) -> Contestant:
+        named = "torchao, 8-bit moments"
+        if not default or elements > LARGE or len(tensors) > MANY:
+            return Contestant(
+                named,
+                None,
+                missing="timed with the default options, up to BERT-base's size: "
+                "it is compiled for each shape",
+            )
+        # moments of its own; a tensor of another size than whole blocks has float32 ones
+        return peers.library(
+            named,
+            "torchao",
+            lambda: peers.torchao_adamw(params).step,
+            memory=8 * elements,
+            rounds=5,
+        )
 
     def roast_like(params: list[Tensor], stepping: Callable) -> Contestant:
         named = "RoAST-like"

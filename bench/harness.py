@@ -31,7 +31,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # of the free memory that a case may take
 SHARE = 0.8
 # packages whose versions are kept, where they are installed
-PEERS = ("triton", "liger_kernel", "bitsandbytes", "deepspeed")
+PEERS = ("triton", "liger_kernel", "bitsandbytes", "torchao", "deepspeed")
 
 
 @dataclass(frozen=True)

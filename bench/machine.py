@@ -162,19 +162,16 @@ def _is_call(name: str) -> bool:
 
 
 def others_seconds() -> float | None:
-    """Returns the CPU seconds that this machine has spent on anything but this process, hypervisor
-    included (Linux; None elsewhere).
+    """Returns the CPU seconds that this machine has spent on anything but this process and its
+    ended children, hypervisor included (Linux; None elsewhere).
     """
     with contextlib.suppress(OSError):
         user, nice, system, _, _, irq, softirq, steal = map(
             int, pathlib.Path("/proc/stat").read_text().split()[1:9]
         )
-        own = os.times()
-        return (
-            (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-            - own.user
-            - own.system
-        )
+        # the compilers that torch.compile calls are its children
+        own = sum(os.times()[:4])
+        return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - own
     return None
 
 
