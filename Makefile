@@ -11,7 +11,6 @@ ENDINGS := -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu'
 SOURCES = $(shell find csrc bench python_tests $(ENDINGS))
 
 .PHONY: help demo test bench gpu check format docs build wheel hub sanitize fuzz clean
-.PHONY: $(ASAN) $(TSAN)
 
 help:
 	@echo "make demo    fine-tune a text classifier, selective AdamW beside plain AdamW"
@@ -87,6 +86,8 @@ hub: build
 # is then not the operator's alone, and is not measured.
 ASAN := build/asan
 TSAN := build/tsan
+# the build looks itself at what changed
+.PHONY: $(ASAN) $(TSAN)
 OPERATORS = selective divergence perturbation dropout
 OPERATOR_TESTS = $(foreach name,$(OPERATORS),\
 	$(wildcard python_tests/test_$(name).py python_tests/test_$(name)))
