@@ -184,7 +184,7 @@ def case(
             facts = {
                 "bytes": least,
                 # on a CPU bitsandbytes takes a second for 100 M elements
-                "rounds": few or (3 if device == "cpu" else None),
+                "rounds": few or (3 if (device, package) == ("cpu", "bitsandbytes") else None),
                 "memory": 8 * elements * (dtype != torch.float32),
             }
             found.append(

@@ -271,6 +271,16 @@ def test_a_case_that_others_came_into_is_repeated_and_given_up(clock):
     assert patience.left == 0
 
 
+def test_a_process_of_ours_that_has_ended_is_no_other_program(monkeypatch):
+    if machine.others_seconds() is None:
+        pytest.skip("this system has no /proc/stat")
+    monkeypatch.setattr(machine.os, "times", lambda: (0.0, 0.0, 0.0, 0.0, 0.0))
+    before = machine.others_seconds()
+    # user, system, and of ended children
+    monkeypatch.setattr(machine.os, "times", lambda: (1e3, 2e3, 4e3, 8e3, 0.0))
+    assert before - machine.others_seconds() == pytest.approx(15e3, abs=100)
+
+
 def test_a_busy_machine_keeps_the_old_row_and_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(machine, "wait_until_quiet", lambda seconds: "busy")
     monkeypatch.setattr(bench.importlib, "import_module", lambda *_: suite)

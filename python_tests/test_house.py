@@ -10,6 +10,7 @@ import importlib
 import io
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tokenize
@@ -1283,3 +1284,18 @@ def test_no_built_binary_is_in_git():
         if re.search(r"\.(so|o|a|pyd|dll|dylib|whl|pyc|cubin|fatbin)$", name)
     ]
     assert not built, f"built binaries do not belong in git: {built}"
+
+
+def test_make_uses_no_name_ahead_of_its_definition():
+    """Such a name is empty: a target that was to be phony is taken to be up to date."""
+    if not shutil.which("make"):
+        pytest.skip("make is not installed")
+    run = subprocess.run(
+        ["make", "--warn-undefined-variables", "-n", "help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    # what the caller may give
+    assert set(re.findall(r"undefined variable '(\w+)'", run.stderr)) <= {"ARGS"}

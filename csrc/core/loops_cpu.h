@@ -82,7 +82,8 @@ constexpr int slice = 16;
 
 // Asks for the memory of some arrays, a slice of each at a time, two blocks ahead of their turn.
 // The words of a block take long and read no memory: asking among them keeps it busy, where
-// hardware's own prefetching, which waits for reads, stops.
+// hardware's own prefetching, which waits for reads, stops. Of float64's slices it asks for the
+// first of two lines.
 template <int arrays> class Ahead {
     static constexpr int distance = 2 * block_size;
     const char* next[arrays];
@@ -155,13 +156,12 @@ inline void look_up(int n, const float* table, const int32_t* index, float* out)
         return;
     }
 #endif
-#pragma GCC unroll 8
-    for (int i = 0; i < n; ++i) {
+    slices(n, [=](int i) {
         int32_t at = index[i];
         // else the compiler makes vectors of indices and takes them apart again
         asm("" : "+r"(at));
         out[i] = table[at];
-    }
+    });
 }
 
 // The words of elements [begin, begin + n), n <= block_size, at the start of what is returned;
@@ -186,6 +186,7 @@ const uint32_t* element_words(uint32_t* words, int64_t begin, int n, const Layou
         const int64_t most = minimum(minimum<int64_t>(left, block_size - skip), wraps);
         const int count = static_cast<int>(minimum<int64_t>(most, n - done));
         uint32_t* fresh = words + block_size + 4;
+        // once a block
         if (done == 0) fill_words(fresh, skip + count, from / 4, step, stream, keys, ahead);
         else fill_words(fresh, skip + count, from / 4, step, stream, keys);
         memcpy(words + done, fresh + skip, count * sizeof(uint32_t));
