@@ -232,17 +232,17 @@ def environment(command: str, device: str = "cpu") -> dict:
         "device": device,
         "machine": here,
         "versions": versions,
-        "commit": _commit(),
+        "commit": commit(),
         "command": command,
         "time": time_utc,
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Returns the commit, with "+" where package or benches differ from it; None outside git."""
     git = ["git", "-C", str(ROOT)]
     try:
-        commit = subprocess.run(
+        newest = subprocess.run(
             [*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True
         ).stdout.strip()
         changed = subprocess.run(
@@ -260,7 +260,7 @@ def _commit() -> str | None:
         ).returncode
     except (OSError, subprocess.CalledProcessError):
         return None
-    return commit + "+" * bool(changed)
+    return newest + "+" * bool(changed)
 
 
 def count(text: str) -> int:
