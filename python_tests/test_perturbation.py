@@ -428,7 +428,10 @@ def test_native_agrees_with_the_reference_from_any_number_of_threads(native, dty
                     stepped = pgd_step(
                         delta, g, step_size=0.3, radius=2.0, backend=backend, **options
                     )
-                    return fgm_perturbation(g, 0.3, backend=backend, **drawn), stepped
+                    plain = fgm_perturbation(
+                        g, 0.3, norm=options["norm"], per=options["per"], backend=backend
+                    )
+                    return fgm_perturbation(g, 0.3, backend=backend, **drawn), stepped, plain
 
                 found, expected = (
                     alone_and_apart(native, lambda run=run: run(native)),

@@ -307,6 +307,37 @@ T* block_at(const View& view, int64_t begin, int n, T* scratch, int granule = bl
     return scratch;
 }
 
+// Calls use(element), element(i) being element begin + i in the arithmetic's type, 0 from n on:
+// read from memory where it is whole blocks of T or bfloat16, else from a copy in `scratch`.
+template <class T, class Use>
+void read_block(const View& view, int64_t begin, int n, T* scratch, Use use) {
+    if (view.contiguous && view.storage == Storage::bfloat16 && n == block_size) {
+        const uint16_t* from = reinterpret_cast<const uint16_t*>(view.data) + begin;
+        return use([=](int i) { return static_cast<T>(widen_bfloat16(from[i])); });
+    }
+    const T* from = block_at(view, begin, n, scratch);
+    use([=](int i) { return from[i]; });
+}
+
+// Writes element(i) to element begin + i, by way of `scratch` where memory is not as `read_block`
+// reads it. The memory may be that of what `element` reads, element by element.
+template <class T, class Element>
+void write_block(const View& view, int64_t begin, int n, T* scratch, Element element) {
+    // whole blocks, since vectors of 16-bit results are longer than slices
+    const bool whole = view.contiguous && n == block_size;
+    if (whole && view.storage == Storage::bfloat16) {
+        uint16_t* to = reinterpret_cast<uint16_t*>(view.data) + begin;
+#pragma GCC ivdep
+        for (int i = 0; i < block_size; ++i) to[i] = round_bfloat16(static_cast<float>(element(i)));
+        return;
+    }
+    const bool direct = whole && view.storage == storage_of<T>;
+    T* to = direct ? reinterpret_cast<T*>(view.data) + begin : scratch;
+#pragma GCC ivdep
+    for (int i = 0; i < block_size; ++i) to[i] = static_cast<T>(element(i));
+    if (!direct) store_block(view, begin, n, scratch);
+}
+
 // A row in vectors of the instruction set's width: sums stay in registers and their order is the
 // same for every row.
 template <class T> struct Vector;
@@ -402,6 +433,10 @@ inline void expect_large_pages([[maybe_unused]] char* data, [[maybe_unused]] int
     char *first = large_page_after(data - 1), *last = large_page_after(data + bytes) - large_page;
     if (first < last) madvise(first, last - first, MADV_HUGEPAGE);
 #endif
+}
+
+inline void expect_large_pages(const View& view, int64_t elements) {
+    if (view.contiguous) expect_large_pages(view.data, elements * bytes_of(view.storage));
 }
 
 // Copies past the caches what nobody reads soon; `finish_streams` makes it visible to other

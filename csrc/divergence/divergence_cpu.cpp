@@ -536,9 +536,7 @@ static std::pair<Tensor, Tensor> evaluate(const LossArguments& arguments,
 
 static void scale(const ScalingArguments& arguments) {
     if (arguments.size == 0) return;
-    if (!arguments.in_place())
-        expect_large_pages(arguments.target.data,
-                           arguments.size * bytes_of(arguments.target.storage));
+    if (!arguments.in_place()) expect_large_pages(arguments.target, arguments.size);
     if (arguments.source.storage == Storage::float64) scale_rows<double>(arguments);
     else scale_rows<float>(arguments);
 }

@@ -54,6 +54,7 @@ struct Call {
             e.first_piece = pieces, e.first_group = groups;
             pieces += e.groups() * e.pieces(), groups += e.groups(), size += e.size;
             entries.push_back(e);
+            if (t.out.data != t.x.data) expect_large_pages(t.out, t.size);
         }
         if (!arguments.mask.data) return;
         const int64_t tokens = count_elements(arguments.mask, 0, arguments.mask.dim);
@@ -104,19 +105,22 @@ template <class T> struct Worker {
     explicit Worker(const Call& call)
         : call(call), keys(static_cast<uint64_t>(call.arguments.seed)) {}
 
-    // g with zeros where the mask has them.
-    const T* gradient(const Entry& e, int64_t begin, int n) {
-        const T* block = block_at(e.g, begin, n, g);
-        if (call.real.empty()) return block;
-        const int64_t token = call.arguments.token;
-        for (int64_t t = begin / token; t * token < begin + n; ++t) {
-            if (call.real[t]) continue;
-            if (block != g) block = static_cast<const T*>(memcpy(g, block, sizeof(g)));
+    // Calls use(element), element(i) being g's element begin + i, 0 where the mask has it.
+    template <class Use> void gradient(const Entry& e, int64_t begin, int n, Use use) {
+        const int64_t token = call.arguments.token, first = begin / token;
+        const uint8_t* real = call.real.data();
+        const uint8_t* last = real + (begin + n - 1) / token + 1;
+        if (call.real.empty() || std::find(real + first, last, 0) == last)
+            return read_block(e.g, begin, n, g, use);
+        load_block(e.g, begin, n, g);
+        for (int64_t t = first; real + t < last; ++t) {
+            if (real[t]) continue;
             const int64_t from = std::max(t * token - begin, int64_t(0)),
                           to = std::min((t + 1) * token - begin, int64_t(n));
             std::fill(g + from, g + to, T(0));
         }
-        return block;
+        const T* from = g;
+        use([=](int i) { return from[i]; });
     }
 
     template <class Block> static void blocks(const Piece& piece, Block block) {
@@ -128,8 +132,9 @@ template <class T> struct Worker {
         Sum sum;
         blocks(piece, [&](int64_t begin, int n) {
             prefetch_block(piece.e.g, begin + 4 * block_size);
-            const T* from = gradient(piece.e, begin, n);
-            sum.add_block([=](int i) { return square(from[i]); });
+            gradient(piece.e, begin, n, [&](auto element) {
+                sum.add_block([=](int i) { return square(element(i)); });
+            });
         });
         return sum.total();
     }
@@ -148,18 +153,20 @@ template <class T> struct Worker {
         const Entry& e = piece.e;
         const int32_t limit = call.arguments.limit;
         blocks(piece, [&](int64_t begin, int n) {
-            const T* along = gradient(e, begin, n);
-            auto step = [=](int i) { return step_along<norm, Factor>(along[i], factor); };
-            if (!e.x.data && !call.arguments.random) return use(begin, n, step);
-            const uint32_t* drawn =
-                call.arguments.random
-                    ? element_words(words, begin, n, {e.stream, 0, e.size, e.size},
-                                    call.arguments.step, keys)
-                    : words;
-            auto drawn_step = [=](int i) { return kept(step(i), drawn[i], limit); };
-            if (!e.x.data) return use(begin, n, drawn_step);
-            const T* from = block_at(e.x, begin, n, x);
-            use(begin, n, [=](int i) { return from[i] + drawn_step(i); });
+            gradient(e, begin, n, [&](auto along) {
+                auto step = [=](int i) { return step_along<norm, Factor>(along(i), factor); };
+                if (!e.x.data && !call.arguments.random) return use(begin, n, step);
+                const uint32_t* drawn =
+                    call.arguments.random
+                        ? element_words(words, begin, n, {e.stream, 0, e.size, e.size},
+                                        call.arguments.step, keys)
+                        : words;
+                auto drawn_step = [=](int i) { return kept(step(i), drawn[i], limit); };
+                if (!e.x.data) return use(begin, n, drawn_step);
+                read_block(e.x, begin, n, x, [&](auto from) {
+                    use(begin, n, [=](int i) { return from(i) + drawn_step(i); });
+                });
+            });
         });
     }
 
@@ -179,17 +186,10 @@ template <class T> struct Worker {
             call.direction_factors[piece.group] == 0)
             return;
         move<norm>(piece, [&](int64_t begin, int n, auto element) {
-            const bool direct = to.contiguous && to.storage == storage_of<T> && n == block_size;
-            T* result = direct ? reinterpret_cast<T*>(to.data) + begin : out;
-            if (call.arguments.projects) {
-#pragma GCC ivdep
-                for (int i = 0; i < block_size; ++i)
-                    result[i] = static_cast<T>(projected<norm>(element(i), factor, radius));
-            } else {
-#pragma GCC ivdep // the result may lie where x lies, element by element
-                for (int i = 0; i < block_size; ++i) result[i] = static_cast<T>(element(i));
-            }
-            if (!direct) store_block(to, begin, n, out);
+            if (call.arguments.projects)
+                write_block(to, begin, n, out,
+                            [=](int i) { return projected<norm>(element(i), factor, radius); });
+            else write_block(to, begin, n, out, element);
         });
     }
 };

@@ -39,11 +39,11 @@ def direction_factor(squares, epsilon, LINF: tl.constexpr):
     """Returns what a group's g (or sign(g)) is multiplied by: eps/||g||, or eps; 0 where the norm
     is 0 or not finite.
     """
-    length = tl.sqrt(squares)
-    factor = tl.zeros_like(length) + epsilon
+    factor = tl.zeros_like(squares) + epsilon
     if not LINF:
-        factor = factor / length
-    return tl.where((length > 0) & (length < INFINITY), factor, 0.0)
+        factor = factor / tl.sqrt(squares)
+    # as the norm, which linf needs no root for
+    return tl.where((squares > 0) & (squares < INFINITY), factor, 0.0)
 
 
 @triton.jit
