@@ -87,6 +87,18 @@ def plain_linear_divergence(hidden: Tensor, weight: Tensor) -> Tensor:
     return plain_divergence(hidden @ weight.mT)
 
 
+def products(*inputs: Tensor) -> Contestant:
+    """Multiplies alone: logits of all hidden states, and from logits the gradients of both."""
+    *hidden, weight = inputs
+    rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in hidden])
+
+    def step() -> None:
+        logits = rows @ weight.mT
+        logits @ weight, logits.mT @ rows
+
+    return Contestant("the matrix products alone", step)
+
+
 def ours(clean: Tensor, adversarial: Tensor, labels: Tensor, **options) -> Tensor:
     return uk.uegr_loss(clean, adversarial, labels, js_weight=JS_WEIGHT, **options)
 
@@ -274,6 +286,7 @@ def linear_case(m: int, c: int, n: int, h: int, device: str) -> Case:
                 "torch.compile", step(peers.compiled(plain_linear)), must_move, may_fail=True
             ),
             Contestant("eager", step(plain_linear), must_move, rounds=3),
+            products(*hidden_inputs(m, n, c, h, device)),
         ]
 
     def verify() -> str | None:
@@ -318,6 +331,7 @@ def linear_divergence_case(c: int, n: int, h: int, device: str) -> Case:
             peers.library(
                 "Liger fused linear JSD, one side", "liger_kernel", liger, bytes=must_move
             ),
+            products(*hidden_inputs(2, n, c, h, device)[1:]),
         ]
 
     def verify() -> str | None:

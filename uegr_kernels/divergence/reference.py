@@ -173,9 +173,15 @@ def linear_uegr_loss(
     d_hidden = [
         x.new_empty(x.shape) if need else None for x, need in zip(hidden, need_hidden, strict=True)
     ]
-    d_weight = w.new_zeros(w.shape, dtype=wide) if need_weight else None
+    d_weight: Tensor | None = None
     d_bias = b.new_zeros(b.shape, dtype=wide) if b is not None and need_bias else None
     keep, losses = kept_rows(labels, hidden[0], options.ignore_index), []
+    count = (
+        keep.sum()
+        if options.reduction == "mean"
+        else torch.ones((), dtype=torch.int64, device=keep.device)
+    )
+    divisor = count.clamp(min=1)
     buffer = w.new_empty(0)
     for at in range(0, max(len(keep), 1), chunk_rows):
         slices = [x[..., at : at + chunk_rows, :] for x in hidden]
@@ -204,24 +210,20 @@ def linear_uegr_loss(
         for into, g in zip(d_hidden, of_inputs, strict=True):
             if into is not None:
                 into[..., at : at + chunk_rows, :] = g @ w
-        if d_weight is not None:
-            d_weight.addmm_(z.T.to(wide), h.to(wide))
+        if need_weight:
+            # h is smaller than what it makes
+            factors = z.T.to(wide), h.to(wide) / divisor
+            d_weight = torch.mm(*factors) if d_weight is None else d_weight.addmm_(*factors)
         if d_bias is not None:
             d_bias += z.sum(0, dtype=wide)
     values = torch.cat(losses, -1)
-    count = (
-        keep.sum()
-        if options.reduction == "mean"
-        else torch.ones((), dtype=torch.int64, device=keep.device)
-    )
     values = values if options.reduction == "none" else values.sum(-1) / count
+    for g in (*d_hidden, d_bias):
+        if g is not None:
+            g.div_(divisor)
     gradients = zip((*d_hidden, d_weight, d_bias), (*hidden, weight, bias), strict=True)
     return (
         values[0].clone(),
         values[1:].clone(),
-        [
-            g.div_(count.clamp(min=1)).to(x.dtype)
-            for g, x in gradients
-            if g is not None and x is not None
-        ],
+        [g.to(x.dtype) for g, x in gradients if g is not None and x is not None],
     )
