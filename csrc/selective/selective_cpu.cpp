@@ -28,8 +28,9 @@ constexpr int64_t rank_slots = 8;
 constexpr int rank_table = rank_bins + 1;
 
 // One tensor of a call.
-template <class T, class UpdateRule> struct Entry : TensorArguments {
+template <class T, class UpdateRule> struct Entry {
     using Bits = typename Float<T>::Bits;
+    const TensorArguments* tensor = nullptr;
     // taken, with this one
     uint32_t steps = 0;
     UpdateRule update_rule{};
@@ -53,10 +54,11 @@ template <class T, class UpdateRule> struct Entry : TensorArguments {
     // Minimum and maximum of s in the previous step; NaN where nothing is kept yet.
     Range kept_range() const {
         double low = NAN, high = NAN;
+        const View* kept = tensor->kept;
         if (kept[0].data) load(kept[0], 0, 1, &low), load(kept[1], 0, 1, &high);
         return {low, high};
     }
-    Range range() const { return range_of<T>(low, high, s.data); }
+    Range range() const { return range_of<T>(low, high, tensor->s.data); }
 };
 
 template <class T, class UpdateRule> struct Call {
@@ -77,8 +79,7 @@ template <class T, class UpdateRule> struct Call {
 
     explicit Call(const SelectionArguments& arguments)
         : options(arguments.options), seed(arguments.seed), entries(arguments.tensors.size()) {
-        for (size_t i = 0; i < entries.size(); ++i)
-            static_cast<TensorArguments&>(entries[i]) = arguments.tensors[i];
+        for (size_t i = 0; i < entries.size(); ++i) entries[i].tensor = &arguments.tensors[i];
     }
     bool random() const { return draws && is_random(options); }
     bool ranks() const { return options.ranks(); }
@@ -122,7 +123,7 @@ template <class T, class UpdateRule> struct Worker {
     }
 
     const T* gradient(const Entry<T, UpdateRule>& e, int64_t begin, int n) {
-        const T* block = block_at(e.g, begin, n, g, slice);
+        const T* block = block_at(e.tensor->g, begin, n, g, slice);
         if (call.unscale == 1) return block;
         slices(n, [&, unscale = call.unscale](int i) { g[i] = block[i] * unscale; });
         return g;
@@ -136,12 +137,15 @@ template <class T, class UpdateRule> struct Worker {
 
     void gather(Entry<T, UpdateRule>& e, int64_t begin, int64_t end) {
         Extremes<T> found;
-        const View& from = e.s.data ? e.s : e.g;
-        if (from.contiguous && from.storage == storage_of<T> && (e.s.data || call.unscale == 1))
+        const View& from = e.tensor->s.data ? e.tensor->s : e.tensor->g;
+        if (from.contiguous && from.storage == storage_of<T> &&
+            (e.tensor->s.data || call.unscale == 1))
             found.add(reinterpret_cast<const T*>(from.data) + begin, end - begin);
         else
             blocks(begin, end, [&](int64_t at, int n) {
-                found.add(e.s.data ? block_at(e.s, at, n, s, slice) : gradient(e, at, n), n);
+                found.add(e.tensor->s.data ? block_at(e.tensor->s, at, n, s, slice)
+                                           : gradient(e, at, n),
+                          n);
             });
         e.join(found);
     }
@@ -159,22 +163,23 @@ template <class T, class UpdateRule> struct Worker {
     // Calls add(bin) for elements [0, size) whose unsharded index is a multiple of `every`; the bin
     // after the last is for what is not finite.
     template <class Add> void count(const Entry<T, UpdateRule>& e, int64_t every, Add add) {
-        const View& from = e.s.data ? e.s : e.g;
+        const View& from = e.tensor->s.data ? e.tensor->s : e.tensor->g;
         if (every == 1) {
-            blocks(0, e.size, [&](int64_t at, int n) {
-                bin(n, e.s.data ? nullptr : gradient(e, at, n),
-                    e.s.data ? block_at(e.s, at, n, s, slice) : nullptr);
+            blocks(0, e.tensor->size, [&](int64_t at, int n) {
+                bin(n, e.tensor->s.data ? nullptr : gradient(e, at, n),
+                    e.tensor->s.data ? block_at(e.tensor->s, at, n, s, slice) : nullptr);
                 for (int i = 0; i < n; ++i) add(bins[i]);
             });
             return;
         }
         auto add_one = [&](T x) {
-            add(minimum(rank_bin(e.s.data ? root(x) : absolute(x * call.unscale)), rank_bins));
+            add(minimum(rank_bin(e.tensor->s.data ? root(x) : absolute(x * call.unscale)),
+                        rank_bins));
         };
-        const Layout& at = e.layout;
-        for (int64_t run = 0; run < e.size; run += at.run) {
+        const Layout& at = e.tensor->layout;
+        for (int64_t run = 0; run < e.tensor->size; run += at.run) {
             const int64_t first = at.offset + run / at.run * at.stride,
-                          end = std::min(at.run, e.size - run);
+                          end = std::min(at.run, e.tensor->size - run);
             const int64_t begin = (every - first % every) % every;
             if (from.contiguous && from.storage == storage_of<T>) {
                 const T* x = reinterpret_cast<const T*>(from.data) + run;
@@ -191,13 +196,14 @@ template <class T, class UpdateRule> struct Worker {
 
     void rank(Entry<T, UpdateRule>& e, float* into) {
         int first = 0, last = rank_bins - 1;
-        const int64_t every = rank_stride(e.size);
+        const int64_t every = rank_stride(e.tensor->size);
         // every element is counted: no other bin will be looked up
         if (every == 1) {
-            gather(e, 0, e.size);
+            gather(e, 0, e.tensor->size);
             const T least = bit_cast<T>(e.low.load()), most = bit_cast<T>(e.high.load());
-            first = e.low >= Float<T>::infinity ? 0 : rank_bin(e.s.data ? root(least) : least);
-            last = e.low >= Float<T>::infinity ? 0 : rank_bin(e.s.data ? root(most) : most);
+            first =
+                e.low >= Float<T>::infinity ? 0 : rank_bin(e.tensor->s.data ? root(least) : least);
+            last = e.low >= Float<T>::infinity ? 0 : rank_bin(e.tensor->s.data ? root(most) : most);
         }
         std::fill(counts.begin() + first, counts.begin() + last + 1, 0);
         count(e, every, [by_bin = counts.data()](int bin) { ++by_bin[bin]; });
@@ -208,7 +214,7 @@ template <class T, class UpdateRule> struct Worker {
     void settle(Entry<T, UpdateRule>& e) const {
         const auto range = e.range();
         e.probability = Probability<T>(call.options, range.low, range.high);
-        e.plain = e.all_finite && !e.s.data &&
+        e.plain = e.all_finite && !e.tensor->s.data &&
                   e.probability.plain(static_cast<T>(range.low), static_cast<T>(range.high));
     }
 
@@ -216,7 +222,7 @@ template <class T, class UpdateRule> struct Worker {
     template <bool rescale>
     void factors(const Entry<T, UpdateRule>& e, const T* g, const uint32_t* drawn, int64_t begin,
                  int n, bool plain) {
-        const T* given = e.s.data ? block_at(e.s, begin, n, s, slice) : nullptr;
+        const T* given = e.tensor->s.data ? block_at(e.tensor->s, begin, n, s, slice) : nullptr;
         if (call.options.normalization == Normalization::constant) {
             const T inverse = static_cast<T>(inverse_of_constant(call.options));
             factor_block<rescale>(n, g, drawn, factor, [=](int) { return inverse; });
@@ -242,16 +248,17 @@ template <class T, class UpdateRule> struct Worker {
     }
 
     static Ahead<4> ahead_of(const Entry<T, UpdateRule>& e, int64_t at) {
-        Ahead<4> ahead(e.g, at);
-        ahead.follow(1, e.theta, at);
+        Ahead<4> ahead(e.tensor->g, at);
+        ahead.follow(1, e.tensor->theta, at);
         // the hardware asks for AMSGrad's third
-        for (int k = 0; k < std::min(e.states_count, 2); ++k) ahead.follow(2 + k, e.states[k], at);
+        for (int k = 0; k < std::min(e.tensor->states_count, 2); ++k)
+            ahead.follow(2 + k, e.tensor->states[k], at);
         return ahead;
     }
 
     void update(Entry<T, UpdateRule>& e, int64_t begin, int64_t end) {
         Extremes<T> found;
-        const bool gathers = e.kept[0].data && !e.own_statistics, random = call.random();
+        const bool gathers = e.tensor->kept[0].data && !e.own_statistics, random = call.random();
         blocks(begin, end, [&](int64_t at, int n) {
             const T* g = gradient(e, at, n);
             bool plain = e.plain;
@@ -263,24 +270,24 @@ template <class T, class UpdateRule> struct Worker {
                         e.probability.plain(static_cast<T>(range.low), static_cast<T>(range.high));
                 found.add(here);
             }
-            const uint32_t* drawn =
-                random ? element_words(words, at, n, e.layout, e.steps, keys, ahead_of(e, at))
-                       : words;
-            T* parameters = block_at(e.theta, at, n, theta, slice);
+            const uint32_t* drawn = random ? element_words(words, at, n, e.tensor->layout, e.steps,
+                                                           keys, ahead_of(e, at))
+                                           : words;
+            T* parameters = block_at(e.tensor->theta, at, n, theta, slice);
             T* moments[3] = {};
-            for (int k = 0; k < e.states_count; ++k)
-                moments[k] = block_at(e.states[k], at, n, states[k], slice);
+            for (int k = 0; k < e.tensor->states_count; ++k)
+                moments[k] = block_at(e.tensor->states[k], at, n, states[k], slice);
             if (call.options.rescale) factors<true>(e, g, drawn, at, n, plain);
             else factors<false>(e, g, drawn, at, n, plain);
             call.update_block(e.update_rule, n, parameters, g, factor, moments[0], moments[1],
                               moments[2]);
-            if (parameters == theta) store_block(e.theta, at, n, parameters);
-            const uint32_t* lower =
-                call.rounding ? element_words(rounding, at, n, e.layout, e.steps, rounding_keys)
-                              : nullptr;
-            for (int k = 0; k < e.states_count; ++k)
+            if (parameters == theta) store_block(e.tensor->theta, at, n, parameters);
+            const uint32_t* lower = call.rounding ? element_words(rounding, at, n, e.tensor->layout,
+                                                                  e.steps, rounding_keys)
+                                                  : nullptr;
+            for (int k = 0; k < e.tensor->states_count; ++k)
                 if (moments[k] == states[k])
-                    store_block(e.states[k], at, n, moments[k], lower, k == 0 ? 0 : 16);
+                    store_block(e.tensor->states[k], at, n, moments[k], lower, k == 0 ? 0 : 16);
         });
         if (gathers) e.join(found);
     }
@@ -308,29 +315,30 @@ std::vector<Item> items_in_order(Call<T, UpdateRule>& call, int64_t threads) {
     const int64_t count = static_cast<int64_t>(call.entries.size());
     for (int64_t i = 0; i < count; ++i) {
         auto& e = call.entries[i];
-        if (e.size == 0) continue;
-        if (e.size <= item_size) {
+        if (e.tensor->size == 0) continue;
+        if (e.tensor->size <= item_size) {
             const bool fits = !items.empty() && items.back().kind == Item::pack &&
                               items.back().first + items.back().count == i &&
-                              items.back().end + e.size <= item_size;
+                              items.back().end + e.tensor->size <= item_size;
             if (!fits) items.push_back({Item::pack, i, 0, 0, 0});
-            items.back().count += 1, items.back().end += e.size;
+            items.back().count += 1, items.back().end += e.tensor->size;
             continue;
         }
-        const int pieces = static_cast<int>((e.size + item_size - 1) / item_size);
+        const int pieces = static_cast<int>((e.tensor->size + item_size - 1) / item_size);
         const bool whole = call.ranks();
         flush(!e.own_statistics ? 0 : whole ? updates.size() : static_cast<size_t>(threads));
         if (e.own_statistics) {
             e.statistics_left = whole ? 1 : pieces;
             for (int k = 0; k < e.statistics_left; ++k)
-                items.push_back({Item::statistics, i, 1, k * item_size,
-                                 whole ? e.size : std::min(e.size, (k + 1) * item_size)});
+                items.push_back(
+                    {Item::statistics, i, 1, k * item_size,
+                     whole ? e.tensor->size : std::min(e.tensor->size, (k + 1) * item_size)});
         }
         flush(0);
         e.updates_left = pieces;
         for (int k = pieces; k-- > 0;)
             updates.push_back(
-                {Item::update, i, 1, k * item_size, std::min(e.size, (k + 1) * item_size)});
+                {Item::update, i, 1, k * item_size, std::min(e.tensor->size, (k + 1) * item_size)});
     }
     flush(0);
     return items;
@@ -346,7 +354,7 @@ template <class T, class UpdateRule> void run(Call<T, UpdateRule>& call) {
     std::vector<Entry<T, UpdateRule>*> before(slot_of.size(), nullptr);
     int64_t large = 0;
     for (size_t i = 0; i < slot_of.size(); ++i)
-        if (call.entries[i].size > item_size && call.entries[i].own_statistics) {
+        if (call.entries[i].tensor->size > item_size && call.entries[i].own_statistics) {
             slot_of[i] = large++ % rank_slots;
             before[i] = std::exchange(owners[slot_of[i]], &call.entries[i]);
             slots[slot_of[i]].resize(rank_table);
@@ -362,8 +370,8 @@ template <class T, class UpdateRule> void run(Call<T, UpdateRule>& call) {
                     auto& small = call.entries[i];
                     if (small.own_statistics && rank) worker->rank(small, worker->table.data());
                     else if (small.own_statistics)
-                        worker->gather(small, 0, small.size), worker->settle(small);
-                    if (call.update_block) worker->update(small, 0, small.size);
+                        worker->gather(small, 0, small.tensor->size), worker->settle(small);
+                    if (call.update_block) worker->update(small, 0, small.tensor->size);
                 }
             } else if (item.kind == Item::statistics) {
                 if (rank) {
@@ -438,7 +446,7 @@ void step(const StepArguments& arguments, const Options& options,
         return steps;
     };
     for (size_t i = 0; i < call.entries.size(); ++i) {
-        const double steps = steps_of(call.entries[i].step);
+        const double steps = steps_of(call.entries[i].tensor->step);
         STD_TORCH_CHECK(steps >= 0 && steps < 16777215.0, "steps[", i, "] is ", steps,
                         "; give the number of steps taken, from 0 to 2^24 - 2");
     }
@@ -449,16 +457,17 @@ void step(const StepArguments& arguments, const Options& options,
     double last = -1;
     UpdateRule update_rule;
     for (auto& e : call.entries) {
-        const double steps = steps_of(e.step) + 1;
-        store_block(e.step, 0, 1, &steps);
+        const double steps = steps_of(e.tensor->step) + 1;
+        store_block(e.tensor->step, 0, 1, &steps);
         if (steps != last) update_rule = options.template at<T>(last = steps);
         e.update_rule = update_rule, e.steps = static_cast<uint32_t>(steps);
     }
     run(call);
     for (auto& e : call.entries)
-        if (e.kept[0].data) {
+        if (e.tensor->kept[0].data) {
             const auto range = e.range();
-            store_block(e.kept[0], 0, 1, &range.low), store_block(e.kept[1], 0, 1, &range.high);
+            store_block(e.tensor->kept[0], 0, 1, &range.low),
+                store_block(e.tensor->kept[1], 0, 1, &range.high);
         }
 }
 
@@ -536,7 +545,7 @@ static void gather_statistics(const StatisticsArguments& arguments) {
             const int64_t row = arguments.out.of(static_cast<int64_t>(i));
             if (rank) {
                 const int64_t every =
-                    rank_stride(arguments.sizes.empty() ? e.size : arguments.sizes[i]);
+                    rank_stride(arguments.sizes.empty() ? e.tensor->size : arguments.sizes[i]);
                 worker->count(e, every, [every, counts = arguments.out.bins(row)](int bin) {
                     if (bin < rank_bins) counts[bin] += every;
                 });
