@@ -1,10 +1,11 @@
-"""Runs the suites: `python -m bench` lists them, `python -m bench SUITE` runs one, `python -m bench
-docs` puts the figures into the documents.
+"""Runs the suites: `python -m bench` lists them, `python -m bench SUITE ...` runs one or several,
+`python -m bench docs` puts the figures into the documents.
 """
 
 import argparse
 import ast
 import importlib
+import itertools
 import pathlib
 import shlex
 import sys
@@ -25,6 +26,14 @@ def main(arguments: list[str] | None = None) -> int:
     Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    suites = list(itertools.takewhile(SUITES.__contains__, arguments))
+    if len(suites) > 1:
+        worst = 0
+        for suite in dict.fromkeys(suites):
+            worst = max(worst, main([suite, *arguments[len(suites) :]]))
+            if worst == 130:
+                break
+        return worst
     top = argparse.ArgumentParser(
         prog="python -m bench", description="Times the operators beside their peers."
     )
@@ -99,8 +108,8 @@ def main(arguments: list[str] | None = None) -> int:
             )
         )
         print(
-            "Run one with `python -m bench SUITE`; `python -m bench SUITE --help` lists the "
-            "options."
+            "Run one or several with `python -m bench SUITE ...`; `python -m bench SUITE "
+            "--help` lists the options."
         )
         print(
             "`docs` in the place of SUITE updates the documents, `sharded` prints a model on "

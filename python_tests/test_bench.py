@@ -116,6 +116,24 @@ def test_a_suite_writes_json_as_documented_and_a_table(tmp_path, monkeypatch, ca
     assert bool(pictures) == bool(bench.plot.importlib.util.find_spec("matplotlib"))
 
 
+def test_several_suites_run_one_after_another(tmp_path, monkeypatch):
+    ended = {"dropout": 1, "host": 0, "scaling": 130}
+    started = []
+
+    def run(options, command):
+        started.append(command)
+        if ended[options.command] == 130:
+            raise KeyboardInterrupt
+        return ended[options.command]
+
+    monkeypatch.setattr(bench, "run", run)
+    assert bench.main(["dropout", "host", "dropout", "--quick"]) == 1
+    assert started == ["python -m bench dropout --quick", "python -m bench host --quick"]
+    started.clear()
+    assert bench.main(["scaling", "host", "--quick"]) == 130
+    assert started == ["python -m bench scaling --quick"]
+
+
 def test_wrong_arguments_are_said(tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         bench.main(["nonsense"])

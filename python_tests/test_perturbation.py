@@ -4,6 +4,8 @@ input.
 
 import functools
 import math
+import pathlib
+import re
 import types
 
 import numpy as np
@@ -467,6 +469,25 @@ def test_native_weights_agree_with_the_reference_from_any_number_of_threads(nati
 
     for a, b in zip(alone_and_apart(native, lambda: run(native)), run("reference"), strict=True):
         torch.testing.assert_close(a, b, rtol=2 * RELATIVE[b.dtype], atol=1e-7)
+
+
+def test_large_results_lie_in_large_pages_where_the_host_leaves_them(monkeypatch):
+    policy = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not policy.exists() or "[madvise]" not in policy.read_text():
+        pytest.skip("large pages are not for who asks for them here")
+    # what is written already has its pages
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    balloons = pathlib.Path("/sys/bus/virtio/drivers/virtio_balloon").glob("*/features")
+    handed_back = any(features.read_text()[5] == "1" for features in balloons)
+    delta = fgm_perturbation(torch.ones(16, 1 << 20), 1.0, backend="cpp")
+    large = 0
+    for mapping in re.split(
+        r"^(?=[0-9a-f]+-[0-9a-f]+ )", pathlib.Path("/proc/self/smaps").read_text(), flags=re.M
+    )[1:]:
+        first, last = (int(x, 16) for x in mapping.split(maxsplit=1)[0].split("-"))
+        if first < delta.data_ptr() + delta.nbytes and delta.data_ptr() < last:
+            large += int(re.search(r"^AnonHugePages: +(\d+) kB", mapping, re.M)[1])
+    assert large == 0 if handed_back else large > delta.nbytes >> 11
 
 
 @pytest.fixture

@@ -3,11 +3,13 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #ifdef __SSE2__
 #include <immintrin.h>
 #endif
 #ifdef __linux__
+#include <glob.h>
 #include <sys/mman.h>
 #endif
 
@@ -425,16 +427,38 @@ inline char* large_page_after(const char* p) {
     return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(p) | (large_page - 1)) + 1);
 }
 
+// Tells whether the machine is a virtual one that hands free memory back to its host (virtio's
+// balloon, feature 5). Large pages are then handed back first, and had anew they take the host
+// longer than all the faults of small ones.
+inline bool hands_memory_back() {
+    static const bool found = [] {
+        bool reports = false;
+#ifdef __linux__
+        glob_t devices{};
+        glob("/sys/bus/virtio/drivers/virtio_balloon/*/features", 0, nullptr, &devices);
+        for (size_t i = 0; i < devices.gl_pathc; ++i) {
+            constexpr int feature = 5;
+            char bits[feature + 2] = {};
+            FILE* file = fopen(devices.gl_pathv[i], "r");
+            if (file && fgets(bits, sizeof(bits), file)) reports |= bits[feature] == '1';
+            if (file) fclose(file);
+        }
+        globfree(&devices);
+#endif
+        return reports;
+    }();
+    return found;
+}
+
 // Asks for large pages on the inside of large memory that nothing was written to yet: 4 KiB at a
 // time its page faults outlast the arithmetic.
 inline void expect_large_pages([[maybe_unused]] char* data, [[maybe_unused]] int64_t bytes) {
 #ifdef MADV_HUGEPAGE
-    if (bytes < static_cast<int64_t>(large_page)) return;
+    if (bytes < static_cast<int64_t>(large_page) || hands_memory_back()) return;
     char *first = large_page_after(data - 1), *last = large_page_after(data + bytes) - large_page;
     if (first < last) madvise(first, last - first, MADV_HUGEPAGE);
 #endif
 }
-
 inline void expect_large_pages(const View& view, int64_t elements) {
     if (view.contiguous) expect_large_pages(view.data, elements * bytes_of(view.storage));
 }

@@ -16,8 +16,8 @@ namespace uegr {
 namespace {
 
 constexpr int64_t piece_size = 1 << 14;
-// elements that stay in a second-level cache from the norm to the step
-constexpr int64_t cached_size = 1 << 18;
+// bytes that stay in a second-level cache from the norm to the step
+constexpr int64_t cached_bytes = 1 << 20;
 // elements that are worth a thread
 constexpr int64_t thread_size = 1 << 14;
 
@@ -239,7 +239,7 @@ template <Norm norm> void run(Call& call) {
     };
 
     const Entry& first = call.entries[0];
-    if (call.entries.size() == 1 && first.length <= cached_size &&
+    if (call.entries.size() == 1 && first.length * bytes_of(first.g.storage) <= cached_bytes &&
         call.groups >= static_cast<int64_t>(torch::stable::get_num_threads())) {
         // every group on its own, while it is in cache
         const int64_t pieces = first.pieces();
