@@ -49,7 +49,7 @@ template <class T> HOST_DEVICE T kept(T step, uint32_t word, int32_t limit) {
 }
 
 // The nearest point of the ball: by the group's factor, or every element by the radius; NaN stays.
-template <Norm norm> HOST_DEVICE double projected(double x, double factor, double radius) {
+template <Norm norm, class T> HOST_DEVICE T projected(T x, T factor, T radius) {
     return norm == Norm::l2 ? x * factor : x > radius ? radius : x < -radius ? -radius : x;
 }
 

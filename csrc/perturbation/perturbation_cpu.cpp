@@ -139,11 +139,13 @@ template <class T> struct Worker {
         return sum.total();
     }
 
-    // Calls use(begin, n, f): f(i) is element begin + i of x + b * step, in double; without x in T
-    // where that will do.
+    // Calls use(begin, n, f): f(i) is element begin + i of x + b * step, in double; in T where that
+    // will do: without x, and with one of 16 bits, which no step that fits takes out of a float.
     template <Norm norm, class Use> void move(const Piece& piece, Use use) {
         const double factor = call.direction_factors[piece.group];
-        if (!piece.e.x.data && fits_float(factor))
+        const View& x = piece.e.x;
+        if (fits_float(factor) &&
+            (!x.data || (bytes_of(x.storage) == 2 && fits_float(call.arguments.epsilon))))
             move_by<norm>(piece, static_cast<T>(factor), use);
         else move_by<norm>(piece, factor, use);
     }
@@ -186,10 +188,16 @@ template <class T> struct Worker {
             call.direction_factors[piece.group] == 0)
             return;
         move<norm>(piece, [&](int64_t begin, int n, auto element) {
-            if (call.arguments.projects)
-                write_block(to, begin, n, out,
-                            [=](int i) { return projected<norm>(element(i), factor, radius); });
-            else write_block(to, begin, n, out, element);
+            auto project = [&](auto factor, auto radius) {
+                write_block(to, begin, n, out, [=](int i) {
+                    return projected<norm, decltype(factor)>(element(i), factor, radius);
+                });
+            };
+            using Element = decltype(element(0));
+            if (!call.arguments.projects) write_block(to, begin, n, out, element);
+            else if (fits_float(factor) && fits_float(radius))
+                project(static_cast<Element>(factor), static_cast<Element>(radius));
+            else project(factor, radius);
         });
     }
 };
