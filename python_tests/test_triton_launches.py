@@ -3,8 +3,11 @@ registers: for each target, with both Tritons.
 """
 
 import itertools
+import json
+import pathlib
 import re
 
+import compile_all
 import launches
 import pytest
 import torch
@@ -107,3 +110,16 @@ def test_every_statement_compiles_and_spills_next_to_nothing(version, target):
 def test_the_product_has_calls_without_repetition(family, name):
     calls = launches.product(family, name, "float32")
     assert calls and len(set(calls)) == len(calls)
+
+
+def test_what_is_committed_of_the_product_compiled_and_spills_next_to_nothing():
+    path = pathlib.Path(__file__).parent.parent / "bench/results/triton_code.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    keys = [tuple(line[key] for key in compile_all.KEYS) for line in lines]
+    assert lines and len(set(keys)) == len(keys)
+    families = {name: family for family, name in FUNCTIONS}
+    for line in lines:
+        name, dtype = line["function"], line["dtype"]
+        assert line["calls"] == len(launches.product(families[name], name, dtype)), line
+        assert line["kernels"] and not line["errors"], line
+        assert dtype == "float64" or line["most_spilled"] <= triton_code.MOST_SPILLED, line
