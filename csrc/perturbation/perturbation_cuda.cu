@@ -311,7 +311,7 @@ __global__ void __launch_bounds__(most_threads, blocks_at_once<Access, random>)
         UNROLL
         for (int j = 0; j < n; ++j) {
             if constexpr (from_x)
-                result[j] = static_cast<float>(projected<norm>(y[j], ball, call.radius));
+                result[j] = static_cast<float>(projected<norm, double>(y[j], ball, call.radius));
             else result[j] = static_cast<float>(y[j]);
         }
         access.store(call, piece.e.out, l, result);
