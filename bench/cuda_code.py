@@ -145,7 +145,12 @@ def kept(name: str, command: list, sources: list[pathlib.Path], make) -> pathlib
             shutil.rmtree(old, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as fresh:
             make(pathlib.Path(fresh))
-            os.rename(fresh, folder)
+            try:
+                os.rename(fresh, folder)
+            except OSError:
+                # another process was faster
+                if not folder.exists():
+                    raise
     return folder
 
 

@@ -43,9 +43,12 @@ def compile_all(path: pathlib.Path) -> None:
     ]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         running = [pool.submit(compiled, *one, calls[one[2:]]) for one in lacking]
-        for line in concurrent.futures.as_completed(running):
-            with path.open("a") as file:
-                print(json.dumps(line.result()), file=file, flush=True)
+        try:
+            for line in concurrent.futures.as_completed(running):
+                with path.open("a") as file:
+                    print(json.dumps(line.result()), file=file, flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def compiled(

@@ -446,12 +446,13 @@ def test_native_agrees_with_the_reference_from_any_number_of_threads(native, dty
 
 @pytest.mark.parametrize("together", [False, True], ids=["tensor", "all"])
 def test_native_weights_agree_with_the_reference_from_any_number_of_threads(native, together):
-    shapes = [(300, 70), (0,), (), (1025,), (40_000,)]
+    shapes = [(300, 70), (0,), (), (1025,), (40_000,), (7, 900)]
+    dtypes = (*DTYPES, torch.float32, torch.bfloat16)
 
     def run(backend):
         params = [
             laid_out(gradient(*s, dtype=d, seed=1), "transposed")
-            for s, d in zip(shapes, (*DTYPES, DTYPES[1]), strict=True)
+            for s, d in zip(shapes, dtypes, strict=True)
         ]
         # the same memory twice
         params.append(params[3])

@@ -428,8 +428,8 @@ inline char* large_page_after(const char* p) {
 }
 
 // Tells whether the machine is a virtual one that hands free memory back to its host (virtio's
-// balloon, feature 5). Large pages are then handed back first, and had anew they take the host
-// longer than all the faults of small ones.
+// balloon, feature 5). Large pages are handed back first, and the host takes longer to find new
+// ones than all the faults of small pages take.
 inline bool hands_memory_back() {
     static const bool found = [] {
         bool reports = false;

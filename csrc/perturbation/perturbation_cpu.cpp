@@ -107,11 +107,11 @@ template <class T> struct Worker {
 
     // Calls use(element), element(i) being g's element begin + i, 0 where the mask has it.
     template <class Use> void gradient(const Entry& e, int64_t begin, int n, Use use) {
+        if (call.real.empty()) return read_block(e.g, begin, n, g, use);
         const int64_t token = call.arguments.token, first = begin / token;
         const uint8_t* real = call.real.data();
         const uint8_t* last = real + (begin + n - 1) / token + 1;
-        if (call.real.empty() || std::find(real + first, last, 0) == last)
-            return read_block(e.g, begin, n, g, use);
+        if (std::find(real + first, last, 0) == last) return read_block(e.g, begin, n, g, use);
         load_block(e.g, begin, n, g);
         for (int64_t t = first; real + t < last; ++t) {
             if (real[t]) continue;
@@ -140,7 +140,8 @@ template <class T> struct Worker {
     }
 
     // Calls use(begin, n, f): f(i) is element begin + i of x + b * step, in double; in T where that
-    // will do: without x, and with one of 16 bits, which no step that fits takes out of a float.
+    // will do: without x; and with one of 16 bits, where a float's rounding is small beside the
+    // result's but for sums that cancel, and a step that fits cannot make a float overflow.
     template <Norm norm, class Use> void move(const Piece& piece, Use use) {
         const double factor = call.direction_factors[piece.group];
         const View& x = piece.e.x;

@@ -30,6 +30,7 @@ constexpr int rank_table = rank_bins + 1;
 // One tensor of a call.
 template <class T, class UpdateRule> struct Entry {
     using Bits = typename Float<T>::Bits;
+    // of the call's arguments, which outlive it
     const TensorArguments* tensor = nullptr;
     // taken, with this one
     uint32_t steps = 0;

@@ -182,6 +182,8 @@ def linear_uegr_loss(
         else torch.ones((), dtype=torch.int64, device=keep.device)
     )
     divisor = count.clamp(min=1)
+    # h or the weight's gradient, whichever is smaller
+    divides_h = sum(x[..., :chunk_rows, 0].numel() for x in hidden) < len(w)
     buffer = w.new_empty(0)
     for at in range(0, max(len(keep), 1), chunk_rows):
         slices = [x[..., at : at + chunk_rows, :] for x in hidden]
@@ -211,14 +213,13 @@ def linear_uegr_loss(
             if into is not None:
                 into[..., at : at + chunk_rows, :] = g @ w
         if need_weight:
-            # h is smaller than what it makes
-            factors = z.T.to(wide), h.to(wide) / divisor
+            factors = z.T.to(wide), h.to(wide) / divisor if divides_h else h.to(wide)
             d_weight = torch.mm(*factors) if d_weight is None else d_weight.addmm_(*factors)
         if d_bias is not None:
             d_bias += z.sum(0, dtype=wide)
     values = torch.cat(losses, -1)
     values = values if options.reduction == "none" else values.sum(-1) / count
-    for g in (*d_hidden, d_bias):
+    for g in (*d_hidden, d_bias, None if divides_h else d_weight):
         if g is not None:
             g.div_(divisor)
     gradients = zip((*d_hidden, d_weight, d_bias), (*hidden, weight, bias), strict=True)

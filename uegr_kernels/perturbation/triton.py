@@ -42,7 +42,7 @@ def direction_factor(squares, epsilon, LINF: tl.constexpr):
     factor = tl.zeros_like(squares) + epsilon
     if not LINF:
         factor = factor / tl.sqrt(squares)
-    # as the norm, which linf needs no root for
+    # the root is 0 or infinite where this is: linf needs none
     return tl.where((squares > 0) & (squares < INFINITY), factor, 0.0)
 
 
