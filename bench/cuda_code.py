@@ -141,7 +141,8 @@ def kept(name: str, command: list, sources: list[pathlib.Path], make) -> pathlib
     folder = ROOT / "build/cuda_tests" / f"{name}_{digest.hexdigest()[:16]}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for old in folder.parent.glob(f"{name}_*"):
+        # another process may have filled it by now
+        for old in {*folder.parent.glob(f"{name}_*")} - {folder}:
             shutil.rmtree(old, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as fresh:
             make(pathlib.Path(fresh))

@@ -13,6 +13,7 @@ import torch
 from bench import __main__ as bench
 from bench import (
     cost_and_gain,
+    cuda_code,
     gpu_model,
     harness,
     machine,
@@ -116,7 +117,7 @@ def test_a_suite_writes_json_as_documented_and_a_table(tmp_path, monkeypatch, ca
     assert bool(pictures) == bool(bench.plot.importlib.util.find_spec("matplotlib"))
 
 
-def test_several_suites_run_one_after_another(tmp_path, monkeypatch):
+def test_several_suites_run_one_after_another(monkeypatch):
     ended = {"dropout": 1, "host": 0, "scaling": 130}
     started = []
 
@@ -555,3 +556,19 @@ def test_the_cpu_steps_loops_are_timed_one_by_one(tmp_path):
     told = subprocess.run([program, "--quick"], check=True, capture_output=True, text=True).stdout
     figures = dict(re.findall(r"^(in .*?) +(\d+\.\d+)$", told, re.MULTILINE))
     assert len(figures) == 8 and all(float(figure) > 0 for figure in figures.values())
+
+
+def test_what_another_process_compiled_meanwhile_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(cuda_code, "ROOT", tmp_path)
+    names = iter(("theirs", "ours"))
+
+    def make(folder):
+        (folder / "report.txt").write_text(name := next(names))
+        if name == "ours":
+            return
+        # ours begins and ends while theirs is made
+        cuda_code.kept("loss", ["nvcc"], [], make)
+
+    folder = cuda_code.kept("loss", ["nvcc"], [], make)
+    assert (folder / "report.txt").read_text() == "ours"
+    assert [*folder.parent.iterdir()] == [folder]

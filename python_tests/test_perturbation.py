@@ -472,7 +472,26 @@ def test_native_weights_agree_with_the_reference_from_any_number_of_threads(nati
         torch.testing.assert_close(a, b, rtol=2 * RELATIVE[b.dtype], atol=1e-7)
 
 
-def test_large_results_lie_in_large_pages_where_the_host_leaves_them(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("step_size", [1e-35, 0.5, 1e31, 1e38])
+def test_steps_of_16_bits_agree_at_the_borders_of_a_float(native, dtype, norm, step_size):
+    largest = torch.finfo(dtype).max
+    delta = torch.tensor([0.0, 1.0, largest, -largest], dtype=dtype).repeat_interleave(3)
+    g = torch.tensor([1.0, -1.0, torch.finfo(dtype).tiny], dtype=dtype).repeat(4)
+    # a whole block, and samples of their own
+    for shape in ((12, 256), (12, 1)):
+        x, along = (tensor[:, None].expand(shape).contiguous() for tensor in (delta, g))
+        for radius in (1e-35, 1.0, 1e31, 1e38):
+            found, expected = (
+                pgd_step(x, along, step_size=step_size, radius=radius, norm=norm, backend=backend)
+                for backend in (native, "reference")
+            )
+            torch.testing.assert_close(found, expected, rtol=2 * RELATIVE[dtype], atol=0)
+
+
+@pytest.mark.parametrize("native", ["cpp"], indirect=True)
+def test_large_results_lie_in_large_pages_where_the_host_leaves_them(native, monkeypatch):
     policy = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not policy.exists() or "[madvise]" not in policy.read_text():
         pytest.skip("large pages are not for who asks for them here")
@@ -480,7 +499,7 @@ def test_large_results_lie_in_large_pages_where_the_host_leaves_them(monkeypatch
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     balloons = pathlib.Path("/sys/bus/virtio/drivers/virtio_balloon").glob("*/features")
     handed_back = any(features.read_text()[5] == "1" for features in balloons)
-    delta = fgm_perturbation(torch.ones(16, 1 << 20), 1.0, backend="cpp")
+    delta = fgm_perturbation(torch.ones(16, 1 << 20), 1.0, backend=native)
     large = 0
     for mapping in re.split(
         r"^(?=[0-9a-f]+-[0-9a-f]+ )", pathlib.Path("/proc/self/smaps").read_text(), flags=re.M

@@ -452,15 +452,15 @@ inline bool hands_memory_back() {
 
 // Asks for large pages on the inside of large memory that nothing was written to yet: 4 KiB at a
 // time its page faults outlast the arithmetic.
-inline void expect_large_pages([[maybe_unused]] char* data, [[maybe_unused]] int64_t bytes) {
+inline void expect_large_pages([[maybe_unused]] const View& view,
+                               [[maybe_unused]] int64_t elements) {
 #ifdef MADV_HUGEPAGE
-    if (bytes < static_cast<int64_t>(large_page) || hands_memory_back()) return;
-    char *first = large_page_after(data - 1), *last = large_page_after(data + bytes) - large_page;
+    const int64_t bytes = elements * bytes_of(view.storage);
+    if (!view.contiguous || bytes < static_cast<int64_t>(large_page) || hands_memory_back()) return;
+    char *first = large_page_after(view.data - 1),
+         *last = large_page_after(view.data + bytes) - large_page;
     if (first < last) madvise(first, last - first, MADV_HUGEPAGE);
 #endif
-}
-inline void expect_large_pages(const View& view, int64_t elements) {
-    if (view.contiguous) expect_large_pages(view.data, elements * bytes_of(view.storage));
 }
 
 // Copies past the caches what nobody reads soon; `finish_streams` makes it visible to other

@@ -491,7 +491,7 @@ std::pair<Tensor, Tensor> run(LossBatch& batch, const Tensor& like, int64_t coun
 // Says where the gradients of a tensor of logits go: memory that is written whole, or nowhere.
 void direct_gradients(LossBatch& batch, int64_t passes, const Tensor* into, bool fresh) {
     const int64_t bytes = into ? into->numel() * into->element_size() : 0;
-    if (into && fresh) expect_large_pages(static_cast<char*>(into->mutable_data_ptr()), bytes);
+    if (into && fresh) expect_large_pages(view(*into, "logits", true), into->numel());
     for (int64_t pass = 0; pass < passes; ++pass) {
         batch.gradients.push_back(into ? Rows(view(*into, "logits", true), pass) : Rows());
         batch.gradients.back().streamed = fresh && bytes >= worth_streaming;
