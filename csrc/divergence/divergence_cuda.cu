@@ -421,8 +421,8 @@ static std::tuple<Tensor, Tensor, Tensors> leave(Tensors logits, const OptionalT
     return {loss, parts, gradients};
 }
 
-static std::tuple<Tensor, Tensor, Tensors> uegr_loss_or_leave(Tensors logits, OptionalTensor labels,
-                                                              LOSS_ARGUMENTS) {
+static std::tuple<Tensor, Tensor, Tensors>
+uegr_loss_or_leave(const Tensors& logits, OptionalTensor labels, LOSS_ARGUMENTS) {
     try {
         return uegr_loss(logits, labels, js_weight, label_smoothing, ignore_index, reduction,
                          regression, needs);

@@ -150,8 +150,8 @@ static void pgd_step_(Tensor delta, Tensor grad, OptionalTensor mask, Tensor out
     perturb(arguments, grad);
 }
 
-static void perturb_weights_(Tensors params, Tensors grads, OptionalTensor seed,
-                             std::vector<int64_t> streams, double epsilon, bool together,
+static void perturb_weights_(const Tensors& params, const Tensors& grads, OptionalTensor seed,
+                             const std::vector<int64_t>& streams, double epsilon, bool together,
                              double keep_probability, int64_t step) {
     PerturbationArguments arguments(params, grads, streams, epsilon, together);
     arguments.keep(seed, keep_probability, step);

@@ -186,10 +186,11 @@ static void inspect(const InspectionArguments& arguments, int64_t step, Out out)
 
 // --- The operators ---
 
-static void selective_adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
-                             Tensors max_exp_avg_sqs, Tensors steps, Tensors saliency_mins,
-                             Tensors saliency_maxs, OptionalTensor scope_statistics,
-                             std::vector<int64_t> layout, OptionalTensor grad_scale,
+static void selective_adamw_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
+                             const Tensors& exp_avg_sqs, const Tensors& max_exp_avg_sqs,
+                             const Tensors& steps, const Tensors& saliency_mins,
+                             const Tensors& saliency_maxs, OptionalTensor scope_statistics,
+                             const std::vector<int64_t>& layout, OptionalTensor grad_scale,
                              OptionalTensor found_inf, double lr, OptionalTensor lr_tensor,
                              double weight_decay, bool maximize, int64_t seed, double beta1,
                              double beta2, OptionalTensor beta1_tensor, OptionalTensor beta2_tensor,
@@ -208,9 +209,10 @@ static void selective_adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Te
     take_step(arguments, options, !max_exp_avg_sqs.empty());
 }
 
-static void selective_sgd_(Tensors params, Tensors grads, Tensors momentum_buffers, Tensors steps,
-                           Tensors saliency_mins, Tensors saliency_maxs,
-                           OptionalTensor scope_statistics, std::vector<int64_t> layout,
+static void selective_sgd_(const Tensors& params, const Tensors& grads,
+                           const Tensors& momentum_buffers, const Tensors& steps,
+                           const Tensors& saliency_mins, const Tensors& saliency_maxs,
+                           OptionalTensor scope_statistics, const std::vector<int64_t>& layout,
                            OptionalTensor grad_scale, OptionalTensor found_inf, double lr,
                            OptionalTensor lr_tensor, double weight_decay, bool maximize,
                            int64_t seed, double momentum, double dampening, bool nesterov,
@@ -226,9 +228,9 @@ static void selective_sgd_(Tensors params, Tensors grads, Tensors momentum_buffe
     take_step(arguments, options, !momentum_buffers.empty());
 }
 
-static void select_gradients_(Tensors grads, Tensors saliencies, OptionalTensor scope_statistics,
-                              std::vector<int64_t> layout, int64_t step, int64_t seed,
-                              SELECTION_ARGUMENTS) {
+static void select_gradients_(const Tensors& grads, const Tensors& saliencies,
+                              OptionalTensor scope_statistics, const std::vector<int64_t>& layout,
+                              int64_t step, int64_t seed, SELECTION_ARGUMENTS) {
     SelectionArguments arguments(SELECTION_OPTIONS, seed, grads, saliencies, layout,
                                  scope_statistics);
     for (size_t i = 0; i < grads.size(); ++i)
@@ -240,9 +242,11 @@ static void select_gradients_(Tensors grads, Tensors saliencies, OptionalTensor 
     multiply(arguments, step);
 }
 
-static void selective_statistics_(Tensors grads, Tensors saliencies, Tensors mins, Tensors maxs,
-                                  std::vector<int64_t> layout, std::vector<int64_t> sizes,
-                                  int64_t normalization, OptionalTensor grad_scale, Tensor out) {
+static void selective_statistics_(const Tensors& grads, const Tensors& saliencies,
+                                  const Tensors& mins, const Tensors& maxs,
+                                  const std::vector<int64_t>& layout,
+                                  const std::vector<int64_t>& sizes, int64_t normalization,
+                                  OptionalTensor grad_scale, Tensor out) {
     SelectionOptions options{};
     options.normalization = static_cast<Normalization>(normalization);
     const StatisticsArguments arguments({options, 0, grads, saliencies, layout, std::nullopt}, mins,
@@ -254,7 +258,7 @@ static void selective_statistics_(Tensors grads, Tensors saliencies, Tensors min
 }
 
 static void selection_mask_(Tensor grad, OptionalTensor saliency, Tensor out,
-                            std::vector<int64_t> layout, int64_t step, int64_t seed,
+                            const std::vector<int64_t>& layout, int64_t step, int64_t seed,
                             SELECTION_ARGUMENTS) {
     const Tensors grads{grad}, saliencies = saliency ? Tensors{*saliency} : Tensors{};
     const InspectionArguments arguments(

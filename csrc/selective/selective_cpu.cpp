@@ -26,6 +26,12 @@ constexpr int64_t item_size = 1 << 18;
 constexpr int64_t rank_slots = 8;
 // 1/p by bin; the last one serves what is not finite
 constexpr int rank_table = rank_bins + 1;
+// upper halves of floats without their signs: bins, and after them what is not finite
+constexpr int upper_halves = 1 << 15;
+constexpr bool little_endian = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__;
+// elements; of more than these all bins are cleared and looked through, rather than the extremes
+// taken first
+constexpr int64_t rank_few = 1 << 16;
 
 // One tensor of a call.
 template <class T, class UpdateRule> struct Entry {
@@ -86,21 +92,41 @@ template <class T, class UpdateRule> struct Call {
     bool ranks() const { return options.ranks(); }
 };
 
+// The bins of [first, last] from the first to the last that counted something; `last` alone where
+// none did.
+template <class Count> std::pair<int, int> occupied(const Count* counts, int first, int last) {
+    constexpr int some = 64;
+    auto empty = [](const Count* from, int n) {
+        bool found = false;
+        for (int i = 0; i < n; ++i) found |= from[i] != 0;
+        return !found;
+    };
+    while (last - first >= some && empty(counts + first, some)) first += some;
+    while (last - first >= some && empty(counts + last - some + 1, some)) last -= some;
+    while (first < last && counts[first] == 0) ++first;
+    while (first < last && counts[last] == 0) --last;
+    return {first, last};
+}
+
 // 1/p by bin from counts by bin, which may lie in the same place; bins outside [first, last] are
 // taken to be empty and left alone.
 template <class Count>
 void table_from_counts(const Count* counts, float* table, int first, int last,
                        const SelectionOptions& o) {
+    const auto [from, to] = occupied(counts, first, last);
     double total = 0;
-    for (int bin = first; bin <= last; ++bin) total += counts[bin];
+    for (int bin = from; bin <= to; ++bin) total += counts[bin];
     double below = 0;
-    for (int bin = first; bin <= last; ++bin) {
+    for (int bin = from; bin <= to; ++bin) {
         const double count = counts[bin];
         table[bin] = static_cast<float>(below / std::max(total, 1.0));
         below += count;
     }
     const RankCurve curve(o);
-    for (int bin = first; bin <= last; ++bin) table[bin] = curve.inverse(table[bin]);
+    for (int bin = from; bin <= to; ++bin) table[bin] = curve.inverse(table[bin]);
+    // nothing lies below the one, all below the other
+    std::fill(table + first, table + from, curve.inverse(0));
+    std::fill(table + to + 1, table + last + 1, curve.inverse(total > 0 ? 1 : 0));
     table[rank_bins] = 1;
 }
 
@@ -120,7 +146,7 @@ template <class T, class UpdateRule> struct Worker {
 
     explicit Worker(const Call<T, UpdateRule>& call)
         : call(call), keys(call.seed), rounding_keys(call.seed ^ rounding_key) {
-        if (call.ranks()) counts.resize(rank_table), table.resize(rank_table);
+        if (call.ranks()) counts.resize(upper_halves), table.resize(rank_table);
     }
 
     const T* gradient(const Entry<T, UpdateRule>& e, int64_t begin, int n) {
@@ -161,10 +187,34 @@ template <class T, class UpdateRule> struct Worker {
         else fill(bins, [=](int i) { return absolute(g[i]); });
     }
 
-    // Calls add(bin) for elements [0, size) whose unsharded index is a multiple of `every`; the bin
-    // after the last is for what is not finite.
+    // Calls at(l) for the places l, in a shard of `size`, of the elements whose unsharded index is
+    // a multiple of `every`.
+    template <class At>
+    static void every_so_many(const Layout& layout, int64_t size, int64_t every, At at) {
+        for (int64_t run = 0; run < size; run += layout.run) {
+            const int64_t first = layout.offset + run / layout.run * layout.stride;
+            const int64_t end = std::min(run + layout.run, size);
+            for (int64_t l = run + (every - first % every) % every; l < end; l += every) at(l);
+        }
+    }
+
+    // Calls add(bin) for elements [0, size) whose unsharded index is a multiple of `every`; bins
+    // after the last, upper halves all, are for what is not finite.
     template <class Add> void count(const Entry<T, UpdateRule>& e, int64_t every, Add add) {
         const View& from = e.tensor->s.data ? e.tensor->s : e.tensor->g;
+        if (std::is_same_v<T, float> && little_endian && !e.tensor->s.data && from.contiguous &&
+            (from.storage == Storage::float32 || from.storage == Storage::bfloat16) &&
+            absolute(call.unscale) == 1) {
+            // the bins lie there already, but for the signs
+            const int64_t bytes = bytes_of(from.storage);
+            every_so_many(e.tensor->layout, e.tensor->size, every,
+                          [=, halves = from.data + bytes - 2](int64_t l) {
+                              uint16_t half;
+                              memcpy(&half, halves + l * bytes, sizeof(half));
+                              add(half & 0x7fff);
+                          });
+            return;
+        }
         if (every == 1) {
             blocks(0, e.tensor->size, [&](int64_t at, int n) {
                 bin(n, e.tensor->s.data ? nullptr : gradient(e, at, n),
@@ -177,29 +227,20 @@ template <class T, class UpdateRule> struct Worker {
             add(minimum(rank_bin(e.tensor->s.data ? root(x) : absolute(x * call.unscale)),
                         rank_bins));
         };
-        const Layout& at = e.tensor->layout;
-        for (int64_t run = 0; run < e.tensor->size; run += at.run) {
-            const int64_t first = at.offset + run / at.run * at.stride,
-                          end = std::min(at.run, e.tensor->size - run);
-            const int64_t begin = (every - first % every) % every;
-            if (from.contiguous && from.storage == storage_of<T>) {
-                const T* x = reinterpret_cast<const T*>(from.data) + run;
-                for (int64_t l = begin; l < end; l += every) add_one(x[l]);
-                continue;
-            }
-            for (int64_t l = begin; l < end; l += every) {
-                T x;
-                load(from, run + l, 1, &x);
-                add_one(x);
-            }
-        }
+        const bool there = from.contiguous && from.storage == storage_of<T>;
+        every_so_many(e.tensor->layout, e.tensor->size, every, [&](int64_t l) {
+            T x;
+            if (there) x = reinterpret_cast<const T*>(from.data)[l];
+            else load(from, l, 1, &x);
+            add_one(x);
+        });
     }
 
     void rank(Entry<T, UpdateRule>& e, float* into) {
         int first = 0, last = rank_bins - 1;
         const int64_t every = rank_stride(e.tensor->size);
         // every element is counted: no other bin will be looked up
-        if (every == 1) {
+        if (every == 1 && e.tensor->size <= rank_few) {
             gather(e, 0, e.tensor->size);
             const T least = bit_cast<T>(e.low.load()), most = bit_cast<T>(e.high.load());
             first =

@@ -10,15 +10,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 
 from ..core import checks, memory
 from .batch import Batch, Group
 from .state import Packed
 
 SHAPE = operator.attrgetter("shape")
-LAYOUT = operator.attrgetter("layout")
+GRADIENT = operator.attrgetter("grad")
 DEVICE_AND_DTYPE = operator.attrgetter("device", "dtype")
+# Parameters whose tensors are looked at together: so many stay in a second-level cache from one
+# test to the next.
+AT_A_TIME = 256
 # An option of these types is as good as checked while it is the same object.
 IMMUTABLE = frozenset((float, int, bool, str, torch.dtype, type(None)))
 
@@ -58,7 +60,7 @@ class CheckedOptions(NamedTuple):
 
 @dataclasses.dataclass
 class CachedStep:
-    """Holds what a step over a single batch found. Every test here runs over all tensors at once,
+    """Holds what a step over a single batch found. Every test here runs over many tensors at once,
     in C.
     """
 
@@ -66,6 +68,8 @@ class CachedStep:
     # of the optimizer's state, and its values
     keys: list[Tensor]
     values: list[dict[str, Tensor]]
+    # the states that the batch has in a single tensor, by key
+    packed: dict[str, Packed]
     # of the parameters
     places: memory.Places
     # elements of the parameters, where all are contiguous
@@ -82,17 +86,27 @@ class CachedStep:
         cls,
         batch: Batch,
         state: Mapping[Tensor, dict[str, Tensor]],
+        packed: Mapping[str, Packed],
         places: memory.Places,
         options: CheckedOptions | None,
     ) -> "CachedStep":
-        """Remembers a step that was taken."""
+        """Remembers a step that was taken. States that stand packed are the batch's as such from
+        then on.
+        """
         params = batch.params
+        standing = {
+            key: packed[key]
+            for key in packed.keys() & batch.state_lists.keys()
+            if packed[key].stands_for([state[key] for state in batch.states], slice(None))
+        }
+        batch.state_lists |= {key: [one.whole] for key, one in standing.items()}
         contiguous = all(map(Tensor.is_contiguous, params))
         empty = [p for p in params if p.numel() == 0]
         return cls(
             batch=batch,
             keys=list(state.keys()),
             values=list(state.values()),
+            packed=standing,
             places=places,
             sizes=list(map(Tensor.numel, params)) if contiguous else None,
             empty=empty,
@@ -104,62 +118,83 @@ class CachedStep:
         self,
         groups: Sequence[object],
         state: Mapping[Tensor, dict[str, Tensor]],
-        grads: Sequence[Tensor],
         needed: tuple[str, ...],
+        grads: list[Tensor],
     ) -> str | None:
-        """Tells why the next step must look at every tensor again; None where it need not.
+        """Tells why the next step must look at every tensor again; None where it need not, with
+        the gradients in `grads`, which comes empty.
 
-        Changes nothing. What the operator would refuse is left to the longer way, which has the
-        words for it.
+        Changes nothing else. What the operator would refuse is left to the longer way, which has
+        the words for it.
         """
-        params, group = self.batch.params, self.batch.group
+        group = self.batch.group
         if len(groups) != 1 or groups[0] is not group:
             return "the groups are others"
-        for now, then in (
-            (group["params"], params),
-            (state.keys(), self.keys),
-            (state.values(), self.values),
+        if len(group["params"]) != len(self.batch.params) or len(state) != len(self.keys):
+            return "parameters or states were added or taken away"
+        if not self.batch.state_lists.keys() >= {*needed}:
+            return "the step needs other states"
+        keys, values = iter(state.keys()), iter(state.values())
+        zeros = 0
+        for first in range(0, len(self.keys), AT_A_TIME):
+            some = slice(first, first + AT_A_TIME)
+            params = self.batch.params[some]
+            if not (
+                _same(group["params"][some], params)
+                and _same(itertools.islice(keys, AT_A_TIME), self.keys[some])
+                and _same(itertools.islice(values, AT_A_TIME), self.values[some])
+            ):
+                return "a parameter or its states were replaced"
+            reason = self._why_not_places(params, some) or self._why_not_states(needed, some)
+            if reason is not None:
+                return reason
+            found = list(map(GRADIENT, params))
+            if not {Tensor}.issuperset(map(type, found)):
+                return "a gradient is missing, or of a class of its own"
+            if not all(map(torch._C._has_storage, found)):
+                return "a gradient is sparse, or torch.func's"
+            # the address of freed memory is 0
+            zeros += list(map(Tensor.data_ptr, found)).count(0)
+            grads += found
+        if (
+            zeros != len(self.empty)
+            or list(map(DEVICE_AND_DTYPE, self.empty)) != self.devices_and_dtypes
         ):
-            if len(now) != len(then) or not all(map(operator.is_, now, then)):
-                return "parameters or states were added, taken away or replaced"
+            return "a gradient has no memory"
+        return None
+
+    def _why_not_places(self, params: list[Tensor], some: slice) -> str | None:
         places = self.places
-        if places.addresses != list(map(Tensor.data_ptr, params)):
+        if places.addresses[some] != list(map(Tensor.data_ptr, params)):
             return "a parameter is elsewhere"
         if self.sizes is None:
-            if places.shapes != list(map(SHAPE, params)) or places.strides != list(
+            if places.shapes[some] != list(map(SHAPE, params)) or places.strides[some] != list(
                 map(Tensor.stride, params)
             ):
                 return "a parameter has another shape or strides"
         elif (
             # contiguous ones of as many elements are stepped alike, whatever their shape
             not all(map(Tensor.is_contiguous, params))
-            or list(map(Tensor.numel, params)) != self.sizes
+            or list(map(Tensor.numel, params)) != self.sizes[some]
         ):
             return "a parameter has another size or strides"
-        if set(map(type, grads)) != {Tensor}:
-            return "a gradient is missing, or of a class of its own"
-        if set(map(LAYOUT, grads)) != {torch.strided} or any(
-            map(is_functorch_wrapped_tensor, grads)
-        ):
-            return "a gradient is sparse, or torch.func's"
-        # the address of freed memory is 0
-        zeros = list(map(Tensor.data_ptr, grads)).count(0)
-        if (
-            zeros != len(self.empty)
-            or list(map(DEVICE_AND_DTYPE, self.empty)) != self.devices_and_dtypes
-        ):
-            return "a gradient has no memory"
-        for key in needed:
-            if key not in self.batch.state_lists or not all(
-                map(operator.contains, self.batch.states, itertools.repeat(key))
-            ):
-                return f"the state {key!r} is missing"
         return None
 
-    def state_list(self, key: str, packed: Packed | None) -> list[Tensor] | None:
-        """Returns the operator's list of a state; None where a tensor is another, or elsewhere."""
-        now: list[Tensor] = list(map(operator.itemgetter(key), self.batch.states))
-        if packed is not None and packed.stands_for(now):
-            return [packed.whole]
-        then = self.batch.state_lists[key]
-        return now if len(now) == len(then) and all(map(operator.is_, now, then)) else None
+    def _why_not_states(self, needed: tuple[str, ...], some: slice) -> str | None:
+        states = self.batch.states[some]
+        for key in needed:
+            # None where it is missing
+            now = list(map(dict[str, Tensor].get, states, itertools.repeat(key)))
+            packed = self.packed.get(key)
+            if not (
+                packed.stands_for(now, some)
+                if packed
+                else _same(now, self.batch.state_lists[key][some])
+            ):
+                return f"a state {key!r} is missing, another, or elsewhere"
+        return None
+
+
+def _same(now: Iterable[object], then: Sequence[object]) -> bool:
+    """Tells whether objects are those of then, of which there are as many."""
+    return all(map(operator.is_, then, now))

@@ -1,6 +1,5 @@
 """SelectiveAdamW and SelectiveSGD: the optimizers that users build, and their step."""
 
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, overload
 
@@ -20,7 +19,6 @@ from .state import Packed, check_batch, check_parameter, complete, placed, resto
 
 # of the state's layout; a key of every group
 FORMAT = 1
-GRADIENT = operator.attrgetter("grad")
 
 
 def _number_or_tensor(value: float | Tensor) -> tuple[float, Tensor | None]:
@@ -246,10 +244,9 @@ class SelectiveOptimizer(Optimizer):
         """Returns the batch of a cached step with the gradients of now, ready to be stepped; None
         where anything else may differ. Changes nothing but the cached step.
         """
-        batch = cached.batch
-        group, grads = batch.group, list(map(GRADIENT, batch.params))
-        needed = self._needed(group)
-        if cached.why_not(self.param_groups, self.state, grads, needed) is not None:
+        batch, group = cached.batch, cached.batch.group
+        needed, grads = self._needed(group), list[Tensor]()
+        if cached.why_not(self.param_groups, self.state, needed, grads) is not None:
             return None
         if cached.options is None or not cached.options.are_of(group, self.backend):
             self._check(group)
@@ -258,13 +255,8 @@ class SelectiveOptimizer(Optimizer):
                 return None
             batch.selection, batch.seed = new.selection, new.seed
             cached.options = CheckedOptions.of(group, self.defaults, self.backend)
-        lists = {}
-        for key in needed:
-            tensors = cached.state_list(key, self._packed.get(key))
-            if tensors is None:
-                return None
-            lists[key] = tensors
-        batch.grads, batch.state_lists = grads, lists
+        batch.grads = grads
+        batch.state_lists = {key: batch.state_lists[key] for key in needed}
         return batch
 
     def _step_anew(self) -> CachedStep | None:
@@ -287,7 +279,7 @@ class SelectiveOptimizer(Optimizer):
             return None
         batches[0].forget_gradients()
         options = CheckedOptions.of(batches[0].group, self.defaults, self.backend)
-        return CachedStep.of(batches[0], self.state, places, options)
+        return CachedStep.of(batches[0], self.state, self._packed, places, options)
 
     def _groups(self) -> Iterator[tuple[Group, int]]:
         """Returns every group with the stream of its first parameter: streams number the

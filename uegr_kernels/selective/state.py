@@ -3,8 +3,8 @@
 import dataclasses
 import math
 import operator
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,11 +39,11 @@ class Packed:
     # parts of one element each, which have one layout
     single: bool
 
-    def stands_for(self, states: list[Tensor]) -> bool:
-        """Tells whether the states are the parts, still where and as they were."""
+    def stands_for(self, states: Sequence[Any], some: slice) -> bool:
+        """Tells whether the states are these parts, still where and as they were."""
         same = (
-            all(map(operator.is_, states, self.parts))
-            and list(map(Tensor.data_ptr, states)) == self.addresses
+            all(map(operator.is_, states, self.parts[some]))
+            and list(map(Tensor.data_ptr, states)) == self.addresses[some]
         )
         return same and (self.single or all(map(Tensor.is_contiguous, states)))
 
