@@ -241,6 +241,34 @@ def test_the_shared_histograms_rank_is_off_by_at_most_the_share_of_the_bin(nativ
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("n", [40_000, 70_001, 2**21 + 77])
+@pytest.mark.parametrize("native", ["cpp"], indirect=True)
+def test_a_rank_is_the_share_of_the_counted_elements_in_lower_bins(native, n, dtype):
+    g = spread_gradient((n,), torch.Generator().manual_seed(2), dtype)
+    # among them smaller and larger ones than any that is counted
+    g[torch.tensor([1, 2, 4, 5, 7, 8])] = torch.tensor(
+        [1e-7, -60000.0, torch.inf, -torch.inf, torch.nan, 0.0], dtype=dtype
+    )
+    every = n // 2**20 | 1 if n > 2**20 else 1
+    finite = g.isfinite()
+    bins = reference.bins(g.abs().nan_to_num(0, 0, 0))
+    counts = torch.bincount(bins[::every][finite[::every]], minlength=bins.max() + 1).double()
+    rank = (counts.cumsum(0) - counts)[bins] / counts.sum()
+    found = uk.selection_probability(
+        g,
+        normalization="rank",
+        direction="salient",
+        sharpness=4.0,
+        threshold=0.5,
+        min_probability=0.0,
+        backend=native,
+    )
+    assert (found[~finite] == 1).all()
+    logits, expected = found[finite].double().logit(), 2 * 4.0 * (rank[finite] - 0.5)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("normalization", ["minmax", "range"])
 @pytest.mark.parametrize("scale", [1e-20, 1e-4, 1e4], ids=str)
 def test_small_and_large_gradients_agree_with_the_reference(
