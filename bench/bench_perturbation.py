@@ -1,4 +1,4 @@
-"""Times the FGM perturbation beside plain PyTorch's functions, eager and compiled."""
+"""Times FGM's perturbation and PGD's step beside plain PyTorch's functions, eager and compiled."""
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from . import peers, shapes
 from .harness import Case, Contestant
 
 EPSILON = 0.1
+# of PGD, whose step is EPSILON
+RADIUS = 1.0
 
 
 def cases(quick: bool, device: str) -> list[Case]:
@@ -19,7 +21,8 @@ def cases(quick: bool, device: str) -> list[Case]:
         else {"BERT-base's embeddings": (*shapes.BERT_BATCH, 768), "BERT-large's": (32, 512, 1024)}
     )
     return [
-        case(name, shape, dtype, device)
+        make(name, shape, dtype, device)
+        for make in (case, pgd)
         for name, shape in batches.items()
         for dtype in (torch.float32, torch.bfloat16)
     ]
@@ -73,4 +76,49 @@ def case(
     chosen = backends.choose(backend, "perturbation.fgm_perturbation_", torch.device(device), dtype)
     facts = {"shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "backend": chosen}
     named = f"FGM, {name}, {' x '.join(map(str, shape))}{', bfloat16' * (dtype == torch.bfloat16)}"
+    return Case(named, facts, 20 * elements, verify, contestants, device=device)
+
+
+def plain_pgd(delta: Tensor, grad: Tensor) -> Tensor:
+    """Steps as one writes it by hand, in float32: along the unit gradient of each sample, and back
+    into the ball.
+    """
+    moved = delta.float() + plain(grad.float())
+    norm = torch.linalg.vector_norm(moved, dim=(1, 2), keepdim=True)
+    return (moved * torch.where(norm > RADIUS, RADIUS / norm, 1)).to(delta.dtype)
+
+
+def pgd(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Case:
+    """Returns a case of a step of PGD, per sample in the l2 norm."""
+    elements = torch.Size(shape).numel()
+    must_move = 3 * dtype.itemsize * elements
+
+    def ours(delta: Tensor, grad: Tensor) -> Tensor:
+        return uk.pgd_step(delta, grad, step_size=EPSILON, radius=RADIUS)
+
+    def given() -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        return [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2)]
+
+    def contestants() -> list[Contestant]:
+        tensors, compiled = given(), peers.compiled(plain_pgd)
+        return [
+            Contestant("uegr_kernels", lambda: ours(*tensors), must_move),
+            Contestant("eager", lambda: plain_pgd(*tensors), must_move),
+            Contestant("torch.compile", lambda: compiled(*tensors), must_move, may_fail=True),
+        ]
+
+    def verify() -> str | None:
+        tensors = given()
+        expected = plain_pgd(*(t.double() for t in tensors)).double()
+        gap = float((ours(*tensors) - expected).abs().max() / expected.abs().max())
+        return (
+            (f"the step by {gap:.1e} of its largest")
+            if gap > (2**-8 if dtype == torch.bfloat16 else 1e-5)
+            else None
+        )
+
+    chosen = backends.choose("auto", "perturbation.pgd_step_", torch.device(device), dtype)
+    facts = {"shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "backend": chosen}
+    named = f"PGD, {name}, {' x '.join(map(str, shape))}{', bfloat16' * (dtype == torch.bfloat16)}"
     return Case(named, facts, 20 * elements, verify, contestants, device=device)

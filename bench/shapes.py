@@ -53,7 +53,8 @@ MODELS = {
     # Llama 2 7B's
     "7 B decoder": decoder(4096, 32, 11_008, 32_000, 4096, tied=False),
 }
-SMALL = [(64,)] * 10_000
+# tensors of 64
+SMALL_COUNTS = (10_000, 5_000, 20_000)
 # elements of one tensor
 SIZES = [10**k for k in range(3, 10)]
 # tensors of 1,000
