@@ -118,10 +118,20 @@ def _registers(few: bool) -> dict[str, int]:
 
 @functools.cache
 def _block(
-    samples: int, classes: int, passes: int, in_pairs: int, itemsize: int, aligned: bool, lanes: int
+    samples: int,
+    classes: int,
+    passes: int,
+    in_pairs: int,
+    itemsize: int,
+    aligned: bool,
+    dense: bool,
+    lanes: int,
 ) -> Block:
     # a mask is as many scalar registers
     each = _run(passes, itemsize) if aligned else min(_run(passes, itemsize), 128 // lanes)
+    # an address for each element
+    if not dense and passes > WIDE:
+        each = min(each, 2)
     block = min(triton.next_power_of_2(classes), MOST_THREADS * each)
     run = min(each, block)
     # several samples in a thread have addresses of their own, by pass
@@ -197,6 +207,7 @@ def _evaluate(
     if aligned:
         passes, into = passes.in_runs(run), into.in_runs(run)
         row_stride = row_stride // run if kind == "soft" else row_stride
+    dense = all(x.dense for x in involved)
     block = _block(
         samples,
         classes,
@@ -204,6 +215,7 @@ def _evaluate(
         count - int(labels is not None),
         first.element_size(),
         aligned,
+        dense,
         triton_ops.lanes(),
     )
     programs = _programs(block, passes, first.device)
@@ -222,7 +234,7 @@ def _evaluate(
         STORAGE=triton_ops.DTYPES[first.dtype],
         FIRST=int(labels is not None),
         **block.options,
-        DENSE=all(x.dense for x in involved),
+        DENSE=dense,
         DTYPE=triton_ops.DTYPES[dtype],
         EXACT=first.dtype == dtype,
         REGRESSION=options.task == "regression",
@@ -341,13 +353,14 @@ def _scale_passes(passes: PassRows, into: PassRows, factor: Tensor, in_place: bo
     aligned = passes.aligned(run) and into.aligned(run)
     if aligned:
         passes, into = passes.in_runs(run), into.in_runs(run)
-    block = _block(samples, classes, count, 0, first.element_size(), aligned, triton_ops.lanes())
+    dense, lanes = passes.dense and into.dense, triton_ops.lanes()
+    block = _block(samples, classes, count, 0, first.element_size(), aligned, dense, lanes)
     by_row = factor.dim() > 0
     form = NO_FORM._replace(
         PASSES=count,
         FEW=True,
         **block.options,
-        DENSE=passes.dense and into.dense,
+        DENSE=dense,
         DTYPE=triton_ops.DTYPES[factor.dtype],
         BY_ROW=by_row,
         IN_PLACE=in_place,
