@@ -105,16 +105,23 @@ template <class T> struct Worker {
     explicit Worker(const Call& call)
         : call(call), keys(static_cast<uint64_t>(call.arguments.seed)) {}
 
-    // Calls use(element), element(i) being g's element begin + i, 0 where the mask has it.
+    // Tells whether the mask has one of g's elements [begin, begin + n).
+    bool hides_some(int64_t begin, int n) const {
+        if (call.real.empty()) return false;
+        const int64_t token = call.arguments.token;
+        const auto first = call.real.begin() + begin / token;
+        const auto last = call.real.begin() + (begin + n - 1) / token + 1;
+        return std::find(first, last, 0) != last;
+    }
+
+    // Calls use(element), element(i) being g's element begin + i, 0 where the mask has it. With one
+    // more call of `read_block` the compiler takes the loops for cold ones, and leaves them scalar.
     template <class Use> void gradient(const Entry& e, int64_t begin, int n, Use use) {
-        if (call.real.empty()) return read_block(e.g, begin, n, g, use);
-        const int64_t token = call.arguments.token, first = begin / token;
-        const uint8_t* real = call.real.data();
-        const uint8_t* last = real + (begin + n - 1) / token + 1;
-        if (std::find(real + first, last, 0) == last) return read_block(e.g, begin, n, g, use);
+        if (!hides_some(begin, n)) return read_block(e.g, begin, n, g, use);
         load_block(e.g, begin, n, g);
-        for (int64_t t = first; real + t < last; ++t) {
-            if (real[t]) continue;
+        const int64_t token = call.arguments.token;
+        for (int64_t t = begin / token; t * token < begin + n; ++t) {
+            if (call.real[t]) continue;
             const int64_t from = std::max(t * token - begin, int64_t(0)),
                           to = std::min((t + 1) * token - begin, int64_t(n));
             std::fill(g + from, g + to, T(0));
