@@ -114,8 +114,7 @@ template <class T> struct Worker {
         return std::find(first, last, 0) != last;
     }
 
-    // Calls use(element), element(i) being g's element begin + i, 0 where the mask has it. With one
-    // more call of `read_block` the compiler takes the loops for cold ones, and leaves them scalar.
+    // Calls use(element), element(i) being g's element begin + i, 0 where the mask has it.
     template <class Use> void gradient(const Entry& e, int64_t begin, int n, Use use) {
         if (!hides_some(begin, n)) return read_block(e.g, begin, n, g, use);
         load_block(e.g, begin, n, g);
@@ -152,29 +151,37 @@ template <class T> struct Worker {
     template <Norm norm, class Use> void move(const Piece& piece, Use use) {
         const double factor = call.direction_factors[piece.group];
         const View& x = piece.e.x;
-        if (fits_float(factor) &&
-            (!x.data || (bytes_of(x.storage) == 2 && fits_float(call.arguments.epsilon))))
-            move_by<norm>(piece, static_cast<T>(factor), use);
-        else move_by<norm>(piece, factor, use);
+        const bool in_float =
+            fits_float(factor) &&
+            (!x.data || (bytes_of(x.storage) == 2 && fits_float(call.arguments.epsilon)));
+        auto by = [&](auto factor) {
+            if (call.arguments.random) move_by<norm, true>(piece, factor, use);
+            else move_by<norm, false>(piece, factor, use);
+        };
+        if (in_float) by(static_cast<T>(factor));
+        else by(factor);
     }
 
-    template <Norm norm, class Factor, class Use>
-    void move_by(const Piece& piece, Factor factor, Use use) {
+    // Not part of its callers: among their branches the compiler takes its loops for cold ones, and
+    // leaves them scalar.
+    template <Norm norm, bool random, class Factor, class Use>
+    [[gnu::noinline]] void move_by(const Piece& piece, Factor factor, Use use) {
         const Entry& e = piece.e;
         const int32_t limit = call.arguments.limit;
         blocks(piece, [&](int64_t begin, int n) {
+            const uint32_t* drawn = words;
+            if constexpr (random)
+                drawn = element_words(words, begin, n, {e.stream, 0, e.size, e.size},
+                                      call.arguments.step, keys);
             gradient(e, begin, n, [&](auto along) {
-                auto step = [=](int i) { return step_along<norm, Factor>(along(i), factor); };
-                if (!e.x.data && !call.arguments.random) return use(begin, n, step);
-                const uint32_t* drawn =
-                    call.arguments.random
-                        ? element_words(words, begin, n, {e.stream, 0, e.size, e.size},
-                                        call.arguments.step, keys)
-                        : words;
-                auto drawn_step = [=](int i) { return kept(step(i), drawn[i], limit); };
-                if (!e.x.data) return use(begin, n, drawn_step);
+                auto step = [=](int i) {
+                    const Factor whole = step_along<norm, Factor>(along(i), factor);
+                    if constexpr (random) return kept(whole, drawn[i], limit);
+                    else return whole;
+                };
+                if (!e.x.data) return use(begin, n, step);
                 read_block(e.x, begin, n, x, [&](auto from) {
-                    use(begin, n, [=](int i) { return from(i) + drawn_step(i); });
+                    use(begin, n, [=](int i) { return from(i) + step(i); });
                 });
             });
         });
