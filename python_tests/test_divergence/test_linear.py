@@ -252,3 +252,6 @@ def test_linear_without_rows(backend):
     loss.backward()
     assert loss == 0 and hidden.grad.shape == hidden.shape and (weight.grad == 0).all()
     assert linear_pairwise_js(hidden, weight, backend=backend).isnan()
+    rows = linear_pairwise_js(hidden, weight, reduction="none", backend=backend)
+    (gradient,) = torch.autograd.grad(rows.sum(), weight)
+    assert rows.shape == (0,) and (gradient == 0).all()

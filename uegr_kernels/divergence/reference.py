@@ -203,11 +203,8 @@ def linear_uegr_loss(
         )
         losses.append(torch.cat((loss[None], parts)))
         if row_weights is not None:
-            z.copy_(
-                (
-                    z.view(-1, len(loss), z.shape[-1]) * row_weights[at : at + chunk_rows, None]
-                ).view_as(z)
-            )
+            of_row = row_weights[at : at + chunk_rows]
+            z.mul_(of_row.repeat(len(z) // max(1, len(of_row)))[:, None])
         # z holds the gradients now
         for into, g in zip(d_hidden, of_inputs, strict=True):
             if into is not None:
