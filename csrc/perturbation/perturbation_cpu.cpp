@@ -105,7 +105,7 @@ template <class T> struct Worker {
     explicit Worker(const Call& call)
         : call(call), keys(static_cast<uint64_t>(call.arguments.seed)) {}
 
-    // Tells whether the mask has one of g's elements [begin, begin + n).
+    // Tells whether the mask hides one of g's elements [begin, begin + n).
     bool hides_some(int64_t begin, int n) const {
         if (call.real.empty()) return false;
         const int64_t token = call.arguments.token;
@@ -114,7 +114,7 @@ template <class T> struct Worker {
         return std::find(first, last, 0) != last;
     }
 
-    // Calls use(element), element(i) being g's element begin + i, 0 where the mask has it.
+    // Calls use(element), element(i) being g's element begin + i, 0 where the mask hides it.
     template <class Use> void gradient(const Entry& e, int64_t begin, int n, Use use) {
         if (!hides_some(begin, n)) return read_block(e.g, begin, n, g, use);
         load_block(e.g, begin, n, g);

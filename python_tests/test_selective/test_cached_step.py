@@ -461,3 +461,17 @@ def test_options_that_changed_are_checked_again(native):
     optimizer.backend = "cuda"
     with pytest.raises(RuntimeError, match="backend='cuda' cannot serve"):
         optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_without_elements_may_be_listed_twice_among_many(native):
+    empty = torch.nn.Parameter(torch.ones(0, 3))
+    # one more than the cached step looks at at a time, with as many states as it does
+    params = [empty, empty, *(torch.nn.Parameter(torch.ones(4, 3)) for _ in range(255))]
+    optimizer = uk.SelectiveAdamW(params, 0.1, seed=1, normalization="constant")
+    for _ in range(4):
+        before = params[-1].detach().clone()
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert (params[-1] != before).any()

@@ -124,8 +124,8 @@ class CachedStep:
         """Tells why the next step must look at every tensor again; None where it need not, with
         the gradients in `grads`, which comes empty.
 
-        Changes nothing else. What the operator would refuse is left to the longer way, which has
-        the words for it.
+        Changes nothing else. What changed under a tensor's `.data`, other than its place, the
+        operator refuses.
         """
         group = self.batch.group
         if len(groups) != 1 or groups[0] is not group:
@@ -136,7 +136,8 @@ class CachedStep:
             return "the step needs other states"
         keys, values = iter(state.keys()), iter(state.values())
         zeros = 0
-        for first in range(0, len(self.keys), AT_A_TIME):
+        # a parameter without elements may be listed twice, and has one state
+        for first in range(0, max(len(self.keys), len(self.batch.params)), AT_A_TIME):
             some = slice(first, first + AT_A_TIME)
             params = self.batch.params[some]
             if not (

@@ -206,9 +206,10 @@ class SelectiveOptimizer(Optimizer):
         Sparse gradients and complex or integer parameters are refused, where torch.optim steps some
         of them. Raises before anything has changed: RuntimeError for a sparse gradient and for a
         tensor with a forward-mode tangent, TypeError for what is not floating point, ValueError for
-        a gradient or state of another shape than its parameter and for a bad option. On the meta
-        device and under FakeTensorMode the states are made and nothing is computed; fused=True
-        refuses the meta device, as torch does.
+        a gradient or state of another shape than its parameter (RuntimeError where it came by
+        `.data` or in place after a step) and for a bad option. On the meta device and under
+        FakeTensorMode the states are made and nothing is computed; fused=True refuses the meta
+        device, as torch does.
         """
         with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
             loss = None
