@@ -1,5 +1,7 @@
 """Times FGM's perturbation and PGD's step beside plain PyTorch's functions, eager and compiled."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ def cases(quick: bool, device: str) -> list[Case]:
     )
     return [
         make(name, shape, dtype, device)
-        for make in (case, pgd)
+        for make in (fgm, pgd)
         for name, shape in batches.items()
         for dtype in (torch.float32, torch.bfloat16)
     ]
@@ -39,46 +41,6 @@ def shortest(grad: Tensor) -> Tensor:
     return EPSILON * grad / torch.linalg.vector_norm(grad, dim=(1, 2), keepdim=True)
 
 
-def case(
-    name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str, backend: str = "auto"
-) -> Case:
-    """Returns a case. backend: of ours."""
-    elements = torch.Size(shape).numel()
-    must_move = 2 * dtype.itemsize * elements
-
-    def ours(grad: Tensor) -> Tensor:
-        return uk.fgm_perturbation(grad, EPSILON, backend=backend)
-
-    def given() -> Tensor:
-        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-
-    def contestants() -> list[Contestant]:
-        grad = given()
-        found = [Contestant("uegr_kernels", lambda: ours(grad), must_move)]
-        for peer, function in {"eager": plain, "eager, unguarded": shortest}.items():
-            found.append(Contestant(peer, lambda function=function: function(grad), must_move))
-        compiled = peers.compiled(plain)
-        return [
-            *found,
-            Contestant("torch.compile", lambda: compiled(grad), must_move, may_fail=True),
-        ]
-
-    def verify() -> str | None:
-        grad = given()
-        expected = plain(grad.double())
-        gap = float((ours(grad) - expected).abs().max() / expected.abs().max())
-        return (
-            (f"the perturbation by {gap:.1e} of its largest")
-            if gap > (2**-8 if dtype == torch.bfloat16 else 1e-5)
-            else None
-        )
-
-    chosen = backends.choose(backend, "perturbation.fgm_perturbation_", torch.device(device), dtype)
-    facts = {"shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "backend": chosen}
-    named = f"FGM, {name}, {' x '.join(map(str, shape))}{', bfloat16' * (dtype == torch.bfloat16)}"
-    return Case(named, facts, 20 * elements, verify, contestants, device=device)
-
-
 def plain_pgd(delta: Tensor, grad: Tensor) -> Tensor:
     """Steps as one writes it by hand, in float32: along the unit gradient of each sample, and back
     into the ball.
@@ -88,37 +50,72 @@ def plain_pgd(delta: Tensor, grad: Tensor) -> Tensor:
     return (moved * torch.where(norm > RADIUS, RADIUS / norm, 1)).to(delta.dtype)
 
 
-def pgd(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Case:
-    """Returns a case of a step of PGD, per sample in the l2 norm."""
-    elements = torch.Size(shape).numel()
-    must_move = 3 * dtype.itemsize * elements
+def fgm(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str, backend: str = "auto"
+) -> Case:
+    """Returns a case of FGM's perturbation, per sample in the l2 norm. backend: of ours."""
+
+    def ours(grad: Tensor) -> Tensor:
+        return uk.fgm_perturbation(grad, EPSILON, backend=backend)
+
+    by_hand = {"eager": plain, "eager, unguarded": shortest}
+    return _case(
+        f"FGM, {name}", "fgm_perturbation_", ours, by_hand, 1, shape, dtype, device, backend
+    )
+
+
+def pgd(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str, backend: str = "auto"
+) -> Case:
+    """Returns a case of a step of PGD, per sample in the l2 norm. backend: of ours."""
 
     def ours(delta: Tensor, grad: Tensor) -> Tensor:
-        return uk.pgd_step(delta, grad, step_size=EPSILON, radius=RADIUS)
+        return uk.pgd_step(delta, grad, step_size=EPSILON, radius=RADIUS, backend=backend)
+
+    by_hand = {"eager": plain_pgd}
+    return _case(f"PGD, {name}", "pgd_step_", ours, by_hand, 2, shape, dtype, device, backend)
+
+
+def _case(
+    name: str,
+    operator: str,
+    ours: Callable[..., Tensor],
+    by_hand: dict[str, Callable[..., Tensor]],
+    inputs: int,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: str,
+    backend: str,
+) -> Case:
+    """Returns a case of a function of so many tensors. by_hand: in plain PyTorch; its "eager" is
+    compiled too, and in double what ours is compared with.
+    """
+    elements = torch.Size(shape).numel()
+    must_move = (inputs + 1) * dtype.itemsize * elements
 
     def given() -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
-        return [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2)]
+        return [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(inputs)]
 
     def contestants() -> list[Contestant]:
-        tensors, compiled = given(), peers.compiled(plain_pgd)
+        tensors, compiled = given(), peers.compiled(by_hand["eager"])
+        found = [
+            Contestant(peer, lambda function=function: function(*tensors), must_move)
+            for peer, function in {"uegr_kernels": ours, **by_hand}.items()
+        ]
         return [
-            Contestant("uegr_kernels", lambda: ours(*tensors), must_move),
-            Contestant("eager", lambda: plain_pgd(*tensors), must_move),
+            *found,
             Contestant("torch.compile", lambda: compiled(*tensors), must_move, may_fail=True),
         ]
 
     def verify() -> str | None:
         tensors = given()
-        expected = plain_pgd(*(t.double() for t in tensors)).double()
+        expected = by_hand["eager"](*(each.double() for each in tensors))
         gap = float((ours(*tensors) - expected).abs().max() / expected.abs().max())
-        return (
-            (f"the step by {gap:.1e} of its largest")
-            if gap > (2**-8 if dtype == torch.bfloat16 else 1e-5)
-            else None
-        )
+        enough = gap <= (2**-8 if dtype == torch.bfloat16 else 1e-5)
+        return None if enough else f"the result by {gap:.1e} of its largest"
 
-    chosen = backends.choose("auto", "perturbation.pgd_step_", torch.device(device), dtype)
+    chosen = backends.choose(backend, f"perturbation.{operator}", torch.device(device), dtype)
     facts = {"shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "backend": chosen}
-    named = f"PGD, {name}, {' x '.join(map(str, shape))}{', bfloat16' * (dtype == torch.bfloat16)}"
+    named = f"{name}, {' x '.join(map(str, shape))}{', bfloat16' * (dtype == torch.bfloat16)}"
     return Case(named, facts, 20 * elements, verify, contestants, device=device)

@@ -195,7 +195,7 @@ def loss(at: Place, classes: int) -> None:
 
 def fgm(at: Place) -> None:
     nothing_wrong(
-        bench_perturbation.case("", (3, 70, 24), torch.float32, at.device, at.backend).verify()
+        bench_perturbation.fgm("", (3, 70, 24), torch.float32, at.device, at.backend).verify()
     )
 
 
@@ -346,7 +346,7 @@ def dropped(at: Place, dtype: torch.dtype) -> harness.Case:
 
 
 def perturbed(at: Place) -> harness.Case:
-    return bench_perturbation.case(
+    return bench_perturbation.fgm(
         "embeddings",
         (4, 16, 64) if at.small else (32, 512, 1024),
         torch.float32,

@@ -164,10 +164,7 @@ def _alternate(
     record["others_cpus"] = (
         None
         if others is None
-        # clocks are read in ticks
-        else max(
-            0.0, round((machine.others_seconds() - others) / (time.perf_counter() - started), 3)
-        )
+        else round((machine.others_seconds() - others) / (time.perf_counter() - started), 3)
     )
     record["contestants"] = []
     for one in everyone:

@@ -134,6 +134,8 @@ def origins(records: list[dict]) -> str:
             (record["others_cpus"] for record in measured if record["others_cpus"] is not None),
             default=None,
         )
-        text += "" if busiest is None else f"; other programs used up to {busiest:.2f} processors"
+        if busiest is not None:
+            # clocks read in ticks may say a little less than none
+            text += f"; other programs used up to {max(busiest, 0.0):.2f} processors"
         texts.append(f"{text}.")
     return "\n\n".join(texts)

@@ -363,10 +363,8 @@ def test_models_have_their_published_sizes():
     assert sizes["BERT-base"] == 109_483_778 and len(shapes.MODELS["BERT-base"]) == 201
     assert sizes["BERT-large"] == 335_143_938 and sizes["RoBERTa-large"] == 355_361_794
     assert sizes["1 B decoder"] == 1_235_814_400 and sizes["7 B decoder"] == 6_738_415_616
-    assert shapes.SMALL_COUNTS == (10_000, 5_000, 20_000) and (
-        shapes.SIZES[0],
-        shapes.SIZES[-1],
-    ) == (10**3, 10**9)
+    assert shapes.SMALL_COUNTS == (10_000, 5_000, 20_000)
+    assert (shapes.SIZES[0], shapes.SIZES[-1]) == (10**3, 10**9)
 
 
 def test_every_suite_says_what_it_would_time():

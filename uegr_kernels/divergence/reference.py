@@ -203,6 +203,7 @@ def linear_uegr_loss(
         )
         losses.append(torch.cat((loss[None], parts)))
         if row_weights is not None:
+            # without rows there is one chunk, of none
             of_row = row_weights[at : at + chunk_rows]
             z.mul_(of_row.repeat(len(z) // max(1, len(of_row)))[:, None])
         # z holds the gradients now
