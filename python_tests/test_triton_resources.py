@@ -37,6 +37,8 @@ STATEMENTS = {
         2, 16, 2, "bfloat16", call="reduction='none'", backward="(2 * loss).sum().backward()"
     ),
     "loss m=2 float32, read once": loss(2, 4, 5000, "float32"),
+    "loss m=3 float32, read once": loss(3, 4, 4096, "float32"),
+    "loss m=4 bfloat16, read once": loss(4, 4, 2048, "bfloat16", "soft"),
     "loss m=2 float32, forward alone": FORWARD + loss(2, 4, 5000, "float32"),
     "loss m=2 float32, C=32000, forward alone": FORWARD + loss(2, 4, 32000, "float32"),
     "loss m=4 float32, soft labels, smoothed": loss(
@@ -124,7 +126,16 @@ def loss_kernel(found, name, target):
 def test_rows_that_registers_hold_are_read_once(found, target):
     # 3 rows of 5 blocks, the last of them behind a mask; a thread has 128 bits of each
     assert loss_kernel(found, "loss m=2 float32, read once", target).wide[0] == 3 * 5
+    assert loss_kernel(found, "loss m=3 float32, read once", target).wide[0] == 4 * 4
     assert loss_kernel(found, "loss m=2 float32", target).wide[0] > 3 * 2
+
+
+@pytest.mark.parametrize("target", triton_code.TARGETS)
+def test_rows_in_16_bits_are_read_once(found, target):
+    # 6 rows of 2 blocks, the labels' among them; a thread has 64 bits of each
+    kernel = loss_kernel(found, "loss m=4 bfloat16, read once", target)
+    reads = r"LDG\..*\b64\b.*" if target.startswith("sm") else r"(global|buffer)_load_(dwordx2|b64)"
+    assert kernel.count(reads) == 6 * 2 and kernel.wide[0] == 0, kernel.memory
 
 
 @pytest.mark.parametrize("target", triton_code.TARGETS)

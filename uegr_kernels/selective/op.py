@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..core import backends
+from ..core import backends, memory
 from ..core.operator import Operator, P, R, writes_only
 from . import reference
 from .options import (
@@ -79,8 +79,8 @@ class SteppingOperator(SelectingOperator[P, object]):
     """Steps an optimizer's parameters, whose states may come as a single tensor for several.
 
     Takes its options as two objects, `common` and `own`, which the schema has spelt out. Returns
-    None, or the plan of the next call whose tensors, the gradients aside, are the same objects:
-    they are not looked at as closely again.
+    None, or the plan of the next call whose tensors, the gradients aside, are the same objects, and
+    the parameters in the same places: they are not looked at as closely again.
     """
 
     def __init__(
@@ -126,23 +126,9 @@ class SteppingOperator(SelectingOperator[P, object]):
                     raise RuntimeError(
                         f"a state of shape {tuple(state.shape)} is {state.layout}; make it dense"
                     )
-        one = [p.new_empty(()) for p in params[:1]] * len(params)
-        moments = [_apart(states, params) for states in moments]
-        scalars = [_apart(states, one) for states in (steps, low, high)]
+        moments = [memory.apart(states, params) for states in moments]
+        scalars = [memory.apart_singly(states, len(params)) for states in (steps, low, high)]
         return super().by_schema(function, params, grads, *moments, *scalars, **options)
-
-
-def _apart(states: list[Tensor], like: list[Tensor]) -> list[Tensor]:
-    """Returns a list of states as a tensor by parameter, of the shapes of `like`."""
-    if len(states) != 1 or len(like) == 1:
-        return states
-    sizes = [one.numel() for one in like]
-    if not states[0].is_contiguous() or states[0].numel() != sum(sizes):
-        raise RuntimeError(
-            f"a list of states has {states[0].numel()} elements in a single tensor; it must be "
-            f"contiguous and have {sum(sizes)}"
-        )
-    return [part.view_as(one) for part, one in zip(states[0].split(sizes), like, strict=True)]
 
 
 def valueless(tensors: object) -> bool:

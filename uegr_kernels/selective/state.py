@@ -15,9 +15,8 @@ from ..core import checks, memory, shards
 from ..core.backends import traced
 from .batch import Batch
 
-# backends whose operators check a whole call themselves and take a state in a single tensor
-COMPILED = ("cpp", "cuda")
-# parameters from which on, and elements a parameter up to which, states share one tensor
+# parameters from which on states share one tensor, and elements a parameter up to which their
+# moments do
 PACK_MIN_TENSORS, PACK_MAX_ELEMENTS = 64, 4096
 # states of one value
 SINGLE = ("step", "saliency_min", "saliency_max")
@@ -96,7 +95,7 @@ def complete(batch: Batch, needed: tuple[str, ...], *, may_pack: bool) -> dict[s
     for key in needed:
         # what is there (a checkpoint's, a hook's) is left alone
         lacking = [i for i, state in enumerate(states) if key not in state]
-        if may_pack and len(lacking) == len(params) and _worth_packing(batch):
+        if may_pack and len(lacking) == len(params) and _worth_packing(key, batch):
             found[key] = pack(key, batch)
             batch.state_lists[key] = [found[key].whole]
             continue
@@ -113,15 +112,17 @@ def complete(batch: Batch, needed: tuple[str, ...], *, may_pack: bool) -> dict[s
 # ---- Packed
 
 
-def _worth_packing(batch: Batch) -> bool:
+def _worth_packing(key: str, batch: Batch) -> bool:
     return (
         len(batch.params) >= PACK_MIN_TENSORS
-        and batch.backend in COMPILED
+        # the others' operators take a state in a single tensor
+        and batch.backend != "reference"
         and not isinstance(batch.params[0], FakeTensor)
         and not traced()
-        and all(
-            p.numel() <= PACK_MAX_ELEMENTS and p.is_contiguous() and not shards.sharded(p)
-            for p in batch.params
+        and not any(map(shards.sharded, batch.params))
+        and (
+            key in SINGLE
+            or all(p.numel() <= PACK_MAX_ELEMENTS and p.is_contiguous() for p in batch.params)
         )
     )
 

@@ -104,21 +104,14 @@ STRIDE = tl.constexpr(Entry._fields.index("stride"))
 
 class Rows(typing.NamedTuple):
     """Holds where the passes' rows of some samples are: a few passes' by pointers and strides,
-    more by a table of addresses and strides and the rows' indices.
+    more by a table of addresses and strides; and the rows' indices.
     """
-
-    ptrs: object
-    strides: object
-    table_ptr: object
-    row: object
-
-
-class Matrices(typing.NamedTuple):
-    """Holds where the passes are, [N, C] each."""
 
     ptrs: object
     row_strides: object
     strides: object
+    table_ptr: object
+    row: object
 
 
 class Held(typing.NamedTuple):
@@ -321,7 +314,7 @@ def hold(samples, form):
     logits, soft = (), ()
     if form.HELD:
         for k in tl.static_range(form.PASSES):
-            row_ptr, stride = samples.logits.ptrs[k], samples.logits.strides[k]
+            row_ptr, stride = row_of_pass(samples.logits, k, form)
             logits = logits + (held_blocks(row_ptr, stride, -INFINITY, samples, form),)
         if form.LABELS == "soft":
             soft = held_blocks(samples.soft_ptr, samples.soft_stride, 0.0, samples, form)
@@ -345,7 +338,8 @@ def write(row_ptr, i, inside, stride, there, value, FULL: tl.constexpr, form):
 def row_of_pass(rows, k, form):
     """Returns where the rows of pass k begin, and how far apart its classes are."""
     if form.FEW:
-        return rows.ptrs[k], rows.strides[k]
+        UNIT: tl.constexpr = form.RUN if form.ALIGNED else 1
+        return rows.ptrs[k] + rows.row * rows.row_strides[k] * UNIT, rows.strides[k]
     else:
         entry_ptr = rows.table_ptr + ENTRY * k
         begin = tl.load(entry_ptr)
@@ -641,9 +635,8 @@ def normalizers(samples, form):
             if form.HELD:
                 found = held_normalizer(k, samples, form)
             else:
-                found = normalizer(
-                    samples.logits.ptrs[k], samples.logits.strides[k], samples.classes, form
-                )
+                row_ptr, stride = row_of_pass(samples.logits, k, form)
+                found = normalizer(row_ptr, stride, samples.classes, form)
             tops, totals = tops + (found.top,), totals + (found.total,)
             likeliest = likeliest + (found.likeliest,)
     else:
@@ -1097,28 +1090,30 @@ def loss_kernel(
     UNIT: tl.constexpr = form.RUN if form.ALIGNED else 1
     nothing = tl.zeros([1, 1, 1], form.DTYPE)
     total = Losses(clean=nothing, adversarial=nothing, divergence=nothing)
-    for tile in range(tl.program_id(0), tl.cdiv(N, form.ROWS), tl.num_programs(0)):
+    # what is the same for all of them would lie in registers throughout, which are few
+    for tile in tl.range(
+        tl.program_id(0), tl.cdiv(N, form.ROWS), tl.num_programs(0), disable_licm=True
+    ):
         row = (tl.zeros([form.ROWS, 1, 1], tl.int64) + tile) * form.ROWS + tl.arange(0, form.ROWS)[
             :, None, None
         ]
         there = row < N
         # whatever is read there is not used
         at = tl.minimum(row, N - 1)
-        if form.FEW:
-            ptrs, gradient_ptrs = (), ()
-            for k in tl.static_range(form.PASSES):
-                ptrs = ptrs + (logits_ptrs[k] + at * logits_row_strides[k] * UNIT,)
-                gradient_ptrs = gradient_ptrs + (
-                    gradients_ptrs[k] + at * gradients_row_strides[k] * UNIT,
-                )
-            logits = Rows(ptrs=ptrs, strides=logits_strides, table_ptr=None, row=None)
-            gradients = Rows(
-                ptrs=gradient_ptrs, strides=gradients_strides, table_ptr=None, row=None
-            )
-        else:
-            logits = Rows(ptrs=(), strides=(), table_ptr=table_ptr, row=at)
-            gradients_ptr = table_ptr + ENTRY * form.PASSES
-            gradients = Rows(ptrs=(), strides=(), table_ptr=gradients_ptr, row=at)
+        logits = Rows(
+            ptrs=logits_ptrs,
+            row_strides=logits_row_strides,
+            strides=logits_strides,
+            table_ptr=table_ptr,
+            row=at,
+        )
+        gradients = Rows(
+            ptrs=gradients_ptrs,
+            row_strides=gradients_row_strides,
+            strides=gradients_strides,
+            table_ptr=None if form.FEW else table_ptr + ENTRY * form.PASSES,
+            row=at,
+        )
         keep, label, soft_ptr = there, None, None
         if form.LABELS == "indices":
             label = tl.load(labels_ptr + at * labels_row_stride)
@@ -1193,28 +1188,27 @@ def add_up_kernel(rows_ptr, loss_ptr, parts_ptr, N, js_weight: tl.int64, form):
 
 
 @triton.jit
-def scale_block(at, FULL: tl.constexpr, row, there, gradients, scaled, factor, C, form):
+def scale_block(at, FULL: tl.constexpr, there, gradients, scaled, factor, C, form):
     """Writes a block of the gradients times the factor."""
-    UNIT: tl.constexpr = form.RUN if form.ALIGNED else 1
     # rows, not a whole block
     SOME: tl.constexpr = form.IN_PLACE and form.BY_ROW and form.ROWS > 1
     i, inside = columns(at, C, form)
     if SOME:
         inside = inside & there
     for k in tl.static_range(form.PASSES):
-        row_ptr = gradients.ptrs[k] + row * gradients.row_strides[k] * UNIT
-        g = read(row_ptr, i, inside, gradients.strides[k], 0.0, FULL and not SOME, False, form)
-        row_ptr = scaled.ptrs[k] + row * scaled.row_strides[k] * UNIT
-        write(row_ptr, i, inside, scaled.strides[k], there, g * factor, FULL, form)
+        row_ptr, stride = row_of_pass(gradients, k, form)
+        g = read(row_ptr, i, inside, stride, 0.0, FULL and not SOME, False, form)
+        row_ptr, stride = row_of_pass(scaled, k, form)
+        write(row_ptr, i, inside, stride, there, g * factor, FULL, form)
 
 
 @triton.jit
-def scale_piece(at, row, there, gradients, scaled, factor, C, form):
+def scale_piece(at, there, gradients, scaled, factor, C, form):
     """Writes a block of the gradients times the factor, which may be a row's last."""
     if at + form.RUNS * form.RUN <= C:
-        scale_block(at, True, row, there, gradients, scaled, factor, C, form)
+        scale_block(at, True, there, gradients, scaled, factor, C, form)
     else:
-        scale_block(at, False, row, there, gradients, scaled, factor, C, form)
+        scale_block(at, False, there, gradients, scaled, factor, C, form)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -1235,10 +1229,6 @@ def scale_kernel(
     is times 1 is neither read nor written.
     """
     BLOCK: tl.constexpr = form.RUNS * form.RUN
-    gradients = Matrices(
-        ptrs=gradients_ptrs, row_strides=gradients_row_strides, strides=gradients_strides
-    )
-    scaled = Matrices(ptrs=scaled_ptrs, row_strides=scaled_row_strides, strides=scaled_strides)
     blocks = tl.cdiv(C, BLOCK)
     pieces = tl.cdiv(N, form.ROWS).to(tl.int64) * blocks
     if not form.BY_ROW:
@@ -1250,12 +1240,26 @@ def scale_kernel(
             0, form.ROWS
         )[:, None, None]
         there, row = row < N, tl.minimum(row, N - 1)
+        gradients = Rows(
+            ptrs=gradients_ptrs,
+            row_strides=gradients_row_strides,
+            strides=gradients_strides,
+            table_ptr=None,
+            row=row,
+        )
+        scaled = Rows(
+            ptrs=scaled_ptrs,
+            row_strides=scaled_row_strides,
+            strides=scaled_strides,
+            table_ptr=None,
+            row=row,
+        )
         at = (piece % blocks).to(tl.int32) * BLOCK
         if form.BY_ROW:
             factor = tl.load(factor_ptr + row * factor_stride)
         if form.BY_ROW and form.IN_PLACE:
             there = there & (factor != 1)
             if tl.max(there.to(tl.int32)) > 0:
-                scale_piece(at, row, there, gradients, scaled, factor, C, form)
+                scale_piece(at, there, gradients, scaled, factor, C, form)
         else:
-            scale_piece(at, row, there, gradients, scaled, factor, C, form)
+            scale_piece(at, there, gradients, scaled, factor, C, form)

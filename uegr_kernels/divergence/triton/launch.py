@@ -20,9 +20,11 @@ WIDE = 3
 SPLIT = 4
 # elements of rows that a program's registers hold
 HELD = 16 * 1024
+# registers of a thread that hold them, where rows are aligned and where they are not
+MOST_ALIGNED, MOST_OTHERS = 72, 60
 # Blocks of held rows, times the pairs of passes, that have code each: the time that compiling takes
 # grows with the square of it.
-MOST_CODE = 8
+MOST_CODE = 12
 # with more one has too few registers
 MOST_THREADS = 256
 # labels up to which every program counts those that are not ignored
@@ -109,11 +111,12 @@ def _run(passes: int, itemsize: int) -> int:
     return 16 // itemsize if passes <= WIDE or itemsize > 2 else 4
 
 
-def _registers(few: bool) -> dict[str, int]:
-    """Returns what keeps NVIDIA's assembler from spilling a few of many passes' registers to reach
-    a round number of them.
+def _registers(held: int) -> dict[str, int]:
+    """Returns what keeps NVIDIA's assembler from spilling a few registers to reach a round number
+    of them, where that buys little: rows that are not held are long, and a processor has a program
+    or two for them.
     """
-    return {} if few or torch.version.hip else {"maxnreg": 255}
+    return {} if held or torch.version.hip else {"maxnreg": 255}
 
 
 @functools.cache
@@ -122,6 +125,7 @@ def _block(
     classes: int,
     passes: int,
     in_pairs: int,
+    soft: bool,
     itemsize: int,
     aligned: bool,
     dense: bool,
@@ -138,8 +142,12 @@ def _block(
     own = each if passes < WIDE else min(each, 2)
     rows = max(1, min(triton.next_power_of_2(samples), MOST_THREADS * own // block))
     blocks, pairs = triton.cdiv(classes, block), in_pairs * (in_pairs - 1) // 2
+    registers = (passes + soft) * blocks * each * itemsize // 4
     held = (
-        passes <= FEW and passes * classes <= HELD and (blocks == 1 or blocks * pairs <= MOST_CODE)
+        passes <= FEW
+        and passes * classes <= HELD
+        and registers <= (MOST_ALIGNED if aligned else MOST_OTHERS)
+        and (blocks == 1 or blocks * pairs <= MOST_CODE)
     )
     return Block(
         ROWS=rows,
@@ -213,6 +221,7 @@ def _evaluate(
         classes,
         count,
         count - int(labels is not None),
+        kind == "soft",
         first.element_size(),
         aligned,
         dense,
@@ -284,7 +293,7 @@ def _evaluate(
             ignore_index=options.ignore_index,
             form=_constexprs(form),
             **triton_ops.compile_options(block.warps),
-            **_registers(few),
+            **_registers(block.HELD),
         )
         if not (by_row or one_program):
             form = NO_FORM._replace(DTYPE=triton_ops.DTYPES[dtype])
@@ -354,7 +363,7 @@ def _scale_passes(passes: PassRows, into: PassRows, factor: Tensor, in_place: bo
     if aligned:
         passes, into = passes.in_runs(run), into.in_runs(run)
     dense, lanes = passes.dense and into.dense, triton_ops.lanes()
-    block = _block(samples, classes, count, 0, first.element_size(), aligned, dense, lanes)
+    block = _block(samples, classes, count, 0, False, first.element_size(), aligned, dense, lanes)
     by_row = factor.dim() > 0
     form = NO_FORM._replace(
         PASSES=count,

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ...core import triton_ops
+from ...core import memory, triton_ops
 from ..options import AdamWOptions, Selection, SGDOptions, StepOptions
 from .kernels import (
     CONSTANTS,
@@ -43,7 +43,7 @@ DTYPES = triton_ops.DTYPES | {torch.uint8: tl.int8}
 
 class TensorLists(typing.NamedTuple):
     """Holds a call's lists of tensors, empty or of one length: the elementwise ones, the steps,
-    the kept extremes; the gradients last.
+    the kept extremes; the gradients last. A list of states may be a single tensor that has all.
     """
 
     theta: Sequence[Tensor]
@@ -67,6 +67,18 @@ class TensorLists(typing.NamedTuple):
         `strided_elements`.
         """
         return *self.written, self.s, self.g
+
+    def apart(self) -> "TensorLists":
+        """Returns the lists with a tensor for each gradient in every one."""
+        states = {
+            name: memory.apart([*getattr(self, name)], self.g)
+            for name in ("moment1", "moment2", "moment3")
+        }
+        single = {
+            name: memory.apart_singly([*getattr(self, name)], len(self.g))
+            for name in ("step", "low", "high")
+        }
+        return self._replace(**states, **single)
 
     def of(self, i: int) -> "OneOfEach":
         """Returns tensor i of every list."""
@@ -423,6 +435,7 @@ class Plan:
         sizes: list[int],
     ):
         self.moving, self.standing, self.planes, self.form = moving, standing, planes, form
+        lists = lists.apart()
         self.device = lists.g[0].device
         families: dict[Form, list[int]] = collections.defaultdict(list)
         for i in range(len(lists.g)):
@@ -480,15 +493,15 @@ CAPTURED_ELSEWHERE: list[tuple[Plan, triton_ops.Upload]] = []
 
 
 def _moving(lists: TensorLists, planes: list[int]) -> tuple[object, ...]:
-    """Returns what may differ while the tensors are the same objects. The gradients' addresses are
-    not in it: those every step takes up.
+    """Returns what may differ while the tensors are the same objects, and the parameters in the
+    same places. The gradients' addresses are not in it: those every step takes up.
 
     `planes`: which of the tensors that are written have several axes. One with a single axis would
-    be another object, or elsewhere.
+    be another object, or elsewhere. So would packed states.
     """
-    *others, _ = lists
-    addresses = [list(map(Tensor.data_ptr, tensors)) for tensors in others]
-    written = [tensors for tensors in lists.written if tensors]
+    _, *states, _ = lists
+    addresses = [list(map(Tensor.data_ptr, tensors)) for tensors in states]
+    written = [tensors for tensors in lists.written[1:] if len(tensors) == len(lists.g)]
     planar = [list(map(tensors.__getitem__, planes)) for tensors in written]
     contiguous = [list(map(Tensor.is_contiguous, tensors)) for tensors in (*planar, lists.g)]
     strides = (
@@ -514,6 +527,7 @@ def _standing(lists: TensorLists) -> list[object]:
         if not t.is_contiguous()
     ]
     return [
+        list(map(Tensor.data_ptr, lists.theta)),
         *(list(map(Tensor.numel, tensors)) + list(map(DTYPE, tensors)) for tensors in lists),
         *strides,
     ]
