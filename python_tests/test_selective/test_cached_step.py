@@ -170,8 +170,7 @@ def test_nothing_is_left_of_an_optimizer_that_is_gone():
 @pytest.mark.parametrize("statistics", ["current", "previous"])
 def test_many_small_parameters_step_as_few_do(native, cls, event, statistics):
     """The same parameters, beside a group that sends every step the long way."""
-    # few are many enough where no states are shared
-    shapes = [(3, 5), (16,), (), (0, 2), (7,)] * (14 if native == "cpp" else 1)
+    shapes = [(3, 5), (16,), (), (0, 2), (7,)] * 14
     start, gradients = problem(shapes, steps=6)
     options = {**SPREAD, "statistics": statistics, "backend": native} | (
         {"momentum": 0.9} if cls is uk.SelectiveSGD else {}
@@ -192,6 +191,36 @@ def test_many_small_parameters_step_as_few_do(native, cls, event, statistics):
     assert same_bits(*(states for _, states in results))
 
 
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_states_of_one_value_lie_side_by_side_whatever_the_parameters_sizes(native, scope):
+    shapes = [*[(3, 5)] * 69, (5000,)]
+    start, gradients = problem(shapes, steps=3)
+    results = []
+    for extra in ([], [{"params": [torch.nn.Parameter(torch.ones(1))]}]):
+        params = as_parameters(start)
+        optimizer = uk.SelectiveAdamW(
+            [{"params": params}, *extra],
+            statistics="previous",
+            scope=scope,
+            backend=native,
+            **SPREAD,
+        )
+        run_steps(optimizer, params, gradients)
+        together = {
+            key: len({p.data_ptr() // 4 - i for i, p in enumerate(values)}) == 1
+            for key in ("step", "saliency_min", "saliency_max", "exp_avg")
+            for values in [[optimizer.state[p][key] for p in params]]
+        }
+        assert together == {
+            "step": not extra,
+            "saliency_min": not extra,
+            "saliency_max": not extra,
+            "exp_avg": False,
+        }
+        results.append((params, [states_of(optimizer, p) for p in params]))
+    assert same_bits(*results)
+
+
 @pytest.mark.parametrize("statistics", ["current", "previous"])
 def test_a_missing_gradient_after_steps_in_global_scope(native, statistics):
     params = as_parameters([torch.ones(4)] * 3)
@@ -207,8 +236,6 @@ def test_a_missing_gradient_after_steps_in_global_scope(native, statistics):
     assert [optimizer.state[p]["step"].item() for p in params] == [3, 4, 4]
 
 
-# Triton's kernels find a tensor each by a table
-@pytest.mark.parametrize("native", ["cpp"], indirect=True)
 @pytest.mark.parametrize("statistics", ["current", "previous"])
 def test_many_small_parameters_have_states_side_by_side_each_of_its_own_size(native, statistics):
     params = as_parameters([torch.ones(2, 4)] * 70)
