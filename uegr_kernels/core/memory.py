@@ -1,9 +1,5 @@
-"""The tests of memory before it is written: whether it is there, and whether tensors share it;
-and tensors that lie packed in one.
-"""
+"""The tests of memory before it is written: whether it is there, and whether tensors share it."""
 
-import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,32 +43,6 @@ def places(tensors: list[Tensor]) -> Places:
     return Places(
         [t.data_ptr() for t in tensors], [t.shape for t in tensors], [t.stride() for t in tensors]
     )
-
-
-def apart(tensors: list[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
-    """Returns tensors of the shapes of `like` where they may lie packed in one; any others as they
-    are.
-
-    Raises RuntimeError for one that has another number of elements, or is not contiguous.
-    """
-    return _apart(tensors, [one.shape for one in like])
-
-
-def apart_singly(tensors: list[Tensor], count: int) -> list[Tensor]:
-    """Returns `count` tensors of one element, as `apart` does."""
-    return _apart(tensors, [torch.Size()] * count)
-
-
-def _apart(tensors: list[Tensor], shapes: list[torch.Size]) -> list[Tensor]:
-    if len(tensors) != 1 or len(shapes) == 1:
-        return tensors
-    sizes = list(map(math.prod, shapes))
-    if not tensors[0].is_contiguous() or tensors[0].numel() != sum(sizes):
-        raise RuntimeError(
-            f"a list of states has {tensors[0].numel()} elements in a single tensor; it must be "
-            f"contiguous and have {sum(sizes)}"
-        )
-    return [part.view(to) for part, to in zip(tensors[0].split(sizes), shapes, strict=True)]
 
 
 def expanded(tensor: Tensor) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..core import backends, memory
+from ..core import backends
 from ..core.operator import Operator, P, R, writes_only
 from . import reference
 from .options import (
@@ -19,6 +19,8 @@ from .options import (
     SelectionNumbers,
     SGDOptions,
     StepOptions,
+    apart,
+    apart_singly,
 )
 
 OPTIONS = (
@@ -126,8 +128,8 @@ class SteppingOperator(SelectingOperator[P, object]):
                     raise RuntimeError(
                         f"a state of shape {tuple(state.shape)} is {state.layout}; make it dense"
                     )
-        moments = [memory.apart(states, params) for states in moments]
-        scalars = [memory.apart_singly(states, len(params)) for states in (steps, low, high)]
+        moments = [apart(states, params) for states in moments]
+        scalars = [apart_singly(states, len(params)) for states in (steps, low, high)]
         return super().by_schema(function, params, grads, *moments, *scalars, **options)
 
 

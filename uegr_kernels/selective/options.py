@@ -1,11 +1,11 @@
-"""The ten selection options (docs/spec.md, 1): their defaults, checks and numbers, once; and the
-seed that ranks agree on.
+"""The ten selection options (docs/spec.md, 1): their defaults, checks and numbers, once; the seed
+that ranks agree on; and lists of states that an operator takes in one tensor.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypedDict
 
 import torch
@@ -243,3 +243,29 @@ class SGDOptions:
     momentum: float
     dampening: float
     nesterov: bool
+
+
+def apart(tensors: list[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+    """Returns tensors of the shapes of `like` where they may lie packed in one; any others as they
+    are.
+
+    Raises RuntimeError for one that has another number of elements, or is not contiguous.
+    """
+    return _apart(tensors, [one.shape for one in like])
+
+
+def apart_singly(tensors: list[Tensor], count: int) -> list[Tensor]:
+    """Returns `count` tensors of one element, as `apart` does."""
+    return _apart(tensors, [torch.Size()] * count)
+
+
+def _apart(tensors: list[Tensor], shapes: list[torch.Size]) -> list[Tensor]:
+    if len(tensors) != 1 or len(shapes) == 1:
+        return tensors
+    sizes = list(map(math.prod, shapes))
+    if not tensors[0].is_contiguous() or tensors[0].numel() != sum(sizes):
+        raise RuntimeError(
+            f"a list of states has {tensors[0].numel()} elements in a single tensor; it must be "
+            f"contiguous and have {sum(sizes)}"
+        )
+    return [part.view(to) for part, to in zip(tensors[0].split(sizes), shapes, strict=True)]

@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ...core import memory, triton_ops
-from ..options import AdamWOptions, Selection, SGDOptions, StepOptions
+from ...core import triton_ops
+from ..options import AdamWOptions, Selection, SGDOptions, StepOptions, apart, apart_singly
 from .kernels import (
     CONSTANTS,
     HEAD,
@@ -71,11 +71,11 @@ class TensorLists(typing.NamedTuple):
     def apart(self) -> "TensorLists":
         """Returns the lists with a tensor for each gradient in every one."""
         states = {
-            name: memory.apart([*getattr(self, name)], self.g)
+            name: apart([*getattr(self, name)], self.g)
             for name in ("moment1", "moment2", "moment3")
         }
         single = {
-            name: memory.apart_singly([*getattr(self, name)], len(self.g))
+            name: apart_singly([*getattr(self, name)], len(self.g))
             for name in ("step", "low", "high")
         }
         return self._replace(**states, **single)
