@@ -221,6 +221,25 @@ def test_states_of_one_value_lie_side_by_side_whatever_the_parameters_sizes(nati
     assert same_bits(*results)
 
 
+@pytest.mark.parametrize("native", ["cpp"], indirect=True)
+@pytest.mark.parametrize("statistics", ["current", "previous"])
+@pytest.mark.parametrize("largest", [(3, 5), (5000,)], ids=str)
+def test_a_step_compiled_after_others_has_each_parameters_own_states(native, largest, statistics):
+    """The compiler takes views of one tensor for one piece of memory."""
+    start, gradients = problem([largest, *[(3, 5)] * 69], steps=6)
+    results = []
+    for compiles in (False, True):
+        params = as_parameters(start)
+        optimizer = uk.SelectiveAdamW(params, statistics=statistics, backend=native, **SPREAD)
+        compiled = torch.compile(optimizer.step, backend="aot_eager")
+        for i, grads in enumerate(gradients):
+            for p, g in zip(params, grads, strict=True):
+                p.grad = g
+            (compiled if compiles and i in (2, 3, 5) else optimizer.step)()
+        results.append((params, [states_of(optimizer, p) for p in params]))
+    assert same_bits(*results)
+
+
 @pytest.mark.parametrize("statistics", ["current", "previous"])
 def test_a_missing_gradient_after_steps_in_global_scope(native, statistics):
     params = as_parameters([torch.ones(4)] * 3)

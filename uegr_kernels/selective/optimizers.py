@@ -15,7 +15,16 @@ from . import op
 from .batch import Batch, Group, Scopes
 from .cached_step import CachedStep, CheckedOptions
 from .options import AdamWOptions, Selection, SGDOptions, StepOptions, agreed_seed, options_of
-from .state import Packed, check_batch, check_parameter, complete, placed, restore, without_none
+from .state import (
+    Packed,
+    check_batch,
+    check_parameter,
+    complete,
+    placed,
+    restore,
+    unpack,
+    without_none,
+)
 
 # of the state's layout; a key of every group
 FORMAT = 1
@@ -403,6 +412,8 @@ class SelectiveOptimizer(Optimizer):
         """Checks the group, creates its states and fills the lists with its batch `number`.
         Returns how many batches there are.
         """
+        unpack(self._packed, self.state.values())
+        self._packed = {}
         batches = self._batches(group, first)
         self._complete(batches)
         for batch in batches[number : number + 1] if lists else ():

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +24,8 @@ SINGLE = ("step", "saliency_min", "saliency_max")
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """Holds a state of many small parameters in one tensor, which an operator takes in the place
-    of its parts.
+    """Holds a state of many parameters in one tensor, which an operator takes in the place of its
+    parts.
 
     Each part has a storage of its own over its piece of the memory, and is saved and copied as
     such.
@@ -128,9 +128,7 @@ def _worth_packing(key: str, batch: Batch) -> bool:
 
 
 def pack(key: str, batch: Batch) -> Packed:
-    """Makes a state of many small parameters in one tensor, each with a storage of its own
-    there.
-    """
+    """Makes a state of many parameters in one tensor, each with a storage of its own there."""
     params = batch.params
     value, dtype, device = start(key, params[0], batch.group["state_dtype"])
     shapes = [() if key in SINGLE else p.shape for p in params]
@@ -143,7 +141,18 @@ def pack(key: str, batch: Batch) -> Packed:
         # holds would never end.
         part.data = from_dlpack(to_dlpack(part.detach()))
         state[key] = part
-    return Packed(whole, parts, list(map(Tensor.data_ptr, parts)), len(whole) == len(parts))
+    return Packed(whole, parts, list(map(Tensor.data_ptr, parts)), set(sizes) == {1})
+
+
+def unpack(packed: Mapping[str, Packed], states: Iterable[dict[str, Tensor]]) -> None:
+    """Gives each packed state that is still there a tensor of its own. torch.compile takes views of
+    one tensor for one piece of memory.
+    """
+    parts = {key: {id(part) for part in one.parts} for key, one in packed.items()}
+    for state in states:
+        for key in parts.keys() & state.keys():
+            if id(state[key]) in parts[key]:
+                state[key] = state[key].clone()
 
 
 # ---- Checked

@@ -480,8 +480,8 @@ def _form_of(form: Form, each: OneOfEach) -> Form:
     )
 
 
-# Plans of optimizers live as long as their first parameter's step tensor; a few of other calls are
-# kept by what they were called with.
+# Plans of optimizers live as long as the first tensor of their steps; a few of other calls are kept
+# by what they were called with.
 PLANS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 RECENT: collections.OrderedDict[object, Plan] = collections.OrderedDict()
 RECENT_PLANS = 16
@@ -497,7 +497,7 @@ def _moving(lists: TensorLists, planes: list[int]) -> tuple[object, ...]:
     same places. The gradients' addresses are not in it: those every step takes up.
 
     `planes`: which of the tensors that are written have several axes. One with a single axis would
-    be another object, or elsewhere. So would packed states.
+    be another object, or elsewhere; so would packed states, which are contiguous.
     """
     _, *states, _ = lists
     addresses = [list(map(Tensor.data_ptr, tensors)) for tensors in states]
