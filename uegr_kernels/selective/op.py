@@ -20,7 +20,6 @@ from .options import (
     SGDOptions,
     StepOptions,
     apart,
-    apart_singly,
 )
 
 OPTIONS = (
@@ -128,8 +127,9 @@ class SteppingOperator(SelectingOperator[P, object]):
                     raise RuntimeError(
                         f"a state of shape {tuple(state.shape)} is {state.layout}; make it dense"
                     )
-        moments = [apart(states, params) for states in moments]
-        scalars = [apart_singly(states, len(params)) for states in (steps, low, high)]
+        shapes, single = [p.shape for p in params], [torch.Size()] * len(params)
+        moments = [apart(states, shapes) for states in moments]
+        scalars = [apart(states, single) for states in (steps, low, high)]
         return super().by_schema(function, params, grads, *moments, *scalars, **options)
 
 

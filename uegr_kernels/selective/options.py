@@ -245,21 +245,13 @@ class SGDOptions:
     nesterov: bool
 
 
-def apart(tensors: list[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
-    """Returns tensors of the shapes of `like` where they may lie packed in one; any others as they
-    are.
+def apart(tensors: Sequence[Tensor], shapes: list[torch.Size]) -> Sequence[Tensor]:
+    """Returns a list of states as a tensor of each shape, where they lie in a single one; else as
+    it is.
 
-    Raises RuntimeError for one that has another number of elements, or is not contiguous.
+    Raises RuntimeError for a single tensor of another number of elements, or that is not
+    contiguous.
     """
-    return _apart(tensors, [one.shape for one in like])
-
-
-def apart_singly(tensors: list[Tensor], count: int) -> list[Tensor]:
-    """Returns `count` tensors of one element, as `apart` does."""
-    return _apart(tensors, [torch.Size()] * count)
-
-
-def _apart(tensors: list[Tensor], shapes: list[torch.Size]) -> list[Tensor]:
     if len(tensors) != 1 or len(shapes) == 1:
         return tensors
     sizes = list(map(math.prod, shapes))

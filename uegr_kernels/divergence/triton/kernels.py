@@ -337,19 +337,19 @@ def write(row_ptr, i, inside, stride, there, value, FULL: tl.constexpr, form):
 @triton.jit
 def row_of_pass(rows, k, form):
     """Returns where the rows of pass k begin, and how far apart its classes are."""
+    UNIT: tl.constexpr = form.RUN if form.ALIGNED else 1
     if form.FEW:
-        UNIT: tl.constexpr = form.RUN if form.ALIGNED else 1
-        return rows.ptrs[k] + rows.row * rows.row_strides[k] * UNIT, rows.strides[k]
+        begin, row_stride, stride = rows.ptrs[k], rows.row_strides[k], rows.strides[k]
     else:
         entry_ptr = rows.table_ptr + ENTRY * k
-        begin = tl.load(entry_ptr)
+        address = tl.load(entry_ptr)
         row_stride = tl.load(entry_ptr + ROW_STRIDE)
         stride = tl.load(entry_ptr + STRIDE)
         if form.ALIGNED:
-            row_ptr = triton_ops.aligned_pointer(begin, form.STORAGE)
-            return row_ptr + rows.row * row_stride * form.RUN, stride
+            begin = triton_ops.aligned_pointer(address, form.STORAGE)
         else:
-            return triton_ops.pointer(begin, form.STORAGE) + rows.row * row_stride, stride
+            begin = triton_ops.pointer(address, form.STORAGE)
+    return begin + rows.row * row_stride * UNIT, stride
 
 
 @triton.jit

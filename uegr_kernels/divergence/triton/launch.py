@@ -20,7 +20,8 @@ WIDE = 3
 SPLIT = 4
 # elements of rows that a program's registers hold
 HELD = 16 * 1024
-# registers of a thread that hold them, where rows are aligned and where they are not
+# registers of a thread that hold them, where rows are aligned and where they are not; with more
+# some forms spill (compiled)
 MOST_ALIGNED, MOST_OTHERS = 72, 60
 # Blocks of held rows, times the pairs of passes, that have code each: the time that compiling takes
 # grows with the square of it.
@@ -111,7 +112,7 @@ def _run(passes: int, itemsize: int) -> int:
     return 16 // itemsize if passes <= WIDE or itemsize > 2 else 4
 
 
-def _registers(held: int) -> dict[str, int]:
+def _registers(held: bool) -> dict[str, int]:
     """Returns what keeps NVIDIA's assembler from spilling a few registers to reach a round number
     of them, where that buys little: rows that are not held are long, and a processor has a program
     or two for them.
@@ -293,7 +294,7 @@ def _evaluate(
             ignore_index=options.ignore_index,
             form=_constexprs(form),
             **triton_ops.compile_options(block.warps),
-            **_registers(block.HELD),
+            **_registers(block.HELD > 0),
         )
         if not (by_row or one_program):
             form = NO_FORM._replace(DTYPE=triton_ops.DTYPES[dtype])

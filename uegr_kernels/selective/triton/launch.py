@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ...core import triton_ops
-from ..options import AdamWOptions, Selection, SGDOptions, StepOptions, apart, apart_singly
+from ..options import AdamWOptions, Selection, SGDOptions, StepOptions, apart
 from .kernels import (
     CONSTANTS,
     HEAD,
@@ -70,15 +70,15 @@ class TensorLists(typing.NamedTuple):
 
     def apart(self) -> "TensorLists":
         """Returns the lists with a tensor for each gradient in every one."""
-        states = {
-            name: apart([*getattr(self, name)], self.g)
-            for name in ("moment1", "moment2", "moment3")
-        }
-        single = {
-            name: apart_singly([*getattr(self, name)], len(self.g))
-            for name in ("step", "low", "high")
-        }
-        return self._replace(**states, **single)
+        shapes, single = [g.shape for g in self.g], [torch.Size()] * len(self.g)
+        return self._replace(
+            moment1=apart(self.moment1, shapes),
+            moment2=apart(self.moment2, shapes),
+            moment3=apart(self.moment3, shapes),
+            step=apart(self.step, single),
+            low=apart(self.low, single),
+            high=apart(self.high, single),
+        )
 
     def of(self, i: int) -> "OneOfEach":
         """Returns tensor i of every list."""
