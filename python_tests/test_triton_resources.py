@@ -26,6 +26,17 @@ def loss(m, n, c, dtype, labels="indices", call="", backward=""):
 
 
 FORWARD = "with torch.no_grad(): "
+# Passes that are an axis: how many, classes of the longest rows that registers hold beside a clean
+# pass, and a thread's logits of each.
+LONGEST = [
+    (2, 5461, 24),
+    (3, 4095, 16),
+    (4, 3276, 16),
+    (5, 2730, 12),
+    (6, 2340, 12),
+    (7, 2047, 8),
+    (8, 1820, 8),
+]
 G = "torch.zeros(16, 128, 768)"
 WEIGHTS = "[torch.zeros(768, 3), torch.zeros(5), torch.zeros(7, dtype=torch.bfloat16)]"
 # Losses: rows of whole 128 bits and others, one block and many, few passes and many; chain rules of
@@ -39,6 +50,14 @@ STATEMENTS = {
     "loss m=2 float32, read once": loss(2, 4, 5000, "float32"),
     "loss m=3 float32, read once": loss(3, 4, 4096, "float32"),
     "loss m=4 bfloat16, read once": loss(4, 4, 2048, "bfloat16", "soft"),
+    **{
+        f"loss m={m} float32, longest rows read once": loss(m, 4, c, "float32")
+        for m, c, _ in LONGEST
+    },
+    **{
+        f"loss m={m} float32, longest rows, soft labels": loss(m, 4, c, "float32", "soft")
+        for m, c, _ in LONGEST
+    },
     "loss m=2 float32, forward alone": FORWARD + loss(2, 4, 5000, "float32"),
     "loss m=2 float32, C=32000, forward alone": FORWARD + loss(2, 4, 32000, "float32"),
     "loss m=4 float32, soft labels, smoothed": loss(
@@ -136,6 +155,16 @@ def test_rows_in_16_bits_are_read_once(found, target):
     kernel = loss_kernel(found, "loss m=4 bfloat16, read once", target)
     reads = r"LDG\..*\b64\b.*" if target.startswith("sm") else r"(global|buffer)_load_(dwordx2|b64)"
     assert kernel.count(reads) == 6 * 2 and kernel.wide[0] == 0, kernel.memory
+
+
+@pytest.mark.parametrize("target", triton_code.TARGETS)
+@pytest.mark.parametrize(("m", "c", "logits"), LONGEST)
+def test_the_longest_rows_that_registers_hold_are_read_once(found, target, m, c, logits):
+    kernel = loss_kernel(found, f"loss m={m} float32, longest rows read once", target)
+    alone = r"LDG\.E(\.(EF|EL|CONSTANT|STRONG|SYS))*" if target.startswith("sm") else None
+    reads = kernel.count(alone or r"(global|buffer)_load_(dword|b32)")
+    # beside them a label's logit of each pass, and those of the passes' likeliest classes
+    assert (m + 1) * logits <= reads <= (m + 1) * (logits + 4), kernel.memory
 
 
 @pytest.mark.parametrize("target", triton_code.TARGETS)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ...core import triton_ops
 from ..options import LossOptions
-from .kernels import Entry, Form, add_up_kernel, loss_kernel, scale_kernel
+from .blocks import Entry, Form
+from .kernels import add_up_kernel, loss_kernel, scale_kernel
 
 # passes of which a thread holds a block each
 FEW = 5
@@ -28,6 +29,9 @@ MOST_ALIGNED, MOST_OTHERS = 72, 60
 MOST_CODE = 12
 # with more one has too few registers
 MOST_THREADS = 256
+# Of passes that are an axis: logits of a block that a thread holds, and those of a pass; with more
+# some forms of held rows spill (compiled).
+MOST_LOGITS, MOST_RUN = 32, 8
 # labels up to which every program counts those that are not ignored
 COUNTED_BY_EACH = 4096
 NO_FORM = Form._make([None] * len(Form._fields))
@@ -88,6 +92,7 @@ class PassRows(typing.NamedTuple):
 class Block(typing.NamedTuple):
     """Holds the part of a form that says what a block is, and a program's warps."""
 
+    AXIS: int
     ROWS: int
     RUNS: int
     RUN: int
@@ -120,6 +125,26 @@ def _registers(held: bool) -> dict[str, int]:
     return {} if held or torch.version.hip else {"maxnreg": 255}
 
 
+def _block_of_many(samples: int, classes: int, passes: int, in_pairs: int, lanes: int) -> Block:
+    axis = triton.next_power_of_2(in_pairs)
+    most = MOST_THREADS * max(1, min(MOST_LOGITS // axis, MOST_RUN))
+    block = min(triton.next_power_of_2(classes), most)
+    run = max(block // MOST_THREADS, 1)
+    rows = max(1, min(triton.next_power_of_2(samples), MOST_THREADS // block))
+    held = passes * classes <= HELD
+    return Block(
+        AXIS=axis,
+        ROWS=rows,
+        RUNS=block // run,
+        RUN=run,
+        HELD=triton.cdiv(classes, block) if held else 0,
+        TAIL=False,
+        MASKED=classes % block != 0,
+        ALIGNED=False,
+        warps=max(rows * block // (lanes * run), 1),
+    )
+
+
 @functools.cache
 def _block(
     samples: int,
@@ -150,7 +175,10 @@ def _block(
         and registers <= (MOST_ALIGNED if aligned else MOST_OTHERS)
         and (blocks == 1 or blocks * pairs <= MOST_CODE)
     )
+    if passes > FEW or (in_pairs > 1 and passes * classes <= HELD and not held):
+        return _block_of_many(samples, classes, passes, in_pairs or passes, lanes)
     return Block(
+        AXIS=0,
         ROWS=rows,
         RUNS=block // run,
         RUN=run,
@@ -213,21 +241,21 @@ def _evaluate(
             )
     run = _run(count, first.element_size())
     aligned = all(x.aligned(run) for x in involved)
-    if aligned:
-        passes, into = passes.in_runs(run), into.in_runs(run)
-        row_stride = row_stride // run if kind == "soft" else row_stride
     dense = all(x.dense for x in involved)
     block = _block(
         samples,
         classes,
         count,
-        count - int(labels is not None),
+        count - int(labels is not None) if options.task == "classification" else 0,
         kind == "soft",
         first.element_size(),
         aligned,
         dense,
         triton_ops.lanes(),
     )
+    if block.ALIGNED:
+        passes, into = passes.in_runs(run), into.in_runs(run)
+        row_stride = row_stride // run if kind == "soft" else row_stride
     programs = _programs(block, passes, first.device)
     wide = first.dtype == torch.float64
     dtype, by_row = torch.float64 if wide else torch.float32, options.reduction == "none"
@@ -237,7 +265,7 @@ def _evaluate(
         for x, need in zip(logits, needs, strict=True)
         for _ in range(len(x) if x.dim() == 3 else 1)
     ]
-    smooth, few = kind != "none" and options.label_smoothing > 0, count <= FEW
+    smooth, few = kind != "none" and options.label_smoothing > 0, block.AXIS == 0
     form = Form(
         PASSES=count,
         FEW=few,
@@ -257,6 +285,9 @@ def _evaluate(
         ONE_PROGRAM=one_program,
         IN_PLACE=False,
     )
+    clean_form = NO_FORM
+    if labels is not None and not few:
+        clean_form = form._replace(PASSES=1, AXIS=0, NEEDS=form.NEEDS & 1)
     kept = None
     if labels is not None and kind == "indices" and options.reduction == "mean":
         if samples > COUNTED_BY_EACH:
@@ -293,6 +324,7 @@ def _evaluate(
             smoothing=triton_ops.bits(options.label_smoothing),
             ignore_index=options.ignore_index,
             form=_constexprs(form),
+            clean_form=_constexprs(clean_form),
             **triton_ops.compile_options(block.warps),
             **_registers(block.HELD > 0),
         )
