@@ -187,6 +187,21 @@ def test_state_keys_and_dtypes(backend, dtype):
                 assert state[key].dtype == wide and state[key].shape == ()
 
 
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_each_kept_extreme_is_read_in_its_own_dtype(backend, scope):
+    start, gradients = problem([(70,), (30,)], steps=3)
+    options = SPREAD | {"statistics": "previous", "scope": scope}
+    params, optimizer = trained(uk.SelectiveAdamW, backend, start, gradients, **options)
+    others, other = trained(uk.SelectiveAdamW, backend, start, gradients[:1], **options)
+    for p, key in zip(others, ("saliency_min", "saliency_max"), strict=True):
+        other.state[p][key] = other.state[p][key].double()
+    run_steps(other, others, gradients[1:])
+    assert same_bits(others, params)
+    for p, q, key in zip(params, others, ("saliency_min", "saliency_max"), strict=True):
+        assert other.state[q][key].dtype == torch.float64
+        assert other.state[q][key].float() == optimizer.state[p][key]
+
+
 def test_16_bit_parameters_keep_their_float32_moments_through_a_checkpoint(backend):
     for dtype in (torch.bfloat16, torch.float16):
         for options in (

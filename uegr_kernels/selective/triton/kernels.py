@@ -180,7 +180,9 @@ class Form(typing.NamedTuple):
     S: object
     G: object
     STEP: object
-    KEPT: object
+    # of the extremes that are kept
+    LOW: object
+    HIGH: object
     STRIDED: bool
     # a moment is rounded stochastically
     ROUNDING: bool
@@ -448,8 +450,8 @@ def join_extremes(bits_ptr, extremes, more):
 @triton.jit
 def kept_extremes(row_ptr, form):
     """Reads minimum and maximum of s of the previous step; NaN where nothing is kept yet."""
-    low_ptr = triton_ops.pointer(tl.load(row_ptr + MINIMUM), form.KEPT)
-    high_ptr = triton_ops.pointer(tl.load(row_ptr + MAXIMUM), form.KEPT)
+    low_ptr = triton_ops.pointer(tl.load(row_ptr + MINIMUM), form.LOW)
+    high_ptr = triton_ops.pointer(tl.load(row_ptr + MAXIMUM), form.HIGH)
     return Extremes(low=tl.load(low_ptr).to(tl.float64), high=tl.load(high_ptr).to(tl.float64))
 
 
@@ -488,7 +490,7 @@ def gather_piece(head_ptr, row_ptr, bits_ptr, start, end, unscale, form):
     """Joins the extremes of a piece into its tensor's. With kept ones they are wanted of a
     first-timer only.
     """
-    if form.KEPT is not None:
+    if form.LOW is not None:
         kept = kept_extremes(row_ptr, form)
         end = tl.where(kept.low == kept.low, start, end)
     whole = whole_blocks(head_ptr, row_ptr, start, end, form)
@@ -562,7 +564,7 @@ def update_block(ptrs, mask, word, rounding_word, extremes, shared, form):
     """
     g = read_gradient(ptrs.g, mask, shared.unscale, form)
     s = read(ptrs.s, mask, form.DTYPE) if form.S is not None else g
-    if form.KEPT is not None:
+    if form.LOW is not None:
         extremes = widened_extremes(extremes, g, s, mask, form)
     inverse = selected_inverse(g, s, shared, form)
     one = tl.full([1], 1, form.DTYPE)
@@ -617,7 +619,7 @@ def update_elements(head_ptr, row_ptr, bits_ptr, start, end, step, shared, form)
             rounding_word = triton_ops.words(indices, rounding_seed, step, stream)
         ptrs = any_elements(lists, local, row_ptr, form)
         more = update_block(ptrs, local < end, word, rounding_word, more, shared, form)
-    if form.KEPT is not None:
+    if form.LOW is not None:
         join_extremes(bits_ptr, extremes, more)
 
 
@@ -865,7 +867,7 @@ def extreme_pointers(rows_ptr, i, there, form):
     minima = tl.load(rows_ptr + i * ROW + MINIMUM, mask=there, other=0)
     maxima = tl.load(rows_ptr + i * ROW + MAXIMUM, mask=there, other=0)
     return Extremes(
-        low=triton_ops.pointer(minima, form.KEPT), high=triton_ops.pointer(maxima, form.KEPT)
+        low=triton_ops.pointer(minima, form.LOW), high=triton_ops.pointer(maxima, form.HIGH)
     )
 
 
@@ -879,8 +881,8 @@ def keep_kernel(rows_ptr, bits_ptr, tensors, found_inf_ptr, form):
     found = found_extremes(low, high, form)
     ptrs = extreme_pointers(rows_ptr, i, there, form)
     there = allowed(there, found_inf_ptr)
-    tl.store(ptrs.low, found.low.to(form.KEPT), mask=there)
-    tl.store(ptrs.high, found.high.to(form.KEPT), mask=there)
+    tl.store(ptrs.low, found.low.to(form.LOW), mask=there)
+    tl.store(ptrs.high, found.high.to(form.HIGH), mask=there)
 
 
 @triton.jit(do_not_specialize=["tensors"])
@@ -897,7 +899,7 @@ def join_kernel(rows_ptr, bits_ptr, out_ptr, tensors, MANY: tl.constexpr, form):
         high = tl.load(bits_ptr + 2 * i + 1, mask=there, other=0)
         found = found_extremes(low, high, form)
         low, high = found.low, found.high
-        if form.KEPT is not None:
+        if form.LOW is not None:
             ptrs = extreme_pointers(rows_ptr, i, there, form)
             kept_low = tl.load(ptrs.low, mask=there, other=float("nan")).to(tl.float64)
             kept_high = tl.load(ptrs.high, mask=there, other=0).to(tl.float64)

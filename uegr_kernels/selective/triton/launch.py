@@ -154,7 +154,8 @@ NO_FORM = Form(
     S=None,
     G=None,
     STEP=None,
-    KEPT=None,
+    LOW=None,
+    HIGH=None,
     STRIDED=False,
     ROUNDING=False,
 )
@@ -191,7 +192,7 @@ class Family:
             NO_FORM._replace(DTYPE=form.DTYPE, S=form.S, G=form.G, STRIDED=form.STRIDED)
         )
         self.keeping = triton_ops.constexprs(
-            NO_FORM._replace(DTYPE=form.DTYPE, S=form.S, KEPT=form.KEPT)
+            NO_FORM._replace(DTYPE=form.DTYPE, S=form.S, LOW=form.LOW, HIGH=form.HIGH)
         )
         self.tensors = len(positions)
         elements = [lists.g[i].numel() for i in positions]
@@ -338,7 +339,7 @@ class Family:
                 form=self.keeping,
                 **triton_ops.compile_options(triton_ops.WARPS),
             )
-        elif form.KEPT is not None:
+        elif form.LOW is not None:
             keep_kernel[(programs,)](
                 self.rows,
                 self.bits,
@@ -474,7 +475,8 @@ def _form_of(form: Form, each: OneOfEach) -> Form:
         S=dtypes.s,
         G=dtypes.g,
         STEP=dtypes.step,
-        KEPT=dtypes.low,
+        LOW=dtypes.low,
+        HIGH=dtypes.high,
         STRIDED=not all(t is None or t.is_contiguous() for t in each.elementwise),
         ROUNDING=tl.bfloat16 in (dtypes.moment1, dtypes.moment2, dtypes.moment3),
     )

@@ -168,7 +168,7 @@ def probability_of_scope(s_min, s_max, steepness, threshold, form):
     # s~ at the ends: [0, 1] but for "range", which starts at s_min/span and is held in [0, 1] with
     # last step's statistics alone.
     first, last = tl.full((), 0.0, tl.float64), tl.where(span > 0, 1.0, 0.0).to(tl.float64)
-    if form.NORMALIZATION == "range" and form.KEPT is None:
+    if form.NORMALIZATION == "range" and form.LOW is None:
         wide = tl.where(span > 0, span, 1).to(tl.float64)
         first = tl.where(span > 0, least.to(tl.float64) / wide, 0.0)
         last = tl.where(span > 0, most.to(tl.float64) / wide, 0.0)
