@@ -58,7 +58,9 @@ class Kernel(typing.NamedTuple):
 
 
 class Assembly(typing.NamedTuple):
-    """Holds the code of a kernel for one of AMD's GPUs: instructions, and labels as `.L...:`."""
+    """Holds the code of a kernel: instructions, and labels with a colon; for NVIDIA's GPUs those of
+    PTX, in the order of the program.
+    """
 
     name: str
     registers: int
@@ -66,7 +68,7 @@ class Assembly(typing.NamedTuple):
     lines: list[str]
 
     def loops(self) -> list[list[str]]:
-        """Returns the instructions of the innermost loops, by the backward branches."""
+        """Returns the instructions of the innermost loops, by the backward branches, for AMD."""
         labels = {line[:-1]: at for at, line in enumerate(self.lines) if line.endswith(":")}
         spans = []
         for at, line in enumerate(self.lines):
@@ -90,7 +92,7 @@ def why_not(version: str) -> str | None:
 
 @functools.cache
 def assembly(statement: str, target: str) -> list[Assembly]:
-    """Compiles what a statement launches for one of AMD's GPUs, in the order of the launches."""
+    """Compiles what a statement launches, in the order of the launches."""
     (line,) = compiled((statement,), target, code="text")
     assert "error" not in line, f"{statement} for {target}: {line['error']}"
     return [Assembly(*fields) for fields in line["kernels"]]
@@ -203,7 +205,7 @@ def main() -> None:
     torch.version.hip = "absent" if target.startswith("gfx") else None
     looked_at = functools.cache(
         lambda kernel: (
-            text_of(kernel)
+            text_of(kernel, target)
             if code == "text"
             else [kernel.name, target, *resources(kernel, target, code == "memory")]
         )
@@ -222,13 +224,15 @@ def main() -> None:
         print(json.dumps(line), flush=True)
 
 
-def text_of(kernel) -> list[typing.Any]:
+def text_of(kernel, target: str) -> list[typing.Any]:
     """Returns the fields of Assembly."""
-    text = kernel.asm["amdgcn"]
-    lines = re.findall(
-        r"^(?:(\.L\w+:)|\s+((?:[vs]|global|buffer|flat|scratch|ds)_.*\S))", text, re.MULTILINE
-    )
-    registers = int(re.search(r"\.vgpr_count: *(\d+)", text)[1])
+    if target.startswith("sm"):
+        pattern = r"^(?:(\$L\w+:)|\s+(?:@!?%p\d+ +)?([a-z]\w*\.[^;]*))"
+        lines = re.findall(pattern, kernel.asm["ptx"], re.MULTILINE)
+    else:
+        pattern = r"^(?:(\.L\w+:)|\s+((?:[vs]|global|buffer|flat|scratch|ds)_.*\S))"
+        lines = re.findall(pattern, kernel.asm["amdgcn"], re.MULTILINE)
+    registers, *_ = resources(kernel, target, False)
     return [kernel.name, registers, kernel.metadata.num_warps, [a or b for a, b in lines]]
 
 

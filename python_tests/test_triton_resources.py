@@ -2,7 +2,9 @@
 spills, wide loads and stores.
 """
 
+import itertools
 import json
+import re
 
 import pytest
 
@@ -23,6 +25,15 @@ def loss(m, n, c, dtype, labels="indices", call="", backward=""):
         for shape in (n, f"{m}, {n}")
     )
     return f"loss = uk.uegr_loss({x}, {z}, {y}, {call}); {backward}"
+
+
+def strided(m, n, c):
+    """Gives a statement that computes a UEGR loss of logits whose classes are apart."""
+    x, z = (
+        f"torch.zeros({shape}{c}, {n}, requires_grad=True).transpose(-1, -2)"
+        for shape in ("", f"{m}, ")
+    )
+    return f"loss = uk.uegr_loss({x}, {z}, torch.zeros({n}, dtype=torch.long))"
 
 
 FORWARD = "with torch.no_grad(): "
@@ -55,9 +66,14 @@ STATEMENTS = {
         for m, c, _ in LONGEST
     },
     **{
-        f"loss m={m} float32, longest rows, soft labels": loss(m, 4, c, "float32", "soft")
+        f"loss m={m} float32, longest rows, soft labels smoothed": loss(
+            m, 4, c, "float32", "soft", "label_smoothing=0.1"
+        )
         for m, c, _ in LONGEST
     },
+    "loss m=5 bfloat16, longest rows, soft labels": loss(5, 4, 2730, "bfloat16", "soft"),
+    "loss m=8 float32, strided": strided(8, 4, 1500),
+    "loss m=5 float32, C=40000, strided": strided(5, 4, 40000),
     "loss m=2 float32, forward alone": FORWARD + loss(2, 4, 5000, "float32"),
     "loss m=2 float32, C=32000, forward alone": FORWARD + loss(2, 4, 32000, "float32"),
     "loss m=4 float32, soft labels, smoothed": loss(
@@ -165,6 +181,24 @@ def test_the_longest_rows_that_registers_hold_are_read_once(found, target, m, c,
     reads = kernel.count(alone or r"(global|buffer)_load_(dword|b32)")
     # beside them a label's logit of each pass, and those of the passes' likeliest classes
     assert (m + 1) * logits <= reads <= (m + 1) * (logits + 4), kernel.memory
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 4, 5000), (2, 4, 5461), (8, 4, 1820), (8, 4, 32000)], ids=str
+)
+def test_gradients_go_over_a_labels_logit_behind_a_barrier_alone(shape):
+    statement = loss(*shape, "float32", call="inplace_backward=True").replace(
+        "=True)", "=True) * 1"
+    )
+    (kernel,) = (
+        one for one in triton_code.assembly(statement, "sm_90") if one.name == "loss_kernel"
+    )
+    # blocks are read with a policy, addresses have 64 bits
+    found = re.findall(
+        r"^(ld\.global\.b32|st\.global\.L1::evict_first|bar\.sync)", "\n".join(kernel.lines), re.M
+    )
+    assert len(set(found)) == 3
+    assert ("ld.global.b32", "st.global.L1::evict_first") not in set(itertools.pairwise(found))
 
 
 @pytest.mark.parametrize("target", triton_code.TARGETS)

@@ -63,6 +63,23 @@ def test_kernel_is_the_wide_reference(native, m, c):
     compare_with_wide_reference(native, logits, random_logits(3, c, seed=3).softmax(-1))
 
 
+# more passes than an integer has bits; many passes of rows that no registers hold
+@pytest.mark.parametrize(("m", "c"), [(33, 5), (5, 3001)])
+def test_kernel_is_the_wide_reference_of_many_passes(native, m, c):
+    clean, adversarial = batch(m, 2, c, dtype=torch.float32)[:2]
+    logits = [clean.detach(), adversarial.detach()]
+    compare_with_wide_reference(native, logits, torch.tensor([c - 1, 0]))
+    some = [x.clone().requires_grad_(k % 3 != 1) for k, x in enumerate(logits[1])]
+    pairwise_js(some, backend=native).backward()
+    wide = logits[1].double().requires_grad_()
+    pairwise_js(wide, backend="reference").backward()
+    for k, x in enumerate(some):
+        if x.requires_grad:
+            torch.testing.assert_close(x.grad.double(), wide.grad[k], rtol=1e-4, atol=1e-7)
+        else:
+            assert x.grad is None
+
+
 def test_kernel_is_the_wide_reference_far_out(native):
     for scale in (20, 80):
         logits = [random_logits(4, 2000, dtype=torch.float32, seed=1).clamp(-1, 1) * scale]

@@ -29,9 +29,11 @@ MOST_ALIGNED, MOST_OTHERS = 72, 60
 MOST_CODE = 12
 # with more one has too few registers
 MOST_THREADS = 256
-# Of passes that are an axis: logits of a block that a thread holds, and those of a pass; with more
-# some forms of held rows spill (compiled).
-MOST_LOGITS, MOST_RUN = 32, 8
+# Of passes that are an axis: how long it is where rows are held, and the logits of a block that a
+# thread holds: of a pass, of all, where soft labels are held too, and where each has an address.
+# With more some forms spill (compiled).
+MOST_AXIS = 8
+MOST_RUN, MOST_LOGITS, MOST_BESIDE_SOFT, MOST_ADDRESSES = 8, 32, 16, 8
 # labels up to which every program counts those that are not ignored
 COUNTED_BY_EACH = 4096
 NO_FORM = Form._make([None] * len(Form._fields))
@@ -125,13 +127,19 @@ def _registers(held: bool) -> dict[str, int]:
     return {} if held or torch.version.hip else {"maxnreg": 255}
 
 
-def _block_of_many(samples: int, classes: int, passes: int, in_pairs: int, lanes: int) -> Block:
+def _block_of_many(
+    samples: int, classes: int, passes: int, in_pairs: int, soft: bool, dense: bool, lanes: int
+) -> Block:
     axis = triton.next_power_of_2(in_pairs)
-    most = MOST_THREADS * max(1, min(MOST_LOGITS // axis, MOST_RUN))
-    block = min(triton.next_power_of_2(classes), most)
+    held = passes * classes <= HELD and axis <= MOST_AXIS
+    logits = MOST_BESIDE_SOFT if soft and held else MOST_LOGITS
+    if not dense or axis > MOST_AXIS:
+        logits = MOST_ADDRESSES
+    block = min(
+        triton.next_power_of_2(classes), MOST_THREADS * max(1, min(logits // axis, MOST_RUN))
+    )
     run = max(block // MOST_THREADS, 1)
     rows = max(1, min(triton.next_power_of_2(samples), MOST_THREADS // block))
-    held = passes * classes <= HELD
     return Block(
         AXIS=axis,
         ROWS=rows,
@@ -175,8 +183,8 @@ def _block(
         and registers <= (MOST_ALIGNED if aligned else MOST_OTHERS)
         and (blocks == 1 or blocks * pairs <= MOST_CODE)
     )
-    if passes > FEW or (in_pairs > 1 and passes * classes <= HELD and not held):
-        return _block_of_many(samples, classes, passes, in_pairs or passes, lanes)
+    if in_pairs > 1 and (passes > FEW or (passes * classes <= HELD and not held)):
+        return _block_of_many(samples, classes, passes, in_pairs, soft, dense, lanes)
     return Block(
         AXIS=0,
         ROWS=rows,
@@ -265,7 +273,8 @@ def _evaluate(
         for x, need in zip(logits, needs, strict=True)
         for _ in range(len(x) if x.dim() == 3 else 1)
     ]
-    smooth, few = kind != "none" and options.label_smoothing > 0, block.AXIS == 0
+    smooth = kind != "none" and options.label_smoothing > 0
+    few = count <= FEW and block.AXIS == 0
     form = Form(
         PASSES=count,
         FEW=few,
@@ -286,7 +295,7 @@ def _evaluate(
         IN_PLACE=False,
     )
     clean_form = NO_FORM
-    if labels is not None and not few:
+    if labels is not None and block.AXIS:
         clean_form = form._replace(PASSES=1, AXIS=0, NEEDS=form.NEEDS & 1)
     kept = None
     if labels is not None and kind == "indices" and options.reduction == "mean":

@@ -132,8 +132,11 @@ def read_passes(rows, i, inside, FULL: tl.constexpr, AGAIN: tl.constexpr, form):
 def write_passes(rows, i, inside, there, value, form):
     """Writes a block of the passes that need a gradient, of the rows that are `there`."""
     row_ptr, stride = rows_of_passes(rows, form)
-    needed = (form.NEEDS >> (numbers(form) + form.FIRST)) & 1
-    mask = (needed == 1) & (there & inside)[None]
+    needed = tl.full([form.AXIS, 1, 1, 1], False, tl.int1)
+    for k in tl.static_range(form.PASSES - form.FIRST):
+        if form.NEEDS >> (k + form.FIRST) & 1:
+            needed = needed | (numbers(form) == k)
+    mask = needed & (there & inside)[None]
     write(row_ptr, i[None], mask, stride, there, value, False, form)
 
 
@@ -313,10 +316,10 @@ def sums_of_log_ratios(z, passes, form):
 
 
 @triton.jit
-def block_of_targets(at, samples, form):
+def block_of_targets(at, AGAIN: tl.constexpr, samples, form):
     """Returns a block of soft labels as it is."""
     i, inside = columns(at, samples.classes, form)
-    return fetch(samples.soft_ptr, i, inside, samples.soft_stride, 0.0, False, True, form)
+    return fetch(samples.soft_ptr, i, inside, samples.soft_stride, 0.0, False, AGAIN, form)
 
 
 @triton.jit
@@ -349,6 +352,7 @@ def add_passes(at, x, soft, sums, samples, passes, form):
 @triton.jit
 def sum_up_passes(held, held_soft, samples, passes, form):
     """Makes the second visit to rows: sums over labels and pairs."""
+    AGAIN: tl.constexpr = form.NEEDS >> form.FIRST != 0
     BLOCK: tl.constexpr = form.RUNS * form.RUN
     zero = tl.zeros([form.AXIS, form.ROWS, form.RUNS, 1], form.DTYPE)
     sums = Sums(
@@ -366,10 +370,10 @@ def sum_up_passes(held, held_soft, samples, passes, form):
         for back in range(0, end, BLOCK):
             at = end - BLOCK - back
             i, inside = columns(at, samples.classes, form)
-            x = read_passes(samples.logits, i, inside, not form.MASKED, True, form)
+            x = read_passes(samples.logits, i, inside, not form.MASKED, AGAIN, form)
             soft = None
             if form.LABELS == "soft":
-                soft = block_of_targets(at, samples, form)
+                soft = block_of_targets(at, AGAIN, samples, form)
             sums = add_passes(at, x, soft, sums, samples, passes, form)
     return sums
 
@@ -438,6 +442,9 @@ def write_gradients_of_passes(
 ):
     """Makes the third visit to rows: writes the gradients."""
     BLOCK: tl.constexpr = form.RUNS * form.RUN
+    # every thread has a label's logit before a gradient may be written over it
+    if form.LABELS == "indices":
+        tl.debug_barrier()
     if form.HELD:
         for b in tl.static_range(form.HELD):
             i, inside = columns(b * BLOCK, samples.classes, form)
@@ -452,7 +459,7 @@ def write_gradients_of_passes(
             x = read_passes(samples.logits, i, inside, not form.MASKED, False, form)
             soft = None
             if form.LABELS == "soft":
-                soft = block_of_targets(at, samples, form)
+                soft = block_of_targets(at, False, samples, form)
             g = gradients_of_passes(at, x, soft, factors, keep, samples, passes, form)
             write_passes(gradients, i, inside, there, g, form)
 
@@ -469,8 +476,7 @@ def classify(samples, gradients, there, keep, unit, js_weight, form):
         x = read_passes(samples.logits, i, inside, b < form.HELD - form.MASKED, False, form)
         held = held + (x,)
         if form.LABELS == "soft":
-            t = fetch(samples.soft_ptr, i, inside, samples.soft_stride, 0.0, False, False, form)
-            held_soft = held_soft + (t,)
+            held_soft = held_soft + (block_of_targets(b * BLOCK, False, samples, form),)
     passes = normalize_passes(held, samples, form)
     sums = sum_up_passes(held, held_soft, samples, passes, form)
     losses, factors = losses_of_passes(unit, js_weight, sums, samples, passes, form)
