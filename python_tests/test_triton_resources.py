@@ -72,6 +72,10 @@ STATEMENTS = {
         for m, c, _ in LONGEST
     },
     "loss m=5 bfloat16, longest rows, soft labels": loss(5, 4, 2730, "bfloat16", "soft"),
+    "loss m=8 float32, longest rows, smoothed": loss(
+        8, 4, 1820, "float32", call="label_smoothing=0.1"
+    ),
+    "loss m=4 float32, longest rows, strided": strided(4, 4, 3276),
     "loss m=8 float32, strided": strided(8, 4, 1500),
     "loss m=5 float32, C=40000, strided": strided(5, 4, 40000),
     "loss m=2 float32, forward alone": FORWARD + loss(2, 4, 5000, "float32"),

@@ -29,11 +29,11 @@ MOST_ALIGNED, MOST_OTHERS = 72, 60
 MOST_CODE = 12
 # with more one has too few registers
 MOST_THREADS = 256
-# Of passes that are an axis: how long it is where rows are held, and the logits of a block that a
-# thread holds: of a pass, of all, where soft labels are held too, and where each has an address.
-# With more some forms spill (compiled).
-MOST_AXIS = 8
-MOST_RUN, MOST_LOGITS, MOST_BESIDE_SOFT, MOST_ADDRESSES = 8, 32, 16, 8
+# Of passes that are an axis: how long it is where dense or strided rows are held, and the logits of
+# a block that a thread holds: of a pass, of all, where other registers are few, and where each has
+# an address. With more some forms spill (compiled).
+MOST_AXIS, MOST_STRIDED = 8, 4
+MOST_RUN, MOST_LOGITS, MOST_BESIDE_MUCH, MOST_ADDRESSES = 8, 32, 16, 8
 # labels up to which every program counts those that are not ignored
 COUNTED_BY_EACH = 4096
 NO_FORM = Form._make([None] * len(Form._fields))
@@ -131,9 +131,12 @@ def _block_of_many(
     samples: int, classes: int, passes: int, in_pairs: int, soft: bool, dense: bool, lanes: int
 ) -> Block:
     axis = triton.next_power_of_2(in_pairs)
-    held = passes * classes <= HELD and axis <= MOST_AXIS
-    logits = MOST_BESIDE_SOFT if soft and held else MOST_LOGITS
-    if not dense or axis > MOST_AXIS:
+    # strided rows have an address for each element
+    held = passes * classes <= HELD and (
+        axis <= MOST_AXIS if dense else axis <= MOST_STRIDED and not soft
+    )
+    logits = MOST_BESIDE_MUCH if held and (soft or not dense) else MOST_LOGITS
+    if not held and (axis > MOST_AXIS or not dense):
         logits = MOST_ADDRESSES
     block = min(
         triton.next_power_of_2(classes), MOST_THREADS * max(1, min(logits // axis, MOST_RUN))
@@ -183,8 +186,10 @@ def _block(
         and registers <= (MOST_ALIGNED if aligned else MOST_OTHERS)
         and (blocks == 1 or blocks * pairs <= MOST_CODE)
     )
-    if in_pairs > 1 and (passes > FEW or (passes * classes <= HELD and not held)):
-        return _block_of_many(samples, classes, passes, in_pairs, soft, dense, lanes)
+    if in_pairs > 1 and not held:
+        many = _block_of_many(samples, classes, passes, in_pairs, soft, dense, lanes)
+        if many.HELD or passes > FEW:
+            return many
     return Block(
         AXIS=0,
         ROWS=rows,

@@ -379,6 +379,18 @@ def sum_up_passes(held, held_soft, samples, passes, form):
 
 
 @triton.jit
+def logits_of_label(samples, form):
+    """Reads the passes' logits of the label, one after another: their addresses are many."""
+    out = tl.zeros([form.AXIS, form.ROWS, 1, 1], form.DTYPE)
+    for k in range(form.PASSES - form.FIRST):
+        row_ptr, stride = row_of_pass(samples.logits, k + form.FIRST, form)
+        at = row_ptr + samples.label.to(tl.int64) * stride
+        x = tl.load(at, mask=samples.label >= 0, other=0.0).to(form.DTYPE)
+        out = tl.where(numbers(form) == k, x[None], out)
+    return out
+
+
+@triton.jit
 def losses_of_passes(unit, js_weight, sums, samples, passes, form):
     """Returns the losses, and the factors of the gradients of `unit` times them."""
     M: tl.constexpr = form.PASSES - form.FIRST
@@ -395,11 +407,7 @@ def losses_of_passes(unit, js_weight, sums, samples, passes, form):
             mass = over_row(sums.masses)
             of_label = over_row(sums.of_labels)
         else:
-            row_ptr, stride = rows_of_passes(samples.logits, form)
-            label = samples.label[None]
-            there = (label >= 0) & (numbers(form) < M)
-            x = tl.load(row_ptr + label.to(tl.int64) * stride, mask=there, other=0.0)
-            of_label = x.to(form.DTYPE) - passes.tops
+            of_label = logits_of_label(samples, form) - passes.tops
             if form.SMOOTH:
                 others = samples.smoothing / samples.classes * over_row(sums.of_labels)
                 of_label = label_term(1 - samples.smoothing, of_label) + others
