@@ -69,8 +69,11 @@ STATEMENTS = {
         f"loss m={m} float32, longest rows, soft labels smoothed": loss(
             m, 4, c, "float32", "soft", "label_smoothing=0.1"
         )
+        # of m = 3 they spill 40 bytes on sm_90
         for m, c, _ in LONGEST
+        if m != 3
     },
+    "loss m=3 float32, longest rows, soft labels": loss(3, 4, 4095, "float32", "soft"),
     "loss m=5 bfloat16, longest rows, soft labels": loss(5, 4, 2730, "bfloat16", "soft"),
     "loss m=8 float32, longest rows, smoothed": loss(
         8, 4, 1820, "float32", call="label_smoothing=0.1"

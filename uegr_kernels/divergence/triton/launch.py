@@ -33,7 +33,7 @@ MOST_THREADS = 256
 # a block that a thread holds: of a pass, of all, where other registers are few, and where each has
 # an address. With more some forms spill (compiled).
 MOST_AXIS, MOST_STRIDED = 8, 4
-MOST_RUN, MOST_LOGITS, MOST_BESIDE_MUCH, MOST_ADDRESSES = 8, 32, 16, 8
+MOST_RUN, MOST_LOGITS, MOST_CROWDED, MOST_ADDRESSES = 8, 32, 16, 8
 # labels up to which every program counts those that are not ignored
 COUNTED_BY_EACH = 4096
 NO_FORM = Form._make([None] * len(Form._fields))
@@ -135,7 +135,8 @@ def _block_of_many(
     held = passes * classes <= HELD and (
         axis <= MOST_AXIS if dense else axis <= MOST_STRIDED and not soft
     )
-    logits = MOST_BESIDE_MUCH if held and (soft or not dense) else MOST_LOGITS
+    crowded = not dense or (soft and axis == MOST_AXIS)
+    logits = MOST_CROWDED if held and crowded else MOST_LOGITS
     if not held and (axis > MOST_AXIS or not dense):
         logits = MOST_ADDRESSES
     block = min(
