@@ -13,27 +13,21 @@ from bench import gpu_model, triton_code
 triton = pytest.importorskip("triton", reason="Triton is not installed; run `pip install triton`")
 
 
-def loss(m, n, c, dtype, labels="indices", call="", backward=""):
-    """Gives a statement that computes a UEGR loss, and what comes after."""
+def loss(m, n, c, dtype, labels="indices", call="", backward="", strided=False):
+    """Gives a statement that computes a UEGR loss, and what comes after. strided: the logits'
+    classes are apart.
+    """
     y = (
         f"torch.zeros({n}, dtype=torch.long)"
         if labels == "indices"
         else (f"torch.zeros({n}, {c}, dtype=torch.{dtype})")
     )
+    rows, turned = (f"{c}, {n}", ".mT") if strided else (f"{n}, {c}", "")
     x, z = (
-        f"torch.zeros({shape}, {c}, dtype=torch.{dtype}, requires_grad=True)"
-        for shape in (n, f"{m}, {n}")
+        f"torch.zeros({passes}{rows}, dtype=torch.{dtype}, requires_grad=True){turned}"
+        for passes in ("", f"{m}, ")
     )
     return f"loss = uk.uegr_loss({x}, {z}, {y}, {call}); {backward}"
-
-
-def strided(m, n, c):
-    """Gives a statement that computes a UEGR loss of logits whose classes are apart."""
-    x, z = (
-        f"torch.zeros({shape}{c}, {n}, requires_grad=True).transpose(-1, -2)"
-        for shape in ("", f"{m}, ")
-    )
-    return f"loss = uk.uegr_loss({x}, {z}, torch.zeros({n}, dtype=torch.long))"
 
 
 FORWARD = "with torch.no_grad(): "
@@ -78,9 +72,9 @@ STATEMENTS = {
     "loss m=8 float32, longest rows, smoothed": loss(
         8, 4, 1820, "float32", call="label_smoothing=0.1"
     ),
-    "loss m=4 float32, longest rows, strided": strided(4, 4, 3276),
-    "loss m=8 float32, strided": strided(8, 4, 1500),
-    "loss m=5 float32, C=40000, strided": strided(5, 4, 40000),
+    "loss m=4 float32, longest rows, strided": loss(4, 4, 3276, "float32", strided=True),
+    "loss m=8 float32, strided": loss(8, 4, 1500, "float32", strided=True),
+    "loss m=5 float32, C=40000, strided": loss(5, 4, 40000, "float32", strided=True),
     "loss m=2 float32, forward alone": FORWARD + loss(2, 4, 5000, "float32"),
     "loss m=2 float32, C=32000, forward alone": FORWARD + loss(2, 4, 32000, "float32"),
     "loss m=4 float32, soft labels, smoothed": loss(

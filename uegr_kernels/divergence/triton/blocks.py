@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ...core import triton_ops
-from .math import exponential, label_term, smoothed
+from .math import LN2, exponential, label_term, smoothed
 
 INFINITY = tl.constexpr(float("inf"))
 
@@ -276,6 +276,42 @@ def class_of(x, top, i):
 
 
 @triton.jit
+def held_normalizer(blocks, classes, form):
+    """Returns the normalizer of rows that are HELD; its total is NaN where all is -inf or something
+    is no logit.
+    """
+    BLOCK: tl.constexpr = form.RUNS * form.RUN
+    highest = tl.max(blocks[0].to(form.DTYPE), -1, keep_dims=True)
+    for b in tl.static_range(1, form.HELD):
+        highest = tl.maximum(highest, tl.max(blocks[b].to(form.DTYPE), -1, keep_dims=True))
+    top = tl.max(highest, -2, keep_dims=True)
+    total = tl.zeros(highest.shape, form.DTYPE)
+    likeliest = tl.zeros(highest.shape, tl.int32)
+    for b in tl.static_range(form.HELD):
+        x = blocks[b].to(form.DTYPE)
+        total += over_runs(exponential(x - top))
+        if form.EXACT:
+            i = columns(b * BLOCK, classes, form).i
+            likeliest = tl.maximum(likeliest, tl.max(tl.where(x == top, i, 0), -1, keep_dims=True))
+    total = tl.sum(total, -2, keep_dims=True)
+    likeliest = tl.max(likeliest, -2, keep_dims=True)
+    total = tl.where(total > 0, total, float("nan"))
+    return Normalizer(top=top, likeliest=likeliest, total=total)
+
+
+@triton.jit
+def base_of(top, highest, lowest, form):
+    """Returns what a row is moved by; highest, lowest: of the maxima of the passes in pairs.
+
+    Differences of close rows are exact, of others they lose digits.
+    """
+    if form.EXACT:
+        return tl.where((highest - lowest > APART) | (tl.abs(top) > FAR_OUT), top, 0.0)
+    else:
+        return top
+
+
+@triton.jit
 def label_terms(t, y, inside, FULL: tl.constexpr):
     """Returns sums over runs of t * y, y = x - max; of y alone without t, where all classes but
     the label's weigh the same.
@@ -286,6 +322,19 @@ def label_terms(t, y, inside, FULL: tl.constexpr):
         return over_runs(y)
     else:
         return over_runs(tl.where(inside, y, 0.0))
+
+
+@triton.jit
+def cross_entropy(of_label, of_labels, mass, total, samples, form):
+    """Returns the cross entropy of passes from their label's logit less the maximum, the sums
+    over runs of `label_terms`, and the sum of the labels; soft labels have no `of_label`.
+    """
+    if form.LABELS == "soft":
+        of_label = over_row(of_labels)
+    elif form.SMOOTH:
+        others = samples.smoothing / samples.classes * over_row(of_labels)
+        of_label = label_term(1 - samples.smoothing, of_label) + others
+    return mass * tl.log2(total) * LN2 - of_label
 
 
 @triton.jit

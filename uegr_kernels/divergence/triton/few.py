@@ -6,8 +6,6 @@ import triton
 import triton.language as tl
 
 from .blocks import (
-    APART,
-    FAR_OUT,
     INFINITY,
     Factors,
     Held,
@@ -17,10 +15,13 @@ from .blocks import (
     Samples,
     Sums,
     add_exponentials,
+    base_of,
     class_of,
     columns,
+    cross_entropy,
     end_of_full,
     fetch,
+    held_normalizer,
     label_terms,
     less_targets,
     over_row,
@@ -32,10 +33,9 @@ from .blocks import (
 from .math import (
     LN2,
     exponential,
-    label_term,
     log_distance,
     log_gap,
-    log_ratio,
+    log_ratios,
     pairs_divergence,
     shifted,
     smoothed,
@@ -149,14 +149,13 @@ def add_pairs(COUNT: tl.constexpr, of_k, of_l, k, l, form):
     """
     for j in tl.static_range(COUNT):
         d = log_distance(k.z[j], l.z[j], k.rests[j] - l.rests[j], k.ratios[j] - l.ratios[j])
-        a = log_ratio(d, form.EXACT)
-        of_k = add_to_known_item(of_k, j, a + tl.minimum(d, 0.0))
-        of_l = add_to_known_item(of_l, j, a - tl.maximum(d, 0.0))
+        to_k, to_l = log_ratios(d, form.EXACT)
+        of_k, of_l = add_to_known_item(of_k, j, to_k), add_to_known_item(of_l, j, to_l)
     return of_k, of_l
 
 
 @triton.jit
-def log_ratios(z, passes, form):
+def sums_of_log_ratios(z, passes, form):
     """Returns for each pass the sum of log2(p/M) over its pairs less its pivot; z: the logits of
     the passes in pairs.
 
@@ -211,7 +210,7 @@ def pivots_of(likeliest, samples, passes, form):
     w = tl.zeros_like(own)
     for j in tl.static_range(M):
         d = log_distance(own, z[j], rest - passes.rests[j + form.FIRST], ratio - passes.ratios[j])
-        w += tl.where(lane == j, 0.0, log_ratio(d, form.EXACT) + tl.minimum(d, 0.0))
+        w += tl.where(lane == j, 0.0, log_ratios(d, form.EXACT)[0])
     out = ()
     for k in tl.static_range(form.PASSES):
         if k < form.FIRST:
@@ -220,29 +219,6 @@ def pivots_of(likeliest, samples, passes, form):
             pivot = tl.sum(tl.where(lane == k - form.FIRST, w, 0.0), 1, keep_dims=True)
             out = out + (tl.where(passes.totals[k] < 4, pivot, 0.0),)
     return out
-
-
-@triton.jit
-def held_normalizer(k, samples, form):
-    """Returns a row's normalizer, as `normalizer` does, for pass k whose blocks are HELD."""
-    BLOCK: tl.constexpr = form.RUNS * form.RUN
-    blocks = samples.held.logits[k]
-    highest = blocks[0].to(form.DTYPE)
-    for b in tl.static_range(1, form.HELD):
-        highest = tl.maximum(highest, blocks[b].to(form.DTYPE))
-    top = tl.max(tl.max(highest, 2, keep_dims=True), 1, keep_dims=True)
-    total = tl.zeros([form.ROWS, form.RUNS, 1], form.DTYPE)
-    likeliest = tl.zeros([form.ROWS, form.RUNS, 1], tl.int32)
-    for b in tl.static_range(form.HELD):
-        x = blocks[b].to(form.DTYPE)
-        total += over_runs(exponential(x - top))
-        if form.EXACT:
-            i = columns(b * BLOCK, samples.classes, form).i
-            likeliest = tl.maximum(likeliest, tl.max(tl.where(x == top, i, 0), 2, keep_dims=True))
-    total = tl.sum(total, 1, keep_dims=True)
-    likeliest = tl.max(likeliest, 1, keep_dims=True)
-    total = tl.where(total > 0, total, float("nan"))
-    return Normalizer(top=top, likeliest=likeliest, total=total)
 
 
 @triton.jit
@@ -287,7 +263,7 @@ def normalizers(samples, form):
     tops, likeliest, totals = (), (), ()
     for k in tl.static_range(form.PASSES):
         if form.HELD:
-            found = held_normalizer(k, samples, form)
+            found = held_normalizer(samples.held.logits[k], samples.classes, form)
         else:
             row_ptr, stride = row_of_pass(samples.logits, k, form)
             found = normalizer(row_ptr, stride, samples.classes, form)
@@ -306,10 +282,7 @@ def normalize(samples, form):
     for k in tl.static_range(form.FIRST, form.PASSES):
         highest, lowest = tl.maximum(highest, tops[k]), tl.minimum(lowest, tops[k])
     for k in tl.static_range(form.PASSES):
-        base = tops[k]
-        # differences of close rows are exact, of others they lose digits
-        if form.EXACT:
-            base = tl.where((highest - lowest > APART) | (tl.abs(base) > FAR_OUT), base, 0.0)
+        base = base_of(tops[k], highest, lowest, form)
         bases, rests = bases + (base,), rests + (tops[k] - base,)
         if k >= form.FIRST:
             ratios = ratios + (log_gap(totals[k], totals[form.FIRST]),)
@@ -357,7 +330,7 @@ def add_block(at, b, FULL: tl.constexpr, sums, samples, passes, form):
             if k >= form.FIRST:
                 z = z + (shifted(x, passes.bases[k], passes.rests[k]),)
     if form.PASSES - form.FIRST > 1:
-        w = log_ratios(z, passes, form)
+        w = sums_of_log_ratios(z, passes, form)
         for k in tl.static_range(form.FIRST, form.PASSES):
             e = exponential(z[k - form.FIRST] - passes.rests[k])
             of_pairs = add_to_known_item(of_pairs, k, over_runs(e * w[k - form.FIRST]))
@@ -398,19 +371,15 @@ def sum_up(samples, passes, form):
 
 
 @triton.jit
-def cross_entropy(k, mass, sums, samples, passes, form):
-    """Returns the cross entropy of pass k; `mass`: the sum of its labels."""
+def logit_of_label(k, samples, passes, form):
+    """Reads pass k's logit of the label, less the row's maximum; nothing with soft labels."""
     if form.LABELS == "soft":
-        of_label = over_row(sums.of_labels[k])
+        return ()
     else:
         row_ptr, stride = row_of_pass(samples.logits, k, form)
         label = samples.label
         x = tl.load(row_ptr + label.to(tl.int64) * stride, mask=label >= 0, other=0.0)
-        of_label = x.to(form.DTYPE) - passes.tops[k]
-        if form.SMOOTH:
-            others = samples.smoothing / samples.classes * over_row(sums.of_labels[k])
-            of_label = label_term(1 - samples.smoothing, of_label) + others
-    return mass * tl.log2(passes.totals[k]) * LN2 - of_label
+        return x.to(form.DTYPE) - passes.tops[k]
 
 
 @triton.jit
@@ -427,7 +396,9 @@ def losses_of(unit, js_weight, sums, samples, passes, form):
     for k in tl.static_range(form.PASSES):
         factor = tl.zeros([form.ROWS, 1, 1], form.DTYPE)
         if form.LABELS != "none":
-            found = cross_entropy(k, mass, sums, samples, passes, form)
+            of_label = logit_of_label(k, samples, passes, form)
+            of_labels, total = sums.of_labels[k], passes.totals[k]
+            found = cross_entropy(of_label, of_labels, mass, total, samples, form)
             share = unit
             if k == 0:
                 clean = found
@@ -467,7 +438,7 @@ def write_block(at, b, FULL: tl.constexpr, factors, gradients, there, keep, samp
         x = read_pass(k, b, i, inside, FULL, False, samples, form)
         z = z + (shifted(x, passes.bases[k], passes.rests[k]),)
     if form.PASSES - form.FIRST > 1:
-        w = log_ratios(z[form.FIRST :], passes, form)
+        w = sums_of_log_ratios(z[form.FIRST :], passes, form)
     for k in tl.static_range(form.PASSES):
         if form.NEEDS >> k & 1:
             g = factors.of_e[k]

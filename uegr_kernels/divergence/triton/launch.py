@@ -135,10 +135,10 @@ def _block_of_many(
     held = passes * classes <= HELD and (
         axis <= MOST_AXIS if dense else axis <= MOST_STRIDED and not soft
     )
-    crowded = not dense or (soft and axis == MOST_AXIS)
-    logits = MOST_CROWDED if held and crowded else MOST_LOGITS
-    if not held and (axis > MOST_AXIS or not dense):
-        logits = MOST_ADDRESSES
+    if held:
+        logits = MOST_CROWDED if not dense or (soft and axis == MOST_AXIS) else MOST_LOGITS
+    else:
+        logits = MOST_LOGITS if dense and axis <= MOST_AXIS else MOST_ADDRESSES
     block = min(
         triton.next_power_of_2(classes), MOST_THREADS * max(1, min(logits // axis, MOST_RUN))
     )

@@ -10,9 +10,7 @@ import triton.language as tl
 
 from ...core import triton_ops
 from .blocks import (
-    APART,
     ENTRY,
-    FAR_OUT,
     INFINITY,
     ROW_STRIDE,
     STRIDE,
@@ -23,14 +21,16 @@ from .blocks import (
     Passes,
     Sums,
     add_exponentials,
+    base_of,
     class_of,
     columns,
+    cross_entropy,
     end_of_full,
     fetch,
+    held_normalizer,
     label_terms,
     less_targets,
     over_row,
-    over_runs,
     read,
     row_of_pass,
     write,
@@ -39,10 +39,9 @@ from .few import UNROLLED, Side
 from .math import (
     LN2,
     exponential,
-    label_term,
     log_distance,
     log_gap,
-    log_ratio,
+    log_ratios,
     pairs_divergence,
     shifted,
     smoothed,
@@ -152,13 +151,6 @@ def columns_of_element(at, n, classes, form):
 
 
 @triton.jit
-def log_ratio_of(z, rests, ratios, z_l, rest_l, ratio_l, form):
-    """Returns log2(p/M) of the passes beside pass l; 0 beside itself."""
-    d = log_distance(z, z_l, rests - rest_l, ratios - ratio_l)
-    return log_ratio(d, form.EXACT) + tl.minimum(d, 0.0)
-
-
-@triton.jit
 def pivots_of_passes(likeliest, samples, passes, form):
     """Returns of each pass the sum of its log ratios at its most probable class where that holds
     much of p, or 0.
@@ -173,14 +165,14 @@ def pivots_of_passes(likeliest, samples, passes, form):
         x = x.to(form.DTYPE)
         other, ratio = shifted(x, base, rest), get_pass(passes.ratios, l, form)
         # its own logit there is its maximum
-        ratios = log_ratio_of(passes.rests, passes.rests, passes.ratios, other, rest, ratio, form)
-        w += tl.where(numbers(form) == l, 0.0, ratios)
+        d = log_distance(passes.rests, other, passes.rests - rest, passes.ratios - ratio)
+        w += tl.where(numbers(form) == l, 0.0, log_ratios(d, form.EXACT)[0])
     return tl.where(passes.totals < 4, w, 0.0)
 
 
 @triton.jit
-def normalizer_of_passes(held, samples, form):
-    """Returns the rows' normalizers."""
+def normalizer_of_passes(samples, form):
+    """Returns the normalizers of rows that are not held."""
     BLOCK: tl.constexpr = form.RUNS * form.RUN
     classes = samples.classes
     begin = tl.zeros([form.AXIS, form.ROWS, form.RUNS, 1], tl.int32)
@@ -192,34 +184,20 @@ def normalizer_of_passes(held, samples, form):
     total = tl.zeros([form.AXIS, form.ROWS, form.RUNS, 1], form.DTYPE)
     # Triton 3.6 returns no None
     likeliest = ()
-    if form.HELD:
-        for b in tl.static_range(form.HELD):
-            highest = tl.maximum(highest, tl.max(held[b].to(form.DTYPE), -1, keep_dims=True))
-        top = tl.max(highest, -2, keep_dims=True)
-        likely = begin
-        for b in tl.static_range(form.HELD):
-            x = held[b].to(form.DTYPE)
-            total += over_runs(exponential(x - top))
-            if form.EXACT:
-                i = columns(b * BLOCK, classes, form).i[None]
-                likely = tl.maximum(likely, tl.max(tl.where(x == top, i, 0), -1, keep_dims=True))
-        likeliest = tl.max(likely, -2, keep_dims=True)
-        total = tl.sum(total, -2, keep_dims=True)
-    else:
-        for at in range(0, end_of_full(classes, form), BLOCK):
-            i, inside = columns(at, classes, form)
-            x = read_passes(samples.logits, i, inside, not form.MASKED, True, form).to(form.DTYPE)
-            before = highest
-            highest, total = add_exponentials(x, highest, total)
-            begin = tl.where(highest > before, at, begin)
-        top = tl.max(highest, -2, keep_dims=True)
-        total = tl.sum(total * exponential(highest - top), -2, keep_dims=True)
-        if form.EXACT:
-            i = begin + columns(0, classes, form).i[None]
-            row_ptr, stride = rows_of_passes(samples.logits, form)
-            there = (i < classes) & (numbers(form) < form.PASSES - form.FIRST)
-            x = read(row_ptr, i, there, stride, -INFINITY, False, True, form)
-            likeliest = class_of(x, top, i)
+    for at in range(0, end_of_full(classes, form), BLOCK):
+        i, inside = columns(at, classes, form)
+        x = read_passes(samples.logits, i, inside, not form.MASKED, True, form).to(form.DTYPE)
+        before = highest
+        highest, total = add_exponentials(x, highest, total)
+        begin = tl.where(highest > before, at, begin)
+    top = tl.max(highest, -2, keep_dims=True)
+    total = tl.sum(total * exponential(highest - top), -2, keep_dims=True)
+    if form.EXACT:
+        i = begin + columns(0, classes, form).i[None]
+        row_ptr, stride = rows_of_passes(samples.logits, form)
+        there = (i < classes) & (numbers(form) < form.PASSES - form.FIRST)
+        x = read(row_ptr, i, there, stride, -INFINITY, False, True, form)
+        likeliest = class_of(x, top, i)
     total = tl.where(total > 0, total, float("nan"))
     return Normalizer(top=top, likeliest=likeliest, total=total)
 
@@ -227,14 +205,15 @@ def normalizer_of_passes(held, samples, form):
 @triton.jit
 def normalize_passes(held, samples, form):
     """Makes the first visit to rows: finds each pass's maximum, sum of exponentials and pivot."""
-    found = normalizer_of_passes(held, samples, form)
+    if form.HELD:
+        found = held_normalizer(held, samples.classes, form)
+    else:
+        found = normalizer_of_passes(samples, form)
     tops, totals = found.top, found.total
     there = numbers(form) < form.PASSES - form.FIRST
-    bases = tops
-    if form.EXACT:
-        highest = tl.max(tl.where(there, tops, -INFINITY), 0)[None]
-        lowest = tl.min(tl.where(there, tops, INFINITY), 0)[None]
-        bases = tl.where((highest - lowest > APART) | (tl.abs(tops) > FAR_OUT), tops, 0.0)
+    highest = tl.max(tl.where(there, tops, -INFINITY), 0)[None]
+    lowest = tl.min(tl.where(there, tops, INFINITY), 0)[None]
+    bases = base_of(tops, highest, lowest, form)
     passes = Passes(
         tops=tops,
         bases=bases,
@@ -281,8 +260,7 @@ def add_pairs(HALF: tl.constexpr, own, other, of_k, of_l, form):
         ratios=turned(other.ratios, 1, form),
     )
     d = log_distance(own.z, other.z, own.rests - other.rests, own.ratios - other.ratios)
-    a = log_ratio(d, form.EXACT)
-    to_k, to_l = a + tl.minimum(d, 0.0), a - tl.maximum(d, 0.0)
+    to_k, to_l = log_ratios(d, form.EXACT)
     if HALF:
         half = numbers(form) < M // 2
         to_k, to_l = tl.where(half, to_k, 0.0), tl.where(half, to_l, 0.0)
@@ -311,7 +289,8 @@ def sums_of_log_ratios(z, passes, form):
         for l in range(M):
             z_l, rest = get_pass(z, l, form), get_pass(passes.rests, l, form)
             ratio = get_pass(passes.ratios, l, form)
-            of_k += log_ratio_of(z, passes.rests, passes.ratios, z_l, rest, ratio, form)
+            d = log_distance(z, z_l, passes.rests - rest, passes.ratios - ratio)
+            of_k += log_ratios(d, form.EXACT)[0]
         return of_k
 
 
@@ -395,23 +374,20 @@ def losses_of_passes(unit, js_weight, sums, samples, passes, form):
     """Returns the losses, and the factors of the gradients of `unit` times them."""
     M: tl.constexpr = form.PASSES - form.FIRST
     nothing = tl.zeros([form.ROWS, 1, 1], form.DTYPE)
-    adversarial, share, of_label = nothing, unit / M, None
+    adversarial, share = nothing, unit / M
     divergences = over_row(sums.of_pairs) / passes.totals
     pair_factor = unit * js_weight * (LN2 / 2)
     of_e = -pair_factor * divergences
     if form.EXACT:
         divergences += passes.pivots
     if form.LABELS != "none":
+        of_label = ()
         mass = tl.full([form.ROWS, 1, 1], 1.0, form.DTYPE)
         if form.LABELS == "soft":
             mass = over_row(sums.masses)
-            of_label = over_row(sums.of_labels)
         else:
             of_label = logits_of_label(samples, form) - passes.tops
-            if form.SMOOTH:
-                others = samples.smoothing / samples.classes * over_row(sums.of_labels)
-                of_label = label_term(1 - samples.smoothing, of_label) + others
-        found = mass[None] * tl.log2(passes.totals) * LN2 - of_label
+        found = cross_entropy(of_label, sums.of_labels, mass[None], passes.totals, samples, form)
         adversarial = over_passes(found, form) / M
         of_e += share * mass[None]
     losses = Losses(

@@ -51,6 +51,13 @@ def log_ratio(d, EXACT: tl.constexpr):
 
 
 @triton.jit
+def log_ratios(d, EXACT: tl.constexpr):
+    """Returns log2(p/M) and log2(q/M), M = (p + q)/2, for d = log2(p/q)."""
+    a = log_ratio(d, EXACT)
+    return a + tl.minimum(d, 0.0), a - tl.maximum(d, 0.0)
+
+
+@triton.jit
 def log_gap(total, other):
     """Returns log2 of the ratio of two sums; the difference of two logarithms would have lost
     digits.
