@@ -597,10 +597,12 @@ def test_a_warning_is_a_line(train, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code, *given], cwd=ROOT, capture_output=True, text=True
     )
-    assert done.returncode == 3 and done.stderr.splitlines() == [
+    assert done.returncode == 3 and done.stderr.count("--test") == 1
+    # before it other libraries may say that they do not load
+    assert done.stderr.splitlines()[-1] == (
         f"warning: --test {train} is the file of --train too: what is reported should not have "
         "been trained on, nor chosen by; name another, or leave it out"
-    ]
+    )
 
 
 @pytest.mark.parametrize("case", MISTAKES)
