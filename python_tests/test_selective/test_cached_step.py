@@ -513,7 +513,7 @@ def test_options_that_changed_are_checked_again(native):
 def test_a_parameter_without_elements_may_be_listed_twice_among_many(native):
     empty = torch.nn.Parameter(torch.ones(0, 3))
     # one more than the cached step looks at at a time, with as many states as it does
-    params = [empty, empty, *(torch.nn.Parameter(torch.ones(4, 3)) for _ in range(255))]
+    params = [empty, empty, *(torch.nn.Parameter(torch.ones(4, 3)) for _ in range(511))]
     optimizer = uk.SelectiveAdamW(params, 0.1, seed=1, normalization="constant")
     for _ in range(4):
         before = params[-1].detach().clone()
@@ -521,3 +521,25 @@ def test_a_parameter_without_elements_may_be_listed_twice_among_many(native):
             p.grad = torch.ones_like(p)
         optimizer.step()
         assert (params[-1] != before).any()
+
+
+def test_a_gradient_freed_after_many_steps_is_refused_and_nothing_changes(native):
+    # the address of one without elements is that of freed memory
+    params = as_parameters([torch.ones(0, 3), torch.ones(4, 3), torch.ones(5)])
+    optimizer = uk.SelectiveAdamW(params, 0.1, seed=1, backend=native)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    for _ in range(3):
+        optimizer.step()
+    before = [p.detach().clone() for p in params]
+    storage = params[1].grad.untyped_storage()
+    size = storage.nbytes()
+    storage.resize_(0)
+    with pytest.raises(RuntimeError, match=r"parameter 1's gradient of shape \(4, 3\) has no mem"):
+        optimizer.step()
+    assert all(map(torch.equal, params, before))
+    assert [int(optimizer.state[p]["step"]) for p in params] == [3] * 3
+    storage.resize_(size)
+    params[1].grad.fill_(1.0)
+    optimizer.step()
+    assert [int(optimizer.state[p]["step"]) for p in params] == [4] * 3

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .memory import check_there as check_there
 from .memory import refuse_expanded as refuse_expanded
 
 # xor-ed into the key's low word for the words that round 16-bit moments

@@ -1,6 +1,5 @@
 """The selective step's tables and launches: any number of tensors by a handful of launches."""
 
-import array
 import collections
 import itertools
 import operator
@@ -438,6 +437,8 @@ class Plan:
         self.moving, self.standing, self.planes, self.form = moving, standing, planes, form
         lists = lists.apart()
         self.device = lists.g[0].device
+        # gradients without an element, which have no address
+        self.empty = sum(g.numel() == 0 for g in lists.g)
         families: dict[Form, list[int]] = collections.defaultdict(list)
         for i in range(len(lists.g)):
             each = lists.of(i)
@@ -628,10 +629,20 @@ class Call(typing.NamedTuple):
                     CAPTURED.setdefault(lists.theta[0], []) if lists.step else CAPTURED_ELSEWHERE
                 ).append((plan, upload))
             call = self._replace(rule=self.rule.on(device))
-            addresses = array.array("q", map(Tensor.data_ptr, lists.g)).tobytes()
-            upload.write(HEAD_FORMAT.pack(*call.head()) + addresses)
+            upload.write(HEAD_FORMAT.pack(*call.head()) + self.addresses(plan))
             plan.launch(call, upload.target)
         return None if captured else plan
+
+    def addresses(self, plan: Plan) -> bytes:
+        """Returns the gradients' addresses, as kernels read them; raises RuntimeError for one whose
+        memory was freed.
+        """
+        found = list(map(Tensor.data_ptr, self.lists.g))
+        # the address of freed memory is 0
+        if found.count(0) != plan.empty:
+            for i, g in enumerate(self.lists.g):
+                triton_ops.check_there(f"parameter {self.layout[4 * i]}'s gradient", g)
+        return struct.pack(f"{len(found)}q", *found)
 
     def head(self) -> StepHead:
         """Returns what may change from step to step."""
