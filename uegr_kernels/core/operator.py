@@ -97,8 +97,13 @@ class Operator(Generic[P, R]):
 
     def registered(self, *tensors: P.args, **options: P.kwargs) -> R:
         """Calls the operator through PyTorch's dispatcher, which compilers and torch.func see."""
-        result: R = self.default(*tensors, **self.in_numbers(options))
-        return result
+        return self.call(self.default, tensors, options)
+
+    def call(
+        self, overload: Callable[..., R], tensors: tuple[object, ...], options: Mapping[str, object]
+    ) -> R:
+        """Calls an overload with the reference's arguments."""
+        return overload(*tensors, **self.in_numbers(options))
 
     def __call__(self, backend: str, /, *tensors: P.args, **options: P.kwargs) -> R:
         """Runs an operator that writes into its arguments, and increases their versions.

@@ -1,6 +1,7 @@
 """The selecting operators: their schemas, fakes, and the choice of a backend."""
 
 import dataclasses
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,7 +32,7 @@ OPTIONS = (
 # or T, 2] float64 minimum and maximum of s, or [1 or T, RANK_BINS] int64 counts, over a wider scope
 # than the tensor; None: over each tensor.
 STEP = (
-    "Tensor({}!)[] steps, Tensor({}!)[] saliency_mins, Tensor({}!)[] saliency_maxs, *, "
+    "Tensor({}!)[] steps, Tensor({}!)[] saliency_mins, Tensor({}!)[] saliency_maxs, "
     "Tensor? scope_statistics, int[] layout, Tensor? grad_scale, Tensor? found_inf, "
     "float lr, Tensor? lr_tensor, float weight_decay, bool maximize, int seed, "
 )
@@ -52,7 +53,7 @@ class SelectiveOperator(Operator[P, R]):
         else:
             # traced: the operator without compiled kernels
             registered = self.fallback if backend == "reference" else self.default
-            result = registered(*tensors, **self.in_numbers(options))
+            result = self.call(registered, tensors, options)
         # Kernels registered outside PyTorch leave the versions alone, and autograd would miss a
         # stale graph.
         torch.autograd.graph.increment_version(self.written(tensors, options))
@@ -97,6 +98,19 @@ class SteppingOperator(SelectingOperator[P, object]):
             words={},
             no_vmap=None,
         )
+        # The schema has them by position: PyTorch takes long over two dozen keywords.
+        names = [argument.name for argument in self.default._schema.arguments]
+        self.option_names = names[names.index("scope_statistics") :]
+        self.in_order = operator.itemgetter(*self.option_names)
+
+    def call(
+        self,
+        overload: Callable[..., object],
+        tensors: tuple[object, ...],
+        options: Mapping[str, object],
+    ) -> object:
+        """Calls an overload with the step's option objects, every argument by its position."""
+        return overload(*tensors, *self.in_order(self.in_numbers(options)))
 
     def in_numbers(self, options: Mapping[str, Any]) -> dict[str, object]:
         """Returns the step's option objects as the schema's keywords, words as numbers."""
@@ -112,9 +126,12 @@ class SteppingOperator(SelectingOperator[P, object]):
         common = {name: words.pop(name) for name in names}
         return {"common": StepOptions(**common), "own": self.own(**words)}
 
-    def by_schema(self, function: Callable[..., R], *tensors: Any, **options: Any) -> R:
-        """Calls a function with a tensor by parameter in every list of states."""
-        params, grads, *moments, steps, low, high = tensors
+    def by_schema(self, function: Callable[..., R], *arguments: Any, **options: Any) -> R:
+        """Calls a function with a tensor by parameter in every list of states; by keyword comes no
+        option.
+        """
+        count = len(self.option_names)
+        params, grads, *moments, steps, low, high = arguments[:-count]
         # a mixture is dispatched to the default kernel: the compiled ones never see it
         for i, g in enumerate(grads):
             if g.layout is not torch.strided or g.device != params[i].device:
@@ -130,6 +147,7 @@ class SteppingOperator(SelectingOperator[P, object]):
         shapes, single = [p.shape for p in params], [torch.Size()] * len(params)
         moments = [apart(states, shapes) for states in moments]
         scalars = [apart(states, single) for states in (steps, low, high)]
+        options |= zip(self.option_names, arguments[-count:], strict=True)
         return super().by_schema(function, params, grads, *moments, *scalars, **options)
 
 
