@@ -191,9 +191,9 @@ def linear_uegr_loss(
         # one for all chunks: they would lie side by side
         buffer = buffer[: len(h)] if at else h.new_empty(len(h), len(w))
         z = torch.mm(h, w.T, out=buffer) if b is None else torch.addmm(b, h, w.T, out=buffer)
+        by_input = z.split([x[..., 0].numel() for x in slices])
         of_inputs = [
-            part.view(*x.shape[:-1], len(w))
-            for x, part in zip(slices, z.split([x[..., 0].numel() for x in slices]), strict=True)
+            part.view(*x.shape[:-1], len(w)) for x, part in zip(slices, by_input, strict=True)
         ]
         loss, parts = kernel(
             of_inputs,
@@ -206,10 +206,12 @@ def linear_uegr_loss(
             # without rows there is one chunk, of none
             of_row = row_weights[at : at + chunk_rows]
             z.mul_(of_row.repeat(len(z) // max(1, len(of_row)))[:, None])
-        # z holds the gradients now
-        for into, g in zip(d_hidden, of_inputs, strict=True):
+        # z holds the gradients now; of all inputs in one product, as each copies the weights
+        d_h = (z @ w).split(list(map(len, by_input))) if all(need_hidden) else None
+        for i, (into, part) in enumerate(zip(d_hidden, by_input, strict=True)):
             if into is not None:
-                into[..., at : at + chunk_rows, :] = g @ w
+                d_x = part @ w if d_h is None else d_h[i]
+                into[..., at : at + chunk_rows, :] = d_x.view(slices[i].shape)
         if need_weight:
             factors = z.T.to(wide), h.to(wide) / divisor if divides_h else h.to(wide)
             d_weight = torch.mm(*factors) if d_weight is None else d_weight.addmm_(*factors)
