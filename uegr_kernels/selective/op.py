@@ -1,7 +1,6 @@
 """The selecting operators: their schemas, fakes, and the choice of a backend."""
 
 import dataclasses
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -101,7 +100,6 @@ class SteppingOperator(SelectingOperator[P, object]):
         # The schema has them by position: PyTorch takes long over two dozen keywords.
         names = [argument.name for argument in self.default._schema.arguments]
         self.option_names = names[names.index("scope_statistics") :]
-        self.in_order = operator.itemgetter(*self.option_names)
 
     def call(
         self,
@@ -110,7 +108,8 @@ class SteppingOperator(SelectingOperator[P, object]):
         options: Mapping[str, object],
     ) -> object:
         """Calls an overload with the step's option objects, every argument by its position."""
-        return overload(*tensors, *self.in_order(self.in_numbers(options)))
+        numbers = self.in_numbers(options)
+        return overload(*tensors, *[numbers[name] for name in self.option_names])
 
     def in_numbers(self, options: Mapping[str, Any]) -> dict[str, object]:
         """Returns the step's option objects as the schema's keywords, words as numbers."""
